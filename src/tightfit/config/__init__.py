@@ -1,0 +1,16 @@
+"""A run's configuration: the keys, and how files and arguments are read."""
+
+from tightfit.config.reader import Resolved, describe, read_config
+from tightfit.config.schema import PRETRAINED, SampleConfig, TrainConfig, defaults, from_dict, to_dict
+
+__all__ = [
+    "PRETRAINED",
+    "Resolved",
+    "SampleConfig",
+    "TrainConfig",
+    "defaults",
+    "describe",
+    "from_dict",
+    "read_config",
+    "to_dict",
+]

@@ -1,0 +1,355 @@
+"""Reads nanoGPT's Python config files without executing them: a small evaluator over the syntax tree.
+
+nanoGPT runs such a file with `exec`, so a file from elsewhere can do anything. Here it can only compute: no
+attributes, no loops, no calls but those listed, and every result is bounded before or as soon as it exists.
+Without loops the work is bounded by the file's size times the size of a value.
+"""
+
+import ast
+import difflib
+import operator
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tightfit.errors import ConfigError
+
+MAX_FILE_BYTES = 64 * 1024  # nanoGPT's longest is 1.1 KB
+MAX_WEIGHT = 10_000  # characters of text; an item of a list weighs 10, of a dict 20
+MAX_BITS = 1024  # as far as floats reach
+MAX_DIGITS = 400  # more than any float has before its point
+NEAR = 0.85  # max_iter is max_iters, but eval_batch_size is not batch_size
+
+_UNARY: dict[type, Callable[[Any], Any]] = {
+    ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Not: operator.not_, ast.Invert: operator.invert,
+}  # fmt: skip
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.LShift: operator.lshift, ast.RShift: operator.rshift,
+    ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor,
+}  # fmt: skip
+_COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+    ast.In: lambda item, group: item in group, ast.NotIn: lambda item, group: item not in group,
+}  # fmt: skip
+_CONVERSIONS: dict[int, Callable[[Any], str]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
+
+
+def _round(number: Any, digits: int | None = None) -> Any:
+    if digits is not None and abs(digits) > MAX_DIGITS:  # round(1, -10**9) would compute 10**10**9
+        raise ValueError(f"round takes at most {MAX_DIGITS} digits")
+    return round(number, digits)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "str": str, "int": int, "float": float, "bool": bool, "len": len,
+    "min": min, "max": max, "round": _round, "abs": abs,
+}  # fmt: skip
+
+_WHAT = {
+    "Attribute": "an attribute access", "Call": "a call", "Lambda": "a lambda", "Subscript": "a subscript",
+    "ListComp": "a comprehension", "SetComp": "a comprehension", "DictComp": "a comprehension",
+    "GeneratorExp": "a comprehension", "NamedExpr": "an assignment inside an expression",
+    "Starred": "an unpacking", "Import": "an import", "ImportFrom": "an import", "Set": "a set",
+    "For": "a loop", "While": "a loop", "With": "a with block", "Try": "a try block", "Match": "a match",
+    "FunctionDef": "a function definition", "ClassDef": "a class definition", "Delete": "a deletion",
+    "Assert": "an assertion", "Raise": "a raise",
+}  # fmt: skip
+_HINTS = {
+    "Import": "only `import time` may stay",
+    "ImportFrom": "only `import time` may stay",
+    "Call": f"the calls known are {', '.join(_FUNCTIONS)}, time.time() and time.strftime('...')",
+    "NamedExpr": "give it a line of its own",
+}
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """The last value of a name, and the line that gave it."""
+
+    value: Any
+    line: int
+
+
+@dataclass(frozen=True)
+class PyFile:
+    """The keys that a file sets, and what to tell the user about its other names."""
+
+    values: dict[str, Assigned]
+    warnings: tuple[str, ...]
+
+
+def read_pyfile(path: str, known: Mapping[str, object]) -> PyFile:
+    """What the file assigns to the keys of `known`; its expressions may read them before they are set."""
+    source = _read_text(path)
+    tree = _parse(path, source)
+    evaluator = _Evaluator(path, source, known)
+    try:
+        evaluator.run(tree.body)
+    except RecursionError:
+        raise ConfigError(f"{path} nests an expression too deeply; split it over several lines") from None
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    values, notes = {}, []
+    for name, assigned in evaluator.assigned.items():
+        if name in known:
+            values[name] = assigned
+        elif name not in used and not name.startswith("_"):
+            notes.append(_unknown(f"{path}:{assigned.line}", name, list(known)))
+    return PyFile(values, tuple(notes))
+
+
+def _unknown(where: str, name: str, keys: list[str]) -> str:
+    """The warning about a name that nothing reads; ConfigError if it is surely a key misspelt."""
+    if near := difflib.get_close_matches(name, keys, n=1, cutoff=NEAR):
+        raise ConfigError(f"{where}: {name[:60]} is not a key; did you mean {near[0]}?")
+    near = difflib.get_close_matches(name, keys, n=1)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    return f"{where}: {name[:60]} is not a key and is ignored{hint}"
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes; is it a config file?")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except IsADirectoryError:
+        files = sorted(Path(path).glob("*.py"))
+        hint = f", like {files[0]}" if files else ""
+        raise ConfigError(f"{path} is a folder; name a config file{hint}") from None
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}; {_nearest_file(Path(path))}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _nearest_file(path: Path) -> str:
+    found = {file.name: file for folder in (Path("configs"), path.parent) for file in folder.glob("*.py")}
+    near = difflib.get_close_matches(path.name, sorted(found), n=1)
+    return f"did you mean {found[near[0]]}?" if near else "give a config file or --key=value"
+
+
+def _parse(path: str, source: str) -> ast.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes and the like
+            return ast.parse(source)
+    except SyntaxError as error:
+        line = error.lineno or 1
+        raise ConfigError(f"{path}:{line}: not Python ({error.msg}); correct this line") from None
+    except (MemoryError, RecursionError):  # the parser's words for too many levels
+        raise ConfigError(f"{path} nests an expression too deeply; split it over several lines") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not Python: {error}") from None
+
+
+def _are_names(targets: list[ast.expr]) -> bool:
+    return all(isinstance(target, ast.Name) for target in targets)
+
+
+def _affordable(action: ast.operator, left: Any, right: Any) -> bool:
+    """Whether the result can be computed at all; `_fits` then judges what came out."""
+    match action, left, right:
+        case (ast.Mult(), str() | list() | tuple(), int()):
+            return len(left) * right <= MAX_WEIGHT
+        case (ast.Mult(), int(), str() | list() | tuple()):
+            return left * len(right) <= MAX_WEIGHT
+        case (ast.Pow(), int(), int()):
+            return (left.bit_length() - 1) * right <= MAX_BITS
+        case (ast.LShift(), int(), int()):
+            return left.bit_length() + right <= MAX_BITS
+        case (ast.Mod(), str(), _):
+            return _is_narrow(left)
+    return True
+
+
+def _is_narrow(template: str) -> bool:
+    """Whether no width or precision in a % template has more than three digits, a `*` or a mapping key."""
+    return not any(re.search(r"\d{4}|[*(]", spec) for spec in re.findall(r"%([^%a-zA-Z]*)", template))
+
+
+def _fits(value: Any) -> bool:
+    budget, queue = MAX_WEIGHT, [value]
+    while queue and budget >= 0:
+        item = queue.pop()
+        if isinstance(item, str):
+            budget -= len(item)
+        elif isinstance(item, int) and item.bit_length() > MAX_BITS:
+            return False
+        elif isinstance(item, list | tuple):
+            budget -= 10 * len(item)
+            queue += item
+        elif isinstance(item, dict):
+            budget -= 20 * len(item)
+            queue += [*item.keys(), *item.values()]
+    return budget >= 0
+
+
+class _Evaluator:
+    """Statements and expressions of one file; what it does not know it refuses by name."""
+
+    def __init__(self, path: str, source: str, known: Mapping[str, object]) -> None:
+        self.path, self.source, self.known = path, source, known
+        self.assigned: dict[str, Assigned] = {}
+
+    def error(self, node: ast.stmt | ast.expr, problem: str) -> ConfigError:
+        code = (ast.get_source_segment(self.source, node) or type(node).__name__).splitlines()[0]
+        code = code if len(code) <= 60 else code[:57] + "..."
+        return ConfigError(f"{self.path}:{node.lineno}: `{code}` {problem}")
+
+    def refusal(self, node: ast.stmt | ast.expr) -> ConfigError:
+        name = type(node).__name__
+        what = _WHAT.get(name.removeprefix("Async"), "not a plain value")
+        hint = _HINTS.get(name, "write the value itself")
+        return self.error(node, f"is {what}, and a config file may only compute values; {hint}")
+
+    def run(self, body: list[ast.stmt]) -> None:
+        for node in body:
+            match node:
+                case ast.Assign(targets=targets, value=expression):
+                    value = self.value(expression)
+                    for target in targets:
+                        self.assign(target, value)
+                case ast.AnnAssign(target=ast.Name() as name, value=ast.expr() as expression):
+                    self.assign(name, self.value(expression))
+                case ast.AugAssign(target=ast.Name() as name, op=action, value=expression):
+                    self.assign(name, self.binary(node, action, self.name(name), self.value(expression)))
+                case ast.If(test=test, body=then, orelse=otherwise):
+                    self.run(then if self.value(test) else otherwise)
+                case ast.Expr(value=ast.Constant(value=str())) | ast.Pass():
+                    pass
+                case ast.Import(names=[ast.alias(name="time", asname=None)]):
+                    pass
+                case ast.Expr(value=expression):
+                    raise self.refusal(expression)
+                case _:
+                    raise self.refusal(node)
+
+    def assign(self, target: ast.expr, value: Any) -> None:
+        match target:
+            case ast.Name(id=name, lineno=line):
+                self.assigned[name] = Assigned(value, line)
+            case ast.Tuple(elts=parts) | ast.List(elts=parts) if all(isinstance(it, ast.Name) for it in parts):
+                if not isinstance(value, list | tuple) or len(value) != len(parts):
+                    raise self.error(target, f"needs {len(parts)} values on the right")
+                for part, item in zip(parts, value, strict=True):
+                    self.assign(part, item)
+            case _:
+                raise self.error(target, "cannot be assigned; a config file sets plain names")
+
+    def value(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=None | bool() | int() | float() | str() as constant):
+                return self.bounded(node, constant)
+            case ast.Name():
+                return self.name(node)
+            case ast.Tuple(elts=items):
+                return self.bounded(node, tuple([self.value(item) for item in items]))
+            case ast.List(elts=items):
+                return self.bounded(node, [self.value(item) for item in items])
+            case ast.Dict(keys=keys, values=values) if None not in keys:
+                names = [self.value(key) for key in keys if key]
+                return self.computed(node, dict, zip(names, map(self.value, values), strict=True))
+            case ast.UnaryOp(op=action, operand=operand):
+                return self.computed(node, _UNARY[type(action)], self.value(operand))
+            case ast.BinOp(left=left, op=operation, right=right):
+                return self.binary(node, operation, self.value(left), self.value(right))
+            case ast.BoolOp():
+                return self.either(node)
+            case ast.Compare():
+                return self.compare(node)
+            case ast.IfExp(test=test, body=then, orelse=otherwise):
+                return self.value(then if self.value(test) else otherwise)
+            case ast.JoinedStr(values=parts):
+                return self.joined(parts)
+            case ast.Call(keywords=[]):
+                return self.call(node)
+        raise self.refusal(node)
+
+    def computed(self, node: ast.stmt | ast.expr, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            result = function(*arguments)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise self.error(node, f"cannot be computed: {str(error.args[-1])[:200]}") from None
+        return self.bounded(node, result)
+
+    def bounded(self, node: ast.stmt | ast.expr, result: Any) -> Any:
+        if isinstance(result, complex):
+            raise self.error(node, "is a complex number, which no key takes")
+        if not _fits(result):
+            raise self.error(node, "is too large for a config file; write a smaller value")
+        return result
+
+    def name(self, node: ast.Name) -> Any:
+        if node.id in self.assigned:
+            return self.assigned[node.id].value
+        if node.id in self.known:
+            return self.known[node.id]
+        near = difflib.get_close_matches(node.id, [*self.assigned, *self.known], n=1)
+        hint = f"did you mean {near[0]}?" if near else "assign it above"
+        raise self.error(node, f"is neither a key nor a name assigned before; {hint}")
+
+    def binary(self, node: ast.stmt | ast.expr, action: ast.operator, left: Any, right: Any) -> Any:
+        bitwise = isinstance(action, ast.BitAnd | ast.BitOr | ast.BitXor)
+        if type(action) not in _BINARY or (bitwise and not isinstance(left, int)):  # no set or dict unions
+            raise self.error(node, "uses an operator that config files do not have for such values")
+        if not _affordable(action, left, right):
+            raise self.error(node, "would be too large for a config file; write a smaller value")
+        return self.computed(node, _BINARY[type(action)], left, right)
+
+    def either(self, node: ast.BoolOp) -> Any:
+        """The value of `and` or `or`, which is that of the operand that decides."""
+        for operand in node.values:
+            value = self.value(operand)
+            if bool(value) is isinstance(node.op, ast.Or):
+                break
+        return value
+
+    def compare(self, node: ast.Compare) -> bool:
+        left = self.value(node.left)
+        for action, operand in zip(node.ops, node.comparators, strict=True):
+            right = self.value(operand)
+            if not self.computed(node, _COMPARISONS[type(action)], left, right):
+                return False
+            left = right
+        return True
+
+    def joined(self, parts: list[ast.expr]) -> str:
+        text = ""
+        for part in parts:
+            text += self.formatted(part) if isinstance(part, ast.FormattedValue) else self.value(part)
+            self.bounded(part, text)
+        return text
+
+    def formatted(self, node: ast.FormattedValue) -> str:
+        value = self.value(node.value)
+        spec = self.value(node.format_spec) if node.format_spec else ""
+        if re.search(r"\d{4}", spec):
+            raise self.error(node.value, "is formatted wider than 999 characters; write a smaller width")
+        if node.conversion in _CONVERSIONS:
+            value = self.computed(node.value, _CONVERSIONS[node.conversion], value)
+        text: str = self.computed(node.value, format, value, spec)
+        return text
+
+    def call(self, node: ast.Call) -> Any:
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=arguments) if name in _FUNCTIONS:
+                return self.computed(node, _FUNCTIONS[name], *[self.value(it) for it in arguments])
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="time"), attr="time"), args=[]):
+                return time.time()
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="time"), attr="strftime"),
+                args=[ast.Constant(value=str() as template)],
+            ) if _is_narrow(template):
+                return self.computed(node, time.strftime, template)
+        raise self.refusal(node)

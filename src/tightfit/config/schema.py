@@ -1,0 +1,321 @@
+"""What a run is: nanoGPT's keys with their names, types, defaults and meaning, and tightfit's own.
+
+The object is checked when it is made, so the rest of the code trusts it. What depends on the machine is
+"auto" here and decided elsewhere. Training keys: karpathy/nanoGPT train.py; sampling keys: its sample.py.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from tightfit.errors import ConfigError
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    holds: Callable[[Any], bool]
+    text: str
+    hint: str = ""
+
+
+def _one_of(*choices: str) -> _Rule:
+    return _Rule(lambda value: value in choices, "one of " + ", ".join(choices))
+
+
+def _is_source_of_weights(value: str) -> bool:
+    """Judged by the text alone: a configuration stored in a checkpoint must load on another machine."""
+    return value in ("scratch", "resume", *PRETRAINED) or bool(re.search(r"[./\\]", value))
+
+
+def _is_device(value: str) -> bool:
+    return bool(re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", value))
+
+
+_COUNT = _Rule(lambda value: value >= 1, "at least 1")
+_NOT_NEGATIVE = _Rule(lambda value: value >= 0, "0 or more")
+_ABOVE_ZERO = _Rule(lambda value: value > 0, "above 0")
+_FRACTION = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+_NOT_EMPTY = _Rule(bool, "not empty")
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("eval_interval", "log_interval", "eval_iters"), _COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "batch_size", "block_size"), _COUNT),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "num_samples", "max_new_tokens", "top_k"), _COUNT),
+    **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "save_interval"), _NOT_NEGATIVE),
+    **dict.fromkeys(("seed", "vocab_size", "sample_at_end", "prefetch"), _NOT_NEGATIVE),
+    **dict.fromkeys(("micro_batch", "eval_micro_batch", "activation_checkpointing"), _NOT_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "grad_clip", "min_lr"), _NOT_NEGATIVE),
+    **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
+    **dict.fromkeys(("out_dir", "data_dir", "dataset", "start"), _NOT_EMPTY),
+    "learning_rate": _ABOVE_ZERO,
+    "temperature": _Rule(_ABOVE_ZERO.holds, "above 0", "top_k=1 always takes the most likely token"),
+    "compile": _Rule(lambda value: isinstance(value, bool) or value == "auto", "True, False or auto"),
+    "device": _Rule(_is_device, "auto, cpu, cuda, cuda:N or mps"),
+    "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
+    "backend": _one_of("auto", "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl"),
+    "loss": _one_of("auto", "chunked", "full", "liger"),
+    "mode": _one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "init_from": _Rule(
+        _is_source_of_weights,
+        f"scratch, resume, {', '.join(PRETRAINED)} or a path",
+        "write a path in the working folder as ./name",
+    ),
+}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length()} bits"  # Python refuses to print very long ones
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+_WANTED: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool | str: "True, False or auto",
+}
+
+
+def _typed(key: str, kind: Any, value: object) -> Any:
+    """`value` as the key's type: 1e5 is a whole number, 3 a number, 0 and 1 booleans; True is no number."""
+    is_flag = kind in (bool, bool | str)
+    match value:
+        case bool() if is_flag:
+            return value
+        case int() if is_flag and value in (0, 1):
+            return bool(value)
+        case bool():
+            pass
+        case int() if kind is int:
+            return value
+        case float() if kind is int and value.is_integer():
+            return int(value)
+        case int() | float() if kind is float and abs(value) <= sys.float_info.max:
+            return float(value)
+        case str() if kind in (str, bool | str):
+            return value
+    raise ConfigError(f"{key} takes {_WANTED[kind]}, got {_shown(value)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """Base of the configurations: every field is brought to its type and checked by itself."""
+
+    def __post_init__(self) -> None:
+        for key in defaults(type(self)):
+            object.__setattr__(self, key, checked(type(self), key, getattr(self, key)))
+
+
+C = TypeVar("C", bound=Schema)
+
+
+def defaults(schema: type[Schema]) -> dict[str, Any]:
+    """Every key of `schema` with its default, in the order of the schema."""
+    return {field.name: field.default for field in fields(schema)}
+
+
+def checked(schema: type[Schema], key: str, value: object) -> Any:
+    """`value` as `key` of `schema` holds it; ConfigError if its type or range is wrong."""
+    value, rule = _typed(key, schema.__annotations__[key], value), _RULES.get(key)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{key} must be below 2**63, got {_shown(value)}")
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{key} must be UTF-8 text without NUL, got {_shown(value)}")
+    if rule and not rule.holds(value):
+        hint = rule.hint or f"the default is {_shown(defaults(schema)[key])}"
+        raise ConfigError(f"{key} must be {rule.text}, got {_shown(value)}; {hint}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Schema):
+    """A training run. The effective batch is the user's; `micro_batch` is only how it is run."""
+
+    out_dir: str = "out"
+    """Folder for checkpoints and metrics."""
+    eval_interval: int = 2000
+    """Steps between evaluations."""
+    log_interval: int = 1
+    """Steps between printed training losses."""
+    eval_iters: int = 200
+    """Batches of `batch_size` sequences averaged in one evaluation, for each split."""
+    eval_only: bool = False
+    """Whether to end after the first evaluation."""
+    always_save_checkpoint: bool = True
+    """Whether to save after every evaluation, or only when the validation loss is the best so far."""
+    init_from: str = "scratch"
+    """Where the weights come from: scratch, resume (from `out_dir`), a GPT-2 by name, or a path."""
+    save_interval: int = 0
+    """Steps between extra resume points; 0: at evaluations only."""
+
+    wandb_log: bool = False
+    """Whether to log to Weights & Biases."""
+    wandb_project: str = "owt"
+    """Its project."""
+    wandb_run_name: str = "gpt2"
+    """Its name for the run."""
+    tensorboard_log: bool = False
+    """Whether to write TensorBoard event files into `out_dir`."""
+
+    data_dir: str = "data"
+    """Folder that holds the dataset folders."""
+    dataset: str = "openwebtext"
+    """Name of the dataset's folder in `data_dir`."""
+    prefetch: int = 2
+    """Batches read ahead of the step that uses them; on the CPU they are read when needed."""
+    gradient_accumulation_steps: int = 5 * 8
+    """nanoGPT's passes per step, over all devices; here only its product with `batch_size` counts."""
+    batch_size: int = 12
+    """nanoGPT's sequences per pass."""
+    block_size: int = 1024
+    """Tokens in one sequence."""
+    micro_batch: int = 0
+    """Sequences per forward pass on one device; 0: `batch_size`."""
+    eval_micro_batch: int = 0
+    """Sequences per forward pass of an evaluation on one device; 0: `micro_batch`."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block."""
+    n_embd: int = 768
+    """Width of the residual stream, in numbers per token."""
+    dropout: float = 0.0
+    """Probability of dropping an activation; 0 for pretraining, 0.1 and up for finetuning."""
+    bias: bool = False
+    """Whether linear layers and LayerNorms have biases."""
+    vocab_size: int = 0
+    """Tokens in the vocabulary; 0: the dataset's, or 50304 if it names none."""
+
+    learning_rate: float = 6e-4
+    """Highest learning rate of AdamW."""
+    max_iters: int = 600_000
+    """Optimizer steps of the whole run."""
+    weight_decay: float = 1e-1
+    """AdamW's decay of the weight matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of gradients, per step."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of squared gradients, per step."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
+
+    decay_lr: bool = True
+    """Whether the learning rate follows warmup and cosine decay, or stays at `learning_rate`."""
+    warmup_iters: int = 2000
+    """Steps over which the learning rate rises from near 0."""
+    lr_decay_iters: int = 600_000
+    """Step at which the learning rate reaches `min_lr`; usually `max_iters`."""
+    min_lr: float = 6e-5
+    """Learning rate after the decay; usually `learning_rate / 10`."""
+
+    backend: str = "auto"
+    """torch.distributed's backend."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: str = "auto"
+    """Number format of the matrix products: auto, float32, bfloat16 or float16."""
+    compile: bool | str = "auto"
+    """Whether to use torch.compile; auto: where the hardware gains by it."""
+    mode: str = "default"
+    """torch.compile's mode."""
+    loss: str = "auto"
+    """How the loss is computed: full (all logits at once), chunked, liger, or auto."""
+    activation_checkpointing: int = 0
+    """Transformer blocks, from the first, that are recomputed in backward instead of kept."""
+    seed: int = 1337
+    """Seed of initialization, data order and dropout."""
+
+    sample_at_end: int = 0
+    """Tokens to sample after training; 0: none."""
+    start: str = "\n"
+    """Prompt of that sample."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nearest_width = self.n_head * max(1, round(self.n_embd / self.n_head))
+        for broken, message in (
+            (
+                self.n_embd % self.n_head,
+                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, like {nearest_width}",
+            ),
+            (
+                self.micro_batch > self.effective_batch,
+                f"micro_batch={self.micro_batch} must not exceed batch_size * gradient_accumulation_steps="
+                f"{self.effective_batch}; lower it, or set 0",
+            ),
+            (  # any other source of weights brings its own number of blocks
+                self.init_from == "scratch" and self.activation_checkpointing > self.n_layer,
+                f"activation_checkpointing={self.activation_checkpointing} must not exceed "
+                f"n_layer={self.n_layer}, which recomputes every block",
+            ),
+            (  # the cosine divides by their difference; below warmup_iters it is never used
+                self.decay_lr and self.warmup_iters == self.lr_decay_iters <= self.max_iters,
+                f"warmup_iters and lr_decay_iters are both {self.warmup_iters}, so the decay has no length; "
+                "raise lr_decay_iters or set decay_lr=False",
+            ),
+        ):
+            if broken:
+                raise ConfigError(message)
+
+    @property
+    def effective_batch(self) -> int:
+        """Sequences per optimizer step, over all devices."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, over all devices."""
+        return self.effective_batch * self.block_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Schema):
+    """Text drawn from a trained model."""
+
+    init_from: str = "resume"
+    """Where the weights come from: resume (from `out_dir`), a GPT-2 by name, or a path."""
+    out_dir: str = "out"
+    """Folder of the checkpoint; used by resume only."""
+    data_dir: str = "data"
+    """Folder that holds the dataset folders, for the vocabulary."""
+    start: str = "\n"
+    """The prompt, or FILE:name to read it from a file."""
+    num_samples: int = 10
+    """Samples to draw."""
+    max_new_tokens: int = 500
+    """Tokens per sample, after the prompt."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 less random, above 1 more."""
+    top_k: int = 200
+    """How many of the likeliest tokens may be drawn."""
+    seed: int = 1337
+    """Seed of the draws."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    dtype: str = "auto"
+    """Number format of the matrix products: auto, float32, bfloat16 or float16."""
+    compile: bool | str = False
+    """Whether to use torch.compile; auto: where the hardware gains by it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_from == "scratch":
+            raise ConfigError("init_from='scratch' has no weights to sample from; use resume, gpt2 or a path")
+
+
+def to_dict(config: Schema) -> dict[str, bool | int | float | str]:
+    """Plain values, as a checkpoint stores them."""
+    return asdict(config)
+
+
+def from_dict(schema: type[C], mapping: Mapping[str, object]) -> tuple[C, tuple[str, ...]]:
+    """The configuration in a checkpoint of tightfit or nanoGPT, and the names of entries that are no keys."""
+    known: dict[str, Any] = {key: value for key, value in mapping.items() if key in defaults(schema)}
+    return schema(**known), tuple(str(key) for key in mapping if key not in known)

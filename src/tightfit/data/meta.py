@@ -1,0 +1,193 @@
+"""What a dataset folder says about itself: our meta.json, or the meta.pkl that nanoGPT writes.
+
+A meta.pkl comes from anybody, so it is read as data: no class, function or outside object can be reached from
+it, and its operations are checked before they are carried out, so that a small file cannot ask for much
+memory.
+"""
+
+import io
+import json
+import pickle
+import pickletools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tightfit.errors import DataError
+from tightfit.units import MIB, format_bytes
+
+FORMAT = 1
+DTYPES = {"uint16": 2, "uint32": 4}
+"""Number formats of token files, always little-endian, and their bytes per token."""
+MAX_META_BYTES = 32 * MIB
+"""All of Unicode as a character vocabulary takes 24 MB as meta.pkl, 13 MB as meta.json."""
+MAX_CONTAINERS = 100_000
+"""Dicts, lists and tuples in a meta.pkl; nanoGPT writes 3. A dict is 1 byte there, 64 in memory."""
+
+_CONTAINERS = {
+    "EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+}  # fmt: skip
+_MEMO_BY_INDEX = {"PUT", "BINPUT", "LONG_BINPUT"}
+_PLAIN = _CONTAINERS | _MEMO_BY_INDEX | {
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+    "SETITEM", "SETITEMS", "APPEND", "APPENDS", "NONE", "NEWTRUE", "NEWFALSE",
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+}  # fmt: skip
+_REFUSED_BY_NAME = {"GLOBAL", "STACK_GLOBAL", "INST", "PERSID", "BINPERSID"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What is known of a dataset beside its tokens."""
+
+    vocab_size: int
+    """Every token id is below this."""
+    dtype: str = "uint16"
+    """Number format of train.bin and val.bin, little-endian."""
+    tokenizer: Mapping[str, Any] | None = None
+    """`Tokenizer.describe()` of what made the ids; None if the folder does not say."""
+    train_tokens: int | None = None
+    """Tokens in train.bin, if known."""
+    val_tokens: int | None = None
+    """Tokens in val.bin, if known."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Where the text came from."""
+    seed: int | None = None
+    """Seed of the split into training and validation documents."""
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.vocab_size) or not 1 <= self.vocab_size <= 2**32:
+            raise DataError(f"vocab_size must be between 1 and 2**32, got {self.vocab_size!r:.80}")
+        if self.dtype not in DTYPES:
+            raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
+        for name in ("train_tokens", "val_tokens", "seed"):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
+                raise DataError(f"{name} must be a whole number, got {value!r:.80}")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, Mapping):
+            raise DataError(f"tokenizer must be a description with a kind, got {self.tokenizer!r:.80}")
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=True) + "\n"
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The smaller number format that holds every id.
+
+    >>> dtype_for(65_536), dtype_for(65_537)
+    ('uint16', 'uint32')
+    """
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def read_meta(folder: str | Path) -> Meta | None:
+    """The folder's meta.json, else its meta.pkl, else None; DataError if the one that is there is broken."""
+    for name, parse in (("meta.json", _parse_json), ("meta.pkl", _parse_pickle)):
+        path = Path(folder) / name
+        if path.exists():
+            try:
+                return parse(_read_small(path))
+            except DataError as error:
+                raise DataError(f"{path}: {error}; prepare the dataset again, or remove the file") from None
+    return None
+
+
+def nanogpt_meta(characters: Sequence[str]) -> bytes:
+    """The meta.pkl that nanoGPT's sample.py and train.py read, for characters in order of id."""
+    itos = dict(enumerate(characters))
+    stoi = {character: i for i, character in itos.items()}
+    return pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_META_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"it cannot be read ({error.strerror})") from None
+    if len(data) > MAX_META_BYTES:
+        raise DataError(f"it is larger than {format_bytes(MAX_META_BYTES)}, which no vocabulary needs")
+    return data
+
+
+def _parse_json(data: bytes) -> Meta:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"it is not JSON ({_first_line(error)})") from None
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise DataError(f"it is not of format {FORMAT}, the one that this tightfit reads")
+    known = {name: value for name, value in fields.items() if name in Meta.__dataclass_fields__}
+    if "vocab_size" not in known:
+        raise DataError("it has no vocab_size")
+    return Meta(**known)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise DataError(f"it asks for {module}.{name}, and a vocabulary needs no code; nothing of it was run")
+
+    def persistent_load(self, pid: object) -> NoReturn:
+        raise DataError("it refers to an object outside the file; nothing of it was run")
+
+
+def _parse_pickle(data: bytes) -> Meta:
+    # The exceptions that pickle's documentation and the C unpickler's source name for malformed input.
+    try:
+        _check_operations(data)
+        content = _PlainUnpickler(io.BytesIO(data)).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"it is not a pickle of plain values ({_first_line(error)})") from None
+    except (OverflowError, MemoryError):
+        raise DataError("it is not a pickle of plain values (it asks for more memory than it can need)") from None
+    return _nanogpt_content(content)
+
+
+def _check_operations(data: bytes) -> None:
+    """Refuse, before anything is built, what only a hostile or a broken pickle holds.
+
+    `PUT` with a large index makes the unpickler fill a table of that length, 2**32 entries from five bytes.
+    """
+    containers = 0
+    for done, (operation, argument, _) in enumerate(pickletools.genops(data)):
+        if operation.name in _REFUSED_BY_NAME:
+            return  # the unpickler stops there too, and can say the name
+        if operation.name not in _PLAIN:
+            raise ValueError(f"it holds the operation {operation.name}")
+        containers += operation.name in _CONTAINERS
+        if containers > MAX_CONTAINERS:
+            raise ValueError(f"it holds more than {MAX_CONTAINERS} containers")
+        if operation.name in _MEMO_BY_INDEX and not (isinstance(argument, int) and 0 <= argument <= done):
+            raise ValueError(f"it numbers value {done} as {argument}")
+
+
+def _nanogpt_content(content: object) -> Meta:
+    if not isinstance(content, dict) or not _is_count(content.get("vocab_size")):
+        raise DataError("it is not a dict with a whole number as vocab_size")
+    vocab_size = content["vocab_size"]
+    itos, stoi = content.get("itos"), content.get("stoi")
+    if itos is None and stoi is None:
+        return Meta(vocab_size=vocab_size)
+    if not isinstance(itos, dict) or not isinstance(stoi, dict):
+        raise DataError("its itos and stoi are not two dicts")
+    if len(itos) != vocab_size or len(stoi) != vocab_size:
+        raise DataError(f"vocab_size is {vocab_size} but itos has {len(itos)} entries and stoi {len(stoi)}")
+    for i in range(vocab_size):
+        character = itos.get(i)
+        if not isinstance(character, str) or len(character) != 1 or stoi.get(character) != i:
+            raise DataError(f"id {i} is not one character that itos and stoi agree on")
+    return Meta(
+        vocab_size=vocab_size,
+        tokenizer={"kind": "characters", "characters": "".join(itos[i] for i in range(vocab_size))},
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -1,0 +1,81 @@
+"""Files that hold one document in each row: JSON lines and Parquet."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from tightfit.data.text import not_utf8, open_input, without_surrogates
+from tightfit.errors import DataError
+from tightfit.units import MIB, format_bytes
+
+MAX_LINE_BYTES = 256 * MIB
+"""Of a JSONL file; a line is held in memory as a whole."""
+
+Rows = Iterator[tuple[str, int]]
+"""The text of each row, with the bytes of the file read up to it."""
+
+
+def jsonl_rows(path: Path, field: str, errors: str) -> Rows:
+    """The strings under the key `field`; empty lines are passed over."""
+    position = 0
+    with open_input(path) as file:
+        for number, line in enumerate(_lines(file, path), 1):
+            start, position = position, position + len(line)
+            if line.strip():
+                yield _text_of(line, field, errors, path, start, f"{path}:{number}"), position
+
+
+def parquet_rows(path: Path, field: str, errors: str) -> Rows:
+    """The strings of the column `field`."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path} needs pyarrow; install it with: pip install 'tightfit[data]'") from None
+    size, row = path.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                columns = ", ".join(map(repr, file.schema_arrow.names[:8]))
+                raise DataError(f"{path} has no column {field!r}, only {columns}; name one with --field")
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if not isinstance(text, str):
+                        raise DataError(
+                            f"{path}: row {row} of {field!r} is no text; name a column of text with --field"
+                        )
+                    yield text, size * row // file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as Parquet after row {row} ({str(error)[:120]}); make or copy it again"
+        ) from None
+
+
+ROW_READERS: dict[str, Callable[[Path, str, str], Rows]] = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
+
+
+def _text_of(line: bytes, field: str, errors: str, path: Path, offset: int, where: str) -> str:
+    try:
+        row = json.loads(line.decode("utf-8", errors).removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, offset + error.start, error) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); mend or remove the line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise DataError(f"{where}: not usable JSON ({str(error)[:80]}); mend or remove the line") from None
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        keys = f"its keys are {', '.join(map(repr, list(row)[:8]))}" if isinstance(row, dict) else "no object"
+        raise DataError(f"{where}: no text under {field!r}, {keys}; name the key with --field")
+    return without_surrogates(text, errors, where)
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            raise DataError(f"{path}:{number}: the line is longer than {format_bytes(MAX_LINE_BYTES)}; split the row")
+        yield line

@@ -1,0 +1,265 @@
+"""Where text comes from: one file, many files and rows, or OpenWebText, all as one stream of pieces.
+
+A stream is the same at every reading, piece by piece: an interrupted preparation reads it again up to where
+it was.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from tightfit.data.rows import ROW_READERS
+from tightfit.data.text import CHUNK, cut, in_chunks, read_text
+from tightfit.errors import DataError
+from tightfit.units import GIB
+
+Split = Literal["train", "val"]
+
+TEXT_SUFFIXES = re.compile(
+    r"\.(txt|text|md|rst|tex|org|html|xml|css|pyi?|c|h|cc|cpp|hpp|cuh?|rs|go|java|kt|scala|swift|jsx?|tsx?"
+    r"|rb|php|pl|lua|r|jl|hs|ml|ex|erl|el|lisp|scm|clj|sh|sql|toml|ya?ml|ini)",
+    re.IGNORECASE,
+)
+"""Files of these names in a folder are documents; .jsonl and .parquet hold one in each row."""
+
+
+class Piece(NamedTuple):
+    """Some text of one document."""
+
+    text: str
+    split: Split
+    ends: bool
+    """Whether a document ends here, so that an end-of-text id follows."""
+    position: int
+    """Bytes of input read so far."""
+
+
+class Source(Protocol):
+    """A stream of text that can be read again."""
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of input, if known."""
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of it that are surely text."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether pieces end documents."""
+
+    def describe(self) -> dict[str, Any]:
+        """For meta.json."""
+
+    def identity(self) -> str:
+        """Changes when the text does, as far as sizes and times of files show."""
+
+    def pieces(self) -> Iterator[Piece]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFile:
+    """One text, split by characters: the first for training, the rest for validation, as in nanoGPT."""
+
+    path: Path
+    val_fraction: float
+    """Of the characters."""
+    errors: str = "strict"
+
+    has_documents = False
+
+    @property
+    def total_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    text_bytes = total_bytes
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "text", "path": str(self.path), "bytes": self.total_bytes}
+
+    def identity(self) -> str:
+        return _digest([self.path], self.path.parent)
+
+    def pieces(self) -> Iterator[Piece]:
+        characters = sum(len(text) for text, _ in read_text(self.path, self.errors))
+        marked = self._marked(int(characters * (1 - self.val_fraction)))
+        for split, group in groupby(marked, key=lambda chunk: chunk[0]):
+            for text, position, _ in cut((text, position) for _, text, position in group):
+                yield Piece(text, split, False, position)
+
+    def _marked(self, train_characters: int) -> Iterator[tuple[Split, str, int]]:
+        left = train_characters
+        for text, position in read_text(self.path, self.errors):
+            if left:
+                yield "train", text[:left], position
+            if len(text) > left:
+                yield "val", text[left:], position
+            left = max(0, left - len(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Documents: whole text files, and the rows of .jsonl and .parquet files, in order of their names."""
+
+    name: str
+    root: Path
+    """Names of files are taken relative to this, for their order and for the split."""
+    files: tuple[Path, ...]
+    val_fraction: float
+    """Of the rows, and of the bytes of whole files; drawn by a hash of name, row and seed."""
+    seed: int
+    field: str = "text"
+    """Key of a JSONL row, or column of a Parquet file, that holds the text."""
+    errors: str = "strict"
+    skipped: int = 0
+    """Files of the folder that are of no known kind."""
+
+    has_documents = True
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files if not _has_rows(path))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "files",
+            "name": self.name,
+            "files": len(self.files),
+            "skipped": self.skipped,
+            "bytes": self.total_bytes,
+        }
+
+    def identity(self) -> str:
+        return _digest(self.files, self.root)
+
+    def pieces(self) -> Iterator[Piece]:
+        held_out = self._held_out()
+        documents = rows = before = 0
+        for path in self.files:
+            for row, chunks in enumerate(self._documents(path)):
+                documents += 1
+                split: Split = "val" if path in held_out else "train"
+                if _has_rows(path):
+                    split = self._split_of_row(f"{self._name(path)}:{row}", rows)
+                    rows += 1
+                for text, position, last in cut(chunks):
+                    yield Piece(text, split, last, before + position)
+            before += path.stat().st_size
+        if documents == 1:
+            raise DataError(f"{self.root} has one document, and a split by documents needs two; give it as a text file")
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def _hash(self, name: str) -> int:
+        text = f"{self.seed}:{name}".encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
+    def _held_out(self) -> frozenset[Path]:
+        """Whole files for validation, in order of hash while they fit its share of bytes; at least one."""
+        sizes = {path: size for path in self.files if not _has_rows(path) and (size := path.stat().st_size)}
+        left = int(sum(sizes.values()) * self.val_fraction)
+        held: list[Path] = []
+        for path in sorted(sizes, key=lambda path: self._hash(self._name(path))):
+            if sizes[path] <= left:
+                left -= sizes[path]
+                held.append(path)
+        return frozenset(held or (sorted(sizes, key=sizes.__getitem__)[:1] if len(sizes) > 1 else []))
+
+    def _split_of_row(self, name: str, number: int) -> Split:
+        if number < 2:  # so that neither side is empty, however few there are
+            return "val" if number else "train"
+        return "val" if self._hash(name) < self.val_fraction * 2**64 else "train"
+
+    def _documents(self, path: Path) -> Iterator[Iterable[tuple[str, int]]]:
+        if not _has_rows(path):
+            return iter([read_text(path, self.errors)])
+        rows = ROW_READERS[path.suffix](path, self.field, self.errors)
+        return (in_chunks(text, position) for text, position in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenWebText:
+    """OpenWebText by Hugging Face's `datasets`, in nanoGPT's order and split: shuffled, 0.05% held out."""
+
+    val_fraction: float
+    seed: int
+    workers: int
+
+    has_documents = True
+    total_bytes = None
+    text_bytes = 38 * GIB  # of its 8,013,769 documents, from its authors' announcement
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "openwebtext", "name": "Skylion007/openwebtext"}
+
+    def identity(self) -> str:
+        return "openwebtext"
+
+    def pieces(self) -> Iterator[Piece]:
+        parts = self._load().train_test_split(test_size=self.val_fraction, seed=self.seed, shuffle=True)
+        position = 0
+        splits: tuple[tuple[Split, str], ...] = (("train", "train"), ("val", "test"))
+        for split, part in splits:
+            for row in parts[part]:
+                position += len(row["text"])
+                for text, _, last in cut(in_chunks(row["text"], position)):
+                    yield Piece(text, split, last, position)
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise DataError(
+                "openwebtext needs the datasets package; install it: pip install 'tightfit[data]'"
+            ) from None
+        try:
+            return datasets.load_dataset("Skylion007/openwebtext", split="train", num_proc=self.workers)
+        except (OSError, ValueError, RuntimeError) as error:
+            # No network (ConnectionError), not found there, or a script instead of data, which is never run.
+            raise DataError(
+                f"openwebtext could not be loaded ({type(error).__name__}: {str(error)[:160]}); it needs a "
+                "network and 54 GB in ~/.cache/huggingface; or fetch its Parquet files elsewhere and give "
+                "their folder with --input"
+            ) from None
+
+
+def collect(path: Path) -> tuple[tuple[Path, ...], int]:
+    """The files of known kinds under a folder, sorted by name, and how many others; none that is hidden."""
+    found, skipped = [], 0
+    for parent, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(parent, name)
+            if (
+                not name.startswith(".")
+                and (TEXT_SUFFIXES.fullmatch(file.suffix) or _has_rows(file))
+                and file.is_file()
+            ):
+                found.append(file)
+            else:
+                skipped += 1
+    return tuple(sorted(found, key=lambda file: file.relative_to(path).as_posix())), skipped
+
+
+def _has_rows(path: Path) -> bool:
+    return path.suffix in ROW_READERS
+
+
+def _digest(files: Iterable[Path], root: Path) -> str:
+    digest = hashlib.sha256(str(CHUNK).encode())
+    for path in files:
+        status = path.stat()
+        name = path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")
+        digest.update(name + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()

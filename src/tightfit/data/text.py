@@ -1,0 +1,92 @@
+"""Text out of files in bounded memory: decoded, with the offset of what is not UTF-8, cut between tokens."""
+
+import codecs
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from tightfit.errors import DataError
+
+CHUNK = 2**18
+"""Bytes read, and characters encoded, in one go."""
+
+# White space as Unicode and the tokenizers' patterns define it; str.isspace also takes U+001C to U+001F.
+_WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+def open_input(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a file that exists and is readable") from None
+
+
+def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
+    """Chunks of a UTF-8 file, each with the bytes read so far; line ends become "\\n", as in nanoGPT."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(errors), translate=True)
+    position = 0
+    with open_input(path) as file:
+        while True:
+            data = file.read(CHUNK)
+            position += len(data)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                # The decoder's object is what it kept of the last chunk followed by this one.
+                raise not_utf8(path, position - len(error.object) + error.start, error) from None
+            yield text, position
+            if not data:
+                return
+
+
+def not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{path} is not UTF-8 at byte {offset:,} (0x{error.object[error.start]:02x}); convert it, "
+        "or put U+FFFD there with --errors=replace"
+    )
+
+
+def cut(chunks: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int, bool]]:
+    """The same text in pieces of at most CHUNK characters, each with its position and whether it is the last.
+
+    A piece ends between a character that is not white space and one that is. No token of GPT-2's BPE or of
+    ours crosses such a place, nor looks behind it, so the ids are those of the whole text. Only in CHUNK
+    characters without such a place (one run of white space, or Chinese without a space or a line break) the
+    cut is at the end of the piece, and the two tokens there may differ.
+
+    >>> [piece for piece, _, _ in cut([("one two\\n" * 40_000, 0)])][0][-9:]
+    'o\\none two'
+    """
+    held, position = "", 0
+    for text, position in chunks:
+        held += text
+        while len(held) > CHUNK:
+            end = _safe_end(held)
+            yield held[:end], position, False
+            held = held[end:]
+    yield held, position, True
+
+
+def _safe_end(text: str) -> int:
+    space = max(text.rfind(" ", 0, CHUNK), text.rfind("\n", 0, CHUNK))
+    return len(text[: space + 1].rstrip(_WHITE)) or CHUNK
+
+
+def in_chunks(text: str, position: int) -> Iterator[tuple[str, int]]:
+    """A text in memory as `cut` takes it."""
+    for start in range(0, max(len(text), 1), CHUNK):
+        yield text[start : start + CHUNK], position
+
+
+def without_surrogates(text: str, errors: str, where: str) -> str:
+    """The text, if it is text: JSON can say half of a surrogate pair, which no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "replace":
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        raise DataError(
+            f"{where}: character {error.start} is half of a surrogate pair; mend it, or use --errors=replace"
+        ) from None
+    return text

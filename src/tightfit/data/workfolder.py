@@ -1,0 +1,199 @@
+"""Where a preparation works, `<dataset>/.prepare`: how far it is, and the step that makes it the dataset.
+
+Token files grow there, with a journal of the lengths that are safely on disk. When all is written, a marker
+names the finished files and they are renamed into the dataset's folder, meta.json last. While the marker is
+there, nobody opens the dataset, and the next preparation completes the renames; so a crash at any point
+leaves either the previous dataset, the new one, or one that says it is unfinished.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tightfit.data.meta import DTYPES
+from tightfit.errors import DataError, DoesNotFit
+from tightfit.units import format_bytes
+
+WORK_FOLDER = ".prepare"
+_MARKER = "publish.json"
+_JOURNAL = "journal.json"
+_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.pkl", "meta.json")
+"""Every file of a dataset, in the order of publication."""
+
+
+@dataclass(kw_only=True)
+class Journal:
+    """How much of a preparation is safely on disk."""
+
+    job: str
+    """Digest of everything that decides the result; another digest is another job."""
+    dtype: str = "uint16"
+    """Number format of the files."""
+    shards: int = 0
+    """Groups of pieces, in order of reading, whose ids are all in the files."""
+    train: int = 0
+    """Ids in train.bin."""
+    val: int = 0
+    """Ids in val.bin."""
+    position: int = 0
+    """Bytes of input read for them."""
+    documents: int = 0
+    """Documents ended in them."""
+
+    def save(self, work: Path) -> None:
+        write_atomically(work / _JOURNAL, json.dumps(asdict(self)).encode())
+
+
+def open_journal(work: Path, job: str) -> Journal:
+    """The journal of this job, or a new one in an emptied work folder if what is there is not of this job."""
+    try:
+        journal = Journal(**json.loads((work / _JOURNAL).read_bytes()))
+        held = [(work / f"{split}.bin").stat().st_size // DTYPES[journal.dtype] for split in ("train", "val")]
+        if journal.job == job and held[0] >= journal.train and held[1] >= journal.val:
+            return journal
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # absent, or not written by this version
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    journal = Journal(job=job)
+    journal.save(work)
+    return journal
+
+
+def discard_unstarted(folder: Path) -> None:
+    """Remove the work folder if nothing is journaled there yet, then the dataset's folder if it is empty."""
+    work = folder / WORK_FOLDER
+    with contextlib.suppress(OSError, ValueError):
+        if not json.loads((work / _JOURNAL).read_bytes())["shards"]:
+            shutil.rmtree(work)
+        folder.rmdir()  # refuses if there is anything in it
+
+
+class TokenWriter:
+    """A token file in the work folder, cut to the length that the journal gives and then appended to."""
+
+    def __init__(self, path: Path, dtype: str, tokens: int) -> None:
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        self._file.truncate(tokens * self._dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, ids: npt.NDArray[np.uint32]) -> None:
+        rest = memoryview(ids.astype(self._dtype).tobytes())
+        while rest:
+            rest = rest[self._file.write(rest) or 0 :]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file as a whole or not at all, on disk when this returns."""
+    temporary = path.with_name(f"{path.name}.new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def publish(folder: Path) -> None:
+    """Make the finished files of the work folder the dataset; meta.json must be among them."""
+    work = folder / WORK_FOLDER
+    names = [name for name in _FILES if (work / name).exists()]
+    assert "meta.json" in names
+    write_atomically(work / _MARKER, json.dumps(names).encode())
+    finish_publishing(folder)
+
+
+def publishing(folder: Path) -> bool:
+    """Whether a publication of this dataset has begun and not ended."""
+    return (folder / WORK_FOLDER / _MARKER).exists()
+
+
+def finish_publishing(folder: Path) -> None:
+    """Complete a publication that a crash has interrupted, from whatever point; without one, do nothing."""
+    if not publishing(folder):
+        return
+    work = folder / WORK_FOLDER
+    names = json.loads((work / _MARKER).read_bytes())
+    for stale in set(_FILES) - set(names):
+        (folder / stale).unlink(missing_ok=True)
+    for name in _FILES:
+        if name in names and (work / name).exists():
+            (work / name).replace(folder / name)
+    sync_folder(folder)
+    (work / _MARKER).unlink()
+    shutil.rmtree(work)
+
+
+def sync_folder(folder: Path) -> None:
+    """Renames in the folder are on disk when this returns; Windows has no such call and needs none."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the dataset's folder; DataError if another process prepares it. The lock ends with the process."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is preparing {folder}; wait for it, or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk, quota or file-size limit becomes one DoesNotFit; a forbidden folder, one DataError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(
+                f"{error.filename or folder} may not be written ({error.strerror}); choose another --data_dir"
+            ) from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        work = folder / WORK_FOLDER
+        kept = sum(path.stat().st_size for path in work.glob("*") if path.is_file())
+        raise DoesNotFit(
+            f"no room to write in {folder} ({error.strerror}) after {format_bytes(kept)}, with "
+            f"{format_bytes(shutil.disk_usage(folder).free)} free on its disk; any earlier dataset there is "
+            f"untouched. Make room and run the same command, which continues, or delete {work}"
+        ) from None
+
+
+def require_space(folder: Path, *, needed_bytes: int) -> None:
+    """DoesNotFit if the folder's disk cannot hold what is surely needed."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise DoesNotFit(
+            f"the tokens need at least {format_bytes(needed_bytes)} but the disk of {folder} has "
+            f"{format_bytes(free)} free; make room, or choose a folder on another disk with --data_dir"
+        )

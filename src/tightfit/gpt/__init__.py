@@ -1,0 +1,1 @@
+"""What is trained: the model, its loss, its optimizer, and its forms on disk."""

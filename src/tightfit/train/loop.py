@@ -1,0 +1,335 @@
+"""A run from its configuration to its last checkpoint: nanoGPT's main path, in execution order."""
+
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tightfit.config import Resolved, TrainConfig, describe, to_dict
+from tightfit.data import Dataset, open_dataset
+from tightfit.data.batches import Batches, Purpose, micro_batches, read_ahead
+from tightfit.errors import ConfigError, DoesNotFit
+from tightfit.train import checkpoint as ckpt
+from tightfit.train.checkpoint import Checkpoint
+from tightfit.train.distributed import World, process_group, world_of_environment
+from tightfit.train.hardware import Hardware, choose_hardware
+from tightfit.train.memory import keep_freed_memory, memory_use
+from tightfit.train.metrics import METRICS, Reporter, Stopwatch
+from tightfit.train.sample import sample_text
+from tightfit.train.setup import build_model, build_state, data_order_changes, model_config, starting_point
+from tightfit.train.step import StepResult, dropout_seed, evaluation_loss, optimizer_step
+from tightfit.units import format_count
+
+PREVIOUS = "previous"
+"""Folder in `out_dir` for the files of the run that a new one replaces."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    step: int
+    """Optimizer steps done in all."""
+    best_val_loss: float
+    stopped_by: signal.Signals | None = None
+    """The signal that ended it early, after saving."""
+
+
+def train(resolved: Resolved[TrainConfig]) -> RunResult:
+    """Train as configured. Raises this package's errors for what cannot be done, with nothing lost."""
+    config = resolved.config
+    world = world_of_environment()
+    hardware = choose_hardware(config, local_rank=world.local_rank, local_size=world.local_size)
+    if config.effective_batch < world.size:
+        raise ConfigError(
+            f"batch_size * gradient_accumulation_steps = {config.effective_batch} sequences a step cannot be "
+            f"shared by {world.size} processes; start at most {config.effective_batch}"
+        )
+    with process_group(world, config.backend, hardware.device):
+        reporter = Reporter(is_main=world.is_main)
+        try:
+            return _Run(resolved, world, hardware, reporter).execute()
+        finally:
+            reporter.close()
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """Linear warm-up over `warmup_iters`, then half a cosine down to `min_lr` at `lr_decay_iters`.
+
+    >>> config = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=1, lr_decay_iters=3, max_iters=3)
+    >>> [round(learning_rate_at(config, step), 3) for step in range(5)]
+    [0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+    if not config.decay_lr:
+        return config.learning_rate
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if step > config.lr_decay_iters:
+        return config.min_lr
+    done = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    return config.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
+
+
+class _Run:
+    """One run in one process; `execute` is the path, the rest its parts."""
+
+    def __init__(self, resolved: Resolved[TrainConfig], world: World, hardware: Hardware, reporter: Reporter) -> None:
+        config = resolved.config
+        self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
+        self.folder = Path(config.out_dir)
+        say = reporter.say
+        for key, value, source in describe(resolved):
+            say(f"{key} = {value!r} ({source})")
+        dataset = self._open_dataset()
+        start = starting_point(config.init_from, config.out_dir, say=say)
+        shape = model_config(config, start, dataset, say=say)
+        if world.is_main:
+            dataset.validate(block_size=shape.block_size, vocab_size=shape.vocab_size)
+        for reason in hardware.reasons:
+            say(reason)
+        self.batches = Batches(dataset, shape.block_size, config.effective_batch, config.seed)
+        self.dataset = dataset
+        # On the CPU a reading thread only takes cores from the step: a small model was 3% slower with it.
+        self.prefetch = 0 if hardware.device.type == "cpu" else config.prefetch
+        self.model = build_model(config, shape, start, hardware.device)
+        if hardware.device.type == "cpu":
+            keep_freed_memory(self.model.count_parameters())
+        self.state = build_state(config, self.model, start, hardware, world)
+        self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
+        if start is not None and config.init_from == "resume":
+            self._resume(start)
+        self.tokens_per_step = config.effective_batch * shape.block_size
+        mine = world.share(config.effective_batch)
+        self.passes = micro_batches(mine, config.micro_batch or min(config.batch_size, len(mine)))
+        say(
+            f"parameters: {format_count(self.model.count_parameters())}; tokens per step: {self.tokens_per_step:,}, "
+            f"as {len(self.passes)} x {len(self.passes[0])} sequences of {shape.block_size}"
+            + (f" on each of {world.size} processes" if world.size > 1 else "")
+        )
+
+    def execute(self) -> RunResult:
+        config, world = self.config, self.world
+        if config.eval_only:
+            self._evaluate(_Stop())
+            return self._result()
+        if world.is_main:
+            with ckpt.folder_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if config.init_from != "resume":
+                    _set_aside(self.folder, say=self.reporter.say)
+                self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
+        with _signals() as stop:
+            result = self._loop(stop)
+        if result.stopped_by is None and config.sample_at_end and world.is_main:
+            self._sample()
+        return result
+
+    def _loop(self, stop: "_Stop") -> RunResult:
+        config = self.config
+        read = read_ahead(self._reads(), self.prefetch)
+        watch = Stopwatch()
+        watch.restart(self.step)
+        while True:
+            last = self.step >= config.max_iters
+            if not self.evaluated and (last or self.step % config.eval_interval == 0):
+                if self._evaluate(stop):
+                    self._save_after_evaluation()
+                watch.restart(self.step)
+            if self.world.any(stop.by is not None, self.hardware.device):
+                self._save(ckpt.LAST, last_chance=True)
+                number = stop.by or signal.SIGTERM
+                self.reporter.say(
+                    f"{number.name}: saved step {self.step} in {self.folder}; continue with --init_from=resume"
+                )
+                return self._result(number)
+            if last:
+                return self._result()
+            result = self._train_step(read)
+            if (self.step - 1) % config.log_interval == 0:
+                self._log(result, watch)
+            if config.save_interval and self.step % config.save_interval == 0:
+                self._save(ckpt.LAST)
+
+    def _train_step(self, read: Iterator[tuple[Tensor, Tensor]]) -> StepResult:
+        config, step = self.config, self.step
+        result = optimizer_step(
+            self.state,
+            (self._to_device(next(read)) for _ in self.passes),
+            passes=len(self.passes),
+            tokens=self.tokens_per_step,
+            learning_rate=learning_rate_at(config, step),
+            grad_clip=config.grad_clip,
+            seed_of_pass=(lambda number: dropout_seed(config.seed, step, self.passes[number].start))
+            if config.dropout
+            else None,
+        )
+        self.step, self.evaluated = step + 1, False
+        return result
+
+    def _evaluate(self, stop: "_Stop") -> bool:
+        """Mean losses of both splits, printed and kept; False if a signal cut it short."""
+        config, world = self.config, self.world
+        mine = world.share(config.eval_iters * config.batch_size)
+        size = config.eval_micro_batch or config.micro_batch or config.batch_size
+        losses = {}
+        for split in ("train", "val"):
+            purpose: Purpose = "evaluate train" if split == "train" else "evaluate val"
+            tasks = (partial(self._read, purpose, self.step, part) for part in micro_batches(mine, size))
+            wanted = (self._to_device(pair) for pair in read_ahead(tasks, self.prefetch))
+            total, tokens = world.sum([*evaluation_loss(self.state, _until(stop, wanted))], self.hardware.device)
+            if world.any(stop.by is not None, self.hardware.device):
+                return False
+            losses[split] = total / tokens
+        self.reporter.evaluation(self.step, losses, learning_rate_at(config, self.step))
+        self.evaluated = True
+        self.improved = losses["val"] < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, losses["val"])
+        return True
+
+    def _save_after_evaluation(self) -> None:
+        """nanoGPT's rule, and the end of a run is never lost."""
+        if self.step == 0:
+            return
+        if self.improved or self.config.always_save_checkpoint:
+            self._save(ckpt.BEST)
+        elif self.step >= self.config.max_iters:
+            self._save(ckpt.LAST)
+
+    def _save(self, name: str, *, last_chance: bool = False) -> None:
+        """A full disk does not end a run that can go on: it is said, and the last good checkpoint stays."""
+        if not self.world.is_main:
+            return
+        content = Checkpoint(
+            model_config=self.model.config,
+            model=self.model.state_dict(),
+            optimizer=self.state.optimizer.state_dict(),
+            step=self.step,
+            best_val_loss=self.best_val_loss,
+            config=to_dict(self.config),
+            scaler=self.state.scaler.state_dict(),
+            evaluated=self.evaluated,
+        )
+        try:
+            ckpt.save(self.folder, content, name=name)
+        except DoesNotFit as error:
+            if last_chance or self.step >= self.config.max_iters:
+                raise
+            self.reporter.say(f"{error}; training goes on")
+
+    def _resume(self, start: Checkpoint) -> None:
+        self.step, self.best_val_loss, self.evaluated = start.step, start.best_val_loss, start.evaluated
+        self.reporter.say(f"resuming {start.path} at step {start.step}")
+        if changes := data_order_changes(self.config, start):
+            self.reporter.say(f"the data order changes from here on: {', '.join(changes)}")
+
+    def _log(self, result: StepResult, watch: Stopwatch) -> None:
+        (loss,) = self.world.sum([float(result.loss)], self.hardware.device)
+        ms = watch.lap(self.step)
+        rate = self.tokens_per_step / ms * 1000
+        values = {
+            "loss": loss,
+            "ms": ms,
+            "tokens_per_s": rate,
+            "lr": learning_rate_at(self.config, self.step - 1),
+        }
+        if result.grad_norm is not None:
+            values["grad_norm"] = float(result.grad_norm)
+        if peak := self.hardware.peak_flops:
+            flops = self.model.flops_per_token(self.batches.block_size)
+            values["mfu"] = flops * rate / (peak * self.world.size)
+        self.reporter.step(self.step - 1, values, memory_use(self.hardware.device))
+
+    def _open_dataset(self) -> Dataset:
+        return open_dataset(self.config.dataset, self.config.data_dir)
+
+    def _reads(self) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        for step in range(self.step, self.config.max_iters):
+            for part in self.passes:
+                yield partial(self._read, "train", step, part)
+
+    def _read(self, purpose: Purpose, step: int, sequences: range) -> tuple[Tensor, Tensor]:
+        inputs, targets = (torch.from_numpy(ids) for ids in self.batches.read(purpose, step, sequences))
+        if self.hardware.device.type == "cuda":
+            return inputs.pin_memory(), targets.pin_memory()
+        return inputs, targets
+
+    def _to_device(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        device = self.hardware.device
+        return pair[0].to(device, non_blocking=True), pair[1].to(device, non_blocking=True)
+
+    def _sample(self) -> None:
+        text = sample_text(
+            self.model,
+            self.dataset,
+            start=self.config.start,
+            max_new_tokens=self.config.sample_at_end,
+            seed=self.config.seed,
+            hardware=self.hardware,
+        )
+        self.reporter.say(text)
+
+    def _result(self, stopped_by: signal.Signals | None = None) -> RunResult:
+        return RunResult(self.step, self.best_val_loss, stopped_by)
+
+
+@dataclass
+class _Stop:
+    """A signal that asked the run to end, if one came."""
+
+    by: signal.Signals | None = None
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """The first SIGINT or SIGTERM asks for a stop after the current step; a second one has its usual effect."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    usual = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, _frame: object) -> None:
+        stop.by = signal.Signals(number)
+        for each, handler in usual.items():
+            signal.signal(each, handler)
+
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _until(stop: _Stop, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for pair in pairs:
+        if stop.by is not None:
+            return
+        yield pair
+
+
+def _set_aside(folder: Path, *, say: Callable[[str], object]) -> None:
+    """Move what an earlier run left in `folder` into its `previous/`, in place of what that holds.
+
+    A run that ended before it saved anything replaces nothing, and a move cut short is finished by the next.
+    """
+    previous, moving = folder / PREVIOUS, folder / f".{PREVIOUS}.moving"
+    left = [folder / name for name in (*ckpt.NAMES, METRICS) if (folder / name).exists()]
+    if any(path.name in ckpt.NAMES for path in left):
+        moving.mkdir(exist_ok=True)
+        for path in left:
+            path.replace(moving / path.name)
+    if moving.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        moving.rename(previous)
+        say(f"{folder} holds an earlier run; its files are now in {previous}")

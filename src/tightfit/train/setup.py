@@ -1,0 +1,112 @@
+"""What a run starts from: the weights, the model's shape, the optimizer. Every departure from the request is said."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tightfit.config import PRETRAINED, TrainConfig
+from tightfit.data import Dataset
+from tightfit.errors import ConfigError
+from tightfit.gpt.convert import fetch_pretrained
+from tightfit.gpt.model import GPT, PADDED_VOCAB, GPTConfig
+from tightfit.gpt.optimizer import build_optimizer
+from tightfit.train import checkpoint as ckpt
+from tightfit.train.checkpoint import Checkpoint
+from tightfit.train.distributed import World
+from tightfit.train.hardware import Hardware
+from tightfit.train.step import StepState
+
+Say = Callable[[str], object]
+
+
+def starting_point(init_from: str, out_dir: str, *, say: Say) -> Checkpoint | None:
+    """What `init_from` names: a run to resume, or weights at step 0; None for scratch."""
+    if init_from == "scratch":
+        return None
+    if init_from == "resume":
+        return ckpt.load_newest(Path(out_dir), say=say)
+    path = Path(init_from)
+    if init_from not in PRETRAINED and (path.suffix == ".pt" or path.is_file()):
+        saved = ckpt.load(path)
+        return replace(saved, step=0, best_val_loss=math.inf, optimizer=None, scaler=None, evaluated=False)
+    config, weights = fetch_pretrained(init_from)
+    return Checkpoint(model_config=config, model=weights, optimizer=None, step=0, best_val_loss=math.inf, path=path)
+
+
+def model_config(config: TrainConfig, start: Checkpoint | None, dataset: Dataset, *, say: Say) -> GPTConfig:
+    """The model's shape: the weights' own where there are some, else the configuration's."""
+    if start is None:
+        vocab_size = config.vocab_size or dataset.vocab_size or PADDED_VOCAB
+        if not config.vocab_size:
+            whose = "the dataset's" if dataset.vocab_size else "GPT-2's 50257 rounded up to a multiple of 64"
+            say(f"vocab_size: {vocab_size}, {whose}")
+        return GPTConfig(
+            block_size=config.block_size,
+            vocab_size=vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            dropout=config.dropout,
+            bias=config.bias,
+        )
+    own = start.model_config
+    shape = replace(own, dropout=config.dropout, block_size=min(config.block_size, own.block_size))
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+        if getattr(shape, key) != getattr(config, key):
+            say(f"{key}: {getattr(shape, key)}, as in {start.path} (the configuration says {getattr(config, key)})")
+    if config.activation_checkpointing > shape.n_layer:
+        raise ConfigError(
+            f"activation_checkpointing={config.activation_checkpointing} is more than the {shape.n_layer} blocks "
+            f"of {start.path}; set {shape.n_layer} to recompute all of them"
+        )
+    return shape
+
+
+def build_model(config: TrainConfig, shape: GPTConfig, start: Checkpoint | None, device: torch.device) -> GPT:
+    """The model on its device. Saved weights are copied in one by one: no second set of them is made there."""
+    options = {"loss": config.loss, "checkpointed_blocks": config.activation_checkpointing}
+    if start is None:
+        torch.manual_seed(config.seed)
+        cpu = torch.device("cpu")  # its generator gives the same weights whatever the device
+        return GPT.on_device(shape, cpu, **options).init_weights().to(device)
+    model = GPT.on_device(replace(shape, block_size=start.model_config.block_size), device, **options)
+    ckpt.restore_model(model, start.model)
+    if shape.block_size < model.config.block_size:
+        model.crop_block_size(shape.block_size)
+    return model
+
+
+def build_state(
+    config: TrainConfig, model: GPT, start: Checkpoint | None, hardware: Hardware, world: World
+) -> StepState:
+    """Optimizer and scaler as they were saved; the model compiled and wrapped as the run needs it."""
+    optimizer = build_optimizer(
+        model,
+        weight_decay=config.weight_decay,
+        learning_rate=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+    )
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    if start is not None and start.optimizer is not None:
+        ckpt.restore_optimizer(optimizer, start.optimizer, start.path)
+        if start.scaler:
+            scaler.load_state_dict(dict(start.scaler))
+    called: nn.Module = model
+    if hardware.compile:
+        called = torch.compile(model, mode=None if config.mode == "default" else config.mode)  # type: ignore[assignment]
+    if world.size > 1:
+        ids = [hardware.device.index] if hardware.device.type == "cuda" else None
+        called = DistributedDataParallel(called, device_ids=ids)
+    return StepState(model=called, optimizer=optimizer, scaler=scaler, autocast=hardware.autocast, processes=world.size)
+
+
+def data_order_changes(config: TrainConfig, start: Checkpoint) -> list[str]:
+    """Keys that decide which sequences are in a step and differ from the saved run's, as "key was, now is"."""
+    saved = start.config
+    keys = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "block_size")
+    return [f"{k} {saved[k]} -> {getattr(config, k)}" for k in keys if k in saved and saved[k] != getattr(config, k)]

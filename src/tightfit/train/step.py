@@ -1,0 +1,105 @@
+"""One optimizer step over any split of the effective batch, and one evaluation.
+
+Ordinary PyTorch code on purpose: on a real device it trains, and without one the same code can be traced.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+MicroBatch = tuple[Tensor, Tensor]
+"""Inputs and targets, (b, t) int64 on the device."""
+
+
+@dataclass
+class StepState:
+    """All that a step changes, and what it needs for that."""
+
+    model: nn.Module
+    """Called as `model(inputs, targets, scale=...)` for a summed loss; may be compiled or wrapped in DDP."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Enabled for float16 only."""
+    autocast: Callable[[], torch.autocast]
+    processes: int = 1
+    """Processes whose gradients are averaged by DDP."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: Tensor
+    """Mean loss over this process's share of the tokens, times that share: float32 scalar on the device."""
+    grad_norm: Tensor | None
+    """Norm of the whole gradient before clipping; None if nothing is clipped."""
+
+
+def optimizer_step(
+    state: StepState,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    passes: int,
+    tokens: int,
+    learning_rate: float,
+    grad_clip: float,
+    seed_of_pass: Callable[[int], int] | None = None,
+) -> StepResult:
+    """Update the parameters with the mean gradient over `tokens` target tokens, those of all processes together.
+
+    `micro_batches` yields `passes` of them, of any sizes. Each is weighted by its tokens, so that no split of the
+    batch changes the result but by rounding. `seed_of_pass` seeds dropout for each pass.
+    """
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    total: Tensor | None = None
+    for number, (inputs, targets) in enumerate(micro_batches):
+        if seed_of_pass is not None:
+            torch.manual_seed(seed_of_pass(number))
+        with _synchronised(state.model, number == passes - 1):
+            with state.autocast():
+                # DDP divides by the number of processes what is a sum over all tokens here
+                loss = state.model(inputs, targets, scale=state.processes / tokens)
+            state.scaler.scale(loss).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None, "a step needs at least one micro-batch"
+    norm = None
+    if grad_clip > 0.0:
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return StepResult(total / state.processes, norm)
+
+
+def evaluation_loss(state: StepState, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+    """Summed loss and number of target tokens; one micro-batch's memory at a time, and nothing kept between them."""
+    model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), state.autocast():
+            for inputs, targets in micro_batches:
+                total += float(model(inputs, targets))
+                tokens += targets.numel()
+    finally:
+        model.train(was_training)
+    return total, tokens
+
+
+def dropout_seed(seed: int, step: int, sequence: int) -> int:
+    """Seed of the pass that begins with this sequence of this step; below 2**63."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{sequence}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """DDP exchanges gradients in the last pass of a step only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()

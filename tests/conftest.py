@@ -1,0 +1,18 @@
+"""Fixtures of the whole suite. One thread for each process: with more, this suite crawls on a busy machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the dataset `tiny`: 4,000 tokens to train on, 600 to validate, 64 characters."""
+    from runs import make_dataset
+
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder / "tiny")
+    return folder
