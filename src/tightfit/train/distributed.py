@@ -1,5 +1,7 @@
 """The processes of one run: who they are and what they tell each other."""
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,8 +79,12 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     chosen = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
     if chosen == "nccl" and device.type != "cuda":
         raise ConfigError(f"backend=nccl needs CUDA, and this run is on {device}; use backend=gloo")
+    # Its functions have the default group as a default argument, taken at import: imported by DDP later than now, it
+    # would keep the group's threads until after the interpreter's end, where one that frees a tensor aborts.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(chosen)
     try:
         yield
     finally:
+        gc.collect()  # models and other holders of the group, so that destroying it ends its threads
         dist.destroy_process_group()
