@@ -13,12 +13,14 @@ from tightfit.errors import (
     DoesNotFit,
     TightfitError,
 )
+from tightfit.vgpu.worker import dryrun
 
 # The function below shares its name with a room: once the room is loaded, importing from it no longer rebinds the name.
 importlib.import_module("tightfit.train")
 
 if TYPE_CHECKING:
     from tightfit.train.loop import RunResult
+    from tightfit.vgpu.context import VirtualGPU as VirtualGPU
 
 __all__ = [
     "CheckpointError",
@@ -29,8 +31,18 @@ __all__ = [
     "DoesNotFit",
     "SampleConfig",
     "TightfitError",
+    "VirtualGPU",
+    "dryrun",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "VirtualGPU":
+        from tightfit.vgpu.context import VirtualGPU  # imports torch
+
+        return VirtualGPU
+    raise AttributeError(f"module 'tightfit' has no attribute {name!r}")
 
 
 def train(config: Config | None = None, **keys: Any) -> "RunResult":

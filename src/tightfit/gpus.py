@@ -1,19 +1,89 @@
-"""What a card is: facts of `gpus.csv`, each with its source there. An unknown card is unknown, never another one."""
+"""What a card is: facts of `gpus.csv` and `contexts.csv`, each with its source there.
+
+A name finds a card only if every word of it belongs to that card and no distinguishing word (Ti, SUPER, Laptop, A10G)
+is missing. A name that fits several cards takes the common one and says so; an unknown card is unknown, never another.
+"""
 
 import csv
+import difflib
 import functools
 import re
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import dataclass, replace
 from importlib.resources import files
+
+from tightfit.errors import DeviceError
+from tightfit.units import GIB, MIB, format_bytes
+
+UNKNOWN_SM_COUNT = 56
+"""For a card that neither the table nor the user describes: near the median of `gpus.csv`, 57."""
+
+LAZY_LOADING = (11, 7)
+"""The first CUDA that loads kernels when they are first used; before it a context held all of them, near 1 GiB."""
+
+_MAX_NAME = 100
+_BRANDS = {"nvidia", "geforce", "tesla", "gpu", "graphics", "card"}
+_OPTIONAL = {"rtx", "gtx", "pcie", "hbm3", "generation", "workstation", "blackwell", "one", "of", "four"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
+    """One kind of card, or one card that the user described."""
+
     name: str
-    bf16_tflops: float | None
+    """As in the table: what the driver prints, and the size where cards of two sizes share that."""
+    arch: str
+    """NVIDIA's name of the generation, like Ampere."""
+    capability: tuple[int, int]
+    """Compute capability: major, minor."""
+    sm_count: int
+    """Streaming multiprocessors."""
+    memory_bytes: int
+    """Total memory as the driver reports it on Linux, the best known value; below the advertised size."""
+    memory_bytes_min: int
+    """The least total ever reported on Linux for this card: newer drivers and ECC lower it."""
+    memory_is_estimate: bool = False
+    """Whether no Linux total is known, so that both sizes above come from `_estimated_memory`."""
+    bandwidth_gbps: float | None = None
+    """Peak memory bandwidth, 10^9 bytes/s."""
+    bf16_tflops: float | None = None
     """Peak of dense bfloat16 matrix products with float32 accumulation, 10^12 FLOP/s; None if it has no such units."""
-    fp16_tflops: float | None
-    fp32_tflops: float | None
+    fp16_tflops: float | None = None
+    """The same for float16."""
+    fp32_tflops: float | None = None
+    """Peak of float32 arithmetic without tensor cores, 10^12 FLOP/s."""
+    measured_bf16_tflops: float | None = None
+    """A published measurement of a large bfloat16 matrix product, 10^12 FLOP/s; cards that boost exceed the peak."""
+    measured_fp16_tflops: float | None = None
+    """The same for float16."""
+    memory_source: str = ""
+    """Where the memory sizes come from."""
+    source: str = ""
+    """Where the other figures come from."""
+    notes: str = ""
+    """What to know about these figures."""
+
+    def __post_init__(self) -> None:
+        for field in ("sm_count", "memory_bytes", "memory_bytes_min"):
+            if getattr(self, field) < 1:
+                raise DeviceError(f"{field} of {self.name!r} must be at least 1, got {getattr(self, field)}")
+        if self.memory_bytes_min > self.memory_bytes:
+            raise DeviceError(
+                f"memory_bytes_min of {self.name!r} must be at most memory_bytes={self.memory_bytes}, "
+                f"got {self.memory_bytes_min}"
+            )
+        if self.capability[0] < 1 or self.capability[1] < 0:
+            raise DeviceError(f"compute capability of {self.name!r} must be like 8.6, got {_dotted(self.capability)}")
+
+    @property
+    def native_bf16(self) -> bool:
+        """Whether it computes bfloat16 itself; older cards emulate it slowly though PyTorch calls it supported."""
+        return self.capability >= (8, 0)
+
+    @property
+    def planning_bytes(self) -> int:
+        """Total bytes to plan with while no driver says more: the least ever reported for this card."""
+        return self.memory_bytes_min
 
     def peak_flops(self, dtype: str) -> float | None:
         """FLOP/s of matrix products in `dtype` (float32, bfloat16, float16), or None if not known."""
@@ -22,33 +92,356 @@ class GPU:
         return None if tflops is None else tflops * 1e12
 
 
+def all_gpus() -> tuple[GPU, ...]:
+    """Every card of the table, in its order."""
+    return tuple(entry.gpu for entry in _table())
+
+
 def find_gpu(name: str) -> GPU | None:
-    """The card that a driver calls `name`, like "NVIDIA GeForce RTX 3090", or None if it is not in the table.
+    """The card that a driver calls `name`, like "NVIDIA GeForce RTX 3090", or None if it fits no card or several.
 
     >>> find_gpu("NVIDIA GeForce RTX 3090").name
     'GeForce RTX 3090'
     >>> find_gpu("NVIDIA GeForce RTX 3060") is None  # 8 GB or 12 GB: the name does not say
     True
     """
-    return _table().get(_key(name))
+    found = _candidates(name)
+    return found[0].gpu if len(found) == 1 else None
 
 
-def _key(name: str) -> str:
-    return re.sub(r"^nvidia |^tesla | \(.*\)$", "", name.strip().lower()).strip()
+def resolve_gpu(
+    text: str,
+    *,
+    memory_bytes: int | None = None,
+    capability: tuple[int, int] | None = None,
+    sm_count: int | None = None,
+) -> tuple[GPU, list[str]]:
+    """The card that `text` names and a sentence for each thing that `text` left open or that an argument changed.
+
+    Arguments that are given replace the table's values, except that a contradicting `capability` is an error.
+    A name outside the table needs `memory_bytes` and `capability`. DeviceError says what is missing.
+
+    >>> gpu, notes = resolve_gpu("v100")
+    >>> gpu.name
+    'Tesla V100-SXM2-16GB'
+    >>> notes[0].partition("; ")[2]
+    'it could also be Tesla V100-PCIE-16GB, Tesla V100-SXM2-32GB'
+    >>> resolve_gpu("a100 80gb pcie")[0].sm_count
+    108
+    """
+    found = _candidates(text)
+    if not found:
+        return _described(text, memory_bytes, capability, sm_count)
+    gpu, notes = _choose(text, found, memory_bytes, sm_count)
+    if capability is not None and capability != gpu.capability:
+        raise DeviceError(
+            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, not {_dotted(capability)}; "
+            f"leave the capability out, or name the card that has it"
+        )
+    if sm_count is not None and sm_count != gpu.sm_count:
+        notes.append(f"{gpu.name} is planned with {sm_count} SMs as given, not the {gpu.sm_count} of the table")
+        gpu = replace(gpu, sm_count=sm_count)
+    if memory_bytes is not None:
+        notes.append(
+            f"{gpu.name} is planned with {format_bytes(memory_bytes)} as given; "
+            f"{'its estimate' if gpu.memory_is_estimate else 'the least reported on Linux'} "
+            f"is {format_bytes(gpu.memory_bytes_min)}"
+        )
+        gpu = replace(
+            gpu,
+            memory_bytes=memory_bytes,
+            memory_bytes_min=memory_bytes,
+            memory_is_estimate=False,
+            memory_source="as given",
+        )
+    elif gpu.memory_is_estimate:
+        notes.append(
+            f"no Linux total of {gpu.name} is known; {format_bytes(gpu.memory_bytes)} is an estimate "
+            f"from {gpu.memory_source}; --memory replaces it"
+        )
+    return gpu, notes
+
+
+def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[int, str]:
+    """Bytes that a process uses on `gpu` outside PyTorch's allocator, and a sentence that says where that is from.
+
+    It is the CUDA context with the kernels loaded; NCCL and other libraries come on top. Rows of `contexts.csv` with
+    the card's compute capability and SM count are measurements of its chip; the largest counts, with its rounding
+    error. Otherwise it is an estimate: among the rows of the nearest capability, the straight line between the two SM
+    counts around the card's, or in proportion beyond them. The driver sets memory aside for every SM: 3 to 6 MiB each
+    on all but one of the chips measured. Of CUDA's versions only `LAZY_LOADING` shows in the measurements, so rows on
+    the same side of it count.
+
+    >>> context_bytes(resolve_gpu("T4")[0])[0] // 2**20
+    150
+    """
+    lazy = cuda_version >= LAZY_LOADING
+    rows = [row for row in _contexts() if (row.cuda_version >= LAZY_LOADING) == lazy]
+    same = [row for row in rows if (row.capability, row.sm_count) == (gpu.capability, gpu.sm_count)]
+    if same:
+        row = max(same, key=lambda row: row.upper_bytes)
+        return row.upper_bytes, f"{format_bytes(row.upper_bytes)} for the CUDA context and kernels, {_origin(row)}"
+    rows = [row for row in rows if row.for_estimates]
+    nearest = min(_distance(row, gpu) for row in rows)
+    by_sms = {  # the largest of each SM count comes last and stays
+        row.sm_count: row
+        for row in sorted(rows, key=lambda row: (row.sm_count, row.upper_bytes))
+        if _distance(row, gpu) == nearest
+    }
+    below = [row for sms, row in by_sms.items() if sms <= gpu.sm_count][-1:]
+    above = [row for sms, row in by_sms.items() if sms > gpu.sm_count][:1]
+    used = below + above
+    if len(used) == 2:
+        low, high = used
+        share = (gpu.sm_count - low.sm_count) / (high.sm_count - low.sm_count)
+        estimate = round(low.upper_bytes + share * (high.upper_bytes - low.upper_bytes))
+    else:
+        estimate = round(used[0].upper_bytes * gpu.sm_count / used[0].sm_count)
+    return estimate, (
+        f"{format_bytes(estimate)} for the CUDA context and kernels, an estimate for {gpu.sm_count} SMs from "
+        + " and ".join(f"{row.gpu} ({row.sm_count} SMs, {format_bytes(row.upper_bytes)})" for row in used)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A card of the table and what a name must and may contain to mean it."""
+
+    gpu: GPU
+    required: frozenset[str]
+    allowed: frozenset[str]
+    common_rank: int | None
+    """1 for the card taken first when a name fits several; None for one that is never taken so."""
+    common_reason: str
+    not_listed: str
+    """What else carries this name and is not in the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Context:
+    """A row of `contexts.csv`: one published measurement."""
+
+    gpu: str
+    capability: tuple[int, int]
+    sm_count: int
+    cuda_version: tuple[int, int]
+    for_estimates: bool
+    """Whether other chips may be estimated from it."""
+    upper_bytes: int
+    """What was read, plus its rounding error, plus kernels loaded later where it was read before any."""
+    source: str
+
+
+def _candidates(text: str) -> list[_Entry]:
+    if len(text) > _MAX_NAME:  # cutting it could turn an unknown name into a known one
+        return []
+    words = _words(text) - _BRANDS
+    return [entry for entry in _table() if entry.required <= words <= entry.allowed]
+
+
+def _choose(text: str, found: list[_Entry], memory_bytes: int | None, sm_count: int | None) -> tuple[GPU, list[str]]:
+    """One of the cards that `text` fits, by the SM count and memory if given, else the common one; and the reason."""
+    if len(found) == 1:
+        gpu, more = found[0].gpu, found[0].not_listed
+        open_size = memory_bytes is None and not any(re.fullmatch(r"\d+gb", word) for word in _words(text))
+        return gpu, [f"{text!r} is taken as {gpu.name}; it is also made with {more}"] if more and open_size else []
+    left = [entry for entry in found if entry.gpu.sm_count == sm_count] or found
+    if memory_bytes is not None:  # sizes that share a name differ by 20% or more, drivers and ECC by 7% at most
+        left = [entry for entry in left if 0.9 < memory_bytes / entry.gpu.memory_bytes < 1.1] or left
+    if len(left) == 1:
+        return left[0].gpu, [f"{text!r} is taken as {left[0].gpu.name}, as its memory or SM count says"]
+    ranked = sorted((entry for entry in left if entry.common_rank), key=lambda entry: entry.common_rank or 0)
+    if not ranked:
+        names = ", ".join(entry.gpu.name for entry in left)
+        raise DeviceError(f"{text!r} could be any of {names}; write one of these names")
+    best = ranked[0]
+    others = ", ".join(entry.gpu.name for entry in found if entry is not best)
+    return best.gpu, [f"{text!r} is taken as {best.gpu.name} ({best.common_reason}); it could also be {others}"]
+
+
+def _described(
+    text: str, memory_bytes: int | None, capability: tuple[int, int] | None, sm_count: int | None
+) -> tuple[GPU, list[str]]:
+    """A card outside the table, from what the user says of it."""
+    name = " ".join(text.split())
+    if not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise DeviceError(
+            f"{_short(text)} is not the name of a GPU; write at most {_MAX_NAME} printable characters, like '4090'"
+        )
+    if memory_bytes is None or capability is None:
+        missing = [
+            option
+            for option, value in (("--memory (like 12GiB)", memory_bytes), ("--capability (like 8.6)", capability))
+            if value is None
+        ]
+        near = _nearest(name)
+        raise DeviceError(
+            f"{name!r} is not in the table of GPUs{f' (nearest names: {near})' if near else ''}; "
+            f"write a name that is, or give {' and '.join(missing)} to describe it"
+        )
+    notes = [f"{name!r} is not in the table of GPUs: it is planned as described, and its speed is unknown"]
+    if sm_count is None:
+        sm_count = UNKNOWN_SM_COUNT
+        notes.append(f"its SM count is not given and taken as {sm_count}, near the median of the known cards")
+    arch = {gpu.capability: gpu.arch for gpu in all_gpus()}.get(capability, "unknown")
+    gpu = GPU(
+        name=name,
+        arch=arch,
+        capability=capability,
+        sm_count=sm_count,
+        memory_bytes=memory_bytes,
+        memory_bytes_min=memory_bytes,
+        memory_source="as given",
+        source="as given",
+    )
+    return gpu, notes
+
+
+def _nearest(name: str) -> str:
+    """Up to three names of the table that look like `name`, brands aside."""
+    by_words = {" ".join(sorted(_words(gpu.name) - _BRANDS)): gpu.name for gpu in all_gpus()}
+    close = difflib.get_close_matches(" ".join(sorted(_words(name) - _BRANDS)), by_words, n=3, cutoff=0.5)
+    return ", ".join(by_words[words] for words in close)
+
+
+def _words(text: str) -> frozenset[str]:
+    """Lower-case words of a name, with sizes as `12gb` and joined forms (rtx3060ti, 12 G) taken apart.
+
+    >>> sorted(_words("RTX3060Ti-8G"))
+    ['3060', '8gb', 'rtx', 'ti']
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"nvidia|geforce|tesla|rtx|gtx", r" \g<0> ", text)
+    text = re.sub(r"(?<=\d)(ti|super|laptop|mobile)", r" \1", text)
+    text = re.sub(r"\bti(?=super|laptop|mobile)", "ti ", text)
+    text = re.sub(r"(?<![a-z\d.])(\d{1,3})\s*(?:gib|gb|g)\b", r" \1gb ", text)
+    text = re.sub(r"\b(?:mobile|notebook)\b", "laptop", text)
+    return frozenset(re.findall(r"[a-z\d]+", text))
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= _MAX_NAME else f"{text[:40]!r}... ({len(text)} characters)"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(str(part) for part in capability)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor or 0)
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    with files("tightfit").joinpath(name).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @functools.cache
-def _table() -> dict[str, GPU]:
-    def number(text: str) -> float | None:
-        return float(text) if text else None
+def _table() -> tuple[_Entry, ...]:
+    rows = _rows("gpus.csv")
+    return tuple(_entry(row, rows) for row in rows)
 
-    with files("tightfit").joinpath("gpus.csv").open(encoding="utf-8") as file:
-        return {
-            _key(row["name"]): GPU(
-                name=row["name"],
-                bf16_tflops=number(row["bf16_dense_tflops"]),
-                fp16_tflops=number(row["fp16_dense_tflops"]),
-                fp32_tflops=number(row["fp32_tflops"]),
-            )
-            for row in csv.DictReader(file)
-        }
+
+def _entry(row: dict[str, str], rows: list[dict[str, str]]) -> _Entry:
+    words = _words(row["name"]) - _BRANDS
+    forms = {word for word in words if re.fullmatch(r"sxm\d?", word)}
+    sizes = {word for word in words if re.fullmatch(r"\d+gb", word)}
+    rank = row["common_rank"]
+    return _Entry(
+        gpu=_gpu(row, rows),
+        required=frozenset(words - _OPTIONAL - forms - sizes),
+        allowed=words
+        | _words(row["extra_words"])
+        | {f"{row['memory_marketing_gb']}gb"}
+        | ({"sxm"} if forms else set()),
+        common_rank=int(rank) if rank else None,
+        common_reason=row["common_reason"],
+        not_listed=row["not_listed"],
+    )
+
+
+def _gpu(row: dict[str, str], rows: list[dict[str, str]]) -> GPU:
+    known = bool(row["linux_bytes_min_seen"])
+    estimate, rule = (0, "") if known else _estimated_memory(row, rows)
+    return GPU(
+        name=row["name"],
+        arch=row["arch"],
+        capability=_pair(row["compute_capability"]),
+        sm_count=int(row["sm_count"]),
+        memory_bytes=int(row["memory_total_bytes_as_reported"]) if known else estimate,
+        memory_bytes_min=int(row["linux_bytes_min_seen"]) if known else estimate,
+        memory_is_estimate=not known,
+        bandwidth_gbps=_number(row["mem_bandwidth_GBps"]),
+        bf16_tflops=_number(row["bf16_dense_tflops"]),
+        fp16_tflops=_number(row["fp16_dense_tflops"]),
+        fp32_tflops=_number(row["fp32_tflops"]),
+        measured_bf16_tflops=_number(row["measured_bf16_matmul_tflops"]),
+        measured_fp16_tflops=_number(row["measured_fp16_matmul_tflops"]),
+        memory_source=row["memory_source"] if known else rule,
+        source=row["source"],
+        notes=row["notes"],
+    )
+
+
+def _estimated_memory(row: dict[str, str], rows: list[dict[str, str]]) -> tuple[int, str]:
+    """Bytes for a card of which no Linux total is known, and the rule, chosen low so that a plan still fits.
+
+    The total of nvidia-smi counts what the driver keeps for itself, so it is scaled by the least share of it that
+    CUDA reports on another card; both figures are of one setting of ECC, which the least total may not be. Without one
+    the advertised size is scaled by the least share that a GeForce of that size ever reported. Windows totals are not
+    used, for they too count what the driver keeps.
+    """
+    known = [other for other in rows if other["linux_bytes_min_seen"]]
+    if row["nvidia_smi_mib"]:
+        share = min(
+            int(other["memory_total_bytes_as_reported"]) / (int(other["nvidia_smi_mib"]) * MIB)
+            for other in known
+            if other["nvidia_smi_mib"]
+        )
+        total, rule = int(row["nvidia_smi_mib"]) * MIB, f"{row['nvidia_smi_mib']} MiB in nvidia-smi"
+    else:
+        size = row["memory_marketing_gb"]
+        share = min(
+            int(other["linux_bytes_min_seen"]) / (int(size) * GIB)
+            for other in known
+            if other["memory_marketing_gb"] == size and other["name"].startswith("GeForce")
+        )
+        total, rule = int(size) * GIB, f"{size} GB as advertised"
+    return int(
+        total * share
+    ) // MIB * MIB, f"{rule}, scaled by {share:.1%}, the least share seen on such cards under Linux"
+
+
+@functools.cache
+def _contexts() -> tuple[_Context, ...]:
+    rows = _rows("contexts.csv")
+    kernels = max(int(row["bytes"]) for row in rows if row["kind"] == "kernels")
+    return tuple(
+        _Context(
+            gpu=row["gpu"],
+            capability=_pair(row["compute_capability"]),
+            sm_count=int(row["sm_count"]),
+            cuda_version=_pair(row["cuda_version"]),
+            for_estimates=row["for_estimates"] == "yes",
+            upper_bytes=int(row["bytes"]) + int(row["error_bytes"]) + (kernels if row["kind"] == "context" else 0),
+            source=row["source"],
+        )
+        for row in rows
+        if row["kind"] != "kernels"
+    )
+
+
+def _distance(row: _Context, gpu: GPU) -> int:
+    """How far two compute capabilities are apart, a major step counting as ten minor ones."""
+    return abs(10 * (row.capability[0] - gpu.capability[0]) + row.capability[1] - gpu.capability[1])
+
+
+def _origin(row: _Context) -> str:
+    major, minor = row.cuda_version
+    version = f"{major}.{minor}" if minor else f"{major}"
+    return f"measured on {row.gpu} with CUDA {version}: {row.source}"

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a GPT as nanoGPT does: config files and --key=value",
     "prepare": "turn text into a dataset of tokens",
     "sample": "text from a checkpoint",
+    "dryrun": "a training script on a virtual GPU: does it fit?",
     "convert": "checkpoints between nanoGPT and Hugging Face",
 }
 OK, FAILED, USER_MISTAKE, OUR_ERROR = 0, 1, 2, 3

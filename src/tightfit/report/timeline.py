@@ -1,0 +1,391 @@
+"""Memory over a dry run as a picture: what was allocated at each moment, by category, up to the peak or the failure.
+
+`timeline_data` makes plain lists that fit into JSON; `timeline_picture` draws from them alone, without torch.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.errors import ConfigError, DataError
+from tightfit.units import GIB, format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tightfit.vgpu.recorder import Recorder
+    from tightfit.vgpu.snapshot import TraceLog
+
+MAX_POINTS = 2000
+_LONGEST_LISTS = 400
+"""Phases shorter than a 400th of the run are drawn as part of the one before; as many failures are kept."""
+
+# The "muted" scheme of Paul Tol, Colour Schemes (SRON/EPS/TN/09-002), made for colour-blind readers; bottom to top,
+# what lives longest below.
+CATEGORY_COLOURS = {
+    "parameters": "#332288",
+    "optimizer state": "#44AA99",
+    "gradients": "#CC6677",
+    "cast copies": "#88CCEE",
+    "activations": "#DDCC77",
+    "logits": "#882255",
+    "inputs": "#117733",
+    "workspace": "#AA4499",
+    "other": "#BBBBBB",
+}
+PHASE_COLOURS = {
+    "setup": "#E4E4E4",
+    "eval": "#D5E8D4",
+    "forward": "#CFE2F3",
+    "loss": "#F4CCCC",
+    "backward": "#FCE5CD",
+    "optimizer": "#D9D2E9",
+    "save": "#FFF2CC",
+    "resume": "#FFF2CC",
+    "sample": "#D0E0E3",
+    "compile": "#EAD1DC",
+}
+_INK, _GREY, _ALARM = "#222222", "#6B6B6B", "#B00020"
+_RESERVED = "reserved by PyTorch"
+_LARGEST_HEADROOM = 2.5
+"""A capacity of more than so many times the peak is written instead of drawn: the areas would be flat."""
+_CHARACTER = 0.0085
+"""Width of a phase's letter as a share of the axis."""
+
+
+# Data
+
+
+def timeline_data(recorder: "Recorder") -> dict[str, Any]:
+    """Bytes of each category after `events`, at most about 2000 of them with every maximum; numbers and text only.
+
+    A tensor counts as the allocator rounds it. `reserved_bytes` is None if no TraceLog listened.
+    """
+    from tightfit.vgpu.snapshot import TraceLog
+
+    log = TraceLog.of(recorder)
+    peak = max(recorder.peak_event - 1, 0)
+    totals = _totals(recorder, log)
+    kept = _kept(totals, peak)
+    allocator = recorder.allocator
+    return {
+        "event_count": len(totals),
+        "events": kept,
+        "category_bytes": _categories_at(recorder, log, kept),
+        "reserved_bytes": None if log is None else _reserved_at(log, kept),
+        "phases": _phases(recorder),
+        "peak": {"event": peak, "phase": recorder.peak_phase, "allocated_bytes": recorder.peak_allocated},
+        "failures": [] if log is None else _failures(log),
+        "total_bytes": allocator.total_bytes,
+        "used_by_others_bytes": allocator.used_by_others,
+        "context_bytes": allocator.context_bytes,
+    }
+
+
+def _changes(recorder: "Recorder", log: "TraceLog | None") -> Iterator[list[tuple[str, int]]]:
+    """What each event adds to which category.
+
+    A block that passes from one allocation to another is neither allocated nor freed: its two events count as one.
+    """
+    round_size = recorder.allocator.settings.round_size
+    rounded: dict[int, int] = {}
+    passes = _hand_overs(recorder, log)
+    waiting: list[tuple[str, int]] = []
+    for position, number in enumerate(recorder.events):
+        allocation = recorder.allocations[abs(number) - 1]
+        size = rounded.get(allocation.nbytes)
+        if size is None:
+            size = rounded[allocation.nbytes] = round_size(allocation.nbytes)
+        change = (allocation.category, size if number > 0 else -size)
+        if position in passes:
+            waiting = [change]
+            yield []
+        else:
+            yield [*waiting, change]
+            waiting = []
+
+
+def _hand_overs(recorder: "Recorder", log: "TraceLog | None") -> set[int]:
+    """Positions of events that gave an allocation the block of the one that the next event ends."""
+    if log is None:
+        return set()
+    events = recorder.events
+    heard = bytearray(len(events))
+    for entry in log:
+        if entry.action in ("alloc", "free_requested") and entry.event < len(events):
+            heard[entry.event] = 1
+    return {
+        position
+        for position, (number, following) in enumerate(pairwise(events))
+        if number > 0 > following and not heard[position] and not heard[position + 1]
+    }
+
+
+def _totals(recorder: "Recorder", log: "TraceLog | None") -> list[int]:
+    """Bytes after each event."""
+    totals, total = [], 0
+    for changes in _changes(recorder, log):
+        total += sum(nbytes for _, nbytes in changes)
+        totals.append(total)
+    return totals
+
+
+def _kept(totals: Sequence[int], peak: int) -> list[int]:
+    """The highest and the lowest of each stretch, the peak and the last, so that about MAX_POINTS tell it all."""
+    if not totals:
+        return []
+    stretch = -(-2 * len(totals) // MAX_POINTS)
+    kept = {peak, len(totals) - 1}
+    for start in range(0, len(totals), stretch):
+        positions = range(start, min(start + stretch, len(totals)))
+        kept |= {max(positions, key=totals.__getitem__), min(positions, key=totals.__getitem__)}
+    return sorted(kept)
+
+
+def _categories_at(recorder: "Recorder", log: "TraceLog | None", kept: list[int]) -> dict[str, list[int]]:
+    """The bytes of each category that occurs, after each of the events that are kept."""
+    wanted = set(kept)
+    now: dict[str, int] = defaultdict(int)
+    moments: list[dict[str, int]] = []
+    for position, changes in enumerate(_changes(recorder, log)):
+        for category, nbytes in changes:
+            now[category] += nbytes
+        if position in wanted:
+            moments.append(dict(now))
+    names = [name for name in CATEGORY_COLOURS if any(moment.get(name) for moment in moments)]
+    return {name: [moment.get(name, 0) for moment in moments] for name in names}
+
+
+def _reserved_at(log: "TraceLog", kept: list[int]) -> list[int]:
+    """The most that was reserved since the event that was kept before."""
+    signs = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
+    changes = [(entry.event, signs[entry.action] * entry.size) for entry in log if entry.action in signs]
+    reserved, now, index = [], 0, 0
+    for position in kept:
+        last = position == kept[-1]
+        highest = None
+        while index < len(changes) and (last or changes[index][0] <= position):
+            now += changes[index][1]
+            highest = now if highest is None else max(highest, now)
+            index += 1
+        reserved.append(now if highest is None else highest)
+    return reserved
+
+
+def _phases(recorder: "Recorder") -> list[dict[str, Any]]:
+    """Where each phase begins; it lasts until the next begins."""
+    starts: list[tuple[int, str]] = []
+    for position, number in enumerate(recorder.events):
+        if number > 0:
+            begun = recorder.allocations[number - 1].phase
+            if not starts or starts[-1][1] != begun:
+                starts.append((position, begun))
+    shortest = len(recorder.events) / _LONGEST_LISTS
+    long: list[tuple[int, str]] = []
+    for (position, phase), (end, _) in pairwise([*starts, (len(recorder.events), "")]):
+        if (not long or end - position >= shortest) and not (long and long[-1][1] == phase):
+            long.append((position, phase))
+    return [{"event": position, "phase": phase} for position, phase in long]
+
+
+def _failures(log: "TraceLog") -> list[dict[str, int]]:
+    """Requests that could not be met, also those that the script caught; the last ones if there are very many."""
+    found = [
+        {"event": entry.event, "requested_bytes": entry.size, "free_bytes": entry.address}
+        for entry in log
+        if entry.action == "oom"
+    ]
+    return found[-_LONGEST_LISTS:]
+
+
+# Picture
+
+
+def timeline_picture(source: "Mapping[str, Any] | Recorder", path: str | os.PathLike[str]) -> None:
+    """Draw to a .png or .svg file; `source` is findings with a `timeline`, the timeline itself, or a recorder.
+
+    Raises ConfigError for another ending, DataError if the file cannot be written.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise ConfigError(f"{os.fspath(path)!r} must end in .png or .svg")
+    found = source if isinstance(source, Mapping) else {"timeline": timeline_data(source)}
+    figure = _figure(found.get("timeline", found), found)
+    try:
+        figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    except OSError as error:
+        raise DataError(f"cannot write the picture {os.fspath(path)}: {error.strerror}") from None
+
+
+def _figure(data: Mapping[str, Any], found: Mapping[str, Any]) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.8), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(16, 1))
+    end = max(data["event_count"], 1)
+    fatal = found.get("outcome", "out_of_memory") == "out_of_memory"
+    failure = data["failures"][-1] if fatal and data["failures"] else None
+    axes.set_xlim(0, end * 1.01)
+    _areas(axes, data)
+    _limits(axes, data)
+    _marks(axes, data, failure)
+    _phase_strip(strip, data["phases"], end)
+    axes.set_title(_title(found), loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12)
+    _legend(axes, data, failure)
+    return figure
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    name = found.get("gpu", {}).get("name", "")
+    verdict = {"fits": "fits", "out_of_memory": "does not fit"}.get(found.get("outcome", ""), "")
+    return ": ".join(filter(None, ("Allocated memory" + (f" on {name}" if name else ""), verdict)))
+
+
+def _areas(axes: "Axes", data: Mapping[str, Any]) -> None:
+    """The categories on top of each other, and the reserved line."""
+    events, sums = data["events"], data["category_bytes"]
+    if not events:
+        return
+    # Each state lasts until the next event; the last one until the end.
+    ends = [*events, data["event_count"]]
+    names = [name for name in CATEGORY_COLOURS if name in sums]
+    if names:
+        rows = [[nbytes / GIB for nbytes in (*sums[name], sums[name][-1])] for name in names]
+        colours = [CATEGORY_COLOURS[name] for name in names]
+        axes.stackplot(ends, rows, labels=names, colors=colours, step="post", linewidth=0)
+        # An outline, so that a peak of one event among thousands can be seen.
+        axes.step(ends, [sum(column) for column in zip(*rows, strict=True)], where="post", color=_GREY, linewidth=0.6)
+    if data["reserved_bytes"]:
+        reserved = [nbytes / GIB for nbytes in (*data["reserved_bytes"], data["reserved_bytes"][-1])]
+        axes.step(ends, reserved, where="post", color=_INK, linewidth=1.1, label=_RESERVED)
+
+
+def _limits(axes: "Axes", data: Mapping[str, Any]) -> None:
+    """The axes' ranges and words, and how much PyTorch may take at most."""
+    capacity = data["total_bytes"] - data["used_by_others_bytes"] - data["context_bytes"]
+    highest = max([_height(data, event) for event in data["events"]], default=0)
+    highest = max([highest, *(data["reserved_bytes"] or ()), *(_asked(data, each) for each in data["failures"][-1:])])
+    words = f"{format_bytes(capacity)} for PyTorch, of {format_bytes(data['total_bytes'])}"
+    if data["used_by_others_bytes"]:
+        words += f" ({format_bytes(data['used_by_others_bytes'])} used by others)"
+    text: dict[str, Any] = {"fontsize": 9, "color": _ALARM, "transform": axes.get_yaxis_transform(), "zorder": 5}
+    text["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+    if capacity <= _LARGEST_HEADROOM * highest:
+        highest = max(highest, capacity)
+        axes.axhline(capacity / GIB, color=_ALARM, linewidth=1.3, linestyle=(0, (6, 3)))
+        axes.text(0.006, (capacity + 0.012 * highest) / GIB, words, va="bottom", **text)
+    else:
+        axes.text(0.006, 1.12 * highest / GIB, f"{words}, above this picture ↑", va="top", **text)
+    axes.set_ylim(0, max(1.14 * highest, 1) / GIB)
+    axes.set_ylabel("GiB", fontsize=10, color=_INK)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="x", length=0, labelbottom=False)
+    axes.tick_params(axis="y", length=0, labelsize=10, colors=_GREY)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _height(data: Mapping[str, Any], event: int) -> int:
+    """Bytes of all categories at the last event that was kept up to `event`."""
+    earlier = [index for index, each in enumerate(data["events"]) if each <= event]
+    return sum(row[earlier[-1]] for row in data["category_bytes"].values()) if earlier else 0
+
+
+def _asked(data: Mapping[str, Any], failure: Mapping[str, int]) -> int:
+    return _height(data, failure["event"]) + failure["requested_bytes"]
+
+
+def _marks(axes: "Axes", data: Mapping[str, Any], failure: Mapping[str, int] | None) -> None:
+    """The failure that ended the run, or else the peak; requests that failed and were caught as crosses."""
+    highest = 0.97 * axes.get_ylim()[1]
+    for each in data["failures"]:
+        at, low, top = each["event"], _height(data, each["event"]) / GIB, min(_asked(data, each) / GIB, highest)
+        axes.plot([at, at], [low, top], color=_ALARM, linewidth=1.6, linestyle=":")
+        axes.plot([at], [top], marker="X", color=_ALARM, markersize=9, markeredgecolor="white", clip_on=False)
+    if failure is not None:
+        words = (
+            f"out of memory: asked for {format_bytes(failure['requested_bytes'])},\n"
+            f"{format_bytes(failure['free_bytes'])} free on the device"
+        )
+        _note(axes, words, failure["event"], min(_asked(data, failure) / GIB, highest), _ALARM)
+    elif data["events"]:
+        peak = data["peak"]
+        top = _height(data, peak["event"]) / GIB
+        axes.plot([peak["event"]], [top], marker="o", color=_INK, markersize=6, markeredgecolor="white")
+        words = f"peak, in {peak['phase']}: {format_bytes(peak['allocated_bytes'])} allocated"
+        _note(axes, words, peak["event"], top, _INK)
+
+
+def _note(axes: "Axes", words: str, event: int, top_gib: float, colour: str) -> None:
+    """Words beside a mark, on the side that has more room, below the mark if it is near the top."""
+    left = event > 0.5 * axes.get_xlim()[1]
+    axes.annotate(
+        words,
+        (event, top_gib),
+        xytext=(-12 if left else 12, 0),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="top" if top_gib > 0.9 * axes.get_ylim()[1] else "center",
+        fontsize=10,
+        fontweight="bold",
+        color=colour,
+        bbox={"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": colour, "linewidth": 0.8, "alpha": 0.92},
+        zorder=10,
+    )
+
+
+def _phase_strip(strip: "Axes", phases: Sequence[Mapping[str, Any]], end: int) -> None:
+    """A band of the phases along the x axis, named where the name has room, or else beside it."""
+    from matplotlib.patches import Patch
+
+    named, met = set(), []
+    spans = [(each["event"], each["phase"]) for each in phases]
+    for (start, phase), (stop, _) in pairwise([*spans, (end, "")]):
+        met.append(phase)
+        strip.axvspan(start, stop, facecolor=PHASE_COLOURS[phase], edgecolor="white", linewidth=0.8)
+        if (stop - start) / end > _CHARACTER * (len(phase) + 1):
+            named.add(phase)
+            strip.text((start + stop) / 2, 0.5, phase, ha="center", va="center", fontsize=8.5, color=_INK, clip_on=True)
+    narrow = [Patch(color=PHASE_COLOURS[phase], label=phase) for phase in PHASE_COLOURS if phase in {*met} - named]
+    if narrow:
+        beside = strip.legend(
+            handles=narrow, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, ncols=2
+        )
+        beside.set_in_layout(False)  # the other legend's column has room for it
+    strip.set_ylim(0, 1)
+    strip.set_yticks([])
+    strip.set_xlabel("allocations and releases, in order", fontsize=10, color=_INK)
+    strip.tick_params(axis="x", length=0, labelsize=9, colors=_GREY)
+    strip.xaxis.set_major_formatter("{x:,.0f}")
+    strip.spines[:].set_visible(False)
+
+
+def _legend(axes: "Axes", data: Mapping[str, Any], failure: Mapping[str, int] | None) -> None:
+    """The categories from top to bottom as they are stacked, with their bytes at the marked moment."""
+    event = (failure or data["peak"])["event"]
+    when = "when it failed" if failure else "at the peak"
+    earlier = sum(each <= event for each in data["events"]) - 1
+    handles, names = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    rows = {**data["category_bytes"], _RESERVED: data["reserved_bytes"]}
+    words = [f"{name}   {format_bytes(rows[name][earlier])}" for name in names]
+    legend = axes.legend(
+        handles[::-1],
+        words[::-1],
+        title=f"Bytes {when}",
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        frameon=False,
+        fontsize=9.5,
+        labelspacing=0.65,
+        alignment="left",
+        borderaxespad=0,
+    )
+    legend.get_title().set_fontweight("bold")

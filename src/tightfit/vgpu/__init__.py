@@ -1,0 +1,1 @@
+"""The virtual GPU: a card that only keeps accounts."""

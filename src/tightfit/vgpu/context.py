@@ -1,0 +1,30 @@
+"""A virtual GPU for the lines of one's own process."""
+
+from typing import Any
+
+from tightfit.vgpu.findings import findings_of
+from tightfit.vgpu.session import Request, VirtualSession
+
+
+class VirtualGPU:
+    """`with VirtualGPU("RTX 3060 12GB") as gpu:` runs what follows on a card that is not there.
+
+    From then on this process has no real GPU. `gpu.findings()` says what was used, during and after; memory runs out
+    with torch.OutOfMemoryError where the card's would. Keywords as of `tightfit.dryrun`. Raises DeviceError if the
+    card is not known, this torch is not, or the process already uses a real GPU.
+    """
+
+    def __init__(self, gpu: str, **request: Any) -> None:
+        self._session = VirtualSession(Request(gpu=gpu, **request))
+
+    def __enter__(self) -> "VirtualGPU":
+        self._active = self._session.active()
+        self._active.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._active.__exit__(*error)
+
+    def findings(self) -> dict[str, Any]:
+        """The peak and what it consists of, as `tightfit.dryrun` returns it."""
+        return findings_of(self._session)

@@ -1,0 +1,515 @@
+"""The virtual GPU: runs every operator of a process that touches "cuda" on tensors without data.
+
+Tensors of the host stay real. One dispatch mode sees all operators below autograd and autocast, as CUDA's own kernels
+would; what is on the device is a fake tensor, and what it would take there goes to the recorder.
+"""
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tightfit.vgpu import kernels
+from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory
+from tightfit.vgpu.data_shapes import HANDLERS
+from tightfit.vgpu.frames import Frame, user_frames
+from tightfit.vgpu.kernels import Card
+from tightfit.vgpu.phases import EnoughSeen, Phases
+from tightfit.vgpu.recorder import Allocation, Category, Phase, Recorder
+from tightfit.vgpu.values import Values
+
+aten = torch.ops.aten
+
+LAZY_PARAMETER_ELEMENTS = 1 << 14
+"""Host tensors from this size on that a module makes for itself are without data: a model of 70B fits any host."""
+
+_FACTORIES = {
+    aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
+    aten.randn.default, aten.rand.default,
+}  # fmt: skip
+_GEMMS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+_PACKAGES_OF_CUSTOM_OPERATORS = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional")
+
+
+class VirtualDevice:
+    """One virtual card in this process: `mode` makes it active in a thread."""
+
+    def __init__(self, card: Card, allocator: CachingAllocator, phases: Phases, where: str = "cuda:0") -> None:
+        """With the host's `where`, all tensors there are virtual, and no kernel's own memory is added: for checks
+        against what a real run on the host takes.
+        """
+        self.card = card
+        self.recorder = Recorder(allocator)
+        self.values = Values()
+        self.phases = phases
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.where = torch.device(where)
+        self._is_host = self.where.type == "cpu"
+        self.stream = threading.local()
+        self.failure: tuple[Allocation, OutOfMemory] | None = None
+        """The last request that could not be met."""
+        self.caught_failures = 0
+        self.at_end: list[Callable[[], None]] = []
+        """To be called when the script has ended."""
+        self._peaks = {"requested": 0, "allocated": 0, "reserved": 0}
+        self.not_written: list[str] = []
+        """Files that the script would have saved."""
+        self.not_modelled: list[str] = []
+        """What this run met and the virtual GPU does not follow."""
+        self.out_of_time = False
+        self.compiled_line: tuple[Frame, ...] = ()
+        """The user's lines that the running part of a compiled graph comes from."""
+        self._workspaces: set[tuple[str, str, int]] = set()
+        self._forward_lines: dict[int, tuple[Frame, ...]] = {}
+        self._special: dict[Any, Callable[..., Any]] = {
+            torch.ops.prim.device.default: lambda func, args, kwargs: func(*args, **kwargs),
+            aten._local_scalar_dense.default: self._read_scalar,
+            aten._to_copy.default: self._copy_across,
+            aten.copy_.default: self._copy_into,
+            aten._pin_memory.default: lambda func, args, kwargs: args[0].clone(),
+            aten.is_pinned.default: lambda func, args, kwargs: False,
+            aten.record_stream.default: lambda func, args, kwargs: None,
+            aten.equal.default: self._equal,
+            aten.allclose.default: self._equal,
+        }
+
+    def mode(self) -> "VirtualDeviceMode":
+        """A new mode of this device; each thread needs its own."""
+        return VirtualDeviceMode(self)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operator, here if it touches the device, and as it is if not."""
+        if self._is_host:
+            if func is aten._local_scalar_dense.default:
+                return self.values.scalar(args[0])
+            return self.execute(func, args, kwargs)
+        special = self._special.get(func)
+        if special is not None:
+            return special(func, args, kwargs)
+        device = kwargs.get("device")
+        on_device = device is not None and device.type == "cuda"
+        if on_device:
+            kwargs = {**kwargs, "device": self.where}
+        elif not _has_fake(args) and not (kwargs and _has_fake(kwargs.values())):
+            if func in _FACTORIES and (device is None or device.type == "cpu") and _is_large_parameter(func, args):
+                with self.fake:
+                    return func(*args, **kwargs)
+            return func(*args, **kwargs)
+        return self.execute(func, args, kwargs)
+
+    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator on fake tensors and record what a CUDA kernel would take."""
+        if func.namespace == "aten":
+            if _is_composite(func):
+                with self.mode():
+                    if func is aten.scaled_dot_product_attention.default:
+                        return attention(self.card, *args, **kwargs)
+                    return func.decompose(*args, **kwargs)
+        elif (body := self._python_body(func)) is not None:
+            with self.mode():
+                return body(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            kwargs = {**kwargs, "generator": None}
+        handler = HANDLERS.get(func)
+        if handler is not None and (answer := handler(self, func, args, kwargs)) is not None:
+            return answer
+        hidden = None if self._is_host else kernels.hidden_bytes(func, args, kwargs, self.card)
+        taken: list[Allocation] = []
+        phase = self.phases.now(func._schema.name)
+        if self.out_of_time and phase != "backward":
+            raise EnoughSeen
+        try:
+            steps = hidden.steps() if hidden else iter((("outputs", 0),))
+            for what, number in steps:
+                if what == "outputs":
+                    break
+                self._live_through(what, number, taken, func, phase)
+            with self.fake:
+                out = func(*args, **kwargs)
+            if func is aten.add.Tensor and phase == "backward" and self._engine_adds(args, kwargs):
+                self.recorder.track_accumulation(out, args[0], self._describe(out, func, args, phase))
+            else:
+                self._track(out, func, args, phase)
+            self.take_workspaces(func, args, kwargs, phase)
+            for what, number in steps:
+                self._live_through(what, number, taken, func, phase)
+        finally:
+            for allocation in taken:
+                self.recorder.give(allocation)
+        self.values.follow(func, args, kwargs, out)
+        return out
+
+    # Memory
+
+    def make(self, func: Any, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new result of an operator that only its data give a shape; `shape` is the caller's answer."""
+        with self.fake:
+            out = torch.empty(shape, dtype=dtype, device=self.where)
+        self._track(out, func, args, self.phases.now(func._schema.name))
+        return out
+
+    def peaks(self) -> dict[str, int]:
+        """Highest requested, allocated and reserved bytes of the run, also from before the script reset its peaks."""
+        for name, before in self._peaks.items():
+            self._peaks[name] = max(before, getattr(self.recorder.allocator, f"peak_{name}_bytes"))
+        return dict(self._peaks)
+
+    def reset_peak_stats(self) -> None:
+        """What a script asks for: its peaks start anew, ours do not."""
+        self.peaks()
+        self.recorder.allocator.reset_peak_stats()
+
+    def count_made_up(self, what: str) -> None:
+        """Count an answer for the line that the running operator comes from, also within backward."""
+        self.values.count(what, self._frames(self.phases.now()))
+
+    def _track(self, out: Any, func: Any, args: tuple[Any, ...], phase: Phase) -> None:
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            # A sparse tensor has no storage of its own: its indices and values were results before.
+            if (
+                isinstance(tensor, FakeTensor)
+                and tensor.fake_device.type == self.where.type
+                and tensor.layout == torch.strided
+            ):
+                self._guarded(self.recorder.track, tensor, self._describe(tensor, func, args, phase))
+
+    def _describe(self, tensor: Tensor, func: Any, args: tuple[Any, ...], phase: Phase) -> Callable[[int], Allocation]:
+        def describe(nbytes: int) -> Allocation:
+            return Allocation(
+                number=0,
+                nbytes=nbytes,
+                operator=func._schema.name,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                phase=phase,
+                category=self._category(tensor, func, args, phase),
+                frames=self._frames(phase),
+                stream=self.current_stream,
+            )
+
+        return describe
+
+    def _live_through(self, what: str, number: int, taken: list[Allocation], func: Any, phase: Phase) -> None:
+        """One step of an operator's own memory: `number` bytes taken, or the block of that number freed early."""
+        if what == "take":
+            taken.append(self._take_hidden(number, func, phase))
+        else:
+            self.recorder.give(taken[number])
+
+    def _take_hidden(self, nbytes: int, func: Any, phase: Phase) -> Allocation:
+        allocation = Allocation(
+            number=0,
+            nbytes=nbytes,
+            operator=func._schema.name,
+            shape=(),
+            dtype="",
+            phase=phase,
+            category="workspace",
+            frames=self._frames(phase),
+            stream=self.current_stream,
+        )
+        self._guarded(self.recorder.take, allocation)
+        return allocation
+
+    def take_workspaces(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], phase: Phase | None = None
+    ) -> None:
+        """Memory that a library keeps from its first call on, for an operator that is about to run."""
+        if self._is_host:
+            return
+        for workspace in kernels.workspaces(func, args, kwargs, self.card):
+            self._take_workspace(workspace.key, workspace.nbytes, phase or self.phases.now())
+
+    def _take_workspace(self, key: str, nbytes: int, phase: Phase) -> None:
+        thread = "backward" if threading.current_thread() is not threading.main_thread() else "main"
+        name = (key, thread, self.current_stream)
+        if name in self._workspaces:
+            return
+        self._workspaces.add(name)
+        allocation = Allocation(
+            number=0,
+            nbytes=nbytes,
+            operator=f"{key} workspace",
+            shape=(),
+            dtype="",
+            phase=phase,
+            category="workspace",
+            frames=self._frames(phase),
+            stream=self.current_stream,
+        )
+        self._guarded(self.recorder.take, allocation)
+
+    def _guarded(self, take: Callable[..., object], *args: Any) -> None:
+        """Take memory; where there is none, fail as PyTorch does."""
+        try:
+            take(*args)
+        except OutOfMemory as error:
+            allocation = args[-1](0) if callable(args[-1]) else args[-1]
+            allocation.nbytes = error.tensor_bytes
+            self.failure = (allocation, error)
+            self.caught_failures += 1
+            raise torch.OutOfMemoryError(error.message(self.card.torch_version)) from None
+
+    @property
+    def current_stream(self) -> int:
+        return getattr(self.stream, "number", 0)
+
+    def _category(self, tensor: Tensor, func: Any, args: tuple[Any, ...], phase: Phase) -> Category:
+        if tensor.dim() >= 2 and tensor.shape[-1] == self.phases.vocabulary and tensor.is_floating_point():
+            source = self.recorder.of_storage(args[0]) if args and isinstance(args[0], FakeTensor) else None
+            if source is None or source.category != "parameters":
+                return "gradients" if tensor.dim() == 2 and _is_weight_gradient(func, phase) else "logits"
+        if phase == "backward":
+            return "gradients"
+        if phase == "optimizer":
+            return "optimizer state"
+        if phase == "setup":
+            return "other"
+        if func is aten._to_copy.default and isinstance(args[0], FakeTensor):
+            source = self.recorder.of_storage(args[0])
+            if source is not None and source.category == "parameters":
+                return "cast copies"
+        return "activations"
+
+    def _frames(self, phase: Phase) -> tuple[Frame, ...]:
+        if self.compiled_line:
+            return self.compiled_line
+        if phase == "backward":
+            node = torch._C._current_autograd_node()
+            if node is not None:
+                return self._forward_lines.get(node._sequence_nr(), ())
+            return ()
+        frames = user_frames(sys._getframe(3))
+        if torch.is_grad_enabled():
+            # Autograd makes an operator's node before it runs it; later operators may make none.
+            self._forward_lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, frames)
+        return frames
+
+    def _engine_adds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an addition is autograd's own: it sums the gradients of a tensor that was used more than once."""
+        if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
+            return False
+        one, other = args[:2]
+        return (
+            isinstance(one, FakeTensor)
+            and isinstance(other, FakeTensor)
+            and one.shape == other.shape
+            and one.dtype == other.dtype
+            and not one._is_view()
+        )
+
+    def mark_roles(self) -> None:
+        """Give parameters, gradients and optimizer states the category that they turned out to have."""
+        for module in list(self.phases.modules):
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._mark(tensor, "parameters")
+                if tensor.grad is not None:
+                    self._mark(tensor.grad, "gradients")
+        for optimizer in list(self.phases.optimizers):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._mark(parameter, "parameters")
+                    if parameter.grad is not None:
+                        self._mark(parameter.grad, "gradients")
+            for state in optimizer.state.values():
+                for value in state.values() if isinstance(state, dict) else ():
+                    if isinstance(value, Tensor):
+                        self._mark(value, "optimizer state")
+
+    def mark_parameter(self, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            self._mark(tensor, "parameters")
+
+    def _mark(self, tensor: Tensor, category: Category) -> None:
+        if isinstance(tensor, FakeTensor) and tensor.fake_device.type == self.where.type:
+            self.recorder.mark(tensor, category)
+
+    # Between device and host
+
+    def _read_scalar(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(args[0], FakeTensor):
+            return self.values.scalar(args[0])
+        return func(*args, **kwargs)
+
+    def _equal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _has_fake(args):
+            return func(*args, **kwargs)
+        one, other = (self.values.exactly(tensor) for tensor in args[:2])
+        if one is not None and other is not None:
+            return func(one, other, *args[2:], **kwargs)
+        self.values.count("a comparison of tensors")
+        return True
+
+    def _copy_across(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source, device = args[0], kwargs.get("device")
+        target = source.device.type if device is None else device.type
+        is_fake = isinstance(source, FakeTensor)
+        if target == "cuda":
+            kwargs = {**kwargs, "device": self.where}
+            if is_fake:
+                return self.execute(func, args, kwargs)
+            return self._upload(source, func, kwargs)
+        if is_fake and target == "cpu":
+            if source.fake_device.type == "cpu":
+                with self.fake:
+                    return func(*args, **kwargs)
+            return self.values.on_host(source, kwargs.get("dtype") or source.dtype)
+        return func(*args, **kwargs)
+
+    def _upload(self, source: Tensor, func: Any, kwargs: dict[str, Any]) -> Tensor:
+        """A copy of a host tensor on the device."""
+        phase = self.phases.now()
+        with self.fake:
+            out = torch.empty_strided(
+                source.shape, _dense_strides(source), dtype=kwargs.get("dtype") or source.dtype, device=self.where
+            )
+        self._track(out, func, (source,), phase)
+        if not isinstance(source, nn.Parameter) and phase != "setup":
+            self.recorder.mark(out, "inputs")
+        self.values.learn(out, source)
+        return out
+
+    def _copy_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target, source = args[:2]
+        if not isinstance(target, FakeTensor):
+            if isinstance(source, FakeTensor):
+                if source.fake_device.type == "cuda":
+                    target.copy_(self.values.on_host(source, target.dtype))
+                return target
+            return func(*args, **kwargs)
+        if target.fake_device.type == "cpu":
+            return target  # a parameter without data
+        if isinstance(source, FakeTensor):
+            return self.execute(func, args, kwargs)
+        self.values.forget(target)
+        return target
+
+    # Operators written in Python
+
+    def _python_body(self, func: Any) -> Callable[..., Any] | None:
+        """The function behind a `torch.library.custom_op`, which fake tensors treat as one step."""
+        if func.namespace in _PACKAGES_OF_CUSTOM_OPERATORS:
+            return None
+        from torch._library.custom_ops import OPDEFS
+
+        for definition in OPDEFS.values():
+            if definition._opoverload is func:
+                return definition._init_fn  # type: ignore[no-any-return]
+        return None
+
+
+class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sends the operators of one thread to the virtual device."""
+
+    def __init__(self, device: VirtualDevice) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._device.run(func, args, kwargs or {})
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles under this mode instead of giving up."""
+        return True
+
+
+def attention(
+    card: Card,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by the kernel that the card would choose."""
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    chosen = kernels.choose_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, card, needs_grad=needs_grad
+    )
+    given = {"scale": scale}
+    out: Tensor
+    if chosen == "flash":
+        head = query.shape[-1]
+        short = -head % 8
+        if short:
+            query, key, value = (torch.nn.functional.pad(x, (0, short)) for x in (query, key, value))
+            given = {"scale": head**-0.5 if scale is None else scale}
+        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, **given)[0]
+        if short:
+            out = out[..., :head]
+    elif chosen == "efficient":
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, **given
+        )[0]
+    elif chosen == "cudnn":
+        out = aten._scaled_dot_product_cudnn_attention(
+            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, False, **given
+        )[0]
+    else:
+        out = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    return out
+
+
+def _expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operator is made of others. Autograd takes those apart; tensors of inference mode do not pass it."""
+    return bool(func._can_decompose())
+
+
+def _has_fake(values: Any) -> bool:
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return True
+        if isinstance(value, (list, tuple)) and _has_fake(value):
+            return True
+    return False
+
+
+def _is_weight_gradient(func: Any, phase: Phase) -> bool:
+    return phase == "backward" and func is aten.embedding_dense_backward.default
+
+
+def _dense_strides(source: Tensor) -> tuple[int, ...]:
+    """Strides of a copy that preserves the format: those of `source` if it is dense, else contiguous ones."""
+    return torch.empty_like(source, device="meta").stride()
+
+
+def _is_large_parameter(func: Any, args: tuple[Any, ...]) -> bool:
+    size = args[0] if args else ()
+    count = 1
+    for extent in size:
+        count *= extent
+    if count < LAZY_PARAMETER_ELEMENTS:
+        return False
+    frame = sys._getframe(3)
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), nn.Module):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,90 @@
+"""Which of the user's lines is running: the stack without torch, the standard library and tightfit itself."""
+
+import os
+import re
+import sys
+import sysconfig
+from functools import cache
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+import torch
+
+_LIBRARIES = tuple(
+    os.path.realpath(path) + os.sep
+    for path in (
+        os.path.dirname(torch.__file__),
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        os.path.join(sysconfig.get_paths()["stdlib"]),
+    )
+)
+_SITE = tuple({os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("purelib", "platlib")})
+MAX_FRAMES = 8
+_PRINTED = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_is_users: dict[CodeType, bool] = {}
+
+
+class Frame(NamedTuple):
+    file: str
+    line: int
+    function: str
+
+
+def user_frames(start: FrameType | None, limit: int = MAX_FRAMES) -> tuple[Frame, ...]:
+    """Frames from `start` outwards, innermost first, other packages' among them but not torch's or ours.
+
+    Where the first `limit` are all of packages, the innermost in the user's own files stands in the last one's place.
+    """
+    found: list[Frame] = []
+    frame, has_own = start, False
+    while frame is not None and (len(found) < limit or not has_own):
+        code = frame.f_code
+        if _counts(code):
+            is_own = not _is_packages_file(code.co_filename)
+            if len(found) < limit or is_own:
+                found[limit - 1 :] = [Frame(code.co_filename, frame.f_lineno, code.co_qualname)]
+            has_own = has_own or is_own
+        frame = frame.f_back
+    return tuple(found)
+
+
+def is_package(frame: Frame) -> bool:
+    """Whether a frame is in an installed package, rather than in the user's own files."""
+    return _is_packages_file(frame.file)
+
+
+@cache
+def _is_packages_file(file: str) -> bool:
+    return os.path.realpath(file).startswith(_SITE)
+
+
+def users_line(frames: tuple[Frame, ...]) -> Frame | None:
+    """The innermost line in the user's own files, or the innermost of any package."""
+    return next((frame for frame in frames if not is_package(frame)), frames[0] if frames else None)
+
+
+def current_frames(depth: int = 1) -> tuple[Frame, ...]:
+    return user_frames(sys._getframe(depth))
+
+
+def _counts(code: CodeType) -> bool:
+    known = _is_users.get(code)
+    if known is None:
+        known = _is_users[code] = not (code.co_filename.startswith("<") or _is_library(code.co_filename))
+    return known
+
+
+def _is_library(file: str) -> bool:
+    """Whether a file is torch's, ours or the standard library's; other installed packages are not."""
+    name = os.path.realpath(file)
+    return name.startswith(_LIBRARIES[:2]) or (name.startswith(_LIBRARIES) and not name.startswith(_SITE))
+
+
+def frames_of_text(trace: str) -> tuple[Frame, ...]:
+    """The user's frames of a printed stack, innermost first.
+
+    >>> frames_of_text('  File "model.py", line 186, in forward\\n    logits = self.lm_head(x)\\n')
+    (Frame(file='model.py', line=186, function='forward'),)
+    """
+    found = [Frame(file, int(line), function) for file, line, function in _PRINTED.findall(trace)]
+    return tuple(frame for frame in reversed(found) if not _is_library(frame.file))

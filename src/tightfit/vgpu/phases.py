@@ -1,0 +1,127 @@
+"""Which part of its work a script is in: told by what it calls in torch."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from tightfit.vgpu.recorder import Phase
+
+_LOSS_OPERATORS = frozenset(
+    {
+        "aten::_log_softmax",
+        "aten::nll_loss_forward",
+        "aten::nll_loss2d_forward",
+        "aten::mse_loss",
+        "aten::binary_cross_entropy_with_logits",
+        "aten::binary_cross_entropy",
+        "aten::smooth_l1_loss",
+        "aten::huber_loss",
+    }
+)
+
+
+class EnoughSeen(BaseException):
+    """Ends the script: what follows repeats what was seen. Not an Exception, so that scripts do not catch it."""
+
+
+class Phases:
+    """Follows the script by hooks on modules, optimizers and autograd."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        """`on_step` is called after each optimizer step, in the script's own thread."""
+        self._on_step = on_step
+        self._main = threading.get_ident()
+        self._depth = 0
+        self._with_grad = True
+        self._steps_open = 0
+        self._named: list[Phase] = []
+        self._outside: Phase = "setup"
+        """The phase of what runs in no module: it follows the step's course."""
+        self.steps = 0
+        self.vocabulary = 0
+        """Rows of the largest embedding that was seen: what has so many columns are logits."""
+        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    def install(self) -> None:
+        self._hook()
+        register_optimizer_step_pre_hook(self._before_step)
+        register_optimizer_step_post_hook(self._after_step)
+
+    def _hook(self) -> None:
+        self._handles = (
+            nn.modules.module.register_module_forward_pre_hook(self._before_forward),
+            nn.modules.module.register_module_forward_hook(self._after_forward, always_call=True),
+        )
+
+    @contextmanager
+    def compiled_call(self, module: nn.Module | None) -> Iterator[None]:
+        """One call of a compiled module or function: without our hooks, which Dynamo would trace and stumble over."""
+        for handle in self._handles:
+            handle.remove()
+        self._before_forward(module, ())
+        try:
+            yield
+        finally:
+            self._after_forward(module, (), ())
+            self._hook()
+
+    @contextmanager
+    def named(self, phase: Phase) -> Iterator[None]:
+        """A phase that a call of the script's stands for, such as saving."""
+        self._named.append(phase)
+        try:
+            yield
+        finally:
+            self._named.pop()
+
+    def now(self, operator: str = "") -> Phase:
+        """The phase of an operator that is about to run."""
+        if self._in_backward():
+            self._outside = "optimizer"
+            return "backward"
+        if self._named:
+            return self._named[-1]
+        if self._steps_open:
+            return "optimizer"
+        if self._depth:
+            if not self._with_grad:
+                return "eval"
+            return "loss" if operator in _LOSS_OPERATORS else "forward"
+        return "loss" if operator in _LOSS_OPERATORS else self._outside
+
+    def _in_backward(self) -> bool:
+        return threading.get_ident() != self._main or torch._C._current_graph_task_id() != -1
+
+    def _before_forward(self, module: nn.Module | None, args: object) -> None:
+        if threading.get_ident() != self._main:
+            return
+        if self._depth == 0:
+            if module is not None and module not in self.modules:
+                self.modules.add(module)
+                embeddings = (each for each in module.modules() if isinstance(each, nn.Embedding))
+                self.vocabulary = max([self.vocabulary, *(each.num_embeddings for each in embeddings)])
+            # Asked here and not for each operator: autocast's cast of a weight turns gradients on within no_grad.
+            self._with_grad = torch.is_grad_enabled()
+            self._outside = "loss" if self._with_grad else "eval"
+        self._depth += 1
+
+    def _after_forward(self, module: nn.Module | None, args: object, output: object) -> None:
+        if threading.get_ident() == self._main:
+            self._depth = max(0, self._depth - 1)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.optimizers.add(optimizer)
+        self._steps_open += 1
+
+    def _after_step(self, *_: object) -> None:
+        self._steps_open -= 1
+        if not self._steps_open:
+            self._outside = "forward"
+            self.steps += 1
+            self._on_step()

@@ -1,0 +1,218 @@
+"""What happened on the virtual GPU: every allocation in true order, with its place, phase, category and line.
+
+Each allocation goes to the simulated allocator at once, so that memory runs out at the operator where it would.
+"""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tightfit.vgpu.allocator import Block, CachingAllocator
+from tightfit.vgpu.frames import Frame
+
+Phase = Literal["setup", "eval", "forward", "loss", "backward", "optimizer", "save", "resume", "sample", "compile"]
+Category = Literal[
+    "parameters",
+    "gradients",
+    "optimizer state",
+    "activations",
+    "logits",
+    "cast copies",
+    "inputs",
+    "workspace",
+    "other",
+]
+CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """One piece of device memory, from its request to its release."""
+
+    number: int
+    nbytes: int
+    """As requested, before the allocator rounds."""
+    operator: str
+    shape: tuple[int, ...]
+    """Of the tensor it was made for; empty for a kernel's own memory."""
+    dtype: str
+    phase: Phase
+    category: Category
+    frames: tuple[Frame, ...]
+    """The user's lines, innermost first."""
+    stream: int = 0
+    block: Block | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """The sum of two gradients, which autograd's engine writes over the first one if nobody else holds that."""
+
+    sum_of: Allocation
+    first: int
+    """Storage key of the first gradient."""
+
+
+@dataclass
+class Recorder:
+    """Feeds `allocator`, and keeps the order of allocations (+number) and releases (-number) in `events`."""
+
+    allocator: CachingAllocator
+    allocations: list[Allocation] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    phase_peaks: dict[Phase, int] = field(default_factory=dict)
+    """Highest allocated bytes seen in each phase."""
+    peak_allocated: int = 0
+    peak_event: int = 0
+    """Length of `events` when the allocated bytes were highest."""
+    peak_phase: Phase = "setup"
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._released: deque[tuple[int, weakref.ref[torch.UntypedStorage]]] = deque()
+        self._held: dict[int, tuple[weakref.ref[torch.UntypedStorage], Allocation]] = {}
+        self._pending: _Pending | None = None
+
+    # What tensors do
+
+    def of_storage(self, tensor: Tensor) -> Allocation | None:
+        """The allocation that holds a tensor's data."""
+        held = self._held.get(tensor.untyped_storage()._cdata)
+        return held[1] if held is not None else None
+
+    def address_of(self, storage: torch.UntypedStorage) -> int | None:
+        """Where a storage lies on the device."""
+        held = self._held.get(storage._cdata)
+        return held[1].block.address if held is not None and held[1].block is not None else None
+
+    def track(self, tensor: Tensor, describe: Callable[[int], Allocation]) -> Allocation | None:
+        """Take memory for a tensor whose storage is new or has grown; None if nothing was needed."""
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        held = self._held.get(key)
+        if held is not None:
+            if held[1].nbytes >= nbytes:
+                return None
+            self._released.append((key, held[0]))  # resized: the old memory goes when the new is there
+        elif nbytes == 0:
+            return None
+        allocation = describe(nbytes)
+        self.take(allocation)
+        self._held[key] = (weakref.ref(storage, lambda ref, key=key: self._on_release(key, ref)), allocation)  # type: ignore[misc]
+        return allocation
+
+    def track_accumulation(self, tensor: Tensor, first: Tensor, describe: Callable[[int], Allocation]) -> None:
+        """`tensor` is the sum of two gradients that autograd's engine made, `first` the one it had already.
+
+        The engine adds in place when it holds the only reference to `first`. That shows at once: `first` is released
+        before anything else happens. So the sum waits, and takes over the memory of `first` or takes its own.
+        """
+        self.settle()
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        allocation = describe(storage.nbytes())
+        self._pending = _Pending(allocation, first.untyped_storage()._cdata)
+        self._held[key] = (weakref.ref(storage, lambda ref, key=key: self._on_release(key, ref)), allocation)  # type: ignore[misc]
+
+    def settle(self) -> None:
+        """Give a waiting sum memory of its own: the gradient it was added to is still held."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._take(pending.sum_of)
+
+    def _on_release(self, key: int, reference: "weakref.ref[torch.UntypedStorage]") -> None:
+        """Called by Python when a storage dies, at any moment, also within our own lines and in other threads."""
+        self._released.append((key, reference))
+        self._drain()
+
+    def _drain(self) -> None:
+        while self._released and self._lock.acquire(blocking=False):
+            try:
+                while self._released:
+                    self._release(*self._released.popleft())
+            finally:
+                self._lock.release()
+
+    def _release(self, key: int, reference: "weakref.ref[torch.UntypedStorage]") -> None:
+        held = self._held.get(key)
+        if held is None:
+            return
+        if held[0] is reference:
+            del self._held[key]
+        allocation = held[1]
+        pending = self._pending
+        if pending is not None and pending.first == key:
+            self._pending = None
+            self._hand_over(allocation, pending.sum_of)
+        elif pending is not None and pending.sum_of is allocation:
+            self._pending = None
+        else:
+            self._give(allocation)
+
+    def _hand_over(self, old: Allocation, new: Allocation) -> None:
+        new.block, old.block = old.block, None
+        if new.block is not None:
+            new.block.tag = new
+        self._register(new)
+        self.events.append(-old.number)
+
+    # What kernels do
+
+    def take(self, allocation: Allocation) -> None:
+        """Memory that the allocator gives now; its OutOfMemory if it cannot."""
+        self.settle()
+        self._take(allocation)
+
+    def give(self, allocation: Allocation) -> None:
+        with self._lock:
+            self._give(allocation)
+        self._drain()
+
+    def _take(self, allocation: Allocation) -> None:
+        with self._lock:
+            while self._released:
+                self._release(*self._released.popleft())
+            allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream)
+            allocation.block.tag = allocation
+            self._register(allocation)
+            allocated = self.allocator.allocated_bytes
+            if allocated > self.phase_peaks.get(allocation.phase, 0):
+                self.phase_peaks[allocation.phase] = allocated
+            if allocated > self.peak_allocated:
+                self.peak_allocated, self.peak_event, self.peak_phase = allocated, len(self.events), allocation.phase
+        self._drain()
+
+    def _register(self, allocation: Allocation) -> None:
+        allocation.number = len(self.allocations) + 1
+        self.allocations.append(allocation)
+        self.events.append(allocation.number)
+
+    def _give(self, allocation: Allocation) -> None:
+        block, allocation.block = allocation.block, None
+        if block is not None:
+            self.allocator.free(block)
+            self.events.append(-allocation.number)
+
+    # What is asked afterwards
+
+    def alive_at(self, event: int) -> list[Allocation]:
+        """The allocations held after the first `event` events."""
+        alive: dict[int, Allocation] = {}
+        for number in self.events[:event]:
+            if number > 0:
+                alive[number] = self.allocations[number - 1]
+            else:
+                alive.pop(-number, None)
+        return list(alive.values())
+
+    def mark(self, tensor: Tensor, category: Category) -> None:
+        """Say what a tensor turned out to be."""
+        allocation = self.of_storage(tensor)
+        if allocation is not None:
+            allocation.category = category

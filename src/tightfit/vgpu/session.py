@@ -1,0 +1,155 @@
+"""One virtual GPU in this process, from its switching on to what is said of it at the end."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from tightfit.gpus import GPU, context_bytes, resolve_gpu
+from tightfit.vgpu import backend, cuda_api, host
+from tightfit.vgpu.allocator import AllocatorSettings, CachingAllocator
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.kernels import Card
+from tightfit.vgpu.phases import EnoughSeen, Phases
+from tightfit.vgpu.snapshot import TraceLog, write_snapshot
+
+_STABLE_STEPS = 2
+"""Steps in a row that must have allocated exactly what the step before did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Which card, how much of it, and when to stop."""
+
+    gpu: str
+    memory_bytes: int | None = None
+    """Total memory as the driver reports it, instead of the table's."""
+    used_bytes: int = 0
+    """What other processes hold."""
+    context_bytes: int | None = None
+    """What this process holds outside PyTorch's allocator, instead of the table's estimate."""
+    capability: tuple[int, int] | None = None
+    steps: int | None = None
+    """Stop after so many optimizer steps, whatever they allocate."""
+    timeout_s: float | None = None
+    """Stop at the first operator after so many seconds."""
+    snapshot: str | None = None
+    """File for PyTorch's memory snapshot of the end."""
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+
+class VirtualSession:
+    """The virtual GPU of this process; there is one, and it stays until the process ends."""
+
+    _running: "VirtualSession | None" = None
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.gpu: GPU
+        self.gpu, self.notes = resolve_gpu(
+            request.gpu, memory_bytes=request.memory_bytes, capability=request.capability
+        )
+        total = request.memory_bytes or self.gpu.planning_bytes
+        context, why_context = (
+            (request.context_bytes, "") if request.context_bytes is not None else context_bytes(self.gpu)
+        )
+        if why_context:
+            self.notes.append(why_context)
+        self.allocator = CachingAllocator(
+            total_bytes=total,
+            used_by_others=request.used_bytes,
+            context_bytes=context,
+            settings=AllocatorSettings.from_environment(request.environ),
+        )
+        self.phases = Phases(self._after_step)
+        major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+        card = Card(capability=self.gpu.capability, sm_count=self.gpu.sm_count, torch_version=(major, minor))
+        self.device = VirtualDevice(card, self.allocator, self.phases)
+        TraceLog.attach(self.device.recorder)
+        self.stopped_because = "the script ended"
+        self._started = time.monotonic()
+        self._mark = 0
+        self._last_pattern: tuple[int, ...] = ()
+        self._stable = 0
+        self._peak_before = 0
+        self._kept: list[object] = []
+
+    @contextmanager
+    def active(self) -> Iterator["VirtualSession"]:
+        """The device for the lines within; EnoughSeen ends them early."""
+        if VirtualSession._running is None:
+            backend.enable()
+            cuda_api.install(self.device, self.gpu, count=int(self.request.environ.get("LOCAL_WORLD_SIZE", "1")))
+            card = cuda_api.properties(self.gpu, self.allocator.total_bytes)
+            self._kept = host.install(self.device, card)
+            self.phases.install()
+            backend.self_test()
+            VirtualSession._running = self
+        timer = self._start_timer()
+        try:
+            with self.device.mode():
+                yield self
+        except EnoughSeen:
+            pass
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self.device.recorder.settle()
+            self.device.mark_roles()
+            for end in self.device.at_end:
+                end()
+            if self.request.snapshot is not None:
+                write_snapshot(self.device.recorder, self.request.snapshot)
+
+    def _start_timer(self) -> threading.Timer | None:
+        if self.request.timeout_s is None:
+            return None
+
+        def late() -> None:
+            self.stopped_because = f"{self.request.timeout_s:g} seconds had passed"
+            self.device.out_of_time = True
+
+        timer = threading.Timer(self.request.timeout_s, late)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _after_step(self) -> None:
+        """Decide after each optimizer step whether another could differ."""
+        recorder = self.device.recorder
+        self.device.mark_roles()
+        pattern = self._pattern()
+        grew = recorder.peak_allocated > self._peak_before or recorder.allocator.peak_reserved_bytes > self._reserved
+        self._stable = self._stable + 1 if pattern == self._last_pattern and not grew else 0
+        self._last_pattern, self._peak_before = pattern, recorder.peak_allocated
+        self._reserved = recorder.allocator.peak_reserved_bytes
+        steps = self.phases.steps
+        if self.request.steps is not None:
+            if steps >= self.request.steps:
+                self._end(f"{steps} steps were asked for")
+        elif self._stable >= _STABLE_STEPS:
+            self._end(
+                f"steps {steps - self._stable} to {steps} made the same allocations in the same order, "
+                "and the peak did not grow"
+            )
+
+    _reserved = 0
+
+    def _end(self, reason: str) -> None:
+        self.stopped_because = reason
+        raise EnoughSeen(reason)
+
+    def _pattern(self) -> tuple[int, ...]:
+        """The step's allocations and releases by size; which object it was does not matter."""
+        recorder = self.device.recorder
+        events, allocations = recorder.events, recorder.allocations
+        pattern = tuple(
+            allocations[number - 1].nbytes if number > 0 else -allocations[-number - 1].nbytes
+            for number in events[self._mark :]
+        )
+        self._mark = len(events)
+        return pattern

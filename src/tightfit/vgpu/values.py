@@ -1,0 +1,446 @@
+"""What a script is told when it asks for a value that no kernel computed.
+
+A tensor on the virtual GPU has no data. Some values are known all the same: what was filled with one number, whole
+numbers and flags that came from the host (lengths, positions, masks), and what operators make of those alone: they run
+on the host, too, on the known values. So a library that asks "is every entry of this mask one?" gets the true answer,
+and takes the way that it would take on a card.
+
+The rest is made up when it is asked for: a loss falls slowly, a flag is not raised, a mask is true everywhere where its
+elements are counted, and nothing is infinite. What is made up stays so: the same tensor gives the same answer twice,
+and what follows from it is marked. Every made-up answer is counted by the line that asked.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tightfit.vgpu.frames import Frame, user_frames, users_line
+
+Scalar = bool | int | float
+
+_FIRST_LOSS, _LAST_LOSS, _FALL = 10.0, 0.5, 0.97
+"""Floats that a script reads start like a language model's first loss and fall towards `_LAST_LOSS`, never below."""
+
+_WHOLE_NUMBERS, _FRACTIONS = 1 << 16, 256
+"""Elements up to which a tensor's single values are followed, by type: masks, positions and lengths decide what a
+library does next, fractions seldom do."""
+
+_LOOKED_AT = 1 << 22
+"""Elements of a host tensor up to which an upload looks whether they are all the same: masks of ones are."""
+
+aten = torch.ops.aten
+
+_FILLED: dict[Any, Callable[[tuple[Any, ...]], Scalar]] = {
+    aten.zeros.default: lambda args: 0,
+    aten.zeros_like.default: lambda args: 0,
+    aten.new_zeros.default: lambda args: 0,
+    aten.zero_.default: lambda args: 0,
+    aten.ones.default: lambda args: 1,
+    aten.ones_like.default: lambda args: 1,
+    aten.new_ones.default: lambda args: 1,
+    aten.full.default: lambda args: args[1],
+    aten.full_like.default: lambda args: args[1],
+    aten.new_full.default: lambda args: args[2],
+    aten.fill_.Scalar: lambda args: args[1],
+    aten.scalar_tensor.default: lambda args: args[0],
+}
+
+_ASSUMED: dict[Any, bool] = {
+    aten.isnan.default: False,
+    aten.isinf.default: False,
+    aten.isposinf.default: False,
+    aten.isneginf.default: False,
+    aten.isfinite.default: True,
+}
+"""What is said of data that nobody knows."""
+
+_KEPT = {
+    aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
+    aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.mean.default, aten.mean.dim,
+    aten._to_copy.default, aten.repeat.default, aten.flip.default,
+}  # fmt: skip
+"""Operators whose result has the same value everywhere if their argument has."""
+
+_COUNTED = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+_COUNTS = {aten.sum.default, aten.sum.dim_IntList}
+_COPIES = {aten.copy_.default, aten.fill_.Tensor}
+_GRADIENTS_ARE_FINITE = aten._amp_foreach_non_finite_check_and_unscale_.default
+
+
+_SCALES = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}
+"""Of a made-up number, these make a new one: a sum over tokens that is divided by their number is a loss again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What a tensor's storage holds."""
+
+    value: Tensor
+    """On the host: without dimensions if all elements are the same, else all elements of the storage in order."""
+    made_up: bool = False
+
+    @property
+    def is_uniform(self) -> bool:
+        return self.value.dim() == 0
+
+    def seen_by(self, tensor: Tensor) -> Tensor:
+        """The host's version of `tensor`, which may be a view of the storage."""
+        if self.is_uniform:
+            return self.value.expand(tensor.shape)
+        return self.value.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+class _Traits(NamedTuple):
+    writes: tuple[int | str, ...]
+    """Positions, or names after the star, of the arguments that the operator writes."""
+    is_view: bool
+    is_pointwise: bool
+    is_random: bool
+
+
+_UNSAID_WRITES = {aten.native_batch_norm.default: (3, 4), aten.cudnn_batch_norm.default: (3, 4)}
+"""Running statistics, which the schemas of these operators do not say that they write."""
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    arguments = func._schema.arguments
+    return _Traits(
+        writes=tuple(
+            argument.name if argument.kwarg_only else position
+            for position, argument in enumerate(arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
+        or _UNSAID_WRITES.get(func, ()),
+        is_view=func.is_view,
+        is_pointwise=torch.Tag.pointwise in func.tags,
+        is_random=torch.Tag.nondeterministic_seeded in func.tags,
+    )
+
+
+class Values:
+    """What is known of tensors' values, and how often a value had to be made up."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[torch.UntypedStorage, Fact] = WeakKeyDictionary()
+        self._floats_read = 0
+        self.made_up: Counter[tuple[Frame | None, str]] = Counter()
+
+    # What operators say
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Keep what operator `func` says of its result `out`; a write makes its target unknown."""
+        traits = _traits(func)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
+        if traits.writes:
+            self._follow_writes(func, args, kwargs, traits)
+        elif isinstance(out, Tensor) and not traits.is_view:
+            fact = self._of_result(func, args, kwargs, out, traits)
+            if fact is not None:
+                self._known[out.untyped_storage()] = fact
+        elif isinstance(out, tuple) and not traits.is_view and not traits.is_random:
+            self._follow_several(func, args, kwargs, out)
+
+    def _follow_several(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Any, ...]) -> None:
+        facts = []
+        for tensor in _tensors(args, kwargs):
+            fact = self._fact(tensor)
+            if fact is None or not _is_small(tensor):
+                return
+            facts.append(fact)
+        results = self._computed(func, args, kwargs, lambda tensor, fact: fact.seen_by(tensor)) if facts else None
+        for tensor, result in zip(out, results or (), strict=False):
+            fact = _stored(result, tensor, any(fact.made_up for fact in facts)) if isinstance(result, Tensor) else None
+            if fact is not None:
+                self._known[tensor.untyped_storage()] = fact
+
+    def _of_result(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, traits: _Traits
+    ) -> Fact | None:
+        filled = _FILLED.get(func)
+        if filled is not None:
+            return Fact(torch.tensor(filled(args), dtype=out.dtype))
+        if traits.is_random:
+            return None
+        invent = out.numel() == 1 and (traits.is_pointwise or func in _KEPT or func in _COUNTS)
+        facts = []
+        for tensor in _tensors(args, kwargs):
+            fact = self._fact(tensor, invent)
+            if fact is None:
+                return _of_unknown(func, args, out)
+            facts.append(fact)
+        if not facts and func not in _COUNTED:
+            return None
+        made_up = any(fact.made_up for fact in facts)
+        if made_up and func in _SCALES and out.is_floating_point():
+            return None
+        if _is_small(out) and all(map(_is_small, _tensors(args, kwargs))):
+            result = self._computed(func, args, kwargs, lambda tensor, fact: fact.seen_by(tensor))
+            return None if result is None else _stored(result, out, made_up)
+        if not facts or not all(fact.is_uniform for fact in facts):
+            return None
+        if func in _KEPT:
+            return Fact(facts[0].value.to(out.dtype), made_up)
+        if func in _COUNTS:
+            return Fact(facts[0].value.to(out.dtype) * (args[0].numel() // max(1, out.numel())), made_up)
+        if traits.is_pointwise:
+            result = self._computed(func, args, kwargs, lambda tensor, fact: fact.value)
+            return None if result is None else Fact(result.to(out.dtype), made_up)
+        return None
+
+    def _follow_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits) -> None:
+        if func is _GRADIENTS_ARE_FINITE:
+            found = self._fact(args[1])
+            self._forget_all(args[0])
+            if found is not None:
+                self._known[args[1].untyped_storage()] = Fact(found.value, made_up=True)
+            return
+        written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in traits.writes]
+        results, made_up = self._of_writes(func, args, kwargs, traits, written)
+        for target, result in zip(written, results, strict=True):
+            if isinstance(target, FakeTensor) and result is not None:
+                self._write(target, result, made_up)
+            else:
+                self._forget_all(target)
+
+    def _write(self, target: Tensor, value: Tensor, made_up: bool) -> None:
+        """`target`, which may be a part of its storage, now holds `value` of the same shape, or a single number."""
+        storage = target.untyped_storage()
+        before = self._known.pop(storage, None)
+        fact = None
+        if _covers(target):
+            fact = _stored(value, target, made_up)
+        elif before is not None and before.value.dtype == target.dtype:
+            elements = storage.nbytes() // target.element_size()
+            made_up = made_up or before.made_up
+            if before.is_uniform and _is_uniform(value) and bool(before.value == value.flatten()[0]):
+                fact = Fact(before.value, made_up)
+            elif elements <= _limit(target.dtype):
+                whole = before.value.expand(elements).clone()
+                whole.as_strided(target.size(), target.stride(), target.storage_offset()).copy_(value)
+                fact = Fact(whole, made_up)
+        if fact is not None:
+            self._known[storage] = fact
+
+    def _of_writes(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits, written: list[Any]
+    ) -> tuple[list[Tensor | None], bool]:
+        """What the written arguments hold afterwards, and whether that is made up."""
+        unknown: tuple[list[Tensor | None], bool] = ([None] * len(written), False)
+        target = written[0]
+        filled = _FILLED.get(func)
+        if filled is not None:
+            return [torch.tensor(filled(args), dtype=target.dtype)], False
+        tensors = list(_tensors(args, kwargs))
+        if func in _COPIES:
+            fact = self._fact(args[1])
+            if fact is None or not (fact.is_uniform or _is_small(target)):
+                return unknown
+            return [(fact.value if fact.is_uniform else fact.seen_by(args[1])).to(target.dtype)], fact.made_up
+        if traits.is_random or any(not isinstance(tensor, FakeTensor) for tensor in written):
+            return unknown
+        invent = traits.is_pointwise and all(tensor.numel() == 1 for tensor in tensors)
+        facts = []
+        for tensor in tensors:
+            fact = self._fact(tensor, invent)
+            if fact is None:
+                return unknown
+            facts.append(fact)
+        if func in _SCALES and target.is_floating_point() and any(fact.made_up for fact in facts):
+            return unknown
+        small = all(map(_is_small, tensors))
+        if not small and not (traits.is_pointwise and all(fact.is_uniform for fact in facts)):
+            return unknown
+        after: dict[int, Tensor] = {}
+
+        def operand(tensor: Tensor, fact: Fact) -> Tensor:
+            value = (fact.seen_by(tensor) if small else fact.value).clone()
+            after[id(tensor)] = value
+            return value
+
+        if self._computed(func, args, kwargs, operand) is None:
+            return unknown
+        return [after[id(tensor)] for tensor in written], any(fact.made_up for fact in facts)
+
+    def _computed(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operand: Callable[[Tensor, Fact], Tensor]
+    ) -> Any:
+        """The operator's result on the host, on known values; None where the host refuses what a card may not."""
+
+        def swap(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                fact = self._fact(value, invent=True)
+                assert fact is not None
+                return operand(value, fact)
+            return [swap(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+        try:
+            return func(*(swap(value) for value in args), **{name: swap(value) for name, value in kwargs.items()})
+        except (RuntimeError, NotImplementedError):
+            return None
+
+    # What is known
+
+    def _fact(self, tensor: Tensor, invent: bool = False) -> Fact | None:
+        """What is known of a tensor, or made up now (and kept) if it has one element and `invent` says so."""
+        if not isinstance(tensor, FakeTensor):
+            return Fact(tensor.detach().reshape(())) if tensor.numel() == 1 else None
+        storage = tensor.untyped_storage()
+        fact = self._known.get(storage)
+        if fact is not None and fact.value.dtype == tensor.dtype:
+            return fact
+        if not invent or tensor.numel() != 1:
+            return None
+        fact = Fact(torch.tensor(self._invented(tensor.dtype), dtype=tensor.dtype), made_up=True)
+        if _covers(tensor):
+            self._known[storage] = fact
+        return fact
+
+    def _invented(self, dtype: torch.dtype) -> Scalar:
+        if dtype.is_floating_point or dtype.is_complex:
+            return _LAST_LOSS + (_FIRST_LOSS - _LAST_LOSS) * math.pow(_FALL, self._floats_read)
+        return False if dtype == torch.bool else 0
+
+    def learn(self, tensor: Tensor, source: Tensor) -> None:
+        """`tensor` is a copy of a real tensor of the host."""
+        if not 0 < source.numel() <= _LOOKED_AT or not (_is_small(source) or _is_uniform(source)):
+            return
+        fact = _stored(source.detach().to(tensor.dtype), tensor, made_up=False)
+        if fact is not None:
+            self._known[tensor.untyped_storage()] = fact
+
+    def know(self, tensor: Tensor, value: Scalar) -> None:
+        """`value` is what the whole of `tensor` holds."""
+        self._known[tensor.untyped_storage()] = Fact(torch.tensor(value, dtype=tensor.dtype))
+
+    def assume(self, tensor: Tensor, value: Scalar) -> None:
+        """`value` is made up for the whole of `tensor`."""
+        self._known[tensor.untyped_storage()] = Fact(torch.tensor(value, dtype=tensor.dtype), made_up=True)
+
+    def forget(self, tensor: Tensor) -> None:
+        self._known.pop(tensor.untyped_storage(), None)
+
+    def _forget_all(self, tensors: Any) -> None:
+        for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
+            if isinstance(tensor, FakeTensor):
+                self.forget(tensor)
+
+    # What a script is told
+
+    def exactly(self, tensor: Tensor) -> Tensor | None:
+        """The true values of a tensor on the host, if they are known and nothing of them is made up."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        fact = self._fact(tensor)
+        return None if fact is None or fact.made_up else fact.seen_by(tensor)
+
+    def scalar(self, tensor: Tensor) -> Scalar:
+        """The answer to `tensor.item()`."""
+        fact = self._fact(tensor, invent=True)
+        assert fact is not None, "item() is asked of tensors with one element"
+        if fact.made_up:
+            self.count("a value read from the device")
+            self._floats_read += fact.value.is_floating_point()
+        return fact.seen_by(tensor).item()
+
+    def on_host(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A host tensor of the same shape, for a copy from the device; its pages cost memory only when written."""
+        fact = self._fact(tensor, invent=True)
+        if fact is None or fact.made_up:
+            self.count("a tensor copied to the host")
+            self._floats_read += tensor.numel() == 1 and tensor.is_floating_point()
+        if fact is None or (fact.is_uniform and not fact.value):
+            return lazy_zeros(tuple(tensor.shape), dtype)
+        return fact.seen_by(tensor).to(dtype).clone(memory_format=torch.contiguous_format)
+
+    def count(self, what: str, frames: tuple[Frame, ...] | None = None) -> None:
+        """Something was made up for the line that is running, or that `frames` lead to."""
+        self.made_up[(users_line(user_frames(sys._getframe(1)) if frames is None else frames), what)] += 1
+
+
+_WHERE_AND_HOW = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
+
+
+def _of_unknown(func: Any, args: tuple[Any, ...], out: Tensor) -> Fact | None:
+    """What is made up of an operator's result when its arguments are unknown."""
+    source, other = args[0], args[1] if len(args) > 1 else None
+    value: Scalar
+    if func is aten._to_copy.default and source.dtype == torch.bool and out.dtype != torch.bool:
+        value = 1  # somebody is about to count, or to take the mean
+    elif func in _ASSUMED:
+        value = _ASSUMED[func]
+    elif func in _COUNTS and isinstance(source, Tensor) and source.dtype == torch.bool:
+        value = source.numel() // max(1, out.numel())
+    elif func is aten.eq.Tensor and source is other:  # torch.isfinite and torch.isnan are made of such comparisons
+        value = True
+    elif func is aten.ne.Tensor and source is other:
+        value = False
+    elif out.dtype == torch.bool and isinstance(other, float) and math.isinf(other):
+        value = bool(func(torch.zeros(()), other))
+    else:
+        return None
+    return Fact(torch.tensor(value, dtype=out.dtype), made_up=True)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (each for each in value if isinstance(each, Tensor))
+
+
+def _stored(data: Tensor, tensor: Tensor, made_up: bool) -> Fact | None:
+    """The fact that `tensor` holds `data`; None if that is too much to keep."""
+    if data.numel() == 0:
+        return None
+    data = data.to(tensor.dtype)
+    if data.dim() == 0 or _is_uniform(data):
+        return Fact(data.flatten()[0].clone(), made_up)
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if elements > _limit(tensor.dtype):
+        return None
+    storage = torch.zeros(elements, dtype=data.dtype)
+    storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).copy_(data)
+    return Fact(storage, made_up)
+
+
+def _is_uniform(data: Tensor) -> bool:
+    if data.numel() == 1:
+        return True
+    corner = (0,) * data.dim()
+    first = data[corner]
+    return bool(first == data[tuple(extent - 1 for extent in data.shape)]) and bool((data == first).all())
+
+
+def _covers(tensor: Tensor) -> bool:
+    """Whether a tensor is the whole of its storage."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _limit(dtype: torch.dtype) -> int:
+    return _FRACTIONS if dtype.is_floating_point or dtype.is_complex else _WHOLE_NUMBERS
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether a tensor's single values are worth following."""
+    return tensor.numel() <= _limit(tensor.dtype)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory the system provides when it is touched, so that copies of large models cost nothing."""
+    import numpy as np
+
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < 1 << 16:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)

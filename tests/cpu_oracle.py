@@ -1,0 +1,214 @@
+"""The same training step twice: on virtual host tensors through the recorder, and for real under PyTorch's profiler.
+
+What is compared is the step's highest memory above what is held between steps, in bytes, of the second step.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from tightfit.gpt.model import GPT, GPTConfig
+from tightfit.gpt.optimizer import build_optimizer
+from tightfit.vgpu import backend
+from tightfit.vgpu.allocator import CachingAllocator
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.kernels import Card
+from tightfit.vgpu.phases import Phases
+
+VOCABULARY, BLOCK, BATCH = 4096, 128, 4
+WIDE = 1 << 50
+
+
+@dataclass(frozen=True)
+class Configuration:
+    name: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Tensor], Tensor]
+    optimizer: str = "fused"
+    bf16: bool = False
+    accumulation: int = 1
+    tolerance: float = 0.0
+    """Relative difference allowed, with the reason beside it where it is not 0."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def tightfit_model(**options: Any) -> Callable[[], nn.Module]:
+    loss = options.pop("loss", "full")
+    checkpointed = options.pop("checkpointed", 0)
+    config = GPTConfig(block_size=BLOCK, vocab_size=VOCABULARY, n_layer=3, n_head=4, n_embd=128, **options)
+
+    def build() -> nn.Module:
+        return GPT(config, loss=loss, checkpointed_blocks=checkpointed)
+
+    return build
+
+
+def tightfit_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    loss: Tensor = model(ids, ids, scale=1.0 / ids.numel())
+    return loss
+
+
+def transformers_model(kind: str, *, checkpointing: bool = False) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        configs = {
+            "gpt2": lambda: transformers.GPT2Config(
+                n_layer=2, n_head=4, n_embd=128, vocab_size=VOCABULARY, n_positions=BLOCK
+            ),
+            "llama": lambda: transformers.LlamaConfig(
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                hidden_size=128,
+                intermediate_size=344,
+                vocab_size=VOCABULARY,
+            ),
+        }
+        model = transformers.AutoModelForCausalLM.from_config(configs[kind]())
+        if checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # another name from transformers 6 on
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        return model  # type: ignore[no-any-return]
+
+    return build
+
+
+def transformers_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def _optimizer(configuration: Configuration, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    match configuration.optimizer:
+        case "fused":
+            return build_optimizer(model, weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
+        case "foreach":
+            return torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
+        case "single":
+            return torch.optim.AdamW(parameters, lr=1e-3, foreach=False)
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, foreach=False)
+        case "adafactor":
+            return torch.optim.Adafactor(parameters, lr=1e-3, foreach=False)
+    raise AssertionError(configuration.optimizer)
+
+
+def _step(configuration: Configuration, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+    for _ in range(configuration.accumulation):
+        context = torch.autocast("cpu", dtype=torch.bfloat16) if configuration.bf16 else contextlib.nullcontext()
+        with context:
+            loss = configuration.loss(model, ids)
+        loss.backward()
+        del loss
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measured(configuration: Configuration) -> int:
+    """Bytes by PyTorch's profiler, of a real second step."""
+    torch.manual_seed(0)
+    model = configuration.build()
+    optimizer = _optimizer(configuration, model)
+    ids = torch.randint(0, VOCABULARY, (BATCH, BLOCK))
+    _step(configuration, model, optimizer, ids)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _step(configuration, model, optimizer, ids)
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert len(events) > 100
+    return peak
+
+
+def predicted(configuration: Configuration) -> int:
+    """Bytes requested on virtual host tensors, of the second step."""
+    phases = Phases(lambda: None)
+    card = Card(capability=(8, 0), sm_count=108)
+    device = VirtualDevice(card, CachingAllocator(total_bytes=WIDE), phases, "cpu")
+    backend.answer_for_fake_tensors()
+    with device.mode():
+        model = configuration.build()
+        optimizer = _optimizer(configuration, model)
+        ids = torch.zeros(BATCH, BLOCK, dtype=torch.int64)
+        _step(configuration, model, optimizer, ids)
+        device.recorder.settle()
+        before = _requested(device)
+        first = len(device.recorder.events)
+        _step(configuration, model, optimizer, ids)
+        device.recorder.settle()
+    now = peak = before
+    for number in device.recorder.events[first:]:
+        nbytes = device.recorder.allocations[abs(number) - 1].nbytes
+        now += nbytes if number > 0 else -nbytes
+        peak = max(peak, now)
+    return peak - before
+
+
+def _requested(device: VirtualDevice) -> int:
+    alive = device.recorder.alive_at(len(device.recorder.events))
+    return sum(allocation.nbytes for allocation in alive)
+
+
+def _configurations() -> list[Configuration]:
+    found = []
+    for bf16 in (False, True):
+        kind = "bf16" if bf16 else "fp32"
+        for optimizer in ("fused", "foreach", "single", "sgd"):
+            found.append(
+                Configuration(f"tightfit {kind} {optimizer}", tightfit_model(), tightfit_loss, optimizer, bf16)
+            )
+        for name, options in (
+            ("dropout", {"dropout": 0.1}),
+            ("no bias", {"bias": False}),
+            ("tanh", {"activation": "gelu_tanh"}),
+            ("chunked", {"loss": "chunked"}),
+            ("checkpointed", {"checkpointed": 3}),
+            ("checkpointed 1", {"checkpointed": 1}),
+            ("checkpointed dropout", {"checkpointed": 3, "dropout": 0.1}),
+            ("chunked checkpointed", {"loss": "chunked", "checkpointed": 3}),
+        ):
+            found.append(Configuration(f"tightfit {kind} {name}", tightfit_model(**options), tightfit_loss, bf16=bf16))
+        for loss in ("full", "chunked"):
+            found.append(
+                Configuration(
+                    f"tightfit {kind} {loss} accumulated",
+                    tightfit_model(loss=loss),
+                    tightfit_loss,
+                    bf16=bf16,
+                    accumulation=3,
+                )
+            )
+        for model in ("gpt2", "llama"):
+            for optimizer in ("foreach", "single", "sgd"):
+                found.append(
+                    Configuration(
+                        f"{model} {kind} {optimizer}", transformers_model(model), transformers_loss, optimizer, bf16
+                    )
+                )
+            found.append(
+                Configuration(
+                    f"{model} {kind} checkpointed",
+                    transformers_model(model, checkpointing=True),
+                    transformers_loss,
+                    "foreach",
+                    bf16,
+                )
+            )
+    return found
+
+
+CONFIGURATIONS = _configurations()

@@ -1,0 +1,145 @@
+"""The virtual GPU from Python: as a context of one's own process, and for a function."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import tightfit
+from tightfit.errors import ConfigError, DeviceError
+from tightfit.units import MIB
+
+
+def in_process(text: str) -> str:
+    """What a program prints; a process of its own, because a virtual GPU stays."""
+    program = "import os, sys\n" + textwrap.dedent(text) + "\nsys.stdout.flush()\nos._exit(0)\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_torch_says_what_the_card_would() -> None:
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("RTX 3060 12GB", memory_bytes=12 << 30, used_bytes=1 << 30, context_bytes=0):
+            import torch
+            print(torch.cuda.is_available(), torch.cuda.device_count(), torch.cuda.get_device_name())
+            print(torch.cuda.get_device_capability(), torch.cuda.get_device_properties(0).multi_processor_count)
+            x = torch.zeros(1 << 20, device="cuda")
+            print(x.device, x.is_cuda, torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+            print(torch.cuda.mem_get_info())
+            del x
+            print(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved())
+            torch.cuda.empty_cache()
+            print(torch.cuda.memory_reserved(), torch.accelerator.current_accelerator())
+            print("GPU reserved memory" in torch.cuda.memory_summary())
+    """)
+    assert said.splitlines() == [
+        "True 1 NVIDIA GeForce RTX 3060",
+        "(8, 6) 28",
+        f"cuda:0 True {4 * MIB} {20 * MIB}",
+        f"({(11 << 30) - 20 * MIB}, {12 << 30})",
+        f"0 {4 * MIB} {20 * MIB}",
+        "0 cuda",
+        "True",
+    ]
+
+
+def test_memory_runs_out_and_can_be_caught() -> None:
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("RTX 3060 12GB", memory_bytes=1 << 30, context_bytes=0) as gpu:
+            import torch
+            try:
+                torch.empty(3 << 28, device="cuda")
+            except torch.OutOfMemoryError as error:
+                print(str(error)[:73])
+            torch.empty(1 << 20, device="cuda")
+        found = gpu.findings()
+        print(found["outcome"], found["caught_failures"], found["peak"]["reserved_bytes"])
+    """)
+    assert said.splitlines() == [
+        "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacit",
+        f"fits 1 {20 * MIB}",
+    ]
+
+
+def test_optimizers_built_before_the_move_train_what_was_moved() -> None:
+    """On a card `module.to` keeps each parameter the object that it was."""
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("A100") as gpu:
+            import torch
+            model = torch.nn.Linear(256, 256)
+            model.tied = model.weight
+            before = [id(p) for p in model.parameters()]
+            optimizer = torch.optim.Adam(model.parameters())
+            model.to("cuda")
+            print(before == [id(p) for p in model.parameters()], model.weight.device, model.tied is model.weight)
+            model(torch.zeros(8, 256, device="cuda")).sum().backward()
+            print(model.weight.grad.device)
+            optimizer.step()
+        print(gpu.findings()["categories"]["optimizer state"] >= 8 * (256 * 256 + 256))
+    """)
+    assert said.splitlines() == ["True cuda:0 True", "cuda:0", "True"]
+
+
+def test_values_that_are_known_are_true() -> None:
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("A100") as gpu:
+            import torch
+            mask = torch.ones(4, 8, dtype=torch.long).to("cuda")
+            print(bool((mask == 1).all()), torch.arange(5, device="cuda").sum().item(), mask.sum().item())
+            print(torch.full((3,), 2.5, device="cuda")[1].item(), torch.tensor([3, 1, 2], device="cuda").tolist())
+            print(gpu.findings()["made_up_values"])
+            x = torch.randn(100, device="cuda")
+            print(bool(torch.isnan(x).any()), bool(torch.isfinite(x).all()), x.cpu().shape)
+            print(sum(each["times"] for each in gpu.findings()["made_up_values"]) > 0)
+    """)
+    assert said.splitlines() == ["True 10 32", "2.5 [3, 1, 2]", "[]", "False True torch.Size([100])", "True"]
+
+
+def test_a_model_larger_than_the_host() -> None:
+    """70 billion parameters, 280 GB in float32, in a process that may take 3 GiB of address space beyond torch's."""
+    said = in_process("""
+        import resource, tightfit
+        with tightfit.VirtualGPU("H200", memory_bytes=1 << 40) as gpu:
+            import torch
+            from torch import nn
+            layers = nn.ModuleList(nn.Linear(8192, 8192 * 13) for _ in range(80))
+            for layer in layers:
+                nn.init.normal_(layer.weight)
+            layers.to("cuda")
+            print(round(gpu.findings()["categories"]["parameters"] / 4e9, 1))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1.5 * 2**20)
+    """)
+    assert said.splitlines() == ["69.8", "True"]
+
+
+def allocate() -> None:
+    import torch
+
+    torch.empty(1 << 20, device="cuda")
+
+
+def test_a_function_is_run_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from test_vgpu_api import allocate as importable
+
+    found = tightfit.dryrun(importable, gpu="A100")
+    assert (found["outcome"], found["peak"]["requested_bytes"]) == ("fits", 4 * MIB)
+    import torch
+
+    assert not torch.cuda.is_available()
+
+
+def test_what_cannot_be_run() -> None:
+    with pytest.raises(ConfigError, match="cannot be imported by another process"):
+        tightfit.dryrun(lambda: None, gpu="A100")
+    with pytest.raises(ConfigError, match=r"missing\.py is not a file"):
+        tightfit.dryrun("missing.py", gpu="A100")
+    with pytest.raises(DeviceError, match="Voodoo 2"):
+        tightfit.VirtualGPU("Voodoo 2")
