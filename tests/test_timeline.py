@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from tightfit.errors import ConfigError, DataError
-from tightfit.report.timeline import CATEGORY_COLOURS, MAX_POINTS, PHASE_COLOURS, timeline_data, timeline_picture
+from tightfit.report.timeline import CATEGORY_COLOURS, PHASE_COLOURS, timeline_picture
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory
 from tightfit.vgpu.recorder import CATEGORIES, Allocation, Phase, Recorder
 from tightfit.vgpu.snapshot import TraceLog
+from tightfit.vgpu.timeline import MAX_POINTS, timeline_data
 
 
 def make(total=8 * GIB, *, log=True, **kwargs) -> Recorder:
@@ -89,7 +90,7 @@ def test_a_short_run_is_kept_whole_and_adds_up():
     assert all(r >= s for r, s in zip(data["reserved_bytes"], sums(data), strict=True))
     assert sums(data)[data["peak"]["event"]] == max(sums(data))
     assert list(data["category_bytes"]) == [
-        "parameters", "optimizer state", "gradients", "activations", "logits", "inputs", "workspace",
+        "parameters", "gradients", "optimizer state", "activations", "logits", "inputs", "workspace",
     ]  # fmt: skip
     assert data["category_bytes"]["parameters"][-1] == 40 * 5 * MIB
     assert (data["total_bytes"], data["used_by_others_bytes"], data["context_bytes"]) == (8 * GIB, GIB, 300 * MIB)
@@ -174,7 +175,7 @@ def test_without_a_log_there_is_no_reserved_line_and_no_failure(tmp_path):
     data = timeline_data(recorder)
     assert data["reserved_bytes"] is None
     assert max(sums(data)) == recorder.peak_allocated
-    timeline_picture(recorder, tmp_path / "run.png")
+    timeline_picture({"timeline": timeline_data(recorder)}, tmp_path / "run.png")
 
 
 # Pictures
@@ -272,7 +273,7 @@ def test_a_far_capacity_is_written_rather_than_drawn(found):
 
 @pytest.mark.parametrize("log", [True, False])
 def test_an_empty_run_can_be_drawn(log, tmp_path):
-    timeline_picture(make(log=log), tmp_path / "empty.png")
+    timeline_picture({"timeline": timeline_data(make(log=log))}, tmp_path / "empty.png")
     assert pixels(tmp_path / "empty.png").std() > 1
 
 
@@ -280,7 +281,7 @@ def test_a_first_request_that_fails_can_be_drawn(tmp_path):
     recorder = make(GIB)
     with pytest.raises(OutOfMemory):
         take(recorder, 2 * GIB)
-    timeline_picture(recorder, tmp_path / "first.svg")
+    timeline_picture({"timeline": timeline_data(recorder)}, tmp_path / "first.svg")
     assert "out of memory" in text_of({"timeline": timeline_data(recorder)})
 
 

@@ -78,12 +78,13 @@ def test_optimizers_built_before_the_move_train_what_was_moved() -> None:
             optimizer = torch.optim.Adam(model.parameters())
             model.to("cuda")
             print(before == [id(p) for p in model.parameters()], model.weight.device, model.tied is model.weight)
-            model(torch.zeros(8, 256, device="cuda")).sum().backward()
-            print(model.weight.grad.device)
-            optimizer.step()
+            for _ in range(2):
+                model(torch.zeros(8, 256, device="cuda")).sum().backward()
+                print(model.weight.grad.device)
+                optimizer.step()
         print(gpu.findings()["categories"]["optimizer state"] >= 8 * (256 * 256 + 256))
     """)
-    assert said.splitlines() == ["True cuda:0 True", "cuda:0", "True"]
+    assert said.splitlines() == ["True cuda:0 True", "cuda:0", "cuda:0", "True"]
 
 
 def test_values_that_are_known_are_true() -> None:
@@ -103,9 +104,9 @@ def test_values_that_are_known_are_true() -> None:
 
 
 def test_a_model_larger_than_the_host() -> None:
-    """70 billion parameters, 280 GB in float32, in a process that may take 3 GiB of address space beyond torch's."""
+    """70 billion parameters, 280 GB in float32, in a process of less than 1.5 GiB."""
     said = in_process("""
-        import resource, tightfit
+        import tightfit
         with tightfit.VirtualGPU("H200", memory_bytes=1 << 40) as gpu:
             import torch
             from torch import nn
@@ -114,7 +115,8 @@ def test_a_model_larger_than_the_host() -> None:
                 nn.init.normal_(layer.weight)
             layers.to("cuda")
             print(round(gpu.findings()["categories"]["parameters"] / 4e9, 1))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1.5 * 2**20)
+        peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        print(int(peak.split()[1]) < 1.5 * 2**20)
     """)
     assert said.splitlines() == ["69.8", "True"]
 

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from tightfit.cli.main import FAILED, OK
+from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
 
 
 def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
+    if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
+        raise ConfigError(f"--timeline={options.timeline} must end in .png or .svg")
     from tightfit.vgpu.worker import dryrun_script
 
     found = dryrun_script(
@@ -24,8 +27,13 @@ def run(arguments: Sequence[str]) -> int:
         capability=options.capability,
         steps=options.steps,
         timeout_s=options.timeout,
+        timeline=bool(options.timeline),
         snapshot=os.path.abspath(options.snapshot) if options.snapshot else None,
     )
+    if options.timeline:
+        from tightfit.report.timeline import timeline_picture
+
+        timeline_picture(found, options.timeline)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -51,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="stop after so many optimizer steps")
     parser.add_argument("--timeout", type=float, help="stop after so many seconds")
     parser.add_argument("--snapshot", help="write PyTorch's memory snapshot (.pickle) for its viewer")
+    parser.add_argument("--timeline", help="draw memory over time to a .png or .svg file")
     parser.add_argument("--json", action="store_true", help="the same facts for machines")
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")

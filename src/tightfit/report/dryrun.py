@@ -116,5 +116,6 @@ def _remarks(found: Mapping[str, Any]) -> str:
     if found["not_written"]:
         lines.append(f"not written: {', '.join(dict.fromkeys(found['not_written']))}")
     lines += [f"not modelled: {each}" for each in found["not_modelled"]]
+    lines.append("what is never modelled: never_modelled in --json")
     lines += found["notes"]
     return "\n".join(lines)

@@ -1,11 +1,7 @@
-"""Memory over a dry run as a picture: what was allocated at each moment, by category, up to the peak or the failure.
-
-`timeline_data` makes plain lists that fit into JSON; `timeline_picture` draws from them alone, without torch.
-"""
+"""Memory over a dry run as a picture, drawn from plain data (see `tightfit.vgpu.timeline`) without torch."""
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +12,6 @@ from tightfit.units import GIB, format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from tightfit.vgpu.recorder import Recorder
-    from tightfit.vgpu.snapshot import TraceLog
-
-MAX_POINTS = 2000
-_LONGEST_LISTS = 400
-"""Phases shorter than a 400th of the run are drawn as part of the one before; as many failures are kept."""
 
 # The "muted" scheme of Paul Tol, Colour Schemes (SRON/EPS/TN/09-002), made for colour-blind readers; bottom to top,
 # what lives longest below.
@@ -57,163 +46,14 @@ _CHARACTER = 0.0085
 """Width of a phase's letter as a share of the axis."""
 
 
-# Data
-
-
-def timeline_data(recorder: "Recorder") -> dict[str, Any]:
-    """Bytes of each category after `events`, at most about 2000 of them with every maximum; numbers and text only.
-
-    A tensor counts as the allocator rounds it. `reserved_bytes` is None if no TraceLog listened.
-    """
-    from tightfit.vgpu.snapshot import TraceLog
-
-    log = TraceLog.of(recorder)
-    peak = max(recorder.peak_event - 1, 0)
-    totals = _totals(recorder, log)
-    kept = _kept(totals, peak)
-    allocator = recorder.allocator
-    return {
-        "event_count": len(totals),
-        "events": kept,
-        "category_bytes": _categories_at(recorder, log, kept),
-        "reserved_bytes": None if log is None else _reserved_at(log, kept),
-        "phases": _phases(recorder),
-        "peak": {"event": peak, "phase": recorder.peak_phase, "allocated_bytes": recorder.peak_allocated},
-        "failures": [] if log is None else _failures(log),
-        "total_bytes": allocator.total_bytes,
-        "used_by_others_bytes": allocator.used_by_others,
-        "context_bytes": allocator.context_bytes,
-    }
-
-
-def _changes(recorder: "Recorder", log: "TraceLog | None") -> Iterator[list[tuple[str, int]]]:
-    """What each event adds to which category.
-
-    A block that passes from one allocation to another is neither allocated nor freed: its two events count as one.
-    """
-    round_size = recorder.allocator.settings.round_size
-    rounded: dict[int, int] = {}
-    passes = _hand_overs(recorder, log)
-    waiting: list[tuple[str, int]] = []
-    for position, number in enumerate(recorder.events):
-        allocation = recorder.allocations[abs(number) - 1]
-        size = rounded.get(allocation.nbytes)
-        if size is None:
-            size = rounded[allocation.nbytes] = round_size(allocation.nbytes)
-        change = (allocation.category, size if number > 0 else -size)
-        if position in passes:
-            waiting = [change]
-            yield []
-        else:
-            yield [*waiting, change]
-            waiting = []
-
-
-def _hand_overs(recorder: "Recorder", log: "TraceLog | None") -> set[int]:
-    """Positions of events that gave an allocation the block of the one that the next event ends."""
-    if log is None:
-        return set()
-    events = recorder.events
-    heard = bytearray(len(events))
-    for entry in log:
-        if entry.action in ("alloc", "free_requested") and entry.event < len(events):
-            heard[entry.event] = 1
-    return {
-        position
-        for position, (number, following) in enumerate(pairwise(events))
-        if number > 0 > following and not heard[position] and not heard[position + 1]
-    }
-
-
-def _totals(recorder: "Recorder", log: "TraceLog | None") -> list[int]:
-    """Bytes after each event."""
-    totals, total = [], 0
-    for changes in _changes(recorder, log):
-        total += sum(nbytes for _, nbytes in changes)
-        totals.append(total)
-    return totals
-
-
-def _kept(totals: Sequence[int], peak: int) -> list[int]:
-    """The highest and the lowest of each stretch, the peak and the last, so that about MAX_POINTS tell it all."""
-    if not totals:
-        return []
-    stretch = -(-2 * len(totals) // MAX_POINTS)
-    kept = {peak, len(totals) - 1}
-    for start in range(0, len(totals), stretch):
-        positions = range(start, min(start + stretch, len(totals)))
-        kept |= {max(positions, key=totals.__getitem__), min(positions, key=totals.__getitem__)}
-    return sorted(kept)
-
-
-def _categories_at(recorder: "Recorder", log: "TraceLog | None", kept: list[int]) -> dict[str, list[int]]:
-    """The bytes of each category that occurs, after each of the events that are kept."""
-    wanted = set(kept)
-    now: dict[str, int] = defaultdict(int)
-    moments: list[dict[str, int]] = []
-    for position, changes in enumerate(_changes(recorder, log)):
-        for category, nbytes in changes:
-            now[category] += nbytes
-        if position in wanted:
-            moments.append(dict(now))
-    names = [name for name in CATEGORY_COLOURS if any(moment.get(name) for moment in moments)]
-    return {name: [moment.get(name, 0) for moment in moments] for name in names}
-
-
-def _reserved_at(log: "TraceLog", kept: list[int]) -> list[int]:
-    """The most that was reserved since the event that was kept before."""
-    signs = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
-    changes = [(entry.event, signs[entry.action] * entry.size) for entry in log if entry.action in signs]
-    reserved, now, index = [], 0, 0
-    for position in kept:
-        last = position == kept[-1]
-        highest = None
-        while index < len(changes) and (last or changes[index][0] <= position):
-            now += changes[index][1]
-            highest = now if highest is None else max(highest, now)
-            index += 1
-        reserved.append(now if highest is None else highest)
-    return reserved
-
-
-def _phases(recorder: "Recorder") -> list[dict[str, Any]]:
-    """Where each phase begins; it lasts until the next begins."""
-    starts: list[tuple[int, str]] = []
-    for position, number in enumerate(recorder.events):
-        if number > 0:
-            begun = recorder.allocations[number - 1].phase
-            if not starts or starts[-1][1] != begun:
-                starts.append((position, begun))
-    shortest = len(recorder.events) / _LONGEST_LISTS
-    long: list[tuple[int, str]] = []
-    for (position, phase), (end, _) in pairwise([*starts, (len(recorder.events), "")]):
-        if (not long or end - position >= shortest) and not (long and long[-1][1] == phase):
-            long.append((position, phase))
-    return [{"event": position, "phase": phase} for position, phase in long]
-
-
-def _failures(log: "TraceLog") -> list[dict[str, int]]:
-    """Requests that could not be met, also those that the script caught; the last ones if there are very many."""
-    found = [
-        {"event": entry.event, "requested_bytes": entry.size, "free_bytes": entry.address}
-        for entry in log
-        if entry.action == "oom"
-    ]
-    return found[-_LONGEST_LISTS:]
-
-
-# Picture
-
-
-def timeline_picture(source: "Mapping[str, Any] | Recorder", path: str | os.PathLike[str]) -> None:
-    """Draw to a .png or .svg file; `source` is findings with a `timeline`, the timeline itself, or a recorder.
+def timeline_picture(found: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw to a .png or .svg file; `found` is findings with a `timeline`, or the timeline itself.
 
     Raises ConfigError for another ending, DataError if the file cannot be written.
     """
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise ConfigError(f"{os.fspath(path)!r} must end in .png or .svg")
-    found = source if isinstance(source, Mapping) else {"timeline": timeline_data(source)}
     figure = _figure(found.get("timeline", found), found)
     try:
         figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)

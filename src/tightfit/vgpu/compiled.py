@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu import backend
+from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.frames import Frame, frames_of_text
 
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -80,6 +81,8 @@ class Compiler:
         if self._ready is None:
             self._ready = importlib.util.find_spec("triton") is not None
             if self._ready:
+                VirtualDeviceMode.hide_from_dynamo()
+                backend.dynamo_is_needed()
                 _convince_inductor(self._device, self._properties)
                 self._wrap_modules()
             else:

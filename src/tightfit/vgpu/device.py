@@ -4,6 +4,7 @@ Tensors of the host stay real. One dispatch mode sees all operators below autogr
 would; what is on the device is a fake tensor, and what it would take there goes to the recorder.
 """
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable
@@ -12,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tightfit.vgpu import kernels
+from tightfit.vgpu import backend, kernels
 from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
@@ -49,7 +50,7 @@ class VirtualDevice:
         self.recorder = Recorder(allocator)
         self.values = Values()
         self.phases = phases
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = backend.fake_mode()
         self.where = torch.device(where)
         self._is_host = self.where.type == "cpu"
         self.stream = threading.local()
@@ -388,7 +389,7 @@ class VirtualDevice:
             return target  # a parameter without data
         if isinstance(source, FakeTensor):
             return self.execute(func, args, kwargs)
-        self.values.forget(target)
+        self.values.follow(func, args, kwargs, target)
         return target
 
     # Operators written in Python
@@ -421,6 +422,16 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def ignore_compile_internals(cls) -> bool:
         """Dynamo compiles under this mode instead of giving up."""
         return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether to hide this mode from Dynamo, which loads that: a second, and only `torch.compile` needs it."""
+        return False
+
+    @classmethod
+    def hide_from_dynamo(cls) -> None:
+        hide: Any = importlib.import_module("torch._compile")._disable_dynamo
+        cls.__torch_dispatch__ = hide(cls.__torch_dispatch__, recursive=True)  # type: ignore[method-assign]
 
 
 def attention(

@@ -7,6 +7,7 @@ from tightfit.vgpu.frames import Frame, users_line
 from tightfit.vgpu.kernels import NOT_MODELLED
 from tightfit.vgpu.recorder import CATEGORIES, Allocation
 from tightfit.vgpu.session import VirtualSession
+from tightfit.vgpu.timeline import timeline_data
 
 _LARGEST = 10
 _LISTED_MADE_UP = 20
@@ -22,7 +23,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None) -> 
     at = len(recorder.events) if failure else recorder.peak_event
     alive = recorder.alive_at(at)
     peaks = session.device.peaks()
-    return {
+    found = {
         "outcome": "out_of_memory" if failure else ("fits" if error is None else "error"),
         "gpu": {
             "name": session.gpu.name,
@@ -49,9 +50,13 @@ def findings_of(session: VirtualSession, error: BaseException | None = None) -> 
         "stopped_because": _why_it_ended(session, error, failure),
         "made_up_values": _made_up(session),
         "not_written": session.device.not_written,
-        "not_modelled": [*session.device.not_modelled, *NOT_MODELLED],
+        "not_modelled": session.device.not_modelled,
+        "never_modelled": list(NOT_MODELLED),
         "notes": session.notes,
     }
+    if session.request.timeline:
+        found["timeline"] = timeline_data(recorder)
+    return found
 
 
 def _out_of_memory() -> type[BaseException]:

@@ -39,6 +39,8 @@ class Request:
     """Stop at the first operator after so many seconds."""
     snapshot: str | None = None
     """File for PyTorch's memory snapshot of the end."""
+    timeline: bool = False
+    """Whether the findings hold the data of a timeline picture."""
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 

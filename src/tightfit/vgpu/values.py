@@ -242,6 +242,9 @@ class Values:
             return [torch.tensor(filled(args), dtype=target.dtype)], False
         tensors = list(_tensors(args, kwargs))
         if func in _COPIES:
+            if not isinstance(args[1], FakeTensor):
+                few = _is_small(args[1]) or _is_uniform(args[1])
+                return ([args[1].detach().to(target.dtype)], False) if few else unknown
             fact = self._fact(args[1])
             if fact is None or not (fact.is_uniform or _is_small(target)):
                 return unknown
