@@ -125,6 +125,32 @@ class TestTraining:
         assert 0.4 < compiled["peak"]["allocated_bytes"] / eager["peak"]["allocated_bytes"] < 0.95
 
 
+class TestSeveralCards:
+    """Rank 0 of four, by WORLD_SIZE alone; a model of 8 x (1024 x 1024 + 1024) float32."""
+
+    MODEL = 8 * (1024 * 1024 + 1024) * 4
+
+    @pytest.fixture(autouse=True)
+    def _four(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "4")
+
+    def test_ddp_holds_buckets_beside_the_gradients(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = ["--gpu", "A100", SCRIPTS / "several_cards.py", "ddp"]
+        four = dryrun(*words, code=0)
+        assert four["categories"]["parameters"] == self.MODEL
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        one = dryrun(*words, code=0)
+        more = four["peak"]["requested_bytes"] - one["peak"]["requested_bytes"]
+        assert self.MODEL * 0.99 < more < self.MODEL * 1.1
+
+    def test_fsdp_holds_a_quarter(self) -> None:
+        found = dryrun("--gpu", "A100", SCRIPTS / "several_cards.py", "fsdp", code=0)
+        assert found["phases"]["optimizer"] < 0.55 * 4 * self.MODEL
+        assert found["categories"]["parameters"] == self.MODEL / 4
+        assert any("NCCL" in each for each in found["not_modelled"])
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("words", "message"),

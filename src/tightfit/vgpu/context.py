@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tightfit.vgpu.allocator import CachingAllocator
 from tightfit.vgpu.findings import findings_of
 from tightfit.vgpu.session import Request, VirtualSession
 
@@ -24,6 +25,11 @@ class VirtualGPU:
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._active.__exit__(*error)
+
+    @property
+    def allocator(self) -> CachingAllocator:
+        """The card's memory: allocated, reserved and requested bytes, now and at most."""
+        return self._session.allocator
 
     def findings(self) -> dict[str, Any]:
         """The peak and what it consists of, as `tightfit.dryrun` returns it."""

@@ -224,6 +224,7 @@ def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, g
         "_cuda_getCurrentBlasHandle": lambda: 0,
         "_cuda_clearCublasWorkspaces": lambda: None,
         "_cuda_getCurrentRawStream": lambda index: device.current_stream,
+        "_get_accelerator": lambda check=None: torch.device("cuda"),
         "_accelerator_isAllocatorInitialized": lambda: True,
         "_accelerator_emptyCache": lambda: allocator.empty_cache(),
         "_accelerator_getDeviceStats": memory_stats,

@@ -269,9 +269,7 @@ class VirtualDevice:
                 return "gradients" if tensor.dim() == 2 and _is_weight_gradient(func, phase) else "logits"
         if phase == "backward":
             return "gradients"
-        if phase == "optimizer":
-            return "optimizer state"
-        if phase == "setup":
+        if phase in ("setup", "optimizer"):  # what turns out to be a parameter or a state is marked later
             return "other"
         if func is aten._to_copy.default and isinstance(args[0], FakeTensor):
             source = self.recorder.of_storage(args[0])
@@ -329,6 +327,7 @@ class VirtualDevice:
             self._mark(tensor, "parameters")
 
     def _mark(self, tensor: Tensor, category: Category) -> None:
+        tensor = getattr(tensor, "_local_tensor", tensor)  # this card's shard of a distributed one
         if isinstance(tensor, FakeTensor) and tensor.fake_device.type == self.where.type:
             self.recorder.mark(tensor, category)
 

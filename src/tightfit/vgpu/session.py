@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
-from tightfit.vgpu import backend, cuda_api, host
+from tightfit.vgpu import backend, cards, cuda_api, host
 from tightfit.vgpu.allocator import AllocatorSettings, CachingAllocator
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.kernels import Card
@@ -85,7 +85,11 @@ class VirtualSession:
         """The device for the lines within; EnoughSeen ends them early."""
         if VirtualSession._running is None:
             backend.enable()
-            cuda_api.install(self.device, self.gpu, count=int(self.request.environ.get("LOCAL_WORLD_SIZE", "1")))
+            processes = cards.prepare_environment(os.environ)
+            cuda_api.install(self.device, self.gpu, count=processes)
+            cards.install()
+            if processes > 1:
+                self.device.not_modelled.append("memory that NCCL takes for its buffers, outside PyTorch's allocator")
             card = cuda_api.properties(self.gpu, self.allocator.total_bytes)
             self._kept = host.install(self.device, card)
             self.phases.install()
