@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore = ["scripts"]
+"""Programs that tests run, not tests."""
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
