@@ -138,6 +138,20 @@ def test_a_function_is_run_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPat
     assert not torch.cuda.is_available()
 
 
+def test_a_process_has_one() -> None:
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("A100"):
+            pass
+        try:
+            with tightfit.VirtualGPU("H200"):
+                pass
+        except tightfit.DeviceError as error:
+            print(error)
+    """)
+    assert said.startswith("this process already has a virtual NVIDIA A100-SXM4-40GB, and a process has one; use ")
+
+
 def test_what_cannot_be_run() -> None:
     with pytest.raises(ConfigError, match="cannot be imported by another process"):
         tightfit.dryrun(lambda: None, gpu="A100")

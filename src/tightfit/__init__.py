@@ -13,6 +13,7 @@ from tightfit.errors import (
     DoesNotFit,
     TightfitError,
 )
+from tightfit.vgpu.context import VirtualGPU
 from tightfit.vgpu.worker import dryrun
 
 # The function below shares its name with a room: once the room is loaded, importing from it no longer rebinds the name.
@@ -20,7 +21,6 @@ importlib.import_module("tightfit.train")
 
 if TYPE_CHECKING:
     from tightfit.train.loop import RunResult
-    from tightfit.vgpu.context import VirtualGPU as VirtualGPU
 
 __all__ = [
     "CheckpointError",
@@ -35,14 +35,6 @@ __all__ = [
     "dryrun",
     "train",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "VirtualGPU":
-        from tightfit.vgpu.context import VirtualGPU  # imports torch
-
-        return VirtualGPU
-    raise AttributeError(f"module 'tightfit' has no attribute {name!r}")
 
 
 def train(config: Config | None = None, **keys: Any) -> "RunResult":

@@ -1,10 +1,9 @@
 """A virtual GPU for the lines of one's own process."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tightfit.vgpu.allocator import CachingAllocator
-from tightfit.vgpu.findings import findings_of
-from tightfit.vgpu.session import Request, VirtualSession
+if TYPE_CHECKING:
+    from tightfit.vgpu.allocator import CachingAllocator
 
 
 class VirtualGPU:
@@ -12,10 +11,12 @@ class VirtualGPU:
 
     From then on this process has no real GPU. `gpu.findings()` says what was used, during and after; memory runs out
     with torch.OutOfMemoryError where the card's would. Keywords as of `tightfit.dryrun`. Raises DeviceError if the
-    card is not known, this torch is not, or the process already uses a real GPU.
+    card is not known, this torch is not, or the process already uses a real GPU or another virtual one.
     """
 
     def __init__(self, gpu: str, **request: Any) -> None:
+        from tightfit.vgpu.session import Request, VirtualSession  # imports torch
+
         self._session = VirtualSession(Request(gpu=gpu, **request))
 
     def __enter__(self) -> "VirtualGPU":
@@ -27,10 +28,12 @@ class VirtualGPU:
         return self._active.__exit__(*error)
 
     @property
-    def allocator(self) -> CachingAllocator:
+    def allocator(self) -> "CachingAllocator":
         """The card's memory: allocated, reserved and requested bytes, now and at most."""
         return self._session.allocator
 
     def findings(self) -> dict[str, Any]:
         """The peak and what it consists of, as `tightfit.dryrun` returns it."""
+        from tightfit.vgpu.findings import findings_of
+
         return findings_of(self._session)

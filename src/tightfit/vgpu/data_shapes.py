@@ -6,24 +6,41 @@ here: 8 bytes for each element that is picked and each dimension of the mask (`e
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from tightfit.vgpu.device import VirtualDevice
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tightfit.vgpu.values import Values
 
 aten = torch.ops.aten
 
-Handler = Callable[["VirtualDevice", Any, tuple[Any, ...], dict[str, Any]], Any]
+
+class Device(Protocol):
+    """What of the virtual device an operator's answer needs."""
+
+    fake: "FakeTensorMode"
+    where: torch.device
+    values: "Values"
+
+    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def make(self, func: Any, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+    def count_made_up(self, what: str) -> None: ...
+    def mode(self) -> "TorchDispatchMode": ...
+
+
+Handler = Callable[[Device, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 _MADE_UP = "the length of a result that depends on data"
 _MASKS = (torch.bool, torch.uint8)
 
 
-def _nonzero(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _nonzero(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     source: Tensor = args[0]
     true = device.values.exactly(source)
     if true is None:
@@ -38,7 +55,7 @@ def _nonzero(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: 
     return out
 
 
-def _masked_select(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _masked_select(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     source, mask = args
     shape: tuple[int, ...] = torch.broadcast_shapes(source.shape, mask.shape)  # type: ignore[no-untyped-call]
     true = device.values.exactly(mask)
@@ -50,7 +67,7 @@ def _masked_select(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kw
     return device.make(func, args, (places.shape[0],), source.dtype)
 
 
-def _index(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _index(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Masks among the indices, put as integers; None if there is no mask."""
     source, indices, *rest = args
     if not any(isinstance(index, Tensor) and index.dtype in _MASKS for index in indices):
@@ -66,7 +83,7 @@ def _index(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: di
     return device.execute(func, (source, plain, *rest), kwargs)
 
 
-def _columns(device: "VirtualDevice", mask: Tensor) -> list[Tensor | None]:
+def _columns(device: Device, mask: Tensor) -> list[Tensor | None]:
     if isinstance(mask, FakeTensor):
         places = device.execute(aten.nonzero.default, (mask,), {})
         with device.fake:
@@ -75,7 +92,7 @@ def _columns(device: "VirtualDevice", mask: Tensor) -> list[Tensor | None]:
         return [column.to(device.where) for column in mask.nonzero().unbind(1)]
 
 
-def _as_fill(device: "VirtualDevice", func: Any, args: tuple[Any, ...]) -> Any:
+def _as_fill(device: Device, func: Any, args: tuple[Any, ...]) -> Any:
     """`x[mask] = 0` is a masked_fill (`canDispatchToMaskedFill`) and takes nothing."""
     source, indices, value, accumulate = (*args, False)[:4]
     given = [index for index in indices if index is not None]
@@ -90,7 +107,7 @@ def _as_fill(device: "VirtualDevice", func: Any, args: tuple[Any, ...]) -> Any:
     return source
 
 
-def _cut(device: "VirtualDevice", source: Tensor, indices: list[Tensor | None], values: Tensor) -> list[Tensor | None]:
+def _cut(device: Device, source: Tensor, indices: list[Tensor | None], values: Tensor) -> list[Tensor | None]:
     """Indices of made-up length as long as the values that are written there."""
     places = [position for position, index in enumerate(indices) if index is not None]
     adjacent = places[-1] - places[0] + 1 == len(places)
@@ -105,7 +122,7 @@ def _cut(device: "VirtualDevice", source: Tensor, indices: list[Tensor | None], 
         ]
 
 
-def _unique(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+def _unique(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     given = _by_name(func, args, kwargs)
     source, dim = given["self"], given.get("dim")
     true = device.values.exactly(source)
@@ -134,7 +151,7 @@ def _unique(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: d
     return out
 
 
-def _repeat_interleave(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _repeat_interleave(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     repeats: Tensor = args[0]
     true = device.values.exactly(repeats)
     given: int | None = kwargs.get("output_size")
@@ -151,7 +168,7 @@ def _repeat_interleave(device: "VirtualDevice", func: Any, args: tuple[Any, ...]
     return out
 
 
-def _bincount(device: "VirtualDevice", func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _bincount(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Nothing bounds the largest value: where it is unknown, `minlength` is what the script expects."""
     given = _by_name(func, args, kwargs)
     weights, length = given["weights"], given["minlength"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tightfit.errors import DeviceError
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
 from tightfit.vgpu import backend, cards, cuda_api, host
 from tightfit.vgpu.allocator import AllocatorSettings, CachingAllocator
@@ -83,6 +84,11 @@ class VirtualSession:
     @contextmanager
     def active(self) -> Iterator["VirtualSession"]:
         """The device for the lines within; EnoughSeen ends them early."""
+        if VirtualSession._running not in (None, self):
+            raise DeviceError(
+                f"this process already has a virtual {VirtualSession._running.gpu.name}, and a process has one; "
+                "use tightfit.dryrun for each card, or a process each"
+            )
         if VirtualSession._running is None:
             backend.enable()
             processes = cards.prepare_environment(os.environ)
