@@ -15,10 +15,10 @@ learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
 warmup_iters = 50
-max_iters = 700
+max_iters = 500
 lr_decay_iters = max_iters
 
-eval_interval = 350
+eval_interval = 250
 eval_iters = 20
 log_interval = 50
 
