@@ -87,6 +87,22 @@ def test_optimizers_built_before_the_move_train_what_was_moved() -> None:
     assert said.splitlines() == ["True cuda:0 True", "cuda:0", "cuda:0", "True"]
 
 
+def test_the_lines_within_run_to_their_end() -> None:
+    """A script is stopped when its steps repeat; one's own lines are not."""
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("A100"):
+            import torch
+            model = torch.nn.Linear(8, 8, device="cuda")
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(20):
+                model(torch.zeros(2, 8, device="cuda")).sum().backward()
+                optimizer.step()
+            print(step)
+    """)
+    assert said == "19\n"
+
+
 def test_values_that_are_known_are_true() -> None:
     said = in_process("""
         import tightfit

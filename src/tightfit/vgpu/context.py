@@ -17,7 +17,7 @@ class VirtualGPU:
     def __init__(self, gpu: str, **request: Any) -> None:
         from tightfit.vgpu.session import Request, VirtualSession  # imports torch
 
-        self._session = VirtualSession(Request(gpu=gpu, **request))
+        self._session = VirtualSession(Request(**{"gpu": gpu, "until_stable": False, **request}))
 
     def __enter__(self) -> "VirtualGPU":
         self._active = self._session.active()

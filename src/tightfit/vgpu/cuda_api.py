@@ -175,7 +175,7 @@ def install(device: VirtualDevice, gpu: GPU, count: int = 1) -> None:
     torch.backends.cudnn.is_available = lambda: True
     torch.backends.cudnn.version = lambda: 91002
     if torch.version.cuda is None:
-        torch.version.cuda = "12.8"
+        torch.version.cuda = "13.0"
 
 
 def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, gpu: GPU, count: int) -> None:

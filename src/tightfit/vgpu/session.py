@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from tightfit.vgpu.snapshot import TraceLog, write_snapshot
 
 _STABLE_STEPS = 2
 """Steps in a row that must have allocated exactly what the step before did."""
+_DEFAULT_CUDA = (13, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Request:
     capability: tuple[int, int] | None = None
     steps: int | None = None
     """Stop after so many optimizer steps, whatever they allocate."""
+    until_stable: bool = True
+    """Whether to stop when steps repeat."""
     timeout_s: float | None = None
     """Stop at the first operator after so many seconds."""
     snapshot: str | None = None
@@ -70,15 +72,19 @@ class VirtualSession:
         )
         self.phases = Phases(self._after_step)
         major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-        card = Card(capability=self.gpu.capability, sm_count=self.gpu.sm_count, torch_version=(major, minor))
+        card = Card(
+            capability=self.gpu.capability,
+            sm_count=self.gpu.sm_count,
+            torch_version=(major, minor),
+            cuda_version=_cuda_version(),
+        )
         self.device = VirtualDevice(card, self.allocator, self.phases)
         TraceLog.attach(self.device.recorder)
         self.stopped_because = "the script ended"
-        self._started = time.monotonic()
         self._mark = 0
         self._last_pattern: tuple[int, ...] = ()
         self._stable = 0
-        self._peak_before = 0
+        self._peak_before = (0, 0)
         self._kept: list[object] = []
 
     @contextmanager
@@ -135,21 +141,23 @@ class VirtualSession:
         recorder = self.device.recorder
         self.device.mark_roles()
         pattern = self._pattern()
-        grew = recorder.peak_allocated > self._peak_before or recorder.allocator.peak_reserved_bytes > self._reserved
-        self._stable = self._stable + 1 if pattern == self._last_pattern and not grew else 0
-        self._last_pattern, self._peak_before = pattern, recorder.peak_allocated
-        self._reserved = recorder.allocator.peak_reserved_bytes
+        peak = (recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
+        self._stable = self._stable + 1 if (pattern, peak) == (self._last_pattern, self._peak_before) else 0
+        self._last_pattern, self._peak_before = pattern, peak
         steps = self.phases.steps
         if self.request.steps is not None:
             if steps >= self.request.steps:
                 self._end(f"{steps} steps were asked for")
-        elif self._stable >= _STABLE_STEPS:
+        elif self.request.until_stable and self._stable >= _STABLE_STEPS:
+            if "eval" not in recorder.phase_peaks:
+                self.notes.append(
+                    "no evaluation was seen before the steps repeated; if the script makes one later, "
+                    "its memory is not in this: --steps goes on"
+                )
             self._end(
                 f"steps {steps - self._stable} to {steps} made the same allocations in the same order, "
                 "and the peak did not grow"
             )
-
-    _reserved = 0
 
     def _end(self, reason: str) -> None:
         self.stopped_because = reason
@@ -165,3 +173,11 @@ class VirtualSession:
         )
         self._mark = len(events)
         return pattern
+
+
+def _cuda_version() -> tuple[int, int]:
+    """Of this build of torch; of a build without CUDA, the one that torch 2.11 to 2.15 come with by default."""
+    if torch.version.cuda is None:
+        return _DEFAULT_CUDA
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major), int(minor)
