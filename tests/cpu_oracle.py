@@ -122,8 +122,10 @@ def measured(configuration: Configuration) -> int:
     optimizer = _optimizer(configuration, model)
     ids = torch.randint(0, VOCABULARY, (BATCH, BLOCK))
     _step(configuration, model, optimizer, ids)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _step(configuration, model, optimizer, ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch 2.11 on its own cycles
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            _step(configuration, model, optimizer, ids)
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0

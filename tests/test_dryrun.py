@@ -96,7 +96,8 @@ class TestTraining:
         # AdamW: two moments, and a step counter for each of the 15 parameter tensors
         assert found["categories"]["optimizer state"] == 8 * model + 4 * 15
 
-    def test_an_evaluation_that_was_not_seen_is_said(self) -> None:
+    def test_an_evaluation_that_was_not_seen_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "0")
         found = dryrun("--gpu", "RTX 4090", SCRIPTS / "several_cards.py", "none", code=0)
         assert any(note.startswith("no evaluation was seen") for note in found["notes"])
         assert not any("evaluation" in note for note in dryrun("--gpu", "RTX 4090", LOOP, *SMALL)["notes"])
