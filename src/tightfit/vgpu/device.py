@@ -35,7 +35,6 @@ _FACTORIES = {
     aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
     aten.randn.default, aten.rand.default,
 }  # fmt: skip
-_GEMMS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 _PACKAGES_OF_CUSTOM_OPERATORS = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional")
 
 
