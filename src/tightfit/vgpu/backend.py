@@ -63,14 +63,13 @@ def enable() -> None:
             "tightfit's virtual GPU is known to work with torch 2.11 to 2.15 on Linux"
         ) from None
     answer_for_fake_tensors()
-    dynamo_is_not_needed()
     _enabled = True
 
 
 def self_test() -> None:
     """DeviceError, with what is missing in one sentence, unless a virtual tensor trains for a step."""
     try:
-        with fake_mode():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             weight = nn.Parameter(torch.zeros(4, 4, device="cuda"))
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = (torch.zeros(2, 4).to("cuda") @ weight).sum()
@@ -152,42 +151,6 @@ def answer_for_fake_tensors() -> None:
         supported = getattr(module, "_foreach_supported_types", None)
         if supported is not None and FakeTensor not in supported:
             supported.append(FakeTensor)
-
-
-def dynamo_is_not_needed() -> None:
-    """Spare a script that compiles nothing the second that Dynamo takes to load: optimizers load it to hide from it."""
-    for function in _hidden_from_dynamo():
-        function.__dict__["__dynamo_disable"] = function
-
-
-def dynamo_is_needed() -> None:
-    for function in _hidden_from_dynamo():
-        function.__dict__.pop("__dynamo_disable", None)
-
-
-def _hidden_from_dynamo() -> list[Any]:
-    """Functions of torch that import Dynamo in their first call."""
-    checkpoint = importlib.import_module("torch.utils.checkpoint")
-    optimizer = importlib.import_module("torch.optim.optimizer").Optimizer
-    holders = (vars(checkpoint).values(), vars(optimizer).values())
-    wrapped = (getattr(each, "__wrapped__", None) for values in holders for each in values)
-    return [each for each in wrapped if isinstance(each, types.FunctionType)]
-
-
-def fake_mode() -> FakeTensorMode:
-    """A mode that makes fake tensors. Its constructor reads Dynamo's configuration: here without the rest of Dynamo."""
-    name = "torch._dynamo"
-    if name in sys.modules:
-        return FakeTensorMode(allow_non_fake_inputs=True)
-    package = types.ModuleType(name)
-    package.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
-    sys.modules[name] = package
-    try:
-        return FakeTensorMode(allow_non_fake_inputs=True)
-    finally:
-        for loaded in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
-            del sys.modules[loaded]
-        vars(torch).pop("_dynamo", None)
 
 
 class _Discreet(types.ModuleType):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tightfit.vgpu import backend
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.frames import Frame, frames_of_text
 
@@ -82,7 +81,6 @@ class Compiler:
             self._ready = importlib.util.find_spec("triton") is not None
             if self._ready:
                 VirtualDeviceMode.hide_from_dynamo()
-                backend.dynamo_is_needed()
                 _convince_inductor(self._device, self._properties)
                 self._wrap_modules()
             else:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tightfit.vgpu import backend, kernels
+from tightfit.vgpu import kernels
 from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
@@ -49,7 +49,7 @@ class VirtualDevice:
         self.recorder = Recorder(allocator)
         self.values = Values()
         self.phases = phases
-        self.fake = backend.fake_mode()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.where = torch.device(where)
         self._is_host = self.where.type == "cpu"
         self.stream = threading.local()
@@ -182,19 +182,25 @@ class VirtualDevice:
 
     def _describe(self, tensor: Tensor, func: Any, args: tuple[Any, ...], phase: Phase) -> Callable[[int], Allocation]:
         def describe(nbytes: int) -> Allocation:
-            return Allocation(
-                number=0,
-                nbytes=nbytes,
-                operator=func._schema.name,
-                shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                phase=phase,
-                category=self._category(tensor, func, args, phase),
-                frames=self._frames(phase),
-                stream=self.current_stream,
-            )
+            allocation = self._allocation(nbytes, func._schema.name, phase, self._category(tensor, func, args, phase))
+            allocation.shape, allocation.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            return allocation
 
         return describe
+
+    def _allocation(self, nbytes: int, operator: str, phase: Phase, category: Category = "workspace") -> Allocation:
+        """A piece of memory that is about to be taken here and now, of no tensor yet."""
+        return Allocation(
+            number=0,
+            nbytes=nbytes,
+            operator=operator,
+            shape=(),
+            dtype="",
+            phase=phase,
+            category=category,
+            frames=self._frames(phase),
+            stream=self.current_stream,
+        )
 
     def _live_through(self, what: str, number: int, taken: list[Allocation], func: Any, phase: Phase) -> None:
         """One step of an operator's own memory: `number` bytes taken, or the block of that number freed early."""
@@ -204,17 +210,7 @@ class VirtualDevice:
             self.recorder.give(taken[number])
 
     def _take_hidden(self, nbytes: int, func: Any, phase: Phase) -> Allocation:
-        allocation = Allocation(
-            number=0,
-            nbytes=nbytes,
-            operator=func._schema.name,
-            shape=(),
-            dtype="",
-            phase=phase,
-            category="workspace",
-            frames=self._frames(phase),
-            stream=self.current_stream,
-        )
+        allocation = self._allocation(nbytes, func._schema.name, phase)
         self._guarded(self.recorder.take, allocation)
         return allocation
 
@@ -233,18 +229,7 @@ class VirtualDevice:
         if name in self._workspaces:
             return
         self._workspaces.add(name)
-        allocation = Allocation(
-            number=0,
-            nbytes=nbytes,
-            operator=f"{key} workspace",
-            shape=(),
-            dtype="",
-            phase=phase,
-            category="workspace",
-            frames=self._frames(phase),
-            stream=self.current_stream,
-        )
-        self._guarded(self.recorder.take, allocation)
+        self._guarded(self.recorder.take, self._allocation(nbytes, f"{key} workspace", phase))
 
     def _guarded(self, take: Callable[..., object], *args: Any) -> None:
         """Take memory; where there is none, fail as PyTorch does."""
@@ -423,7 +408,7 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Whether to hide this mode from Dynamo, which loads that: a second, and only `torch.compile` needs it."""
+        """Whether to hide this mode from Dynamo: a wrapper around every operator, which only `torch.compile` needs."""
         return False
 
     @classmethod

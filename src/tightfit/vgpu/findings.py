@@ -43,7 +43,10 @@ def findings_of(session: VirtualSession, error: BaseException | None = None) -> 
         "categories": _by_category(alive),
         "categories_by_phase": _by_category_and_phase(alive),
         "phases": {name: recorder.phase_peaks[name] for name in recorder.phase_peaks},
-        "largest": [_allocation(each) for each in sorted(alive, key=lambda each: -each.nbytes)[:_LARGEST]],
+        "largest": [
+            {"bytes": each.nbytes, **_what_and_where(each)}
+            for each in sorted(alive, key=lambda each: -each.nbytes)[:_LARGEST]
+        ],
         "failure": failure,
         "caught_failures": session.device.caught_failures - (1 if failure else 0),
         "steps": session.phases.steps,
@@ -77,7 +80,6 @@ def _failure(session: VirtualSession) -> dict[str, Any] | None:
     if session.device.failure is None:
         return None
     allocation, error = session.device.failure
-    line = users_line(allocation.frames) or Frame("", 0, "")
     return {
         "requested_bytes": error.requested_bytes,
         "tensor_bytes": error.tensor_bytes,
@@ -86,22 +88,14 @@ def _failure(session: VirtualSession) -> dict[str, Any] | None:
         "total_bytes": error.total_bytes,
         "free_bytes": error.free_bytes,
         "process_bytes": error.process_bytes,
-        "shape": list(allocation.shape),
-        "dtype": allocation.dtype,
-        "operator": allocation.operator,
-        "phase": allocation.phase,
-        "category": allocation.category,
-        "file": line.file,
-        "line": line.line,
-        "function": line.function,
+        **_what_and_where(allocation),
         "message": error.message(session.device.card.torch_version),
     }
 
 
-def _allocation(allocation: Allocation) -> dict[str, Any]:
+def _what_and_where(allocation: Allocation) -> dict[str, Any]:
     line = users_line(allocation.frames) or Frame("", 0, "")
     return {
-        "bytes": allocation.nbytes,
         "shape": list(allocation.shape),
         "dtype": allocation.dtype,
         "operator": allocation.operator,

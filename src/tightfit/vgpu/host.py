@@ -36,7 +36,8 @@ def _install_modules(device: VirtualDevice) -> None:
             with torch.no_grad():
                 moved = function(parameter)
                 gradient = None if parameter.grad is None else function(parameter.grad)
-            _become(module, name, parameter, moved)
+            if moved is not parameter:
+                _become(parameter, moved)
             if gradient is not None:
                 module._parameters[name].grad = gradient  # type: ignore[union-attr]
             device.mark_parameter(module._parameters[name])
@@ -51,22 +52,15 @@ def _install_modules(device: VirtualDevice) -> None:
     def get_data(parameter: Tensor) -> Tensor:
         return torch.Tensor.data.__get__(parameter)  # type: ignore[attr-defined, no-any-return]
 
-    def set_data(parameter: Tensor, value: Tensor) -> None:
-        if isinstance(value, FakeTensor) != isinstance(parameter, FakeTensor) or isinstance(value, FakeTensor):
-            backend.exchange(parameter, nn.Parameter(value.detach(), parameter.requires_grad))
-        else:
-            torch.Tensor.data.__set__(parameter, value)  # type: ignore[attr-defined]
-
-    nn.Parameter.data = property(get_data, set_data)  # type: ignore[assignment]
+    nn.Parameter.data = property(get_data, _become)  # type: ignore[assignment]
 
 
-def _become(module: nn.Module, name: str, parameter: Tensor, moved: Tensor) -> None:
-    if moved is parameter:
-        return
-    if isinstance(parameter, FakeTensor) or isinstance(moved, FakeTensor):
-        backend.exchange(parameter, nn.Parameter(moved.detach(), parameter.requires_grad))
+def _become(parameter: Tensor, value: Tensor) -> None:
+    """Let a parameter hold `value`, wherever that is."""
+    if isinstance(parameter, FakeTensor) or isinstance(value, FakeTensor):
+        backend.exchange(parameter, nn.Parameter(value.detach(), parameter.requires_grad))
     else:
-        parameter.data = moved
+        torch.Tensor.data.__set__(parameter, value)  # type: ignore[attr-defined]
 
 
 def _install_tensors(device: VirtualDevice) -> None:
