@@ -19,7 +19,18 @@ def test_there_are_enough() -> None:
     assert len(CONFIGURATIONS) >= 40
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
+SLOW = ("tightfit fp32 full compiled", "tightfit bf16 chunked compiled")
+"""As long as all others together, and their like is among those."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # Inductor's own imports
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.name in SLOW else [])
+        for each in CONFIGURATIONS
+    ],
+)
 def test_a_step_takes_what_was_predicted(configuration: Configuration) -> None:
     real = measured(configuration) - UNSEEN.get(configuration.name, 0)
     # Some operators of the host take a few bytes within: at most 1 KiB here, 0.006%.

@@ -109,7 +109,7 @@ model = Model()
 model.to("cuda")
 optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
 if settings["compile"]:
-    model = torch.compile(model)
+    model = torch.compile(model, mode={0: None, 1: None, 2: "reduce-overhead"}[settings["compile"]])
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
         memory_bytes=parse_bytes(options.memory) if options.memory else None,
         used_bytes=parse_bytes(options.used),
         context_bytes=parse_bytes(options.context) if options.context else None,
-        capability=options.capability,
+        capability=_capability(options.capability) if options.capability else None,
         steps=options.steps,
         timeout_s=options.timeout,
         timeline=bool(options.timeline),
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", help="its total memory as the driver reports it, such as 11.69GiB")
     parser.add_argument("--used", default="0", help="memory that other programs use, such as 2GiB")
     parser.add_argument("--context", help="memory outside PyTorch's allocator, instead of the table's estimate")
-    parser.add_argument("--capability", type=_capability, help="compute capability of an unknown card, such as 8.6")
+    parser.add_argument("--capability", help="compute capability of an unknown card, such as 8.6")
     parser.add_argument("--steps", type=int, help="stop after so many optimizer steps")
     parser.add_argument("--timeout", type=float, help="stop after so many seconds")
     parser.add_argument("--snapshot", help="write PyTorch's memory snapshot (.pickle) for its viewer")
@@ -68,4 +68,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _capability(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
+    if not (major.isdecimal() and minor.isdecimal()):
+        raise ConfigError(f"--capability={text} must be two numbers with a point between them, such as 8.6")
     return int(major), int(minor)

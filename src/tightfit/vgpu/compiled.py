@@ -6,10 +6,12 @@ nothing. Inductor needs to believe that Triton and the card are there; Triton is
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.frames import Frame, frames_of_text
+from tightfit.vgpu.graphs import CudaGraphs
 
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+_GRAPHS_OPTION = "triton.cudagraphs"
 
 
 class Compiler:
@@ -29,6 +33,7 @@ class Compiler:
         self._device, self._properties = device, properties
         self._compile = torch.compile
         self._ready: bool | None = None
+        self._graphs = CudaGraphs(device)
 
     def compile(
         self,
@@ -59,14 +64,17 @@ class Compiler:
             return model
         if not self._prepare():
             return model
-        if mode in _MODES_WITH_GRAPHS:
-            self._say(f"torch.compile(mode={mode!r}): the private memory pools of CUDA graphs")
-        compiled = self._compile(model, fullgraph=fullgraph, dynamic=dynamic, backend=self._backend)
+        if mode == "max-autotune":
+            self._say("torch.compile(mode='max-autotune'): what trying out kernels takes while compiling")
+        with_graphs = (options or {}).get(_GRAPHS_OPTION, mode in _MODES_WITH_GRAPHS)
+        backend = functools.partial(self.backend, with_graphs=with_graphs) if with_graphs else self.backend
+        compiled = self._compile(model, fullgraph=fullgraph, dynamic=dynamic, backend=backend)
         return compiled if isinstance(model, nn.Module) else self._without_hooks(compiled)
 
     def _without_hooks(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(compiled)
         def call(*args: Any, **kwargs: Any) -> Any:
+            self._graphs.called()
             with self._device.phases.compiled_call(None):
                 return compiled(*args, **kwargs)
 
@@ -96,17 +104,20 @@ class Compiler:
         usual = compiled_modules.__call__
 
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            self._graphs.called()
             with self._device.phases.compiled_call(module._orig_mod):
                 return usual(module, *args, **kwargs)
 
         compiled_modules.__call__ = call
 
-    def _backend(self, graph: Any, inputs: list[Any]) -> Any:
+    def backend(self, graph: Any, inputs: list[Any], with_graphs: bool = False) -> Any:
+        """What Dynamo calls for each graph: a function that takes the memory which Inductor's code would take."""
         from torch._inductor.compile_fx import compile_fx
 
         try:
             with self._device.phases.named("compile"):
-                return compile_fx(graph, inputs, inner_compile=self._compile_graph)
+                compile_graph = functools.partial(self._compile_graph, with_graphs=with_graphs)
+                return compile_fx(graph, inputs, inner_compile=compile_graph)
         except Exception as error:  # Inductor raises what it likes; the script goes on without it
             first = (str(error).splitlines() or [""])[0]
             self._say(
@@ -115,15 +126,24 @@ class Compiler:
             )
             return graph.forward
 
-    def _compile_graph(self, graph: Any, inputs: list[Any], **options: Any) -> Any:
+    def _compile_graph(self, graph: Any, inputs: list[Any], with_graphs: bool = False, **options: Any) -> Any:
         """Inductor's wrapper of one forward or backward graph, as a function of a list of its inputs."""
         with self._device.phases.named("compile"):
-            code, lines = wrapper_code(graph, inputs, **options)
-        call = self._run_wrapper(code, lines)
+            wrapper = wrapper_of(graph, inputs, **options)
+        call = self._run_wrapper(wrapper.code, wrapper.lines)
+        if with_graphs and wrapper.no_cuda_graph_because:
+            self._say(f"a CUDA graph, which torch.compile would not make either: {wrapper.no_cuda_graph_because}")
+            with_graphs = False
+        backward, inference = bool(options.get("is_backward")), bool(options.get("is_inference"))
 
         def run(arguments: list[Any]) -> Any:
+            kept_there = (
+                self._graphs.run(arguments, backward=backward, inference=inference)
+                if with_graphs
+                else contextlib.nullcontext()
+            )
             try:
-                with torch.no_grad():
+                with kept_there, torch.no_grad():
                     return call(arguments)
             finally:
                 self._device.compiled_line = ()
@@ -227,11 +247,20 @@ class _TellBuffers(ast.NodeTransformer):
         return [ast.Expr(said), statement]
 
 
-def wrapper_code(graph: Any, inputs: list[Any], **options: Any) -> tuple[str, dict[str, tuple[Frame, ...]]]:
-    """The Python source that Inductor writes for a graph of aten operators, and the user's lines of each buffer.
+@dataclass(frozen=True)
+class Wrapper:
+    """What Inductor writes for one graph."""
 
-    Nothing is compiled or run.
-    """
+    code: str
+    """Python source."""
+    lines: dict[str, tuple[Frame, ...]]
+    """The user's lines of each buffer."""
+    no_cuda_graph_because: str
+    """Empty where the graph can be recorded."""
+
+
+def wrapper_of(graph: Any, inputs: list[Any], **options: Any) -> Wrapper:
+    """Inductor's code for a graph of aten operators. Nothing is compiled or run."""
     from torch._inductor.compile_fx import _recursive_post_grad_passes, record_original_output_strides
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -256,7 +285,12 @@ def wrapper_code(graph: Any, inputs: list[Any], **options: Any) -> tuple[str, di
         with V.set_graph_handler(lowering):
             lowering.run(*inputs)
             code = lowering.codegen()[0]
-            return code if isinstance(code, str) else str(code.value), _lines_of_buffers(lowering)
+            reason = lowering.disable_cudagraphs_reason or ""
+            if not reason and "cpu" in lowering.device_types:
+                reason = "it also uses tensors of the host"
+            return Wrapper(
+                code if isinstance(code, str) else str(code.value), _lines_of_buffers(lowering), reason.strip()
+            )
 
 
 def _lines_of_buffers(lowering: Any) -> dict[str, tuple[Frame, ...]]:

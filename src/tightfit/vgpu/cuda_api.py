@@ -222,7 +222,7 @@ def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, g
         "_cuda_get_sync_debug_mode": lambda: 0,
         "_cuda_set_sync_debug_mode": lambda mode: None,
         "_cuda_getCurrentBlasHandle": lambda: 0,
-        "_cuda_clearCublasWorkspaces": lambda: None,
+        "_cuda_clearCublasWorkspaces": device.clear_workspaces,
         "_cuda_getCurrentRawStream": lambda index: device.current_stream,
         "_get_accelerator": lambda check=None: torch.device("cuda"),
         "_accelerator_isAllocatorInitialized": lambda: True,
@@ -235,6 +235,10 @@ def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, g
     }
     for name, answer in answers.items():
         setattr(torch._C, name, answer)
+    compiled_half: Any = torch._C
+    if not hasattr(compiled_half, "_cuda_CUDAAllocator_AllocatorState"):  # imported where torch.cuda is there
+        compiled_half._cuda_CUDAAllocator_AllocatorState = type("AllocatorState", (), {})
+        compiled_half._set_cached_tensors_enabled = lambda enabled: None
 
 
 def _install_streams(device: VirtualDevice) -> None:

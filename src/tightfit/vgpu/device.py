@@ -7,7 +7,8 @@ would; what is on the device is a fake tensor, and what it would take there goes
 import importlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tightfit.vgpu import kernels
-from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory
+from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory, PoolId
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.kernels import Card
@@ -66,7 +67,7 @@ class VirtualDevice:
         self.out_of_time = False
         self.compiled_line: tuple[Frame, ...] = ()
         """The user's lines that the running part of a compiled graph comes from."""
-        self._workspaces: set[tuple[str, str, int]] = set()
+        self._workspaces: dict[tuple[str, str, int], Allocation] = {}
         self._forward_lines: dict[int, tuple[Frame, ...]] = {}
         self._special: dict[Any, Callable[..., Any]] = {
             torch.ops.prim.device.default: lambda func, args, kwargs: func(*args, **kwargs),
@@ -75,7 +76,6 @@ class VirtualDevice:
             aten.copy_.default: self._copy_into,
             aten._pin_memory.default: lambda func, args, kwargs: args[0].clone(),
             aten.is_pinned.default: lambda func, args, kwargs: False,
-            aten.record_stream.default: lambda func, args, kwargs: None,
             aten.equal.default: self._equal,
             aten.allclose.default: self._equal,
         }
@@ -228,8 +228,40 @@ class VirtualDevice:
         name = (key, thread, self.current_stream)
         if name in self._workspaces:
             return
-        self._workspaces.add(name)
-        self._guarded(self.recorder.take, self._allocation(nbytes, f"{key} workspace", phase))
+        allocation = self._allocation(nbytes, f"{key} workspace", phase)
+        self._guarded(self.recorder.take, allocation)
+        self._workspaces[name] = allocation
+
+    def clear_workspaces(self) -> None:
+        """What `torch._C._cuda_clearCublasWorkspaces` does: the next matrix product takes its workspace anew."""
+        for name in [name for name in self._workspaces if name[0].startswith("cublas")]:
+            self.recorder.give(self._workspaces.pop(name))
+
+    @contextmanager
+    def in_pool(self, pool: PoolId, stream: int) -> Iterator[None]:
+        """Memory comes from a private pool on another stream, without the workspaces of outside."""
+        before, self.recorder.pool = self.recorder.pool, pool
+        usual, self.stream.number = self.current_stream, stream
+        self.clear_workspaces()
+        try:
+            yield
+        finally:
+            self.clear_workspaces()
+            self.recorder.pool, self.stream.number = before, usual
+
+    def copy_into_pool(self, tensor: Tensor) -> Allocation:
+        """Memory for a copy of a graph's input, at an address that it keeps."""
+        nbytes = tensor.untyped_storage().nbytes()
+        allocation = self._allocation(nbytes, "input of a CUDA graph", self.phases.now(), "inputs")
+        allocation.shape, allocation.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self._guarded(self.recorder.take, allocation)
+        return allocation
+
+    def record_stream(self, tensor: Tensor, stream: int) -> None:
+        """`tensor.record_stream`: freed, its memory waits until that stream is done."""
+        held = self.recorder.of_storage(tensor)
+        if held is not None and held.block is not None:
+            self.recorder.allocator.record_stream(held.block, stream)
 
     def _guarded(self, take: Callable[..., object], *args: Any) -> None:
         """Take memory; where there is none, fail as PyTorch does."""

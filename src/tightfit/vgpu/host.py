@@ -106,6 +106,7 @@ def _install_tensors(device: VirtualDevice) -> None:
         usual_format(torch.full((), device.values.scalar(tensor)), spec) if tensor.dim() == 0 else str(tensor)
     )
     fake.__deepcopy__ = _deep_copy
+    fake.record_stream = lambda tensor, stream: device.record_stream(tensor, stream.stream_id)
     every: Any = torch.Tensor
     every.pin_memory = lambda tensor, *args: tensor
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tightfit.vgpu.allocator import Block, CachingAllocator
+from tightfit.vgpu.allocator import Block, CachingAllocator, PoolId
 from tightfit.vgpu.frames import Frame
 
 Phase = Literal["setup", "eval", "forward", "loss", "backward", "optimizer", "save", "resume", "sample", "compile"]
@@ -78,6 +78,8 @@ class Recorder:
         self._released: deque[tuple[int, weakref.ref[torch.UntypedStorage]]] = deque()
         self._held: dict[int, tuple[weakref.ref[torch.UntypedStorage], Allocation]] = {}
         self._pending: _Pending | None = None
+        self.pool: PoolId | None = None
+        """The private pool that memory is taken from now."""
 
     # What tensors do
 
@@ -174,11 +176,20 @@ class Recorder:
             self._give(allocation)
         self._drain()
 
+    def give_all_of(self, pool: PoolId) -> None:
+        """Take back all memory of a private pool, also from tensors that are still held."""
+        with self._lock:
+            for key, (_, allocation) in list(self._held.items()):
+                if allocation.block is not None and allocation.block.pool.owner == pool:
+                    del self._held[key]
+                    self._give(allocation)
+        self._drain()
+
     def _take(self, allocation: Allocation) -> None:
         with self._lock:
             while self._released:
                 self._release(*self._released.popleft())
-            allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream)
+            allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream, pool=self.pool)
             allocation.block.tag = allocation
             self._register(allocation)
             allocated = self.allocator.allocated_bytes

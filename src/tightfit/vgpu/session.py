@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tightfit.errors import DeviceError
+from tightfit.errors import ConfigError, DeviceError
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
-from tightfit.vgpu import backend, cards, cuda_api, host
+from tightfit.vgpu import backend, cards, cuda_api, host, late
 from tightfit.vgpu.allocator import AllocatorSettings, CachingAllocator
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.kernels import Card
@@ -46,6 +46,12 @@ class Request:
     """Whether the findings hold the data of a timeline picture."""
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps={self.steps} must be at least 1; leave it out to stop when steps repeat")
+        if self.timeout_s is not None and self.timeout_s <= 0:
+            raise ConfigError(f"timeout={self.timeout_s:g} must be more than 0 seconds")
+
 
 class VirtualSession:
     """The virtual GPU of this process; there is one, and it stays until the process ends."""
@@ -54,6 +60,7 @@ class VirtualSession:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        late.keep_dynamo_out()
         self.gpu: GPU
         self.gpu, self.notes = resolve_gpu(
             request.gpu, memory_bytes=request.memory_bytes, capability=request.capability

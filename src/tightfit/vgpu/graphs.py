@@ -1,0 +1,67 @@
+"""Memory under CUDA graphs: what `torch.compile(mode="reduce-overhead")` takes lies in a private pool and stays there.
+
+Follows torch/_inductor/cudagraph_trees.py. All graphs of a process share one pool on a stream of their own. A graph is
+first run as it is in the pool, then recorded there, then replayed: the same addresses each time. Its inputs other than
+parameters and results of other graphs are copied into the pool. Results of the call before are taken back when a
+compiled function is called anew and no backward pass is awaited, also those that the script still holds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tightfit.vgpu.allocator import PoolId
+from tightfit.vgpu.device import VirtualDevice
+
+_STREAM = 1 << 20
+"""Number of the stream on which graphs are recorded: one that no script has."""
+
+
+class CudaGraphs:
+    """The pool of a process's graphs; `call` and `run` say what happens to it."""
+
+    def __init__(self, device: VirtualDevice) -> None:
+        self._device = device
+        self._pool: PoolId | None = None
+        self._calls = 0
+        self._calls_at_last_run = 0
+        self._awaits_backward = False
+        self.met = False
+        """Whether a graph was run."""
+
+    def called(self) -> None:
+        """The script calls a compiled function."""
+        self._calls += 1
+
+    @contextmanager
+    def run(self, arguments: list[Any], *, backward: bool, inference: bool) -> Iterator[None]:
+        """One graph runs in here, with its memory in the pool."""
+        self.met = True
+        recorder = self._device.recorder
+        if self._pool is None:
+            self._pool = recorder.allocator.create_pool()
+            recorder.allocator.retain_pool(self._pool)
+        if self._calls != self._calls_at_last_run and not self._awaits_backward:
+            recorder.give_all_of(self._pool)
+        self._calls_at_last_run = self._calls
+        self._awaits_backward = not backward and (self._awaits_backward or not inference)
+        with self._device.in_pool(self._pool, _STREAM):
+            copies = [self._device.copy_into_pool(tensor) for tensor in arguments if self._is_copied(tensor)]
+            try:
+                yield
+            finally:
+                for copy in copies:
+                    recorder.give(copy)
+
+    def _is_copied(self, argument: object) -> bool:
+        if not isinstance(argument, Tensor) or not isinstance(argument, FakeTensor):
+            return False
+        held = self._device.recorder.of_storage(argument)
+        return (
+            held is not None
+            and held.category != "parameters"
+            and (held.block is None or held.block.pool.owner != self._pool)
+        )

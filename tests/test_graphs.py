@@ -1,0 +1,76 @@
+"""Private pools of CUDA graphs, and memory that several streams use: small scripts, their figures worked by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tightfit import dryrun
+
+MIB = 2**20
+HEAD = """
+import torch
+def held(): return torch.cuda.memory_allocated() // 2**20
+def reserved(): return torch.cuda.memory_reserved() // 2**20
+function = torch.compile(lambda x: x * 2, mode=MODE)
+x = torch.ones(16 * 2**18, device="cuda")          # 16 MiB
+found = [held()]
+"""
+EVALUATION = """
+with torch.no_grad():
+    for _ in range(3):
+        before = function(x)                       # bound until the next result is there
+        found.append(held())
+    del before
+    found.append(held())
+    torch.cuda.empty_cache()
+    found.append(reserved())
+"""
+STREAMS = """
+import torch
+def held(): return torch.cuda.memory_reserved() // 2**20
+side = torch.cuda.Stream()
+found = []
+x = torch.empty(64 * 2**18, device="cuda")         # 64 MiB
+if RECORD:
+    x.record_stream(side)
+del x
+y = torch.empty(64 * 2**18, device="cuda")
+found.append(held())
+"""
+
+
+def _found(folder: Path, script: str, **names: Any) -> list[int]:
+    result = folder / "found.txt"
+    result.unlink(missing_ok=True)  # a dry run does not write over what was there before
+    lines = [f"{name} = {value!r}" for name, value in names.items()]
+    end = f"open({str(result)!r}, 'w').write(' '.join(map(str, found)))"
+    (folder / "script.py").write_text("\n".join([*lines, script, end]))
+    outcome = dryrun(str(folder / "script.py"), gpu="A100")
+    assert outcome["outcome"] == "fits"
+    return [int(word) for word in result.read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # The script's 16 MiB, then two results at most: the next one is made while the last is still bound.
+        ("default", [16, 32, 32, 32, 16, 16]),
+        # The last result is taken back when the function is called again, so one is held; the copy of the input, which
+        # the graph reads, is only held while it runs, but the pool keeps both of 16 MiB for itself.
+        ("reduce-overhead", [16, 32, 32, 32, 16, 48]),
+    ],
+)
+def test_a_pool_keeps_what_a_graph_used(tmp_path: Path, mode: str, expected: list[int]) -> None:
+    assert _found(tmp_path, HEAD + EVALUATION, MODE=mode) == expected
+
+
+def test_a_result_of_a_graph_does_not_survive_the_next_call(tmp_path: Path) -> None:
+    keep = "kept = []\nwith torch.no_grad():\n    for _ in range(4): kept.append(function(x)); found.append(held())"
+    assert _found(tmp_path, HEAD + keep, MODE="default") == [16, 32, 48, 64, 80]
+    assert _found(tmp_path, HEAD + keep, MODE="reduce-overhead") == [16, 32, 32, 32, 32]
+
+
+@pytest.mark.parametrize(("record", "expected"), [(False, 64), (True, 128)])
+def test_memory_that_another_stream_uses_is_not_reused_at_once(tmp_path: Path, record: bool, expected: int) -> None:
+    assert _found(tmp_path, STREAMS, RECORD=record) == [expected]

@@ -1,0 +1,57 @@
+"""Dynamo stays out of a dry run that compiles nothing, and is all there in one that does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+EAGER = """
+import sys, torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(4):
+    model(torch.ones(8, 64).cuda()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print("loaded" if "torch._dynamo.eval_frame" in sys.modules else "out")
+"""
+ASKS = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+model(torch.ones(8, 64).cuda()).sum().backward()
+import torch._dynamo
+from torch._dynamo.source import ConstantSource, LocalSource
+import torch._dynamo.eval_frame
+torch._dynamo.reset()
+calls = []
+def backend(graph, inputs):
+    calls.append(graph)
+    return graph.forward
+function = torch._dynamo.optimize(backend)(lambda x: x * 2)
+assert torch.equal(function(torch.ones(2)), torch.full((2,), 2.0))
+@torch._dynamo.disable
+def plain(x):
+    return x
+plain(torch.ones(1))
+print(len(calls), torch._dynamo.__spec__.name, ConstantSource("x").name if hasattr(ConstantSource("x"), "name") else "")
+"""
+
+
+def _dry_run(folder: Path, script: str) -> str:
+    (folder / "script.py").write_text(script)
+    run = subprocess.run(
+        [sys.executable, "-m", "tightfit", "dryrun", "--gpu", "A100", str(folder / "script.py")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stderr
+
+
+def test_dynamo_is_not_loaded_without_need(tmp_path: Path) -> None:
+    said = _dry_run(tmp_path, EAGER)
+    assert "out" in said
+    assert "loaded" not in said
+
+
+def test_dynamo_is_there_for_a_script_that_asks(tmp_path: Path) -> None:
+    assert "1 torch._dynamo" in _dry_run(tmp_path, ASKS)
