@@ -442,7 +442,16 @@ class TestPublicFace:
         ) | {"DoesNotFit": 1}
 
 
-FLOORS = [("errors",), ("units",), ("config", "gpus"), ("vgpu", "gpt", "data"), ("train",), ("plan",), ("explain",)]
+FLOORS = [
+    ("errors",),
+    ("units",),
+    ("config", "gpus"),
+    ("vgpu", "gpt", "data"),
+    ("system",),
+    ("train",),
+    ("plan",),
+    ("explain",),
+]
 """Rooms from the ground up: each imports from lower ones only. `cli` and the package's face may import from all."""
 MAY_NOT_SEE = {"gpt": {"data", "gpus"}, "data": {"gpt", "gpus", "config"}, "gpus": {"config"}, "config": {"gpus"}}
 """Rooms that are below each other, or beside, and still know nothing of each other."""
@@ -484,7 +493,7 @@ class TestArrows:
         for module, path in _modules().items():
             room = _room(module)
             if room not in floor_of:
-                assert room in ("", "cli", "__main__", "system", "report"), f"{room} has no floor yet"
+                assert room in ("", "cli", "__main__", "report"), f"{room} has no floor yet"
                 continue
             for target in map(_room, imports(path)):
                 assert target == room or floor_of[target] < floor_of[room], f"{module} imports {target}"
