@@ -13,6 +13,8 @@ COMMANDS = {
     "prepare": "turn text into a dataset of tokens",
     "sample": "text from a checkpoint",
     "dryrun": "a training script on a virtual GPU: does it fit?",
+    "doctor": "is this machine, and a run on it, in order?",
+    "watch": "memory of every card and of the host, live",
     "convert": "checkpoints between nanoGPT and Hugging Face",
 }
 OK, FAILED, USER_MISTAKE, OUR_ERROR = 0, 1, 2, 3

@@ -1,0 +1,99 @@
+"""doctor: every check of this machine and, where one is given, of a run on it; as a table or for machines."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tightfit.config import TrainConfig
+from tightfit.system.checks import Check, Status
+from tightfit.system.checks_gpu import gpu_checks, torch_checks
+from tightfit.system.checks_host import host_checks
+from tightfit.system.checks_run import run_checks
+from tightfit.system.machine import Machine
+from tightfit.system.words import Words
+from tightfit.system.wrapping import wrap
+
+_STYLES: dict[Status, str] = {"ok": "green", "warning": "yellow", "problem": "bold red", "unknown": "cyan"}
+_GAP = 2
+_LEAST_WIDTH = 20
+_STATUSES: tuple[Status, ...] = ("problem", "warning", "unknown", "ok")
+
+
+def diagnose(
+    machine: Machine, config: TrainConfig | None = None, *, prepares_itself: Collection[str] = ()
+) -> list[Check]:
+    """Every check, in the order in which a person would look: cards, torch, host, run.
+
+    `prepares_itself` names the datasets that training makes when they are missing.
+    """
+    return [
+        *gpu_checks(machine, config),
+        *torch_checks(machine),
+        *host_checks(machine, config),
+        *run_checks(machine, config, prepares_itself),
+    ]
+
+
+def has_problem(checks: Sequence[Check]) -> bool:
+    return any(check.status == "problem" for check in checks)
+
+
+def as_json(checks: Sequence[Check], words: Words) -> dict[str, Any]:
+    """The same facts for machines; sizes are bytes."""
+    rows = [
+        {
+            "check": check.name,
+            "card": check.card,
+            "status": check.status,
+            "outcome": check.outcome,
+            "sentence": check.sentence(words),
+            "next_step": check.next_step(words),
+            "facts": dict(check.facts),
+        }
+        for check in checks
+    ]
+    return {"problem": has_problem(checks), "counts": _counts(checks), "checks": rows}
+
+
+def print_table(checks: Sequence[Check], words: Words, console: Console) -> None:
+    """A row a check: how it is, what was looked at, the sentence with the next step below it; then the counts."""
+    statuses = [words("words", status) for status in _STATUSES]
+    titles = [check.title(words) for check in checks]
+    used = max(map(cell_len, statuses)) + max(map(cell_len, titles)) + 2 * _GAP
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=False)
+    for _ in range(3):
+        table.add_column(no_wrap=True, overflow="fold")
+    for check, title in zip(checks, titles, strict=True):
+        status = Text(words("words", check.status), style=_STYLES[check.status])
+        table.add_row(status, Text(title), _finding(check, words, width=max(_LEAST_WIDTH, console.width - used)))
+    console.print(table)
+    console.print()
+    console.print(_summary(checks, words))
+
+
+def _finding(check: Check, words: Words, *, width: int) -> Text:
+    text = Text("\n".join(wrap(check.sentence(words), width)))
+    if step := check.next_step(words):
+        style = _STYLES[check.status] if check.status in ("warning", "problem") else "dim"
+        text.append("\n→ " + "\n  ".join(wrap(step, width - 2)), style=style)
+    return text
+
+
+def _summary(checks: Sequence[Check], words: Words) -> Text:
+    counts = _counts(checks)
+    parts = [
+        Text(words("words", f"{status}_count", count=counts[status]), style=_STYLES[status])
+        for status in _STATUSES
+        if counts[status]
+    ]
+    return Text(words("words", "separator")).join(parts)
+
+
+def _counts(checks: Sequence[Check]) -> dict[str, int]:
+    found = Counter(check.status for check in checks)
+    return {status: found[status] for status in _STATUSES}

@@ -1,0 +1,324 @@
+"""What NVIDIA's management library says of every card: memory, who uses it, and the card's state.
+
+NVML is read through nvidia-ml-py, which may be absent, as may the library or the driver below it: then there is a
+`Failure` with a sentence and no card. A single fact that a card or driver does not give is None.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from tightfit.system.words import words
+
+T = TypeVar("T")
+FailureKind = Literal["no_bindings", "no_library", "no_driver", "mismatch", "not_allowed", "lost", "other"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why NVML tells nothing."""
+
+    kind: FailureKind
+    detail: str
+    """NVML's own words."""
+
+    def sentence(self, language: str = "en") -> str:
+        return words(language)("nvml", self.kind, detail=self.detail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuProcess:
+    """A process that has memory on a card."""
+
+    pid: int
+    name: str | None
+    """The program's file name; None if it runs out of sight, as outside this container."""
+    used_bytes: int | None
+    """None where the operating system keeps it to itself (Windows, WSL)."""
+    draws: bool = False
+    """Whether it only draws: the desktop, a browser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigInstance:
+    """A part of a card that MIG has cut off; a process uses one of them."""
+
+    name: str
+    uuid: str
+    total_bytes: int
+    free_bytes: int
+    sm_count: int | None
+    others: tuple[GpuProcess, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuMemory:
+    """One card, now."""
+
+    index: int
+    """NVML's number, in order of the PCI bus; CUDA's order may differ, the uuid does not."""
+    name: str
+    uuid: str
+    total_bytes: int
+    """As nvidia-smi shows it: CUDA's total and `reserved_bytes` together."""
+    free_bytes: int
+    reserved_bytes: int | None
+    """What the driver keeps for itself; None if this driver does not say."""
+    own_bytes: int | None
+    """What this process has on the card; None if it is not known."""
+    others: tuple[GpuProcess, ...] | None
+    """The other processes on the card, largest first; None if NVML does not say."""
+    capability: tuple[int, int] | None
+    """Compute capability: major, minor."""
+    ecc: bool | None
+    """Whether error correction is on; None for a card without it."""
+    ecc_errors: int | None
+    """Errors since the driver was loaded that could not be corrected."""
+    mig: bool | None
+    instances: tuple[MigInstance, ...]
+    temperature_c: int | None
+    utilisation: float | None
+    """Share of the last moments in which a kernel ran, 0 to 1."""
+    spills_to_host: bool
+    """Whether an allocation beyond the card goes to host memory, slowly, instead of failing (Windows, WSL)."""
+
+    @property
+    def used_bytes(self) -> int:
+        """By everybody, with what the driver keeps for itself."""
+        return self.total_bytes - self.free_bytes
+
+    @property
+    def others_bytes(self) -> int | None:
+        """What the other processes use; None if that of any of them is not known."""
+        sizes = None if self.others is None else [process.used_bytes for process in self.others]
+        if sizes is None or None in sizes:
+            return None
+        return sum(size for size in sizes if size is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cards:
+    """All cards that NVML sees, or why it sees none."""
+
+    cards: tuple[GpuMemory, ...] = ()
+    driver: str | None = None
+    cuda_version: tuple[int, int] | None = None
+    """The newest CUDA that the driver serves."""
+    failure: Failure | None = None
+
+
+def gpu_memory(index: int | str = 0) -> tuple[GpuMemory | None, str]:
+    """The card with this NVML number or UUID, or None and a sentence that says why it is not seen."""
+    found = read_cards()
+    for card in found.cards:
+        if index in (card.index, card.uuid):
+            return card, ""
+    if found.failure:
+        return None, found.failure.sentence()
+    return None, words("en")("nvml", "no_such_card", index=index, count=len(found.cards))
+
+
+def read_cards() -> Cards:
+    """Every card's state now; never raises for what NVML lacks. To read often, keep an `NvmlSession`."""
+    with NvmlSession() as session:
+        return session.read()
+
+
+class NvmlSession:
+    """NVML kept open: starting it can take longer than all its answers. `with NvmlSession() as nvml: nvml.read()`."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def read(self) -> Cards:
+        """Every card's state now. After a failure the next call starts NVML anew."""
+        try:
+            pynvml = importlib.import_module("pynvml")  # no types, and optional
+        except ImportError:
+            return Cards(failure=Failure("no_bindings", "nvidia-ml-py"))
+        try:
+            if self._nvml is None:
+                pynvml.nvmlInit()
+                self._nvml = pynvml
+            return _Reader(pynvml).all()
+        except pynvml.NVMLError as error:  # no driver; or a card that fell off the bus while it was read
+            self._end()
+            return Cards(failure=_failure(pynvml, error))
+
+    def _end(self) -> None:
+        if self._nvml is not None:
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlShutdown()
+            self._nvml = None
+
+
+def _failure(nvml: Any, error: Exception) -> Failure:
+    kinds: dict[int, FailureKind] = {
+        nvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no_library",
+        nvml.NVML_ERROR_DRIVER_NOT_LOADED: "no_driver",
+        nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "mismatch",
+        nvml.NVML_ERROR_NO_PERMISSION: "not_allowed",
+        nvml.NVML_ERROR_GPU_IS_LOST: "lost",
+        nvml.NVML_ERROR_RESET_REQUIRED: "lost",
+    }
+    return Failure(kinds.get(getattr(error, "value", -1), "other"), str(error))
+
+
+class _Reader:
+    """NVML between init and shutdown."""
+
+    def __init__(self, nvml: Any) -> None:
+        self.nvml = nvml
+        self.spills = spills_to_host()
+
+    def all(self) -> Cards:
+        count = self.nvml.nvmlDeviceGetCount()
+        cuda = self._ask(self.nvml.nvmlSystemGetCudaDriverVersion)
+        return Cards(
+            cards=tuple(self.card(index) for index in range(count)),
+            driver=self._ask(self.nvml.nvmlSystemGetDriverVersion),
+            cuda_version=(cuda // 1000, cuda % 1000 // 10) if cuda else None,
+        )
+
+    def card(self, index: int) -> GpuMemory:
+        nvml, ask = self.nvml, self._ask
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory, reserved = self._memory(handle)
+        processes = self._processes(handle)
+        mig = ask(lambda: bool(nvml.nvmlDeviceGetMigMode(handle)[0]))
+        rates = ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
+        return GpuMemory(
+            index=index,
+            name=_printable(ask(lambda: nvml.nvmlDeviceGetName(handle)) or "GPU"),
+            uuid=ask(lambda: nvml.nvmlDeviceGetUUID(handle)) or "",
+            total_bytes=memory.total,
+            free_bytes=memory.free,
+            reserved_bytes=reserved,
+            own_bytes=_own_bytes(processes),
+            others=_others(processes),
+            capability=ask(lambda: tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+            ecc=ask(lambda: bool(nvml.nvmlDeviceGetCurrentEccMode(handle))),
+            ecc_errors=ask(
+                lambda: nvml.nvmlDeviceGetTotalEccErrors(
+                    handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+                )
+            ),
+            mig=mig,
+            instances=tuple(self._instances(handle)) if mig else (),
+            temperature_c=ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            utilisation=rates.gpu / 100 if rates else None,
+            spills_to_host=self.spills and not self._is_tcc(handle),
+        )
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """An answer, or None where this card or driver has none (not supported, not allowed, too old)."""
+        try:
+            return question()
+        except (self.nvml.NVMLError, UnicodeDecodeError):
+            return None
+
+    def _memory(self, handle: Any) -> tuple[Any, int | None]:
+        """The second form of the question tells the driver's own share apart; drivers before 510 know the first."""
+        try:
+            memory = self.nvml.nvmlDeviceGetMemoryInfo(handle, self.nvml.nvmlMemory_v2)
+            return memory, memory.reserved
+        except self.nvml.NVMLError:
+            return self.nvml.nvmlDeviceGetMemoryInfo(handle), None
+
+    def _processes(self, handle: Any) -> dict[int, GpuProcess] | None:
+        """By pid: one that computes and draws is in both lists, with the same figure."""
+        found: dict[int, GpuProcess] = {}
+        asked = 0
+        for kind in ("Compute", "Graphics"):
+            rows = self._rows(kind, handle)
+            if rows is None:
+                continue
+            asked += 1
+            for row in rows:
+                process = GpuProcess(
+                    pid=row.pid, name=self._name(row.pid), used_bytes=row.usedGpuMemory, draws=kind == "Graphics"
+                )
+                found.setdefault(row.pid, process)
+        return found if asked else None
+
+    def _rows(self, kind: str, handle: Any) -> list[Any] | None:
+        """Drivers before 510 know only the second version; without a version pynvml raises what is no NVMLError."""
+        for version in ("v3", "v2"):
+            question = getattr(self.nvml, f"nvmlDeviceGet{kind}RunningProcesses_{version}")
+            rows: list[Any] | None = self._ask(functools.partial(question, handle))
+            if rows is not None:
+                return rows
+        return None
+
+    def _name(self, pid: int) -> str | None:
+        """Not from /proc: a container's own processes have other numbers than the machine's, which NVML gives."""
+        name = self._ask(lambda: self.nvml.nvmlSystemGetProcessName(pid))
+        return _printable(name.replace("\\", "/").rpartition("/")[2]) if name else None
+
+    def _instances(self, handle: Any) -> Iterator[MigInstance]:
+        nvml = self.nvml
+        for number in range(self._ask(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0):
+            try:
+                part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+                memory = nvml.nvmlDeviceGetMemoryInfo(part)
+            except nvml.NVMLError:
+                continue  # there is room for more instances than were made
+            attributes = self._ask(functools.partial(nvml.nvmlDeviceGetAttributes, part))
+            yield MigInstance(
+                name=_printable(self._ask(functools.partial(nvml.nvmlDeviceGetName, part)) or f"MIG {number}"),
+                uuid=self._ask(functools.partial(nvml.nvmlDeviceGetUUID, part)) or "",
+                total_bytes=memory.total,
+                free_bytes=memory.free,
+                sm_count=attributes.multiprocessorCount if attributes else None,
+                others=_others(self._processes(part)) or (),
+            )
+
+    def _is_tcc(self, handle: Any) -> bool:
+        """Windows only: data-centre cards may run without the display driver's memory manager, and do not spill."""
+        model = (
+            self._ask(lambda: self.nvml.nvmlDeviceGetCurrentDriverModel(handle)) if sys.platform == "win32" else None
+        )
+        return model is not None and model != self.nvml.NVML_DRIVER_WDDM
+
+
+def spills_to_host(root: Path = Path("/")) -> bool:
+    """Whether the driver pages GPU memory to the host: Windows, and Linux inside Windows (WSL)."""
+    return sys.platform == "win32" or is_wsl(root)
+
+
+def is_wsl(root: Path = Path("/")) -> bool:
+    try:
+        return "microsoft" in (root / "proc/sys/kernel/osrelease").read_text().lower()
+    except OSError:
+        return False
+
+
+def _own_bytes(processes: dict[int, GpuProcess] | None) -> int | None:
+    if processes is None:
+        return None
+    own = processes.get(os.getpid())
+    return own.used_bytes if own else 0
+
+
+def _others(processes: dict[int, GpuProcess] | None) -> tuple[GpuProcess, ...] | None:
+    if processes is None:
+        return None
+    others = [process for pid, process in processes.items() if pid != os.getpid()]
+    return tuple(sorted(others, key=lambda process: (-(process.used_bytes or 0), process.pid)))
+
+
+def _printable(text: str) -> str:
+    """Names come from anybody's programs: no control characters reach a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)[:100]

@@ -1,0 +1,134 @@
+"""Which torch this is, what it was built for, and which devices it sees."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SUPPORTED = ((2, 11), (2, 15))
+"""The oldest and the newest torch that tightfit is tested with, as in its dependencies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchDevice:
+    """A CUDA or ROCm device, in torch's own order."""
+
+    name: str
+    capability: tuple[int, int]
+    sm_count: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchBuild:
+    """The installed torch."""
+
+    version: str
+    cuda: tuple[int, int] | None = None
+    """The CUDA that it was built for."""
+    hip: str | None = None
+    """The ROCm that it was built for."""
+    mps: bool = False
+    """Whether Apple's GPU can be used."""
+    capabilities: tuple[tuple[int, int], ...] = ()
+    """Compute capabilities that it brings machine code for; empty if it does not say."""
+    newest_portable: tuple[int, int] | None = None
+    """The capability of the portable code (PTX), which newer cards can translate; None without such code."""
+    devices: tuple[TorchDevice, ...] = ()
+    complaint: str = ""
+    """What torch said when it was asked for devices."""
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """
+        >>> TorchBuild(version="2.13.0+cu130").release
+        (2, 13)
+        """
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(re.match(r"\d*", minor)[0] or 0)  # type: ignore[index]
+
+    def serves(self, capability: tuple[int, int]) -> bool | None:
+        """Whether a card of this capability can run it: code of its major version, not newer; None if unknown.
+
+        >>> TorchBuild(version="2.13", capabilities=((7, 5), (8, 0), (9, 0))).serves((8, 6))
+        True
+        >>> TorchBuild(version="2.13", capabilities=((7, 5), (8, 0), (9, 0))).serves((7, 0))
+        False
+        """
+        if not self.capabilities:
+            return None
+        portable = self.newest_portable is not None and capability >= self.newest_portable
+        return portable or any(own[0] == capability[0] and own <= capability for own in self.capabilities)
+
+
+def read_torch() -> TorchBuild | None:
+    """The installed torch, imported here for the first time; None if there is none."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        devices = tuple(_device(index) for index in range(torch.cuda.device_count())) if _usable() else ()
+        # The flags of the build, even where no device is seen, for which get_arch_list gives nothing.
+        flags = torch._C._cuda_getArchFlags() if hasattr(torch._C, "_cuda_getArchFlags") else None
+    arches = (flags or "").split()
+    portable = [_capability(arch) for arch in arches if arch.startswith("compute_")]
+    return TorchBuild(
+        version=torch.__version__,
+        cuda=_version(torch.version.cuda),
+        hip=torch.version.hip,
+        mps=torch.backends.mps.is_available(),
+        capabilities=tuple(_capability(arch) for arch in arches if arch.startswith("sm_")),
+        newest_portable=max(portable, default=None),
+        devices=devices,
+        complaint=str(caught[0].message).partition("\n")[0] if caught else "",
+    )
+
+
+def _usable() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _device(index: int) -> TorchDevice:
+    import torch
+
+    found = torch.cuda.get_device_properties(index)
+    return TorchDevice(
+        name=found.name,
+        capability=(found.major, found.minor),
+        sm_count=found.multi_processor_count,
+        total_bytes=found.total_memory,
+    )
+
+
+def _version(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def dotted(version: tuple[int, int]) -> str:
+    """
+    >>> dotted((8, 6))
+    '8.6'
+    """
+    return f"{version[0]}.{version[1]}"
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    """
+    >>> _capability("sm_90a"), _capability("compute_120")
+    ((9, 0), (12, 0))
+    """
+    digits = re.sub(r"\D", "", arch)
+    return int(digits[:-1]), int(digits[-1])
+
+
+def hidden_by_environment(environ: Mapping[str, str]) -> str | None:
+    """The value of CUDA_VISIBLE_DEVICES if it hides every card."""
+    value = environ.get("CUDA_VISIBLE_DEVICES")
+    return value if value is not None and value.strip() in ("", "-1", "none", "NoDevFiles") else None

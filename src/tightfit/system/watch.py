@@ -1,0 +1,158 @@
+"""watch: what every card, the host and a training run use, sampled again and again; shown live and kept as CSV."""
+
+import csv
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from tightfit.errors import ConfigError
+from tightfit.system.nvml import NvmlSession
+from tightfit.system.sampling import Sample, samples
+from tightfit.system.watch_view import frame, missing_cards, plain_line
+from tightfit.system.words import Words
+
+HISTORY_S = 300
+"""What the sparklines look back on."""
+
+
+class CsvLog:
+    """One row for the host, one for each card and one for the run at each moment; every row is on disk at once."""
+
+    COLUMNS = (
+        "time", "device", "name", "total_bytes", "used_bytes", "others_bytes", "temperature_c", "utilisation",
+        "step", "loss", "tokens_per_s", "reserved_bytes", "peak_bytes", "allocated_bytes",
+    )  # fmt: skip
+
+    def __init__(self, path: Path) -> None:
+        """Appends to a log of the same columns; ConfigError for another file or one that cannot be written."""
+        self._path = path
+        header = ",".join(self.COLUMNS) + "\n"
+        try:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                if (start := file.read(len(header))) and start != header.encode():
+                    raise ConfigError(f"--log={path} is there already and is no log of watch; name another file")
+            self._file = path.open("a", encoding="utf-8", newline="")
+            self._writer = csv.DictWriter(self._file, self.COLUMNS, lineterminator="\n")
+            if not self._file.tell():
+                self._writer.writeheader()
+        except OSError as error:
+            raise ConfigError(f"--log={path} cannot be written ({error.strerror}); name another file") from None
+
+    def write(self, sample: Sample) -> None:
+        """ConfigError where it can be written no longer, as on a full disk."""
+        try:
+            for row in _rows(sample):
+                self._writer.writerow({"time": sample.time.isoformat(timespec="milliseconds"), **row})
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"--log={self._path} can be written no longer ({error.strerror}); name a file on another disk"
+            ) from None
+
+    def close(self) -> None:
+        with suppress(OSError):  # the row that did not fit is still in the buffer
+            self._file.close()
+
+
+def watch(
+    folder: Path | None,
+    *,
+    interval_s: float,
+    once: bool,
+    log: Path | None,
+    console: Console,
+    words: Words,
+    stop: threading.Event | None = None,
+) -> None:
+    """Sample until interrupted or `stop` is set, or once: a live picture on a terminal, elsewhere a line each time."""
+    stop = stop or threading.Event()
+    history: deque[Sample] = deque(maxlen=max(2, int(HISTORY_S / interval_s)))
+    with ExitStack() as stack:
+        csv_log = CsvLog(log) if log else None
+        if csv_log:
+            stack.callback(csv_log.close)
+        moments = samples(folder, stack.enter_context(NvmlSession()))
+        stack.enter_context(_ending(stop))
+        show = _show(stack, console, words, interval_s, once=once)
+        while True:
+            began = time.monotonic()
+            history.append(next(moments))
+            if csv_log:
+                csv_log.write(history[-1])
+            show(history)
+            if once or stop.wait(max(0.0, interval_s - (time.monotonic() - began))):
+                return
+
+
+def _show(
+    stack: ExitStack, console: Console, words: Words, interval_s: float, *, once: bool
+) -> Callable[[deque[Sample]], None]:
+    def line(history: deque[Sample]) -> None:
+        if len(history) == 1:  # what is missing stays so: it is said once
+            for missing in missing_cards(history[-1], words):
+                console.print(missing, soft_wrap=True)
+        console.print(plain_line(history[-1], words), soft_wrap=True)
+
+    def picture(history: deque[Sample]) -> None:
+        console.print(frame(history, words, interval_s=interval_s, width=console.width, height=10**6))
+
+    if not console.is_terminal:
+        return line
+    if once:
+        return picture
+    live = stack.enter_context(Live(console=console, auto_refresh=False))
+
+    def update(history: deque[Sample]) -> None:
+        size = console.size
+        live.update(frame(history, words, interval_s=interval_s, width=size.width, height=size.height), refresh=True)
+
+    return update
+
+
+@contextmanager
+def _ending(stop: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends it after the picture in hand, the terminal left as it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    usual = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _rows(sample: Sample) -> Iterator[dict[str, Any]]:
+    host, run = sample.host, sample.run
+    yield {"device": "host", "total_bytes": host.total_bytes, "used_bytes": host.used_bytes}
+    for card in sample.cards.cards:
+        yield {
+            "device": f"gpu{card.index}",
+            "name": card.name,
+            "total_bytes": card.total_bytes,
+            "used_bytes": card.used_bytes,
+            "others_bytes": card.others_bytes,
+            "temperature_c": card.temperature_c,
+            "utilisation": card.utilisation,
+        }
+    if run:
+        yield {
+            "device": "run",
+            "name": str(sample.folder),
+            "step": run.step,
+            "loss": run.loss,
+            "tokens_per_s": run.tokens_per_s,
+            "reserved_bytes": run.memory_bytes,
+            "peak_bytes": run.peak_bytes,
+            "allocated_bytes": run.allocated_bytes,
+        }
