@@ -1,0 +1,197 @@
+"""A log as clean lines: decoding, control codes, and what loggers, launchers and mailers put before each line."""
+
+import codecs
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+PIECE = 2**18
+"""Characters read at a time."""
+LONGEST_LINE = 8_000
+"""Characters kept of a line."""
+_ANSI = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]{0,40}[ -/]{0,10}[@-~]|\x1b\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)|\x1b[ -/]?[0-~]"
+)
+_BARE_COLOUR = re.compile(r"[␛?]\[[0-9;]{0,12}m")
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
+)
+_RAW_INDEX = re.compile(r"GPU ([\x01-\x08\x0b\x0c\x0e-\x1f]) has a total")
+_UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_BOLD = re.compile(r"(?:(?<=\s)|^)\*\*(?=[\dA-Z])|(?<=[\dB.r])\*\*(?=[\s:,.;)]|$)")
+"""Markdown's, around figures and words; not Python's powers and keywords."""
+_WIDE = str.maketrans("（）；：，．＝\xa0\u3000│┃║", "();:,.=     ")
+"""Translators' punctuation, spaces, and the frames that rich draws around tracebacks."""
+_ESCAPED = re.compile(r"\\n(?:  |Traceback|[A-Za-z_.]{1,60}Error|\\n|\[rank)|Error: .{0,400}?\\n")
+
+
+def pieces(source: str | bytes | IO[bytes]) -> Iterator[str]:
+    """The text in pieces that end with a line, or are PIECE long; nothing is ever more than a few pieces in memory."""
+    rest = ""
+    for text in _decoded(source):
+        if "\x00" in text:  # UTF-16 read as something else, or a cut file
+            text = text.replace("\x00", "")
+        rest += text
+        if "\x1b" in rest:  # a colour in the middle of the words that are looked for
+            rest = _ANSI.sub("", rest)
+        cut = rest.rfind("\n") + 1
+        if not cut:
+            if len(rest) < 4 * PIECE:
+                continue
+            cut = len(rest)
+        yield rest[:cut]
+        rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _decoded(source: str | bytes | IO[bytes]) -> Iterator[str]:
+    if isinstance(source, str):
+        for start in range(0, len(source), PIECE):
+            yield source[start : start + PIECE]
+        return
+    raw = _raw(source)
+    first = next(raw, b"")
+    decoder = codecs.getincrementaldecoder(_encoding(first))(errors="replace")
+    yield decoder.decode(first)
+    for block in raw:
+        yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+def _raw(source: bytes | IO[bytes]) -> Iterator[bytes]:
+    if isinstance(source, bytes | bytearray | memoryview):
+        for start in range(0, len(source), PIECE):
+            yield bytes(source[start : start + PIECE])
+        return
+    while block := source.read(PIECE):
+        # A text stream is taken, too: the caller's sys.stdin, for example.
+        yield block.encode("utf-8", "surrogatepass") if isinstance(block, str) else block
+
+
+def _encoding(first: bytes) -> str:
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    start = first[:4096]
+    if len(start) >= 4 and start.count(0) > len(start) // 4:  # Windows' redirection, without its mark
+        return "utf-16-le" if start[1::2].count(0) >= start[::2].count(0) else "utf-16-be"
+    return "utf-8-sig"
+
+
+def clean(text: str) -> str:
+    """Text without control codes; tabs and line ends stay.
+
+    >>> clean("\\x1b[31mCUDA\\x1b[0m out\\r")
+    'CUDA out\\n'
+    """
+    text = _RAW_INDEX.sub(lambda match: f"GPU #{ord(match[1])} has a total", text)
+    if "\x1b" in text or "\x9b" in text:
+        text = _ANSI.sub("", text)
+    if "[0m" in text or "[31m" in text:
+        text = _BARE_COLOUR.sub("", text)
+    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if "&" in text and (";" in text):
+        text = _CONTROL.sub("", html.unescape(text))
+    return text.translate(_WIDE) if not text.isascii() else text
+
+
+def lines_of(text: str) -> list[str]:
+    """Clean lines of a piece of log; lines that hold escaped ones, as in JSON, are taken apart."""
+    lines: list[str] = []
+    for raw in text.split("\n"):
+        for line in clean(raw).split("\n") if not raw.isascii() or _needs_cleaning(raw) else (raw,):
+            if "**" in line:
+                line = _BOLD.sub("", line)
+            if "\\n" in line and _ESCAPED.search(line[:200_000]):
+                inner = line.replace("\\\\n", "\\n").replace('\\"', '"').replace("\\t", "\t")
+                inner = clean(_UNICODE.sub(lambda match: chr(int(match[1], 16)), inner)).replace("\\n", "\n")
+                lines += [each[:LONGEST_LINE] for each in inner.split("\n")]
+            else:
+                lines += _cut(line)
+    return lines
+
+
+def _needs_cleaning(raw: str) -> bool:
+    return "&" in raw or not raw.isprintable()
+
+
+def _cut(line: str) -> list[str]:
+    return [line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE)] or [""]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line, parted from what a logger or launcher put before it."""
+
+    body: str
+    rank: int | None = None
+    level: str | None = None
+    """debug, info, warning or error."""
+    prefix: str = ""
+    quoted: bool = False
+    """Whether a `>` was taken off."""
+
+
+_LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "warn": "warning", "error": "error",
+           "critical": "error", "fatal": "error", "err": "error"}  # fmt: skip
+_RANK = re.compile(
+    r"\[(?:rank|default) ?(?P<a>\d{1,6})\]:? ?|\(\w{0,20}[Ww]orker\w{0,20}?(?:_?TP|_DP\d{1,4}_TP"
+    r"| rank=)(?P<b>\d{1,6})[^)\n]{0,60}\) ?"
+    r"|\[\d{1,4},(?P<c>\d{1,6})\]<std\w{2,4}>:? ?|\[?[Rr][Aa][Nn][Kk][ =:#-]?(?P<d>\d{1,6})\]?(?:[:|]|\]) ?"
+    r"|\(\w{1,30} pid=\d{1,9}\)"
+    r"|(?P<e>\d{1,4}): (?=(?:Traceback|  ?File|    |torch|Runtime|\w{1,40}Error))"
+)
+_TIME = re.compile(
+    r"\[?(?:\d{4}[-/.]\d{1,2}[-/.]\d{1,2}[T _|]{0,2})?\d{1,2}:\d{2}:\d{2}(?:[.,]\d{1,9})?(?:Z|[+-]\d{2}:?\d{2}"
+    r"| [AP]M)?[\]|]?[:,-]? ?(?:-(?: |$))?"
+    r"|\[?\d{4}[-/]\d{2}[-/]\d{2}\]? |[A-Z][a-z]{2} [ \d]\d \d{2}:\d{2}:\d{2} |\d{2}-\d{2} (?=\d{2}:)"
+    r"|\d{4} \d{2}:\d{2}:\d{2}"
+)
+_LEVEL = re.compile(
+    r"[\[<|(]?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?: *[\]>|)])?(?::[A-Za-z_][\w.]{0,60}:"
+    r"|[:\s|/-]| *$)[ -]*",
+)
+_SOURCE = re.compile(
+    r"\[?[\w./-]{1,60}\.(?:py|cpp|cc|go|rs):\d{1,6}\]? ?:?|\[(?:stderr|stdout|err|out)\] ?|[\w.-]{1,40} {1,6}\| |"
+    r"std(?:err|out) [FP] |[\w.-]{1,40} [\w.-]{1,40}\[\d{1,8}\]: |\[[\w.:/ -]{1,40}\] ?(?:- )?(?=\S)|(?:stdout"
+    r"|stderr)/(?=[A-Z])|- (?=\S)|[\w.-]{1,40}\[\d{1,8}\]: |\[pid=\d{1,8}\] ?"
+)
+_QUOTE = re.compile(r" {0,3}(?:> ?|&gt; ?)+")
+_ORDER = (_RANK, _TIME, _LEVEL, _SOURCE)
+
+
+def part(line: str) -> Line:
+    """A line and what stood before it; spaces that indent code are kept.
+
+    >>> part("[rank3]:   File x"), part("> 2025-01-02 03:04:05,678 - ERROR - CUDA out").level
+    (Line(body='  File x', rank=3, level=None, prefix='[rank3]: ', quoted=False), 'error')
+    """
+    at = 0
+    rank: int | None = None
+    level: str | None = None
+    quoted = False
+    for _ in range(8):
+        begin = at
+        match = _QUOTE.match(line, at)
+        if match:
+            quoted, at = True, match.end()
+        spaces = len(line) - len(line[at:].lstrip(" ")) if at else at
+        for pattern in _ORDER:
+            match = pattern.match(line, at)
+            if match is None and pattern is not _RANK and spaces > at and spaces - at <= 2:
+                match = pattern.match(line, spaces)
+            if match is None or match.end() == at:
+                continue
+            found = match.groupdict()
+            if pattern is _RANK:
+                number = next((value for value in found.values() if value), None)
+                rank = int(number) if number and rank is None else rank
+            elif pattern is _LEVEL:
+                level = level or _LEVELS[found["level"].lower()]
+            at = match.end()
+            break
+        if at == begin:
+            break
+    return Line(line[at:], rank, level, line[:at], quoted)

@@ -1,0 +1,117 @@
+# ruff: noqa: E501 - messages stand here as they are printed, on one line
+"""Every format of message, in every surrounding: kind and figures exact."""
+
+import random
+
+import oom_messages
+import pytest
+from oom_messages import FORMS, SURROUNDINGS, write
+
+from tightfit.explain import KINDS, NOTES, Facts, Figure, read_log
+
+
+def failure(text: str) -> Facts:
+    found = read_log(text).failure
+    assert found is not None, text
+    return found
+
+
+def check(text: str, written: oom_messages.Written) -> None:
+    found = failure(text)
+    assert found.kind == written.kind, text
+    for name, value in written.truth.items():
+        if name == "other_processes":
+            assert [(each.pid, each.bytes) for each in found.other_processes] == value, text
+        elif name == "device_index" and value is None:
+            continue
+        else:
+            assert getattr(found, name) == value, (name, text)
+    stated = {name for name, figure in found.figures.items() if figure.stated and name != "cache_bytes"}
+    assert stated == {name for name in written.truth if name.endswith("_bytes")}, text
+    assert found.kind in KINDS
+    assert set(found.notes) <= set(NOTES)
+
+
+@pytest.mark.parametrize("surround", SURROUNDINGS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_format_in_every_surrounding(form, surround):
+    rng = random.Random(f"{form} {surround.__name__}")
+    for _ in range(3):
+        written = write(form, rng)
+        check(surround(written.text, rng), written)
+
+
+def test_the_rank_is_the_one_of_the_line():
+    rng = random.Random(1)
+    written = write("T6", rng)
+    assert failure(oom_messages.ranks(written.text, rng)).rank == 1
+    assert failure(oom_messages.wrapped_rank(written.text, rng)).rank == 3
+    assert failure(written.text).rank is None
+
+
+@pytest.mark.parametrize("form", oom_messages.ALLOCATOR_FORMS)
+def test_a_cut_message_states_what_is_left(form):
+    rng = random.Random(form)
+    written = write(form, rng)
+    start = written.text.find("ried to allocate") + 30 if form not in ("async", "mps") else 90
+    for end in range(start, len(written.text), 7):
+        found = failure(written.text[:end])
+        assert found.kind == written.kind
+        for name, figure in found.figures.items():
+            if figure.stated and name != "cache_bytes":
+                assert figure.bytes == written.truth[name], (end, name)
+
+
+def test_pytorch_2_3_0_ends_the_message_at_the_index_of_gpu_0():
+    found = failure("torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 392.00 MiB. GPU \n$ ")
+    assert (found.torch_format, found.requested_bytes, found.device_index) == ("T5b", 392 * 2**20, None)
+    assert "device_unstated" in found.notes
+
+
+def test_figures_have_the_interval_that_rounding_leaves():
+    figure = Figure.printed("6.14 GiB")
+    assert figure is not None
+    assert (figure.bytes, figure.low, figure.high) == (6592774799, 6587406091, 6598143508)
+    for unit in ("KiB", "MiB", "GiB"):
+        for number in ("1.00", "0.50", "1023.99", "224.90"):
+            figure = Figure.printed(f"{number} {unit}")
+            assert figure is not None
+            for count in (figure.low, figure.high):
+                assert abs(count / oom_messages.UNITS[unit] - float(number)) <= 0.005000001
+            assert figure.bytes == oom_messages.exact(f"{number} {unit}")
+    exact = Figure.printed("512 bytes")
+    assert exact is not None
+    assert exact.low == exact.high == 512
+    assert Figure.printed("12 parsecs") is None
+
+
+ODD = {
+    "process_memory_unknown": "GPU 0 has a total capacity of 8.00 GiB of which 0 bytes is free. Including non-PyTorch memory, this process has 17179869184.00 GiB memory in use. Of the allocated memory 7.00 GiB is allocated by PyTorch, and 1.00 MiB is reserved by PyTorch but unallocated.",
+    "process_memory_unstated": "GPU 0 has a total capacity of 8.00 GiB of which 0 bytes is free. Process 12 has 7.00 GiB memory in use. Of the allocated memory 7.00 GiB is allocated by PyTorch, and 1.00 MiB is reserved by PyTorch but unallocated.",
+    "spills_to_host": "GPU 0 has a total capacity of 8.00 GiB of which 0 bytes is free. Including non-PyTorch memory, this process has 17.00 GiB memory in use. Of the allocated memory 16.00 GiB is allocated by PyTorch, and 1.00 MiB is reserved by PyTorch but unallocated.",
+    "more_free_than_requested": "GPU 0 has a total capacity of 8.00 GiB of which 5.00 GiB is free. Including non-PyTorch memory, this process has 1.00 GiB memory in use. Of the allocated memory 0.50 GiB is allocated by PyTorch, and 1.00 MiB is reserved by PyTorch but unallocated.",
+    "free_exceeds_total": "GPU 0 has a total capacity of 8.00 GiB of which 9.00 GiB is free. Of the allocated memory 0 bytes is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated.",
+    "other_process_memory_unknown": "GPU 0 has a total capacity of 8.00 GiB of which 0 bytes is free. Process 9 has 17179869184.00 GiB memory in use. Of the allocated memory 7.00 GiB is allocated by PyTorch, and 1.00 MiB is reserved by PyTorch but unallocated.",
+    "rounding_clamped": "GPU 0 has a total capacity of 8.00 GiB of which 1.01 GiB is free. Including non-PyTorch memory, this process has 7.00 GiB memory in use. Of the allocated memory 6.00 GiB is allocated by PyTorch, and 1.00 MiB is reserved by PyTorch but unallocated.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("note", ODD)
+def test_odd_values_are_noted(note):
+    found = failure(f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. {ODD[note]}")
+    assert note in found.notes
+    assert all(figure.bytes >= 0 and figure.low <= figure.bytes <= figure.high for figure in found.figures.values())
+    if note.startswith("process_memory"):
+        assert found.others_bytes is None
+        assert found.outside_pytorch_bytes is None
+
+
+def test_whether_the_cache_would_have_been_enough():
+    text = "CUDA out of memory. Tried to allocate {} (GPU 0; 8.00 GiB total capacity; 4.00 GiB already allocated; 1.00 GiB free; 6.00 GiB reserved in total by PyTorch)"
+    assert failure(text.format("2.50 GiB")).cache_would_do is True
+    assert failure(text.format("3.50 GiB")).cache_would_do is False
+    assert failure(text.format("3.00 GiB")).cache_would_do is None
+    assert failure(text.format("3.00 GiB")).cache_bytes == 2 * 2**30
+    assert failure(text.format("3.00 GiB")).short_by_bytes == 2 * 2**30
+    assert failure(text.format("3.00 GiB")).unallocated_bytes is None
+    assert failure(text.format("2.00 MiB")).notes[-1] == "request_says_little"
