@@ -17,6 +17,8 @@ IGNORED = -1
 
 # Logits of one chunk, bytes. Every chunk after the first pays a pass over the (v, c) weight gradient.
 _CHUNK_BYTES = 64 * 2**20
+# Rows of a chunk are a multiple of it where they can be: tensor cores want whole tiles.
+_ALIGNED = 64
 # Rows of the weight gradient that a chunk adds at a time: a small block is added, not a second gradient.
 _SLAB_ROWS = 8192
 # Float32 logits worked on at a time on the CPU: the tile stays in cache between its passes.
@@ -129,7 +131,8 @@ class _ChunkedLoss(torch.autograd.Function):
 def _chunk_rows(n: int, weight_vc: Tensor) -> int:
     """Rows of one chunk; all n up to two chunks' worth, since one chunk needs no float32 sum of gradients."""
     row_bytes = weight_vc.shape[0] * weight_vc.element_size()
-    return n if n * row_bytes <= 2 * _CHUNK_BYTES else max(1, _CHUNK_BYTES // row_bytes)
+    rows = max(1, _CHUNK_BYTES // row_bytes)
+    return n if n * row_bytes <= 2 * _CHUNK_BYTES else rows - rows % _ALIGNED if rows > _ALIGNED else rows
 
 
 def _add_weight_grad(total_vc: Tensor | None, logits_rv: Tensor, hidden_rc: Tensor, *, only: bool) -> Tensor:

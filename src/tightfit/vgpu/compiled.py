@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.frames import Frame, frames_of_text
 from tightfit.vgpu.graphs import CudaGraphs
+from tightfit.vgpu.work import fused_kernel, kernel_of
 
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 _GRAPHS_OPTION = "triton.cudagraphs"
@@ -90,6 +91,7 @@ class Compiler:
             if self._ready:
                 VirtualDeviceMode.hide_from_dynamo()
                 _convince_inductor(self._device, self._properties)
+                importlib.import_module("torch._inductor.fx_passes.pad_mm").get_cached_should_pad = self._pads
                 self._wrap_modules()
             else:
                 self._say(
@@ -97,6 +99,11 @@ class Compiler:
                     "because Triton is not installed (pip install triton)"
                 )
         return self._ready
+
+    def _pads(self, key: object) -> bool:
+        """Whether a large product of unaligned matrices is padded, which a card would time. It nearly always is."""
+        self._say("torch.compile: whether unaligned matrix products are padded, which a card would time; taken as yes")
+        return True
 
     def _wrap_modules(self) -> None:
         """Calls of a compiled module count as one forward pass."""
@@ -175,7 +182,7 @@ class Compiler:
         def reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
             return torch.as_strided(tensor, size, stride, int(tensor.storage_offset()) + offset)
 
-        kernels = _NoKernels()
+        kernels = _NoKernels(self._device)
         return {
             "__name__": "tightfit.vgpu.inductor_wrapper",
             "AsyncCompile": lambda *args, **kwargs: kernels,
@@ -200,7 +207,14 @@ class Compiler:
 class _NoKernels:
     """Stands in for compiled kernels and what makes them: takes everything, does nothing."""
 
+    def __init__(self, device: VirtualDevice) -> None:
+        self._device = device
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._device.observer is not None:
+            buffers = [argument for argument in args if isinstance(argument, Tensor)]
+            if buffers:
+                self._device.observer(fused_kernel(buffers))
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -228,6 +242,8 @@ class _Gemms:
             overload = getattr(operator, "default", None)
             if overload is not None:
                 self._device.take_workspaces(overload, args, kwargs)
+                if self._device.observer is not None and (kernel := kernel_of(overload, args, {}, out)) is not None:
+                    self._device.observer(kernel)
             return out
 
         return call

@@ -26,6 +26,7 @@ from tightfit.vgpu.kernels import Card
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Allocation, Category, Phase, Recorder
 from tightfit.vgpu.values import Values
+from tightfit.vgpu.work import Observer, kernel_of
 
 aten = torch.ops.aten
 
@@ -65,6 +66,7 @@ class VirtualDevice:
         self.not_modelled: list[str] = []
         """What this run met and the virtual GPU does not follow."""
         self.out_of_time = False
+        self.observer: Observer | None = None
         self.compiled_line: tuple[Frame, ...] = ()
         """The user's lines that the running part of a compiled graph comes from."""
         self._workspaces: dict[tuple[str, str, int], Allocation] = {}
@@ -144,6 +146,8 @@ class VirtualDevice:
             for allocation in taken:
                 self.recorder.give(allocation)
         self.values.follow(func, args, kwargs, out)
+        if self.observer is not None and (kernel := kernel_of(func, args, kwargs, out)) is not None:
+            self.observer(kernel)
         return out
 
     # Memory

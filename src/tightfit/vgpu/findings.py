@@ -40,7 +40,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None) -> 
             "device_bytes": allocator.context_bytes + peaks["reserved"],
             "phase": recorder.peak_phase,
         },
-        "categories": _by_category(alive),
+        "categories": by_category(alive),
         "categories_by_phase": _by_category_and_phase(alive),
         "phases": {name: recorder.phase_peaks[name] for name in recorder.phase_peaks},
         "largest": [
@@ -107,7 +107,7 @@ def _what_and_where(allocation: Allocation) -> dict[str, Any]:
     }
 
 
-def _by_category(alive: list[Allocation]) -> dict[str, int]:
+def by_category(alive: list[Allocation]) -> dict[str, int]:
     sums = dict.fromkeys(CATEGORIES, 0)
     for allocation in alive:
         sums[allocation.category] += allocation.nbytes

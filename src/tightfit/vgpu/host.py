@@ -57,7 +57,8 @@ def _install_modules(device: VirtualDevice) -> None:
 
 def _become(parameter: Tensor, value: Tensor) -> None:
     """Let a parameter hold `value`, wherever that is."""
-    if isinstance(parameter, FakeTensor) or isinstance(value, FakeTensor):
+    fake = isinstance(parameter, FakeTensor) or isinstance(value, FakeTensor)
+    if fake or not torch._has_compatible_shallow_copy_type(parameter, value):  # from "meta" to the host, say
         backend.exchange(parameter, nn.Parameter(value.detach(), parameter.requires_grad))
     else:
         torch.Tensor.data.__set__(parameter, value)  # type: ignore[attr-defined]
