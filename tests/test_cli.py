@@ -310,7 +310,7 @@ class TestMistakes:
     ) -> None:
         from tightfit.train import loop
 
-        def broken(_: object) -> None:
+        def broken(*_: object) -> None:
             raise ZeroDivisionError("a bug")
 
         monkeypatch.setattr(loop, "train", broken)

@@ -12,9 +12,11 @@ COMMANDS = {
     "train": "train a GPT as nanoGPT does: config files and --key=value",
     "prepare": "turn text into a dataset of tokens",
     "sample": "text from a checkpoint",
+    "plan": "the fastest way to fit a run on a device",
     "dryrun": "a training script on a virtual GPU: does it fit?",
     "doctor": "is this machine, and a run on it, in order?",
     "watch": "memory of every card and of the host, live",
+    "report": "a training run as one HTML page with charts",
     "convert": "checkpoints between nanoGPT and Hugging Face",
 }
 OK, FAILED, USER_MISTAKE, OUR_ERROR = 0, 1, 2, 3

@@ -9,6 +9,7 @@ from tightfit.cli.keys import keys_help
 from tightfit.cli.main import OK, wants_help
 from tightfit.cli.prepare import prepare_with_bar
 from tightfit.config import Resolved, TrainConfig, read_config
+from tightfit.train.supervise import supervise, wants_supervision
 
 PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
 """Datasets so small that training makes them itself; openwebtext takes 54 GB and an hour."""
@@ -28,10 +29,19 @@ def run(arguments: Sequence[str]) -> int:
         return OK
     resolved = read_config(TrainConfig, arguments, warn=lambda line: print(line, file=sys.stderr))
     _prepare_if_missing(resolved)
+    if wants_supervision(resolved.config):
+        return supervise(arguments, resolved.config)
     os.environ.setdefault(*_SPIN)
+    fallback = None
+    if resolved.config.fit == "auto" and not resolved.config.eval_only:
+        from tightfit.plan.fit import fit
+
+        is_main = os.environ.get("RANK", "0") == "0"
+        fitted = fit(resolved, say=lambda line: print(line, flush=True) if is_main else None)
+        resolved, fallback = fitted.resolved, fitted.fallback
     from tightfit.train.loop import train  # torch is imported only when there is something to train
 
-    result = train(resolved)
+    result = train(resolved, fallback)
     return OK if result.stopped_by is None else 128 + result.stopped_by
 
 

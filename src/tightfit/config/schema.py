@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from tightfit.errors import ConfigError
+from tightfit.units import parse_bytes
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -57,6 +58,9 @@ _RULES: dict[str, _Rule] = {
     "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "backend": _one_of("auto", "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl"),
     "loss": _one_of("auto", "chunked", "full", "liger"),
+    "fit": _one_of("auto", "off"),
+    "supervise": _Rule(lambda value: isinstance(value, bool) or value == "auto", "True, False or auto"),
+    "memory": _Rule(lambda value: value == "auto" or bool(parse_bytes(value)), "auto or a size such as 8GiB"),
     "mode": _one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "init_from": _Rule(
         _is_source_of_weights,
@@ -231,6 +235,15 @@ class TrainConfig(Schema):
     """Transformer blocks, from the first, that are recomputed in backward instead of kept."""
     seed: int = 1337
     """Seed of initialization, data order and dropout."""
+
+    fit: str = "auto"
+    """Whether what is left open above is chosen to fit the device: auto, or off for nanoGPT's literal behaviour."""
+    memory: str = "auto"
+    """Memory that the run may use: auto for what is free, or a size such as 8GiB."""
+    recover: bool = True
+    """Whether an out-of-memory error is survived with a smaller plan."""
+    supervise: bool | str = "auto"
+    """Whether another process starts the run again if the system kills it; auto: from 1000 steps on."""
 
     sample_at_end: int = 0
     """Tokens to sample after training; 0: none."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tightfit.errors import CheckpointError, ConfigError, DoesNotFit
 from tightfit.gpt.convert import check_state, strip_prefix
 from tightfit.gpt.model import GPTConfig
+from tightfit.train.out_of_memory import is_out_of_memory
 from tightfit.units import format_bytes
 
 BEST, LAST = "ckpt.pt", "last.pt"
@@ -158,7 +159,9 @@ def load(path: Path) -> Checkpoint:
                 "it was not read. Get it again from a source you trust, as a plain state or safetensors"
             ) from None
         raise CheckpointError(_damaged(path)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError):
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError) as error:
+        if is_out_of_memory(error):  # says nothing of the file, and the checkpoint before it would repeat steps
+            raise
         raise CheckpointError(_damaged(path)) from None
     return _checked(path, content)
 

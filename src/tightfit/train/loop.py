@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +17,19 @@ from tightfit.config import Resolved, TrainConfig, describe, to_dict
 from tightfit.data import Dataset, open_dataset
 from tightfit.data.batches import Batches, Purpose, micro_batches, read_ahead
 from tightfit.errors import ConfigError, DoesNotFit
+from tightfit.gpt.model import GPT, GPTConfig
 from tightfit.train import checkpoint as ckpt
+from tightfit.train.atomic import reset_scaler
 from tightfit.train.checkpoint import Checkpoint
-from tightfit.train.distributed import World, process_group, world_of_environment
+from tightfit.train.distributed import World, process_group, same_weights, world_of_environment
 from tightfit.train.hardware import Hardware, choose_hardware
-from tightfit.train.memory import keep_freed_memory, memory_use
+from tightfit.train.memory import keep_freed_memory, memory_use, return_freed_memory
 from tightfit.train.metrics import METRICS, Reporter, Stopwatch
+from tightfit.train.recovery import Fallback, Halving, OutOfMemory, Recovery, Settings
 from tightfit.train.sample import sample_text
 from tightfit.train.setup import build_model, build_state, data_order_changes, model_config, starting_point
-from tightfit.train.step import StepResult, dropout_seed, evaluation_loss, optimizer_step
+from tightfit.train.step import Phase, StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
+from tightfit.train.supervise import report_status
 from tightfit.units import format_count
 
 PREVIOUS = "previous"
@@ -43,8 +47,11 @@ class RunResult:
     """The signal that ended it early, after saving."""
 
 
-def train(resolved: Resolved[TrainConfig]) -> RunResult:
-    """Train as configured. Raises this package's errors for what cannot be done, with nothing lost."""
+def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> RunResult:
+    """Train as configured. Raises this package's errors for what cannot be done, with nothing lost.
+
+    `fallback` decides what changes when memory runs out; by default everything is halved.
+    """
     config = resolved.config
     world = world_of_environment()
     hardware = choose_hardware(config, local_rank=world.local_rank, local_size=world.local_size)
@@ -56,7 +63,7 @@ def train(resolved: Resolved[TrainConfig]) -> RunResult:
     with process_group(world, config.backend, hardware.device):
         reporter = Reporter(is_main=world.is_main)
         try:
-            return _Run(resolved, world, hardware, reporter).execute()
+            return _Run(resolved, world, hardware, reporter, fallback).execute()
         finally:
             reporter.close()
 
@@ -81,15 +88,24 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
 class _Run:
     """One run in one process; `execute` is the path, the rest its parts."""
 
-    def __init__(self, resolved: Resolved[TrainConfig], world: World, hardware: Hardware, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        resolved: Resolved[TrainConfig],
+        world: World,
+        hardware: Hardware,
+        reporter: Reporter,
+        fallback: Fallback | None,
+    ) -> None:
         config = resolved.config
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
         self.folder = Path(config.out_dir)
         say = reporter.say
         for key, value, source in describe(resolved):
             say(f"{key} = {value!r} ({source})")
+        self.recovery = Recovery(world, hardware.device, say, reporter.event, enabled=config.recover)
         dataset = self._open_dataset()
-        start = starting_point(config.init_from, config.out_dir, say=say)
+        beginning: Phase = "resume" if config.init_from == "resume" else "setup"
+        start = self.recovery.tried(beginning, self._starting_point)
         shape = model_config(config, start, dataset, say=say)
         if world.is_main:
             dataset.validate(block_size=shape.block_size, vocab_size=shape.vocab_size)
@@ -99,21 +115,59 @@ class _Run:
         self.dataset = dataset
         # On the CPU a reading thread only takes cores from the step: a small model was 3% slower with it.
         self.prefetch = 0 if hardware.device.type == "cpu" else config.prefetch
-        self.model = build_model(config, shape, start, hardware.device)
-        if hardware.device.type == "cpu":
-            keep_freed_memory(self.model.count_parameters())
-        self.state = build_state(config, self.model, start, hardware, world)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
+        self.model, self.state = self.recovery.tried(beginning, partial(self._build, shape, start))
+        if hardware.device.type == "cpu":
+            if fallback is None:
+                keep_freed_memory(self.model.count_parameters())
+            else:
+                return_freed_memory()  # a run that was planned has little to spare
+        if world.size > 1 and config.recover:
+            same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":
             self._resume(start)
+        self.first_step = self.saved_step = self.recovery.step = self.step
         self.tokens_per_step = config.effective_batch * shape.block_size
-        mine = world.share(config.effective_batch)
-        self.passes = micro_batches(mine, config.micro_batch or min(config.batch_size, len(mine)))
+        self.mine = world.share(config.effective_batch)
+        self.settings = self._wanted_settings()
+        self.split(self.settings.micro_batch)
+        self.recovery.watch(self, fallback or Halving(shape.n_layer, len(self.mine), self.settings))
         say(
             f"parameters: {format_count(self.model.count_parameters())}; tokens per step: {self.tokens_per_step:,}, "
             f"as {len(self.passes)} x {len(self.passes[0])} sequences of {shape.block_size}"
             + (f" on each of {world.size} processes" if world.size > 1 else "")
         )
+
+    def _starting_point(self) -> Checkpoint | None:
+        start = starting_point(self.config.init_from, self.config.out_dir, say=self.reporter.say)
+        self.recovery.agree()
+        return start
+
+    def _build(self, shape: GPTConfig, start: Checkpoint | None) -> tuple[GPT, StepState]:
+        model = build_model(self.config, shape, start, self.hardware.device)
+        state = build_state(self.config, model, start, self.hardware, self.world)
+        self.recovery.guard(state)
+        self.recovery.agree()
+        return model, state
+
+    def _wanted_settings(self) -> Settings:
+        config = self.config
+        return Settings(
+            micro_batch=config.micro_batch or min(config.batch_size, len(self.mine)),
+            eval_micro_batch=config.eval_micro_batch or config.micro_batch or config.batch_size,
+            loss=config.loss,
+            checkpointed_blocks=config.activation_checkpointing,
+        )
+
+    def split(self, micro_batch: int) -> None:
+        """Run the steps from this one on in passes of so many sequences."""
+        self.passes = micro_batches(self.mine, micro_batch)
+        self._read_on()
+        self._report_status()
+
+    def _read_on(self) -> None:
+        """Read from the step that is next, whatever was read ahead before."""
+        self.reads = read_ahead(self._reads(), self.prefetch)
 
     def execute(self) -> RunResult:
         config, world = self.config, self.world
@@ -127,18 +181,23 @@ class _Run:
                     _set_aside(self.folder, say=self.reporter.say)
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
         with _signals() as stop:
-            result = self._loop(stop)
+            try:
+                result = self._loop(stop)
+            except OutOfMemory as error:
+                self._save_before_the_end()
+                if error.of_all:  # torchrun ends the others' saving when one is gone
+                    world.any(False, self.hardware.device)
+                raise
         if result.stopped_by is None and config.sample_at_end and world.is_main:
-            self._sample()
+            self.recovery.tried("sample", self._sample, alone=True)
         return result
 
     def _loop(self, stop: "_Stop") -> RunResult:
         config = self.config
-        read = read_ahead(self._reads(), self.prefetch)
         watch = Stopwatch()
         watch.restart(self.step)
         while True:
-            last = self.step >= config.max_iters
+            self.recovery.step, last = self.step, self.step >= config.max_iters
             if not self.evaluated and (last or self.step % config.eval_interval == 0):
                 if self._evaluate(stop):
                     self._save_after_evaluation()
@@ -152,17 +211,19 @@ class _Run:
                 return self._result(number)
             if last:
                 return self._result()
-            result = self._train_step(read)
+            result = self.recovery.tried("forward", self._train_step, undo=self._undo_step)
+            self.step, self.evaluated = self.step + 1, False
             if (self.step - 1) % config.log_interval == 0:
                 self._log(result, watch)
+            self.recovery.step_done()
             if config.save_interval and self.step % config.save_interval == 0:
                 self._save(ckpt.LAST)
 
-    def _train_step(self, read: Iterator[tuple[Tensor, Tensor]]) -> StepResult:
+    def _train_step(self) -> StepResult:
         config, step = self.config, self.step
-        result = optimizer_step(
+        return optimizer_step(
             self.state,
-            (self._to_device(next(read)) for _ in self.passes),
+            (self._to_device(next(self.reads)) for _ in self.passes),
             passes=len(self.passes),
             tokens=self.tokens_per_step,
             learning_rate=learning_rate_at(config, step),
@@ -171,28 +232,37 @@ class _Run:
             if config.dropout
             else None,
         )
-        self.step, self.evaluated = step + 1, False
-        return result
+
+    def _undo_step(self) -> None:
+        """All that a step leaves before its update: gradients, what the scaler noted of them, data read ahead."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        reset_scaler(self.state.optimizer, self.state.scaler)
+        self._read_on()
 
     def _evaluate(self, stop: "_Stop") -> bool:
         """Mean losses of both splits, printed and kept; False if a signal cut it short."""
-        config, world = self.config, self.world
-        mine = world.share(config.eval_iters * config.batch_size)
-        size = config.eval_micro_batch or config.micro_batch or config.batch_size
-        losses = {}
-        for split in ("train", "val"):
-            purpose: Purpose = "evaluate train" if split == "train" else "evaluate val"
-            tasks = (partial(self._read, purpose, self.step, part) for part in micro_batches(mine, size))
-            wanted = (self._to_device(pair) for pair in read_ahead(tasks, self.prefetch))
-            total, tokens = world.sum([*evaluation_loss(self.state, _until(stop, wanted))], self.hardware.device)
-            if world.any(stop.by is not None, self.hardware.device):
-                return False
-            losses[split] = total / tokens
-        self.reporter.evaluation(self.step, losses, learning_rate_at(config, self.step))
+        sums = self.world.sum(self.recovery.tried("eval", partial(self._evaluation_sums, stop)), self.hardware.device)
+        if self.world.any(stop.by is not None, self.hardware.device):
+            return False
+        losses = {"train": sums[0] / sums[1], "val": sums[2] / sums[3]}
+        self.reporter.evaluation(self.step, losses, learning_rate_at(self.config, self.step))
         self.evaluated = True
         self.improved = losses["val"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, losses["val"])
         return True
+
+    def _evaluation_sums(self, stop: "_Stop") -> list[float]:
+        """Summed loss and tokens of this process's share: of the training split, then of the other."""
+        mine = self.world.share(self.config.eval_iters * self.config.batch_size)
+        sums: list[float] = []
+        purposes: tuple[Purpose, ...] = ("evaluate train", "evaluate val")
+        for purpose in purposes:
+            parts = micro_batches(mine, self.settings.eval_micro_batch)
+            tasks = (partial(self._read, purpose, self.step, part) for part in parts)
+            wanted = (self._to_device(pair) for pair in read_ahead(tasks, self.prefetch))
+            sums += evaluation_loss(self.state, _until(stop, wanted))
+        self.recovery.agree()
+        return sums
 
     def _save_after_evaluation(self) -> None:
         """nanoGPT's rule, and the end of a run is never lost."""
@@ -207,6 +277,15 @@ class _Run:
         """A full disk does not end a run that can go on: it is said, and the last good checkpoint stays."""
         if not self.world.is_main:
             return
+        try:
+            self.recovery.tried("save", partial(self._write_checkpoint, name), alone=True)
+        except DoesNotFit as error:
+            if last_chance or self.step >= self.config.max_iters:
+                raise
+            self.reporter.say(f"{error}; training goes on")
+        self._report_status()
+
+    def _write_checkpoint(self, name: str) -> None:
         content = Checkpoint(
             model_config=self.model.config,
             model=self.model.state_dict(),
@@ -217,12 +296,20 @@ class _Run:
             scaler=self.state.scaler.state_dict(),
             evaluated=self.evaluated,
         )
-        try:
-            ckpt.save(self.folder, content, name=name)
-        except DoesNotFit as error:
-            if last_chance or self.step >= self.config.max_iters:
-                raise
-            self.reporter.say(f"{error}; training goes on")
+        ckpt.save(self.folder, content, name=name)
+        self.saved_step = self.step
+
+    def _save_before_the_end(self) -> None:
+        """What was trained is not lost with a run that no longer fits."""
+        if self.step > max(self.first_step, self.saved_step):
+            self._save(ckpt.LAST, last_chance=True)
+            self.reporter.say(f"saved step {self.step} in {self.folder}; continue with --init_from=resume")
+
+    def _report_status(self) -> None:
+        """For the supervisor, if there is one: what to start again from, and with less than what."""
+        if self.world.is_main:
+            layers = self.model.config.n_layer
+            report_status(saved_step=self.saved_step, n_layer=layers, **asdict(self.settings))
 
     def _resume(self, start: Checkpoint) -> None:
         self.step, self.best_val_loss, self.evaluated = start.step, start.best_val_loss, start.evaluated
@@ -231,17 +318,20 @@ class _Run:
             self.reporter.say(f"the data order changes from here on: {', '.join(changes)}")
 
     def _log(self, result: StepResult, watch: Stopwatch) -> None:
-        (loss,) = self.world.sum([float(result.loss)], self.hardware.device)
+        numbers = self.recovery.tried("log", lambda: _as_floats(result), alone=True)
+        pressed = self.recovery.is_pressed()
+        loss, presses = self.world.sum([numbers["loss"], float(pressed)], self.hardware.device)
+        if presses:
+            self.recovery.relieve()
         ms = watch.lap(self.step)
         rate = self.tokens_per_step / ms * 1000
         values = {
+            **numbers,
             "loss": loss,
             "ms": ms,
             "tokens_per_s": rate,
             "lr": learning_rate_at(self.config, self.step - 1),
         }
-        if result.grad_norm is not None:
-            values["grad_norm"] = float(result.grad_norm)
         if peak := self.hardware.peak_flops:
             flops = self.model.flops_per_token(self.batches.block_size)
             values["mfu"] = flops * rate / (peak * self.world.size)
@@ -309,6 +399,12 @@ def _signals() -> Iterator[_Stop]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+def _as_floats(result: StepResult) -> dict[str, float]:
+    """Waits for the device."""
+    norm = {} if result.grad_norm is None else {"grad_norm": float(result.grad_norm)}
+    return {"loss": float(result.loss), **norm}
 
 
 def _until(stop: _Stop, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

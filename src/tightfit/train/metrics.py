@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -53,7 +53,7 @@ class JsonLines:
         except FileNotFoundError:
             return []
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """On a full disk lines wait in the file's buffer, 8 KiB of them; the rest is lost, and that is said once."""
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -78,6 +78,8 @@ def _is_before(line: str, step: int, evaluated: bool) -> bool:
     try:
         row = json.loads(line)
         at = row["step"]
+        if "event" in row:  # it happened, whatever is done again
+            return True
         return bool(at < step or (at == step and evaluated and "val_loss" in row))
     except (ValueError, KeyError, TypeError):
         return False  # the cut last line of a killed run
@@ -126,6 +128,8 @@ class Reporter:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._is_main = is_main
         self._sinks: list[Sink] = []
+        self._lines: JsonLines | None = None
+        self._early: list[tuple[int, Mapping[str, Any]]] = []
         self._progress: Progress | None = None
 
     def start(self, config: TrainConfig, *, first_step: int, evaluated: bool) -> None:
@@ -133,7 +137,10 @@ class Reporter:
         if not self._is_main:
             return
         folder = Path(config.out_dir)
-        self._sinks.append(JsonLines(folder, from_step=first_step, evaluated=evaluated, say=self.say))
+        self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, say=self.say)
+        self._sinks.append(self._lines)
+        for step, values in self._early:
+            self._lines.write(step, values)
         if config.tensorboard_log:
             self._sinks.append(_TensorBoard(folder, first_step))
         if config.wandb_log:
@@ -171,6 +178,13 @@ class Reporter:
         """nanoGPT's line of an evaluation."""
         self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         self._write(step, {"train_loss": losses["train"], "val_loss": losses["val"], "lr": learning_rate})
+
+    def event(self, step: int, values: Mapping[str, Any]) -> None:
+        """What happened besides training, a line with the key "event"; before `start` it waits for the file."""
+        if self._lines is not None:
+            self._lines.write(step, values)
+        elif self._is_main:
+            self._early.append((step, values))
 
     def close(self) -> None:
         if self._progress is not None:

@@ -98,11 +98,16 @@ def build_state(
             scaler.load_state_dict(dict(start.scaler))
     called: nn.Module = model
     if hardware.compile:
-        called = torch.compile(model, mode=None if config.mode == "default" else config.mode)  # type: ignore[assignment]
-    if world.size > 1:
+        mode = None if config.mode == "default" else config.mode
+        if model.loss_kind == "full":
+            called = torch.compile(model, mode=mode)  # type: ignore[assignment]
+        else:  # a loss in chunks would be unrolled: 40 s of compiling instead of 8 for 4 x 1024 tokens, more for more
+            model.hidden = torch.compile(model.hidden, mode=mode)  # type: ignore[method-assign]
+    if world.size > 1 and not config.recover:  # else train.recovery exchanges gradients, when all have theirs
         ids = [hardware.device.index] if hardware.device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=ids)
-    return StepState(model=called, optimizer=optimizer, scaler=scaler, autocast=hardware.autocast, processes=world.size)
+    processes = world.size if isinstance(called, DistributedDataParallel) else 1
+    return StepState(model=called, optimizer=optimizer, scaler=scaler, autocast=hardware.autocast, processes=processes)
 
 
 def data_order_changes(config: TrainConfig, start: Checkpoint) -> list[str]:

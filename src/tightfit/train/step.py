@@ -6,7 +6,8 @@ Ordinary PyTorch code on purpose: on a real device it trains, and without one th
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 MicroBatch = tuple[Tensor, Tensor]
 """Inputs and targets, (b, t) int64 on the device."""
+Phase = Literal[
+    "setup", "resume", "eval", "forward", "loss", "backward", "optimizer", "compile", "log", "save", "sample"
+]
+
+
+class Guard:
+    """What a run adds to a step so that it survives an error half way (`train.recovery`); this one adds nothing."""
+
+    def agree(self) -> None:
+        """Returns once all processes are here; raises where one of them failed on its way."""
+
+    def exchange(self) -> None:
+        """Sums the gradients over all processes, where DDP has not done so in backward."""
+
+    def write(self, state: "StepState") -> None:
+        """The update itself, after which nothing may be undone."""
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass
@@ -28,6 +48,9 @@ class StepState:
     autocast: Callable[[], torch.autocast]
     processes: int = 1
     """Processes whose gradients are averaged by DDP."""
+    guard: Guard = field(default_factory=Guard)
+    phase: Phase = "setup"
+    """What is being done, for whoever catches its errors."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +78,43 @@ def optimizer_step(
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
+    total = _backward(state, micro_batches, passes, state.processes / tokens, seed_of_pass)
+    state.guard.agree()
+    state.guard.exchange()
+    state.phase, norm = "optimizer", None
+    if grad_clip > 0.0 or state.scaler.is_enabled():
+        state.scaler.unscale_(state.optimizer)
+    if grad_clip > 0.0:
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
+    result = StepResult(total / state.processes, norm)
+    state.guard.agree()  # until here only gradients were written: a step that fails is undone by dropping them
+    state.guard.write(state)
+    return result
+
+
+def _backward(
+    state: StepState,
+    micro_batches: Iterable[MicroBatch],
+    passes: int,
+    scale: float,
+    seed_of_pass: Callable[[int], int] | None,
+) -> Tensor:
+    """Adds the gradients of all passes to the parameters'; returns the sum of their losses."""
     total: Tensor | None = None
+    state.phase = "forward"
     for number, (inputs, targets) in enumerate(micro_batches):
         if seed_of_pass is not None:
             torch.manual_seed(seed_of_pass(number))
         with _synchronised(state.model, number == passes - 1):
             with state.autocast():
                 # DDP divides by the number of processes what is a sum over all tokens here
-                loss = state.model(inputs, targets, scale=state.processes / tokens)
+                loss = state.model(inputs, targets, scale=scale)
+            state.phase = "backward"
             state.scaler.scale(loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
+        state.phase = "forward"
     assert total is not None, "a step needs at least one micro-batch"
-    norm = None
-    if grad_clip > 0.0:
-        state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    return StepResult(total / state.processes, norm)
+    return total
 
 
 def evaluation_loss(state: StepState, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:

@@ -1,17 +1,21 @@
 """Memory over a dry run as plain lists: what was allocated at each moment, by category."""
 
+import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tightfit.vgpu.recorder import CATEGORIES
+from tightfit.vgpu.frames import Frame, users_line
+from tightfit.vgpu.recorder import CATEGORIES, Allocation
 
 if TYPE_CHECKING:
     from tightfit.vgpu.recorder import Recorder
     from tightfit.vgpu.snapshot import TraceLog
 
 MAX_POINTS = 2000
+_NAMED = 3
+"""Tensors of each category that are named at a moment."""
 _LONGEST_LISTS = 400
 """Phases shorter than a 400th of the run are drawn as part of the one before; as many failures are kept."""
 
@@ -36,6 +40,7 @@ def timeline_data(recorder: "Recorder") -> dict[str, Any]:
         "phases": _phases(recorder),
         "peak": {"event": peak, "phase": recorder.peak_phase, "allocated_bytes": recorder.peak_allocated},
         "failures": [] if log is None else _failures(log),
+        "tensors": _tensors(recorder, kept),
         "total_bytes": allocator.total_bytes,
         "used_by_others_bytes": allocator.used_by_others,
         "context_bytes": allocator.context_bytes,
@@ -114,6 +119,48 @@ def _categories_at(recorder: "Recorder", log: "TraceLog | None", kept: list[int]
             moments.append(dict(now))
     names = [name for name in CATEGORIES if any(moment.get(name) for moment in moments)]
     return {name: [moment.get(name, 0) for moment in moments] for name in names}
+
+
+def _tensors(recorder: "Recorder", kept: list[int]) -> list[dict[str, Any]]:
+    """The largest of each category at any of the events that are kept: what each is, and from when until when."""
+    events = recorder.events
+    ended = {-number: position for position, number in enumerate(events) if number < 0}
+    alive: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    wanted: dict[int, int] = {}
+    following = 0
+    for moment in kept:
+        for position in range(following, moment + 1):
+            if (number := events[position]) > 0:
+                allocation = recorder.allocations[number - 1]
+                heapq.heappush(alive[allocation.category], (-allocation.nbytes, position, number))
+        following = moment + 1
+        for heap in alive.values():
+            top: list[tuple[int, int, int]] = []
+            while heap and len(top) < _NAMED:
+                entry = heapq.heappop(heap)
+                if ended.get(entry[2], moment + 1) > moment:
+                    top.append(entry)
+            for entry in top:
+                heapq.heappush(heap, entry)
+                wanted[entry[2]] = entry[1]
+    born = sorted(wanted.items(), key=lambda item: item[1])
+    return [_tensor(recorder.allocations[number - 1], start, ended.get(number)) for number, start in born]
+
+
+def _tensor(allocation: Allocation, start: int, end: int | None) -> dict[str, Any]:
+    line = users_line(allocation.frames) or Frame("", 0, "")
+    return {
+        "from_event": start,
+        "to_event": end,
+        "bytes": allocation.nbytes,
+        "shape": list(allocation.shape),
+        "dtype": allocation.dtype,
+        "operator": allocation.operator,
+        "category": allocation.category,
+        "file": line.file,
+        "line": line.line,
+        "function": line.function,
+    }
 
 
 def _reserved_at(log: "TraceLog", kept: list[int]) -> list[int]:

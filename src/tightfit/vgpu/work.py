@@ -43,14 +43,14 @@ def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     schema = func._schema
     if schema.name in _NO_KERNEL or _is_view(schema):
         return None
-    tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if _has_storage(leaf)]
     formula = flop_registry.get(func._overloadpacket)
     flops = 0
     if formula is not None:
         flops = int(formula(*args, **{k: v for k, v in kwargs.items() if k != "generator"}, out_val=out))
     nbytes = _bytes(tensors)
     if schema.name in _BY_INDEX:
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(out) if _has_storage(leaf)]
         indices = [tensor for tensor in tensors if tensor.dtype == torch.int64]
         nbytes = 3 * min(_bytes(results), max(_bytes([index]) for index in indices) if indices else nbytes)
         if schema.name == "aten::embedding":
@@ -62,6 +62,10 @@ def fused_kernel(tensors: Iterable[Tensor]) -> Kernel:
     """One kernel that Inductor wrote, by the buffers it is called with."""
     tensors = list(tensors)
     return Kernel(0, _bytes(tensors), _dtype(tensors))
+
+
+def _has_storage(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
 def _is_view(schema: Any) -> bool:

@@ -1,0 +1,63 @@
+"""How much a plan may take: what is free now, less what the prediction leaves uncertain."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from tightfit.gpus import GPU, context_bytes
+from tightfit.units import MIB, format_bytes
+
+DEVICE_MARGIN_SHARE, DEVICE_MARGIN_BYTES = 0.005, 64 * MIB
+"""Measured on a real RTX 3060 (benchmarks/virtual): 24 of 25 runs within 0.41% of the prediction, and up to 20 MiB of a
+library's workspace in doubt; and a desktop's programs move by tens of MiB."""
+HOST_MARGIN_SHARE, HOST_MARGIN_BYTES = 0.03, 32 * MIB
+"""Measured on the host (benchmarks/fit_host): predictions within 3% of the peak that the kernel counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Memory that a plan may take."""
+
+    total_bytes: int
+    """Of the card, or of the tightest limit on the host."""
+    used_bytes: int
+    """By other programs."""
+    context_bytes: int
+    """By this process outside its tensors: the CUDA context, or Python and its libraries."""
+    margin_bytes: int
+    """Left free because predictions err."""
+    text: str
+    """Where the figures are from."""
+
+    @property
+    def bytes(self) -> int:
+        """What is left for the plan."""
+        return max(0, self.total_bytes - self.used_bytes - self.context_bytes - self.margin_bytes)
+
+
+def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_bytes: int = 0) -> Budget:
+    """Of a card that is not here, or of which a driver said the total and what others use."""
+    total = total_bytes or gpu.planning_bytes
+    context, why = context_bytes(gpu)
+    margin = round(total * DEVICE_MARGIN_SHARE) + DEVICE_MARGIN_BYTES
+    return Budget(total_bytes=total, used_bytes=used_bytes, context_bytes=context, margin_bytes=margin, text=why)
+
+
+def host_budget(limit_bytes: int, *, base_bytes: int, source: str) -> Budget:
+    """Of a process whose memory without tensors is `base_bytes`, under a limit of the host's."""
+    margin = round(limit_bytes * HOST_MARGIN_SHARE) + HOST_MARGIN_BYTES
+    text = f"{format_bytes(base_bytes)} for Python, torch and its libraries, measured in this process; {source}"
+    return Budget(total_bytes=limit_bytes, used_bytes=0, context_bytes=base_bytes, margin_bytes=margin, text=text)
+
+
+def spills_to_host() -> bool:
+    """Whether the driver moves device memory to the host instead of failing: Windows, and Linux within it.
+
+    There a run that does not fit becomes many times slower, so what is beyond the card counts as out of memory.
+    """
+    if platform.system() == "Windows":
+        return True
+    try:
+        return "microsoft" in Path("/proc/version").read_text().lower()
+    except OSError:
+        return False

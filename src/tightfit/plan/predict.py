@@ -1,0 +1,265 @@
+"""What a plan would take: traces in worker processes, remembered on disk.
+
+A prediction is only ever of the plan itself: it was traced, on this torch, for this card.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tightfit.config import TrainConfig, to_dict
+from tightfit.errors import DeviceError
+from tightfit.gpus import GPU
+from tightfit.plan.candidates import Plan
+
+_TIMEOUT_S = 600
+_MEMORY_KEYS = (
+    "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size", "dtype", "compile", "mode", "loss",
+    "activation_checkpointing", "micro_batch", "eval_micro_batch", "device",
+)  # fmt: skip
+"""Keys that decide, as they are, what a step takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one plan takes, and how long its step would be."""
+
+    plan: Plan
+    peak_bytes: int
+    """Reserved by PyTorch's allocator at most; on the host what tensors hold."""
+    allocated_bytes: int
+    phase: str
+    """Where the peak is."""
+    categories: dict[str, int]
+    phases: dict[str, int]
+    """Highest allocated bytes of each phase."""
+    pass_s: float
+    """Seconds of one forward and backward pass."""
+    update_s: float
+    """Seconds of clipping and the optimizer."""
+    not_modelled: tuple[str, ...]
+    parameters: int
+
+    def step_s(self, share: int) -> float:
+        """Seconds of a step over `share` sequences."""
+        return self.pass_s * share / self.plan.micro_batch + self.update_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the traces are made for."""
+
+    gpu: GPU | None
+    """None for the host."""
+    known: bool
+    """Whether the card is in the table."""
+    share: int
+    """Sequences of a step on this device."""
+    environ: dict[str, str]
+    """The allocator's settings."""
+    host_flops: dict[str, float]
+    host_bandwidth: float
+
+
+class Predictor:
+    """Traces plans, two at a time, and remembers them. To be closed."""
+
+    def __init__(self, config: TrainConfig, target: Target, *, workers: int | None = None) -> None:
+        self._config, self._target = config, target
+        self._workers = workers or min(4, os.cpu_count() or 1)
+        self._zygote: _Zygote | None = None
+        self._lock = threading.Lock()
+        self.traced = 0
+        """Traces that were made, not found on disk."""
+
+    def __enter__(self) -> "Predictor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+
+    def predict(self, plans: list[Plan], *, whole: bool = True) -> list[Prediction]:
+        """Predictions of `plans`, in their order, `whole` ones or of the steps alone.
+
+        DeviceError where the virtual device does not work.
+        """
+        with ThreadPoolExecutor(self._workers) as threads:
+            return list(threads.map(lambda plan: self._predict(plan, whole), plans))
+
+    def _predict(self, plan: Plan, whole: bool) -> Prediction:
+        request = self._request(plan) | {"whole": whole}
+        remembered = _Memory(request)
+        found = remembered.read()
+        if found is None:
+            found = self._ask(request)
+            if "error" in found:
+                raise DeviceError(f"the plan could not be traced: {found['error']}")
+            remembered.write(found)
+        return Prediction(
+            plan=plan,
+            peak_bytes=found["peak"]["reserved_bytes"],
+            allocated_bytes=found["peak"]["allocated_bytes"],
+            phase=found["peak"]["phase"],
+            categories=found["categories"],
+            phases=found["phases"],
+            pass_s=found["pass_s"],
+            update_s=found["update_s"],
+            not_modelled=tuple(found["not_modelled"]),
+            parameters=found["parameters"],
+        )
+
+    def _request(self, plan: Plan) -> dict[str, Any]:
+        target = self._target
+        config: dict[str, Any] = dict(to_dict(plan.applied_to(self._config)))
+        kept: dict[str, Any] = {key: config[key] for key in _MEMORY_KEYS}
+        # More passes than three take no more memory; which weights a run starts from shows while it is set up.
+        share = min(target.share, plan.micro_batch * 2 + (target.share % plan.micro_batch or plan.micro_batch))
+        kept |= {
+            "batch_size": share,
+            "gradient_accumulation_steps": 1,
+            "init_from": "scratch" if config["init_from"] == "scratch" else "resume",
+            "grad_clip": float(config["grad_clip"] > 0),
+            "sample_at_end": int(config["sample_at_end"] > 0),
+            "fit": "off",
+        }
+        gpu = target.gpu
+        return {
+            "config": kept,
+            "share": share,
+            "gpu": gpu.name if gpu else "",
+            "capability": list(gpu.capability) if gpu and not target.known else None,
+            "environ": target.environ,
+            "host_flops": target.host_flops,
+            "host_bandwidth": target.host_bandwidth,
+        }
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            if self._zygote is None:
+                self._zygote = _Zygote()
+            self.traced += 1
+        return self._zygote.ask(request)
+
+
+class _Zygote:
+    """The process that forks a child for each trace."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tightfit-")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tightfit.plan.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        self._number = 0
+        self._lock = threading.Lock()
+        self._ended: dict[int, threading.Event] = {}
+        self._codes: dict[int, int] = {}
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            self._number += 1
+            number = self._number
+            answer = Path(self._folder.name, f"{number}.json")
+            ended = self._ended[number] = threading.Event()
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps({"id": number, "request": request, "answer": str(answer)}) + "\n")
+                self._process.stdin.flush()
+        if not ended.wait(_TIMEOUT_S):
+            raise DeviceError(f"a trace took more than {_TIMEOUT_S} seconds; train with --fit=off, and report it")
+        if not answer.exists():
+            code = self._codes.get(number)
+            raise DeviceError(
+                f"a trace ended with code {code} and no answer; if this machine's memory ran out, that is the reason"
+            )
+        found: dict[str, Any] = json.loads(answer.read_text())
+        return found
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            message = json.loads(line)
+            if message["id"] is not None:
+                self._codes[message["id"]] = message["code"]
+                self._ended[message["id"]].set()
+        for ended in self._ended.values():  # the process is gone
+            ended.set()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._folder.cleanup()
+
+
+class _Memory:
+    """What was found before, one file for each request."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        text = json.dumps([request, version("torch"), _sources()], sort_keys=True)
+        self._file = cache_folder() / "traces" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def write(self, found: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a full or read-only disk: traced again next time
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            part = self._file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+            part.write_text(json.dumps(found))
+            part.replace(self._file)
+
+
+def cache_folder() -> Path:
+    """Where plans and measurements are remembered: XDG_CACHE_HOME/tightfit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tightfit"
+
+
+@cache
+def _sources() -> str:
+    """A hash of what decides a trace: this package's own lines."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for room in ("vgpu", "gpt", "train", "plan"):
+        for file in sorted((package / room).glob("*.py")):
+            digest.update(file.read_bytes())
+    for table in sorted(package.glob("*.csv")):
+        digest.update(table.read_bytes())
+    return digest.hexdigest()
+
+
+def as_dict(prediction: Prediction, share: int) -> dict[str, Any]:
+    """For --json."""
+    return asdict(prediction) | {"step_s": prediction.step_s(share)}

@@ -1,0 +1,89 @@
+"""A process that has loaded torch and forks a child for each trace: a trace then starts in milliseconds.
+
+It reads a line of JSON for each trace (`id`, `request`, `answer`: the file to write) and prints one when its child has
+ended (`id`, `code`). The virtual device changes torch for good, so no process traces twice.
+"""
+
+import gc
+import json
+import os
+import select
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def serve() -> None:
+    """Serve until standard input ends."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import tightfit.plan.trace  # noqa: F401  (what the children need)
+
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, Any] = {}
+    _say({"id": None, "code": 0})
+    pending, open_ = b"", True
+    while open_ or running:
+        ready, _, _ = select.select([woken, *([0] if open_ else [])], [], [])
+        if 0 in ready:
+            data = os.read(0, 1 << 16)
+            open_ = bool(data)
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                running[_fork(message)] = message["id"]
+        if woken in ready:
+            os.read(woken, 1 << 10)
+            _reap(running)
+
+
+def _fork(message: dict[str, Any]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        gc.freeze()  # what is loaded stays
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(2, 1)
+        os.close(0)
+        answer = Path(message["answer"])
+        part = answer.with_suffix(".part")
+        part.write_text(json.dumps(_traced(message["request"])))
+        part.replace(answer)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _traced(request: dict[str, Any]) -> dict[str, Any]:
+    import traceback
+
+    from tightfit.plan.trace import TraceRequest, trace
+
+    capability = request.pop("capability")
+    try:
+        return trace(TraceRequest(capability=tuple(capability) if capability else None, **request))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def _reap(running: dict[int, Any]) -> None:
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            return
+        _say({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
+
+
+def _say(message: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()

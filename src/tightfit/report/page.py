@@ -1,0 +1,168 @@
+"""A page of sections, tables and charts as one HTML file that needs nothing from anywhere else.
+
+All text goes through Jinja2's escaping; the charts' data is JSON in which no tag can begin. A content security policy
+in the file itself allows the two scripts below by their hashes and nothing that would be loaded.
+"""
+
+import base64
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tightfit.errors import DataError, DoesNotFit
+from tightfit.report.timeline import CATEGORY_COLOURS, PHASE_COLOURS
+from tightfit.report.words import words
+
+_CHARTS = "uplot-1.6.32"
+_DARK = {
+    "parameters": "#7B74D6",
+    "logits": "#D0598F",
+    "inputs": "#4FA866",
+    "workspace": "#C277BF",
+    "activations": "#C9BA66",
+    "other": "#8A8A8A",
+}
+"""Where a category's colour is too dark, or too bright, on a dark page."""
+_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+"""Characters that would mean something to HTML, or end a line of JavaScript; in JSON they only occur in strings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text under a caption; `numbers` are the columns set flush right."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """`spec` is read by templates/charts; `summary` says in words what is to be seen."""
+
+    spec: Mapping[str, Any]
+    summary: str
+    notes: Sequence[str] = ()
+    table: Table
+    """The same for those who do not see the chart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading and what is below it."""
+
+    id: str
+    title: str
+    chart: Chart | None = None
+    tables: Sequence[Table] = ()
+    paragraphs: Sequence[str] = ()
+    points: Sequence[str] = ()
+    """A list."""
+    preformatted: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a report says, from top to bottom."""
+
+    title: str
+    verdict: str = ""
+    is_bad: bool = False
+    facts: Sequence[tuple[str, str, str]] = ()
+    """Name, value and a remark."""
+    sections: Sequence[Section] = field(default_factory=tuple)
+
+
+def render(page: Page, *, lang: str) -> str:
+    """The page as HTML. ConfigError for a language that there are no words in."""
+    said = words(lang)
+    charts = {each.id: each.chart.spec for each in page.sections if each.chart}
+    scripts = (_asset(f"vendor/{_CHARTS}/uPlot.iife.min.js"), _charts_script()) if charts else ()
+    licence = _asset(f"vendor/{_CHARTS}/LICENSE")
+    dark = {**CATEGORY_COLOURS, **_DARK}
+    html = _environment().get_template("page.html").render(
+        page=page,
+        lang=lang,
+        t=said,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=version("tightfit"),
+        data=Markup(_json({"charts": charts, "words": dict(said.table("js"))})),
+        scripts=[Markup(each) for each in scripts],
+        hashes=[_hash(each) for each in scripts],
+        licence=licence,
+        styles=Markup(_asset(f"vendor/{_CHARTS}/uPlot.min.css") + _asset("templates/page.css")),
+        light_colours={_slug(name): colour for name, colour in CATEGORY_COLOURS.items()},
+        dark_colours={_slug(name): colour for name, colour in dark.items()},
+        phase_colours={_slug(name): colour for name, colour in PHASE_COLOURS.items()},
+    )  # fmt: skip
+    return html.encode("utf-8", "replace").decode()  # a lone surrogate, as in a file name that is not UTF-8
+
+
+def write(html: str, path: str | os.PathLike[str]) -> None:
+    """Write a report; an older one is replaced only by a whole one. DataError or DoesNotFit where it cannot be."""
+    goal = Path(path)
+    temporary = goal.with_name(f".{goal.name}.writing")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, goal)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        if error.errno == errno.ENOSPC:
+            raise DoesNotFit(f"the disk of {goal} is full; free space, or name another file with --out") from None
+        raise DataError(f"the report {goal} cannot be written ({error.strerror}); name another file") from None
+
+
+def _json(value: object) -> str:
+    """JSON that may stand in a script element; what is no number there becomes null.
+
+    >>> _json({"line": "</script>"})
+    '{"line":"\\\\u003c/script\\\\u003e"}'
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character, escape in _UNSAFE.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+@cache
+def _asset(name: str) -> str:
+    text = files("tightfit.report").joinpath(*name.split("/")).read_text(encoding="utf-8")
+    return text.replace("\r\n", "\n")
+
+
+@cache
+def _charts_script() -> str:
+    parts = (_asset(f"templates/charts/{name}.js") for name in ("common", "lines", "stack", "start"))
+    return '(() => {\n"use strict";\n' + "".join(parts) + "})();\n"
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("tightfit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,157 @@
+"""A training run's folder as numbers: what metrics.jsonl says, the plan's prediction and the configuration."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from tightfit.errors import CheckpointError, DataError
+
+METRICS, PLAN, CONFIG = "metrics.jsonl", "plan.json", "config.json"
+_CURVES = ("loss", "train_loss", "val_loss", "tokens_per_s", "memory_bytes", "memory_peak_bytes")
+_PREDICTED = ("predicted_peak_bytes", "predicted_bytes", "peak_bytes")
+_ROWS = ("alternatives", "offered", "candidates", "plans")
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is known of a run."""
+
+    folder: Path
+    curves: Mapping[str, Points]
+    """(step, value) in order of steps, by the name in metrics.jsonl."""
+    events: Sequence[Mapping[str, Any]]
+    """In the order of the file."""
+    predicted: Points
+    """Peak bytes that a plan promised, from the step on at which it came into force."""
+    alternatives: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    unreadable: Sequence[int] = ()
+    """Numbers of the lines that hold no step of a run, as the cut last line of a killed one."""
+
+    @property
+    def last_step(self) -> int:
+        return int(max((points[-1][0] for points in self.curves.values() if points), default=0))
+
+
+def read_run(folder: Path, plan: Mapping[str, Any] | None = None) -> Run:
+    """The run in `folder`; `plan` instead of the one that lies there. DataError if there are no metrics in it."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give the out_dir of a training run")
+    curves: dict[str, dict[float, float]] = {name: {} for name in _CURVES}
+    events: list[Mapping[str, Any]] = []
+    unreadable = []
+    for number, row in enumerate(_rows(folder / METRICS), 1):
+        if row is None:
+            unreadable.append(number)
+        elif "event" in row:
+            events.append(row)
+        else:
+            for name in curves.keys() & row.keys():
+                if _is_number(row[name]):
+                    curves[name][row["step"]] = float(row[name])
+    if not any(curves.values()) and not events:
+        raise DataError(
+            f"{folder / METRICS} holds no line that can be read as a step of a run; is it the file of another program?"
+        )
+    plan = plan if plan is not None else _object(folder / PLAN)
+    promised = {0: plan, **{event["step"]: event for event in events if event["event"] == "plan"}}
+    return Run(
+        folder=folder,
+        curves={name: sorted(points.items()) for name, points in curves.items()},
+        events=[event for event in events if event["event"] not in ("plan", "config")],
+        predicted=[(step, peak) for step, each in sorted(promised.items()) if (peak := predicted_bytes(each))],
+        alternatives=alternatives(plan) or [row for each in promised.values() for row in alternatives(each)],
+        config=_config(folder, events),
+        unreadable=unreadable,
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of one JSON object, as `--json` prints it. DataError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a file that --json wrote") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is not JSON; give a file that --json wrote") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object; give a file that --json wrote")
+    return value
+
+
+def predicted_bytes(plan: Mapping[str, Any]) -> float | None:
+    """The peak that a plan promises, or that of the plan which it holds as `best` or `plan`."""
+    for each in (plan, plan.get("best"), plan.get("plan")):
+        if isinstance(each, Mapping):
+            for value in map(each.get, _PREDICTED):
+                if is_finite(value) and value > 0:
+                    return float(value)
+    return None
+
+
+def alternatives(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a plan's table: name, keys, peak_bytes, step_s, fits, exact, as far as each has them."""
+    rows: list[Any] = next((plan[key] for key in _ROWS if isinstance(plan.get(key), list)), [])
+    return [row for row in rows if isinstance(row, Mapping)]
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number that can be shown; NaN and infinity cannot."""
+    return _is_number(value) and math.isfinite(value)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line, None for one that is no step of a run."""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    yield _row(line)
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no {METRICS} in {path.parent}; give the out_dir of a run that has begun to train"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("event", ""), str):
+        return None
+    step = row.get("step")
+    return row if type(step) is int and 0 <= step < 2**53 else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
+
+
+def _config(folder: Path, events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """From an event "config", a file beside the metrics, or else the newest checkpoint."""
+    for event in reversed(events):
+        if event["event"] == "config":
+            found = event.get("config", {key: value for key, value in event.items() if key not in ("event", "step")})
+            return found if isinstance(found, Mapping) else {}
+    if (folder / CONFIG).is_file():
+        return read_object(folder / CONFIG)
+    if not any(folder.glob("*.pt")):
+        return {}
+    from tightfit.train.checkpoint import load_newest  # torch is imported only where a checkpoint is to be read
+
+    try:
+        return load_newest(folder, say=lambda line: None).config
+    except CheckpointError:
+        return {}

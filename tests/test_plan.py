@@ -1,0 +1,198 @@
+"""Plans: that they fit, keep what is the user's, and are what a real run then takes."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tightfit.config import Resolved, TrainConfig, read_config
+from tightfit.plan.budget import Budget
+from tightfit.plan.candidates import Plan
+from tightfit.plan.choose import Choice, Line
+from tightfit.plan.fallback import PlannedFallback
+from tightfit.plan.make import PlanResult, make_plan, named_card
+from tightfit.plan.predict import Prediction
+from tightfit.train.fallback import Settings
+from tightfit.units import GIB, MIB
+
+ROOT = Path(__file__).parents[1]
+STORY = str(ROOT / "configs" / "train_openwebtext.py")
+CARD, TOTAL, USED = "RTX 3060 12GB", round(11.69 * GIB), 2 * GIB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Traces of these tests are remembered for these tests alone."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+def plan_of(*arguments: str, gpu: str = CARD, memory: int = TOTAL, used: int = USED) -> PlanResult:
+    resolved: Resolved[TrainConfig] = read_config(TrainConfig, list(arguments))
+    return make_plan(resolved, named_card(gpu, memory_bytes=memory, used_bytes=used))
+
+
+class TestStory:
+    """GPT-2 124M, 64 x 1024 tokens a step, on a 12 GB RTX 3060 of which others use 2 GiB; not compiled, to be quick."""
+
+    CONFIG = (STORY, "--compile=False")
+
+    def test_a_plan_fits_and_keeps_the_batch(self) -> None:
+        result = plan_of(*self.CONFIG)
+        best = result.choice.best
+        assert best is not None
+        assert best.peak_bytes <= result.where.budget.bytes < TOTAL - USED
+        assert result.config.effective_batch == 64
+        assert result.config.tokens_per_step == 65_536
+        assert 1 <= best.plan.micro_batch < 64
+        assert result.choice.request is not None
+        assert result.choice.request.peak_bytes > 50 * GIB  # 64 at once, with (65536, 50304) float32 logits and more
+        for each in result.choice.offered:
+            assert each.peak_bytes <= result.where.budget.bytes
+
+    def test_it_is_remembered(self) -> None:
+        first, again = plan_of(*self.CONFIG), plan_of(*self.CONFIG)
+        assert again.traced == 0
+        assert again.choice.best == first.choice.best
+
+    def test_more_memory_never_gives_a_slower_plan(self) -> None:
+        seconds = []
+        for total in (6 * GIB, 9 * GIB, TOTAL):
+            best = plan_of(*self.CONFIG, memory=total).choice.best
+            assert best is not None
+            seconds.append(best.step_s(64))
+        assert seconds == sorted(seconds, reverse=True)
+
+    def test_a_fixed_micro_batch_is_obeyed_or_refused(self) -> None:
+        obeyed = plan_of(*self.CONFIG, "--micro_batch=2").choice.best
+        assert obeyed is not None
+        assert obeyed.plan.micro_batch == 2
+        refused = plan_of(*self.CONFIG, "--micro_batch=48", "--loss=full", "--activation_checkpointing=0").choice
+        assert refused.best is None
+
+    def test_a_real_card_took_more_than_the_plan_lets_it(self) -> None:
+        """The log of the story: 6.78 GiB allocated when 6.14 GiB were refused, in the first evaluation, by batch 64."""
+        best = plan_of(*self.CONFIG).choice.best
+        assert best is not None
+        assert best.phases["eval"] < 6.78 * GIB
+
+
+def test_too_large_a_model_is_refused_with_the_numbers() -> None:
+    width, layers = 6400, 4
+    model = (f"--n_layer={layers}", "--n_head=50", f"--n_embd={width}", "--vocab_size=50304", "--batch_size=1")
+    result = plan_of(*model, "--compile=False", used=0)
+    assert result.choice.best is None
+    least = result.choice.least
+    assert least is not None
+    parameters = 12 * layers * width**2 + (50_304 + 1024) * width  # and a few layer norms
+    assert least.peak_bytes > 4 * 4 * parameters  # weights, gradients and two moments in float32
+    assert least.plan.activation_checkpointing == layers
+    assert least.plan.micro_batch == 1
+
+
+def test_the_command_says_so_for_people_and_machines(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tightfit", "plan", STORY, "--compile=False", "--gpu", CARD]
+    words += ["--memory=11.69GiB", "--used=2GiB"]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "11.69 GiB" in text
+    assert re.search(r"PLAN: \d+ sequences at once, \d+ passes a step", text)
+    found = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert found["best"]["fits"] is True
+    assert found["best"]["peak_bytes"] <= found["budget"]["bytes"]
+    assert found["tokens_per_step"] == 65_536
+    wrong = subprocess.run([*words[:-3], "GTX 9999"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "GTX 9999" in wrong.stderr
+
+
+class TestOnTheHost:
+    """A real training run in a process that the kernel limits."""
+
+    MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=256", "--vocab_size=50304", "--block_size=256", "--device=cpu")
+    RUN = ("--batch_size=48", "--gradient_accumulation_steps=1", "--max_iters=2", "--eval_iters=1", "--loss=full")
+
+    def _train(self, folder: Path, *arguments: str, limit: int) -> subprocess.CompletedProcess[str]:
+        data = folder / "data" / "ids"
+        data.mkdir(parents=True, exist_ok=True)
+        ids = np.random.default_rng(0).integers(0, 50_257, 100_000, dtype=np.uint16)
+        for split in ("train", "val"):
+            ids.tofile(data / f"{split}.bin")
+        words = [sys.executable, "-m", "tightfit", "train", f"--data_dir={folder / 'data'}", "--dataset=ids"]
+        words += [*self.MODEL, *self.RUN, f"--out_dir={folder / 'out'}", "--supervise=False", *arguments]
+        return subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        )
+
+    def test_it_trains_within_a_limit_that_stops_what_was_asked(self, tmp_path: Path) -> None:
+        limit = 1400 * MIB
+        literal = self._train(tmp_path, "--fit=off", "--recover=False", limit=limit)
+        assert literal.returncode != 0
+        assert "can't allocate memory" in literal.stderr + literal.stdout
+        fitted = self._train(tmp_path, limit=limit)
+        assert fitted.returncode == 0, fitted.stdout + fitted.stderr
+        assert "plan: " in fitted.stdout
+        assert "out of memory" not in fitted.stdout  # the plan held: nothing had to be recovered
+        assert "step 2: " in fitted.stdout
+
+    def test_what_cannot_fit_is_said_before_anything_starts(self, tmp_path: Path) -> None:
+        done = self._train(tmp_path, "--memory=300MiB", limit=8 * GIB)
+        assert done.returncode == 1
+        assert "NOTHING FITS" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_fallback_uses_what_was_measured() -> None:
+    plan = Plan(micro_batch=16, eval_micro_batch=16, loss="full", activation_checkpointing=0, compile=False)
+    best = Prediction(
+        plan=plan,
+        peak_bytes=9 * GIB,
+        allocated_bytes=9 * GIB,
+        phase="backward",
+        categories={"parameters": GIB, "optimizer state": 2 * GIB, "gradients": GIB, "activations": 5 * GIB},
+        phases={},
+        pass_s=1.0,
+        update_s=0.1,
+        not_modelled=(),
+        parameters=1,
+    )
+    line = Line(
+        start=5.0 * GIB,
+        per_sequence=GIB / 4,
+        saved_per_block=0.0,
+        pass_start_s=0.0,
+        pass_s=1.0,
+        pass_s_per_block=0.0,
+        update_s=0.0,
+    )
+    fallback = PlannedFallback.of(Choice(best=best, offered=[best], line=line, share=64), n_layer=12)
+    now = Settings(micro_batch=16, eval_micro_batch=16, loss="full", checkpointed_blocks=0)
+    # 3 GiB stay; a step takes 2 GiB and 0.25 GiB a sequence. Of 4.3 GiB free 3% are left alone: (4.17 - 2) / 0.25 = 8.
+    assert fallback.smaller(now, "backward", round(4.3 * GIB)) == Settings(
+        micro_batch=8, eval_micro_batch=8, loss="full", checkpointed_blocks=0
+    )
+    # Where not even one has room, it halves.
+    halved = fallback.smaller(now, "backward", GIB)
+    assert halved is not None
+    assert halved.micro_batch == 8
+
+
+def test_a_budget_is_what_is_left() -> None:
+    budget = Budget(total_bytes=100, used_bytes=30, context_bytes=20, margin_bytes=5, text="")
+    assert budget.bytes == 45
+    assert Budget(total_bytes=10, used_bytes=30, context_bytes=0, margin_bytes=0, text="").bytes == 0

@@ -1,0 +1,596 @@
+"""The HTML report: what is in it, that no peak is lost where it is shortened, that nothing in it can run, refusals."""
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import here
+
+from tightfit.errors import ConfigError, DataError
+from tightfit.report.html import findings_report, plan_report, run_report, text_report, write
+from tightfit.report.runs import read_run
+from tightfit.report.series import MOST_TENSORS, curve, highest, largest_tensors, shortened
+from tightfit.report.timeline import CATEGORY_COLOURS, PHASE_COLOURS
+from tightfit.report.words import LANGUAGES, locale_language, words
+from tightfit.units import GIB, MIB
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028'\"&{{ 7*7 }}"
+SETTINGS = {"micro_batch": 8, "eval_micro_batch": 8, "loss": "auto", "checkpointed_blocks": 0}
+
+
+class Outline(HTMLParser):
+    """What a reader of the page's structure meets: tags with their attributes, and the text outside of scripts."""
+
+    VOID = ("meta", "link", "br", "img", "input")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.text, self.scripts = "", [""]
+        self.feed(html)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, {name: value or "" for name, value in attributes}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        elif self.open and self.open[-1] != "style":
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def data_of(html: str) -> dict:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    return json.loads(text)
+
+
+def a_run(folder: Path, *, steps: int = 40, extra: tuple[dict, ...] = (), tail: str = "") -> Path:
+    folder.mkdir(exist_ok=True)
+    rows: list[dict] = []
+    for step in range(steps):
+        if step % 10 == 0:
+            rows.append({"step": step, "train_loss": 5 - step / 20, "val_loss": 5.1 - step / 20, "lr": 1e-3})
+        now = {"memory_bytes": GIB + step * MIB, "memory_peak_bytes": GIB + step * MIB}
+        rows.append({"step": step, "loss": 5 - step / 19, "ms": 10.0, "tokens_per_s": 4000.0 + step, **now})
+    text = "".join(json.dumps(row) + "\n" for row in (*rows, *extra))
+    (folder / "metrics.jsonl").write_text(text + tail)
+    return folder
+
+
+def a_timeline(count: int = 400, seed: int = 1) -> dict:
+    """Moments of a run in which everything moves at random."""
+    steps = np.random.default_rng(seed).integers(-8 * MIB, 8 * MIB, (3, count))
+    rows = abs(steps.cumsum(axis=1)) + MIB
+    names = ("parameters", "activations", "logits")
+    total = rows.sum(axis=0)
+    return {
+        "event_count": count,
+        "events": list(range(count)),
+        "category_bytes": {name: row.tolist() for name, row in zip(names, rows, strict=True)},
+        "reserved_bytes": (total + 20 * MIB).tolist(),
+        "phases": [{"event": 0, "phase": "setup"}, {"event": count // 4, "phase": "forward"}],
+        "peak": {"event": int(total.argmax()), "phase": "forward", "allocated_bytes": int(total.max())},
+        "failures": [],
+        "total_bytes": 12 * GIB,
+        "used_by_others_bytes": GIB,
+        "context_bytes": 300 * MIB,
+    }
+
+
+def tensor(start: int, end: int | None, nbytes: int, category: str = "activations", **more) -> dict:
+    made = {"shape": [64, nbytes], "dtype": "bfloat16", "operator": "aten::mm", "phase": "forward"}
+    place = {"file": "/home/somebody/secret/deep/down/model.py", "line": 7, "function": "GPT.forward"}
+    return {"from_event": start, "to_event": end, "bytes": nbytes, "category": category, **made, **place, **more}
+
+
+def findings(timeline: dict | None = None, **changes) -> dict:
+    largest = [{key: v for key, v in tensor(0, 1, 5 * MIB, "logits").items() if "event" not in key}]
+    found = {
+        "outcome": "fits",
+        "gpu": {"name": "GeForce RTX 3060 12GB", "total_bytes": 12 * GIB, "used_by_others_bytes": GIB},
+        "peak": {
+            "requested_bytes": GIB,
+            "allocated_bytes": GIB,
+            "reserved_bytes": 2 * GIB,
+            "device_bytes": 2 * GIB + 300 * MIB,
+            "phase": "forward",
+        },
+        "categories": {"logits": 3 * GIB, "parameters": GIB},
+        "categories_by_phase": {"logits": {"forward": 3 * GIB}, "parameters": {"setup": GIB}},
+        "phases": {"setup": GIB, "forward": 4 * GIB},
+        "largest": largest,
+        "failure": None,
+        "caught_failures": 0,
+        "steps": 2,
+        "seconds": 1.5,
+        "stopped_because": "2 steps were asked for",
+        "made_up_values": [{"what": "item", "times": 4, "file": "train.py", "line": 9}],
+        "not_written": ["out/ckpt.pt"],
+        "not_modelled": ["something rare"],
+        "never_modelled": ["kernels of Triton"],
+        "notes": ["a note"],
+    }
+    return {**found, **({"timeline": timeline} if timeline else {}), **changes}
+
+
+FAILURE = {
+    **{key: value for key, value in tensor(0, 1, 6 * GIB, "logits").items() if "event" not in key},
+    "requested_bytes": 6 * GIB,
+    "free_bytes": 2 * GIB,
+    "allocated_bytes": 7 * GIB,
+    "reserved_bytes": 8 * GIB,
+    "message": "CUDA out of memory. Tried to allocate 6.00 GiB.",
+}
+
+
+class TestSeries:
+    def test_a_short_curve_is_kept_as_it_is(self) -> None:
+        found = curve([(step, step * 0.5) for step in range(2000)])
+        assert (found.x[-1], found.mean[-1], found.low, found.points) == (1999, 999.5, None, 2000)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_spans_hold_every_extreme(self, seed: int) -> None:
+        dice = random.Random(seed)
+        points = [(2 * step, dice.gauss(0, 1)) for step in range(dice.choice((2001, 5000, 33_333)))]
+        points[dice.randrange(len(points))] = (points[-1][0], 1e6)
+        points.sort()
+        found = curve(points)
+        values = [value for _, value in points]
+        assert found.low is not None
+        assert found.high is not None
+        assert len(found.x) == 1000
+        assert found.x == sorted(found.x)
+        assert max(found.high) == 1e6
+        assert min(found.low) == pytest.approx(min(values), rel=1e-5)
+        assert all(low <= mean <= high for low, mean, high in zip(found.low, found.mean, found.high, strict=True))
+        spans = np.array_split(np.array(values), 1000)
+        assert sum(map(len, spans)) == found.points
+
+    def test_what_is_no_number_is_left_out_and_counted(self) -> None:
+        found = curve([(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)])
+        assert (found.x, found.mean, found.not_finite) == ([0, 3], [1, 2], 2)
+        assert curve([]).x == []
+        assert curve([(0, math.nan)]).x == []
+
+    def test_highest_keeps_the_step_of_each_peak(self) -> None:
+        points = [(step, 5.0) for step in range(50_000)]
+        points[31_234] = (31_234, 9.0)
+        found = highest(points)
+        assert found.x[found.mean.index(9)] == 31_234
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_no_peak_of_any_category_is_lost(self, seed: int) -> None:
+        data = a_timeline(30_000, seed)
+        data["failures"] = [{"event": 12_345, "requested_bytes": 1, "free_bytes": 0}]
+        data["reserved_bytes"][20_001] = 99 * GIB
+        found = shortened(data, moments=100)
+        assert len(found.events) <= 100 * 5 + 4
+        assert found.events == sorted(set(found.events))
+        assert {0, 12_345, data["peak"]["event"], 29_999} <= set(found.events)
+        for name, row in data["category_bytes"].items():
+            assert max(found.category_bytes[name]) == max(row)
+            assert found.category_bytes[name] == [row[event] for event in found.events]
+        total = np.sum(list(data["category_bytes"].values()), axis=0)
+        kept = np.sum(list(found.category_bytes.values()), axis=0)
+        for start in range(0, 30_000, 300):
+            inside = [index for index, event in enumerate(found.events) if start <= event < start + 300]
+            assert kept[inside].max() == total[start : start + 300].max()
+            assert kept[inside].min() == total[start : start + 300].min()
+        assert max(found.reserved_bytes or ()) == 99 * GIB
+
+    def test_a_short_timeline_is_kept_whole(self) -> None:
+        data = a_timeline()
+        found = shortened(data)
+        assert found.events == data["events"]
+        assert found.category_bytes == data["category_bytes"]
+        assert found.reserved_bytes == data["reserved_bytes"]
+        assert found.phases == [(0, "setup"), (100, "forward")]
+        assert (found.at(0), found.at(57), found.at(10_000)) == (0, 57, 399)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_tensors_named_are_the_largest_alive(self, seed: int) -> None:
+        dice = random.Random(seed)
+        tensors = []
+        for start in range(3000):
+            end = dice.choice((None, start + 1, start + 5, start + 500))
+            tensors.append(tensor(start, end, dice.randrange(1, 10_000), dice.choice(("logits", "inputs"))))
+        dice.shuffle(tensors)
+        moments = sorted(dice.sample(range(3000), 40))
+        kept = largest_tensors(tensors, moments)
+
+        def top(of: list[dict], moment: int, category: str) -> list[int]:
+            alive = [each for each in of if each["from_event"] <= moment and moment < (each["to_event"] or 10**9)]
+            return sorted((each["bytes"] for each in alive if each["category"] == category), reverse=True)[:3]
+
+        for moment in moments:
+            for category in ("logits", "inputs"):
+                assert top(kept, moment, category) == top(tensors, moment, category)
+        assert len(kept) < len(tensors)
+        assert [each["from_event"] for each in kept] == sorted(each["from_event"] for each in kept)
+
+    def test_never_more_tensors_than_a_page_can_hold(self) -> None:
+        tensors = [tensor(step, step + 1, step + 1) for step in range(MOST_TENSORS + 500)]
+        kept = largest_tensors(tensors, range(len(tensors)))
+        assert len(kept) == MOST_TENSORS
+        assert kept[0]["bytes"] == 501
+
+
+class TestRun:
+    def test_everything_that_the_folder_says(self, tmp_path: Path) -> None:
+        recovery = {"event": "recovery", "phase": "backward", "kind": "recoverable", "requested_bytes": GIB}
+        change = {"before": SETTINGS, "after": {**SETTINGS, "micro_batch": 4}, "seconds_lost": 1.25}
+        extra = (
+            {"step": 12, **recovery, **change},
+            {"step": 30, "event": "growth", "before": change["after"], "after": SETTINGS},
+            {"step": 31, "event": "comet", "seen": EVIL},
+            {"step": 5, "event": "plan", "predicted_peak_bytes": 2 * GIB},
+            {"step": 0, "event": "config", "config": {"batch_size": 12, "note": EVIL, "ratio": 0.1}},
+        )
+        html = run_report(a_run(tmp_path / "my run", extra=extra))
+        seen = Outline(html)
+        for words_ in (
+            "Training run my run", "3.6000", "at step 30", "2.00 GiB", "1.04 GiB", "Recoveries from lack of memory",
+            "recovery from lack of memory", "backward", "micro_batch 8 → 4", "micro_batch 4 → 8", "1.2s lost",
+            "comet", "batch_size", "0.1",
+        ):  # fmt: skip
+            assert words_ in seen.text, words_
+        charts = data_of(html)["charts"]
+        assert charts.keys() == {"loss", "rate", "memory"}
+        assert [row["key"] for row in charts["loss"]["series"]] == ["loss", "train_loss", "val_loss"]
+        predicted = charts["memory"]["series"][-1]
+        assert (predicted["key"], predicted["x"], predicted["y"]) == ("predicted", [5, 39], [2 * GIB, 2 * GIB])
+        assert charts["loss"]["marks"] == [12, 30, 31]
+
+    def test_alternatives_of_a_plan_whatever_their_columns(self, tmp_path: Path) -> None:
+        rows = [
+            {"name": "best", "keys": {"micro_batch": 4}, "peak_bytes": 6 * GIB, "step_s": 1.02, "fits": True},
+            {"name": "smaller", "exact": False, "host_bytes": 3 * GIB, "why": "less"},
+        ]
+        for plan in ({"alternatives": rows, "best": {"peak_bytes": GIB}}, {"offered": rows, "peak_bytes": GIB}):
+            text = Outline(run_report(a_run(tmp_path / "run"), plan=plan)).text
+            for words_ in ("micro_batch=4", "6.00 GiB", "1.02 s", "yes", "no", "host_bytes", "3.00 GiB", "less"):
+                assert words_ in text, words_
+        (tmp_path / "run" / "plan.json").write_text(json.dumps({"alternatives": rows, "peak_bytes": GIB}))
+        assert "smaller" in run_report(tmp_path / "run")
+        assert "smaller" in plan_report({"alternatives": rows}, lang="ja")
+
+    def test_a_plan_as_the_command_prints_it(self) -> None:
+        keys = {"micro_batch": 7, "loss": "full"}
+        best = {
+            "name": "7 x 69",
+            "keys": keys,
+            "peak_bytes": 9 * GIB,
+            "phase": "backward",
+            "step_s": 33.76,
+            "fits": True,
+        }
+        best["categories"] = {"logits": 4 * GIB, "inputs": 4, "parameters": GIB, "gradients": 2 * GIB}
+        budget = {"bytes": 10 * GIB, "total_bytes": 12 * GIB}
+        plan = {"device": "RTX 3060", "budget": budget, "best": best, "alternatives": [best], "notes": ["a < note"]}
+        text = Outline(plan_report(plan)).text
+        for words_ in (
+            "10.00 GiB", "RTX 3060", "9.00 GiB", "micro_batch=7, loss=full", "33.8 s", "a < note", "phase of the peak",
+            "logits 4.00 GiB, gradients 2.00 GiB, parameters 1.00 GiB",
+        ):  # fmt: skip
+            assert words_ in text, words_
+        assert plan_report({"best": None, "budget": None, "notes": "text", "alternatives": 5})
+
+    def test_the_configuration_comes_from_the_checkpoint(self, data_dir: Path, tmp_path: Path) -> None:
+        from runs import arguments
+
+        assert here(arguments(tmp_path / "out", data_dir, eval_interval=4)).code == 0
+        text = Outline(run_report(tmp_path / "out")).text
+        assert re.search(r"eval_interval\s+4\s", text)
+        assert "validation" in text.lower()
+
+    def test_the_cut_last_line_of_a_killed_run_is_left_out_and_said(self, tmp_path: Path) -> None:
+        text = Outline(run_report(a_run(tmp_path / "run", tail='{"step": 40, "lo'))).text
+        assert "could not be read and are left out: 1, the first at 45" in text
+
+    def test_a_run_that_diverged(self, tmp_path: Path) -> None:
+        extra = ({"step": 40, "loss": math.nan}, {"step": 41, "loss": math.inf}, {"step": 42, "loss": 10**400})
+        html = run_report(a_run(tmp_path / "run", extra=extra))
+        assert "Training loss (logged steps): not finite (NaN or infinity) and not drawn: 2." in html
+        assert data_of(html)["charts"]["loss"]["series"][0]["x"][-1] == 39
+
+    def test_only_non_numbers(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN, "val_loss": NaN, "memory_bytes": Infinity}\n')
+        seen = Outline(run_report(tmp_path))
+        assert "Training loss (logged steps): not finite (NaN or infinity) and not drawn: 1." in seen.text
+        assert not seen.all("script"), "there is nothing to draw"
+
+    def test_a_hundred_thousand_steps_become_spans(self, tmp_path: Path) -> None:
+        html = run_report(a_run(tmp_path / "run", steps=100_000))
+        assert len(html) < 1_000_000
+        row = data_of(html)["charts"]["loss"]["series"][0]
+        assert len(row["x"]) == len(row["low"]) == len(row["high"]) == 1000
+        assert "100,000 points are drawn as 1,000 spans" in html
+
+
+GARBAGE = {
+    "empty": b"",
+    "blank": b"\n\n\n",
+    "binary": bytes(range(256)) * 40,
+    "cut": b'{"step": 0, "lo',
+    "another": b"5\n[1, 2]\nnull\n",
+    "no step": b'{"loss": 3.0}\n{"step": -1, "loss": 2}\n{"step": "x", "loss": 2}\n{"step": true, "loss": 2}\n',
+    "no numbers": b'{"step": 0, "loss": "high"}\n{"step": 1, "event": 7}\n',
+    "deep": b"[" * 100_000 + b"\n",
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", GARBAGE)
+    def test_a_file_without_a_step(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").write_bytes(GARBAGE[name])
+        done = here(["report", str(tmp_path)])
+        assert done.code == 2
+        assert re.fullmatch(r"tightfit: .*metrics\.jsonl holds no line that can be read[^\n]*\n", done.err)
+        assert not (tmp_path / "report.html").exists()
+
+    def test_folders_and_files_that_are_not_there(self, tmp_path: Path) -> None:
+        for folder, words_ in ((tmp_path, "no metrics.jsonl in"), (tmp_path / "absent", "is not a folder")):
+            done = here(["report", str(folder)])
+            assert (done.code, done.err.count("\n")) == (2, 1)
+            assert words_ in done.err
+        (tmp_path / "metrics.jsonl").mkdir()
+        assert here(["report", str(tmp_path)]).code == 2
+
+    def test_options_that_cannot_be_used(self, tmp_path: Path) -> None:
+        run = str(a_run(tmp_path / "run"))
+        (tmp_path / "bad.json").write_text("{")
+        (tmp_path / "list.json").write_text("[]")
+        (tmp_path / "other.json").write_text('{"timeline": {"events": [1]}}')
+        (tmp_path / "plain.json").write_text('{"outcome": "fits"}')
+        for options, words_ in (
+            (["--lang", "fr"], "must be one of en, ja, got 'fr'"),
+            (["--plan", str(tmp_path / "absent.json")], "absent.json cannot be read"),
+            (["--plan", str(tmp_path / "bad.json")], "bad.json is not JSON"),
+            (["--dryrun", str(tmp_path / "list.json")], "list.json holds no JSON object"),
+            (["--dryrun", str(tmp_path / "other.json")], "no findings of a dry run"),
+            (["--dryrun", str(tmp_path / "plain.json")], "has no timeline"),
+            (["--out", str(tmp_path / "absent" / "x.html")], "cannot be written (No such file or directory)"),
+            (["--out", str(tmp_path)], "cannot be written"),
+        ):
+            done = here(["report", run, *options])
+            assert (done.code, done.err.count("\n")) == (2, 1), done.err
+            assert words_ in done.err
+        assert not list(tmp_path.glob(".*")), "nothing is left half written"
+
+    def test_functions_raise_this_packages_errors(self) -> None:
+        with pytest.raises(DataError, match="there is no 'gpu' in them"):
+            findings_report({})
+        with pytest.raises(DataError, match="no findings"):
+            findings_report(findings({**a_timeline(), "events": ["a"] * 400}))
+        with pytest.raises(DataError, match="no findings"):
+            findings_report(findings({**a_timeline(), "total_bytes": 10**400}))
+        with pytest.raises(ConfigError, match="must be one of en, ja"):
+            findings_report(findings(), lang="de")
+
+
+class TestDryRun:
+    def test_a_run_that_fits(self) -> None:
+        html = findings_report(findings(a_timeline()))
+        text = Outline(html).text
+        for words_ in (
+            "Dry run on GeForce RTX 3060 12GB", "It fits.", "Left over", "75.0%", "logits", "kernels of Triton",
+            "something rare", "4 answers were made up", "a note", "not written: out/ckpt.pt", "deep/down/model.py:7",
+        ):  # fmt: skip
+            assert words_ in text, words_
+        assert "somebody" not in html, "a page may be sent to others"
+        chart = data_of(html)["charts"]["timeline"]
+        assert chart["tensors"]["only_peak"]
+        assert chart["tensors"]["from"] == [chart["peak"]]
+        assert [row["key"] for row in chart["rows"]] == ["parameters", "activations", "logits"]
+
+    def test_a_run_that_does_not_fit(self) -> None:
+        timeline = {**a_timeline(), "failures": [{"event": 300, "requested_bytes": 6 * GIB, "free_bytes": 2 * GIB}]}
+        html = findings_report(findings(timeline, outcome="out_of_memory", failure=FAILURE))
+        text = Outline(html).text
+        for words_ in (
+            "It does not fit",
+            "asked for 6.00 GiB",
+            "2.00 GiB were free",
+            "CUDA out of memory",
+            "GPT.forward",
+        ):
+            assert words_ in text, words_
+        chart = data_of(html)["charts"]["timeline"]
+        assert (chart["failed"], chart["mark"]) == (True, 299)
+
+    def test_tensors_with_their_lines(self) -> None:
+        own = tensor(5, 90, 3 * MIB, file=__file__, line=1)
+        html = findings_report(findings({**a_timeline(), "tensors": [own, tensor(0, None, MIB)]}))
+        found = data_of(html)["charts"]["timeline"]["tensors"]
+        assert (found["from"], found["to"]) == ([0, 5], [None, 90])
+        assert found["texts"][found["what"][1]] == f"64 × {3 * MIB} bfloat16"
+        assert found["texts"][found["source"][1]].startswith('"""The HTML report')
+        assert "test_report_html.py:1 in GPT.forward" in found["texts"][found["place"][1]]
+
+    def test_without_a_timeline_there_is_no_script(self) -> None:
+        seen = Outline(findings_report(findings()))
+        assert not seen.all("script")
+        assert "75.0%" in seen.text
+        for empty in (a_timeline(1), {**a_timeline(), "events": [], "category_bytes": {}, "event_count": 0}):
+            findings_report(findings(empty))
+
+    def test_text_and_plans(self) -> None:
+        seen = Outline(text_report("Why", f"because {EVIL}", findings=findings(a_timeline())))
+        assert EVIL in seen.text
+        assert len(seen.all("figure")) == 1
+        assert "4.00 GiB" in plan_report({"predicted_peak_bytes": 4 * GIB, "keys": {"micro_batch": 2}})
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    timeline = {**a_timeline(), "tensors": [tensor(0, None, MIB, function=EVIL, operator=EVIL, dtype=EVIL, file=EVIL)]}
+    evil = findings(timeline, notes=[EVIL], stopped_because=EVIL, not_modelled=[EVIL])
+    evil["gpu"]["name"] = EVIL
+    evil["largest"][0].update(function=EVIL, operator=EVIL, file=EVIL)
+    for lang in LANGUAGES:
+        yield lang, findings_report(evil, lang=lang)
+        yield lang, plan_report({"alternatives": [{EVIL: EVIL, "name": EVIL, "keys": {EVIL: EVIL}}]}, lang=lang)
+        yield lang, text_report(EVIL, EVIL, lang=lang, findings=evil)
+
+
+@pytest.fixture(scope="module")
+def all_pages(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
+    evil = (
+        {"step": 3, "event": EVIL, EVIL: EVIL},
+        {"step": 0, "event": "config", "config": {EVIL: EVIL, "x": [EVIL]}},
+    )
+    folder = a_run(tmp_path_factory.mktemp("evil") / "run<b>&", extra=evil)
+    return [*pages(), *((lang, run_report(folder, lang=lang)) for lang in LANGUAGES)]
+
+
+class TestPage:
+    def test_nothing_that_is_shown_can_run(self, all_pages: list[tuple[str, str]]) -> None:
+        for _, html in all_pages:
+            seen = Outline(html)
+            assert not seen.all("img")
+            assert len(seen.all("script")) in (0, 3)
+            assert all(name[:2] != "on" for _, attributes in seen.tags for name in attributes)
+            assert "49" not in re.findall(r"alert\(2\)>.{0,4}49", html)
+            if "charts" in html and seen.all("script"):
+                json.loads(seen.scripts[1])
+
+    def test_nothing_is_loaded(self, all_pages: list[tuple[str, str]]) -> None:
+        for _, html in all_pages:
+            seen = Outline(html)
+            for _, attributes in seen.tags:
+                assert "src" not in attributes
+                assert attributes.get("href", "#").startswith(("#", "data:")), attributes
+            (policy,) = (each["content"] for each in seen.all("meta") if each.get("http-equiv"))
+            assert policy.startswith("default-src 'none'")
+            assert "url(" not in html.partition("<body>")[0]
+            assert "@import" not in html
+
+    def test_landmarks_headings_and_names(self, all_pages: list[tuple[str, str]]) -> None:
+        for lang, html in all_pages:
+            seen = Outline(html)
+            assert seen.all("html") == [{"lang": lang}]
+            for landmark in ("header", "main", "footer", "h1", "title"):
+                assert len(seen.all(landmark)) == 1, landmark
+            names = [each["id"] for _, each in seen.tags if "id" in each]
+            assert len(names) == len(set(names))
+            for section in seen.all("section"):
+                assert section.get("aria-label") or section["aria-labelledby"] in names
+            assert len(seen.all("table")) == len(seen.all("caption"))
+            assert len(seen.all("figure")) == len(seen.all("details")) - bool(seen.all("figure"))
+            assert all("scope" in each for each in seen.all("th"))
+            for link in seen.all("a"):
+                assert link["href"][1:] in names
+
+    def test_the_licence_of_the_charts_goes_with_them(self, all_pages: list[tuple[str, str]]) -> None:
+        folder = files("tightfit.report") / "vendor" / "uplot-1.6.32"
+        licence = (folder / "LICENSE").read_text()
+        assert "MIT License" in licence
+        assert "v1.6.32" in (folder / "uPlot.iife.min.js").read_text()[:100]
+        for _, html in all_pages:
+            seen = Outline(html)
+            assert not seen.all("script") or "Copyright (c) 2022 Leon Sorokin" in seen.text
+
+    def test_it_is_written_whole(self, tmp_path: Path) -> None:
+        write("<p>\u635f\u5931", tmp_path / "a.html")
+        write("<p>2", tmp_path / "a.html")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+        assert (tmp_path / "a.html").read_text() == "<p>2"
+
+    def test_names_that_are_not_text(self, tmp_path: Path) -> None:
+        html = text_report(
+            "a\udcff", "b\udcff", findings=findings({**a_timeline(), "tensors": [tensor(0, 9, 9, file="\udcff")]})
+        )
+        write(html, tmp_path / "a.html")
+
+
+class TestWords:
+    def test_both_languages_say_the_same_with_the_same_fields(self) -> None:
+        english, japanese = (dict(words(lang).sentences()) for lang in LANGUAGES)
+        assert english == japanese
+
+    def test_japanese_is_japanese(self) -> None:
+        for key, _ in words("ja").sentences():
+            table, _, name = key.partition(".")
+            text = words("ja").table(table)[name]
+            assert re.search("[぀-ヿ一-鿿]", text) or key in ("page.separator",), key
+
+    def test_every_sentence_is_used(self) -> None:
+        source = "".join(
+            path.read_text(encoding="utf-8")
+            for path in Path(str(files("tightfit.report"))).rglob("*")
+            if path.suffix in (".py", ".html", ".js") and "vendor" not in path.parts
+        )
+        by_name = ("event.", "phase.", "category.", "plan_column.", "series.")
+        for key, _ in words("en").sentences():
+            name = key.partition(".")[2]
+            assert key.startswith(by_name) or f'"{name}"' in source or f"words.{name}" in source, key
+
+    def test_every_category_and_phase_has_a_word(self) -> None:
+        for lang in LANGUAGES:
+            assert words(lang).table("category").keys() == CATEGORY_COLOURS.keys()
+            assert words(lang).table("phase").keys() >= PHASE_COLOURS.keys()
+
+    @pytest.mark.parametrize(
+        ("environ", "expected"),
+        [({"LANG": "ja_JP.UTF-8"}, "ja"), ({"LANG": "ja_JP.UTF-8", "LC_ALL": "C"}, "en"), ({"LANG": "de_DE"}, "en")],
+    )
+    def test_the_language_of_the_locale(self, environ: dict, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        assert locale_language() == expected
+
+
+class TestCommand:
+    def test_it_writes_beside_the_metrics(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LC_ALL", "ja_JP.UTF-8")
+        run = a_run(tmp_path / "run")
+        done = here(["report", str(run)])
+        assert (done.code, done.err) == (0, "")
+        assert re.fullmatch(r".*report\.html: \d+ kB; open it in a browser\n", done.out)
+        assert '<html lang="ja">' in (run / "report.html").read_text(encoding="utf-8")
+
+    def test_with_a_dry_run_and_a_plan(self, tmp_path: Path) -> None:
+        run = a_run(tmp_path / "run")
+        (tmp_path / "dry.json").write_text(json.dumps(findings(a_timeline())))
+        (tmp_path / "plan.json").write_text(json.dumps({"predicted_peak_bytes": GIB}))
+        words_ = ["--dryrun", str(tmp_path / "dry.json"), "--plan", str(tmp_path / "plan.json"), "--lang", "en"]
+        done = here(["report", str(run), *words_, "--out", str(tmp_path / "r.html")])
+        assert done.code == 0, done.err
+        charts = data_of((tmp_path / "r.html").read_text(encoding="utf-8"))["charts"]
+        assert charts.keys() == {"loss", "rate", "memory", "timeline"}
+
+    def test_reading_a_run_needs_no_torch(self, tmp_path: Path) -> None:
+        import subprocess
+        import sys
+
+        script = (
+            "import sys; from tightfit.report.html import run_report;"
+            f"run_report({str(a_run(tmp_path / 'run'))!r}); assert 'torch' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True)
+
+    def test_a_run_is_read_in_the_order_of_its_steps(self, tmp_path: Path) -> None:
+        rows = [{"step": step, "loss": float(step)} for step in (3, 1, 2, 1)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_run(tmp_path).curves["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
