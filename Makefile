@@ -17,7 +17,7 @@ BIN := .venv/bin
 	rm -rf $@ && mv $@.part $@ && touch $@
 
 demo: .venv/installed
-	$(BIN)/tightfit train configs/train_stdlib.py
+	$(BIN)/python benchmarks/demo.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from failures import MESSAGE, Failing, Same, at, trained
+from failures import MESSAGE, Failing, Same, at, squeeze, trained, unsqueeze
 from runs import arguments, column, environment, here, newest, rows, tensors
 from torch import nn
 
@@ -114,6 +114,17 @@ class TestErrors:
         for free, kind in ((2**20, Kind.RECOVERABLE), (2**34, None)):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**35))
             assert is_out_of_memory(error) is kind
+
+    def test_the_host_s_library_without_room_for_its_code_is_out_of_memory_on_a_full_host_only(self) -> None:
+        """As oneDNN said when the limit of a training process was lowered to what it held."""
+        error = RuntimeError("could not create a primitive")
+        assert is_out_of_memory(error) is None
+        assert is_out_of_memory(RuntimeError("could not create a primitive descriptor for a matmul")) is None
+        squeeze(2**24)
+        try:
+            assert is_out_of_memory(error) is Kind.RECOVERABLE
+        finally:
+            unsqueeze()
 
     def test_no_tensor_of_the_functions_that_failed_stays_alive(self) -> None:
         alive = []

@@ -122,6 +122,23 @@ def test_decimation_keeps_the_maxima(seed):
     assert data["events"][-1] == len(every) - 1
 
 
+def test_the_largest_tensors_of_each_moment_are_named():
+    recorder = make()
+    small = take(recorder, MIB)
+    large = [take(recorder, size * MIB) for size in (5, 4, 3)]
+    recorder.give(large[0])
+    recorder.give(small)
+    tensors = {each["bytes"] // MIB: each for each in timeline_data(recorder)["tensors"]}
+    # Three at a time: the small one was among them before the others came, and the large one until it went.
+    assert {size: (each["from_event"], each["to_event"]) for size, each in tensors.items()} == {
+        1: (0, 5),
+        5: (1, 4),
+        4: (2, None),
+        3: (3, None),
+    }
+    assert all(each["operator"] == "aten::mm" and each["category"] == "activations" for each in tensors.values())
+
+
 def test_reserved_keeps_its_maximum_though_it_is_given_back_at_once():
     recorder = make()
     for _ in range(9000):

@@ -27,13 +27,17 @@ def run(arguments: Sequence[str]) -> int:
         capability=_capability(options.capability) if options.capability else None,
         steps=options.steps,
         timeout_s=options.timeout,
-        timeline=bool(options.timeline),
+        timeline=bool(options.timeline or options.html),
         snapshot=os.path.abspath(options.snapshot) if options.snapshot else None,
     )
     if options.timeline:
         from tightfit.report.timeline import timeline_picture
 
         timeline_picture(found, options.timeline)
+    if options.html:
+        from tightfit.report.html import findings_report, write
+
+        write(findings_report(found), options.html)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -60,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, help="stop after so many seconds")
     parser.add_argument("--snapshot", help="write PyTorch's memory snapshot (.pickle) for its viewer")
     parser.add_argument("--timeline", help="draw memory over time to a .png or .svg file")
+    parser.add_argument("--html", help="write a page with charts of memory and its tensors")
     parser.add_argument("--json", action="store_true", help="the same facts for machines")
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")

@@ -13,6 +13,7 @@ _OPTIONS = {
     "--gpu": "a card's name, such as 'RTX 3060 12GB'; without it the card that is here, or the processor",
     "--memory": "its total memory as the driver reports it, such as 11.69GiB; of the processor: what may be used",
     "--used": "memory that other programs use, such as 2GiB",
+    "--html": "write the plan as a page with charts",
     "--capability": "compute capability of a card that is not known, such as 8.6",
 }
 _FLAGS = {"--all-gpus": "which cards run this configuration, and how fast", "--json": "the same facts for machines"}
@@ -45,6 +46,10 @@ def run(arguments: Sequence[str]) -> int:
     else:
         where = (None if resolved.config.device == "cpu" else card_here()) or this_host(memory)
     result = make_plan(resolved, where, say=_progress)
+    if "--html" in options:
+        from tightfit.report.html import plan_report, write
+
+        write(plan_report(plan_dict(result)), options["--html"])
     print(json.dumps(plan_dict(result), indent=2) if "--json" in flags else plan_text(result))
     return OK if result.choice.best else FAILED
 

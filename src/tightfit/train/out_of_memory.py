@@ -38,6 +38,8 @@ _OUT_OF_MEMORY = re.compile(
 )
 _WHEN_FULL = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|HIPBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_NOT_INITIALIZED")
 """A library that could not make its workspace says so; with memory to spare it is another fault."""
+_WHEN_HOST_FULL = re.compile(r"could not (create|execute) a (primitive|memory object|reorder)\b(?! desc)")
+"""What oneDNN says when the system refuses it memory for its code or its scratch space; else another fault."""
 _BROKEN = re.compile(
     r"an illegal memory access was encountered|unspecified launch failure|misaligned address"
     r"|NCCL error|ncclUnhandledCudaError|ncclSystemError",
@@ -45,6 +47,7 @@ _BROKEN = re.compile(
 )
 _FULL_BYTES = 512 * 2**20
 """A device with less to spare is full for cuBLAS, whose handle and workspace take up to 100 MiB on recent cards."""
+_HOST_FULL_BYTES = 256 * 2**20
 _SIZES = (
     re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)?", re.IGNORECASE),
     re.compile(r"Unable to allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)", re.IGNORECASE),
@@ -134,7 +137,12 @@ def _kind(error: BaseException) -> Kind | None:
         return Kind.BROKEN if "NCCL" not in text.upper() or _OUT_OF_MEMORY.search(text) else None
     if _OUT_OF_MEMORY.search(text):
         return Kind.RECOVERABLE
-    return Kind.RECOVERABLE if _WHEN_FULL.search(text) and _is_full() else None
+    full = (_WHEN_FULL.search(text) and _is_full()) or (_WHEN_HOST_FULL.search(text) and _host_is_full())
+    return Kind.RECOVERABLE if full else None
+
+
+def _host_is_full() -> bool:
+    return (host_memory().budget_bytes or 0) < _HOST_FULL_BYTES
 
 
 def _is_full() -> bool:
