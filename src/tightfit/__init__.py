@@ -16,10 +16,12 @@ from tightfit.errors import (
 from tightfit.vgpu.context import VirtualGPU
 from tightfit.vgpu.worker import dryrun
 
-# The function below shares its name with a room: once the room is loaded, importing from it no longer rebinds the name.
-importlib.import_module("tightfit.train")
+# The functions below share their names with rooms: once those are loaded, importing from them rebinds no name.
+for _room in ("plan", "train"):
+    importlib.import_module(f"tightfit.{_room}")
 
 if TYPE_CHECKING:
+    from tightfit.plan.make import PlanResult
     from tightfit.train.loop import RunResult
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "TightfitError",
     "VirtualGPU",
     "dryrun",
+    "plan",
     "train",
 ]
 
@@ -47,3 +50,29 @@ def train(config: Config | None = None, **keys: Any) -> "RunResult":
 
     chosen = config if config is not None else Config(**keys)
     return run(Resolved(chosen, dict.fromkeys(vars(chosen), "call"), ()))
+
+
+def plan(
+    config: Config | None = None,
+    *,
+    gpu: str | None = None,
+    memory_bytes: int | None = None,
+    used_bytes: int = 0,
+    **keys: Any,
+) -> "PlanResult":
+    """The fastest plan for `config`, or for these keys, that fits a card by name, or this machine's processor.
+
+    `memory_bytes`: the card's total as its driver reports it, or what may be used of the host; `used_bytes`: by other
+    programs. `choice.best` is None where nothing fits. Raises TightfitError for a card that is not known.
+    """
+    from tightfit.config import Resolved
+    from tightfit.config.schema import defaults
+    from tightfit.plan.make import make_plan, named_card, this_host
+
+    chosen = config if config is not None else Config(**keys)
+    usual = defaults(Config)
+    sources = {key: "default" if value == usual[key] else "call" for key, value in vars(chosen).items()}
+    where = (
+        this_host(memory_bytes) if gpu is None else named_card(gpu, memory_bytes=memory_bytes, used_bytes=used_bytes)
+    )
+    return make_plan(Resolved(chosen, sources, ()), where)
