@@ -164,12 +164,12 @@ class Search:
                     largest = self._micro_batch if largest >= self._micro_batch else 0
                 if largest:
                     size = self._micro_batch or self._split(largest)
-                    promising.append((line.step_s(size, blocks, self._share), loss, blocks, size))
+                    promising.append((line.step_s(size, blocks, self._share), loss, blocks, size, largest))
         promising.sort()
-        wanted = [self._plan(size, blocks, loss) for _, loss, blocks, size in promising[:_OFFERED]]
+        wanted = [self._plan(size, blocks, loss) for _, loss, blocks, size, _ in promising[:_OFFERED]]
         if self._compiled and wanted:
             # Compiling takes ten times as long as tracing: the best one, and two as they would be without it.
-            wanted = [self._larger(wanted[0]), *(replace(plan, compile=False) for plan in wanted[:2])]
+            wanted = [self._larger(wanted[0], promising[0][-1]), *(replace(plan, compile=False) for plan in wanted[:2])]
         self._say(f"tracing the {len(wanted)} most promising plans in full")
         return self._trace_until_fits(wanted, lines) if wanted else []
 
@@ -199,11 +199,11 @@ class Search:
         """The micro-batch to use where `largest` sequences have room."""
         return even(largest, self._share) if self._compiled else balanced(largest, self._share)
 
-    def _larger(self, plan: Plan) -> Plan:
-        """With more sequences than the lines let in, because they are of plain kernels, and compiled ones hold less."""
+    def _larger(self, plan: Plan, largest: int) -> Plan:
+        """With more sequences than the `largest` that the lines let in: they are of kernels that hold more."""
         if self._micro_batch:
             return plan
-        size = self._split(min(self._share, int(plan.micro_batch * _COMPILED_HOLDS)))
+        size = self._split(min(self._share, int(largest * _COMPILED_HOLDS)))
         return replace(plan, micro_batch=size, eval_micro_batch=self._eval_micro_batch or size)
 
     def _trace(self, plans: list[Plan]) -> list[Prediction]:

@@ -93,7 +93,8 @@ def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work]) -
 
     if request.whole:
         evaluate()
-    _step(config, state, [sizes[0]], device)
+    if config.compile is True:
+        _step(config, state, [sizes[0]], device)  # compiles
     before = read()
     _step(config, state, [sizes[0]], device)
     single = read() - before
