@@ -100,6 +100,7 @@ class Search:
             self._losses = ["chunked"]
         is_free = is_open(resolved, "activation_checkpointing")
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
+        self._may_not_compile = is_open(resolved, "compile")
         self._with_levels = False
         """Whether the lines say what recomputing saves."""
         self._traced: dict[Plan, Prediction] = {}
@@ -108,9 +109,10 @@ class Search:
         """The choice, after a handful of traces."""
         lines = self._lines()
         request = self._request(lines)
-        if found := self._fitting(lines):
-            # Whether to compile was settled before: by the user, or because it is faster on this card.
-            found.sort(key=lambda each: (each.plan.compile != self._compiled, each.step_s(self._share)))
+        found = self._fitting(lines)
+        # Whether to compile was settled before: by the user, or because it is faster on this card.
+        found.sort(key=lambda each: (each.plan.compile != self._compiled, each.step_s(self._share)))
+        if found and (self._may_not_compile or found[0].plan.compile == self._compiled):
             return self._choice(found, request, line=lines[found[0].plan.loss])
         least = self._trace([self._plan(1, max(self._levels), self._losses[0])])[0]
         return self._choice([], request, least=least)

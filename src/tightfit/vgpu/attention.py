@@ -12,6 +12,8 @@ from torch import Tensor
 from tightfit.vgpu.card import Card, Version
 from tightfit.vgpu.hidden import HALF, Temporaries, ceil_div, contiguous_copy, nbytes, round_up, row
 
+aten = torch.ops.aten
+
 BACKENDS = frozenset({"flash", "efficient", "cudnn", "math"})
 
 _MIB_OF_SHARED_MEMORY = frozenset({(8, 0), (8, 7), (9, 0), (10, 0), (10, 1), (10, 3)})
@@ -334,3 +336,54 @@ def _efficient_backward(
         splits = 1
     of_queries = ceil_div(tokens, queries) * ceil_div(head, keys) * (16 + 4 * queries * keys) // 4
     t.take(batch * heads * round_up(of_keys + of_queries, 4) * 4)
+
+
+def attention(
+    card: Card,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by the kernel that the card would choose."""
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    chosen = choose_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, card, needs_grad=needs_grad
+    )
+    given = {"scale": scale}
+    out: Tensor
+    if chosen == "flash":
+        head = query.shape[-1]
+        short = -head % 8
+        if short:
+            query, key, value = (torch.nn.functional.pad(x, (0, short)) for x in (query, key, value))
+            given = {"scale": head**-0.5 if scale is None else scale}
+        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, **given)[0]
+        if short:
+            out = out[..., :head]
+    elif chosen == "efficient":
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, **given
+        )[0]
+    elif chosen == "cudnn":
+        out = aten._scaled_dot_product_cudnn_attention(
+            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, False, **given
+        )[0]
+    else:
+        out = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    return out
+
+
+def _expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

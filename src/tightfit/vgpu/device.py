@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tightfit.vgpu import kernels
 from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory, PoolId
+from tightfit.vgpu.attention import attention
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.kernels import Card
@@ -451,57 +452,6 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def hide_from_dynamo(cls) -> None:
         hide: Any = importlib.import_module("torch._compile")._disable_dynamo
         cls.__torch_dispatch__ = hide(cls.__torch_dispatch__, recursive=True)  # type: ignore[method-assign]
-
-
-def attention(
-    card: Card,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` by the kernel that the card would choose."""
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    chosen = kernels.choose_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, card, needs_grad=needs_grad
-    )
-    given = {"scale": scale}
-    out: Tensor
-    if chosen == "flash":
-        head = query.shape[-1]
-        short = -head % 8
-        if short:
-            query, key, value = (torch.nn.functional.pad(x, (0, short)) for x in (query, key, value))
-            given = {"scale": head**-0.5 if scale is None else scale}
-        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, **given)[0]
-        if short:
-            out = out[..., :head]
-    elif chosen == "efficient":
-        out = aten._scaled_dot_product_efficient_attention(
-            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, **given
-        )[0]
-    elif chosen == "cudnn":
-        out = aten._scaled_dot_product_cudnn_attention(
-            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, False, **given
-        )[0]
-    else:
-        out = aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-        )[0]
-    return out
-
-
-def _expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
 @cache

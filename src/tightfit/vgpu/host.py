@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.vgpu import backend, files
+from tightfit.vgpu.attention import attention
 from tightfit.vgpu.compiled import Compiler
-from tightfit.vgpu.device import VirtualDevice, attention
+from tightfit.vgpu.device import VirtualDevice
 
 
 def install(device: VirtualDevice, properties: Any) -> list[object]:
