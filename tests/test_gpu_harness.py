@@ -1,6 +1,7 @@
 """The programs of benchmarks/gpu: on the virtual card through the same code, and their arithmetic by hand."""
 
 import csv
+import importlib
 import re
 import sys
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu import calibrate, hidden, processes, replay, report, speed, tracefile, traces  # noqa: E402
+from benchmarks.gpu import calibrate, fit, hidden, processes, replay, report, speed, tracefile, traces  # noqa: E402
 from benchmarks.gpu.card import read_message  # noqa: E402
 from benchmarks.gpu.grid import EVERYTHING, Case, grid  # noqa: E402
 from benchmarks.gpu.probes import probes  # noqa: E402
+from tightfit.config import TrainConfig  # noqa: E402
 from tightfit.errors import ConfigError, DataError, DeviceError  # noqa: E402
 from tightfit.units import MIB  # noqa: E402
 from tightfit.vgpu import kernels  # noqa: E402
@@ -344,6 +346,25 @@ def test_dry_speed_runs_whole_programs_in_turn(tmp_path):
     assert (limits["gpu"], limits["bfloat16_tflops"]) == ("NVIDIA H200", "")
 
 
+def test_a_dry_fit_measures_the_plan_and_the_advice_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny = TrainConfig(
+        batch_size=8, gradient_accumulation_steps=1, block_size=32, n_layer=2, n_head=2, n_embd=64, vocab_size=512,
+        dtype="bfloat16", compile=False,
+    )  # fmt: skip
+    for _ in range(2):
+        fit.measure(tmp_path / "fit.csv", minutes=5, most=2, dry=True, config=tiny)
+    rows = calibrate.read(tmp_path / "fit.csv")
+    assert [(row["role"], row["outcome"], row["dry"], row["step_ms"]) for row in rows] == [
+        ("plan", "fits", "yes", ""),
+        ("advice", "fits", "yes", ""),
+    ]
+    assert rows[1]["candidate"] == "b4-full-eager"
+    assert int(rows[0]["predicted_reserved_bytes"]) > 0
+    names = [name for _, name in fit.candidates(TrainConfig(), fit._plan(tiny, dry=True))]
+    assert len(names) == len(set(names)) >= 72
+
+
 def test_a_rate_is_a_share_of_the_limit():
     model = speed.Model(batch=12, block=1024)
     # 12 * 12 * 768**2 + 50304 * 768 = 123,568,128 weights; times 6, and 12 * 12 * 768 * 1024 for attention
@@ -441,11 +462,11 @@ def test_the_readmes_commands_exist_and_are_short(monkeypatch, capsys):
         assert len(command) <= 2000
         if match := re.search(r"-m benchmarks\.gpu\.(\w+)(.*)", command):
             programs[match[1]] = programs.get(match[1], "") + match[2]
-    assert set(programs) == {"calibrate", "traces", "hidden", "speed", "report"}
+    assert set(programs) == {"calibrate", "traces", "hidden", "speed", "fit", "report"}
     for name, words in programs.items():
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit) as ended:
-            {"calibrate": calibrate, "traces": traces, "hidden": hidden, "speed": speed, "report": report}[name].main()
+            importlib.import_module(f"benchmarks.gpu.{name}").main()
         assert ended.value.code == 0
         shown = capsys.readouterr().out
         assert not [option for option in re.findall(r"--[a-z-]+", words) if option not in shown]

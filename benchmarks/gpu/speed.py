@@ -138,7 +138,8 @@ def whole_programs(model: Model, folder: Path, nanogpt: Path | None, *, dry: boo
         words = [f"--{key}={value}" for key, value in {**keys, "compile": compiled}.items()]
         if nanogpt is not None:
             yield Program(f"nanogpt {said}", _program(source / "train.py", words, folder, dry=dry))
-        yield Program(f"tightfit {said}", _program(trainer, ["train", *words], folder, dry=dry))
+        # At the same batch as nanoGPT: no plan is made.
+        yield Program(f"tightfit {said}", _program(trainer, ["train", *words, "--fit=off"], folder, dry=dry))
 
 
 def _program(script: Path, words: Sequence[str], folder: Path, *, dry: bool) -> Callable[[], dict[str, Any]]:
