@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "is this machine, and a run on it, in order?",
     "watch": "memory of every card and of the host, live",
     "report": "a training run as one HTML page with charts",
+    "explain": "an error log: what failed, why, and fixes that were checked",
     "convert": "checkpoints between nanoGPT and Hugging Face",
 }
 OK, FAILED, USER_MISTAKE, OUR_ERROR = 0, 1, 2, 3

@@ -1,0 +1,132 @@
+"""`tightfit explain`."""
+
+import json
+import locale
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from tightfit.cli.main import OK, wants_help
+from tightfit.config import TrainConfig, read_config
+from tightfit.errors import ConfigError
+
+_OPTIONS = {
+    "--config": "the run's configuration file; it may be given again, and --key=value replaces its keys",
+    "--gpu": "the card's name, such as 'RTX 3060 12GB', if the log does not tell it",
+    "--script": "somebody's own training script, played instead of a configuration; its arguments follow --",
+    "--lang": "en or ja; without it, as the locale says",
+}
+_FLAGS = {"--verbose": "the arithmetic, and what to paste for each fix", "--json": "the same facts for machines"}
+_WIDEST = 110
+
+
+def run(arguments: Sequence[str]) -> int:
+    words_given, script_arguments = _cut(list(arguments))
+    if wants_help(words_given):
+        print(_help())
+        return OK
+    options, flags, configs, keys, logs = _own(words_given)
+    if len(logs) > 1:
+        raise ConfigError(f"one log is explained at a time, got {len(logs)}: {', '.join(logs)}; configurations follow "
+                          "--config")  # fmt: skip
+    if script_arguments and "--script" not in options:
+        raise ConfigError("-- comes before the arguments of a script; name it with --script")
+    config = None
+    if configs or keys:
+        config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
+    from tightfit.explain.explanation import explain
+    from tightfit.explain.render import render
+    from tightfit.explain.words import words
+
+    language = options.get("--lang") or _language()
+    found = explain(
+        _source(logs, optional="--script" in options),
+        config=config,
+        lang=language,
+        gpu=options.get("--gpu"),
+        script=options.get("--script"),
+        arguments=script_arguments,
+        config_names=[*configs, *keys],
+    )
+    if "--json" in flags:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        width = min(_WIDEST, shutil.get_terminal_size().columns)
+        print(render(found, words(language), "--verbose" in flags, width))
+    return OK
+
+
+def _source(logs: list[str], *, optional: bool) -> Path | IO[bytes] | None:
+    if logs and logs[0] != "-":
+        return Path(logs[0])
+    if sys.stdin is None or sys.stdin.isatty():
+        if optional and not logs:
+            return None
+        raise ConfigError("there is no log; give its path, or pipe it in: python train.py 2>&1 | tightfit explain")
+    return sys.stdin.buffer
+
+
+def _language() -> str:
+    """Japanese where the locale is; the variables first, in their own order."""
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        if value := os.environ.get(name):
+            return "ja" if value.startswith("ja") else "en"
+    return "ja" if (locale.getlocale()[0] or "").startswith(("ja", "Japanese")) else "en"
+
+
+def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _own(arguments: list[str]) -> tuple[dict[str, str], set[str], list[str], list[str], list[str]]:
+    """Options, flags, configuration files, the configuration's keys, and logs."""
+    options: dict[str, str] = {}
+    flags: set[str] = set()
+    configs: list[str] = []
+    keys: list[str] = []
+    logs: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name in _FLAGS and not equals:
+            flags.add(name)
+        elif name in _OPTIONS:
+            if not equals and not words:
+                raise ConfigError(f"{name} needs a value; write {name}=VALUE")
+            value = value if equals else words.pop(0)
+            if name == "--config":
+                configs.append(value)
+            else:
+                options[name] = value
+        elif word.startswith("--"):
+            keys.append(word)
+            if not equals and words and not words[0].startswith("-") and _takes_value(name):
+                keys.append(words.pop(0))
+        else:
+            logs.append(word)
+    return options, flags, configs, keys, logs
+
+
+def _takes_value(name: str) -> bool:
+    """Whether `--key` is followed by its value: all but the flags of yes and no, after which a log may stand."""
+    kind = TrainConfig.__annotations__.get(name[2:].replace("-", "_"))
+    return kind is not None and kind not in (bool, bool | str)
+
+
+def _help() -> str:
+    lines = "\n".join(f"  {name:<10} {text}" for name, text in {**_OPTIONS, **_FLAGS}.items())
+    return (
+        "usage: tightfit explain [LOG] [--config FILE] [--key=value ...] [--gpu NAME] [--lang en|ja]\n\n"
+        "What failed, which tensor it was, why, and what to do, each fix checked on a virtual GPU.\n"
+        "LOG is a file, a PyTorch memory snapshot (.pickle), or standard input.\n\n"
+        "example: tightfit explain oom.log --config configs/train_openwebtext.py\n"
+        "         tightfit explain oom.log --script train.py -- --batch_size=64\n\n"
+        f"{lines}\n\nKeys of the configuration are those of tightfit train."
+    )

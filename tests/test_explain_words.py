@@ -1,0 +1,77 @@
+"""The wording of explanations: both languages complete, every sentence used, every code of the program said."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tightfit.explain
+from tightfit.errors import ConfigError
+from tightfit.explain import KINDS
+from tightfit.explain.causes import is_of_device
+from tightfit.explain.facts import Facts
+from tightfit.explain.words import LANGUAGES, words
+from tightfit.vgpu.recorder import CATEGORIES
+
+FOLDER = Path(tightfit.explain.__file__).parent
+CODE = "\n".join(file.read_text() for file in [*FOLDER.glob("*.py"), FOLDER / "words" / "__init__.py"])
+
+
+def test_both_languages_have_the_same_sentences_with_the_same_fields():
+    english, japanese = (dict(words(language).sentences()) for language in LANGUAGES)
+    assert english.keys() == japanese.keys()
+    for key, fields in english.items():
+        # Japanese may name an amount twice in one sentence or not; what is filled in must be the same.
+        assert fields == japanese[key], key
+
+
+def test_japanese_is_japanese():
+    for key, _ in words("ja").sentences():
+        table, name = key.split(".", 1)
+        said = re.sub(r"\{[^}]*\}", "", words("ja")._tables[table][name])
+        sentences = ("problem", "causes", "reasons", "nothing", "unplayed", "kinds", "kind_causes", "expected")
+        if table in sentences and not name.endswith("_one"):
+            assert re.search("[ぁ-んァ-ヶ一-龠]", said), key
+            assert re.search(r"。$|\(\)$|(ます|ません|です)。", said), key
+
+
+@pytest.mark.parametrize("key", [key for key, _ in words("en").sentences()])
+def test_every_sentence_is_used(key: str):
+    table, name = key.split(".", 1)
+    if table in ("kinds", "kind_causes", "kind_advice"):
+        assert name in KINDS
+        assert not is_of_device(Facts(kind=name))
+        return
+    if table == "phases":
+        return
+    if table == "categories":
+        assert name in CATEGORIES or f'"{name}"' in (FOLDER / "guess.py").read_text()
+        return
+    bare = name.removesuffix("_one")
+    assert re.search(rf'["\'](?:hint_)?{re.escape(bare)}["\']', CODE) or _is_formed(table, bare), key
+
+
+def _is_formed(table: str, name: str) -> bool:
+    """Codes that are put together: a hint's name behind `hint_`, the verdicts, why there is no failure."""
+    return table == "causes" and name.startswith("hint_") and f'"{name.removeprefix("hint_")}"' in CODE
+
+
+def test_every_kind_is_said():
+    for language in LANGUAGES:
+        for kind in KINDS:
+            if not is_of_device(Facts(kind=kind)):
+                assert all(words(language).has(table, kind) for table in ("kinds", "kind_causes", "kind_advice")), kind
+
+
+def test_amounts_are_said_as_people_say_them():
+    said = words("en")
+    assert [said.vformat("{x:duration}", (), {"x": x}) for x in (0.25, 119, 200, 9000, 400_000)] == [
+        "0.2 s", "119 s", "3.3 minutes", "2.5 hours", "4.6 days",
+    ]  # fmt: skip
+    assert said.vformat("{x:shape} {y:change}", (), {"x": (2, 3), "y": 0.4}) == "(2, 3) +40%"
+    assert words("ja").vformat("{x:duration}", (), {"x": 9000}) == "2.5 時間"
+
+
+def test_a_language_that_is_not_there():
+    with pytest.raises(ConfigError, match="--lang must be one of en, ja, got 'fr'"):
+        words("fr")
