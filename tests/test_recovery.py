@@ -470,12 +470,10 @@ class TestRuns:
 
 def _living_floats() -> int:
     gc.collect()
-    found = {
-        item.untyped_storage().data_ptr(): item.numel()
-        for item in gc.get_objects()
-        if issubclass(type(item), torch.Tensor) and item.dtype == torch.float32
-    }
-    return sum(found.values())
+    plain = (torch.Tensor, torch.nn.Parameter)  # other tests leave fake ones behind
+    tensors = [item for item in gc.get_objects() if type(item) in plain and item.dtype == torch.float32]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class TestRealAllocations:
