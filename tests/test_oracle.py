@@ -19,7 +19,7 @@ def test_there_are_enough() -> None:
     assert len(CONFIGURATIONS) >= 40
 
 
-SLOW = ("tightfit fp32 full compiled", "tightfit bf16 chunked compiled")
+SLOW = ("tightfit fp32 full compiled", "tightfit fp32 chunked compiled", "tightfit bf16 chunked compiled")
 """As long as all others together, and their like is among those."""
 
 
