@@ -140,3 +140,16 @@ def assert_same_end(one: Path, other: Path) -> None:
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"{len(different)} of {len(first)} tensors differ, {different[0]} among them"
     assert rows(one) == rows(other)
+
+
+def torchrun(processes: int, program: list[str]) -> "subprocess.Popen[str]":
+    """In a process group of its own, as a shell would start it."""
+    words = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

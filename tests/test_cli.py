@@ -445,7 +445,7 @@ class TestPublicFace:
 FLOORS = [
     ("errors",),
     ("units",),
-    ("config", "gpus"),
+    ("config", "gpus", "wording"),
     ("vgpu", "gpt", "data"),
     ("system",),
     ("train",),

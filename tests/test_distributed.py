@@ -4,13 +4,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from runs import Done, arguments, column, environment, here, rows
+from runs import Done, arguments, column, here, rows, torchrun
 
 from tightfit.errors import ConfigError
 from tightfit.train.distributed import World, process_group, world_of_environment
@@ -18,19 +17,6 @@ from tightfit.train.distributed import World, process_group, world_of_environmen
 KEYS = {"batch_size": 4, "gradient_accumulation_steps": 2, "eval_interval": 6, "eval_iters": 3}
 SEVEN = {"batch_size": 7, "eval_interval": 20, "max_iters": 150, "lr_decay_iters": 150, "micro_batch": 3}
 LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
-
-
-def torchrun(processes: int, program: list[str]) -> "subprocess.Popen[str]":
-    """In a process group of its own, as a shell would start it."""
-    words = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
-    return subprocess.Popen(
-        [sys.executable, "-m", *words],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def ended(running: "subprocess.Popen[str]") -> Done:

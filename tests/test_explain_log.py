@@ -180,7 +180,7 @@ RuntimeError                              Traceback (most recent call last)
 ~/anaconda3/lib/python3.7/site-packages/torch/nn/modules/module.py in _call_impl(self, *input, **kwargs)
     721         else:
 --> 722             result = self.forward(*input, **kwargs)
-File ~/work/model.py:69, in Net.forward(self, data)
+File ~/project/model.py:69, in Net.forward(self, data)
 ---> 69 x = self.layer(data)
 
 """ + SHORT.format("2.00", 0)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from failures import MESSAGE, Failing, Same, at, squeeze, trained, unsqueeze
-from runs import arguments, column, environment, here, newest, rows, tensors
+from runs import arguments, column, environment, here, newest, rows, tensors, torchrun
 from torch import nn
 
 from tightfit.train import checkpoint, loop, recovery
@@ -530,15 +530,7 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("trials", [10, pytest.param(100, marks=pytest.mark.slow)])
     def test_one_fails_at_random_and_nobody_hangs(self, tmp_path: Path, data_dir: Path, trials: int) -> None:
         program = [str(Path(__file__).parent / "failing_pair.py"), str(tmp_path), str(data_dir), str(trials)]
-        words = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
-        running = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        running = torchrun(2, program)
         try:
             out, err = running.communicate(timeout=60 + 6 * trials)
         finally:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from tightfit.cli.keys import capability
 from tightfit.cli.main import FAILED, OK
 from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
@@ -24,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
         memory_bytes=parse_bytes(options.memory) if options.memory else None,
         used_bytes=parse_bytes(options.used),
         context_bytes=parse_bytes(options.context) if options.context else None,
-        capability=_capability(options.capability) if options.capability else None,
+        capability=capability(options.capability),
         steps=options.steps,
         timeout_s=options.timeout,
         timeline=bool(options.timeline or options.html),
@@ -69,10 +70,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     return parser
-
-
-def _capability(text: str) -> tuple[int, int]:
-    major, _, minor = text.partition(".")
-    if not (major.isdecimal() and minor.isdecimal()):
-        raise ConfigError(f"--capability={text} must be two numbers with a point between them, such as 8.6")
-    return int(major), int(minor)

@@ -1,8 +1,6 @@
 """`tightfit explain`."""
 
 import json
-import locale
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -39,9 +37,9 @@ def run(arguments: Sequence[str]) -> int:
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
     from tightfit.explain.explanation import explain
     from tightfit.explain.render import render
-    from tightfit.explain.words import words
+    from tightfit.explain.words import locale_language, words
 
-    language = options.get("--lang") or _language()
+    language = options.get("--lang") or locale_language()
     found = explain(
         _source(logs, optional="--script" in options),
         config=config,
@@ -67,14 +65,6 @@ def _source(logs: list[str], *, optional: bool) -> Path | IO[bytes] | None:
             return None
         raise ConfigError("there is no log; give its path, or pipe it in: python train.py 2>&1 | tightfit explain")
     return sys.stdin.buffer
-
-
-def _language() -> str:
-    """Japanese where the locale is; the variables first, in their own order."""
-    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
-        if value := os.environ.get(name):
-            return "ja" if value.startswith("ja") else "en"
-    return "ja" if (locale.getlocale()[0] or "").startswith(("ja", "Japanese")) else "en"
 
 
 def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:

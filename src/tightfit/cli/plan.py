@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from tightfit.cli.keys import capability
 from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
@@ -41,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
             options["--gpu"],
             memory_bytes=memory,
             used_bytes=parse_bytes(options.get("--used", "0")),
-            capability=_capability(options.get("--capability")),
+            capability=capability(options.get("--capability")),
         )
     else:
         where = (None if resolved.config.device == "cpu" else card_here()) or this_host(memory)
@@ -57,15 +58,6 @@ def run(arguments: Sequence[str]) -> int:
 def _progress(text: str) -> None:
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
-
-
-def _capability(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    major, _, minor = text.partition(".")
-    if not (major.isdecimal() and minor.isdecimal()):
-        raise ConfigError(f"--capability={text} must be two numbers with a point between them, such as 8.6")
-    return int(major), int(minor)
 
 
 def _own(arguments: Sequence[str]) -> tuple[dict[str, str], set[str], list[str]]:

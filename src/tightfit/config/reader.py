@@ -106,13 +106,22 @@ def _from_text(kind: Any, text: str) -> object:
     quoted = len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]
     if kind is str and not quoted:
         return text  # --wandb_run_name=123 and --start=\n stay as typed
+    value = literal(text)
+    return value if isinstance(value, str) == (kind is str) else text
+
+
+def literal(text: str) -> object:
+    """The Python value that `text` writes down, or `text` itself; nothing is executed.
+
+    >>> literal("1e5"), literal("out-owt")
+    (100000.0, 'out-owt')
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = ast.literal_eval(text)
+            return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
-    return value if isinstance(value, str) == (kind is str) else text
 
 
 def _refuse_bare_key(argument: str, keys: dict[str, Any]) -> None:

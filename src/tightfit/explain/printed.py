@@ -1,11 +1,10 @@
 """What a run printed about itself: nanoGPT's configuration, the versions of torch and the driver, the GPU."""
 
-import ast
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tightfit.config.reader import literal
 from tightfit.config.schema import TrainConfig, defaults
 
 READ = 2**18
@@ -142,10 +141,5 @@ def _value(text: str) -> object:
         for part in text.split("*"):
             result *= int(part)
         return result
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = ast.literal_eval(text)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        return text
+    value = literal(text)
     return value if isinstance(value, str | int | float | bool) else text

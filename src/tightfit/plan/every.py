@@ -7,7 +7,7 @@ from typing import Any
 from tightfit.config import Resolved, TrainConfig
 from tightfit.gpus import GPU, all_gpus
 from tightfit.plan.budget import device_budget
-from tightfit.plan.candidates import is_open
+from tightfit.plan.candidates import Plan, is_open
 from tightfit.plan.choose import Line, line_through
 from tightfit.plan.make import ALLOCATOR, EXPANDABLE, with_vocabulary
 from tightfit.plan.predict import Predictor, Target
@@ -53,8 +53,6 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
 
 
 def _line(config: TrainConfig, gpu: GPU, share: int, levels: list[int]) -> Line:
-    from tightfit.plan.candidates import Plan
-
     small = min(_SMALL_BATCH, share)
     points = [(1, levels[0]), (small, levels[0]), (small, levels[-1])]
     plans = [

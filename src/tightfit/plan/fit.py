@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tightfit.config import Resolved, TrainConfig
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.plan.candidates import is_open
-from tightfit.plan.make import PlanResult, Where, card_here, make_plan, this_host
+from tightfit.plan.make import Where, card_here, make_plan, this_host
 from tightfit.plan.predict import cache_folder
 from tightfit.train.fallback import Fallback
 from tightfit.units import MIB, format_bytes, parse_bytes
@@ -26,7 +26,6 @@ class Fitted:
 
     resolved: Resolved[TrainConfig]
     fallback: Fallback | None = None
-    result: PlanResult | None = None
 
 
 def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fitted:
@@ -62,7 +61,7 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     kept = {key: value for key, value in best.plan.keys().items() if is_open(resolved, key)}
     sources = {**resolved.sources, **dict.fromkeys(kept, SOURCE)}
     planned = Resolved(replace(config, **kept), sources, resolved.warnings)
-    return Fitted(planned, PlannedFallback.of(result.choice, config.n_layer), result)
+    return Fitted(planned, PlannedFallback.of(result.choice, config.n_layer))
 
 
 def _where(config: TrainConfig) -> Where | None:

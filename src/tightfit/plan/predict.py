@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -258,8 +258,3 @@ def _sources() -> str:
     for table in sorted(package.glob("*.csv")):
         digest.update(table.read_bytes())
     return digest.hexdigest()
-
-
-def as_dict(prediction: Prediction, share: int) -> dict[str, Any]:
-    """For --json."""
-    return asdict(prediction) | {"step_s": prediction.step_s(share)}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -174,8 +173,3 @@ def _uncompiled(model: GPT) -> Iterator[None]:
 def _named_phase(name: Any) -> contextlib.AbstractContextManager[None]:
     running = VirtualSession._running
     return running.phases.named(name) if running is not None else contextlib.nullcontext()
-
-
-def settings_of_environment() -> dict[str, str]:
-    """The allocator's variables of this process."""
-    return {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}

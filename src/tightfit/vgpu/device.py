@@ -415,7 +415,7 @@ class VirtualDevice:
     # Operators written in Python
 
     def _python_body(self, func: Any) -> Callable[..., Any] | None:
-        """The function behind a `torch.library.custom_op`, which fake tensors treat as one step."""
+        """The function behind a custom operator (`custom_op`), which fake tensors treat as one step."""
         if func.namespace in _PACKAGES_OF_CUSTOM_OPERATORS:
             return None
         from torch._library.custom_ops import OPDEFS

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.vgpu import backend, files
@@ -139,8 +139,8 @@ def _install_threads(device: VirtualDevice) -> None:
 
 def _install_compile(device: VirtualDevice, properties: Any) -> None:
     compiler = Compiler(device, properties)
-    library: Any = torch
-    library.compile = compiler.compile
+    pytorch: Any = torch
+    pytorch.compile = compiler.compile
 
     def compile_module(module: nn.Module, *args: Any, **options: Any) -> None:
         compiled = compiler.compile(module._call_impl, *args, **options)
@@ -150,13 +150,13 @@ def _install_compile(device: VirtualDevice, properties: Any) -> None:
     modules.compile = compile_module
 
 
-def _install_attention(device: VirtualDevice) -> torch.library.Library:
+def _install_attention(device: VirtualDevice) -> library.Library:
     """On fake tensors torch takes the plain implementation; a card chooses a kernel."""
-    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    operators = library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
     def chosen(*args: Any, **kwargs: Any) -> Tensor:
         return attention(device.card, *args, **kwargs)
 
     for key in ("AutogradCUDA", "CUDA"):
-        library.impl("scaled_dot_product_attention", chosen, key, allow_override=True)  # type: ignore[no-untyped-call]
-    return library
+        operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)  # type: ignore[no-untyped-call]
+    return operators

@@ -1,63 +1,38 @@
 """Every sentence of an explanation, in English and Japanese; the text itself is in the TOML files beside this."""
 
 import functools
-import string
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tightfit.errors import ConfigError
-from tightfit.units import format_bytes, format_count
+from tightfit import wording
+from tightfit.wording import LANGUAGES, locale_language
 
-LANGUAGES = ("en", "ja")
+__all__ = ["LANGUAGES", "Words", "locale_language", "words"]
+
 _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
 
 
-class Words(string.Formatter):
-    """The sentences of one language: `words("causes", "outside", outside_bytes=...)`.
-
-    Formats of its own: `bytes` (6.14 GiB), `count` (124M), `duration` (26 days), `shape` ((65536, 50304)), `change`
-    (+5%), and `named-TABLE`, which says a value by its word in that table.
+class Words(wording.Words):
+    """More formats: `duration` (26 days), `shape` ((65536, 50304)), `change` (+5%), and `named-TABLE`, which says a
+    value by its word in that table. What is not known is a question mark; of lists only those of mappings are joined.
     """
 
-    def __init__(self, language: str) -> None:
-        self.language = language
-        text = files("tightfit.explain.words").joinpath(f"{language}.toml").read_text(encoding="utf-8")
-        self._tables: dict[str, dict[str, str]] = tomllib.loads(text)
+    separator = ("units", "separator")
 
-    def __call__(self, table: str, key: str, /, **values: object) -> str:
-        """A value that is a list of mappings is joined, each said by the sentence `<name>_one` of the same table."""
-        shown = {name: self._joined(table, f"{name}_one", value) for name, value in values.items()}
-        return self.vformat(self._tables[table][key], (), shown)
+    def __init__(self, package: str, language: str) -> None:
+        super().__init__(package, language)
+        self.formats |= {
+            "duration": self._duration,
+            "shape": lambda shape: f"({', '.join(map(str, shape))})",
+            "change": lambda change: f"{change:+.0%}",
+        }
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None:
             return "?"
         if format_spec.startswith("named-"):
             return self.name(format_spec.removeprefix("named-"), str(value))
-        own: dict[str, Callable[[Any], str]] = {
-            "bytes": format_bytes,
-            "count": format_count,
-            "duration": self._duration,
-            "shape": lambda shape: f"({', '.join(map(str, shape))})",
-            "change": lambda change: f"{change:+.0%}",
-        }
-        return own[format_spec](value) if format_spec in own else format(value, format_spec)
-
-    def name(self, table: str, key: str) -> str:
-        """The word for `key`, or `key` itself: a phase or category that there is no word for."""
-        return self._tables[table].get(key, key)
-
-    def has(self, table: str, key: str) -> bool:
-        return key in self._tables.get(table, {})
-
-    def sentences(self) -> Iterator[tuple[str, frozenset[str]]]:
-        """Each sentence as `table.key`, with the fields that it fills in."""
-        for table, sentences in self._tables.items():
-            for key, sentence in sentences.items():
-                fields = ((name, spec) for _, name, spec, _ in self.parse(sentence) if name)
-                yield f"{table}.{key}", frozenset(f"{name}:{spec}" for name, spec in fields)
+        return super().format_field(value, format_spec)
 
     def _duration(self, seconds: float) -> str:
         size, unit = next((size, unit) for size, unit in _UNITS if seconds >= 2 * size)
@@ -65,14 +40,13 @@ class Words(string.Formatter):
         return self("units", unit, value=f"{value:.0f}" if value >= 9.95 else f"{value:.1f}")
 
     def _joined(self, table: str, one: str, value: object) -> object:
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value or not isinstance(value[0], Mapping):
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if is_list and not (value and isinstance(value[0], Mapping)):  # type: ignore[index]
             return value
-        return self._tables["units"]["separator"].join(self(table, one, **item) for item in value)
+        return super()._joined(table, one, value)
 
 
 @functools.cache
 def words(language: str) -> Words:
     """ConfigError for a language that there are no words in."""
-    if language not in LANGUAGES:
-        raise ConfigError(f"--lang must be one of {', '.join(LANGUAGES)}, got {language!r}")
-    return Words(language)
+    return Words("tightfit.explain.words", language)

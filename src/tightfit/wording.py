@@ -1,0 +1,81 @@
+"""Sentences in English and Japanese, from TOML files: what every room's `words` share."""
+
+import locale
+import os
+import string
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from tightfit.errors import ConfigError
+from tightfit.units import format_bytes, format_count
+
+LANGUAGES = ("en", "ja")
+
+
+class Words(string.Formatter):
+    """The sentences of one language in the folder of `package`: `words("nvml", "other", detail="...")`.
+
+    Formats of its own: `{free_bytes:bytes}` is 2.68 GiB, `{parameters:count}` is 124M. ConfigError for a language that
+    there are no words in.
+    """
+
+    separator = ("words", "separator")
+    """Table and key of what stands between the entries of a list."""
+
+    def __init__(self, package: str, language: str) -> None:
+        if language not in LANGUAGES:
+            raise ConfigError(f"--lang must be one of {', '.join(LANGUAGES)}, got {language!r}")
+        self.language = language
+        self.formats: dict[str, Callable[[Any], str]] = {"bytes": format_bytes, "count": format_count}
+        text = files(package).joinpath(f"{language}.toml").read_text(encoding="utf-8")
+        self._tables: dict[str, dict[str, str]] = tomllib.loads(text)
+
+    def __call__(self, table: str, key: str, /, **values: object) -> str:
+        """A value that is a list is joined; each mapping in it is said by the sentence `<name>_one` of the same table.
+
+        An entry in which something is not known, None, is said by `<name>_one_unknown` where there is one.
+        """
+        shown = {name: self._joined(table, f"{name}_one", value) for name, value in values.items()}
+        return self.vformat(self._tables[table][key], (), shown)
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        own = self.formats.get(format_spec)
+        return own(value) if own else str(super().format_field(value, format_spec))
+
+    def name(self, table: str, key: str) -> str:
+        """The word for `key`, or `key` itself: a phase, category or field that there is no word for."""
+        return self._tables[table].get(key, key)
+
+    def has(self, table: str, key: str) -> bool:
+        return key in self._tables.get(table, {})
+
+    def table(self, table: str) -> Mapping[str, str]:
+        return self._tables[table]
+
+    def sentences(self) -> Iterator[tuple[str, frozenset[str]]]:
+        """Each sentence as `table.key`, with the fields that it fills in and their formats."""
+        for table, sentences in self._tables.items():
+            for key, sentence in sentences.items():
+                fields = ((name, spec) for _, name, spec, _ in self.parse(sentence) if name)
+                yield f"{table}.{key}", frozenset(f"{name}:{spec}" for name, spec in fields)
+
+    def _joined(self, table: str, one: str, value: object) -> object:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return value
+        table_of, key = self.separator
+        return self._tables[table_of][key].join(self._entry(table, one, entry) for entry in value)
+
+    def _entry(self, table: str, one: str, entry: object) -> str:
+        if not isinstance(entry, Mapping):
+            return str(entry)
+        is_unknown = None in entry.values() and self.has(table, f"{one}_unknown")
+        return self(table, f"{one}_unknown" if is_unknown else one, **entry)
+
+
+def locale_language() -> str:
+    """Japanese where the user's environment says so, else English."""
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    said = next(filter(None, names), None) or locale.getlocale()[0] or ""
+    return "ja" if said.lower().startswith(("ja", "japanese")) else "en"
