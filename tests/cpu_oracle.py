@@ -90,7 +90,7 @@ def _optimizer(configuration: Configuration, model: nn.Module) -> torch.optim.Op
     parameters = list(model.parameters())
     match configuration.optimizer:
         case "fused":
-            return build_optimizer(model, weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
+            return build_optimizer(model.parameters(), weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
         case "foreach":
             return torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
         case "single":

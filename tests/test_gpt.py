@@ -216,7 +216,7 @@ def test_cropped_positions_leave_short_sequences_alone() -> None:
 
 def test_matrices_decay_and_vectors_do_not_in_nanogpts_order() -> None:
     model = GPT(tiny(n_layer=1))
-    groups = build_optimizer(model, weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95)).param_groups
+    groups = build_optimizer(model.parameters(), weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95)).param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
     block = "transformer.h.0."
     assert [names[p] for p in groups[0]["params"]] == [
@@ -235,7 +235,7 @@ def test_matrices_decay_and_vectors_do_not_in_nanogpts_order() -> None:
 
 def test_moments_exist_at_once_and_steps_are_adamws() -> None:
     models = [build(tiny()) for _ in range(2)]
-    ours = build_optimizer(models[0], weight_decay=0.1, learning_rate=1e-2, betas=(0.9, 0.95))
+    ours = build_optimizer(models[0].parameters(), weight_decay=0.1, learning_rate=1e-2, betas=(0.9, 0.95))
     assert all(len(ours.state[p]) == 3 for p in models[0].parameters())
     plain = torch.optim.AdamW(
         [

@@ -26,7 +26,7 @@ with tightfit.VirtualGPU("H200") as gpu:
         config = GPTConfig(block_size=128, vocab_size=2048, n_layer=layers, n_head=4, n_embd=width)
         before = allocator.requested_bytes
         model = GPT.on_device(config, torch.device("cuda"), loss="full", checkpointed_blocks=blocks * layers)
-        optimizer = build_optimizer(model, weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
+        optimizer = build_optimizer(model.parameters(), weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
         autocast = lambda: torch.autocast("cuda", dtype=torch.bfloat16)
         state = StepState(model, optimizer, torch.amp.GradScaler(enabled=False), autocast)
         ids = torch.zeros(batch, 128, dtype=torch.int64, device="cuda")

@@ -23,7 +23,7 @@ def use_optimizer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """AdamW with another implementation than the package chooses here."""
 
     def build(model: nn.Module, **keys: Any) -> torch.optim.Optimizer:
-        fused = build_optimizer(model, **keys)
+        fused = build_optimizer(model.parameters(), **keys)
         options = {"lr": keys["learning_rate"], "betas": keys["betas"], "foreach": kind == "foreach"}
         groups = [{key: group[key] for key in ("params", "weight_decay")} for group in fused.param_groups]
         other = torch.optim.AdamW(groups, fused=False, **options)

@@ -58,7 +58,7 @@ def main() -> None:
         if not theirs:
             ours = GPT(GPTConfig(**args))
             ours.load_state_dict(reference.state_dict())
-            optimizer = build_optimizer(ours, weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
+            optimizer = build_optimizer(ours.parameters(), weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
         called = reference if theirs else ours
         losses = []
         for x, y in batches(given.text, given.steps):

@@ -125,7 +125,7 @@ class _Run:
     def _checkpoint_of_the_host(self, folder: Path) -> Checkpoint:
         """A checkpoint that never was on the card, so that what is measured is the resuming alone."""
         model = build_model(self.config, self.shape, None, torch.device("cpu"))
-        optimizer = build_optimizer(model, weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
+        optimizer = build_optimizer(model.parameters(), weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
         ckpt.save(folder, _content(self.config, model, optimizer))
         return ckpt.load(folder / ckpt.BEST)
 

@@ -45,7 +45,14 @@ def run(arguments: Sequence[str]) -> int:
         from tightfit.report.dryrun import dryrun_text
 
         sys.stderr.flush()
-        print(dryrun_text(found))
+        print(dryrun_text(found), flush=True)
+        if found["failure"] and options.explain:
+            from tightfit.cli.explained import text_for_terminal
+            from tightfit.explain.explanation import explain_dryrun
+            from tightfit.explain.words import locale_language
+
+            lang = options.lang or locale_language()
+            print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=lang))}")
     return OK if found["outcome"] == "fits" else FAILED
 
 
@@ -66,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--snapshot", help="write PyTorch's memory snapshot (.pickle) for its viewer")
     parser.add_argument("--timeline", help="draw memory over time to a .png or .svg file")
     parser.add_argument("--html", help="write a page with charts of memory and its tensors")
+    parser.add_argument("--no-explain", dest="explain", action="store_false", help="do not explain why it fails")
+    parser.add_argument("--lang", help="of the explanation: en or ja; without it, as the locale says")
     parser.add_argument("--json", action="store_true", help="the same facts for machines")
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")

@@ -1,7 +1,6 @@
 """`tightfit explain`."""
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ _OPTIONS = {
     "--lang": "en or ja; without it, as the locale says",
 }
 _FLAGS = {"--verbose": "the arithmetic, and what to paste for each fix", "--json": "the same facts for machines"}
-_WIDEST = 110
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,14 +34,12 @@ def run(arguments: Sequence[str]) -> int:
     if configs or keys:
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
     from tightfit.explain.explanation import explain
-    from tightfit.explain.render import render
-    from tightfit.explain.words import locale_language, words
+    from tightfit.explain.words import locale_language
 
-    language = options.get("--lang") or locale_language()
     found = explain(
         _source(logs, optional="--script" in options),
         config=config,
-        lang=language,
+        lang=options.get("--lang") or locale_language(),
         gpu=options.get("--gpu"),
         script=options.get("--script"),
         arguments=script_arguments,
@@ -52,8 +48,9 @@ def run(arguments: Sequence[str]) -> int:
     if "--json" in flags:
         print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
     else:
-        width = min(_WIDEST, shutil.get_terminal_size().columns)
-        print(render(found, words(language), "--verbose" in flags, width))
+        from tightfit.cli.explained import text_for_terminal
+
+        print(text_for_terminal(found, verbose="--verbose" in flags))
     return OK
 
 

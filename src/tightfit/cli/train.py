@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tightfit.cli.keys import keys_help
-from tightfit.cli.main import OK, wants_help
+from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.cli.prepare import prepare_with_bar
 from tightfit.config import Resolved, TrainConfig, read_config
+from tightfit.errors import TightfitError
 from tightfit.train.supervise import supervise, wants_supervision
 
 PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
@@ -41,8 +42,30 @@ def run(arguments: Sequence[str]) -> int:
         resolved, fallback = fitted.resolved, fitted.fallback
     from tightfit.train.loop import train  # torch is imported only when there is something to train
 
-    result = train(resolved, fallback)
+    try:
+        result = train(resolved, fallback)
+    except Exception as error:
+        failed = _out_of_memory(error)
+        if failed is None or os.environ.get("RANK", "0") != "0":
+            raise
+        from tightfit.cli.explained import explain_failed_run
+
+        print(f"tightfit: {error}", file=sys.stderr, flush=True)
+        explain_failed_run(failed[0], resolved.config, micro_batch=failed[1])
+        return FAILED
     return OK if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _out_of_memory(error: Exception) -> tuple[str, int | None] | None:
+    """What the device said, and the micro-batch that the run had come down to; None for any other error."""
+    from tightfit.train.out_of_memory import Kind, is_out_of_memory
+    from tightfit.train.recovery import OutOfMemory, last_line
+
+    if isinstance(error, OutOfMemory):
+        return error.message, error.settings.micro_batch if error.settings else None
+    if isinstance(error, TightfitError) or is_out_of_memory(error) is not Kind.RECOVERABLE:
+        return None
+    return last_line(error), None  # --recover=False
 
 
 def _prepare_if_missing(resolved: Resolved[TrainConfig]) -> None:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
 
+LOSSY = ("bf16_parameters", "block_size")
+"""Changes of the result that a plan makes only if `allow` names them."""
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -34,6 +36,10 @@ def _is_source_of_weights(value: str) -> bool:
 
 def _is_device(value: str) -> bool:
     return bool(re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", value))
+
+
+def _words(value: str) -> list[str]:
+    return [word.strip() for word in value.split(",") if word.strip()]
 
 
 _COUNT = _Rule(lambda value: value >= 1, "at least 1")
@@ -59,6 +65,13 @@ _RULES: dict[str, _Rule] = {
     "backend": _one_of("auto", "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl"),
     "loss": _one_of("auto", "chunked", "full", "liger"),
     "fit": _one_of("auto", "off"),
+    "offload": _one_of("none", "optimizer"),
+    "param_dtype": _one_of("float32", "bfloat16"),
+    "allow": _Rule(
+        lambda value: set(_words(value)) <= set(LOSSY),
+        f"some of {', '.join(LOSSY)}, with commas between them",
+        "each changes the result of training, and is used only where nothing else fits",
+    ),
     "supervise": _Rule(lambda value: isinstance(value, bool) or value == "auto", "True, False or auto"),
     "memory": _Rule(lambda value: value == "auto" or bool(parse_bytes(value)), "auto or a size such as 8GiB"),
     "mode": _one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
@@ -233,11 +246,17 @@ class TrainConfig(Schema):
     """How the loss is computed: full (all logits at once), chunked, liger, or auto."""
     activation_checkpointing: int = 0
     """Transformer blocks, from the first, that are recomputed in backward instead of kept."""
+    offload: str = "none"
+    """What is kept in host memory: none, or optimizer (its state, gradients and full weights)."""
+    param_dtype: str = "float32"
+    """Number format of weights, gradients and moments: float32, or bfloat16, which is lossy."""
     seed: int = 1337
     """Seed of initialization, data order and dropout."""
 
     fit: str = "auto"
     """Whether what is left open above is chosen to fit the device: auto, or off for nanoGPT's literal behaviour."""
+    allow: str = ""
+    """Lossy changes that a plan may make where nothing else fits: bf16_parameters, block_size."""
     memory: str = "auto"
     """Memory that the run may use: auto for what is free, or a size such as 8GiB."""
     recover: bool = True
@@ -276,6 +295,11 @@ class TrainConfig(Schema):
         ):
             if broken:
                 raise ConfigError(message)
+
+    @property
+    def allowed(self) -> list[str]:
+        """The words of `allow`."""
+        return _words(self.allow)
 
     @property
     def effective_batch(self) -> int:

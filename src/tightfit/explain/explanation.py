@@ -16,9 +16,10 @@ from tightfit.explain.facts import Facts
 from tightfit.explain.log import LogReading, read_log
 from tightfit.explain.plays import Outcome, Stage, variant_of
 from tightfit.explain.printed import Printed
-from tightfit.explain.remedies import DOES_NOT_FIT, FITS, Remedy, others_remedy, play_all, ranked, unplayed
+from tightfit.explain.remedies import DOES_NOT_FIT, FITS, UNCHECKED, Remedy, play_all, ranked, unplayed
 from tightfit.explain.snapshot import read_snapshot_failure
 from tightfit.explain.words import Words, words
+from tightfit.gpus import find_gpu
 
 _SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
 """Keys of which a log must print at least one for its run to be played."""
@@ -128,6 +129,28 @@ def explain(
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
 
 
+def explain_dryrun(
+    findings: Mapping[str, Any], script: str, arguments: Sequence[str] = (), *, lang: str = "en"
+) -> Explanation:
+    """A dry run that ended out of memory, from its findings (`tightfit.dryrun`); remedies are played as it was."""
+    started = time.monotonic()
+    words(lang)
+    reading = read_log("torch.OutOfMemoryError: " + findings["failure"]["message"])
+    gpu = findings["gpu"]
+    major, minor = gpu["capability"].split(".")
+    card = Card(
+        name=gpu["name"],
+        capability=(int(major), int(minor)),
+        total_bytes=gpu["total_bytes"],
+        used_bytes=gpu["used_by_others_bytes"],
+        context_bytes=gpu["context_bytes"],
+        how_named="given",
+        total_stated=True,
+    )
+    found = _of_findings(findings, reading, card, lang, script, list(arguments))
+    return replace(found, seconds=time.monotonic() - started)
+
+
 def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReading:
     if source is None:
         return LogReading(failure=None, kind_of_nothing="empty")
@@ -213,15 +236,25 @@ def _with_script(
     card = card_of(facts or Facts(kind="cuda_out_of_memory"), reading.context, gpu)
     if card is None:
         raise ConfigError("the log does not tell the card; name it with --gpu, such as --gpu 'RTX 3060 12GB'")
-    request: dict[str, Any] = {
-        "gpu": card.name, "memory_bytes": card.total_bytes if card.total_stated else None,
-        "context_bytes": card.context_bytes,
-    }  # fmt: skip
-    found = dryrun_script(script, arguments, used_bytes=card.used_bytes, **request)
-    outcome = _outcome_of_script(found)
+    found = dryrun_script(script, arguments, used_bytes=card.used_bytes, **_request_of(card))
     if facts is None and found["failure"]:
         reading = read_log("torch.OutOfMemoryError: " + found["failure"]["message"])
-        facts = reading.failure
+    return _of_findings(found, reading, card, lang, script, arguments)
+
+
+def _request_of(card: Card) -> dict[str, Any]:
+    return {
+        "gpu": card.name,
+        "memory_bytes": card.total_bytes if card.total_stated else None,
+        "context_bytes": card.context_bytes,
+        "capability": card.capability if find_gpu(card.name) is None else None,
+    }
+
+
+def _of_findings(
+    found: Mapping[str, Any], reading: LogReading, card: Card, lang: str, script: str, arguments: list[str]
+) -> Explanation:
+    facts, outcome = reading.failure, _outcome_of_script(found)
     plain = Explanation(facts=facts, reading=reading, language=lang, card=card, played="script")
     if facts is None or outcome is None:
         if outcome is None and found["outcome"] == "error":
@@ -229,9 +262,10 @@ def _with_script(
         fits = Cause(code="play_fits", label=SIMULATED, values={"device_bytes": found["peak"]["device_bytes"]})
         return replace(plain, causes=(fits,))
     culprit = culprit_of_play(facts, outcome, of_script=True)
-    remedies = [each for each in unplayed(facts, of_device=True) if each.code not in _PLAYED_FOR_SCRIPTS]
-    if outcome.failure:
-        remedies += _played_for_scripts(facts, card, script, arguments, request, found)
+    remedies = list(unplayed(facts, of_device=True))
+    open_ = {each.code for each in remedies if each.verdict == UNCHECKED} & {"expandable_segments", "close_others"}
+    remedies = [each for each in remedies if each.code not in open_]
+    remedies += [_played_for_script(code, card, script, arguments, outcome) for code in sorted(open_)]
     return replace(
         plain,
         culprit=culprit,
@@ -241,45 +275,32 @@ def _with_script(
     )
 
 
-_PLAYED_FOR_SCRIPTS = ("expandable_segments", "close_others")
+_EXPANDABLE = "expandable_segments:True"
 
 
-def _played_for_scripts(
-    facts: Facts, card: Card, script: str, arguments: list[str], request: dict[str, Any], before: Mapping[str, Any]
-) -> list[Remedy]:
-    """What changes nothing in the script, played: the allocator's setting, and nobody else on the card."""
+def _played_for_script(code: str, card: Card, script: str, arguments: list[str], before: Outcome) -> Remedy:
+    """What changes nothing in a script, where the figures leave it open: the allocator's setting, nobody beside it."""
     from tightfit.vgpu.worker import dryrun_script
 
-    setting = "expandable_segments:True"
-    changes: list[tuple[str, dict[str, Any], dict[str, str], tuple[str, ...]]] = [
-        ("expandable_segments", {"used_bytes": card.used_bytes}, {"PYTORCH_CUDA_ALLOC_CONF": setting},
-         (f"export PYTORCH_CUDA_ALLOC_CONF={setting}",)),
-    ]  # fmt: skip
-    found = []
-    if card.used_bytes:
-        changes.append(("close_others", {"used_bytes": 0}, {}, ("nvidia-smi",)))
+    used, environ, paste = card.used_bytes, dict(os.environ), "nvidia-smi"
+    if code == "close_others":
+        used = 0
     else:
-        found.append(others_remedy(facts))
-    for code, keywords, environ, paste in changes:
-        after = dryrun_script(script, arguments, environ={**os.environ, **environ}, **request, **keywords)
-        failure = after["failure"]
-        fits = after["outcome"] == "fits"
-        device_bytes = after["peak"]["device_bytes"] if fits else failure["process_bytes"] + failure["requested_bytes"]
-        values = {
-            "device_bytes": device_bytes, "total_bytes": card.total_bytes, "phase": after["peak"]["phase"],
-            "room_bytes": card.total_bytes - keywords["used_bytes"], "others_bytes": card.used_bytes,
-        }  # fmt: skip
-        if failure:
-            values |= {key: failure[key] for key in ("requested_bytes", "free_bytes", "phase")}
-        need = before["failure"]["process_bytes"] + before["failure"]["requested_bytes"]
-        found.append(
-            Remedy(
-                code=code, verdict=FITS if fits else DOES_NOT_FIT, reason="fits" if fits else "fails_at",
-                label=SIMULATED, exact=True, device_bytes=device_bytes, saved_bytes=need - device_bytes, paste=paste,
-                values=values,
-            )
-        )  # fmt: skip
-    return found
+        environ["PYTORCH_CUDA_ALLOC_CONF"], paste = _EXPANDABLE, f"export PYTORCH_CUDA_ALLOC_CONF={_EXPANDABLE}"
+    after = dryrun_script(script, arguments, environ=environ, used_bytes=used, **_request_of(card))
+    failure, fits = after["failure"], after["outcome"] == "fits"
+    device_bytes = failure["process_bytes"] + failure["requested_bytes"] if failure else after["peak"]["device_bytes"]
+    values = {
+        "device_bytes": device_bytes, "total_bytes": card.total_bytes, "phase": after["peak"]["phase"],
+        "room_bytes": card.total_bytes - used, "others_bytes": card.used_bytes,
+    }  # fmt: skip
+    if failure:
+        values |= {key: failure[key] for key in ("requested_bytes", "free_bytes", "phase")}
+    return Remedy(
+        code=code, verdict=FITS if fits else DOES_NOT_FIT, reason="fits" if fits else "fails_at", label=SIMULATED,
+        exact=True, device_bytes=device_bytes, saved_bytes=before.device_bytes - device_bytes, paste=(paste,),
+        values=values,
+    )  # fmt: skip
 
 
 def _outcome_of_script(found: Mapping[str, Any]) -> Outcome | None:
@@ -294,4 +315,4 @@ def _outcome_of_script(found: Mapping[str, Any]) -> Outcome | None:
     )  # fmt: skip
 
 
-__all__ = ["Explanation", "Words", "explain"]
+__all__ = ["Explanation", "Words", "explain", "explain_dryrun"]

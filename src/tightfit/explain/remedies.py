@@ -427,7 +427,7 @@ class _Plan:
     def _of_others(self) -> Remedy:
         outcome = self.outcomes.get("close_others")
         if outcome is None:
-            return others_remedy(self._facts)
+            return _others_remedy(self._facts)
         judged = self._judged(
             "close_others", outcome, exact=True, paste=("nvidia-smi",), others_bytes=self._card.used_bytes
         )
@@ -475,7 +475,7 @@ def _cache_remedy(code: str, facts: Facts, *, paste: tuple[str, ...]) -> Remedy:
     return Remedy(code=code, verdict=UNCHECKED, reason=reason, label=LIKELY, exact=True, paste=paste, values=values)
 
 
-def others_remedy(facts: Facts) -> Remedy:
+def _others_remedy(facts: Facts) -> Remedy:
     """Closing other programs, by the message's own figures."""
     others, free, requested = facts.others_bytes, facts.free_bytes, facts.requested_bytes
     if others is None or free is None or requested is None:
@@ -522,6 +522,6 @@ def unplayed(facts: Facts, *, of_device: bool) -> tuple[Remedy, ...]:
             *general,
             _cache_remedy("expandable_segments", facts, paste=(f"export {_ENVIRON}",)),
             _cache_remedy("empty_cache", facts, paste=("torch.cuda.empty_cache()",)),
-            others_remedy(facts),
+            _others_remedy(facts),
         ]
     )

@@ -131,8 +131,8 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _project_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x (in x's precision), of weight and of bias (in the weight's)."""
+    """Gradients of x (in its precision), of weight (in its) and of bias (in float32)."""
     rows = grad.flatten(0, -2)
     grad_x = grad @ weight.to(grad.dtype)
     grad_weight = (rows.t() @ x.flatten(0, -2)).to(weight.dtype)
-    return grad_x, grad_weight, rows.sum(0, dtype=weight.dtype) if with_bias else None
+    return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if with_bias else None

@@ -1,11 +1,13 @@
 """AdamW as nanoGPT sets it up: matrices decay, vectors do not."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 
 def build_optimizer(
-    model: nn.Module, *, weight_decay: float, learning_rate: float, betas: tuple[float, float]
+    parameters: Iterable[nn.Parameter], *, weight_decay: float, learning_rate: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """AdamW with nanoGPT's two groups, in its order, so that its optimizer states load.
 
@@ -13,7 +15,7 @@ def build_optimizer(
     The moments exist at once, not from the first step on: a run that starts has its full size, and long-lived
     memory does not end up between short-lived blocks (GPT-2 124M on the CPU: 200 MiB less at the peak).
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

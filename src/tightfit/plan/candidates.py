@@ -1,4 +1,4 @@
-"""What may change so that a run fits, and leaves its result as it was.
+"""What may change so that a run fits: first what leaves its result as it was, then, only if allowed, what does not.
 
 A plan says how the step that the user asked for is run. The effective batch, the data order and the result are the
 user's.
@@ -31,16 +31,34 @@ class Plan:
     activation_checkpointing: int
     """Transformer blocks that are recomputed in backward."""
     compile: bool
+    offload: str = "none"
+    """none, or optimizer: what is in host memory."""
+    param_dtype: str = "float32"
+    """Of the weights, their gradients and moments; bfloat16 is lossy."""
+    block_size: int = 0
+    """Tokens of a sequence; 0: as asked. Fewer are lossy."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the mathematics of the step is what was asked for, up to rounding."""
+        return self.param_dtype == "float32" and not self.block_size
 
     def keys(self) -> dict[str, Any]:
         """The configuration's keys that it sets."""
-        return {
+        keys: dict[str, Any] = {
             "micro_batch": self.micro_batch,
             "eval_micro_batch": self.eval_micro_batch,
             "loss": self.loss,
             "activation_checkpointing": self.activation_checkpointing,
             "compile": self.compile,
         }
+        if self.offload != "none":
+            keys["offload"] = self.offload
+        if self.param_dtype != "float32":
+            keys["param_dtype"] = self.param_dtype
+        if self.block_size:
+            keys["block_size"] = self.block_size
+        return keys
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """The configuration of this plan."""
@@ -56,6 +74,55 @@ def is_open(resolved: Resolved[TrainConfig], key: str) -> bool:
     if key in OPEN:
         return bool(OPEN[key](resolved.config))
     return resolved.sources[key] == "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relief:
+    """A change that makes room where smaller passes do not, with what it costs the user."""
+
+    name: str
+    """As --allow takes it, if it is lossy; else for people."""
+    keys: dict[str, Any]
+    exact: bool = True
+    costs: str = ""
+
+
+OFFLOAD = Relief(name="offload", keys={"offload": "optimizer"}, costs="gradients go to the host in every pass")
+BF16 = Relief(
+    name="bf16_parameters",
+    keys={"param_dtype": "bfloat16"},
+    exact=False,
+    costs="updates smaller than 1/256 of a weight are lost: training learns more slowly, or stops",
+)
+_SHORTEST = 128
+"""Tokens; a shorter context is another task."""
+
+
+def reliefs(resolved: Resolved[TrainConfig], *, may_offload: bool) -> list[Relief]:
+    """In order of what they cost the user, the first of them nothing at all."""
+    config = resolved.config
+    found = [Relief(name="", keys={})]
+    if may_offload and is_open(resolved, "offload"):
+        found.append(OFFLOAD)
+    if config.param_dtype == "float32":
+        found.append(BF16)
+    best = found[1].keys if OFFLOAD in found else {}
+    shorter = config.block_size // 2
+    while shorter >= _SHORTEST:
+        costs = f"the model learns from {shorter} tokens of context instead of {config.block_size}"
+        found.append(Relief(name="block_size", keys={**best, "block_size": shorter}, exact=False, costs=costs))
+        shorter //= 2
+    return found
+
+
+def parameters_of(config: TrainConfig) -> int:
+    """Numbers that are trained, but for biases and layer norms.
+
+    >>> parameters_of(TrainConfig(vocab_size=50304))
+    124355328
+    """
+    width = config.n_embd
+    return (12 * config.n_layer * width + (config.vocab_size or 50_304) + config.block_size) * width
 
 
 def balanced(micro_batch: int, share: int) -> int:

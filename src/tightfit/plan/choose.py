@@ -11,8 +11,17 @@ from typing import Any
 
 from tightfit.config import Resolved, TrainConfig
 from tightfit.plan.budget import Budget
-from tightfit.plan.candidates import Plan, balanced, checkpointing_levels, even, is_open
+from tightfit.plan.candidates import (
+    Plan,
+    Relief,
+    balanced,
+    checkpointing_levels,
+    even,
+    is_open,
+    parameters_of,
+)
 from tightfit.plan.predict import Prediction, Predictor
+from tightfit.units import format_bytes
 
 _SMALL_BATCH = 4
 """The larger of the two micro-batches that give a line."""
@@ -40,6 +49,10 @@ class Choice:
     line: "Line | None" = None
     """How the best plan's memory grows."""
     share: int = 1
+    relief: Relief | None = None
+    """What the best plan, or the least one, changes besides the size of a pass."""
+    lossy: "Choice | None" = None
+    """Where nothing fits: the first change of those that were not allowed with which something does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,8 @@ class Estimate:
 
     plan: Plan
     peak_bytes: int
-    step_s: float
+    step_s: float | None
+    """None: the peak is a bound from below, by the weights and what comes with them."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,54 @@ class Line:
         return max(0, min(share, int((budget - self.start) / each) if each > 0 else share))
 
 
+def choose(
+    resolved: Resolved[TrainConfig],
+    predictor: Predictor,
+    budget: Budget,
+    share: int,
+    *,
+    reliefs: list[Relief],
+    compiled: bool,
+    on_host: bool,
+    say: Callable[[str], object] = lambda text: None,
+) -> Choice:
+    """The choice with the first of `reliefs` that gives one; lossy ones count if the configuration allows them."""
+    config, choice, request = resolved.config, None, None
+    last_exact = [relief for relief in reliefs if relief.exact][-1]
+    for relief in reliefs:
+        search = Search(resolved, predictor, budget, share, compiled=compiled, on_host=on_host, relief=relief, say=say)
+        needs = state_bytes(config, relief)
+        if needs > budget.bytes and relief is not last_exact:
+            say(f"weights, gradients and moments alone take {format_bytes(needs)}: nothing is traced")
+            request = request or Estimate(plan=search.requested(), peak_bytes=needs, step_s=None)
+            continue
+        if relief.name:
+            say(f"nothing fits; trying {relief.name}")
+        is_allowed = relief.exact or relief.name in config.allowed
+        found = search.run()
+        request = request or found.request
+        found = replace(found, relief=relief, request=request)
+        if found.best and is_allowed:
+            return found
+        if found.best:
+            assert choice is not None, "the first is no lossy one"
+            return replace(choice, lossy=found)
+        if is_allowed:
+            choice = found
+    assert choice is not None, "the last exact one is always tried"
+    return choice
+
+
+def state_bytes(config: TrainConfig, relief: Relief) -> int:
+    """Bytes of the device's memory below which no step is possible: weights, gradients and both moments together."""
+    keys = {"offload": config.offload, "param_dtype": config.param_dtype, **relief.keys}
+    if keys["offload"] != "none":
+        return 2 * parameters_of(config)
+    return (8 if keys["param_dtype"] == "bfloat16" else 16) * parameters_of(config)
+
+
 class Search:
-    """One search; `run` gives the choice."""
+    """One search, with one relief; `run` gives the choice."""
 
     def __init__(
         self,
@@ -88,16 +148,20 @@ class Search:
         *,
         compiled: bool,
         on_host: bool,
-        say: Callable[[str], object] = lambda text: None,
+        relief: Relief,
+        say: Callable[[str], object],
     ) -> None:
         config = resolved.config
+        self._base = {"offload": config.offload, "param_dtype": config.param_dtype, **relief.keys}
+        if self._base["offload"] != "none" and config.compile == "auto":
+            compiled = False  # as train.hardware decides
         self._predictor, self._budget, self._share, self._say = predictor, budget, share, say
         self._compiled, self._config = compiled, config
         self._micro_batch = 0 if is_open(resolved, "micro_batch") else min(config.micro_batch, share)
         self._eval_micro_batch = 0 if is_open(resolved, "eval_micro_batch") else config.eval_micro_batch
-        self._losses = ["chunked", "full"] if is_open(resolved, "loss") else [config.loss]
-        if on_host and is_open(resolved, "loss"):  # chunks are what is faster there, too
-            self._losses = ["chunked"]
+        self._losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
+        if (on_host or relief.name) and is_open(resolved, "loss"):
+            self._losses = ["chunked"]  # on the host the faster one, too; elsewhere there was no room for the other
         is_free = is_open(resolved, "activation_checkpointing")
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
         self._may_not_compile = is_open(resolved, "compile")
@@ -114,7 +178,7 @@ class Search:
         found.sort(key=lambda each: (each.plan.compile != self._compiled, each.step_s(self._share)))
         if found and (self._may_not_compile or found[0].plan.compile == self._compiled):
             return self._choice(found, request, line=lines[found[0].plan.loss])
-        least = self._trace([self._plan(1, max(self._levels), self._losses[0])])[0]
+        least = self._trace([self._plan(1, max(self._levels), self._losses[-1])])[0]
         return self._choice([], request, least=least)
 
     def _choice(
@@ -139,18 +203,21 @@ class Search:
     def _lines(self) -> dict[str, Line]:
         """Two or three traces for each loss, of plain kernels: compiling takes longer and hardly moves the lines."""
         least, small = min(self._levels), min(_SMALL_BATCH, self._share)
-        lines = self._traced_lines([(1, least), (small, least)])
-        budget = self._budget.bytes
+        budget, self._predictor.will_compile = self._budget.bytes, self._compiled
+        lines = self._traced_lines([(1, least), (small, least)], self._losses[:1])
+        # A loss in chunks makes room for more sequences, which is of use where few have any; else it only takes longer.
+        if lines[self._losses[0]].largest(budget, 0, self._share) < small:
+            lines |= self._traced_lines([(1, least), (small, least)], self._losses[1:])
         # Recomputing a block costs more than passes of fewer sequences: it is for where hardly one has room.
         if len(self._levels) > 1 and all(line.largest(budget, 0, self._share) < small for line in lines.values()):
-            lines = self._traced_lines([(1, least), (small, least), (small, max(self._levels))])
+            lines = self._traced_lines([(1, least), (small, least), (small, max(self._levels))], self._losses)
             self._with_levels = True
         return lines
 
-    def _traced_lines(self, points: list[tuple[int, int]]) -> dict[str, Line]:
-        plans = {
-            loss: [self._plan(size, blocks, loss, compiled=False) for size, blocks in points] for loss in self._losses
-        }
+    def _traced_lines(self, points: list[tuple[int, int]], losses: list[str]) -> dict[str, Line]:
+        if not losses:
+            return {}
+        plans = {loss: [self._plan(size, blocks, loss, compiled=False) for size, blocks in points] for loss in losses}
         every = [plan for each in plans.values() for plan in each]
         self._say(f"tracing {len(every)} steps to see how memory grows")
         found = dict(zip(every, self._predictor.predict(every, whole=False), strict=True))
@@ -161,17 +228,16 @@ class Search:
         promising = []
         for loss, line in lines.items():
             for blocks in self._levels if self._with_levels else [min(self._levels)]:
-                largest = line.largest(self._budget.bytes, blocks, self._share)
-                if self._micro_batch:
-                    largest = self._micro_batch if largest >= self._micro_batch else 0
-                if largest:
+                if largest := self._largest(line, blocks):
                     size = self._micro_batch or self._split(largest)
-                    promising.append((line.step_s(size, blocks, self._share), loss, blocks, size, largest))
+                    promising.append((line.step_s(size, blocks, self._share), loss, blocks, size))
         promising.sort()
-        wanted = [self._plan(size, blocks, loss) for _, loss, blocks, size, _ in promising[:_OFFERED]]
+        wanted = [self._plan(size, blocks, loss) for _, loss, blocks, size in promising[:_OFFERED]]
         if self._compiled and wanted:
             # Compiling takes ten times as long as tracing: the best one, and two as they would be without it.
-            wanted = [self._larger(wanted[0], promising[0][-1]), *(replace(plan, compile=False) for plan in wanted[:2])]
+            _, loss, blocks, _ = promising[0]
+            best = self._compiled_plan(lines[loss], blocks, loss)
+            wanted = [*([best] if best else []), *(replace(plan, compile=False) for plan in wanted[:2])]
         self._say(f"tracing the {len(wanted)} most promising plans in full")
         return self._trace_until_fits(wanted, lines) if wanted else []
 
@@ -201,12 +267,20 @@ class Search:
         """The micro-batch to use where `largest` sequences have room."""
         return even(largest, self._share) if self._compiled else balanced(largest, self._share)
 
-    def _larger(self, plan: Plan, largest: int) -> Plan:
-        """With more sequences than the `largest` that the lines let in: they are of kernels that hold more."""
+    def _largest(self, line: Line, blocks: int) -> int:
+        """The largest micro-batch that a line lets in, or the one that is asked for; 0 where that has no room."""
+        largest = line.largest(self._budget.bytes, blocks, self._share)
         if self._micro_batch:
-            return plan
-        size = self._split(min(self._share, int(largest * _COMPILED_HOLDS)))
-        return replace(plan, micro_batch=size, eval_micro_batch=self._eval_micro_batch or size)
+            return self._micro_batch if largest >= self._micro_batch else 0
+        return largest
+
+    def _compiled_plan(self, line: Line, blocks: int, loss: str) -> Plan | None:
+        """With more sequences than the line lets in, which is of kernels that hold more."""
+        largest = self._largest(line, blocks)
+        if not largest:
+            return None
+        more = min(self._share, int(largest * _COMPILED_HOLDS))
+        return self._plan(self._micro_batch or self._split(more), blocks, loss)
 
     def _trace(self, plans: list[Plan]) -> list[Prediction]:
         found = self._predictor.predict(plans)
@@ -220,20 +294,21 @@ class Search:
             loss=loss,
             activation_checkpointing=blocks,
             compile=self._compiled if compiled is None else compiled,
+            **self._base,
         )
 
     def _request(self, lines: dict[str, Line]) -> Estimate:
         """nanoGPT's literal reading: `batch_size` sequences at once, all logits, nothing recomputed."""
-        config = self._config
-        size = self._micro_batch or min(config.batch_size, self._share)
-        loss = "full" if "full" in lines else self._losses[0]
-        blocks = 0 if len(self._levels) > 1 else self._levels[0]
-        plan = self._plan(size, blocks, loss)
+        plan = self.requested()
+        line, size, blocks = lines[plan.loss], plan.micro_batch, plan.activation_checkpointing
         return Estimate(
-            plan=plan,
-            peak_bytes=round(lines[loss].peak(size, blocks)),
-            step_s=lines[loss].step_s(size, blocks, self._share),
+            plan=plan, peak_bytes=round(line.peak(size, blocks)), step_s=line.step_s(size, blocks, self._share)
         )
+
+    def requested(self) -> Plan:
+        """The plan of that reading."""
+        size = self._micro_batch or min(self._config.batch_size, self._share)
+        return self._plan(size, 0 if len(self._levels) > 1 else self._levels[0], self._losses[0])
 
 
 def line_through(points: list[Prediction]) -> Line:
@@ -266,6 +341,13 @@ def as_dict(choice: Choice) -> dict[str, Any]:
         "best": None if choice.best is None else _row(choice.best, choice.share, fits=True),
         "alternatives": [_row(each, choice.share, fits=fits) for each, fits in rows],
         "least": None if choice.least is None else _row(choice.least, choice.share, fits=False),
+        "lossy": None
+        if choice.lossy is None or choice.lossy.best is None or choice.lossy.relief is None
+        else {
+            "allow": choice.lossy.relief.name,
+            "costs": choice.lossy.relief.costs,
+            **_row(choice.lossy.best, choice.share, fits=True),
+        },
     }
 
 
@@ -278,6 +360,6 @@ def _row(prediction: Prediction, share: int, *, fits: bool) -> dict[str, Any]:
         "phase": prediction.phase,
         "step_s": prediction.step_s(share),
         "fits": fits,
-        "exact": True,
+        "exact": plan.is_exact,
         "categories": prediction.categories,
     }

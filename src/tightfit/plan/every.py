@@ -27,6 +27,8 @@ class CardRow:
     """Sequences at once; 0 if not even one has room."""
     blocks: int
     """Recomputed ones."""
+    offload: bool
+    """Whether the optimizer has to be in host memory."""
     needs_bytes: int
     """By the least that was looked at, if nothing fits; else by this plan."""
     step_s: float | None
@@ -40,6 +42,7 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
     """Every card of the table, the smallest first."""
     config = replace(with_vocabulary(resolved.config), device="cuda", loss="chunked")
     share = config.effective_batch
+    may_offload = is_open(resolved, "offload")
     levels = [0, config.n_layer] if is_open(resolved, "activation_checkpointing") else [config.activation_checkpointing]
     by_capability: dict[tuple[int, int], list[GPU]] = {}
     for gpu in all_gpus():
@@ -48,7 +51,13 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
     for number, (capability, cards) in enumerate(sorted(by_capability.items()), 1):
         say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
         line = _line(config, cards[0], share, levels)
-        rows += [_row(config, card, cards[0], line, share, levels) for card in cards]
+        here = [_row(config, card, cards[0], line, share, levels) for card in cards]
+        if may_offload and not all(row.fits for row in here):
+            offloaded = replace(config, offload="optimizer")
+            line = _line(offloaded, cards[0], share, levels)
+            others = [_row(offloaded, card, cards[0], line, share, levels) for card in cards]
+            here = [row if row.fits else other for row, other in zip(here, others, strict=True)]
+        rows += here
     return sorted(rows, key=lambda row: (row.memory_bytes, row.gpu))
 
 
@@ -62,6 +71,7 @@ def _line(config: TrainConfig, gpu: GPU, share: int, levels: list[int]) -> Line:
             loss="chunked",
             activation_checkpointing=blocks,
             compile=False,
+            offload=config.offload,
         )
         for size, blocks in points
     ]
@@ -83,6 +93,7 @@ def _row(config: TrainConfig, gpu: GPU, traced: GPU, line: Line, share: int, lev
                 fits=True,
                 micro_batch=size,
                 blocks=blocks,
+                offload=config.offload != "none",
                 needs_bytes=round(line.peak(size, blocks)),
                 step_s=seconds,
                 tokens_per_s=share * config.block_size / seconds,
@@ -93,6 +104,7 @@ def _row(config: TrainConfig, gpu: GPU, traced: GPU, line: Line, share: int, lev
         fits=False,
         micro_batch=0,
         blocks=levels[-1],
+        offload=config.offload != "none",
         needs_bytes=round(line.peak(1, levels[-1])) + budget.context_bytes + budget.margin_bytes,
         step_s=None,
         tokens_per_s=None,

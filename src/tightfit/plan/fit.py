@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tightfit.config import Resolved, TrainConfig
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.plan.candidates import is_open
+from tightfit.plan.candidates import is_open, parameters_of
 from tightfit.plan.make import Where, card_here, make_plan, this_host
 from tightfit.plan.predict import cache_folder
 from tightfit.train.fallback import Fallback
@@ -58,7 +58,8 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     say(one_line(result))
     for name, value in result.environ.items():
         os.environ.setdefault(name, value)
-    kept = {key: value for key, value in best.plan.keys().items() if is_open(resolved, key)}
+    lossy = set() if best.plan.is_exact else {"param_dtype", "block_size"}
+    kept = {key: value for key, value in best.plan.keys().items() if key in lossy or is_open(resolved, key)}
     sources = {**resolved.sources, **dict.fromkeys(kept, SOURCE)}
     planned = Resolved(replace(config, **kept), sources, resolved.warnings)
     return Fitted(planned, PlannedFallback.of(result.choice, config.n_layer))
@@ -86,9 +87,8 @@ def _rough_bound(config: TrainConfig, share: int) -> int:
     size = min(config.micro_batch or config.batch_size, share)
     vocabulary = config.vocab_size or 50_304
     width, tokens = config.n_embd, size * config.block_size
-    parameters = (12 * config.n_layer * width + vocabulary + config.block_size) * width
     layer = 2 * (34 * tokens * width + 5 * config.n_head * config.block_size * tokens)
-    return 20 * parameters + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB
+    return 20 * parameters_of(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB
 
 
 @contextlib.contextmanager

@@ -21,13 +21,16 @@ from tightfit.data import open_dataset
 from tightfit.errors import TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.plan.budget import Budget, device_budget, host_budget, spills_to_host
-from tightfit.plan.choose import Choice, Search
+from tightfit.plan.candidates import parameters_of, reliefs
+from tightfit.plan.choose import Choice, choose
 from tightfit.plan.predict import Predictor, Target, cache_folder
 from tightfit.system import gpu_memory, host_memory
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
 """Segments that grow: what is cached is not lost to fragmentation, so larger micro-batches fit."""
+OFFLOADED_BYTES = 16
+"""Of host memory for a parameter whose optimizer is there: weight, gradient and two moments of float32."""
 _COMPILES_FROM = (7, 0)
 """Compute capability that Triton needs."""
 
@@ -41,6 +44,8 @@ class Where:
     budget: Budget
     known: bool = True
     """Whether the card is in the table."""
+    is_here: bool = False
+    """Whether it is in this machine."""
     notes: tuple[str, ...] = ()
 
 
@@ -87,16 +92,17 @@ def make_plan(
     )
     on = replace(config, device="cpu" if where.gpu is None else "cuda")
     with Predictor(on, target) as predictor:
-        search = Search(
-            Resolved(on, resolved.sources, resolved.warnings),
+        asked = Resolved(on, resolved.sources, resolved.warnings)
+        choice = choose(
+            asked,
             predictor,
             where.budget,
             share,
+            reliefs=reliefs(asked, may_offload=processes == 1 and _has_host_memory(config, where)),
             compiled=_compiles(config, where.gpu),
             on_host=where.gpu is None,
             say=say,
         )
-        choice = search.run()
         traced = predictor.traced
     return PlanResult(
         config=config,
@@ -140,6 +146,7 @@ def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None
         gpu=gpu,
         budget=device_budget(gpu, total_bytes=total, used_bytes=used),
         known=gpu.name in _names(),
+        is_here=True,
         notes=(*notes, *([why] if why else [])),
     )
 
@@ -169,6 +176,14 @@ def measured_host() -> dict[str, Any]:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found))
     return found
+
+
+def _has_host_memory(config: TrainConfig, where: Where) -> bool:
+    """Whether the host has room for an optimizer; of the machine of a card that is only named, nothing is known."""
+    if where.gpu is None:
+        return False
+    free = host_memory().budget_bytes if where.is_here else None
+    return free is None or free > OFFLOADED_BYTES * parameters_of(config)
 
 
 def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:

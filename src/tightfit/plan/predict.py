@@ -5,6 +5,7 @@ A prediction is only ever of the plan itself: it was traced, on this torch, for 
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,7 +28,7 @@ from tightfit.plan.candidates import Plan
 _TIMEOUT_S = 600
 _MEMORY_KEYS = (
     "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size", "dtype", "compile", "mode", "loss",
-    "activation_checkpointing", "micro_batch", "eval_micro_batch", "device",
+    "activation_checkpointing", "micro_batch", "eval_micro_batch", "device", "offload", "param_dtype",
 )  # fmt: skip
 """Keys that decide, as they are, what a step takes."""
 
@@ -80,6 +81,9 @@ class Predictor:
         self._config, self._target = config, target
         self._workers = workers or min(4, os.cpu_count() or 1)
         self._zygote: _Zygote | None = None
+        self._compiler: _Zygote | None = None
+        self.will_compile = False
+        """Whether a compiled plan is to be expected."""
         self._lock = threading.Lock()
         self.traced = 0
         """Traces that were made, not found on disk."""
@@ -90,8 +94,9 @@ class Predictor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._zygote is not None:
-            self._zygote.close()
+        for process in (self._zygote, self._compiler):
+            if process is not None:
+                process.close()
 
     def predict(self, plans: list[Plan], *, whole: bool = True) -> list[Prediction]:
         """Predictions of `plans`, in their order, `whole` ones or of the steps alone.
@@ -152,17 +157,26 @@ class Predictor:
         with self._lock:
             if self._zygote is None:
                 self._zygote = _Zygote()
+                if self.will_compile and importlib.util.find_spec("triton"):
+                    self._compiler = _Zygote("one")
             self.traced += 1
-        return self._zygote.ask(request)
+            asked = self._zygote
+            if request["config"]["compile"] is True and self._compiler is not None:
+                asked, self._compiler = self._compiler, None
+        try:
+            return asked.ask(request)
+        finally:
+            if asked is not self._zygote:
+                asked.close()
 
 
 class _Zygote:
-    """The process that forks a child for each trace."""
+    """The process that forks a child for each trace, or, with "one", itself makes one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *arguments: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tightfit-")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tightfit.plan.zygote"],
+            [sys.executable, "-m", "tightfit.plan.zygote", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -209,11 +223,8 @@ class _Zygote:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()  # nobody waits for what it may still be doing
+        self._process.wait()
         self._listener.join(10)
         assert self._process.stdout is not None
         self._process.stdout.close()

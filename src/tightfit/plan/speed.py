@@ -24,6 +24,8 @@ HOST_EAGER_S, HOST_COMPILED_S = 9e-6, 4e-6
 """Python and dispatch on the host for each kernel; the device waits if that takes longer than its own work."""
 HOST_LINK = 12e9
 """Bytes/s between pinned host memory and the device: PCIe 3.0 x16 in practice, and half of 4.0's."""
+HOST_MEMORY = 20e9
+"""Bytes/s that a desktop's processor reads and writes in AdamW's update: half the peak of two channels of DDR4."""
 UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH = 25e12, 300e9
 """For a card whose figures no source gives: an RTX 3060's."""
 
@@ -40,9 +42,15 @@ class Rates:
     launch_s: float = LAUNCH_S
     host_s: float = 0.0
     """Per kernel."""
+    has_host: bool = True
+    """Whether a host works beside the device; on the host itself everything is a kernel of its own."""
 
     def seconds(self, kernel: Kernel) -> float:
-        """Time of one kernel on the device."""
+        """Time of one kernel, wherever it runs."""
+        if kernel.place == "link":
+            return kernel.nbytes / 2 / HOST_LINK  # what is read here is written there
+        if kernel.place == "host" and self.has_host:
+            return kernel.nbytes / HOST_MEMORY
         peaks = self.attention if kernel.is_attention else self.matmul
         rate = peaks.get(kernel.dtype, peaks["float32"])
         return max(kernel.flops / rate, kernel.nbytes / self.bandwidth) + self.launch_s
@@ -67,7 +75,7 @@ def rates_of(gpu: GPU, *, compiled: bool) -> Rates:
 
 def host_rates(flops: dict[str, float], bandwidth: float) -> Rates:
     """Rates of this machine's processor, from what was measured on it."""
-    return Rates(matmul=flops, attention=flops, bandwidth=bandwidth, launch_s=0.0, host_s=0.0)
+    return Rates(matmul=flops, attention=flops, bandwidth=bandwidth, launch_s=0.0, has_host=False)
 
 
 class Meter:

@@ -1,6 +1,7 @@
 """A plan, or that there is none, in sentences."""
 
-from tightfit.plan.make import PlanResult
+from tightfit.plan.choose import Estimate
+from tightfit.plan.make import OFFLOADED_BYTES, PlanResult
 from tightfit.plan.predict import Prediction
 from tightfit.units import format_bytes
 
@@ -14,12 +15,17 @@ def one_line(result: PlanResult) -> str:
     why = (
         "as asked"
         if request is None or request.peak_bytes <= result.where.budget.bytes
-        else (f"because {request.plan.micro_batch} at once would need about {format_bytes(request.peak_bytes)}")
+        else (f"because {request.plan.micro_batch} at once would need {about(request)}")
     )
     return (
         f"plan: {in_words(best, result.choice.share)}; {format_bytes(best.peak_bytes)} of "
         f"{format_bytes(result.where.budget.bytes)} that {device_name(result)} has for it, {why}"
     )
+
+
+def about(request: Estimate) -> str:
+    """What was asked for needs, by a line or at least."""
+    return f"{'about' if request.step_s else 'at least'} {format_bytes(request.peak_bytes)}"
 
 
 def in_words(prediction: Prediction, share: int) -> str:
@@ -30,6 +36,13 @@ def in_words(prediction: Prediction, share: int) -> str:
     if plan.activation_checkpointing:
         words.append(f"{plan.activation_checkpointing} blocks recomputed")
     words.append("compiled" if plan.compile else "not compiled")
+    if plan.offload != "none":
+        host = format_bytes(OFFLOADED_BYTES * prediction.parameters)
+        words.append(f"optimizer and gradients in {host} of host memory")
+    if plan.param_dtype != "float32":
+        words.append(f"weights in {plan.param_dtype} (lossy)")
+    if plan.block_size:
+        words.append(f"block_size {plan.block_size} (lossy)")
     return ", ".join(words)
 
 
@@ -49,5 +62,12 @@ def nothing_fits(result: PlanResult) -> str:
             f"{format_bytes(least.peak_bytes - result.where.budget.bytes)} too much:"
         )
         lines += [f"    {format_bytes(size):>11}  {name}" for name, size in least.categories.items() if size > 2**20]
-        lines.append(f"  A card with {format_bytes(need + result.where.budget.used_bytes)} or more would do.")
+        lossy = result.choice.lossy
+        if lossy and lossy.best and lossy.relief:
+            lines.append(
+                f"  With --allow={lossy.relief.name} it would fit: {in_words(lossy.best, result.choice.share)}; "
+                f"{format_bytes(lossy.best.peak_bytes)}. It is lossy: {lossy.relief.costs}."
+            )
+        whole = format_bytes(need + result.where.budget.used_bytes)
+        lines.append(f"  {'A card' if result.where.gpu else 'A machine'} with {whole} or more would do.")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from tightfit.gpt.model import GPT, PADDED_VOCAB, GPTConfig
 from tightfit.gpus import resolve_gpu
 from tightfit.plan.speed import Meter, Work, host_rates, rates_of
 from tightfit.train.distributed import World
-from tightfit.train.hardware import choose_hardware
+from tightfit.train.hardware import DTYPES, choose_hardware
 from tightfit.train.sample import generate
 from tightfit.train.setup import build_state
 from tightfit.train.step import StepState, evaluation_loss, optimizer_step
@@ -131,12 +131,13 @@ def _model(config: TrainConfig, device: torch.device) -> GPT:
     )
     loss: Any = config.loss
     options = {"loss": loss, "checkpointed_blocks": config.activation_checkpointing}
-    if device.type == "cpu":
-        return GPT(shape, **options)
+    param_dtype = DTYPES[config.param_dtype]
+    if device.type == "cpu" or config.offload != "none":  # weights that the step's state moves to the device
+        return GPT(shape, **options).to(param_dtype)
     if config.init_from != "scratch":
-        return GPT.on_device(shape, device, **options)
+        return GPT.on_device(shape, device, **options).to(param_dtype)
     with torch.device("meta"):
-        model = GPT(shape, **options)
+        model = GPT(shape, **options).to(param_dtype)
     # A tied weight is met twice, and is on the device the second time.
     model._apply(lambda t: t if t.device.type != "meta" else torch.empty_like(t, device=device))  # type: ignore[no-untyped-call]
     return model

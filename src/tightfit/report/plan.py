@@ -1,13 +1,15 @@
 """A plan as a person reads it: the card, the memory by category, the choice, the alternatives."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tightfit.plan.choose import as_dict
-from tightfit.plan.every import CardRow
 from tightfit.plan.make import PlanResult
 from tightfit.plan.predict import Prediction
-from tightfit.plan.text import device_name, in_words, nothing_fits
+from tightfit.plan.text import about, device_name, in_words, nothing_fits
 from tightfit.units import format_bytes, format_count, format_duration
+
+if TYPE_CHECKING:
+    from tightfit.plan.every import CardRow
 
 _BAR = 48
 _MARKS = "█▓▒░▚▞▤▥▦"
@@ -74,10 +76,8 @@ def _request(result: PlanResult) -> str:
     if request is None:
         return text
     verdict = "fits" if request.peak_bytes <= result.where.budget.bytes else "does not fit"
-    return (
-        f"{text}\nAs asked, {request.plan.micro_batch} at once with all their logits: about "
-        f"{format_bytes(request.peak_bytes)}, which {verdict}."
-    )
+    asked = f"{request.plan.micro_batch} at once with all their logits"
+    return f"{text}\nAs asked, {asked}: {about(request)}, which {verdict}."
 
 
 def _rate(result: PlanResult, seconds: float) -> str:
@@ -132,12 +132,13 @@ def _notes(result: PlanResult) -> str:
     return "\n".join(notes)
 
 
-def cards_text(rows: list[CardRow]) -> str:
+def cards_text(rows: "list[CardRow]") -> str:
     """A table of every card."""
     lines = [f"{'card':<38} {'memory':>10}  {'at once':>7}  {'recomputed':>10}  {'tokens/s':>9}"]
     for row in rows:
         if row.fits and row.tokens_per_s is not None:
             rest = f"{row.micro_batch:>7}  {row.blocks or '':>10}  {format_count(row.tokens_per_s):>9}"
+            rest += "  optimizer on the host" if row.offload else ""
         else:
             rest = f"does not fit: {format_bytes(row.needs_bytes)} at least"
         lines.append(f"{row.gpu:<38} {format_bytes(row.memory_bytes):>10}  {rest}")

@@ -60,6 +60,10 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
             f"batch_size * gradient_accumulation_steps = {config.effective_batch} sequences a step cannot be "
             f"shared by {world.size} processes; start at most {config.effective_batch}"
         )
+    if config.offload != "none" and world.size > 1:
+        raise ConfigError(
+            f"offload={config.offload} is for one process, and this run has {world.size}; set --offload=none"
+        )
     with process_group(world, config.backend, hardware.device):
         reporter = Reporter(is_main=world.is_main)
         try:
@@ -236,6 +240,7 @@ class _Run:
     def _undo_step(self) -> None:
         """All that a step leaves before its update: gradients, what the scaler noted of them, data read ahead."""
         self.state.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # of weights whose optimizer is on the host
         reset_scaler(self.state.optimizer, self.state.scaler)
         self._read_on()
 
@@ -286,9 +291,10 @@ class _Run:
         self._report_status()
 
     def _write_checkpoint(self, name: str) -> None:
+        offload = self.state.offload
         content = Checkpoint(
             model_config=self.model.config,
-            model=self.model.state_dict(),
+            model=offload.full_weights(self.model) if offload else self.model.state_dict(),
             optimizer=self.state.optimizer.state_dict(),
             step=self.step,
             best_val_loss=self.best_val_loss,

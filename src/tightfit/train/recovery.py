@@ -59,6 +59,10 @@ class OutOfMemory(DoesNotFit):
 
     of_all = False
     """Whether every process raises it, at the same place."""
+    message = ""
+    """What the device or the system said."""
+    settings: Settings | None = None
+    """Those that failed, if there were any yet."""
 
 
 class _PeerFailed(Exception):
@@ -75,6 +79,7 @@ class _Failure:
     after: Settings | None
     """None: the same settings again."""
     is_last: bool
+    message: str
 
 
 @dataclass
@@ -141,7 +146,7 @@ class Recovery(Guard):
             except Exception as error:
                 if self._kind(error) is None:
                     raise
-                found = self._phase_of(error, phase), requested_bytes(error)
+                found = self._phase_of(error, phase), requested_bytes(error), last_line(error)
                 release_frames(error)
             undo()
             release_memory(self.device)
@@ -252,19 +257,19 @@ class Recovery(Guard):
         now = self.state.phase
         return "loss" if now == "forward" and any(code.co_name == "token_loss" for code in frames) else now
 
-    def _decided(self, phase: Phase, size: int | None, alone: bool) -> _Failure:
+    def _decided(self, phase: Phase, size: int | None, message: str, alone: bool) -> _Failure:
         now: Settings | None = self.run.settings if self.run is not None else None
         self._tries[self.step, phase in _SETTINGS_MATTER, now] += 1
         tries, free, after = self._tries[self.step, phase in _SETTINGS_MATTER, now], free_bytes(self.device), None
         if now is not None and self.fallback is not None and not alone and (phase in _SETTINGS_MATTER or tries > 1):
             after = self.fallback.smaller(now, phase, free)
-        return _Failure(phase, size, free, after, is_last=after is None and tries >= MOST_TRIES)
+        return _Failure(phase, size, free, after, is_last=after is None and tries >= MOST_TRIES, message=message)
 
     def _go_back(self, failure: _Failure, seconds: float, alone: bool) -> None:
         now: Settings | None = self.run.settings if self.run is not None else None
         if failure.is_last:
             error = OutOfMemory(self._epitaph(failure, now))
-            error.of_all = not alone
+            error.of_all, error.message, error.settings = not alone, failure.message, now
             raise error
         if self._has_grown:
             self._patience *= 2
@@ -322,6 +327,13 @@ class Recovery(Guard):
 
 
 _NEW = "a new process goes on from the last checkpoint (--supervise, or --init_from=resume)"
+
+
+def last_line(error: BaseException) -> str:
+    """As the last line of a traceback shows it."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name}: {error}"
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,8 @@ from tightfit.gpt.optimizer import build_optimizer
 from tightfit.train import checkpoint as ckpt
 from tightfit.train.checkpoint import Checkpoint
 from tightfit.train.distributed import World
-from tightfit.train.hardware import Hardware
+from tightfit.train.hardware import DTYPES, Hardware
+from tightfit.train.offload import Offload
 from tightfit.train.step import StepState
 
 Say = Callable[[str], object]
@@ -68,13 +69,19 @@ def model_config(config: TrainConfig, start: Checkpoint | None, dataset: Dataset
 
 
 def build_model(config: TrainConfig, shape: GPTConfig, start: Checkpoint | None, device: torch.device) -> GPT:
-    """The model on its device. Saved weights are copied in one by one: no second set of them is made there."""
+    """The model on its device, or on the host if `build_state` is to move it.
+
+    Saved weights are copied in one by one: no second set of them is made there.
+    """
+    if config.offload != "none":
+        device = torch.device("cpu")
     options = {"loss": config.loss, "checkpointed_blocks": config.activation_checkpointing}
     if start is None:
         torch.manual_seed(config.seed)
         cpu = torch.device("cpu")  # its generator gives the same weights whatever the device
-        return GPT.on_device(shape, cpu, **options).init_weights().to(device)
+        return GPT.on_device(shape, cpu, **options).init_weights().to(device, DTYPES[config.param_dtype])
     model = GPT.on_device(replace(shape, block_size=start.model_config.block_size), device, **options)
+    model.to(DTYPES[config.param_dtype])
     ckpt.restore_model(model, start.model)
     if shape.block_size < model.config.block_size:
         model.crop_block_size(shape.block_size)
@@ -85,8 +92,9 @@ def build_state(
     config: TrainConfig, model: GPT, start: Checkpoint | None, hardware: Hardware, world: World
 ) -> StepState:
     """Optimizer and scaler as they were saved; the model compiled and wrapped as the run needs it."""
+    offload = None if config.offload == "none" else Offload(model, hardware.device, hardware.dtype)
     optimizer = build_optimizer(
-        model,
+        offload.masters.values() if offload else model.parameters(),
         weight_decay=config.weight_decay,
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
@@ -107,7 +115,14 @@ def build_state(
         ids = [hardware.device.index] if hardware.device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=ids)
     processes = world.size if isinstance(called, DistributedDataParallel) else 1
-    return StepState(model=called, optimizer=optimizer, scaler=scaler, autocast=hardware.autocast, processes=processes)
+    return StepState(
+        model=called,
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=hardware.autocast,
+        processes=processes,
+        offload=offload,
+    )
 
 
 def data_order_changes(config: TrainConfig, start: Checkpoint) -> list[str]:

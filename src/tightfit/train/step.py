@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tightfit.train.offload import Offload
+
 MicroBatch = tuple[Tensor, Tensor]
 """Inputs and targets, (b, t) int64 on the device."""
 Phase = Literal[
@@ -48,6 +50,8 @@ class StepState:
     autocast: Callable[[], torch.autocast]
     processes: int = 1
     """Processes whose gradients are averaged by DDP."""
+    offload: Offload | None = None
+    """What of it is in host memory instead of the device's."""
     guard: Guard = field(default_factory=Guard)
     phase: Phase = "setup"
     """What is being done, for whoever catches its errors."""
@@ -85,10 +89,13 @@ def optimizer_step(
     if grad_clip > 0.0 or state.scaler.is_enabled():
         state.scaler.unscale_(state.optimizer)
     if grad_clip > 0.0:
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
+        held = state.offload.masters.values() if state.offload else state.model.parameters()
+        norm = nn.utils.clip_grad_norm_(held, grad_clip)
     result = StepResult(total / state.processes, norm)
     state.guard.agree()  # until here only gradients were written: a step that fails is undone by dropping them
     state.guard.write(state)
+    if state.offload:
+        state.offload.return_weights()
     return result
 
 

@@ -124,7 +124,8 @@ class Compiler:
         from torch._inductor.compile_fx import compile_fx
 
         try:
-            with self._device.phases.named("compile"), _without_collector():
+            no_cache = importlib.import_module("torch._functorch.config").patch(enable_autograd_cache=False)
+            with self._device.phases.named("compile"), _without_collector(), no_cache:
                 compile_graph = functools.partial(self._compile_graph, with_graphs=with_graphs)
                 return compile_fx(graph, inputs, inner_compile=compile_graph)
         except Exception as error:  # Inductor raises what it likes; the script goes on without it

@@ -123,7 +123,8 @@ class VirtualDevice:
         handler = HANDLERS.get(func)
         if handler is not None and (answer := handler(self, func, args, kwargs)) is not None:
             return answer
-        hidden = None if self._is_host else kernels.hidden_bytes(func, args, kwargs, self.card)
+        on_card = not self._is_host and _on_card(args, kwargs)
+        hidden = kernels.hidden_bytes(func, args, kwargs, self.card) if on_card else None
         taken: list[Allocation] = []
         phase = self.phases.now(func._schema.name)
         if self.out_of_time and phase != "backward":
@@ -140,7 +141,8 @@ class VirtualDevice:
                 self.recorder.track_accumulation(out, args[0], self._describe(out, func, args, phase))
             else:
                 self._track(out, func, args, phase)
-            self.take_workspaces(func, args, kwargs, phase)
+            if on_card:
+                self.take_workspaces(func, args, kwargs, phase)
             for what, number in steps:
                 self._live_through(what, number, taken, func, phase)
         finally:
@@ -399,13 +401,16 @@ class VirtualDevice:
 
     def _copy_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, source = args[:2]
+        to_host = target.device.type == "cpu"
+        if to_host and self.observer and isinstance(source, FakeTensor) and (copy := kernel_of(func, args, {}, target)):
+            self.observer(copy)
         if not isinstance(target, FakeTensor):
             if isinstance(source, FakeTensor):
                 if source.fake_device.type == "cuda":
                     target.copy_(self.values.on_host(source, target.dtype))
                 return target
             return func(*args, **kwargs)
-        if target.fake_device.type == "cpu":
+        if to_host:
             return target  # a parameter without data
         if isinstance(source, FakeTensor):
             return self.execute(func, args, kwargs)
@@ -467,6 +472,12 @@ def _has_fake(values: Any) -> bool:
         if isinstance(value, (list, tuple)) and _has_fake(value):
             return True
     return False
+
+
+def _on_card(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator on fake tensors is the card's: a script may keep some in host memory."""
+    found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
 
 
 def _is_weight_gradient(func: Any, phase: Phase) -> bool:

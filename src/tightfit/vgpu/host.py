@@ -55,6 +55,15 @@ def _install_modules(device: VirtualDevice) -> None:
 
     nn.Parameter.data = property(get_data, _become)  # type: ignore[assignment]
 
+    def set_data(tensor: Tensor, value: Tensor) -> None:
+        """A large parameter is a fake tensor already on the host; what is no parameter stays where it is."""
+        if isinstance(tensor, nn.Parameter):
+            _become(tensor, value)
+        else:
+            torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
+
+    FakeTensor.data = property(get_data, set_data)  # type: ignore[assignment]
+
 
 def _become(parameter: Tensor, value: Tensor) -> None:
     """Let a parameter hold `value`, wherever that is."""

@@ -6,7 +6,7 @@ outputs once. Views and empty tensors take no kernel.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ _BY_INDEX = {"aten::gather", "aten::embedding", "aten::index_select", "aten::sca
 """Operators that touch only the elements that an index names: as many as the smaller of their tensors has."""
 
 
+Place = Literal["device", "host", "link"]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel's work."""
@@ -32,6 +35,8 @@ class Kernel:
     """Of its first input that is no whole number."""
     is_attention: bool = False
     """Fused attention, which reaches a smaller share of the peak than a matrix product."""
+    place: Place = "device"
+    """Where its tensors are; `link` for a copy between host and device."""
 
 
 Observer = Callable[[Kernel], None]
@@ -55,7 +60,7 @@ def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         nbytes = 3 * min(_bytes(results), max(_bytes([index]) for index in indices) if indices else nbytes)
         if schema.name == "aten::embedding":
             nbytes = 2 * _bytes(results)
-    return Kernel(flops, nbytes, _dtype(tensors), "attention" in schema.name)
+    return Kernel(flops, nbytes, _dtype(tensors), "attention" in schema.name, _place(tensors))
 
 
 def fused_kernel(tensors: Iterable[Tensor]) -> Kernel:
@@ -81,6 +86,13 @@ def _bytes(tensors: list[Tensor]) -> int:
         nbytes = min(tensor.numel() * tensor.element_size(), storage.nbytes())
         by_storage[storage._cdata] = min(by_storage.get(storage._cdata, 0) + nbytes, storage.nbytes())
     return sum(by_storage.values())
+
+
+def _place(tensors: list[Tensor]) -> Place:
+    on_host = {tensor.device.type == "cpu" for tensor in tensors if tensor.dim()}
+    if len(on_host) == 2:
+        return "link"
+    return "host" if on_host == {True} else "device"
 
 
 def _dtype(tensors: list[Tensor]) -> str:

@@ -1,0 +1,33 @@
+"""Explanations that commands print: of a log, of a dry run, of a run that failed for good."""
+
+import contextlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from tightfit.config import TrainConfig
+from tightfit.explain.explanation import Explanation, explain
+from tightfit.explain.render import render
+from tightfit.explain.words import locale_language, words
+
+FILE = "explanation.txt"
+"""In `out_dir`, beside the checkpoint."""
+_WIDEST = 110
+
+
+def text_for_terminal(found: Explanation, *, verbose: bool = False) -> str:
+    """As wide as the terminal is, but for very wide ones."""
+    return render(found, words(found.language), verbose, min(_WIDEST, shutil.get_terminal_size().columns))
+
+
+def explain_failed_run(message: str, config: TrainConfig, *, micro_batch: int | None) -> None:
+    """Print why a training run ended, and keep it in `out_dir`; `micro_batch` is what it had come down to."""
+    size = min(micro_batch or config.batch_size, config.effective_batch)
+    as_run = replace(config, batch_size=size, gradient_accumulation_steps=-(-config.effective_batch // size))
+    found = explain(message, config=as_run, lang=locale_language(), config_names=(f"--batch_size={size}",))
+    print(f"\n{text_for_terminal(found)}", flush=True)
+    with contextlib.suppress(OSError):  # a full disk: it was printed
+        folder = Path(config.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(render(found, words(found.language), True) + "\n", encoding="utf-8")
+        print(f"\nkept in {folder / FILE}", flush=True)

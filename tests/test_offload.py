@@ -1,0 +1,56 @@
+"""Optimizer state in host memory: the same step, whatever is where."""
+
+import pytest
+import torch
+
+from tightfit.config import TrainConfig
+from tightfit.errors import ConfigError
+from tightfit.gpt.model import GPT, GPTConfig
+from tightfit.train.distributed import World
+from tightfit.train.hardware import Hardware
+from tightfit.train.setup import build_model, build_state
+from tightfit.train.step import StepResult, StepState, optimizer_step
+
+SHAPE = GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, bias=True)
+CPU = torch.device("cpu")
+
+
+def steps(offload: str, dtype: torch.dtype, checkpointed: int = 0) -> tuple[GPT, StepState, list[StepResult]]:
+    config = TrainConfig(offload=offload, compile=False, activation_checkpointing=checkpointed)
+    model = build_model(config, SHAPE, None, CPU)
+    hardware = Hardware(device=CPU, dtype=dtype, compile=False, reasons=())
+    state = build_state(config, model, None, hardware, World())
+    ids = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(5))
+    passes = [(ids[i : i + 2, :-1], ids[i : i + 2, 1:]) for i in (0, 2)]
+    results = [optimizer_step(state, passes, passes=2, tokens=128, learning_rate=1e-2, grad_clip=0.5) for _ in range(3)]
+    return model, state, results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_three_steps_end_bit_for_bit_as_those_without_it(dtype: torch.dtype, checkpointed: int) -> None:
+    plain, plain_state, expected = steps("none", dtype, checkpointed)
+    model, state, found = steps("optimizer", dtype, checkpointed)
+    assert [float(each.loss) for each in found] == [float(each.loss) for each in expected]
+    assert [float(each.grad_norm) for each in found] == [float(each.grad_norm) for each in expected]
+    assert state.offload is not None
+    weights = state.offload.full_weights(model)
+    assert weights.keys() == plain.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+    moments, theirs = (each.optimizer.state_dict()["state"] for each in (state, plain_state))
+    assert all(torch.equal(moments[number][key], theirs[number][key]) for number in theirs for key in theirs[number])
+
+
+def test_the_device_holds_two_bytes_of_a_blocks_weight_and_no_gradient() -> None:
+    model, state, _ = steps("optimizer", torch.bfloat16)
+    matrix = model.transformer["h"][0].mlp.c_fc.weight
+    assert matrix.dtype == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.float32
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert state.offload is not None
+    assert torch.equal(matrix, state.offload.masters[matrix].bfloat16()), "the updated weight came back"
+
+
+def test_a_word_that_is_no_way_of_offloading_is_refused() -> None:
+    with pytest.raises(ConfigError, match="offload must be one of none, optimizer, got 'disk'"):
+        TrainConfig(offload="disk")
