@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,9 @@ def test_the_fallback_uses_what_was_measured() -> None:
         pass_s_per_block=0.0,
         update_s=0.0,
     )
-    fallback = PlannedFallback.of(Choice(best=best, offered=[best], line=line, share=64), n_layer=12)
+    fallback = PlannedFallback.of(
+        Choice(best=best, offered=[best], line=line, share=64), n_layer=12, budget_bytes=12 * GIB
+    )
     now = Settings(micro_batch=16, eval_micro_batch=16, loss="full", checkpointed_blocks=0)
     # 3 GiB stay; a step takes 2 GiB and 0.25 GiB a sequence. Of 4.3 GiB free 3% are left alone: (4.17 - 2) / 0.25 = 8.
     assert fallback.smaller(now, "backward", round(4.3 * GIB)) == Settings(
@@ -190,6 +193,12 @@ def test_the_fallback_uses_what_was_measured() -> None:
     halved = fallback.smaller(now, "backward", GIB)
     assert halved is not None
     assert halved.micro_batch == 8
+    # Once others have left, the plan as it was; not where it failed with as much memory.
+    assert fallback.larger(replace(now, micro_batch=1), frozenset()) == now
+    step = fallback.larger(replace(now, micro_batch=1), frozenset({now}))
+    assert step is not None
+    assert step.micro_batch == 2
+    assert not fallback.is_tight
 
 
 def test_a_budget_is_what_is_left() -> None:

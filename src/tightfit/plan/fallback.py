@@ -8,6 +8,8 @@ from tightfit.train.step import Phase
 
 _KEPT_FREE = 0.03
 """Of what is free, not counted on."""
+_FRAGMENTED = 1.25
+"""How much more than its tensors a process holds that keeps what it freed: 1.14 for GPT-2 124M (train.memory)."""
 _STAYS = ("parameters", "optimizer state", "other")
 
 
@@ -20,9 +22,11 @@ class PlannedFallback:
     per_step_bytes: float
     """What a step takes besides its sequences: gradients, cast copies, workspaces."""
     per_sequence_bytes: float
+    is_tight: bool
+    """Whether the plan takes nearly all that there is."""
 
     @classmethod
-    def of(cls, choice: Choice, n_layer: int) -> "PlannedFallback":
+    def of(cls, choice: Choice, n_layer: int, budget_bytes: int) -> "PlannedFallback":
         """By the line of a choice, with its slope through what was traced of the plan itself."""
         best, line = choice.best, choice.line
         assert best is not None, "something fits"
@@ -40,6 +44,7 @@ class PlannedFallback:
             planned=settings,
             per_step_bytes=max(0.0, line.start - stays),
             per_sequence_bytes=max(1.0, (best.peak_bytes - line.start) / plan.micro_batch),
+            is_tight=best.peak_bytes * _FRAGMENTED > budget_bytes,
         )
 
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
@@ -53,4 +58,7 @@ class PlannedFallback:
         return self.halving.smaller(now, phase, free_bytes)
 
     def larger(self, now: Settings, failed: frozenset[Settings]) -> Settings | None:
+        """The plan at once, where nothing says that it would fail again: it was traced, and what took its room left."""
+        if now != self.planned and not any(self.planned.needs_as_much_as(one) for one in failed):
+            return self.planned
         return self.halving.larger(now, failed)

@@ -131,16 +131,26 @@ def _model(config: TrainConfig, device: torch.device) -> GPT:
     )
     loss: Any = config.loss
     options = {"loss": loss, "checkpointed_blocks": config.activation_checkpointing}
-    param_dtype = DTYPES[config.param_dtype]
-    if device.type == "cpu" or config.offload != "none":  # weights that the step's state moves to the device
-        return GPT(shape, **options).to(param_dtype)
-    if config.init_from != "scratch":
-        return GPT.on_device(shape, device, **options).to(param_dtype)
-    with torch.device("meta"):
-        model = GPT(shape, **options).to(param_dtype)
+    with _default_dtype(DTYPES[config.param_dtype]):
+        if device.type == "cpu" or config.offload != "none":  # weights that the step's state moves to the device
+            return GPT(shape, **options)
+        if config.init_from != "scratch":
+            return GPT.on_device(shape, device, **options)
+        with torch.device("meta"):
+            model = GPT(shape, **options)
     # A tied weight is met twice, and is on the device the second time.
     model._apply(lambda t: t if t.device.type != "meta" else torch.empty_like(t, device=device))  # type: ignore[no-untyped-call]
     return model
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _batches(sizes: list[int], block_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -50,6 +50,11 @@ _LOSS_ORDER = {"liger": 0, "chunked": 0, "auto": 1, "full": 2}
 class Fallback(Protocol):
     """Decides what a run does next when its settings fail, and when they have not failed for a while."""
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether the run is known to need nearly all the memory that there is."""
+        ...
+
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
         """Settings that need less in `phase` than those that just failed there; None if there are none."""
         ...
@@ -67,6 +72,7 @@ class Halving:
     share: int
     """Sequences of a step that are this process's."""
     wanted: Settings
+    is_tight: bool = False
 
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
         """`free_bytes` is of no use here: without a plan nothing is known of what other settings need."""

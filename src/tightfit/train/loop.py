@@ -122,10 +122,9 @@ class _Run:
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.model, self.state = self.recovery.tried(beginning, partial(self._build, shape, start))
         if hardware.device.type == "cpu":
-            if fallback is None:
-                keep_freed_memory(self.model.count_parameters())
-            else:
-                return_freed_memory()  # a run that was planned has little to spare
+            roomy = fallback is None or not fallback.is_tight
+            if not (roomy and keep_freed_memory(self.model.count_parameters())) and fallback is not None:
+                return_freed_memory()  # as the plan was predicted
         if world.size > 1 and config.recover:
             same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":

@@ -40,6 +40,8 @@ _WHEN_FULL = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|HIPBLAS_STATUS_NOT_INITI
 """A library that could not make its workspace says so; with memory to spare it is another fault."""
 _WHEN_HOST_FULL = re.compile(r"could not (create|execute) a (primitive|memory object|reorder)\b(?! desc)")
 """What oneDNN says when the system refuses it memory for its code or its scratch space; else another fault."""
+_NO_THREAD = re.compile(r"can't start new thread")
+"""What Python says when there is no memory for a stack, or the system's limit on threads is reached."""
 _BROKEN = re.compile(
     r"an illegal memory access was encountered|unspecified launch failure|misaligned address"
     r"|NCCL error|ncclUnhandledCudaError|ncclSystemError",
@@ -55,14 +57,25 @@ _SIZES = (
 _POWERS = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
-def is_out_of_memory(error: BaseException) -> Kind | None:
+def is_out_of_memory(error: BaseException, *, after_another: bool = False) -> Kind | None:
     """What kind of out-of-memory error this is, or the errors that it was raised for; None if none of them is one.
 
+    `after_another`: memory ran out a moment ago, so that what a library says of its own workspace counts as one
+    although the memory may be there again.
     Triton's OutOfResources (shared memory of a kernel) is about the card and not about memory: smaller plans do not
     cure it.
     """
-    kinds = {_kind(each) for each in _chain(error)}
+    kinds = {_kind(each, after_another) for each in _chain(error)}
     return Kind.BROKEN if Kind.BROKEN in kinds else Kind.RECOVERABLE if Kind.RECOVERABLE in kinds else None
+
+
+def spoils_its_thread(error: BaseException) -> bool:
+    """Whether the thread that met this error can compute nothing new any more, however much memory there is.
+
+    oneDNN's assembler notes that it got no memory for its code in a thread-local variable which nothing clears (seen
+    with torch 2.13 on x86): every later kernel of that thread fails with the same words, and those of others do not.
+    """
+    return any(_WHEN_HOST_FULL.search(str(each)) for each in _chain(error))
 
 
 def requested_bytes(error: BaseException) -> int | None:
@@ -124,7 +137,7 @@ def room_bytes(device: torch.device) -> tuple[int, int] | None:
     return free, free + (memory.used_by_this_process_bytes or 0)
 
 
-def _kind(error: BaseException) -> Kind | None:
+def _kind(error: BaseException, after_another: bool) -> Kind | None:
     if type(error).__name__ == "OutOfResources":
         return None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):  # numpy's _ArrayMemoryError is a MemoryError
@@ -137,7 +150,8 @@ def _kind(error: BaseException) -> Kind | None:
         return Kind.BROKEN if "NCCL" not in text.upper() or _OUT_OF_MEMORY.search(text) else None
     if _OUT_OF_MEMORY.search(text):
         return Kind.RECOVERABLE
-    full = (_WHEN_FULL.search(text) and _is_full()) or (_WHEN_HOST_FULL.search(text) and _host_is_full())
+    of_device, of_host = _WHEN_FULL.search(text), _WHEN_HOST_FULL.search(text) or _NO_THREAD.search(text)
+    full = (of_device and (after_another or _is_full())) or (of_host and (after_another or _host_is_full()))
     return Kind.RECOVERABLE if full else None
 
 

@@ -12,6 +12,7 @@ of an exchange itself cannot be undone; there the process ends, which the others
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from tightfit.train.out_of_memory import (
     release_memory,
     requested_bytes,
     room_bytes,
+    spoils_its_thread,
 )
 from tightfit.train.step import Guard, Phase, StepState
 from tightfit.train.supervise import BEYOND_SAVING
@@ -40,7 +42,9 @@ __all__ = ["BeyondSaving", "Fallback", "Halving", "Kind", "Recovery", "Settings"
 T = TypeVar("T")
 MOST_TRIES = 4
 """Times that the same settings are tried in one step where nothing smaller is left: others' memory comes and goes."""
-PATIENCE = 50
+WAIT_S = 0.5
+"""Before the second of those times; twice as long before each one after it."""
+PATIENCE = 20
 """Steps without trouble before settings grow; twice as many after each attempt that failed."""
 MARGIN_BYTES = 256 * MIB
 """Free memory below which others' growth is acted upon: about what cuBLAS, a kernel's load and a page cache take."""
@@ -79,6 +83,7 @@ class _Failure:
     after: Settings | None
     """None: the same settings again."""
     is_last: bool
+    wait_s: float
     message: str
 
 
@@ -99,13 +104,15 @@ class Recovery(Guard):
     state: StepState | None = None
     _exchange: GradientExchange | None = None
     _flag: Tensor | None = None
-    _tries: Counter[object] = field(default_factory=Counter)
+    _tries: Counter[tuple[int, bool, Settings | None]] = field(default_factory=Counter)
     _failed: dict[Settings, int | None] = field(default_factory=dict)
     """Settings that failed, with the memory that was free after they were given up."""
     _clean_steps: int = 0
     _patience: int = field(default_factory=lambda: PATIENCE)
     _has_grown: bool = False
     _room_bytes: int | None = None
+    _thread: ThreadPoolExecutor | None = None
+    """Works instead of the main thread, which an error has left unfit to."""
 
     def __post_init__(self) -> None:
         if self.enabled and self.world.size > 1:
@@ -138,7 +145,7 @@ class Recovery(Guard):
                 self.state.phase = phase
             try:
                 random_state = _random_state(self.device)
-                return work()
+                return work() if self._thread is None else self._thread.submit(work).result()
             except _PeerFailed:
                 pass
             except TightfitError:  # somebody's decision, though an error of memory may be behind it
@@ -147,6 +154,9 @@ class Recovery(Guard):
                 if self._kind(error) is None:
                     raise
                 found = self._phase_of(error, phase), requested_bytes(error), last_line(error)
+                if spoils_its_thread(error):
+                    # Alone: OpenMP ends the process where it gets no memory for the threads of a new team.
+                    self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
                 release_frames(error)
             undo()
             release_memory(self.device)
@@ -209,6 +219,8 @@ class Recovery(Guard):
             self.say(f"step {self.step}: {self._patience} steps without trouble: {now.changes_to(larger)}")
             self.event(self.step, {"event": "growth", "before": asdict(now), "after": asdict(larger)})
             apply_settings(self.run, larger)
+            if self._thread is not None:
+                self._thread.submit(torch.set_num_threads, torch.get_num_threads()).result()
 
     def is_pressed(self) -> bool:
         """Whether others have taken so much that less than the margin is free; not what this process took itself."""
@@ -237,7 +249,7 @@ class Recovery(Guard):
 
     def _kind(self, error: Exception) -> Kind | None:
         """None for what is to be raised as it is; BeyondSaving where the process is."""
-        kind = is_out_of_memory(error)
+        kind = is_out_of_memory(error, after_another=any(step == self.step for step, *_ in self._tries))
         if kind is not Kind.BROKEN:
             return kind
         if self._tries or "NCCL" in str(error):
@@ -263,7 +275,9 @@ class Recovery(Guard):
         tries, free, after = self._tries[self.step, phase in _SETTINGS_MATTER, now], free_bytes(self.device), None
         if now is not None and self.fallback is not None and not alone and (phase in _SETTINGS_MATTER or tries > 1):
             after = self.fallback.smaller(now, phase, free)
-        return _Failure(phase, size, free, after, is_last=after is None and tries >= MOST_TRIES, message=message)
+        is_last = after is None and tries >= MOST_TRIES
+        wait_s = 0.0 if after is not None or is_last else WAIT_S * 2 ** (tries - 1)
+        return _Failure(phase, size, free, after, is_last=is_last, wait_s=wait_s, message=message)
 
     def _go_back(self, failure: _Failure, seconds: float, alone: bool) -> None:
         now: Settings | None = self.run.settings if self.run is not None else None
@@ -275,6 +289,7 @@ class Recovery(Guard):
             self._patience *= 2
         self._clean_steps, self._has_grown = 0, False
         self._tell(failure.phase, failure.requested_bytes, failure.after, seconds)
+        time.sleep(failure.wait_s)
         if now is not None and failure.after is not None:
             self._failed[least_that_failed(now, failure.phase)] = failure.free_bytes
             apply_settings(self.run, failure.after)

@@ -27,8 +27,9 @@ MOST_RESTARTS = 3
 """Restarts without a newer saved state before the parent gives up."""
 LONG_RUN = 1000
 """Steps from which on a run is supervised without being asked."""
-_KILLED = (signal.SIGKILL, signal.SIGABRT, getattr(signal, "SIGBUS", signal.SIGKILL))
-"""Of the system for want of memory: its killer; std::bad_alloc that nothing caught; a page that cannot be had."""
+_KILLED = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, getattr(signal, "SIGBUS", signal.SIGKILL))
+"""For want of memory: the system's killer; std::bad_alloc that nothing caught; a library that wrote to what it did not
+get (oneDNN's assembler does); a page that cannot be had."""
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
