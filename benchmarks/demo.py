@@ -23,7 +23,7 @@ TRAIN = ["train", "configs/train_stdlib.py", "--device=cpu", "--supervise=False"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit_mib", type=int, default=620, help="what the run may use, in MiB")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     options = parser.parse_args()
     os.chdir(ROOT)
     _show(PLAN)
@@ -48,10 +48,10 @@ def main() -> int:
 
 
 def _squeeze(process: int, limit: int) -> None:
-    """Lower the process's limit to what it holds between its steps and a third of what a step takes, and raise it again."""
+    """Lower the process's limit to what it holds between its steps and two thirds of what a step takes, and raise it again."""
     least = min(_held_bytes(process) for _ in range(200))
     try:
-        resource.prlimit(process, resource.RLIMIT_DATA, (least + 40 * MIB, limit))
+        resource.prlimit(process, resource.RLIMIT_DATA, (least + 72 * MIB, limit))
         time.sleep(1.0)
         resource.prlimit(process, resource.RLIMIT_DATA, (limit, limit))
     except ProcessLookupError:

@@ -106,6 +106,9 @@ def at_random(seed: int, one_in: int, *, spared: int = 1500, allocating_only: bo
 class Same:
     """A fallback with nothing smaller: what failed runs again as it was."""
 
+    is_tight = False
+    predicted_peak_bytes = None
+
     def smaller(self, now: Settings, phase: str, free_bytes: int | None) -> Settings | None:
         return None
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from failures import MESSAGE, Failing, Same, at, squeeze, trained, unsqueeze
 from runs import arguments, column, environment, here, newest, rows, tensors, torchrun
 from torch import nn
 
-from tightfit.train import checkpoint, loop, recovery
+from tightfit.train import checkpoint, loop, out_of_memory, recovery
 from tightfit.train.atomic import Update
 from tightfit.train.distributed import World
 from tightfit.train.fallback import Halving, Settings, least_that_failed
@@ -366,6 +367,47 @@ class TestRuns:
         assert here(arguments(tmp_path, data_dir, init_from="resume")).code == 0
         trained(tmp_path / "plain", data_dir)
         assert column(tmp_path, "loss") == pytest.approx(column(tmp_path / "plain", "loss"), rel=1e-6)
+
+    def test_a_thread_that_onednn_spoiled_is_left_for_another(
+        self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its assembler never clears the error, so nothing that the same thread tries again can succeed."""
+        usual, threads = loop.optimizer_step, []
+        main = threading.get_ident()
+
+        def step(state: Any, *args: Any, **keys: Any) -> Any:
+            threads.append(threading.get_ident())
+            if len(threads) > 4 and threading.get_ident() == main:
+                raise RuntimeError("could not create a primitive")
+            return usual(state, *args, **keys)
+
+        monkeypatch.setattr(loop, "optimizer_step", step)
+        monkeypatch.setattr(out_of_memory, "_host_is_full", lambda: True)
+        trained(tmp_path, data_dir)
+        assert threads[:5] == [main] * 5
+        assert main not in threads[5:]
+        monkeypatch.setattr(loop, "optimizer_step", usual)
+        trained(tmp_path / "plain", data_dir)
+        assert column(tmp_path, "loss") == pytest.approx(column(tmp_path / "plain", "loss"), rel=1e-6)
+
+    def test_tries_with_nothing_smaller_wait_for_memory_to_come_back(
+        self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waited: list[float] = []
+        monkeypatch.setattr(recovery.time, "sleep", waited.append)
+        monkeypatch.setattr(recovery, "Halving", lambda *args: Same())
+        usual, attempts = loop.optimizer_step, []
+
+        def step(state: Any, *args: Any, **keys: Any) -> Any:
+            attempts.append(state.guard.run.step)
+            if attempts.count(5) in (1, 2, 3) and attempts[-1] == 5:
+                raise RuntimeError(MESSAGE)
+            return usual(state, *args, **keys)
+
+        monkeypatch.setattr(loop, "optimizer_step", step)
+        monkeypatch.setattr(loop, "Halving", lambda *args: Same())
+        trained(tmp_path, data_dir)
+        assert [each for each in waited if each] == [0.5, 1.0, 2.0]
 
     def test_recover_off_raises_what_it_was(self, tmp_path: Path, data_dir: Path) -> None:
         with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from tightfit.plan.budget import Budget
 from tightfit.plan.choose import Choice
 from tightfit.train.fallback import Halving, Settings
 from tightfit.train.step import Phase
@@ -24,9 +25,11 @@ class PlannedFallback:
     per_sequence_bytes: float
     is_tight: bool
     """Whether the plan takes nearly all that there is."""
+    predicted_peak_bytes: int | None
+    """On the host with what the process takes besides its tensors."""
 
     @classmethod
-    def of(cls, choice: Choice, n_layer: int, budget_bytes: int) -> "PlannedFallback":
+    def of(cls, choice: Choice, n_layer: int, budget: Budget, *, on_host: bool) -> "PlannedFallback":
         """By the line of a choice, with its slope through what was traced of the plan itself."""
         best, line = choice.best, choice.line
         assert best is not None, "something fits"
@@ -44,7 +47,8 @@ class PlannedFallback:
             planned=settings,
             per_step_bytes=max(0.0, line.start - stays),
             per_sequence_bytes=max(1.0, (best.peak_bytes - line.start) / plan.micro_batch),
-            is_tight=best.peak_bytes * _FRAGMENTED > budget_bytes,
+            is_tight=best.peak_bytes * _FRAGMENTED > budget.bytes,
+            predicted_peak_bytes=best.peak_bytes + (budget.context_bytes if on_host else 0),
         )
 
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:

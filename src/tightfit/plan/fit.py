@@ -62,7 +62,8 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     kept = {key: value for key, value in best.plan.keys().items() if key in lossy or is_open(resolved, key)}
     sources = {**resolved.sources, **dict.fromkeys(kept, SOURCE)}
     planned = Resolved(replace(config, **kept), sources, resolved.warnings)
-    return Fitted(planned, PlannedFallback.of(result.choice, config.n_layer, where.budget.bytes))
+    fallback = PlannedFallback.of(result.choice, config.n_layer, where.budget, on_host=where.gpu is None)
+    return Fitted(planned, fallback)
 
 
 def _where(config: TrainConfig) -> Where | None:

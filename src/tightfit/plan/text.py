@@ -31,7 +31,10 @@ def about(request: Estimate) -> str:
 def in_words(prediction: Prediction, share: int) -> str:
     """What a plan does, for a step of `share` sequences."""
     plan = prediction.plan
-    words = [f"{plan.micro_batch} sequences at once, {plan.passes(share)} passes a step"]
+    passes = plan.passes(share)
+    words = [
+        f"{plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} at once, {passes} pass{'es' * (passes > 1)} a step"
+    ]
     words.append({"full": "all logits kept", "chunked": "loss in chunks"}.get(plan.loss, f"loss={plan.loss}"))
     if plan.activation_checkpointing:
         words.append(f"{plan.activation_checkpointing} blocks recomputed")

@@ -1,7 +1,7 @@
 """A page of sections, tables and charts as one HTML file that needs nothing from anywhere else.
 
 All text goes through Jinja2's escaping; the charts' data is JSON in which no tag can begin. A content security policy
-in the file itself allows the two scripts below by their hashes and nothing that would be loaded.
+in the file itself allows the scripts below by their hashes and nothing that would be loaded.
 """
 
 import base64
@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -37,6 +38,16 @@ _DARK = {
 """Where a category's colour is too dark, or too bright, on a dark page."""
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 """Characters that would mean something to HTML, or end a line of JavaScript; in JSON they only occur in strings."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Of terminals, and such as turn the direction of what follows: a log or a file name may have them."""
+
+
+class Segment(NamedTuple):
+    """A piece of a bar; `start` and `width` are shares of the axis, `colour` is a custom property of the style sheet."""
+
+    start: float
+    width: float
+    colour: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,24 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: frozenset[int] = frozenset()
+    bars: Sequence[Sequence[Segment]] = ()
+    """For each row, drawn below its first cell; the row's figures say the same."""
+    limit: float | None = None
+    """Share of the bars' axis at which a line stands."""
+    tones: Sequence[str] = ()
+    """For each row good, bad or nothing: the colour of its second cell."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A piece of advice below a heading of its own, with lines to paste."""
+
+    title: str
+    remark: str
+    tone: str
+    text: str = ""
+    code: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +100,12 @@ class Section:
     paragraphs: Sequence[str] = ()
     points: Sequence[str] = ()
     """A list."""
+    labelled: Sequence[tuple[str, str]] = ()
+    """A numbered list: what each entry rests on, and the entry."""
     preformatted: str = ""
+    code: str = ""
+    """Lines to paste."""
+    advice: Sequence[Advice] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +124,9 @@ def render(page: Page, *, lang: str) -> str:
     """The page as HTML. ConfigError for a language that there are no words in."""
     said = words(lang)
     charts = {each.id: each.chart.spec for each in page.sections if each.chart}
-    scripts = (_asset(f"vendor/{_CHARTS}/uPlot.iife.min.js"), _charts_script()) if charts else ()
+    scripts = [_asset(f"vendor/{_CHARTS}/uPlot.iife.min.js"), _charts_script()] if charts else []
+    if any(each.code or each.advice for each in page.sections):
+        scripts.append(_asset("templates/copy.js"))
     licence = _asset(f"vendor/{_CHARTS}/LICENSE")
     dark = {**CATEGORY_COLOURS, **_DARK}
     html = _environment().get_template("page.html").render(
@@ -99,6 +135,7 @@ def render(page: Page, *, lang: str) -> str:
         t=said,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("tightfit"),
+        has_charts=bool(charts),
         data=Markup(_json({"charts": charts, "words": dict(said.table("js"))})),
         scripts=[Markup(each) for each in scripts],
         hashes=[_hash(each) for each in scripts],
@@ -123,6 +160,20 @@ def write(html: str, path: str | os.PathLike[str]) -> None:
         if error.errno == errno.ENOSPC:
             raise DoesNotFit(f"the disk of {goal} is full; free space, or name another file with --out") from None
         raise DataError(f"the report {goal} cannot be written ({error.strerror}); name another file") from None
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """DataError where a report could not be written later, said before the work whose report it is."""
+    goal = Path(path)
+    if not goal.parent.is_dir():
+        raise DataError(f"the report {goal} cannot be written: there is no folder {goal.parent}; make it, or name another")
+    if goal.is_dir():
+        raise DataError(f"the report {goal} cannot be written: it is a folder; name a file, such as {goal / 'report.html'}")
+
+
+def _shown(value: object) -> object:
+    """Text without control characters; what was marked as safe to show stays as it is."""
+    return _CONTROL.sub("", value) if type(value) is str else value
 
 
 def _json(value: object) -> str:
@@ -163,6 +214,7 @@ def _environment() -> Environment:
         loader=PackageLoader("tightfit.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -55,6 +55,11 @@ class Fallback(Protocol):
         """Whether the run is known to need nearly all the memory that there is."""
         ...
 
+    @property
+    def predicted_peak_bytes(self) -> int | None:
+        """What the settings that were wanted were predicted to take, counted as `metrics.jsonl` counts it."""
+        ...
+
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
         """Settings that need less in `phase` than those that just failed there; None if there are none."""
         ...
@@ -73,6 +78,7 @@ class Halving:
     """Sequences of a step that are this process's."""
     wanted: Settings
     is_tight: bool = False
+    predicted_peak_bytes: int | None = None
 
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
         """`free_bytes` is of no use here: without a plan nothing is known of what other settings need."""

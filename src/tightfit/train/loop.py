@@ -134,6 +134,9 @@ class _Run:
         self.mine = world.share(config.effective_batch)
         self.settings = self._wanted_settings()
         self.split(self.settings.micro_batch)
+        if fallback is not None and fallback.predicted_peak_bytes is not None:
+            told = {"event": "plan", "predicted_peak_bytes": fallback.predicted_peak_bytes, **asdict(self.settings)}
+            reporter.event(self.step, told)
         self.recovery.watch(self, fallback or Halving(shape.n_layer, len(self.mine), self.settings))
         say(
             f"parameters: {format_count(self.model.count_parameters())}; tokens per step: {self.tokens_per_step:,}, "

@@ -40,6 +40,8 @@ _WHEN_FULL = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|HIPBLAS_STATUS_NOT_INITI
 """A library that could not make its workspace says so; with memory to spare it is another fault."""
 _WHEN_HOST_FULL = re.compile(r"could not (create|execute) a (primitive|memory object|reorder)\b(?! desc)")
 """What oneDNN says when the system refuses it memory for its code or its scratch space; else another fault."""
+SLOW_FALLBACK = r"mkldnn_\w+ failed, switching"
+"""A warning: a product goes on without oneDNN, a hundred times as slow, for as long as its thread lives."""
 _NO_THREAD = re.compile(r"can't start new thread")
 """What Python says when there is no memory for a stack, or the system's limit on threads is reached."""
 _BROKEN = re.compile(
@@ -142,7 +144,7 @@ def _kind(error: BaseException, after_another: bool) -> Kind | None:
         return None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):  # numpy's _ArrayMemoryError is a MemoryError
         return Kind.RECOVERABLE
-    if not isinstance(error, (RuntimeError, OSError)):
+    if not isinstance(error, (RuntimeError, OSError, UserWarning)):
         return None
     text = str(error)
     if _BROKEN.search(text):

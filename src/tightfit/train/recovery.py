@@ -10,6 +10,7 @@ of an exchange itself cannot be undone; there the process ends, which the others
 """
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from tightfit.train.atomic import Update
 from tightfit.train.distributed import GradientExchange, World
 from tightfit.train.fallback import Fallback, Halving, Settings, apply_settings, least_that_failed
 from tightfit.train.out_of_memory import (
+    SLOW_FALLBACK,
     Kind,
     free_bytes,
     is_out_of_memory,
@@ -115,6 +117,8 @@ class Recovery(Guard):
     """Works instead of the main thread, which an error has left unfit to."""
 
     def __post_init__(self) -> None:
+        if self.enabled and self.device.type == "cpu":
+            warnings.filterwarnings("error", message=SLOW_FALLBACK)
         if self.enabled and self.world.size > 1:
             self._flag = torch.zeros(1, device=self.world.flag_device(self.device))
 
@@ -219,8 +223,8 @@ class Recovery(Guard):
             self.say(f"step {self.step}: {self._patience} steps without trouble: {now.changes_to(larger)}")
             self.event(self.step, {"event": "growth", "before": asdict(now), "after": asdict(larger)})
             apply_settings(self.run, larger)
-            if self._thread is not None:
-                self._thread.submit(torch.set_num_threads, torch.get_num_threads()).result()
+            if self._thread is not None and (free is None or free > MARGIN_BYTES):
+                self._thread = ThreadPoolExecutor(1)  # with as many threads of its own as at first
 
     def is_pressed(self) -> bool:
         """Whether others have taken so much that less than the margin is free; not what this process took itself."""
