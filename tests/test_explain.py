@@ -353,6 +353,47 @@ for _ in range(3):
 """
 
 
+BATCHED = """
+import argparse
+import torch
+from torch import nn
+parser = argparse.ArgumentParser()
+parser.add_argument("--batch-size", type=int)
+parser.add_argument("--accum", type=int, default=1)
+options = parser.parse_args()
+model = nn.Linear(1024, 65536).to("cuda")
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(2):
+    for _ in range(options.accum):
+        model(torch.ones(options.batch_size, 1024, device="cuda")).relu().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "pasted", "exact"), [
+    (["--batch-size=32768"], "--batch-size=2048", False),
+    (["--batch-size", "32768", "--accum", "2"], "--batch-size=2048 --accum=32", True),
+])  # fmt: skip
+def test_a_dry_run_ends_with_its_explanation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], pasted: str, exact: bool
+):
+    """32768 x 65536 float32 numbers are 8 GiB, twice in the forward pass; a sixteenth of it has room."""
+    script = tmp_path / "train.py"
+    script.write_text(BATCHED)
+    assert main(["dryrun", "--gpu", "RTX 3060 12GB", "--lang=en", str(script), *arguments]) == 1
+    text = capsys.readouterr().out
+    assert text.startswith("DOES NOT FIT")
+    problem = text[text.index("\nProblem\n") :]
+    assert "What did not fit: activations, (32768, 65536) float32, 8.00 GiB" in problem
+    assert "the log says" not in problem, "the message is the play's own"
+    assert "--batch-size=2048 instead of 32768: FITS" in problem
+    assert f"      {pasted}\n" in problem
+    assert ("[exact, " in problem) is exact
+    assert main(["dryrun", "--gpu", "RTX 3060 12GB", "--no-explain", str(script), *arguments]) == 1
+    assert "Problem" not in capsys.readouterr().out
+
+
 def test_somebodys_own_script_is_played(tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -363,7 +404,8 @@ def test_somebodys_own_script_is_played(tmp_path: Path):
     assert culprit is not None
     assert (culprit.shape, culprit.dtype, culprit.phase) == ((45000, 45000), "float32", "backward")
     assert culprit.file.endswith("train.py")
-    assert by_code(found)["expandable_segments"].label == "simulated"
+    cache = by_code(found)["expandable_segments"]
+    assert (cache.verdict, cache.label) == ("does_not_fit", "measured"), "16 MiB are cached, 3.6 GiB were short"
     assert explain(None, script=str(script), arguments=["100"], gpu="RTX 3060 12GB").facts is None
     with pytest.raises(ConfigError, match="name it with --gpu"):
         explain(None, script=str(script))

@@ -1,6 +1,7 @@
 """From a log, and a configuration or a script where there is one, to all that is said of the failure."""
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,6 +149,8 @@ def explain_dryrun(
         total_stated=True,
     )
     found = _of_findings(findings, reading, card, lang, script, list(arguments))
+    if found.culprit is not None:  # the message is the play's own: there is nothing to compare
+        found = replace(found, culprit=replace(found.culprit, compared=()))
     return replace(found, seconds=time.monotonic() - started)
 
 
@@ -266,6 +269,8 @@ def _of_findings(
     open_ = {each.code for each in remedies if each.verdict == UNCHECKED} & {"expandable_segments", "close_others"}
     remedies = [each for each in remedies if each.code not in open_]
     remedies += [_played_for_script(code, card, script, arguments, outcome) for code in sorted(open_)]
+    if smaller := _smaller_batch(card, script, arguments, outcome):
+        remedies = [smaller, *(each for each in remedies if each.code != "split_general")]
     return replace(
         plain,
         culprit=culprit,
@@ -288,17 +293,91 @@ def _played_for_script(code: str, card: Card, script: str, arguments: list[str],
     else:
         environ["PYTORCH_CUDA_ALLOC_CONF"], paste = _EXPANDABLE, f"export PYTORCH_CUDA_ALLOC_CONF={_EXPANDABLE}"
     after = dryrun_script(script, arguments, environ=environ, used_bytes=used, **_request_of(card))
+    return _judged(code, after, card, before, used_bytes=used, paste=paste, exact=True)
+
+
+def _smaller_batch(card: Card, script: str, arguments: list[str], before: Outcome) -> Remedy | None:
+    """A sixteenth of the batch size that the script's arguments name, if they name one; with as many more passes."""
+    from tightfit.vgpu.worker import dryrun_script
+
+    found = _argument(arguments, _BATCH)
+    if found is None:
+        return None
+    (name, value), accumulation = found, _argument(arguments, _ACCUMULATION)
+    parts = min(_USUAL_PARTS, value)
+    changes = {name: value // parts}
+    if accumulation:
+        changes[accumulation[0]] = accumulation[1] * parts
+    changed = _with_arguments(arguments, changes)
+    after = dryrun_script(script, changed, used_bytes=card.used_bytes, timeout_s=_PATIENCE_S, **_request_of(card))
+    if after["outcome"] == "error" or (after["outcome"] == "fits" and not after["steps"]):
+        return None  # it could not be judged
+    return _judged(
+        "script_batch",
+        after,
+        card,
+        before,
+        used_bytes=card.used_bytes,
+        paste=" ".join(f"{option}={number}" for option, number in changes.items()),
+        exact=accumulation is not None,
+        name=name,
+        size=value // parts,
+        value=value,
+    )
+
+
+_USUAL_PARTS = 16
+"""Into how many passes the usual advice divides a batch: 64 into 4."""
+_PATIENCE_S = 60.0
+_BATCH = re.compile(r"--(?:per[_-]device[_-]train[_-]|train[_-]|micro[_-]?|mini[_-]?)?(?:batch[_-]?size|batch|bs)")
+_ACCUMULATION = re.compile(r"--(?:gradient[_-]|grad[_-])?(?:accumulation|accum)(?:[_-]steps)?")
+
+
+def _argument(arguments: Sequence[str], name: re.Pattern[str]) -> tuple[str, int] | None:
+    """The option of that name and its whole number above 1, as `--name=8` or `--name 8`."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        value = value if equals else after
+        if name.fullmatch(option) and value.isdecimal() and (int(value) > 1 or name is _ACCUMULATION):
+            return option, int(value)
+    return None
+
+
+def _with_arguments(arguments: Sequence[str], changes: Mapping[str, int]) -> list[str]:
+    """The arguments with other numbers for some options, in the form in which each was given."""
+    words = list(arguments)
+    for number, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if option in changes and equals:
+            words[number] = f"{option}={changes[option]}"
+        elif option in changes:
+            words[number + 1] = str(changes[option])
+    return words
+
+
+def _judged(
+    code: str,
+    after: Mapping[str, Any],
+    card: Card,
+    before: Outcome,
+    *,
+    used_bytes: int,
+    paste: str,
+    exact: bool,
+    **values: Any,
+) -> Remedy:
+    """A remedy by the findings of the script with it."""
     failure, fits = after["failure"], after["outcome"] == "fits"
     device_bytes = failure["process_bytes"] + failure["requested_bytes"] if failure else after["peak"]["device_bytes"]
-    values = {
+    values |= {
         "device_bytes": device_bytes, "total_bytes": card.total_bytes, "phase": after["peak"]["phase"],
-        "room_bytes": card.total_bytes - used, "others_bytes": card.used_bytes,
+        "room_bytes": card.total_bytes - used_bytes, "others_bytes": card.used_bytes,
     }  # fmt: skip
     if failure:
         values |= {key: failure[key] for key in ("requested_bytes", "free_bytes", "phase")}
     return Remedy(
         code=code, verdict=FITS if fits else DOES_NOT_FIT, reason="fits" if fits else "fails_at", label=SIMULATED,
-        exact=True, device_bytes=device_bytes, saved_bytes=before.device_bytes - device_bytes, paste=(paste,),
+        exact=exact, device_bytes=device_bytes, saved_bytes=before.device_bytes - device_bytes, paste=(paste,),
         values=values,
     )  # fmt: skip
 

@@ -225,7 +225,8 @@ def _expected(explanation: "Explanation", said: Sentences, words: Words) -> Iter
         if not is_of_device(facts):
             yield words("expected", "other_kind")
         else:
-            yield words("expected", "nothing_fits" if explanation.played == "config" else "unchecked")
+            keys = {"config": "nothing_fits", "script": "script_unchecked"}
+            yield words("expected", keys.get(explanation.played, "unchecked"))
         return
     yield words("expected", "fits", title=said.title(best), device=best.device_bytes, room=best.values["room_bytes"])
     if best.exact and "effective" in best.values:
