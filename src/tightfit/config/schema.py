@@ -65,6 +65,7 @@ _RULES: dict[str, _Rule] = {
     "backend": _one_of("auto", "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl"),
     "loss": _one_of("auto", "chunked", "full", "liger"),
     "fit": _one_of("auto", "off"),
+    "probe": _one_of("auto", "on", "off"),
     "offload": _one_of("none", "optimizer"),
     "param_dtype": _one_of("float32", "bfloat16"),
     "allow": _Rule(
@@ -255,6 +256,8 @@ class TrainConfig(Schema):
 
     fit: str = "auto"
     """Whether what is left open above is chosen to fit the device: auto, or off for nanoGPT's literal behaviour."""
+    probe: str = "auto"
+    """Whether the best plans are timed on the device before the run: on, off, or auto for long runs on CUDA."""
     allow: str = ""
     """Lossy changes that a plan may make where nothing else fits: bf16_parameters, block_size."""
     memory: str = "auto"

@@ -5,17 +5,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tightfit.config import Resolved, TrainConfig
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.plan.candidates import is_open, parameters_of
 from tightfit.plan.make import Where, card_here, make_plan, this_host
 from tightfit.plan.predict import cache_folder
+from tightfit.system import host_memory
 from tightfit.train.fallback import Fallback
-from tightfit.units import MIB, format_bytes, parse_bytes
+from tightfit.units import GIB, MIB, format_bytes, parse_bytes
 
 SOURCE = "plan"
 """Where the keys that a plan sets come from."""
+_PROCESS_BYTES = GIB
+"""More than Python, torch and its libraries take: 407 MiB here."""
 _OBVIOUS_SHARE = 0.5
 """Of the budget: a run whose rough bound is below it is not traced."""
 
@@ -31,6 +35,11 @@ class Fitted:
 def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fitted:
     """The configuration with a plan's keys in it, and what to do when that fails. DoesNotFit where nothing fits."""
     config = resolved.config
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    bound = _rough_bound(config, -(-config.effective_batch // processes))
+    if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():
+        say(f"plan: as asked, surely below {format_bytes(bound)} of {format_bytes(_host_bytes())}")
+        return Fitted(resolved)
     try:
         where = _where(config)
     except (DeviceError, DoesNotFit) as error:
@@ -38,12 +47,12 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
         return Fitted(resolved)
     if where is None:
         return Fitted(resolved)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    bound = _rough_bound(config, -(-config.effective_batch // processes))
     if bound < where.budget.bytes * _OBVIOUS_SHARE:
         say(f"plan: as asked, surely below {format_bytes(bound)} of {format_bytes(where.budget.bytes)}")
-        return Fitted(resolved)
+        kept = {"loss": "full"} if where.gpu and is_open(resolved, "loss") else {}  # with room the faster one there
+        return Fitted(_with_keys(resolved, kept))
     from tightfit.plan.fallback import PlannedFallback
+    from tightfit.plan.probe import is_wanted, timed
     from tightfit.plan.text import nothing_fits, one_line
 
     try:
@@ -52,18 +61,31 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     except DeviceError as error:
         say(f"plan: none is made, because {error}; out of memory, the run goes on with halves")
         return Fitted(resolved)
-    best = result.choice.best
-    if best is None:
+    if result.choice.best is None:
         raise DoesNotFit(nothing_fits(result))
+    name = where.gpu.name if where.gpu else "cpu"
+    if len(result.choice.offered) > 1 and is_wanted(config, "cuda" if where.gpu else "cpu"):
+        offered = timed(config, result.choice.offered, result.choice.share, name, say=say)
+        result = replace(result, choice=replace(result.choice, best=offered[0], offered=offered))
+    best = result.choice.best
+    assert best is not None, "one of those that were offered"
     say(one_line(result))
     for name, value in result.environ.items():
         os.environ.setdefault(name, value)
     lossy = set() if best.plan.is_exact else {"param_dtype", "block_size"}
     kept = {key: value for key, value in best.plan.keys().items() if key in lossy or is_open(resolved, key)}
-    sources = {**resolved.sources, **dict.fromkeys(kept, SOURCE)}
-    planned = Resolved(replace(config, **kept), sources, resolved.warnings)
     fallback = PlannedFallback.of(result.choice, config.n_layer, where.budget, on_host=where.gpu is None)
-    return Fitted(planned, fallback)
+    return Fitted(_with_keys(resolved, kept), fallback)
+
+
+def _with_keys(resolved: Resolved[TrainConfig], keys: dict[str, Any]) -> Resolved[TrainConfig]:
+    sources = {**resolved.sources, **dict.fromkeys(keys, SOURCE)}
+    return Resolved(replace(resolved.config, **keys), sources, resolved.warnings)
+
+
+def _host_bytes() -> int:
+    """What a process started here could use for its tensors, without measuring what it takes besides them."""
+    return max(0, (host_memory().budget_bytes or 0) - _PROCESS_BYTES)
 
 
 def _where(config: TrainConfig) -> Where | None:
