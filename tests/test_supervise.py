@@ -191,11 +191,11 @@ class TestDecisions:
             "--activation_checkpointing=2",
         ]  # fmt: skip
 
-    @pytest.mark.parametrize("code", [0, 1, 2, 3, 130, 143, -signal.SIGINT, -signal.SIGTERM, -signal.SIGSEGV])
+    @pytest.mark.parametrize("code", [0, 1, 2, 3, 130, 143, -signal.SIGINT, -signal.SIGTERM])
     def test_what_is_not_started_again(self, code: int) -> None:
         assert not can_be_replaced(code)
 
-    @pytest.mark.parametrize("code", [BEYOND_SAVING, -signal.SIGKILL, -signal.SIGABRT, -signal.SIGBUS])
+    @pytest.mark.parametrize("code", [BEYOND_SAVING, -signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS])
     def test_what_is(self, code: int) -> None:
         assert can_be_replaced(code)
 

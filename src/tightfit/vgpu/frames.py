@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import sysconfig
 from functools import cache
 from types import CodeType, FrameType
@@ -61,10 +60,6 @@ def _is_packages_file(file: str) -> bool:
 def users_line(frames: tuple[Frame, ...]) -> Frame | None:
     """The innermost line in the user's own files, or the innermost of any package."""
     return next((frame for frame in frames if not is_package(frame)), frames[0] if frames else None)
-
-
-def current_frames(depth: int = 1) -> tuple[Frame, ...]:
-    return user_frames(sys._getframe(depth))
 
 
 def _counts(code: CodeType) -> bool:
