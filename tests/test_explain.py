@@ -14,11 +14,13 @@ from test_explain_log import NANOGPT, STORY
 from tightfit.cli.main import main
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError, DeviceError
-from tightfit.explain import Explanation, explain, read_log, render
 from tightfit.explain.card import card_of
+from tightfit.explain.explanation import Explanation, explain
 from tightfit.explain.figures import LAUNCH_S
+from tightfit.explain.log import read_log
 from tightfit.explain.printed import Printed
 from tightfit.explain.remedies import VERDICTS
+from tightfit.explain.render import render
 from tightfit.explain.words import words
 from tightfit.units import GIB, MIB
 

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import tightfit.explain
 from tightfit.errors import ConfigError
-from tightfit.explain import KINDS
 from tightfit.explain.causes import is_of_device
-from tightfit.explain.facts import Facts
+from tightfit.explain.facts import KINDS, Facts
 from tightfit.explain.words import LANGUAGES, words
 from tightfit.vgpu.recorder import CATEGORIES
 
-FOLDER = Path(tightfit.explain.__file__).parent
+FOLDER = Path(__file__).parents[1] / "src" / "tightfit" / "explain"
 CODE = "\n".join(file.read_text() for file in [*FOLDER.glob("*.py"), FOLDER / "words" / "__init__.py"])
 
 

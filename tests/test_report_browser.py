@@ -1,9 +1,11 @@
 """The HTML report in headless Chromium: it draws, answers to pointer, keys and boxes, and loads nothing.
 
 Needs the Python package playwright and a Chromium of the system: $CHROMIUM, or chromium or google-chrome in the path.
+$AXE may name the axe.min.js of axe-core, which then looks for what keeps people out.
 """
 
 import importlib.util
+import itertools
 import os
 import shutil
 import time
@@ -14,15 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report_html import FAILURE, a_run, a_timeline, findings, tensor
+from test_report_html import EVIL_LOG, FAILURE, a_run, a_timeline, an_explanation, findings, tensor
 
-from tightfit.report.html import findings_report, run_report, write
+from tightfit.report.html import explanation_report, findings_report, plan_report, run_report, write
+from tightfit.report.words import LANGUAGES
 from tightfit.units import GIB, MIB
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+AXE = os.environ.get("AXE")
 SECONDS = 6
 """A page has to be drawn by then. It takes 0.4 s on two cores of a server; a busy machine of a CI is slower."""
 HIGHEST = (12 - 1 - 300 / 1024) * 1.14
@@ -149,6 +153,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run_report(folder, plan={"predicted_peak_bytes": 2 * GIB})
 
 
+@pytest.fixture(scope="module")
+def explanations() -> dict[str, str]:
+    return {lang: explanation_report(an_explanation(lang=lang)) for lang in LANGUAGES}
+
+
+PLAN = {
+    "device": "RTX 3060",
+    "budget": {"bytes": 9 * GIB, "total_bytes": 12 * GIB, "used_by_others_bytes": 2 * GIB, "margin_bytes": GIB},
+    "best": {"name": "7 x 69", "peak_bytes": 8 * GIB, "categories": {"logits": 4 * GIB, "activations": 3 * GIB}},
+    "alternatives": [
+        {"name": "7 x 69", "keys": {"micro_batch": 7, "activation_checkpointing": 0}, "peak_bytes": 8 * GIB},
+        {"name": "64 x 8", "keys": {"micro_batch": 64}, "peak_bytes": 20 * GIB, "fits": False},
+    ],
+    "notes": ["one"],
+}
+
+
 def test_the_charts_are_drawn(show: Any, run: str, dry: str) -> None:
     shown = show(run)
     assert shown.page.locator(".uplot").count() == 3
@@ -246,8 +267,90 @@ def test_dragging_zooms_and_a_button_goes_back(show: Any, dry: str) -> None:
     assert "event 99" in shown.text("#timeline .tip") or "event 100" in shown.text("#timeline .tip")
 
 
-def test_a_phone_shows_all_of_it(show: Any, run: str, dry: str) -> None:
-    for html in (run, dry):
+def test_lines_are_copied_to_the_letter(show: Any, explanations: dict[str, str]) -> None:
+    for lang, copied in (("en", "Copied"), ("ja", "コピーしました")):
+        shown = show(explanations[lang], permissions=["clipboard-read", "clipboard-write"])
+        buttons = shown.page.locator("#fixes button.copy")
+        assert buttons.count() == 2
+        for index, lines in enumerate(("batch_size = 4\nx = 1", "tightfit train train.py --loss=chunked")):
+            buttons.nth(index).click()
+            assert shown.page.evaluate("navigator.clipboard.readText()") == lines
+            assert buttons.nth(index).inner_text() == copied
+            assert shown.page.locator("body > [aria-live]").text_content() == copied
+
+
+def test_lines_are_copied_where_the_clipboard_is_closed(show: Any, explanations: dict[str, str]) -> None:
+    shown = show(explanations["en"])
+    shown.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('no')); }")
+    button = shown.page.locator("#fixes button.copy").first
+    button.focus()
+    shown.page.keyboard.press("Enter")
+    shown.page.evaluate(SETTLED)
+    assert shown.page.evaluate("getSelection().toString()") == "batch_size = 4\nx = 1"
+
+
+def test_the_bars_of_an_explanation(show: Any, explanations: dict[str, str]) -> None:
+    shown = show(explanations["en"])
+    bars = [each.bounding_box() for each in shown.page.locator("#memory .segment").all()]
+    for one, following in itertools.pairwise(bars):
+        assert following["x"] == pytest.approx(one["x"] + one["width"], abs=2.5), "at least two pixels each"
+    limit = shown.page.locator("#memory .limit").last.bounding_box()["x"]
+    assert bars[-1]["x"] < limit < bars[-1]["x"] + bars[-1]["width"]
+    colour = "(each) => getComputedStyle(each).backgroundColor"
+    assert shown.page.locator("#memory .segment").last.evaluate(colour) == "rgb(176, 0, 32)"
+    logits = shown.page.locator("#memory tr", has_text="logits").locator(".segment")
+    assert logits.evaluate(colour) == "rgb(136, 34, 85)"
+    shown.page.emulate_media(color_scheme="dark")
+    assert logits.evaluate(colour) == "rgb(208, 89, 143)"
+
+
+def test_an_explanation_is_read_aloud(show: Any, explanations: dict[str, str]) -> None:
+    page = show(explanations["en"]).page
+    assert page.get_by_role("table", name="Fixes compared").get_by_role("row").count() == 5
+    assert page.get_by_role("rowheader", name="batch 4 x accumulation 16").count() == 1
+    assert page.get_by_role("group", name="batch 4 x accumulation 16").count() == 1
+    assert page.locator(".track:not([aria-hidden])").count() == 0
+    assert page.get_by_role("heading", level=2).all_inner_texts()[:4] == [
+        "Problem", "Memory of the card at the failure", "Cause", "Fixes",
+    ]  # fmt: skip
+
+
+def test_an_explanation_without_scripts(show: Any, explanations: dict[str, str]) -> None:
+    shown = show(explanations["en"], java_script_enabled=False)
+    assert shown.page.locator("button").count() == 0
+    assert shown.page.locator("#fixes pre").first.text_content() == "batch_size = 4\nx = 1"
+
+
+def test_a_log_runs_nothing(show: Any) -> None:
+    shown = show(explanation_report(an_explanation(EVIL_LOG, text="<img src=http://127.0.0.1:9/x onerror=alert(2)>")))
+    assert "<script>alert(1)</script>" in shown.text("#problem")
+    assert "onerror=alert(2)>" in shown.text("#memory")
+
+
+def test_an_explanation_on_paper(show: Any, explanations: dict[str, str]) -> None:
+    shown = show(explanations["ja"], width=688, color_scheme="dark")  # A4 without its margins
+    assert len(shown.page.pdf(format="A4")) > 20_000
+    shown.page.emulate_media(media="print")
+    assert shown.page.evaluate("document.documentElement.scrollWidth") == 688
+    assert shown.page.locator("button.copy").first.is_hidden()
+    assert shown.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.skipif(AXE is None, reason="$AXE names no axe.min.js")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_kept_out(show: Any, run: str, dry: str, explanations: dict[str, str], scheme: str) -> None:
+    assert AXE is not None
+    pages = [run, dry, *explanations.values(), *(plan_report(PLAN, lang=lang) for lang in LANGUAGES)]
+    for html in pages:
+        for width in (360, 1200):
+            page = show(html, width=width, color_scheme=scheme).page
+            page.evaluate(Path(AXE).read_text(encoding="utf-8"))
+            found = page.evaluate("axe.run()")
+            assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
+
+
+def test_a_phone_shows_all_of_it(show: Any, run: str, dry: str, explanations: dict[str, str]) -> None:
+    for html in (*explanations.values(), plan_report(PLAN), plan_report(PLAN, lang="ja"), run, dry):
         shown = show(html, width=360, has_touch=True, is_mobile=True, device_scale_factor=2)
         assert shown.page.evaluate("document.documentElement.scrollWidth") == 360
         for plot in shown.page.locator(".uplot").all():

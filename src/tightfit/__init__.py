@@ -17,10 +17,11 @@ from tightfit.vgpu.context import VirtualGPU
 from tightfit.vgpu.worker import dryrun
 
 # The functions below share their names with rooms: once those are loaded, importing from them rebinds no name.
-for _room in ("plan", "train"):
+for _room in ("explain", "plan", "train"):
     importlib.import_module(f"tightfit.{_room}")
 
 if TYPE_CHECKING:
+    from tightfit.explain.explanation import Explanation
     from tightfit.plan.make import PlanResult
     from tightfit.train.loop import RunResult
 
@@ -35,6 +36,7 @@ __all__ = [
     "TightfitError",
     "VirtualGPU",
     "dryrun",
+    "explain",
     "plan",
     "train",
 ]
@@ -76,3 +78,14 @@ def plan(
         this_host(memory_bytes) if gpu is None else named_card(gpu, memory_bytes=memory_bytes, used_bytes=used_bytes)
     )
     return make_plan(Resolved(chosen, sources, ()), where)
+
+
+def explain(source: Any, *, config: Config | None = None, lang: str = "en", gpu: str | None = None) -> "Explanation":
+    """What failed in a log, which tensor it was, why, and fixes that were checked.
+
+    `source` is the log's text, its path (a Path), or an open file; with `config` the run is played on the card that the
+    log tells or `gpu` names. `print(tightfit.explain(text))` shows it. Raises TightfitError for what cannot be used.
+    """
+    from tightfit.explain.explanation import explain as run
+
+    return run(source, config=config, lang=lang, gpu=gpu)

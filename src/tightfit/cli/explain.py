@@ -15,6 +15,7 @@ _OPTIONS = {
     "--gpu": "the card's name, such as 'RTX 3060 12GB', if the log does not tell it",
     "--script": "somebody's own training script, played instead of a configuration; its arguments follow --",
     "--lang": "en or ja; without it, as the locale says",
+    "--html": "write the explanation as a page, with charts and lines to copy",
 }
 _FLAGS = {"--verbose": "the arithmetic, and what to paste for each fix", "--json": "the same facts for machines"}
 
@@ -33,6 +34,10 @@ def run(arguments: Sequence[str]) -> int:
     config = None
     if configs or keys:
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
+    if "--html" in options:
+        from tightfit.report.html import check_folder
+
+        check_folder(options["--html"])
     from tightfit.explain.explanation import explain
     from tightfit.explain.words import locale_language
 
@@ -45,6 +50,10 @@ def run(arguments: Sequence[str]) -> int:
         arguments=script_arguments,
         config_names=[*configs, *keys],
     )
+    if "--html" in options:
+        from tightfit.report.html import explanation_report, write
+
+        write(explanation_report(found), options["--html"])
     if "--json" in flags:
         print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
     else:
@@ -110,7 +119,7 @@ def _takes_value(name: str) -> bool:
 def _help() -> str:
     lines = "\n".join(f"  {name:<10} {text}" for name, text in {**_OPTIONS, **_FLAGS}.items())
     return (
-        "usage: tightfit explain [LOG] [--config FILE] [--key=value ...] [--gpu NAME] [--lang en|ja]\n\n"
+        "usage: tightfit explain [LOG] [--config FILE] [--key=value ...] [--gpu NAME] [--lang en|ja] [--html FILE]\n\n"
         "What failed, which tensor it was, why, and what to do, each fix checked on a virtual GPU.\n"
         "LOG is a file, a PyTorch memory snapshot (.pickle), or standard input.\n\n"
         "example: tightfit explain oom.log --config configs/train_openwebtext.py\n"

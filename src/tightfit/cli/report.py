@@ -1,11 +1,17 @@
 """`tightfit report`."""
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tightfit.cli.main import OK
-from tightfit.errors import DataError
+from tightfit.config import TrainConfig, to_dict
+from tightfit.errors import ConfigError, DataError, TightfitError
+
+_HTML = "--html"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -21,8 +27,75 @@ def run(arguments: Sequence[str]) -> int:
     html = run_report(options.out_dir, lang=options.lang or locale_language(), plan=plan, findings=findings)
     goal = Path(options.out or Path(options.out_dir, "report.html"))
     write(html, goal)
-    print(f"{goal}: {len(html.encode()) / 1000:,.0f} kB; open it in a browser")
+    print(_written(goal, html))
     return OK
+
+
+def _written(goal: Path, html: str) -> str:
+    return f"{goal}: {len(html.encode()) / 1000:,.0f} kB; open it in a browser"
+
+
+def without_html(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The arguments of a training run without `--html FILE`, which is no key of its configuration, and that file.
+
+    >>> without_html(["a.py", "--html=report.html", "--lr=1"])
+    (['a.py', '--lr=1'], 'report.html')
+    """
+    rest, words = list[str](), list(arguments)
+    goal = None
+    while words:
+        name, equals, value = (word := words.pop(0)).partition("=")
+        if name != _HTML:
+            rest.append(word)
+        elif value or (not equals and words):
+            goal = value or words.pop(0)
+        else:
+            raise ConfigError(f"{_HTML} needs the file to write; write {_HTML}=report.html")
+    return rest, goal
+
+
+@contextlib.contextmanager
+def page_at_end(file: str | None, config: TrainConfig) -> Iterator[None]:
+    """Write the page of a run when it has ended, in whatever way; what goes wrong with it is only told.
+
+    DataError at once for a place where no file can be written.
+    """
+    if file is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from tightfit.report.page import check_folder
+
+    goal = Path(file)
+    check_folder(goal)
+    before = _state(config.out_dir)
+    has_ended = False
+    try:
+        yield
+        has_ended = True
+    finally:
+        if has_ended or _state(config.out_dir) != before:  # else what is there is of a run before
+            _write_page(goal, config)
+
+
+def _state(out_dir: str) -> tuple[int, int] | None:
+    from tightfit.report.runs import METRICS
+
+    with contextlib.suppress(OSError):
+        found = Path(out_dir, METRICS).stat()
+        return found.st_mtime_ns, found.st_size
+    return None
+
+
+def _write_page(goal: Path, config: TrainConfig) -> None:
+    from tightfit.report.html import run_report, write
+    from tightfit.report.words import locale_language
+
+    try:
+        html = run_report(config.out_dir, lang=locale_language(), config=to_dict(config))
+        write(html, goal)
+        print(_written(goal, html), flush=True)
+    except TightfitError as error:
+        print(f"tightfit: {_HTML}: {error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tightfit.cli.keys import keys_help
 from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.cli.prepare import prepare_with_bar
+from tightfit.cli.report import page_at_end, without_html
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import TightfitError
 from tightfit.train.supervise import supervise, wants_supervision
@@ -23,12 +24,19 @@ a small model's step 300 times slower (17 ms to 5.8 s) when another program used
 def run(arguments: Sequence[str]) -> int:
     if wants_help(arguments):
         print(
-            "usage: tightfit train [config.py ...] [--key=value ...]\n\n"
+            "usage: tightfit train [config.py ...] [--key=value ...] [--html FILE]\n\n"
             "example: tightfit train configs/train_shakespeare_char.py --device=cpu --max_iters=2000\n\n"
+            "  --html FILE: when training ends, write what tightfit report shows of it\n"
             f"{keys_help(TrainConfig)}"
         )
         return OK
+    arguments, page = without_html(arguments)
     resolved = read_config(TrainConfig, arguments, warn=lambda line: print(line, file=sys.stderr))
+    with page_at_end(page, resolved.config):
+        return _run(arguments, resolved)
+
+
+def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
     _prepare_if_missing(resolved)
     if wants_supervision(resolved.config):
         return supervise(arguments, resolved.config)

@@ -58,6 +58,11 @@ class Explanation:
         """The first remedy, if it fits."""
         return self.remedies[0] if self.remedies and self.remedies[0].verdict == FITS else None
 
+    def __str__(self) -> str:
+        from tightfit.explain.render import render
+
+        return render(self, words(self.language))
+
     def as_dict(self) -> dict[str, Any]:
         """For --json: what is absent is null; sizes are bytes, the printed ones converted exactly."""
         from tightfit.explain.render import Sentences

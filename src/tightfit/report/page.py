@@ -43,7 +43,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 
 class Segment(NamedTuple):
-    """A piece of a bar; `start` and `width` are shares of the axis, `colour` is a custom property of the style sheet."""
+    """A piece of a bar; `start` and `width` are shares of the axis, `colour` a custom property of the style sheet."""
 
     start: float
     width: float
@@ -73,8 +73,10 @@ class Advice:
 
     title: str
     remark: str
+    """Set in bold, in the colour of its tone: good, bad or nothing."""
     tone: str
     text: str = ""
+    """Goes on behind the remark."""
     code: str = ""
 
 
@@ -166,9 +168,13 @@ def check_folder(path: str | os.PathLike[str]) -> None:
     """DataError where a report could not be written later, said before the work whose report it is."""
     goal = Path(path)
     if not goal.parent.is_dir():
-        raise DataError(f"the report {goal} cannot be written: there is no folder {goal.parent}; make it, or name another")
+        raise DataError(
+            f"the report {goal} cannot be written: there is no folder {goal.parent}; make it, or name another"
+        )
     if goal.is_dir():
-        raise DataError(f"the report {goal} cannot be written: it is a folder; name a file, such as {goal / 'report.html'}")
+        raise DataError(
+            f"the report {goal} cannot be written: it is a folder; name a file, such as {goal / 'report.html'}"
+        )
 
 
 def _shown(value: object) -> object:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tightfit.report.page import Chart, Page, Section, Table
+from tightfit.report.bars import ALARM, GOOD
+from tightfit.report.page import Chart, Page, Section, Segment, Table
 from tightfit.report.runs import Points, Run, is_finite
 from tightfit.report.series import SPANS, Curve, curve, highest, median
 from tightfit.report.words import Words
@@ -18,11 +19,13 @@ _CATEGORIES = 3
 
 def run_page(run: Run, t: Words, extra: Sequence[Section] = ()) -> Page:
     """Loss, rate and memory over a run; `extra` comes after its charts."""
-    sections = [_loss(run, t), _rate(run, t), _memory(run, t), *extra, _events(run, t)]
+    sections = [_explanation(run, t), _loss(run, t), _rate(run, t), _memory(run, t), *extra, _events(run, t)]
     sections += [alternatives_section(run.alternatives, t), _config(run, t), _remarks(run, t)]
     folder = run.folder.resolve().name
     return Page(
         title=t("run", "title", folder=folder),
+        verdict=t("run", "failed") if run.explanation else "",
+        is_bad=bool(run.explanation),
         facts=_facts(run, t),
         sections=[section for section in sections if section is not None],
     )
@@ -30,7 +33,7 @@ def run_page(run: Run, t: Words, extra: Sequence[Section] = ()) -> Page:
 
 def _facts(run: Run, t: Words) -> list[tuple[str, str, str]]:
     curves = run.curves
-    facts = [(t("run", "steps"), f"{run.last_step:,}", "")]
+    facts = [(t("run", "steps"), f"{run.last_step:,}", "")] if any(curves.values()) else []
     if val_losses := _finite(curves["val_loss"]):
         step, best = min(val_losses, key=lambda point: point[1])
         facts.append((t("run", "best"), f"{best:.4f}", t("run", "at_step", step=f"{step:,}")))
@@ -51,6 +54,11 @@ def _facts(run: Run, t: Words) -> list[tuple[str, str, str]]:
         remark = t("run", "lost", time=format_duration(lost))
         facts.append((t("run", "recoveries"), str(len(recovered)), remark))
     return facts
+
+
+def _explanation(run: Run, t: Words) -> Section | None:
+    title = t("run", "explanation")
+    return Section(id="explanation", title=title, preformatted=run.explanation) if run.explanation else None
 
 
 def _measured(run: Run) -> float | None:
@@ -202,18 +210,31 @@ def _change(before: object, after: object, t: Words) -> str:
     return ", ".join(changed) or t("events", "unchanged")
 
 
-def alternatives_section(rows: Sequence[Mapping[str, Any]], t: Words) -> Section | None:
-    """A plan's alternatives, the columns that any row has."""
+def alternatives_section(
+    rows: Sequence[Mapping[str, Any]], t: Words, *, budget_bytes: float | None = None
+) -> Section | None:
+    """A plan's alternatives, the columns that any row has; with bars where the budget is known."""
     if not rows:
         return None
     known = ("name", "keys", "peak_bytes", "step_s", "fits", "exact", "phase", "categories")
     extra = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in known]
     columns = [key for key in known if any(key in row for row in rows)] + extra
+    peaks = [peak if is_finite(peak := row.get("peak_bytes")) and peak > 0 else 0 for row in rows]
+    axis = max([budget_bytes or 0, *peaks])
+    has_bars = bool(budget_bytes and any(peaks))
     table = Table(
         caption=t("plan", "alternatives"),
         columns=[t.name("plan_column", key) for key in columns],
         rows=[[_cell(key, row.get(key), t) for key in columns] for row in rows],
         numbers=frozenset(i for i, key in enumerate(columns) if key in ("peak_bytes", "step_s")),
+        bars=[
+            [Segment(0, peak / axis, ALARM if row.get("fits") is False else GOOD)] if peak else []
+            for row, peak in zip(rows, peaks, strict=True)
+        ]
+        if has_bars
+        else (),
+        limit=budget_bytes / axis if budget_bytes and has_bars else None,
+        note=t("plan", "note", budget=format_bytes(budget_bytes)) if budget_bytes and has_bars else "",
     )
     return Section(id="plan", title=t("plan", "title"), paragraphs=[t("plan", "about")], tables=[table])
 

@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 from tightfit.errors import CheckpointError, DataError
 
 METRICS, PLAN, CONFIG = "metrics.jsonl", "plan.json", "config.json"
+EXPLANATION = "explanation.txt"
+"""What tightfit train leaves where a run ended for want of memory (`tightfit.cli.explained`)."""
 _CURVES = ("loss", "train_loss", "val_loss", "tokens_per_s", "memory_bytes", "memory_peak_bytes")
 _PREDICTED = ("predicted_peak_bytes", "predicted_bytes", "peak_bytes")
 _ROWS = ("alternatives", "offered", "candidates", "plans")
@@ -30,6 +32,8 @@ class Run:
     """Peak bytes that a plan promised, from the step on at which it came into force."""
     alternatives: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    explanation: str = ""
+    """Why it ended for want of memory; empty for a run that did not, or that has gone on since."""
     unreadable: Sequence[int] = ()
     """Numbers of the lines that hold no step of a run, as the cut last line of a killed one."""
 
@@ -38,14 +42,19 @@ class Run:
         return int(max((points[-1][0] for points in self.curves.values() if points), default=0))
 
 
-def read_run(folder: Path, plan: Mapping[str, Any] | None = None) -> Run:
-    """The run in `folder`; `plan` instead of the one that lies there. DataError if there are no metrics in it."""
+def read_run(folder: Path, plan: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None) -> Run:
+    """The run in `folder`; `plan` instead of the one that lies there, `config` where the folder has none.
+
+    DataError if there are no metrics in it, unless it ended for want of memory before it had any.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give the out_dir of a training run")
     curves: dict[str, dict[float, float]] = {name: {} for name in _CURVES}
     events: list[Mapping[str, Any]] = []
     unreadable = []
-    for number, row in enumerate(_rows(folder / METRICS), 1):
+    explanation = _explanation(folder)
+    has_metrics = not explanation or (folder / METRICS).exists()
+    for number, row in enumerate(_rows(folder / METRICS) if has_metrics else (), 1):
         if row is None:
             unreadable.append(number)
         elif "event" in row:
@@ -54,7 +63,7 @@ def read_run(folder: Path, plan: Mapping[str, Any] | None = None) -> Run:
             for name in curves.keys() & row.keys():
                 if _is_number(row[name]):
                     curves[name][row["step"]] = float(row[name])
-    if not any(curves.values()) and not events:
+    if not any(curves.values()) and not events and not explanation:
         raise DataError(
             f"{folder / METRICS} holds no line that can be read as a step of a run; is it the file of another program?"
         )
@@ -66,7 +75,8 @@ def read_run(folder: Path, plan: Mapping[str, Any] | None = None) -> Run:
         events=[event for event in events if event["event"] not in ("plan", "config")],
         predicted=[(step, peak) for step, each in sorted(promised.items()) if (peak := predicted_bytes(each))],
         alternatives=alternatives(plan) or [row for each in promised.values() for row in alternatives(each)],
-        config=_config(folder, events),
+        config=_config(folder, events) or config or {},
+        explanation=explanation,
         unreadable=unreadable,
     )
 
@@ -137,6 +147,16 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _object(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
+
+
+def _explanation(folder: Path) -> str:
+    path, metrics = folder / EXPLANATION, folder / METRICS
+    try:
+        if metrics.exists() and path.stat().st_mtime_ns < metrics.stat().st_mtime_ns:
+            return ""
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _config(folder: Path, events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
