@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _squeeze(process: int, limit: int) -> None:
-    """Lower the process's limit to what it holds between its steps and two thirds of what a step takes, and raise it again."""
+    """Lower its limit to what it holds between steps and two thirds of what a step takes, and raise it again."""
     least = min(_held_bytes(process) for _ in range(200))
     try:
         resource.prlimit(process, resource.RLIMIT_DATA, (least + 72 * MIB, limit))
