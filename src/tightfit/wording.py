@@ -14,6 +14,14 @@ from tightfit.units import format_bytes, format_count
 LANGUAGES = ("en", "ja")
 
 
+def chosen_language(given: str | None) -> str:
+    """The language that was given, or the locale's. ConfigError for one that there are no words in."""
+    language = given or locale_language()
+    if language not in LANGUAGES:
+        raise ConfigError(f"--lang must be one of {', '.join(LANGUAGES)}, got {language!r}")
+    return language
+
+
 class Words(string.Formatter):
     """The sentences of one language in the folder of `package`: `words("nvml", "other", detail="...")`.
 
@@ -25,9 +33,7 @@ class Words(string.Formatter):
     """Table and key of what stands between the entries of a list."""
 
     def __init__(self, package: str, language: str) -> None:
-        if language not in LANGUAGES:
-            raise ConfigError(f"--lang must be one of {', '.join(LANGUAGES)}, got {language!r}")
-        self.language = language
+        self.language = chosen_language(language)
         self.formats: dict[str, Callable[[Any], str]] = {"bytes": format_bytes, "count": format_count}
         text = files(package).joinpath(f"{language}.toml").read_text(encoding="utf-8")
         self._tables: dict[str, dict[str, str]] = tomllib.loads(text)

@@ -10,6 +10,7 @@ from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.cli.train import PREPARED_WHEN_MISSING
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
+from tightfit.wording import locale_language
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def split_options(arguments: Sequence[str]) -> tuple[bool, str, list[str]]:
     >>> split_options(["--lang", "ja", "--batch_size=8", "--json"])
     (True, 'ja', ['--batch_size=8'])
     """
-    rest, language, json_asked = [], "en", False
+    rest, language, json_asked = [], locale_language(), False
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")

@@ -17,7 +17,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
         raise ConfigError(f"--timeline={options.timeline} must end in .png or .svg")
     from tightfit.vgpu.worker import dryrun_script
+    from tightfit.wording import chosen_language
 
+    lang = chosen_language(options.lang)
     found = dryrun_script(
         options.script,
         options.arguments,
@@ -38,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.html:
         from tightfit.report.html import findings_report, write
 
-        write(findings_report(found), options.html)
+        write(findings_report(found, lang=lang), options.html)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -49,9 +51,7 @@ def run(arguments: Sequence[str]) -> int:
         if found["failure"] and options.explain:
             from tightfit.cli.explained import text_for_terminal
             from tightfit.explain.explanation import explain_dryrun
-            from tightfit.explain.words import locale_language
 
-            lang = options.lang or locale_language()
             print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=lang))}")
     return OK if found["outcome"] == "fits" else FAILED
 
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeline", help="draw memory over time to a .png or .svg file")
     parser.add_argument("--html", help="write a page with charts of memory and its tensors")
     parser.add_argument("--no-explain", dest="explain", action="store_false", help="do not explain why it fails")
-    parser.add_argument("--lang", help="of the explanation: en or ja; without it, as the locale says")
+    parser.add_argument("--lang", help="of explanation and page: en or ja; without it, as the locale says")
     parser.add_argument("--json", action="store_true", help="the same facts for machines")
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")

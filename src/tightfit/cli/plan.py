@@ -9,12 +9,14 @@ from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
+from tightfit.wording import chosen_language
 
 _OPTIONS = {
     "--gpu": "a card's name, such as 'RTX 3060 12GB'; without it the card that is here, or the processor",
     "--memory": "its total memory as the driver reports it, such as 11.69GiB; of the processor: what may be used",
     "--used": "memory that other programs use, such as 2GiB",
     "--html": "write the plan as a page with charts",
+    "--lang": "of that page: en or ja; without it, as the locale says",
     "--capability": "compute capability of a card that is not known, such as 8.6",
 }
 _FLAGS = {"--all-gpus": "which cards run this configuration, and how fast", "--json": "the same facts for machines"}
@@ -25,6 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         print(_help())
         return OK
     options, flags, rest = _own(arguments)
+    lang = chosen_language(options.get("--lang"))
     resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
     from tightfit.plan.make import card_here, make_plan, named_card, this_host
     from tightfit.report.plan import plan_dict, plan_text
@@ -50,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if "--html" in options:
         from tightfit.report.html import plan_report, write
 
-        write(plan_report(plan_dict(result)), options["--html"])
+        write(plan_report(plan_dict(result), lang=lang), options["--html"])
     print(json.dumps(plan_dict(result), indent=2) if "--json" in flags else plan_text(result))
     return OK if result.choice.best else FAILED
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tightfit.cli.main import OK
 from tightfit.errors import ConfigError
+from tightfit.wording import chosen_language
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
         once=options.once,
         log=Path(options.log) if options.log else None,
         console=Console(highlight=False, emoji=False, markup=False),
-        words=words(options.lang),
+        words=words(chosen_language(options.lang)),
     )
     return OK
 
@@ -43,5 +44,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples (default 1)")
     parser.add_argument("--once", action="store_true", help="one sample, then end")
     parser.add_argument("--log", help="append every sample to this CSV file")
-    parser.add_argument("--lang", default="en", help="en or ja")
+    parser.add_argument("--lang", help="en or ja (default: as the locale says)")
     return parser

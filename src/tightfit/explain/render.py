@@ -76,13 +76,13 @@ def render(explanation: "Explanation", words: Words, verbose: bool = False, widt
         return _plain(words("nothing", explanation.reading.kind_of_nothing or "nothing"))
     said = Sentences(explanation, words)
     sections = [
-        ("problem", list(_problem(explanation, words))),
+        ("problem", list(problem_lines(explanation, words))),
         ("cause", _causes(explanation, said, words)),
         ("fixes", list(_fixes(explanation, said, words, verbose, width))),
-        ("expected", list(_expected(explanation, said, words))),
+        ("expected", list(expected_lines(explanation, said, words))),
     ]
     if verbose:
-        sections.append(("arithmetic", list(_arithmetic(explanation, words))))
+        sections.append(("arithmetic", list(arithmetic_lines(explanation, words))))
     text = "\n\n".join(
         words("titles", title) + "\n" + "\n".join(_indented(line, width) for line in lines)
         for title, lines in sections
@@ -105,7 +105,8 @@ def _indented(line: str, width: int) -> str:
     return "\n".join(["  " + first, *(inside + each for each in rest)])
 
 
-def _problem(explanation: "Explanation", words: Words) -> Iterator[str]:
+def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """What failed, and which tensor it was."""
     facts, culprit = explanation.facts, explanation.culprit
     assert facts is not None
     if not is_of_device(facts):
@@ -217,7 +218,8 @@ def _fix(remedy: Remedy, said: Sentences, words: Words, *, pasted: bool, verbose
         yield from (f"      {line}" for line in said.paste(remedy))
 
 
-def _expected(explanation: "Explanation", said: Sentences, words: Words) -> Iterator[str]:
+def expected_lines(explanation: "Explanation", said: Sentences, words: Words) -> Iterator[str]:
+    """What the best fix gives, and how to check it."""
     best = explanation.best
     facts, run = explanation.facts, explanation.run
     assert facts is not None
@@ -259,7 +261,8 @@ def _command(explanation: "Explanation", best: Remedy) -> str:
     return " ".join(words)
 
 
-def _arithmetic(explanation: "Explanation", words: Words) -> Iterator[str]:
+def arithmetic_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """How the figures follow from those of the log."""
     facts, culprit = explanation.facts, explanation.culprit
     assert facts is not None
     yield words("arithmetic", "message", message=facts.message)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tightfit.explain.causes import MEASURED, SIMULATED
 from tightfit.explain.explanation import Explanation
 from tightfit.explain.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
-from tightfit.explain.render import Sentences, _arithmetic, _expected, _problem
+from tightfit.explain.render import Sentences, arithmetic_lines, expected_lines, problem_lines
 from tightfit.explain.words import Words as Told
 from tightfit.explain.words import words as told_in
 from tightfit.report.bars import ALARM, CACHE, GOOD, OTHERS, OUTSIDE, Part, colour_of, parts_table
@@ -26,17 +26,17 @@ def explanation_page(found: Explanation, t: Words) -> Page:
         return _nothing_failed(found, said, t)
     sentences = Sentences(found, said)
     sections = [
-        _lines("problem", _problem(found, said), said, pasted=False),
+        _lines("problem", problem_lines(found, said), said, pasted=False),
         _memory(found, said, t),
         _causes(found, sentences, said),
         _fixes(found, sentences, said, t),
-        _lines("expected", _expected(found, sentences, said), said, pasted=True),
+        _lines("expected", expected_lines(found, sentences, said), said, pasted=True),
         _listed("not_modelled", t("explanation", "not_modelled"), found.not_modelled),
-        _listed("arithmetic", said("titles", "arithmetic"), _arithmetic(found, said)),
+        _listed("arithmetic", said("titles", "arithmetic"), arithmetic_lines(found, said)),
     ]
     return Page(
         title=t("explanation", "title"),
-        verdict=next(_expected(found, sentences, said)),
+        verdict=next(expected_lines(found, sentences, said)),
         is_bad=found.best is None,
         facts=_facts(found, t),
         sections=[each for each in sections if each is not None],
