@@ -25,7 +25,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 test: check .venv/transformers-4.51
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 slow: .venv/installed
 	$(BIN)/pytest -m slow

@@ -168,8 +168,8 @@ def test_the_command_says_so_for_people_and_machines(tmp_path: Path) -> None:
 class TestOnTheHost:
     """A real training run in a process that the kernel limits."""
 
-    MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=256", "--vocab_size=50304", "--block_size=256", "--device=cpu")
-    RUN = ("--batch_size=48", "--gradient_accumulation_steps=1", "--max_iters=2", "--eval_iters=1", "--loss=full")
+    MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=256", "--vocab_size=50304", "--block_size=128", "--device=cpu")
+    RUN = ("--batch_size=64", "--gradient_accumulation_steps=1", "--max_iters=1", "--eval_iters=1", "--loss=full")
 
     def _train(self, folder: Path, *arguments: str, limit: int) -> subprocess.CompletedProcess[str]:
         data = folder / "data" / "ids"
@@ -199,7 +199,7 @@ class TestOnTheHost:
         assert fitted.returncode == 0, fitted.stdout + fitted.stderr
         assert "plan: " in fitted.stdout
         assert "out of memory" not in fitted.stdout  # the plan held: nothing had to be recovered
-        assert "step 2: " in fitted.stdout
+        assert "step 1: " in fitted.stdout
 
     def test_what_cannot_fit_is_said_before_anything_starts(self, tmp_path: Path) -> None:
         done = self._train(tmp_path, "--memory=300MiB", limit=8 * GIB)

@@ -1,6 +1,7 @@
 """Errors injected in every phase and at random operators: runs end as those that were never disturbed."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ OPTIMIZERS = ("fused", "foreach", "single")
 def use_optimizer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """AdamW with another implementation than the package chooses here."""
 
-    def build(model: nn.Module, **keys: Any) -> torch.optim.Optimizer:
-        fused = build_optimizer(model.parameters(), **keys)
+    def build(parameters: Iterable[nn.Parameter], **keys: Any) -> torch.optim.Optimizer:
+        fused = build_optimizer(parameters, **keys)
         options = {"lr": keys["learning_rate"], "betas": keys["betas"], "foreach": kind == "foreach"}
         groups = [{key: group[key] for key in ("params", "weight_decay")} for group in fused.param_groups]
         other = torch.optim.AdamW(groups, fused=False, **options)

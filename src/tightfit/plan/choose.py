@@ -105,6 +105,8 @@ def choose(
     config, choice, request = resolved.config, None, None
     last_exact = [relief for relief in reliefs if relief.exact][-1]
     for relief in reliefs:
+        if not relief.exact and relief.name not in config.allowed and not is_open(resolved, "micro_batch"):
+            continue  # what would help first is a smaller micro-batch than the one that was asked for
         search = Search(resolved, predictor, budget, share, compiled=compiled, on_host=on_host, relief=relief, say=say)
         needs = state_bytes(config, relief)
         if needs > budget.bytes and relief is not last_exact:
