@@ -1,7 +1,11 @@
 """Optimizer state in host memory: the same step, whatever is where."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from failures import Same, at, trained
+from runs import arguments, column, here
 
 from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError
@@ -49,6 +53,25 @@ def test_the_device_holds_two_bytes_of_a_blocks_weight_and_no_gradient() -> None
     assert all(parameter.grad is None for parameter in model.parameters())
     assert state.offload is not None
     assert torch.equal(matrix, state.offload.masters[matrix].bfloat16()), "the updated weight came back"
+
+
+@pytest.mark.parametrize(("first", "then"), [("optimizer", "none"), ("none", "optimizer")])
+def test_a_run_is_taken_up_with_or_without_it(tmp_path: Path, data_dir: Path, first: str, then: str) -> None:
+    """The checkpoint holds the full weights and moments, wherever they were."""
+    plain, part = tmp_path / "plain", tmp_path / "part"
+    assert here(arguments(plain, data_dir)).code == 0
+    assert here(arguments(part, data_dir, max_iters=6, offload=first)).code == 0
+    assert here(arguments(part, data_dir, init_from="resume", offload=then)).code == 0
+    assert column(part, "loss") == column(plain, "loss")
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
+def test_a_step_that_ran_out_of_memory_is_undone_with_it_too(tmp_path: Path, data_dir: Path, phase: str) -> None:
+    plain, part = tmp_path / "plain", tmp_path / "part"
+    trained(plain, data_dir)
+    got = trained(part, data_dir, at(phase, 200 if phase != "optimizer" else 20), fallback=Same(), offload="optimizer")
+    assert got.failed
+    assert column(part, "loss") == column(plain, "loss")
 
 
 def test_a_word_that_is_no_way_of_offloading_is_refused() -> None:
