@@ -17,7 +17,17 @@ from tightfit.explain.facts import Facts
 from tightfit.explain.log import LogReading, read_log
 from tightfit.explain.plays import Outcome, Stage, variant_of
 from tightfit.explain.printed import Printed
-from tightfit.explain.remedies import DOES_NOT_FIT, FITS, UNCHECKED, Remedy, play_all, ranked, unplayed
+from tightfit.explain.remedies import (
+    DOES_NOT_FIT,
+    EXPANDABLE,
+    FITS,
+    UNCHECKED,
+    USUAL_SHARE,
+    Remedy,
+    play_all,
+    ranked,
+    unplayed,
+)
 from tightfit.explain.snapshot import read_snapshot_failure
 from tightfit.explain.words import Words, words
 from tightfit.gpus import find_gpu
@@ -285,9 +295,6 @@ def _of_findings(
     )
 
 
-_EXPANDABLE = "expandable_segments:True"
-
-
 def _played_for_script(code: str, card: Card, script: str, arguments: list[str], before: Outcome) -> Remedy:
     """What changes nothing in a script, where the figures leave it open: the allocator's setting, nobody beside it."""
     from tightfit.vgpu.worker import dryrun_script
@@ -296,7 +303,7 @@ def _played_for_script(code: str, card: Card, script: str, arguments: list[str],
     if code == "close_others":
         used = 0
     else:
-        environ["PYTORCH_CUDA_ALLOC_CONF"], paste = _EXPANDABLE, f"export PYTORCH_CUDA_ALLOC_CONF={_EXPANDABLE}"
+        environ["PYTORCH_CUDA_ALLOC_CONF"], paste = EXPANDABLE, f"export PYTORCH_CUDA_ALLOC_CONF={EXPANDABLE}"
     after = dryrun_script(script, arguments, environ=environ, used_bytes=used, **_request_of(card))
     return _judged(code, after, card, before, used_bytes=used, paste=paste, exact=True)
 
@@ -309,7 +316,7 @@ def _smaller_batch(card: Card, script: str, arguments: list[str], before: Outcom
     if found is None:
         return None
     (name, value), accumulation = found, _argument(arguments, _ACCUMULATION)
-    parts = min(_USUAL_PARTS, value)
+    parts = min(USUAL_SHARE, value)
     changes = {name: value // parts}
     if accumulation:
         changes[accumulation[0]] = accumulation[1] * parts
@@ -331,8 +338,6 @@ def _smaller_batch(card: Card, script: str, arguments: list[str], before: Outcom
     )
 
 
-_USUAL_PARTS = 16
-"""Into how many passes the usual advice divides a batch: 64 into 4."""
 _PATIENCE_S = 60.0
 _BATCH = re.compile(r"--(?:per[_-]device[_-]train[_-]|train[_-]|micro[_-]?|mini[_-]?)?(?:batch[_-]?size|batch|bs)")
 _ACCUMULATION = re.compile(r"--(?:gradient[_-]|grad[_-])?(?:accumulation|accum)(?:[_-]steps)?")

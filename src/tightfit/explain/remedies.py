@@ -20,14 +20,14 @@ FITS, FITS_SLOWLY, DOES_NOT_FIT, NO_EFFECT, NOT_MEMORY, UNCHECKED = (
 )  # fmt: skip
 VERDICTS = (FITS, FITS_SLOWLY, UNCHECKED, DOES_NOT_FIT, NO_EFFECT, NOT_MEMORY)
 """The order in which they are shown."""
-_USUAL_SHARE = 16
+USUAL_SHARE = 16
 """Into how many passes the usual advice divides a batch: 64 into 4."""
 _GROWING = ("activations", "logits", "inputs")
 """Categories that grow with the tokens of a pass."""
 _CLEARLY = 1.15
 """Times what there is: what needs more by the line is not played."""
-_EXPANDABLE = "expandable_segments:True"
-_ENVIRON = f"PYTORCH_CUDA_ALLOC_CONF={_EXPANDABLE}"
+EXPANDABLE = "expandable_segments:True"
+_ENVIRON = f"PYTORCH_CUDA_ALLOC_CONF={EXPANDABLE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class _Plan:
         if run.compile and run.mode != "reduce-overhead" and self.train.fits:
             found["reduce_overhead"] = run.but(mode="reduce-overhead")
         if self._facts.cache_would_do is not False:
-            found["expandable_segments"] = run.but(alloc_conf=_EXPANDABLE)
+            found["expandable_segments"] = run.but(alloc_conf=EXPANDABLE)
         if self._others_might_do:
             found["close_others"] = run.but(used_bytes=0)
         if run.dtype == "float32":
@@ -453,7 +453,7 @@ def _parts(batch_size: int) -> int:
     (16, 12, 1, 7)
     """
     divisors = [parts for parts in range(1, batch_size + 1) if batch_size % parts == 0]
-    below = [parts for parts in divisors if parts <= _USUAL_SHARE]
+    below = [parts for parts in divisors if parts <= USUAL_SHARE]
     return below[-1] if below[-1] > 1 or batch_size == 1 else divisors[1]
 
 

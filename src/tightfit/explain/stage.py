@@ -18,13 +18,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tightfit.plan.zygote import COMPILER
+
 _LOOP = "nanogpt_loop.py"
-_COMPILER = (
-    "torch._dynamo.variables", "torch._inductor.compile_fx", "torch._inductor.scheduler",
-    "torch._inductor.codegen.triton", "torch._inductor.codegen.wrapper",
-    "torch._inductor.codegen.cuda_combined_scheduling",
-)  # fmt: skip
-"""Loaded once, before the forks, if something is to be compiled: 2 s for each play otherwise."""
 
 
 def serve() -> None:
@@ -44,7 +40,7 @@ def serve() -> None:
 def _run_batch(folder: Path, plays: list[dict[str, Any]], workers: int) -> None:
     shutil.copyfile(Path(__file__).with_name("nanogpt.py"), folder / _LOOP)
     if sum(bool(_keys(play).get("compile")) for play in plays) and importlib.util.find_spec("triton"):
-        for name in _COMPILER:
+        for name in COMPILER:
             importlib.import_module(name)
         gc.freeze()
     running = 0

@@ -108,7 +108,7 @@ class Predictor:
 
     def _predict(self, plan: Plan, whole: bool) -> Prediction:
         request = self._request(plan) | {"whole": whole}
-        remembered = _Memory(request)
+        remembered = Memory(request)
         found = remembered.read()
         if found is None:
             found = self._ask(request)
@@ -231,12 +231,12 @@ class _Zygote:
         self._folder.cleanup()
 
 
-class _Memory:
+class Memory:
     """What was found before, one file for each request."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], folder: str = "traces") -> None:
         text = json.dumps([request, version("torch"), _sources()], sort_keys=True)
-        self._file = cache_folder() / "traces" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+        self._file = cache_folder() / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
     def read(self) -> dict[str, Any] | None:
         try:

@@ -3,8 +3,6 @@
 A model of the card's speed ranks plans; where several fit and the run is long, the device decides between the best.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import subprocess
@@ -12,14 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from tightfit.config import TrainConfig, to_dict
-from tightfit.plan.predict import Prediction, cache_folder
+from tightfit.plan.predict import Memory, Prediction
+from tightfit.train.supervise import LONG_RUN
 
-LONG_RUN = 1000
-"""Steps from which on a few seconds of trying are worth it."""
 _TIMEOUT_S = 300
 _PASSES = 3
 _ROUNDS = 2
@@ -57,16 +53,12 @@ def timed(
 
 def _remembered(config: TrainConfig, share: int, device_name: str) -> dict[str, Any]:
     keys = {**to_dict(config), "out_dir": "", "max_iters": 0, "share": share}
-    text = json.dumps([keys, device_name, version("torch"), version("tightfit")], sort_keys=True)
-    file = cache_folder() / "probes" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        known: dict[str, Any] = json.loads(file.read_text())
-        return known
-    found = _in_a_process({"config": to_dict(config), "share": share})
-    if "error" not in found:
-        with contextlib.suppress(OSError):  # tried again next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found))
+    memory = Memory({"probe": keys, "device": device_name}, "probes")
+    found = memory.read()
+    if found is None:
+        found = _in_a_process({"config": to_dict(config), "share": share})
+        if "error" not in found:
+            memory.write(found)
     return found
 
 

@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_COMPILER = (
+COMPILER = (
     "torch._dynamo.variables", "torch._inductor.compile_fx", "torch._inductor.scheduler",
     "torch._inductor.codegen.triton", "torch._inductor.codegen.wrapper",
     "torch._inductor.codegen.cuda_combined_scheduling",
 )  # fmt: skip
+"""Loaded once, before something is compiled in a fork or at once: 2 s for each otherwise."""
 
 
 def serve() -> None:
@@ -51,7 +52,7 @@ def serve() -> None:
 def serve_one() -> None:
     """Answer a single trace, with the compiler loaded before it is asked for: compiling in a fork takes longer."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name in ("tightfit.plan.trace", *_COMPILER):
+    for name in ("tightfit.plan.trace", *COMPILER):
         importlib.import_module(name)
     line = sys.stdin.readline()
     if line:
