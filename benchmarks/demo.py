@@ -22,7 +22,7 @@ TRAIN = ["train", "configs/train_stdlib.py", "--device=cpu", "--supervise=False"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit_mib", type=int, default=620, help="what the run may use, in MiB")
+    parser.add_argument("--limit_mib", type=int, default=1100, help="what the run may use, in MiB")
     parser.add_argument("--steps", type=int, default=250)
     options = parser.parse_args()
     os.chdir(ROOT)
