@@ -5,9 +5,11 @@ What is compared is the step's highest memory above what is held between steps, 
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,8 @@ class Configuration:
     optimizer: str = "fused"
     bf16: bool = False
     accumulation: int = 1
-    compiled: bool = False
+    compiled: str = ""
+    """`whole`, as scripts do it, or in `parts`, as this trainer does."""
 
 
 def tightfit_model(**options: Any) -> Callable[[], nn.Module]:
@@ -120,7 +123,7 @@ def measured(configuration: Configuration) -> int:
     model = configuration.build()
     optimizer = _optimizer(configuration, model)
     ids = torch.randint(0, VOCABULARY, (BATCH, BLOCK))
-    called: Any = _compiled(model) if configuration.compiled else model
+    called = _compiled(model, configuration.compiled)
     _step(configuration, called, optimizer, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch 2.11 on its own cycles
@@ -139,10 +142,15 @@ def measured(configuration: Configuration) -> int:
     return peak
 
 
-def _compiled(model: nn.Module, **options: Any) -> Any:
+def _compiled(model: nn.Module, how: str) -> Any:
     """Compiled as in a process of its own: Dynamo remembers the shapes that a function was called with before."""
+    if not how:
+        return model
     torch._dynamo.reset()
-    return torch.compile(model, **options)
+    if how == "whole":
+        return torch.compile(model)
+    model.compile_parts()
+    return model
 
 
 def _without_scratch(events: list[Any], everything: Any) -> list[Any]:
@@ -150,14 +158,24 @@ def _without_scratch(events: list[Any], everything: Any) -> list[Any]:
 
     Its result is made before it is called, so what oneDNN takes there to reorder operands is the host's alone.
     """
-    products = [
-        (event.start_ns(), event.start_ns() + event.duration_ns())
+    graphs = _spans(event for event in everything if event.name().startswith("## Call CompiledFxGraph"))
+    products = _spans(
+        event
         for event in everything
-        if event.name() in ("aten::mm", "aten::addmm", "aten::bmm")
-    ]
-    scratch = [event for event in events if any(start <= event.start_ns() <= end for start, end in products)]
+        if event.name() in ("aten::mm", "aten::addmm", "aten::bmm") and _is_within(event, graphs)
+    )
+    assert products, "a compiled graph with no product, or a profiler that names it otherwise"
+    scratch = [event for event in events if _is_within(event, products)]
     assert sum(event.nbytes() for event in scratch) == 0
     return [event for event in events if event not in scratch]
+
+
+def _spans(events: Iterable[Any]) -> list[tuple[int, int]]:
+    return [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in events]
+
+
+def _is_within(event: Any, spans: list[tuple[int, int]]) -> bool:
+    return any(start <= event.start_ns() <= end for start, end in spans)
 
 
 def predicted(configuration: Configuration) -> int:
@@ -170,10 +188,10 @@ def predicted(configuration: Configuration) -> int:
         model = configuration.build()
         optimizer = _optimizer(configuration, model)
         ids = torch.zeros(BATCH, BLOCK, dtype=torch.int64)
-        called: Any = model
         if configuration.compiled:
             VirtualDeviceMode.hide_from_dynamo()
-            called = _compiled(model, backend=Compiler(device, None).backend)
+        with mock.patch("torch.compile", partial(torch.compile, backend=Compiler(device, None).backend)):
+            called = _compiled(model, configuration.compiled)
         _step(configuration, called, optimizer, ids)
         device.recorder.settle()
         before = _requested(device)
@@ -213,16 +231,15 @@ def _configurations() -> list[Configuration]:
             ("chunked checkpointed", {"loss": "chunked", "checkpointed": 3}),
         ):
             found.append(Configuration(f"tightfit {kind} {name}", tightfit_model(**options), tightfit_loss, bf16=bf16))
+        for name, how, options in (
+            ("full compiled", "whole", {"loss": "full"}),
+            ("full compiled in parts", "parts", {"loss": "full"}),
+            ("chunked compiled in parts", "parts", {"loss": "chunked"}),
+            ("checkpointed compiled in parts", "parts", {"loss": "full", "checkpointed": 2}),
+        ):
+            model = tightfit_model(**options)
+            found.append(Configuration(f"tightfit {kind} {name}", model, tightfit_loss, bf16=bf16, compiled=how))
         for loss in ("full", "chunked"):
-            found.append(
-                Configuration(
-                    f"tightfit {kind} {loss} compiled",
-                    tightfit_model(loss=loss),
-                    tightfit_loss,
-                    bf16=bf16,
-                    compiled=True,
-                )
-            )
             found.append(
                 Configuration(
                     f"tightfit {kind} {loss} accumulated",

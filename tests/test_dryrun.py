@@ -130,6 +130,43 @@ class TestTraining:
         assert not [each for each in compiled["not_modelled"] if "compile" in each]
         assert 0.4 < compiled["peak"]["allocated_bytes"] / eager["peak"]["allocated_bytes"] < 0.95
 
+    def test_blocks_that_are_recomputed_can_be_compiled(self, tmp_path: Path) -> None:
+        pytest.importorskip("triton")
+        script = tmp_path / "recompute.py"
+        script.write_text(RECOMPUTED)
+        found = dryrun("--gpu", "RTX 4090", script, code=0)
+        assert not found["not_modelled"]
+        assert found["categories"]["activations"] < 3.01 * 8 * 1024 * 256 * 4  # what each block was given, and no more
+
+
+RECOMPUTED = """
+import torch
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(256, 768) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(self.block, block, x, use_reentrant=False)
+        return x.float().pow(2).mean()
+
+    def block(self, linear, x):
+        q, k, v = linear(x).view(*x.shape[:2], 3, 4, 64).permute(2, 0, 3, 1, 4)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
+        return x + dropout(y.transpose(1, 2).reshape(x.shape), 0.1)
+
+model = torch.compile(Model().cuda())
+for _ in range(2):
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(torch.randn(8, 1024, 256, device="cuda"))
+    loss.backward()
+    model.zero_grad()
+"""
+
 
 class TestSeveralCards:
     """Rank 0 of four, by WORLD_SIZE alone; a model of 8 x (1024 x 1024 + 1024) float32."""

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -410,3 +412,28 @@ def test_the_whole_model_errs_about_as_much_as_autocast(bias: bool, monkeypatch:
         "tightfit.gpt.model.causal_attention", lambda qkv, n_head, dropout: torch_attention(qkv, n_head)
     )
     assert relative_error(ours, truth) <= 1.5 * relative_error(run(low=True), truth)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_compiled_in_parts_it_is_the_same_and_its_blocks_share_their_code(
+    checkpointed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # kernels take 20 s more
+    config = tiny(n_layer=5)
+    model = build(config, loss="full", checkpointed_blocks=checkpointed)
+    idx = draw_tokens(config, 2, 32)
+
+    def run() -> Tensor:
+        loss = model(idx, idx.roll(-1, 1), scale=1 / 64)
+        return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients(loss, list(model.parameters())))])
+
+    plain, cache = run(), KeyValueCache(config.n_layer)
+    continued = model(idx[:, :1], cache=cache).detach()
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    model.compile_parts()
+    assert relative_error(run(), plain) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 2  # a block, the loss
+    assert torch.equal(model(idx[:, :1], cache=KeyValueCache(config.n_layer)), continued)
+    assert counters["stats"]["unique_graphs"] == 2  # what continues a text is not compiled

@@ -23,16 +23,17 @@ def test_there_are_enough() -> None:
     assert len(CONFIGURATIONS) >= 40
 
 
-SLOW = ("tightfit fp32 full compiled", "tightfit fp32 chunked compiled", "tightfit bf16 chunked compiled")
-"""As long as all others together, and their like is among those."""
+QUICK_COMPILED = ("tightfit bf16 checkpointed compiled in parts",)
+"""The other compiled ones take as long as all the rest together, and their like is among those."""
+
+
+def _is_slow(configuration: Configuration) -> bool:
+    return bool(configuration.compiled) and configuration.name not in QUICK_COMPILED
 
 
 @pytest.mark.parametrize(
     "configuration",
-    [
-        pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.name in SLOW else [])
-        for each in CONFIGURATIONS
-    ],
+    [pytest.param(each, id=each.name, marks=[pytest.mark.slow] if _is_slow(each) else []) for each in CONFIGURATIONS],
 )
 def test_a_step_takes_what_was_predicted(configuration: Configuration) -> None:
     if configuration.compiled:

@@ -21,7 +21,7 @@ class Budget:
     total_bytes: int
     """Of the card, or of the tightest limit on the host."""
     used_bytes: int
-    """By other programs."""
+    """By other programs; on the host what a limit counts of this one that it holds and does not use."""
     context_bytes: int
     """By this process outside its tensors: the CUDA context, or Python and its libraries."""
     margin_bytes: int
@@ -43,11 +43,20 @@ def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_bytes: int =
     return Budget(total_bytes=total, used_bytes=used_bytes, context_bytes=context, margin_bytes=margin, text=why)
 
 
-def host_budget(limit_bytes: int, *, base_bytes: int, source: str) -> Budget:
-    """Of a process whose memory without tensors is `base_bytes`, under a limit of the host's."""
+def host_budget(limit_bytes: int, *, base_bytes: int, source: str, reserved_bytes: int = 0) -> Budget:
+    """Of a process whose memory without tensors is `base_bytes`, under a limit of the host's.
+
+    `reserved_bytes` are what that limit counts of it besides: addresses that it holds and does not use.
+    """
     margin = round(limit_bytes * HOST_MARGIN_SHARE) + HOST_MARGIN_BYTES
     text = f"{format_bytes(base_bytes)} for Python, torch and its libraries, measured in this process; {source}"
-    return Budget(total_bytes=limit_bytes, used_bytes=0, context_bytes=base_bytes, margin_bytes=margin, text=text)
+    return Budget(
+        total_bytes=limit_bytes,
+        used_bytes=reserved_bytes,
+        context_bytes=base_bytes,
+        margin_bytes=margin,
+        text=text,
+    )
 
 
 def spills_to_host() -> bool:

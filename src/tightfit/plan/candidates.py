@@ -122,7 +122,12 @@ def parameters_of(config: TrainConfig) -> int:
     124355328
     """
     width = config.n_embd
-    return (12 * config.n_layer * width + (config.vocab_size or 50_304) + config.block_size) * width
+    return (12 * config.n_layer * width + vocabulary_of(config) + config.block_size) * width
+
+
+def vocabulary_of(config: TrainConfig) -> int:
+    """Columns of the logits: of GPT-2's padded vocabulary where neither the configuration nor a dataset has one."""
+    return config.vocab_size or 50_304
 
 
 def balanced(micro_batch: int, share: int) -> int:

@@ -19,6 +19,7 @@ from tightfit.plan.candidates import (
     even,
     is_open,
     parameters_of,
+    vocabulary_of,
 )
 from tightfit.plan.predict import Prediction, Predictor
 from tightfit.units import format_bytes
@@ -28,8 +29,8 @@ _SMALL_BATCH = 4
 _ATTEMPTS = 4
 _OFFERED = 3
 """Plans traced in full."""
-_COMPILED_HOLDS = 1.3
-"""Sequences of a compiled step in the memory of one of an uncompiled one: 1.45 for GPT-2 124M with all its logits."""
+_COMPILED_SAVES = {"bfloat16": 12, "float16": 12, "float32": 4}
+"""Bytes of each logit that a compiled step with all of them does not take, by dtype: it makes no float32 copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +174,10 @@ class Search:
 
     def run(self) -> Choice:
         """The choice, after a handful of traces."""
-        lines = self._lines()
+        plain = self._lines()
+        lines = {loss: self._compiled_line(loss, line) for loss, line in plain.items()} if self._compiled else plain
         request = self._request(lines)
-        found = self._fitting(lines)
+        found = self._fitting(lines, plain)
         # Whether to compile was settled before: by the user, or because it is faster on this card.
         found.sort(key=lambda each: (each.plan.compile != self._compiled, each.step_s(self._share)))
         if found and (self._may_not_compile or found[0].plan.compile == self._compiled):
@@ -203,18 +205,23 @@ class Search:
         )
 
     def _lines(self) -> dict[str, Line]:
-        """Two or three traces for each loss, of plain kernels: compiling takes longer and hardly moves the lines."""
+        """Two or three traces for each loss, of plain kernels: compiling takes longer."""
         least, small = min(self._levels), min(_SMALL_BATCH, self._share)
-        budget, self._predictor.will_compile = self._budget.bytes, self._compiled
+        self._predictor.will_compile = self._compiled
         lines = self._traced_lines([(1, least), (small, least)], self._losses[:1])
         # A loss in chunks makes room for more sequences, which is of use where few have any; else it only takes longer.
-        if lines[self._losses[0]].largest(budget, 0, self._share) < small:
+        if self._most_sequences(lines) < small:
             lines |= self._traced_lines([(1, least), (small, least)], self._losses[1:])
         # Recomputing a block costs more than passes of fewer sequences: it is for where hardly one has room.
-        if len(self._levels) > 1 and all(line.largest(budget, 0, self._share) < small for line in lines.values()):
+        if len(self._levels) > 1 and self._most_sequences(lines) < small:
             lines = self._traced_lines([(1, least), (small, least), (small, max(self._levels))], self._losses)
             self._with_levels = True
         return lines
+
+    def _most_sequences(self, lines: dict[str, Line]) -> int:
+        """The largest micro-batch that any of these plain lines lets in, with nothing recomputed."""
+        own = [self._compiled_line(loss, line) if self._compiled else line for loss, line in lines.items()]
+        return max(line.largest(self._budget.bytes, 0, self._share) for line in own)
 
     def _traced_lines(self, points: list[tuple[int, int]], losses: list[str]) -> dict[str, Line]:
         if not losses:
@@ -225,23 +232,32 @@ class Search:
         found = dict(zip(every, self._predictor.predict(every, whole=False), strict=True))
         return {loss: line_through([found[plan] for plan in each]) for loss, each in plans.items()}
 
-    def _fitting(self, lines: dict[str, Line]) -> list[Prediction]:
+    def _fitting(self, lines: dict[str, Line], plain: dict[str, Line]) -> list[Prediction]:
         """Plans traced in full that fit, out of those that the lines say are fastest."""
-        promising = []
+        wanted = self._promising(lines, compiled=self._compiled)[:_OFFERED]
+        if self._compiled:  # compiling takes longer than tracing: the best one, and two as they would be without it
+            wanted = [*wanted[:1], *self._promising(plain, compiled=False)[:2]]
+        self._say(f"tracing the {len(wanted)} most promising plans in full")
+        return self._trace_until_fits(wanted, lines) if wanted else []
+
+    def _promising(self, lines: dict[str, Line], *, compiled: bool) -> list[Plan]:
+        """The largest micro-batch at each loss and each number of recomputed blocks, the fastest plan first."""
+        found = []
         for loss, line in lines.items():
             for blocks in self._levels if self._with_levels else [min(self._levels)]:
                 if largest := self._largest(line, blocks):
                     size = self._micro_batch or self._split(largest)
-                    promising.append((line.step_s(size, blocks, self._share), loss, blocks, size))
-        promising.sort()
-        wanted = [self._plan(size, blocks, loss) for _, loss, blocks, size in promising[:_OFFERED]]
-        if self._compiled and wanted:
-            # Compiling takes ten times as long as tracing: the best one, and two as they would be without it.
-            _, loss, blocks, _ = promising[0]
-            best = self._compiled_plan(lines[loss], blocks, loss)
-            wanted = [*([best] if best else []), *(replace(plan, compile=False) for plan in wanted[:2])]
-        self._say(f"tracing the {len(wanted)} most promising plans in full")
-        return self._trace_until_fits(wanted, lines) if wanted else []
+                    found.append((line.step_s(size, blocks, self._share), loss, blocks, size))
+        return [self._plan(size, blocks, loss, compiled=compiled) for _, loss, blocks, size in sorted(found)]
+
+    def _compiled_line(self, loss: str, plain: Line) -> Line:
+        """What a line of plain kernels says of compiled ones; each promise is traced before it is made."""
+        if loss != "full":
+            return plain
+        config = self._config
+        saved = _COMPILED_SAVES.get(config.dtype, max(_COMPILED_SAVES.values()))
+        saved_bytes = saved * config.block_size * vocabulary_of(config)
+        return replace(plain, per_sequence=max(plain.per_sequence / 4, plain.per_sequence - saved_bytes))
 
     def _trace_until_fits(self, plans: list[Plan], lines: dict[str, Line]) -> list[Prediction]:
         """Predictions that fit, of `plans` or, where the first does not, of smaller ones."""
@@ -275,14 +291,6 @@ class Search:
         if self._micro_batch:
             return self._micro_batch if largest >= self._micro_batch else 0
         return largest
-
-    def _compiled_plan(self, line: Line, blocks: int, loss: str) -> Plan | None:
-        """With more sequences than the line lets in, which is of kernels that hold more."""
-        largest = self._largest(line, blocks)
-        if not largest:
-            return None
-        more = min(self._share, int(largest * _COMPILED_HOLDS))
-        return self._plan(self._micro_batch or self._split(more), blocks, loss)
 
     def _trace(self, plans: list[Plan]) -> list[Prediction]:
         found = self._predictor.predict(plans)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tightfit.config import Resolved, TrainConfig
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.plan.candidates import is_open, parameters_of
+from tightfit.plan.candidates import is_open, parameters_of, vocabulary_of
 from tightfit.plan.make import Where, card_here, make_plan, this_host
 from tightfit.plan.predict import cache_folder
 from tightfit.system import host_memory
@@ -108,7 +108,7 @@ def _rough_bound(config: TrainConfig, share: int) -> int:
     bytes, and the logits with their gradient and their float32 copies.
     """
     size = min(config.micro_batch or config.batch_size, share)
-    vocabulary = config.vocab_size or 50_304
+    vocabulary = vocabulary_of(config)
     width, tokens = config.n_embd, size * config.block_size
     layer = 2 * (34 * tokens * width + 5 * config.n_head * config.block_size * tokens)
     return 20 * parameters_of(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB

@@ -11,6 +11,7 @@ import torch
 from tightfit.config import TrainConfig
 from tightfit.gpt.model import GPT, GPTConfig
 from tightfit.plan.speed import Meter, Work
+from tightfit.system import own_bytes
 from tightfit.train.distributed import World
 from tightfit.train.hardware import choose_hardware
 from tightfit.train.setup import build_state
@@ -72,7 +73,7 @@ def _best(work: Callable[[], object]) -> float:
 
 def print_measurements() -> None:
     """For a process of its own: its memory with all of training loaded and used once, then the rates, as JSON."""
-    from tightfit.train.memory import memory_use, return_freed_memory
+    from tightfit.train.memory import return_freed_memory
     from tightfit.train.sample import generate
 
     return_freed_memory()
@@ -85,5 +86,5 @@ def print_measurements() -> None:
         optimizer_step(state, [(ids, ids)], passes=1, tokens=64, learning_rate=0.0, grad_clip=1.0)
     evaluation_loss(state, [(ids, ids)])
     generate(model, ids[:, :1], 2)
-    base = memory_use(hardware.device).now_bytes
+    base = own_bytes()
     print(json.dumps(measure_host() | {"base_bytes": base}))

@@ -153,20 +153,30 @@ def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None
 
 def this_host(memory_bytes: int | None = None) -> Where:
     """This machine's processor, with `memory_bytes` or the tightest limit that holds for a process started here."""
-    host = host_memory()
-    base = measured_host()["base_bytes"]
-    left, source = host.budget_bytes, host.budget_source or "free memory of this machine"
-    limit = next((each.limit_bytes for each in host.limits if each.source == host.budget_source), left)
+    host, base = host_memory(), measured_host()["base_bytes"]
+    resident = base["resident"]
+    own = host.used_by_this_process_bytes or 0
+    wholes = [
+        (limit.limit_bytes if limit.source in base else limit.left_bytes + own, limit.source) for limit in host.limits
+    ]
+    if host.available_bytes is not None:
+        wholes.append((host.available_bytes + own, "free memory of this machine"))
     if memory_bytes is not None:
-        limit, source = min(memory_bytes, limit or memory_bytes), "as given"
-    if limit is None:
+        wholes.append((memory_bytes, "as given"))
+    if not wholes:
         raise TightfitError("this system does not say how much memory is free; give --memory=8GiB, say")
-    return Where(gpu=None, budget=host_budget(limit, base_bytes=base, source=source))
+    whole, source = min(wholes, key=lambda each: each[0] - base.get(each[1], resident))
+    return Where(
+        gpu=None,
+        budget=host_budget(
+            whole, base_bytes=resident, reserved_bytes=max(0, base.get(source, resident) - resident), source=source
+        ),
+    )
 
 
 def measured_host() -> dict[str, Any]:
     """What this machine's processor does in a second, and what torch takes of memory when it is loaded; remembered."""
-    file = cache_folder() / f"host-{_processor()}.json"
+    file = cache_folder() / f"this-host-{_processor()}.json"
     try:
         found: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):

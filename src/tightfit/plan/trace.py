@@ -85,10 +85,8 @@ def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work]) -
     sizes = [len(part) for part in passes]
 
     def evaluate() -> None:
-        # Without torch.compile, whose graph for it takes less, and 5 s to make.
-        with _named_phase("eval"), _uncompiled(model):
-            plain = dataclasses.replace(state, model=model)
-            evaluation_loss(plain, _batches([config.eval_micro_batch], config.block_size, device))
+        with _named_phase("eval"):
+            evaluation_loss(state, _batches([config.eval_micro_batch], config.block_size, device))
 
     if request.whole:
         evaluate()
@@ -105,7 +103,7 @@ def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work]) -
         evaluate()
         _step(config, state, [sizes[0]] * min(2, len(sizes)), device)
     if request.whole and config.sample_at_end:
-        with _named_phase("sample"), _uncompiled(model), hardware.autocast():
+        with _named_phase("sample"), hardware.autocast():
             generate(model, torch.zeros(1, 1, dtype=torch.int64, device=device), _SAMPLED)
     one_pass = single if double is None else double - single
     update = single - one_pass
@@ -169,16 +167,6 @@ def _step(config: TrainConfig, state: StepState, sizes: list[int], device: torch
         grad_clip=config.grad_clip,
         seed_of_pass=(lambda number: number) if config.dropout else None,
     )
-
-
-@contextlib.contextmanager
-def _uncompiled(model: GPT) -> Iterator[None]:
-    compiled = model.__dict__.pop("hidden", None)
-    try:
-        yield
-    finally:
-        if compiled is not None:
-            model.__dict__["hidden"] = compiled
 
 
 def _named_phase(name: Any) -> contextlib.AbstractContextManager[None]:

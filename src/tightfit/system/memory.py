@@ -13,9 +13,12 @@ from pathlib import Path
 from tightfit.system.nvml import Cards, Failure, GpuMemory, GpuProcess, gpu_memory, read_cards
 
 __all__ = [
-    "Cards", "Failure", "GpuMemory", "GpuProcess", "HostMemory", "Limit", "gpu_memory", "host_memory", "read_cards",
+    "Cards", "Failure", "GpuMemory", "GpuProcess", "HostMemory", "Limit", "gpu_memory", "host_memory", "own_bytes",
+    "read_cards",
 ]  # fmt: skip
 
+_COUNTED = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
+"""What of a process each of its limits counts, as /proc/self/status names it."""
 _UNLIMITED = 2**62
 """Control groups of version 1 write "no limit" as 2**63 rounded down to a page."""
 
@@ -103,6 +106,13 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     )
 
 
+def own_bytes(root: Path = Path("/")) -> dict[str, int]:
+    """What this process holds now: what is `resident`, and what each of its own limits counts (by `Limit.source`)."""
+    status = _fields(root / "proc/self/status")
+    resident = status.get("VmRSS", _peak_bytes() or 0)
+    return {"resident": resident, **{name: status[key] for name, key in _COUNTED.items() if key in status}}
+
+
 def _fields(path: Path) -> dict[str, int]:
     """Lines like `MemTotal:  24684084 kB`, in bytes."""
     found = {}
@@ -143,10 +153,10 @@ def _process_limits(status: dict[str, int]) -> Iterator[Limit]:
         return
     import resource
 
-    for name, used in (("RLIMIT_AS", status.get("VmSize")), ("RLIMIT_DATA", status.get("VmData"))):
+    for name, key in _COUNTED.items():
         soft, _ = resource.getrlimit(getattr(resource, name))
-        if soft != resource.RLIM_INFINITY and used is not None:
-            yield Limit(source=name, limit_bytes=soft, used_bytes=used)
+        if soft != resource.RLIM_INFINITY and key in status:
+            yield Limit(source=name, limit_bytes=soft, used_bytes=status[key])
 
 
 def _cgroup_limits(root: Path) -> Iterator[Limit]:

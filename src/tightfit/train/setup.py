@@ -106,11 +106,7 @@ def build_state(
             scaler.load_state_dict(dict(start.scaler))
     called: nn.Module = model
     if hardware.compile:
-        mode = None if config.mode == "default" else config.mode
-        if model.loss_kind == "full":
-            called = torch.compile(model, mode=mode)  # type: ignore[assignment]
-        else:  # a loss in chunks would be unrolled: 40 s of compiling instead of 8 for 4 x 1024 tokens, more for more
-            model.hidden = torch.compile(model.hidden, mode=mode)  # type: ignore[method-assign]
+        model.compile_parts(config.mode)
     if world.size > 1 and not config.recover:  # else train.recovery exchanges gradients, when all have theirs
         ids = [hardware.device.index] if hardware.device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=ids)

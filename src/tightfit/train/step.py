@@ -118,7 +118,8 @@ def _backward(
                 loss = state.model(inputs, targets, scale=scale)
             state.phase = "backward"
             state.scaler.scale(loss).backward()
-        total = loss.detach() if total is None else total + loss.detach()
+        # A copy: what a CUDA graph returned is overwritten when it runs again.
+        total = loss.detach().clone() if total is None else total + loss.detach()
         state.phase = "forward"
     assert total is not None, "a step needs at least one micro-batch"
     return total

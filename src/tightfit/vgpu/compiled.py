@@ -94,6 +94,8 @@ class Compiler:
                 _convince_inductor(self._device, self._properties)
                 padding: Any = importlib.import_module("torch._inductor.fx_passes.pad_mm")
                 padding.get_cached_should_pad = self._pads
+                partitioners: Any = importlib.import_module("torch._functorch.partitioners")
+                partitioners.functionalize_rng_ops = _same_random_numbers
                 self._wrap_modules()
             else:
                 self._say(
@@ -205,6 +207,11 @@ class Compiler:
             "empty_strided_cpu_pinned": empty_host,
             "reinterpret_tensor": reinterpret,
         }
+
+
+def _same_random_numbers(joint: Any, forward: Any, backward: Any, symbols: int) -> tuple[Any, Any]:
+    """Torch gives what backward recomputes forward's random state, of the card's generators: host memory alone."""
+    return forward, backward
 
 
 @contextlib.contextmanager
