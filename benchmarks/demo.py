@@ -1,8 +1,8 @@
 """The main job, shown: a plan for a card that is not here, and a run that survives its memory being taken away.
 
 `make demo` runs it. Two steps of one sequence each show what the model takes at least. The run then trains for real
-under a memory limit of the kernel's a little above; at its 100th step the limit is lowered for a second, so that the
-system refuses it memory in the middle of whatever it does then.
+under a memory limit of the kernel's a little above; at its 100th step the limit is lowered until the system has refused
+it memory, in the middle of whatever it does then.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> int:
         if "out of memory in" in line:
             refused.set()
         if line.startswith("iter 100:"):
-            print("# Now the kernel takes half of what a step needs away, for a second.", flush=True)
+            print("# Now the kernel takes half of what a step needs away, for a moment.", flush=True)
             threading.Thread(target=_squeeze, args=(run.pid, limit, refused), daemon=True).start()
     if run.wait() == 0 and not refused.is_set():
         print("# The run was never refused memory, so it had nothing to survive. Try a smaller --room_mib.")
@@ -74,7 +74,6 @@ def _squeeze(process: int, limit: int, refused: threading.Event) -> None:
     try:
         resource.prlimit(process, resource.RLIMIT_DATA, ((min(held) + max(held)) // 2, limit))
         refused.wait(30)
-        time.sleep(1.0)
         resource.prlimit(process, resource.RLIMIT_DATA, (limit, limit))
     except ProcessLookupError:
         pass  # it has ended already

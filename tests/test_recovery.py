@@ -28,6 +28,7 @@ from tightfit.train.distributed import World
 from tightfit.train.fallback import Halving, Settings, least_that_failed
 from tightfit.train.out_of_memory import Kind, is_out_of_memory, release_frames, requested_bytes
 from tightfit.train.recovery import BeyondSaving, OutOfMemory, Recovery
+from tightfit.train.supervise import STATUS
 
 WANTED = Settings(micro_batch=8, eval_micro_batch=8, loss="full", checkpointed_blocks=0)
 
@@ -343,28 +344,39 @@ class TestRuns:
         (event,) = [row for row in rows(tmp_path) if "event" in row]
         assert (event["event"], event["before"]["micro_batch"], event["after"]["micro_batch"]) == ("pressure", 4, 2)
 
+    @pytest.mark.parametrize(("fails_at", "is_supervised", "code"), [(5, False, 1), (5, True, 75), (0, True, 1)])
     def test_nothing_smaller_ends_in_one_sentence_with_the_state_saved(
-        self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        tmp_path: Path,
+        data_dir: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        fails_at: int,
+        is_supervised: bool,
+        code: int,
     ) -> None:
+        """The supervisor starts another process, which may have room for what fitted this one before."""
+        if is_supervised:
+            monkeypatch.setenv(STATUS, str(tmp_path / "status"))
         usual, attempts = loop.optimizer_step, []
 
         def step(state: Any, *args: Any, **keys: Any) -> Any:
-            if state.guard.run.step == 5:
+            if state.guard.run.step == fails_at:
                 attempts.append(state.guard.run.settings)
                 raise RuntimeError(MESSAGE)
             return usual(state, *args, **keys)
 
         monkeypatch.setattr(loop, "optimizer_step", step)
         done = here(arguments(tmp_path, data_dir, micro_batch=2))
-        assert done.code == 1
+        assert done.code == code
         assert done.err.count("\n") == 1
-        assert "tightfit: step 5: " in done.err
+        assert f"tightfit: step {fails_at}: " in done.err
         assert "needs 11.77 MiB more than there is with micro_batch=1" in done.err
         assert "nothing smaller is left; try a shorter block_size" in done.err
-        assert f"saved step 5 in {tmp_path}" in done.out
+        assert ("a new process may have room for it" in done.err) == (code == 75)
+        assert (f"saved step {fails_at} in {tmp_path}" in done.out) == (fails_at > 0)
         assert len(attempts) == len(set(attempts)) + recovery.MOST_TRIES - 1
         monkeypatch.setattr(loop, "optimizer_step", usual)
-        assert here(arguments(tmp_path, data_dir, init_from="resume")).code == 0
+        assert here(arguments(tmp_path, data_dir, init_from="resume" if fails_at else "scratch")).code == 0
         trained(tmp_path / "plain", data_dir)
         assert column(tmp_path, "loss") == pytest.approx(column(tmp_path / "plain", "loss"), rel=1e-6)
 

@@ -1,6 +1,7 @@
 """A run from its configuration to its last checkpoint: nanoGPT's main path, in execution order."""
 
 import math
+import os
 import shutil
 import signal
 import threading
@@ -25,11 +26,11 @@ from tightfit.train.distributed import World, process_group, same_weights, world
 from tightfit.train.hardware import Hardware, choose_hardware
 from tightfit.train.memory import keep_freed_memory, memory_use, return_freed_memory
 from tightfit.train.metrics import METRICS, Reporter, Stopwatch
-from tightfit.train.recovery import Fallback, Halving, OutOfMemory, Recovery, Settings
+from tightfit.train.recovery import BeyondSaving, Fallback, Halving, OutOfMemory, Recovery, Settings
 from tightfit.train.sample import sample_text
 from tightfit.train.setup import build_model, build_state, data_order_changes, model_config, starting_point
 from tightfit.train.step import Phase, StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
-from tightfit.train.supervise import report_status
+from tightfit.train.supervise import STATUS, report_status
 from tightfit.units import format_count
 
 PREVIOUS = "previous"
@@ -193,6 +194,9 @@ class _Run:
                 self._save_before_the_end()
                 if error.of_all:  # torchrun ends the others' saving when one is gone
                     world.any(False, self.hardware.device)
+                if self.step > self.first_step and STATUS in os.environ:
+                    # It did fit: what is lost to fragments and to the compilers' leftovers a new process has again.
+                    raise BeyondSaving(f"{error}; a new process may have room for it") from error
                 raise
         if result.stopped_by is None and config.sample_at_end and world.is_main:
             self.recovery.tried("sample", self._sample, alone=True)
