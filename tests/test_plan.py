@@ -91,6 +91,32 @@ class TestStory:
         assert best.phases["eval"] < 6.78 * GIB
 
 
+class TestCompiled:
+    """A model of which not two sequences fit a card with all that backward needs."""
+
+    MODEL = ("--n_layer=6", "--n_head=4", "--n_embd=256", "--vocab_size=512", "--batch_size=16")
+
+    def plan(self, *arguments: str) -> Plan:
+        pytest.importorskip("triton")
+        best = plan_of(*self.MODEL, "--gradient_accumulation_steps=1", *arguments, memory=330 * MIB, used=0).choice.best
+        assert best is not None
+        assert best.plan.compile
+        return best.plan
+
+    def test_where_memory_is_short_it_keeps_a_share_of_what_backward_needs(self) -> None:
+        plan = self.plan()
+        assert plan.activation_checkpointing == 0
+        assert plan.activation_memory_budget < 1
+        assert plan.micro_batch == 2
+
+    @pytest.mark.slow
+    def test_with_dropout_blocks_are_recomputed_instead(self) -> None:
+        plan = self.plan("--dropout=0.1")
+        assert plan.activation_checkpointing > 0
+        assert plan.activation_memory_budget == 1
+        assert plan.micro_batch == 2
+
+
 def test_too_large_a_model_is_refused_with_the_numbers() -> None:
     width, layers = 6400, 4
     model = (f"--n_layer={layers}", "--n_head=50", f"--n_embd={width}", "--vocab_size=50304", "--batch_size=1")

@@ -1,4 +1,4 @@
-"""What the plan's model of speed says of published runs: GPT-2 124M on an A100, and the public advice on an RTX 3060.
+"""What the plan's model of speed says of published runs of GPT-2 124M: on an A100, which it was set on, and on others.
 
 The scripts are played on the virtual card; a step's time is the sum of its kernels' (src/tightfit/plan/speed.py).
 """
@@ -18,8 +18,12 @@ PUBLISHED = [
     (A100, "--masks=1 --vocab_size=50257 --compile=1", 130.0),
     (A100, "--vocab_size=50257 --compile=1", 96.0),
     (A100, "--compile=1", 93.0),
+    ("RTX 4090", "--compile=1 --batch_size=12", 116.1),
 ]
-"""Milliseconds of a step of 16 x 1024 tokens: A. Karpathy, "Let's reproduce GPT-2 (124M)" (video lecture, 2024)."""
+"""Milliseconds of a step. On the A100 16 x 1024 tokens by A. Karpathy, "Let's reproduce GPT-2 (124M)" (video lecture,
+2024), told again in tokens/s at https://tianlong312.github.io/blog/post-nanoGPT-training. On the RTX 4090 a pass of
+nanoGPT's own configuration, from "29% MFU" (https://github.com/karpathy/nanoGPT/issues/182) by nanoGPT's formula:
+12 x 1024 tokens x 854.8 MFLOP / (0.29 x 312 TFLOP/s)."""
 
 
 def modelled_ms(gpu: str, words: list[str]) -> float:

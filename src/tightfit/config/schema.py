@@ -56,6 +56,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("micro_batch", "eval_micro_batch", "activation_checkpointing"), _NOT_NEGATIVE),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr"), _NOT_NEGATIVE),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
+    "activation_memory_budget": _Rule(lambda value: 0 <= value <= 1, "between 0 and 1"),
     **dict.fromkeys(("out_dir", "data_dir", "dataset", "start"), _NOT_EMPTY),
     "learning_rate": _ABOVE_ZERO,
     "temperature": _Rule(_ABOVE_ZERO.holds, "above 0", "top_k=1 always takes the most likely token"),
@@ -247,6 +248,8 @@ class TrainConfig(Schema):
     """How the loss is computed: full (all logits at once), chunked, liger, or auto."""
     activation_checkpointing: int = 0
     """Transformer blocks, from the first, that are recomputed in backward instead of kept."""
+    activation_memory_budget: float = 1.0
+    """Share of what a compiled step would keep for backward that it may keep; it recomputes the rest."""
     offload: str = "none"
     """What is kept in host memory: none, or optimizer (its state, gradients and full weights)."""
     param_dtype: str = "float32"
@@ -289,6 +292,11 @@ class TrainConfig(Schema):
                 self.init_from == "scratch" and self.activation_checkpointing > self.n_layer,
                 f"activation_checkpointing={self.activation_checkpointing} must not exceed "
                 f"n_layer={self.n_layer}, which recomputes every block",
+            ),
+            (
+                self.activation_memory_budget < 1 and (self.dropout > 0 or self.compile is False),
+                f"activation_memory_budget={self.activation_memory_budget:g} is for compiled steps without dropout; "
+                "use activation_checkpointing, or set 1",
             ),
             (  # the cosine divides by their difference; below warmup_iters it is never used
                 self.decay_lr and self.warmup_iters == self.lr_decay_iters <= self.max_iters,

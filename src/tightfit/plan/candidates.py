@@ -31,6 +31,8 @@ class Plan:
     activation_checkpointing: int
     """Transformer blocks that are recomputed in backward."""
     compile: bool
+    activation_memory_budget: float = 1.0
+    """Of a compiled step: the share of what it would keep for backward that it keeps."""
     offload: str = "none"
     """none, or optimizer: what is in host memory."""
     param_dtype: str = "float32"
@@ -52,6 +54,8 @@ class Plan:
             "activation_checkpointing": self.activation_checkpointing,
             "compile": self.compile,
         }
+        if self.activation_memory_budget < 1:
+            keys["activation_memory_budget"] = self.activation_memory_budget
         if self.offload != "none":
             keys["offload"] = self.offload
         if self.param_dtype != "float32":
@@ -62,7 +66,7 @@ class Plan:
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """The configuration of this plan."""
-        return replace(config, **self.keys())
+        return replace(config, **{"activation_memory_budget": self.activation_memory_budget, **self.keys()})
 
     def passes(self, share: int) -> int:
         """Forward passes for a device's `share` of the effective batch."""

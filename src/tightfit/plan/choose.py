@@ -165,8 +165,10 @@ class Search:
         self._losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
         if (on_host or relief.name) and is_open(resolved, "loss"):
             self._losses = ["chunked"]  # on the host the faster one, too; elsewhere there was no room for the other
-        is_free = is_open(resolved, "activation_checkpointing")
+        is_free = all(is_open(resolved, key) for key in ("activation_checkpointing", "activation_memory_budget"))
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
+        # A compiled step is told how much it may keep: it recomputes what is cheap first, which whole blocks are not.
+        self._by_budget = is_free and config.dropout == 0.0
         self._may_not_compile = is_open(resolved, "compile")
         self._with_levels = False
         """Whether the lines say what recomputing saves."""
@@ -237,8 +239,10 @@ class Search:
         wanted = self._promising(lines, compiled=self._compiled)[:_OFFERED]
         if self._compiled:  # compiling takes longer than tracing: the best one, and two as they would be without it
             wanted = [*wanted[:1], *self._promising(plain, compiled=False)[:2]]
+        if not wanted:
+            return []
         self._say(f"tracing the {len(wanted)} most promising plans in full")
-        return self._trace_until_fits(wanted, lines) if wanted else []
+        return self._trace_until_fits(wanted, lines)
 
     def _promising(self, lines: dict[str, Line], *, compiled: bool) -> list[Plan]:
         """The largest micro-batch at each loss and each number of recomputed blocks, the fastest plan first."""
@@ -298,12 +302,18 @@ class Search:
         return found
 
     def _plan(self, size: int, blocks: int, loss: str, *, compiled: bool | None = None) -> Plan:
+        """`blocks` of them are recomputed, or, of a compiled step, the share of all that they are."""
+        compiled = self._compiled if compiled is None else compiled
+        kept = self._config.activation_memory_budget if compiled else 1.0
+        if compiled and self._by_budget:
+            blocks, kept = 0, 1 - blocks / self._config.n_layer
         return Plan(
             micro_batch=size,
             eval_micro_batch=self._eval_micro_batch or size,
             loss=loss,
             activation_checkpointing=blocks,
-            compile=self._compiled if compiled is None else compiled,
+            compile=compiled,
+            activation_memory_budget=round(kept, 3),
             **self._base,
         )
 

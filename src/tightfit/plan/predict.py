@@ -28,7 +28,8 @@ from tightfit.plan.candidates import Plan
 _TIMEOUT_S = 600
 _MEMORY_KEYS = (
     "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size", "dtype", "compile", "mode", "loss",
-    "activation_checkpointing", "micro_batch", "eval_micro_batch", "device", "offload", "param_dtype",
+    "activation_checkpointing", "activation_memory_budget", "micro_batch", "eval_micro_batch", "device", "offload",
+    "param_dtype",
 )  # fmt: skip
 """Keys that decide, as they are, what a step takes."""
 

@@ -38,6 +38,8 @@ def in_words(prediction: Prediction, share: int) -> str:
     words.append({"full": "all logits kept", "chunked": "loss in chunks"}.get(plan.loss, f"loss={plan.loss}"))
     if plan.activation_checkpointing:
         words.append(f"{plan.activation_checkpointing} blocks recomputed")
+    if plan.activation_memory_budget < 1:
+        words.append(f"{1 - plan.activation_memory_budget:.0%} of what backward needs recomputed")
     words.append("compiled" if plan.compile else "not compiled")
     if plan.offload != "none":
         host = format_bytes(OFFLOADED_BYTES * prediction.parameters)

@@ -321,7 +321,10 @@ class _Run:
         """For the supervisor, if there is one: what to start again from, and with less than what."""
         if self.world.is_main:
             layers = self.model.config.n_layer
-            report_status(saved_step=self.saved_step, n_layer=layers, **asdict(self.settings))
+            budget = self.config.activation_memory_budget
+            report_status(
+                saved_step=self.saved_step, n_layer=layers, activation_memory_budget=budget, **asdict(self.settings)
+            )
 
     def _resume(self, start: Checkpoint) -> None:
         self.step, self.best_val_loss, self.evaluated = start.step, start.best_val_loss, start.evaluated

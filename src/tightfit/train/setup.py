@@ -1,9 +1,11 @@
 """What a run starts from: the weights, the model's shape, the optimizer. Every departure from the request is said."""
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +108,14 @@ def build_state(
             scaler.load_state_dict(dict(start.scaler))
     called: nn.Module = model
     if hardware.compile:
+        functorch: Any = importlib.import_module("torch._functorch.config")
+        functorch.activation_memory_budget = config.activation_memory_budget  # read when something is compiled
         model.compile_parts(config.mode)
+    elif config.activation_memory_budget < 1:
+        raise ConfigError(
+            f"activation_memory_budget={config.activation_memory_budget:g} is for compiled steps, and this one is not "
+            "compiled; use --compile=True, or activation_checkpointing"
+        )
     if world.size > 1 and not config.recover:  # else train.recovery exchanges gradients, when all have theirs
         ids = [hardware.device.index] if hardware.device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=ids)
