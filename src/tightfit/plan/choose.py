@@ -156,8 +156,6 @@ class Search:
     ) -> None:
         config = resolved.config
         self._base = {"offload": config.offload, "param_dtype": config.param_dtype, **relief.keys}
-        if self._base["offload"] != "none" and config.compile == "auto":
-            compiled = False  # as train.hardware decides
         self._predictor, self._budget, self._share, self._say = predictor, budget, share, say
         self._compiled, self._config = compiled, config
         self._micro_batch = 0 if is_open(resolved, "micro_batch") else min(config.micro_batch, share)

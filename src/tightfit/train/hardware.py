@@ -44,8 +44,6 @@ def choose_hardware(config: TrainConfig | SampleConfig, *, local_rank: int = 0, 
     device, why_device = _device(config.device, local_rank, local_size)
     dtype, why_dtype = _dtype(config.dtype, device)
     compiled, why_compile = _compile(config.compile, device)
-    if compiled and config.compile == "auto" and getattr(config, "offload", "none") != "none":
-        compiled, why_compile = False, "because all gradients of a compiled backward are there at once"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32, as nanoGPT
     reasons = tuple(

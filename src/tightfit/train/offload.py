@@ -4,7 +4,8 @@ ZeRO-Offload's split (Ren et al. 2021, arXiv 2101.06840): a gradient leaves the 
 added up in host memory, where AdamW updates the float32 weights; the device gets them back after the update. Matrices
 of the blocks are on the device in the format that autocast would cast them to for each product, the others as they
 were, so that a step computes what it would without this. A parameter takes 2 bytes there instead of 18 in bfloat16,
-and 16 on the host. It is for one process and an uncompiled model: a compiled backward makes all gradients at once.
+and 16 on the host. It is for one process. A model compiled as one graph would make all gradients at once; compiled
+block by block, it makes those of one at a time.
 """
 
 from functools import partial
