@@ -12,6 +12,8 @@ _FACTORS = {
     "g": GIB, "gib": GIB, "gb": 1000**3,
     "t": TIB, "tib": TIB, "tb": 1000**4,
 }  # fmt: skip
+_MOST = 2**60
+"""Bytes that no machine has, and that a signed 64-bit number holds."""
 
 
 def format_bytes(count: int | float) -> str:
@@ -34,8 +36,11 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _FACTORS:
-        raise ConfigError(f"{text!r} is not a size; write a number and a unit, like 11.69GiB or 512MiB")
-    return round(float(match[1]) * _FACTORS[match[2].lower()])
+        raise ConfigError(f"{text!r:.60} is not a size; write a number and a unit, like 11.69GiB or 512MiB")
+    size = float(match[1]) * _FACTORS[match[2].lower()]
+    if size >= _MOST:
+        raise ConfigError(f"{text!r:.60} is more than any memory; write a number and a unit, like 11.69GiB or 512MiB")
+    return round(size)
 
 
 def format_count(count: int | float) -> str:
