@@ -201,7 +201,7 @@ class TestMistakes:
             (["--gpu", "RTX 3060", "nothing.py"], "nothing.py is not a file"),
             (["--gpu", "GTX 9999", LOOP], "GTX 9999"),
             (["--gpu", "A100", "--memory", "lots", LOOP], "'lots' is not a size"),
-            (["--gpu", "A100", "--memory", "9" * 400, LOOP], "999' is more than any memory"),
+            (["--gpu", "A100", "--memory", "9" * 400, LOOP], "999 is more than any memory"),
         ],
     )
     def test_one_sentence_and_exit_code_2(self, words: list[object], message: str) -> None:
