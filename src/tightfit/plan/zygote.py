@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import select
 import signal
@@ -93,6 +94,7 @@ def _traced(request: dict[str, Any]) -> dict[str, Any]:
 
     from tightfit.plan.trace import TraceRequest, trace
 
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
     capability = request.pop("capability")
     try:
         return trace(TraceRequest(capability=tuple(capability) if capability else None, **request))
