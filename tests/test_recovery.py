@@ -572,6 +572,42 @@ class TestRealAllocations:
         for name in ("loss", "val_loss"):
             assert column(tmp_path / "always", name) == pytest.approx(column(plain, name), rel=1e-6)
 
+    def test_a_reserve_is_there_when_nothing_else_is(self, tmp_path: Path) -> None:
+        (tmp_path / "program.py").write_text(
+            textwrap.dedent("""\
+            import mmap
+            import resource
+            from tightfit.system import own_bytes
+            from tightfit.train.memory import Reserve
+
+            def can_have(mib):
+                try:
+                    mmap.mmap(-1, mib * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+                except OSError:
+                    return False
+                return True
+
+            def limit_to(spare_mib):
+                limit = own_bytes()["RLIMIT_DATA"] + spare_mib * 2**20
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+            reserve = Reserve()
+            limit_to(8)
+            found = [can_have(24)]
+            reserve.release()
+            found.append(can_have(24))
+            reserve.take()
+            found.append(can_have(24))
+            reserve.release()
+            limit_to(16)  # less than it wants
+            reserve.take()
+            found.append(can_have(12))
+            print(found)
+            """)
+        )
+        done = _python([str(tmp_path / "program.py")])
+        assert done.stdout.strip() == "[False, True, False, True]", done.stderr
+
 
 def _python(words: list[str], timeout: float = 100) -> "subprocess.CompletedProcess[str]":
     variables = environment() | {"PYTHONPATH": str(Path(__file__).parent)}

@@ -1,6 +1,8 @@
 """Memory of this process: how much now, how much at most, and whether the C library keeps what is freed."""
 
+import contextlib
 import ctypes
+import mmap
 import platform
 import sys
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from tightfit.units import GIB, MIB
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 """mallopt's parameters, from glibc's malloc.h."""
+_RESERVED = 32 * MIB
+"""As much as plans leave free in any case (plan.budget)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,30 @@ def _from_getrusage() -> MemoryUse:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return MemoryUse(peak, peak)
+
+
+class Reserve:
+    """Addresses that nobody uses until memory is short: for what a step in smaller pieces needs before it is one.
+
+    oneDNN makes code for every new shape, some MiB of it, and ends the process where it gets none. Only limits of a
+    process count addresses; to control groups and to the machine this is nothing.
+    """
+
+    def __init__(self) -> None:
+        self._held: mmap.mmap | None = None
+        self.take()
+
+    def take(self) -> None:
+        """Hold it again, if it is to be had."""
+        if self._held is None and sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                self._held = mmap.mmap(-1, _RESERVED, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
 
 def keep_freed_memory(parameters: int) -> bool:

@@ -24,6 +24,7 @@ from tightfit.errors import DoesNotFit, TightfitError
 from tightfit.train.atomic import Update
 from tightfit.train.distributed import GradientExchange, World
 from tightfit.train.fallback import Fallback, Halving, Settings, apply_settings, least_that_failed
+from tightfit.train.memory import Reserve
 from tightfit.train.out_of_memory import (
     SLOW_FALLBACK,
     Kind,
@@ -113,12 +114,14 @@ class Recovery(Guard):
     _patience: int = field(default_factory=lambda: PATIENCE)
     _has_grown: bool = False
     _room_bytes: int | None = None
+    _reserve: Reserve | None = None
     _thread: ThreadPoolExecutor | None = None
     """Works instead of the main thread, which an error has left unfit to."""
 
     def __post_init__(self) -> None:
         if self.enabled and self.device.type == "cpu":
             warnings.filterwarnings("error", message=SLOW_FALLBACK)
+            self._reserve = Reserve()
         if self.enabled and self.world.size > 1:
             self._flag = torch.zeros(1, device=self.world.flag_device(self.device))
 
@@ -204,6 +207,7 @@ class Recovery(Guard):
                 size = requested_bytes(error)
                 release_frames(error)
             release_memory(self.device)
+            self._release_reserve()
             self._tell("optimizer", size, None, time.perf_counter() - began)
 
     def step_done(self) -> None:
@@ -214,6 +218,8 @@ class Recovery(Guard):
         if self._clean_steps < self._patience:
             return
         self._clean_steps, self._has_grown = 0, False
+        if self._reserve is not None:
+            self._reserve.take()
         free = free_bytes(self.device)
         failed = frozenset(one for one, then in self._failed.items() if not free or not then or free < 2 * then)
         now: Settings = self.run.settings
@@ -250,6 +256,10 @@ class Recovery(Guard):
         self.event(self.step, {"event": "pressure", **told})
         if smaller:
             apply_settings(self.run, smaller)
+
+    def _release_reserve(self) -> None:
+        if self._reserve is not None:
+            self._reserve.release()
 
     def _kind(self, error: Exception) -> Kind | None:
         """None for what is to be raised as it is; BeyondSaving where the process is."""
@@ -292,6 +302,7 @@ class Recovery(Guard):
         if self._has_grown:
             self._patience *= 2
         self._clean_steps, self._has_grown = 0, False
+        self._release_reserve()
         self._tell(failure.phase, failure.requested_bytes, failure.after, seconds)
         time.sleep(failure.wait_s)
         if now is not None and failure.after is not None:
