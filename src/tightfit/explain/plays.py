@@ -1,7 +1,6 @@
 """Plays of a run on the virtual GPU: what is asked, in which process it happens, and what is remembered on disk."""
 
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
@@ -9,15 +8,13 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tightfit.config import TrainConfig, to_dict
 from tightfit.explain.card import Card
-from tightfit.plan.predict import cache_folder
+from tightfit.plan.memory import Memory
 
 PADDED_VOCAB = 50_304
 _SHAPES = {
@@ -25,6 +22,8 @@ _SHAPES = {
 }  # fmt: skip
 """Blocks, heads and width of OpenAI's checkpoints, as nanoGPT loads them (model.py, from_pretrained)."""
 _LOADED = {"vocab_size": 50_257, "bias": True}
+_LOOP = Path(__file__).with_name("nanogpt.py")
+"""What is played; a play is remembered while it stays as it is."""
 _SEEN_PASSES = 3
 """More passes of a step than these take no more memory."""
 _PLAYED_STEPS = 2
@@ -145,11 +144,12 @@ class Stage:
         One that could not be played is left out, and `failed` says why; another may still be judged.
         """
         requests = {name: self._request(variant) for name, variant in variants.items()}
-        found = {name: _read(request) for name, request in requests.items()}
+        memories = {name: Memory(request, "plays", also=(_LOOP,)) for name, request in requests.items()}
+        found = {name: memory.read() for name, memory in memories.items()}
         missing = [name for name, each in found.items() if each is None]
         for name, made in zip(missing, self._ask([requests[name] for name in missing]), strict=True):
             if "error" not in made:
-                _write(requests[name], made)
+                memories[name].write(made)
             found[name] = made
         outcomes = {}
         for name, answer in found.items():
@@ -299,36 +299,3 @@ def _times(course: Sequence[Mapping[str, Any]], variant: Variant) -> tuple[float
     one = (update["seconds"] - passes[0]["seconds"]) / len(passes)
     kernels = (update["kernels"] - passes[0]["kernels"]) / len(passes)
     return one * variant.accumulation + end["seconds"] - update["seconds"], min(one, kernels * LAUNCH_S)
-
-
-def _file(request: Mapping[str, Any]) -> Path:
-    text = json.dumps([request, version("torch"), _sources()], sort_keys=True)
-    return cache_folder() / "plays" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-
-
-def _read(request: Mapping[str, Any]) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(_file(request).read_text())
-    except (OSError, ValueError):
-        return None
-    return found
-
-
-def _write(request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-    file = _file(request)
-    with contextlib.suppress(OSError):  # a full or read-only disk: played again next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(answer))
-        part.replace(file)
-
-
-@cache
-def _sources() -> str:
-    """A hash of what decides a play: the lines that it runs, and the tables."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    files = [file for room in ("vgpu", "gpt", "train", "plan") for file in sorted((package / room).glob("*.py"))]
-    for file in (*files, Path(__file__).with_name("nanogpt.py"), *sorted(package.glob("*.csv"))):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

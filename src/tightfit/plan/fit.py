@@ -11,7 +11,7 @@ from tightfit.config import Resolved, TrainConfig
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.plan.candidates import is_open, parameters_of, vocabulary_of
 from tightfit.plan.make import Where, card_here, make_plan, this_host
-from tightfit.plan.predict import cache_folder
+from tightfit.plan.memory import cache_folder
 from tightfit.system import host_memory
 from tightfit.train.fallback import Fallback
 from tightfit.units import GIB, MIB, format_bytes, parse_bytes

@@ -23,7 +23,8 @@ from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.plan.budget import Budget, device_budget, host_budget, spills_to_host
 from tightfit.plan.candidates import parameters_of, reliefs
 from tightfit.plan.choose import Choice, choose
-from tightfit.plan.predict import Predictor, Target, cache_folder
+from tightfit.plan.memory import cache_folder
+from tightfit.plan.predict import Predictor, Target
 from tightfit.system import gpu_memory, host_memory
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"

@@ -4,7 +4,6 @@ A prediction is only ever of the plan itself: it was traced, on this torch, for 
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -14,8 +13,6 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +21,7 @@ from tightfit.config import TrainConfig, to_dict
 from tightfit.errors import DeviceError
 from tightfit.gpus import GPU
 from tightfit.plan.candidates import Plan
+from tightfit.plan.memory import Memory
 
 _TIMEOUT_S = 600
 _MEMORY_KEYS = (
@@ -230,43 +228,3 @@ class _Zygote:
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._folder.cleanup()
-
-
-class Memory:
-    """What was found before, one file for each request."""
-
-    def __init__(self, request: dict[str, Any], folder: str = "traces") -> None:
-        text = json.dumps([request, version("torch"), _sources()], sort_keys=True)
-        self._file = cache_folder() / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-
-    def read(self) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = json.loads(self._file.read_text())
-        except (OSError, ValueError):
-            return None
-        return found
-
-    def write(self, found: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a full or read-only disk: traced again next time
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-            part.write_text(json.dumps(found))
-            part.replace(self._file)
-
-
-def cache_folder() -> Path:
-    """Where plans and measurements are remembered: XDG_CACHE_HOME/tightfit."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tightfit"
-
-
-@cache
-def _sources() -> str:
-    """A hash of what decides a trace: this package's own lines."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for room in ("vgpu", "gpt", "train", "plan"):
-        for file in sorted((package / room).glob("*.py")):
-            digest.update(file.read_bytes())
-    for table in sorted(package.glob("*.csv")):
-        digest.update(table.read_bytes())
-    return digest.hexdigest()

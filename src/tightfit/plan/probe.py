@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from tightfit.config import TrainConfig, to_dict
-from tightfit.plan.predict import Memory, Prediction
+from tightfit.plan.memory import Memory
+from tightfit.plan.predict import Prediction
 from tightfit.train.supervise import LONG_RUN
 
 _TIMEOUT_S = 300
