@@ -27,7 +27,7 @@ TRAIN = ["train", "configs/train_stdlib.py", "--device=cpu", "--supervise=False"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--room_mib", type=int, default=212, help="what the run may use beyond the least, in MiB")
+    parser.add_argument("--room_mib", type=int, default=180, help="what the run may use beyond the least, in MiB")
     parser.add_argument("--steps", type=int, default=250)
     options = parser.parse_args()
     os.chdir(ROOT)
