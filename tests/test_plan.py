@@ -188,6 +188,10 @@ def test_the_command_says_so_for_people_and_machines(tmp_path: Path) -> None:
     assert found["tokens_per_step"] == 65_536
     wrong = subprocess.run([*words[:-3], "GTX 9999"], capture_output=True, text=True)
     assert wrong.returncode == 2
+    page = tmp_path / "nowhere" / "page.html"
+    nowhere = subprocess.run([*words, f"--html={page}"], capture_output=True, text=True)
+    assert nowhere.returncode == 2
+    assert nowhere.stderr.count("\n") == 1  # before anything was traced
     assert "GTX 9999" in wrong.stderr
 
 

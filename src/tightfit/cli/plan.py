@@ -29,6 +29,10 @@ def run(arguments: Sequence[str]) -> int:
     options, flags, rest = _own(arguments)
     lang = chosen_language(options.get("--lang"))
     resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
+    if "--html" in options:
+        from tightfit.report.html import check_folder
+
+        check_folder(options["--html"])
     from tightfit.plan.make import card_here, make_plan, named_card, this_host
     from tightfit.report.plan import plan_dict, plan_text
 
