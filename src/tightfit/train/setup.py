@@ -110,6 +110,8 @@ def build_state(
     if hardware.compile:
         functorch: Any = importlib.import_module("torch._functorch.config")
         functorch.activation_memory_budget = config.activation_memory_budget  # read when something is compiled
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.specialize_float = True  # the loss's factor stays; as an input it would be a tensor of the host
         model.compile_parts(config.mode)
     elif config.activation_memory_budget < 1:
         raise ConfigError(
