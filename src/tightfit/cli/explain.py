@@ -9,6 +9,7 @@ from typing import IO
 from tightfit.cli.main import OK, wants_help
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
+from tightfit.wording import chosen_language
 
 _OPTIONS = {
     "--config": "the run's configuration file; it may be given again, and --key=value replaces its keys",
@@ -39,12 +40,11 @@ def run(arguments: Sequence[str]) -> int:
 
         check_folder(options["--html"])
     from tightfit.explain.explanation import explain
-    from tightfit.explain.words import locale_language
 
     found = explain(
         _source(logs, optional="--script" in options),
         config=config,
-        lang=options.get("--lang") or locale_language(),
+        lang=chosen_language(options.get("--lang")),
         gpu=options.get("--gpu"),
         script=options.get("--script"),
         arguments=script_arguments,

@@ -18,13 +18,13 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     from tightfit.report.html import run_report, write
     from tightfit.report.runs import read_object
-    from tightfit.report.words import locale_language
+    from tightfit.wording import chosen_language
 
     plan = read_object(Path(options.plan)) if options.plan else None
     findings = read_object(Path(options.dryrun)) if options.dryrun else None
     if findings is not None and "timeline" not in findings:
         raise DataError(f"--dryrun={options.dryrun} has no timeline; make it with dryrun --json --timeline memory.png")
-    html = run_report(options.out_dir, lang=options.lang or locale_language(), plan=plan, findings=findings)
+    html = run_report(options.out_dir, lang=chosen_language(options.lang), plan=plan, findings=findings)
     goal = Path(options.out or Path(options.out_dir, "report.html"))
     write(html, goal)
     print(_written(goal, html))

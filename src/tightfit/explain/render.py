@@ -190,7 +190,8 @@ def _causes(explanation: "Explanation", said: Sentences, words: Words) -> list[s
     ]
 
 
-def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: bool, width: int) -> Iterator[str]:
+def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """What the fixes were judged on, where that was not told: each a sentence."""
     if explanation.unplayed_because:
         yield words("unplayed", explanation.unplayed_because)
     card = explanation.card
@@ -198,6 +199,10 @@ def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: b
         yield words("assumed", "card", name=card.name, total=card.total_bytes)
     if explanation.played == "log":
         yield words("assumed", "log")
+
+
+def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: bool, width: int) -> Iterator[str]:
+    yield from assumption_lines(explanation, words)
     for remedy in explanation.remedies:
         yield from _fix(remedy, said, words, pasted=verbose or remedy.verdict == FITS, verbose=verbose)
     if verbose:

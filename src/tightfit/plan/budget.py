@@ -21,18 +21,21 @@ class Budget:
     total_bytes: int
     """Of the card, or of the tightest limit on the host."""
     used_bytes: int
-    """By other programs; on the host what a limit counts of this one that it holds and does not use."""
+    """By other programs."""
     context_bytes: int
     """By this process outside its tensors: the CUDA context, or Python and its libraries."""
     margin_bytes: int
     """Left free because predictions err."""
     text: str
     """Where the figures are from."""
+    reserved_bytes: int = 0
+    """What a limit counts of this process besides: addresses that it holds and does not use."""
 
     @property
     def bytes(self) -> int:
         """What is left for the plan."""
-        return max(0, self.total_bytes - self.used_bytes - self.context_bytes - self.margin_bytes)
+        taken = self.used_bytes + self.context_bytes + self.reserved_bytes + self.margin_bytes
+        return max(0, self.total_bytes - taken)
 
 
 def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_bytes: int = 0) -> Budget:
@@ -44,18 +47,16 @@ def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_bytes: int =
 
 
 def host_budget(limit_bytes: int, *, base_bytes: int, source: str, reserved_bytes: int = 0) -> Budget:
-    """Of a process whose memory without tensors is `base_bytes`, under a limit of the host's.
-
-    `reserved_bytes` are what that limit counts of it besides: addresses that it holds and does not use.
-    """
+    """Of a process whose memory without tensors is `base_bytes`, under a limit of the host's."""
     margin = round(limit_bytes * HOST_MARGIN_SHARE) + HOST_MARGIN_BYTES
     text = f"{format_bytes(base_bytes)} for Python, torch and its libraries, measured in this process; {source}"
     return Budget(
         total_bytes=limit_bytes,
-        used_bytes=reserved_bytes,
+        used_bytes=0,
         context_bytes=base_bytes,
         margin_bytes=margin,
         text=text,
+        reserved_bytes=reserved_bytes,
     )
 
 

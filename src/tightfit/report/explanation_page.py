@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tightfit.explain.causes import MEASURED, SIMULATED
 from tightfit.explain.explanation import Explanation
 from tightfit.explain.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
-from tightfit.explain.render import Sentences, arithmetic_lines, expected_lines, problem_lines
+from tightfit.explain.render import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
 from tightfit.explain.words import Words as Told
 from tightfit.explain.words import words as told_in
 from tightfit.report.bars import ALARM, CACHE, GOOD, OTHERS, OUTSIDE, Part, colour_of, parts_table
@@ -127,20 +127,10 @@ def _fixes(found: Explanation, sentences: Sentences, said: Told, t: Words) -> Se
     return Section(
         id="fixes",
         title=said("titles", "fixes"),
-        paragraphs=list(_assumed(found, said)),
+        paragraphs=list(assumption_lines(found, said)),
         tables=[_fix_table(found, sentences, said, t)] if found.remedies else [],
         advice=[_advice(each, sentences, said) for each in found.remedies],
     )
-
-
-def _assumed(found: Explanation, said: Told) -> Iterator[str]:
-    if found.unplayed_because:
-        yield said("unplayed", found.unplayed_because)
-    card = found.card
-    if found.played and card is not None and card.how_named == "assumed":
-        yield said("assumed", "card", name=card.name, total=card.total_bytes)
-    if found.played == "log":
-        yield said("assumed", "log")
 
 
 _COLUMNS = ("fix", "verdict", "needed", "saved", "time", "result", "basis")

@@ -36,6 +36,7 @@ def plan_dict(result: PlanResult) -> dict[str, Any]:
             "total_bytes": budget.total_bytes,
             "used_by_others_bytes": budget.used_bytes,
             "context_bytes": budget.context_bytes,
+            "reserved_bytes": budget.reserved_bytes,
             "margin_bytes": budget.margin_bytes,
             "bytes": budget.bytes,
         },
@@ -60,8 +61,11 @@ def _device(result: PlanResult) -> str:
     budget = result.where.budget
     lines = [f"{device_name(result)}: {format_bytes(budget.total_bytes)}"]
     if budget.used_bytes:
-        by = "used by other programs" if result.where.gpu else "reserved by this process and not used, which counts too"
-        lines.append(f"  {format_bytes(budget.used_bytes):>11}  {by}")
+        lines.append(f"  {format_bytes(budget.used_bytes):>11}  used by other programs")
+    if budget.reserved_bytes:
+        lines.append(
+            f"  {format_bytes(budget.reserved_bytes):>11}  reserved by this process and not used, which counts too"
+        )
     lines.append(f"  {format_bytes(budget.context_bytes):>11}  {budget.text.partition(' for ')[2] or budget.text}")
     lines.append(f"  {format_bytes(budget.margin_bytes):>11}  left free, because predictions err")
     lines.append(f"  {format_bytes(budget.bytes):>11}  for the plan")

@@ -61,7 +61,7 @@ def _parts(budget: Mapping[str, Any], best: Mapping[str, Any], t: Words) -> Iter
         return int(value) if is_finite(value) else 0
 
     yield Part(t("bars", "others"), of_budget("used_by_others_bytes"), OTHERS)
-    yield Part(t("bars", "outside"), of_budget("context_bytes"), OUTSIDE)
+    yield Part(t("bars", "outside"), of_budget("context_bytes") + of_budget("reserved_bytes"), OUTSIDE)
     for name, nbytes in sorted(sizes.items(), key=lambda item: -item[1]):
         yield Part(t.name("category", name), nbytes, colour_of(name))
     yield Part(t("bars", "cache"), cache, CACHE)
