@@ -15,7 +15,14 @@ from tightfit.units import parse_bytes
 
 LOSSY = ("bf16_parameters", "block_size")
 """Changes of the result that a plan makes only if `allow` names them."""
-PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+_OPENAI: dict[str, Any] = {"vocab_size": 50_257, "block_size": 1024, "bias": True}
+PRETRAINED: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, **_OPENAI},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, **_OPENAI},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, **_OPENAI},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, **_OPENAI},
+}
+"""OpenAI's GPT-2s by the names that `init_from` takes, with their shapes (their hparams.json)."""
 
 
 @dataclass(frozen=True)

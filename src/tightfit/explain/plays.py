@@ -12,16 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tightfit.config import TrainConfig, to_dict
+from tightfit.config import PRETRAINED, TrainConfig, to_dict
 from tightfit.explain.card import Card
 from tightfit.plan.memory import Memory
 
 PADDED_VOCAB = 50_304
-_SHAPES = {
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}  # fmt: skip
-"""Blocks, heads and width of OpenAI's checkpoints, as nanoGPT loads them (model.py, from_pretrained)."""
-_LOADED = {"vocab_size": 50_257, "bias": True}
+_LOADED = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
+"""What nanoGPT takes from OpenAI's checkpoints (model.py, from_pretrained); it cuts the positions afterwards."""
 _LOOP = Path(__file__).with_name("nanogpt.py")
 """What is played; a play is remembered while it stays as it is."""
 _SEEN_PASSES = 3
@@ -92,8 +89,8 @@ def variant_of(config: TrainConfig, card: Card) -> Variant:
     """What nanoGPT's train.py does with a configuration on a card: what is left open is as its defaults are."""
     shape: dict[str, Any] = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
                              "vocab_size": config.vocab_size or PADDED_VOCAB, "bias": config.bias}  # fmt: skip
-    if config.init_from in _SHAPES:
-        shape |= dict(zip(("n_layer", "n_head", "n_embd"), _SHAPES[config.init_from], strict=True)) | _LOADED
+    if config.init_from in PRETRAINED:
+        shape |= {key: PRETRAINED[config.init_from][key] for key in _LOADED}
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if card.capability >= (8, 0) else "float16"

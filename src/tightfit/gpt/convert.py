@@ -20,11 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tightfit.config import PRETRAINED
 from tightfit.errors import CheckpointError, ConfigError
 from tightfit.gpt.model import GPT2_VOCAB, Activation, GPTConfig
-
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-"""The models that `fetch_pretrained` gets by name, all of openai-community on the Hugging Face Hub."""
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _MAX_JSON_BYTES = 2**20
@@ -152,11 +150,23 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
 def fetch_pretrained(name_or_path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """OpenAI's GPT-2 of that name, from the Hugging Face cache or else its Hub, or a local folder's model."""
     name = str(name_or_path)
-    if name in HUB_NAMES:
-        return load_hugging_face(_download(name))
-    if not Path(name_or_path).is_dir():
-        raise CheckpointError(f"{name} is neither a folder nor one of {', '.join(HUB_NAMES)}")
-    return load_hugging_face(Path(name_or_path))
+    return load_hugging_face(_download(name) if name in PRETRAINED else _folder(name))
+
+
+def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
+    """The shape of what `fetch_pretrained` gives, without fetching or reading any weights."""
+    name = str(name_or_path)
+    if name in PRETRAINED:
+        return GPTConfig(**PRETRAINED[name], activation="gelu_tanh")
+    path = _folder(name) / _CONFIG
+    settings = _read_json(path)
+    return replace(_read_config(settings, path), bias=settings.get("tightfit") != _WITHOUT_BIAS)
+
+
+def _folder(name: str) -> Path:
+    if not Path(name).is_dir():
+        raise CheckpointError(f"{name} is neither a folder nor one of {', '.join(PRETRAINED)}")
+    return Path(name)
 
 
 def _layer(name: str, weight: tuple[int, ...], bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -212,8 +212,10 @@ class Search:
         # A loss in chunks makes room for more sequences, which is of use where few have any; else it only takes longer.
         if self._most_sequences(lines) < small:
             lines |= self._traced_lines([(1, least), (small, least)], self._losses[1:])
-        # Recomputing a block costs more than passes of fewer sequences: it is for where hardly one has room.
-        if len(self._levels) > 1 and self._most_sequences(lines) < small:
+        # Recomputing a block costs more than passes of fewer sequences: it is for where hardly one has room, or where
+        # each pass adds up all gradients on the host.
+        is_scarce = self._most_sequences(lines) < small or self._base["offload"] != "none"
+        if len(self._levels) > 1 and is_scarce:
             lines = self._traced_lines([(1, least), (small, least), (small, max(self._levels))], self._losses)
             self._with_levels = True
         return lines

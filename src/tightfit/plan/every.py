@@ -9,7 +9,7 @@ from tightfit.gpus import GPU, all_gpus
 from tightfit.plan.budget import device_budget
 from tightfit.plan.candidates import Plan, is_open
 from tightfit.plan.choose import Line, line_through
-from tightfit.plan.make import ALLOCATOR, EXPANDABLE, with_vocabulary
+from tightfit.plan.make import ALLOCATOR, EXPANDABLE, with_shape
 from tightfit.plan.predict import Predictor, Target
 from tightfit.plan.speed import rates_of
 
@@ -40,7 +40,7 @@ class CardRow:
 
 def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] = lambda text: None) -> list[CardRow]:
     """Every card of the table, the smallest first."""
-    config = replace(with_vocabulary(resolved.config), device="cuda", loss="chunked")
+    config = replace(with_shape(resolved.config), device="cuda", loss="chunked")
     share = config.effective_batch
     may_offload = is_open(resolved, "offload")
     levels = [0, config.n_layer] if is_open(resolved, "activation_checkpointing") else [config.activation_checkpointing]

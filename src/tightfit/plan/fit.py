@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tightfit.config import Resolved, TrainConfig
+from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.plan.candidates import is_open, parameters_of, vocabulary_of
-from tightfit.plan.make import Where, card_here, make_plan, this_host
+from tightfit.plan.make import Where, card_here, make_plan, this_host, with_shape
 from tightfit.plan.memory import cache_folder
 from tightfit.system import host_memory
 from tightfit.train.fallback import Fallback
@@ -33,8 +34,13 @@ class Fitted:
 
 
 def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fitted:
-    """The configuration with a plan's keys in it, and what to do when that fails. DoesNotFit where nothing fits."""
-    config = resolved.config
+    """The configuration with a plan's keys in it, and what to do when that fails.
+
+    DoesNotFit where nothing fits; DataError and CheckpointError, before anything is traced, where the run could not
+    start at all.
+    """
+    open_dataset(resolved.config.dataset, resolved.config.data_dir)
+    config = with_shape(resolved.config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     bound = _rough_bound(config, -(-config.effective_batch // processes))
     if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():

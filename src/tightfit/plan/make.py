@@ -77,7 +77,7 @@ def make_plan(
     Nothing runs on the device. DeviceError where the virtual one does not work.
     """
     started = time.perf_counter()
-    config = with_vocabulary(resolved.config)
+    config = with_shape(resolved.config)
     share = -(-config.effective_batch // processes)
     environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
     if where.gpu and not environ and sys.platform == "linux" and not spills_to_host():
@@ -203,8 +203,18 @@ def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
     return gpu is not None and gpu.capability >= _COMPILES_FROM and importlib.util.find_spec("triton") is not None
 
 
-def with_vocabulary(config: TrainConfig) -> TrainConfig:
-    """The dataset's vocabulary, where it is here and the configuration names none."""
+def with_shape(config: TrainConfig) -> TrainConfig:
+    """The shape that the run will have: of the weights that it starts from, else of the configuration and the dataset.
+
+    CheckpointError for weights that cannot be used.
+    """
+    if config.init_from != "scratch":
+        from tightfit.train.setup import starting_shape  # imports torch
+
+        own = starting_shape(config.init_from, config.out_dir)
+        assert own is not None, "only a run from scratch has none"
+        shape = {key: getattr(own, key) for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
+        return replace(config, block_size=min(config.block_size, own.block_size), **shape)
     if config.vocab_size:
         return config
     try:

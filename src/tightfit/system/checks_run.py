@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tightfit.config import TrainConfig
+from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.data import Dataset, open_dataset
 from tightfit.errors import DataError
 from tightfit.system.checks import Check
@@ -21,8 +21,6 @@ NANOGPT_VOCAB = 50_304
 """The vocabulary where nobody names one: GPT-2's 50257, rounded up to a multiple of 64."""
 _HEAD_MULTIPLE = 8
 """FlashAttention's kernels pad narrower heads to a multiple of 8."""
-_PRETRAINED_BLOCKS = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
-"""n_layer and n_embd of OpenAI's GPT-2s, from their hparams.json."""
 
 
 def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Collection[str]) -> Iterator[Check]:
@@ -45,12 +43,12 @@ def parameter_count(config: TrainConfig, vocab_size: int | None = None) -> int |
     >>> parameter_count(TrainConfig(n_layer=12, n_embd=768, vocab_size=50304, block_size=1024))
     124373760
     """
-    layers, width, bias, positions = config.n_layer, config.n_embd, config.bias, config.block_size
-    vocab = config.vocab_size or vocab_size or NANOGPT_VOCAB
-    if config.init_from in _PRETRAINED_BLOCKS:
-        (layers, width), bias, vocab, positions = _PRETRAINED_BLOCKS[config.init_from], True, 50_257, 1024
+    if config.init_from in PRETRAINED:
+        config = replace(config, **PRETRAINED[config.init_from])
     elif config.init_from != "scratch":
         return None
+    layers, width, bias, positions = config.n_layer, config.n_embd, config.bias, config.block_size
+    vocab = config.vocab_size or vocab_size or NANOGPT_VOCAB
     block = 12 * width**2 + 2 * width + (11 * width if bias else 0)
     return (vocab + positions) * width + layers * block + width * (2 if bias else 1)
 

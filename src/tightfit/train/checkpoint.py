@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint such as out/{BEST}")
-    zipped = _is_checked_archive(path)
+    found = path.stat()
+    zipped = _is_checked_archive(path, found.st_size, found.st_mtime_ns)
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols other than torch's
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -235,8 +237,12 @@ def _best_val_loss(path: Path, content: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _is_checked_archive(path: Path) -> bool:
-    """False for another format; in an archive every record is stored plainly, inside the file and with its checksum."""
+@cache
+def _is_checked_archive(path: Path, size: int, changed_ns: int) -> bool:
+    """False for another format; in an archive every record is stored plainly, inside the file and with its checksum.
+
+    Once for a file while its size and time of change are these: gigabytes take seconds, and a plan reads them first.
+    """
     try:
         if not zipfile.is_zipfile(path):
             return False

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.data import Dataset
 from tightfit.errors import ConfigError
-from tightfit.gpt.convert import fetch_pretrained
+from tightfit.gpt.convert import fetch_pretrained, pretrained_shape
 from tightfit.gpt.model import GPT, PADDED_VOCAB, GPTConfig
 from tightfit.gpt.optimizer import build_optimizer
 from tightfit.train import checkpoint as ckpt
@@ -34,11 +34,23 @@ def starting_point(init_from: str, out_dir: str, *, say: Say) -> Checkpoint | No
     if init_from == "resume":
         return ckpt.load_newest(Path(out_dir), say=say)
     path = Path(init_from)
-    if init_from not in PRETRAINED and (path.suffix == ".pt" or path.is_file()):
+    if _is_checkpoint(init_from):
         saved = ckpt.load(path)
         return replace(saved, step=0, best_val_loss=math.inf, optimizer=None, scaler=None, evaluated=False)
     config, weights = fetch_pretrained(init_from)
     return Checkpoint(model_config=config, model=weights, optimizer=None, step=0, best_val_loss=math.inf, path=path)
+
+
+def starting_shape(init_from: str, out_dir: str) -> GPTConfig | None:
+    """The shape of the weights that `starting_point` gives, with its errors; None for scratch."""
+    if init_from != "resume" and init_from != "scratch" and not _is_checkpoint(init_from):
+        return pretrained_shape(init_from)
+    start = starting_point(init_from, out_dir, say=lambda line: None)
+    return None if start is None else start.model_config
+
+
+def _is_checkpoint(init_from: str) -> bool:
+    return init_from not in PRETRAINED and (Path(init_from).suffix == ".pt" or Path(init_from).is_file())
 
 
 def model_config(config: TrainConfig, start: Checkpoint | None, dataset: Dataset, *, say: Say) -> GPTConfig:
