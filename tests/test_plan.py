@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tightfit.config import Resolved, TrainConfig, read_config
+from tightfit.plan import make
 from tightfit.plan.budget import Budget
 from tightfit.plan.candidates import Plan
 from tightfit.plan.choose import Choice, Line
@@ -136,6 +137,11 @@ class TestReliefs:
 
     MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=256", "--vocab_size=50304", "--block_size=256", "--batch_size=4")
     MEMORY = 449 * MIB
+
+    @pytest.fixture(autouse=True)
+    def _without_torchao(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Moments of 8 bits are in test_optimizer_8bit: their traces take half a minute each."""
+        monkeypatch.setattr(make, "_is_installed", lambda name: name != "torchao")
 
     def _plan(self, *arguments: str) -> PlanResult:
         return plan_of(*self.MODEL, "--compile=False", *arguments, memory=self.MEMORY, used=0)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
 
-LOSSY = ("bf16_parameters", "block_size")
+LOSSY = ("8bit_optimizer", "bf16_parameters", "block_size")
 """Changes of the result that a plan makes only if `allow` names them."""
 _OPENAI: dict[str, Any] = {"vocab_size": 50_257, "block_size": 1024, "bias": True}
 PRETRAINED: dict[str, dict[str, Any]] = {
@@ -74,6 +74,7 @@ _RULES: dict[str, _Rule] = {
     "loss": _one_of("auto", "chunked", "full", "liger"),
     "fit": _one_of("auto", "off"),
     "probe": _one_of("auto", "on", "off"),
+    "optimizer": _one_of("adamw", "adamw_8bit"),
     "offload": _one_of("none", "optimizer"),
     "param_dtype": _one_of("float32", "bfloat16"),
     "allow": _Rule(
@@ -257,6 +258,8 @@ class TrainConfig(Schema):
     """Transformer blocks, from the first, that are recomputed in backward instead of kept."""
     activation_memory_budget: float = 1.0
     """Share of what a compiled step would keep for backward that it may keep; it recomputes the rest."""
+    optimizer: str = "adamw"
+    """adamw, or adamw_8bit: torchao's, whose moments take a quarter of the memory, which is lossy."""
     offload: str = "none"
     """What is kept in host memory: none, or optimizer (its state, gradients and full weights)."""
     param_dtype: str = "float32"
@@ -269,7 +272,7 @@ class TrainConfig(Schema):
     probe: str = "auto"
     """Whether the best plans are timed on the device before the run: on, off, or auto for long runs on CUDA."""
     allow: str = ""
-    """Lossy changes that a plan may make where nothing else fits: bf16_parameters, block_size."""
+    """Lossy changes that a plan may make where nothing else fits: 8bit_optimizer, bf16_parameters, block_size."""
     memory: str = "auto"
     """Memory that the run may use: auto for what is free, or a size such as 8GiB."""
     recover: bool = True
@@ -304,6 +307,11 @@ class TrainConfig(Schema):
                 self.activation_memory_budget < 1 and (self.dropout > 0 or self.compile is False),
                 f"activation_memory_budget={self.activation_memory_budget:g} is for compiled steps without dropout; "
                 "use activation_checkpointing, or set 1",
+            ),
+            (
+                self.offload == "optimizer" and self.optimizer != "adamw",
+                f"offload=optimizer is for optimizer=adamw, and this is {self.optimizer}, whose point is that its "
+                "state stays on the device; set one of the two back",
             ),
             (  # the cosine divides by their difference; below warmup_iters it is never used
                 self.decay_lr and self.warmup_iters == self.lr_decay_iters <= self.max_iters,

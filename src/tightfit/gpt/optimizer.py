@@ -1,17 +1,28 @@
-"""AdamW as nanoGPT sets it up: matrices decay, vectors do not."""
+"""AdamW as nanoGPT sets it up: matrices decay, vectors do not. Its moments in 32 bits or, by torchao, in 8."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from tightfit.errors import CheckpointError, ConfigError
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], *, weight_decay: float, learning_rate: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
+    parameters: Iterable[nn.Parameter],
+    *,
+    weight_decay: float,
+    learning_rate: float,
+    betas: tuple[float, float],
+    kind: str = "adamw",
+) -> torch.optim.Optimizer:
     """AdamW with nanoGPT's two groups, in its order, so that its optimizer states load.
 
-    Fused on CPU and CUDA: one pass over parameters, gradients and moments. Elsewhere torch's own choice.
+    `kind` is "adamw": fused on CPU and CUDA, one pass over parameters, gradients and moments, elsewhere torch's own
+    choice; or "adamw_8bit": torchao's (Dettmers et al. 2021, arXiv 2110.02861), compiled. ConfigError if it is missing.
     The moments exist at once, not from the first step on: a run that starts has its full size, and long-lived
     memory does not end up between short-lived blocks (GPT-2 124M on the CPU: 200 MiB less at the peak).
     """
@@ -20,10 +31,11 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [g for g in groups if g["params"]]
+    if kind == "adamw_8bit":
+        return _eight_bit(groups, learning_rate, betas)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True if fused else None
-    )
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True if fused else None)
     for parameter in parameters:
         on_device = parameter.device if fused else torch.device("cpu")
         optimizer.state[parameter] = {
@@ -32,3 +44,113 @@ def build_optimizer(
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
+
+
+def _eight_bit(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao tells of kernels for other purposes that it could not load
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError(
+            "optimizer=adamw_8bit needs torchao, which is not installed; pip install 'tightfit[gpu]', or use adamw"
+        ) from None
+    finally:
+        logging.disable(before)
+    optimizer: Any = AdamW8bit(groups, lr=learning_rate, betas=betas)
+    for parameter in (p for group in groups for p in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": optimizer._new_buffer(parameter, True),
+            "exp_avg_sq": optimizer._new_buffer(parameter, False),
+        }
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """For the next update; a rate that is a tensor stays the same one, since compiled code reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
+def parts_of(tensor: Tensor) -> dict[str, Tensor]:
+    """What memory a state's tensor is made of: itself, or the codes, scales and map of an 8-bit one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}
+
+
+def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`state_dict` of plain numbers and tensors, an 8-bit moment as a mapping of its parts."""
+    saved = optimizer.state_dict()
+    state = {number: {k: _plain(v) for k, v in each.items()} for number, each in saved["state"].items()}
+    groups = [{k: float(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in saved["param_groups"]]
+    return {"state": state, "param_groups": groups}
+
+
+def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: object) -> None:
+    """Copy moments into an optimizer whose state exists, one tensor at a time: never a second set of them.
+
+    Moments of 8 bits become those of 32 and the other way round. CheckpointError if `saved` is of another model.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = saved.get("state")
+    if not isinstance(states, Mapping) or set(states) != set(range(len(parameters))):
+        raise CheckpointError(f"{source} has an optimizer state of another model; resume without it is not exact")
+    for number, parameter in enumerate(parameters):
+        state = states[number]
+        for key, tensor in optimizer.state[parameter].items():
+            value = state.get(key) if isinstance(state, Mapping) else None
+            if not _copy(value, tensor):
+                raise CheckpointError(f"{source}: the optimizer's {key} of parameter {number} is missing or misshapen")
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    parts = parts_of(value)
+    return parts.get("", parts)
+
+
+def _copy(value: object, tensor: Tensor) -> bool:
+    """Whether `value`, of any of these kinds, could be copied into `tensor`."""
+    if isinstance(value, int) and abs(value) < 2**63:  # the step, in checkpoints of older versions of torch
+        value = torch.tensor(value)
+    own = parts_of(tensor)
+    if isinstance(value, Mapping):
+        if all(_fits(value.get(name), part) for name, part in own.items()):
+            for name, part in own.items():
+                part.copy_(value[name])
+            return True
+        value = _widened(value)
+    if not isinstance(value, Tensor) or value.shape != tensor.shape:
+        return False
+    if "" not in own:  # narrowed on the host, where there is room for it
+        host = tensor.to("cpu")
+        host.copy_(value.float())
+        for name, part in parts_of(host).items():
+            own[name].copy_(part)
+    else:
+        tensor.copy_(value)
+    return True
+
+
+def _fits(value: object, part: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == part.shape and value.dtype == part.dtype
+
+
+def _widened(parts: Mapping[str, Any]) -> Tensor | None:
+    """Moments of 32 bits from the parts of some of 8: a map's entry for each code, times the scale of its block."""
+    codes, scale, entries = (parts.get(name) for name in ("codes", "scale", "qmap"))
+    if not (isinstance(codes, Tensor) and isinstance(scale, Tensor) and isinstance(entries, Tensor)):
+        return None
+    if codes.dtype != torch.uint8 or entries.shape != (256,) or scale.dim() != 1 or not len(scale):
+        return None
+    if codes.numel() % len(scale):
+        return None
+    return (entries[codes.int()].view(len(scale), -1) * scale[:, None]).view(codes.shape)

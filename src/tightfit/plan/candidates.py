@@ -35,6 +35,8 @@ class Plan:
     """Of a compiled step: the share of what it would keep for backward that it keeps."""
     offload: str = "none"
     """none, or optimizer: what is in host memory."""
+    optimizer: str = "adamw"
+    """adamw, or adamw_8bit, which is lossy."""
     param_dtype: str = "float32"
     """Of the weights, their gradients and moments; bfloat16 is lossy."""
     block_size: int = 0
@@ -43,7 +45,7 @@ class Plan:
     @property
     def is_exact(self) -> bool:
         """Whether the mathematics of the step is what was asked for, up to rounding."""
-        return self.param_dtype == "float32" and not self.block_size
+        return self.optimizer == "adamw" and self.param_dtype == "float32" and not self.block_size
 
     def keys(self) -> dict[str, Any]:
         """The configuration's keys that it sets."""
@@ -58,6 +60,8 @@ class Plan:
             keys["activation_memory_budget"] = self.activation_memory_budget
         if self.offload != "none":
             keys["offload"] = self.offload
+        if self.optimizer != "adamw":
+            keys["optimizer"] = self.optimizer
         if self.param_dtype != "float32":
             keys["param_dtype"] = self.param_dtype
         if self.block_size:
@@ -92,6 +96,12 @@ class Relief:
 
 
 OFFLOAD = Relief(name="offload", keys={"offload": "optimizer"}, costs="gradients go to the host in every pass")
+EIGHT_BIT = Relief(
+    name="8bit_optimizer",
+    keys={"optimizer": "adamw_8bit"},
+    exact=False,
+    costs="moments are rounded to 8 bits in blocks of 256, which changes every update a little",
+)
 BF16 = Relief(
     name="bf16_parameters",
     keys={"param_dtype": "bfloat16"},
@@ -102,12 +112,18 @@ _SHORTEST = 128
 """Tokens; a shorter context is another task."""
 
 
-def reliefs(resolved: Resolved[TrainConfig], *, may_offload: bool) -> list[Relief]:
+LOSSY_KEYS = frozenset({"optimizer", "param_dtype", "block_size"})
+"""Keys that a plan with a lossy change sets, whatever the user had left open."""
+
+
+def reliefs(resolved: Resolved[TrainConfig], *, may_offload: bool, may_use_8bit: bool = False) -> list[Relief]:
     """In order of what they cost the user, the first of them nothing at all."""
     config = resolved.config
     found = [Relief(name="", keys={})]
     if may_offload and is_open(resolved, "offload"):
         found.append(OFFLOAD)
+    if may_use_8bit and config.optimizer == "adamw" and config.offload == "none":
+        found.append(EIGHT_BIT)
     if config.param_dtype == "float32":
         found.append(BF16)
     best = found[1].keys if OFFLOAD in found else {}

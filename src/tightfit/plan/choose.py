@@ -105,7 +105,7 @@ def choose(
     """The choice with the first of `reliefs` that gives one; lossy ones count if the configuration allows them."""
     config, choice, request = resolved.config, None, None
     last_exact = [relief for relief in reliefs if relief.exact][-1]
-    for relief in reliefs:
+    for relief in sorted(reliefs, key=lambda each: not each.exact and each.name not in config.allowed):
         if not relief.exact and relief.name not in config.allowed and not is_open(resolved, "micro_batch"):
             continue  # what would help first is a smaller micro-batch than the one that was asked for
         search = Search(resolved, predictor, budget, share, compiled=compiled, on_host=on_host, relief=relief, say=say)
@@ -133,10 +133,16 @@ def choose(
 
 def state_bytes(config: TrainConfig, relief: Relief) -> int:
     """Bytes of the device's memory below which no step is possible: weights, gradients and both moments together."""
-    keys = {"offload": config.offload, "param_dtype": config.param_dtype, **relief.keys}
+    keys = {**_as_asked(config), **relief.keys}
     if keys["offload"] != "none":
         return 2 * parameters_of(config)
-    return (8 if keys["param_dtype"] == "bfloat16" else 16) * parameters_of(config)
+    each = 2 if keys["param_dtype"] == "bfloat16" else 4
+    return (2 * each + (2 if keys["optimizer"] == "adamw_8bit" else 2 * each)) * parameters_of(config)
+
+
+def _as_asked(config: TrainConfig) -> dict[str, Any]:
+    """The keys that a relief may change, as they are without one."""
+    return {"offload": config.offload, "optimizer": config.optimizer, "param_dtype": config.param_dtype}
 
 
 class Search:
@@ -155,7 +161,7 @@ class Search:
         say: Callable[[str], object],
     ) -> None:
         config = resolved.config
-        self._base = {"offload": config.offload, "param_dtype": config.param_dtype, **relief.keys}
+        self._base = {**_as_asked(config), **relief.keys}
         self._predictor, self._budget, self._share, self._say = predictor, budget, share, say
         self._compiled, self._config = compiled, config
         self._micro_batch = 0 if is_open(resolved, "micro_batch") else min(config.micro_batch, share)

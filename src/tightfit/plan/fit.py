@@ -10,7 +10,7 @@ from typing import Any
 from tightfit.config import Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.plan.candidates import is_open, parameters_of, vocabulary_of
+from tightfit.plan.candidates import LOSSY_KEYS, is_open, parameters_of, vocabulary_of
 from tightfit.plan.make import Where, card_here, make_plan, this_host, with_shape
 from tightfit.plan.memory import cache_folder
 from tightfit.system import host_memory
@@ -78,8 +78,7 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     say(one_line(result))
     for name, value in result.environ.items():
         os.environ.setdefault(name, value)
-    lossy = set() if best.plan.is_exact else {"param_dtype", "block_size"}
-    kept = {key: value for key, value in best.plan.keys().items() if key in lossy or is_open(resolved, key)}
+    kept = {key: value for key, value in best.plan.keys().items() if key in LOSSY_KEYS or is_open(resolved, key)}
     fallback = PlannedFallback.of(result.choice, config.n_layer, where.budget, on_host=where.gpu is None)
     return Fitted(_with_keys(resolved, kept), fallback)
 

@@ -99,7 +99,11 @@ def make_plan(
             predictor,
             where.budget,
             share,
-            reliefs=reliefs(asked, may_offload=processes == 1 and _has_host_memory(config, where)),
+            reliefs=reliefs(
+                asked,
+                may_offload=processes == 1 and _has_host_memory(config, where),
+                may_use_8bit=_can_compile(where.gpu) and _is_installed("torchao"),
+            ),
             compiled=_compiles(config, where.gpu),
             on_host=where.gpu is None,
             say=say,
@@ -200,7 +204,15 @@ def _has_host_memory(config: TrainConfig, where: Where) -> bool:
 def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
     if isinstance(config.compile, bool):
         return config.compile
-    return gpu is not None and gpu.capability >= _COMPILES_FROM and importlib.util.find_spec("triton") is not None
+    return _can_compile(gpu)
+
+
+def _can_compile(gpu: GPU | None) -> bool:
+    return gpu is not None and gpu.capability >= _COMPILES_FROM and _is_installed("triton")
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def with_shape(config: TrainConfig) -> TrainConfig:

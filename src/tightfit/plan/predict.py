@@ -27,7 +27,7 @@ _TIMEOUT_S = 600
 _MEMORY_KEYS = (
     "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size", "dtype", "compile", "mode", "loss",
     "activation_checkpointing", "activation_memory_budget", "micro_batch", "eval_micro_batch", "device", "offload",
-    "param_dtype",
+    "optimizer", "param_dtype",
 )  # fmt: skip
 """Keys that decide, as they are, what a step takes."""
 

@@ -44,6 +44,8 @@ def in_words(prediction: Prediction, share: int) -> str:
     if plan.offload != "none":
         host = format_bytes(OFFLOADED_BYTES * prediction.parameters)
         words.append(f"optimizer and gradients in {host} of host memory")
+    if plan.optimizer != "adamw":
+        words.append("moments in 8 bits (lossy)")
     if plan.param_dtype != "float32":
         words.append(f"weights in {plan.param_dtype} (lossy)")
     if plan.block_size:

@@ -90,7 +90,7 @@ def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work]) -
 
     if request.whole:
         evaluate()
-    if config.compile is True:
+    if config.compile is True or config.optimizer == "adamw_8bit":
         _step(config, state, [sizes[0]], device)  # compiles
     before = read()
     _step(config, state, [sizes[0]], device)

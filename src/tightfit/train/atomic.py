@@ -12,11 +12,14 @@ taken at the start. Any other optimizer works on one parameter at a time, whose 
 back if it stops: the largest parameter's weight and moments, at a moment when no activations are alive.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from tightfit.gpt.optimizer import parts_of
 
 _FUSED = (torch._fused_adamw_, torch._fused_adam_, torch._fused_sgd_)
 
@@ -145,7 +148,8 @@ class _Journal(TorchFunctionMode):
 
 def _step_one(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     state = optimizer.state[parameter]
-    written = [parameter.detach(), *(value for value in state.values() if isinstance(value, Tensor))]
+    moments = (parts_of(value).values() for value in state.values() if isinstance(value, Tensor))
+    written = [parameter.detach(), *chain.from_iterable(moments)]
     before = [tensor.clone() for tensor in written]
     keys = set(state)
     try:

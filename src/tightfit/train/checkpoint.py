@@ -168,23 +168,6 @@ def load(path: Path) -> Checkpoint:
     return _checked(path, content)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], path: Path | None) -> None:
-    """Copy moments into an optimizer whose state exists, one tensor at a time: never a second set of them."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = saved.get("state")
-    if not isinstance(states, Mapping) or set(states) != set(range(len(parameters))):
-        raise CheckpointError(f"{path} has an optimizer state of another model; resume without it is not exact")
-    for number, parameter in enumerate(parameters):
-        for key, tensor in optimizer.state[parameter].items():
-            state = states[number]
-            value = state.get(key) if isinstance(state, Mapping) else None
-            if isinstance(value, int) and abs(value) < 2**63:  # the step, in checkpoints of older versions of torch
-                value = torch.tensor(value)
-            if not isinstance(value, Tensor) or value.shape != tensor.shape:
-                raise CheckpointError(f"{path}: the optimizer's {key} of parameter {number} is missing or misshapen")
-            tensor.copy_(value)
-
-
 def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Copy weights into the model's own tensors, one at a time."""
     own = model.state_dict()

@@ -133,19 +133,26 @@ def _processor_flags() -> set[str]:
 def _compile(wanted: bool | str, device: torch.device) -> tuple[bool, str]:
     if wanted is False:
         return False, ""
+    obstacle = compile_obstacle(device)
     if wanted is True:
-        if device.type == "cpu" and not _has_compiler():
-            raise DeviceError("compile=True on the CPU needs a C++ compiler, and none is found; use --no-compile")
+        if device.type == "cpu" and obstacle:
+            raise DeviceError(f"compile=True cannot be had here: {obstacle}; use --no-compile")
         return True, ""
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return False, "because triton, which torch.compile needs on CUDA, is not installed"
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            return False, "because triton needs compute capability 7.0"
-        return True, "because it makes training on CUDA faster"
     if device.type == "cpu":
         return False, "because on processors it gains 0 to 4% and costs a minute and memory"
-    return False, f"because it is not dependable on {device.type}"
+    return (False, f"because {obstacle}") if obstacle else (True, "because it makes training on CUDA faster")
+
+
+def compile_obstacle(device: torch.device) -> str:
+    """Why torch.compile does not work on this device; empty if it does."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "triton, which torch.compile needs on CUDA, is not installed"
+        too_old = torch.cuda.get_device_capability(device) < (7, 0)
+        return "triton needs compute capability 7.0" if too_old else ""
+    if device.type == "cpu":
+        return "" if _has_compiler() else "torch.compile needs a C++ compiler for processors, and none is found"
+    return f"it is not dependable on {device.type}"
 
 
 def _has_compiler() -> bool:

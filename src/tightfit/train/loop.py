@@ -19,6 +19,7 @@ from tightfit.data import Dataset, open_dataset
 from tightfit.data.batches import Batches, Purpose, micro_batches, read_ahead
 from tightfit.errors import ConfigError, DoesNotFit
 from tightfit.gpt.model import GPT, GPTConfig
+from tightfit.gpt.optimizer import plain_state
 from tightfit.train import checkpoint as ckpt
 from tightfit.train.atomic import reset_scaler
 from tightfit.train.checkpoint import Checkpoint
@@ -301,7 +302,7 @@ class _Run:
         content = Checkpoint(
             model_config=self.model.config,
             model=offload.full_weights(self.model) if offload else self.model.state_dict(),
-            optimizer=self.state.optimizer.state_dict(),
+            optimizer=plain_state(self.state.optimizer),
             step=self.step,
             best_val_loss=self.best_val_loss,
             config=to_dict(self.config),

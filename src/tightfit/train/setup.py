@@ -13,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.data import Dataset
-from tightfit.errors import ConfigError
+from tightfit.errors import ConfigError, DeviceError
 from tightfit.gpt.convert import fetch_pretrained, pretrained_shape
 from tightfit.gpt.model import GPT, PADDED_VOCAB, GPTConfig
-from tightfit.gpt.optimizer import build_optimizer
+from tightfit.gpt.optimizer import build_optimizer, restore_state
 from tightfit.train import checkpoint as ckpt
 from tightfit.train.checkpoint import Checkpoint
 from tightfit.train.distributed import World
-from tightfit.train.hardware import DTYPES, Hardware
+from tightfit.train.hardware import DTYPES, Hardware, compile_obstacle
 from tightfit.train.offload import Offload
 from tightfit.train.step import StepState
 
@@ -106,16 +106,19 @@ def build_state(
     config: TrainConfig, model: GPT, start: Checkpoint | None, hardware: Hardware, world: World
 ) -> StepState:
     """Optimizer and scaler as they were saved; the model compiled and wrapped as the run needs it."""
+    if config.optimizer == "adamw_8bit" and (obstacle := compile_obstacle(hardware.device)):
+        raise DeviceError(f"optimizer=adamw_8bit is compiled, and {obstacle}; use --optimizer=adamw")
     offload = None if config.offload == "none" else Offload(model, hardware.device, hardware.dtype)
     optimizer = build_optimizer(
         offload.masters.values() if offload else model.parameters(),
         weight_decay=config.weight_decay,
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
+        kind=config.optimizer,
     )
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     if start is not None and start.optimizer is not None:
-        ckpt.restore_optimizer(optimizer, start.optimizer, start.path)
+        restore_state(optimizer, start.optimizer, start.path)
         if start.scaler:
             scaler.load_state_dict(dict(start.scaler))
     called: nn.Module = model

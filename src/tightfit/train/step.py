@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tightfit.gpt.optimizer import set_learning_rate
+from tightfit.train.atomic import Update
 from tightfit.train.offload import Offload
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -33,9 +35,7 @@ class Guard:
 
     def write(self, state: "StepState") -> None:
         """The update itself, after which nothing may be undone."""
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        Update(state.optimizer, state.scaler).go_on()
 
 
 @dataclass
@@ -80,8 +80,7 @@ def optimizer_step(
     `micro_batches` yields `passes` of them, of any sizes. Each is weighted by its tokens, so that no split of the
     batch changes the result but by rounding. `seed_of_pass` seeds dropout for each pass.
     """
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(state.optimizer, learning_rate)
     total = _backward(state, micro_batches, passes, state.processes / tokens, seed_of_pass)
     state.guard.agree()
     state.guard.exchange()

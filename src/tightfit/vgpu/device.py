@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from tightfit.vgpu import kernels
@@ -343,11 +343,20 @@ class VirtualDevice:
             for state in optimizer.state.values():
                 for value in state.values() if isinstance(state, dict) else ():
                     if isinstance(value, Tensor):
-                        self._mark(value, "optimizer state")
+                        self._mark_parts(value, "optimizer state")
 
     def mark_parameter(self, tensor: Tensor | None) -> None:
         if tensor is not None:
             self._mark(tensor, "parameters")
+
+    def _mark_parts(self, tensor: Tensor, category: Category) -> None:
+        """A tensor, or the tensors that a library's own kind of it is made of, such as codes and their scales."""
+        if not isinstance(tensor, FakeTensor) and is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            for name in names:
+                self._mark_parts(getattr(tensor, name), category)
+        else:
+            self._mark(tensor, category)
 
     def _mark(self, tensor: Tensor, category: Category) -> None:
         tensor = getattr(tensor, "_local_tensor", tensor)  # this card's shard of a distributed one
