@@ -1,16 +1,21 @@
 """Optimizer state in host memory: the same step, whatever is where."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from failures import Same, at, trained
 from runs import arguments, column, here
 
-from tightfit.config import TrainConfig
+from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
 from tightfit.gpt.model import GPT, GPTConfig
+from tightfit.plan.candidates import Plan
+from tightfit.plan.make import make_plan, named_card
+from tightfit.plan.predict import Prediction, Predictor, Target
 from tightfit.train.distributed import World
 from tightfit.train.hardware import Hardware
 from tightfit.train.setup import build_model, build_state
@@ -82,5 +87,67 @@ def test_a_step_that_ran_out_of_memory_is_undone_with_it_too(tmp_path: Path, dat
 
 
 def test_a_word_that_is_no_way_of_offloading_is_refused() -> None:
-    with pytest.raises(ConfigError, match="offload must be one of none, optimizer, got 'disk'"):
+    with pytest.raises(ConfigError, match="offload must be one of none, optimizer, activations, .*, got 'disk'"):
         TrainConfig(offload="disk")
+
+
+class TestActivations:
+    """6 blocks that pass 4096 x 64 float32 numbers, 1 MiB, to each other; no card computes here, so none differs."""
+
+    KEYS: ClassVar[dict[str, Any]] = {
+        "n_layer": 6, "n_head": 1, "n_embd": 64, "block_size": 4096, "vocab_size": 512, "dtype": "bfloat16",
+        "batch_size": 2, "gradient_accumulation_steps": 1, "compile": False,
+    }  # fmt: skip
+    INPUT_BYTES = 4096 * 64 * 4
+
+    def _least(self, *offloads: str) -> list[Prediction]:
+        each = Plan(
+            micro_batch=1,
+            eval_micro_batch=1,
+            loss="chunked",
+            activation_checkpointing=self.KEYS["n_layer"],
+            compile=False,
+        )
+        target = Target(
+            gpu=named_card("RTX 4090").gpu, known=True, share=2, environ={}, host_flops={}, host_bandwidth=0.0
+        )
+        with Predictor(TrainConfig(**self.KEYS, device="cuda"), target) as predictor:
+            return predictor.predict([replace(each, offload=offload) for offload in offloads])
+
+    def test_a_card_holds_one_blocks_input_instead_of_all(self, own_cache: None) -> None:
+        plain, moved = self._least("none", "activations")
+        saved = plain.allocated_bytes - moved.allocated_bytes
+        assert 5 * self.INPUT_BYTES <= saved <= 6 * self.INPUT_BYTES
+        assert moved.pass_s > plain.pass_s, "what is moved takes its time"
+
+    @pytest.mark.slow
+    def test_a_plan_moves_them_where_nothing_else_fits_and_only_there(self, own_cache: None) -> None:
+        for missing, offload in ((5 * self.INPUT_BYTES, "activations"), (-2 * self.INPUT_BYTES, "none")):
+            wanted = self._least("none")[0].peak_bytes - missing
+            where = named_card("RTX 4090")
+            held = where.budget.margin_bytes + where.budget.bytes - wanted
+            where = replace(where, budget=replace(where.budget, margin_bytes=held))
+            assert where.budget.bytes == wanted
+            words = [f"--{key}={value}" for key, value in self.KEYS.items()]
+            choice = make_plan(read_config(TrainConfig, words), where).choice
+            assert choice.best is not None
+            assert choice.best.plan.offload == offload
+            assert choice.best.plan.is_exact
+            assert choice.best.peak_bytes <= where.budget.bytes
+
+    def test_without_recomputed_blocks_there_is_nothing_to_move(self, tmp_path: Path, data_dir: Path) -> None:
+        done = here(arguments(tmp_path, data_dir, offload="activations", fit="off"))
+        assert done.code == 2
+        assert "none is recomputed; set activation_checkpointing" in done.err
+
+    def test_cuda_graphs_cannot_record_it(self) -> None:
+        with pytest.raises(ConfigError, match="CUDA graphs, which mode=reduce-overhead uses"):
+            TrainConfig(offload="activations", mode="reduce-overhead")
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="a real card is needed")
+    def test_on_a_card_the_losses_are_those_without_it(self, tmp_path: Path, data_dir: Path) -> None:
+        keys = {"device": "cuda", "dtype": "bfloat16", "activation_checkpointing": 2, "fit": "off", "compile": False}
+        for offload in ("none", "activations"):
+            assert here(arguments(tmp_path / offload, data_dir, **{**keys, "offload": offload})).code == 0
+        assert column(tmp_path / "none", "loss") == column(tmp_path / "activations", "loss")

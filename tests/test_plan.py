@@ -1,14 +1,12 @@
 """Plans: that they fit, keep what is the user's, and are what a real run then takes."""
 
 import json
-import os
 import re
 import resource
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,18 +26,7 @@ from tightfit.units import GIB, MIB
 ROOT = Path(__file__).parents[1]
 STORY = str(ROOT / "configs" / "train_openwebtext.py")
 CARD, TOTAL, USED = "RTX 3060 12GB", round(11.69 * GIB), 2 * GIB
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Traces of these tests are remembered for these tests alone."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def plan_of(*arguments: str, gpu: str = CARD, memory: int = TOTAL, used: int = USED) -> PlanResult:

@@ -1,7 +1,6 @@
 """What a plan knows of the weights that a run starts from, and what is refused before anything is planned."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +17,7 @@ PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774
 """As transformers' GPT2LMHeadModel.num_parameters() counts them."""
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def test_a_plan_is_of_the_weights_that_the_run_starts_from() -> None:
+def test_a_plan_is_of_the_weights_that_the_run_starts_from(own_cache: Path) -> None:
     resolved = read_config(TrainConfig, ["--init_from=gpt2", "--compile=False", "--n_layer=2", "--n_embd=24"])
     best = make_plan(resolved, named_card("RTX 4090")).choice.best
     assert best is not None
@@ -53,8 +47,11 @@ def test_a_checkpoint_and_a_folder_have_theirs(tmp_path: Path, data_dir: Path) -
 
 
 @pytest.mark.parametrize("damage", ["cut", "no checkpoint at all", "no dataset"])
-def test_a_run_that_cannot_start_is_refused_before_it_is_planned(damage: str, tmp_path: Path, data_dir: Path) -> None:
+def test_a_run_that_cannot_start_is_refused_before_it_is_planned(
+    damage: str, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPT-2 124M on the processor: its plan alone takes longer than this may."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "out"
     out.mkdir()
     if damage == "cut":
@@ -68,4 +65,4 @@ def test_a_run_that_cannot_start_is_refused_before_it_is_planned(damage: str, tm
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
     assert ("dataset" if damage == "no dataset" else "checkpoint") in ended.stderr
-    assert not list((Path(os.environ["XDG_CACHE_HOME"])).rglob("*.json")), "nothing was measured or traced"
+    assert not list((tmp_path / "cache").rglob("*.json")), "nothing was measured or traced"

@@ -175,3 +175,24 @@ def test_what_cannot_be_run() -> None:
         tightfit.dryrun("missing.py", gpu="A100")
     with pytest.raises(DeviceError, match="Voodoo 2"):
         tightfit.VirtualGPU("Voodoo 2")
+
+
+def test_pinned_memory_is_had_without_a_driver() -> None:
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("RTX 3060 12GB", context_bytes=0):
+            import torch
+            made = [torch.empty(4, pin_memory=True), torch.zeros(4, pin_memory=True), torch.rand(4, pin_memory=True)]
+            made += [torch.full((4,), 2.0, pin_memory=True), torch.ones(4).new_empty(4, pin_memory=True)]
+            print(len(made), float(made[3].sum()), {str(one.device) for one in made})
+            large = torch.empty(1 << 30, pin_memory=True)  # 4 GiB, of which nothing is written
+            large.copy_(torch.zeros(1 << 30, device="cuda"), non_blocking=True)
+            x = torch.ones(1 << 20, device="cuda", requires_grad=True)
+            before = torch.cuda.memory_allocated()
+            with torch.autograd.graph.save_on_cpu(pin_memory=True):
+                y = x.sin().exp()
+            print((torch.cuda.memory_allocated() - before) >> 20)
+            y.sum().backward()
+            print(x.grad.shape)
+    """)
+    assert said.splitlines() == ["5 8.0 {'cpu'}", "4", "torch.Size([1048576])"], "the result alone is on the card"

@@ -75,7 +75,7 @@ _RULES: dict[str, _Rule] = {
     "fit": _one_of("auto", "off"),
     "probe": _one_of("auto", "on", "off"),
     "optimizer": _one_of("adamw", "adamw_8bit"),
-    "offload": _one_of("none", "optimizer"),
+    "offload": _one_of("none", "optimizer", "activations", "optimizer,activations"),
     "param_dtype": _one_of("float32", "bfloat16"),
     "allow": _Rule(
         lambda value: set(_words(value)) <= set(LOSSY),
@@ -261,7 +261,8 @@ class TrainConfig(Schema):
     optimizer: str = "adamw"
     """adamw, or adamw_8bit: torchao's, whose moments take a quarter of the memory, which is lossy."""
     offload: str = "none"
-    """What is kept in host memory: none, or optimizer (its state, gradients and full weights)."""
+    """What is kept in host memory: none, optimizer (its state, gradients and full weights), activations (the inputs of
+    recomputed blocks), or both as optimizer,activations."""
     param_dtype: str = "float32"
     """Number format of weights, gradients and moments: float32, or bfloat16, which is lossy."""
     seed: int = 1337
@@ -309,9 +310,13 @@ class TrainConfig(Schema):
                 "use activation_checkpointing, or set 1",
             ),
             (
-                self.offload == "optimizer" and self.optimizer != "adamw",
+                self.offloads("optimizer") and self.optimizer != "adamw",
                 f"offload=optimizer is for optimizer=adamw, and this is {self.optimizer}, whose point is that its "
                 "state stays on the device; set one of the two back",
+            ),
+            (  # they record all blocks as one graph, which copies of its own to the host would break
+                self.offloads("activations") and self.mode in ("reduce-overhead", "max-autotune"),
+                f"offload=activations cannot be recorded in CUDA graphs, which mode={self.mode} uses; set mode=default",
             ),
             (  # the cosine divides by their difference; below warmup_iters it is never used
                 self.decay_lr and self.warmup_iters == self.lr_decay_iters <= self.max_iters,
@@ -326,6 +331,10 @@ class TrainConfig(Schema):
     def allowed(self) -> list[str]:
         """The words of `allow`."""
         return _words(self.allow)
+
+    def offloads(self, what: str) -> bool:
+        """Whether "optimizer" or "activations" are in host memory."""
+        return what in _words(self.offload)
 
     @property
     def effective_batch(self) -> int:

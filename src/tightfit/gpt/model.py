@@ -5,11 +5,13 @@ Shapes: b sequences, t tokens, c channels (n_embd), v vocabulary.
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from tightfit.errors import CheckpointError, ConfigError
@@ -126,12 +128,23 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model; `forward` gives the summed loss of given targets, or the logits where there are none."""
 
-    def __init__(self, config: GPTConfig, *, loss: LossKind = "auto", checkpointed_blocks: int = 0) -> None:
-        """`checkpointed_blocks` of the blocks, from the first, are recomputed in backward."""
+    def __init__(
+        self,
+        config: GPTConfig,
+        *,
+        loss: LossKind = "auto",
+        checkpointed_blocks: int = 0,
+        inputs_on_host: bool = False,
+    ) -> None:
+        """`checkpointed_blocks` of the blocks, from the first, are recomputed in backward.
+
+        With `inputs_on_host` what a card keeps of them for that is in pinned host memory until it is needed.
+        """
         super().__init__()
         self.config = config
         self.loss_kind: LossKind = loss
         self.checkpointed_blocks = checkpointed_blocks
+        self.inputs_on_host = inputs_on_host
         self.transformer: Any = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -201,9 +214,11 @@ class GPT(nn.Module):
         return x
 
     def _blocks(self, x: Tensor, recomputed: int) -> Tensor:
+        moves = recomputed > 0 and self.inputs_on_host and x.device.type == "cuda"
         for layer, block in enumerate(self.transformer["h"]):
             if layer < recomputed:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+                with save_on_cpu(pin_memory=True) if moves else nullcontext():
+                    x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:
                 x = block(x)
         return x

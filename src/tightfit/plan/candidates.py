@@ -4,6 +4,7 @@ A plan says how the step that the user asked for is run. The effective batch, th
 user's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ class Plan:
     activation_memory_budget: float = 1.0
     """Of a compiled step: the share of what it would keep for backward that it keeps."""
     offload: str = "none"
-    """none, or optimizer: what is in host memory."""
+    """What is in host memory, as the key of that name."""
     optimizer: str = "adamw"
     """adamw, or adamw_8bit, which is lossy."""
     param_dtype: str = "float32"
@@ -95,7 +96,15 @@ class Relief:
     costs: str = ""
 
 
+INPUTS = Relief(
+    name="offloaded activations",
+    keys={"offload": "activations"},
+    costs="what goes from block to block goes to the host and back in every pass",
+)
 OFFLOAD = Relief(name="offload", keys={"offload": "optimizer"}, costs="gradients go to the host in every pass")
+BOTH = Relief(
+    name="offload of both", keys={"offload": "optimizer,activations"}, costs=f"{OFFLOAD.costs}; {INPUTS.costs}"
+)
 EIGHT_BIT = Relief(
     name="8bit_optimizer",
     keys={"optimizer": "adamw_8bit"},
@@ -116,17 +125,17 @@ LOSSY_KEYS = frozenset({"optimizer", "param_dtype", "block_size"})
 """Keys that a plan with a lossy change sets, whatever the user had left open."""
 
 
-def reliefs(resolved: Resolved[TrainConfig], *, may_offload: bool, may_use_8bit: bool = False) -> list[Relief]:
-    """In order of what they cost the user, the first of them nothing at all."""
+def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_use_8bit: bool = False) -> list[Relief]:
+    """In order of what they cost the user, the first of them nothing at all; `offloads` are those that can be had."""
     config = resolved.config
     found = [Relief(name="", keys={})]
-    if may_offload and is_open(resolved, "offload"):
-        found.append(OFFLOAD)
-    if may_use_8bit and config.optimizer == "adamw" and config.offload == "none":
+    if is_open(resolved, "offload"):
+        found += offloads
+    if may_use_8bit and config.optimizer == "adamw" and not config.offloads("optimizer"):
         found.append(EIGHT_BIT)
     if config.param_dtype == "float32":
         found.append(BF16)
-    best = found[1].keys if OFFLOAD in found else {}
+    best = OFFLOAD.keys if OFFLOAD in found else {}
     shorter = config.block_size // 2
     while shorter >= _SHORTEST:
         costs = f"the model learns from {shorter} tokens of context instead of {config.block_size}"

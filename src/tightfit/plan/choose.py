@@ -103,12 +103,14 @@ def choose(
     say: Callable[[str], object] = lambda text: None,
 ) -> Choice:
     """The choice with the first of `reliefs` that gives one; lossy ones count if the configuration allows them."""
-    config, choice, request = resolved.config, None, None
+    config, choice, request, least = resolved.config, None, None, None
     last_exact = [relief for relief in reliefs if relief.exact][-1]
     for relief in sorted(reliefs, key=lambda each: not each.exact and each.name not in config.allowed):
         if not relief.exact and relief.name not in config.allowed and not is_open(resolved, "micro_batch"):
             continue  # what would help first is a smaller micro-batch than the one that was asked for
         search = Search(resolved, predictor, budget, share, compiled=compiled, on_host=on_host, relief=relief, say=say)
+        if "activations" in relief.keys.get("offload", "") and not _moving_helps(resolved, least, budget):
+            continue
         needs = state_bytes(config, relief)
         if needs > budget.bytes and relief is not last_exact:
             say(f"weights, gradients and moments alone take {format_bytes(needs)}: nothing is traced")
@@ -118,7 +120,7 @@ def choose(
             say(f"nothing fits; trying {relief.name}")
         is_allowed = relief.exact or relief.name in config.allowed
         found = search.run()
-        request = request or found.request
+        request, least = request or found.request, found.least
         found = replace(found, relief=relief, request=request)
         if found.best and is_allowed:
             return found
@@ -131,10 +133,24 @@ def choose(
     return choice
 
 
+def may_recompute(resolved: Resolved[TrainConfig]) -> bool:
+    """Whether it is for us to say what is recomputed in backward."""
+    return all(is_open(resolved, key) for key in ("activation_checkpointing", "activation_memory_budget"))
+
+
+def _moving_helps(resolved: Resolved[TrainConfig], least: Prediction | None, budget: Budget) -> bool:
+    """Whether what recomputed blocks keep, moved to the host, could make up for what the `least` plan lacks."""
+    config = resolved.config
+    if not may_recompute(resolved) and not config.activation_checkpointing:
+        return False
+    inputs = 4 * (config.micro_batch or 1) * config.block_size * config.n_embd * config.n_layer
+    return least is None or least.peak_bytes - inputs <= budget.bytes
+
+
 def state_bytes(config: TrainConfig, relief: Relief) -> int:
     """Bytes of the device's memory below which no step is possible: weights, gradients and both moments together."""
     keys = {**_as_asked(config), **relief.keys}
-    if keys["offload"] != "none":
+    if "optimizer" in keys["offload"]:
         return 2 * parameters_of(config)
     each = 2 if keys["param_dtype"] == "bfloat16" else 4
     return (2 * each + (2 if keys["optimizer"] == "adamw_8bit" else 2 * each)) * parameters_of(config)
@@ -169,10 +185,13 @@ class Search:
         self._losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
         if (on_host or relief.name) and is_open(resolved, "loss"):
             self._losses = ["chunked"]  # on the host the faster one, too; elsewhere there was no room for the other
-        is_free = all(is_open(resolved, key) for key in ("activation_checkpointing", "activation_memory_budget"))
+        is_free = may_recompute(resolved)
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
+        moves_inputs = "activations" in self._base["offload"]
+        if moves_inputs and is_free:
+            self._levels = [config.n_layer]  # a block that is not recomputed keeps what is not moved
         # A compiled step is told how much it may keep: it recomputes what is cheap first, which whole blocks are not.
-        self._by_budget = is_free and config.dropout == 0.0
+        self._by_budget = is_free and config.dropout == 0.0 and not moves_inputs
         self._may_not_compile = is_open(resolved, "compile")
         self._with_levels = False
         """Whether the lines say what recomputing saves."""
@@ -189,6 +208,8 @@ class Search:
         if found and (self._may_not_compile or found[0].plan.compile == self._compiled):
             return self._choice(found, request, line=lines[found[0].plan.loss])
         least = self._trace([self._plan(1, max(self._levels), self._losses[-1])])[0]
+        if least.peak_bytes <= self._budget.bytes and not self._micro_batch:
+            return self._choice([least], request, line=lines[least.plan.loss])  # the lines had promised less
         return self._choice([], request, least=least)
 
     def _choice(
@@ -220,7 +241,7 @@ class Search:
             lines |= self._traced_lines([(1, least), (small, least)], self._losses[1:])
         # Recomputing a block costs more than passes of fewer sequences: it is for where hardly one has room, or where
         # each pass adds up all gradients on the host.
-        is_scarce = self._most_sequences(lines) < small or self._base["offload"] != "none"
+        is_scarce = self._most_sequences(lines) < small or "optimizer" in self._base["offload"]
         if len(self._levels) > 1 and is_scarce:
             lines = self._traced_lines([(1, least), (small, least), (small, max(self._levels))], self._losses)
             self._with_levels = True

@@ -21,7 +21,7 @@ from tightfit.data import open_dataset
 from tightfit.errors import TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.plan.budget import Budget, device_budget, host_budget, spills_to_host
-from tightfit.plan.candidates import parameters_of, reliefs
+from tightfit.plan.candidates import BOTH, INPUTS, OFFLOAD, Relief, parameters_of, reliefs
 from tightfit.plan.choose import Choice, choose
 from tightfit.plan.memory import cache_folder
 from tightfit.plan.predict import Predictor, Target
@@ -101,7 +101,7 @@ def make_plan(
             share,
             reliefs=reliefs(
                 asked,
-                may_offload=processes == 1 and _has_host_memory(config, where),
+                offloads=_offloads(config, where, processes),
                 may_use_8bit=_can_compile(where.gpu) and _is_installed("torchao"),
             ),
             compiled=_compiles(config, where.gpu),
@@ -193,12 +193,13 @@ def measured_host() -> dict[str, Any]:
     return found
 
 
-def _has_host_memory(config: TrainConfig, where: Where) -> bool:
-    """Whether the host has room for an optimizer; of the machine of a card that is only named, nothing is known."""
+def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]:
+    """What the host has room for; of the machine of a card that is only named, nothing is known."""
     if where.gpu is None:
-        return False
+        return []
     free = host_memory().budget_bytes if where.is_here else None
-    return free is None or free > OFFLOADED_BYTES * parameters_of(config)
+    has_room = free is None or free > OFFLOADED_BYTES * parameters_of(config)
+    return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
 
 
 def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:

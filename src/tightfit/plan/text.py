@@ -41,9 +41,11 @@ def in_words(prediction: Prediction, share: int) -> str:
     if plan.activation_memory_budget < 1:
         words.append(f"{1 - plan.activation_memory_budget:.0%} of what backward needs recomputed")
     words.append("compiled" if plan.compile else "not compiled")
-    if plan.offload != "none":
+    if "optimizer" in plan.offload:
         host = format_bytes(OFFLOADED_BYTES * prediction.parameters)
         words.append(f"optimizer and gradients in {host} of host memory")
+    if "activations" in plan.offload:
+        words.append("what goes from block to block in host memory")
     if plan.optimizer != "adamw":
         words.append("moments in 8 bits (lossy)")
     if plan.param_dtype != "float32":

@@ -17,7 +17,7 @@ from tightfit.plan.speed import Meter, Work, host_rates, rates_of
 from tightfit.train.distributed import World
 from tightfit.train.hardware import DTYPES, choose_hardware
 from tightfit.train.sample import generate
-from tightfit.train.setup import build_state
+from tightfit.train.setup import build_state, model_options
 from tightfit.train.step import StepState, evaluation_loss, optimizer_step
 from tightfit.vgpu.findings import findings_of
 from tightfit.vgpu.session import Request, VirtualSession
@@ -127,10 +127,9 @@ def _model(config: TrainConfig, device: torch.device) -> GPT:
         dropout=config.dropout,
         bias=config.bias,
     )
-    loss: Any = config.loss
-    options = {"loss": loss, "checkpointed_blocks": config.activation_checkpointing}
+    options = model_options(config)
     with _default_dtype(DTYPES[config.param_dtype]):
-        if device.type == "cpu" or config.offload != "none":  # weights that the step's state moves to the device
+        if device.type == "cpu" or config.offloads("optimizer"):  # weights that the step's state moves to the device
             return GPT(shape, **options)
         if config.init_from != "scratch":
             return GPT.on_device(shape, device, **options)

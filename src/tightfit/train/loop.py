@@ -62,9 +62,14 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
             f"batch_size * gradient_accumulation_steps = {config.effective_batch} sequences a step cannot be "
             f"shared by {world.size} processes; start at most {config.effective_batch}"
         )
-    if config.offload != "none" and world.size > 1:
+    if config.offloads("optimizer") and world.size > 1:
         raise ConfigError(
             f"offload={config.offload} is for one process, and this run has {world.size}; set --offload=none"
+        )
+    if config.offloads("activations") and not config.activation_checkpointing:
+        raise ConfigError(
+            "offload=activations moves the inputs of recomputed blocks, and none is recomputed; "
+            "set activation_checkpointing"
         )
     with process_group(world, config.backend, hardware.device):
         reporter = Reporter(is_main=world.is_main)

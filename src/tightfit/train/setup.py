@@ -87,9 +87,9 @@ def build_model(config: TrainConfig, shape: GPTConfig, start: Checkpoint | None,
 
     Saved weights are copied in one by one: no second set of them is made there.
     """
-    if config.offload != "none":
+    if config.offloads("optimizer"):
         device = torch.device("cpu")
-    options = {"loss": config.loss, "checkpointed_blocks": config.activation_checkpointing}
+    options = model_options(config)
     if start is None:
         torch.manual_seed(config.seed)
         cpu = torch.device("cpu")  # its generator gives the same weights whatever the device
@@ -102,13 +102,22 @@ def build_model(config: TrainConfig, shape: GPTConfig, start: Checkpoint | None,
     return model
 
 
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """What of a configuration is the model's way to compute, as GPT's constructor takes it."""
+    return {
+        "loss": config.loss,
+        "checkpointed_blocks": config.activation_checkpointing,
+        "inputs_on_host": config.offloads("activations"),
+    }
+
+
 def build_state(
     config: TrainConfig, model: GPT, start: Checkpoint | None, hardware: Hardware, world: World
 ) -> StepState:
     """Optimizer and scaler as they were saved; the model compiled and wrapped as the run needs it."""
     if config.optimizer == "adamw_8bit" and (obstacle := compile_obstacle(hardware.device)):
         raise DeviceError(f"optimizer=adamw_8bit is compiled, and {obstacle}; use --optimizer=adamw")
-    offload = None if config.offload == "none" else Offload(model, hardware.device, hardware.dtype)
+    offload = Offload(model, hardware.device, hardware.dtype) if config.offloads("optimizer") else None
     optimizer = build_optimizer(
         offload.masters.values() if offload else model.parameters(),
         weight_decay=config.weight_decay,

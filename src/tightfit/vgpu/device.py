@@ -5,6 +5,7 @@ would; what is on the device is a fake tensor, and what it would take there goes
 """
 
 import importlib
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ aten = torch.ops.aten
 
 LAZY_PARAMETER_ELEMENTS = 1 << 14
 """Host tensors from this size on that a module makes for itself are without data: a model of 70B fits any host."""
+_LAZY_PINNED_ELEMENTS = 1 << 22
+"""The same of pinned ones, which are made for what the device sends; a batch of tokens or images is smaller."""
 
 _FACTORIES = {
     aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
@@ -96,6 +99,11 @@ class VirtualDevice:
         special = self._special.get(func)
         if special is not None:
             return special(func, args, kwargs)
+        if kwargs.get("pin_memory"):  # of the driver, which is not there
+            kwargs = {**kwargs, "pin_memory": False}
+            if func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS:
+                with self.fake:
+                    return func(*args, **kwargs)
         device = kwargs.get("device")
         on_device = device is not None and device.type == "cuda"
         if on_device:
@@ -498,12 +506,13 @@ def _dense_strides(source: Tensor) -> tuple[int, ...]:
     return torch.empty_like(source, device="meta").stride()
 
 
+def _elements(args: tuple[Any, ...]) -> int:
+    """Of a tensor whose shape is a factory's first argument."""
+    return math.prod(args[0]) if args else 1
+
+
 def _is_large_parameter(func: Any, args: tuple[Any, ...]) -> bool:
-    size = args[0] if args else ()
-    count = 1
-    for extent in size:
-        count *= extent
-    if count < LAZY_PARAMETER_ELEMENTS:
+    if _elements(args) < LAZY_PARAMETER_ELEMENTS:
         return False
     frame = sys._getframe(3)
     for _ in range(8):
