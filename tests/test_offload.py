@@ -87,7 +87,7 @@ def test_a_step_that_ran_out_of_memory_is_undone_with_it_too(tmp_path: Path, dat
 
 
 def test_a_word_that_is_no_way_of_offloading_is_refused() -> None:
-    with pytest.raises(ConfigError, match="offload must be one of none, optimizer, activations, .*, got 'disk'"):
+    with pytest.raises(ConfigError, match=r"offload must be one of none, optimizer, activations, .*, got 'disk'"):
         TrainConfig(offload="disk")
 
 
