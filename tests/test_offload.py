@@ -14,7 +14,7 @@ from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
 from tightfit.gpt.model import GPT, GPTConfig
 from tightfit.plan.candidates import Plan
-from tightfit.plan.make import make_plan, named_card
+from tightfit.plan.make import ALLOCATOR, EXPANDABLE, make_plan, named_card
 from tightfit.plan.predict import Prediction, Predictor, Target
 from tightfit.train.distributed import World
 from tightfit.train.hardware import Hardware
@@ -109,7 +109,12 @@ class TestActivations:
             compile=False,
         )
         target = Target(
-            gpu=named_card("RTX 4090").gpu, known=True, share=2, environ={}, host_flops={}, host_bandwidth=0.0
+            gpu=named_card("RTX 4090").gpu,
+            known=True,
+            share=2,
+            environ={ALLOCATOR: EXPANDABLE},
+            host_flops={},
+            host_bandwidth=0.0,
         )
         with Predictor(TrainConfig(**self.KEYS, device="cuda"), target) as predictor:
             return predictor.predict([replace(each, offload=offload) for offload in offloads])

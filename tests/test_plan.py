@@ -158,6 +158,19 @@ class TestReliefs:
         assert allowed.plan.keys()["param_dtype"] == "bfloat16"
 
 
+def test_a_smaller_effective_batch_saves_the_gradients_of_the_pass_before() -> None:
+    """6.7M parameters, whose gradients take 26 MiB, on a card that has 160 MiB for all of it."""
+    model = ("--n_layer=8", "--n_head=4", "--n_embd=256", "--vocab_size=512", "--batch_size=8", "--compile=False")
+    keys = (*model, "--gradient_accumulation_steps=2", "--offload=none", "--allow=effective_batch")
+    best = plan_of(*keys, memory=277 * MIB, used=0).choice.best
+    assert best is not None
+    assert best.plan.effective_batch == best.plan.micro_batch < 16
+    assert best.plan.keys()["batch_size"] == best.plan.micro_batch
+    assert best.plan.keys()["gradient_accumulation_steps"] == 1
+    assert best.plan.passes(16) == 1
+    assert not best.plan.is_exact
+
+
 @pytest.mark.slow
 def test_gpt2_xl_on_twelve_gigabytes() -> None:
     result = plan_of("--n_layer=48", "--n_head=25", "--n_embd=1600", "--vocab_size=50304", used=0)

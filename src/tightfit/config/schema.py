@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
 
-LOSSY = ("8bit_optimizer", "bf16_parameters", "block_size")
+LOSSY = ("8bit_optimizer", "effective_batch", "bf16_parameters", "block_size")
 """Changes of the result that a plan makes only if `allow` names them."""
 _OPENAI: dict[str, Any] = {"vocab_size": 50_257, "block_size": 1024, "bias": True}
 PRETRAINED: dict[str, dict[str, Any]] = {
@@ -273,7 +273,8 @@ class TrainConfig(Schema):
     probe: str = "auto"
     """Whether the best plans are timed on the device before the run: on, off, or auto for long runs on CUDA."""
     allow: str = ""
-    """Lossy changes that a plan may make where nothing else fits: 8bit_optimizer, bf16_parameters, block_size."""
+    """Lossy changes that a plan may make where nothing else fits: 8bit_optimizer, effective_batch, bf16_parameters,
+    block_size."""
     memory: str = "auto"
     """Memory that the run may use: auto for what is free, or a size such as 8GiB."""
     recover: bool = True

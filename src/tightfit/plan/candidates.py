@@ -42,11 +42,14 @@ class Plan:
     """Of the weights, their gradients and moments; bfloat16 is lossy."""
     block_size: int = 0
     """Tokens of a sequence; 0: as asked. Fewer are lossy."""
+    effective_batch: int = 0
+    """Sequences of a step over all devices, in one pass; 0: as asked, in as many as it takes. Fewer are lossy."""
 
     @property
     def is_exact(self) -> bool:
         """Whether the mathematics of the step is what was asked for, up to rounding."""
-        return self.optimizer == "adamw" and self.param_dtype == "float32" and not self.block_size
+        is_whole = not self.block_size and not self.effective_batch
+        return is_whole and self.optimizer == "adamw" and self.param_dtype == "float32"
 
     def keys(self) -> dict[str, Any]:
         """The configuration's keys that it sets."""
@@ -67,6 +70,8 @@ class Plan:
             keys["param_dtype"] = self.param_dtype
         if self.block_size:
             keys["block_size"] = self.block_size
+        if self.effective_batch:
+            keys |= {"batch_size": self.effective_batch, "gradient_accumulation_steps": 1}
         return keys
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
@@ -75,6 +80,8 @@ class Plan:
 
     def passes(self, share: int) -> int:
         """Forward passes for a device's `share` of the effective batch."""
+        if self.effective_batch:
+            return 1
         return -(-share // self.micro_batch)
 
 
@@ -111,6 +118,14 @@ EIGHT_BIT = Relief(
     exact=False,
     costs="moments are rounded to 8 bits in blocks of 256, which changes every update a little",
 )
+ONE_PASS = Relief(
+    name="effective_batch",
+    keys={},
+    exact=False,
+    costs="a step averages over as many sequences as fit at once, so that gradients are noisier and the learning rate "
+    "has to be lower",
+)
+"""In a second pass the gradients of the first are held beside its activations; with one pass they never are."""
 BF16 = Relief(
     name="bf16_parameters",
     keys={"param_dtype": "bfloat16"},
@@ -121,7 +136,7 @@ _SHORTEST = 128
 """Tokens; a shorter context is another task."""
 
 
-LOSSY_KEYS = frozenset({"optimizer", "param_dtype", "block_size"})
+LOSSY_KEYS = frozenset({"optimizer", "param_dtype", "block_size", "batch_size", "gradient_accumulation_steps"})
 """Keys that a plan with a lossy change sets, whatever the user had left open."""
 
 
@@ -133,6 +148,8 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
         found += offloads
     if may_use_8bit and config.optimizer == "adamw" and not config.offloads("optimizer"):
         found.append(EIGHT_BIT)
+    if config.effective_batch > 1:
+        found.append(ONE_PASS)
     if config.param_dtype == "float32":
         found.append(BF16)
     best = OFFLOAD.keys if OFFLOAD in found else {}

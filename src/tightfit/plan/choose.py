@@ -12,6 +12,7 @@ from typing import Any
 from tightfit.config import Resolved, TrainConfig
 from tightfit.plan.budget import Budget
 from tightfit.plan.candidates import (
+    ONE_PASS,
     Plan,
     Relief,
     balanced,
@@ -188,8 +189,10 @@ class Search:
         is_free = may_recompute(resolved)
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
         moves_inputs = "activations" in self._base["offload"]
-        if moves_inputs and is_free:
-            self._levels = [config.n_layer]  # a block that is not recomputed keeps what is not moved
+        self._one_pass, self._devices = relief is ONE_PASS, -(-config.effective_batch // share)
+        if is_free and (moves_inputs or self._one_pass):
+            # A block that is not recomputed keeps what is not moved, and leaves room for fewer sequences.
+            self._levels = [config.n_layer]
         # A compiled step is told how much it may keep: it recomputes what is cheap first, which whole blocks are not.
         self._by_budget = is_free and config.dropout == 0.0 and not moves_inputs
         self._may_not_compile = is_open(resolved, "compile")
@@ -228,7 +231,7 @@ class Search:
             least=least,
             request=request,
             line=line,
-            share=self._share,
+            share=found[0].plan.micro_batch if found and self._one_pass else self._share,
         )
 
     def _lines(self) -> dict[str, Line]:
@@ -310,10 +313,12 @@ class Search:
         per_sequence = max(1.0, (prediction.peak_bytes - line.start) / plan.micro_batch)
         size = int((self._budget.bytes - line.start) / per_sequence)
         size = self._split(max(1, min(plan.micro_batch - 1, size)))
-        return replace(plan, micro_batch=size, eval_micro_batch=self._eval_micro_batch or size)
+        return self._sized(plan, size)
 
     def _split(self, largest: int) -> int:
         """The micro-batch to use where `largest` sequences have room."""
+        if self._one_pass:
+            return largest
         return even(largest, self._share) if self._compiled else balanced(largest, self._share)
 
     def _largest(self, line: Line, blocks: int) -> int:
@@ -334,14 +339,24 @@ class Search:
         kept = self._config.activation_memory_budget if compiled else 1.0
         if compiled and self._by_budget:
             blocks, kept = 0, 1 - blocks / self._config.n_layer
-        return Plan(
+        plan = Plan(
             micro_batch=size,
-            eval_micro_batch=self._eval_micro_batch or size,
+            eval_micro_batch=size,
             loss=loss,
             activation_checkpointing=blocks,
             compile=compiled,
             activation_memory_budget=round(kept, 3),
             **self._base,
+        )
+        return self._sized(plan, size)
+
+    def _sized(self, plan: Plan, size: int) -> Plan:
+        """The plan with passes of `size` sequences."""
+        return replace(
+            plan,
+            micro_batch=size,
+            eval_micro_batch=self._eval_micro_batch or size,
+            effective_batch=size * self._devices if self._one_pass else 0,
         )
 
     def _request(self, lines: dict[str, Line]) -> Estimate:
@@ -393,7 +408,7 @@ def as_dict(choice: Choice) -> dict[str, Any]:
         else {
             "allow": choice.lossy.relief.name,
             "costs": choice.lossy.relief.costs,
-            **_row(choice.lossy.best, choice.share, fits=True),
+            **_row(choice.lossy.best, choice.lossy.share, fits=True),
         },
     }
 

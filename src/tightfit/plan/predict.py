@@ -132,7 +132,8 @@ class Predictor:
         config: dict[str, Any] = dict(to_dict(plan.applied_to(self._config)))
         kept: dict[str, Any] = {key: config[key] for key in _MEMORY_KEYS}
         # More passes than three take no more memory; which weights a run starts from shows while it is set up.
-        share = min(target.share, plan.micro_batch * 2 + (target.share % plan.micro_batch or plan.micro_batch))
+        most = plan.micro_batch * 2 + (target.share % plan.micro_batch or plan.micro_batch)
+        share = plan.micro_batch if plan.effective_batch else min(target.share, most)
         kept |= {
             "batch_size": share,
             "gradient_accumulation_steps": 1,

@@ -52,6 +52,8 @@ def in_words(prediction: Prediction, share: int) -> str:
         words.append(f"weights in {plan.param_dtype} (lossy)")
     if plan.block_size:
         words.append(f"block_size {plan.block_size} (lossy)")
+    if plan.effective_batch:
+        words.append(f"effective batch {plan.effective_batch} (lossy)")
     return ", ".join(words)
 
 
@@ -74,7 +76,7 @@ def nothing_fits(result: PlanResult) -> str:
         lossy = result.choice.lossy
         if lossy and lossy.best and lossy.relief:
             lines.append(
-                f"  With --allow={lossy.relief.name} it would fit: {in_words(lossy.best, result.choice.share)}; "
+                f"  With --allow={lossy.relief.name} it would fit: {in_words(lossy.best, lossy.share)}; "
                 f"{format_bytes(lossy.best.peak_bytes)}. It is lossy: {lossy.relief.costs}."
             )
         whole = format_bytes(need + result.where.budget.used_bytes + result.where.budget.reserved_bytes)

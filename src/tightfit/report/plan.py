@@ -73,10 +73,11 @@ def _device(result: PlanResult) -> str:
 
 
 def _request(result: PlanResult) -> str:
-    config, request = result.config, result.choice.request
+    config, request, best = result.config, result.choice.request, result.choice.best
+    stays = "" if best and (best.plan.block_size or best.plan.effective_batch) else "; that stays"
     text = (
         f"A step is {config.effective_batch} sequences of {config.block_size} tokens, "
-        f"{config.tokens_per_step:,} in all; that stays."
+        f"{config.tokens_per_step:,} in all{stays}."
     )
     if request is None:
         return text
@@ -85,14 +86,15 @@ def _request(result: PlanResult) -> str:
     return f"{text}\nAs asked, {asked}: {about(request)}, which {verdict}."
 
 
-def _rate(result: PlanResult, seconds: float) -> str:
-    tokens = result.choice.share * result.config.block_size
+def _rate(result: PlanResult, prediction: Prediction) -> str:
+    seconds = prediction.step_s(result.choice.share)
+    tokens = result.choice.share * (prediction.plan.block_size or result.config.block_size)
     return f"{format_count(tokens / seconds)} tokens/s, {format_duration(seconds)} a step"
 
 
 def _chosen(result: PlanResult, best: Prediction) -> str:
     keys = " ".join(f"--{key}={value}" for key, value in best.plan.keys().items())
-    rate = _rate(result, best.step_s(result.choice.share))
+    rate = _rate(result, best)
     return (
         f"PLAN: {in_words(best, result.choice.share)}\n"
         f"  peak {format_bytes(best.peak_bytes)} in {best.phase}; about {rate}"
@@ -115,10 +117,9 @@ def _others(result: PlanResult) -> str:
         return ""
     lines = ["Also traced:"]
     for each, fits in rows:
-        seconds = each.step_s(result.choice.share)
         lines.append(
             f"  {'fits' if fits else 'does not fit':<12} {format_bytes(each.peak_bytes):>10}  "
-            f"{_rate(result, seconds)}: {in_words(each, result.choice.share)}"
+            f"{_rate(result, each)}: {in_words(each, result.choice.share)}"
         )
     return "\n".join(lines)
 
