@@ -742,7 +742,7 @@ class TestCommand:
         ("arguments", "said"),
         [
             (["--lang=fr"], "--lang must be one of en, ja, got 'fr'"),
-            (["--lang"], "--lang needs a value: en or ja"),
+            (["--lang"], "--lang needs a value; write --lang=en or ja"),
             (["--batchsize=3"], "--batchsize is not a key; did you mean --batch_size?"),
             (["nowhere.py"], "nowhere.py"),
         ],

@@ -17,7 +17,7 @@ import pytest
 from runs import arguments, here, process
 
 from tightfit.cli import train as train_command
-from tightfit.cli.report import without_html
+from tightfit.cli.keys import last, split_options
 from tightfit.errors import ConfigError, DataError
 from tightfit.explain.card import Card
 from tightfit.explain.causes import Cause
@@ -707,15 +707,16 @@ class TestTrainCommand:
 
     def test_mistakes_are_told_before_training(self, data_dir: Path, tmp_path: Path) -> None:
         for page, words_ in (
-            (["--html"], "--html needs the file to write"),
-            (["--html="], "--html needs the file to write"),
+            (["--html"], "--html needs a value; write --html=page.html"),
+            (["--html="], "--html needs a value; write --html=page.html"),
             (["--html", str(tmp_path / "absent" / "page.html")], "there is no folder"),
         ):
             done = here([*arguments(tmp_path / "out", data_dir), *page])
             assert (done.code, done.out) == (2, "")
             assert words_ in done.err
         assert not (tmp_path / "out").exists()
-        assert without_html(["a.py", "--html", "x", "--lr=1", "--html=y"]) == (["a.py", "--lr=1"], "y")
+        values, _, rest = split_options(["a.py", "--html", "x", "--lr=1", "--html=y"], ["--html"])
+        assert (last(values), rest) == ({"--html": "y"}, ["a.py", "--lr=1"])
 
     def test_a_disk_that_fails_at_the_end_changes_no_exit_code(
         self, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

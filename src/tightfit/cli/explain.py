@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from tightfit.cli.keys import last, split_options
 from tightfit.cli.main import OK, wants_help
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
@@ -26,7 +27,9 @@ def run(arguments: Sequence[str]) -> int:
     if wants_help(words_given):
         print(_help())
         return OK
-    options, flags, configs, keys, logs = _own(words_given)
+    values, flags, rest = split_options(words_given, _OPTIONS, _FLAGS)
+    configs, options = values.pop("--config", []), last(values)
+    keys, logs = _keys_and_logs(rest)
     if len(logs) > 1:
         raise ConfigError(f"one log is explained at a time, got {len(logs)}: {', '.join(logs)}; configurations follow "
                           "--config")  # fmt: skip
@@ -80,34 +83,20 @@ def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def _own(arguments: list[str]) -> tuple[dict[str, str], set[str], list[str], list[str], list[str]]:
-    """Options, flags, configuration files, the configuration's keys, and logs."""
-    options: dict[str, str] = {}
-    flags: set[str] = set()
-    configs: list[str] = []
+def _keys_and_logs(words: list[str]) -> tuple[list[str], list[str]]:
+    """The configuration's keys with their values, and what stands between them."""
     keys: list[str] = []
     logs: list[str] = []
-    words = list(arguments)
+    words = list(words)
     while words:
         word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if name in _FLAGS and not equals:
-            flags.add(name)
-        elif name in _OPTIONS:
-            if not equals and not words:
-                raise ConfigError(f"{name} needs a value; write {name}=VALUE")
-            value = value if equals else words.pop(0)
-            if name == "--config":
-                configs.append(value)
-            else:
-                options[name] = value
-        elif word.startswith("--"):
-            keys.append(word)
-            if not equals and words and not words[0].startswith("-") and _takes_value(name):
-                keys.append(words.pop(0))
-        else:
+        if not word.startswith("--"):
             logs.append(word)
-    return options, flags, configs, keys, logs
+            continue
+        keys.append(word)
+        if "=" not in word and words and not words[0].startswith("-") and _takes_value(word):
+            keys.append(words.pop(0))
+    return keys, logs
 
 
 def _takes_value(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from tightfit.config import defaults
 from tightfit.config.schema import Schema
@@ -24,6 +24,38 @@ def _sentences(schema: type[Schema]) -> Iterator[tuple[str, str]]:
     for field, text in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             yield field.target.id, inspect.cleandoc(ast.literal_eval(text.value)).replace("\n", " ")
+
+
+_EXAMPLES = {"--lang": "en or ja", "--html": "page.html", "--gpu": "'RTX 3060 12GB'", "--used": "2GiB"}
+
+
+def split_options(
+    arguments: Sequence[str], options: Collection[str], flags: Collection[str] = ()
+) -> tuple[dict[str, list[str]], set[str], list[str]]:
+    """A command's own options with the values given, its flags, and all other words, which are the configuration's.
+
+    >>> split_options(["--lang", "ja", "a.py", "--json", "--lr=1"], ["--lang"], ["--json"])
+    ({'--lang': ['ja']}, {'--json'}, ['a.py', '--lr=1'])
+    """
+    values: dict[str, list[str]] = {}
+    found: set[str] = set()
+    rest, words = list[str](), list(arguments)
+    while words:
+        name, equals, value = (word := words.pop(0)).partition("=")
+        if word in flags:
+            found.add(word)
+        elif name not in options:
+            rest.append(word)
+        elif value or (not equals and words):
+            values.setdefault(name, []).append(value or words.pop(0))
+        else:
+            raise ConfigError(f"{name} needs a value; write {name}={_EXAMPLES.get(name, 'VALUE')}")
+    return values, found, rest
+
+
+def last(values: dict[str, list[str]]) -> dict[str, str]:
+    """Of options that were given again, the last value."""
+    return {name: each[-1] for name, each in values.items()}
 
 
 def capability(text: str | None) -> tuple[int, int] | None:

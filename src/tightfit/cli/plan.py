@@ -4,10 +4,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from tightfit.cli.keys import capability
+from tightfit.cli.keys import capability, last, split_options
 from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.config import TrainConfig, read_config
-from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
 from tightfit.wording import chosen_language
 
@@ -26,7 +25,8 @@ def run(arguments: Sequence[str]) -> int:
     if wants_help(arguments):
         print(_help())
         return OK
-    options, flags, rest = _own(arguments)
+    values, flags, rest = split_options(arguments, _OPTIONS, _FLAGS)
+    options = last(values)
     lang = chosen_language(options.get("--lang"))
     resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
     if "--html" in options:
@@ -65,25 +65,6 @@ def run(arguments: Sequence[str]) -> int:
 def _progress(text: str) -> None:
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
-
-
-def _own(arguments: Sequence[str]) -> tuple[dict[str, str], set[str], list[str]]:
-    """This command's own options and flags, and the words that are the configuration's."""
-    options: dict[str, str] = {}
-    flags: set[str] = set()
-    rest: list[str] = []
-    words = list(arguments)
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        if name in _FLAGS and not equals:
-            flags.add(name)
-        elif name in _OPTIONS:
-            if not equals and not words:
-                raise ConfigError(f"{name} needs a value; write {name}=VALUE")
-            options[name] = value if equals else words.pop(0)
-        else:
-            rest.append(name + equals + value)
-    return options, flags, rest
 
 
 def _help() -> str:

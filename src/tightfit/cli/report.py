@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tightfit.cli.main import OK
 from tightfit.config import TrainConfig, to_dict
-from tightfit.errors import ConfigError, DataError, TightfitError
+from tightfit.errors import DataError, TightfitError
 
 _HTML = "--html"
 
@@ -33,25 +33,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _written(goal: Path, html: str) -> str:
     return f"{goal}: {len(html.encode()) / 1000:,.0f} kB; open it in a browser"
-
-
-def without_html(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments of a training run without `--html FILE`, which is no key of its configuration, and that file.
-
-    >>> without_html(["a.py", "--html=report.html", "--lr=1"])
-    (['a.py', '--lr=1'], 'report.html')
-    """
-    rest, words = list[str](), list(arguments)
-    goal = None
-    while words:
-        name, equals, value = (word := words.pop(0)).partition("=")
-        if name != _HTML:
-            rest.append(word)
-        elif value or (not equals and words):
-            goal = value or words.pop(0)
-        else:
-            raise ConfigError(f"{_HTML} needs the file to write; write {_HTML}=report.html")
-    return rest, goal
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tightfit.cli.keys import keys_help
+from tightfit.cli.keys import keys_help, last, split_options
 from tightfit.cli.main import FAILED, OK, wants_help
-from tightfit.cli.report import page_at_end, without_html
+from tightfit.cli.report import page_at_end
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import TightfitError
 from tightfit.train.supervise import supervise, wants_supervision
@@ -30,9 +30,9 @@ def run(arguments: Sequence[str]) -> int:
             f"{keys_help(TrainConfig)}"
         )
         return OK
-    arguments, page = without_html(arguments)
+    values, _, arguments = split_options(arguments, ["--html"])
     resolved = read_config(TrainConfig, arguments, warn=lambda line: print(line, file=sys.stderr))
-    with page_at_end(page, resolved.config):
+    with page_at_end(last(values).get("--html"), resolved.config):
         return _run(arguments, resolved)
 
 
