@@ -502,12 +502,22 @@ class TestRun:
             ({"min_lr": 1.0}, "config rising_rate: warning"),
             ({"init_from": "resume"}, "config sane_size_unknown: ok"),
             ({"init_from": "resume"}, "disk size_unknown: unknown"),
-            ({"n_embd": 4096, "n_layer": 6, "n_head": 32}, "config too_large: problem"),
+            ({"n_embd": 4096, "n_layer": 6, "n_head": 32, "fit": "off"}, "config too_large: problem"),
+            ({"n_embd": 4096, "n_layer": 7, "n_head": 32, "optimizer": "adamw_8bit"}, "config too_large: problem"),
             ({"n_embd": 4096, "n_layer": 12, "n_head": 32, "device": "cpu"}, "config too_large_for_host: problem"),
         ],
     )
     def test_mistakes(self, base: Machine, tiny: dict[str, Any], keys: dict[str, Any], expected: str) -> None:
         assert expected in self.found(base, **tiny | keys)
+
+    @pytest.mark.parametrize(("gib", "outcome"), [(64, "offloads: warning"), (12, "too_large: problem")])
+    def test_a_model_for_which_the_host_has_room(
+        self, base: Machine, tiny: dict[str, Any], gib: int, outcome: str
+    ) -> None:
+        """1.2 billion parameters, 18 GiB with their state, on a card of 12 GiB."""
+        host = replace(base.host, available_bytes=gib << 30, limits=())
+        large = {"n_embd": 4096, "n_layer": 6, "n_head": 32}
+        assert f"config {outcome}" in self.found(replace(base, host=host), **tiny | large)
 
     def test_a_card_that_others_fill(
         self, base: Machine, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -646,7 +656,12 @@ def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str
         {"dtype": "bfloat16"}, {"n_embd": 4096, "n_layer": 12, "n_head": 32, "device": "cpu"},
         {"n_embd": 4096, "n_layer": 12, "n_head": 32}, {"n_embd": 32768, "n_layer": 48}, {"vocab_size": 10},
     ):  # fmt: skip
-        for machine in (base, cards(capability=(7, 5), free_bytes=MIB), host(available_bytes=MIB)):
+        for machine in (
+            base,
+            cards(capability=(7, 5), free_bytes=MIB),
+            host(available_bytes=MIB),
+            host(available_bytes=64 * GIB),
+        ):
             yield from diagnose(machine, replace(run, **changes), prepares_itself=("stdlib",))
     for free in (1, 250_000, 10 * GIB):
         there = Space(total_bytes=GIB, free_bytes=free)

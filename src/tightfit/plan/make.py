@@ -26,12 +26,11 @@ from tightfit.plan.choose import Choice, choose
 from tightfit.plan.memory import cache_folder
 from tightfit.plan.predict import Predictor, Target
 from tightfit.system import gpu_memory, host_memory
+from tightfit.system.checks_run import OFFLOADED_BYTES
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
 """Segments that grow: what is cached is not lost to fragmentation, so larger micro-batches fit."""
-OFFLOADED_BYTES = 16
-"""Of host memory for a parameter whose optimizer is there: weight, gradient and two moments of float32."""
 _COMPILES_FROM = (7, 0)
 """Compute capability that Triton needs."""
 

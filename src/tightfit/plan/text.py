@@ -1,8 +1,9 @@
 """A plan, or that there is none, in sentences."""
 
 from tightfit.plan.choose import Estimate
-from tightfit.plan.make import OFFLOADED_BYTES, PlanResult
+from tightfit.plan.make import PlanResult
 from tightfit.plan.predict import Prediction
+from tightfit.system.checks_run import OFFLOADED_BYTES
 from tightfit.units import format_bytes
 
 

@@ -13,14 +13,24 @@ from tightfit.system.checks import Check
 from tightfit.system.machine import Machine, space
 from tightfit.system.nvml import GpuMemory
 
-STATE_BYTES = 16
-"""Per parameter while training: float32 weight, gradient and AdamW's two moments."""
+OFFLOADED_BYTES = 16
+"""Of host memory for a parameter whose optimizer is there: float32 weight, gradient and two moments."""
 CHECKPOINT_BYTES = 12
 """Per parameter in a checkpoint: float32 weight and AdamW's two moments."""
 NANOGPT_VOCAB = 50_304
 """The vocabulary where nobody names one: GPT-2's 50257, rounded up to a multiple of 64."""
 _HEAD_MULTIPLE = 8
 """FlashAttention's kernels pad narrower heads to a multiple of 8."""
+
+
+def state_bytes(config: TrainConfig) -> int:
+    """Of a parameter while it is trained on one device: its weight, its gradient and AdamW's two moments.
+
+    >>> state_bytes(TrainConfig()), state_bytes(TrainConfig(optimizer="adamw_8bit"))
+    (16, 10)
+    """
+    number = 2 if config.param_dtype == "bfloat16" else 4
+    return 2 * number + (2 if config.optimizer == "adamw_8bit" else 2 * number)
 
 
 def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Collection[str]) -> Iterator[Check]:
@@ -126,7 +136,7 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
     """Weights, gradients and moments alone, against what there is; activations come on top."""
     if parameters is None:
         return
-    facts = {"parameters": parameters, "state_bytes": parameters * STATE_BYTES}
+    facts = {"parameters": parameters, "state_bytes": parameters * state_bytes(config)}
     card = _chosen_card(machine, config)
     if card is None:
         budget = machine.host.budget_bytes
@@ -136,7 +146,12 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
             )
         return
     free, total = card
-    if facts["state_bytes"] > total:
+    host = machine.host.budget_bytes
+    has_host = host is None or host > parameters * OFFLOADED_BYTES
+    may_offload = config.offloads("optimizer") or (config.offload == "none" and config.fit == "auto")
+    if facts["state_bytes"] > total and may_offload and has_host and config.optimizer == "adamw":
+        yield Check(name="config", outcome="offloads", status="warning", facts={**facts, "total_bytes": total})
+    elif facts["state_bytes"] > total:
         yield Check(name="config", outcome="too_large", status="problem", facts={**facts, "total_bytes": total})
     elif facts["state_bytes"] > free:
         yield Check(name="config", outcome="too_large_now", status="problem", facts={**facts, "free_bytes": free})
