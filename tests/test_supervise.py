@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 import torch
 from runs import arguments, column, command, environment, here, newest, tensors
 
-from tightfit.config import TrainConfig
+from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.train import supervise as module
+from tightfit.train.loop import train
 from tightfit.train.supervise import (
     BEYOND_SAVING,
     MOST_RESTARTS,
@@ -190,6 +192,20 @@ class TestDecisions:
             "--init_from=resume", "--micro_batch=1", "--eval_micro_batch=2", "--loss=chunked",
             "--activation_checkpointing=2",
         ]  # fmt: skip
+
+    def test_what_a_plan_changed_of_the_run_itself_stays(
+        self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A lossy plan's batch, chosen anew by the process that takes over, would be another run's."""
+        monkeypatch.setenv(STATUS, str(tmp_path / "status"))
+        asked = read_config(TrainConfig, arguments(tmp_path / "out", data_dir, max_iters=2)[1:])
+        planned = replace(asked.config, batch_size=3, param_dtype="bfloat16")
+        sources = {**asked.sources, "batch_size": "plan", "param_dtype": "plan", "micro_batch": "plan"}
+        train(Resolved(planned, sources, []))
+        words = overrides(read_status(tmp_path / "status"))
+        assert "--batch_size=3" in words
+        assert "--param_dtype=bfloat16" in words
+        assert not any(word.startswith(("--block_size", "--optimizer=")) for word in words)
 
     @pytest.mark.parametrize("code", [0, 1, 2, 3, 130, 143, -signal.SIGINT, -signal.SIGTERM])
     def test_what_is_not_started_again(self, code: int) -> None:

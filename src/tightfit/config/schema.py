@@ -15,6 +15,8 @@ from tightfit.units import parse_bytes
 
 LOSSY = ("8bit_optimizer", "effective_batch", "bf16_parameters", "block_size")
 """Changes of the result that a plan makes only if `allow` names them."""
+LOSSY_KEYS = ("optimizer", "param_dtype", "block_size", "batch_size", "gradient_accumulation_steps")
+"""Keys that such a change sets, also where they were given."""
 _OPENAI: dict[str, Any] = {"vocab_size": 50_257, "block_size": 1024, "bias": True}
 PRETRAINED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, **_OPENAI},

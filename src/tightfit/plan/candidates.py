@@ -136,8 +136,9 @@ _SHORTEST = 128
 """Tokens; a shorter context is another task."""
 
 
-LOSSY_KEYS = frozenset({"optimizer", "param_dtype", "block_size", "batch_size", "gradient_accumulation_steps"})
-"""Keys that a plan with a lossy change sets, whatever the user had left open."""
+def may_recompute(resolved: Resolved[TrainConfig]) -> bool:
+    """Whether it is for us to say what is recomputed in backward."""
+    return all(is_open(resolved, key) for key in ("activation_checkpointing", "activation_memory_budget"))
 
 
 def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_use_8bit: bool = False) -> list[Relief]:
@@ -145,7 +146,8 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
     config = resolved.config
     found = [Relief(name="", keys={})]
     if is_open(resolved, "offload"):
-        found += offloads
+        recomputes = may_recompute(resolved) or config.activation_checkpointing > 0
+        found += [each for each in offloads if recomputes or each is OFFLOAD]
     if may_use_8bit and config.optimizer == "adamw" and not config.offloads("optimizer"):
         found.append(EIGHT_BIT)
     if config.effective_batch > 1:

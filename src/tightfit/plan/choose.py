@@ -19,6 +19,7 @@ from tightfit.plan.candidates import (
     checkpointing_levels,
     even,
     is_open,
+    may_recompute,
     parameters_of,
     vocabulary_of,
 )
@@ -110,7 +111,7 @@ def choose(
         if not relief.exact and relief.name not in config.allowed and not is_open(resolved, "micro_batch"):
             continue  # what would help first is a smaller micro-batch than the one that was asked for
         search = Search(resolved, predictor, budget, share, compiled=compiled, on_host=on_host, relief=relief, say=say)
-        if "activations" in relief.keys.get("offload", "") and not _moving_helps(resolved, least, budget):
+        if "activations" in relief.keys.get("offload", "") and not _moving_helps(config, least, budget):
             continue
         needs = state_bytes(config, relief)
         if needs > budget.bytes and relief is not last_exact:
@@ -134,16 +135,8 @@ def choose(
     return choice
 
 
-def may_recompute(resolved: Resolved[TrainConfig]) -> bool:
-    """Whether it is for us to say what is recomputed in backward."""
-    return all(is_open(resolved, key) for key in ("activation_checkpointing", "activation_memory_budget"))
-
-
-def _moving_helps(resolved: Resolved[TrainConfig], least: Prediction | None, budget: Budget) -> bool:
+def _moving_helps(config: TrainConfig, least: Prediction | None, budget: Budget) -> bool:
     """Whether what recomputed blocks keep, moved to the host, could make up for what the `least` plan lacks."""
-    config = resolved.config
-    if not may_recompute(resolved) and not config.activation_checkpointing:
-        return False
     inputs = 4 * (config.micro_batch or 1) * config.block_size * config.n_embd * config.n_layer
     return least is None or least.peak_bytes - inputs <= budget.bytes
 

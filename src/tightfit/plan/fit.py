@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tightfit.config import Resolved, TrainConfig
+from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.plan.candidates import LOSSY_KEYS, is_open, parameters_of, vocabulary_of
+from tightfit.plan.candidates import is_open, parameters_of, vocabulary_of
 from tightfit.plan.make import Where, card_here, make_plan, this_host, with_shape
 from tightfit.plan.memory import cache_folder
 from tightfit.system import host_memory

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tightfit.config import Resolved, TrainConfig, describe, to_dict
+from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig, describe, to_dict
 from tightfit.data import Dataset, open_dataset
 from tightfit.data.batches import Batches, Purpose, micro_batches, read_ahead
 from tightfit.errors import ConfigError, DoesNotFit
@@ -110,6 +110,8 @@ class _Run:
         config = resolved.config
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
         self.folder = Path(config.out_dir)
+        self.lossy = {key: getattr(config, key) for key in LOSSY_KEYS if resolved.sources[key] == "plan"}
+        """What a plan changed of the run itself, which a process that takes over must not choose anew."""
         say = reporter.say
         for key, value, source in describe(resolved):
             say(f"{key} = {value!r} ({source})")
@@ -329,7 +331,11 @@ class _Run:
             layers = self.model.config.n_layer
             budget = self.config.activation_memory_budget
             report_status(
-                saved_step=self.saved_step, n_layer=layers, activation_memory_budget=budget, **asdict(self.settings)
+                saved_step=self.saved_step,
+                n_layer=layers,
+                activation_memory_budget=budget,
+                lossy=self.lossy,
+                **asdict(self.settings),
             )
 
     def _resume(self, start: Checkpoint) -> None:

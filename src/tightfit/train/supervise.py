@@ -89,6 +89,7 @@ def overrides(told: Mapping[str, Any]) -> list[str]:
             f"--loss={'chunked' if is_least and told['loss'] != 'liger' else told['loss']}",
             f"--activation_checkpointing={told['n_layer'] if is_least else told['checkpointed_blocks']}",
         ]
+        words += [f"--{key}={value}" for key, value in told.get("lossy", {}).items()]
         if (budget := told.get("activation_memory_budget", 1.0)) < 1:
             words.append(f"--activation_memory_budget={budget:g}")
     return words
@@ -99,7 +100,7 @@ def can_be_replaced(code: int) -> bool:
     return code == BEYOND_SAVING or -code in _KILLED
 
 
-def report_status(**told: float | str) -> None:
+def report_status(**told: float | str | Mapping[str, Any]) -> None:
     """Tell the supervisor, if there is one; a reader sees the old status or the new one."""
     if path := os.environ.get(STATUS):
         aside = Path(f"{path}.writing")
