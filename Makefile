@@ -25,7 +25,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 test: check .venv/transformers-4.51
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 slow: .venv/installed
 	$(BIN)/pytest -m slow

@@ -295,7 +295,7 @@ class TestHardware:
     def test_compile_without_a_compiler_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
         monkeypatch.delenv("CXX", raising=False)
-        with pytest.raises(tightfit.DeviceError, match="needs a C\\+\\+ compiler, and none is found"):
+        with pytest.raises(tightfit.DeviceError, match="needs a C\\+\\+ compiler for processors, and none is found"):
             choose_hardware(configured(compile=True))
 
     @pytest.mark.skipif(not native_bfloat16(), reason="this processor has no bfloat16")
