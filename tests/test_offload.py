@@ -145,6 +145,12 @@ class TestActivations:
         assert done.code == 2
         assert "none is recomputed; set activation_checkpointing" in done.err
 
+    def test_a_run_that_surely_fits_recomputes_its_blocks_for_it(self, tmp_path: Path, data_dir: Path) -> None:
+        done = here(arguments(tmp_path, data_dir, offload="activations", max_iters=2))
+        assert done.code == 0
+        assert "plan: as asked" in done.out
+        assert "activation_checkpointing = 2 (plan)" in done.out
+
     def test_cuda_graphs_cannot_record_it(self) -> None:
         with pytest.raises(ConfigError, match="CUDA graphs, which mode=reduce-overhead uses"):
             TrainConfig(offload="activations", mode="reduce-overhead")

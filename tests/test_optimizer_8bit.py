@@ -12,7 +12,7 @@ from failures import Same, at, trained
 from runs import arguments, column, here, process
 
 from tightfit.config import TrainConfig, read_config
-from tightfit.errors import ConfigError, DeviceError
+from tightfit.errors import CheckpointError, ConfigError, DeviceError
 from tightfit.gpt.model import GPT, GPTConfig
 from tightfit.gpt.optimizer import build_optimizer, parts_of, plain_state, restore_state
 from tightfit.plan.candidates import Plan
@@ -83,6 +83,51 @@ def test_a_checkpoint_holds_plain_tensors_and_comes_back_bit_for_bit() -> None:
         for key in mine:
             pairs = zip(parts_of(mine[key]).values(), parts_of(theirs[key]).values(), strict=True)
             assert all(torch.equal(one, two) for one, two in pairs)
+
+
+ZEROS = torch.zeros(64, 64)
+PARTS = {"codes": ZEROS.to(torch.uint8), "scale": torch.zeros(16), "qmap": torch.zeros(256)}
+MALFORMED = {
+    "sparse": ZEROS.to_sparse(),
+    "without numbers": ZEROS.to("meta"),
+    "complex": ZEROS.to(torch.complex64),
+    "of another shape": torch.zeros(64, 65),
+    "a word": "moments",
+    "codes of 4 TiB": {**PARTS, "codes": torch.zeros(1, dtype=torch.uint8).expand(2**42)},
+    "codes without numbers": {**PARTS, "codes": PARTS["codes"].to("meta")},
+    "no scale": {"codes": PARTS["codes"], "qmap": PARTS["qmap"]},
+    "scales that do not divide": {**PARTS, "scale": torch.zeros(17)},
+    "a sparse map": {**PARTS, "qmap": PARTS["qmap"].to_sparse()},
+}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_strangers_moments_are_refused_in_a_sentence(kind: str, what: str) -> None:
+    optimizer = one_matrix(kind)
+    saved = plain_state(optimizer)
+    saved["state"][0]["exp_avg"] = MALFORMED[what]
+    with pytest.raises(CheckpointError, match="the optimizer's exp_avg of parameter 0 is missing or misshapen"):
+        restore_state(optimizer, saved, "a file")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_odd_but_sound_moments_are_taken(kind: str) -> None:
+    optimizer = one_matrix(kind)
+    saved = plain_state(optimizer)
+    turned = torch.rand(64, 64, generator=torch.Generator().manual_seed(1)).t().requires_grad_()
+    for value in (turned, {**PARTS, "codes": PARTS["codes"].t(), "qmap": torch.ones(256), "scale": torch.ones(16)}):
+        saved["state"][0]["exp_avg_sq"] = value
+        restore_state(optimizer, saved, "a file")
+        own = optimizer.state_dict()["state"][0]["exp_avg_sq"]
+        wanted = value if isinstance(value, torch.Tensor) else torch.ones(64, 64)
+        assert not own.requires_grad
+        assert torch.allclose(own if kind == "adamw" else own.dequantize(), wanted.detach(), rtol=0.1, atol=0.01)
+
+
+def one_matrix(kind: str) -> torch.optim.Optimizer:
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    return build_optimizer([parameter], weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95), kind=kind)
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from runs import arguments, here
 
 from tightfit.cli.main import main
 from tightfit.config import TrainConfig, read_config
+from tightfit.errors import CheckpointError
 from tightfit.plan.make import make_plan, named_card, with_shape
 
 PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
@@ -66,3 +67,16 @@ def test_a_run_that_cannot_start_is_refused_before_it_is_planned(
     assert ended.stderr.count("\n") == 1
     assert ("dataset" if damage == "no dataset" else "checkpoint") in ended.stderr
     assert not list((tmp_path / "cache").rglob("*.json")), "nothing was measured or traced"
+
+
+def test_a_folders_word_is_not_taken_for_its_weights(tmp_path: Path, data_dir: Path) -> None:
+    """A model of two billion blocks would be planned for, until memory is out."""
+    assert here(arguments(tmp_path / "out", data_dir, max_iters=1, eval_interval=1)).code == 0
+    assert main(["convert", str(tmp_path / "out" / "ckpt.pt"), str(tmp_path / "folder")]) == 0
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "n_layer": 2**31 - 1}))
+    with pytest.raises(CheckpointError, match="has weights of 2 blocks"):
+        with_shape(TrainConfig(init_from=str(tmp_path / "folder")))
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        with_shape(TrainConfig(init_from=str(tmp_path / "folder")))

@@ -170,6 +170,13 @@ class TestDecisions:
         assert code == 0
         assert sum(isinstance(each, list) for each in told) == 10
 
+    def test_a_plans_batch_stays_over_all_restarts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second child was given it, so that it tells of no plan of its own."""
+        ends = [(-9, {"saved_step": 10, **TOLD, "lossy": {"batch_size": 6}}), (-9, {"saved_step": 20, **TOLD}), (0, {})]
+        _, told = self.ended(monkeypatch, ends)
+        started = [each for each in told if isinstance(each, list)]
+        assert [each.count("--batch_size=6") for each in started] == [0, 1, 1]
+
     def test_a_broken_context_restarts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         code, told = self.ended(monkeypatch, [(BEYOND_SAVING, {"saved_step": 0, **TOLD}), (1, {})])
         assert code == 1

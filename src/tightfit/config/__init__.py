@@ -1,9 +1,19 @@
 """A run's configuration: the keys, and how files and arguments are read."""
 
 from tightfit.config.reader import Resolved, describe, read_config
-from tightfit.config.schema import LOSSY_KEYS, PRETRAINED, SampleConfig, TrainConfig, defaults, from_dict, to_dict
+from tightfit.config.schema import (
+    CUDA_GRAPH_MODES,
+    LOSSY_KEYS,
+    PRETRAINED,
+    SampleConfig,
+    TrainConfig,
+    defaults,
+    from_dict,
+    to_dict,
+)
 
 __all__ = [
+    "CUDA_GRAPH_MODES",
     "LOSSY_KEYS",
     "PRETRAINED",
     "Resolved",

@@ -18,6 +18,8 @@ LOSSY = ("8bit_optimizer", "effective_batch", "bf16_parameters", "block_size")
 LOSSY_KEYS = ("optimizer", "param_dtype", "block_size", "batch_size", "gradient_accumulation_steps")
 """Keys that such a change sets, also where they were given."""
 _OPENAI: dict[str, Any] = {"vocab_size": 50_257, "block_size": 1024, "bias": True}
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""torch.compile's modes that record CUDA graphs."""
 PRETRAINED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, **_OPENAI},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, **_OPENAI},
@@ -318,7 +320,7 @@ class TrainConfig(Schema):
                 "state stays on the device; set one of the two back",
             ),
             (  # they record all blocks as one graph, which copies of its own to the host would break
-                self.offloads("activations") and self.mode in ("reduce-overhead", "max-autotune"),
+                self.offloads("activations") and self.mode in CUDA_GRAPH_MODES,
                 f"offload=activations cannot be recorded in CUDA graphs, which mode={self.mode} uses; set mode=default",
             ),
             (  # the cosine divides by their difference; below warmup_iters it is never used

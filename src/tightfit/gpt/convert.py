@@ -7,6 +7,7 @@ shapes are compared with the configuration before anybody builds a model of it.
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from reprlib import repr as brief
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -158,9 +159,16 @@ def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
     name = str(name_or_path)
     if name in PRETRAINED:
         return GPTConfig(**PRETRAINED[name], activation="gelu_tanh")
-    path = _folder(name) / _CONFIG
-    settings = _read_json(path)
-    return replace(_read_config(settings, path), bias=settings.get("tightfit") != _WITHOUT_BIAS)
+    folder = _folder(name)
+    settings = _read_json(folder / _CONFIG)
+    config = _read_config(settings, folder / _CONFIG)
+    found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in _names(folder))
+    blocks = len({int(each[1]) for each in found if each})
+    if blocks != config.n_layer:
+        raise CheckpointError(
+            f"{folder} has weights of {blocks} blocks, and its {_CONFIG} says n_layer={config.n_layer}"
+        )
+    return replace(config, bias=settings.get("tightfit") != _WITHOUT_BIAS)
 
 
 def _folder(name: str) -> Path:
@@ -186,6 +194,8 @@ def _checked(tensors: Mapping[str, object], name: str, shape: tuple[int, ...]) -
     if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise CheckpointError(f"{name} must be a tensor of floating-point numbers, found {found}")
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise CheckpointError(f"{name} must hold its numbers plainly; it is {'empty' if tensor.is_meta else 'sparse'}")
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, but its configuration asks for {shape}")
     return tensor
@@ -247,7 +257,8 @@ def _read_config(settings: dict[str, Any], path: Path) -> GPTConfig:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder, whole or in shards."""
     index = folder / f"{_WEIGHTS}.index.json"
     if (folder / _WEIGHTS).exists() or not index.exists():
         if not (folder / _WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
@@ -255,16 +266,31 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{folder} has its weights as a pickle ({pickles[0].name}), which can run code when opened; "
                 f"convert it to {_WEIGHTS} with transformers' save_pretrained, or fetch that file instead"
             )
-        return _read_safetensors(folder / _WEIGHTS)
+        return [folder / _WEIGHTS]
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{index} must map tensors to files under weight_map; fetch it again")
-    tensors: dict[str, Tensor] = {}
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {brief(shard)}; only .safetensors files beside it are read")
-        tensors |= _read_safetensors(folder / shard)
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        tensors |= _read_safetensors(path)
     return tensors
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Of a folder's tensors, none of which is read."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield from file.keys()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

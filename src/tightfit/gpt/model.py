@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from tightfit.config import CUDA_GRAPH_MODES
 from tightfit.errors import CheckpointError, ConfigError
 from tightfit.gpt.attention import KeyValueCache, cached_attention, causal_attention
 from tightfit.gpt.linear import LayerNorm, gelu_linear, norm_linear, plain_linear, tied_embedding
@@ -183,7 +184,7 @@ class GPT(nn.Module):
         As fast as the whole model compiled at once, in less memory, and ready in a third of the time. CUDA graphs are
         recorded of all blocks together. A loss in chunks is left alone: it would be unrolled.
         """
-        if mode in ("reduce-overhead", "max-autotune"):
+        if mode in CUDA_GRAPH_MODES:
             self._blocks = torch.compile(self._blocks, mode=mode)  # type: ignore[method-assign]
         else:
             for block in self.transformer["h"]:

@@ -93,6 +93,7 @@ def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
+@torch.no_grad()
 def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: object) -> None:
     """Copy moments into an optimizer whose state exists, one tensor at a time: never a second set of them.
 
@@ -123,34 +124,46 @@ def _copy(value: object, tensor: Tensor) -> bool:
         value = torch.tensor(value)
     own = parts_of(tensor)
     if isinstance(value, Mapping):
-        if all(_fits(value.get(name), part) for name, part in own.items()):
-            for name, part in own.items():
-                part.copy_(value[name])
+        is_same = all(_is_plain(value.get(name), part.shape, part.dtype) for name, part in own.items())
+        if is_same and torch.equal(value["qmap"], own["qmap"].cpu()):
+            own["codes"].copy_(value["codes"])
+            own["scale"].copy_(value["scale"])
             return True
-        value = _widened(value)
-    if not isinstance(value, Tensor) or value.shape != tensor.shape:
+        value = _widened(value, tensor.shape)
+    if not _is_plain(value, tensor.shape):
         return False
-    if "" not in own:  # narrowed on the host, where there is room for it
-        host = tensor.to("cpu")
-        host.copy_(value.float())
-        for name, part in parts_of(host).items():
-            own[name].copy_(part)
-    else:
+    assert isinstance(value, Tensor)
+    if "" in own:
         tensor.copy_(value)
+        return True
+    host = tensor.to("cpu")  # narrowed there, where there is room for it
+    host.copy_(value.float().contiguous())
+    for name, part in parts_of(host).items():
+        own[name].copy_(part)
     return True
 
 
-def _fits(value: object, part: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == part.shape and value.dtype == part.dtype
+def _is_plain(value: object, shape: torch.Size, dtype: torch.dtype | None = None) -> bool:
+    """Whether it is real numbers on the host, one after the other in memory or nearly: what files may hold more of."""
+    return (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_complex())
+        and (dtype is None or value.dtype == dtype)
+    )
 
 
-def _widened(parts: Mapping[str, Any]) -> Tensor | None:
+def _widened(parts: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     """Moments of 32 bits from the parts of some of 8: a map's entry for each code, times the scale of its block."""
     codes, scale, entries = (parts.get(name) for name in ("codes", "scale", "qmap"))
-    if not (isinstance(codes, Tensor) and isinstance(scale, Tensor) and isinstance(entries, Tensor)):
+    if not _is_plain(codes, shape, torch.uint8) or not _is_plain(entries, torch.Size([256]), torch.float32):
         return None
-    if codes.dtype != torch.uint8 or entries.shape != (256,) or scale.dim() != 1 or not len(scale):
+    if not isinstance(scale, Tensor) or not _is_plain(scale, scale.shape, torch.float32) or scale.dim() != 1:
         return None
-    if codes.numel() % len(scale):
+    if not len(scale) or shape.numel() % len(scale):
         return None
-    return (entries[codes.int()].view(len(scale), -1) * scale[:, None]).view(codes.shape)
+    assert isinstance(codes, Tensor)
+    assert isinstance(entries, Tensor)
+    return (entries[codes.int()].reshape(len(scale), -1) * scale[:, None]).reshape(shape)

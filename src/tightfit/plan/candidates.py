@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tightfit.config import Resolved, TrainConfig
+from tightfit.config import CUDA_GRAPH_MODES, Resolved, TrainConfig
 
 OPEN = {
     "micro_batch": lambda config: config.micro_batch == 0,
@@ -146,8 +146,7 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
     config = resolved.config
     found = [Relief(name="", keys={})]
     if is_open(resolved, "offload"):
-        recomputes = may_recompute(resolved) or config.activation_checkpointing > 0
-        found += [each for each in offloads if recomputes or each is OFFLOAD]
+        found += [each for each in offloads if _can_be_had(each, resolved)]
     if may_use_8bit and config.optimizer == "adamw" and not config.offloads("optimizer"):
         found.append(EIGHT_BIT)
     if config.effective_batch > 1:
@@ -161,6 +160,15 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
         found.append(Relief(name="block_size", keys={**best, "block_size": shorter}, exact=False, costs=costs))
         shorter //= 2
     return found
+
+
+def _can_be_had(offload: Relief, resolved: Resolved[TrainConfig]) -> bool:
+    """Whether the other keys go with it, as the configuration's own checks have it."""
+    config, what = resolved.config, offload.keys["offload"]
+    if "optimizer" in what and config.optimizer != "adamw":
+        return False
+    recomputes = may_recompute(resolved) or config.activation_checkpointing > 0
+    return "activations" not in what or (recomputes and config.mode not in CUDA_GRAPH_MODES)
 
 
 def parameters_of(config: TrainConfig) -> int:

@@ -102,15 +102,29 @@ def choose(
     reliefs: list[Relief],
     compiled: bool,
     on_host: bool,
+    processes: int = 1,
     say: Callable[[str], object] = lambda text: None,
 ) -> Choice:
-    """The choice with the first of `reliefs` that gives one; lossy ones count if the configuration allows them."""
+    """The choice with the first of `reliefs` that gives one; lossy ones count if the configuration allows them.
+
+    `share` is what one of `processes` computes of the effective batch.
+    """
     config, choice, request, least = resolved.config, None, None, None
     last_exact = [relief for relief in reliefs if relief.exact][-1]
     for relief in sorted(reliefs, key=lambda each: not each.exact and each.name not in config.allowed):
         if not relief.exact and relief.name not in config.allowed and not is_open(resolved, "micro_batch"):
             continue  # what would help first is a smaller micro-batch than the one that was asked for
-        search = Search(resolved, predictor, budget, share, compiled=compiled, on_host=on_host, relief=relief, say=say)
+        search = Search(
+            resolved,
+            predictor,
+            budget,
+            share,
+            compiled=compiled,
+            on_host=on_host,
+            processes=processes,
+            relief=relief,
+            say=say,
+        )
         if "activations" in relief.keys.get("offload", "") and not _moving_helps(config, least, budget):
             continue
         needs = state_bytes(config, relief)
@@ -167,6 +181,7 @@ class Search:
         *,
         compiled: bool,
         on_host: bool,
+        processes: int,
         relief: Relief,
         say: Callable[[str], object],
     ) -> None:
@@ -182,7 +197,7 @@ class Search:
         is_free = may_recompute(resolved)
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
         moves_inputs = "activations" in self._base["offload"]
-        self._one_pass, self._devices = relief is ONE_PASS, -(-config.effective_batch // share)
+        self._one_pass, self._processes = relief is ONE_PASS, processes
         if is_free and (moves_inputs or self._one_pass):
             # A block that is not recomputed keeps what is not moved, and leaves room for fewer sequences.
             self._levels = [config.n_layer]
@@ -205,7 +220,8 @@ class Search:
             return self._choice(found, request, line=lines[found[0].plan.loss])
         least = self._trace([self._plan(1, max(self._levels), self._losses[-1])])[0]
         if least.peak_bytes <= self._budget.bytes and not self._micro_batch:
-            return self._choice([least], request, line=lines[least.plan.loss])  # the lines had promised less
+            line = lines.get(least.plan.loss) or line_through([least, least])
+            return self._choice([least], request, line=line)  # the lines had promised less
         return self._choice([], request, least=least)
 
     def _choice(
@@ -349,7 +365,7 @@ class Search:
             plan,
             micro_batch=size,
             eval_micro_batch=self._eval_micro_batch or size,
-            effective_batch=size * self._devices if self._one_pass else 0,
+            effective_batch=min(size * self._processes, self._config.effective_batch) if self._one_pass else 0,
         )
 
     def _request(self, lines: dict[str, Line]) -> Estimate:

@@ -10,7 +10,7 @@ from typing import Any
 from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.plan.candidates import is_open, parameters_of, vocabulary_of
+from tightfit.plan.candidates import is_open, may_recompute, parameters_of, vocabulary_of
 from tightfit.plan.make import Where, card_here, make_plan, this_host, with_shape
 from tightfit.plan.memory import cache_folder
 from tightfit.system import host_memory
@@ -41,6 +41,9 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     """
     open_dataset(resolved.config.dataset, resolved.config.data_dir)
     config = with_shape(resolved.config)
+    if config.offloads("activations") and may_recompute(resolved):  # it is of recomputed blocks
+        resolved = _with_keys(resolved, {"activation_checkpointing": config.n_layer})
+        config = replace(config, activation_checkpointing=config.n_layer)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     bound = _rough_bound(config, -(-config.effective_batch // processes))
     if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():

@@ -105,6 +105,7 @@ def make_plan(
             ),
             compiled=_compiles(config, where.gpu),
             on_host=where.gpu is None,
+            processes=processes,
             say=say,
         )
         traced = predictor.traced

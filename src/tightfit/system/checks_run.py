@@ -15,6 +15,8 @@ from tightfit.system.nvml import GpuMemory
 
 OFFLOADED_BYTES = 16
 """Of host memory for a parameter whose optimizer is there: float32 weight, gradient and two moments."""
+DEVICE_BYTES = 2
+"""Of the device's memory for such a parameter, at least: its weight as autocast uses it."""
 CHECKPOINT_BYTES = 12
 """Per parameter in a checkpoint: float32 weight and AdamW's two moments."""
 NANOGPT_VOCAB = 50_304
@@ -29,6 +31,8 @@ def state_bytes(config: TrainConfig) -> int:
     >>> state_bytes(TrainConfig()), state_bytes(TrainConfig(optimizer="adamw_8bit"))
     (16, 10)
     """
+    if config.offloads("optimizer"):
+        return DEVICE_BYTES
     number = 2 if config.param_dtype == "bfloat16" else 4
     return 2 * number + (2 if config.optimizer == "adamw_8bit" else 2 * number)
 
@@ -148,8 +152,8 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
     free, total = card
     host = machine.host.budget_bytes
     has_host = host is None or host > parameters * OFFLOADED_BYTES
-    may_offload = config.offloads("optimizer") or (config.offload == "none" and config.fit == "auto")
-    if facts["state_bytes"] > total and may_offload and has_host and config.optimizer == "adamw":
+    is_open = config.offload == "none" and config.fit == "auto" and config.optimizer == "adamw"
+    if facts["state_bytes"] > total and is_open and has_host and parameters * DEVICE_BYTES < free:
         yield Check(name="config", outcome="offloads", status="warning", facts={**facts, "total_bytes": total})
     elif facts["state_bytes"] > total:
         yield Check(name="config", outcome="too_large", status="problem", facts={**facts, "total_bytes": total})

@@ -49,6 +49,7 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, say: Callable[[s
     every = f"; evaluations are every {config.eval_interval} steps" if not config.save_interval else ""
     say(f"supervised: if the system kills this run it starts again from its last state, saved {points}{every}")
     added: list[str] = []
+    lossy: dict[str, Any] = {}
     restarts, saved = 0, -1
     with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
         status = Path(folder) / "status.json"
@@ -63,7 +64,8 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, say: Callable[[s
             if restarts > MOST_RESTARTS:
                 say(f"{_cause(code)} {restarts} times with nothing newer saved: {_ADVICE}")
                 return code if code >= 0 else 128 - code
-            added = overrides(told)
+            lossy |= told.get("lossy", {})  # a child that was given them tells of no plan of its own
+            added = overrides({**told, "lossy": lossy})
             begin = f"step {told['saved_step']}" if told.get("saved_step", 0) > 0 else "where it began"
             say(f"{_cause(code)}; starting again from {begin} with {' '.join(added) or 'the same settings'}")
 
