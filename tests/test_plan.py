@@ -57,6 +57,7 @@ class TestStory:
         assert again.traced == 0
         assert again.choice.best == first.choice.best
 
+    @pytest.mark.slow
     def test_more_memory_never_gives_a_slower_plan(self) -> None:
         seconds = []
         for total in (6 * GIB, 9 * GIB, TOTAL):
@@ -158,6 +159,7 @@ class TestReliefs:
         assert allowed.plan.keys()["param_dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_smaller_effective_batch_saves_the_gradients_of_the_pass_before() -> None:
     """6.7M parameters, whose gradients take 26 MiB, on a card that has 160 MiB for all of it."""
     model = ("--n_layer=8", "--n_head=4", "--n_embd=256", "--vocab_size=512", "--batch_size=8", "--compile=False")
