@@ -10,7 +10,7 @@ from tightfit.cli.keys import last, split_options
 from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.cli.train import PREPARED_WHEN_MISSING
 from tightfit.config import TrainConfig, read_config
-from tightfit.wording import locale_language
+from tightfit.wording import chosen_language
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     from tightfit.system.machine import read_machine
     from tightfit.system.words import words
 
-    said = words(last(values).get("--lang") or locale_language())
+    said = words(chosen_language(last(values).get("--lang")))
     config = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr)).config if rest else None
     checks = diagnose(read_machine(), config, prepares_itself=PREPARED_WHEN_MISSING)
     if flags:

@@ -5,7 +5,7 @@ user's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tightfit.config import CUDA_GRAPH_MODES, Resolved, TrainConfig
@@ -53,25 +53,10 @@ class Plan:
 
     def keys(self) -> dict[str, Any]:
         """The configuration's keys that it sets."""
-        keys: dict[str, Any] = {
-            "micro_batch": self.micro_batch,
-            "eval_micro_batch": self.eval_micro_batch,
-            "loss": self.loss,
-            "activation_checkpointing": self.activation_checkpointing,
-            "compile": self.compile,
-        }
-        if self.activation_memory_budget < 1:
-            keys["activation_memory_budget"] = self.activation_memory_budget
-        if self.offload != "none":
-            keys["offload"] = self.offload
-        if self.optimizer != "adamw":
-            keys["optimizer"] = self.optimizer
-        if self.param_dtype != "float32":
-            keys["param_dtype"] = self.param_dtype
-        if self.block_size:
-            keys["block_size"] = self.block_size
-        if self.effective_batch:
-            keys |= {"batch_size": self.effective_batch, "gradient_accumulation_steps": 1}
+        usual = {each.name: each.default for each in fields(self)}  # none where a plan always has to say
+        keys = {key: value for key, value in asdict(self).items() if value != usual[key]}
+        if effective_batch := keys.pop("effective_batch", 0):
+            keys |= {"batch_size": effective_batch, "gradient_accumulation_steps": 1}
         return keys
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
@@ -175,7 +160,7 @@ def parameters_of(config: TrainConfig) -> int:
     """Numbers that are trained, but for biases and layer norms.
 
     >>> parameters_of(TrainConfig(vocab_size=50304))
-    124355328
+    124354560
     """
     width = config.n_embd
     return (12 * config.n_layer * width + vocabulary_of(config) + config.block_size) * width

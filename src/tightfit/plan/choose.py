@@ -24,6 +24,7 @@ from tightfit.plan.candidates import (
     vocabulary_of,
 )
 from tightfit.plan.predict import Prediction, Predictor
+from tightfit.system.checks_run import state_bytes
 from tightfit.units import format_bytes
 
 _SMALL_BATCH = 4
@@ -127,7 +128,7 @@ def choose(
         )
         if "activations" in relief.keys.get("offload", "") and not _moving_helps(config, least, budget):
             continue
-        needs = state_bytes(config, relief)
+        needs = least_bytes(config, relief)
         if needs > budget.bytes and relief is not last_exact:
             say(f"weights, gradients and moments alone take {format_bytes(needs)}: nothing is traced")
             request = request or Estimate(plan=search.requested(), peak_bytes=needs, step_s=None)
@@ -155,13 +156,9 @@ def _moving_helps(config: TrainConfig, least: Prediction | None, budget: Budget)
     return least is None or least.peak_bytes - inputs <= budget.bytes
 
 
-def state_bytes(config: TrainConfig, relief: Relief) -> int:
+def least_bytes(config: TrainConfig, relief: Relief) -> int:
     """Bytes of the device's memory below which no step is possible: weights, gradients and both moments together."""
-    keys = {**_as_asked(config), **relief.keys}
-    if "optimizer" in keys["offload"]:
-        return 2 * parameters_of(config)
-    each = 2 if keys["param_dtype"] == "bfloat16" else 4
-    return (2 * each + (2 if keys["optimizer"] == "adamw_8bit" else 2 * each)) * parameters_of(config)
+    return state_bytes(replace(config, **relief.keys)) * parameters_of(config)
 
 
 def _as_asked(config: TrainConfig) -> dict[str, Any]:
