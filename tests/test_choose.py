@@ -20,10 +20,10 @@ Peak = Callable[[Plan, bool], float]
 class MadeUp:
     """Stands for the predictor: a peak in GiB for each plan, whole or of its steps alone."""
 
-    will_compile = False
-
     def __init__(self, config: TrainConfig, peak: Peak) -> None:
         self._config, self._peak = config, peak
+
+    def expect_compiled(self, expected: bool) -> None: ...
 
     def predict(self, plans: Sequence[Plan], *, whole: bool = True) -> list[Prediction]:
         return [self._predicted(plan, round(self._peak(plan, whole) * GIB)) for plan in plans]

@@ -15,7 +15,7 @@ from tightfit.errors import ConfigError
 from tightfit.gpt.model import GPT, GPTConfig
 from tightfit.plan.candidates import Plan
 from tightfit.plan.make import ALLOCATOR, EXPANDABLE, make_plan, named_card
-from tightfit.plan.predict import Prediction, Predictor, Target
+from tightfit.plan.predict import Prediction, Predictor, Target, Tracer
 from tightfit.train.distributed import World
 from tightfit.train.hardware import Hardware
 from tightfit.train.setup import build_model, build_state
@@ -116,7 +116,8 @@ class TestActivations:
             host_flops={},
             host_bandwidth=0.0,
         )
-        with Predictor(TrainConfig(**self.KEYS, device="cuda"), target) as predictor:
+        with Tracer() as tracer:
+            predictor = Predictor(TrainConfig(**self.KEYS, device="cuda"), target, tracer)
             return predictor.predict([replace(each, offload=offload) for offload in offloads])
 
     def test_a_card_holds_one_blocks_input_instead_of_all(self, own_cache: None) -> None:

@@ -17,7 +17,7 @@ from tightfit.gpt.model import GPT, GPTConfig
 from tightfit.gpt.optimizer import build_optimizer, parts_of, plain_state, restore_state
 from tightfit.plan.candidates import Plan
 from tightfit.plan.make import make_plan, named_card
-from tightfit.plan.predict import Prediction, Predictor, Target
+from tightfit.plan.predict import Prediction, Predictor, Target, Tracer
 from tightfit.train.hardware import compile_obstacle
 from tightfit.units import MIB
 
@@ -157,7 +157,8 @@ def test_a_plan_gives_its_state_the_bytes_that_it_has(own_cache: Path) -> None:
     )
     where = named_card("RTX 4090")
     target = Target(gpu=where.gpu, known=True, share=2, environ={}, host_flops={}, host_bandwidth=0.0)
-    with Predictor(config, target) as predictor:
+    with Tracer() as tracer:
+        predictor = Predictor(config, target, tracer)
         found = predictor.predict([plan])[0]
     optimizer = eight_bit(GPT(GPTConfig(**shape, bias=False)))
     tensors = [t for each in optimizer.state.values() for k, v in each.items() if k != "step" for t in _parts(v)]

@@ -46,6 +46,8 @@ class GPU:
     """Whether no Linux total is known, so that both sizes above come from `_estimated_memory`."""
     bandwidth_gbps: float | None = None
     """Peak memory bandwidth, 10^9 bytes/s."""
+    cache_bytes: int | None = None
+    """Second-level cache: NVIDIA's white papers of the generations, deviceQuery."""
     bf16_tflops: float | None = None
     """Peak of dense bfloat16 matrix products with float32 accumulation, 10^12 FLOP/s; None if it has no such units."""
     fp16_tflops: float | None = None
@@ -377,6 +379,7 @@ def _gpu(row: dict[str, str], rows: list[dict[str, str]]) -> GPU:
         memory_bytes_min=int(row["linux_bytes_min_seen"]) if known else estimate,
         memory_is_estimate=not known,
         bandwidth_gbps=_number(row["mem_bandwidth_GBps"]),
+        cache_bytes=round(float(row["l2_mib"]) * MIB) if row["l2_mib"] else None,
         bf16_tflops=_number(row["bf16_dense_tflops"]),
         fp16_tflops=_number(row["fp16_dense_tflops"]),
         fp32_tflops=_number(row["fp32_tflops"]),

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tightfit.plan.zygote import COMPILER
+from tightfit.plan.zygote import COMPILER, TRACING, load
 
 _LOOP = "nanogpt_loop.py"
 
@@ -27,8 +27,7 @@ def serve() -> None:
     """Serve until standard input ends."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gc.disable()  # what is loaded stays
-    for name in ("tightfit.plan.trace", "tightfit.vgpu.findings", "tightfit.vgpu.session"):
-        importlib.import_module(name)
+    load((*TRACING, "tightfit.vgpu.findings", "tightfit.vgpu.session"))
     gc.freeze()
     gc.enable()
     for line in sys.stdin:
@@ -40,8 +39,7 @@ def serve() -> None:
 def _run_batch(folder: Path, plays: list[dict[str, Any]], workers: int) -> None:
     shutil.copyfile(Path(__file__).with_name("nanogpt.py"), folder / _LOOP)
     if sum(bool(_keys(play).get("compile")) for play in plays) and importlib.util.find_spec("triton"):
-        for name in COMPILER:
-            importlib.import_module(name)
+        load(COMPILER)
         gc.freeze()
     running = 0
     for number, play in enumerate(plays):
@@ -95,12 +93,12 @@ def _play(play: dict[str, Any], loop: Path) -> dict[str, Any]:
     request = dict(play["request"])
     request["capability"] = tuple(request["capability"]) if request.get("capability") else None
     session = VirtualSession(Request(**request, until_stable=False, environ=play["environ"]))
-    meter = Meter(rates_of(session.gpu, compiled=bool(play["keys"]["compile"])))
+    rates, meter = rates_of(session.gpu, compiled=bool(play["keys"]["compile"])), Meter()
     course: list[dict[str, Any]] = []
 
     def note(what: str, **where: Any) -> None:
         work = meter.read()
-        course.append({"what": what, **where, "seconds": work.seconds, "kernels": work.kernels})
+        course.append({"what": what, **where, "seconds": work.seconds(rates), "kernels": work.launches})
 
     spec = importlib.util.spec_from_file_location("nanogpt_loop", loop)
     assert spec is not None

@@ -27,8 +27,8 @@ from tightfit.plan.predict import Prediction, Predictor
 from tightfit.system.checks_run import state_bytes
 from tightfit.units import format_bytes
 
-_SMALL_BATCH = 4
-"""The larger of the two micro-batches that give a line."""
+SMALL_BATCH = 4
+"""The larger of the two micro-batches that give a line; where fewer have room, a loss in chunks makes more."""
 _ATTEMPTS = 4
 _OFFERED = 3
 """Plans traced in full."""
@@ -208,7 +208,9 @@ class Search:
     def run(self) -> Choice:
         """The choice, after a handful of traces."""
         plain = self._lines()
-        lines = {loss: self._compiled_line(loss, line) for loss, line in plain.items()} if self._compiled else plain
+        lines = (
+            {loss: compiled_line(self._config, loss, line) for loss, line in plain.items()} if self._compiled else plain
+        )
         request = self._request(lines)
         found = self._fitting(lines, plain)
         # Whether to compile was settled before: by the user, or because it is faster on this card.
@@ -242,8 +244,8 @@ class Search:
 
     def _lines(self) -> dict[str, Line]:
         """Two or three traces for each loss, of plain kernels: compiling takes longer."""
-        least, small = min(self._levels), min(_SMALL_BATCH, self._share)
-        self._predictor.will_compile = self._compiled
+        least, small = min(self._levels), min(SMALL_BATCH, self._share)
+        self._predictor.expect_compiled(self._compiled)
         lines = self._traced_lines([(1, least), (small, least)], self._losses[:1])
         # A loss in chunks makes room for more sequences, which is of use where few have any; else it only takes longer.
         if self._most_sequences(lines) < small:
@@ -258,7 +260,7 @@ class Search:
 
     def _most_sequences(self, lines: dict[str, Line]) -> int:
         """The largest micro-batch that any of these plain lines lets in, with nothing recomputed."""
-        own = [self._compiled_line(loss, line) if self._compiled else line for loss, line in lines.items()]
+        own = [compiled_line(self._config, loss, line) if self._compiled else line for loss, line in lines.items()]
         return max(line.largest(self._budget.bytes, 0, self._share) for line in own)
 
     def _traced_lines(self, points: list[tuple[int, int]], losses: list[str]) -> dict[str, Line]:
@@ -289,15 +291,6 @@ class Search:
                     size = self._micro_batch or self._split(largest)
                     found.append((line.step_s(size, blocks, self._share), loss, blocks, size))
         return [self._plan(size, blocks, loss, compiled=compiled) for _, loss, blocks, size in sorted(found)]
-
-    def _compiled_line(self, loss: str, plain: Line) -> Line:
-        """What a line of plain kernels says of compiled ones; each promise is traced before it is made."""
-        if loss != "full":
-            return plain
-        config = self._config
-        saved = _COMPILED_SAVES.get(config.dtype, max(_COMPILED_SAVES.values()))
-        saved_bytes = saved * config.block_size * vocabulary_of(config)
-        return replace(plain, per_sequence=max(plain.per_sequence / 4, plain.per_sequence - saved_bytes))
 
     def _trace_until_fits(self, plans: list[Plan], lines: dict[str, Line]) -> list[Prediction]:
         """Predictions that fit, of `plans` or, where the first does not, of smaller ones."""
@@ -400,6 +393,15 @@ def line_through(points: list[Prediction]) -> Line:
         pass_s_per_block=more_s,
         update_s=one.update_s,
     )
+
+
+def compiled_line(config: TrainConfig, loss: str, plain: Line) -> Line:
+    """What a line of plain kernels says of the memory of compiled ones; each promise is traced before it is made."""
+    if loss != "full":
+        return plain
+    saved = _COMPILED_SAVES.get(config.dtype, max(_COMPILED_SAVES.values()))
+    saved_bytes = saved * config.block_size * vocabulary_of(config)
+    return replace(plain, per_sequence=max(plain.per_sequence / 4, plain.per_sequence - saved_bytes))
 
 
 def as_dict(choice: Choice) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which cards run a configuration, and how fast: one line of traces for each compute capability, read for each card."""
+"""Which cards run a configuration, and how fast: a few traces for each compute capability, timed for each card."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -7,13 +7,14 @@ from typing import Any
 from tightfit.config import Resolved, TrainConfig
 from tightfit.gpus import GPU, all_gpus
 from tightfit.plan.budget import device_budget
-from tightfit.plan.candidates import Plan, is_open
-from tightfit.plan.choose import Line, line_through
-from tightfit.plan.make import ALLOCATOR, EXPANDABLE, with_shape
-from tightfit.plan.predict import Predictor, Target
+from tightfit.plan.candidates import Plan, balanced, even, is_open, may_recompute
+from tightfit.plan.choose import SMALL_BATCH, Line, compiled_line, line_through
+from tightfit.plan.make import ALLOCATOR, EXPANDABLE, compiles, with_shape
+from tightfit.plan.predict import Prediction, Predictor, Target, Tracer
 from tightfit.plan.speed import rates_of
 
-_SMALL_BATCH = 4
+_NATIVE_BF16 = (8, 0)
+"""Compute capability that divides cards into two families: by their formats, and so by what is compiled for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class CardRow:
     """Sequences at once; 0 if not even one has room."""
     blocks: int
     """Recomputed ones."""
+    compile: bool
     offload: bool
     """Whether the optimizer has to be in host memory."""
     needs_bytes: int
@@ -40,83 +42,123 @@ class CardRow:
 
 def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] = lambda text: None) -> list[CardRow]:
     """Every card of the table, the smallest first."""
-    config = replace(with_shape(resolved.config), device="cuda", loss="chunked")
-    share = config.effective_batch
-    may_offload = is_open(resolved, "offload")
-    levels = [0, config.n_layer] if is_open(resolved, "activation_checkpointing") else [config.activation_checkpointing]
+    config = replace(with_shape(resolved.config), device="cuda")
     by_capability: dict[tuple[int, int], list[GPU]] = {}
     for gpu in all_gpus():
         by_capability.setdefault(gpu.capability, []).append(gpu)
-    rows = []
-    for number, (capability, cards) in enumerate(sorted(by_capability.items()), 1):
-        say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
-        line = _line(config, cards[0], share, levels)
-        here = [_row(config, card, cards[0], line, share, levels) for card in cards]
-        if may_offload and not all(row.fits for row in here):
-            offloaded = replace(config, offload="optimizer")
-            line = _line(offloaded, cards[0], share, levels)
-            others = [_row(offloaded, card, cards[0], line, share, levels) for card in cards]
-            here = [row if row.fits else other for row, other in zip(here, others, strict=True)]
-        rows += here
+    rows, compiled = [], dict[bool, Prediction | None]()
+    with Tracer() as tracer:
+        for number, (capability, cards) in enumerate(sorted(by_capability.items()), 1):
+            say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
+            family = _Family(resolved, config, cards[0], tracer)
+            if family.compiles:
+                key = capability >= _NATIVE_BF16
+                family.compiled = compiled[key] = compiled.get(key) or family.trace_compiled()
+            rows += [_row(family, card) for card in cards]
     return sorted(rows, key=lambda row: (row.memory_bytes, row.gpu))
 
 
-def _line(config: TrainConfig, gpu: GPU, share: int, levels: list[int]) -> Line:
-    small = min(_SMALL_BATCH, share)
-    points = [(1, levels[0]), (small, levels[0]), (small, levels[-1])]
-    plans = [
-        Plan(
+@dataclass(frozen=True)
+class _Way:
+    """A loss and what is on the host, with the numbers of blocks that may be recomputed."""
+
+    loss: str
+    offload: str
+    levels: tuple[int, ...]
+    enough: int = 1
+    """Sequences that have to have room."""
+
+
+class _Family:
+    """Cards of one compute capability: they run the same kernels, each at its own rate."""
+
+    def __init__(self, resolved: Resolved[TrainConfig], config: TrainConfig, traced: GPU, tracer: Tracer) -> None:
+        self.config, self.share = config, config.effective_batch
+        self.compiles = compiles(config, traced)
+        self.compiled: Prediction | None = None
+        """Several sequences at once; Inductor's kernels are those of other capabilities, too."""
+        self._traced, self._tracer = traced, tracer
+        self._small = min(SMALL_BATCH, self.share)
+        is_free = may_recompute(resolved)
+        levels = (0, config.n_layer) if is_free else (config.activation_checkpointing,)
+        losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
+        self._ways = [_Way(loss, config.offload, levels) for loss in losses]
+        if is_open(resolved, "offload"):
+            self._ways.append(_Way(losses[-1], "optimizer", levels))
+        if len(losses) > 1:  # as a plan does: where hardly a sequence has room with all logits, they are not kept
+            self._ways[0] = _Way("full", config.offload, levels[:1], enough=self._small)
+        self._points: dict[_Way, list[Prediction]] = {}
+
+    def trace_compiled(self) -> Prediction:
+        """Several sequences at once, all logits kept, compiled."""
+        return self._predict([replace(self._plan(self._small, 0, "full", self.config.offload), compile=True)])[0]
+
+    def reading(self, gpu: GPU, budget: int) -> tuple[Plan, Line]:
+        """What would run on `gpu`, and the line it is read off; of the way that takes least if nothing has room."""
+        for way in self._ways:
+            line = self._line(way, gpu)
+            for blocks in way.levels:
+                if (largest := line.largest(budget, blocks, self.share)) >= way.enough:
+                    size = (even if self.compiles else balanced)(largest, self.share)
+                    return self._plan(size, blocks, way.loss, way.offload), line
+        return self._plan(0, way.levels[-1], way.loss, way.offload), line
+
+    def _line(self, way: "_Way", gpu: GPU) -> Line:
+        """Memory and time of steps on `gpu`, compiled ones if they would be."""
+        if way not in self._points:
+            points = [(1, way.levels[0]), (self._small, way.levels[0]), (self._small, way.levels[-1])]
+            self._points[way] = self._predict(
+                [self._plan(size, blocks, way.loss, way.offload) for size, blocks in points[: 1 + len(way.levels)]]
+            )
+        plain = [each.at(rates_of(gpu, compiled=False)) for each in self._points[way]]
+        line = line_through(plain)
+        if self.compiled is None:
+            return line
+        faster = self.compiled.at(rates_of(gpu, compiled=True)).pass_s / plain[1].pass_s
+        return replace(
+            compiled_line(self.config, way.loss, line),
+            pass_start_s=line.pass_start_s * faster,
+            pass_s=line.pass_s * faster,
+            pass_s_per_block=line.pass_s_per_block * faster,
+        )
+
+    def _plan(self, size: int, blocks: int, loss: str, offload: str) -> Plan:
+        return Plan(
             micro_batch=size,
             eval_micro_batch=size,
-            loss="chunked",
+            loss=loss,
             activation_checkpointing=blocks,
             compile=False,
-            offload=config.offload,
+            offload=offload,
         )
-        for size, blocks in points
-    ]
-    target = Target(
-        gpu=gpu, known=True, share=share, environ={ALLOCATOR: EXPANDABLE}, host_flops={}, host_bandwidth=0.0
-    )
-    with Predictor(config, target) as predictor:
-        return line_through(predictor.predict(plans, whole=False))
+
+    def _predict(self, plans: list[Plan]) -> list[Prediction]:
+        target = Target(
+            gpu=self._traced,
+            known=True,
+            share=self.share,
+            environ={ALLOCATOR: EXPANDABLE},
+            host_flops={},
+            host_bandwidth=0.0,
+        )
+        return Predictor(self.config, target, self._tracer).predict(plans, whole=False)
 
 
-def _row(config: TrainConfig, gpu: GPU, traced: GPU, line: Line, share: int, levels: list[int]) -> CardRow:
+def _row(family: _Family, gpu: GPU) -> CardRow:
     budget = device_budget(gpu)
-    for blocks in levels:
-        if size := line.largest(budget.bytes, blocks, share):
-            seconds = line.step_s(size, blocks, share) * _slower(gpu, traced, config)
-            return CardRow(
-                gpu=gpu.name,
-                memory_bytes=budget.total_bytes,
-                fits=True,
-                micro_batch=size,
-                blocks=blocks,
-                offload=config.offloads("optimizer"),
-                needs_bytes=round(line.peak(size, blocks)),
-                step_s=seconds,
-                tokens_per_s=share * config.block_size / seconds,
-            )
+    plan, line = family.reading(gpu, budget.bytes)
+    size, blocks = plan.micro_batch, plan.activation_checkpointing
+    seconds = line.step_s(size, blocks, family.share) if size else None
+    taken = round(line.peak(max(size, 1), blocks))
     return CardRow(
         gpu=gpu.name,
         memory_bytes=budget.total_bytes,
-        fits=False,
-        micro_batch=0,
-        blocks=levels[-1],
-        offload=config.offloads("optimizer"),
-        needs_bytes=round(line.peak(1, levels[-1])) + budget.context_bytes + budget.margin_bytes,
-        step_s=None,
-        tokens_per_s=None,
+        fits=size > 0,
+        micro_batch=size,
+        blocks=blocks,
+        compile=family.compiles,
+        offload=plan.offload == "optimizer",
+        needs_bytes=taken if size else taken + budget.context_bytes + budget.margin_bytes,
+        step_s=seconds,
+        tokens_per_s=family.share * family.config.block_size / seconds if seconds else None,
     )
-
-
-def _slower(gpu: GPU, traced: GPU, config: TrainConfig) -> float:
-    """How many times as long a step takes on `gpu` as on the card that was traced, by the work of a transformer.
-
-    Matrix products and the rest take about as long as each other's half on the traced card (choose.py's lines hold
-    their sum), so both ratios count alike.
-    """
-    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if gpu.native_bf16 else "float16")
-    mine, theirs = rates_of(gpu, compiled=False), rates_of(traced, compiled=False)
-    return 0.5 * theirs.matmul[dtype] / mine.matmul[dtype] + 0.5 * theirs.bandwidth / mine.bandwidth

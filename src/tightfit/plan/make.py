@@ -24,7 +24,7 @@ from tightfit.plan.budget import Budget, device_budget, host_budget, spills_to_h
 from tightfit.plan.candidates import BOTH, INPUTS, OFFLOAD, Relief, parameters_of, reliefs
 from tightfit.plan.choose import Choice, choose
 from tightfit.plan.memory import cache_folder
-from tightfit.plan.predict import Predictor, Target
+from tightfit.plan.predict import Predictor, Target, Tracer
 from tightfit.system import gpu_memory, host_memory
 from tightfit.system.checks_run import OFFLOADED_BYTES
 
@@ -91,11 +91,11 @@ def make_plan(
         host_bandwidth=measured["bandwidth"],
     )
     on = replace(config, device="cpu" if where.gpu is None else "cuda")
-    with Predictor(on, target) as predictor:
+    with Tracer() as tracer:
         asked = Resolved(on, resolved.sources, resolved.warnings)
         choice = choose(
             asked,
-            predictor,
+            Predictor(on, target, tracer),
             where.budget,
             share,
             reliefs=reliefs(
@@ -103,19 +103,18 @@ def make_plan(
                 offloads=_offloads(config, where, processes),
                 may_use_8bit=_can_compile(where.gpu) and _is_installed("torchao"),
             ),
-            compiled=_compiles(config, where.gpu),
+            compiled=compiles(config, where.gpu),
             on_host=where.gpu is None,
             processes=processes,
             say=say,
         )
-        traced = predictor.traced
     return PlanResult(
         config=config,
         where=where,
         choice=choice,
         environ=environ,
         seconds=time.perf_counter() - started,
-        traced=traced,
+        traced=tracer.traced,
         notes=list(where.notes),
     )
 
@@ -202,7 +201,8 @@ def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]
     return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
 
 
-def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
+def compiles(config: TrainConfig, gpu: GPU | None) -> bool:
+    """Whether a step is compiled: as the configuration says, else where it can be."""
     if isinstance(config.compile, bool):
         return config.compile
     return _can_compile(gpu)

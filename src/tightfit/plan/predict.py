@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,7 @@ from tightfit.errors import DeviceError
 from tightfit.gpus import GPU
 from tightfit.plan.candidates import Plan
 from tightfit.plan.memory import Memory
+from tightfit.plan.speed import Rates, Work
 
 _TIMEOUT_S = 600
 _MEMORY_KEYS = (
@@ -51,6 +52,13 @@ class Prediction:
     """Seconds of clipping and the optimizer."""
     not_modelled: tuple[str, ...]
     parameters: int
+    pass_work: Work = field(default_factory=Work)
+    """Kernels of a pass."""
+    update_work: Work = field(default_factory=Work)
+
+    def at(self, rates: Rates) -> "Prediction":
+        """The same on a device that has these rates and the same kernels."""
+        return replace(self, pass_s=self.pass_work.seconds(rates), update_s=self.update_work.seconds(rates))
 
     def step_s(self, share: int) -> float:
         """Seconds of a step over `share` sequences."""
@@ -73,12 +81,10 @@ class Target:
     host_bandwidth: float
 
 
-class Predictor:
-    """Traces plans, two at a time, and remembers them. To be closed."""
+class Tracer:
+    """The processes that trace. To be closed."""
 
-    def __init__(self, config: TrainConfig, target: Target, *, workers: int | None = None) -> None:
-        self._config, self._target = config, target
-        self._workers = workers or min(4, os.cpu_count() or 1)
+    def __init__(self) -> None:
         self._zygote: _Zygote | None = None
         self._compiler: _Zygote | None = None
         self.will_compile = False
@@ -87,7 +93,7 @@ class Predictor:
         self.traced = 0
         """Traces that were made, not found on disk."""
 
-    def __enter__(self) -> "Predictor":
+    def __enter__(self) -> "Tracer":
         return self
 
     def __exit__(
@@ -96,6 +102,35 @@ class Predictor:
         for process in (self._zygote, self._compiler):
             if process is not None:
                 process.close()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the trace says, or its "error"."""
+        with self._lock:
+            if self._zygote is None:
+                self._zygote = _Zygote()
+                if self.will_compile and importlib.util.find_spec("triton"):
+                    self._compiler = _Zygote("one")
+            self.traced += 1
+            asked = self._zygote
+            if request["config"]["compile"] is True and self._compiler is not None:
+                asked, self._compiler = self._compiler, None
+        try:
+            return asked.ask(request)
+        finally:
+            if asked is not self._zygote:
+                asked.close()
+
+
+class Predictor:
+    """Predicts plans of one configuration on one device, two at a time, and remembers them."""
+
+    def __init__(self, config: TrainConfig, target: Target, tracer: Tracer, *, workers: int | None = None) -> None:
+        self._config, self._target, self._tracer = config, target, tracer
+        self._workers = workers or min(4, os.cpu_count() or 1)
+
+    def expect_compiled(self, expected: bool) -> None:
+        """A compiled plan will be asked for: the process that traces it can load the compiler meanwhile."""
+        self._tracer.will_compile = expected
 
     def predict(self, plans: list[Plan], *, whole: bool = True) -> list[Prediction]:
         """Predictions of `plans`, in their order, `whole` ones or of the steps alone.
@@ -110,7 +145,7 @@ class Predictor:
         remembered = Memory(request)
         found = remembered.read()
         if found is None:
-            found = self._ask(request)
+            found = self._tracer.ask(request)
             if "error" in found:
                 raise DeviceError(f"the plan could not be traced: {found['error']}")
             remembered.write(found)
@@ -125,6 +160,8 @@ class Predictor:
             update_s=found["update_s"],
             not_modelled=tuple(found["not_modelled"]),
             parameters=found["parameters"],
+            pass_work=Work.of_rows(found["pass_kernels"]),
+            update_work=Work.of_rows(found["update_kernels"]),
         )
 
     def _request(self, plan: Plan) -> dict[str, Any]:
@@ -152,22 +189,6 @@ class Predictor:
             "host_flops": target.host_flops,
             "host_bandwidth": target.host_bandwidth,
         }
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            if self._zygote is None:
-                self._zygote = _Zygote()
-                if self.will_compile and importlib.util.find_spec("triton"):
-                    self._compiler = _Zygote("one")
-            self.traced += 1
-            asked = self._zygote
-            if request["config"]["compile"] is True and self._compiler is not None:
-                asked, self._compiler = self._compiler, None
-        try:
-            return asked.ask(request)
-        finally:
-            if asked is not self._zygote:
-                asked.close()
 
 
 class _Zygote:

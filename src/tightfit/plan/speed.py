@@ -1,25 +1,37 @@
 """How long a step takes: each kernel by the card's peaks, and the time that the host needs to launch them.
 
-The shares of the peaks were set on one published series: GPT-2 124M, 16 x 1024 tokens, bfloat16 on an A100 SXM 40 GB
-(A. Karpathy, "Let's reproduce GPT-2 (124M)"): 300 ms a step, 130 with torch.compile, 96 with flash attention too, 93
-with a vocabulary of 50304. benchmarks/plan/speed.py prints what this model says: within 6% of each, and of a figure
-for an RTX 4090 that it was not set on.
+The shares of the peaks were set on published runs of GPT-2 124M in bfloat16: four on an A100 SXM 40 GB (A. Karpathy,
+"Let's reproduce GPT-2 (124M)") and one on an RTX 4070. benchmarks/plan/speed.py prints what this model says of them and
+of others that it was not set on: within 5% of the former, within 18% of the latter.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field
+from typing import Any
 
 from tightfit.gpus import GPU
-from tightfit.vgpu.work import Kernel
+from tightfit.vgpu.launch import Kernel
 
 MATMUL_SHARE, MEASURED_MATMUL_SHARE = 0.75, 0.9
 """Of the peak, and of a measured large product, that matrix products reach in a model."""
 GEFORCE_OF_PEAK = 1.06
 """Of the peak that a large product reaches on a GeForce, which clocks higher than it is rated: the median of the 49
 measurements in the table of cards. Others reach 0.77, the median of 30: what `MATMUL_SHARE` is near to."""
-ATTENTION_SHARE = 0.55
-"""Of that, what fused attention reaches in forward and backward together."""
+CREDIBLE_OF_PEAK = (0.42, 1.2)
+"""Of the peak: a measurement beyond was of another card, another format, or of one that throttled. Of the table's 79
+these leave out three."""
+EMULATED_BF16 = 0.54
+"""Of the float32 peak, what cards without bfloat16 reach in it: the median of seven measurements, 0.30 to 0.66."""
+ATTENTION_PER_FLOAT32 = 6.3
+"""FLOP of fused attention in the time that its exponentials and masks take, which no tensor core computes, for each
+FLOP of the card's float32 units: 6.6 from the last two rows of the A100's series, 6.1 from an RTX A5000's 66.9 TFLOP/s,
+forward and backward, 16 x 1024 tokens, heads of 64 (https://github.com/gpu-mode/ring-attention/issues/10)."""
 BANDWIDTH_SHARE_EAGER, BANDWIDTH_SHARE_COMPILED = 0.66, 0.86
 """Of the peak bandwidth: torch's own elementwise kernels, and Inductor's."""
+CACHE_SPEEDUP = 2.5
+"""Of kernels whose tensors all have room in the second-level cache, where the kernel before has left them. Set on an
+RTX 4070 (36 MiB), 2 x 1024 tokens, uncompiled."""
 TF32_OF_BF16 = 0.5
 """Peak of TF32 against bfloat16 on cards that have both (NVIDIA's architecture white papers)."""
 LAUNCH_S = 2.5e-6
@@ -43,6 +55,8 @@ class Rates:
     attention: dict[str, float]
     bandwidth: float
     """Bytes/s."""
+    cache_bytes: int = 0
+    """Of the second-level cache."""
     launch_s: float = LAUNCH_S
     host_s: float = 0.0
     """Per kernel."""
@@ -57,26 +71,41 @@ class Rates:
             return kernel.nbytes / HOST_MEMORY
         peaks = self.attention if kernel.is_attention else self.matmul
         rate = peaks.get(kernel.dtype, peaks["float32"])
-        return max(kernel.flops / rate, kernel.nbytes / self.bandwidth) + self.launch_s
+        bandwidth = self.bandwidth * (CACHE_SPEEDUP if kernel.nbytes <= self.cache_bytes else 1.0)
+        return max(kernel.flops / rate, kernel.nbytes / bandwidth) + self.launch_s
 
 
 def rates_of(gpu: GPU, *, compiled: bool) -> Rates:
     """Rates of a card, by its peaks or, where one is published, by a measured matrix product."""
-    matmul = {}
-    for dtype, measured in (("bfloat16", gpu.measured_bf16_tflops), ("float16", gpu.measured_fp16_tflops)):
-        peak = gpu.peak_flops(dtype)
-        if measured is None and peak and gpu.name.startswith("GeForce"):
-            measured = peak / 1e12 * GEFORCE_OF_PEAK
-        matmul[dtype] = measured * 1e12 * MEASURED_MATMUL_SHARE if measured else (peak or UNKNOWN_TFLOPS) * MATMUL_SHARE
-    float32 = (gpu.peak_flops("float32") or UNKNOWN_TFLOPS / 2) * MATMUL_SHARE
-    matmul["float32"] = max(float32, matmul["bfloat16"] * TF32_OF_BF16) if gpu.native_bf16 else float32
+    float32 = gpu.peak_flops("float32") or UNKNOWN_TFLOPS / 2
+    matmul = {
+        "bfloat16": _product_flops(gpu, "bfloat16", gpu.measured_bf16_tflops, EMULATED_BF16 * float32),
+        "float16": _product_flops(gpu, "float16", gpu.measured_fp16_tflops, float32),
+    }
+    by_tf32 = matmul["bfloat16"] * TF32_OF_BF16 if gpu.native_bf16 else 0.0
+    matmul["float32"] = max(float32 * MATMUL_SHARE, by_tf32)
     share = BANDWIDTH_SHARE_COMPILED if compiled else BANDWIDTH_SHARE_EAGER
     return Rates(
         matmul=matmul,
-        attention={dtype: rate * ATTENTION_SHARE for dtype, rate in matmul.items()},
+        attention={dtype: 1 / (1 / rate + 1 / (ATTENTION_PER_FLOAT32 * float32)) for dtype, rate in matmul.items()},
         bandwidth=(gpu.bandwidth_gbps * 1e9 if gpu.bandwidth_gbps else UNKNOWN_BANDWIDTH) * share,
+        cache_bytes=gpu.cache_bytes or 0,
         host_s=HOST_COMPILED_S if compiled else HOST_EAGER_S,
     )
+
+
+def _product_flops(gpu: GPU, dtype: str, measured_tflops: float | None, without_units: float) -> float:
+    """FLOP/s that matrix products of a model reach; `without_units` is what a card without such units computes."""
+    peak, measured = gpu.peak_flops(dtype), (measured_tflops or 0.0) * 1e12
+    if peak is None:
+        is_described = gpu.peak_flops("float32") is None and gpu.native_bf16
+        return measured * MEASURED_MATMUL_SHARE or (UNKNOWN_TFLOPS if is_described else without_units) * MATMUL_SHARE
+    least, most = CREDIBLE_OF_PEAK
+    if least * peak <= measured <= most * peak:
+        return measured * MEASURED_MATMUL_SHARE
+    if gpu.name.startswith("GeForce"):
+        return peak * GEFORCE_OF_PEAK * MEASURED_MATMUL_SHARE
+    return peak * MATMUL_SHARE
 
 
 def host_rates(flops: dict[str, float], bandwidth: float) -> Rates:
@@ -85,44 +114,45 @@ def host_rates(flops: dict[str, float], bandwidth: float) -> Rates:
 
 
 class Meter:
-    """Adds up the time of what an observer hears."""
+    """Counts the kernels that an observer hears of."""
 
-    def __init__(self, rates: Rates) -> None:
-        self._rates = rates
-        self.device_s = 0.0
-        self.flops = 0
-        self.nbytes = 0
-        self.kernels = 0
+    def __init__(self) -> None:
+        self._heard: Counter[Kernel] = Counter()
 
     def __call__(self, kernel: Kernel) -> None:
-        self.device_s += self._rates.seconds(kernel)
-        self.flops += kernel.flops
-        self.nbytes += kernel.nbytes
-        self.kernels += 1
+        self._heard[kernel] += 1
 
     def read(self) -> "Work":
-        """What was added up so far."""
-        return Work(
-            seconds=max(self.device_s, self.kernels * self._rates.host_s),
-            flops=self.flops,
-            nbytes=self.nbytes,
-            kernels=self.kernels,
-        )
+        """What was heard so far."""
+        return Work(self._heard.copy())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Work:
-    """Work of a part of a step."""
+    """Kernels of a part of a step, and how many of each."""
 
-    seconds: float
-    flops: int
-    nbytes: int
-    kernels: int
+    kernels: Counter[Kernel] = field(default_factory=Counter)
 
     def __sub__(self, other: "Work") -> "Work":
-        return Work(
-            seconds=self.seconds - other.seconds,
-            flops=self.flops - other.flops,
-            nbytes=self.nbytes - other.nbytes,
-            kernels=self.kernels - other.kernels,
-        )
+        difference = self.kernels.copy()
+        difference.subtract(other.kernels)
+        return Work(Counter({kernel: count for kernel, count in difference.items() if count}))
+
+    @property
+    def launches(self) -> int:
+        """Kernels in all."""
+        return self.kernels.total()
+
+    def seconds(self, rates: Rates) -> float:
+        """Time of them all on a device of these rates."""
+        on_device = sum(rates.seconds(kernel) * count for kernel, count in self.kernels.items())
+        return max(0.0, on_device, self.launches * rates.host_s)
+
+    def as_rows(self) -> list[list[Any]]:
+        """For JSON."""
+        return [[count, *astuple(kernel)] for kernel, count in self.kernels.items()]
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[list[Any]]) -> "Work":
+        """What `as_rows` wrote."""
+        return cls(Counter({Kernel(*fields): count for count, *fields in rows}))

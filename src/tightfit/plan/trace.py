@@ -1,7 +1,6 @@
 """One trace: the trainer's own step, through all phases of a run, on a virtual device. Runs in a process of its own."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from tightfit.config import TrainConfig
 from tightfit.data.batches import micro_batches
 from tightfit.gpt.model import GPT, PADDED_VOCAB, GPTConfig
 from tightfit.gpus import resolve_gpu
-from tightfit.plan.speed import Meter, Work, host_rates, rates_of
+from tightfit.plan.speed import Meter, Rates, Work, host_rates, rates_of
 from tightfit.train.distributed import World
 from tightfit.train.hardware import DTYPES, choose_hardware
 from tightfit.train.sample import generate
@@ -54,8 +53,8 @@ def trace(request: TraceRequest) -> dict[str, Any]:
     if not request.gpu:
         from tightfit.plan.host import trace_on_host
 
-        rates = host_rates(request.host_flops, request.host_bandwidth)
-        return trace_on_host(lambda observe: _run(config, request, observe), Meter(rates))
+        on_host = host_rates(request.host_flops, request.host_bandwidth)
+        return trace_on_host(lambda read: _run(config, request, read, on_host), Meter())
     gpu, _ = resolve_gpu(request.gpu, memory_bytes=WIDE, capability=request.capability)
     session = VirtualSession(
         Request(
@@ -67,15 +66,15 @@ def trace(request: TraceRequest) -> dict[str, Any]:
             environ=request.environ,
         )
     )
-    meter = Meter(rates_of(gpu, compiled=config.compile is True))
+    rates, meter = rates_of(gpu, compiled=config.compile is True), Meter()
     with session.active():
         session.device.observer = meter
-        works = _run(config, request, meter.read)
+        works = _run(config, request, meter.read, rates)
     found = findings_of(session)
     return {key: found[key] for key in ("peak", "categories", "phases", "not_modelled")} | works
 
 
-def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work]) -> dict[str, Any]:
+def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work], rates: Rates) -> dict[str, Any]:
     """The course of a run; the work of one pass and of the update alone."""
     hardware = choose_hardware(config)
     device = hardware.device
@@ -108,10 +107,10 @@ def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work]) -
     one_pass = single if double is None else double - single
     update = single - one_pass
     return {
-        "pass_s": one_pass.seconds,
-        "update_s": max(0.0, update.seconds),
-        "pass_work": dataclasses.asdict(one_pass),
-        "update_work": dataclasses.asdict(update),
+        "pass_s": one_pass.seconds(rates),
+        "update_s": update.seconds(rates),
+        "pass_kernels": one_pass.as_rows(),
+        "update_kernels": update.as_rows(),
         "parameters": model.count_parameters(),
     }
 

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,25 @@ COMPILER = (
     "torch._inductor.codegen.cuda_combined_scheduling",
 )  # fmt: skip
 """Loaded once, before something is compiled in a fork or at once: 2 s for each otherwise."""
+TRACING = (
+    "tightfit.plan.trace", "torch._dynamo.source", "torch.distributed.tensor",
+    "torch.distributed._functional_collectives", "torch.fx.experimental.symbolic_shapes",
+    "torch.profiler._cupti_monitor", "torch.utils._device",
+)  # fmt: skip
+"""What torch loads when a first tensor is traced: a second or more of each fork."""
+
+
+def load(names: Iterable[str]) -> None:
+    """Load modules that forks will need, as far as this torch has them."""
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def serve() -> None:
     """Serve until standard input ends."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import tightfit.plan.trace  # noqa: F401  (what the children need)
-
+    load(TRACING)
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -53,8 +66,7 @@ def serve() -> None:
 def serve_one() -> None:
     """Answer a single trace, with the compiler loaded before it is asked for: compiling in a fork takes longer."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name in ("tightfit.plan.trace", *COMPILER):
-        importlib.import_module(name)
+    load((*TRACING, *COMPILER))
     line = sys.stdin.readline()
     if line:
         message = json.loads(line)

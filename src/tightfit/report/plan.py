@@ -148,5 +148,9 @@ def cards_text(rows: "list[CardRow]") -> str:
         else:
             rest = f"does not fit: {format_bytes(row.needs_bytes)} at least"
         lines.append(f"{row.gpu:<38} {format_bytes(row.memory_bytes):>10}  {rest}")
-    lines.append("Estimates, without torch.compile; tightfit plan --gpu NAME traces the plan of one card.")
+    compiled = [row for row in rows if row.compile]
+    how = "without torch.compile" if not compiled else "with torch.compile"
+    if compiled and len(compiled) < len(rows):
+        how += ", but for cards that are too old for it"
+    lines.append(f"Estimates, {how}; tightfit plan --gpu NAME traces the plan of one card.")
     return "\n".join(lines)

@@ -387,6 +387,8 @@ def _convince_inductor(device: VirtualDevice, properties: Any) -> None:
     triton.has_triton = triton.has_triton_package = lambda *args, **kwargs: True
     triton.triton_hash_with_backend = lambda *args, **kwargs: "virtual"
     triton.triton_backend = lambda *args, **kwargs: None
+    codecache: Any = importlib.import_module("torch._inductor.codecache")
+    codecache.triton_key = lambda: "virtual"  # it hashes all of Triton's files, which takes a second or two
     scheduler: Any = importlib.import_module("torch._inductor.scheduler")
     for name in ("has_triton", "has_triton_package"):
         if hasattr(scheduler, name):

@@ -48,7 +48,7 @@ def properties(gpu: GPU, total_bytes: int) -> SimpleNamespace:
         shared_memory_per_block=48 * 1024,
         shared_memory_per_block_optin=_SHARED_MEMORY_PER_BLOCK.get(gpu.capability, 96) * 1024,
         shared_memory_per_multiprocessor=(_SHARED_MEMORY_PER_BLOCK.get(gpu.capability, 96) + 1) * 1024,
-        L2_cache_size=4 * 2**20,
+        L2_cache_size=gpu.cache_bytes or 4 * 2**20,
         clock_rate=1_700_000,
         memory_clock_rate=7_500_000,
         memory_bus_width=192,

@@ -25,10 +25,11 @@ from tightfit.vgpu.attention import attention
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.kernels import Card
+from tightfit.vgpu.launch import Observer
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Allocation, Category, Phase, Recorder
 from tightfit.vgpu.values import Values
-from tightfit.vgpu.work import Observer, kernel_of
+from tightfit.vgpu.work import kernel_of
 
 aten = torch.ops.aten
 

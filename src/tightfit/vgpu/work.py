@@ -1,17 +1,18 @@
 """What the kernels of a run would do: floating-point operations, bytes moved, and how many there are.
 
-Matrix products and attention count as `torch.utils.flop_counter` does; every kernel reads its inputs and writes its
-outputs once. Views and empty tensors take no kernel.
+Matrix products count as `torch.utils.flop_counter` does; so does attention, of which a causal mask spares the fused
+kernels half. Every kernel reads its inputs and writes its outputs once. Views and empty tensors take no kernel.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from tightfit.vgpu.launch import Kernel, Place
 
 _NO_KERNEL = {
     "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided",
@@ -19,28 +20,6 @@ _NO_KERNEL = {
 }  # fmt: skip
 _BY_INDEX = {"aten::gather", "aten::embedding", "aten::index_select", "aten::scatter_add_", "aten::nll_loss_forward"}
 """Operators that touch only the elements that an index names: as many as the smaller of their tensors has."""
-
-
-Place = Literal["device", "host", "link"]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel's work."""
-
-    flops: int
-    nbytes: int
-    """Read and written."""
-    dtype: str
-    """Of its first input that is no whole number."""
-    is_attention: bool = False
-    """Fused attention, which reaches a smaller share of the peak than a matrix product."""
-    place: Place = "device"
-    """Where its tensors are; `link` for a copy between host and device."""
-
-
-Observer = Callable[[Kernel], None]
-"""Hears of every kernel of the virtual device."""
 
 
 def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Kernel | None:
@@ -53,6 +32,7 @@ def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     flops = 0
     if formula is not None:
         flops = int(formula(*args, **{k: v for k, v in kwargs.items() if k != "generator"}, out_val=out))
+        flops //= 2 if _is_causal(schema, args, kwargs) else 1
     nbytes = _bytes(tensors)
     if schema.name in _BY_INDEX:
         results = [leaf for leaf in tree_leaves(out) if _has_storage(leaf)]
@@ -67,6 +47,15 @@ def fused_kernel(tensors: Iterable[Tensor]) -> Kernel:
     """One kernel that Inductor wrote, by the buffers it is called with."""
     tensors = list(tensors)
     return Kernel(0, _bytes(tensors), _dtype(tensors))
+
+
+def _is_causal(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is attention that skips what lies above the diagonal."""
+    names = [argument.name for argument in schema.arguments]
+    if "is_causal" not in names:
+        return False
+    place = names.index("is_causal")
+    return bool(args[place] if place < len(args) else kwargs.get("is_causal", False))
 
 
 def _has_storage(leaf: object) -> bool:

@@ -1,0 +1,109 @@
+"""The model of speed: each rate by hand once, and what a card's kernels take on another."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tightfit.config import TrainConfig, read_config
+from tightfit.gpus import GPU, all_gpus, resolve_gpu
+from tightfit.plan import every
+from tightfit.plan.make import make_plan, named_card
+from tightfit.plan.speed import LAUNCH_S, Rates, Work, rates_of
+from tightfit.vgpu.launch import Kernel
+from tightfit.vgpu.work import kernel_of
+
+
+def card(name: str) -> GPU:
+    return resolve_gpu(name)[0]
+
+
+def seconds(name: str, kernel: Kernel, *, compiled: bool = False) -> float:
+    return rates_of(card(name), compiled=compiled).seconds(kernel) - LAUNCH_S
+
+
+class TestRates:
+    def test_a_matrix_product_of_a_geforce_that_nobody_measured(self) -> None:
+        # 25.5 TFLOP/s at the rated clock, 1.06 of that for the real one, 0.9 of that in a model.
+        assert seconds("RTX 3060 12GB", Kernel(10**12, 0, "bfloat16")) == pytest.approx(1 / (25.5 * 1.06 * 0.9))
+
+    def test_fused_attention_takes_the_time_of_its_products_and_of_its_exponentials(self) -> None:
+        products, rest = 1 / (25.5 * 1.06 * 0.9), 1 / (6.3 * 12.74)
+        kernel = Kernel(10**12, 0, "bfloat16", is_attention=True)
+        assert seconds("RTX 3060 12GB", kernel) == pytest.approx(products + rest)
+
+    def test_an_a5000_attends_as_it_was_measured(self) -> None:
+        # 16 x 1024 tokens, heads of 64, forward and backward: https://github.com/gpu-mode/ring-attention/issues/10.
+        rate = 1 / seconds("RTX A5000", Kernel(10**12, 0, "float16", is_attention=True))
+        assert rate == pytest.approx(66.9, rel=0.2)  # the card of the measurement was not measured in products
+
+    def test_what_has_room_in_the_cache_moves_faster(self) -> None:
+        mib = 2**20
+        inside, beyond = (seconds("RTX 4070", Kernel(0, size * mib, "float32")) / size for size in (36, 37))
+        assert beyond == pytest.approx(mib / (504e9 * 0.66))
+        assert beyond / inside == pytest.approx(2.5)
+        assert seconds("RTX 3060 12GB", Kernel(0, 36 * mib, "float32")) == pytest.approx(36 * mib / (360e9 * 0.66))
+
+    def test_a_measurement_that_cannot_be_of_this_card_is_not_used(self) -> None:
+        throttled = card("RTX 3080 12GB")
+        assert throttled.measured_bf16_tflops == 24.94, "the table still has it"
+        assert rates_of(throttled, compiled=True).matmul["bfloat16"] == pytest.approx(61.3e12 * 1.06 * 0.9)
+
+    @pytest.mark.parametrize(("name", "tflops"), [("Tesla T4", 2.46 * 0.9), ("RTX 2060", 6.45 * 0.54 * 0.75)])
+    def test_bfloat16_where_it_is_emulated_is_slow(self, name: str, tflops: float) -> None:
+        found = rates_of(resolve_gpu(name)[0], compiled=False)
+        assert found.matmul["bfloat16"] == pytest.approx(tflops * 1e12)
+        assert found.matmul["float16"] > 5 * found.matmul["bfloat16"]
+
+    def test_no_card_of_the_table_is_without_a_rate(self) -> None:
+        for gpu in all_gpus():
+            rates = rates_of(gpu, compiled=True)
+            assert rates.bandwidth > 50e9, gpu.name
+            assert all(0 < rates.attention[dtype] < rates.matmul[dtype] for dtype in rates.matmul), gpu.name
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_causal_mask_spares_attention_half(is_causal: bool) -> None:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
+    query = torch.empty(2, 3, 256, 64, dtype=torch.bfloat16, device="meta")
+    found = kernel_of(
+        operator, (query, query, query, 0.0, is_causal), {}, operator(query, query, query, 0.0, is_causal)
+    )
+    assert found is not None
+    assert found.is_attention
+    assert found.flops == 2 * 3 * 4 * 256 * 256 * 64 // (2 if is_causal else 1)  # two products of 2 x 256 x 256 x 64
+
+
+class TestWork:
+    SMALL, LARGE = Kernel(1, 2, "float32"), Kernel(10**12, 5, "bfloat16", is_attention=True, place="device")
+
+    def test_it_comes_back_from_json(self) -> None:
+        work = Work(Counter({self.SMALL: 3, self.LARGE: 1}))
+        assert Work.of_rows(work.as_rows()) == work
+        assert work.launches == 4
+
+    def test_what_two_passes_take_less_one_is_the_other(self) -> None:
+        both, one = Work(Counter({self.SMALL: 6, self.LARGE: 1})), Work(Counter({self.SMALL: 3, self.LARGE: 1}))
+        assert both - one == Work(Counter({self.SMALL: 3}))
+
+    def test_many_small_kernels_wait_for_the_host(self) -> None:
+        rates = Rates(matmul={"float32": 1e12}, attention={"float32": 1e12}, bandwidth=1e12, launch_s=1e-6, host_s=9e-6)
+        assert Work(Counter({self.SMALL: 1000})).seconds(rates) == pytest.approx(9e-3)
+
+
+def test_the_table_of_cards_says_what_a_plan_for_each_says(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("Tesla T4", "GeForce RTX 3060 12GB", "GeForce RTX 3090", "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(every, "all_gpus", lambda: tuple(card(name) for name in names))
+    words = ["--n_layer=2", "--n_head=4", "--n_embd=256", "--vocab_size=8192", "--block_size=512", "--batch_size=64"]
+    words += ["--gradient_accumulation_steps=8", "--compile=False", "--dtype=float16"]
+    resolved = read_config(TrainConfig, words)
+    rows = {row.gpu: row for row in every.every_card(resolved)}
+    assert set(rows) == set(names)
+    assert all(row.fits and not row.compile for row in rows.values())
+    rates = [rows[name].tokens_per_s or 0 for name in names[1:]]
+    assert rates == sorted(rates), "each is a faster card"
+    for name in names[1:3]:  # the second has the first one's kernels, but was not traced itself
+        best = make_plan(resolved, named_card(name)).choice.best
+        assert best is not None
+        assert rows[name].step_s == pytest.approx(best.step_s(resolved.config.effective_batch), rel=0.05)
+        assert rows[name].needs_bytes == pytest.approx(best.peak_bytes, rel=0.1)
