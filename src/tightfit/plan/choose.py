@@ -373,25 +373,25 @@ class Search:
 
 
 def line_through(points: list[Prediction]) -> Line:
-    """Lines through a single sequence, several of them, and, where it was traced, those with blocks recomputed."""
-    one, several = points[:2]
-    size = several.plan.micro_batch
-    per_sequence, pass_s = 0.0, one.pass_s
-    if size > 1:
-        per_sequence = (several.peak_bytes - one.peak_bytes) / (size - 1)
-        pass_s = (several.pass_s - one.pass_s) / (size - 1)
+    """Lines through few sequences, several of them, and, where it was traced, those with blocks recomputed."""
+    few, several = points[:2]
+    size, more = several.plan.micro_batch, several.plan.micro_batch - few.plan.micro_batch
+    per_sequence, pass_s = 0.0, few.pass_s / few.plan.micro_batch
+    if more:
+        per_sequence = (several.peak_bytes - few.peak_bytes) / more
+        pass_s = (several.pass_s - few.pass_s) / more
     saved_bytes = more_s = 0.0
-    if len(points) > 2 and (blocks := points[2].plan.activation_checkpointing - one.plan.activation_checkpointing):
+    if len(points) > 2 and (blocks := points[2].plan.activation_checkpointing - few.plan.activation_checkpointing):
         saved_bytes = (several.peak_bytes - points[2].peak_bytes) / size / blocks
         more_s = max(0.0, points[2].pass_s - several.pass_s) / size / blocks
     return Line(
-        start=one.peak_bytes - per_sequence,
+        start=few.peak_bytes - few.plan.micro_batch * per_sequence,
         per_sequence=per_sequence,
         saved_per_block=saved_bytes,
-        pass_start_s=max(0.0, one.pass_s - pass_s),
+        pass_start_s=max(0.0, few.pass_s - few.plan.micro_batch * pass_s),
         pass_s=pass_s,
         pass_s_per_block=more_s,
-        update_s=one.update_s,
+        update_s=few.update_s,
     )
 
 

@@ -13,6 +13,8 @@ from tightfit.plan.make import ALLOCATOR, EXPANDABLE, compiles, with_shape
 from tightfit.plan.predict import Prediction, Predictor, Target, Tracer
 from tightfit.plan.speed import rates_of
 
+_SEVERAL = 16
+"""Where more sequences have room: so many that few of their tensors have room in a cache."""
 _NATIVE_BF16 = (8, 0)
 """Compute capability that divides cards into two families: by their formats, and so by what is compiled for them."""
 
@@ -29,6 +31,8 @@ class CardRow:
     blocks: int
     """Recomputed ones."""
     compile: bool
+    emulates: bool
+    """Whether it has no bfloat16, which is asked for, and is slow for that."""
     offload: bool
     """Whether the optimizer has to be in host memory."""
     needs_bytes: int
@@ -65,8 +69,9 @@ class _Way:
     loss: str
     offload: str
     levels: tuple[int, ...]
-    enough: int = 1
-    """Sequences that have to have room."""
+    few: int
+    """Sequences that have to have room; with `several` it gives the lines."""
+    several: int
 
 
 class _Family:
@@ -78,27 +83,27 @@ class _Family:
         self.compiled: Prediction | None = None
         """Several sequences at once; Inductor's kernels are those of other capabilities, too."""
         self._traced, self._tracer = traced, tracer
-        self._small = min(SMALL_BATCH, self.share)
+        self._small, self._several = min(SMALL_BATCH, self.share), min(_SEVERAL, self.share)
         is_free = may_recompute(resolved)
         levels = (0, config.n_layer) if is_free else (config.activation_checkpointing,)
         losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
-        self._ways = [_Way(loss, config.offload, levels) for loss in losses]
+        self._ways = [_Way(loss, config.offload, levels, 1, self._small) for loss in losses]
         if is_open(resolved, "offload"):
-            self._ways.append(_Way(losses[-1], "optimizer", levels))
+            self._ways.append(_Way(losses[-1], "optimizer", levels, 1, self._small))
         if len(losses) > 1:  # as a plan does: where hardly a sequence has room with all logits, they are not kept
-            self._ways[0] = _Way("full", config.offload, levels[:1], enough=self._small)
+            self._ways[0] = _Way("full", config.offload, levels[:1], self._small, self._several)
         self._points: dict[_Way, list[Prediction]] = {}
 
     def trace_compiled(self) -> Prediction:
         """Several sequences at once, all logits kept, compiled."""
-        return self._predict([replace(self._plan(self._small, 0, "full", self.config.offload), compile=True)])[0]
+        return self._predict([replace(self._plan(self._several, 0, "full", self.config.offload), compile=True)])[0]
 
     def reading(self, gpu: GPU, budget: int) -> tuple[Plan, Line]:
         """What would run on `gpu`, and the line it is read off; of the way that takes least if nothing has room."""
         for way in self._ways:
             line = self._line(way, gpu)
             for blocks in way.levels:
-                if (largest := line.largest(budget, blocks, self.share)) >= way.enough:
+                if (largest := line.largest(budget, blocks, self.share)) >= way.few:
                     size = (even if self.compiles else balanced)(largest, self.share)
                     return self._plan(size, blocks, way.loss, way.offload), line
         return self._plan(0, way.levels[-1], way.loss, way.offload), line
@@ -106,7 +111,7 @@ class _Family:
     def _line(self, way: "_Way", gpu: GPU) -> Line:
         """Memory and time of steps on `gpu`, compiled ones if they would be."""
         if way not in self._points:
-            points = [(1, way.levels[0]), (self._small, way.levels[0]), (self._small, way.levels[-1])]
+            points = [(way.few, way.levels[0]), (way.several, way.levels[0]), (way.several, way.levels[-1])]
             self._points[way] = self._predict(
                 [self._plan(size, blocks, way.loss, way.offload) for size, blocks in points[: 1 + len(way.levels)]]
             )
@@ -114,7 +119,8 @@ class _Family:
         line = line_through(plain)
         if self.compiled is None:
             return line
-        faster = self.compiled.at(rates_of(gpu, compiled=True)).pass_s / plain[1].pass_s
+        compiled = self.compiled.at(rates_of(gpu, compiled=True))
+        faster = compiled.pass_s / compiled.plan.micro_batch / (plain[1].pass_s / plain[1].plan.micro_batch)
         return replace(
             compiled_line(self.config, way.loss, line),
             pass_start_s=line.pass_start_s * faster,
@@ -157,6 +163,7 @@ def _row(family: _Family, gpu: GPU) -> CardRow:
         micro_batch=size,
         blocks=blocks,
         compile=family.compiles,
+        emulates=family.config.dtype == "bfloat16" and not gpu.native_bf16,
         offload=plan.offload == "optimizer",
         needs_bytes=taken if size else taken + budget.context_bytes + budget.margin_bytes,
         step_s=seconds,

@@ -25,6 +25,7 @@ from tightfit.plan.candidates import BOTH, INPUTS, OFFLOAD, Relief, parameters_o
 from tightfit.plan.choose import Choice, choose
 from tightfit.plan.memory import cache_folder
 from tightfit.plan.predict import Predictor, Target, Tracer
+from tightfit.plan.speed import rates_of
 from tightfit.system import gpu_memory, host_memory
 from tightfit.system.checks_run import OFFLOADED_BYTES
 
@@ -115,8 +116,18 @@ def make_plan(
         environ=environ,
         seconds=time.perf_counter() - started,
         traced=tracer.traced,
-        notes=list(where.notes),
+        notes=[*where.notes, *_emulates(config, where.gpu)],
     )
+
+
+def _emulates(config: TrainConfig, gpu: GPU | None) -> list[str]:
+    if gpu is None or gpu.native_bf16 or config.dtype != "bfloat16":
+        return []
+    products = rates_of(gpu, compiled=False).matmul
+    return [
+        f"{gpu.name} only emulates dtype=bfloat16; with --dtype=float16 its matrix products are "
+        f"{products['float16'] / products['bfloat16']:.0f} times faster"
+    ]
 
 
 def named_card(

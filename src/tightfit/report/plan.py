@@ -145,6 +145,7 @@ def cards_text(rows: "list[CardRow]") -> str:
         if row.fits and row.tokens_per_s is not None:
             rest = f"{row.micro_batch:>7}  {row.blocks or '':>10}  {format_count(row.tokens_per_s):>9}"
             rest += "  optimizer on the host" if row.offload else ""
+            rest += "  bfloat16 emulated: try --dtype=float16" if row.emulates else ""
         else:
             rest = f"does not fit: {format_bytes(row.needs_bytes)} at least"
         lines.append(f"{row.gpu:<38} {format_bytes(row.memory_bytes):>10}  {rest}")
