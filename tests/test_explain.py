@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_explain_log import NANOGPT, STORY
 
 from tightfit.cli.main import main
@@ -322,6 +323,14 @@ def test_the_command_reads_a_pipe_and_a_file(capsys, monkeypatch: pytest.MonkeyP
     assert capsys.readouterr().out.startswith("問題分析")
 
 
+def test_a_log_with_a_torn_end_or_in_another_encoding_is_a_text(capsys, tmp_path: Path):
+    for number, noise in enumerate((b"\x00" * 4096, "报错了\n".encode("gbk") * 50, bytes(range(256)))):
+        log = tmp_path / f"{number}.log"
+        log.write_bytes(b"iter 0: loss 10.9\n" * 400 + noise)
+        assert main(["explain", str(log)]) == 0
+        assert "Nothing failed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -332,11 +341,13 @@ def test_the_command_reads_a_pipe_and_a_file(capsys, monkeypatch: pytest.MonkeyP
         (["a.log", "--batch_siz=8"], "did you mean --batch_size?"),
         (["a.log", "--gpu"], "--gpu needs a value"),
         (["a.log", "--", "x"], "name it with --script"),
+        (["ckpt.pt"], "ckpt.pt is not a text; give what the run printed"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], says: str, capsys, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.log").write_text("nothing")
+    torch.save({"weights": torch.randn(1000)}, tmp_path / "ckpt.pt")
     assert main(["explain", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1

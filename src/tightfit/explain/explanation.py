@@ -173,18 +173,26 @@ def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReadi
     if source is None:
         return LogReading(failure=None, kind_of_nothing="empty")
     if not isinstance(source, os.PathLike):
-        return read_log(source)
+        return _readable(read_log(source), "the log")
     path = Path(source)
     try:
         if path.suffix == ".pickle":
             failure = read_snapshot_failure(path)
             return LogReading(failure=failure, kind_of_nothing=None if failure else "nothing")
         with path.open("rb") as file:
-            return read_log(file)
+            return _readable(read_log(file), str(path))
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read: {error.strerror or error}; give the log's path, or pipe it in"
         ) from None
+
+
+def _readable(reading: LogReading, name: str) -> LogReading:
+    if reading.kind_of_nothing == "binary":
+        raise ConfigError(
+            f"{name} is not a text; give what the run printed, or a memory snapshot of PyTorch with the ending .pickle"
+        )
+    return reading
 
 
 def _explained(

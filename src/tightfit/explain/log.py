@@ -14,7 +14,7 @@ from tightfit.explain.facts import CONSEQUENCES, Facts, with_arithmetic
 from tightfit.explain.judge import PATIENCE, RETRY, Standing, standing
 from tightfit.explain.messages import REACH, Message, messages_in
 from tightfit.explain.printed import READ, Printed, printed_in
-from tightfit.explain.text import Line, clean, lines_of, part, pieces
+from tightfit.explain.text import Line, clean, is_text, lines_of, part, pieces
 from tightfit.explain.traceback import frames_of, phase_of
 
 TRIGGERS = {
@@ -90,7 +90,8 @@ class LogReading:
     """Other failures, without mentions."""
     context: Printed = field(default_factory=Printed)
     kind_of_nothing: str | None = None
-    """Why there is no failure: empty, caught, warning, document, code, other_error or nothing; None if there is one."""
+    """Why there is no failure: empty, binary, caught, warning, document, code, other_error or nothing; None if there is
+    one."""
     evidence: str = ""
     """The line that decided for `kind_of_nothing`, shortened."""
     caught: Facts | None = None
@@ -104,6 +105,7 @@ class LogReading:
 
 _SENTENCES = {
     "empty": "There is no text.",
+    "binary": "It is not a text.",
     "caught": "Memory ran out, but the program caught it and went on.",
     "warning": "The message is in a warning, which stops nothing.",
     "document": "The words are in a text about such errors; nothing failed here.",
@@ -314,7 +316,7 @@ class _Scan:
                 return "other_error", match[1]
         for record in self.records:
             return record.standing.value, record.body
-        return "nothing", ""
+        return "nothing" if is_text(self._head) else "binary", ""
 
 
 def _choose(failures: list[_Record]) -> _Record | None:

@@ -18,6 +18,8 @@ _BARE_COLOUR = re.compile(r"[␛?]\[[0-9;]{0,12}m")
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
 )
+_UNPRINTED = re.compile(r"[\x01-\x06\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f]")
+"""Control codes without those that logs have: bells, line ends, colours."""
 _RAW_INDEX = re.compile(r"GPU ([\x01-\x08\x0b\x0c\x0e-\x1f]) has a total")
 _UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _BOLD = re.compile(r"(?:(?<=\s)|^)\*\*(?=[\dA-Z])|(?<=[\dB.r])\*\*(?=[\s:,.;)]|$)")
@@ -78,6 +80,15 @@ def _encoding(first: bytes) -> str:
     if len(start) >= 4 and start.count(0) > len(start) // 4:  # Windows' redirection, without its mark
         return "utf-16-le" if start[1::2].count(0) >= start[::2].count(0) else "utf-16-be"
     return "utf-8-sig"
+
+
+def is_text(start: str) -> bool:
+    """Whether a decoded beginning can be of a log: one character in twenty at most that no terminal would get.
+
+    >>> is_text("iter 0: loss 10.9"), is_text("PK" + "".join(map(chr, range(1, 7))))
+    (True, False)
+    """
+    return 20 * len(_UNPRINTED.findall(start)) <= len(start)
 
 
 def clean(text: str) -> str:
