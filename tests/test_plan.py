@@ -81,13 +81,14 @@ class TestStory:
 
 
 class TestCompiled:
-    """A model of which not two sequences fit a card with all that backward needs."""
+    """A model of which not four sequences fit a card with all that backward needs, so narrow that many passes cost
+    more, by their launches, than recomputing does."""
 
-    MODEL = ("--n_layer=6", "--n_head=4", "--n_embd=256", "--vocab_size=512", "--batch_size=16")
+    MODEL = ("--n_layer=6", "--n_head=4", "--n_embd=128", "--vocab_size=512", "--batch_size=16")
 
     def plan(self, *arguments: str) -> Plan:
         pytest.importorskip("triton")
-        best = plan_of(*self.MODEL, "--gradient_accumulation_steps=1", *arguments, memory=330 * MIB, used=0).choice.best
+        best = plan_of(*self.MODEL, "--gradient_accumulation_steps=1", *arguments, memory=230 * MIB, used=0).choice.best
         assert best is not None
         assert best.plan.compile
         return best.plan
@@ -96,14 +97,14 @@ class TestCompiled:
         plan = self.plan()
         assert plan.activation_checkpointing == 0
         assert plan.activation_memory_budget < 1
-        assert plan.micro_batch == 2
+        assert plan.micro_batch == 4
 
     @pytest.mark.slow
     def test_with_dropout_blocks_are_recomputed_instead(self) -> None:
         plan = self.plan("--dropout=0.1")
         assert plan.activation_checkpointing > 0
         assert plan.activation_memory_budget == 1
-        assert plan.micro_batch == 2
+        assert plan.micro_batch == 4
 
 
 def test_too_large_a_model_is_refused_with_the_numbers() -> None:
