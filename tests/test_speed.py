@@ -1,6 +1,7 @@
 """The model of speed: each rate by hand once, and what a card's kernels take on another."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ import torch
 from tightfit.config import TrainConfig, read_config
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.plan import every
+from tightfit.plan.budget import device_budget
+from tightfit.plan.every import CardRow, every_card
 from tightfit.plan.make import make_plan, named_card
 from tightfit.plan.speed import LAUNCH_S, Rates, Work, rates_of
+from tightfit.units import MIB
 from tightfit.vgpu.launch import Kernel
 from tightfit.vgpu.work import kernel_of
 
@@ -32,8 +36,8 @@ class TestRates:
         kernel = Kernel(10**12, 0, "bfloat16", is_attention=True)
         assert seconds("RTX 3060 12GB", kernel) == pytest.approx(products + rest)
 
-    def test_an_a5000_attends_as_it_was_measured(self) -> None:
-        # 16 x 1024 tokens, heads of 64, forward and backward: https://github.com/gpu-mode/ring-attention/issues/10.
+    def test_an_a5000_attends_about_as_fast_as_it_was_measured(self) -> None:
+        # 56.5 TFLOP/s against 66.9; 16 x 1024 tokens, heads of 64, forward and backward: https://github.com/gpu-mode/ring-attention/issues/10.
         rate = 1 / seconds("RTX A5000", Kernel(10**12, 0, "float16", is_attention=True))
         assert rate == pytest.approx(66.9, rel=0.2)  # the card of the measurement was not measured in products
 
@@ -49,7 +53,7 @@ class TestRates:
         assert throttled.measured_bf16_tflops == 24.94, "the table still has it"
         assert rates_of(throttled, compiled=True).matmul["bfloat16"] == pytest.approx(61.3e12 * 1.06 * 0.9)
 
-    @pytest.mark.parametrize(("name", "tflops"), [("Tesla T4", 2.46 * 0.9), ("RTX 2060", 6.45 * 0.54 * 0.75)])
+    @pytest.mark.parametrize(("name", "tflops"), [("Tesla T4", 2.46 * 0.9), ("RTX 2060", 6.45 * 0.57 * 0.9)])
     def test_bfloat16_where_it_is_emulated_is_slow(self, name: str, tflops: float) -> None:
         found = rates_of(resolve_gpu(name)[0], compiled=False)
         assert found.matmul["bfloat16"] == pytest.approx(tflops * 1e12)
@@ -62,16 +66,18 @@ class TestRates:
             assert all(0 < rates.attention[dtype] < rates.matmul[dtype] for dtype in rates.matmul), gpu.name
 
 
+def test_a_described_card_has_the_units_of_its_generation() -> None:
+    turing, pascal = (resolve_gpu("mine", memory_bytes=8 << 30, capability=each)[0] for each in ((7, 5), (6, 1)))
+    assert rates_of(turing, compiled=False).matmul["float16"] == pytest.approx(25e12 * 0.75)
+    assert rates_of(pascal, compiled=False).matmul["float16"] == pytest.approx(12.5e12 * 0.75)
+
+
 def test_a_plan_says_that_bfloat16_is_emulated(own_cache: None) -> None:
     words = ["--n_layer=1", "--n_head=1", "--n_embd=64", "--vocab_size=256", "--block_size=64", "--compile=False"]
-    said = {
-        dtype: make_plan(read_config(TrainConfig, [*words, f"--dtype={dtype}"]), named_card("Tesla T4")).notes
-        for dtype in ("bfloat16", "float16")
-    }
-    assert said["bfloat16"][-1] == (
+    resolved = read_config(TrainConfig, [*words, "--dtype=bfloat16"])
+    assert make_plan(resolved, named_card("Tesla T4")).notes[-1] == (
         "Tesla T4 only emulates dtype=bfloat16; with --dtype=float16 its matrix products are 17 times faster"
     )
-    assert not any("emulates" in note for note in said["float16"])
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -103,20 +109,45 @@ class TestWork:
         assert Work(Counter({self.SMALL: 1000})).seconds(rates) == pytest.approx(9e-3)
 
 
-def test_the_table_of_cards_says_what_a_plan_for_each_says(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("Tesla T4", "GeForce RTX 3060 12GB", "GeForce RTX 3090", "NVIDIA A100-SXM4-40GB")
-    monkeypatch.setattr(every, "all_gpus", lambda: tuple(card(name) for name in names))
-    words = ["--n_layer=2", "--n_head=4", "--n_embd=256", "--vocab_size=8192", "--block_size=512", "--batch_size=64"]
-    words += ["--gradient_accumulation_steps=8", "--compile=False", "--dtype=bfloat16"]
-    resolved = read_config(TrainConfig, words)
-    rows = {row.gpu: row for row in every.every_card(resolved)}
-    assert set(rows) == set(names)
-    assert all(row.fits and not row.compile for row in rows.values())
-    assert {name for name, row in rows.items() if row.emulates} == {"Tesla T4"}
-    rates = [rows[name].tokens_per_s or 0 for name in names]
-    assert rates == sorted(rates), "each is a faster card"
-    for name in names[1:3]:  # the second has the first one's kernels, but was not traced itself
-        best = make_plan(resolved, named_card(name)).choice.best
+class TestEveryCard:
+    """A small model on four cards of three compute capabilities."""
+
+    CARDS = ("Tesla T4", "GeForce RTX 3060 12GB", "GeForce RTX 3090", "NVIDIA A100-SXM4-40GB")
+    MODEL = ("--n_layer=2", "--n_head=4", "--n_embd=256", "--vocab_size=8192", "--block_size=512", "--compile=False")
+    MODEL += ("--batch_size=64", "--gradient_accumulation_steps=8", "--dtype=bfloat16")
+
+    @pytest.fixture(autouse=True)
+    def _four_cards(self, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(every, "all_gpus", lambda: tuple(card(name) for name in self.CARDS))
+
+    def rows(self, *words: str) -> dict[str, CardRow]:
+        found = every_card(read_config(TrainConfig, [*self.MODEL, *words]))
+        return {row.gpu: row for row in found}
+
+    def test_it_says_what_a_plan_for_a_card_says(self) -> None:
+        rows = self.rows()
+        assert set(rows) == set(self.CARDS)
+        assert all(row.fits and not row.compile for row in rows.values())
+        assert {name for name, row in rows.items() if row.emulates} == {"Tesla T4"}
+        rates = [rows[name].tokens_per_s or 0 for name in self.CARDS]
+        assert rates == sorted(rates), "each is a faster card"
+        name = "GeForce RTX 3090"  # it has the kernels of the RTX 3060, and was not traced itself
+        best = make_plan(read_config(TrainConfig, list(self.MODEL)), named_card(name)).choice.best
         assert best is not None
-        assert rows[name].step_s == pytest.approx(best.step_s(resolved.config.effective_batch), rel=0.05)
+        assert rows[name].step_s == pytest.approx(best.step_s(512), rel=0.05)
         assert rows[name].micro_batch == pytest.approx(best.plan.micro_batch, rel=0.15)
+
+    def test_a_step_of_few_sequences_is_not_promised_to_a_card_that_lacks_the_memory(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(every, "all_gpus", lambda: (card("RTX 3060 12GB"),))
+        monkeypatch.setattr(every, "device_budget", lambda gpu: replace(device_budget(gpu), total_bytes=600 * MIB))
+        words = ("--batch_size=2", "--gradient_accumulation_steps=1", "--n_embd=1024", "--offload=none")
+        (row,) = self.rows(*words).values()
+        assert not row.fits
+        assert row.needs_bytes > 600 * MIB
+
+    def test_a_micro_batch_that_was_set_is_obeyed(self) -> None:
+        free, fixed = (self.rows(*words)["NVIDIA A100-SXM4-40GB"] for words in ((), ("--micro_batch=2",)))
+        assert fixed.micro_batch == 2
+        assert (fixed.step_s or 0) > (free.step_s or 0)

@@ -27,7 +27,7 @@ def serve() -> None:
     """Serve until standard input ends."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gc.disable()  # what is loaded stays
-    load((*TRACING, "tightfit.vgpu.findings", "tightfit.vgpu.session"))
+    load(TRACING)
     gc.freeze()
     gc.enable()
     for line in sys.stdin:

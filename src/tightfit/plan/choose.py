@@ -91,7 +91,9 @@ class Line:
     def largest(self, budget: int, blocks: int, share: int) -> int:
         """The largest micro-batch that the line lets in; 0 if not even one sequence."""
         each = self.per_sequence - blocks * self.saved_per_block
-        return max(0, min(share, int((budget - self.start) / each) if each > 0 else share))
+        if each <= 0:
+            return share if self.peak(share, blocks) <= budget else 0
+        return max(0, min(share, int((budget - self.start) / each)))
 
 
 def choose(

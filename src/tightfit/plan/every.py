@@ -9,7 +9,7 @@ from tightfit.gpus import GPU, all_gpus
 from tightfit.plan.budget import device_budget
 from tightfit.plan.candidates import Plan, balanced, even, is_open, may_recompute
 from tightfit.plan.choose import SMALL_BATCH, Line, compiled_line, line_through
-from tightfit.plan.make import ALLOCATOR, EXPANDABLE, compiles, with_shape
+from tightfit.plan.make import ALLOCATOR, EXPANDABLE, can_compile, with_shape
 from tightfit.plan.predict import Prediction, Predictor, Target, Tracer
 from tightfit.plan.speed import rates_of
 
@@ -50,8 +50,9 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
     by_capability: dict[tuple[int, int], list[GPU]] = {}
     for gpu in all_gpus():
         by_capability.setdefault(gpu.capability, []).append(gpu)
-    rows, compiled = [], dict[bool, Prediction | None]()
+    rows, compiled = [], dict[bool, tuple[Prediction, Prediction]]()
     with Tracer() as tracer:
+        tracer.will_compile = config.compile is not False
         for number, (capability, cards) in enumerate(sorted(by_capability.items()), 1):
             say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
             family = _Family(resolved, config, cards[0], tracer)
@@ -79,32 +80,38 @@ class _Family:
 
     def __init__(self, resolved: Resolved[TrainConfig], config: TrainConfig, traced: GPU, tracer: Tracer) -> None:
         self.config, self.share = config, config.effective_batch
-        self.compiles = compiles(config, traced)
-        self.compiled: Prediction | None = None
-        """Several sequences at once; Inductor's kernels are those of other capabilities, too."""
+        self.compiles = config.compile is not False and can_compile(traced)
+        self.compiled: tuple[Prediction, Prediction] | None = None
+        """One plan, compiled and not: what compiling gains. Inductor's kernels are those of other capabilities, too."""
         self._traced, self._tracer = traced, tracer
         self._small, self._several = min(SMALL_BATCH, self.share), min(_SEVERAL, self.share)
         is_free = may_recompute(resolved)
         levels = (0, config.n_layer) if is_free else (config.activation_checkpointing,)
         losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
-        self._ways = [_Way(loss, config.offload, levels, 1, self._small) for loss in losses]
-        if is_open(resolved, "offload"):
-            self._ways.append(_Way(losses[-1], "optimizer", levels, 1, self._small))
+        self._ways = [_Way(losses[0], config.offload, levels, 1, self._several)]
         if len(losses) > 1:  # as a plan does: where hardly a sequence has room with all logits, they are not kept
-            self._ways[0] = _Way("full", config.offload, levels[:1], self._small, self._several)
+            self._ways = [
+                _Way("full", config.offload, levels[:1], self._small, self._several),
+                _Way("chunked", config.offload, levels, 1, self._small),
+            ]
+        if is_open(resolved, "offload") and config.optimizer == "adamw":
+            self._ways.append(_Way(losses[-1], "optimizer", levels, 1, self._small))
+        self._fixed = 0 if is_open(resolved, "micro_batch") else min(config.micro_batch, self.share)
         self._points: dict[_Way, list[Prediction]] = {}
 
-    def trace_compiled(self) -> Prediction:
-        """Several sequences at once, all logits kept, compiled."""
-        return self._predict([replace(self._plan(self._several, 0, "full", self.config.offload), compile=True)])[0]
+    def trace_compiled(self) -> tuple[Prediction, Prediction]:
+        """The same plan, compiled and not: several sequences at once, all on the device, nothing recomputed."""
+        plain = self._plan(self._several, 0, "full", "none")
+        compiled, plainly = self._predict([replace(plain, compile=True), plain])
+        return compiled, plainly
 
     def reading(self, gpu: GPU, budget: int) -> tuple[Plan, Line]:
         """What would run on `gpu`, and the line it is read off; of the way that takes least if nothing has room."""
         for way in self._ways:
             line = self._line(way, gpu)
             for blocks in way.levels:
-                if (largest := line.largest(budget, blocks, self.share)) >= way.few:
-                    size = (even if self.compiles else balanced)(largest, self.share)
+                if (largest := line.largest(budget, blocks, self.share)) >= (self._fixed or way.few):
+                    size = self._fixed or (even if self.compiles else balanced)(largest, self.share)
                     return self._plan(size, blocks, way.loss, way.offload), line
         return self._plan(0, way.levels[-1], way.loss, way.offload), line
 
@@ -119,14 +126,15 @@ class _Family:
         line = line_through(plain)
         if self.compiled is None:
             return line
-        compiled = self.compiled.at(rates_of(gpu, compiled=True))
-        faster = compiled.pass_s / compiled.plan.micro_batch / (plain[1].pass_s / plain[1].plan.micro_batch)
-        return replace(
+        compiled, plainly = self.compiled
+        faster = compiled.at(rates_of(gpu, compiled=True)).pass_s / plainly.at(rates_of(gpu, compiled=False)).pass_s
+        line = replace(
             compiled_line(self.config, way.loss, line),
-            pass_start_s=line.pass_start_s * faster,
             pass_s=line.pass_s * faster,
             pass_s_per_block=line.pass_s_per_block * faster,
         )
+        # What the host does in each pass takes its time, compiled or not.
+        return line if way.offload != "none" else replace(line, pass_start_s=line.pass_start_s * faster)
 
     def _plan(self, size: int, blocks: int, loss: str, offload: str) -> Plan:
         return Plan(
@@ -139,15 +147,19 @@ class _Family:
         )
 
     def _predict(self, plans: list[Plan]) -> list[Prediction]:
+        """Of plans that have the same on the host."""
         target = Target(
             gpu=self._traced,
             known=True,
-            share=self.share,
+            share=max(
+                self.share, 2 * self._several
+            ),  # two passes in each trace: the second holds the first's gradients
             environ={ALLOCATOR: EXPANDABLE},
             host_flops={},
             host_bandwidth=0.0,
         )
-        return Predictor(self.config, target, self._tracer).predict(plans, whole=False)
+        config = replace(self.config, offload=plans[0].offload)  # a plan that has none would leave the user's
+        return Predictor(config, target, self._tracer).predict(plans, whole=False)
 
 
 def _row(family: _Family, gpu: GPU) -> CardRow:

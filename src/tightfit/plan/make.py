@@ -102,9 +102,9 @@ def make_plan(
             reliefs=reliefs(
                 asked,
                 offloads=_offloads(config, where, processes),
-                may_use_8bit=_can_compile(where.gpu) and _is_installed("torchao"),
+                may_use_8bit=can_compile(where.gpu) and _is_installed("torchao"),
             ),
-            compiled=compiles(config, where.gpu),
+            compiled=_compiles(config, where.gpu),
             on_host=where.gpu is None,
             processes=processes,
             say=say,
@@ -124,9 +124,10 @@ def _emulates(config: TrainConfig, gpu: GPU | None) -> list[str]:
     if gpu is None or gpu.native_bf16 or config.dtype != "bfloat16":
         return []
     products = rates_of(gpu, compiled=False).matmul
+    factor = products["float16"] / products["bfloat16"] if gpu.fp32_tflops else 0.0
     return [
         f"{gpu.name} only emulates dtype=bfloat16; with --dtype=float16 its matrix products are "
-        f"{products['float16'] / products['bfloat16']:.0f} times faster"
+        f"{f'{factor:.0f} times faster' if factor >= 2.5 else 'faster'}"
     ]
 
 
@@ -212,14 +213,14 @@ def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]
     return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
 
 
-def compiles(config: TrainConfig, gpu: GPU | None) -> bool:
-    """Whether a step is compiled: as the configuration says, else where it can be."""
+def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
     if isinstance(config.compile, bool):
         return config.compile
-    return _can_compile(gpu)
+    return can_compile(gpu)
 
 
-def _can_compile(gpu: GPU | None) -> bool:
+def can_compile(gpu: GPU | None) -> bool:
+    """Whether torch.compile has a compiler for it, here."""
     return gpu is not None and gpu.capability >= _COMPILES_FROM and _is_installed("triton")
 
 

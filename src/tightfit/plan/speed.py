@@ -1,8 +1,8 @@
 """How long a step takes: each kernel by the card's peaks, and the time that the host needs to launch them.
 
-The shares of the peaks were set on published runs of GPT-2 124M in bfloat16: four on an A100 SXM 40 GB (A. Karpathy,
-"Let's reproduce GPT-2 (124M)") and one on an RTX 4070. benchmarks/plan/speed.py prints what this model says of them and
-of others that it was not set on: within 5% of the former, within 18% of the latter.
+The shares of the peaks were set on published runs of GPT-2 in bfloat16: four of 124M on an A100 SXM 40 GB (A. Karpathy,
+"Let's reproduce GPT-2 (124M)") and one of 219M on an RTX 4070. benchmarks/plan/speed.py prints what this model says of
+them and of others that it was not set on: within 5% of the former, within 18% of the latter.
 """
 
 from collections import Counter
@@ -21,12 +21,13 @@ measurements in the table of cards. Others reach 0.77, the median of 30: what `M
 CREDIBLE_OF_PEAK = (0.42, 1.2)
 """Of the peak: a measurement beyond was of another card, another format, or of one that throttled. Of the table's 79
 these leave out three."""
-EMULATED_BF16 = 0.54
-"""Of the float32 peak, what cards without bfloat16 reach in it: the median of seven measurements, 0.30 to 0.66."""
+EMULATED_BF16 = 0.57
+"""Of the float32 peak that a large product in bfloat16 reaches where it is emulated: the median of the table's eight
+measurements, 0.30 to 0.66."""
 ATTENTION_PER_FLOAT32 = 6.3
 """FLOP of fused attention in the time that its exponentials and masks take, which no tensor core computes, for each
-FLOP of the card's float32 units: 6.6 from the last two rows of the A100's series, 6.1 from an RTX A5000's 66.9 TFLOP/s,
-forward and backward, 16 x 1024 tokens, heads of 64 (https://github.com/gpu-mode/ring-attention/issues/10)."""
+FLOP of the card's float32 units: set on the last two rows of the A100's series. Of an RTX A5000's 66.9 TFLOP/s, forward
+and backward, 16 x 1024 tokens, heads of 64 (https://github.com/gpu-mode/ring-attention/issues/10), it says 56.5."""
 BANDWIDTH_SHARE_EAGER, BANDWIDTH_SHARE_COMPILED = 0.66, 0.86
 """Of the peak bandwidth: torch's own elementwise kernels, and Inductor's."""
 CACHE_SPEEDUP = 2.5
@@ -79,8 +80,10 @@ def rates_of(gpu: GPU, *, compiled: bool) -> Rates:
     """Rates of a card, by its peaks or, where one is published, by a measured matrix product."""
     float32 = gpu.peak_flops("float32") or UNKNOWN_TFLOPS / 2
     matmul = {
-        "bfloat16": _product_flops(gpu, "bfloat16", gpu.measured_bf16_tflops, EMULATED_BF16 * float32),
-        "float16": _product_flops(gpu, "float16", gpu.measured_fp16_tflops, float32),
+        "bfloat16": _product_flops(
+            gpu, "bfloat16", gpu.measured_bf16_tflops, float32 * EMULATED_BF16 * MEASURED_MATMUL_SHARE
+        ),
+        "float16": _product_flops(gpu, "float16", gpu.measured_fp16_tflops, float32 * MATMUL_SHARE),
     }
     by_tf32 = matmul["bfloat16"] * TF32_OF_BF16 if gpu.native_bf16 else 0.0
     matmul["float32"] = max(float32 * MATMUL_SHARE, by_tf32)
@@ -98,8 +101,10 @@ def _product_flops(gpu: GPU, dtype: str, measured_tflops: float | None, without_
     """FLOP/s that matrix products of a model reach; `without_units` is what a card without such units computes."""
     peak, measured = gpu.peak_flops(dtype), (measured_tflops or 0.0) * 1e12
     if peak is None:
-        is_described = gpu.peak_flops("float32") is None and gpu.native_bf16
-        return measured * MEASURED_MATMUL_SHARE or (UNKNOWN_TFLOPS if is_described else without_units) * MATMUL_SHARE
+        has_units = gpu.native_bf16 or (dtype == "float16" and gpu.capability >= (7, 0))
+        if gpu.peak_flops("float32") is None and has_units:  # a card that the user described
+            return UNKNOWN_TFLOPS * MATMUL_SHARE
+        return measured * MEASURED_MATMUL_SHARE or without_units
     least, most = CREDIBLE_OF_PEAK
     if least * peak <= measured <= most * peak:
         return measured * MEASURED_MATMUL_SHARE

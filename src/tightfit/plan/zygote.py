@@ -24,15 +24,15 @@ COMPILER = (
 )  # fmt: skip
 """Loaded once, before something is compiled in a fork or at once: 2 s for each otherwise."""
 TRACING = (
-    "tightfit.plan.trace", "torch._dynamo.source", "torch.distributed.tensor",
-    "torch.distributed._functional_collectives", "torch.fx.experimental.symbolic_shapes",
+    "torch.distributed.tensor", "torch.distributed._functional_collectives", "torch.fx.experimental.symbolic_shapes",
     "torch.profiler._cupti_monitor", "torch.utils._device",
 )  # fmt: skip
 """What torch loads when a first tensor is traced: a second or more of each fork."""
 
 
 def load(names: Iterable[str]) -> None:
-    """Load modules that forks will need, as far as this torch has them."""
+    """Load what a trace needs, and what else of torch forks will need, as far as this torch has it."""
+    importlib.import_module("tightfit.plan.trace")
     for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
