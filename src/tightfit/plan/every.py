@@ -15,8 +15,6 @@ from tightfit.plan.speed import rates_of
 
 _SEVERAL = 16
 """Where more sequences have room: so many that few of their tensors have room in a cache."""
-_NATIVE_BF16 = (8, 0)
-"""Compute capability that divides cards into two families: by their formats, and so by what is compiled for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +55,8 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
             say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
             family = _Family(resolved, config, cards[0], tracer)
             if family.compiles:
-                key = capability >= _NATIVE_BF16
-                family.compiled = compiled[key] = compiled.get(key) or family.trace_compiled()
+                formats = cards[0].native_bf16  # what is compiled differs by those, not by the capability
+                family.compiled = compiled[formats] = compiled.get(formats) or family.trace_compiled()
             rows += [_row(family, card) for card in cards]
     return sorted(rows, key=lambda row: (row.memory_bytes, row.gpu))
 
