@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.gpt.optimizer import build_optimizer
-from tightfit.vgpu import backend
-from tightfit.vgpu.allocator import CachingAllocator
+from tightfit.allocator.caching import CachingAllocator
+from tightfit.kernels.operators import Card
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.models.optimizer import build_optimizer
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
-from tightfit.vgpu.kernels import Card
+from tightfit.vgpu.patches import backend
 from tightfit.vgpu.phases import Phases
 
 VOCABULARY, BLOCK, BATCH = 4096, 128, 4

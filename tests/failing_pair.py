@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from failures import Failing, Same, at_random, trained
 
-from tightfit.train import loop
-from tightfit.train.distributed import process_group, world_of_environment
+from tightfit.trainer import loop
+from tightfit.trainer.distributed import process_group, world_of_environment
 
 KEYS = {
     "batch_size": 7,

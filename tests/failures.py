@@ -19,9 +19,9 @@ from runs import arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.config import TrainConfig, read_config
-from tightfit.train import loop
-from tightfit.train.fallback import Settings
-from tightfit.train.out_of_memory import release_memory
+from tightfit.trainer import loop
+from tightfit.trainer.fallback import Settings
+from tightfit.trainer.out_of_memory import release_memory
 
 REFUSED = 12_345_678
 MESSAGE = (

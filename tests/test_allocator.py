@@ -5,10 +5,10 @@ import random
 
 import pytest
 
+from tightfit.allocator.caching import AllocatorSettings, Block, CachingAllocator, OutOfMemory
+from tightfit.allocator.settings import UNLIMITED
 from tightfit.errors import ConfigError
 from tightfit.units import GIB, KIB, MIB, parse_bytes
-from tightfit.vgpu.allocator import AllocatorSettings, Block, CachingAllocator, OutOfMemory
-from tightfit.vgpu.allocator_settings import UNLIMITED
 
 
 def make(total=24 * GIB, conf="", **kwargs) -> CachingAllocator:

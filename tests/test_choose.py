@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from tightfit.config import TrainConfig, read_config
-from tightfit.plan.candidates import BOTH, INPUTS, OFFLOAD, Plan, Relief, reliefs
-from tightfit.plan.choose import Choice, choose
-from tightfit.plan.make import named_card
-from tightfit.plan.predict import Prediction
+from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Plan, Relief, reliefs
+from tightfit.planner.planning import named_card
+from tightfit.planner.predict import Prediction
+from tightfit.planner.search import Choice, choose
 from tightfit.units import GIB
 
 BUDGET = named_card("RTX 3060 12GB").budget

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tightfit.errors import CheckpointError
-from tightfit.gpt import convert
-from tightfit.gpt.convert import (
+from tightfit.models import conversion as convert
+from tightfit.models.conversion import (
     check_state,
     fetch_pretrained,
     load_hugging_face,
@@ -25,7 +25,7 @@ from tightfit.gpt.convert import (
     save_hugging_face,
     strip_prefix,
 )
-from tightfit.gpt.model import GPT, GPTConfig
+from tightfit.models.model import GPT, GPTConfig
 
 State = dict[str, Tensor]
 

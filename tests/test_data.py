@@ -512,7 +512,7 @@ def test_openwebtext_takes_nanogpts_split_and_appends_the_end_of_text(
         prepare("openwebtext", data_dir=tmp_path)
     hub = _FakeHub("datasets")
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    monkeypatch.setattr(sys.modules["tightfit.data.prepare"], "require_space", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["tightfit.data.preparation"], "require_space", lambda *_, **__: None)
     result = prepare("openwebtext", data_dir=tmp_path)
     eot = 50_256
     assert read_ids(result.folder / "train.bin") == [
@@ -621,7 +621,7 @@ def test_a_dataset_that_another_process_prepares_is_left_to_it(tmp_path: Path) -
 SLOW = """
 import sys, time, tightfit.data.workfolder
 from tightfit.data import prepare
-module = sys.modules["tightfit.data.prepare"]
+module = sys.modules["tightfit.data.preparation"]
 module.SHARD_CHARACTERS, module.COMMIT_SECONDS = 20_000, 0.0
 def progress(done, total, tokens):
     print(done, flush=True)
@@ -786,7 +786,7 @@ def test_a_file_size_limit_is_one_error_too(tmp_path: Path) -> None:
 
 
 def test_progress_counts_up_to_the_whole_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["tightfit.data.prepare"], "SHARD_CHARACTERS", 50_000)
+    monkeypatch.setattr(sys.modules["tightfit.data.preparation"], "SHARD_CHARACTERS", 50_000)
     (tmp_path / "a.txt").write_text("one two\n" * 100_000)
     seen: list[tuple[int, int | None, int]] = []
     started = time.monotonic()

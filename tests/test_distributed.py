@@ -12,7 +12,7 @@ import torch
 from runs import Done, arguments, column, here, rows, torchrun
 
 from tightfit.errors import ConfigError
-from tightfit.train.distributed import World, process_group, world_of_environment
+from tightfit.trainer.distributed import World, process_group, world_of_environment
 
 KEYS = {"batch_size": 4, "gradient_accumulation_steps": 2, "eval_interval": 6, "eval_iters": 3}
 SEVEN = {"batch_size": 7, "eval_interval": 20, "max_iters": 150, "lr_decay_iters": 150, "micro_batch": 3}
@@ -61,7 +61,7 @@ class TestTorchrun:
             textwrap.dedent("""\
             import os, sys
             from tightfit.cli.main import main
-            from tightfit.train import loop
+            from tightfit.trainer import loop
 
             usual = loop.evaluation_loss
 

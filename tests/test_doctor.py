@@ -19,6 +19,7 @@ from rich.console import Console
 from runs import environment, here, process
 
 import tightfit.system
+from tightfit.allocator.settings import VARIABLES, AllocatorSettings
 from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError
 from tightfit.system import nvml
@@ -28,13 +29,12 @@ from tightfit.system.checks_host import ALLOCATOR_KEYS
 from tightfit.system.checks_run import parameter_count
 from tightfit.system.doctor import as_json, diagnose, has_problem, print_table
 from tightfit.system.machine import Compilers, Machine, Space, gpu_vendors, read_machine, space
-from tightfit.system.memory import HostMemory, Limit, host_memory
+from tightfit.system.memory_limits import HostMemory, Limit, host_memory
 from tightfit.system.nvml import Cards, Failure, GpuMemory, NvmlSession, gpu_memory, read_cards
 from tightfit.system.torch_build import TorchBuild, TorchDevice, read_torch
-from tightfit.system.words import LANGUAGES, words
 from tightfit.system.wrapping import wrap
 from tightfit.units import GIB
-from tightfit.vgpu.allocator_settings import VARIABLES, AllocatorSettings
+from tightfit.wording.system import LANGUAGES, words
 
 TREES: dict[str, dict[str, str]] = {
     "v2, the group and the one above it": {
@@ -115,7 +115,7 @@ class TestHostMemory:
     @pytest.mark.parametrize(("option", "name"), [("-v", "RLIMIT_AS"), ("-d", "RLIMIT_DATA")])
     def test_ulimit_in_a_real_process(self, option: str, name: str) -> None:
         program = (
-            "from tightfit.system.memory import host_memory as h; m = h(); "
+            "from tightfit.system.memory_limits import host_memory as h; m = h(); "
             "print(m.limit_source, m.limit_bytes, m.budget_bytes)"
         )
         shell = f"ulimit {option} 2000000; exec {sys.executable} -c '{program}'"
@@ -546,7 +546,7 @@ class TestRun:
     def test_parameters_are_counted_as_the_model_has_them(self, bias: bool) -> None:
         import torch
 
-        from tightfit.gpt.model import GPT, GPTConfig
+        from tightfit.models.model import GPT, GPTConfig
 
         config = TrainConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=100, bias=bias)
         with torch.device("meta"):

@@ -14,16 +14,16 @@ from test_explain_log import NANOGPT, STORY
 
 from tightfit.cli.main import main
 from tightfit.config import TrainConfig, read_config
+from tightfit.diagnosis.explanation import Explanation, explain
+from tightfit.diagnosis.figures import LAUNCH_S
+from tightfit.diagnosis.named_card import card_of
+from tightfit.diagnosis.remedies import VERDICTS
+from tightfit.diagnosis.render import render
 from tightfit.errors import ConfigError, DeviceError
-from tightfit.explain.card import card_of
-from tightfit.explain.explanation import Explanation, explain
-from tightfit.explain.figures import LAUNCH_S
-from tightfit.explain.log import read_log
-from tightfit.explain.printed import Printed
-from tightfit.explain.remedies import VERDICTS
-from tightfit.explain.render import render
-from tightfit.explain.words import words
+from tightfit.oomlog.log_reader import read_log
+from tightfit.oomlog.printed import Printed
 from tightfit.units import GIB, MIB
+from tightfit.wording.diagnosis import words
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "train_openwebtext.py"
@@ -286,7 +286,7 @@ def test_the_card_is_the_usual_one_of_that_size_and_said_to_be_assumed():
 
 
 def test_the_configuration_that_a_log_prints_is_played(monkeypatch: pytest.MonkeyPatch):
-    from tightfit.explain import explanation
+    from tightfit.diagnosis import explanation
 
     asked = []
     monkeypatch.setattr(explanation, "play_all", lambda facts, card, run, *_, **__: asked.append((card, run)) or 1 / 0)
@@ -298,7 +298,7 @@ def test_the_configuration_that_a_log_prints_is_played(monkeypatch: pytest.Monke
 
 
 def test_the_launch_time_is_the_planners():
-    from tightfit.plan import speed
+    from tightfit.simulation import speed
 
     assert LAUNCH_S == speed.LAUNCH_S
 

@@ -13,11 +13,11 @@ import oom_messages
 import pytest
 from oom_messages import FORMS, SURROUNDINGS, write
 
-from tightfit.explain.facts import Figure
-from tightfit.explain.guess import guess, request_of
-from tightfit.explain.log import LogReading, read_log
-from tightfit.explain.snapshot import facts_of_snapshot, read_snapshot_failure
-from tightfit.explain.traceback import TraceFrame, phase_of
+from tightfit.diagnosis.guess import guess, request_of
+from tightfit.oomlog.facts import Figure
+from tightfit.oomlog.log_reader import LogReading, read_log
+from tightfit.oomlog.snapshot_facts import facts_of_snapshot, read_snapshot_failure
+from tightfit.oomlog.tracebacks import TraceFrame, phase_of
 
 STORY = """torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.14 GiB. GPU 0 has a total capacity of 11.69 GiB of which 2.68 GiB is free. Including non-PyTorch memory, this process has 7.04 GiB memory in use. Of the allocated memory 6.78 GiB is allocated by PyTorch, and 224.90 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation."""
 NANOGPT = """$ python train.py config/train_openwebtext.py --batch_size=64 --compile=True
@@ -390,6 +390,6 @@ def test_a_memory_snapshot_states_what_it_has(tmp_path):
 
 
 def test_nothing_of_torch_is_needed():
-    read = "import sys; from tightfit.explain.log import read_log; read_log('CUDA out of memory'); print('torch' in sys.modules)"
+    read = "import sys; from tightfit.oomlog.log_reader import read_log; read_log('CUDA out of memory'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -7,8 +7,8 @@ import oom_messages
 import pytest
 from oom_messages import FORMS, SURROUNDINGS, write
 
-from tightfit.explain.facts import KINDS, NOTES, Facts, Figure
-from tightfit.explain.log import read_log
+from tightfit.oomlog.facts import KINDS, NOTES, Facts, Figure
+from tightfit.oomlog.log_reader import read_log
 
 
 def failure(text: str) -> Facts:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tightfit.diagnosis.causes import is_of_device
 from tightfit.errors import ConfigError
-from tightfit.explain.causes import is_of_device
-from tightfit.explain.facts import KINDS, Facts
-from tightfit.explain.words import LANGUAGES, words
+from tightfit.oomlog.facts import KINDS, Facts
 from tightfit.vgpu.recorder import CATEGORIES
+from tightfit.wording.diagnosis import LANGUAGES, words
 
-FOLDER = Path(__file__).parents[1] / "src" / "tightfit" / "explain"
-CODE = "\n".join(file.read_text() for file in [*FOLDER.glob("*.py"), FOLDER / "words" / "__init__.py"])
+SOURCE = Path(__file__).parents[1] / "src" / "tightfit"
+ROOMS = ("oomlog", "diagnosis", "wording/diagnosis")
+CODE = "\n".join(file.read_text() for room in ROOMS for file in sorted((SOURCE / room).glob("*.py")))
 
 
 def test_both_languages_have_the_same_sentences_with_the_same_fields():

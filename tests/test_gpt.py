@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tightfit.errors import CheckpointError, ConfigError
-from tightfit.gpt import attention, linear
-from tightfit.gpt.attention import KeyValueCache, causal_attention
-from tightfit.gpt.linear import LayerNorm, gelu_linear, norm_linear, plain_linear
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.gpt.optimizer import build_optimizer
+from tightfit.models import attention, linear
+from tightfit.models.attention import KeyValueCache, causal_attention
+from tightfit.models.linear import LayerNorm, gelu_linear, norm_linear, plain_linear
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.models.optimizer import build_optimizer
 
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 Function = Callable[[Tensor], Tensor]
@@ -410,7 +410,7 @@ def test_the_whole_model_errs_about_as_much_as_autocast(bias: bool, monkeypatch:
     truth, ours = run(low=False), run(low=True)
     monkeypatch.setattr(linear, "_recomputes", lambda x: False)
     monkeypatch.setattr(
-        "tightfit.gpt.model.causal_attention", lambda qkv, n_head, dropout: torch_attention(qkv, n_head)
+        "tightfit.models.model.causal_attention", lambda qkv, n_head, dropout: torch_attention(qkv, n_head)
     )
     assert relative_error(ours, truth) <= 1.5 * relative_error(run(low=True), truth)
 

@@ -20,8 +20,8 @@ from benchmarks.gpu.grid import EVERYTHING, Case, grid  # noqa: E402
 from benchmarks.gpu.probes import probes  # noqa: E402
 from tightfit.config import TrainConfig  # noqa: E402
 from tightfit.errors import ConfigError, DataError, DeviceError  # noqa: E402
+from tightfit.kernels import operators as kernels  # noqa: E402
 from tightfit.units import MIB  # noqa: E402
-from tightfit.vgpu import kernels  # noqa: E402
 
 TINY = Case(size="tiny", vocab=512, block=32, steps=2)
 CAPPED = Case(size="tiny", vocab=512, block=32, steps=2, act_as="45MiB", others="5MiB", do=EVERYTHING)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tightfit.vgpu import attention, blas, kernels
-from tightfit.vgpu.card import Card
-from tightfit.vgpu.hidden import Hidden
-from tightfit.vgpu.kernels import choose_attention, hidden_bytes, workspaces
+from tightfit.kernels import blas
+from tightfit.kernels import fused_attention as attention
+from tightfit.kernels import operators as kernels
+from tightfit.kernels.card import Card
+from tightfit.kernels.operators import choose_attention, hidden_bytes, workspaces
+from tightfit.kernels.temporaries import Hidden
 
 aten = torch.ops.aten
 BF16, F16, F32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int64

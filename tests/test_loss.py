@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.errors import ConfigError
-from tightfit.gpt import loss as loss_module
-from tightfit.gpt.loss import LossKind, logits_bytes, token_loss
+from tightfit.models import loss as loss_module
+from tightfit.models.loss import LossKind, logits_bytes, token_loss
 
 KINDS: list[LossKind] = ["full", "chunked"]
 LOW = [torch.bfloat16, torch.float16]

@@ -12,9 +12,9 @@ import itertools, json, os, sys
 import tightfit
 with tightfit.VirtualGPU("H200") as gpu:
     import torch
-    from tightfit.gpt.model import GPT, GPTConfig
-    from tightfit.gpt.optimizer import build_optimizer
-    from tightfit.train.step import StepState, optimizer_step
+    from tightfit.models.model import GPT, GPTConfig
+    from tightfit.models.optimizer import build_optimizer
+    from tightfit.trainer.step import StepState, optimizer_step
     allocator = gpu.allocator
     found, first = {}, True
     for batch, layers, width, blocks in itertools.product(%(batches)s, %(layers)s, %(widths)s, (0, 1)):

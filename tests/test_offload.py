@@ -12,14 +12,14 @@ from runs import arguments, column, here
 
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.plan.candidates import Plan
-from tightfit.plan.make import ALLOCATOR, EXPANDABLE, make_plan, named_card
-from tightfit.plan.predict import Prediction, Predictor, Target, Tracer
-from tightfit.train.distributed import World
-from tightfit.train.hardware import Hardware
-from tightfit.train.setup import build_model, build_state
-from tightfit.train.step import StepResult, StepState, optimizer_step
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.planner.candidates import Plan
+from tightfit.planner.planning import ALLOCATOR, EXPANDABLE, make_plan, named_card
+from tightfit.planner.predict import Prediction, Predictor, Target, Tracer
+from tightfit.trainer.distributed import World
+from tightfit.trainer.hardware import Hardware
+from tightfit.trainer.setup import build_model, build_state
+from tightfit.trainer.step import StepResult, StepState, optimizer_step
 
 SHAPE = GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, bias=True)
 CPU = torch.device("cpu")

@@ -13,12 +13,12 @@ from runs import arguments, column, here, process
 
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import CheckpointError, ConfigError, DeviceError
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.gpt.optimizer import build_optimizer, parts_of, plain_state, restore_state
-from tightfit.plan.candidates import Plan
-from tightfit.plan.make import make_plan, named_card
-from tightfit.plan.predict import Prediction, Predictor, Target, Tracer
-from tightfit.train.hardware import compile_obstacle
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.models.optimizer import build_optimizer, parts_of, plain_state, restore_state
+from tightfit.planner.candidates import Plan
+from tightfit.planner.planning import make_plan, named_card
+from tightfit.planner.predict import Prediction, Predictor, Target, Tracer
+from tightfit.trainer.hardware import compile_obstacle
 from tightfit.units import MIB
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

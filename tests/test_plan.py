@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from tightfit.config import Resolved, TrainConfig, read_config
-from tightfit.plan import make
-from tightfit.plan.budget import Budget
-from tightfit.plan.candidates import Plan
-from tightfit.plan.choose import Choice, Line
-from tightfit.plan.fallback import PlannedFallback
-from tightfit.plan.make import PlanResult, make_plan, named_card
-from tightfit.plan.predict import Prediction
-from tightfit.plan.text import nothing_fits
-from tightfit.train.fallback import Settings
+from tightfit.planner import planning as make
+from tightfit.planner.budget import Budget
+from tightfit.planner.candidates import Plan
+from tightfit.planner.planned_fallback import PlannedFallback
+from tightfit.planner.planning import PlanResult, make_plan, named_card
+from tightfit.planner.predict import Prediction
+from tightfit.planner.search import Choice, Line
+from tightfit.planner.sentences import nothing_fits
+from tightfit.trainer.fallback import Settings
 from tightfit.units import GIB, MIB
 
 ROOT = Path(__file__).parents[1]

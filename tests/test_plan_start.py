@@ -12,7 +12,7 @@ from runs import arguments, here
 from tightfit.cli.main import main
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import CheckpointError
-from tightfit.plan.make import make_plan, named_card, with_shape
+from tightfit.planner.planning import make_plan, named_card, with_shape
 
 PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 """As transformers' GPT2LMHeadModel.num_parameters() counts them."""
@@ -27,7 +27,7 @@ def test_a_plan_is_of_the_weights_that_the_run_starts_from(own_cache: Path) -> N
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_every_name_has_its_shape(name: str) -> None:
-    from tightfit.gpt.model import GPT, GPTConfig
+    from tightfit.models.model import GPT, GPTConfig
 
     config = with_shape(TrainConfig(init_from=name))
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")

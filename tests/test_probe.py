@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tightfit.config import TrainConfig
-from tightfit.plan import probe
-from tightfit.plan.candidates import Plan
-from tightfit.plan.predict import Prediction
+from tightfit.planner import probe
+from tightfit.planner.candidates import Plan
+from tightfit.planner.predict import Prediction
 
 SHARE = 6
 

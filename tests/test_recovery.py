@@ -22,13 +22,13 @@ from failures import MESSAGE, Failing, Same, at, squeeze, trained, unsqueeze
 from runs import arguments, column, environment, here, newest, rows, tensors, torchrun
 from torch import nn
 
-from tightfit.train import checkpoint, loop, out_of_memory, recovery
-from tightfit.train.atomic import Update
-from tightfit.train.distributed import World
-from tightfit.train.fallback import Halving, Settings, least_that_failed
-from tightfit.train.out_of_memory import Kind, is_out_of_memory, release_frames, requested_bytes
-from tightfit.train.recovery import BeyondSaving, OutOfMemory, Recovery
-from tightfit.train.supervise import STATUS
+from tightfit.trainer import checkpoint, loop, out_of_memory, recovery
+from tightfit.trainer.atomic import Update
+from tightfit.trainer.distributed import World
+from tightfit.trainer.fallback import Halving, Settings, least_that_failed
+from tightfit.trainer.out_of_memory import Kind, is_out_of_memory, release_frames, requested_bytes
+from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery
+from tightfit.trainer.supervise import STATUS
 
 WANTED = Settings(micro_batch=8, eval_micro_batch=8, loss="full", checkpointed_blocks=0)
 
@@ -537,7 +537,7 @@ class TestRealAllocations:
             import sys
             from pathlib import Path
             from failures import Same, squeeze, trained, unsqueeze
-            from tightfit.train import loop, recovery
+            from tightfit.trainer import loop, recovery
 
             out, data = Path(sys.argv[1]), Path(sys.argv[2])
             keys = dict(n_embd=128, n_head=2, block_size=128, batch_size=32, eval_iters=1, max_iters=4)
@@ -578,7 +578,7 @@ class TestRealAllocations:
             import mmap
             import resource
             from tightfit.system import own_bytes
-            from tightfit.train.memory import Reserve
+            from tightfit.trainer.resident import Reserve
 
             def can_have(mib):
                 try:
@@ -640,7 +640,7 @@ class TestTwoProcesses:
             import os, sys
             from pathlib import Path
             from failures import Failing, trained
-            from tightfit.train.recovery import BeyondSaving
+            from tightfit.trainer.recovery import BeyondSaving
 
             reads = 0
 

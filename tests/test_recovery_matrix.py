@@ -11,8 +11,8 @@ from failures import Failing, Same, Trained, at, at_random, trained
 from runs import column, newest, rows, tensors
 from torch import nn
 
-from tightfit.gpt.optimizer import build_optimizer
-from tightfit.train import setup
+from tightfit.models.optimizer import build_optimizer
+from tightfit.trainer import setup
 
 LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
 SPLIT = {"batch_size": 6, "gradient_accumulation_steps": 2, "micro_batch": 4, "eval_interval": 5, "save_interval": 3}

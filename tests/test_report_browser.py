@@ -19,8 +19,8 @@ import pytest
 from test_report_html import EVIL_LOG, FAILURE, a_run, a_timeline, an_explanation, findings, tensor
 
 from tightfit.report.html import explanation_report, findings_report, plan_report, run_report, write
-from tightfit.report.words import LANGUAGES
 from tightfit.units import GIB, MIB
+from tightfit.wording.report import LANGUAGES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or next(

@@ -16,22 +16,22 @@ import numpy as np
 import pytest
 from runs import arguments, here, process
 
-from tightfit.cli import train as train_command
+from tightfit.cli import cmd_train as train_command
 from tightfit.cli.keys import last, split_options
+from tightfit.diagnosis.causes import Cause
+from tightfit.diagnosis.culprit import Culprit
+from tightfit.diagnosis.explanation import Explanation, explain
+from tightfit.diagnosis.named_card import Card
+from tightfit.diagnosis.remedies import Remedy
 from tightfit.errors import ConfigError, DataError
-from tightfit.explain.card import Card
-from tightfit.explain.causes import Cause
-from tightfit.explain.culprit import Culprit
-from tightfit.explain.explanation import Explanation, explain
-from tightfit.explain.remedies import Remedy
-from tightfit.explain.words import words as explain_words
 from tightfit.report.bars import Part, parts_table
 from tightfit.report.html import explanation_report, findings_report, plan_report, run_report, write
 from tightfit.report.runs import read_run
 from tightfit.report.series import MOST_TENSORS, curve, highest, largest_tensors, shortened
-from tightfit.report.timeline import CATEGORY_COLOURS, PHASE_COLOURS
-from tightfit.report.words import LANGUAGES, locale_language, words
+from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.units import GIB, MIB
+from tightfit.wording.diagnosis import words as explain_words
+from tightfit.wording.report import LANGUAGES, locale_language, words
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028'\"&{{ 7*7 }}"
 SETTINGS = {"micro_batch": 8, "eval_micro_batch": 8, "loss": "auto", "checkpointed_blocks": 0}
@@ -627,7 +627,7 @@ class TestTrainCommand:
     def test_a_run_that_ended_for_want_of_memory(
         self, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tightfit.train import loop
+        from tightfit.trainer import loop
 
         def fail(*_: object) -> None:
             a_run(tmp_path / "out")
@@ -661,7 +661,7 @@ class TestTrainCommand:
     def test_a_run_before_is_not_shown_for_one_that_did_not_begin(
         self, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tightfit.train import loop
+        from tightfit.trainer import loop
 
         def refuse(*_: object) -> None:
             raise DataError("there is no text")

@@ -13,9 +13,9 @@ from runs import CHARACTERS, VOCAB, Done, arguments, here, process
 from torch import Tensor, nn
 
 from tightfit.errors import ConfigError
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.train.checkpoint import load, save
-from tightfit.train.sample import encode_prompt, generate
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.trainer.checkpoint import load, save
+from tightfit.trainer.sample import encode_prompt, generate
 
 
 @pytest.fixture(scope="module")

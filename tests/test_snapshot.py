@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.cuda import _memory_viz as viz
 
+from tightfit.allocator.caching import AllocatorSettings, CachingAllocator, OutOfMemory
 from tightfit.errors import DataError
 from tightfit.units import GIB, MIB
-from tightfit.vgpu.allocator import AllocatorSettings, CachingAllocator, OutOfMemory
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.snapshot import TraceLog, read_snapshot, snapshot_of, write_snapshot

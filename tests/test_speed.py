@@ -8,14 +8,14 @@ import torch
 
 from tightfit.config import TrainConfig, read_config
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
-from tightfit.plan import every
-from tightfit.plan.budget import device_budget
-from tightfit.plan.every import CardRow, every_card
-from tightfit.plan.make import make_plan, named_card
-from tightfit.plan.speed import LAUNCH_S, Rates, Work, rates_of
+from tightfit.kernels.cost import kernel_of
+from tightfit.kernels.launch import Kernel
+from tightfit.planner import survey as every
+from tightfit.planner.budget import device_budget
+from tightfit.planner.planning import make_plan, named_card
+from tightfit.planner.survey import CardRow, every_card
+from tightfit.simulation.speed import LAUNCH_S, Rates, Work, rates_of
 from tightfit.units import MIB
-from tightfit.vgpu.launch import Kernel
-from tightfit.vgpu.work import kernel_of
 
 
 def card(name: str) -> GPU:

@@ -17,9 +17,9 @@ import torch
 from runs import arguments, column, command, environment, here, newest, tensors
 
 from tightfit.config import Resolved, TrainConfig, read_config
-from tightfit.train import supervise as module
-from tightfit.train.loop import train
-from tightfit.train.supervise import (
+from tightfit.trainer import supervise as module
+from tightfit.trainer.loop import train
+from tightfit.trainer.supervise import (
     BEYOND_SAVING,
     MOST_RESTARTS,
     STATUS,
@@ -126,7 +126,7 @@ class TestRealProcesses:
 
     def test_the_parent_never_imports_torch(self, tmp_path: Path, data_dir: Path) -> None:
         program = (
-            "import sys\nfrom tightfit.cli.main import main\nfrom tightfit.train import supervise\n"
+            "import sys\nfrom tightfit.cli.main import main\nfrom tightfit.trainer import supervise\n"
             "supervise._run_child = lambda words, status: 0\n"
             "assert main(sys.argv[1:]) == 0\nassert 'torch' not in sys.modules\n"
         )

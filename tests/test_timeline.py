@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from tightfit.allocator.caching import CachingAllocator, OutOfMemory
 from tightfit.errors import ConfigError, DataError
-from tightfit.report.timeline import CATEGORY_COLOURS, PHASE_COLOURS, timeline_picture
+from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS, timeline_picture
 from tightfit.units import GIB, MIB
-from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory
 from tightfit.vgpu.recorder import CATEGORIES, Allocation, Phase, Recorder
 from tightfit.vgpu.snapshot import TraceLog
 from tightfit.vgpu.timeline import MAX_POINTS, timeline_data
@@ -208,7 +208,7 @@ def text_of(found: dict) -> str:
     """All words of a picture, from the figure itself: a file has them as curves."""
     from matplotlib.text import Text
 
-    from tightfit.report.timeline import _figure
+    from tightfit.report.timeline_picture import _figure
 
     return "\n".join(each.get_text() for each in _figure(found["timeline"], found).findobj(Text))
 
@@ -312,7 +312,7 @@ def test_other_endings_and_folders(found, tmp_path):
 def test_drawing_needs_neither_torch_nor_pyplot(found, tmp_path):
     (tmp_path / "found.json").write_text(json.dumps(found))
     script = (
-        "import json, sys; from tightfit.report.timeline import timeline_picture;"
+        "import json, sys; from tightfit.report.timeline_picture import timeline_picture;"
         "assert 'matplotlib' not in sys.modules;"
         f"timeline_picture(json.load(open({str(tmp_path / 'found.json')!r})), {str(tmp_path / 'out.png')!r});"
         "assert not {'torch', 'matplotlib.pyplot'} & sys.modules.keys()"

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tightfit
 from tightfit.config import Resolved, TrainConfig
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.train import hardware as hardware_module
-from tightfit.train import loop
-from tightfit.train.hardware import choose_hardware, native_bfloat16
-from tightfit.train.loop import RunResult, learning_rate_at, train
-from tightfit.train.step import StepState, dropout_seed, evaluation_loss
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.trainer import hardware as hardware_module
+from tightfit.trainer import loop
+from tightfit.trainer.hardware import choose_hardware, native_bfloat16
+from tightfit.trainer.loop import RunResult, learning_rate_at, train
+from tightfit.trainer.step import StepState, dropout_seed, evaluation_loss
 
 EFFECTIVE_32 = {"batch_size": 32, "max_iters": 20, "lr_decay_iters": 20, "eval_interval": 10}
 

@@ -30,7 +30,7 @@ from tightfit.system.nvml import NvmlSession
 from tightfit.system.sampling import METRICS, MetricsTail, Sample, samples
 from tightfit.system.watch import CsvLog, watch
 from tightfit.system.watch_view import frame, plain_line, sparkline
-from tightfit.system.words import LANGUAGES, words
+from tightfit.wording.system import LANGUAGES, words
 
 ROW = {
     "step": 20, "loss": 3.25, "ms": 100.0, "tokens_per_s": 45_000.0, "lr": 1e-3,
@@ -158,7 +158,7 @@ class TestMetricsTail:
         assert getattr(MetricsTail(path).read(), "step", None) == 20
 
     def test_the_file_is_the_one_that_training_writes(self, tmp_path: Path, data_dir: Path) -> None:
-        from tightfit.train import metrics
+        from tightfit.trainer import metrics
 
         assert metrics.METRICS == METRICS
         assert here(arguments(tmp_path / "out", data_dir, max_iters=3)).code == 0

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.gpt.optimizer import build_optimizer
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.models.optimizer import build_optimizer
 
 HERE = Path(__file__).parent
 BLOCK, BATCH, VOCAB = 256, 8, 256

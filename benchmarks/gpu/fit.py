@@ -22,8 +22,8 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.calibrate import DRY_CARD, WORKLOAD, read
 from tightfit.config import Resolved, TrainConfig
 from tightfit.errors import TightfitError
-from tightfit.plan.candidates import Plan
-from tightfit.plan.make import PlanResult, Where, make_plan, named_card
+from tightfit.planner.candidates import Plan
+from tightfit.planner.planning import PlanResult, Where, make_plan, named_card
 
 FIELDS = (
     "candidate", "role", "dry", "outcome", "step_ms", "peak_reserved_bytes", "predicted_step_ms",

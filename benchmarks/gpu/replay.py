@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu.tracefile import KINDS, Trace, rows
-from tightfit.vgpu.allocator import Block, CachingAllocator, OutOfMemory
+from tightfit.allocator.caching import Block, CachingAllocator, OutOfMemory
 
 Event = tuple[str, int, int]
 """Kind, bytes, stream."""

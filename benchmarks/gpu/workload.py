@@ -23,14 +23,14 @@ from torch import Tensor
 
 from benchmarks.gpu import card
 from tightfit.config import TrainConfig
-from tightfit.gpt.model import GPT, GPTConfig
-from tightfit.gpt.optimizer import build_optimizer
-from tightfit.train import checkpoint as ckpt
-from tightfit.train.checkpoint import Checkpoint
-from tightfit.train.distributed import World
-from tightfit.train.hardware import Hardware, choose_hardware
-from tightfit.train.setup import build_model, build_state
-from tightfit.train.step import StepState, dropout_seed, evaluation_loss, optimizer_step
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.models.optimizer import build_optimizer
+from tightfit.trainer import checkpoint as ckpt
+from tightfit.trainer.checkpoint import Checkpoint
+from tightfit.trainer.distributed import World
+from tightfit.trainer.hardware import Hardware, choose_hardware
+from tightfit.trainer.setup import build_model, build_state
+from tightfit.trainer.step import StepState, dropout_seed, evaluation_loss, optimizer_step
 from tightfit.units import parse_bytes
 
 SIZES = {

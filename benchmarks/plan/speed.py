@@ -1,6 +1,6 @@
 """What the plan's model of speed says of published runs of GPT-2, of those that it was set on and of others.
 
-The scripts are played on the virtual card; a step's time is the sum of its kernels' (src/tightfit/plan/speed.py).
+The scripts are played on the virtual card; a step's time is the sum of its kernels' (src/tightfit/simulation/speed.py).
 """
 
 import argparse
@@ -49,7 +49,7 @@ def modelled_ms(gpu: str, words: list[str]) -> float:
 def play(gpu: str, words: list[str]) -> None:
     """In the process that has the virtual card: print the last step's milliseconds."""
     from tightfit.gpus import resolve_gpu
-    from tightfit.plan.speed import Meter, Work, rates_of
+    from tightfit.simulation.speed import Meter, Work, rates_of
     from tightfit.vgpu.script import run_script
     from tightfit.vgpu.session import Request, VirtualSession
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.recovery.watch import ACCUMULATION, EVAL_INTERVAL, Watch
 from tightfit.data.meta import Meta
-from tightfit.gpt.model import GPT, GPTConfig
+from tightfit.models.model import GPT, GPTConfig
 
 VOCAB, BLOCK, LAYERS, HEADS, WIDTH = 64, 16, 2, 2, 32
 MICRO_BATCH, STEPS = 8, 20

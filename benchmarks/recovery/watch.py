@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tightfit.gpt.model import GPT, MLP
+from tightfit.models.model import GPT, MLP
 
 ACCUMULATION, FAILING_STEP, EVAL_INTERVAL, TRIAL_STEPS = 2, 7, 10, 3
 """Passes of a step; the step that fails, counted from 1; steps between evaluations; steps of a trial of the finder."""

@@ -1,6 +1,5 @@
 """tightfit: train GPTs that fit the GPU you have."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from tightfit.config import SampleConfig
@@ -16,14 +15,10 @@ from tightfit.errors import (
 from tightfit.vgpu.context import VirtualGPU
 from tightfit.vgpu.worker import dryrun
 
-# The functions below share their names with rooms: once those are loaded, importing from them rebinds no name.
-for _room in ("explain", "plan", "train"):
-    importlib.import_module(f"tightfit.{_room}")
-
 if TYPE_CHECKING:
-    from tightfit.explain.explanation import Explanation
-    from tightfit.plan.make import PlanResult
-    from tightfit.train.loop import RunResult
+    from tightfit.diagnosis.explanation import Explanation
+    from tightfit.planner.planning import PlanResult
+    from tightfit.trainer.loop import RunResult
 
 __all__ = [
     "CheckpointError",
@@ -48,7 +43,7 @@ def train(config: Config | None = None, **keys: Any) -> "RunResult":
     Returns the steps done and the best validation loss; raises TightfitError for what cannot be done.
     """
     from tightfit.config import Resolved
-    from tightfit.train.loop import train as run  # imports torch
+    from tightfit.trainer.loop import train as run  # imports torch
 
     chosen = config if config is not None else Config(**keys)
     return run(Resolved(chosen, dict.fromkeys(vars(chosen), "call"), ()))
@@ -69,7 +64,7 @@ def plan(
     """
     from tightfit.config import Resolved
     from tightfit.config.schema import defaults
-    from tightfit.plan.make import make_plan, named_card, this_host
+    from tightfit.planner.planning import make_plan, named_card, this_host
 
     chosen = config if config is not None else Config(**keys)
     usual = defaults(Config)
@@ -86,6 +81,6 @@ def explain(source: Any, *, config: Config | None = None, lang: str = "en", gpu:
     `source` is the log's text, its path (a Path), or an open file; with `config` the run is played on the card that the
     log tells or `gpu` names. `print(tightfit.explain(text))` shows it. Raises TightfitError for what cannot be used.
     """
-    from tightfit.explain.explanation import explain as run
+    from tightfit.diagnosis.explanation import explain as run
 
     return run(source, config=config, lang=lang, gpu=gpu)

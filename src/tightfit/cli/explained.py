@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tightfit.config import TrainConfig
-from tightfit.explain.explanation import Explanation, explain
-from tightfit.explain.render import render
-from tightfit.explain.words import locale_language, words
+from tightfit.diagnosis.explanation import Explanation, explain
+from tightfit.diagnosis.render import render
+from tightfit.wording.diagnosis import locale_language, words
 
 FILE = "explanation.txt"
 """In `out_dir`, beside the checkpoint."""

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else "tightfit --help lists them"
             print(f"tightfit: {command!r} is not a command; {hint}", file=sys.stderr)
             return USER_MISTAKE
-        module = importlib.import_module(f"tightfit.cli.{command}")
+        module = importlib.import_module(f"tightfit.cli.cmd_{command}")
         code: int = module.run(rest)
         return code
     except TightfitError as error:

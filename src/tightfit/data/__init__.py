@@ -1,7 +1,7 @@
 """Datasets: making them, opening them, and their tokenizers."""
 
 from tightfit.data.meta import Meta, read_meta
-from tightfit.data.prepare import PrepareResult, prepare
+from tightfit.data.preparation import PrepareResult, prepare
 from tightfit.data.tokenfile import Dataset, TokenFile, open_dataset
 from tightfit.data.tokenizers import Tokenizer, load_tokenizer
 

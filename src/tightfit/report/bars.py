@@ -5,9 +5,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from tightfit.report.page import Segment, Table
-from tightfit.report.timeline import CATEGORY_COLOURS
-from tightfit.report.words import Words
+from tightfit.report.timeline_picture import CATEGORY_COLOURS
 from tightfit.units import format_bytes
+from tightfit.wording.report import Words
 
 OTHERS, OUTSIDE, CACHE, MARGIN, ALARM, GOOD = "--others", "--outside", "--cache", "--margin", "--alarm", "--good"
 """Custom properties of the style sheet."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from tightfit.report.page import Chart, Page, Section, Table
 from tightfit.report.series import Timeline, shortened
-from tightfit.report.timeline import CATEGORY_COLOURS
-from tightfit.report.words import Words
+from tightfit.report.timeline_picture import CATEGORY_COLOURS
 from tightfit.units import format_bytes
+from tightfit.wording.report import Words
 
 _LINE = 100
 _TABLE_ROWS = 24

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from tightfit.explain.causes import MEASURED, SIMULATED
-from tightfit.explain.explanation import Explanation
-from tightfit.explain.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
-from tightfit.explain.render import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
-from tightfit.explain.words import Words as Told
-from tightfit.explain.words import words as told_in
+from tightfit.diagnosis.causes import MEASURED, SIMULATED
+from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
+from tightfit.diagnosis.render import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
 from tightfit.report.bars import ALARM, CACHE, GOOD, OTHERS, OUTSIDE, Part, colour_of, parts_table
 from tightfit.report.page import Advice, Page, Section, Segment, Table
-from tightfit.report.words import Words
 from tightfit.units import format_bytes
+from tightfit.wording.diagnosis import Words as Told
+from tightfit.wording.diagnosis import words as told_in
+from tightfit.wording.report import Words
 
 _UNSAID = ("no_configuration", "general")
 """Reasons that the section says once."""

@@ -11,10 +11,10 @@ from tightfit.report.page import Section, check_folder, render, write
 from tightfit.report.plan_page import plan_page
 from tightfit.report.run_page import run_page
 from tightfit.report.runs import read_run
-from tightfit.report.words import words
+from tightfit.wording.report import words
 
 if TYPE_CHECKING:
-    from tightfit.explain.explanation import Explanation
+    from tightfit.diagnosis.explanation import Explanation
 
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 """What data of another shape, or from another program, ends in."""

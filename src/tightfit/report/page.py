@@ -23,8 +23,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tightfit.errors import DataError, DoesNotFit
-from tightfit.report.timeline import CATEGORY_COLOURS, PHASE_COLOURS
-from tightfit.report.words import words
+from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
+from tightfit.wording.report import words
 
 _CHARTS = "uplot-1.6.32"
 _DARK = {

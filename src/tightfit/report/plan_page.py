@@ -7,8 +7,8 @@ from tightfit.report.bars import CACHE, MARGIN, OTHERS, OUTSIDE, Part, colour_of
 from tightfit.report.page import Page, Section
 from tightfit.report.run_page import alternatives_section, plain, text
 from tightfit.report.runs import alternatives, is_finite, predicted_bytes
-from tightfit.report.words import Words
 from tightfit.units import format_bytes
+from tightfit.wording.report import Words
 
 
 def plan_page(plan: Mapping[str, Any], t: Words, timeline: Section | None = None) -> Page:

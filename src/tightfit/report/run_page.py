@@ -7,8 +7,8 @@ from tightfit.report.bars import ALARM, GOOD
 from tightfit.report.page import Chart, Page, Section, Segment, Table
 from tightfit.report.runs import Points, Run, is_finite
 from tightfit.report.series import SPANS, Curve, curve, highest, median
-from tightfit.report.words import Words
 from tightfit.units import format_bytes, format_count, format_duration
+from tightfit.wording.report import Words
 
 _TABLE_ROWS = 24
 """Steps in the table beside a chart: enough to follow it by ear."""

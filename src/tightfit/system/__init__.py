@@ -1,6 +1,6 @@
 """The machine itself: its memory, its cards, and whether they are fit for a run."""
 
-from tightfit.system.memory import HostMemory, Limit, host_memory, own_bytes
+from tightfit.system.memory_limits import HostMemory, Limit, host_memory, own_bytes
 from tightfit.system.nvml import Cards, GpuMemory, GpuProcess, gpu_memory, read_cards
 
 __all__ = [

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tightfit.system.words import Words
+from tightfit.wording.system import Words
 
 Status = Literal["ok", "warning", "problem", "unknown"]
 

@@ -4,12 +4,12 @@ import difflib
 import re
 from collections.abc import Iterator
 
+from tightfit.allocator.settings import IGNORED_KEYS, VARIABLES, AllocatorSettings
 from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError
 from tightfit.system.checks import Check
 from tightfit.system.machine import Machine
 from tightfit.units import GIB
-from tightfit.vgpu.allocator_settings import IGNORED_KEYS, VARIABLES, AllocatorSettings
 
 LOW_HOST_BYTES = 2 * GIB
 """Below this a run is in danger: torch 2.13 for processors takes 0.22 GiB once loaded, CUDA builds several times that,

@@ -15,8 +15,8 @@ from tightfit.system.checks_gpu import gpu_checks, torch_checks
 from tightfit.system.checks_host import host_checks
 from tightfit.system.checks_run import run_checks
 from tightfit.system.machine import Machine
-from tightfit.system.words import Words
 from tightfit.system.wrapping import wrap
+from tightfit.wording.system import Words
 
 _STYLES: dict[Status, str] = {"ok": "green", "warning": "yellow", "problem": "bold red", "unknown": "cyan"}
 _GAP = 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from tightfit.system.memory import HostMemory, host_memory
+from tightfit.system.memory_limits import HostMemory, host_memory
 from tightfit.system.nvml import Cards, is_wsl, read_cards
 from tightfit.system.torch_build import TorchBuild, read_torch
 

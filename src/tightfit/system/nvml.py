@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from tightfit.system.words import words
+from tightfit.wording.system import words
 
 T = TypeVar("T")
 FailureKind = Literal["no_bindings", "no_library", "no_driver", "mismatch", "not_allowed", "lost", "other"]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.system.machine import gpu_vendors
-from tightfit.system.memory import HostMemory, host_memory
+from tightfit.system.memory_limits import HostMemory, host_memory
 from tightfit.system.nvml import Cards, NvmlSession
 from tightfit.units import MIB
 
 METRICS = "metrics.jsonl"
-"""What a run writes in its folder; tightfit.train.metrics names it the same."""
+"""What a run writes in its folder; tightfit.trainer.metrics names it the same."""
 _TAIL_BYTES = MIB
 """Of a long file only the end is read, some thousand steps."""
 

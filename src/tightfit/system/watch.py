@@ -17,7 +17,7 @@ from tightfit.errors import ConfigError
 from tightfit.system.nvml import NvmlSession
 from tightfit.system.sampling import Sample, samples
 from tightfit.system.watch_view import frame, missing_cards, plain_line
-from tightfit.system.words import Words
+from tightfit.wording.system import Words
 
 HISTORY_S = 300
 """What the sparklines look back on."""

@@ -8,9 +8,9 @@ from rich.text import Text
 
 from tightfit.system.nvml import GpuMemory
 from tightfit.system.sampling import METRICS, Sample
-from tightfit.system.words import Words
 from tightfit.system.wrapping import wrap
 from tightfit.units import format_bytes, format_duration
+from tightfit.wording.system import Words
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _INDENT = "  "

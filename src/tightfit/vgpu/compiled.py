@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tightfit.kernels.cost import fused_kernel, kernel_of
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.frames import Frame, frames_of_text
 from tightfit.vgpu.graphs import CudaGraphs
-from tightfit.vgpu.work import fused_kernel, kernel_of
 
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 _GRAPHS_OPTION = "triton.cudagraphs"

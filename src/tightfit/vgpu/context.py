@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tightfit.vgpu.allocator import CachingAllocator
+    from tightfit.allocator.caching import CachingAllocator
 
 
 class VirtualGPU:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from tightfit.vgpu.values import Values
+    from tightfit.vgpu.known_values import Values
 
 aten = torch.ops.aten
 

@@ -19,17 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from tightfit.vgpu import kernels
-from tightfit.vgpu.allocator import CachingAllocator, OutOfMemory, PoolId
-from tightfit.vgpu.attention import attention
+from tightfit.allocator.caching import CachingAllocator, OutOfMemory, PoolId
+from tightfit.kernels import operators as kernels
+from tightfit.kernels.cost import kernel_of
+from tightfit.kernels.fused_attention import attention
+from tightfit.kernels.launch import Observer
+from tightfit.kernels.operators import Card
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
-from tightfit.vgpu.kernels import Card
-from tightfit.vgpu.launch import Observer
+from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Allocation, Category, Phase, Recorder
-from tightfit.vgpu.values import Values
-from tightfit.vgpu.work import kernel_of
 
 aten = torch.ops.aten
 

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from typing import Any
 
+from tightfit.kernels.operators import NOT_MODELLED
 from tightfit.vgpu.frames import Frame, users_line
-from tightfit.vgpu.kernels import NOT_MODELLED
 from tightfit.vgpu.recorder import CATEGORIES, Allocation
 from tightfit.vgpu.session import VirtualSession
 from tightfit.vgpu.timeline import timeline_data

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tightfit.vgpu.allocator import PoolId
+from tightfit.allocator.caching import PoolId
 from tightfit.vgpu.device import VirtualDevice
 
 _STREAM = 1 << 20

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tightfit.vgpu.allocator import Block, CachingAllocator, PoolId
+from tightfit.allocator.caching import Block, CachingAllocator, PoolId
 from tightfit.vgpu.frames import Frame
 
 Phase = Literal["setup", "eval", "forward", "loss", "backward", "optimizer", "save", "resume", "sample", "compile"]

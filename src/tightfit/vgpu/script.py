@@ -48,7 +48,7 @@ def run_script(script: str, arguments: list[str], request: Request) -> dict[str,
 
 def _print_traceback(error: BaseException) -> None:
     """The traceback as the script's user would see it, without our frames and torch's dispatch below."""
-    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frames = traceback.extract_tb(error.__traceback__)
     frames = traceback.StackSummary.from_list(
         frame for frame in frames if not frame.filename.startswith((ours, "<frozen runpy>"))

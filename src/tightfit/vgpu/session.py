@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tightfit.allocator.caching import AllocatorSettings, CachingAllocator
 from tightfit.errors import ConfigError, DeviceError
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
-from tightfit.vgpu import backend, cards, cuda_api, host, late
-from tightfit.vgpu.allocator import AllocatorSettings, CachingAllocator
+from tightfit.kernels.operators import Card
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.kernels import Card
+from tightfit.vgpu.patches import backend, cuda_api, host
+from tightfit.vgpu.patches import lazy_dynamo as late
+from tightfit.vgpu.patches import process_groups as cards
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.snapshot import TraceLog, write_snapshot
 

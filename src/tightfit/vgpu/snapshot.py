@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from tightfit.allocator.caching import AllocatorSettings, Block
+from tightfit.allocator.settings import UNLIMITED, VARIABLES
 from tightfit.errors import DataError
-from tightfit.vgpu.allocator import AllocatorSettings, Block
-from tightfit.vgpu.allocator_settings import UNLIMITED, VARIABLES
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.recorder import Allocation, Recorder
 

@@ -1,0 +1,37 @@
+"""`tightfit convert`."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tightfit.cli.main import OK
+from tightfit.errors import CheckpointError
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tightfit convert",
+        description="A nanoGPT or tightfit checkpoint (.pt) to a Hugging Face folder, or a folder to a .pt.",
+        epilog="example: tightfit convert out/ckpt.pt gpt2-mine",
+    )
+    parser.add_argument("source", type=Path, help="a .pt file, or a folder with config.json and safetensors")
+    parser.add_argument("target", type=Path, help="the folder, or the .pt file, to write; must not exist")
+    given = parser.parse_args(arguments)
+    if given.target.exists():
+        raise CheckpointError(f"{given.target} exists; name a new one, or remove it first")
+    from tightfit.models.conversion import load_hugging_face, save_hugging_face
+    from tightfit.trainer import checkpoint as ckpt
+
+    if given.source.is_dir():
+        if given.target.suffix != ".pt":
+            raise CheckpointError(f"{given.target} must end in .pt, since {given.source} is a Hugging Face folder")
+        config, weights = load_hugging_face(given.source)
+        content = ckpt.Checkpoint(model_config=config, model=weights, optimizer=None, step=0, best_val_loss=math.inf)
+        given.target.parent.mkdir(parents=True, exist_ok=True)
+        ckpt.save(given.target.parent, content, name=given.target.name)
+    else:
+        saved = ckpt.load(given.source)
+        save_hugging_face(given.target, saved.model_config, saved.model)
+    print(f"{given.source} -> {given.target}")
+    return OK

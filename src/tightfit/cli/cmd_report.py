@@ -1,0 +1,94 @@
+"""`tightfit report`."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tightfit.cli.main import OK
+from tightfit.config import TrainConfig, to_dict
+from tightfit.errors import DataError, TightfitError
+
+_HTML = "--html"
+
+
+def run(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(list(arguments))
+    from tightfit.report.html import run_report, write
+    from tightfit.report.runs import read_object
+    from tightfit.wording import chosen_language
+
+    plan = read_object(Path(options.plan)) if options.plan else None
+    findings = read_object(Path(options.dryrun)) if options.dryrun else None
+    if findings is not None and "timeline" not in findings:
+        raise DataError(f"--dryrun={options.dryrun} has no timeline; make it with dryrun --json --timeline memory.png")
+    html = run_report(options.out_dir, lang=chosen_language(options.lang), plan=plan, findings=findings)
+    goal = Path(options.out or Path(options.out_dir, "report.html"))
+    write(html, goal)
+    print(_written(goal, html))
+    return OK
+
+
+def _written(goal: Path, html: str) -> str:
+    return f"{goal}: {len(html.encode()) / 1000:,.0f} kB; open it in a browser"
+
+
+@contextlib.contextmanager
+def page_at_end(file: str | None, config: TrainConfig) -> Iterator[None]:
+    """Write the page of a run when it has ended, in whatever way; what goes wrong with it is only told.
+
+    DataError at once for a place where no file can be written.
+    """
+    if file is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from tightfit.report.page import check_folder
+
+    goal = Path(file)
+    check_folder(goal)
+    before = _state(config.out_dir)
+    has_ended = False
+    try:
+        yield
+        has_ended = True
+    finally:
+        if has_ended or _state(config.out_dir) != before:  # else what is there is of a run before
+            _write_page(goal, config)
+
+
+def _state(out_dir: str) -> tuple[int, int] | None:
+    from tightfit.report.runs import METRICS
+
+    with contextlib.suppress(OSError):
+        found = Path(out_dir, METRICS).stat()
+        return found.st_mtime_ns, found.st_size
+    return None
+
+
+def _write_page(goal: Path, config: TrainConfig) -> None:
+    from tightfit.report.html import run_report, write
+    from tightfit.wording.report import locale_language
+
+    try:
+        html = run_report(config.out_dir, lang=locale_language(), config=to_dict(config))
+        write(html, goal)
+        print(_written(goal, html), flush=True)
+    except TightfitError as error:
+        print(f"tightfit: {_HTML}: {error}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tightfit report",
+        description="A training run as one HTML file that needs no network: loss, rate, memory, events, configuration.",
+        epilog="example: tightfit report out-stdlib --out report.html --lang ja",
+        allow_abbrev=False,
+    )
+    parser.add_argument("out_dir", help="the folder of a training run")
+    parser.add_argument("--out", help="the file to write (default: report.html in that folder)")
+    parser.add_argument("--lang", help="en or ja (default: as the locale says)")
+    parser.add_argument("--plan", help="what plan --json printed, to show its alternatives and prediction")
+    parser.add_argument("--dryrun", help="what dryrun --json --timeline printed, to show memory within a step")
+    return parser

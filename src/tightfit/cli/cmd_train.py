@@ -1,0 +1,87 @@
+"""`tightfit train`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tightfit.cli.cmd_report import page_at_end
+from tightfit.cli.keys import keys_help, last, split_options
+from tightfit.cli.main import FAILED, OK, wants_help
+from tightfit.config import Resolved, TrainConfig, read_config
+from tightfit.errors import TightfitError
+from tightfit.trainer.supervise import supervise, wants_supervision
+
+PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
+"""Datasets so small that training makes them itself; openwebtext takes 54 GB and an hour."""
+
+_SPIN = ("GOMP_SPINCOUNT", "100000")
+"""How long an OpenMP thread waits actively for the others; read when torch is loaded. GNU's default of 300,000 made
+a small model's step 300 times slower (17 ms to 5.8 s) when another program used the cores; this costs nothing alone."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    if wants_help(arguments):
+        print(
+            "usage: tightfit train [config.py ...] [--key=value ...] [--html FILE]\n\n"
+            "example: tightfit train configs/train_shakespeare_char.py --device=cpu --max_iters=2000\n\n"
+            "  --html FILE: when training ends, write what tightfit report shows of it\n"
+            f"{keys_help(TrainConfig)}"
+        )
+        return OK
+    values, _, arguments = split_options(arguments, ["--html"])
+    resolved = read_config(TrainConfig, arguments, warn=lambda line: print(line, file=sys.stderr))
+    with page_at_end(last(values).get("--html"), resolved.config):
+        return _run(arguments, resolved)
+
+
+def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
+    if code := _prepare_if_missing(resolved.config):
+        return code
+    if wants_supervision(resolved.config):
+        return supervise(arguments, resolved.config)
+    os.environ.setdefault(*_SPIN)
+    fallback = None
+    if resolved.config.fit == "auto" and not resolved.config.eval_only:
+        from tightfit.planner.fit import fit
+
+        is_main = os.environ.get("RANK", "0") == "0"
+        fitted = fit(resolved, say=lambda line: print(line, flush=True) if is_main else None)
+        resolved, fallback = fitted.resolved, fitted.fallback
+    from tightfit.trainer.loop import train  # torch is imported only when there is something to train
+
+    try:
+        result = train(resolved, fallback)
+    except Exception as error:
+        failed = _out_of_memory(error)
+        if failed is None or os.environ.get("RANK", "0") != "0":
+            raise
+        from tightfit.cli.explained import explain_failed_run
+
+        print(f"tightfit: {error}", file=sys.stderr, flush=True)
+        explain_failed_run(failed[0], resolved.config, micro_batch=failed[1])
+        return FAILED
+    return OK if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _out_of_memory(error: Exception) -> tuple[str, int | None] | None:
+    """What the device said, and the micro-batch that the run had come down to; None for any other error."""
+    from tightfit.trainer.out_of_memory import Kind, is_out_of_memory
+    from tightfit.trainer.recovery import OutOfMemory, last_line
+
+    if isinstance(error, OutOfMemory):
+        return error.message, error.settings.micro_batch if error.settings else None
+    if isinstance(error, TightfitError) or is_out_of_memory(error) is not Kind.RECOVERABLE:
+        return None
+    return last_line(error), None  # --recover=False
+
+
+def _prepare_if_missing(config: TrainConfig) -> int:
+    """In a process of its own: tokenizing a corpus here would leave 100 MiB less to train with."""
+    folder = Path(config.data_dir) / config.dataset
+    if config.dataset not in PREPARED_WHEN_MISSING or (folder / "train.bin").exists():
+        return OK
+    print(f"{folder} is not there yet: preparing it", flush=True)
+    words = [sys.executable, "-m", "tightfit", "prepare", config.dataset, f"--data_dir={config.data_dir}"]
+    return subprocess.run(words).returncode

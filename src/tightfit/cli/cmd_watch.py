@@ -1,0 +1,48 @@
+"""`tightfit watch`."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tightfit.cli.main import OK
+from tightfit.errors import ConfigError
+from tightfit.wording import chosen_language
+
+
+def run(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(list(arguments))
+    if not (math.isfinite(options.interval) and 0.1 <= options.interval <= 3600):
+        raise ConfigError(f"--interval must be from 0.1 to 3600 seconds, got {options.interval:g}")
+    folder = Path(options.out_dir) if options.out_dir else None
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name the folder of a run, its out_dir")
+    from tightfit.system.watch import watch
+    from tightfit.wording.system import words
+
+    watch(
+        folder,
+        interval_s=options.interval,
+        once=options.once,
+        log=Path(options.log) if options.log else None,
+        console=Console(highlight=False, emoji=False, markup=False),
+        words=words(chosen_language(options.lang)),
+    )
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tightfit watch",
+        description="Memory of every card and of the host, live; with a run's folder, what the run says of itself.",
+        epilog="example: tightfit watch out-stdlib --log memory.csv",
+        allow_abbrev=False,
+    )
+    parser.add_argument("out_dir", nargs="?", help="the folder of a training run, to show its step and memory too")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples (default 1)")
+    parser.add_argument("--once", action="store_true", help="one sample, then end")
+    parser.add_argument("--log", help="append every sample to this CSV file")
+    parser.add_argument("--lang", help="en or ja (default: as the locale says)")
+    return parser

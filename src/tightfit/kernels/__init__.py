@@ -1,0 +1,1 @@
+"""Hidden bytes and cost of each operator on a card."""

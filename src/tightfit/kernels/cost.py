@@ -1,0 +1,89 @@
+"""What the kernels of a run would do: floating-point operations, bytes moved, and how many there are.
+
+Matrix products count as `torch.utils.flop_counter` does; so does attention, of which a causal mask spares the fused
+kernels half. Every kernel reads its inputs and writes its outputs once. Views and empty tensors take no kernel.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from tightfit.kernels.launch import Kernel, Place
+
+_NO_KERNEL = {
+    "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided",
+    "aten::detach", "aten::lift_fresh", "aten::_unsafe_view",
+}  # fmt: skip
+_BY_INDEX = {"aten::gather", "aten::embedding", "aten::index_select", "aten::scatter_add_", "aten::nll_loss_forward"}
+"""Operators that touch only the elements that an index names: as many as the smaller of their tensors has."""
+
+
+def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Kernel | None:
+    """The kernel behind one operator, or None if it takes none."""
+    schema = func._schema
+    if schema.name in _NO_KERNEL or _is_view(schema):
+        return None
+    tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if _has_storage(leaf)]
+    formula = flop_registry.get(func._overloadpacket)
+    flops = 0
+    if formula is not None:
+        flops = int(formula(*args, **{k: v for k, v in kwargs.items() if k != "generator"}, out_val=out))
+        flops //= 2 if _is_causal(schema, args, kwargs) else 1
+    nbytes = _bytes(tensors)
+    if schema.name in _BY_INDEX:
+        results = [leaf for leaf in tree_leaves(out) if _has_storage(leaf)]
+        indices = [tensor for tensor in tensors if tensor.dtype == torch.int64]
+        nbytes = 3 * min(_bytes(results), max(_bytes([index]) for index in indices) if indices else nbytes)
+        if schema.name == "aten::embedding":
+            nbytes = 2 * _bytes(results)
+    return Kernel(flops, nbytes, _dtype(tensors), "attention" in schema.name, _place(tensors))
+
+
+def fused_kernel(tensors: Iterable[Tensor]) -> Kernel:
+    """One kernel that Inductor wrote, by the buffers it is called with."""
+    tensors = list(tensors)
+    return Kernel(0, _bytes(tensors), _dtype(tensors))
+
+
+def _is_causal(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is attention that skips what lies above the diagonal."""
+    names = [argument.name for argument in schema.arguments]
+    if "is_causal" not in names:
+        return False
+    place = names.index("is_causal")
+    return bool(args[place] if place < len(args) else kwargs.get("is_causal", False))
+
+
+def _has_storage(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+
+def _is_view(schema: Any) -> bool:
+    returns = [each.alias_info for each in schema.returns]
+    return bool(returns) and all(info is not None and not info.is_write for info in returns)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Of the elements of each tensor once, an expanded one by what it has in memory."""
+    by_storage: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        nbytes = min(tensor.numel() * tensor.element_size(), storage.nbytes())
+        by_storage[storage._cdata] = min(by_storage.get(storage._cdata, 0) + nbytes, storage.nbytes())
+    return sum(by_storage.values())
+
+
+def _place(tensors: list[Tensor]) -> Place:
+    on_host = {tensor.device.type == "cpu" for tensor in tensors if tensor.dim()}
+    if len(on_host) == 2:
+        return "link"
+    return "host" if on_host == {True} else "device"
+
+
+def _dtype(tensors: list[Tensor]) -> str:
+    found = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    return str(found).removeprefix("torch.")

@@ -1,0 +1,361 @@
+"""GPT-2 checkpoints between nanoGPT's names and Hugging Face's folders, and the checks that both must pass.
+
+Both name a model's tensors alike. Hugging Face stores the four matrices of a block as (in, out) where nanoGPT
+has (out, in), leaves the tied `lm_head.weight` out, and always has biases. Nothing here is unpickled, and all
+shapes are compared with the configuration before anybody builds a model of it.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tightfit.config import PRETRAINED
+from tightfit.errors import CheckpointError, ConfigError
+from tightfit.models.model import GPT2_VOCAB, Activation, GPTConfig
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_MAX_JSON_BYTES = 2**20
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TIED = "lm_head.weight", "transformer.wte.weight"
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Buffers of older versions of both programs: the causal mask, not parameters."""
+_WRAPPERS = {"_orig_mod", "module"}
+"""What torch.compile and DistributedDataParallel put into names."""
+_WITHOUT_BIAS = {"bias": False}
+"""Under `tightfit` in config.json: the biases are there for transformers only. Believed if they are all 0."""
+_SIZES = {
+    "block_size": "n_positions", "vocab_size": "vocab_size",
+    "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+}  # fmt: skip
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu", "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+_FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
+"""Settings of transformers' GPT2Config that the model here has no choice in, at their defaults there."""
+
+
+def parameter_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor in nanoGPT's state dict, in order; lazy: `config` may be a stranger's."""
+    c = config.n_embd
+    yield "transformer.wte.weight", (config.vocab_size, c)
+    yield "transformer.wpe.weight", (config.block_size, c)
+    for layer in range(config.n_layer):
+        block = f"transformer.h.{layer}"
+        yield from _layer(f"{block}.ln_1", (c,), config.bias)
+        yield from _layer(f"{block}.attn.c_attn", (3 * c, c), config.bias)
+        yield from _layer(f"{block}.attn.c_proj", (c, c), config.bias)
+        yield from _layer(f"{block}.ln_2", (c,), config.bias)
+        yield from _layer(f"{block}.mlp.c_fc", (4 * c, c), config.bias)
+        yield from _layer(f"{block}.mlp.c_proj", (c, 4 * c), config.bias)
+    yield from _layer("transformer.ln_f", (c,), config.bias)
+    yield "lm_head.weight", (config.vocab_size, c)
+
+
+def check_state(config: GPTConfig, state_dict: Mapping[str, object]) -> None:
+    """CheckpointError unless `state_dict` holds exactly the floating-point tensors of a GPT of `config`."""
+    names = set()
+    for name, shape in parameter_shapes(config):
+        _checked(state_dict, name, shape)
+        names.add(name)
+    for name in state_dict:
+        if name not in names:
+            raise CheckpointError(f"tensor {brief(name)} is no part of {_describe(config)}")
+    head, embedding = (_checked(state_dict, name, (config.vocab_size, config.n_embd)) for name in _TIED)
+    if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+        raise CheckpointError(f"{_TIED[0]} and {_TIED[1]} differ, but a GPT-2 has one matrix for both")
+
+
+def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain nanoGPT names: without what torch.compile and DDP add, nor old versions' attention masks."""
+
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+    return _renamed(state_dict, plain)
+
+
+def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The GPT-2 of a local Hugging Face folder: `config.json` and safetensors, whole or in shards.
+
+    Dropout is the folder's `resid_pdrop`; whoever trains sets their own. CheckpointError for a folder that is
+    incomplete, broken, pickled, or of a model that computes something else.
+    """
+    settings = _read_json(folder / _CONFIG)
+    config = _read_config(settings, folder / _CONFIG)
+    tensors = _renamed(_read_tensors(folder), lambda name: name.removeprefix("transformer."))
+    if "wte.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["wte.weight"])
+    state = {}
+    for name, shape in parameter_shapes(config):
+        theirs = name.removeprefix("transformer.")
+        transposed = name.endswith(_TRANSPOSED)
+        tensor = _checked(tensors, theirs, shape[::-1] if transposed else shape)
+        state[name] = tensor.t().contiguous() if transposed else tensor
+        del tensors[theirs]
+    if tensors:
+        raise CheckpointError(f"tensor {brief(min(tensors))} is no part of {_describe(config)}")
+    biases = [name for name in state if name.endswith(".bias")]
+    if settings.get("tightfit") == _WITHOUT_BIAS and not any(state[name].any() for name in biases):
+        config = replace(config, bias=False)
+        for name in biases:
+            del state[name]
+    check_state(config, state)
+    return config, state
+
+
+def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, Tensor]) -> None:
+    """Write a new folder that transformers' GPT2LMHeadModel loads; it appears whole or not at all.
+
+    A model without biases gets zeros, and a note in `config.json` by which `load_hugging_face` removes them.
+    """
+    check_state(config, state_dict)
+    folder = folder.resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists; name a new folder, or remove it first")
+    work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        work.mkdir(parents=True)
+        save_file(_their_tensors(config, state_dict), work / _WEIGHTS, metadata={"format": "pt"})
+        (work / _CONFIG).write_text(json.dumps(_their_config(config), indent=2) + "\n")
+        shutil.copymode(work / _CONFIG, work / _WEIGHTS)  # safetensors lets only the owner read
+        for path in (work / _WEIGHTS, work / _CONFIG):
+            _flush(path)
+        work.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {folder}: {error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def fetch_pretrained(name_or_path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """OpenAI's GPT-2 of that name, from the Hugging Face cache or else its Hub, or a local folder's model."""
+    name = str(name_or_path)
+    return load_hugging_face(_download(name) if name in PRETRAINED else _folder(name))
+
+
+def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
+    """The shape of what `fetch_pretrained` gives, without fetching or reading any weights."""
+    name = str(name_or_path)
+    if name in PRETRAINED:
+        return GPTConfig(**PRETRAINED[name], activation="gelu_tanh")
+    folder = _folder(name)
+    settings = _read_json(folder / _CONFIG)
+    config = _read_config(settings, folder / _CONFIG)
+    found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in _names(folder))
+    blocks = len({int(each[1]) for each in found if each})
+    if blocks != config.n_layer:
+        raise CheckpointError(
+            f"{folder} has weights of {blocks} blocks, and its {_CONFIG} says n_layer={config.n_layer}"
+        )
+    return replace(config, bias=settings.get("tightfit") != _WITHOUT_BIAS)
+
+
+def _folder(name: str) -> Path:
+    if not Path(name).is_dir():
+        raise CheckpointError(f"{name} is neither a folder nor one of {', '.join(PRETRAINED)}")
+    return Path(name)
+
+
+def _layer(name: str, weight: tuple[int, ...], bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", weight
+    if bias:
+        yield f"{name}.bias", weight[:1]
+
+
+def _describe(config: GPTConfig) -> str:
+    return f"a GPT-2 of {config.n_layer} layers with bias={config.bias}"
+
+
+def _checked(tensors: Mapping[str, object], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(f"tensor {name} of shape {shape} is missing")
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise CheckpointError(f"{name} must be a tensor of floating-point numbers, found {found}")
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise CheckpointError(f"{name} must hold its numbers plainly; it is {'empty' if tensor.is_meta else 'sparse'}")
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, but its configuration asks for {shape}")
+    return tensor
+
+
+def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"a tensor's name must be text, got {brief(name)}")
+        new = rename(name)
+        if new in renamed:
+            raise CheckpointError(f"tensor {brief(new)} is there twice, once as {brief(name)}")
+        if not new.endswith(_MASKS):
+            renamed[new] = tensor
+    return renamed
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+        content = json.loads(data) if len(data) <= _MAX_JSON_BYTES else None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not JSON; fetch it again") from None
+    if len(data) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; it cannot be a model's")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read_config(settings: dict[str, Any], path: Path) -> GPTConfig:
+    def need(name: str, holds: bool, rule: object) -> None:
+        if not holds:
+            found = f"{name}={brief(settings[name])}" if name in settings else f"no {name}"
+            raise CheckpointError(f"{path} has {found}; it must be {rule} for a GPT-2 that can be read here")
+
+    need("model_type", settings.get("model_type") == "gpt2", "gpt2")
+    for name, fixed in _FIXED.items():
+        need(name, settings.get(name, fixed) == fixed, fixed)
+    sizes = {ours: settings.get(theirs) for ours, theirs in _SIZES.items()}
+    for ours, theirs in _SIZES.items():
+        size = sizes[ours]
+        need(theirs, type(size) is int and 0 < size < 2**31, "an integer from 1 to 2**31 - 1")
+    activation = settings.get("activation_function", "gelu_new")
+    known = isinstance(activation, str) and activation in _ACTIVATIONS
+    need("activation_function", known, f"one of {', '.join(_ACTIVATIONS)}")
+    dropout = settings.get("resid_pdrop", 0.1)
+    need("resid_pdrop", type(dropout) in (int, float) and 0 <= dropout < 1, "at least 0 and below 1")
+    width: Any = sizes["n_embd"]
+    need("n_inner", settings.get("n_inner") in (None, 4 * width), f"null or 4 * n_embd = {4 * width}")
+    args: dict[str, Any] = {**sizes, "dropout": float(dropout), "activation": _ACTIVATIONS[activation]}
+    try:
+        return GPTConfig(**args)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder, whole or in shards."""
+    index = folder / f"{_WEIGHTS}.index.json"
+    if (folder / _WEIGHTS).exists() or not index.exists():
+        if not (folder / _WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
+            raise CheckpointError(
+                f"{folder} has its weights as a pickle ({pickles[0].name}), which can run code when opened; "
+                f"convert it to {_WEIGHTS} with transformers' save_pretrained, or fetch that file instead"
+            )
+        return [folder / _WEIGHTS]
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{index} must map tensors to files under weight_map; fetch it again")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {brief(shard)}; only .safetensors files beside it are read")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        tensors |= _read_safetensors(path)
+    return tensors
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Of a folder's tensors, none of which is read."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield from file.keys()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+
+
+def _their_tensors(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, shape in parameter_shapes(replace(config, bias=True)):
+        if name == _TIED[0]:
+            continue
+        if name in state_dict:
+            tensor = state_dict[name]
+            tensors[name] = (tensor.t() if name.endswith(_TRANSPOSED) else tensor).contiguous()
+        else:
+            tensors[name] = torch.zeros(shape, dtype=state_dict[name.removesuffix("bias") + "weight"].dtype)
+    return tensors
+
+
+def _their_config(config: GPTConfig) -> dict[str, Any]:
+    end_of_text = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None
+    ours = {} if config.bias else {"tightfit": _WITHOUT_BIAS}
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(config, name) for name, theirs in _SIZES.items()},
+        "n_inner": None,
+        "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        **_FIXED,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        **ours,
+    }
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk, so that a rename after it never publishes an empty file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _download(name: str) -> Path:
+    """Folder of the Hugging Face cache with this model's files; asks the network if they are not there."""
+    page = f"https://huggingface.co/openai-community/{name}"
+    by_hand = f"or copy {_CONFIG} and {_WEIGHTS} from {page} and use --init_from=/path/to/folder"
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise CheckpointError(f"fetching {name} needs pip install 'tightfit[hf]'; do that, {by_hand}") from None
+    # The first base is the error of the HTTP client below, which is another one in other versions of the Hub.
+    failures: tuple[type[Any], ...] = (OSError, HfHubHTTPError.__bases__[0])
+    reason = ""
+    for repository, cached in (
+        (f"openai-community/{name}", True),
+        (name, True),
+        (f"openai-community/{name}", False),
+    ):
+        try:
+            paths = [hf_hub_download(repository, file, local_files_only=cached) for file in (_CONFIG, _WEIGHTS)]
+            return Path(paths[0]).parent
+        except failures as error:
+            reason = type(error).__name__
+    raise CheckpointError(f"{name} is not in the Hugging Face cache, and the Hub gave {reason}; try again, {by_hand}")

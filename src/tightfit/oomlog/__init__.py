@@ -1,0 +1,1 @@
+"""An out-of-memory log, read to facts."""

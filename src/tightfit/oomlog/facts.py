@@ -1,0 +1,299 @@
+"""What is known of a failure: the figures that its message states, with their rounding, and their arithmetic.
+
+A message prints `6.14 GiB` for anything from 6.135 to 6.145 GiB, so what is computed from it is an interval, too.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from tightfit.oomlog.tracebacks import TraceFrame
+from tightfit.units import MIB
+
+KINDS = {
+    "cuda_out_of_memory": "PyTorch's caching allocator on CUDA",
+    "hip_out_of_memory": "the same on ROCm",
+    "xpu_out_of_memory": "Intel GPUs",
+    "npu_out_of_memory": "Ascend NPUs",
+    "mps_out_of_memory": "Apple GPUs",
+    "device_out_of_memory": "a device that the message does not name, or another backend",
+    "cuda_async": "cudaMallocAsync",
+    "cuda_driver": "the CUDA or HIP runtime or driver, outside PyTorch's allocator",
+    "cublas": "cuBLAS could not get its workspace or handle",
+    "cudnn": "cuDNN could not get its workspace or handle",
+    "cuda_library": "cuSOLVER, cuSPARSE, cuFFT or cuRAND could not get memory",
+    "nccl": "NCCL could not get its buffers",
+    "nvml_assert": "an out of memory whose report failed, because NVML does not answer",
+    "expandable_segments_assert": "an out of memory hidden by an assertion of expandable segments",
+    "triton_resources": "a kernel that needs more shared memory or registers than a multiprocessor has",
+    "host_allocator": "PyTorch's allocator for host memory",
+    "host_numpy": "numpy",
+    "host_memory_error": "another allocation of host memory: MemoryError, bad_alloc, errno 12",
+    "host_killed": "the process was killed: by the kernel for want of host memory, as far as one can tell",
+    "dataloader_killed": "a DataLoader worker was killed or left",
+    "shared_memory": "/dev/shm is too small",
+    "windows_commit_limit": "Windows' paging file is too small",
+}
+"""Every kind of failure, and what gave up."""
+
+CONSEQUENCES = frozenset({"dataloader_killed", "host_killed"})
+"""Kinds that often follow another failure rather than being the first."""
+
+NOTES = {
+    "process_memory_unknown": "this process's memory is printed as 0 bytes or 2**64: NVML does not tell it",
+    "process_memory_unstated": "there is no sentence on this process, as in containers; it may be among the others",
+    "other_process_memory_unknown": "another process's memory is printed as 2**64",
+    "spills_to_host": "more is in use than the card has: the driver moved memory to the host (Windows, WSL)",
+    "more_free_than_requested": "a memory fraction, fragmentation, or memory freed meanwhile",
+    "free_exceeds_total": "integrated GPUs report host memory as free",
+    "no_limit_set": "the printed limit of 2**64 bytes means that none was set",
+    "rounding_clamped": "a difference of rounded figures was below zero, and is taken as zero",
+    "figures_disagree": "a difference is below zero beyond rounding, so it was left out",
+    "request_says_little": "2.00 and 20.00 MiB are what the allocator asks for on behalf of any small tensor",
+    "request_beyond_1eb": "the message says only that the request was above an exbibyte: a wrong size",
+    "device_unstated": "the device index is missing (PyTorch 2.3.0 printed it as a raw byte), or was cut off",
+    "message_cut": "the message ends before the figures that its format has",
+    "allocated_includes_private_pools": "the figure for allocated memory includes the private pools",
+    "cause_unstated": "the message does not say that memory was the cause",
+    "class_without_message": "only the name of the exception is there",
+}
+"""Codes of what is odd about a message."""
+
+_FACTORS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
+_ABSURD = 2**63
+_SIZE = re.compile(r"\s*(\d{1,24})(\.\d{0,12})?\s*([A-Za-z]{1,5})\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number of bytes: the nearest whole one, and the bounds that rounding leaves."""
+
+    bytes: int
+    low: int
+    """Least whole number of bytes that would be printed so."""
+    high: int
+    """Greatest one."""
+    stated: bool = True
+    """Whether the message prints it; otherwise it is arithmetic."""
+
+    @classmethod
+    def printed(cls, text: str) -> "Figure | None":
+        """The figure of a printed size; every unit is binary, as in PyTorch's messages, where old GB were GiB.
+
+        >>> Figure.printed("6.14 GiB").bytes, Figure.printed("512 bytes").high
+        (6592774799, 512)
+        """
+        match = _SIZE.fullmatch(text)
+        if not match or match[3][0].lower() not in _FACTORS:
+            return None
+        unit = 1024 ** _FACTORS[match[3][0].lower()]
+        decimals = max(len(match[2] or "") - 1, 0)
+        twice = 2 * 10**decimals
+        value = 2 * int(match[1] + (match[2] or "")[1:]) * unit  # in units of 1/twice bytes
+        nearest = (value + twice // 2) // twice
+        if unit == 1:  # c10's format_size prints whole bytes below 1 KiB
+            return cls(bytes=nearest, low=nearest, high=nearest)
+        low, high = max(-((unit - value) // twice), 0), (value + unit) // twice
+        return cls(bytes=nearest, low=min(low, nearest), high=max(high, nearest))
+
+    def __add__(self, other: "Figure") -> "Figure":
+        return Figure(
+            bytes=self.bytes + other.bytes, low=self.low + other.low, high=self.high + other.high, stated=False
+        )
+
+    def __sub__(self, other: "Figure") -> "Figure":
+        return Figure(
+            bytes=self.bytes - other.bytes, low=self.low - other.high, high=self.high - other.low, stated=False
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherProcess:
+    """A process that the message names."""
+
+    pid: int
+    figure: Figure
+
+    @property
+    def bytes(self) -> int:
+        return self.figure.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """One failure. Every figure that is absent is None; `figures` has the intervals, and says which are stated."""
+
+    kind: str
+    """A key of KINDS."""
+    torch_format: str | None = None
+    """T0 to T9, or T5b; None where PyTorch's versions do not differ."""
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    """By the names of the properties below."""
+    device_index: int | None = None
+    other_processes: tuple[OtherProcess, ...] = ()
+    rank: int | None = None
+    phase: str | None = None
+    """setup, eval, forward, loss, backward, optimizer, save, resume, sample or compile."""
+    frames: tuple[TraceFrame, ...] = ()
+    """The Python stack, outermost first."""
+    exception: str | None = None
+    """Its class, as printed."""
+    message: str = ""
+    """The message as far as it was understood, on one line, without control codes."""
+    line: int = 0
+    """Where it starts in the log, from 1."""
+    notes: tuple[str, ...] = ()
+    """Keys of NOTES."""
+    pid: int | None = None
+    """The process that was killed, where the message says so."""
+    repeats: int = 1
+    """How often the very same failure of the same rank is in the log."""
+
+    def _bytes(self, name: str) -> int | None:
+        figure = self.figures.get(name)
+        return None if figure is None else figure.bytes
+
+    @property
+    def requested_bytes(self) -> int | None:
+        return self._bytes("requested_bytes")
+
+    @property
+    def total_bytes(self) -> int | None:
+        return self._bytes("total_bytes")
+
+    @property
+    def free_bytes(self) -> int | None:
+        return self._bytes("free_bytes")
+
+    @property
+    def process_bytes(self) -> int | None:
+        """Of this process on the device, with its context."""
+        return self._bytes("process_bytes")
+
+    @property
+    def allocated_bytes(self) -> int | None:
+        return self._bytes("allocated_bytes")
+
+    @property
+    def unallocated_bytes(self) -> int | None:
+        """Reserved by PyTorch but unallocated, if stated; `cache_bytes` is there in every format."""
+        return self._bytes("unallocated_bytes")
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """Stated up to PyTorch 2.0, the sum of allocated and unallocated after."""
+        return self._bytes("reserved_bytes")
+
+    @property
+    def private_pool_bytes(self) -> int | None:
+        return self._bytes("private_pool_bytes")
+
+    @property
+    def allowed_bytes(self) -> int | None:
+        return self._bytes("allowed_bytes")
+
+    @property
+    def others_bytes(self) -> int | None:
+        """Total - free - this process: what other processes use."""
+        return self._bytes("others_bytes")
+
+    @property
+    def outside_pytorch_bytes(self) -> int | None:
+        """This process - reserved: context, libraries, NCCL."""
+        return self._bytes("outside_pytorch_bytes")
+
+    @property
+    def not_reserved_bytes(self) -> int | None:
+        """Total - free - reserved: other processes and this one's context together, where they cannot be parted."""
+        return self._bytes("not_reserved_bytes")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """PyTorch's own cache: reserved and not allocated."""
+        return self._bytes("cache_bytes")
+
+    @property
+    def short_by_bytes(self) -> int | None:
+        """Request - free; None if more was free than requested."""
+        return self._bytes("short_by_bytes")
+
+    @property
+    def cache_would_do(self) -> bool | None:
+        """Whether the request would fit in what is free and cached together; None if rounding leaves it open."""
+        need, free, cache = (self.figures.get(f"{name}_bytes") for name in ("requested", "free", "cache"))
+        if need is None or free is None or cache is None:
+            return None
+        room = free + cache
+        return True if room.low >= need.high else False if room.high < need.low else None
+
+
+def with_arithmetic(stated: Mapping[str, Figure]) -> tuple[dict[str, Figure], list[str]]:
+    """The stated figures and what follows from them, and notes on what is odd.
+
+    >>> size = Figure.printed
+    >>> found, _ = with_arithmetic({"total_bytes": size("11.69 GiB"), "free_bytes": size("2.68 GiB"),
+    ...     "process_bytes": size("7.04 GiB")})
+    >>> found["others_bytes"].bytes, found["others_bytes"].stated
+    (2115271394, False)
+    """
+    figures = dict(stated)
+    notes: list[str] = []
+    sane = {name: figure for name, figure in figures.items() if figure.bytes < _ABSURD}
+    own = sane.get("process_bytes")
+    if "process_bytes" in figures and (own is None or not own.bytes):
+        notes.append("process_memory_unknown")
+        sane.pop("process_bytes", None)
+    if figures.get("allowed_bytes") and "allowed_bytes" not in sane:
+        notes.append("no_limit_set")
+
+    def add(name: str, first: str, *minus: str) -> None:
+        terms = [sane.get(f"{each}_bytes") for each in (first, *minus)]
+        result = terms[0]
+        for term in terms[1:]:
+            result = None if result is None or term is None else result - term
+        if result is None or f"{name}_bytes" in figures:
+            return
+        if result.high < 0:
+            notes.append("figures_disagree")
+            return
+        if result.bytes < 0:
+            notes.append("rounding_clamped")
+        sane[f"{name}_bytes"] = figures[f"{name}_bytes"] = Figure(
+            bytes=max(result.bytes, 0), low=max(result.low, 0), high=result.high, stated=False
+        )
+
+    if "unallocated_bytes" in sane:
+        sane["cache_bytes"] = figures["cache_bytes"] = replace(sane["unallocated_bytes"], stated=False)
+        if "allocated_bytes" in sane and "reserved_bytes" not in sane:
+            both = sane["allocated_bytes"] + sane["unallocated_bytes"]
+            sane["reserved_bytes"] = figures["reserved_bytes"] = both
+    add("cache", "reserved", "allocated")
+    add("others", "total", "free", "process")
+    add("outside_pytorch", "process", "reserved")
+    add("not_reserved", "total", "free", "reserved")
+    _add_shortage(figures, sane, notes)
+    notes += _oddities(figures, sane)
+    return figures, list(dict.fromkeys(notes))
+
+
+def _add_shortage(figures: dict[str, Figure], sane: Mapping[str, Figure], notes: list[str]) -> None:
+    need, free = sane.get("requested_bytes"), sane.get("free_bytes")
+    if need is None or free is None:
+        return
+    if free.low >= need.high:
+        notes.append("more_free_than_requested")
+        return
+    short = need - free
+    figures["short_by_bytes"] = Figure(bytes=max(short.bytes, 0), low=max(short.low, 0), high=short.high, stated=False)
+
+
+def _oddities(figures: Mapping[str, Figure], sane: Mapping[str, Figure]) -> Iterator[str]:
+    total, free = sane.get("total_bytes"), sane.get("free_bytes")
+    if total and any(name in sane and sane[name].low > total.high for name in ("allocated_bytes", "process_bytes")):
+        yield "spills_to_host"
+    if total and free and free.low > total.high:
+        yield "free_exceeds_total"
+    if "requested_bytes" in figures and figures["requested_bytes"].bytes in (2 * MIB, 20 * MIB):
+        yield "request_says_little"
+    if "private_pool_bytes" in figures:
+        yield "allocated_includes_private_pools"

@@ -1,0 +1,268 @@
+"""A plan for a configuration: on a card that is named, on the one that is here, or on this machine's processor."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tightfit.config import Resolved, TrainConfig
+from tightfit.data import open_dataset
+from tightfit.errors import TightfitError
+from tightfit.gpus import GPU, all_gpus, resolve_gpu
+from tightfit.planner.budget import Budget, device_budget, host_budget, spills_to_host
+from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, parameters_of, reliefs
+from tightfit.planner.predict import Predictor, Target, Tracer
+from tightfit.planner.search import Choice, choose
+from tightfit.simulation.cache import cache_folder
+from tightfit.simulation.speed import rates_of
+from tightfit.system import gpu_memory, host_memory
+from tightfit.system.checks_run import OFFLOADED_BYTES
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+EXPANDABLE = "expandable_segments:True"
+"""Segments that grow: what is cached is not lost to fragmentation, so larger micro-batches fit."""
+_COMPILES_FROM = (7, 0)
+"""Compute capability that Triton needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """The device that is planned for."""
+
+    gpu: GPU | None
+    """None: this machine's processor."""
+    budget: Budget
+    known: bool = True
+    """Whether the card is in the table."""
+    is_here: bool = False
+    """Whether it is in this machine."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """What was planned, for people (`report.plan_terminal`) and machines (`as_dict`)."""
+
+    config: TrainConfig
+    where: Where
+    choice: Choice
+    environ: dict[str, str]
+    """Allocator settings that the plan was made with."""
+    seconds: float
+    traced: int
+    """Traces made now; the others were remembered."""
+    notes: list[str] = field(default_factory=list)
+
+
+def make_plan(
+    resolved: Resolved[TrainConfig],
+    where: Where,
+    *,
+    processes: int = 1,
+    say: Callable[[str], object] = lambda text: None,
+) -> PlanResult:
+    """The fastest plan that fits `where`, for one of `processes` that share the effective batch.
+
+    Nothing runs on the device. DeviceError where the virtual one does not work.
+    """
+    started = time.perf_counter()
+    config = with_shape(resolved.config)
+    share = -(-config.effective_batch // processes)
+    environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
+    if where.gpu and not environ and sys.platform == "linux" and not spills_to_host():
+        environ = {ALLOCATOR: EXPANDABLE}
+    measured: dict[str, Any] = {"flops": {}, "bandwidth": 0.0} if where.gpu else measured_host()
+    target = Target(
+        gpu=where.gpu,
+        known=where.known,
+        share=share,
+        environ=environ,
+        host_flops=measured["flops"],
+        host_bandwidth=measured["bandwidth"],
+    )
+    on = replace(config, device="cpu" if where.gpu is None else "cuda")
+    with Tracer() as tracer:
+        asked = Resolved(on, resolved.sources, resolved.warnings)
+        choice = choose(
+            asked,
+            Predictor(on, target, tracer),
+            where.budget,
+            share,
+            reliefs=reliefs(
+                asked,
+                offloads=_offloads(config, where, processes),
+                may_use_8bit=can_compile(where.gpu) and _is_installed("torchao"),
+            ),
+            compiled=_compiles(config, where.gpu),
+            on_host=where.gpu is None,
+            processes=processes,
+            say=say,
+        )
+    return PlanResult(
+        config=config,
+        where=where,
+        choice=choice,
+        environ=environ,
+        seconds=time.perf_counter() - started,
+        traced=tracer.traced,
+        notes=[*where.notes, *_emulates(config, where.gpu)],
+    )
+
+
+def _emulates(config: TrainConfig, gpu: GPU | None) -> list[str]:
+    if gpu is None or gpu.native_bf16 or config.dtype != "bfloat16":
+        return []
+    products = rates_of(gpu, compiled=False).matmul
+    factor = products["float16"] / products["bfloat16"] if gpu.fp32_tflops else 0.0
+    return [
+        f"{gpu.name} only emulates dtype=bfloat16; with --dtype=float16 its matrix products are "
+        f"{f'{factor:.0f} times faster' if factor >= 2.5 else 'faster'}"
+    ]
+
+
+def named_card(
+    text: str,
+    *,
+    memory_bytes: int | None = None,
+    used_bytes: int = 0,
+    capability: tuple[int, int] | None = None,
+) -> Where:
+    """A card by its name, as if it were here. DeviceError for one that is not known."""
+    gpu, notes = resolve_gpu(text, memory_bytes=memory_bytes, capability=capability)
+    return Where(
+        gpu=gpu,
+        budget=device_budget(gpu, total_bytes=memory_bytes, used_bytes=used_bytes),
+        known=gpu.name in _names(),
+        notes=tuple(notes),
+    )
+
+
+def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None:
+    """The card of this machine with what others use of it now, or None if none is seen; at most `limit_bytes` of it."""
+    card, why = gpu_memory(index)
+    if card is None or card.total_bytes is None:
+        return None
+    total = card.total_bytes - (card.reserved_bytes or 0)
+    gpu, notes = resolve_gpu(card.name, memory_bytes=total, capability=card.capability)
+    used = card.used_bytes or 0
+    if limit_bytes is not None:
+        total = min(total, limit_bytes + used)
+    return Where(
+        gpu=gpu,
+        budget=device_budget(gpu, total_bytes=total, used_bytes=used),
+        known=gpu.name in _names(),
+        is_here=True,
+        notes=(*notes, *([why] if why else [])),
+    )
+
+
+def this_host(memory_bytes: int | None = None) -> Where:
+    """This machine's processor, with `memory_bytes` or the tightest limit that holds for a process started here."""
+    host, base = host_memory(), measured_host()["base_bytes"]
+    resident = base["resident"]
+    own = host.used_by_this_process_bytes or 0
+    wholes = [
+        (limit.limit_bytes if limit.source in base else limit.left_bytes + own, limit.source) for limit in host.limits
+    ]
+    if host.available_bytes is not None:
+        wholes.append((host.available_bytes + own, "free memory of this machine"))
+    if memory_bytes is not None:
+        wholes.append((memory_bytes, "as given"))
+    if not wholes:
+        raise TightfitError("this system does not say how much memory is free; give --memory=8GiB, say")
+    whole, source = min(wholes, key=lambda each: each[0] - base.get(each[1], resident))
+    return Where(
+        gpu=None,
+        budget=host_budget(
+            whole, base_bytes=resident, reserved_bytes=max(0, base.get(source, resident) - resident), source=source
+        ),
+    )
+
+
+def measured_host() -> dict[str, Any]:
+    """What this machine's processor does in a second, and what torch takes of memory when it is loaded; remembered."""
+    file = cache_folder() / f"this-host-{_processor()}.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        words = [
+            sys.executable,
+            "-c",
+            "from tightfit.simulation.processor import print_measurements; print_measurements()",
+        ]
+        found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        with contextlib.suppress(OSError):  # measured again next time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found))
+    return found
+
+
+def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]:
+    """What the host has room for; of the machine of a card that is only named, nothing is known."""
+    if where.gpu is None:
+        return []
+    free = host_memory().budget_bytes if where.is_here else None
+    has_room = free is None or free > OFFLOADED_BYTES * parameters_of(config)
+    return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
+
+
+def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
+    if isinstance(config.compile, bool):
+        return config.compile
+    return can_compile(gpu)
+
+
+def can_compile(gpu: GPU | None) -> bool:
+    """Whether torch.compile has a compiler for it, here."""
+    return gpu is not None and gpu.capability >= _COMPILES_FROM and _is_installed("triton")
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def with_shape(config: TrainConfig) -> TrainConfig:
+    """The shape that the run will have: of the weights that it starts from, else of the configuration and the dataset.
+
+    CheckpointError for weights that cannot be used.
+    """
+    if config.init_from != "scratch":
+        from tightfit.trainer.setup import starting_shape  # imports torch
+
+        own = starting_shape(config.init_from, config.out_dir)
+        assert own is not None, "only a run from scratch has none"
+        shape = {key: getattr(own, key) for key in ("n_layer", "n_head", "n_embd", "bias", "vocab_size")}
+        return replace(config, block_size=min(config.block_size, own.block_size), **shape)
+    if config.vocab_size:
+        return config
+    try:
+        found = open_dataset(config.dataset, config.data_dir).vocab_size
+    except TightfitError:
+        found = None
+    return replace(config, vocab_size=found or 0)
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(gpu.name for gpu in all_gpus())
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line for line in lines if line.startswith("model name")), platform.processor())
+    except OSError:
+        model = platform.processor()
+    text = f"{model} {os.cpu_count()} {version('torch')} {os.environ.get('OMP_NUM_THREADS', '')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""One service that plays steps, loops and scripts on the virtual GPU."""

@@ -1,0 +1,178 @@
+"""A training loop in nanoGPT's manner, to be played on the virtual GPU in place of the run that failed.
+
+It decides what such a run allocates, and when: the evaluation comes before the first step, `logits` of one iteration
+stay bound while the next is computed, and the loss is taken over all logits at once. `tightfit.simulation.stage` runs a
+copy outside the package, so that its lines count as a user's. b sequences, t tokens, c channels, v vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Norm(nn.Module):
+    """nanoGPT's LayerNorm, which may lack the bias."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(width, 3 * width, bias=bias)
+        self.c_proj = nn.Linear(width, width, bias=bias)
+        self.resid_dropout = nn.Dropout(dropout)
+        self.heads, self.dropout = heads, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.size()
+        q, k, v = self.c_attn(x).split(c, dim=2)
+        k = k.view(b, t, self.heads, c // self.heads).transpose(1, 2)
+        q = q.view(b, t, self.heads, c // self.heads).transpose(1, 2)
+        v = v.view(b, t, self.heads, c // self.heads).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).contiguous().view(b, t, c)
+        out: Tensor = self.resid_dropout(self.c_proj(y))
+        return out
+
+
+class Perceptron(nn.Module):
+    def __init__(self, width: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width, bias=bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * width, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.ln_1, self.attn = Norm(width, bias), Attention(width, heads, dropout, bias)
+        self.ln_2, self.mlp = Norm(width, bias), Perceptron(width, dropout, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Model(nn.Module):
+    def __init__(self, keys: Mapping[str, Any]) -> None:
+        super().__init__()
+        width, dropout, bias = keys["n_embd"], keys["dropout"], keys["bias"]
+        self.wte = nn.Embedding(keys["vocab_size"], width)
+        self.wpe = nn.Embedding(keys["block_size"], width)
+        self.drop = nn.Dropout(dropout)
+        self.h = nn.ModuleList(Block(width, keys["n_head"], dropout, bias) for _ in range(keys["n_layer"]))
+        self.ln_f = Norm(width, bias)
+        self.lm_head = nn.Linear(width, keys["vocab_size"], bias=False)
+        self.wte.weight = self.lm_head.weight
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        t = idx.size(1)
+        pos = torch.arange(0, t, dtype=torch.long, device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(pos))
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, loss
+
+
+def on_device(model: nn.Module, device: str) -> nn.Module:
+    """`model.to(device)` without computing weights on the host first: a tied weight is met twice, as there."""
+
+    def move(t: Tensor) -> Tensor:
+        return t if t.device.type != "meta" else torch.empty_like(t, device=device)
+
+    return model._apply(move)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def optimizer_of(model: nn.Module, keys: Mapping[str, Any]) -> torch.optim.Optimizer:
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    groups = [
+        {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": 0.1},
+        {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=keys["learning_rate"], betas=(0.9, 0.95), fused=True)
+
+
+def run(keys: Mapping[str, Any], note: Callable[..., None]) -> None:
+    """An evaluation, the steps, and another evaluation.
+
+    `keys` are nanoGPT's, and of the play's own: `passes` of a step and `steps` to play, `evaluate` ("as_is", "eager":
+    without torch.compile, "none"), `eval_batch` and `release` (whether `del logits, loss` ends each iteration).
+    `note` is told what comes next.
+    """
+    device = "cuda"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[keys["dtype"]]
+    ctx: Any = contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device, dtype=dtype)
+
+    def get_batch(size: int) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(size, keys["block_size"], dtype=torch.int64)
+        x, y = ids.pin_memory(), ids.clone().pin_memory()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+    with torch.device("meta"):
+        plain = Model(keys)
+    on_device(plain, device)
+    model: Any = plain
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    optimizer = optimizer_of(model, keys)
+    if keys["compile"]:
+        model = torch.compile(model, mode=None if keys["mode"] == "default" else keys["mode"])
+    assessed = plain if keys["evaluate"] == "eager" else model
+
+    @torch.no_grad()
+    def estimate_loss() -> None:
+        assessed.eval()
+        for split in ("train", "val"):
+            losses = torch.zeros(keys["eval_iters"])
+            for k in range(keys["eval_iters"]):
+                note("eval", split=split, iteration=k)
+                X, Y = get_batch(keys["eval_batch"])
+                with ctx:
+                    logits, loss = assessed(X, Y)
+                losses[k] = loss.item()
+                if keys["release"]:
+                    del logits, loss
+        assessed.train()
+
+    X, Y = get_batch(keys["batch_size"])
+    for step in range(keys["steps"] + 1):
+        if keys["evaluate"] != "none" and step in (0, keys["steps"]):
+            estimate_loss()
+        if step == keys["steps"]:
+            break
+        for number in range(keys["passes"]):
+            note("pass", step=step, number=number)
+            with ctx:
+                logits, loss = model(X, Y)  # noqa: RUF059  (nanoGPT keeps them bound)
+                loss = loss / keys["gradient_accumulation_steps"]
+            X, Y = get_batch(keys["batch_size"])
+            scaler.scale(loss).backward()
+        note("update", step=step)
+        if keys["grad_clip"]:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        note("stepped", step=step)

@@ -1,0 +1,163 @@
+"""How long a step takes: each kernel by the card's peaks, and the time that the host needs to launch them.
+
+The shares of the peaks were set on published runs of GPT-2 in bfloat16: four of 124M on an A100 SXM 40 GB (A. Karpathy,
+"Let's reproduce GPT-2 (124M)") and one of 219M on an RTX 4070. benchmarks/plan/speed.py prints what this model says of
+them and of others that it was not set on: within 5% of the former, within 18% of the latter.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from tightfit.gpus import GPU
+from tightfit.kernels.launch import Kernel
+
+MATMUL_SHARE, MEASURED_MATMUL_SHARE = 0.75, 0.9
+"""Of the peak, and of a measured large product, that matrix products reach in a model."""
+GEFORCE_OF_PEAK = 1.06
+"""Of the peak that a large product reaches on a GeForce, which clocks higher than it is rated: the median of the 49
+measurements in the table of cards. Others reach 0.77, the median of 30: what `MATMUL_SHARE` is near to."""
+CREDIBLE_OF_PEAK = (0.42, 1.2)
+"""Of the peak: a measurement beyond was of another card, another format, or of one that throttled. Of the table's 79
+these leave out three."""
+EMULATED_BF16 = 0.57
+"""Of the float32 peak that a large product in bfloat16 reaches where it is emulated: the median of the table's eight
+measurements, 0.30 to 0.66."""
+ATTENTION_PER_FLOAT32 = 6.3
+"""FLOP of fused attention in the time that its exponentials and masks take, which no tensor core computes, for each
+FLOP of the card's float32 units: set on the last two rows of the A100's series. Of an RTX A5000's 66.9 TFLOP/s, forward
+and backward, 16 x 1024 tokens, heads of 64 (https://github.com/gpu-mode/ring-attention/issues/10), it says 56.5."""
+BANDWIDTH_SHARE_EAGER, BANDWIDTH_SHARE_COMPILED = 0.66, 0.86
+"""Of the peak bandwidth: torch's own elementwise kernels, and Inductor's."""
+CACHE_SPEEDUP = 2.5
+"""Of kernels whose tensors all have room in the second-level cache, where the kernel before has left them. Set on an
+RTX 4070 (36 MiB), 2 x 1024 tokens, uncompiled."""
+TF32_OF_BF16 = 0.5
+"""Peak of TF32 against bfloat16 on cards that have both (NVIDIA's architecture white papers)."""
+LAUNCH_S = 2.5e-6
+"""From one kernel's end to the next one's begin on the device."""
+HOST_EAGER_S, HOST_COMPILED_S = 9e-6, 4e-6
+"""Python and dispatch on the host for each kernel; the device waits if that takes longer than its own work."""
+HOST_LINK = 12e9
+"""Bytes/s between pinned host memory and the device: PCIe 3.0 x16 in practice, and half of 4.0's."""
+HOST_MEMORY = 20e9
+"""Bytes/s that a desktop's processor reads and writes in AdamW's update: half the peak of two channels of DDR4."""
+UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH = 25e12, 300e9
+"""For a card whose figures no source gives: an RTX 3060's."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second."""
+
+    matmul: dict[str, float]
+    """FLOP/s of matrix products by dtype."""
+    attention: dict[str, float]
+    bandwidth: float
+    """Bytes/s."""
+    cache_bytes: int = 0
+    """Of the second-level cache."""
+    launch_s: float = LAUNCH_S
+    host_s: float = 0.0
+    """Per kernel."""
+    has_host: bool = True
+    """Whether a host works beside the device; on the host itself everything is a kernel of its own."""
+
+    def seconds(self, kernel: Kernel) -> float:
+        """Time of one kernel, wherever it runs."""
+        if kernel.place == "link":
+            return kernel.nbytes / 2 / HOST_LINK  # what is read here is written there
+        if kernel.place == "host" and self.has_host:
+            return kernel.nbytes / HOST_MEMORY
+        peaks = self.attention if kernel.is_attention else self.matmul
+        rate = peaks.get(kernel.dtype, peaks["float32"])
+        bandwidth = self.bandwidth * (CACHE_SPEEDUP if kernel.nbytes <= self.cache_bytes else 1.0)
+        return max(kernel.flops / rate, kernel.nbytes / bandwidth) + self.launch_s
+
+
+def rates_of(gpu: GPU, *, compiled: bool) -> Rates:
+    """Rates of a card, by its peaks or, where one is published, by a measured matrix product."""
+    float32 = gpu.peak_flops("float32") or UNKNOWN_TFLOPS / 2
+    matmul = {
+        "bfloat16": _product_flops(
+            gpu, "bfloat16", gpu.measured_bf16_tflops, float32 * EMULATED_BF16 * MEASURED_MATMUL_SHARE
+        ),
+        "float16": _product_flops(gpu, "float16", gpu.measured_fp16_tflops, float32 * MATMUL_SHARE),
+    }
+    by_tf32 = matmul["bfloat16"] * TF32_OF_BF16 if gpu.native_bf16 else 0.0
+    matmul["float32"] = max(float32 * MATMUL_SHARE, by_tf32)
+    share = BANDWIDTH_SHARE_COMPILED if compiled else BANDWIDTH_SHARE_EAGER
+    return Rates(
+        matmul=matmul,
+        attention={dtype: 1 / (1 / rate + 1 / (ATTENTION_PER_FLOAT32 * float32)) for dtype, rate in matmul.items()},
+        bandwidth=(gpu.bandwidth_gbps * 1e9 if gpu.bandwidth_gbps else UNKNOWN_BANDWIDTH) * share,
+        cache_bytes=gpu.cache_bytes or 0,
+        host_s=HOST_COMPILED_S if compiled else HOST_EAGER_S,
+    )
+
+
+def _product_flops(gpu: GPU, dtype: str, measured_tflops: float | None, without_units: float) -> float:
+    """FLOP/s that matrix products of a model reach; `without_units` is what a card without such units computes."""
+    peak, measured = gpu.peak_flops(dtype), (measured_tflops or 0.0) * 1e12
+    if peak is None:
+        has_units = gpu.native_bf16 or (dtype == "float16" and gpu.capability >= (7, 0))
+        if gpu.peak_flops("float32") is None and has_units:  # a card that the user described
+            return UNKNOWN_TFLOPS * MATMUL_SHARE
+        return measured * MEASURED_MATMUL_SHARE or without_units
+    least, most = CREDIBLE_OF_PEAK
+    if least * peak <= measured <= most * peak:
+        return measured * MEASURED_MATMUL_SHARE
+    if gpu.name.startswith("GeForce"):
+        return peak * GEFORCE_OF_PEAK * MEASURED_MATMUL_SHARE
+    return peak * MATMUL_SHARE
+
+
+def host_rates(flops: dict[str, float], bandwidth: float) -> Rates:
+    """Rates of this machine's processor, from what was measured on it."""
+    return Rates(matmul=flops, attention=flops, bandwidth=bandwidth, launch_s=0.0, has_host=False)
+
+
+class Meter:
+    """Counts the kernels that an observer hears of."""
+
+    def __init__(self) -> None:
+        self._heard: Counter[Kernel] = Counter()
+
+    def __call__(self, kernel: Kernel) -> None:
+        self._heard[kernel] += 1
+
+    def read(self) -> "Work":
+        """What was heard so far."""
+        return Work(self._heard.copy())
+
+
+@dataclass(frozen=True)
+class Work:
+    """Kernels of a part of a step, and how many of each."""
+
+    kernels: Counter[Kernel] = field(default_factory=Counter)
+
+    def __sub__(self, other: "Work") -> "Work":
+        difference = self.kernels.copy()
+        difference.subtract(other.kernels)
+        return Work(Counter({kernel: count for kernel, count in difference.items() if count}))
+
+    @property
+    def launches(self) -> int:
+        """Kernels in all."""
+        return self.kernels.total()
+
+    def seconds(self, rates: Rates) -> float:
+        """Time of them all on a device of these rates."""
+        on_device = sum(rates.seconds(kernel) * count for kernel, count in self.kernels.items())
+        return max(0.0, on_device, self.launches * rates.host_s)
+
+    def as_rows(self) -> list[list[Any]]:
+        """For JSON."""
+        return [[count, *astuple(kernel)] for kernel, count in self.kernels.items()]
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[list[Any]]) -> "Work":
+        """What `as_rows` wrote."""
+        return cls(Counter({Kernel(*fields): count for count, *fields in rows}))

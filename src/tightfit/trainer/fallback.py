@@ -1,0 +1,126 @@
+"""What may change during a run without rebuilding anything, and in which order it does when memory is short."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+from tightfit.trainer.step import Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the effective batch is run; nothing of it changes the result but by rounding."""
+
+    micro_batch: int
+    """Sequences per forward pass on one device."""
+    eval_micro_batch: int
+    """The same for evaluations."""
+    loss: str
+    """As the key `loss`: full, chunked, liger or auto."""
+    checkpointed_blocks: int
+    """Blocks, from the first, that are recomputed in backward."""
+
+    def needs_as_much_as(self, other: "Settings") -> bool:
+        """Whether no part of it takes less memory than `other`'s.
+
+        >>> small = Settings(micro_batch=1, eval_micro_batch=8, loss="auto", checkpointed_blocks=0)
+        >>> replace(small, micro_batch=4).needs_as_much_as(small), small.needs_as_much_as(replace(small, loss="full"))
+        (True, False)
+        """
+        return (
+            self.micro_batch >= other.micro_batch
+            and self.eval_micro_batch >= other.eval_micro_batch
+            and _LOSS_ORDER.get(self.loss, 0) >= _LOSS_ORDER.get(other.loss, 0)
+            and self.checkpointed_blocks <= other.checkpointed_blocks
+        )
+
+    def changes_to(self, other: "Settings") -> str:
+        """The fields that differ, as "micro_batch 8 -> 4"."""
+        pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return ", ".join(f"{name} {mine} -> {its}" for name, mine, its in pairs if mine != its)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+_LOSS_ORDER = {"liger": 0, "chunked": 0, "auto": 1, "full": 2}
+"""By the logits that are held; auto holds them only while they are small."""
+
+
+class Fallback(Protocol):
+    """Decides what a run does next when its settings fail, and when they have not failed for a while."""
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the run is known to need nearly all the memory that there is."""
+        ...
+
+    @property
+    def predicted_peak_bytes(self) -> int | None:
+        """What the settings that were wanted were predicted to take, counted as `metrics.jsonl` counts it."""
+        ...
+
+    def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
+        """Settings that need less in `phase` than those that just failed there; None if there are none."""
+        ...
+
+    def larger(self, now: Settings, failed: frozenset[Settings]) -> Settings | None:
+        """A step back towards what was wanted, none of whose needs are those of settings that failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Halves what failed until it fits; then the loss in chunks; then a quarter, half, all of the blocks recomputed."""
+
+    n_layer: int
+    share: int
+    """Sequences of a step that are this process's."""
+    wanted: Settings
+    is_tight: bool = False
+    predicted_peak_bytes: int | None = None
+
+    def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
+        """`free_bytes` is of no use here: without a plan nothing is known of what other settings need."""
+        if phase in ("eval", "sample"):
+            if now.eval_micro_batch > 1:
+                return replace(now, eval_micro_batch=now.eval_micro_batch // 2)
+            return None if _LOSS_ORDER.get(now.loss, 0) == 0 else replace(now, loss="chunked")
+        if (micro_batch := min(now.micro_batch, self.share)) > 1:
+            return replace(now, micro_batch=micro_batch // 2)
+        if _LOSS_ORDER.get(now.loss, 0) > 0:
+            return replace(now, loss="chunked")
+        more = next((blocks for blocks in self._levels() if blocks > now.checkpointed_blocks), None)
+        return None if more is None else replace(now, checkpointed_blocks=more)
+
+    def larger(self, now: Settings, failed: frozenset[Settings]) -> Settings | None:
+        """The way that `smaller` went, backwards; a part that cannot grow does not keep another from it."""
+        candidates = (each for each in self._steps_back(now) if each != now)
+        return next((each for each in candidates if not any(each.needs_as_much_as(one) for one in failed)), None)
+
+    def _steps_back(self, now: Settings) -> Iterator[Settings]:
+        wanted = self.wanted
+        fewer = [blocks for blocks in (0, *self._levels()) if wanted.checkpointed_blocks <= blocks]
+        fewer = [blocks for blocks in (wanted.checkpointed_blocks, *fewer) if blocks < now.checkpointed_blocks]
+        if fewer:
+            yield replace(now, checkpointed_blocks=max(fewer))
+        yield replace(now, loss=wanted.loss)
+        yield replace(now, micro_batch=max(now.micro_batch, min(2 * now.micro_batch, wanted.micro_batch)))
+        doubled = min(2 * now.eval_micro_batch, wanted.eval_micro_batch)
+        yield replace(now, eval_micro_batch=max(now.eval_micro_batch, doubled))
+
+    def _levels(self) -> list[int]:
+        return sorted({-(-self.n_layer // 4), -(-self.n_layer // 2), self.n_layer})
+
+
+def least_that_failed(now: Settings, phase: Phase) -> Settings:
+    """What is known to fail after `now` failed in `phase`: an evaluation says nothing of the training's micro-batch."""
+    return replace(now, micro_batch=1) if phase in ("eval", "sample") else replace(now, eval_micro_batch=1)
+
+
+def apply_settings(run: Any, settings: Settings) -> None:
+    """From its next pass on, `run` (the loop's) works as `settings` say; a compiled model compiles again by itself."""
+    run.settings = settings
+    run.model.loss_kind = settings.loss
+    run.model.checkpointed_blocks = settings.checkpointed_blocks
+    run.split(settings.micro_batch)

@@ -1,0 +1,215 @@
+"""What a run tells while it runs: lines or a progress bar for people, `metrics.jsonl` and loggers for machines."""
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from tightfit.config import TrainConfig, to_dict
+from tightfit.errors import ConfigError
+from tightfit.trainer.checkpoint import FULL_DISK
+from tightfit.trainer.resident import MemoryUse
+from tightfit.units import format_bytes, format_count
+
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Where numbers of a step go."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object a line, `step` first. A resumed run drops the lines that it will write again."""
+
+    def __init__(self, folder: Path, *, from_step: int, evaluated: bool, say: Callable[[str], object]) -> None:
+        """Lines of training steps at and after `from_step` go; that step's evaluation stays if it was `evaluated`."""
+        self._say, self._complete = say, True
+        self.path = folder / METRICS
+        kept = [line for line in self._lines() if _is_before(line, from_step, evaluated)]
+        temporary = folder / f".{METRICS}.writing"
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in close)
+
+    def _lines(self) -> list[str]:
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """On a full disk lines wait in the file's buffer, 8 KiB of them; the rest is lost, and that is said once."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            self._lost(error)
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if error.errno not in FULL_DISK:
+            raise error
+        if self._complete:
+            self._say(f"{self.path} may lose lines from here on: the disk is full")
+        self._complete = False
+
+
+def _is_before(line: str, step: int, evaluated: bool) -> bool:
+    try:
+        row = json.loads(line)
+        at = row["step"]
+        if "event" in row:  # it happened, whatever is done again
+            return True
+        return bool(at < step or (at == step and evaluated and "val_loss" in row))
+    except (ValueError, KeyError, TypeError):
+        return False  # the cut last line of a killed run
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        except ImportError:
+            raise ConfigError("tensorboard_log needs tensorboard; pip install 'tightfit[log]'") from None
+        self._writer = writer(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, config: TrainConfig) -> None:
+        try:
+            self._wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise ConfigError("wandb_log needs wandb; pip install 'tightfit[log]', or --no-wandb_log") from None
+        self._run = self._wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name,
+            config=to_dict(config),
+            dir=config.out_dir,
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._wandb.log({"iter": step, **values}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Reporter:
+    """Prints a run as it goes and writes its metrics; silent in all processes but the main one."""
+
+    def __init__(self, *, is_main: bool = True) -> None:
+        self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._is_main = is_main
+        self._sinks: list[Sink] = []
+        self._lines: JsonLines | None = None
+        self._early: list[tuple[int, Mapping[str, Any]]] = []
+        self._progress: Progress | None = None
+
+    def start(self, config: TrainConfig, *, first_step: int, evaluated: bool) -> None:
+        """Training begins at `first_step`, whose evaluation may have been made before: open the sinks, draw the bar."""
+        if not self._is_main:
+            return
+        folder = Path(config.out_dir)
+        self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, say=self.say)
+        self._sinks.append(self._lines)
+        for step, values in self._early:
+            self._lines.write(step, values)
+        if config.tensorboard_log:
+            self._sinks.append(_TensorBoard(folder, first_step))
+        if config.wandb_log:
+            self._sinks.append(_WeightsAndBiases(config))
+        if self._console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=config.max_iters, completed=first_step, numbers="")
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the progress bar if there is one."""
+        self._console.print(line, markup=False)
+
+    def step(self, step: int, values: Mapping[str, float], memory: MemoryUse) -> None:
+        """A logged training step; `values` as written to metrics.jsonl: loss, ms, tokens_per_s, perhaps mfu."""
+        rate = f"{format_count(values['tokens_per_s'])} tok/s"
+        held = f"memory {format_bytes(memory.now_bytes)} (peak {format_bytes(memory.peak_bytes)})"
+        mfu = f", mfu {values['mfu'] * 100:.2f}%" if "mfu" in values else ""
+        if self._progress is not None:
+            numbers = f"loss {values['loss']:.4f}, {rate}{mfu}, {held}"
+            self._progress.update(self._task, completed=step + 1, numbers=numbers)
+        else:
+            self.say(f"iter {step}: loss {values['loss']:.4f}, time {values['ms']:.2f}ms{mfu}, {rate}, {held}")
+        self._write(step, {**values, "memory_bytes": memory.now_bytes, "memory_peak_bytes": memory.peak_bytes})
+
+    def evaluation(self, step: int, losses: Mapping[str, float], learning_rate: float) -> None:
+        """nanoGPT's line of an evaluation."""
+        self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        self._write(step, {"train_loss": losses["train"], "val_loss": losses["val"], "lr": learning_rate})
+
+    def event(self, step: int, values: Mapping[str, Any]) -> None:
+        """What happened besides training, a line with the key "event"; before `start` it waits for the file."""
+        if self._lines is not None:
+            self._lines.write(step, values)
+        elif self._is_main:
+            self._early.append((step, values))
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+
+class Stopwatch:
+    """Time between two laps, in ms for each step in between."""
+
+    def __init__(self) -> None:
+        self._start, self._step = time.perf_counter(), 0
+
+    def restart(self, step: int) -> None:
+        """Step `step` is about to begin."""
+        self._start, self._step = time.perf_counter(), step
+
+    def lap(self, steps_done: int) -> float:
+        """Milliseconds for each step since the last lap or restart."""
+        now = time.perf_counter()
+        ms = (now - self._start) * 1000 / max(1, steps_done - self._step)
+        self._start, self._step = now, steps_done
+        return ms

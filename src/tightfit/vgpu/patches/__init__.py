@@ -1,0 +1,1 @@
+"""Every assignment onto torch that the virtual GPU makes."""

@@ -1,0 +1,182 @@
+"""Makes tensors on "cuda" possible in a process without a CUDA device: all that is not public API of torch is in here.
+
+Needed from torch, in three parts that `self_test` checks:
+1. a device guard in the CUDA slot of c10's registry, and CUDA hooks that say they are built and have a context, so that
+   tensors on "cuda" can be made and autograd's engine can run (by ctypes: torch has an official way in for its
+   "PrivateUse1" slot only);
+2. fake tensors (`torch._subclasses.fake_tensor`), which have a shape, a dtype and the device "cuda", and no data;
+3. the names below `torch._C` by which `torch.cuda` reaches its compiled half, which `patches.cuda_api` answers.
+"""
+
+import ctypes
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from tightfit.errors import DeviceError
+
+_CUDA, _META, _PRIVATE_USE = 1, 14, 20
+"""c10::DeviceType: places in the registry of device guards."""
+_REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
+_GET_CUDA_HOOKS = "_ZN2at6detail12getCUDAHooksEv"
+_DEVICE_COUNT_SLOT = 15
+"""Of `deviceCount` in the virtual table of a device guard, which for "meta" returns 1: a function that says yes."""
+_EXCHANGE_STREAM_SLOT = 9
+"""Of `exchangeStream`, in the same table."""
+_HOOKS_SLOTS = {"isBuilt": 2, "hasPrimaryContext": 4}
+_GUARD_TABLE_SLOTS, _HOOKS_TABLE_SLOTS = 30, 80
+
+_kept: list[object] = []
+"""What C++ points to and Python must not free."""
+_enabled = False
+
+
+class _Guard(torch._C._acc.DeviceGuard):
+    def type_(self) -> Any:
+        return torch._C._autograd.DeviceType.CUDA
+
+
+def enable() -> None:
+    """Switch the CUDA device of this process to a virtual one, for good. DeviceError where this torch cannot."""
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise DeviceError(
+            "this process already uses its real GPU, and a process has either that or the virtual one; "
+            "make the virtual GPU first, or run the script with tightfit dryrun"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        _install_guard()
+    except (AttributeError, OSError, AssertionError, ValueError) as error:
+        raise DeviceError(
+            f"torch {torch.__version__} does not let its CUDA device be replaced ({type(error).__name__}: {error}); "
+            "tightfit's virtual GPU is known to work with torch 2.11 to 2.15 on Linux"
+        ) from None
+    answer_for_fake_tensors()
+    _enabled = True
+
+
+def self_test() -> None:
+    """DeviceError, with what is missing in one sentence, unless a virtual tensor trains for a step."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            weight = nn.Parameter(torch.zeros(4, 4, device="cuda"))
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = (torch.zeros(2, 4).to("cuda") @ weight).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        missing = [
+            what
+            for what, there in (
+                ("the device of a copied tensor", weight.device == torch.device("cuda", 0)),
+                ("a gradient on the device", weight.grad is not None and weight.grad.device.type == "cuda"),
+                ("autocast", loss.dtype == torch.float32 or loss.dtype == torch.bfloat16),
+            )
+            if not there
+        ]
+    except Exception as error:  # whatever an unknown torch raises: it is named in the sentence
+        missing = [f"a training step of a fake tensor ({type(error).__name__}: {str(error).splitlines()[0]:.200})"]
+    if missing:
+        raise DeviceError(f"the virtual GPU does not work with torch {torch.__version__}: it lacks {missing[0]}")
+
+
+def _install_guard() -> None:
+    folder = Path(torch.__file__).parent / "lib"
+    c10 = ctypes.CDLL(str(next(folder.glob("libc10.*"))))
+    cpu = ctypes.CDLL(str(next(folder.glob("libtorch_cpu.*"))))
+    registry = (ctypes.c_void_p * (_PRIVATE_USE + 1)).in_dll(c10, _REGISTRY)
+    guard = _Guard()
+    _kept.append(guard)
+    torch._C._acc.register_python_privateuseone_device_guard(guard)
+    registry[_CUDA], registry[_PRIVATE_USE] = registry[_PRIVATE_USE], None
+    meta_guard = registry[_META]
+    assert meta_guard is not None
+    table = ctypes.c_void_p.from_address(meta_guard).value
+    assert table is not None
+    yes = ctypes.c_void_p.from_address(table + 8 * _DEVICE_COUNT_SLOT).value
+    assert yes is not None
+    assert ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p)(yes)(meta_guard) == 1, "deviceCount has moved"
+    # Autograd's engine exchanges streams also while an error of the script's leaves it. The guard would then ask
+    # Python, which still has that error, and end the process; the one of "meta" has nothing to ask.
+    nothing = ctypes.c_void_p.from_address(table + 8 * _EXCHANGE_STREAM_SLOT).value
+    assert nothing is not None
+    own_guard = registry[_CUDA]
+    assert own_guard is not None
+    _replace_virtual_functions(own_guard, {_EXCHANGE_STREAM_SLOT: nothing}, _GUARD_TABLE_SLOTS)
+    get_hooks = getattr(cpu, _GET_CUDA_HOOKS)
+    get_hooks.restype = ctypes.c_void_p
+    _replace_virtual_functions(get_hooks(), dict.fromkeys(_HOOKS_SLOTS.values(), yes), _HOOKS_TABLE_SLOTS)
+    accelerator = torch._C._accelerator_getAccelerator()
+    assert str(accelerator) == "cuda", f"the accelerator is {accelerator}"
+
+
+def _replace_virtual_functions(instance: int, functions: dict[int, int], slots: int) -> None:
+    """Give a C++ object a copy of its virtual table with other functions in some slots (Itanium C++ ABI)."""
+    pointer = ctypes.c_void_p.from_address(instance)
+    assert pointer.value is not None
+    before = 2  # offset to top, and type information
+    copy = (ctypes.c_void_p * (slots + before))()
+    ctypes.memmove(copy, pointer.value - 8 * before, 8 * len(copy))
+    for slot, function in functions.items():
+        copy[slot + before] = function
+    _kept.append(copy)
+    pointer.value = ctypes.addressof(copy) + 8 * before
+
+
+def answer_for_fake_tensors() -> None:
+    """Where torch asks for a GPU before it treats a fake tensor as one on a GPU."""
+    subclasses: Any = importlib.import_module("torch._subclasses")
+    subclasses.__class__ = _Discreet
+    # torch.tensor([1.0], device="cuda") makes a host tensor first, which the dispatch mode then sees on its way.
+    torch._C._set_only_lift_cpu_tensors(True)
+    fake: Any = fake_tensor
+    fake.init_gpu_context = lambda device: None
+    FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment, method-assign]
+    amp: Any
+    for amp in (importlib.import_module("torch.cuda.amp.common"), torch.cuda.amp):
+        amp.amp_definitely_not_available = lambda: False
+    import torch.optim.optimizer as optimizer
+    import torch.utils._foreach_utils as foreach
+
+    for module in (optimizer, foreach):
+        supported = getattr(module, "_foreach_supported_types", None)
+        if supported is not None and FakeTensor not in supported:
+            supported.append(FakeTensor)
+
+
+class _Discreet(types.ModuleType):
+    """`torch._subclasses`, which tells only torch what a fake tensor is.
+
+    Libraries that meet one believe that they are being traced, and take another way than on a card: transformers makes
+    attention masks that it would leave out.
+    """
+
+    @property
+    def FakeTensor(self) -> type:
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        return FakeTensor if asker.partition(".")[0] in ("torch", "tightfit") else _NoTensor
+
+
+class _NoTensor:
+    """What no tensor is an instance of."""
+
+
+def exchange(one: Tensor, other: Tensor) -> None:
+    """Let two Python tensors trade what they hold, and keep who they are.
+
+    `torch.utils.swap_tensors` without its check that nobody else holds the tensors: tied weights are held twice.
+    """
+    for name in ("__class__", "__dict__"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        setattr(one, name, theirs)
+        setattr(other, name, mine)
+    torch._C._swap_tensor_impl(one, other)

@@ -1,0 +1,13 @@
+"""Every sentence of doctor and watch, in English and Japanese; the text itself is in the TOML files beside this."""
+
+import functools
+
+from tightfit.wording import LANGUAGES, Words
+
+__all__ = ["LANGUAGES", "Words", "words"]
+
+
+@functools.cache
+def words(language: str) -> Words:
+    """ConfigError for a language that there are no words in."""
+    return Words("tightfit.wording.system", language)
