@@ -449,7 +449,7 @@ class TestPublicFace:
 
 
 FLOORS = [
-    ("errors",),
+    ("errors", "storage"),
     ("units",),
     ("wording", "config", "gpus"),
     ("allocator", "kernels", "models", "data"),

@@ -15,7 +15,8 @@ from tightfit.errors import ConfigError
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.planner.candidates import Plan
 from tightfit.planner.planning import ALLOCATOR, EXPANDABLE, make_plan, named_card
-from tightfit.planner.predict import Prediction, Predictor, Target, Tracer
+from tightfit.planner.predict import Prediction, Predictor, Target
+from tightfit.simulation.client import Simulator
 from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import Hardware
 from tightfit.trainer.setup import build_model, build_state
@@ -113,11 +114,9 @@ class TestActivations:
             known=True,
             share=2,
             environ={ALLOCATOR: EXPANDABLE},
-            host_flops={},
-            host_bandwidth=0.0,
         )
-        with Tracer() as tracer:
-            predictor = Predictor(TrainConfig(**self.KEYS, device="cuda"), target, tracer)
+        with Simulator() as simulator:
+            predictor = Predictor(TrainConfig(**self.KEYS, device="cuda"), target, simulator)
             return predictor.predict([replace(each, offload=offload) for offload in offloads])
 
     def test_a_card_holds_one_blocks_input_instead_of_all(self, own_cache: None) -> None:

@@ -17,7 +17,8 @@ from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer, parts_of, plain_state, restore_state
 from tightfit.planner.candidates import Plan
 from tightfit.planner.planning import make_plan, named_card
-from tightfit.planner.predict import Prediction, Predictor, Target, Tracer
+from tightfit.planner.predict import Prediction, Predictor, Target
+from tightfit.simulation.client import Simulator
 from tightfit.trainer.hardware import compile_obstacle
 from tightfit.units import MIB
 
@@ -156,9 +157,9 @@ def test_a_plan_gives_its_state_the_bytes_that_it_has(own_cache: Path) -> None:
         optimizer="adamw_8bit",
     )
     where = named_card("RTX 4090")
-    target = Target(gpu=where.gpu, known=True, share=2, environ={}, host_flops={}, host_bandwidth=0.0)
-    with Tracer() as tracer:
-        predictor = Predictor(config, target, tracer)
+    target = Target(gpu=where.gpu, known=True, share=2)
+    with Simulator() as simulator:
+        predictor = Predictor(config, target, simulator)
         found = predictor.predict([plan])[0]
     optimizer = eight_bit(GPT(GPTConfig(**shape, bias=False)))
     tensors = [t for each in optimizer.state.values() for k, v in each.items() if k != "step" for t in _parts(v)]

@@ -9,6 +9,7 @@ from tightfit.config import TrainConfig
 from tightfit.planner import probe
 from tightfit.planner.candidates import Plan
 from tightfit.planner.predict import Prediction
+from tightfit.simulation.requests import Failed
 
 SHARE = 6
 
@@ -43,7 +44,7 @@ def test_measured_seconds_take_the_place_of_predicted_ones(data_dir: Path, monke
     assert [line.split(",")[0] for line in said] == ["tried 1 x 6", "tried 3 x 2"]
     assert "(63.00 predicted)" in said[0], "9 s for each of 6 passes, and 9 for the update"
     # Remembered: no process is started for what was measured before.
-    monkeypatch.setattr(probe, "_in_a_process", lambda request: {"error": "asked again"})
+    monkeypatch.setattr(probe, "run_once", lambda *request, **options: Failed(error="asked again"))
     assert probe.timed(config(data_dir), offered, SHARE, "cpu", say=said.append) == found
 
 
@@ -51,7 +52,7 @@ def test_what_cannot_be_timed_is_said_and_left_out(data_dir: Path) -> None:
     said: list[str] = []
     offered = [prediction(1)]
     assert probe.timed(config(data_dir, "missing"), offered, SHARE, "cpu", say=said.append) == offered
-    assert "tried 1 x 6: it ended with code 1: " in said[0]
+    assert "tried 1 x 6: DataError: " in said[0]
     assert "missing" in said[0]
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from tightfit.planner import survey as every
 from tightfit.planner.budget import device_budget
 from tightfit.planner.planning import make_plan, named_card
 from tightfit.planner.survey import CardRow, every_card
-from tightfit.simulation.speed import LAUNCH_S, Rates, Work, rates_of
+from tightfit.simulation.speed import LAUNCH_S, KernelCount, Rates, Work, rates_of
 from tightfit.units import MIB
 
 
@@ -97,7 +98,8 @@ class TestWork:
 
     def test_it_comes_back_from_json(self) -> None:
         work = Work(Counter({self.SMALL: 3, self.LARGE: 1}))
-        assert Work.of_rows(work.as_rows()) == work
+        written = msgspec.json.encode(work.counts())
+        assert Work.of(msgspec.json.decode(written, type=tuple[KernelCount, ...])) == work
         assert work.launches == 4
 
     def test_what_two_passes_take_less_one_is_the_other(self) -> None:

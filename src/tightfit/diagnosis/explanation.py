@@ -407,7 +407,7 @@ def _outcome_of_script(found: Mapping[str, Any]) -> Outcome | None:
         return None
     return Outcome(
         variant=None, fits=False, device_bytes=failure["process_bytes"] + failure["requested_bytes"],
-        phase=failure["phase"], failure=failure, place={}, categories=found["categories"], largest=found["largest"],
+        phase=failure["phase"], failure=failure, place=None, categories=found["categories"], largest=found["largest"],
         step_s=None, launch_s=0.0, not_modelled=tuple(found["not_modelled"]),
     )  # fmt: skip
 

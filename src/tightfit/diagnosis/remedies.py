@@ -353,12 +353,12 @@ class _Plan:
         fewer = Remedy(
             code="eval_iters", verdict=NO_EFFECT, reason="eval_iters", label=SIMULATED, exact=True, saved_bytes=0,
             device_bytes=self.base.device_bytes,
-            values={"iteration": self.base.place["iteration"] + 1, **self._evaluation_values()},
+            values={"iteration": self.base.iteration + 1, **self._evaluation_values()},
         )  # fmt: skip
         found = [fewer]
         release = ("# estimate_loss(): losses[k] = loss.item()", "del logits, loss")
         small = (f"tightfit train CONFIG --eval_micro_batch={self._eval_batch}",)
-        first = self.base.place["iteration"] == 0
+        first = self.base.iteration == 0
         split = self.outcomes.get("split")
         for code, paste in (("release_logits", release), ("eval_micro_batch", small), ("eval_cpu", ())):
             values = self._evaluation_values()

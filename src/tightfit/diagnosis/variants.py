@@ -1,26 +1,20 @@
-"""Plays of a run on the virtual GPU: what is asked, in which process it happens, and what is remembered on disk."""
+"""Variants of a run, and what each does when the simulation service plays it."""
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tightfit.config import PRETRAINED, TrainConfig, to_dict
+from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.diagnosis.named_card import Card
-from tightfit.simulation.cache import Memory
+from tightfit.gpus import resolve_gpu
+from tightfit.simulation.client import Simulator
+from tightfit.simulation.requests import Failed, LoopPlay, LoopRequest, LoopSettings, Moment, StepRequest, StepTrace
+from tightfit.simulation.speed import Work, rates_of
 
 PADDED_VOCAB = 50_304
 _LOADED = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
 """What nanoGPT takes from OpenAI's checkpoints (model.py, from_pretrained); it cuts the positions afterwards."""
-_LOOP = Path(__file__).parents[1] / "simulation" / "nanogpt_loop.py"
-"""What is played; a play is remembered while it stays as it is."""
 _SEEN_PASSES = 3
 """More passes of a step than these take no more memory."""
 _PLAYED_STEPS = 2
@@ -108,15 +102,17 @@ def variant_of(config: TrainConfig, card: Card) -> Variant:
 
 
 class Stage:
-    """Plays variants, two at a time, on one card. To be closed."""
+    """Plays variants on one card. To be closed."""
 
     def __init__(self, card: Card, *, workers: int = 2) -> None:
-        self._card, self._workers = card, workers
-        self._process: subprocess.Popen[str] | None = None
-        self.played = 0
-        """Plays that were made, not found on disk."""
+        self._card, self._simulator = card, Simulator(workers=workers)
         self.failed: dict[str, str] = {}
         """Why a play could not be made, by its name."""
+
+    @property
+    def played(self) -> int:
+        """Plays that were made, not found on disk."""
+        return self._simulator.played
 
     def __enter__(self) -> "Stage":
         return self
@@ -124,106 +120,86 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        if kind is not None and not issubclass(kind, Exception):  # interrupted: nobody waits for the plays
-            self._process.terminate()
-        self._process.wait()
-        self._process.stdout.close()
+        self._simulator.close()
 
     def play(self, variants: Mapping[str, Variant]) -> dict[str, "Outcome"]:
-        """What each would do, by its name; the longest should come first.
+        """Play each variant; return its outcome by its name. The longest should come first.
 
-        One that could not be played is left out, and `failed` says why; another may still be judged.
+        A variant that could not be played is left out, and `failed` holds the reason; another may still be judged.
         """
-        requests = {name: self._request(variant) for name, variant in variants.items()}
-        memories = {name: Memory(request, "plays", also=(_LOOP,)) for name, request in requests.items()}
-        found = {name: memory.read() for name, memory in memories.items()}
-        missing = [name for name, each in found.items() if each is None]
-        for name, made in zip(missing, self._ask([requests[name] for name in missing]), strict=True):
-            if "error" not in made:
-                memories[name].write(made)
-            found[name] = made
+        answers = self._simulator.play([_request(variant, self._card) for variant in variants.values()])
         outcomes = {}
-        for name, answer in found.items():
-            error = answer.get("error") if answer else "no answer"
-            if answer and answer.get("outcome") == "error":
-                error = answer["stopped_because"]
-            if answer is None or error:
-                self.failed[name] = str(error)
-            else:
-                outcomes[name] = Outcome.of(variants[name], answer, self._card)
+        for (name, variant), answer in zip(variants.items(), answers, strict=True):
+            if isinstance(answer, Failed):
+                self.failed[name] = answer.error
+            elif isinstance(answer, LoopPlay) and answer.findings["outcome"] == "error":
+                self.failed[name] = answer.findings["stopped_because"]
+            elif isinstance(answer, LoopPlay):
+                outcomes[name] = Outcome.of_loop(variant, answer)
+            elif isinstance(answer, StepTrace):
+                outcomes[name] = Outcome.of_step(variant, answer, self._card)
         return outcomes
 
-    def _ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if not requests:
-            return []
-        if self._process is None:
-            words = [sys.executable, "-m", "tightfit.simulation.stage"]
-            environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
-            with contextlib.suppress(BrokenPipeError):
-                batch = {"folder": folder, "workers": self._workers, "plays": requests}
-                self._process.stdin.write(json.dumps(batch) + "\n")
-                self._process.stdin.flush()
-            self._process.stdout.readline()
-            self.played += len(requests)
-            return [_answer(Path(folder, f"{number}.json")) for number in range(len(requests))]
 
-    def _request(self, variant: Variant) -> dict[str, Any]:
-        card = self._card
-        environ = {"PYTORCH_CUDA_ALLOC_CONF": variant.alloc_conf} if variant.alloc_conf else {}
-        if variant.trainer == "tightfit":
-            return {"trace": _trace_request(variant, card, environ)}
-        keys = {name: getattr(variant, name) for name in variant.__dataclass_fields__}
-        keys |= {
-            "passes": min(variant.accumulation, _SEEN_PASSES),
-            "steps": _PLAYED_STEPS,
-            "gradient_accumulation_steps": variant.accumulation,
-            "eval_batch": variant.eval_batch or variant.batch_size,
-            "learning_rate": 6e-4,
-        }
-        request = {
-            "gpu": card.name,
-            "memory_bytes": card.total_bytes,
-            "used_bytes": card.used_bytes if variant.used_bytes is None else variant.used_bytes,
-            "context_bytes": card.context_bytes,
-        }
-        return {"keys": keys, "request": request, "environ": environ}
+def _request(variant: Variant, card: Card) -> LoopRequest | StepRequest:
+    environ = {"PYTORCH_CUDA_ALLOC_CONF": variant.alloc_conf} if variant.alloc_conf else {}
+    if variant.trainer == "tightfit":
+        return _step_request(variant, card, environ)
+    return LoopRequest(
+        settings=LoopSettings(
+            batch_size=variant.batch_size,
+            block_size=variant.block_size,
+            gradient_accumulation_steps=variant.accumulation,
+            n_layer=variant.n_layer,
+            n_head=variant.n_head,
+            n_embd=variant.n_embd,
+            vocab_size=variant.vocab_size,
+            dropout=variant.dropout,
+            bias=variant.bias,
+            dtype=variant.dtype,
+            compile=variant.compile,
+            mode=variant.mode,
+            grad_clip=variant.grad_clip,
+            learning_rate=6e-4,
+            passes=min(variant.accumulation, _SEEN_PASSES),
+            steps=_PLAYED_STEPS,
+            evaluate=variant.evaluate,
+            eval_iters=variant.eval_iters,
+            eval_batch=variant.eval_batch or variant.batch_size,
+            release=variant.release,
+        ),
+        gpu=card.name,
+        memory_bytes=card.total_bytes,
+        used_bytes=card.used_bytes if variant.used_bytes is None else variant.used_bytes,
+        context_bytes=card.context_bytes,
+        environ=environ,
+    )
 
 
-def _trace_request(variant: Variant, card: Card, environ: dict[str, str]) -> dict[str, Any]:
+def _step_request(variant: Variant, card: Card, environ: dict[str, str]) -> StepRequest:
     share = variant.batch_size * min(variant.accumulation, _SEEN_PASSES)
     config = TrainConfig(
-        batch_size=share, gradient_accumulation_steps=1, micro_batch=variant.batch_size,
-        eval_micro_batch=variant.eval_batch or variant.batch_size, block_size=variant.block_size,
-        n_layer=variant.n_layer, n_head=variant.n_head, n_embd=variant.n_embd, vocab_size=variant.vocab_size,
-        dropout=variant.dropout, bias=variant.bias, dtype=variant.dtype, compile=variant.compile, loss=variant.loss,
-        activation_checkpointing=variant.activation_checkpointing, grad_clip=variant.grad_clip, device="cuda",
+        batch_size=share,
+        gradient_accumulation_steps=1,
+        micro_batch=variant.batch_size,
+        eval_micro_batch=variant.eval_batch or variant.batch_size,
+        block_size=variant.block_size,
+        n_layer=variant.n_layer,
+        n_head=variant.n_head,
+        n_embd=variant.n_embd,
+        vocab_size=variant.vocab_size,
+        dropout=variant.dropout,
+        bias=variant.bias,
+        dtype=variant.dtype,
+        compile=variant.compile,
+        loss=variant.loss,
+        activation_checkpointing=variant.activation_checkpointing,
+        grad_clip=variant.grad_clip,
+        device="cuda",
         fit="off",
-    )  # fmt: skip
+    )
     # The steps alone: its evaluation, of as many sequences by the same loss, keeps nothing and so takes less.
-    return {
-        "whole": False, "config": to_dict(config), "share": share, "gpu": card.name, "capability": None,
-        "environ": environ, "host_flops": {}, "host_bandwidth": 0.0,
-    }  # fmt: skip
-
-
-def _answer(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {"error": "it left no answer; if this machine's memory ran out, that is the reason"}
-    return found
+    return StepRequest(whole=False, config=config, share=share, gpu=card.name, environ=environ)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +215,8 @@ class Outcome:
     """Of the peak, or of the failure."""
     failure: Mapping[str, Any] | None
     """Of findings; None where it fits, or where tightfit's trainer was traced."""
-    place: Mapping[str, Any]
-    """The part of nanoGPT's loop that it ended in: `what` is eval, pass, update or stepped."""
+    place: Moment | None
+    """Part of nanoGPT's loop that it ended in; None before the first, and for anything else."""
     categories: Mapping[str, int]
     largest: Sequence[Mapping[str, Any]]
     step_s: float | None
@@ -250,18 +226,31 @@ class Outcome:
     not_modelled: tuple[str, ...]
 
     @classmethod
-    def of(cls, variant: Variant, found: Mapping[str, Any], card: Card) -> "Outcome":
-        """From a play's findings, or a trace's."""
-        if variant.trainer == "tightfit":
-            device_bytes = found["peak"]["reserved_bytes"] + card.context_bytes
-            return cls(
-                variant=variant, fits=device_bytes <= card.total_bytes - card.used_bytes, device_bytes=device_bytes,
-                phase=found["peak"]["phase"], failure=None, place={}, categories=found["categories"], largest=(),
-                step_s=found["pass_s"] * variant.accumulation + found["update_s"], launch_s=0.0,
-                not_modelled=tuple(found["not_modelled"]),
-            )  # fmt: skip
+    def of_step(cls, variant: Variant, trace: StepTrace, card: Card) -> "Outcome":
+        """Return the outcome of tightfit's own trainer."""
+        device_bytes = trace.reserved_bytes + card.context_bytes
+        rates = rates_of(resolve_gpu(card.name)[0], compiled=variant.compile)
+        pass_s, update_s = Work.of(trace.pass_kernels).seconds(rates), Work.of(trace.update_kernels).seconds(rates)
+        return cls(
+            variant=variant,
+            fits=device_bytes <= card.total_bytes - card.used_bytes,
+            device_bytes=device_bytes,
+            phase=trace.phase,
+            failure=None,
+            place=None,
+            categories=trace.categories,
+            largest=(),
+            step_s=pass_s * variant.accumulation + update_s,
+            launch_s=0.0,
+            not_modelled=trace.not_modelled,
+        )
+
+    @classmethod
+    def of_loop(cls, variant: Variant, play: LoopPlay) -> "Outcome":
+        """Return the outcome of nanoGPT's loop."""
+        found = play.findings
         failure = found["failure"]
-        step_s, launch_s = _times(found["course"], variant)
+        step_s, launch_s = _times(play.course, variant)
         return cls(
             variant=variant,
             fits=failure is None,
@@ -270,7 +259,7 @@ class Outcome:
             else found["peak"]["device_bytes"],
             phase=failure["phase"] if failure else found["peak"]["phase"],
             failure=failure,
-            place=found["course"][-1] if found["course"] else {"what": "setup"},
+            place=play.course[-1] if play.course else None,
             categories=found["categories"],
             largest=found["largest"],
             step_s=step_s,
@@ -279,20 +268,25 @@ class Outcome:
         )
 
     @property
+    def iteration(self) -> int:
+        """Iteration of the evaluation that it ended in."""
+        return self.place.iteration or 0 if self.place else 0
+
+    @property
     def in_evaluation(self) -> bool:
-        return self.place.get("what") == "eval"
+        return self.place is not None and self.place.part == "eval"
 
 
-def _times(course: Sequence[Mapping[str, Any]], variant: Variant) -> tuple[float | None, float]:
-    """Seconds of a step of all its passes, and what a pass takes for the launches of its kernels."""
+def _times(course: Sequence[Moment], variant: Variant) -> tuple[float | None, float]:
+    """Seconds of a step of all its passes, and of the launches of a pass's kernels."""
     from tightfit.diagnosis.figures import LAUNCH_S
 
-    last = [each for each in course if each.get("step") == _PLAYED_STEPS - 1]
-    passes = [each for each in last if each["what"] == "pass"]
-    update = next((each for each in last if each["what"] == "update"), None)
-    end = next((each for each in last if each["what"] == "stepped"), None)
+    last = [each for each in course if each.step == _PLAYED_STEPS - 1]
+    passes = [each for each in last if each.part == "pass"]
+    update = next((each for each in last if each.part == "update"), None)
+    end = next((each for each in last if each.part == "stepped"), None)
     if not passes or update is None or end is None:
         return None, 0.0
-    one = (update["seconds"] - passes[0]["seconds"]) / len(passes)
-    kernels = (update["kernels"] - passes[0]["kernels"]) / len(passes)
-    return one * variant.accumulation + end["seconds"] - update["seconds"], min(one, kernels * LAUNCH_S)
+    one = (update.seconds - passes[0].seconds) / len(passes)
+    kernels = (update.kernels - passes[0].kernels) / len(passes)
+    return one * variant.accumulation + end.seconds - update.seconds, min(one, kernels * LAUNCH_S)

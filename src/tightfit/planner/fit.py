@@ -1,9 +1,8 @@
 """A training run's plan, made in processes of their own before the run takes anything."""
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.planner.candidates import is_open, may_recompute, parameters_of, vocabulary_of
 from tightfit.planner.planning import Where, card_here, make_plan, this_host, with_shape
-from tightfit.simulation.cache import cache_folder
+from tightfit.simulation.cache import one_at_a_time
 from tightfit.system import host_memory
 from tightfit.trainer.fallback import Fallback
 from tightfit.units import GIB, MIB, format_bytes, parse_bytes
@@ -65,7 +64,7 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     from tightfit.planner.sentences import nothing_fits, one_line
 
     try:
-        with _one_at_a_time():
+        with one_at_a_time():  # processes that ask for the same plan: the first traces it, the others recall it
             result = make_plan(resolved, where, processes=processes, say=say)
     except DeviceError as error:
         say(f"plan: none is made, because {error}; out of memory, the run goes on with halves")
@@ -120,19 +119,3 @@ def _rough_bound(config: TrainConfig, share: int) -> int:
     width, tokens = config.n_embd, size * config.block_size
     layer = 2 * (34 * tokens * width + 5 * config.n_head * config.block_size * tokens)
     return 20 * parameters_of(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB
-
-
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Processes of one machine that ask for the same plan: the first traces it, the others find it remembered."""
-    try:
-        import fcntl
-
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        file = (cache_folder() / "lock").open("w")
-    except (ImportError, OSError):
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,30 +1,26 @@
 """A plan for a configuration: on a card that is named, on the one that is here, or on this machine's processor."""
 
-import contextlib
-import hashlib
 import importlib.util
-import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from tightfit.config import Resolved, TrainConfig
 from tightfit.data import open_dataset
-from tightfit.errors import TightfitError
+from tightfit.errors import DeviceError, TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.planner.budget import Budget, device_budget, host_budget, spills_to_host
 from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, parameters_of, reliefs
-from tightfit.planner.predict import Predictor, Target, Tracer
+from tightfit.planner.predict import Predictor, Target
 from tightfit.planner.search import Choice, choose
-from tightfit.simulation.cache import cache_folder
+from tightfit.simulation.cache import recall, remember
+from tightfit.simulation.client import Simulator, run_once
+from tightfit.simulation.requests import Failed, HostRates, HostRequest
 from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory
 from tightfit.system.checks_run import OFFLOADED_BYTES
@@ -32,6 +28,7 @@ from tightfit.system.checks_run import OFFLOADED_BYTES
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
 """Segments that grow: what is cached is not lost to fragmentation, so larger micro-batches fit."""
+_MEASURING_S = 300
 _COMPILES_FROM = (7, 0)
 """Compute capability that Triton needs."""
 
@@ -82,21 +79,19 @@ def make_plan(
     environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
     if where.gpu and not environ and sys.platform == "linux" and not spills_to_host():
         environ = {ALLOCATOR: EXPANDABLE}
-    measured: dict[str, Any] = {"flops": {}, "bandwidth": 0.0} if where.gpu else measured_host()
     target = Target(
         gpu=where.gpu,
         known=where.known,
         share=share,
         environ=environ,
-        host_flops=measured["flops"],
-        host_bandwidth=measured["bandwidth"],
+        host=None if where.gpu else measured_host(),
     )
     on = replace(config, device="cpu" if where.gpu is None else "cuda")
-    with Tracer() as tracer:
+    with Simulator() as simulator:
         asked = Resolved(on, resolved.sources, resolved.warnings)
         choice = choose(
             asked,
-            Predictor(on, target, tracer),
+            Predictor(on, target, simulator),
             where.budget,
             share,
             reliefs=reliefs(
@@ -115,7 +110,7 @@ def make_plan(
         choice=choice,
         environ=environ,
         seconds=time.perf_counter() - started,
-        traced=tracer.traced,
+        traced=simulator.played,
         notes=[*where.notes, *_emulates(config, where.gpu)],
     )
 
@@ -169,7 +164,7 @@ def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None
 
 def this_host(memory_bytes: int | None = None) -> Where:
     """This machine's processor, with `memory_bytes` or the tightest limit that holds for a process started here."""
-    host, base = host_memory(), measured_host()["base_bytes"]
+    host, base = host_memory(), measured_host().base_bytes
     resident = base["resident"]
     own = host.used_by_this_process_bytes or 0
     wholes = [
@@ -190,22 +185,16 @@ def this_host(memory_bytes: int | None = None) -> Where:
     )
 
 
-def measured_host() -> dict[str, Any]:
-    """What this machine's processor does in a second, and what torch takes of memory when it is loaded; remembered."""
-    file = cache_folder() / f"this-host-{_processor()}.json"
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        words = [
-            sys.executable,
-            "-c",
-            "from tightfit.simulation.processor import print_measurements; print_measurements()",
-        ]
-        found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-        with contextlib.suppress(OSError):  # measured again next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found))
-    return found
+def measured_host() -> HostRates:
+    """Rates of this machine's processor and the memory that torch takes when it is loaded; remembered on disk."""
+    request = HostRequest(processor=_processor())
+    if (found := recall(request)) is not None:
+        return found
+    measured = run_once(request, timeout_s=_MEASURING_S)
+    if isinstance(measured, Failed):
+        raise DeviceError(f"this machine's processor could not be measured: {measured.error}")
+    remember(request, measured)
+    return measured
 
 
 def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]:
@@ -264,5 +253,4 @@ def _processor() -> str:
         model = next((line for line in lines if line.startswith("model name")), platform.processor())
     except OSError:
         model = platform.processor()
-    text = f"{model} {os.cpu_count()} {version('torch')} {os.environ.get('OMP_NUM_THREADS', '')}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{model} {os.cpu_count()} {os.environ.get('OMP_NUM_THREADS', '')}"

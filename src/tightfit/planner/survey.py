@@ -9,8 +9,9 @@ from tightfit.gpus import GPU, all_gpus
 from tightfit.planner.budget import device_budget
 from tightfit.planner.candidates import Plan, balanced, even, is_open, may_recompute
 from tightfit.planner.planning import ALLOCATOR, EXPANDABLE, can_compile, with_shape
-from tightfit.planner.predict import Prediction, Predictor, Target, Tracer
+from tightfit.planner.predict import Prediction, Predictor, Target
 from tightfit.planner.search import SMALL_BATCH, Line, compiled_line, line_through
+from tightfit.simulation.client import Simulator
 from tightfit.simulation.speed import rates_of
 
 _SEVERAL = 16
@@ -49,11 +50,11 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
     for gpu in all_gpus():
         by_capability.setdefault(gpu.capability, []).append(gpu)
     rows, compiled = [], dict[bool, tuple[Prediction, Prediction]]()
-    with Tracer() as tracer:
-        tracer.will_compile = config.compile is not False
+    with Simulator() as simulator:
+        simulator.will_compile = config.compile is not False
         for number, (capability, cards) in enumerate(sorted(by_capability.items()), 1):
             say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
-            family = _Family(resolved, config, cards[0], tracer)
+            family = _Family(resolved, config, cards[0], simulator)
             if family.compiles:
                 formats = cards[0].native_bf16  # what is compiled differs by those, not by the capability
                 family.compiled = compiled[formats] = compiled.get(formats) or family.trace_compiled()
@@ -76,12 +77,12 @@ class _Way:
 class _Family:
     """Cards of one compute capability: they run the same kernels, each at its own rate."""
 
-    def __init__(self, resolved: Resolved[TrainConfig], config: TrainConfig, traced: GPU, tracer: Tracer) -> None:
+    def __init__(self, resolved: Resolved[TrainConfig], config: TrainConfig, traced: GPU, simulator: Simulator) -> None:
         self.config, self.share = config, config.effective_batch
         self.compiles = config.compile is not False and can_compile(traced)
         self.compiled: tuple[Prediction, Prediction] | None = None
         """One plan, compiled and not: what compiling gains. Inductor's kernels are those of other capabilities, too."""
-        self._traced, self._tracer = traced, tracer
+        self._traced, self._simulator = traced, simulator
         self._small, self._several = min(SMALL_BATCH, self.share), min(_SEVERAL, self.share)
         is_free = may_recompute(resolved)
         levels = (0, config.n_layer) if is_free else (config.activation_checkpointing,)
@@ -149,15 +150,11 @@ class _Family:
         target = Target(
             gpu=self._traced,
             known=True,
-            share=max(
-                self.share, 2 * self._several
-            ),  # two passes in each trace: the second holds the first's gradients
+            share=max(self.share, 2 * self._several),  # two passes a trace: the second holds the first's gradients
             environ={ALLOCATOR: EXPANDABLE},
-            host_flops={},
-            host_bandwidth=0.0,
         )
         config = replace(self.config, offload=plans[0].offload)  # a plan that has none would leave the user's
-        return Predictor(config, target, self._tracer).predict(plans, whole=False)
+        return Predictor(config, target, self._simulator).predict(plans, whole=False)
 
 
 def _row(family: _Family, gpu: GPU) -> CardRow:

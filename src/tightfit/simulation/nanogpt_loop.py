@@ -1,17 +1,19 @@
-"""A training loop in nanoGPT's manner, to be played on the virtual GPU in place of the run that failed.
+"""Training loop in nanoGPT's manner, played on the virtual GPU in place of the run that failed.
 
 It decides what such a run allocates, and when: the evaluation comes before the first step, `logits` of one iteration
-stay bound while the next is computed, and the loss is taken over all logits at once. `tightfit.simulation.stage` runs a
-copy outside the package, so that its lines count as a user's. b sequences, t tokens, c channels, v vocabulary.
+stay bound while the next is computed, and the loss is taken over all logits at once. `tightfit.simulation.loop_play`
+runs it under a file name outside the package, so that its lines count as a user's.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tightfit.simulation.requests import LoopSettings
 
 
 class Norm(nn.Module):
@@ -73,15 +75,15 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, keys: Mapping[str, Any]) -> None:
+    def __init__(self, settings: LoopSettings) -> None:
         super().__init__()
-        width, dropout, bias = keys["n_embd"], keys["dropout"], keys["bias"]
-        self.wte = nn.Embedding(keys["vocab_size"], width)
-        self.wpe = nn.Embedding(keys["block_size"], width)
+        width, dropout, bias = settings.n_embd, settings.dropout, settings.bias
+        self.wte = nn.Embedding(settings.vocab_size, width)
+        self.wpe = nn.Embedding(settings.block_size, width)
         self.drop = nn.Dropout(dropout)
-        self.h = nn.ModuleList(Block(width, keys["n_head"], dropout, bias) for _ in range(keys["n_layer"]))
+        self.h = nn.ModuleList(Block(width, settings.n_head, dropout, bias) for _ in range(settings.n_layer))
         self.ln_f = Norm(width, bias)
-        self.lm_head = nn.Linear(width, keys["vocab_size"], bias=False)
+        self.lm_head = nn.Linear(width, settings.vocab_size, bias=False)
         self.wte.weight = self.lm_head.weight
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,71 +107,66 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
     return model._apply(move)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def optimizer_of(model: nn.Module, keys: Mapping[str, Any]) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
     parameters = [each for each in model.parameters() if each.requires_grad]
     groups = [
         {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": 0.1},
         {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=keys["learning_rate"], betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def run(keys: Mapping[str, Any], note: Callable[..., None]) -> None:
-    """An evaluation, the steps, and another evaluation.
-
-    `keys` are nanoGPT's, and of the play's own: `passes` of a step and `steps` to play, `evaluate` ("as_is", "eager":
-    without torch.compile, "none"), `eval_batch` and `release` (whether `del logits, loss` ends each iteration).
-    `note` is told what comes next.
-    """
+def run(settings: LoopSettings, note: Callable[..., None]) -> None:
+    """Run an evaluation, the steps, and another evaluation; `note` is called before each part."""
     device = "cuda"
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[keys["dtype"]]
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
     ctx: Any = contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device, dtype=dtype)
 
     def get_batch(size: int) -> tuple[Tensor, Tensor]:
-        ids = torch.zeros(size, keys["block_size"], dtype=torch.int64)
+        ids = torch.zeros(size, settings.block_size, dtype=torch.int64)
         x, y = ids.pin_memory(), ids.clone().pin_memory()
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     with torch.device("meta"):
-        plain = Model(keys)
+        plain = Model(settings)
     on_device(plain, device)
     model: Any = plain
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    optimizer = optimizer_of(model, keys)
-    if keys["compile"]:
-        model = torch.compile(model, mode=None if keys["mode"] == "default" else keys["mode"])
-    assessed = plain if keys["evaluate"] == "eager" else model
+    optimizer = optimizer_of(model, settings)
+    if settings.compile:
+        model = torch.compile(model, mode=None if settings.mode == "default" else settings.mode)
+    assessed = plain if settings.evaluate == "eager" else model
 
     @torch.no_grad()
     def estimate_loss() -> None:
         assessed.eval()
         for split in ("train", "val"):
-            losses = torch.zeros(keys["eval_iters"])
-            for k in range(keys["eval_iters"]):
+            losses = torch.zeros(settings.eval_iters)
+            for k in range(settings.eval_iters):
                 note("eval", split=split, iteration=k)
-                X, Y = get_batch(keys["eval_batch"])
+                X, Y = get_batch(settings.eval_batch)
                 with ctx:
                     logits, loss = assessed(X, Y)
                 losses[k] = loss.item()
-                if keys["release"]:
+                if settings.release:
                     del logits, loss
         assessed.train()
 
-    X, Y = get_batch(keys["batch_size"])
-    for step in range(keys["steps"] + 1):
-        if keys["evaluate"] != "none" and step in (0, keys["steps"]):
+    X, Y = get_batch(settings.batch_size)
+    for step in range(settings.steps + 1):
+        if settings.evaluate != "none" and step in (0, settings.steps):
             estimate_loss()
-        if step == keys["steps"]:
+        if step == settings.steps:
             break
-        for number in range(keys["passes"]):
+        for number in range(settings.passes):
             note("pass", step=step, number=number)
             with ctx:
                 logits, loss = model(X, Y)  # noqa: RUF059  (nanoGPT keeps them bound)
-                loss = loss / keys["gradient_accumulation_steps"]
-            X, Y = get_batch(keys["batch_size"])
+                loss = loss / settings.gradient_accumulation_steps
+            X, Y = get_batch(settings.batch_size)
             scaler.scale(loss).backward()
         note("update", step=step)
-        if keys["grad_clip"]:
+        if settings.grad_clip:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)

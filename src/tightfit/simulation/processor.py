@@ -1,10 +1,9 @@
 """The same trace for training on the processor: what its tensors take in host memory, and how fast this machine is."""
 
-import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from tightfit.allocator.caching import CachingAllocator
 from tightfit.config import TrainConfig
 from tightfit.kernels.operators import Card
 from tightfit.models.model import GPT, GPTConfig
+from tightfit.simulation.requests import HostRates, StepTrace
 from tightfit.simulation.speed import Meter, Work
 from tightfit.system import own_bytes
 from tightfit.trainer.distributed import World
@@ -27,39 +27,52 @@ _WIDE = 1 << 50
 _SIZE, _ROUNDS = 1024, 3
 
 
-def trace_on_host(run: Callable[[Callable[[], Work]], dict[str, Any]], meter: Meter) -> dict[str, Any]:
-    """What `run` takes on virtual host tensors, in bytes."""
+@dataclass(frozen=True)
+class StepWork:
+    """Kernels of a traced step, and the model's parameters."""
+
+    one_pass: Work
+    update: Work
+    parameters: int
+
+
+def trace_on_host(run: Callable[[Meter], StepWork], meter: Meter) -> StepTrace:
+    """Trace `run` on virtual host tensors. Sizes in bytes."""
     phases = Phases(lambda: device.mark_roles())
     device = VirtualDevice(Card(capability=(8, 0), sm_count=1), CachingAllocator(total_bytes=_WIDE), phases, "cpu")
     backend.answer_for_fake_tensors()
     phases.install()
     device.observer = meter
     with device.mode():
-        works = run(meter.read)
+        works = run(meter)
     recorder = device.recorder
     recorder.settle()
     peaks = device.peaks()
-    return {
-        "peak": {
-            "requested_bytes": peaks["requested"],
-            "allocated_bytes": peaks["allocated"],
-            "reserved_bytes": peaks["allocated"],
-            "phase": recorder.peak_phase,
-        },
-        "categories": by_category(recorder.alive_at(recorder.peak_event)),
-        "phases": dict(recorder.phase_peaks),
-        "not_modelled": device.not_modelled,
-    } | works
+    return StepTrace(
+        requested_bytes=peaks["requested"],
+        allocated_bytes=peaks["allocated"],
+        reserved_bytes=peaks["allocated"],
+        phase=recorder.peak_phase,
+        categories=by_category(recorder.alive_at(recorder.peak_event)),
+        phases={str(name): size for name, size in recorder.phase_peaks.items()},
+        not_modelled=tuple(device.not_modelled),
+        parameters=works.parameters,
+        pass_kernels=works.one_pass.counts(),
+        update_kernels=works.update.counts(),
+    )
 
 
-def measure_host() -> dict[str, Any]:
-    """FLOP/s of matrix products by dtype, and bytes/s of a large addition, of this machine now."""
+def measure_host() -> HostRates:
+    """Measure this machine: its memory with all of training loaded and used once, then its rates."""
+    _train_once()
+    base_bytes = own_bytes()
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
         one, other = torch.ones(_SIZE, _SIZE, dtype=dtype), torch.ones(_SIZE, _SIZE, dtype=dtype)
         flops[str(dtype).removeprefix("torch.")] = 2 * _SIZE**3 / _best(partial(torch.mm, one, other))
     large = torch.ones(1 << 24)
-    return {"flops": flops, "bandwidth": 2 * large.nbytes / _best(partial(torch.neg, large))}
+    bandwidth = 2 * large.nbytes / _best(partial(torch.neg, large))
+    return HostRates(flops=flops, bandwidth=bandwidth, base_bytes=base_bytes)
 
 
 def _best(work: Callable[[], object]) -> float:
@@ -71,8 +84,8 @@ def _best(work: Callable[[], object]) -> float:
     return min(seconds[1:])
 
 
-def print_measurements() -> None:
-    """For a process of its own: its memory with all of training loaded and used once, then the rates, as JSON."""
+def _train_once() -> None:
+    """Load and use everything that a training process loads and uses."""
     from tightfit.trainer.resident import return_freed_memory
     from tightfit.trainer.sample import generate
 
@@ -86,5 +99,3 @@ def print_measurements() -> None:
         optimizer_step(state, [(ids, ids)], passes=1, tokens=64, learning_rate=0.0, grad_clip=1.0)
     evaluation_loss(state, [(ids, ids)])
     generate(model, ids[:, :1], 2)
-    base = own_bytes()
-    print(json.dumps(measure_host() | {"base_bytes": base}))

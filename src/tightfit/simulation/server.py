@@ -1,131 +1,263 @@
-"""A process that has loaded torch and forks a child for each trace: a trace then starts in milliseconds.
+"""The process that plays: it has loaded torch, and forks a child for each play, so that a play starts in milliseconds.
 
-It reads a line of JSON for each trace (`id`, `request`, `answer`: the file to write) and prints one when its child has
-ended (`id`, `code`). The virtual device changes torch for good, so no process traces twice.
+The virtual GPU changes torch for good, so no process plays twice. Plays that compile are forked from a second process,
+itself a fork that has loaded the compiler. Everything ends with the client: the kernel kills the server when its
+parent dies, and each child when the server dies.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
-import json
 import logging
 import os
-import select
+import selectors
 import signal
+import socket
 import sys
+import traceback
+from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
-COMPILER = (
-    "torch._dynamo.variables", "torch._inductor.compile_fx", "torch._inductor.scheduler",
-    "torch._inductor.codegen.triton", "torch._inductor.codegen.wrapper",
-    "torch._inductor.codegen.cuda_combined_scheduling",
-)  # fmt: skip
-"""Loaded once, before something is compiled in a fork or at once: 2 s for each otherwise."""
-TRACING = (
-    "torch.distributed.tensor", "torch.distributed._functional_collectives", "torch.fx.experimental.symbolic_shapes",
-    "torch.profiler._cupti_monitor", "torch.utils._device",
-)  # fmt: skip
+import msgspec
+
+from tightfit.simulation.requests import (
+    AnyRequest,
+    Ask,
+    Failed,
+    HostRequest,
+    LoopRequest,
+    Reply,
+    StepRequest,
+    TimingRequest,
+)
+from tightfit.simulation.wire import Frames, send
+
+_TRACING = (
+    "tightfit.simulation.step_trace",
+    "torch.distributed.tensor",
+    "torch.distributed._functional_collectives",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.profiler._cupti_monitor",
+    "torch.utils._device",
+)
 """What torch loads when a first tensor is traced: a second or more of each fork."""
+_COMPILER = (
+    "torch._dynamo.variables",
+    "torch._inductor.compile_fx",
+    "torch._inductor.scheduler",
+    "torch._inductor.codegen.triton",
+    "torch._inductor.codegen.wrapper",
+    "torch._inductor.codegen.cuda_combined_scheduling",
+)
+"""What torch loads when something is compiled: two seconds of each fork."""
+_PR_SET_PDEATHSIG = 1
+_CHUNK = 1 << 16
 
 
-def load(names: Iterable[str]) -> None:
-    """Load what a trace needs, and what else of torch forks will need, as far as this torch has it."""
-    importlib.import_module("tightfit.simulation.step_trace")
-    for name in names:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+def main() -> None:
+    """Serve the socket whose number is the first argument.
 
-
-def serve() -> None:
-    """Serve until standard input ends."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    load(TRACING)
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.set_wakeup_fd(wake)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    running: dict[int, Any] = {}
-    _say({"id": None, "code": 0})
-    pending, open_ = b"", True
-    while open_ or running:
-        ready, _, _ = select.select([woken, *([0] if open_ else [])], [], [])
-        if 0 in ready:
-            data = os.read(0, 1 << 16)
-            open_ = bool(data)
-            *lines, pending = (pending + data).split(b"\n")
-            for line in lines:
-                message = json.loads(line)
-                running[_fork(message)] = message["id"]
-        if woken in ready:
-            os.read(woken, 1 << 10)
-            _reap(running)
-
-
-def serve_one() -> None:
-    """Answer a single trace, with the compiler loaded before it is asked for: compiling in a fork takes longer."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    load((*TRACING, *COMPILER))
-    line = sys.stdin.readline()
-    if line:
-        message = json.loads(line)
-        with contextlib.redirect_stdout(sys.stderr):
-            _answer(message)
-        _say({"id": message["id"], "code": 0})
-    sys.stdout.flush()
+    The second is the number of plays at a time, or "once": one request, answered in this process. With "compiler" as
+    the third, the compiler is loaded before a request needs it.
+    """
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client gets Ctrl-C and ends this process
+    number, mode, *options = sys.argv[1:]
+    connection = socket.socket(fileno=int(number))
+    if mode == "once":
+        _serve_once(connection)
+    else:
+        _load(_TRACING)
+        server = Server(connection, workers=int(mode))
+        if "compiler" in options:
+            server.start_compiler()
+        server.serve()
     os._exit(0)  # autograd's thread of a virtual device does not end by itself
 
 
-def _fork(message: dict[str, Any]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        gc.freeze()  # what is loaded stays
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.dup2(2, 1)
-        os.close(0)
-        _answer(message)
-        code = 0
-    finally:
-        os._exit(code)
+def end_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies, where it can be asked (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _answer(message: dict[str, Any]) -> None:
-    answer = Path(message["answer"])
-    part = answer.with_suffix(".part")
-    part.write_text(json.dumps(_traced(message["request"])))
-    part.replace(answer)
-
-
-def _traced(request: dict[str, Any]) -> dict[str, Any]:
-    import traceback
-
-    from tightfit.simulation.step_trace import TraceRequest, trace
-
-    logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
-    capability = request.pop("capability")
-    try:
-        return trace(TraceRequest(capability=tuple(capability) if capability else None, **request))
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-
-
-def _reap(running: dict[int, Any]) -> None:
-    while running:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child == 0:
+def _serve_once(connection: socket.socket) -> None:
+    frames = Frames(Ask)
+    while data := connection.recv(_CHUNK):
+        for ask in frames.feed(data):
+            os.dup2(2, 1)  # what libraries print is no answer
+            send(connection, _reply(ask))
             return
-        _say({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
 
 
-def _say(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+class Server:
+    """Plays what a socket asks for, a few requests at a time, until the socket ends."""
+
+    def __init__(self, connection: socket.socket, *, workers: int, has_compiler: bool = False) -> None:
+        self._connection, self._workers, self._has_compiler = connection, workers, has_compiler
+        self._selector = selectors.DefaultSelector()
+        self._waiting: deque[Ask] = deque()
+        self._children: dict[int, tuple[int, int, bytearray]] = {}
+        """Number of the request, process and what it has answered so far, by the pipe it answers through."""
+        self._compiler: socket.socket | None = None
+        self._compiling = 0
+
+    def serve(self) -> None:
+        """Return when the other side has closed the socket; unfinished plays are killed."""
+        frames, from_compiler = Frames(Ask), Frames(Reply)
+        self._selector.register(self._connection, selectors.EVENT_READ)
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._connection:
+                    data = self._connection.recv(_CHUNK)
+                    if not data:
+                        self._end_children()
+                        return
+                    self._waiting.extend(frames.feed(data))
+                elif key.fileobj is self._compiler:
+                    self._forward(from_compiler)
+                else:
+                    self._read_child(key.fd)
+            self._start_waiting()
+
+    def start_compiler(self) -> None:
+        """Fork the process that loads the compiler; plays that compile nothing go on meanwhile."""
+        ours, theirs = socket.socketpair()
+        if _forked():
+            theirs.close()
+            self._compiler = ours
+            self._selector.register(ours, selectors.EVENT_READ)
+            return
+        try:
+            ours.close()
+            self._close_all()
+            _load(_COMPILER)
+            Server(theirs, workers=self._workers, has_compiler=True).serve()
+        finally:
+            os._exit(0)
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._children) + self._compiling < self._workers:
+            ask = self._waiting.popleft()
+            if self._has_compiler or not ask.request.compiles:
+                self._fork(ask)
+                continue
+            if self._compiler is None:
+                self.start_compiler()
+            assert self._compiler is not None
+            send(self._compiler, ask)
+            self._compiling += 1
+
+    def _forward(self, frames: Frames[Reply]) -> None:
+        assert self._compiler is not None
+        for reply in frames.feed(self._compiler.recv(_CHUNK)):
+            self._compiling -= 1
+            send(self._connection, reply)
+
+    def _fork(self, ask: Ask) -> None:
+        reading, writing = os.pipe()
+        if child := _forked():
+            os.close(writing)
+            self._children[reading] = (ask.number, child, bytearray())
+            self._selector.register(reading, selectors.EVENT_READ)
+            return
+        try:
+            self._close_all()
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(null, stream)
+            answer = msgspec.json.encode(_reply(ask))
+            while answer:
+                answer = answer[os.write(writing, answer) :]
+        finally:
+            os._exit(0)
+
+    def _read_child(self, pipe: int) -> None:
+        number, child, received = self._children[pipe]
+        if data := os.read(pipe, _CHUNK):
+            received += data
+            return
+        self._selector.unregister(pipe)
+        os.close(pipe)
+        del self._children[pipe]
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if received:
+            reply = msgspec.json.decode(received, type=Reply)
+        else:
+            reason = f"it ended with code {code} and no answer; if this machine's memory ran out, that is the reason"
+            reply = Reply(number=number, failed=Failed(error=reason))
+        send(self._connection, reply)
+
+    def _end_children(self) -> None:
+        """Kill what still plays, and wait until it is gone; the compiler's process does so with its own."""
+        for _, child, _ in self._children.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        if self._compiler is not None:
+            self._compiler.close()
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+
+    def _close_all(self) -> None:
+        """Close what a fork inherited, so that the end of a pipe is its owner's end."""
+        self._selector.close()
+        self._connection.close()
+        for pipe in self._children:
+            os.close(pipe)
+        if self._compiler is not None:
+            self._compiler.close()
+
+
+def _forked() -> int:
+    """Fork: the child's process number in the parent, 0 in the child, which ends when the parent does."""
+    gc.freeze()  # what is loaded stays
+    if child := os.fork():
+        return child
+    end_with_parent()
+    return 0
+
+
+def _load(modules: Iterable[str]) -> None:
+    """Import what plays will need, as far as this torch has it."""
+    gc.disable()  # what is loaded stays: looking through it again and again takes time
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.enable()
+
+
+def _reply(ask: Ask) -> Reply:
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
+    try:
+        return Reply(number=ask.number, answer=msgspec.Raw(msgspec.json.encode(_answer(ask.request))))
+    except Exception as error:  # a play may fail in any way that torch can; the client judges
+        failed = Failed(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        return Reply(number=ask.number, failed=failed)
+
+
+def _answer(request: AnyRequest) -> msgspec.Struct:
+    """Play one request; each kind imports what it needs."""
+    match request:
+        case StepRequest():
+            from tightfit.simulation.step_trace import trace_step
+
+            return trace_step(request)
+        case LoopRequest():
+            from tightfit.simulation.loop_play import play_loop
+
+            return play_loop(request)
+        case HostRequest():
+            from tightfit.simulation.processor import measure_host
+
+            return measure_host()
+        case TimingRequest():
+            from tightfit.simulation.timing import time_step
+
+            return time_step(request)
 
 
 if __name__ == "__main__":
-    serve_one() if sys.argv[1:] == ["one"] else serve()
+    main()

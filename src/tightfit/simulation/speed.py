@@ -7,8 +7,9 @@ them and of others that it was not set on: within 5% of the former, within 18% o
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+
+import msgspec
 
 from tightfit.gpus import GPU
 from tightfit.kernels.launch import Kernel
@@ -153,11 +154,18 @@ class Work:
         on_device = sum(rates.seconds(kernel) * count for kernel, count in self.kernels.items())
         return max(0.0, on_device, self.launches * rates.host_s)
 
-    def as_rows(self) -> list[list[Any]]:
-        """For JSON."""
-        return [[count, *astuple(kernel)] for kernel, count in self.kernels.items()]
+    def counts(self) -> "tuple[KernelCount, ...]":
+        """Kernels and how many of each, as they cross a process or a file."""
+        return tuple(KernelCount(kernel=kernel, count=count) for kernel, count in self.kernels.items())
 
     @classmethod
-    def of_rows(cls, rows: Iterable[list[Any]]) -> "Work":
-        """What `as_rows` wrote."""
-        return cls(Counter({Kernel(*fields): count for count, *fields in rows}))
+    def of(cls, counts: "Iterable[KernelCount]") -> "Work":
+        """Work that `counts` wrote down."""
+        return cls(Counter({each.kernel: each.count for each in counts}))
+
+
+class KernelCount(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How often one kernel runs."""
+
+    kernel: Kernel
+    count: int

@@ -1,61 +1,35 @@
-"""One trace: the trainer's own step, through all phases of a run, on a virtual device. Runs in a process of its own."""
+"""Trace the trainer's own step, through all phases of a run, on a virtual device. Runs in a process of its own."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tightfit.config import TrainConfig
 from tightfit.data.batches import micro_batches
-from tightfit.gpus import resolve_gpu
 from tightfit.models.model import GPT, PADDED_VOCAB, GPTConfig
-from tightfit.simulation.speed import Meter, Rates, Work, host_rates, rates_of
+from tightfit.simulation.processor import StepWork, trace_on_host
+from tightfit.simulation.requests import StepRequest, StepTrace
+from tightfit.simulation.speed import Meter
 from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import DTYPES, choose_hardware
 from tightfit.trainer.sample import generate
 from tightfit.trainer.setup import build_state, model_options
 from tightfit.trainer.step import StepState, evaluation_loss, optimizer_step
 from tightfit.vgpu.findings import findings_of
+from tightfit.vgpu.recorder import Phase
 from tightfit.vgpu.session import Request, VirtualSession
 
 WIDE = 1 << 50
-"""Bytes of the card that a trace runs on: what a plan takes is asked, not whether it fails."""
+"""Bytes of the card that a trace runs on: the question is how much a plan takes, not if it fails."""
 _SAMPLED = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class TraceRequest:
-    """What is to be traced."""
-
-    whole: bool
-    """Whether through all phases, or the steps alone, to see how memory grows."""
-
-    config: dict[str, Any]
-    """A TrainConfig with a plan's keys in it."""
-    share: int
-    """Sequences of a step that this device computes."""
-    gpu: str
-    """A card's exact name, or "" for the host."""
-    capability: tuple[int, int] | None
-    """Of a card that the table does not know."""
-    environ: dict[str, str]
-    """Settings of the allocator."""
-    host_flops: dict[str, float]
-    host_bandwidth: float
-
-
-def trace(request: TraceRequest) -> dict[str, Any]:
-    """Peaks in bytes, their categories and phases, and the seconds of a step. The process is spent after it."""
-    config = TrainConfig(**request.config)
+def trace_step(request: StepRequest) -> StepTrace:
+    """Trace a run's phases or its steps alone. The process is spent after it."""
     if not request.gpu:
-        from tightfit.simulation.processor import trace_on_host
-
-        on_host = host_rates(request.host_flops, request.host_bandwidth)
-        return trace_on_host(lambda read: _run(config, request, read, on_host), Meter())
-    gpu, _ = resolve_gpu(request.gpu, memory_bytes=WIDE, capability=request.capability)
+        return trace_on_host(lambda meter: _run(request, meter), Meter())
     session = VirtualSession(
         Request(
             gpu=request.gpu,
@@ -66,16 +40,29 @@ def trace(request: TraceRequest) -> dict[str, Any]:
             environ=request.environ,
         )
     )
-    rates, meter = rates_of(gpu, compiled=config.compile is True), Meter()
+    meter = Meter()
     with session.active():
         session.device.observer = meter
-        works = _run(config, request, meter.read, rates)
+        works = _run(request, meter)
     found = findings_of(session)
-    return {key: found[key] for key in ("peak", "categories", "phases", "not_modelled")} | works
+    peak = found["peak"]
+    return StepTrace(
+        requested_bytes=peak["requested_bytes"],
+        allocated_bytes=peak["allocated_bytes"],
+        reserved_bytes=peak["reserved_bytes"],
+        phase=peak["phase"],
+        categories=found["categories"],
+        phases=found["phases"],
+        not_modelled=tuple(found["not_modelled"]),
+        parameters=works.parameters,
+        pass_kernels=works.one_pass.counts(),
+        update_kernels=works.update.counts(),
+    )
 
 
-def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work], rates: Rates) -> dict[str, Any]:
-    """The course of a run; the work of one pass and of the update alone."""
+def _run(request: StepRequest, meter: Meter) -> StepWork:
+    """Go through a run; return the work of one pass and of the update alone."""
+    config, read = request.config, meter.read
     hardware = choose_hardware(config)
     device = hardware.device
     model = _model(config, device)
@@ -106,13 +93,7 @@ def _run(config: TrainConfig, request: TraceRequest, read: Callable[[], Work], r
             generate(model, torch.zeros(1, 1, dtype=torch.int64, device=device), _SAMPLED)
     one_pass = single if double is None else double - single
     update = single - one_pass
-    return {
-        "pass_s": one_pass.seconds(rates),
-        "update_s": update.seconds(rates),
-        "pass_kernels": one_pass.as_rows(),
-        "update_kernels": update.as_rows(),
-        "parameters": model.count_parameters(),
-    }
+    return StepWork(one_pass=one_pass, update=update, parameters=model.count_parameters())
 
 
 def _model(config: TrainConfig, device: torch.device) -> GPT:
@@ -167,6 +148,6 @@ def _step(config: TrainConfig, state: StepState, sizes: list[int], device: torch
     )
 
 
-def _named_phase(name: Any) -> contextlib.AbstractContextManager[None]:
+def _named_phase(name: Phase) -> contextlib.AbstractContextManager[None]:
     running = VirtualSession._running
     return running.phases.named(name) if running is not None else contextlib.nullcontext()

@@ -1,0 +1,63 @@
+"""nanoGPT's loop, played on the virtual GPU. Runs in a process of its own."""
+
+import contextlib
+import importlib.util
+import linecache
+import os
+import sys
+import time
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+from tightfit.simulation.requests import LoopPlay, LoopRequest, Moment
+from tightfit.simulation.speed import Meter, rates_of
+from tightfit.vgpu.findings import findings_of
+from tightfit.vgpu.session import Request, VirtualSession
+
+_FILE = os.path.join(os.sep, "nanogpt_loop.py")
+"""The loop's file in findings: outside the package, so that its lines count as a user's."""
+
+
+def play_loop(request: LoopRequest) -> LoopPlay:
+    """Play the loop; return its findings, and the card's seconds up to each of its parts."""
+    started = time.monotonic()
+    session = VirtualSession(
+        Request(
+            gpu=request.gpu,
+            memory_bytes=request.memory_bytes,
+            used_bytes=request.used_bytes,
+            context_bytes=request.context_bytes,
+            until_stable=False,
+            environ=request.environ,
+        )
+    )
+    rates, meter = rates_of(session.gpu, compiled=request.settings.compile), Meter()
+    course: list[Moment] = []
+
+    def note(part: str, **where: int | str) -> None:
+        work = meter.read()
+        course.append(Moment(part=part, **where, seconds=work.seconds(rates), kernels=work.launches))  # type: ignore[arg-type]
+
+    loop = _loop_module()
+    error: BaseException | None = None
+    with contextlib.redirect_stdout(sys.stderr), session.active():
+        session.device.observer = meter
+        try:
+            loop.run(request.settings, note)
+        except Exception as failure:  # of the loop, as on a card: its findings name it
+            error = failure
+    found = findings_of(session, error)
+    if found["failure"] and found["failure"]["file"] == _FILE:
+        found["failure"]["source"] = linecache.getline(_FILE, found["failure"]["line"]).strip()
+    return LoopPlay(findings=found, course=tuple(course), play_seconds=round(time.monotonic() - started, 3))
+
+
+def _loop_module() -> ModuleType:
+    """The loop, compiled under a file name of its own; torch.compile reads its lines from linecache."""
+    source = Path(__file__).with_name("nanogpt_loop.py").read_text(encoding="utf-8")
+    linecache.cache[_FILE] = (len(source), None, source.splitlines(keepends=True), _FILE)
+    module = importlib.util.module_from_spec(ModuleSpec("nanogpt_loop", None, origin=_FILE))
+    sys.modules["nanogpt_loop"] = module
+    exec(compile(source, _FILE, "exec"), vars(module))  # our own file
+    return module

@@ -1,0 +1,213 @@
+"""The protocol of the simulation service: what can be asked of it, and what it answers.
+
+A message is one JSON document behind its length in four bytes. Requests name their kind, so that one server plays
+all of them; `ANSWERS` names the record that answers each.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+
+from tightfit.config import TrainConfig
+from tightfit.simulation.speed import KernelCount
+
+A = TypeVar("A", bound=msgspec.Struct, covariant=True)
+"""The record that answers a request."""
+
+
+class Request(msgspec.Struct, Generic[A], frozen=True, kw_only=True, tag_field="kind"):
+    """A question that the service answers."""
+
+    @property
+    def compiles(self) -> bool:
+        """True if the play needs torch's compiler."""
+        return False
+
+
+class StepRequest(Request["StepTrace"], frozen=True, kw_only=True, tag="step"):
+    """The trainer's own step on a card wide enough for it."""
+
+    whole: bool
+    """All phases of a run; False: the steps alone, to learn how memory grows."""
+    config: TrainConfig
+    """The run, with a plan's keys in it."""
+    share: int
+    """Sequences of a step that this device computes."""
+    gpu: str
+    """A card's exact name, or "" for the host."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of a card that the table lacks."""
+    environ: Mapping[str, str] = {}
+    """Settings of the allocator."""
+
+    @property
+    def compiles(self) -> bool:
+        return self.config.compile is True
+
+
+class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """What a traced step takes. Sizes in bytes."""
+
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    phase: str
+    """Where the peak is."""
+    categories: dict[str, int]
+    phases: dict[str, int]
+    """Highest allocated bytes of each phase."""
+    not_modelled: tuple[str, ...]
+    parameters: int
+    pass_kernels: tuple[KernelCount, ...]
+    """Kernels of one forward and backward pass."""
+    update_kernels: tuple[KernelCount, ...]
+    """Kernels of clipping and the optimizer."""
+
+
+class LoopSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What nanoGPT's loop is played with: its own keys, and how much of it to play."""
+
+    batch_size: int
+    block_size: int
+    gradient_accumulation_steps: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    dropout: float
+    bias: bool
+    dtype: str
+    compile: bool
+    mode: str
+    grad_clip: float
+    learning_rate: float
+    passes: int
+    """Forward passes of a step."""
+    steps: int
+    """Optimizer steps."""
+    evaluate: str
+    """as_is, eager (without torch.compile) or none."""
+    eval_iters: int
+    eval_batch: int
+    """Sequences of an evaluation's forward pass."""
+    release: bool
+    """End each iteration of an evaluation with `del logits, loss`."""
+
+
+class LoopRequest(Request["LoopPlay"], frozen=True, kw_only=True, tag="loop"):
+    """nanoGPT's training loop on a card of a given size."""
+
+    settings: LoopSettings
+    gpu: str
+    memory_bytes: int | None = None
+    used_bytes: int = 0
+    context_bytes: int | None = None
+    environ: Mapping[str, str] = {}
+    """Settings of the allocator."""
+
+    @property
+    def compiles(self) -> bool:
+        return self.settings.compile
+
+
+class Moment(msgspec.Struct, frozen=True, kw_only=True):
+    """The start of one part of nanoGPT's loop."""
+
+    part: str
+    """eval, pass, update or stepped."""
+    step: int | None = None
+    number: int | None = None
+    """Pass of the step."""
+    split: str | None = None
+    iteration: int | None = None
+    """Iteration of the evaluation."""
+    seconds: float
+    """Seconds of the card up to here."""
+    kernels: int
+    """Kernels launched up to here."""
+
+
+class LoopPlay(msgspec.Struct, frozen=True, kw_only=True):
+    """What nanoGPT's loop did."""
+
+    findings: dict[str, Any]
+    course: tuple[Moment, ...]
+    """Parts of the loop in the order in which they began."""
+    play_seconds: float
+
+
+class HostRequest(Request["HostRates"], frozen=True, kw_only=True, tag="host"):
+    """Rates of this machine's processor, and the bytes that a training process holds before its first tensor."""
+
+    processor: str
+    """Model of the processor, its cores and its threads: another machine is measured anew."""
+
+
+class HostRates(msgspec.Struct, frozen=True, kw_only=True):
+    """Measurements of this machine."""
+
+    flops: dict[str, float]
+    """FLOP/s of large matrix products, by dtype."""
+    bandwidth: float
+    """Bytes/s of a large negation."""
+    base_bytes: dict[str, int]
+    """Bytes of a process with all of training loaded, by the source that counts them."""
+
+
+class TimingRequest(Request["Timing"], frozen=True, kw_only=True, tag="timing"):
+    """A few passes of the trainer's step, timed on the device of this machine."""
+
+    config: TrainConfig
+    share: int
+    """Sequences of a step that this device computes."""
+    device_name: str
+    """Another device is timed anew."""
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured seconds."""
+
+    pass_s: float
+    """One forward and backward pass."""
+    update_s: float
+    """Clipping and the optimizer."""
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
+    """A play that could not be made."""
+
+    error: str
+    traceback: str = ""
+
+
+AnyRequest = StepRequest | LoopRequest | HostRequest | TimingRequest
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A request on its way to the server."""
+
+    number: int
+    request: AnyRequest
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a request."""
+
+    number: int
+    answer: msgspec.Raw = msgspec.Raw(b"null")
+    """JSON of the record that answers; null if the play failed."""
+    failed: Failed | None = None
+
+
+_ANSWERS: dict[type, type[msgspec.Struct]] = {
+    StepRequest: StepTrace,
+    LoopRequest: LoopPlay,
+    HostRequest: HostRates,
+    TimingRequest: Timing,
+}
+
+
+def decode_answer(request: Request[A], data: bytes | msgspec.Raw) -> A:
+    """Read the record that answers `request` from its JSON. `msgspec.MsgspecError` for another shape."""
+    return cast(A, msgspec.json.decode(data, type=_ANSWERS[type(request)]))

@@ -1,0 +1,205 @@
+"""The simulation service: it ends with its client however that ends, and its cache does no harm however it is found."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from tightfit.config import TrainConfig
+from tightfit.simulation import cache
+from tightfit.simulation.client import Simulator, run_once
+from tightfit.simulation.requests import Ask, Failed, HostRates, HostRequest, Reply, StepRequest, StepTrace
+from tightfit.simulation.wire import Frames, send
+
+MODEL = ["--n_layer=2", "--n_embd=128", "--n_head=2", "--vocab_size=8192", "--compile=True"]
+PLAN = ["plan", "--gpu=RTX 3060 12GB", *MODEL]
+RATES = HostRates(flops={"float32": 1e11}, bandwidth=1e10, base_bytes={"resident": 1})
+TINY = TrainConfig(
+    n_layer=1, n_head=1, n_embd=64, block_size=64, vocab_size=512, batch_size=2, micro_batch=1, device="cuda",
+    gradient_accumulation_steps=1, eval_micro_batch=1, dtype="bfloat16", compile=False, loss="full", fit="off",
+)  # fmt: skip
+
+
+def request(config: TrainConfig = TINY) -> StepRequest:
+    return StepRequest(whole=False, config=config, share=2, gpu="GeForce RTX 3060 12GB")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tightfit"
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes that carry the mark in their environment: children inherit it, whoever their parent is by then."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TIGHTFIT_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until_gone(mark: str, seconds: float = 10) -> list[psutil.Process]:
+    deadline = time.monotonic() + seconds
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def killed_after(delay_s: float, sign: signal.Signals, folder: Path, mark: str) -> None:
+    temporary = folder / "temporary"
+    temporary.mkdir(exist_ok=True)
+    environ = {**os.environ, "XDG_CACHE_HOME": str(folder / mark), "TMPDIR": str(temporary), "TIGHTFIT_TEST_MARK": mark}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, "-m", "tightfit", *PLAN], env=environ, stdout=quiet, stderr=quiet)
+    time.sleep(delay_s)
+    process.send_signal(sign)
+    process.wait(10)
+    assert wait_until_gone(mark) == []
+    assert [each.name for each in temporary.iterdir() if not each.name.startswith("torchinductor")] == []
+
+
+class TestEnd:
+    @pytest.mark.parametrize("delay_s", [0.5, 4.0, 8.0])
+    def test_a_killed_plan_leaves_nothing_behind(self, delay_s: float, tmp_path: Path) -> None:
+        killed_after(delay_s, signal.SIGKILL, tmp_path, f"{os.getpid()}-{delay_s}")
+
+    def test_an_interrupted_one_neither(self, tmp_path: Path) -> None:
+        killed_after(5.0, signal.SIGINT, tmp_path, f"{os.getpid()}-interrupted")
+
+    @pytest.mark.slow
+    def test_twenty_random_moments(self, tmp_path: Path) -> None:
+        moments = random.Random(15)
+        for number in range(20):
+            killed_after(moments.uniform(0, 15), signal.SIGKILL, tmp_path, f"{os.getpid()}-random-{number}")
+
+    def test_a_play_that_is_killed_is_reported_and_the_next_one_works(self, home: Path) -> None:
+        mark = f"{os.getpid()}-child"
+        with pytest.MonkeyPatch.context() as patch, Simulator(workers=1) as simulator:
+            patch.setenv("TIGHTFIT_TEST_MARK", mark)
+            first = msgspec.structs.replace(request(), share=1)
+            assert isinstance(simulator.play([first])[0], StepTrace)  # the server is there
+            [server] = marked(mark)
+            killer = threading.Thread(target=_kill_next_child, args=(server,))
+            killer.start()
+            large = request(TrainConfig(**{**vars(TINY), "n_layer": 24}))
+            [answer] = simulator.play([large])
+            killer.join()
+            assert isinstance(answer, Failed)
+            assert "ended with code -9 and no answer" in answer.error
+            assert isinstance(simulator.play([request()])[0], StepTrace)
+        assert wait_until_gone(mark) == []
+
+
+def _kill_next_child(server: psutil.Process) -> None:
+    while not (children := server.children()):
+        time.sleep(0.005)
+    children[0].kill()
+
+
+class TestPlays:
+    def test_answers_come_in_the_order_of_the_questions_and_are_remembered(self, home: Path) -> None:
+        requests = [request(TrainConfig(**{**vars(TINY), "n_layer": layers})) for layers in (3, 1, 2)]
+        seen: list[tuple[int, int]] = []
+        with Simulator() as simulator:
+            found = simulator.play(requests, progress=lambda done, of: seen.append((done, of)))
+            assert simulator.played == 3
+        assert seen == [(1, 3), (2, 3), (3, 3)]
+        peaks = [each.allocated_bytes for each in found if isinstance(each, StepTrace)]
+        assert peaks[1] < peaks[2] < peaks[0]
+        with Simulator() as simulator:
+            assert simulator.play(requests) == found
+            assert simulator.played == 0
+
+    def test_what_cannot_be_played_says_why(self, home: Path) -> None:
+        with Simulator() as simulator:
+            [answer] = simulator.play([msgspec.structs.replace(request(), gpu="GeForce 9")])
+        assert isinstance(answer, Failed)
+        assert answer.error.startswith("DeviceError: ")
+        assert "Traceback" in answer.traceback
+        assert not list(home.rglob("*.json")), "a failure is not remembered"
+
+    def test_a_process_of_its_own_is_given_up_in_time(self) -> None:
+        assert run_once(HostRequest(processor="x"), timeout_s=0.2) == Failed(error="not done after 0 s")
+
+
+class TestCache:
+    QUESTION = HostRequest(processor="made up")
+
+    def test_it_answers_what_was_asked_before(self, home: Path) -> None:
+        assert cache.recall(self.QUESTION) is None
+        cache.remember(self.QUESTION, RATES)
+        assert cache.recall(self.QUESTION) == RATES
+        assert cache.recall(HostRequest(processor="another")) is None
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", "null", "7", '"x"', "{}", '{"flops": 1}', "\x00\x01", '{"flops": {}']
+    )
+    def test_a_file_of_another_shape_counts_as_absent(self, text: str, home: Path) -> None:
+        cache.remember(self.QUESTION, RATES)
+        [file] = home.rglob("*.json")
+        file.write_text(text)
+        assert cache.recall(self.QUESTION) is None
+        cache.remember(self.QUESTION, RATES)
+        assert cache.recall(self.QUESTION) == RATES
+
+    @pytest.mark.parametrize("kind", ["a file in its place", "no home", "a folder that is a loop"])
+    def test_where_it_cannot_be_written_nothing_is_remembered(
+        self, kind: str, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if kind == "a file in its place":
+            home.parent.write_text("")
+        elif kind == "a folder that is a loop":
+            home.parent.symlink_to(home.parent)
+        else:
+            monkeypatch.delenv("XDG_CACHE_HOME")
+            monkeypatch.setattr(Path, "home", _no_home)
+        cache.remember(self.QUESTION, RATES)
+        assert cache.recall(self.QUESTION) is None
+        with cache.one_at_a_time():
+            pass
+
+    def test_writers_at_once_leave_one_whole_answer(self, home: Path) -> None:
+        writers = [threading.Thread(target=cache.remember, args=(self.QUESTION, RATES)) for _ in range(8)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert cache.recall(self.QUESTION) == RATES
+        assert len(list((home / "answers").iterdir())) == 1
+
+    def test_it_forgets_what_was_used_longest_ago(self, tmp_path: Path) -> None:
+        for number in range(10):
+            (tmp_path / f"{number}.json").write_bytes(bytes(100))
+            os.utime(tmp_path / f"{number}.json", (number, number))
+        cache.prune(tmp_path, most_bytes=350)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["7.json", "8.json", "9.json"]
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_messages_are_put_together_from_pieces() -> None:
+    replies = [Reply(number=number, failed=Failed(error="x" * number)) for number in (1, 70_000)]
+    frames, found = Frames(Reply), []
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        for reply in replies:
+            send(sender, reply)
+        while len(found) < len(replies):
+            found += frames.feed(receiver.recv(4099))
+    assert [(each.number, each.failed) for each in found] == [(each.number, each.failed) for each in replies]
+    assert Frames(Ask).feed(b"\x00\x00") == []
