@@ -277,8 +277,8 @@ class Search:
     def _fitting(self, lines: dict[str, Line], plain: dict[str, Line]) -> list[Prediction]:
         """Plans traced in full that fit, out of those that the lines say are fastest."""
         wanted = self._promising(lines, compiled=self._compiled)[:_OFFERED]
-        if self._compiled:  # compiling takes longer than tracing: the best one, and two as they would be without it
-            wanted = [*wanted[:1], *self._promising(plain, compiled=False)[:2]]
+        if self._compiled:  # compiling takes longer than tracing: the best one, and, if it is ours to choose, two without
+            wanted = [*wanted[:1], *(self._promising(plain, compiled=False)[:2] if self._may_not_compile else [])]
         if not wanted:
             return []
         self._say(f"tracing the {len(wanted)} most promising plans in full")
