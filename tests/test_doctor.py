@@ -140,7 +140,7 @@ class TestNvml:
         assert card.free_bytes == (12288 - 318 - 600) * MIB
         (xorg,) = card.others or ()
         assert (xorg.name, xorg.pid, xorg.used_bytes, xorg.draws) == ("Xorg", 1432, 600 * MIB, True)
-        assert (card.others_bytes, card.own_bytes) == (600 * MIB, 0)
+        assert (card.used_by_others_bytes, card.own_bytes) == (600 * MIB, 0)
         assert (card.capability, card.ecc, card.mig, card.spills_to_host) == ((8, 6), None, None, False)
         assert (card.temperature_c, card.utilisation) == (41, 0.03)
         entry = table_entry(card)
@@ -162,7 +162,7 @@ class TestNvml:
     def test_wsl_keeps_what_processes_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         (card,) = read(monkeypatch, fake_nvml.wsl_laptop()).cards
         assert card.spills_to_host
-        assert card.others_bytes is None
+        assert card.used_by_others_bytes == 1300 * MIB
         assert [each.used_bytes for each in card.others or ()] == [None]
 
     @pytest.mark.parametrize(("make", "kind"), [(fake_nvml.mismatch, "mismatch"), (fake_nvml.no_driver, "no_library")])
@@ -194,14 +194,14 @@ class TestNvml:
         machine.cards[0].processes.append(Process(os.getpid(), "python", 300))
         (card,) = read(monkeypatch, machine).cards
         assert card.own_bytes == 300 * MIB
-        assert card.others_bytes == 600 * MIB
+        assert card.used_by_others_bytes == 600 * MIB
 
     def test_a_process_that_computes_and_draws_counts_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = fake_nvml.rtx3060()
         both = [Process(7, "blender", 900), Process(7, "blender", 900, graphics=True)]
         machine.cards[0].processes = both
         (card,) = read(monkeypatch, machine).cards
-        assert card.others_bytes == 900 * MIB
+        assert card.used_by_others_bytes == 900 * MIB
 
     def test_names_cannot_reach_the_terminal_as_control(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = fake_nvml.rtx3060()
@@ -613,7 +613,7 @@ def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str
         cards(reserved_bytes=None, others=None),
         cards(others=(), free_bytes=card.total_bytes - (card.reserved_bytes or 0)),
         cards(others=()),
-        cards(others=(replace(xorg, used_bytes=100 * MIB),)),
+        cards(others=(replace(xorg, used_bytes=100 * MIB),), free_bytes=card.free_bytes + 500 * MIB),
         cards(others=(python, xorg)),
         cards(others=(replace(xorg, used_bytes=None), python)),
         cards(spills_to_host=True),
