@@ -26,7 +26,7 @@ from tightfit.system import nvml
 from tightfit.system.checks import Check
 from tightfit.system.checks_gpu import table_entry
 from tightfit.system.checks_host import ALLOCATOR_KEYS
-from tightfit.system.checks_run import parameter_count
+from tightfit.system.checks_run import known_parameters
 from tightfit.system.doctor import as_json, diagnose, has_problem, print_table
 from tightfit.system.machine import Compilers, Machine, Space, gpu_vendors, read_machine, space
 from tightfit.system.memory_limits import HostMemory, Limit, host_memory
@@ -532,7 +532,7 @@ class TestRun:
     def test_a_disk_that_holds_less_than_its_checkpoints(
         self, base: Machine, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        each = 12 * (parameter_count(TrainConfig(**tiny), 64) or 0)
+        each = 12 * (known_parameters(TrainConfig(**tiny), 64) or 0)
         for free, expected in ((each - 1, "full: problem"), (3 * each - 1, "tight: warning"), (3 * each, "enough: ok")):
             there = Space(total_bytes=GIB, free_bytes=free)
             monkeypatch.setattr("tightfit.system.checks_run.space", lambda _folder, there=there: there)
@@ -551,8 +551,8 @@ class TestRun:
         config = TrainConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=100, bias=bias)
         with torch.device("meta"):
             model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=100, bias=bias))
-        assert parameter_count(config) == sum(p.numel() for p in model.parameters())
-        assert parameter_count(TrainConfig(init_from="gpt2")) == 124_439_808
+        assert known_parameters(config) == sum(p.numel() for p in model.parameters())
+        assert known_parameters(TrainConfig(init_from="gpt2")) == 124_439_808
 
 
 def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any]) -> Iterator[Check]:

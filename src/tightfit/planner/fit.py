@@ -10,7 +10,8 @@ from typing import Any
 from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.planner.candidates import is_open, may_recompute, parameters_of, vocabulary_of
+from tightfit.models.shape import parameter_count, vocabulary_of
+from tightfit.planner.candidates import is_open, may_recompute
 from tightfit.planner.planning import Where, card_here, make_plan, this_host, with_shape
 from tightfit.simulation.cache import cache_folder
 from tightfit.system import host_memory
@@ -119,7 +120,7 @@ def _rough_bound(config: TrainConfig, share: int) -> int:
     vocabulary = vocabulary_of(config)
     width, tokens = config.n_embd, size * config.block_size
     layer = 2 * (34 * tokens * width + 5 * config.n_head * config.block_size * tokens)
-    return 20 * parameters_of(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB
+    return 20 * parameter_count(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB
 
 
 @contextlib.contextmanager

@@ -20,14 +20,14 @@ from tightfit.config import Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
+from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
 from tightfit.planner.budget import Budget, device_budget, host_budget
-from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, parameters_of, reliefs
+from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, reliefs
 from tightfit.planner.predict import Predictor, Target, Tracer
 from tightfit.planner.search import Choice, choose
 from tightfit.simulation.cache import cache_folder
 from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
-from tightfit.system.checks_run import OFFLOADED_BYTES
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
@@ -218,7 +218,7 @@ def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]
     if where.gpu is None:
         return []
     free = host_memory().budget_bytes if where.is_here else None
-    has_room = free is None or free > OFFLOADED_BYTES * parameters_of(config)
+    has_room = free is None or free > OFFLOADED_BYTES * parameter_count(config)
     return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
 
 

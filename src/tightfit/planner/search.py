@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tightfit.config import Resolved, TrainConfig
+from tightfit.models.shape import parameter_count, state_bytes, vocabulary_of
 from tightfit.planner.budget import Budget
 from tightfit.planner.candidates import (
     ONE_PASS,
@@ -20,11 +21,8 @@ from tightfit.planner.candidates import (
     even,
     is_open,
     may_recompute,
-    parameters_of,
-    vocabulary_of,
 )
 from tightfit.planner.predict import Prediction, Predictor
-from tightfit.system.checks_run import state_bytes
 from tightfit.units import format_bytes
 
 SMALL_BATCH = 4
@@ -160,7 +158,7 @@ def _moving_helps(config: TrainConfig, least: Prediction | None, budget: Budget)
 
 def least_bytes(config: TrainConfig, relief: Relief) -> int:
     """Bytes of the device's memory below which no step is possible: weights, gradients and both moments together."""
-    return state_bytes(replace(config, **relief.keys)) * parameters_of(config)
+    return state_bytes(replace(config, **relief.keys)) * parameter_count(config)
 
 
 def _as_asked(config: TrainConfig) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A plan, or that there is none, in sentences."""
 
+from tightfit.models.shape import OFFLOADED_BYTES
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Estimate
-from tightfit.system.checks_run import OFFLOADED_BYTES
 from tightfit.units import format_bytes
 
 

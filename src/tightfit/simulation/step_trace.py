@@ -11,7 +11,8 @@ from torch import Tensor
 from tightfit.config import TrainConfig
 from tightfit.data.batches import micro_batches
 from tightfit.gpus import resolve_gpu
-from tightfit.models.model import GPT, PADDED_VOCAB, GPTConfig
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.models.shape import PADDED_VOCAB
 from tightfit.simulation.speed import Meter, Rates, Work, host_rates, rates_of
 from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import DTYPES, choose_hardware
