@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_nvml
@@ -29,7 +30,7 @@ from tightfit.system.checks_host import ALLOCATOR_KEYS
 from tightfit.system.checks_run import known_parameters
 from tightfit.system.doctor import as_json, diagnose, has_problem, print_table
 from tightfit.system.machine import Compilers, Machine, Space, gpu_vendors, read_machine, space
-from tightfit.system.memory_limits import HostMemory, Limit, host_memory
+from tightfit.system.memory_limits import HostMemory, Limit, host_memory, own_bytes
 from tightfit.system.nvml import Cards, Failure, GpuMemory, NvmlSession, gpu_memory, read_cards
 from tightfit.system.torch_build import TorchBuild, TorchDevice, read_torch
 from tightfit.system.wrapping import wrap
@@ -62,7 +63,12 @@ TREES: dict[str, dict[str, str]] = {
         "sys/fs/cgroup/memory.current": "2147483648\n",
     },
 }
-MEMINFO = "MemTotal: 25165824 kB\nMemFree: 1 kB\nMemAvailable: 20971520 kB\nSwapFree: 0 kB\nHugePages_Total: 0\n"
+
+
+@pytest.fixture
+def machine_of_24_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(total=24 * GIB, available=20 * GIB)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: found)
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -74,15 +80,17 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 
 class TestHostMemory:
+    @pytest.mark.usefixtures("machine_of_24_gib")
     @pytest.mark.parametrize("tree", TREES)
     def test_the_least_that_is_left_is_the_budget(self, tmp_path: Path, tree: str) -> None:
-        found = host_memory(plant(tmp_path, TREES[tree] | {"proc/meminfo": MEMINFO}))
+        found = host_memory(plant(tmp_path, TREES[tree]))
         assert (found.total_bytes, found.available_bytes) == (24 * GIB, 20 * GIB)
-        assert found.limit_bytes == 8 * GIB
-        assert found.budget_bytes == 6 * GIB  # the file cache counts as free
-        assert found.budget_source == found.limit_source
-        assert found.limit_source.startswith("/sys/fs/cgroup")
+        assert found.tightest is not None
+        assert found.tightest.limit_bytes == 8 * GIB
+        assert found.budget_bytes == found.tightest.left_bytes == 6 * GIB  # the file cache counts as free
+        assert found.tightest.source.startswith("/sys/fs/cgroup")
 
+    @pytest.mark.usefixtures("machine_of_24_gib")
     def test_no_limit_leaves_what_is_available(self, tmp_path: Path) -> None:
         unlimited = {
             "proc/self/cgroup": "3:memory:/\n",
@@ -90,33 +98,22 @@ class TestHostMemory:
             "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
             "sys/fs/cgroup/memory/memory.usage_in_bytes": "100\n",
         }
-        found = host_memory(plant(tmp_path, unlimited | {"proc/meminfo": MEMINFO}))
-        assert (found.limits, found.limit_bytes, found.limit_source) == ((), None, "")
+        found = host_memory(plant(tmp_path, unlimited))
+        assert (found.limits, found.tightest) == ((), None)
         assert found.budget_bytes == 20 * GIB
-
-    def test_a_system_without_proc_says_only_what_it_knows(self, tmp_path: Path) -> None:
-        found = host_memory(tmp_path)
-        assert found.available_bytes is None
-        assert found.used_by_this_process_bytes is None
-        assert found.used_bytes is None
-        assert found.budget_bytes is None
 
     def test_this_machine(self) -> None:
         found = host_memory()
-        assert found.total_bytes
-        assert found.peak_bytes
-        if sys.platform == "linux":
-            assert found.used_by_this_process_bytes
-            assert 0 < found.used_by_this_process_bytes <= found.peak_bytes <= found.total_bytes
-            assert found.budget_bytes
-            assert found.budget_bytes <= found.total_bytes
+        assert 0 < found.used_by_this_process_bytes < found.total_bytes
+        assert 0 < found.budget_bytes <= found.available_bytes <= found.total_bytes
+        assert own_bytes()["resident"] == pytest.approx(found.used_by_this_process_bytes, rel=0.05)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
     @pytest.mark.parametrize(("option", "name"), [("-v", "RLIMIT_AS"), ("-d", "RLIMIT_DATA")])
     def test_ulimit_in_a_real_process(self, option: str, name: str) -> None:
         program = (
             "from tightfit.system.memory_limits import host_memory as h; m = h(); "
-            "print(m.limit_source, m.limit_bytes, m.budget_bytes)"
+            "print(m.tightest.source, m.tightest.limit_bytes, m.budget_bytes)"
         )
         shell = f"ulimit {option} 2000000; exec {sys.executable} -c '{program}'"
         done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, check=True)
@@ -246,9 +243,7 @@ TORCH = TorchBuild(
     capabilities=((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)),
     newest_portable=(12, 0),
 )
-HOST = HostMemory(
-    total_bytes=32 * GIB, available_bytes=24 * GIB, used_by_this_process_bytes=GIB, peak_bytes=GIB, swap_free_bytes=0
-)
+HOST = HostMemory(total_bytes=32 * GIB, available_bytes=24 * GIB, used_by_this_process_bytes=GIB)
 COMPILERS = Compilers(c="/usr/bin/gcc", cxx="/usr/bin/g++", triton="3.9.0", python_headers=True)
 
 
@@ -624,8 +619,6 @@ def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str
         replace(base, torch=replace(TORCH, devices=(sees(card, 132),))),
         on(monkeypatch, base, fake_nvml.two_a100_mig()),
         replace(on(monkeypatch, base, fake_nvml.two_a100_mig()), environ={"CUDA_VISIBLE_DEVICES": "MIG-1"}),
-        host(total_bytes=None, available_bytes=None),
-        host(available_bytes=None),
         host(available_bytes=GIB),
         host(limits=space_limit),
         host(limits=tight_limit),

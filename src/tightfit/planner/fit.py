@@ -94,7 +94,7 @@ def _with_keys(resolved: Resolved[TrainConfig], keys: dict[str, Any]) -> Resolve
 
 def _host_bytes() -> int:
     """What a process started here could use for its tensors, without measuring what it takes besides them."""
-    return max(0, (host_memory().budget_bytes or 0) - _PROCESS_BYTES)
+    return max(0, host_memory().budget_bytes - _PROCESS_BYTES)
 
 
 def _where(config: TrainConfig) -> Where | None:

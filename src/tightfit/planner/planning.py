@@ -176,16 +176,13 @@ def this_host(memory_bytes: int | None = None) -> Where:
     """This machine's processor, with `memory_bytes` or the tightest limit that holds for a process started here."""
     host, base = host_memory(), measured_host()["base_bytes"]
     resident = base["resident"]
-    own = host.used_by_this_process_bytes or 0
+    own = host.used_by_this_process_bytes
     wholes = [
         (limit.limit_bytes if limit.source in base else limit.left_bytes + own, limit.source) for limit in host.limits
     ]
-    if host.available_bytes is not None:
-        wholes.append((host.available_bytes + own, "free memory of this machine"))
+    wholes.append((host.available_bytes + own, "free memory of this machine"))
     if memory_bytes is not None:
         wholes.append((memory_bytes, "as given"))
-    if not wholes:
-        raise TightfitError("this system does not say how much memory is free; give --memory=8GiB, say")
     whole, source = min(wholes, key=lambda each: each[0] - base.get(each[1], resident))
     return Where(
         gpu=None,

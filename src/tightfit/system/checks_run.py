@@ -119,17 +119,15 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
     if parameters is None:
         return
     facts = {"parameters": parameters, "state_bytes": parameters * state_bytes(config)}
-    card = _chosen_card(machine, config)
+    card, budget = _chosen_card(machine, config), machine.host.budget_bytes
     if card is None:
-        budget = machine.host.budget_bytes
-        if config.device in ("auto", "cpu") and budget is not None and facts["state_bytes"] > budget:
+        if config.device in ("auto", "cpu") and facts["state_bytes"] > budget:
             yield Check(
                 name="config", outcome="too_large_for_host", status="problem", facts={**facts, "budget": budget}
             )
         return
     free, total = card
-    host = machine.host.budget_bytes
-    has_host = host is None or host > parameters * OFFLOADED_BYTES
+    has_host = budget > parameters * OFFLOADED_BYTES
     is_open = config.offload == "none" and config.fit == "auto" and config.optimizer == "adamw"
     if facts["state_bytes"] > total and is_open and has_host and parameters * OFFLOADED_DEVICE_BYTES < free:
         yield Check(name="config", outcome="offloads", status="warning", facts={**facts, "total_bytes": total})
@@ -137,8 +135,7 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
         yield Check(name="config", outcome="too_large", status="problem", facts={**facts, "total_bytes": total})
     elif facts["state_bytes"] > free:
         yield Check(name="config", outcome="too_large_now", status="problem", facts={**facts, "free_bytes": free})
-    budget, weights = machine.host.budget_bytes, parameters * 4  # a new model is made on the host, then moved
-    if budget is not None and weights > budget:
+    if parameters * 4 > budget:  # a new model is made on the host, then moved
         yield Check(name="config", outcome="host_too_small", status="problem", facts={**facts, "budget": budget})
 
 
