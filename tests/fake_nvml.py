@@ -44,6 +44,8 @@ class Card:
     processes_supported: bool = True
     other_used_mib: int = 0
     """In use by programs that are not listed."""
+    untold_reserve_mib: int = 0
+    """The driver's reserve where `reserved_mib` is None: a part of `used` in the first form, told apart nowhere."""
     ecc: bool | None = None
     ecc_errors: int = 0
     mig: bool | None = None
@@ -159,8 +161,9 @@ def _answers(machine: FakeMachine) -> dict[str, Any]:
         else:
             if version and handle.reserved_mib is None:
                 raise _error(real.NVML_ERROR_FUNCTION_NOT_FOUND)
-            listed = sum(process.mib or 0 for process in handle.processes)
-            total, reserved = handle.total_mib, handle.reserved_mib or 0
+            listed = sum({process.pid: process.mib or 0 for process in handle.processes}.values())
+            total = handle.total_mib
+            reserved = handle.untold_reserve_mib if handle.reserved_mib is None else handle.reserved_mib
             used = listed + handle.other_used_mib + sum(part.used_mib for part in handle.parts)
         free = total - used - reserved
         shown_used = used if version else used + reserved

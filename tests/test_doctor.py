@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_nvml
@@ -26,10 +27,10 @@ from tightfit.system import nvml
 from tightfit.system.checks import Check
 from tightfit.system.checks_gpu import table_entry
 from tightfit.system.checks_host import ALLOCATOR_KEYS
-from tightfit.system.checks_run import parameter_count
+from tightfit.system.checks_run import known_parameters
 from tightfit.system.doctor import as_json, diagnose, has_problem, print_table
 from tightfit.system.machine import Compilers, Machine, Space, gpu_vendors, read_machine, space
-from tightfit.system.memory_limits import HostMemory, Limit, host_memory
+from tightfit.system.memory_limits import HostMemory, Limit, host_memory, own_bytes
 from tightfit.system.nvml import Cards, Failure, GpuMemory, NvmlSession, gpu_memory, read_cards
 from tightfit.system.torch_build import TorchBuild, TorchDevice, read_torch
 from tightfit.system.wrapping import wrap
@@ -62,7 +63,12 @@ TREES: dict[str, dict[str, str]] = {
         "sys/fs/cgroup/memory.current": "2147483648\n",
     },
 }
-MEMINFO = "MemTotal: 25165824 kB\nMemFree: 1 kB\nMemAvailable: 20971520 kB\nSwapFree: 0 kB\nHugePages_Total: 0\n"
+
+
+@pytest.fixture
+def machine_of_24_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(total=24 * GIB, available=20 * GIB)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: found)
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -74,15 +80,17 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 
 class TestHostMemory:
+    @pytest.mark.usefixtures("machine_of_24_gib")
     @pytest.mark.parametrize("tree", TREES)
     def test_the_least_that_is_left_is_the_budget(self, tmp_path: Path, tree: str) -> None:
-        found = host_memory(plant(tmp_path, TREES[tree] | {"proc/meminfo": MEMINFO}))
+        found = host_memory(plant(tmp_path, TREES[tree]))
         assert (found.total_bytes, found.available_bytes) == (24 * GIB, 20 * GIB)
-        assert found.limit_bytes == 8 * GIB
-        assert found.budget_bytes == 6 * GIB  # the file cache counts as free
-        assert found.budget_source == found.limit_source
-        assert found.limit_source.startswith("/sys/fs/cgroup")
+        assert found.tightest is not None
+        assert found.tightest.limit_bytes == 8 * GIB
+        assert found.budget_bytes == found.tightest.left_bytes == 6 * GIB  # the file cache counts as free
+        assert found.tightest.source.startswith("/sys/fs/cgroup")
 
+    @pytest.mark.usefixtures("machine_of_24_gib")
     def test_no_limit_leaves_what_is_available(self, tmp_path: Path) -> None:
         unlimited = {
             "proc/self/cgroup": "3:memory:/\n",
@@ -90,33 +98,22 @@ class TestHostMemory:
             "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
             "sys/fs/cgroup/memory/memory.usage_in_bytes": "100\n",
         }
-        found = host_memory(plant(tmp_path, unlimited | {"proc/meminfo": MEMINFO}))
-        assert (found.limits, found.limit_bytes, found.limit_source) == ((), None, "")
+        found = host_memory(plant(tmp_path, unlimited))
+        assert (found.limits, found.tightest) == ((), None)
         assert found.budget_bytes == 20 * GIB
-
-    def test_a_system_without_proc_says_only_what_it_knows(self, tmp_path: Path) -> None:
-        found = host_memory(tmp_path)
-        assert found.available_bytes is None
-        assert found.used_by_this_process_bytes is None
-        assert found.used_bytes is None
-        assert found.budget_bytes is None
 
     def test_this_machine(self) -> None:
         found = host_memory()
-        assert found.total_bytes
-        assert found.peak_bytes
-        if sys.platform == "linux":
-            assert found.used_by_this_process_bytes
-            assert 0 < found.used_by_this_process_bytes <= found.peak_bytes <= found.total_bytes
-            assert found.budget_bytes
-            assert found.budget_bytes <= found.total_bytes
+        assert 0 < found.used_by_this_process_bytes < found.total_bytes
+        assert 0 < found.budget_bytes <= found.available_bytes <= found.total_bytes
+        assert own_bytes()["resident"] == pytest.approx(found.used_by_this_process_bytes, rel=0.05)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
     @pytest.mark.parametrize(("option", "name"), [("-v", "RLIMIT_AS"), ("-d", "RLIMIT_DATA")])
     def test_ulimit_in_a_real_process(self, option: str, name: str) -> None:
         program = (
             "from tightfit.system.memory_limits import host_memory as h; m = h(); "
-            "print(m.limit_source, m.limit_bytes, m.budget_bytes)"
+            "print(m.tightest.source, m.tightest.limit_bytes, m.budget_bytes)"
         )
         shell = f"ulimit {option} 2000000; exec {sys.executable} -c '{program}'"
         done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, check=True)
@@ -140,7 +137,7 @@ class TestNvml:
         assert card.free_bytes == (12288 - 318 - 600) * MIB
         (xorg,) = card.others or ()
         assert (xorg.name, xorg.pid, xorg.used_bytes, xorg.draws) == ("Xorg", 1432, 600 * MIB, True)
-        assert (card.others_bytes, card.own_bytes) == (600 * MIB, 0)
+        assert (card.used_by_others_bytes, card.own_bytes) == (600 * MIB, 0)
         assert (card.capability, card.ecc, card.mig, card.spills_to_host) == ((8, 6), None, None, False)
         assert (card.temperature_c, card.utilisation) == (41, 0.03)
         entry = table_entry(card)
@@ -162,7 +159,7 @@ class TestNvml:
     def test_wsl_keeps_what_processes_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         (card,) = read(monkeypatch, fake_nvml.wsl_laptop()).cards
         assert card.spills_to_host
-        assert card.others_bytes is None
+        assert card.used_by_others_bytes == 1300 * MIB
         assert [each.used_bytes for each in card.others or ()] == [None]
 
     @pytest.mark.parametrize(("make", "kind"), [(fake_nvml.mismatch, "mismatch"), (fake_nvml.no_driver, "no_library")])
@@ -194,14 +191,14 @@ class TestNvml:
         machine.cards[0].processes.append(Process(os.getpid(), "python", 300))
         (card,) = read(monkeypatch, machine).cards
         assert card.own_bytes == 300 * MIB
-        assert card.others_bytes == 600 * MIB
+        assert card.used_by_others_bytes == 600 * MIB
 
     def test_a_process_that_computes_and_draws_counts_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = fake_nvml.rtx3060()
         both = [Process(7, "blender", 900), Process(7, "blender", 900, graphics=True)]
         machine.cards[0].processes = both
         (card,) = read(monkeypatch, machine).cards
-        assert card.others_bytes == 900 * MIB
+        assert card.used_by_others_bytes == 900 * MIB
 
     def test_names_cannot_reach_the_terminal_as_control(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = fake_nvml.rtx3060()
@@ -246,9 +243,7 @@ TORCH = TorchBuild(
     capabilities=((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)),
     newest_portable=(12, 0),
 )
-HOST = HostMemory(
-    total_bytes=32 * GIB, available_bytes=24 * GIB, used_by_this_process_bytes=GIB, peak_bytes=GIB, swap_free_bytes=0
-)
+HOST = HostMemory(total_bytes=32 * GIB, available_bytes=24 * GIB, used_by_this_process_bytes=GIB)
 COMPILERS = Compilers(c="/usr/bin/gcc", cxx="/usr/bin/g++", triton="3.9.0", python_headers=True)
 
 
@@ -532,7 +527,7 @@ class TestRun:
     def test_a_disk_that_holds_less_than_its_checkpoints(
         self, base: Machine, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        each = 12 * (parameter_count(TrainConfig(**tiny), 64) or 0)
+        each = 12 * (known_parameters(TrainConfig(**tiny), 64) or 0)
         for free, expected in ((each - 1, "full: problem"), (3 * each - 1, "tight: warning"), (3 * each, "enough: ok")):
             there = Space(total_bytes=GIB, free_bytes=free)
             monkeypatch.setattr("tightfit.system.checks_run.space", lambda _folder, there=there: there)
@@ -551,8 +546,8 @@ class TestRun:
         config = TrainConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=100, bias=bias)
         with torch.device("meta"):
             model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=100, bias=bias))
-        assert parameter_count(config) == sum(p.numel() for p in model.parameters())
-        assert parameter_count(TrainConfig(init_from="gpt2")) == 124_439_808
+        assert known_parameters(config) == sum(p.numel() for p in model.parameters())
+        assert known_parameters(TrainConfig(init_from="gpt2")) == 124_439_808
 
 
 def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, Any]) -> Iterator[Check]:
@@ -613,7 +608,7 @@ def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str
         cards(reserved_bytes=None, others=None),
         cards(others=(), free_bytes=card.total_bytes - (card.reserved_bytes or 0)),
         cards(others=()),
-        cards(others=(replace(xorg, used_bytes=100 * MIB),)),
+        cards(others=(replace(xorg, used_bytes=100 * MIB),), free_bytes=card.free_bytes + 500 * MIB),
         cards(others=(python, xorg)),
         cards(others=(replace(xorg, used_bytes=None), python)),
         cards(spills_to_host=True),
@@ -624,8 +619,6 @@ def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str
         replace(base, torch=replace(TORCH, devices=(sees(card, 132),))),
         on(monkeypatch, base, fake_nvml.two_a100_mig()),
         replace(on(monkeypatch, base, fake_nvml.two_a100_mig()), environ={"CUDA_VISIBLE_DEVICES": "MIG-1"}),
-        host(total_bytes=None, available_bytes=None),
-        host(available_bytes=None),
         host(available_bytes=GIB),
         host(limits=space_limit),
         host(limits=tight_limit),

@@ -1,6 +1,7 @@
 """Plans: that they fit, keep what is the user's, and are what a real run then takes."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -8,15 +9,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fake_nvml
 import numpy as np
 import pytest
+from fake_nvml import FakeMachine, Process
 
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.planner import planning as make
 from tightfit.planner.budget import Budget
 from tightfit.planner.candidates import Plan
 from tightfit.planner.planned_fallback import PlannedFallback
-from tightfit.planner.planning import PlanResult, make_plan, named_card
+from tightfit.planner.planning import PlanResult, card_here, make_plan, named_card
 from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Choice, Line
 from tightfit.planner.sentences import nothing_fits
@@ -31,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 def plan_of(*arguments: str, gpu: str = CARD, memory: int = TOTAL, used: int = USED) -> PlanResult:
     resolved: Resolved[TrainConfig] = read_config(TrainConfig, list(arguments))
-    return make_plan(resolved, named_card(gpu, memory_bytes=memory, used_bytes=used))
+    return make_plan(resolved, named_card(gpu, memory_bytes=memory, used_by_others_bytes=used))
 
 
 class TestStory:
@@ -272,7 +275,7 @@ def test_the_fallback_uses_what_was_measured() -> None:
         update_s=0.0,
     )
     choice = Choice(best=best, offered=[best], line=line, share=64)
-    budget = Budget(total_bytes=13 * GIB, used_bytes=0, context_bytes=GIB, margin_bytes=0, text="")
+    budget = Budget(total_bytes=13 * GIB, used_by_others_bytes=0, context_bytes=GIB, margin_bytes=0, text="")
     fallback = PlannedFallback.of(choice, n_layer=12, budget=budget, on_host=True)
     assert fallback.predicted_peak_bytes == 10 * GIB, "with what the process takes besides its tensors"
     now = Settings(micro_batch=16, eval_micro_batch=16, loss="full", checkpointed_blocks=0)
@@ -293,6 +296,56 @@ def test_the_fallback_uses_what_was_measured() -> None:
 
 
 def test_a_budget_is_what_is_left() -> None:
-    budget = Budget(total_bytes=100, used_bytes=30, context_bytes=20, margin_bytes=5, text="")
+    budget = Budget(total_bytes=100, used_by_others_bytes=30, context_bytes=20, margin_bytes=5, text="")
     assert budget.bytes == 45
-    assert Budget(total_bytes=10, used_bytes=30, context_bytes=0, margin_bytes=0, text="").bytes == 0
+    assert Budget(total_bytes=10, used_by_others_bytes=30, context_bytes=0, margin_bytes=0, text="").bytes == 0
+
+
+class TestCardHere:
+    """The budget on a card that NVML reports: what is free, and what this process itself has."""
+
+    def _budget(self, monkeypatch: pytest.MonkeyPatch, machine: FakeMachine, limit_bytes: int | None = None) -> Budget:
+        fake_nvml.install(monkeypatch, machine)
+        where = card_here(limit_bytes=limit_bytes)
+        assert where is not None
+        assert where.is_here
+        return where.budget
+
+    def _rtx3060(self, *processes: Process) -> FakeMachine:
+        machine = fake_nvml.rtx3060()
+        machine.cards[0].processes = list(processes)
+        return machine
+
+    def test_the_driver_s_reserve_is_taken_off_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """12,288 MiB, of which the driver keeps 318 and others use 1,000; the context takes 52, the margin 124."""
+        budget = self._budget(monkeypatch, self._rtx3060(Process(7, "python", 1000)))
+        assert budget.total_bytes == (12288 - 318) * MIB
+        assert budget.used_by_others_bytes == 1000 * MIB
+        assert budget.bytes + budget.context_bytes + budget.margin_bytes == (12288 - 318 - 1000) * MIB
+
+    def test_programs_that_nvml_does_not_list_are_others_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine = self._rtx3060(Process(7, "python", 600))
+        machine.cards[0].other_used_mib = 400
+        assert self._budget(monkeypatch, machine).used_by_others_bytes == 1000 * MIB
+
+    def test_this_process_s_own_memory_is_no_other_s(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        own = Process(os.getpid(), "python", 300)
+        budget = self._budget(monkeypatch, self._rtx3060(Process(7, "python", 1000), own))
+        assert (budget.total_bytes, budget.used_by_others_bytes) == ((12288 - 318) * MIB, 1000 * MIB)
+
+    @pytest.mark.parametrize("reserve", [0, 251])
+    def test_a_driver_that_does_not_report_its_reserve(self, monkeypatch: pytest.MonkeyPatch, reserve: int) -> None:
+        """NVML's first memory call counts the reserve as used; it never counts as another program's."""
+        machine = fake_nvml.t4()
+        machine.cards[0].untold_reserve_mib = reserve
+        budget = self._budget(monkeypatch, machine)
+        assert budget.used_by_others_bytes == 5120 * MIB
+        assert budget.total_bytes == (15109 - reserve) * MIB
+        machine.cards[0].processes_supported = False
+        budget = self._budget(monkeypatch, machine)
+        assert budget.used_by_others_bytes == 0
+        assert budget.total_bytes == (15109 - 5120 - reserve) * MIB
+
+    def test_a_limit_is_for_this_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        budget = self._budget(monkeypatch, self._rtx3060(Process(7, "python", 1000)), limit_bytes=4 * GIB)
+        assert (budget.total_bytes, budget.used_by_others_bytes) == (4 * GIB + 1000 * MIB, 1000 * MIB)

@@ -82,7 +82,7 @@ def _plan(config: TrainConfig, *, dry: bool) -> PlanResult:
     from tightfit.units import parse_bytes
 
     name = DRY_CARD if dry else _card_name()
-    small = named_card(CARD, memory_bytes=parse_bytes(TOTAL), used_bytes=parse_bytes(OTHERS))
+    small = named_card(CARD, memory_bytes=parse_bytes(TOTAL), used_by_others_bytes=parse_bytes(OTHERS))
     here = named_card(name)
     where = Where(gpu=here.gpu, budget=small.budget, known=here.known)
     return make_plan(Resolved(config, dict.fromkeys(vars(config), "default"), ()), where)

@@ -70,7 +70,9 @@ def plan(
     usual = defaults(Config)
     sources = {key: "default" if value == usual[key] else "call" for key, value in vars(chosen).items()}
     where = (
-        this_host(memory_bytes) if gpu is None else named_card(gpu, memory_bytes=memory_bytes, used_bytes=used_bytes)
+        this_host(memory_bytes)
+        if gpu is None
+        else named_card(gpu, memory_bytes=memory_bytes, used_by_others_bytes=used_bytes)
     )
     return make_plan(Resolved(chosen, sources, ()), where)
 

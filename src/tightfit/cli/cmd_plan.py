@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         where = named_card(
             options["--gpu"],
             memory_bytes=memory,
-            used_bytes=parse_bytes(options.get("--used", "0")),
+            used_by_others_bytes=parse_bytes(options.get("--used", "0")),
             capability=capability(options.get("--capability")),
         )
     else:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from tightfit.errors import ConfigError
 
@@ -24,30 +24,32 @@ MAX_BITS = 1024  # as far as floats reach
 MAX_DIGITS = 400  # more than any float has before its point
 NEAR = 0.85  # max_iter is max_iters, but eval_batch_size is not batch_size
 
-_UNARY: dict[type, Callable[[Any], Any]] = {
+Value: TypeAlias = "None | str | int | float | complex | list[Value] | tuple[Value, ...] | dict[Value, Value]"
+"""A value that an expression may have."""
+_UNARY: dict[type, Callable[..., Value]] = {
     ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Not: operator.not_, ast.Invert: operator.invert,
 }  # fmt: skip
-_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+_BINARY: dict[type, Callable[..., Value]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
     ast.LShift: operator.lshift, ast.RShift: operator.rshift,
     ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor,
 }  # fmt: skip
-_COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
+_COMPARISONS: dict[type, Callable[..., bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.In: lambda item, group: item in group, ast.NotIn: lambda item, group: item not in group,
 }  # fmt: skip
-_CONVERSIONS: dict[int, Callable[[Any], str]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
+_CONVERSIONS: dict[int, Callable[[Value], str]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
 
 
-def _round(number: Any, digits: int | None = None) -> Any:
+def _round(number: float, digits: int | None = None) -> float:
     if digits is not None and abs(digits) > MAX_DIGITS:  # round(1, -10**9) would compute 10**10**9
         raise ValueError(f"round takes at most {MAX_DIGITS} digits")
     return round(number, digits)
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+_FUNCTIONS: dict[str, Callable[..., Value]] = {
     "str": str, "int": int, "float": float, "bool": bool, "len": len,
     "min": min, "max": max, "round": _round, "abs": abs,
 }  # fmt: skip
@@ -73,20 +75,20 @@ _HINTS = {
 class Assigned:
     """The last value of a name, and the line that gave it."""
 
-    value: Any
+    value: Value
     line: int
 
 
 @dataclass(frozen=True)
 class PyFile:
-    """The keys that a file sets, and what to tell the user about its other names."""
+    """The keys that a file sets, and warnings about its other names."""
 
     values: dict[str, Assigned]
     warnings: tuple[str, ...]
 
 
-def read_pyfile(path: str, known: Mapping[str, object]) -> PyFile:
-    """What the file assigns to the keys of `known`; its expressions may read them before they are set."""
+def read_pyfile(path: str, known: Mapping[str, Value]) -> PyFile:
+    """Read the keys of `known` that the file assigns; its expressions may use a key before it is set."""
     source = _read_text(path)
     tree = _parse(path, source)
     evaluator = _Evaluator(path, source, known)
@@ -153,12 +155,8 @@ def _parse(path: str, source: str) -> ast.Module:
         raise ConfigError(f"{path} is not Python: {error}") from None
 
 
-def _are_names(targets: list[ast.expr]) -> bool:
-    return all(isinstance(target, ast.Name) for target in targets)
-
-
-def _affordable(action: ast.operator, left: Any, right: Any) -> bool:
-    """Whether the result can be computed at all; `_fits` then judges what came out."""
+def _affordable(action: ast.operator, left: Value, right: Value) -> bool:
+    """Return False for a result too large to compute; `_fits` judges results that exist."""
     match action, left, right:
         case (ast.Mult(), str() | list() | tuple(), int()):
             return len(left) * right <= MAX_WEIGHT
@@ -174,11 +172,11 @@ def _affordable(action: ast.operator, left: Any, right: Any) -> bool:
 
 
 def _is_narrow(template: str) -> bool:
-    """Whether no width or precision in a % template has more than three digits, a `*` or a mapping key."""
+    """Return False if a width or precision in a % template has more than three digits, a `*` or a mapping key."""
     return not any(re.search(r"\d{4}|[*(]", spec) for spec in re.findall(r"%([^%a-zA-Z]*)", template))
 
 
-def _fits(value: Any) -> bool:
+def _fits(value: Value) -> bool:
     budget, queue = MAX_WEIGHT, [value]
     while queue and budget >= 0:
         item = queue.pop()
@@ -196,9 +194,9 @@ def _fits(value: Any) -> bool:
 
 
 class _Evaluator:
-    """Statements and expressions of one file; what it does not know it refuses by name."""
+    """Statements and expressions of one file; it refuses every other kind by name."""
 
-    def __init__(self, path: str, source: str, known: Mapping[str, object]) -> None:
+    def __init__(self, path: str, source: str, known: Mapping[str, Value]) -> None:
         self.path, self.source, self.known = path, source, known
         self.assigned: dict[str, Assigned] = {}
 
@@ -235,7 +233,7 @@ class _Evaluator:
                 case _:
                     raise self.refusal(node)
 
-    def assign(self, target: ast.expr, value: Any) -> None:
+    def assign(self, target: ast.expr, value: Value) -> None:
         match target:
             case ast.Name(id=name, lineno=line):
                 self.assigned[name] = Assigned(value, line)
@@ -247,7 +245,7 @@ class _Evaluator:
             case _:
                 raise self.error(target, "cannot be assigned; a config file sets plain names")
 
-    def value(self, node: ast.expr) -> Any:
+    def value(self, node: ast.expr) -> Value:
         match node:
             case ast.Constant(value=None | bool() | int() | float() | str() as constant):
                 return self.bounded(node, constant)
@@ -276,21 +274,21 @@ class _Evaluator:
                 return self.call(node)
         raise self.refusal(node)
 
-    def computed(self, node: ast.stmt | ast.expr, function: Callable[..., Any], *arguments: Any) -> Any:
+    def computed(self, node: ast.stmt | ast.expr, function: Callable[..., Value], *arguments: object) -> Value:
         try:
             result = function(*arguments)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise self.error(node, f"cannot be computed: {str(error.args[-1])[:200]}") from None
         return self.bounded(node, result)
 
-    def bounded(self, node: ast.stmt | ast.expr, result: Any) -> Any:
+    def bounded(self, node: ast.stmt | ast.expr, result: Value) -> Value:
         if isinstance(result, complex):
             raise self.error(node, "is a complex number, which no key takes")
         if not _fits(result):
             raise self.error(node, "is too large for a config file; write a smaller value")
         return result
 
-    def name(self, node: ast.Name) -> Any:
+    def name(self, node: ast.Name) -> Value:
         if node.id in self.assigned:
             return self.assigned[node.id].value
         if node.id in self.known:
@@ -299,7 +297,7 @@ class _Evaluator:
         hint = f"did you mean {near[0]}?" if near else "assign it above"
         raise self.error(node, f"is neither a key nor a name assigned before; {hint}")
 
-    def binary(self, node: ast.stmt | ast.expr, action: ast.operator, left: Any, right: Any) -> Any:
+    def binary(self, node: ast.stmt | ast.expr, action: ast.operator, left: Value, right: Value) -> Value:
         bitwise = isinstance(action, ast.BitAnd | ast.BitOr | ast.BitXor)
         if type(action) not in _BINARY or (bitwise and not isinstance(left, int)):  # no set or dict unions
             raise self.error(node, "uses an operator that config files do not have for such values")
@@ -307,8 +305,8 @@ class _Evaluator:
             raise self.error(node, "would be too large for a config file; write a smaller value")
         return self.computed(node, _BINARY[type(action)], left, right)
 
-    def either(self, node: ast.BoolOp) -> Any:
-        """The value of `and` or `or`, which is that of the operand that decides."""
+    def either(self, node: ast.BoolOp) -> Value:
+        """The value of `and` or `or`: that of the operand that decides."""
         for operand in node.values:
             value = self.value(operand)
             if bool(value) is isinstance(node.op, ast.Or):
@@ -327,21 +325,20 @@ class _Evaluator:
     def joined(self, parts: list[ast.expr]) -> str:
         text = ""
         for part in parts:
-            text += self.formatted(part) if isinstance(part, ast.FormattedValue) else self.value(part)
+            text += self.formatted(part) if isinstance(part, ast.FormattedValue) else str(self.value(part))
             self.bounded(part, text)
         return text
 
     def formatted(self, node: ast.FormattedValue) -> str:
         value = self.value(node.value)
-        spec = self.value(node.format_spec) if node.format_spec else ""
+        spec = str(self.value(node.format_spec)) if node.format_spec else ""
         if re.search(r"\d{4}", spec):
             raise self.error(node.value, "is formatted wider than 999 characters; write a smaller width")
         if node.conversion in _CONVERSIONS:
             value = self.computed(node.value, _CONVERSIONS[node.conversion], value)
-        text: str = self.computed(node.value, format, value, spec)
-        return text
+        return str(self.computed(node.value, format, value, spec))
 
-    def call(self, node: ast.Call) -> Any:
+    def call(self, node: ast.Call) -> Value:
         match node:
             case ast.Call(func=ast.Name(id=name), args=arguments) if name in _FUNCTIONS:
                 return self.computed(node, _FUNCTIONS[name], *[self.value(it) for it in arguments])

@@ -8,11 +8,11 @@ from typing import Any
 from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.diagnosis.named_card import Card
 from tightfit.gpus import resolve_gpu
+from tightfit.models.shape import flops_per_token, parameter_count, vocabulary_of
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.requests import Failed, LoopPlay, LoopRequest, LoopSettings, Moment, StepRequest, StepTrace
 from tightfit.simulation.speed import Work, rates_of
 
-PADDED_VOCAB = 50_304
 _LOADED = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
 """What nanoGPT takes from OpenAI's checkpoints (model.py, from_pretrained); it cuts the positions afterwards."""
 _SEEN_PASSES = 3
@@ -64,15 +64,12 @@ class Variant:
     @property
     def parameters(self) -> int:
         """Numbers that are trained, positions among them."""
-        c = self.n_embd
-        biases = (13 * c if self.bias else 2 * c) * self.n_layer + (2 if self.bias else 1) * c
-        return 12 * self.n_layer * c * c + biases + (self.vocab_size + self.block_size) * c
+        return parameter_count(self)
 
     @property
     def flops_per_token(self) -> int:
-        """Of forward and backward: 6 N + 12 L C T (nanoGPT's model.py, estimate_mfu, after PaLM's appendix B)."""
-        without_positions = self.parameters - self.block_size * self.n_embd
-        return 6 * without_positions + 12 * self.n_layer * self.n_embd * self.block_size
+        """FLOPs of forward and backward."""
+        return flops_per_token(self, self.block_size)
 
     def but(self, **changes: Any) -> "Variant":
         """The same with something changed."""
@@ -82,7 +79,7 @@ class Variant:
 def variant_of(config: TrainConfig, card: Card) -> Variant:
     """What nanoGPT's train.py does with a configuration on a card: what is left open is as its defaults are."""
     shape: dict[str, Any] = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-                             "vocab_size": config.vocab_size or PADDED_VOCAB, "bias": config.bias}  # fmt: skip
+                             "vocab_size": vocabulary_of(config), "bias": config.bias}  # fmt: skip
     if config.init_from in PRETRAINED:
         shape |= {key: PRETRAINED[config.init_from][key] for key in _LOADED}
     dtype = config.dtype

@@ -19,10 +19,9 @@ from tightfit.errors import CheckpointError, ConfigError
 from tightfit.models.attention import KeyValueCache, cached_attention, causal_attention
 from tightfit.models.linear import LayerNorm, gelu_linear, norm_linear, plain_linear, tied_embedding
 from tightfit.models.loss import LossKind, token_loss
+from tightfit.models.shape import PADDED_VOCAB, flops_per_token
 
 GPT2_VOCAB = 50_257
-PADDED_VOCAB = 50_304
-"""GPT-2's vocabulary rounded up to a multiple of 64, nanoGPT's default: faster matrix products."""
 Activation = Literal["gelu", "gelu_tanh"]
 
 
@@ -252,9 +251,8 @@ class GPT(nn.Module):
         return count if positions else count - self.transformer["wpe"].weight.numel()
 
     def flops_per_token(self, t: int) -> int:
-        """FLOPs of forward and backward for one token in sequences of t, as PaLM's appendix B counts them."""
-        per_token_attention = 12 * self.config.n_layer * self.config.n_embd * t
-        return 6 * self.count_parameters(positions=False) + per_token_attention
+        """FLOPs of forward and backward for one token in sequences of t."""
+        return flops_per_token(self.config, t)
 
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions from `block_size` on."""

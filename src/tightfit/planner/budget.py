@@ -1,8 +1,6 @@
 """How much a plan may take: what is free now, less what the prediction leaves uncertain."""
 
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from tightfit.gpus import GPU, context_bytes
 from tightfit.units import MIB, format_bytes
@@ -20,8 +18,8 @@ class Budget:
 
     total_bytes: int
     """Of the card, or of the tightest limit on the host."""
-    used_bytes: int
-    """By other programs."""
+    used_by_others_bytes: int
+    """Bytes that other processes hold."""
     context_bytes: int
     """By this process outside its tensors: the CUDA context, or Python and its libraries."""
     margin_bytes: int
@@ -34,16 +32,22 @@ class Budget:
     @property
     def bytes(self) -> int:
         """What is left for the plan."""
-        taken = self.used_bytes + self.context_bytes + self.reserved_bytes + self.margin_bytes
+        taken = self.used_by_others_bytes + self.context_bytes + self.reserved_bytes + self.margin_bytes
         return max(0, self.total_bytes - taken)
 
 
-def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_bytes: int = 0) -> Budget:
+def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_by_others_bytes: int = 0) -> Budget:
     """Of a card that is not here, or of which a driver said the total and what others use."""
     total = total_bytes or gpu.planning_bytes
     context, why = context_bytes(gpu)
     margin = round(total * DEVICE_MARGIN_SHARE) + DEVICE_MARGIN_BYTES
-    return Budget(total_bytes=total, used_bytes=used_bytes, context_bytes=context, margin_bytes=margin, text=why)
+    return Budget(
+        total_bytes=total,
+        used_by_others_bytes=used_by_others_bytes,
+        context_bytes=context,
+        margin_bytes=margin,
+        text=why,
+    )
 
 
 def host_budget(limit_bytes: int, *, base_bytes: int, source: str, reserved_bytes: int = 0) -> Budget:
@@ -52,22 +56,9 @@ def host_budget(limit_bytes: int, *, base_bytes: int, source: str, reserved_byte
     text = f"{format_bytes(base_bytes)} for Python, torch and its libraries, measured in this process; {source}"
     return Budget(
         total_bytes=limit_bytes,
-        used_bytes=0,
+        used_by_others_bytes=0,
         context_bytes=base_bytes,
         margin_bytes=margin,
         text=text,
         reserved_bytes=reserved_bytes,
     )
-
-
-def spills_to_host() -> bool:
-    """Whether the driver moves device memory to the host instead of failing: Windows, and Linux within it.
-
-    There a run that does not fit becomes many times slower, so what is beyond the card counts as out of memory.
-    """
-    if platform.system() == "Windows":
-        return True
-    try:
-        return "microsoft" in Path("/proc/version").read_text().lower()
-    except OSError:
-        return False

@@ -156,21 +156,6 @@ def _can_be_had(offload: Relief, resolved: Resolved[TrainConfig]) -> bool:
     return "activations" not in what or (recomputes and config.mode not in CUDA_GRAPH_MODES)
 
 
-def parameters_of(config: TrainConfig) -> int:
-    """Numbers that are trained, but for biases and layer norms.
-
-    >>> parameters_of(TrainConfig(vocab_size=50304))
-    124354560
-    """
-    width = config.n_embd
-    return (12 * config.n_layer * width + vocabulary_of(config) + config.block_size) * width
-
-
-def vocabulary_of(config: TrainConfig) -> int:
-    """Columns of the logits: of GPT-2's padded vocabulary where neither the configuration nor a dataset has one."""
-    return config.vocab_size or 50_304
-
-
 def balanced(micro_batch: int, share: int) -> int:
     """The least micro-batch that needs no more passes than `micro_batch` does.
 

@@ -9,7 +9,8 @@ from typing import Any
 from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.planner.candidates import is_open, may_recompute, parameters_of, vocabulary_of
+from tightfit.models.shape import parameter_count, vocabulary_of
+from tightfit.planner.candidates import is_open, may_recompute
 from tightfit.planner.planning import Where, card_here, make_plan, this_host, with_shape
 from tightfit.simulation.cache import one_at_a_time
 from tightfit.system import host_memory
@@ -92,7 +93,7 @@ def _with_keys(resolved: Resolved[TrainConfig], keys: dict[str, Any]) -> Resolve
 
 def _host_bytes() -> int:
     """What a process started here could use for its tensors, without measuring what it takes besides them."""
-    return max(0, (host_memory().budget_bytes or 0) - _PROCESS_BYTES)
+    return max(0, host_memory().budget_bytes - _PROCESS_BYTES)
 
 
 def _where(config: TrainConfig) -> Where | None:
@@ -118,4 +119,4 @@ def _rough_bound(config: TrainConfig, share: int) -> int:
     vocabulary = vocabulary_of(config)
     width, tokens = config.n_embd, size * config.block_size
     layer = 2 * (34 * tokens * width + 5 * config.n_head * config.block_size * tokens)
-    return 20 * parameters_of(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB
+    return 20 * parameter_count(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB

@@ -14,16 +14,16 @@ from tightfit.config import Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
-from tightfit.planner.budget import Budget, device_budget, host_budget, spills_to_host
-from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, parameters_of, reliefs
+from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
+from tightfit.planner.budget import Budget, device_budget, host_budget
+from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, reliefs
 from tightfit.planner.predict import Predictor, Target
 from tightfit.planner.search import Choice, choose
 from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, HostRates, HostRequest
 from tightfit.simulation.speed import rates_of
-from tightfit.system import gpu_memory, host_memory
-from tightfit.system.checks_run import OFFLOADED_BYTES
+from tightfit.system import gpu_memory, host_memory, spills_to_host
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
@@ -130,32 +130,37 @@ def named_card(
     text: str,
     *,
     memory_bytes: int | None = None,
-    used_bytes: int = 0,
+    used_by_others_bytes: int = 0,
     capability: tuple[int, int] | None = None,
 ) -> Where:
     """A card by its name, as if it were here. DeviceError for one that is not known."""
     gpu, notes = resolve_gpu(text, memory_bytes=memory_bytes, capability=capability)
     return Where(
         gpu=gpu,
-        budget=device_budget(gpu, total_bytes=memory_bytes, used_bytes=used_bytes),
+        budget=device_budget(gpu, total_bytes=memory_bytes, used_by_others_bytes=used_by_others_bytes),
         known=gpu.name in _names(),
         notes=tuple(notes),
     )
 
 
 def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None:
-    """The card of this machine with what others use of it now, or None if none is seen; at most `limit_bytes` of it."""
+    """The card of this machine and the memory that others hold of it now; None without a card that NVML reports.
+
+    The plan may use at most `limit_bytes`. The budget's total is what is free, this process's and the others' together,
+    so the driver's reserve is outside it also where the driver does not report it.
+    """
     card, why = gpu_memory(index)
-    if card is None or card.total_bytes is None:
+    if card is None:
         return None
-    total = card.total_bytes - (card.reserved_bytes or 0)
-    gpu, notes = resolve_gpu(card.name, memory_bytes=total, capability=card.capability)
-    used = card.used_bytes or 0
+    usable = card.total_bytes - (card.reserved_bytes or 0)
+    gpu, notes = resolve_gpu(card.name, memory_bytes=usable, capability=card.capability)
+    used = card.used_by_others_bytes or 0
+    total = card.free_bytes + (card.own_bytes or 0) + used
     if limit_bytes is not None:
         total = min(total, limit_bytes + used)
     return Where(
         gpu=gpu,
-        budget=device_budget(gpu, total_bytes=total, used_bytes=used),
+        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used),
         known=gpu.name in _names(),
         is_here=True,
         notes=(*notes, *([why] if why else [])),
@@ -166,16 +171,13 @@ def this_host(memory_bytes: int | None = None) -> Where:
     """This machine's processor, with `memory_bytes` or the tightest limit that holds for a process started here."""
     host, base = host_memory(), measured_host().base_bytes
     resident = base["resident"]
-    own = host.used_by_this_process_bytes or 0
+    own = host.used_by_this_process_bytes
     wholes = [
         (limit.limit_bytes if limit.source in base else limit.left_bytes + own, limit.source) for limit in host.limits
     ]
-    if host.available_bytes is not None:
-        wholes.append((host.available_bytes + own, "free memory of this machine"))
+    wholes.append((host.available_bytes + own, "free memory of this machine"))
     if memory_bytes is not None:
         wholes.append((memory_bytes, "as given"))
-    if not wholes:
-        raise TightfitError("this system does not say how much memory is free; give --memory=8GiB, say")
     whole, source = min(wholes, key=lambda each: each[0] - base.get(each[1], resident))
     return Where(
         gpu=None,
@@ -202,7 +204,7 @@ def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]
     if where.gpu is None:
         return []
     free = host_memory().budget_bytes if where.is_here else None
-    has_room = free is None or free > OFFLOADED_BYTES * parameters_of(config)
+    has_room = free is None or free > OFFLOADED_BYTES * parameter_count(config)
     return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
 
 

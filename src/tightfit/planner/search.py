@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tightfit.config import Resolved, TrainConfig
+from tightfit.models.shape import parameter_count, state_bytes, vocabulary_of
 from tightfit.planner.budget import Budget
 from tightfit.planner.candidates import (
     ONE_PASS,
@@ -20,11 +21,8 @@ from tightfit.planner.candidates import (
     even,
     is_open,
     may_recompute,
-    parameters_of,
-    vocabulary_of,
 )
 from tightfit.planner.predict import Prediction, Predictor
-from tightfit.system.checks_run import state_bytes
 from tightfit.units import format_bytes
 
 SMALL_BATCH = 4
@@ -160,7 +158,7 @@ def _moving_helps(config: TrainConfig, least: Prediction | None, budget: Budget)
 
 def least_bytes(config: TrainConfig, relief: Relief) -> int:
     """Bytes of the device's memory below which no step is possible: weights, gradients and both moments together."""
-    return state_bytes(replace(config, **relief.keys)) * parameters_of(config)
+    return state_bytes(replace(config, **relief.keys)) * parameter_count(config)
 
 
 def _as_asked(config: TrainConfig) -> dict[str, Any]:
@@ -277,7 +275,9 @@ class Search:
     def _fitting(self, lines: dict[str, Line], plain: dict[str, Line]) -> list[Prediction]:
         """Plans traced in full that fit, out of those that the lines say are fastest."""
         wanted = self._promising(lines, compiled=self._compiled)[:_OFFERED]
-        if self._compiled:  # compiling takes longer than tracing: the best one, and, if it is ours to choose, two without
+        if (
+            self._compiled
+        ):  # compiling takes longer than tracing: the best one, and, if it is ours to choose, two without
             wanted = [*wanted[:1], *(self._promising(plain, compiled=False)[:2] if self._may_not_compile else [])]
         if not wanted:
             return []

@@ -1,9 +1,9 @@
 """A plan, or that there is none, in sentences."""
 
+from tightfit.models.shape import OFFLOADED_BYTES
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Estimate
-from tightfit.system.checks_run import OFFLOADED_BYTES
 from tightfit.units import format_bytes
 
 
@@ -80,6 +80,6 @@ def nothing_fits(result: PlanResult) -> str:
                 f"  With --allow={lossy.relief.name} it would fit: {in_words(lossy.best, lossy.share)}; "
                 f"{format_bytes(lossy.best.peak_bytes)}. It is lossy: {lossy.relief.costs}."
             )
-        whole = format_bytes(need + result.where.budget.used_bytes + result.where.budget.reserved_bytes)
+        whole = format_bytes(need + result.where.budget.used_by_others_bytes + result.where.budget.reserved_bytes)
         lines.append(f"  {'A card' if result.where.gpu else 'A machine'} with {whole} or more would do.")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ def plan_dict(result: PlanResult) -> dict[str, Any]:
         "device": result.where.gpu.name if result.where.gpu else "cpu",
         "budget": {
             "total_bytes": budget.total_bytes,
-            "used_by_others_bytes": budget.used_bytes,
+            "used_by_others_bytes": budget.used_by_others_bytes,
             "context_bytes": budget.context_bytes,
             "reserved_bytes": budget.reserved_bytes,
             "margin_bytes": budget.margin_bytes,
@@ -60,8 +60,8 @@ def plan_dict(result: PlanResult) -> dict[str, Any]:
 def _device(result: PlanResult) -> str:
     budget = result.where.budget
     lines = [f"{device_name(result)}: {format_bytes(budget.total_bytes)}"]
-    if budget.used_bytes:
-        lines.append(f"  {format_bytes(budget.used_bytes):>11}  used by other programs")
+    if budget.used_by_others_bytes:
+        lines.append(f"  {format_bytes(budget.used_by_others_bytes):>11}  used by other programs")
     if budget.reserved_bytes:
         lines.append(
             f"  {format_bytes(budget.reserved_bytes):>11}  reserved by this process and not used, which counts too"

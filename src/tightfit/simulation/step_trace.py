@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tightfit.config import TrainConfig
 from tightfit.data.batches import micro_batches
-from tightfit.models.model import GPT, PADDED_VOCAB, GPTConfig
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.models.shape import PADDED_VOCAB
 from tightfit.simulation.processor import StepWork, trace_on_host
 from tightfit.simulation.requests import StepRequest, StepTrace
 from tightfit.simulation.speed import Meter

@@ -176,24 +176,23 @@ def _memory(card: GpuMemory) -> Check:
 
 
 def _processes(machine: Machine, card: GpuMemory) -> Iterator[Check]:
-    others = card.others
-    unexplained = card.used_bytes - (card.reserved_bytes or 0) - (card.own_bytes or 0)
+    others, used = card.others, card.used_by_others_bytes
     if others is None or (not others and card.spills_to_host):
-        yield Check(name="processes", outcome="silent", status="unknown", facts={"used_bytes": max(0, unexplained)})
+        at_most = card.used_bytes - (card.own_bytes or 0) if used is None else used
+        yield Check(name="processes", outcome="silent", status="unknown", facts={"used_bytes": at_most})
         return
     if not others:
-        known = card.reserved_bytes is not None and unexplained >= BUSY_BYTES
-        if known:
-            yield Check(name="processes", outcome="unseen", status="warning", facts={"used_bytes": unexplained})
+        if used is not None and used >= BUSY_BYTES:
+            yield Check(name="processes", outcome="unseen", status="warning", facts={"used_bytes": used})
         else:
             yield Check(name="processes", outcome="none", status="ok")
         return
-    facts = {"who": [_said(process) for process in others], "used_bytes": card.others_bytes}
-    if card.others_bytes is None:
+    facts = {"who": [_said(process) for process in others], "used_bytes": used}
+    if used is None or any(process.used_bytes is None for process in others):
         yield Check(name="processes", outcome="some_unmeasured", status="unknown", facts=facts)
         return
     computing = [process for process in others if not process.draws]
-    if card.others_bytes < BUSY_BYTES and not computing:
+    if used < BUSY_BYTES and not computing:
         yield Check(name="processes", outcome="little", status="ok", facts=facts)
         return
     pids = [process.pid for process in computing]

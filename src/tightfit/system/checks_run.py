@@ -9,32 +9,19 @@ from typing import Any
 from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.data import Dataset, open_dataset
 from tightfit.errors import DataError
+from tightfit.models.shape import (
+    CHECKPOINT_BYTES,
+    OFFLOADED_BYTES,
+    OFFLOADED_DEVICE_BYTES,
+    parameter_count,
+    state_bytes,
+)
 from tightfit.system.checks import Check
 from tightfit.system.machine import Machine, space
 from tightfit.system.nvml import GpuMemory
 
-OFFLOADED_BYTES = 16
-"""Of host memory for a parameter whose optimizer is there: float32 weight, gradient and two moments."""
-DEVICE_BYTES = 2
-"""Of the device's memory for such a parameter, at least: its weight as autocast uses it."""
-CHECKPOINT_BYTES = 12
-"""Per parameter in a checkpoint: float32 weight and AdamW's two moments."""
-NANOGPT_VOCAB = 50_304
-"""The vocabulary where nobody names one: GPT-2's 50257, rounded up to a multiple of 64."""
 _HEAD_MULTIPLE = 8
 """FlashAttention's kernels pad narrower heads to a multiple of 8."""
-
-
-def state_bytes(config: TrainConfig) -> int:
-    """Of a parameter while it is trained on one device: its weight, its gradient and AdamW's two moments.
-
-    >>> state_bytes(TrainConfig()), state_bytes(TrainConfig(optimizer="adamw_8bit"))
-    (16, 10)
-    """
-    if config.offloads("optimizer"):
-        return DEVICE_BYTES
-    number = 2 if config.param_dtype == "bfloat16" else 4
-    return 2 * number + (2 if config.optimizer == "adamw_8bit" else 2 * number)
 
 
 def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Collection[str]) -> Iterator[Check]:
@@ -44,27 +31,18 @@ def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Co
         return
     dataset, check = _dataset(config, prepares_itself)
     yield check
-    parameters = parameter_count(config, dataset.vocab_size if dataset else None)
+    parameters = known_parameters(config, dataset.vocab_size if dataset else None)
     yield _disk(config, parameters)
     yield from _config(machine, config, parameters)
 
 
-def parameter_count(config: TrainConfig, vocab_size: int | None = None) -> int | None:
-    """Numbers that are trained: token and position embeddings, blocks, last norm; None if the weights' file decides.
-
-    A block has 12 n_embd^2 in its four matrices and 2 n_embd in its norms; biases add 11 n_embd, the last norm one.
-
-    >>> parameter_count(TrainConfig(n_layer=12, n_embd=768, vocab_size=50304, block_size=1024))
-    124373760
-    """
+def known_parameters(config: TrainConfig, vocab_size: int | None = None) -> int | None:
+    """Parameters of the run, with the dataset's `vocab_size`; None if the file of its weights decides."""
     if config.init_from in PRETRAINED:
-        config = replace(config, **PRETRAINED[config.init_from])
-    elif config.init_from != "scratch":
+        return parameter_count(replace(config, **PRETRAINED[config.init_from]))
+    if config.init_from != "scratch":
         return None
-    layers, width, bias, positions = config.n_layer, config.n_embd, config.bias, config.block_size
-    vocab = config.vocab_size or vocab_size or NANOGPT_VOCAB
-    block = 12 * width**2 + 2 * width + (11 * width if bias else 0)
-    return (vocab + positions) * width + layers * block + width * (2 if bias else 1)
+    return parameter_count(replace(config, vocab_size=config.vocab_size or vocab_size or 0))
 
 
 def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> tuple[Dataset | None, Check]:
@@ -141,26 +119,23 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
     if parameters is None:
         return
     facts = {"parameters": parameters, "state_bytes": parameters * state_bytes(config)}
-    card = _chosen_card(machine, config)
+    card, budget = _chosen_card(machine, config), machine.host.budget_bytes
     if card is None:
-        budget = machine.host.budget_bytes
-        if config.device in ("auto", "cpu") and budget is not None and facts["state_bytes"] > budget:
+        if config.device in ("auto", "cpu") and facts["state_bytes"] > budget:
             yield Check(
                 name="config", outcome="too_large_for_host", status="problem", facts={**facts, "budget": budget}
             )
         return
     free, total = card
-    host = machine.host.budget_bytes
-    has_host = host is None or host > parameters * OFFLOADED_BYTES
+    has_host = budget > parameters * OFFLOADED_BYTES
     is_open = config.offload == "none" and config.fit == "auto" and config.optimizer == "adamw"
-    if facts["state_bytes"] > total and is_open and has_host and parameters * DEVICE_BYTES < free:
+    if facts["state_bytes"] > total and is_open and has_host and parameters * OFFLOADED_DEVICE_BYTES < free:
         yield Check(name="config", outcome="offloads", status="warning", facts={**facts, "total_bytes": total})
     elif facts["state_bytes"] > total:
         yield Check(name="config", outcome="too_large", status="problem", facts={**facts, "total_bytes": total})
     elif facts["state_bytes"] > free:
         yield Check(name="config", outcome="too_large_now", status="problem", facts={**facts, "free_bytes": free})
-    budget, weights = machine.host.budget_bytes, parameters * 4  # a new model is made on the host, then moved
-    if budget is not None and weights > budget:
+    if parameters * 4 > budget:  # a new model is made on the host, then moved
         yield Check(name="config", outcome="host_too_small", status="problem", facts={**facts, "budget": budget})
 
 

@@ -1,24 +1,18 @@
-"""How much memory there is: of the machine, of each GPU, and what limits this process to less.
+"""Host memory as this process may use it: the machine's, within control groups and the limits of this process.
 
-Host memory is what the kernel says in /proc, bounded by the control groups (a container, a Slurm job, systemd) and by
-the limits of this process; the tightest of them is the budget. What cannot be seen is None, never a guess.
+A container, a Slurm job and systemd set control groups. Whatever leaves the least is the budget.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tightfit.system.nvml import Cards, Failure, GpuMemory, GpuProcess, gpu_memory, read_cards
+import psutil
 
-__all__ = [
-    "Cards", "Failure", "GpuMemory", "GpuProcess", "HostMemory", "Limit", "gpu_memory", "host_memory", "own_bytes",
-    "read_cards",
-]  # fmt: skip
-
-_COUNTED = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
-"""What of a process each of its limits counts, as /proc/self/status names it."""
+_COUNTED = {"RLIMIT_AS": "vms", "RLIMIT_DATA": "data"}
+"""The field of psutil's `memory_info` that each limit of a process counts. Since Linux 4.7 `ulimit -d` counts private
+anonymous memory too."""
 _UNLIMITED = 2**62
 """Control groups of version 1 write "no limit" as 2**63 rounded down to a page."""
 
@@ -28,10 +22,10 @@ class Limit:
     """One limit below the machine's own memory."""
 
     source: str
-    """Where it is set: "/sys/fs/cgroup/.../memory.max" or "RLIMIT_AS"."""
+    """Its file, like "/sys/fs/cgroup/.../memory.max", or "RLIMIT_AS"."""
     limit_bytes: int
     used_bytes: int
-    """What counts against it, without file cache that the kernel gives back when asked."""
+    """Bytes that count against it, without file cache that the kernel gives back when asked."""
 
     @property
     def left_bytes(self) -> int:
@@ -42,23 +36,18 @@ class Limit:
 class HostMemory:
     """The machine's memory as this process may use it."""
 
-    total_bytes: int | None
-    """Physical memory; None where this system does not say."""
-    available_bytes: int | None
-    """What new allocations can have without swapping, in the kernel's estimate."""
-    used_by_this_process_bytes: int | None
+    total_bytes: int
+    """Physical memory."""
+    available_bytes: int
+    """Bytes that new allocations can have without swapping, in the kernel's estimate."""
+    used_by_this_process_bytes: int
     """Resident now."""
-    peak_bytes: int | None
-    """The most that was ever resident in this process."""
-    swap_free_bytes: int | None = None
     limits: tuple[Limit, ...] = field(default=())
-    """Every limit that was found, of this process and of every control group above it."""
+    """Every limit of this process and of the control groups above it."""
 
     @property
-    def used_bytes(self) -> int | None:
-        """By everybody: the total without what is available."""
-        if self.total_bytes is None or self.available_bytes is None:
-            return None
+    def used_bytes(self) -> int:
+        """Bytes that are not available, whoever has them."""
         return self.total_bytes - self.available_bytes
 
     @property
@@ -67,61 +56,42 @@ class HostMemory:
         return min(self.limits, key=lambda limit: limit.left_bytes, default=None)
 
     @property
-    def limit_bytes(self) -> int | None:
-        return self.tightest.limit_bytes if self.tightest else None
+    def budget_bytes(self) -> int:
+        """Bytes that this process may still allocate: the least that is left anywhere.
 
-    @property
-    def limit_source(self) -> str:
-        return self.tightest.source if self.tightest else ""
-
-    @property
-    def budget_bytes(self) -> int | None:
-        """What this process may still allocate: the least that is left anywhere; None if nothing is known.
-
-        >>> HostMemory(total_bytes=100, available_bytes=60, used_by_this_process_bytes=5, peak_bytes=5,
+        >>> HostMemory(total_bytes=100, available_bytes=60, used_by_this_process_bytes=5,
         ...            limits=(Limit(source="RLIMIT_AS", limit_bytes=50, used_bytes=20),)).budget_bytes
         30
         """
-        left = [limit.left_bytes for limit in self.limits]
-        return min(left if self.available_bytes is None else [self.available_bytes, *left], default=None)
-
-    @property
-    def budget_source(self) -> str:
-        """What decides the budget: a limit's source, or "" for the machine's own free memory."""
-        tightest = self.tightest
-        return tightest.source if tightest and tightest.left_bytes == self.budget_bytes else ""
+        return min([self.available_bytes, *(limit.left_bytes for limit in self.limits)])
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """The machine's memory now, from the files below `root` and this process's own limits."""
-    machine = _fields(root / "proc/meminfo")
-    process = _fields(root / "proc/self/status")
+    """The machine's memory now; `root` is the folder that holds the control groups' files."""
+    machine, own = psutil.virtual_memory(), own_bytes()
     return HostMemory(
-        total_bytes=machine.get("MemTotal", _physical_bytes()),
-        available_bytes=machine.get("MemAvailable"),
-        used_by_this_process_bytes=process.get("VmRSS"),
-        peak_bytes=process.get("VmHWM", _peak_bytes()),
-        swap_free_bytes=machine.get("SwapFree"),
-        limits=(*_cgroup_limits(root), *_process_limits(process)),
+        total_bytes=machine.total,
+        available_bytes=machine.available,
+        used_by_this_process_bytes=own["resident"],
+        limits=(*_cgroup_limits(root), *_process_limits(own)),
     )
 
 
-def own_bytes(root: Path = Path("/")) -> dict[str, int]:
-    """What this process holds now: what is `resident`, and what each of its own limits counts (by `Limit.source`)."""
-    status = _fields(root / "proc/self/status")
-    resident = status.get("VmRSS", _peak_bytes() or 0)
-    return {"resident": resident, **{name: status[key] for name, key in _COUNTED.items() if key in status}}
+def own_bytes() -> dict[str, int]:
+    """Bytes of this process now: `resident`, and under each `Limit.source` the bytes that this limit counts."""
+    memory = psutil.Process().memory_info()
+    counted = {name: getattr(memory, key) for name, key in _COUNTED.items() if sys.platform == "linux"}
+    return {"resident": memory.rss, **counted}
 
 
-def _fields(path: Path) -> dict[str, int]:
-    """Lines like `MemTotal:  24684084 kB`, in bytes."""
-    found = {}
-    for line in _text(path).splitlines():
-        key, _, rest = line.partition(":")
-        words = rest.split()
-        if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
-            found[key] = int(words[0]) * 1024
-    return found
+def _process_limits(own: dict[str, int]) -> Iterator[Limit]:
+    """Limits that `ulimit -v` and `ulimit -d` set."""
+    if sys.platform != "linux":
+        return
+    for name in _COUNTED:
+        soft, _ = psutil.Process().rlimit(getattr(psutil, name))
+        if soft != psutil.RLIM_INFINITY:
+            yield Limit(source=name, limit_bytes=soft, used_bytes=own[name])
 
 
 def _text(path: Path) -> str:
@@ -129,34 +99,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""  # another system, or a file that this kernel or container does not have
-
-
-def _physical_bytes() -> int | None:
-    """Where there is no /proc: macOS says the total, Windows nothing."""
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak_bytes() -> int | None:
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _process_limits(status: dict[str, int]) -> Iterator[Limit]:
-    """What `ulimit -v` and `ulimit -d` set. Since Linux 4.7 the latter counts private anonymous memory too."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    for name, key in _COUNTED.items():
-        soft, _ = resource.getrlimit(getattr(resource, name))
-        if soft != resource.RLIM_INFINITY and key in status:
-            yield Limit(source=name, limit_bytes=soft, used_bytes=status[key])
 
 
 def _cgroup_limits(root: Path) -> Iterator[Limit]:
@@ -174,7 +116,7 @@ def _cgroup_limits(root: Path) -> Iterator[Limit]:
 
 
 def _cgroup_mounts(root: Path) -> dict[int, tuple[Path, str]]:
-    """For each version of control groups: where it is mounted, and which group is at that place.
+    """The folder at which each version of control groups is mounted, and the group at that place.
 
     A line of mountinfo: `35 31 0:32 /group /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory`.
     """
@@ -193,7 +135,7 @@ def _cgroup_mounts(root: Path) -> dict[int, tuple[Path, str]]:
 def _from_here_up(path: str, mounted_path: str) -> list[str]:
     """Folders below the mount, this group's first: `/a/b` mounted from `/a` gives `b` and ``.
 
-    A container may name its group by a path that it cannot see; then only the mount itself is looked at.
+    A container may name its group by a path that it cannot see; then only the mount itself counts.
 
     >>> _from_here_up("/a/b/c", "/a"), _from_here_up("/../x", "/"), _from_here_up("/docker/1", "/docker/1")
     (['b/c', 'b', ''], [''], [''])
@@ -204,7 +146,7 @@ def _from_here_up(path: str, mounted_path: str) -> list[str]:
 
 
 def _limits_of(root: Path, folder: Path, version: int) -> Iterator[Limit]:
-    """Above memory.high a group is not killed but slowed until it stands still, so that it counts as a limit."""
+    """Limits in one group's folder. Above memory.high the kernel slows a group to a standstill, so that counts too."""
     names, used_name = (
         (("memory.max", "memory.high"), "memory.current")
         if version == 2
@@ -225,7 +167,7 @@ def _number(path: Path) -> int | None:
 
 
 def _file_cache_bytes(path: Path, version: int) -> int:
-    """What the group holds of files and gives back before it is short; files in /dev/shm are not among these."""
+    """File cache that the group gives back before it runs short; files in /dev/shm are no part of it."""
     prefix = "total_" if version == 1 else ""
     rows = (line.split() for line in _text(path).splitlines())
     wanted = {f"{prefix}active_file", f"{prefix}inactive_file"}

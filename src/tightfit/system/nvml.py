@@ -90,16 +90,21 @@ class GpuMemory:
 
     @property
     def used_bytes(self) -> int:
-        """By everybody, with what the driver keeps for itself."""
+        """Bytes that are not free: other processes', this process's and the driver's reserve together."""
         return self.total_bytes - self.free_bytes
 
     @property
-    def others_bytes(self) -> int | None:
-        """What the other processes use; None if that of any of them is not known."""
-        sizes = None if self.others is None else [process.used_bytes for process in self.others]
-        if sizes is None or None in sizes:
-            return None
-        return sum(size for size in sizes if size is not None)
+    def used_by_others_bytes(self) -> int | None:
+        """Bytes that other processes hold, listed or not: never this process's, never the driver's reserve.
+
+        A driver that does not report its reserve counts it as used; then the listed processes are added up.
+        None if one of those has no figure.
+        """
+        if self.reserved_bytes is not None:
+            return max(0, self.used_bytes - self.reserved_bytes - (self.own_bytes or 0))
+        sizes = [None] if self.others is None else [process.used_bytes for process in self.others]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,7 +141,7 @@ def _rows(sample: Sample) -> Iterator[dict[str, Any]]:
             "name": card.name,
             "total_bytes": card.total_bytes,
             "used_bytes": card.used_bytes,
-            "others_bytes": card.others_bytes,
+            "others_bytes": card.used_by_others_bytes,
             "temperature_c": card.temperature_c,
             "utilisation": card.utilisation,
         }

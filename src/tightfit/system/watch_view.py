@@ -33,9 +33,8 @@ def frame(history: Sequence[Sample], words: Words, *, interval_s: float, width: 
 
 def plain_line(sample: Sample, words: Words) -> str:
     """One line for a file or a pipe."""
-    parts = [sample.time.isoformat(timespec="seconds")]
-    if sample.host.total_bytes is not None and sample.host.used_bytes is not None:
-        parts.append(f"{words('watch', 'host')} {_share(sample.host.used_bytes, sample.host.total_bytes)}")
+    host = f"{words('watch', 'host')} {_share(sample.host.used_bytes, sample.host.total_bytes)}"
+    parts = [sample.time.isoformat(timespec="seconds"), host]
     for card in sample.cards.cards:
         state = "".join(words("words", "separator") + each for each in _card_state(card, words))
         parts.append(f"GPU {card.index} {_share(card.used_bytes, card.total_bytes)}{state}")
@@ -63,14 +62,11 @@ def _share(used: int, total: int) -> str:
 def _host(history: Sequence[Sample], words: Words, width: int, detailed: bool) -> Iterator[Text]:
     host = history[-1].host
     yield Text(words("watch", "host"), style="bold")
-    if host.total_bytes is None or host.used_bytes is None:
-        yield Text(_INDENT + words("watch", "host_unknown"))
-        return
     total = host.total_bytes
     said = words("watch", "host_used", used_bytes=host.used_bytes, total_bytes=total)
     yield _bar(host.used_bytes / total, said, width)
     if detailed:
-        yield from _history(history, words, width, lambda sample: (sample.host.used_bytes or 0) / total)
+        yield from _history(history, words, width, lambda sample: sample.host.used_bytes / total)
     if (limit := host.tightest) and detailed:
         said = words("watch", "limit", source=limit.source, left_bytes=limit.left_bytes, limit_bytes=limit.limit_bytes)
         yield from _wrapped(said, width)

@@ -15,8 +15,9 @@ from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.data import Dataset
 from tightfit.errors import ConfigError, DeviceError
 from tightfit.models.conversion import fetch_pretrained, pretrained_shape
-from tightfit.models.model import GPT, PADDED_VOCAB, GPTConfig
+from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer, restore_state
+from tightfit.models.shape import PADDED_VOCAB
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.checkpoint import Checkpoint
 from tightfit.trainer.distributed import World
