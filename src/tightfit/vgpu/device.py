@@ -56,6 +56,7 @@ class VirtualDevice:
         self.recorder = Recorder(allocator)
         self.values = Values()
         self.phases = phases
+        phases.after_forward = self._mark_own_parameters
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.where = torch.device(where)
         self._is_host = self.where.type == "cpu"
@@ -85,6 +86,7 @@ class VirtualDevice:
             aten.is_pinned.default: lambda func, args, kwargs: False,
             aten.equal.default: self._equal,
             aten.allclose.default: self._equal,
+            torch.ops.inductor.resize_storage_bytes_.default: _resize_storage,
         }
 
     def mode(self) -> "VirtualDeviceMode":
@@ -170,6 +172,22 @@ class VirtualDevice:
             out = torch.empty(shape, dtype=dtype, device=self.where)
         self._track(out, func, args, self.phases.now(func._schema.name))
         return out
+
+    def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """Take and free what `storage.resize_(nbytes)` does on a card, before the storage itself is resized.
+
+        The new memory keeps the category of the old, and its shape if it has that size again.
+        """
+        old = self.recorder.held_by(storage)
+        if old is None or not storage.resizable():
+            return
+        phase = self.phases.now()
+        new = self._allocation(nbytes, "UntypedStorage.resize_", phase, old.category)
+        new.frames = user_frames(sys._getframe(1)) or new.frames  # in backward the hook's own line, if it has one
+        fits = nbytes in (0, math.prod(old.shape) * getattr(torch, old.dtype).itemsize)
+        new.shape, new.dtype = (old.shape, old.dtype) if fits else ((nbytes,), "uint8")
+        self._guarded(self.recorder.resize, storage, new)
+        self.values.forget(storage)
 
     def peaks(self) -> dict[str, int]:
         """Highest requested, allocated and reserved bytes of the run, also from before the script reset its peaks."""
@@ -354,6 +372,11 @@ class VirtualDevice:
                     if isinstance(value, Tensor):
                         self._mark_parts(value, "optimizer state")
 
+    def _mark_own_parameters(self, module: nn.Module) -> None:
+        """FSDP gathers a module's weights for the time of a pass only: at its end they are still there."""
+        for parameter in module._parameters.values():
+            self.mark_parameter(parameter)
+
     def mark_parameter(self, tensor: Tensor | None) -> None:
         if tensor is not None:
             self._mark(tensor, "parameters")
@@ -496,6 +519,11 @@ def _on_card(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator on fake tensors is the card's: a script may keep some in host memory."""
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
+
+
+def _resize_storage(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tensor, nbytes = args
+    tensor.untyped_storage().resize_(nbytes)  # which comes to `VirtualDevice.resize`
 
 
 def _is_weight_gradient(func: Any, phase: Phase) -> bool:

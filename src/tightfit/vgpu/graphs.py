@@ -62,6 +62,7 @@ class CudaGraphs:
         held = self._device.recorder.of_storage(argument)
         return (
             held is not None
+            and held.nbytes > 0
             and held.category != "parameters"
             and (held.block is None or held.block.pool.owner != self._pool)
         )

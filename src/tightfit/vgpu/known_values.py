@@ -329,13 +329,13 @@ class Values:
         """`value` is made up for the whole of `tensor`."""
         self._known[tensor.untyped_storage()] = Fact(torch.tensor(value, dtype=tensor.dtype), made_up=True)
 
-    def forget(self, tensor: Tensor) -> None:
-        self._known.pop(tensor.untyped_storage(), None)
+    def forget(self, storage: torch.UntypedStorage) -> None:
+        self._known.pop(storage, None)
 
     def _forget_all(self, tensors: Any) -> None:
         for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
             if isinstance(tensor, FakeTensor):
-                self.forget(tensor)
+                self.forget(tensor.untyped_storage())
 
     # What a script is told
 

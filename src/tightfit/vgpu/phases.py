@@ -35,6 +35,8 @@ class Phases:
     def __init__(self, on_step: Callable[[], None]) -> None:
         """`on_step` is called after each optimizer step, in the script's own thread."""
         self._on_step = on_step
+        self.after_forward: Callable[[nn.Module], None] | None = None
+        """Called with each module of the script after its forward pass."""
         self._main = threading.get_ident()
         self._depth = 0
         self._with_grad = True
@@ -114,6 +116,8 @@ class Phases:
     def _after_forward(self, module: nn.Module | None, args: object, output: object) -> None:
         if threading.get_ident() == self._main:
             self._depth = max(0, self._depth - 1)
+            if self.after_forward is not None and module is not None:
+                self.after_forward(module)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.optimizers.add(optimizer)

@@ -85,29 +85,47 @@ class Recorder:
 
     def of_storage(self, tensor: Tensor) -> Allocation | None:
         """The allocation that holds a tensor's data."""
-        held = self._held.get(tensor.untyped_storage()._cdata)
+        return self.held_by(tensor.untyped_storage())
+
+    def held_by(self, storage: torch.UntypedStorage) -> Allocation | None:
+        """The allocation behind a storage: of 0 bytes if it is empty, None if it is not on the device."""
+        held = self._held.get(storage._cdata)
         return held[1] if held is not None else None
 
     def address_of(self, storage: torch.UntypedStorage) -> int | None:
         """Where a storage lies on the device."""
-        held = self._held.get(storage._cdata)
-        return held[1].block.address if held is not None and held[1].block is not None else None
+        held = self.held_by(storage)
+        return held.block.address if held is not None and held.block is not None else None
 
-    def track(self, tensor: Tensor, describe: Callable[[int], Allocation]) -> Allocation | None:
-        """Take memory for a tensor whose storage is new or has grown; None if nothing was needed."""
+    def track(self, tensor: Tensor, describe: Callable[[int], Allocation]) -> None:
+        """Take memory for a tensor whose storage is new or has grown."""
         storage = tensor.untyped_storage()
-        key, nbytes = storage._cdata, storage.nbytes()
-        held = self._held.get(key)
-        if held is not None:
-            if held[1].nbytes >= nbytes:
-                return None
-            self._released.append((key, held[0]))  # resized: the old memory goes when the new is there
-        elif nbytes == 0:
-            return None
-        allocation = describe(nbytes)
-        self.take(allocation)
-        self._held[key] = (weakref.ref(storage, lambda ref, key=key: self._on_release(key, ref)), allocation)  # type: ignore[misc]
-        return allocation
+        nbytes = storage.nbytes()
+        held = self.held_by(storage)
+        if held is None:
+            allocation = describe(nbytes)
+            if nbytes:
+                self.take(allocation)
+            self._hold(storage, allocation)
+        elif held.nbytes < nbytes:
+            self.resize(storage, describe(nbytes))
+
+    def resize(self, storage: torch.UntypedStorage, new: Allocation) -> None:
+        """Let a storage of the device hold `new` instead, which is taken before the old memory goes.
+
+        So does `resize_bytes_cuda` of ATen; 0 bytes only free.
+        """
+        self.settle()
+        key = storage._cdata
+        if new.nbytes:
+            self.take(new)
+        reference, old = self._held[key]
+        self._held[key] = (reference, new)
+        self.give(old)
+
+    def _hold(self, storage: torch.UntypedStorage, allocation: Allocation) -> None:
+        key = storage._cdata
+        self._held[key] = (weakref.ref(storage, lambda ref: self._on_release(key, ref)), allocation)
 
     def track_accumulation(self, tensor: Tensor, first: Tensor, describe: Callable[[int], Allocation]) -> None:
         """`tensor` is the sum of two gradients that autograd's engine made, `first` the one it had already.
@@ -117,10 +135,9 @@ class Recorder:
         """
         self.settle()
         storage = tensor.untyped_storage()
-        key = storage._cdata
         allocation = describe(storage.nbytes())
         self._pending = _Pending(allocation, first.untyped_storage()._cdata)
-        self._held[key] = (weakref.ref(storage, lambda ref, key=key: self._on_release(key, ref)), allocation)  # type: ignore[misc]
+        self._hold(storage, allocation)
 
     def settle(self) -> None:
         """Give a waiting sum memory of its own: the gradient it was added to is still held."""

@@ -265,6 +265,8 @@ def _install_streams(device: VirtualDevice) -> None:
     cuda.streams.Stream, cuda.streams.Event = VirtualStream, VirtualEvent
     cuda.current_stream, cuda.set_stream, cuda.default_stream = current_stream, set_stream, lambda where=None: default
     cuda.stream = on_stream
+    # The compiled ones ask the device guard, whose answer is not initialized memory: "Unknown device: 96".
+    torch.accelerator.current_stream, torch.accelerator.set_stream = current_stream, set_stream  # type: ignore[assignment]
     cuda.is_current_stream_capturing = lambda: False
 
 

@@ -103,8 +103,16 @@ def _install_tensors(device: VirtualDevice) -> None:
         shape = tuple(tensor.shape)
         return f"tensor(<no data>, device='{tensor.device}', dtype={tensor.dtype}, shape={shape})"
 
+    usual_resize: Any = torch.UntypedStorage.resize_
+
+    def resize_storage(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+        device.resize(storage, nbytes)
+        usual_resize(storage, nbytes)
+        return storage
+
     storages: Any = torch.UntypedStorage
     storages.data_ptr = storage_address
+    storages.resize_ = resize_storage
     fake.data_ptr = address
     fake.numpy = to_numpy
     fake.tolist = lambda tensor: device.values.on_host(tensor, tensor.dtype).tolist()

@@ -1,0 +1,137 @@
+"""Memory that a script gives up and takes again below its tensors, and scripts of several threads."""
+
+import json
+from pathlib import Path
+
+from test_vgpu_api import in_process
+
+from tightfit import dryrun
+from tightfit.units import MIB
+
+CARD = """
+import json
+import tightfit
+gpu = tightfit.VirtualGPU("RTX 3060 12GB", memory_bytes=1 << 30, context_bytes=0)
+gpu.__enter__()
+import torch
+def held(): return torch.cuda.memory_allocated() / 2**20
+"""
+
+
+def on_card(script: str) -> list[str]:
+    """Lines that a script prints on a card of 1 GiB."""
+    return in_process(CARD + script).splitlines()
+
+
+# Storages that are resized
+
+
+def test_resized_storages_free_and_take() -> None:
+    printed = on_card("""
+t = torch.empty(8 << 20, dtype=torch.uint8, device="cuda")
+view = t.view(2, -1)
+address = t.data_ptr()
+print(t.untyped_storage().resize_(0) is t.untyped_storage(), held(), view.untyped_storage().nbytes(), t.data_ptr())
+view.untyped_storage().resize_(8 << 20)
+print(held(), t.untyped_storage().nbytes(), t.data_ptr() == address, (view + 1).shape)
+torch.cuda.reset_peak_memory_stats()
+t.untyped_storage().resize_(4 << 20)  # the new block is there before the old one goes
+print(held(), torch.cuda.max_memory_allocated() / 2**20)
+t.untyped_storage().resize_(4 << 20)  # also for the size that it has
+print(held(), torch.cuda.max_memory_allocated() / 2**20)
+del t, view
+print(held())
+""")
+    assert printed == [
+        "True 0.0 0 0",
+        f"8.0 {8 * MIB} True torch.Size([2, 4194304])",
+        "4.0 12.0",
+        "4.0 12.0",
+        "0.0",
+    ]
+
+
+def test_empty_host_and_typed_storages_resize_too() -> None:
+    printed = on_card("""
+empty = torch.empty(0, device="cuda")
+empty.untyped_storage().resize_(16 << 20)
+print(held())
+torch.ops.inductor.resize_storage_bytes_(empty, 0)  # what a compiled FSDP2 graph calls
+print(held(), empty.untyped_storage().nbytes())
+empty.resize_(1 << 20)
+print(held())
+empty._typed_storage()._resize_(0)
+print(held())
+host = torch.ones(4)
+host.untyped_storage().resize_(0)
+print(held(), host.untyped_storage().nbytes())
+""")
+    assert printed == ["16.0", "0.0 0", "4.0", "0.0", "0.0 0"]
+
+
+def test_grown_tensors_hold_both_blocks_for_a_moment() -> None:
+    printed = on_card("""
+t = torch.empty(4 << 18, device="cuda")
+t.resize_(8 << 18)
+print(held(), torch.cuda.max_memory_allocated() / 2**20)
+""")
+    assert printed == ["8.0 12.0"]
+
+
+def test_resized_storages_forget_their_values() -> None:
+    printed = on_card("""
+ones = torch.ones(4, device="cuda")
+ones.untyped_storage().resize_(0)
+ones.untyped_storage().resize_(16)
+ones.sum().item()
+gpu.__exit__(None, None, None)
+print([each["what"] for each in gpu.findings()["made_up_values"]])
+""")
+    assert printed == ["['a value read from the device']"]
+
+
+def test_resized_memory_belongs_to_the_line_that_resized(tmp_path: Path) -> None:
+    script = tmp_path / "resizes.py"
+    script.write_text("""import torch
+weight = torch.nn.Linear(1024, 1024, bias=False).cuda().weight
+weight.untyped_storage().resize_(0)
+weight.untyped_storage().resize_(4 << 20)
+weight.untyped_storage().resize_(2 << 30)
+""")
+    found = dryrun(str(script), gpu="RTX 3060 12GB", memory_bytes=1 << 30, context_bytes=0)
+    assert found["outcome"] == "out_of_memory"
+    assert (found["failure"]["line"], found["failure"]["requested_bytes"]) == (5, 2 << 30)
+    (largest,) = found["largest"]
+    assert (largest["line"], largest["shape"], largest["category"]) == (4, [1024, 1024], "parameters")
+    assert largest["operator"] == "UntypedStorage.resize_"
+
+
+def test_fsdp2_keeps_only_shards_between_passes() -> None:
+    """Eight matrices of 4 MiB on two cards: 16 MiB of shards, 16 of gradients, and workspaces of 8.125 MiB each."""
+    printed = in_process(
+        'os.environ["WORLD_SIZE"] = "2"'
+        + CARD
+        + """
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("nccl")
+model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(8)]).cuda()
+for layer in model:
+    fully_shard(layer)
+fully_shard(model)
+x = torch.randn(8, 1024, device="cuda")
+with torch.no_grad():
+    model(x)
+print(held())
+model(x).sum().backward()
+print(held())
+gpu.__exit__(None, None, None)
+print(json.dumps(gpu.findings()["categories"]))
+"""
+    ).splitlines()
+    after_forward, after_backward = map(float, printed[:2])
+    assert 16 + 8.125 < after_forward < 16 + 8.125 + 0.1
+    assert 32 + 2 * 8.125 < after_backward < 32 + 2 * 8.125 + 0.1
+    categories = json.loads(printed[2])  # at the peak, in backward: one gathered matrix beside the shards
+    assert categories["parameters"] == 20 * MIB
+    assert categories["activations"] < MIB
