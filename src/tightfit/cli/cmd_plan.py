@@ -1,10 +1,11 @@
 """`tightfit plan`."""
 
-import json
 import sys
 from collections.abc import Sequence
 
-from tightfit.cli.keys import capability, last, split_options
+import msgspec
+
+from tightfit.cli.keys import as_json, capability, last, split_options
 from tightfit.cli.main import FAILED, OK, wants_help
 from tightfit.config import TrainConfig, read_config
 from tightfit.units import parse_bytes
@@ -33,8 +34,9 @@ def run(arguments: Sequence[str]) -> int:
         from tightfit.report.html import check_folder
 
         check_folder(options["--html"])
+    from tightfit.planner.plan_record import plan_record
     from tightfit.planner.planning import card_here, make_plan, named_card, this_host
-    from tightfit.report.plan_terminal import plan_dict, plan_text
+    from tightfit.report.plan_terminal import plan_text
 
     memory = parse_bytes(options["--memory"]) if "--memory" in options else None
     if "--all-gpus" in flags:
@@ -42,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         from tightfit.report.plan_terminal import cards_text
 
         rows = every_card(resolved, say=_progress)
-        print(json.dumps([row.as_dict() for row in rows], indent=2) if "--json" in flags else cards_text(rows))
+        print(as_json(rows) if "--json" in flags else cards_text(rows))
         return OK
     if "--gpu" in options:
         where = named_card(
@@ -57,8 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     if "--html" in options:
         from tightfit.report.html import plan_report, write
 
-        write(plan_report(plan_dict(result), lang=lang), options["--html"])
-    print(json.dumps(plan_dict(result), indent=2) if "--json" in flags else plan_text(result))
+        write(plan_report(msgspec.to_builtins(plan_record(result)), lang=lang), options["--html"])
+    print(as_json(plan_record(result)) if "--json" in flags else plan_text(result))
     return OK if result.choice.best else FAILED
 
 

@@ -2,7 +2,10 @@
 
 import ast
 import inspect
+import json
 from collections.abc import Collection, Iterator, Sequence
+
+import msgspec
 
 from tightfit.config import defaults
 from tightfit.config.schema import Schema
@@ -66,3 +69,8 @@ def capability(text: str | None) -> tuple[int, int] | None:
     if not (major.isdecimal() and minor.isdecimal()):
         raise ConfigError(f"--capability={text} must be two numbers with a point between them, such as 8.6")
     return int(major), int(minor)
+
+
+def as_json(record: object) -> str:
+    """Encode a record, or a list of them, for --json."""
+    return json.dumps(msgspec.to_builtins(record), indent=2, ensure_ascii=False)

@@ -24,7 +24,7 @@ MAX_BITS = 1024  # as far as floats reach
 MAX_DIGITS = 400  # more than any float has before its point
 NEAR = 0.85  # max_iter is max_iters, but eval_batch_size is not batch_size
 
-Value: TypeAlias = "None | str | int | float | complex | list[Value] | tuple[Value, ...] | dict[Value, Value]"
+Value: TypeAlias = "str | int | float | complex | list[Value] | tuple[Value, ...] | dict[Value, Value] | None"
 """A value that an expression may have."""
 _UNARY: dict[type, Callable[..., Value]] = {
     ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Not: operator.not_, ast.Invert: operator.invert,

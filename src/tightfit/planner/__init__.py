@@ -1,1 +1,1 @@
-"""Plans: what may change so that a run fits its device, what each change takes, and which is the fastest."""
+"""Plans: candidates that fit a device, their predicted memory and speed, and the choice."""

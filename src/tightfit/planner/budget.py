@@ -1,4 +1,4 @@
-"""How much a plan may take: what is free now, less what the prediction leaves uncertain."""
+"""Memory that a plan may take: free now, less a margin for the prediction's error."""
 
 from dataclasses import dataclass
 
@@ -17,27 +17,27 @@ class Budget:
     """Memory that a plan may take."""
 
     total_bytes: int
-    """Of the card, or of the tightest limit on the host."""
+    """Bytes of the card, or of the tightest limit on the host."""
     used_by_others_bytes: int
     """Bytes that other processes hold."""
     context_bytes: int
-    """By this process outside its tensors: the CUDA context, or Python and its libraries."""
+    """Bytes of this process outside its tensors: the CUDA context, or Python and its libraries."""
     margin_bytes: int
-    """Left free because predictions err."""
+    """Bytes left free because predictions err."""
     text: str
-    """Where the figures are from."""
+    """Source of the figures, for people."""
     reserved_bytes: int = 0
-    """What a limit counts of this process besides: addresses that it holds and does not use."""
+    """Addresses that this process holds and does not use, where the limit counts them."""
 
     @property
     def bytes(self) -> int:
-        """What is left for the plan."""
+        """Bytes left for the plan."""
         taken = self.used_by_others_bytes + self.context_bytes + self.reserved_bytes + self.margin_bytes
         return max(0, self.total_bytes - taken)
 
 
 def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_by_others_bytes: int = 0) -> Budget:
-    """Of a card that is not here, or of which a driver said the total and what others use."""
+    """Return the budget of a card: its planning size, or the total and the use that a driver reports."""
     total = total_bytes or gpu.planning_bytes
     context, why = context_bytes(gpu)
     margin = round(total * DEVICE_MARGIN_SHARE) + DEVICE_MARGIN_BYTES
@@ -51,7 +51,7 @@ def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_by_others_by
 
 
 def host_budget(limit_bytes: int, *, base_bytes: int, source: str, reserved_bytes: int = 0) -> Budget:
-    """Of a process whose memory without tensors is `base_bytes`, under a limit of the host's."""
+    """Return the budget of a process under a host limit; `base_bytes` is its memory without tensors."""
     margin = round(limit_bytes * HOST_MARGIN_SHARE) + HOST_MARGIN_BYTES
     text = f"{format_bytes(base_bytes)} for Python, torch and its libraries, measured in this process; {source}"
     return Budget(

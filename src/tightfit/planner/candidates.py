@@ -1,12 +1,10 @@
-"""What may change so that a run fits: first what leaves its result as it was, then, only if allowed, what does not.
+"""Changes that make a run fit: first those that keep its result, then, only if allowed, lossy ones.
 
-A plan says how the step that the user asked for is run. The effective batch, the data order and the result are the
-user's.
+A plan decides how a step runs. The effective batch, the data order and the result are the user's.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 
 from tightfit.config import CUDA_GRAPH_MODES, Resolved, TrainConfig
 
@@ -16,62 +14,69 @@ OPEN = {
     "loss": lambda config: config.loss == "auto",
     "compile": lambda config: config.compile == "auto",
 }
-"""Keys whose value says that the choice is ours."""
+"""Keys with a value that leaves the choice to the planner."""
+KeyValue = bool | int | float | str
+"""Value of a configuration key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a run's step is executed on one device."""
+    """Execution of a run's step on one device."""
 
     micro_batch: int
     """Sequences in one forward pass."""
     eval_micro_batch: int
-    """The same in an evaluation."""
+    """Sequences in one forward pass of an evaluation."""
     loss: str
     """full, chunked or liger."""
     activation_checkpointing: int
-    """Transformer blocks that are recomputed in backward."""
+    """Transformer blocks recomputed in backward."""
     compile: bool
     activation_memory_budget: float = 1.0
-    """Of a compiled step: the share of what it would keep for backward that it keeps."""
+    """Share of its activations that a compiled step keeps for backward; it recomputes the rest."""
     offload: str = "none"
-    """What is in host memory, as the key of that name."""
+    """State in host memory, written as the configuration key `offload`."""
     optimizer: str = "adamw"
     """adamw, or adamw_8bit, which is lossy."""
     param_dtype: str = "float32"
-    """Of the weights, their gradients and moments; bfloat16 is lossy."""
+    """Dtype of weights, gradients and moments; bfloat16 is lossy."""
     block_size: int = 0
-    """Tokens of a sequence; 0: as asked. Fewer are lossy."""
+    """Tokens in a sequence; 0: as requested. Fewer are lossy."""
     effective_batch: int = 0
-    """Sequences of a step over all devices, in one pass; 0: as asked, in as many as it takes. Fewer are lossy."""
+    """Sequences per step over all devices, in one pass; 0: as requested, in several passes. Fewer are lossy."""
 
     @property
     def is_exact(self) -> bool:
-        """Whether the mathematics of the step is what was asked for, up to rounding."""
+        """True if the step computes what was requested, up to rounding."""
         is_whole = not self.block_size and not self.effective_batch
         return is_whole and self.optimizer == "adamw" and self.param_dtype == "float32"
 
-    def keys(self) -> dict[str, Any]:
-        """The configuration's keys that it sets."""
+    def keys(self) -> dict[str, KeyValue]:
+        """Return the configuration keys that this plan sets."""
         usual = {each.name: each.default for each in fields(self)}  # none where a plan always has to say
-        keys = {key: value for key, value in asdict(self).items() if value != usual[key]}
-        if effective_batch := keys.pop("effective_batch", 0):
-            keys |= {"batch_size": effective_batch, "gradient_accumulation_steps": 1}
+        keys: dict[str, KeyValue] = {key: value for key, value in asdict(self).items() if value != usual[key]}
+        if keys.pop("effective_batch", 0):
+            keys |= {"batch_size": self.effective_batch, "gradient_accumulation_steps": 1}
         return keys
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The configuration of this plan."""
-        return replace(config, **{"activation_memory_budget": self.activation_memory_budget, **self.keys()})
+        """Return `config` with this plan's keys."""
+        return with_values(config, {"activation_memory_budget": self.activation_memory_budget, **self.keys()})
 
     def passes(self, share: int) -> int:
-        """Forward passes for a device's `share` of the effective batch."""
+        """Return the forward passes for a device's `share` of the effective batch."""
         if self.effective_batch:
             return 1
         return -(-share // self.micro_batch)
 
 
+def with_values(config: TrainConfig, keys: Mapping[str, KeyValue]) -> TrainConfig:
+    """Return `config` with these keys set and checked. ConfigError for a value that a key cannot have."""
+    return TrainConfig(**{**vars(config), **keys})
+
+
 def is_open(resolved: Resolved[TrainConfig], key: str) -> bool:
-    """Whether a key's value was left to us: by "auto" or 0, or, where no value says so, by not being given."""
+    """Return True if the user left this key to the planner: by "auto" or 0, or else by not giving it."""
     if key in OPEN:
         return bool(OPEN[key](resolved.config))
     return resolved.sources[key] == "default"
@@ -79,19 +84,26 @@ def is_open(resolved: Resolved[TrainConfig], key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Relief:
-    """A change that makes room where smaller passes do not, with what it costs the user."""
+    """Change that makes room where smaller passes do not, and its cost to the user."""
 
     name: str
-    """As --allow takes it, if it is lossy; else for people."""
-    keys: dict[str, Any]
+    """Word for --allow if the change is lossy; else a name for people."""
+    keys: dict[str, KeyValue]
     exact: bool = True
+    """Keeps the step's mathematics, up to rounding."""
     costs: str = ""
+    """Cost to the user, as a clause."""
+
+    @property
+    def offloads(self) -> str:
+        """State that it moves to host memory, written as the configuration key `offload`."""
+        return str(self.keys.get("offload", ""))
 
 
 INPUTS = Relief(
     name="offloaded activations",
     keys={"offload": "activations"},
-    costs="what goes from block to block goes to the host and back in every pass",
+    costs="each block's input goes to the host and back in every pass",
 )
 OFFLOAD = Relief(name="offload", keys={"offload": "optimizer"}, costs="gradients go to the host in every pass")
 BOTH = Relief(
@@ -107,10 +119,10 @@ ONE_PASS = Relief(
     name="effective_batch",
     keys={},
     exact=False,
-    costs="a step averages over as many sequences as fit at once, so that gradients are noisier and the learning rate "
-    "has to be lower",
+    costs="a step averages over the sequences that fit at once: gradients are noisier, and the learning rate must be "
+    "lower",
 )
-"""In a second pass the gradients of the first are held beside its activations; with one pass they never are."""
+"""A second pass holds the first one's gradients beside its activations; a single pass never does."""
 BF16 = Relief(
     name="bf16_parameters",
     keys={"param_dtype": "bfloat16"},
@@ -118,16 +130,16 @@ BF16 = Relief(
     costs="updates smaller than 1/256 of a weight are lost: training learns more slowly, or stops",
 )
 _SHORTEST = 128
-"""Tokens; a shorter context is another task."""
+"""Tokens of the shortest context offered; less is another task."""
 
 
 def may_recompute(resolved: Resolved[TrainConfig]) -> bool:
-    """Whether it is for us to say what is recomputed in backward."""
+    """Return True if the planner may choose the activations to recompute in backward."""
     return all(is_open(resolved, key) for key in ("activation_checkpointing", "activation_memory_budget"))
 
 
 def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_use_8bit: bool = False) -> list[Relief]:
-    """In order of what they cost the user, the first of them nothing at all; `offloads` are those that can be had."""
+    """List changes, cheapest for the user first; the first changes nothing. `offloads` are those the host allows."""
     config = resolved.config
     found = [Relief(name="", keys={})]
     if is_open(resolved, "offload"):
@@ -148,8 +160,8 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
 
 
 def _can_be_had(offload: Relief, resolved: Resolved[TrainConfig]) -> bool:
-    """Whether the other keys go with it, as the configuration's own checks have it."""
-    config, what = resolved.config, offload.keys["offload"]
+    """Return True if the configuration's other keys allow this offload."""
+    config, what = resolved.config, offload.offloads
     if "optimizer" in what and config.optimizer != "adamw":
         return False
     recomputes = may_recompute(resolved) or config.activation_checkpointing > 0
@@ -157,7 +169,7 @@ def _can_be_had(offload: Relief, resolved: Resolved[TrainConfig]) -> bool:
 
 
 def balanced(micro_batch: int, share: int) -> int:
-    """The least micro-batch that needs no more passes than `micro_batch` does.
+    """Return the least micro-batch that needs no more passes than `micro_batch` does.
 
     >>> balanced(22, 64), balanced(15, 64), balanced(64, 64)
     (22, 13, 64)
@@ -167,9 +179,9 @@ def balanced(micro_batch: int, share: int) -> int:
 
 
 def even(micro_batch: int, share: int) -> int:
-    """The largest micro-batch up to `micro_batch` that divides `share`, if that is at least half of it.
+    """Return the largest divisor of `share` up to `micro_batch`, if it is at least half of it; else `micro_batch`.
 
-    A compiled step is compiled anew for a last pass of another size.
+    A last pass of another size would be compiled anew.
 
     >>> even(11, 64), even(7, 10), even(40, 41)
     (8, 5, 40)
@@ -179,7 +191,7 @@ def even(micro_batch: int, share: int) -> int:
 
 
 def checkpointing_levels(n_layer: int) -> list[int]:
-    """Blocks to recompute: none, a quarter, half, three quarters, all.
+    """List numbers of blocks to recompute: none, a quarter, half, three quarters, all.
 
     >>> checkpointing_levels(12), checkpointing_levels(1)
     ([0, 3, 6, 9, 12], [0, 1])

@@ -1,103 +1,108 @@
-"""A training run's plan, made in processes of their own before the run takes anything."""
+"""Plan of a training run, made in processes of their own before the run allocates anything."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.models.shape import parameter_count, vocabulary_of
-from tightfit.planner.candidates import is_open, may_recompute
-from tightfit.planner.planning import Where, card_here, make_plan, this_host, with_shape
+from tightfit.planner.candidates import KeyValue, is_open, may_recompute, with_values
+from tightfit.planner.planned_fallback import PlannedFallback
+from tightfit.planner.planning import PlanResult, Where, card_here, make_plan, this_host, with_shape
+from tightfit.planner.probe import is_wanted, timed
+from tightfit.planner.sentences import nothing_fits, one_line
 from tightfit.simulation.cache import one_at_a_time
 from tightfit.system import host_memory
 from tightfit.trainer.fallback import Fallback
 from tightfit.units import GIB, MIB, format_bytes, parse_bytes
 
 SOURCE = "plan"
-"""Where the keys that a plan sets come from."""
+"""Source of the keys that a plan sets."""
 _PROCESS_BYTES = GIB
-"""More than Python, torch and its libraries take: 407 MiB here."""
+"""Bytes of Python, torch and its libraries, rounded up from 407 MiB measured."""
 _OBVIOUS_SHARE = 0.5
-"""Of the budget: a run whose rough bound is below it is not traced."""
+"""Share of the budget: a run with a rough bound below it is not traced."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A run as it is to be started."""
+    """Run ready to start."""
 
     resolved: Resolved[TrainConfig]
     fallback: Fallback | None = None
 
 
 def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fitted:
-    """The configuration with a plan's keys in it, and what to do when that fails.
+    """Return the configuration with a plan's keys in it, and the fallback for when memory runs out.
 
-    DoesNotFit where nothing fits; DataError and CheckpointError, before anything is traced, where the run could not
+    DoesNotFit where nothing fits; DataError and CheckpointError, before anything is traced, for a run that cannot
     start at all.
     """
     open_dataset(resolved.config.dataset, resolved.config.data_dir)
     config = with_shape(resolved.config)
-    if config.offloads("activations") and may_recompute(resolved):  # it is of recomputed blocks
+    if config.offloads("activations") and may_recompute(resolved):  # only recomputed blocks can be offloaded
         resolved = _with_keys(resolved, {"activation_checkpointing": config.n_layer})
         config = replace(config, activation_checkpointing=config.n_layer)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     bound = _rough_bound(config, -(-config.effective_batch // processes))
     if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():
-        say(f"plan: as asked, surely below {format_bytes(bound)} of {format_bytes(_host_bytes())}")
+        say(_unchanged(bound, _host_bytes()))
         return Fitted(resolved)
     try:
         where = _where(config)
-    except (DeviceError, DoesNotFit) as error:
-        say(f"plan: none is made, because {error}; out of memory, the run goes on with halves")
-        return Fitted(resolved)
-    if where is None:
-        return Fitted(resolved)
-    if bound < where.budget.bytes * _OBVIOUS_SHARE:
-        say(f"plan: as asked, surely below {format_bytes(bound)} of {format_bytes(where.budget.bytes)}")
-        kept = {"loss": "full"} if where.gpu and is_open(resolved, "loss") else {}  # with room the faster one there
-        return Fitted(_with_keys(resolved, kept))
-    from tightfit.planner.planned_fallback import PlannedFallback
-    from tightfit.planner.probe import is_wanted, timed
-    from tightfit.planner.sentences import nothing_fits, one_line
-
-    try:
+        if where is None:
+            return Fitted(resolved)
+        if bound < where.budget.bytes * _OBVIOUS_SHARE:
+            say(_unchanged(bound, where.budget.bytes))
+            is_ours = where.gpu is not None and is_open(resolved, "loss")
+            return Fitted(_with_keys(resolved, {"loss": "full"} if is_ours else {}))  # the faster one on a card
         with one_at_a_time():  # processes that ask for the same plan: the first traces it, the others recall it
             result = make_plan(resolved, where, processes=processes, say=say)
     except DeviceError as error:
-        say(f"plan: none is made, because {error}; out of memory, the run goes on with halves")
+        say(f"no plan: {error}. If memory runs out, the run continues with half the micro-batch.")
         return Fitted(resolved)
-    if result.choice.best is None:
+    return _fitted(resolved, config, result, say=say)
+
+
+def _unchanged(bound: int, room: int) -> str:
+    return f"plan: unchanged; needs at most {format_bytes(bound)} of {format_bytes(room)}"
+
+
+def _fitted(
+    resolved: Resolved[TrainConfig], config: TrainConfig, result: PlanResult, *, say: Callable[[str], object]
+) -> Fitted:
+    """Return the run of a plan, the fastest one by measurement where the configuration wants that."""
+    where, choice = result.where, result.choice
+    if choice.best is None:
         raise DoesNotFit(nothing_fits(result))
-    name = where.gpu.name if where.gpu else "cpu"
-    if len(result.choice.offered) > 1 and is_wanted(config, "cuda" if where.gpu else "cpu"):
-        offered = timed(config, result.choice.offered, result.choice.share, name, say=say)
-        result = replace(result, choice=replace(result.choice, best=offered[0], offered=offered))
-    best = result.choice.best
-    assert best is not None, "one of those that were offered"
-    say(one_line(result))
+    if len(choice.offered) > 1 and is_wanted(config, "cuda" if where.gpu else "cpu"):
+        offered = timed(config, choice.offered, choice.share, where.gpu.name if where.gpu else "cpu", say=say)
+        choice = replace(choice, best=offered[0], offered=offered)
+    say(one_line(replace(result, choice=choice)))
     for name, value in result.environ.items():
         os.environ.setdefault(name, value)
-    kept = {key: value for key, value in best.plan.keys().items() if key in LOSSY_KEYS or is_open(resolved, key)}
-    fallback = PlannedFallback.of(result.choice, config.n_layer, where.budget, on_host=where.gpu is None)
+    assert choice.best is not None
+    keys = choice.best.plan.keys()
+    kept = {key: value for key, value in keys.items() if key in LOSSY_KEYS or is_open(resolved, key)}
+    fallback = PlannedFallback.of(choice, config.n_layer, where.budget, on_host=where.gpu is None)
     return Fitted(_with_keys(resolved, kept), fallback)
 
 
-def _with_keys(resolved: Resolved[TrainConfig], keys: dict[str, Any]) -> Resolved[TrainConfig]:
+def _with_keys(resolved: Resolved[TrainConfig], keys: Mapping[str, KeyValue]) -> Resolved[TrainConfig]:
     sources = {**resolved.sources, **dict.fromkeys(keys, SOURCE)}
-    return Resolved(replace(resolved.config, **keys), sources, resolved.warnings)
+    return Resolved(with_values(resolved.config, keys), sources, resolved.warnings)
 
 
 def _host_bytes() -> int:
-    """What a process started here could use for its tensors, without measuring what it takes besides them."""
+    """Bytes that a process started here could use for tensors, without measuring its other memory."""
     return max(0, host_memory().budget_bytes - _PROCESS_BYTES)
 
 
 def _where(config: TrainConfig) -> Where | None:
-    """The device that the run will be on, with what is free of it; None for one that is not planned for."""
+    """Return the run's device with its free memory; None for a device that plans do not cover."""
     limit = None if config.memory == "auto" else parse_bytes(config.memory)
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if config.device.startswith("cuda:"):
@@ -110,7 +115,7 @@ def _where(config: TrainConfig) -> Where | None:
 
 
 def _rough_bound(config: TrainConfig, share: int) -> int:
-    """Bytes that the run as asked surely stays below: weights, gradients and moments, and all that a layer makes.
+    """Upper bound in bytes of the requested run: weights, gradients, moments, and every output of every layer.
 
     Activations of a layer by Korthikanti et al. 2022 (34 s b h + 5 a s^2 b bytes in two-byte numbers), here of four
     bytes, and the logits with their gradient and their float32 copies.

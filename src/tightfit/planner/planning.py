@@ -35,21 +35,21 @@ _COMPILES_FROM = (7, 0)
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """The device that is planned for."""
+    """Device of a plan."""
 
     gpu: GPU | None
     """None: this machine's processor."""
     budget: Budget
     known: bool = True
-    """Whether the card is in the table."""
+    """The table of cards has it."""
     is_here: bool = False
-    """Whether it is in this machine."""
+    """It is in this machine."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult:
-    """What was planned, for people (`report.plan_terminal`) and machines (`as_dict`)."""
+    """Plan for one device, with the choice behind it."""
 
     config: TrainConfig
     where: Where
@@ -58,7 +58,7 @@ class PlanResult:
     """Allocator settings that the plan was made with."""
     seconds: float
     traced: int
-    """Traces made now; the others were remembered."""
+    """Traces made now; the others were recalled from the cache."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -69,7 +69,7 @@ def make_plan(
     processes: int = 1,
     say: Callable[[str], object] = lambda text: None,
 ) -> PlanResult:
-    """The fastest plan that fits `where`, for one of `processes` that share the effective batch.
+    """Return the fastest plan that fits `where`, for one of `processes` that share the effective batch.
 
     Nothing runs on the device. DeviceError where the virtual one does not work.
     """
@@ -133,7 +133,7 @@ def named_card(
     used_by_others_bytes: int = 0,
     capability: tuple[int, int] | None = None,
 ) -> Where:
-    """A card by its name, as if it were here. DeviceError for one that is not known."""
+    """Return a card by its name, as if it were here. DeviceError for an unknown one."""
     gpu, notes = resolve_gpu(text, memory_bytes=memory_bytes, capability=capability)
     return Where(
         gpu=gpu,
@@ -188,7 +188,7 @@ def this_host(memory_bytes: int | None = None) -> Where:
 
 
 def measured_host() -> HostRates:
-    """Rates of this machine's processor and the memory that torch takes when it is loaded; remembered on disk."""
+    """Return rates of this machine's processor and the memory of a loaded torch; cached on disk."""
     request = HostRequest(processor=_processor())
     if (found := recall(request)) is not None:
         return found
@@ -200,7 +200,7 @@ def measured_host() -> HostRates:
 
 
 def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]:
-    """What the host has room for; of the machine of a card that is only named, nothing is known."""
+    """List the offloads that the host has memory for; all of them for a card that is only named."""
     if where.gpu is None:
         return []
     free = host_memory().budget_bytes if where.is_here else None
@@ -215,7 +215,7 @@ def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
 
 
 def can_compile(gpu: GPU | None) -> bool:
-    """Whether torch.compile has a compiler for it, here."""
+    """Return True if torch.compile has a compiler for this card, here."""
     return gpu is not None and gpu.capability >= _COMPILES_FROM and _is_installed("triton")
 
 
@@ -224,7 +224,7 @@ def _is_installed(name: str) -> bool:
 
 
 def with_shape(config: TrainConfig) -> TrainConfig:
-    """The shape that the run will have: of the weights that it starts from, else of the configuration and the dataset.
+    """Return the configuration with the run's shape: from its starting weights, else from itself and the dataset.
 
     CheckpointError for weights that cannot be used.
     """

@@ -1,14 +1,14 @@
-"""A plan, or that there is none, in sentences."""
+"""Sentences about a plan, or about the lack of one."""
 
 from tightfit.models.shape import OFFLOADED_BYTES
+from tightfit.planner.lines import Estimate
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
-from tightfit.planner.search import Estimate
 from tightfit.units import format_bytes
 
 
 def one_line(result: PlanResult) -> str:
-    """Why this plan, for the log of a run."""
+    """Return the reason for a plan, for the log of a run."""
     best = result.choice.best
     if best is None:
         return f"plan: none fits {device_name(result)}"
@@ -25,12 +25,12 @@ def one_line(result: PlanResult) -> str:
 
 
 def about(request: Estimate) -> str:
-    """What was asked for needs, by a line or at least."""
+    """Return the memory that the requested run needs: an estimate, or a lower bound."""
     return f"{'about' if request.step_s else 'at least'} {format_bytes(request.peak_bytes)}"
 
 
 def in_words(prediction: Prediction, share: int) -> str:
-    """What a plan does, for a step of `share` sequences."""
+    """Describe a plan for a step of `share` sequences."""
     plan = prediction.plan
     passes = plan.passes(share)
     words = [
@@ -46,7 +46,7 @@ def in_words(prediction: Prediction, share: int) -> str:
         host = format_bytes(OFFLOADED_BYTES * prediction.parameters)
         words.append(f"optimizer and gradients in {host} of host memory")
     if "activations" in plan.offload:
-        words.append("what goes from block to block in host memory")
+        words.append("inputs of the blocks in host memory")
     if plan.optimizer != "adamw":
         words.append("moments in 8 bits (lossy)")
     if plan.param_dtype != "float32":
@@ -59,12 +59,12 @@ def in_words(prediction: Prediction, share: int) -> str:
 
 
 def device_name(result: PlanResult) -> str:
-    """The card's name, or the processor."""
+    """Return the card's name, or the processor."""
     return result.where.gpu.name if result.where.gpu else "this machine's processor"
 
 
 def nothing_fits(result: PlanResult) -> str:
-    """What is missing, in numbers."""
+    """Explain in numbers why nothing fits."""
     least = result.choice.least
     lines = ["NOTHING FITS that leaves the result as it is."]
     if least is not None:

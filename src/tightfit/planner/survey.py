@@ -1,50 +1,47 @@
-"""Which cards run a configuration, and how fast: a few traces for each compute capability, timed for each card."""
+"""Survey of all cards: which run a configuration and how fast, by a few traces for each compute capability."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from tightfit.config import Resolved, TrainConfig
 from tightfit.gpus import GPU, all_gpus
 from tightfit.planner.budget import device_budget
 from tightfit.planner.candidates import Plan, balanced, even, is_open, may_recompute
+from tightfit.planner.lines import Line, compiled_line, line_through
 from tightfit.planner.planning import ALLOCATOR, EXPANDABLE, can_compile, with_shape
 from tightfit.planner.predict import Prediction, Predictor, Target
-from tightfit.planner.search import SMALL_BATCH, Line, compiled_line, line_through
+from tightfit.planner.search import SMALL_BATCH
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.speed import rates_of
 
 _SEVERAL = 16
-"""Where more sequences have room: so many that few of their tensors have room in a cache."""
+"""Micro-batch of a line where many fit: so large that few tensors fit a second-level cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardRow:
-    """One card; read off a line, so an estimate: `tightfit plan --gpu` traces the plan itself."""
+    """Estimate for one card, read off a line: `tightfit plan --gpu` traces the plan itself."""
 
     gpu: str
     memory_bytes: int
     fits: bool
     micro_batch: int
-    """Sequences at once; 0 if not even one has room."""
+    """Sequences at once; 0 if not even one fits."""
     blocks: int
-    """Recomputed ones."""
+    """Recomputed blocks."""
     compile: bool
     emulates: bool
-    """Whether it has no bfloat16, which is asked for, and is slow for that."""
+    """The run asks for bfloat16, which the card only emulates, slowly."""
     offload: bool
-    """Whether the optimizer has to be in host memory."""
+    """The optimizer must be in host memory."""
     needs_bytes: int
-    """By the least that was looked at, if nothing fits; else by this plan."""
+    """Bytes of this plan; if nothing fits, of the smallest one tried."""
     step_s: float | None
     tokens_per_s: float | None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] = lambda text: None) -> list[CardRow]:
-    """Every card of the table, the smallest first."""
+    """Return a row for every card of the table, the smallest first."""
     config = replace(with_shape(resolved.config), device="cuda")
     by_capability: dict[tuple[int, int], list[GPU]] = {}
     for gpu in all_gpus():
@@ -56,7 +53,7 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
             say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
             family = _Family(resolved, config, cards[0], simulator)
             if family.compiles:
-                formats = cards[0].native_bf16  # what is compiled differs by those, not by the capability
+                formats = cards[0].native_bf16  # compiled code differs by those, not by the capability
                 family.compiled = compiled[formats] = compiled.get(formats) or family.trace_compiled()
             rows += [_row(family, card) for card in cards]
     return sorted(rows, key=lambda row: (row.memory_bytes, row.gpu))
@@ -64,31 +61,31 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
 
 @dataclass(frozen=True)
 class _Way:
-    """A loss and what is on the host, with the numbers of blocks that may be recomputed."""
+    """Loss, offload, and the numbers of blocks that may be recomputed."""
 
     loss: str
     offload: str
     levels: tuple[int, ...]
     few: int
-    """Sequences that have to have room; with `several` it gives the lines."""
+    """Sequences that must fit; with `several` they give the lines."""
     several: int
 
 
 class _Family:
-    """Cards of one compute capability: they run the same kernels, each at its own rate."""
+    """Cards of one compute capability, which run the same kernels, each at its own rate."""
 
     def __init__(self, resolved: Resolved[TrainConfig], config: TrainConfig, traced: GPU, simulator: Simulator) -> None:
         self.config, self.share = config, config.effective_batch
         self.compiles = config.compile is not False and can_compile(traced)
         self.compiled: tuple[Prediction, Prediction] | None = None
-        """One plan, compiled and not: what compiling gains. Inductor's kernels are those of other capabilities, too."""
+        """One plan, compiled and not, for the gain of compiling. Inductor's kernels do not depend on the capability."""
         self._traced, self._simulator = traced, simulator
         self._small, self._several = min(SMALL_BATCH, self.share), min(_SEVERAL, self.share)
         is_free = may_recompute(resolved)
         levels = (0, config.n_layer) if is_free else (config.activation_checkpointing,)
         losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
         self._ways = [_Way(losses[0], config.offload, levels, 1, self._several)]
-        if len(losses) > 1:  # as a plan does: where hardly a sequence has room with all logits, they are not kept
+        if len(losses) > 1:  # as a plan does: where hardly a sequence fits with all logits, they are not kept
             self._ways = [
                 _Way("full", config.offload, levels[:1], self._small, self._several),
                 _Way("chunked", config.offload, levels, 1, self._small),
@@ -99,13 +96,13 @@ class _Family:
         self._points: dict[_Way, list[Prediction]] = {}
 
     def trace_compiled(self) -> tuple[Prediction, Prediction]:
-        """The same plan, compiled and not: several sequences at once, all on the device, nothing recomputed."""
+        """Predict one plan compiled and not: several sequences at once, all on the device, nothing recomputed."""
         plain = self._plan(self._several, 0, "full", "none")
         compiled, plainly = self._predict([replace(plain, compile=True), plain])
         return compiled, plainly
 
     def reading(self, gpu: GPU, budget: int) -> tuple[Plan, Line]:
-        """What would run on `gpu`, and the line it is read off; of the way that takes least if nothing has room."""
+        """Return the plan for `gpu` and its line; if nothing fits, those of the way that takes least."""
         for way in self._ways:
             line = self._line(way, gpu)
             for blocks in way.levels:
@@ -115,7 +112,7 @@ class _Family:
         return self._plan(0, way.levels[-1], way.loss, way.offload), line
 
     def _line(self, way: "_Way", gpu: GPU) -> Line:
-        """Memory and time of steps on `gpu`, compiled ones if they would be."""
+        """Return memory and time of steps on `gpu`, compiled if they would be."""
         if way not in self._points:
             points = [(way.few, way.levels[0]), (way.several, way.levels[0]), (way.several, way.levels[-1])]
             self._points[way] = self._predict(
@@ -132,7 +129,7 @@ class _Family:
             pass_s=line.pass_s * faster,
             pass_s_per_block=line.pass_s_per_block * faster,
         )
-        # What the host does in each pass takes its time, compiled or not.
+        # Work on the host in each pass takes its time, compiled or not.
         return line if way.offload != "none" else replace(line, pass_start_s=line.pass_start_s * faster)
 
     def _plan(self, size: int, blocks: int, loss: str, offload: str) -> Plan:
@@ -146,7 +143,7 @@ class _Family:
         )
 
     def _predict(self, plans: list[Plan]) -> list[Prediction]:
-        """Of plans that have the same on the host."""
+        """Predict the steps of plans that share one offload."""
         target = Target(
             gpu=self._traced,
             known=True,

@@ -1,10 +1,9 @@
 """A plan as a person reads it: the card, the memory by category, the choice, the alternatives."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
-from tightfit.planner.search import as_dict
 from tightfit.planner.sentences import about, device_name, in_words, nothing_fits
 from tightfit.units import format_bytes, format_count, format_duration
 
@@ -25,36 +24,6 @@ def plan_text(result: PlanResult) -> str:
         parts += [_chosen(result, choice.best), _memory(result, choice.best), _others(result)]
     parts.append(_notes(result))
     return "\n\n".join(part for part in parts if part)
-
-
-def plan_dict(result: PlanResult) -> dict[str, Any]:
-    """The same facts for machines; bytes and seconds."""
-    budget = result.where.budget
-    return {
-        "device": result.where.gpu.name if result.where.gpu else "cpu",
-        "budget": {
-            "total_bytes": budget.total_bytes,
-            "used_by_others_bytes": budget.used_by_others_bytes,
-            "context_bytes": budget.context_bytes,
-            "reserved_bytes": budget.reserved_bytes,
-            "margin_bytes": budget.margin_bytes,
-            "bytes": budget.bytes,
-        },
-        "effective_batch": result.config.effective_batch,
-        "tokens_per_step": result.config.tokens_per_step,
-        "share": result.choice.share,
-        "request": None
-        if result.choice.request is None
-        else {
-            "keys": result.choice.request.plan.keys(),
-            "peak_bytes_estimate": result.choice.request.peak_bytes,
-        },
-        **as_dict(result.choice),
-        "environment": result.environ,
-        "traces": result.traced,
-        "seconds": result.seconds,
-        "notes": result.notes,
-    }
 
 
 def _device(result: PlanResult) -> str:

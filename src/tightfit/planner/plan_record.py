@@ -1,0 +1,134 @@
+"""The plan as a record: what `tightfit plan --json` prints and its page shows. Sizes in bytes, times in seconds."""
+
+import msgspec
+
+from tightfit.planner.candidates import KeyValue
+from tightfit.planner.planning import PlanResult
+from tightfit.planner.predict import Prediction
+from tightfit.planner.search import Choice
+
+
+class BudgetRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory that the plan may take; the fields are those of `Budget`."""
+
+    total_bytes: int
+    used_by_others_bytes: int
+    context_bytes: int
+    reserved_bytes: int
+    margin_bytes: int
+    bytes: int
+
+
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The requested run, estimated."""
+
+    keys: dict[str, KeyValue]
+    peak_bytes_estimate: int
+
+
+class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One traced plan."""
+
+    name: str
+    """Micro-batch x passes."""
+    keys: dict[str, KeyValue]
+    """Configuration keys that it sets."""
+    peak_bytes: int
+    phase: str
+    """Phase of the peak."""
+    step_s: float
+    fits: bool
+    exact: bool
+    categories: dict[str, int]
+    """Bytes at the peak."""
+
+
+class LossyRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Plan with the first lossy change that would fit."""
+
+    allow: str
+    """Word for --allow."""
+    costs: str
+    """Cost of the change, as a clause."""
+    name: str
+    keys: dict[str, KeyValue]
+    peak_bytes: int
+    phase: str
+    step_s: float
+    fits: bool
+    exact: bool
+    categories: dict[str, int]
+
+
+class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a plan."""
+
+    device: str
+    """Card's name, or cpu."""
+    budget: BudgetRecord
+    effective_batch: int
+    tokens_per_step: int
+    share: int
+    """Sequences of a step on this device."""
+    request: RequestRecord | None
+    best: PlanRow | None
+    alternatives: list[PlanRow]
+    least: PlanRow | None
+    """Plan with the lowest peak, if none fits."""
+    lossy: LossyRow | None
+    environment: dict[str, str]
+    """Allocator settings that the plan was made with."""
+    traces: int
+    """Traces made; the others were recalled from the cache."""
+    seconds: float
+    notes: list[str]
+
+
+def plan_record(result: PlanResult) -> PlanRecord:
+    """Return the record of a plan."""
+    budget, choice, request = result.where.budget, result.choice, result.choice.request
+    rows = [(each, True) for each in choice.offered] + [(each, False) for each in choice.refused]
+    return PlanRecord(
+        device=result.where.gpu.name if result.where.gpu else "cpu",
+        budget=BudgetRecord(
+            total_bytes=budget.total_bytes,
+            used_by_others_bytes=budget.used_by_others_bytes,
+            context_bytes=budget.context_bytes,
+            reserved_bytes=budget.reserved_bytes,
+            margin_bytes=budget.margin_bytes,
+            bytes=budget.bytes,
+        ),
+        effective_batch=result.config.effective_batch,
+        tokens_per_step=result.config.tokens_per_step,
+        share=choice.share,
+        request=RequestRecord(keys=request.plan.keys(), peak_bytes_estimate=request.peak_bytes) if request else None,
+        best=_row(choice.best, choice.share, fits=True) if choice.best else None,
+        alternatives=[_row(each, choice.share, fits=fits) for each, fits in rows],
+        least=_row(choice.least, choice.share, fits=False) if choice.least else None,
+        lossy=_lossy(choice.lossy),
+        environment=result.environ,
+        traces=result.traced,
+        seconds=result.seconds,
+        notes=result.notes,
+    )
+
+
+def _row(prediction: Prediction, share: int, *, fits: bool) -> PlanRow:
+    plan = prediction.plan
+    return PlanRow(
+        name=f"{plan.micro_batch} x {plan.passes(share)}",
+        keys=plan.keys(),
+        peak_bytes=prediction.peak_bytes,
+        phase=prediction.phase,
+        step_s=prediction.step_s(share),
+        fits=fits,
+        exact=plan.is_exact,
+        categories=prediction.categories,
+    )
+
+
+def _lossy(choice: Choice | None) -> LossyRow | None:
+    if choice is None or choice.best is None or choice.relief is None:
+        return None
+    row = msgspec.structs.asdict(_row(choice.best, choice.share, fits=True))
+    return LossyRow(allow=choice.relief.name, costs=choice.relief.costs, **row)
