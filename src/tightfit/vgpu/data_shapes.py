@@ -24,7 +24,9 @@ aten = torch.ops.aten
 class Device(Protocol):
     """What of the virtual device an operator's answer needs."""
 
-    fake: "FakeTensorMode"
+    @property
+    def fake(self) -> "FakeTensorMode": ...
+
     where: torch.device
     values: "Values"
 

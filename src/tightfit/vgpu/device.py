@@ -5,13 +5,16 @@ would; what is on the device is a fake tensor, and what it would take there goes
 """
 
 import importlib
+import itertools
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +60,7 @@ class VirtualDevice:
         self.values = Values()
         self.phases = phases
         phases.after_forward = self._mark_own_parameters
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _SharedFakeMode()
         self.where = torch.device(where)
         self._is_host = self.where.type == "cpu"
         self.stream = threading.local()
@@ -75,7 +78,9 @@ class VirtualDevice:
         self.observer: Observer | None = None
         self.compiled_line: tuple[Frame, ...] = ()
         """The user's lines that the running part of a compiled graph comes from."""
-        self._workspaces: dict[tuple[str, str, int], Allocation] = {}
+        self._workspaces: dict[tuple[str, int, int], Allocation] = {}
+        self._handles = itertools.count()
+        self._free_handles: list[int] = []
         self._forward_lines: dict[int, tuple[Frame, ...]] = {}
         self._special: dict[Any, Callable[..., Any]] = {
             torch.ops.prim.device.default: lambda func, args, kwargs: func(*args, **kwargs),
@@ -131,6 +136,11 @@ class VirtualDevice:
                 return body(*args, **kwargs)
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}
+        with self.fake.lock:
+            return self._launch(func, args, kwargs)
+
+    def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator that is one step of the card; one thread at a time is in here."""
         handler = HANDLERS.get(func)
         if handler is not None and (answer := handler(self, func, args, kwargs)) is not None:
             return answer
@@ -258,13 +268,21 @@ class VirtualDevice:
             self._take_workspace(workspace.key, workspace.nbytes, phase or self.phases.now())
 
     def _take_workspace(self, key: str, nbytes: int, phase: Phase) -> None:
-        thread = "backward" if threading.current_thread() is not threading.main_thread() else "main"
-        name = (key, thread, self.current_stream)
+        name = (key, self._handle(), self.current_stream)
         if name in self._workspaces:
             return
         allocation = self._allocation(nbytes, f"{key} workspace", phase)
         self._guarded(self.recorder.take, allocation)
         self._workspaces[name] = allocation
+
+    def _handle(self) -> int:
+        """The cuBLAS handle of this thread, which goes to another one when this has ended (`PoolWindow` of ATen)."""
+        handle = getattr(self.stream, "handle", None)
+        if handle is None:
+            number = self._free_handles.pop() if self._free_handles else next(self._handles)
+            handle = self.stream.handle = _Handle(number)
+            weakref.finalize(handle, self._free_handles.append, number).atexit = False
+        return handle.number
 
     def clear_workspaces(self) -> None:
         """What `torch._C._cuda_clearCublasWorkspaces` does: the next matrix product takes its workspace anew."""
@@ -295,7 +313,8 @@ class VirtualDevice:
         """`tensor.record_stream`: freed, its memory waits until that stream is done."""
         held = self.recorder.of_storage(tensor)
         if held is not None and held.block is not None:
-            self.recorder.allocator.record_stream(held.block, stream)
+            with self.recorder.exclusive():
+                self.recorder.allocator.record_stream(held.block, stream)
 
     def _guarded(self, take: Callable[..., object], *args: Any) -> None:
         """Take memory; where there is none, fail as PyTorch does."""
@@ -336,7 +355,7 @@ class VirtualDevice:
                 return self._forward_lines.get(node._sequence_nr(), ())
             return ()
         frames = user_frames(sys._getframe(3))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and threading.current_thread() is threading.main_thread():  # each thread has numbers
             # Autograd makes an operator's node before it runs it; later operators may make none.
             self._forward_lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, frames)
         return frames
@@ -419,7 +438,8 @@ class VirtualDevice:
             kwargs = {**kwargs, "device": self.where}
             if is_fake:
                 return self.execute(func, args, kwargs)
-            return self._upload(source, func, kwargs)
+            with self.fake.lock:
+                return self._upload(source, func, kwargs)
         if is_fake and target == "cpu":
             if source.fake_device.type == "cpu":
                 with self.fake:
@@ -470,6 +490,41 @@ class VirtualDevice:
             if definition._opoverload is func:
                 return definition._init_fn  # type: ignore[no-any-return]
         return None
+
+
+class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """A fake mode for all threads of a script: one at a time is in it, with `lock`.
+
+    Torch's own asserts that nobody else is in a kernel, and keeps its stack of modes in the object.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._thread = threading.local()
+        super().__init__(allow_non_fake_inputs=True)
+
+    @property
+    def in_kernel_invocation(self) -> bool:
+        return getattr(self._thread, "in_kernel", False)
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, value: bool) -> None:
+        self._thread.in_kernel = value
+
+    def __enter__(self) -> Self:
+        self.lock.acquire()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self.lock.release()
+
+
+@dataclass
+class _Handle:
+    number: int
 
 
 class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -6,7 +6,8 @@ Each allocation goes to the simulated allocator at once, so that memory runs out
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,7 +91,8 @@ class Recorder:
     def held_by(self, storage: torch.UntypedStorage) -> Allocation | None:
         """The allocation behind a storage: of 0 bytes if it is empty, None if it is not on the device."""
         held = self._held.get(storage._cdata)
-        return held[1] if held is not None else None
+        # A storage that died while another thread had the lock may have left its number to this one.
+        return held[1] if held is not None and held[0]() is storage else None
 
     def address_of(self, storage: torch.UntypedStorage) -> int | None:
         """Where a storage lies on the device."""
@@ -115,8 +117,8 @@ class Recorder:
 
         So does `resize_bytes_cuda` of ATen; 0 bytes only free.
         """
-        self.settle()
         key = storage._cdata
+        self.settle()
         if new.nbytes:
             self.take(new)
         reference, old = self._held[key]
@@ -125,7 +127,9 @@ class Recorder:
 
     def _hold(self, storage: torch.UntypedStorage, allocation: Allocation) -> None:
         key = storage._cdata
-        self._held[key] = (weakref.ref(storage, lambda ref: self._on_release(key, ref)), allocation)
+        reference = weakref.ref(storage, lambda ref: self._on_release(key, ref))
+        with self.exclusive():
+            self._held[key] = (reference, allocation)
 
     def track_accumulation(self, tensor: Tensor, first: Tensor, describe: Callable[[int], Allocation]) -> None:
         """`tensor` is the sum of two gradients that autograd's engine made, `first` the one it had already.
@@ -141,9 +145,21 @@ class Recorder:
 
     def settle(self) -> None:
         """Give a waiting sum memory of its own: the gradient it was added to is still held."""
+        with self.exclusive():
+            self._settle()
+
+    def _settle(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._take(pending.sum_of)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let no other thread, and no storage that dies meanwhile, change the recorder or its allocator."""
+        with self._lock:
+            self._release_dead()
+            yield
+        self._drain()
 
     def _on_release(self, key: int, reference: "weakref.ref[torch.UntypedStorage]") -> None:
         """Called by Python when a storage dies, at any moment, also within our own lines and in other threads."""
@@ -153,17 +169,19 @@ class Recorder:
     def _drain(self) -> None:
         while self._released and self._lock.acquire(blocking=False):
             try:
-                while self._released:
-                    self._release(*self._released.popleft())
+                self._release_dead()
             finally:
                 self._lock.release()
 
+    def _release_dead(self) -> None:
+        while self._released:
+            self._release(*self._released.popleft())
+
     def _release(self, key: int, reference: "weakref.ref[torch.UntypedStorage]") -> None:
         held = self._held.get(key)
-        if held is None:
+        if held is None or held[0] is not reference:
             return
-        if held[0] is reference:
-            del self._held[key]
+        del self._held[key]
         allocation = held[1]
         pending = self._pending
         if pending is not None and pending.first == key:
@@ -185,36 +203,32 @@ class Recorder:
 
     def take(self, allocation: Allocation) -> None:
         """Memory that the allocator gives now; its OutOfMemory if it cannot."""
-        self.settle()
-        self._take(allocation)
+        with self.exclusive():
+            self._settle()
+            self._take(allocation)
 
     def give(self, allocation: Allocation) -> None:
-        with self._lock:
+        with self.exclusive():
             self._give(allocation)
-        self._drain()
 
     def give_all_of(self, pool: PoolId) -> None:
         """Take back all memory of a private pool, also from tensors that are still held."""
-        with self._lock:
+        with self.exclusive():
             for key, (_, allocation) in list(self._held.items()):
                 if allocation.block is not None and allocation.block.pool.owner == pool:
                     del self._held[key]
                     self._give(allocation)
-        self._drain()
 
     def _take(self, allocation: Allocation) -> None:
-        with self._lock:
-            while self._released:
-                self._release(*self._released.popleft())
-            allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream, pool=self.pool)
-            allocation.block.tag = allocation
-            self._register(allocation)
-            allocated = self.allocator.allocated_bytes
-            if allocated > self.phase_peaks.get(allocation.phase, 0):
-                self.phase_peaks[allocation.phase] = allocated
-            if allocated > self.peak_allocated:
-                self.peak_allocated, self.peak_event, self.peak_phase = allocated, len(self.events), allocation.phase
-        self._drain()
+        self._release_dead()
+        allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream, pool=self.pool)
+        allocation.block.tag = allocation
+        self._register(allocation)
+        allocated = self.allocator.allocated_bytes
+        if allocated > self.phase_peaks.get(allocation.phase, 0):
+            self.phase_peaks[allocation.phase] = allocated
+        if allocated > self.peak_allocated:
+            self.peak_allocated, self.peak_event, self.peak_phase = allocated, len(self.events), allocation.phase
 
     def _register(self, allocation: Allocation) -> None:
         allocation.number = len(self.allocations) + 1
