@@ -1,7 +1,7 @@
-"""The virtual GPU: runs every operator of a process that touches "cuda" on tensors without data.
+"""The virtual GPU: runs all operators of a process on "cuda" with tensors that have no data.
 
 Tensors of the host stay real. One dispatch mode sees all operators below autograd and autocast, as CUDA's own kernels
-would; what is on the device is a fake tensor, and what it would take there goes to the recorder.
+would. A tensor on the device is a fake tensor, and the recorder gets the memory that it would take there.
 """
 
 import importlib
@@ -39,7 +39,7 @@ aten = torch.ops.aten
 LAZY_PARAMETER_ELEMENTS = 1 << 14
 """Host tensors from this size on that a module makes for itself are without data: a model of 70B fits any host."""
 _LAZY_PINNED_ELEMENTS = 1 << 22
-"""The same of pinned ones, which are made for what the device sends; a batch of tokens or images is smaller."""
+"""The same limit for pinned tensors, which receive data from the device; a batch of tokens or images is smaller."""
 
 _FACTORIES = {
     aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
@@ -65,15 +65,15 @@ class VirtualDevice:
         self._is_host = self.where.type == "cpu"
         self.stream = threading.local()
         self.failure: tuple[Allocation, OutOfMemory] | None = None
-        """The last request that could not be met."""
+        """The last request that failed."""
         self.caught_failures = 0
         self.at_end: list[Callable[[], None]] = []
-        """To be called when the script has ended."""
+        """Functions to call when the script has ended."""
         self._peaks = {"requested": 0, "allocated": 0, "reserved": 0}
         self.not_written: list[str] = []
         """Files that the script would have saved."""
         self.not_modelled: list[str] = []
-        """What this run met and the virtual GPU does not follow."""
+        """Features that this run used and the virtual GPU does not follow."""
         self.out_of_time = False
         self.observer: Observer | None = None
         self.compiled_line: tuple[Frame, ...] = ()
@@ -124,7 +124,7 @@ class VirtualDevice:
         return self.execute(func, args, kwargs)
 
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator on fake tensors and record what a CUDA kernel would take."""
+        """Run an operator on fake tensors and record the memory of its CUDA kernel."""
         if func.namespace == "aten":
             if _is_composite(func):
                 with self.mode():
@@ -184,7 +184,7 @@ class VirtualDevice:
         return out
 
     def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        """Take and free what `storage.resize_(nbytes)` does on a card, before the storage itself is resized.
+        """Take and free memory as `storage.resize_(nbytes)` does on a card, before the storage itself changes.
 
         The new memory keeps the category of the old, and its shape if it has that size again.
         """
@@ -206,7 +206,7 @@ class VirtualDevice:
         return dict(self._peaks)
 
     def reset_peak_stats(self) -> None:
-        """What a script asks for: its peaks start anew, ours do not."""
+        """Start the script's peaks anew; ours go on."""
         self.peaks()
         self.recorder.allocator.reset_peak_stats()
 
@@ -233,7 +233,7 @@ class VirtualDevice:
         return describe
 
     def _allocation(self, nbytes: int, operator: str, phase: Phase, category: Category = "workspace") -> Allocation:
-        """A piece of memory that is about to be taken here and now, of no tensor yet."""
+        """Describe memory that is taken next and belongs to no tensor yet."""
         return Allocation(
             number=0,
             nbytes=nbytes,
@@ -285,7 +285,7 @@ class VirtualDevice:
         return handle.number
 
     def clear_workspaces(self) -> None:
-        """What `torch._C._cuda_clearCublasWorkspaces` does: the next matrix product takes its workspace anew."""
+        """Free the cuBLAS workspaces (`torch._C._cuda_clearCublasWorkspaces`): the next product takes one anew."""
         for name in [name for name in self._workspaces if name[0].startswith("cublas")]:
             self.recorder.give(self._workspaces.pop(name))
 
@@ -361,7 +361,7 @@ class VirtualDevice:
         return frames
 
     def _engine_adds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an addition is autograd's own: it sums the gradients of a tensor that was used more than once."""
+        """True for autograd's own addition: it sums the gradients of a tensor that was used more than once."""
         if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
             return False
         one, other = args[:2]
@@ -392,7 +392,7 @@ class VirtualDevice:
                         self._mark_parts(value, "optimizer state")
 
     def _mark_own_parameters(self, module: nn.Module) -> None:
-        """FSDP gathers a module's weights for the time of a pass only: at its end they are still there."""
+        """Mark the weights that FSDP gathered for this pass: they go when it ends."""
         for parameter in module._parameters.values():
             self.mark_parameter(parameter)
 
@@ -493,9 +493,9 @@ class VirtualDevice:
 
 
 class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """A fake mode for all threads of a script: one at a time is in it, with `lock`.
+    """A fake mode for all threads of a script; `lock` lets one of them in at a time.
 
-    Torch's own asserts that nobody else is in a kernel, and keeps its stack of modes in the object.
+    Torch's own mode asserts that no other thread is in a kernel, and keeps its stack of modes in the object.
     """
 
     def __init__(self) -> None:
@@ -546,7 +546,7 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Whether to hide this mode from Dynamo: a wrapper around every operator, which only `torch.compile` needs."""
+        """Let Dynamo see this mode: hiding wraps every operator, and only `torch.compile` needs that."""
         return False
 
     @classmethod
@@ -557,7 +557,7 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @cache
 def _is_composite(func: Any) -> bool:
-    """Whether an operator is made of others. Autograd takes those apart; tensors of inference mode do not pass it."""
+    """True for an operator made of others. Autograd takes those apart, but inference mode does not."""
     return bool(func._can_decompose())
 
 
@@ -571,7 +571,7 @@ def _has_fake(values: Any) -> bool:
 
 
 def _on_card(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator on fake tensors is the card's: a script may keep some in host memory."""
+    """False if all fake tensors are in host memory, where a script may keep some."""
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
 
@@ -591,7 +591,7 @@ def _dense_strides(source: Tensor) -> tuple[int, ...]:
 
 
 def _elements(args: tuple[Any, ...]) -> int:
-    """Of a tensor whose shape is a factory's first argument."""
+    """Elements of a tensor whose shape is the factory's first argument."""
     return math.prod(args[0]) if args else 1
 
 

@@ -1,4 +1,4 @@
-"""Which part of its work a script is in: told by what it calls in torch."""
+"""The phase that a script is in, recognized by its calls of torch."""
 
 import threading
 import weakref
@@ -26,11 +26,11 @@ _LOSS_OPERATORS = frozenset(
 
 
 class EnoughSeen(BaseException):
-    """Ends the script: what follows repeats what was seen. Not an Exception, so that scripts do not catch it."""
+    """Ends the script: the rest repeats what was recorded. Not an Exception, so that scripts do not catch it."""
 
 
 class _Course(threading.local):
-    """What one thread of the script is in the middle of."""
+    """Unfinished calls of one thread."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -50,10 +50,10 @@ class Phases:
         """Called with each module of the script after its forward pass."""
         self._course = _Course()
         self._outside: Phase = "setup"
-        """The phase of what runs in no module: it follows the step's course."""
+        """Phase of operators outside all modules; it follows the course of a step."""
         self.steps = 0
         self.vocabulary = 0
-        """Rows of the largest embedding that was seen: what has so many columns are logits."""
+        """Rows of the largest embedding so far: tensors with so many columns are logits."""
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -70,7 +70,7 @@ class Phases:
 
     @contextmanager
     def compiled_call(self, module: nn.Module | None) -> Iterator[None]:
-        """One call of a compiled module or function: without our hooks, which Dynamo would trace and stumble over."""
+        """One call of a compiled module or function: without our hooks, which Dynamo would trace and fail on."""
         for handle in self._handles:
             handle.remove()
         self._before_forward(module, ())
@@ -82,7 +82,7 @@ class Phases:
 
     @contextmanager
     def named(self, phase: Phase) -> Iterator[None]:
-        """A phase that a call of the script's stands for, such as saving."""
+        """Set the phase for one call of the script, such as saving."""
         self._course.named.append(phase)
         try:
             yield
@@ -138,5 +138,5 @@ class Phases:
 
 
 def _in_backward() -> bool:
-    """Whether autograd's engine runs this line, in whichever thread."""
+    """True while autograd's engine runs this line, in any thread."""
     return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""What happened on the virtual GPU: every allocation in true order, with its place, phase, category and line.
+"""A record of the virtual GPU: every allocation in true order, with its place, phase, category and line.
 
 Each allocation goes to the simulated allocator at once, so that memory runs out at the operator where it would.
 """
@@ -38,10 +38,10 @@ class Allocation:
 
     number: int
     nbytes: int
-    """As requested, before the allocator rounds."""
+    """Bytes requested, before the allocator rounds."""
     operator: str
     shape: tuple[int, ...]
-    """Of the tensor it was made for; empty for a kernel's own memory."""
+    """Shape of the tensor it was made for; empty for a kernel's own memory."""
     dtype: str
     phase: Phase
     category: Category
@@ -82,7 +82,7 @@ class Recorder:
         self.pool: PoolId | None = None
         """The private pool that memory is taken from now."""
 
-    # What tensors do
+    # Tensors
 
     def of_storage(self, tensor: Tensor) -> Allocation | None:
         """The allocation that holds a tensor's data."""
@@ -95,7 +95,7 @@ class Recorder:
         return held[1] if held is not None and held[0]() is storage else None
 
     def address_of(self, storage: torch.UntypedStorage) -> int | None:
-        """Where a storage lies on the device."""
+        """Device address of a storage; None without memory there."""
         held = self.held_by(storage)
         return held.block.address if held is not None and held.block is not None else None
 
@@ -115,7 +115,7 @@ class Recorder:
     def resize(self, storage: torch.UntypedStorage, new: Allocation) -> None:
         """Let a storage of the device hold `new` instead, which is taken before the old memory goes.
 
-        So does `resize_bytes_cuda` of ATen; 0 bytes only free.
+        ATen's `resize_bytes_cuda` does the same; 0 bytes only free.
         """
         key = storage._cdata
         self.settle()
@@ -199,10 +199,10 @@ class Recorder:
         self._register(new)
         self.events.append(-old.number)
 
-    # What kernels do
+    # Kernels
 
     def take(self, allocation: Allocation) -> None:
-        """Memory that the allocator gives now; its OutOfMemory if it cannot."""
+        """Take memory from the allocator. Raises its OutOfMemory."""
         with self.exclusive():
             self._settle()
             self._take(allocation)
@@ -241,7 +241,7 @@ class Recorder:
             self.allocator.free(block)
             self.events.append(-allocation.number)
 
-    # What is asked afterwards
+    # Queries
 
     def alive_at(self, event: int) -> list[Allocation]:
         """The allocations held after the first `event` events."""
@@ -254,7 +254,7 @@ class Recorder:
         return list(alive.values())
 
     def mark(self, tensor: Tensor, category: Category) -> None:
-        """Say what a tensor turned out to be."""
+        """Set the category that a tensor turned out to have."""
         allocation = self.of_storage(tensor)
         if allocation is not None:
             allocation.category = category
