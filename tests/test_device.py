@@ -135,3 +135,107 @@ print(json.dumps(gpu.findings()["categories"]))
     categories = json.loads(printed[2])  # at the peak, in backward: one gathered matrix beside the shards
     assert categories["parameters"] == 20 * MIB
     assert categories["activations"] < MIB
+
+
+# Several threads
+
+
+def test_weights_loaded_by_threads_belong_to_setup() -> None:
+    printed = on_card("""
+import threading
+from concurrent.futures import ThreadPoolExecutor
+def load(number):
+    return torch.nn.Parameter(torch.ones(64, 64).to("cuda"), requires_grad=False)
+with ThreadPoolExecutor(4) as pool:
+    weights = list(pool.map(load, range(500)))
+print(held())
+class Loader(threading.Thread):
+    def run(self):
+        self.weight = load(0)
+loader = Loader()
+loader.start()
+loader.join()
+print(held(), loader.weight.device, "run" in loader.__dict__)
+del weights, loader
+print(held())
+gpu.__exit__(None, None, None)
+print(list(gpu.findings()["phases"]))
+""")
+    assert printed == [f"{500 * 16 / 1024}", f"{501 * 16 / 1024} cuda:0 False", "0.0", "['setup']"]
+
+
+def test_threads_that_train_empty_the_cache_and_free_at_once() -> None:
+    """Replicas in four threads, while a fifth empties the cache: no byte is lost."""
+    printed = on_card("""
+import sys
+import threading
+sys.setswitchinterval(1e-5)
+done = threading.Event()
+def clear():
+    while not done.is_set():
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+def train(number):
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 256)).cuda()
+    for _ in range(10):
+        model(torch.ones(64, 256, device="cuda")).square().mean().backward()
+clearing = threading.Thread(target=clear)
+clearing.start()
+threads = [threading.Thread(target=train, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+done.set()
+clearing.join()
+import gc
+gc.collect()
+torch._C._cuda_clearCublasWorkspaces()
+torch.cuda.empty_cache()
+print(held(), torch.cuda.memory_reserved())
+gpu.__exit__(None, None, None)
+print(*gpu.findings()["phases"])
+""")
+    assert printed[0] == "0.0 0"
+    assert set(printed[1].split()) == {"setup", "forward", "loss", "backward", "optimizer"}  # made after backward
+
+
+def test_each_thread_has_a_cublas_workspace_and_leaves_it_to_the_next() -> None:
+    printed = on_card("""
+import threading
+def product():
+    with torch.no_grad():
+        x = torch.ones(8, 8, device="cuda")
+        x @ x
+def in_thread():
+    thread = threading.Thread(target=product)
+    thread.start()
+    thread.join()
+found = []
+for run in (product, product, in_thread, in_thread):
+    run()
+    found.append(held())
+print([after / found[0] for after in found])
+""")
+    assert printed == ["[1.0, 1.0, 2.0, 2.0]"]
+
+
+def test_steps_that_repeat_in_a_thread_end_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "thread.py"
+    script.write_text("""import threading, torch
+def train():
+    model = torch.nn.Linear(8, 8).cuda()
+    optimizer = torch.optim.SGD(model.parameters())
+    for _ in range(100):
+        model(torch.ones(2, 8, device="cuda")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+torch.ones(2, device="cuda")
+raise AssertionError("not ended")
+""")
+    found = dryrun(str(script), gpu="RTX 3060 12GB")
+    assert found["outcome"] == "fits"
+    assert found["stopped_because"].startswith("steps 2 to 4 made the same allocations")

@@ -46,7 +46,7 @@ class Block:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of one cudaMalloc, so that it can be freed."""
+        """True if the block is all of one cudaMalloc, so that it can be freed."""
         return self.prev is None and self.next is None and not self.segment.page_bytes
 
 
@@ -184,7 +184,7 @@ def merge(block: Block, neighbour: Block) -> int:
 
 
 def segment_records(segment: Segment, frames: Callable[[Block], list[Any]] | None) -> Iterator[dict[str, Any]]:
-    """What a memory snapshot says of a segment: one record for each contiguous mapped range."""
+    """Records of a segment in a memory snapshot: one for each contiguous mapped range."""
     run: list[Block] = []
     block = segment.head
     while block:

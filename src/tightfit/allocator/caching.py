@@ -34,7 +34,7 @@ class _Figure:
 class CachingAllocator:
     """The allocator of one device of `total_bytes`, of which others and this process's context use some.
 
-    `listener(action, address, size, stream)` hears what PyTorch's device traces record: alloc, free_requested,
+    `listener(action, address, size, stream)` gets what PyTorch's device traces record: alloc, free_requested,
     free_completed, segment_alloc, segment_free, segment_map, segment_unmap, and oom with the free bytes as address.
     `settings`, `used_by_others` and `context_bytes` may be changed at any time. `capturing` is true while a CUDA graph
     is captured: then nothing cached is given back and no event completes.
@@ -65,7 +65,7 @@ class CachingAllocator:
         self.settings = settings or AllocatorSettings()
         self.listener: Callable[[str, int, int, int], None] | None = None
         self.free_memory_callbacks: list[Callable[[], bool]] = []
-        """Asked for memory before the device is; each says whether it freed any (FreeMemoryCallback there)."""
+        """Called before the device is asked; each returns True if it freed memory (FreeMemoryCallback there)."""
         self.capturing = False
         self.stats = AllocatorStats()
         self._small = BlockPool(True, (self.stats.all, self.stats.small))
@@ -293,7 +293,7 @@ class CachingAllocator:
     # The device
 
     def _take(self, size: int) -> bool:
-        """Whether the device has room for this allocation; if so, it is taken."""
+        """Take the bytes from the device if it has room; False if not."""
         size = -(-size // DEVICE_PAGE) * DEVICE_PAGE
         if self._device_bytes + size > self.total_bytes - self.used_by_others - self.context_bytes:
             return False
@@ -403,7 +403,7 @@ class CachingAllocator:
                 self._release(block)
 
     def _release_available(self, pool: BlockPool, size: int, stream: int) -> bool:
-        """Release just enough of the blocks that max_split_size kept whole; whether that can suffice."""
+        """Release just enough of the blocks that max_split_size kept whole; False if that cannot suffice."""
         limit = self.settings.max_split_size
         if limit == UNLIMITED:
             return False

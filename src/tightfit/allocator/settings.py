@@ -1,4 +1,4 @@
-"""What PYTORCH_CUDA_ALLOC_CONF decides: how the caching allocator rounds, splits, grows and collects."""
+"""Settings of PYTORCH_CUDA_ALLOC_CONF: how the caching allocator rounds, splits, grows and collects."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ UNLIMITED = 2**64 - 1
 ROUNDUP_INTERVALS = 16
 """Divisions are kept for each power of two from 1 MiB to 64 GiB (c10/core/AllocatorConfig.cpp)."""
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Where the settings are looked for; the first that is set counts, alone (c10/core/AllocatorConfig.cpp)."""
+"""Environment variables with settings; only the first that is set counts (c10/core/AllocatorConfig.cpp)."""
 IGNORED_KEYS = frozenset(
     {
         "expandable_segments_reserve", "expandable_segments_reserve_by_class", "graph_capture_record_stream_reuse",
@@ -46,7 +46,7 @@ class AllocatorSettings:
     garbage_collection_threshold: float = 0.0
     """Share of the allowed memory above which old cached blocks are released; 0: never. Needs a memory fraction."""
     expandable_segments: bool = False
-    """Whether segments grow by pages rather than being allocated whole."""
+    """Segments grow by pages instead of being allocated whole."""
     large_segment_size: int = 20 * MIB
     """Bytes of a segment that serves requests between 1 and 10 MiB, and of a page of a large expandable segment."""
     per_process_memory_fraction: float = 1.0

@@ -66,9 +66,6 @@ class PoolStats:
         self.inactive_split_bytes = Stat()
         self.requested_bytes = Stat()
 
-    def named(self) -> dict[str, Stat]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
     def hand_out(self, size: int, requested: int) -> None:
         """Count one block of `size` bytes that serves a request of `requested` bytes."""
         self.allocation.increase(1)
@@ -79,7 +76,7 @@ class PoolStats:
 
 
 class AllocatorStats:
-    """All that torch.cuda.memory_stats reports of one device."""
+    """Figures that torch.cuda.memory_stats reports for one device."""
 
     def __init__(self) -> None:
         self.all, self.small, self.large = PoolStats(), PoolStats(), PoolStats()
@@ -122,7 +119,7 @@ class OutOfMemory(Exception):
     """A request that the device cannot serve, with the figures of PyTorch's message."""
 
     requested_bytes: int
-    """What the device was asked for; the message prints this."""
+    """Bytes that the device was asked for; the message prints them."""
     tensor_bytes: int
     """The request before rounding."""
     allocated_bytes: int

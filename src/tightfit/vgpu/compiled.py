@@ -29,7 +29,7 @@ _GRAPHS_OPTION = "triton.cudagraphs"
 
 
 class Compiler:
-    """What `torch.compile` becomes in a process with a virtual GPU."""
+    """Stands for `torch.compile` in a process with a virtual GPU."""
 
     def __init__(self, device: VirtualDevice, properties: Any) -> None:
         self._device, self._properties = device, properties
@@ -48,7 +48,7 @@ class Compiler:
         options: dict[str, Any] | None = None,
         disable: bool = False,
     ) -> Any:
-        """As `torch.compile`; what cannot be compiled here runs eagerly, and the report says so."""
+        """Compile like `torch.compile`; a model that cannot be compiled here runs eagerly, and the report names it."""
         if model is None:
             return lambda function: self.compile(
                 function,
@@ -105,7 +105,7 @@ class Compiler:
         return self._ready
 
     def _pads(self, key: object) -> bool:
-        """Whether a large product of unaligned matrices is padded, which a card would time. It nearly always is."""
+        """Return True: a card times whether padding unaligned matrices pays, and it nearly always does."""
         self._say("torch.compile: whether unaligned matrix products are padded, which a card would time; taken as yes")
         return True
 
@@ -122,7 +122,7 @@ class Compiler:
         compiled_modules.__call__ = call
 
     def backend(self, graph: Any, inputs: list[Any], with_graphs: bool = False) -> Any:
-        """What Dynamo calls for each graph: a function that takes the memory which Inductor's code would take."""
+        """Return a function for one of Dynamo's graphs that takes the memory of Inductor's code."""
         from torch._inductor.compile_fx import compile_fx
 
         try:
@@ -176,7 +176,7 @@ class Compiler:
         return names["call"]  # type: ignore[no-any-return]
 
     def _answers(self) -> dict[str, Any]:
-        """What the wrapper's kernels, streams and allocations are here."""
+        """Names of the wrapper with their stand-ins for kernels, streams and allocations."""
 
         def empty(size: Any, stride: Any, dtype: torch.dtype, **_: Any) -> Tensor:
             return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
@@ -227,7 +227,7 @@ def _without_collector() -> Iterator[None]:
 
 
 class _NoKernels:
-    """Stands in for compiled kernels and what makes them: takes everything, does nothing."""
+    """Stands in for compiled kernels and their compilers: accepts every call, does nothing."""
 
     def __init__(self, device: VirtualDevice) -> None:
         self._device = device
@@ -275,7 +275,7 @@ _TELL = "_tightfit_buffer_follows"
 
 
 class _TellBuffers(ast.NodeTransformer):
-    """Before each `buf12 = ...` of a wrapper, a call that says so."""
+    """Inserts a call that names the buffer before each `buf12 = ...` of a wrapper."""
 
     def visit_Assign(self, statement: ast.Assign) -> Any:
         target = statement.targets[0]
@@ -287,7 +287,7 @@ class _TellBuffers(ast.NodeTransformer):
 
 @dataclass(frozen=True)
 class Wrapper:
-    """What Inductor writes for one graph."""
+    """Inductor's output for one graph."""
 
     code: str
     """Python source."""

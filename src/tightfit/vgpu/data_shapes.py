@@ -1,4 +1,4 @@
-"""Operators whose result is as long as their data say: nonzero, masks as indices, unique, repeat_interleave, bincount.
+"""Operators with a result as long as the data decide: nonzero, masks as indices, unique, repeat_interleave, bincount.
 
 Where the data are known the answer is true. Where they are not, it is the largest possible (a mask is true everywhere,
 all values differ), and counted as made up. Indexing by a mask takes the memory of `nonzero` on a card, and so it does
@@ -22,9 +22,11 @@ aten = torch.ops.aten
 
 
 class Device(Protocol):
-    """What of the virtual device an operator's answer needs."""
+    """The part of the virtual device that an operator's answer needs."""
 
-    fake: "FakeTensorMode"
+    @property
+    def fake(self) -> "FakeTensorMode": ...
+
     where: torch.device
     values: "Values"
 
@@ -203,4 +205,4 @@ HANDLERS: dict[Any, Handler] = {
     aten.repeat_interleave.Tensor: _repeat_interleave,
     aten.bincount.default: _bincount,
 }
-"""What stands for an operator; an answer of None leaves it to the operator itself."""
+"""Replacements of operators; an answer of None leaves it to the operator itself."""

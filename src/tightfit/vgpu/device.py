@@ -1,17 +1,20 @@
-"""The virtual GPU: runs every operator of a process that touches "cuda" on tensors without data.
+"""The virtual GPU: runs all operators of a process on "cuda" with tensors that have no data.
 
 Tensors of the host stay real. One dispatch mode sees all operators below autograd and autocast, as CUDA's own kernels
-would; what is on the device is a fake tensor, and what it would take there goes to the recorder.
+would. A tensor on the device is a fake tensor, and the recorder gets the memory that it would take there.
 """
 
 import importlib
+import itertools
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +39,7 @@ aten = torch.ops.aten
 LAZY_PARAMETER_ELEMENTS = 1 << 14
 """Host tensors from this size on that a module makes for itself are without data: a model of 70B fits any host."""
 _LAZY_PINNED_ELEMENTS = 1 << 22
-"""The same of pinned ones, which are made for what the device sends; a batch of tokens or images is smaller."""
+"""The same limit for pinned tensors, which receive data from the device; a batch of tokens or images is smaller."""
 
 _FACTORIES = {
     aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
@@ -57,25 +60,27 @@ class VirtualDevice:
         self.values = Values()
         self.phases = phases
         phases.after_forward = self._mark_own_parameters
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _SharedFakeMode()
         self.where = torch.device(where)
         self._is_host = self.where.type == "cpu"
         self.stream = threading.local()
         self.failure: tuple[Allocation, OutOfMemory] | None = None
-        """The last request that could not be met."""
+        """The last request that failed."""
         self.caught_failures = 0
         self.at_end: list[Callable[[], None]] = []
-        """To be called when the script has ended."""
+        """Functions to call when the script has ended."""
         self._peaks = {"requested": 0, "allocated": 0, "reserved": 0}
         self.not_written: list[str] = []
         """Files that the script would have saved."""
         self.not_modelled: list[str] = []
-        """What this run met and the virtual GPU does not follow."""
+        """Features that this run used and the virtual GPU does not follow."""
         self.out_of_time = False
         self.observer: Observer | None = None
         self.compiled_line: tuple[Frame, ...] = ()
         """The user's lines that the running part of a compiled graph comes from."""
-        self._workspaces: dict[tuple[str, str, int], Allocation] = {}
+        self._workspaces: dict[tuple[str, int, int], Allocation] = {}
+        self._handles = itertools.count()
+        self._free_handles: list[int] = []
         self._forward_lines: dict[int, tuple[Frame, ...]] = {}
         self._special: dict[Any, Callable[..., Any]] = {
             torch.ops.prim.device.default: lambda func, args, kwargs: func(*args, **kwargs),
@@ -119,7 +124,7 @@ class VirtualDevice:
         return self.execute(func, args, kwargs)
 
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator on fake tensors and record what a CUDA kernel would take."""
+        """Run an operator on fake tensors and record the memory of its CUDA kernel."""
         if func.namespace == "aten":
             if _is_composite(func):
                 with self.mode():
@@ -131,6 +136,11 @@ class VirtualDevice:
                 return body(*args, **kwargs)
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}
+        with self.fake.lock:
+            return self._launch(func, args, kwargs)
+
+    def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator that is one step of the card; one thread at a time is in here."""
         handler = HANDLERS.get(func)
         if handler is not None and (answer := handler(self, func, args, kwargs)) is not None:
             return answer
@@ -174,7 +184,7 @@ class VirtualDevice:
         return out
 
     def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        """Take and free what `storage.resize_(nbytes)` does on a card, before the storage itself is resized.
+        """Take and free memory as `storage.resize_(nbytes)` does on a card, before the storage itself changes.
 
         The new memory keeps the category of the old, and its shape if it has that size again.
         """
@@ -196,7 +206,7 @@ class VirtualDevice:
         return dict(self._peaks)
 
     def reset_peak_stats(self) -> None:
-        """What a script asks for: its peaks start anew, ours do not."""
+        """Start the script's peaks anew; ours go on."""
         self.peaks()
         self.recorder.allocator.reset_peak_stats()
 
@@ -223,7 +233,7 @@ class VirtualDevice:
         return describe
 
     def _allocation(self, nbytes: int, operator: str, phase: Phase, category: Category = "workspace") -> Allocation:
-        """A piece of memory that is about to be taken here and now, of no tensor yet."""
+        """Describe memory that is taken next and belongs to no tensor yet."""
         return Allocation(
             number=0,
             nbytes=nbytes,
@@ -258,16 +268,24 @@ class VirtualDevice:
             self._take_workspace(workspace.key, workspace.nbytes, phase or self.phases.now())
 
     def _take_workspace(self, key: str, nbytes: int, phase: Phase) -> None:
-        thread = "backward" if threading.current_thread() is not threading.main_thread() else "main"
-        name = (key, thread, self.current_stream)
+        name = (key, self._handle(), self.current_stream)
         if name in self._workspaces:
             return
         allocation = self._allocation(nbytes, f"{key} workspace", phase)
         self._guarded(self.recorder.take, allocation)
         self._workspaces[name] = allocation
 
+    def _handle(self) -> int:
+        """The cuBLAS handle of this thread, which goes to another one when this has ended (`PoolWindow` of ATen)."""
+        handle = getattr(self.stream, "handle", None)
+        if handle is None:
+            number = self._free_handles.pop() if self._free_handles else next(self._handles)
+            handle = self.stream.handle = _Handle(number)
+            weakref.finalize(handle, self._free_handles.append, number).atexit = False
+        return handle.number
+
     def clear_workspaces(self) -> None:
-        """What `torch._C._cuda_clearCublasWorkspaces` does: the next matrix product takes its workspace anew."""
+        """Free the cuBLAS workspaces (`torch._C._cuda_clearCublasWorkspaces`): the next product takes one anew."""
         for name in [name for name in self._workspaces if name[0].startswith("cublas")]:
             self.recorder.give(self._workspaces.pop(name))
 
@@ -295,7 +313,8 @@ class VirtualDevice:
         """`tensor.record_stream`: freed, its memory waits until that stream is done."""
         held = self.recorder.of_storage(tensor)
         if held is not None and held.block is not None:
-            self.recorder.allocator.record_stream(held.block, stream)
+            with self.recorder.exclusive():
+                self.recorder.allocator.record_stream(held.block, stream)
 
     def _guarded(self, take: Callable[..., object], *args: Any) -> None:
         """Take memory; where there is none, fail as PyTorch does."""
@@ -336,13 +355,13 @@ class VirtualDevice:
                 return self._forward_lines.get(node._sequence_nr(), ())
             return ()
         frames = user_frames(sys._getframe(3))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and threading.current_thread() is threading.main_thread():  # each thread has numbers
             # Autograd makes an operator's node before it runs it; later operators may make none.
             self._forward_lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, frames)
         return frames
 
     def _engine_adds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an addition is autograd's own: it sums the gradients of a tensor that was used more than once."""
+        """True for autograd's own addition: it sums the gradients of a tensor that was used more than once."""
         if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
             return False
         one, other = args[:2]
@@ -373,7 +392,7 @@ class VirtualDevice:
                         self._mark_parts(value, "optimizer state")
 
     def _mark_own_parameters(self, module: nn.Module) -> None:
-        """FSDP gathers a module's weights for the time of a pass only: at its end they are still there."""
+        """Mark the weights that FSDP gathered for this pass: they go when it ends."""
         for parameter in module._parameters.values():
             self.mark_parameter(parameter)
 
@@ -419,7 +438,8 @@ class VirtualDevice:
             kwargs = {**kwargs, "device": self.where}
             if is_fake:
                 return self.execute(func, args, kwargs)
-            return self._upload(source, func, kwargs)
+            with self.fake.lock:
+                return self._upload(source, func, kwargs)
         if is_fake and target == "cpu":
             if source.fake_device.type == "cpu":
                 with self.fake:
@@ -472,6 +492,41 @@ class VirtualDevice:
         return None
 
 
+class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """A fake mode for all threads of a script; `lock` lets one of them in at a time.
+
+    Torch's own mode asserts that no other thread is in a kernel, and keeps its stack of modes in the object.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._thread = threading.local()
+        super().__init__(allow_non_fake_inputs=True)
+
+    @property
+    def in_kernel_invocation(self) -> bool:
+        return getattr(self._thread, "in_kernel", False)
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, value: bool) -> None:
+        self._thread.in_kernel = value
+
+    def __enter__(self) -> Self:
+        self.lock.acquire()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self.lock.release()
+
+
+@dataclass
+class _Handle:
+    number: int
+
+
 class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sends the operators of one thread to the virtual device."""
 
@@ -491,7 +546,7 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Whether to hide this mode from Dynamo: a wrapper around every operator, which only `torch.compile` needs."""
+        """Let Dynamo see this mode: hiding wraps every operator, and only `torch.compile` needs that."""
         return False
 
     @classmethod
@@ -502,7 +557,7 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @cache
 def _is_composite(func: Any) -> bool:
-    """Whether an operator is made of others. Autograd takes those apart; tensors of inference mode do not pass it."""
+    """True for an operator made of others. Autograd takes those apart, but inference mode does not."""
     return bool(func._can_decompose())
 
 
@@ -516,7 +571,7 @@ def _has_fake(values: Any) -> bool:
 
 
 def _on_card(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator on fake tensors is the card's: a script may keep some in host memory."""
+    """False if all fake tensors are in host memory, where a script may keep some."""
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
 
@@ -536,7 +591,7 @@ def _dense_strides(source: Tensor) -> tuple[int, ...]:
 
 
 def _elements(args: tuple[Any, ...]) -> int:
-    """Of a tensor whose shape is a factory's first argument."""
+    """Elements of a tensor whose shape is the factory's first argument."""
     return math.prod(args[0]) if args else 1
 
 

@@ -1,4 +1,4 @@
-"""Memory under CUDA graphs: what `torch.compile(mode="reduce-overhead")` takes lies in a private pool and stays there.
+"""Memory under CUDA graphs: `torch.compile(mode="reduce-overhead")` takes it from a private pool that keeps it.
 
 Follows torch/_inductor/cudagraph_trees.py. All graphs of a process share one pool on a stream of their own. A graph is
 first run as it is in the pool, then recorded there, then replayed: the same addresses each time. Its inputs other than
@@ -21,7 +21,7 @@ _STREAM = 1 << 20
 
 
 class CudaGraphs:
-    """The pool of a process's graphs; `call` and `run` say what happens to it."""
+    """The pool of a process's graphs: `called` and `run` follow its use."""
 
     def __init__(self, device: VirtualDevice) -> None:
         self._device = device
@@ -29,17 +29,14 @@ class CudaGraphs:
         self._calls = 0
         self._calls_at_last_run = 0
         self._awaits_backward = False
-        self.met = False
-        """Whether a graph was run."""
 
     def called(self) -> None:
-        """The script calls a compiled function."""
+        """Count a call of a compiled function."""
         self._calls += 1
 
     @contextmanager
     def run(self, arguments: list[Any], *, backward: bool, inference: bool) -> Iterator[None]:
-        """One graph runs in here, with its memory in the pool."""
-        self.met = True
+        """Run one graph in here, with its memory in the pool."""
         recorder = self._device.recorder
         if self._pool is None:
             self._pool = recorder.allocator.create_pool()

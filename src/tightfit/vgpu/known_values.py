@@ -1,4 +1,4 @@
-"""What a script is told when it asks for a value that no kernel computed.
+"""Answers to a script that reads a value which no kernel computed.
 
 A tensor on the virtual GPU has no data. Some values are known all the same: what was filled with one number, whole
 numbers and flags that came from the host (lengths, positions, masks), and what operators make of those alone: they run
@@ -61,7 +61,7 @@ _ASSUMED: dict[Any, bool] = {
     aten.isneginf.default: False,
     aten.isfinite.default: True,
 }
-"""What is said of data that nobody knows."""
+"""Answers for unknown data."""
 
 _KEPT = {
     aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
@@ -82,7 +82,7 @@ _SCALES = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What a tensor's storage holds."""
+    """Content of a tensor's storage."""
 
     value: Tensor
     """On the host: without dimensions if all elements are the same, else all elements of the storage in order."""
@@ -108,7 +108,7 @@ class _Traits(NamedTuple):
 
 
 _UNSAID_WRITES = {aten.native_batch_norm.default: (3, 4), aten.cudnn_batch_norm.default: (3, 4)}
-"""Running statistics, which the schemas of these operators do not say that they write."""
+"""Running statistics, which these operators write although their schemas do not list them."""
 
 
 @cache
@@ -128,17 +128,17 @@ def _traits(func: Any) -> _Traits:
 
 
 class Values:
-    """What is known of tensors' values, and how often a value had to be made up."""
+    """Known values of tensors, and a count of the values that were made up."""
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[torch.UntypedStorage, Fact] = WeakKeyDictionary()
         self._floats_read = 0
         self.made_up: Counter[tuple[Frame | None, str]] = Counter()
 
-    # What operators say
+    # Operators
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Keep what operator `func` says of its result `out`; a write makes its target unknown."""
+        """Keep what operator `func` reveals of its result `out`; a write makes its target unknown."""
         traits = _traits(func)
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
         if traits.writes:
@@ -234,7 +234,7 @@ class Values:
     def _of_writes(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits, written: list[Any]
     ) -> tuple[list[Tensor | None], bool]:
-        """What the written arguments hold afterwards, and whether that is made up."""
+        """Return the new content of the written arguments, and True if it is made up."""
         unknown: tuple[list[Tensor | None], bool] = ([None] * len(written), False)
         target = written[0]
         filled = _FILLED.get(func)
@@ -291,10 +291,10 @@ class Values:
         except (RuntimeError, NotImplementedError):
             return None
 
-    # What is known
+    # Facts
 
     def _fact(self, tensor: Tensor, invent: bool = False) -> Fact | None:
-        """What is known of a tensor, or made up now (and kept) if it has one element and `invent` says so."""
+        """Return the fact of a tensor; with `invent`, make one up (and keep it) for a single element."""
         if not isinstance(tensor, FakeTensor):
             return Fact(tensor.detach().reshape(())) if tensor.numel() == 1 else None
         storage = tensor.untyped_storage()
@@ -321,14 +321,6 @@ class Values:
         if fact is not None:
             self._known[tensor.untyped_storage()] = fact
 
-    def know(self, tensor: Tensor, value: Scalar) -> None:
-        """`value` is what the whole of `tensor` holds."""
-        self._known[tensor.untyped_storage()] = Fact(torch.tensor(value, dtype=tensor.dtype))
-
-    def assume(self, tensor: Tensor, value: Scalar) -> None:
-        """`value` is made up for the whole of `tensor`."""
-        self._known[tensor.untyped_storage()] = Fact(torch.tensor(value, dtype=tensor.dtype), made_up=True)
-
     def forget(self, storage: torch.UntypedStorage) -> None:
         self._known.pop(storage, None)
 
@@ -337,7 +329,7 @@ class Values:
             if isinstance(tensor, FakeTensor):
                 self.forget(tensor.untyped_storage())
 
-    # What a script is told
+    # Answers
 
     def exactly(self, tensor: Tensor) -> Tensor | None:
         """The true values of a tensor on the host, if they are known and nothing of them is made up."""
@@ -374,7 +366,7 @@ _WHERE_AND_HOW = frozenset({"device", "layout", "pin_memory", "memory_format", "
 
 
 def _of_unknown(func: Any, args: tuple[Any, ...], out: Tensor) -> Fact | None:
-    """What is made up of an operator's result when its arguments are unknown."""
+    """Make up an operator's result when its arguments are unknown."""
     source, other = args[0], args[1] if len(args) > 1 else None
     value: Scalar
     if func is aten._to_copy.default and source.dtype == torch.bool and out.dtype != torch.bool:
@@ -426,7 +418,7 @@ def _is_uniform(data: Tensor) -> bool:
 
 
 def _covers(tensor: Tensor) -> bool:
-    """Whether a tensor is the whole of its storage."""
+    """True if a tensor is the whole of its storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
@@ -435,7 +427,7 @@ def _limit(dtype: torch.dtype) -> int:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether a tensor's single values are worth following."""
+    """True if a tensor's single values are worth following."""
     return tensor.numel() <= _limit(tensor.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Which part of its work a script is in: told by what it calls in torch."""
+"""The phase that a script is in, recognized by its calls of torch."""
 
 import threading
 import weakref
@@ -26,7 +26,18 @@ _LOSS_OPERATORS = frozenset(
 
 
 class EnoughSeen(BaseException):
-    """Ends the script: what follows repeats what was seen. Not an Exception, so that scripts do not catch it."""
+    """Ends the script: the rest repeats what was recorded. Not an Exception, so that scripts do not catch it."""
+
+
+class _Course(threading.local):
+    """Unfinished calls of one thread."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        """Modules around the running line."""
+        self.with_grad = True
+        self.steps_open = 0
+        self.named: list[Phase] = []
 
 
 class Phases:
@@ -37,16 +48,12 @@ class Phases:
         self._on_step = on_step
         self.after_forward: Callable[[nn.Module], None] | None = None
         """Called with each module of the script after its forward pass."""
-        self._main = threading.get_ident()
-        self._depth = 0
-        self._with_grad = True
-        self._steps_open = 0
-        self._named: list[Phase] = []
+        self._course = _Course()
         self._outside: Phase = "setup"
-        """The phase of what runs in no module: it follows the step's course."""
+        """Phase of operators outside all modules; it follows the course of a step."""
         self.steps = 0
         self.vocabulary = 0
-        """Rows of the largest embedding that was seen: what has so many columns are logits."""
+        """Rows of the largest embedding so far: tensors with so many columns are logits."""
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -63,7 +70,7 @@ class Phases:
 
     @contextmanager
     def compiled_call(self, module: nn.Module | None) -> Iterator[None]:
-        """One call of a compiled module or function: without our hooks, which Dynamo would trace and stumble over."""
+        """One call of a compiled module or function: without our hooks, which Dynamo would trace and fail on."""
         for handle in self._handles:
             handle.remove()
         self._before_forward(module, ())
@@ -75,57 +82,61 @@ class Phases:
 
     @contextmanager
     def named(self, phase: Phase) -> Iterator[None]:
-        """A phase that a call of the script's stands for, such as saving."""
-        self._named.append(phase)
+        """Set the phase for one call of the script, such as saving."""
+        self._course.named.append(phase)
         try:
             yield
         finally:
-            self._named.pop()
+            self._course.named.pop()
 
     def now(self, operator: str = "") -> Phase:
         """The phase of an operator that is about to run."""
-        if self._in_backward():
+        if _in_backward():
             self._outside = "optimizer"
             return "backward"
-        if self._named:
-            return self._named[-1]
-        if self._steps_open:
+        course = self._course
+        if course.named:
+            return course.named[-1]
+        if course.steps_open:
             return "optimizer"
-        if self._depth:
-            if not self._with_grad:
+        if course.depth:
+            if not course.with_grad:
                 return "eval"
             return "loss" if operator in _LOSS_OPERATORS else "forward"
         return "loss" if operator in _LOSS_OPERATORS else self._outside
 
-    def _in_backward(self) -> bool:
-        return threading.get_ident() != self._main or torch._C._current_graph_task_id() != -1
-
     def _before_forward(self, module: nn.Module | None, args: object) -> None:
-        if threading.get_ident() != self._main:
+        if _in_backward():  # a recomputed forward pass
             return
-        if self._depth == 0:
+        course = self._course
+        if course.depth == 0:
             if module is not None and module not in self.modules:
                 self.modules.add(module)
                 embeddings = (each for each in module.modules() if isinstance(each, nn.Embedding))
                 self.vocabulary = max([self.vocabulary, *(each.num_embeddings for each in embeddings)])
             # Asked here and not for each operator: autocast's cast of a weight turns gradients on within no_grad.
-            self._with_grad = torch.is_grad_enabled()
-            self._outside = "loss" if self._with_grad else "eval"
-        self._depth += 1
+            course.with_grad = torch.is_grad_enabled()
+            self._outside = "loss" if course.with_grad else "eval"
+        course.depth += 1
 
     def _after_forward(self, module: nn.Module | None, args: object, output: object) -> None:
-        if threading.get_ident() == self._main:
-            self._depth = max(0, self._depth - 1)
+        if not _in_backward():
+            self._course.depth = max(0, self._course.depth - 1)
             if self.after_forward is not None and module is not None:
                 self.after_forward(module)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.optimizers.add(optimizer)
-        self._steps_open += 1
+        self._course.steps_open += 1
 
     def _after_step(self, *_: object) -> None:
-        self._steps_open -= 1
-        if not self._steps_open:
+        self._course.steps_open -= 1
+        if not self._course.steps_open:
             self._outside = "forward"
             self.steps += 1
             self._on_step()
+
+
+def _in_backward() -> bool:
+    """True while autograd's engine runs this line, in any thread."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""What happened on the virtual GPU: every allocation in true order, with its place, phase, category and line.
+"""A record of the virtual GPU: every allocation in true order, with its place, phase, category and line.
 
 Each allocation goes to the simulated allocator at once, so that memory runs out at the operator where it would.
 """
@@ -6,7 +6,8 @@ Each allocation goes to the simulated allocator at once, so that memory runs out
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,10 +38,10 @@ class Allocation:
 
     number: int
     nbytes: int
-    """As requested, before the allocator rounds."""
+    """Bytes requested, before the allocator rounds."""
     operator: str
     shape: tuple[int, ...]
-    """Of the tensor it was made for; empty for a kernel's own memory."""
+    """Shape of the tensor it was made for; empty for a kernel's own memory."""
     dtype: str
     phase: Phase
     category: Category
@@ -81,7 +82,7 @@ class Recorder:
         self.pool: PoolId | None = None
         """The private pool that memory is taken from now."""
 
-    # What tensors do
+    # Tensors
 
     def of_storage(self, tensor: Tensor) -> Allocation | None:
         """The allocation that holds a tensor's data."""
@@ -90,10 +91,11 @@ class Recorder:
     def held_by(self, storage: torch.UntypedStorage) -> Allocation | None:
         """The allocation behind a storage: of 0 bytes if it is empty, None if it is not on the device."""
         held = self._held.get(storage._cdata)
-        return held[1] if held is not None else None
+        # A storage that died while another thread had the lock may have left its number to this one.
+        return held[1] if held is not None and held[0]() is storage else None
 
     def address_of(self, storage: torch.UntypedStorage) -> int | None:
-        """Where a storage lies on the device."""
+        """Device address of a storage; None without memory there."""
         held = self.held_by(storage)
         return held.block.address if held is not None and held.block is not None else None
 
@@ -113,10 +115,10 @@ class Recorder:
     def resize(self, storage: torch.UntypedStorage, new: Allocation) -> None:
         """Let a storage of the device hold `new` instead, which is taken before the old memory goes.
 
-        So does `resize_bytes_cuda` of ATen; 0 bytes only free.
+        ATen's `resize_bytes_cuda` does the same; 0 bytes only free.
         """
-        self.settle()
         key = storage._cdata
+        self.settle()
         if new.nbytes:
             self.take(new)
         reference, old = self._held[key]
@@ -125,7 +127,9 @@ class Recorder:
 
     def _hold(self, storage: torch.UntypedStorage, allocation: Allocation) -> None:
         key = storage._cdata
-        self._held[key] = (weakref.ref(storage, lambda ref: self._on_release(key, ref)), allocation)
+        reference = weakref.ref(storage, lambda ref: self._on_release(key, ref))
+        with self.exclusive():
+            self._held[key] = (reference, allocation)
 
     def track_accumulation(self, tensor: Tensor, first: Tensor, describe: Callable[[int], Allocation]) -> None:
         """`tensor` is the sum of two gradients that autograd's engine made, `first` the one it had already.
@@ -141,9 +145,21 @@ class Recorder:
 
     def settle(self) -> None:
         """Give a waiting sum memory of its own: the gradient it was added to is still held."""
+        with self.exclusive():
+            self._settle()
+
+    def _settle(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._take(pending.sum_of)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let no other thread, and no storage that dies meanwhile, change the recorder or its allocator."""
+        with self._lock:
+            self._release_dead()
+            yield
+        self._drain()
 
     def _on_release(self, key: int, reference: "weakref.ref[torch.UntypedStorage]") -> None:
         """Called by Python when a storage dies, at any moment, also within our own lines and in other threads."""
@@ -153,17 +169,19 @@ class Recorder:
     def _drain(self) -> None:
         while self._released and self._lock.acquire(blocking=False):
             try:
-                while self._released:
-                    self._release(*self._released.popleft())
+                self._release_dead()
             finally:
                 self._lock.release()
 
+    def _release_dead(self) -> None:
+        while self._released:
+            self._release(*self._released.popleft())
+
     def _release(self, key: int, reference: "weakref.ref[torch.UntypedStorage]") -> None:
         held = self._held.get(key)
-        if held is None:
+        if held is None or held[0] is not reference:
             return
-        if held[0] is reference:
-            del self._held[key]
+        del self._held[key]
         allocation = held[1]
         pending = self._pending
         if pending is not None and pending.first == key:
@@ -181,40 +199,36 @@ class Recorder:
         self._register(new)
         self.events.append(-old.number)
 
-    # What kernels do
+    # Kernels
 
     def take(self, allocation: Allocation) -> None:
-        """Memory that the allocator gives now; its OutOfMemory if it cannot."""
-        self.settle()
-        self._take(allocation)
+        """Take memory from the allocator. Raises its OutOfMemory."""
+        with self.exclusive():
+            self._settle()
+            self._take(allocation)
 
     def give(self, allocation: Allocation) -> None:
-        with self._lock:
+        with self.exclusive():
             self._give(allocation)
-        self._drain()
 
     def give_all_of(self, pool: PoolId) -> None:
         """Take back all memory of a private pool, also from tensors that are still held."""
-        with self._lock:
+        with self.exclusive():
             for key, (_, allocation) in list(self._held.items()):
                 if allocation.block is not None and allocation.block.pool.owner == pool:
                     del self._held[key]
                     self._give(allocation)
-        self._drain()
 
     def _take(self, allocation: Allocation) -> None:
-        with self._lock:
-            while self._released:
-                self._release(*self._released.popleft())
-            allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream, pool=self.pool)
-            allocation.block.tag = allocation
-            self._register(allocation)
-            allocated = self.allocator.allocated_bytes
-            if allocated > self.phase_peaks.get(allocation.phase, 0):
-                self.phase_peaks[allocation.phase] = allocated
-            if allocated > self.peak_allocated:
-                self.peak_allocated, self.peak_event, self.peak_phase = allocated, len(self.events), allocation.phase
-        self._drain()
+        self._release_dead()
+        allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream, pool=self.pool)
+        allocation.block.tag = allocation
+        self._register(allocation)
+        allocated = self.allocator.allocated_bytes
+        if allocated > self.phase_peaks.get(allocation.phase, 0):
+            self.phase_peaks[allocation.phase] = allocated
+        if allocated > self.peak_allocated:
+            self.peak_allocated, self.peak_event, self.peak_phase = allocated, len(self.events), allocation.phase
 
     def _register(self, allocation: Allocation) -> None:
         allocation.number = len(self.allocations) + 1
@@ -227,7 +241,7 @@ class Recorder:
             self.allocator.free(block)
             self.events.append(-allocation.number)
 
-    # What is asked afterwards
+    # Queries
 
     def alive_at(self, event: int) -> list[Allocation]:
         """The allocations held after the first `event` events."""
@@ -240,7 +254,7 @@ class Recorder:
         return list(alive.values())
 
     def mark(self, tensor: Tensor, category: Category) -> None:
-        """Say what a tensor turned out to be."""
+        """Set the category that a tensor turned out to have."""
         allocation = self.of_storage(tensor)
         if allocation is not None:
             allocation.category = category

@@ -81,6 +81,9 @@ class VirtualStream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VirtualStream) and other.stream_id == self.stream_id
 
@@ -192,7 +195,16 @@ def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, g
     def snapshot(*_: Any) -> dict[str, Any]:
         from tightfit.vgpu.snapshot import snapshot_of
 
-        return snapshot_of(device.recorder)
+        with device.recorder.exclusive():
+            return snapshot_of(device.recorder)
+
+    def synchronize(*_: Any) -> None:
+        with device.recorder.exclusive():
+            allocator.synchronize()
+
+    def empty_cache(*_: Any) -> None:
+        with device.recorder.exclusive():
+            allocator.empty_cache()
 
     answers: dict[str, Any] = {
         "_cuda_getDeviceCount": lambda: count,
@@ -201,9 +213,9 @@ def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, g
         "_cuda_exchangeDevice": lambda index: 0,
         "_cuda_maybeExchangeDevice": lambda index: 0,
         "_cuda_init": lambda: None,
-        "_cuda_synchronize": lambda *args: allocator.synchronize(),
+        "_cuda_synchronize": synchronize,
         "_cuda_memoryStats": memory_stats,
-        "_cuda_emptyCache": lambda *args: allocator.empty_cache(),
+        "_cuda_emptyCache": empty_cache,
         "_cuda_resetPeakMemoryStats": lambda index: device.reset_peak_stats(),
         "_cuda_resetAccumulatedMemoryStats": lambda index: allocator.reset_accumulated_stats(),
         "_cuda_setMemoryFraction": lambda fraction, index: allocator.set_memory_fraction(fraction),
@@ -226,12 +238,12 @@ def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, g
         "_cuda_getCurrentRawStream": lambda index: device.current_stream,
         "_get_accelerator": lambda check=None: torch.device("cuda"),
         "_accelerator_isAllocatorInitialized": lambda: True,
-        "_accelerator_emptyCache": lambda: allocator.empty_cache(),
+        "_accelerator_emptyCache": empty_cache,
         "_accelerator_getDeviceStats": memory_stats,
         "_accelerator_resetAccumulatedStats": lambda index: allocator.reset_accumulated_stats(),
         "_accelerator_resetPeakStats": lambda index: device.reset_peak_stats(),
         "_accelerator_getMemoryInfo": lambda index: allocator.mem_get_info(),
-        "_accelerator_synchronizeDevice": lambda index: allocator.synchronize(),
+        "_accelerator_synchronizeDevice": synchronize,
     }
     for name, answer in answers.items():
         setattr(torch._C, name, answer)

@@ -12,6 +12,7 @@ from tightfit.kernels.fused_attention import attention
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, files
+from tightfit.vgpu.phases import EnoughSeen
 
 
 def install(device: VirtualDevice, properties: Any) -> list[object]:
@@ -143,15 +144,27 @@ def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _install_threads(device: VirtualDevice) -> None:
-    """Dispatch modes belong to one thread: the script's own threads get theirs."""
-    usual_run = threading.Thread.run
+    """Dispatch modes belong to one thread: each thread of the script gets its own, whatever its `run` is."""
+    usual_start = threading.Thread.start
 
-    def run(thread: threading.Thread) -> None:
-        with device.mode():
-            usual_run(thread)
+    def start(thread: threading.Thread) -> None:
+        usual_run = thread.run
+
+        def run() -> None:
+            try:
+                with device.mode():
+                    usual_run()
+            except EnoughSeen:
+                device.out_of_time = True  # ends the main thread, too
+            finally:
+                del given.run  # and with it the cycle that would keep what the thread holds
+
+        given: Any = thread
+        given.run = run
+        usual_start(thread)
 
     threads: Any = threading.Thread
-    threads.run = run
+    threads.start = start
 
 
 def _install_compile(device: VirtualDevice, properties: Any) -> None:
