@@ -39,7 +39,7 @@ def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Co
 def known_parameters(config: TrainConfig, vocab_size: int | None = None) -> int | None:
     """Parameters of the run, with the dataset's `vocab_size`; None if the file of its weights decides."""
     if config.init_from in PRETRAINED:
-        return parameter_count(replace(config, **PRETRAINED[config.init_from]))
+        return parameter_count(PRETRAINED[config.init_from])
     if config.init_from != "scratch":
         return None
     return parameter_count(replace(config, vocab_size=config.vocab_size or vocab_size or 0))
