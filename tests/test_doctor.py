@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import fake_nvml
+import msgspec
 import pytest
 from fake_nvml import MIB, Card, FakeMachine, Process
 from rich.cells import cell_len
@@ -28,7 +29,7 @@ from tightfit.system.checks import Check
 from tightfit.system.checks_gpu import table_entry
 from tightfit.system.checks_host import ALLOCATOR_KEYS
 from tightfit.system.checks_run import known_parameters
-from tightfit.system.doctor import as_json, diagnose, has_problem, print_table
+from tightfit.system.doctor import diagnose, diagnosis, has_problem, print_table
 from tightfit.system.machine import Compilers, Machine, Space, gpu_vendors, read_machine, space
 from tightfit.system.memory_limits import HostMemory, Limit, host_memory, own_bytes
 from tightfit.system.nvml import Cards, Failure, GpuMemory, NvmlSession, gpu_memory, read_cards
@@ -726,7 +727,7 @@ class TestTable:
 
     def test_json_has_the_same_facts(self, base: Machine) -> None:
         checks = diagnose(base)
-        found = json.loads(json.dumps(as_json(checks, words("en"))))
+        found = json.loads(msgspec.json.encode(diagnosis(checks, words("en"))))
         assert [row["sentence"] for row in found["checks"]] == [check.sentence(words("en")) for check in checks]
         (memory,) = [row for row in found["checks"] if row["check"] == "memory"]
         assert memory["facts"]["free_bytes"] == (12288 - 318 - 600) * MIB

@@ -197,7 +197,7 @@ class TestCsv:
 
     def test_another_file_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "notes.csv").write_text("mine\n")
-        with pytest.raises(ConfigError, match="is there already and is no log of watch"):
+        with pytest.raises(ConfigError, match="exists and is not a log of watch"):
             CsvLog(tmp_path / "notes.csv")
         assert (tmp_path / "notes.csv").read_text() == "mine\n"
         with pytest.raises(ConfigError, match="cannot be written"):
@@ -212,7 +212,7 @@ class TestCsv:
             env=environment(), capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 2
-        assert re.fullmatch(r"tightfit: --log=\S+ can be written no longer \(File too large\); .*\n", done.stderr)
+        assert re.fullmatch(r"tightfit: --log=\S+ cannot be written any more \(File too large\); .*\n", done.stderr)
         with (tmp_path / "log.csv").open(newline="") as file:
             assert len(list(csv.DictReader(file))) >= 5
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tightfit.allocator.settings import IGNORED_KEYS, VARIABLES, AllocatorSettings
 from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError
-from tightfit.system.checks import Check
+from tightfit.system.checks import Check, Fact
 from tightfit.system.machine import Machine
 from tightfit.units import GIB
 
@@ -49,7 +49,11 @@ def _limits(machine: Machine) -> Iterator[Check]:
     if tightest is None:
         yield Check(name="limits", outcome="none", status="ok")
         return
-    facts = {"source": tightest.source, "limit_bytes": tightest.limit_bytes, "left_bytes": tightest.left_bytes}
+    facts: dict[str, Fact] = {
+        "source": tightest.source,
+        "limit_bytes": tightest.limit_bytes,
+        "left_bytes": tightest.left_bytes,
+    }
     low = tightest.left_bytes < LOW_HOST_BYTES
     yield Check(name="limits", outcome="low" if low else "limit", status="warning" if low else "ok", facts=facts)
     space = [limit for limit in machine.host.limits if limit.source == "RLIMIT_AS"]

@@ -4,7 +4,6 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.data import Dataset, open_dataset
@@ -16,7 +15,7 @@ from tightfit.models.shape import (
     parameter_count,
     state_bytes,
 )
-from tightfit.system.checks import Check
+from tightfit.system.checks import Check, Fact
 from tightfit.system.machine import Machine, space
 from tightfit.system.nvml import GpuMemory
 
@@ -47,7 +46,7 @@ def known_parameters(config: TrainConfig, vocab_size: int | None = None) -> int 
 
 def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> tuple[Dataset | None, Check]:
     folder = Path(config.data_dir) / config.dataset
-    facts: dict[str, Any] = {"folder": str(folder), "dataset": config.dataset}
+    facts: dict[str, Fact] = {"folder": str(folder), "dataset": config.dataset}
     if config.dataset in prepares_itself and not (folder / "train.bin").exists():
         return None, Check(name="dataset", outcome="made_by_train", status="ok", facts=facts)
     try:
@@ -76,8 +75,8 @@ def _disk(config: TrainConfig, parameters: int | None) -> Check:
         free = there.free_bytes if there else 0
         return Check(name="disk", outcome="size_unknown", status="unknown", facts={"free_bytes": free})
     files = 5 if config.save_interval else 3
-    facts = {"folder": str(folder), "free_bytes": there.free_bytes, "each_bytes": each, "files": files}
-    facts["needed_bytes"] = files * each
+    facts: dict[str, Fact] = {"folder": str(folder), "free_bytes": there.free_bytes, "each_bytes": each}
+    facts |= {"files": files, "needed_bytes": files * each}
     if there.free_bytes < each:
         return Check(name="disk", outcome="full", status="problem", facts=facts)
     if there.free_bytes < files * each:
