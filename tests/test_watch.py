@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -156,6 +157,14 @@ class TestMetricsTail:
         path = tmp_path / METRICS
         path.write_text(json.dumps(ROW) + "\n" + line + "\n")
         assert getattr(MetricsTail(path).read(), "step", None) == 20
+
+    def test_a_run_that_diverged_is_shown(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path, ROW | {"loss": float("nan"), "memory_peak_bytes": None})
+        found = MetricsTail(path).read()
+        assert found is not None
+        assert found.loss is not None
+        assert math.isnan(found.loss)
+        assert found.peak_bytes is None
 
     def test_the_file_is_the_one_that_training_writes(self, tmp_path: Path, data_dir: Path) -> None:
         from tightfit.trainer import metrics

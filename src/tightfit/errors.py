@@ -24,6 +24,6 @@ class DeviceError(TightfitError):
 
 
 class DoesNotFit(TightfitError):
-    """The run needs more memory, host memory or disk than there is."""
+    """A run that needs more memory, host memory or disk than there is."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Reads nanoGPT's Python config files without executing them: a small evaluator over the syntax tree.
+"""Read nanoGPT's Python config files without executing them: a small evaluator over the syntax tree.
 
 nanoGPT runs such a file with `exec`, so a file from elsewhere can do anything. Here it can only compute: no
 attributes, no loops, no calls but those listed, and every result is bounded before or as soon as it exists.

@@ -1,4 +1,4 @@
-"""Reads a command line in nanoGPT's habit: config files and `--key=value` in order, the later one winning."""
+"""Read a command line in nanoGPT's habit: config files and `--key=value` in order, the later one winning."""
 
 import ast
 import difflib
@@ -20,19 +20,19 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 @dataclass(frozen=True)
 class Resolved(Generic[C]):
-    """A configuration, and where each of its values came from."""
+    """A configuration and the source of each of its values."""
 
     config: C
     sources: dict[str, str]
     """For each key: "default", "configs/x.py:12" or "command line"."""
     warnings: tuple[str, ...]
-    """Sentences about names in config files that are no keys."""
+    """Sentences about names in config files that are not keys."""
 
 
 def read_config(
     schema: type[C], arguments: Sequence[str], *, warn: Callable[[str], object] | None = None
 ) -> Resolved[C]:
-    """The configuration that `arguments` ask for; `warn` is called with each warning.
+    """Read the configuration from `arguments`; call `warn` with each warning.
 
     >>> read_config(TrainConfig, ["--batch_size=8", "--max-iters", "1e5", "--no-compile"]).config.max_iters
     100000
@@ -62,7 +62,7 @@ def read_config(
 
 
 def describe(resolved: Resolved[C]) -> list[tuple[str, object, str]]:
-    """Key, value and source of what differs from the defaults, in the order of the schema."""
+    """Key, value and source of every value that differs from its default, in the order of the schema."""
     usual = defaults(type(resolved.config))
     found = ((key, getattr(resolved.config, key), source) for key, source in resolved.sources.items())
     return [(key, value, source) for key, value, source in found if value != usual[key]]

@@ -1,4 +1,4 @@
-"""What doctor says of the machine around the cards: memory, limits, shared memory, compilers, allocator settings."""
+"""Doctor's checks around the cards: host memory, limits, shared memory, compilers, allocator settings."""
 
 import difflib
 import re
@@ -15,7 +15,7 @@ LOW_HOST_BYTES = 2 * GIB
 """Below this a run is in danger: torch 2.13 for processors takes 0.22 GiB once loaded, CUDA builds several times that,
 and a new model and its checkpoints pass through host memory too."""
 SMALL_SHM_BYTES = GIB
-"""Docker gives 64 MiB unless told otherwise; NCCL's and data loaders' shared buffers are larger."""
+"""Docker gives 64 MiB by default; the shared buffers of NCCL and data loaders are larger."""
 ALLOCATOR_KEYS = IGNORED_KEYS | {
     "backend", "expandable_segments", "garbage_collection_threshold", "large_segment_size_mb",
     "max_non_split_rounding_mb", "max_split_size_mb", "per_process_memory_fraction", "roundup_power2_divisions",
@@ -26,7 +26,7 @@ _NATIVE_ONLY = ALLOCATOR_KEYS - {"backend", "per_process_memory_fraction"}
 
 
 def host_checks(machine: Machine, config: TrainConfig | None) -> Iterator[Check]:
-    """Everything that is no card."""
+    """Every check of the machine around its cards."""
     yield _host_memory(machine)
     yield from _limits(machine)
     yield _shared_memory(machine)
@@ -74,7 +74,7 @@ def _shared_memory(machine: Machine) -> Check:
 
 
 def _compile(machine: Machine, config: TrainConfig | None) -> Iterator[Check]:
-    """On cards torch.compile needs triton, a C compiler and Python.h; on processors a C++ compiler."""
+    """Tools of torch.compile: on cards triton, a C compiler and Python.h; on processors a C++ compiler."""
     found = machine.compilers
     if config is not None and config.compile is False:
         yield Check(name="compile", outcome="off", status="ok")
@@ -104,7 +104,7 @@ def _compile(machine: Machine, config: TrainConfig | None) -> Iterator[Check]:
 
 
 def _allocator(machine: Machine) -> Iterator[Check]:
-    """The variables as PyTorch reads them: the first of VARIABLES that is set counts, alone."""
+    """The allocator's variables as PyTorch reads them: only the first of VARIABLES that is set counts."""
     environ = machine.environ
     given = {variable: environ[variable] for variable in VARIABLES if variable in environ}
     yield from _misspelt_variables(machine)

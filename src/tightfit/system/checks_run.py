@@ -1,4 +1,4 @@
-"""What doctor says of one run on this machine: its keys, its dataset, its disk. Lower bounds only: plans know more."""
+"""Doctor's checks of one run on this machine: keys, dataset, disk. Sizes are lower bounds; a plan predicts more."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -24,7 +24,7 @@ _HEAD_MULTIPLE = 8
 
 
 def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Collection[str]) -> Iterator[Check]:
-    """`prepares_itself`: datasets that training makes when they are missing."""
+    """Every check of a run; `prepares_itself` names datasets that training prepares when they are missing."""
     if config is None:
         yield Check(name="config", outcome="not_given", status="unknown")
         return
@@ -64,7 +64,7 @@ def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> tuple[Dat
 
 
 def _disk(config: TrainConfig, parameters: int | None) -> Check:
-    """At most: ckpt.pt, the one before it and the one being written; save_interval adds the two of last.pt."""
+    """Space for the most checkpoints: ckpt.pt, the one before, the one in writing; save_interval adds two last.pt."""
     folder = Path(config.out_dir)
     there, saved = space(folder), folder / "ckpt.pt"
     each = CHECKPOINT_BYTES * parameters if parameters else saved.stat().st_size if saved.is_file() else None
@@ -85,7 +85,7 @@ def _disk(config: TrainConfig, parameters: int | None) -> Check:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself or, while it does not exist, the one in which it would be made."""
+    """The folder itself, or its nearest parent that exists."""
     return next((each for each in (folder, *folder.absolute().parents) if each.exists()), folder)
 
 
@@ -114,7 +114,7 @@ def _device_findings(machine: Machine, config: TrainConfig) -> Iterator[Check]:
 
 
 def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None) -> Iterator[Check]:
-    """Weights, gradients and moments alone, against what there is; activations come on top."""
+    """Weights, gradients and moments against the memory there is; activations come on top."""
     if parameters is None:
         return
     facts = {"parameters": parameters, "state_bytes": parameters * state_bytes(config)}
@@ -139,7 +139,7 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
 
 
 def _chosen_card(machine: Machine, config: TrainConfig) -> tuple[int, int] | None:
-    """Free and usable bytes of the card, or part of a card, with the most of them; None if the run is not on one."""
+    """Free and usable bytes of the card, or MIG part, that has most; None for a run on no card."""
     if config.device in ("cpu", "mps"):
         return None
     sizes = [
@@ -151,7 +151,7 @@ def _chosen_card(machine: Machine, config: TrainConfig) -> tuple[int, int] | Non
 
 
 def _usable(card: GpuMemory) -> GpuMemory:
-    """The card without what the driver keeps for itself."""
+    """The card without the driver's reserve."""
     return replace(card, total_bytes=card.total_bytes - (card.reserved_bytes or 0))
 
 
