@@ -314,7 +314,7 @@ class TestMachines:
         assert not has_problem(checks)
         said, step = sentence(checks, "processes")
         assert said == "600.00 MiB in use for the screen: Xorg (pid 1432) 600.00 MiB"
-        assert step.startswith("nothing is stopped here")
+        assert step.startswith("doctor stops nothing")
         assert "Not enough SMs to use max_autotune_gemm mode" in sentence(checks, "sms")[0]
         assert "harmless" in sentence(checks, "sms")[0]
 
@@ -343,7 +343,7 @@ class TestMachines:
         assert outcomes(diagnose(machine, TrainConfig(dtype="auto")))["capability"] == "half: ok"
         assert sentence(checks, "processes") == (
             "5.00 GiB in use: python3.11 (pid 4242) 5.00 GiB",
-            "nothing is stopped here; if they are yours and not needed: kill 4242",
+            "doctor stops nothing; if they are yours and not needed: kill 4242",
         )
 
     def test_v100_and_a_torch_without_code_for_it(self, base: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ class TestMachines:
         found = outcomes(checks)
         assert found["spill"] == "wsl: warning"
         assert found["processes"] == "some_unmeasured: unknown"
-        assert sentence(checks, "processes")[0] == "? (pid 31), memory not told"
+        assert sentence(checks, "processes")[0] == "? (pid 31), memory unknown"
 
     def test_a_driver_of_another_version_than_its_library(self, base: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = replace(base, cards=read(monkeypatch, fake_nvml.mismatch()), torch=TORCH)
@@ -482,7 +482,7 @@ class TestRun:
         checks = diagnose(base, TrainConfig(**tiny))
         said = sentence(checks, "dataset")[0]
         passes = 12 * 40 * 16 * 100 / 4000
-        assert f"4,000 tokens to train on, 600 to validate, vocabulary 64; the run reads it {passes:.2f} times" in said
+        assert f"4,000 training tokens, 600 validation tokens, vocabulary 64; the run reads it {passes:.2f} times" in said
 
     @pytest.mark.parametrize(
         ("keys", "expected"),
@@ -738,7 +738,7 @@ class TestCommand:
     def test_a_run_in_order(self, tiny: dict[str, Any]) -> None:
         done = here(["doctor", "--device=cpu", *(f"--{key}={value}" for key, value in tiny.items())])
         assert (done.code, done.err) == (0, "")
-        assert "4,000 tokens to train on" in " ".join(done.out.split())
+        assert "4,000 training tokens" in " ".join(done.out.split())
 
     def test_a_missing_dataset_is_a_problem(self, tmp_path: Path) -> None:
         done = here(["doctor", f"--data_dir={tmp_path}", "--dataset=nowhere", "--json"])

@@ -90,7 +90,7 @@ class TestPicture:
         assert "MIG 3g.20gb: 11.72 GiB of 19.50 GiB used" in shown
         assert "busy" not in shown
         history = history_of(monkeypatch, "wsl_laptop")
-        assert "(pid 31), memory not told" in frame(history, words("en"), interval_s=1, width=100, height=100).plain
+        assert "(pid 31), memory unknown" in frame(history, words("en"), interval_s=1, width=100, height=100).plain
 
     def test_a_low_terminal_gets_bars_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         history = history_of(monkeypatch, "two_a100_mig")
@@ -98,7 +98,7 @@ class TestPicture:
         assert len(low) < 10
         assert sum("█" in line for line in low) == 3
 
-    @pytest.mark.parametrize(("vendor", "said"), [("amd", "amd-smi shows them"), ("apple", "not told by macOS")])
+    @pytest.mark.parametrize(("vendor", "said"), [("amd", "amd-smi shows them"), ("apple", "macOS does not report")])
     def test_other_makers(self, monkeypatch: pytest.MonkeyPatch, vendor: str, said: str) -> None:
         (sample,) = history_of(monkeypatch, "no_driver", count=1)
         shown = frame([replace(sample, vendors=frozenset({vendor}))], words("en"), interval_s=1, width=200, height=99)
@@ -258,7 +258,7 @@ class TestCommand:
     def test_once(self, tmp_path: Path) -> None:
         done = process(["watch", tmp_path, "--once", "--log", tmp_path / "log.csv"])
         assert (done.code, done.err) == (0, "")
-        assert f"{tmp_path / METRICS} is not there yet, or has no step: waiting for it" in done.out
+        assert f"waiting for the first step in {tmp_path / METRICS}" in done.out
         assert re.search(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", done.out, flags=re.M)
         assert (tmp_path / "log.csv").read_text().startswith("time,device,")
 

@@ -2,7 +2,7 @@
 
 
 class TightfitError(Exception):
-    """Base of all errors that tightfit raises on purpose; `exit_code` is what the command line returns."""
+    """Base of all errors that tightfit raises on purpose; `exit_code` is the command line's."""
 
     exit_code = 2
 

@@ -1,6 +1,6 @@
 """Facts of cards, from `gpus.csv` and `contexts.csv`, where each has its source.
 
-A name finds a card only if every word of it belongs to that card and no distinguishing word (Ti, SUPER, Laptop, A10G)
+A name finds a card only if each of its words belongs to that card and no distinguishing word (Ti, SUPER, Laptop, A10G)
 is missing. A name that fits several cards takes the common one, with a note; an unknown card is never taken as another.
 """
 
@@ -143,19 +143,8 @@ def resolve_gpu(
     if sm_count is not None and sm_count != gpu.sm_count:
         notes.append(f"{gpu.name} is planned with {sm_count} SMs as given, not the {gpu.sm_count} of the table")
         gpu = replace(gpu, sm_count=sm_count)
-    if memory_bytes is not None:
-        known = "its estimate" if gpu.memory_is_estimate else "the least reported on Linux"
-        notes.append(
-            f"{gpu.name} is planned with {format_bytes(memory_bytes)} as given; "
-            f"{known} is {format_bytes(gpu.memory_bytes_min)}"
-        )
-        gpu = _with_memory(gpu, memory_bytes)
-    elif gpu.memory_is_estimate:
-        notes.append(
-            f"no Linux total of {gpu.name} is known; {format_bytes(gpu.memory_bytes)} is an estimate "
-            f"from {gpu.memory_source}; --memory replaces it"
-        )
-    return gpu, notes
+    gpu, note = _resized(gpu, memory_bytes)
+    return gpu, [*notes, *note]
 
 
 def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[int, str]:
@@ -199,8 +188,20 @@ def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[in
     )
 
 
-def _with_memory(gpu: GPU, size: int) -> GPU:
-    return replace(gpu, memory_bytes=size, memory_bytes_min=size, memory_is_estimate=False, memory_source="as given")
+def _resized(gpu: GPU, memory_bytes: int | None) -> tuple[GPU, list[str]]:
+    """The card with the memory that was given, if any, and a sentence about its size."""
+    if memory_bytes is None:
+        return gpu, [
+            f"no Linux total of {gpu.name} is known; {format_bytes(gpu.memory_bytes)} is an estimate "
+            f"from {gpu.memory_source}; --memory replaces it"
+        ] * gpu.memory_is_estimate
+    known = "its estimate" if gpu.memory_is_estimate else "the least reported on Linux"
+    note = (
+        f"{gpu.name} is planned with {format_bytes(memory_bytes)} as given; "
+        f"{known} is {format_bytes(gpu.memory_bytes_min)}"
+    )
+    given = replace(gpu, memory_bytes=memory_bytes, memory_bytes_min=memory_bytes, memory_source="as given")
+    return replace(given, memory_is_estimate=False), [note]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -277,9 +277,9 @@ class TrainConfig(Schema):
     activation_checkpointing: int = 0
     """Transformer blocks, from the first, that are recomputed in backward instead of kept."""
     activation_memory_budget: float = 1.0
-    """Share of what a compiled step would keep for backward that it may keep; it recomputes the rest."""
+    """Share of a compiled step's saved activations that it may keep for backward; it recomputes the rest."""
     optimizer: str = "adamw"
-    """adamw, or adamw_8bit: torchao's, whose moments take a quarter of the memory, which is lossy."""
+    """adamw, or adamw_8bit: torchao's, with moments in a quarter of the memory, which is lossy."""
     offload: str = "none"
     """State kept in host memory: none, optimizer (its state, gradients and full weights), activations (the inputs of
     recomputed blocks), or both as optimizer,activations."""

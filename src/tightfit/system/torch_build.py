@@ -45,7 +45,7 @@ class TorchBuild:
         (2, 13)
         """
         major, minor = self.version.split(".")[:2]
-        return int(major), int(re.match(r"\d*", minor)[0] or 0)  # type: ignore[index]
+        return int(major), int(re.sub(r"\D.*", "", minor) or 0)
 
     def serves(self, capability: tuple[int, int]) -> bool | None:
         """Return True if it has code for a card of this capability: same major version, not newer; None if unknown.

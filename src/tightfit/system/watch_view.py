@@ -20,7 +20,7 @@ _HIGH, _FULL = 0.8, 0.95
 
 
 def frame(history: Sequence[Sample], words: Words, *, interval_s: float, width: int, height: int) -> Text:
-    """Draw the last sample; bars alone if the terminal is too low for all of it."""
+    """Draw the last sample; bars alone if the terminal is too low for everything."""
     sample = history[-1]
     header = words("watch", "header", time=sample.time.strftime("%H:%M:%S"), interval=interval_s)
     for detailed in (True, False):
