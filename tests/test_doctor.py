@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import fake_nvml
+import msgspec
 import pytest
 from fake_nvml import MIB, Card, FakeMachine, Process
 from rich.cells import cell_len
@@ -28,7 +29,7 @@ from tightfit.system.checks import Check
 from tightfit.system.checks_gpu import table_entry
 from tightfit.system.checks_host import ALLOCATOR_KEYS
 from tightfit.system.checks_run import known_parameters
-from tightfit.system.doctor import as_json, diagnose, has_problem, print_table
+from tightfit.system.doctor import diagnose, diagnosis, has_problem, print_table
 from tightfit.system.machine import Compilers, Machine, Space, gpu_vendors, read_machine, space
 from tightfit.system.memory_limits import HostMemory, Limit, host_memory, own_bytes
 from tightfit.system.nvml import Cards, Failure, GpuMemory, NvmlSession, gpu_memory, read_cards
@@ -313,7 +314,7 @@ class TestMachines:
         assert not has_problem(checks)
         said, step = sentence(checks, "processes")
         assert said == "600.00 MiB in use for the screen: Xorg (pid 1432) 600.00 MiB"
-        assert step.startswith("nothing is stopped here")
+        assert step.startswith("doctor stops nothing")
         assert "Not enough SMs to use max_autotune_gemm mode" in sentence(checks, "sms")[0]
         assert "harmless" in sentence(checks, "sms")[0]
 
@@ -342,7 +343,7 @@ class TestMachines:
         assert outcomes(diagnose(machine, TrainConfig(dtype="auto")))["capability"] == "half: ok"
         assert sentence(checks, "processes") == (
             "5.00 GiB in use: python3.11 (pid 4242) 5.00 GiB",
-            "nothing is stopped here; if they are yours and not needed: kill 4242",
+            "doctor stops nothing; if they are yours and not needed: kill 4242",
         )
 
     def test_v100_and_a_torch_without_code_for_it(self, base: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +358,7 @@ class TestMachines:
         found = outcomes(checks)
         assert found["spill"] == "wsl: warning"
         assert found["processes"] == "some_unmeasured: unknown"
-        assert sentence(checks, "processes")[0] == "? (pid 31), memory not told"
+        assert sentence(checks, "processes")[0] == "? (pid 31), memory unknown"
 
     def test_a_driver_of_another_version_than_its_library(self, base: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = replace(base, cards=read(monkeypatch, fake_nvml.mismatch()), torch=TORCH)
@@ -481,7 +482,7 @@ class TestRun:
         checks = diagnose(base, TrainConfig(**tiny))
         said = sentence(checks, "dataset")[0]
         passes = 12 * 40 * 16 * 100 / 4000
-        assert f"4,000 tokens to train on, 600 to validate, vocabulary 64; the run reads it {passes:.2f} times" in said
+        assert f"4,000 training tokens, 600 validation tokens, vocabulary 64; the run reads it {passes:.2f} times" in said
 
     @pytest.mark.parametrize(
         ("keys", "expected"),
@@ -726,7 +727,7 @@ class TestTable:
 
     def test_json_has_the_same_facts(self, base: Machine) -> None:
         checks = diagnose(base)
-        found = json.loads(json.dumps(as_json(checks, words("en"))))
+        found = json.loads(msgspec.json.encode(diagnosis(checks, words("en"))))
         assert [row["sentence"] for row in found["checks"]] == [check.sentence(words("en")) for check in checks]
         (memory,) = [row for row in found["checks"] if row["check"] == "memory"]
         assert memory["facts"]["free_bytes"] == (12288 - 318 - 600) * MIB
@@ -737,7 +738,7 @@ class TestCommand:
     def test_a_run_in_order(self, tiny: dict[str, Any]) -> None:
         done = here(["doctor", "--device=cpu", *(f"--{key}={value}" for key, value in tiny.items())])
         assert (done.code, done.err) == (0, "")
-        assert "4,000 tokens to train on" in " ".join(done.out.split())
+        assert "4,000 training tokens" in " ".join(done.out.split())
 
     def test_a_missing_dataset_is_a_problem(self, tmp_path: Path) -> None:
         done = here(["doctor", f"--data_dir={tmp_path}", "--dataset=nowhere", "--json"])

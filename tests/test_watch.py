@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -89,7 +90,7 @@ class TestPicture:
         assert "MIG 3g.20gb: 11.72 GiB of 19.50 GiB used" in shown
         assert "busy" not in shown
         history = history_of(monkeypatch, "wsl_laptop")
-        assert "(pid 31), memory not told" in frame(history, words("en"), interval_s=1, width=100, height=100).plain
+        assert "(pid 31), memory unknown" in frame(history, words("en"), interval_s=1, width=100, height=100).plain
 
     def test_a_low_terminal_gets_bars_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         history = history_of(monkeypatch, "two_a100_mig")
@@ -97,7 +98,7 @@ class TestPicture:
         assert len(low) < 10
         assert sum("█" in line for line in low) == 3
 
-    @pytest.mark.parametrize(("vendor", "said"), [("amd", "amd-smi shows them"), ("apple", "not told by macOS")])
+    @pytest.mark.parametrize(("vendor", "said"), [("amd", "amd-smi shows them"), ("apple", "macOS does not report")])
     def test_other_makers(self, monkeypatch: pytest.MonkeyPatch, vendor: str, said: str) -> None:
         (sample,) = history_of(monkeypatch, "no_driver", count=1)
         shown = frame([replace(sample, vendors=frozenset({vendor}))], words("en"), interval_s=1, width=200, height=99)
@@ -157,6 +158,14 @@ class TestMetricsTail:
         path.write_text(json.dumps(ROW) + "\n" + line + "\n")
         assert getattr(MetricsTail(path).read(), "step", None) == 20
 
+    def test_a_run_that_diverged_is_shown(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path, ROW | {"loss": float("nan"), "memory_peak_bytes": None})
+        found = MetricsTail(path).read()
+        assert found is not None
+        assert found.loss is not None
+        assert math.isnan(found.loss)
+        assert found.peak_bytes is None
+
     def test_the_file_is_the_one_that_training_writes(self, tmp_path: Path, data_dir: Path) -> None:
         from tightfit.trainer import metrics
 
@@ -197,7 +206,7 @@ class TestCsv:
 
     def test_another_file_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "notes.csv").write_text("mine\n")
-        with pytest.raises(ConfigError, match="is there already and is no log of watch"):
+        with pytest.raises(ConfigError, match="exists and is not a log of watch"):
             CsvLog(tmp_path / "notes.csv")
         assert (tmp_path / "notes.csv").read_text() == "mine\n"
         with pytest.raises(ConfigError, match="cannot be written"):
@@ -212,7 +221,7 @@ class TestCsv:
             env=environment(), capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 2
-        assert re.fullmatch(r"tightfit: --log=\S+ can be written no longer \(File too large\); .*\n", done.stderr)
+        assert re.fullmatch(r"tightfit: --log=\S+ cannot be written any more \(File too large\); .*\n", done.stderr)
         with (tmp_path / "log.csv").open(newline="") as file:
             assert len(list(csv.DictReader(file))) >= 5
 
@@ -249,7 +258,7 @@ class TestCommand:
     def test_once(self, tmp_path: Path) -> None:
         done = process(["watch", tmp_path, "--once", "--log", tmp_path / "log.csv"])
         assert (done.code, done.err) == (0, "")
-        assert f"{tmp_path / METRICS} is not there yet, or has no step: waiting for it" in done.out
+        assert f"waiting for the first step in {tmp_path / METRICS}" in done.out
         assert re.search(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", done.out, flags=re.M)
         assert (tmp_path / "log.csv").read_text().startswith("time,device,")
 

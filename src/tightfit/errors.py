@@ -2,7 +2,7 @@
 
 
 class TightfitError(Exception):
-    """Base of all errors that tightfit raises on purpose; `exit_code` is what the command line returns."""
+    """Base of all errors that tightfit raises on purpose; `exit_code` is the command line's."""
 
     exit_code = 2
 
@@ -24,6 +24,6 @@ class DeviceError(TightfitError):
 
 
 class DoesNotFit(TightfitError):
-    """The run needs more memory, host memory or disk than there is."""
+    """A run that needs more memory, host memory or disk than there is."""
 
     exit_code = 1

@@ -1,7 +1,7 @@
-"""What a card is: facts of `gpus.csv` and `contexts.csv`, each with its source there.
+"""Facts of cards, from `gpus.csv` and `contexts.csv`, where each has its source.
 
-A name finds a card only if every word of it belongs to that card and no distinguishing word (Ti, SUPER, Laptop, A10G)
-is missing. A name that fits several cards takes the common one and says so; an unknown card is unknown, never another.
+A name finds a card only if each of its words belongs to that card and no distinguishing word (Ti, SUPER, Laptop, A10G)
+is missing. A name that fits several cards takes the common one, with a note; an unknown card is never taken as another.
 """
 
 import csv
@@ -31,7 +31,7 @@ class GPU:
     """One kind of card, or one card that the user described."""
 
     name: str
-    """As in the table: what the driver prints, and the size where cards of two sizes share that."""
+    """The name in the table: the driver's, with the size if cards of two sizes share it."""
     arch: str
     """NVIDIA's name of the generation, like Ampere."""
     capability: tuple[int, int]
@@ -43,7 +43,7 @@ class GPU:
     memory_bytes_min: int
     """The least total ever reported on Linux for this card: newer drivers and ECC lower it."""
     memory_is_estimate: bool = False
-    """Whether no Linux total is known, so that both sizes above come from `_estimated_memory`."""
+    """True if no Linux total is known, so that both sizes above come from `_estimated_memory`."""
     bandwidth_gbps: float | None = None
     """Peak memory bandwidth, 10^9 bytes/s."""
     cache_bytes: int | None = None
@@ -59,11 +59,11 @@ class GPU:
     measured_fp16_tflops: float | None = None
     """The same for float16."""
     memory_source: str = ""
-    """Where the memory sizes come from."""
+    """Source of the memory sizes."""
     source: str = ""
-    """Where the other figures come from."""
+    """Source of the other figures."""
     notes: str = ""
-    """What to know about these figures."""
+    """Remarks about these figures."""
 
     def __post_init__(self) -> None:
         for field in ("sm_count", "memory_bytes", "memory_bytes_min"):
@@ -79,12 +79,12 @@ class GPU:
 
     @property
     def native_bf16(self) -> bool:
-        """Whether it computes bfloat16 itself; older cards emulate it slowly though PyTorch calls it supported."""
+        """True if it computes bfloat16 itself; older cards emulate it slowly, though PyTorch calls it supported."""
         return self.capability >= (8, 0)
 
     @property
     def planning_bytes(self) -> int:
-        """Total bytes to plan with while no driver says more: the least ever reported for this card."""
+        """Total bytes to plan with while no driver reports them: the least ever reported for this card."""
         return self.memory_bytes_min
 
     def peak_flops(self, dtype: str) -> float | None:
@@ -118,10 +118,10 @@ def resolve_gpu(
     capability: tuple[int, int] | None = None,
     sm_count: int | None = None,
 ) -> tuple[GPU, list[str]]:
-    """The card that `text` names and a sentence for each thing that `text` left open or that an argument changed.
+    """The card that `text` names, and a sentence for each fact that `text` leaves open or an argument changes.
 
     Arguments that are given replace the table's values, except that a contradicting `capability` is an error.
-    A name outside the table needs `memory_bytes` and `capability`. DeviceError says what is missing.
+    A name outside the table needs `memory_bytes` and `capability`. DeviceError names the missing ones.
 
     >>> gpu, notes = resolve_gpu("v100")
     >>> gpu.name
@@ -143,29 +143,12 @@ def resolve_gpu(
     if sm_count is not None and sm_count != gpu.sm_count:
         notes.append(f"{gpu.name} is planned with {sm_count} SMs as given, not the {gpu.sm_count} of the table")
         gpu = replace(gpu, sm_count=sm_count)
-    if memory_bytes is not None:
-        notes.append(
-            f"{gpu.name} is planned with {format_bytes(memory_bytes)} as given; "
-            f"{'its estimate' if gpu.memory_is_estimate else 'the least reported on Linux'} "
-            f"is {format_bytes(gpu.memory_bytes_min)}"
-        )
-        gpu = replace(
-            gpu,
-            memory_bytes=memory_bytes,
-            memory_bytes_min=memory_bytes,
-            memory_is_estimate=False,
-            memory_source="as given",
-        )
-    elif gpu.memory_is_estimate:
-        notes.append(
-            f"no Linux total of {gpu.name} is known; {format_bytes(gpu.memory_bytes)} is an estimate "
-            f"from {gpu.memory_source}; --memory replaces it"
-        )
-    return gpu, notes
+    gpu, note = _resized(gpu, memory_bytes)
+    return gpu, [*notes, *note]
 
 
 def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[int, str]:
-    """Bytes that a process uses on `gpu` outside PyTorch's allocator, and a sentence that says where that is from.
+    """Bytes that a process uses on `gpu` outside PyTorch's allocator, and a sentence with their source.
 
     It is the CUDA context with the kernels loaded; NCCL and other libraries come on top. Rows of `contexts.csv` with
     the card's compute capability and SM count are measurements of its chip; the largest counts, with its rounding
@@ -205,18 +188,34 @@ def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[in
     )
 
 
+def _resized(gpu: GPU, memory_bytes: int | None) -> tuple[GPU, list[str]]:
+    """The card with the memory that was given, if any, and a sentence about its size."""
+    if memory_bytes is None:
+        return gpu, [
+            f"no Linux total of {gpu.name} is known; {format_bytes(gpu.memory_bytes)} is an estimate "
+            f"from {gpu.memory_source}; --memory replaces it"
+        ] * gpu.memory_is_estimate
+    known = "its estimate" if gpu.memory_is_estimate else "the least reported on Linux"
+    note = (
+        f"{gpu.name} is planned with {format_bytes(memory_bytes)} as given; "
+        f"{known} is {format_bytes(gpu.memory_bytes_min)}"
+    )
+    given = replace(gpu, memory_bytes=memory_bytes, memory_bytes_min=memory_bytes, memory_source="as given")
+    return replace(given, memory_is_estimate=False), [note]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A card of the table and what a name must and may contain to mean it."""
+    """A card of the table, with the words that its name must and may contain."""
 
     gpu: GPU
     required: frozenset[str]
     allowed: frozenset[str]
     common_rank: int | None
-    """1 for the card taken first when a name fits several; None for one that is never taken so."""
+    """1 for the first choice when a name fits several cards; None for a card that is never chosen so."""
     common_reason: str
     not_listed: str
-    """What else carries this name and is not in the table."""
+    """Other cards of this name, which are not in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +227,9 @@ class _Context:
     sm_count: int
     cuda_version: tuple[int, int]
     for_estimates: bool
-    """Whether other chips may be estimated from it."""
+    """True if estimates for other chips may use it."""
     upper_bytes: int
-    """What was read, plus its rounding error, plus kernels loaded later where it was read before any."""
+    """The reading and its rounding error, and the kernels if it was read before any were loaded."""
     source: str
 
 
@@ -264,7 +263,7 @@ def _choose(text: str, found: list[_Entry], memory_bytes: int | None, sm_count: 
 def _described(
     text: str, memory_bytes: int | None, capability: tuple[int, int] | None, sm_count: int | None
 ) -> tuple[GPU, list[str]]:
-    """A card outside the table, from what the user says of it."""
+    """A card outside the table, as the user describes it."""
     name = " ".join(text.split())
     if not name or len(name) > _MAX_NAME or not name.isprintable():
         raise DeviceError(
@@ -392,12 +391,12 @@ def _gpu(row: dict[str, str], rows: list[dict[str, str]]) -> GPU:
 
 
 def _estimated_memory(row: dict[str, str], rows: list[dict[str, str]]) -> tuple[int, str]:
-    """Bytes for a card of which no Linux total is known, and the rule, chosen low so that a plan still fits.
+    """Bytes for a card without a known Linux total, and the rule; chosen low so that a plan still fits.
 
-    The total of nvidia-smi counts what the driver keeps for itself, so it is scaled by the least share of it that
-    CUDA reports on another card; both figures are of one setting of ECC, which the least total may not be. Without one
-    the advertised size is scaled by the least share that a GeForce of that size ever reported. Windows totals are not
-    used, for they too count what the driver keeps.
+    nvidia-smi's total includes the driver's reserve, so it is scaled by the least share of it that CUDA reports on
+    another card. Both figures are of one setting of ECC; the least total may be of another. Without such a total the
+    advertised size is scaled by the least share that a GeForce of that size ever reported. Windows totals are not
+    used, because they include the reserve too.
     """
     known = [other for other in rows if other["linux_bytes_min_seen"]]
     if row["nvidia_smi_mib"]:
@@ -440,7 +439,7 @@ def _contexts() -> tuple[_Context, ...]:
 
 
 def _distance(row: _Context, gpu: GPU) -> int:
-    """How far two compute capabilities are apart, a major step counting as ten minor ones."""
+    """Distance of two compute capabilities; a major step counts as ten minor ones."""
     return abs(10 * (row.capability[0] - gpu.capability[0]) + row.capability[1] - gpu.capability[1])
 
 

@@ -5,13 +5,11 @@ import re
 from tightfit.errors import ConfigError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
-_FACTORS = {
-    "": 1, "b": 1,
-    "k": KIB, "kib": KIB, "kb": 1000,
-    "m": MIB, "mib": MIB, "mb": 1000**2,
-    "g": GIB, "gib": GIB, "gb": 1000**3,
-    "t": TIB, "tib": TIB, "tb": 1000**4,
-}  # fmt: skip
+_FACTORS = {"": 1, "b": 1} | {
+    unit: factor
+    for letter, binary, decimal in (("k", KIB, 10**3), ("m", MIB, 10**6), ("g", GIB, 10**9), ("t", TIB, 10**12))
+    for unit, factor in ((letter, binary), (f"{letter}ib", binary), (f"{letter}b", decimal))
+}
 _MOST = 2**60
 """Bytes that no machine has, and that a signed 64-bit number holds."""
 
@@ -57,7 +55,7 @@ def format_count(count: int | float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Seconds in hours, minutes and seconds.
 
     >>> format_duration(3.21), format_duration(75), format_duration(7384)
     ('3.2s', '1m15s', '2h03m')

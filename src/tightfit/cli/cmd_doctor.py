@@ -1,9 +1,9 @@
 """`tightfit doctor`."""
 
-import json
 import sys
 from collections.abc import Sequence
 
+import msgspec
 from rich.console import Console
 
 from tightfit.cli.cmd_train import PREPARED_WHEN_MISSING
@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
         )
         return OK
     values, flags, rest = split_options(arguments, ["--lang"], ["--json"])
-    from tightfit.system.doctor import as_json, diagnose, has_problem, print_table
+    from tightfit.system.doctor import diagnose, diagnosis, has_problem, print_table
     from tightfit.system.machine import read_machine
     from tightfit.wording.system import words
 
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     config = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr)).config if rest else None
     checks = diagnose(read_machine(), config, prepares_itself=PREPARED_WHEN_MISSING)
     if flags:
-        print(json.dumps(as_json(checks, said), indent=2, ensure_ascii=False))
+        print(msgspec.json.format(msgspec.json.encode(diagnosis(checks, said)), indent=2).decode())
     else:
         print_table(checks, said, Console(highlight=False, emoji=False))
     return FAILED if has_problem(checks) else OK

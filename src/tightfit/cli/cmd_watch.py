@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tightfit watch",
-        description="Memory of every card and of the host, live; with a run's folder, what the run says of itself.",
+        description="Show the memory of every card and of the host, live; with a run's folder, also its last step.",
         epilog="example: tightfit watch out-stdlib --log memory.csv",
         allow_abbrev=False,
     )
@@ -44,5 +44,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples (default 1)")
     parser.add_argument("--once", action="store_true", help="one sample, then end")
     parser.add_argument("--log", help="append every sample to this CSV file")
-    parser.add_argument("--lang", help="en or ja (default: as the locale says)")
+    parser.add_argument("--lang", help="en or ja (default: the locale's)")
     return parser

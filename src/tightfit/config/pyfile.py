@@ -1,4 +1,4 @@
-"""Reads nanoGPT's Python config files without executing them: a small evaluator over the syntax tree.
+"""Read nanoGPT's Python config files without executing them: a small evaluator over the syntax tree.
 
 nanoGPT runs such a file with `exec`, so a file from elsewhere can do anything. Here it can only compute: no
 attributes, no loops, no calls but those listed, and every result is bounded before or as soon as it exists.
@@ -27,19 +27,37 @@ NEAR = 0.85  # max_iter is max_iters, but eval_batch_size is not batch_size
 Value: TypeAlias = "str | int | float | complex | list[Value] | tuple[Value, ...] | dict[Value, Value] | None"
 """A value that an expression may have."""
 _UNARY: dict[type, Callable[..., Value]] = {
-    ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Not: operator.not_, ast.Invert: operator.invert,
-}  # fmt: skip
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+    ast.Not: operator.not_,
+    ast.Invert: operator.invert,
+}
 _BINARY: dict[type, Callable[..., Value]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-    ast.LShift: operator.lshift, ast.RShift: operator.rshift,
-    ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor,
-}  # fmt: skip
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.LShift: operator.lshift,
+    ast.RShift: operator.rshift,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
+}
 _COMPARISONS: dict[type, Callable[..., bool]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-    ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
-    ast.In: lambda item, group: item in group, ast.NotIn: lambda item, group: item not in group,
-}  # fmt: skip
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda item, group: item in group,
+    ast.NotIn: lambda item, group: item not in group,
+}
 _CONVERSIONS: dict[int, Callable[[Value], str]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
 
 
@@ -49,20 +67,29 @@ def _round(number: float, digits: int | None = None) -> float:
     return round(number, digits)
 
 
-_FUNCTIONS: dict[str, Callable[..., Value]] = {
-    "str": str, "int": int, "float": float, "bool": bool, "len": len,
-    "min": min, "max": max, "round": _round, "abs": abs,
-}  # fmt: skip
+_BUILTINS = (str, int, float, bool, len, min, max, abs)
+_FUNCTIONS: dict[str, Callable[..., Value]] = {each.__name__: each for each in _BUILTINS} | {"round": _round}
 
 _WHAT = {
-    "Attribute": "an attribute access", "Call": "a call", "Lambda": "a lambda", "Subscript": "a subscript",
-    "ListComp": "a comprehension", "SetComp": "a comprehension", "DictComp": "a comprehension",
-    "GeneratorExp": "a comprehension", "NamedExpr": "an assignment inside an expression",
-    "Starred": "an unpacking", "Import": "an import", "ImportFrom": "an import", "Set": "a set",
-    "For": "a loop", "While": "a loop", "With": "a with block", "Try": "a try block", "Match": "a match",
-    "FunctionDef": "a function definition", "ClassDef": "a class definition", "Delete": "a deletion",
-    "Assert": "an assertion", "Raise": "a raise",
-}  # fmt: skip
+    **dict.fromkeys(("ListComp", "SetComp", "DictComp", "GeneratorExp"), "a comprehension"),
+    **dict.fromkeys(("Import", "ImportFrom"), "an import"),
+    **dict.fromkeys(("For", "While"), "a loop"),
+    "Attribute": "an attribute access",
+    "Call": "a call",
+    "Lambda": "a lambda",
+    "Subscript": "a subscript",
+    "NamedExpr": "an assignment inside an expression",
+    "Starred": "an unpacking",
+    "Set": "a set",
+    "With": "a with block",
+    "Try": "a try block",
+    "Match": "a match",
+    "FunctionDef": "a function definition",
+    "ClassDef": "a class definition",
+    "Delete": "a deletion",
+    "Assert": "an assertion",
+    "Raise": "a raise",
+}
 _HINTS = {
     "Import": "only `import time` may stay",
     "ImportFrom": "only `import time` may stay",

@@ -1,16 +1,17 @@
-"""Reads a command line in nanoGPT's habit: config files and `--key=value` in order, the later one winning."""
+"""Read a command line in nanoGPT's habit: config files and `--key=value` in order, the later one winning."""
 
 import ast
 import difflib
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from types import UnionType
+from typing import Generic
 
-from tightfit.config.pyfile import read_pyfile
-from tightfit.config.schema import C, SampleConfig, Schema, TrainConfig, checked, defaults
+from tightfit.config.pyfile import Value, read_pyfile
+from tightfit.config.schema import C, SampleConfig, Schema, Setting, TrainConfig, checked, defaults
 from tightfit.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -19,19 +20,19 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 @dataclass(frozen=True)
 class Resolved(Generic[C]):
-    """A configuration, and where each of its values came from."""
+    """A configuration and the source of each of its values."""
 
     config: C
     sources: dict[str, str]
     """For each key: "default", "configs/x.py:12" or "command line"."""
     warnings: tuple[str, ...]
-    """Sentences about names in config files that are no keys."""
+    """Sentences about names in config files that are not keys."""
 
 
 def read_config(
     schema: type[C], arguments: Sequence[str], *, warn: Callable[[str], object] | None = None
 ) -> Resolved[C]:
-    """The configuration that `arguments` ask for; `warn` is called with each warning.
+    """Read the configuration from `arguments`; call `warn` with each warning.
 
     >>> read_config(TrainConfig, ["--batch_size=8", "--max-iters", "1e5", "--no-compile"]).config.max_iters
     100000
@@ -39,7 +40,7 @@ def read_config(
     own = defaults(schema)
     # Sampling may name a training file, and the other way round: the other's keys are known, and left out.
     known = defaults(SampleConfig) | defaults(TrainConfig) | own
-    given: dict[str, tuple[object, str]] = {}
+    given: dict[str, tuple[Value, str]] = {}
     notes: list[str] = []
     rest = deque(arguments)
     while rest:
@@ -60,21 +61,21 @@ def read_config(
     return Resolved(schema(**values), sources, tuple(notes))
 
 
-def describe(resolved: Resolved[Any]) -> list[tuple[str, object, str]]:
-    """Key, value and source of what differs from the defaults, in the order of the schema."""
+def describe(resolved: Resolved[C]) -> list[tuple[str, object, str]]:
+    """Key, value and source of every value that differs from its default, in the order of the schema."""
     usual = defaults(type(resolved.config))
     found = ((key, getattr(resolved.config, key), source) for key, source in resolved.sources.items())
     return [(key, value, source) for key, value, source in found if value != usual[key]]
 
 
-def _checked_at(source: str, schema: type[Schema], key: str, value: object) -> Any:
+def _checked_at(source: str, schema: type[Schema], key: str, value: object) -> Setting:
     try:
         return checked(schema, key, value)
     except ConfigError as error:
         raise ConfigError(str(error) if source == COMMAND_LINE else f"{source}: {error}") from None
 
 
-def _option(schema: type[Schema], argument: str, rest: deque[str]) -> tuple[str, object]:
+def _option(schema: type[Schema], argument: str, rest: deque[str]) -> tuple[str, Value]:
     """One `--key=value`, `--key value`, `--key` or `--no-key`; takes its value from `rest` if it is there."""
     written, equals, text = argument[2:].partition("=")
     key, kinds = written.replace("-", "_"), schema.__annotations__
@@ -98,8 +99,8 @@ def _option(schema: type[Schema], argument: str, rest: deque[str]) -> tuple[str,
     return key, _from_text(kind, rest.popleft())
 
 
-def _from_text(kind: Any, text: str) -> object:
-    """What `text` means for a key of this type; the check later refuses text that means nothing to it."""
+def _from_text(kind: type | UnionType, text: str) -> Value:
+    """Read `text` for a key of this type; the check later refuses text that means nothing to it."""
     if kind in (bool, bool | str):
         word = text.strip("'\" ").lower()
         return _WORDS.get(word, word)
@@ -110,7 +111,7 @@ def _from_text(kind: Any, text: str) -> object:
     return value if isinstance(value, str) == (kind is str) else text
 
 
-def literal(text: str) -> object:
+def literal(text: str) -> Value:
     """The Python value that `text` writes down, or `text` itself; nothing is executed.
 
     >>> literal("1e5"), literal("out-owt")
@@ -119,13 +120,14 @@ def literal(text: str) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.literal_eval(text)
+            value: Value = ast.literal_eval(text)
+            return value
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 
 
-def _refuse_bare_key(argument: str, keys: dict[str, Any]) -> None:
-    """Names the mistake in `batch_size=8`, `-batch_size=8` and `batch_size 8`, which are no files."""
+def _refuse_bare_key(argument: str, keys: Container[str]) -> None:
+    """Name the mistake in `batch_size=8`, `-batch_size=8` and `batch_size 8`, which are no files."""
     name, equals, value = argument.lstrip("-").partition("=")
     if (equals or argument.startswith("-") or name in keys) and not os.path.exists(argument):
         raise ConfigError(f"{argument} is neither a file nor an option; write --{name}={value or 'VALUE'}")

@@ -1,14 +1,15 @@
-"""What a run is: nanoGPT's keys with their names, types, defaults and meaning, and tightfit's own.
+"""A run's configuration: nanoGPT's keys with their names, types, defaults and meaning, and tightfit's own.
 
-The object is checked when it is made, so the rest of the code trusts it. What depends on the machine is
-"auto" here and decided elsewhere. Training keys: karpathy/nanoGPT train.py; sampling keys: its sample.py.
+The object checks itself when it is made, so the rest of the code trusts it. Choices that depend on the machine are
+"auto" here, and other rooms make them. Training keys: karpathy/nanoGPT train.py; sampling keys: its sample.py.
 """
 
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeAlias, TypeVar
 
 from tightfit.errors import ConfigError
 from tightfit.units import parse_bytes
@@ -17,16 +18,31 @@ LOSSY = ("8bit_optimizer", "effective_batch", "bf16_parameters", "block_size")
 """Changes of the result that a plan makes only if `allow` names them."""
 LOSSY_KEYS = ("optimizer", "param_dtype", "block_size", "batch_size", "gradient_accumulation_steps")
 """Keys that such a change sets, also where they were given."""
-_OPENAI: dict[str, Any] = {"vocab_size": 50_257, "block_size": 1024, "bias": True}
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """torch.compile's modes that record CUDA graphs."""
-PRETRAINED: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, **_OPENAI},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, **_OPENAI},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, **_OPENAI},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, **_OPENAI},
+Setting: TypeAlias = bool | int | float | str
+"""A key's value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedShape:
+    """Shape of one of OpenAI's GPT-2s, as its hparams.json has it."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int = 50_257
+    block_size: int = 1024
+    bias: bool = True
+
+
+PRETRAINED = {
+    "gpt2": PretrainedShape(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": PretrainedShape(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": PretrainedShape(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": PretrainedShape(n_layer=48, n_head=25, n_embd=1600),
 }
-"""OpenAI's GPT-2s by the names that `init_from` takes, with their shapes (their hparams.json)."""
+"""OpenAI's GPT-2s by the names that `init_from` takes."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-_WANTED: dict[Any, str] = {
+_WANTED: dict[type | UnionType, str] = {
     bool: "True or False",
     int: "a whole number",
     float: "a finite number",
@@ -113,8 +129,8 @@ _WANTED: dict[Any, str] = {
 }
 
 
-def _typed(key: str, kind: Any, value: object) -> Any:
-    """`value` as the key's type: 1e5 is a whole number, 3 a number, 0 and 1 booleans; True is no number."""
+def _typed(key: str, kind: type | UnionType, value: object) -> Setting:
+    """Convert to the key's type: 1e5 is a whole number, 3 a number, 0 and 1 booleans; True is no number."""
     is_flag = kind in (bool, bool | str)
     match value:
         case bool() if is_flag:
@@ -146,22 +162,22 @@ class Schema:
 C = TypeVar("C", bound=Schema)
 
 
-def defaults(schema: type[Schema]) -> dict[str, Any]:
+def defaults(schema: type[Schema]) -> dict[str, Setting]:
     """Every key of `schema` with its default, in the order of the schema."""
-    return {field.name: field.default for field in fields(schema)}
+    return {field.name: getattr(schema, field.name) for field in fields(schema)}
 
 
-def checked(schema: type[Schema], key: str, value: object) -> Any:
-    """`value` as `key` of `schema` holds it; ConfigError if its type or range is wrong."""
-    value, rule = _typed(key, schema.__annotations__[key], value), _RULES.get(key)
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{key} must be below 2**63, got {_shown(value)}")
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ConfigError(f"{key} must be UTF-8 text without NUL, got {_shown(value)}")
-    if rule and not rule.holds(value):
+def checked(schema: type[Schema], key: str, value: object) -> Setting:
+    """The value that `key` of `schema` holds for `value`; ConfigError if its type or range is wrong."""
+    setting, rule = _typed(key, schema.__annotations__[key], value), _RULES.get(key)
+    if isinstance(setting, int) and abs(setting) >= 2**63:
+        raise ConfigError(f"{key} must be below 2**63, got {_shown(setting)}")
+    if isinstance(setting, str) and re.search("[\0\ud800-\udfff]", setting):
+        raise ConfigError(f"{key} must be UTF-8 text without NUL, got {_shown(setting)}")
+    if rule and not rule.holds(setting):
         hint = rule.hint or f"the default is {_shown(defaults(schema)[key])}"
-        raise ConfigError(f"{key} must be {rule.text}, got {_shown(value)}; {hint}")
-    return value
+        raise ConfigError(f"{key} must be {rule.text}, got {_shown(setting)}; {hint}")
+    return setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,22 +193,22 @@ class TrainConfig(Schema):
     eval_iters: int = 200
     """Batches of `batch_size` sequences averaged in one evaluation, for each split."""
     eval_only: bool = False
-    """Whether to end after the first evaluation."""
+    """Ends the run after the first evaluation."""
     always_save_checkpoint: bool = True
-    """Whether to save after every evaluation, or only when the validation loss is the best so far."""
+    """Saves after every evaluation; False: only when the validation loss is the best so far."""
     init_from: str = "scratch"
-    """Where the weights come from: scratch, resume (from `out_dir`), a GPT-2 by name, or a path."""
+    """Source of the weights: scratch, resume (from `out_dir`), a GPT-2 by name, or a path."""
     save_interval: int = 0
     """Steps between extra resume points; 0: at evaluations only."""
 
     wandb_log: bool = False
-    """Whether to log to Weights & Biases."""
+    """Logs to Weights & Biases."""
     wandb_project: str = "owt"
     """Its project."""
     wandb_run_name: str = "gpt2"
     """Its name for the run."""
     tensorboard_log: bool = False
-    """Whether to write TensorBoard event files into `out_dir`."""
+    """Writes TensorBoard event files into `out_dir`."""
 
     data_dir: str = "data"
     """Folder that holds the dataset folders."""
@@ -220,7 +236,7 @@ class TrainConfig(Schema):
     dropout: float = 0.0
     """Probability of dropping an activation; 0 for pretraining, 0.1 and up for finetuning."""
     bias: bool = False
-    """Whether linear layers and LayerNorms have biases."""
+    """Gives linear layers and LayerNorms biases."""
     vocab_size: int = 0
     """Tokens in the vocabulary; 0: the dataset's, or 50304 if it names none."""
 
@@ -238,7 +254,7 @@ class TrainConfig(Schema):
     """Largest norm of the gradient; 0: no limit."""
 
     decay_lr: bool = True
-    """Whether the learning rate follows warmup and cosine decay, or stays at `learning_rate`."""
+    """Uses warmup and cosine decay; False: the learning rate stays at `learning_rate`."""
     warmup_iters: int = 2000
     """Steps over which the learning rate rises from near 0."""
     lr_decay_iters: int = 600_000
@@ -249,23 +265,23 @@ class TrainConfig(Schema):
     backend: str = "auto"
     """torch.distributed's backend."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    """Device that computes: auto, cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
     """Number format of the matrix products: auto, float32, bfloat16 or float16."""
     compile: bool | str = "auto"
-    """Whether to use torch.compile; auto: where the hardware gains by it."""
+    """Uses torch.compile; auto: on hardware that gains by it."""
     mode: str = "default"
     """torch.compile's mode."""
     loss: str = "auto"
-    """How the loss is computed: full (all logits at once), chunked, liger, or auto."""
+    """Computation of the loss: full (all logits at once), chunked, liger, or auto."""
     activation_checkpointing: int = 0
     """Transformer blocks, from the first, that are recomputed in backward instead of kept."""
     activation_memory_budget: float = 1.0
-    """Share of what a compiled step would keep for backward that it may keep; it recomputes the rest."""
+    """Share of a compiled step's saved activations that it may keep for backward; it recomputes the rest."""
     optimizer: str = "adamw"
-    """adamw, or adamw_8bit: torchao's, whose moments take a quarter of the memory, which is lossy."""
+    """adamw, or adamw_8bit: torchao's, with moments in a quarter of the memory, which is lossy."""
     offload: str = "none"
-    """What is kept in host memory: none, optimizer (its state, gradients and full weights), activations (the inputs of
+    """State kept in host memory: none, optimizer (its state, gradients and full weights), activations (the inputs of
     recomputed blocks), or both as optimizer,activations."""
     param_dtype: str = "float32"
     """Number format of weights, gradients and moments: float32, or bfloat16, which is lossy."""
@@ -273,18 +289,18 @@ class TrainConfig(Schema):
     """Seed of initialization, data order and dropout."""
 
     fit: str = "auto"
-    """Whether what is left open above is chosen to fit the device: auto, or off for nanoGPT's literal behaviour."""
+    """Choice of the keys left open above: auto fits the device, off is nanoGPT's literal behaviour."""
     probe: str = "auto"
-    """Whether the best plans are timed on the device before the run: on, off, or auto for long runs on CUDA."""
+    """Times the best plans on the device before the run: on, off, or auto for long runs on CUDA."""
     allow: str = ""
-    """Lossy changes that a plan may make where nothing else fits: 8bit_optimizer, effective_batch, bf16_parameters,
+    """Lossy changes that a plan may make if nothing else fits: 8bit_optimizer, effective_batch, bf16_parameters,
     block_size."""
     memory: str = "auto"
-    """Memory that the run may use: auto for what is free, or a size such as 8GiB."""
+    """Memory that the run may use: auto for all that is free, or a size such as 8GiB."""
     recover: bool = True
-    """Whether an out-of-memory error is survived with a smaller plan."""
+    """Continues with a smaller plan after an out-of-memory error."""
     supervise: bool | str = "auto"
-    """Whether another process starts the run again if the system kills it; auto: from 1000 steps on."""
+    """Has another process restart the run if the system kills it; auto: from 1000 steps on."""
 
     sample_at_end: int = 0
     """Tokens to sample after training; 0: none."""
@@ -338,7 +354,7 @@ class TrainConfig(Schema):
         return _words(self.allow)
 
     def offloads(self, what: str) -> bool:
-        """Whether "optimizer" or "activations" are in host memory."""
+        """Return True if `what`, "optimizer" or "activations", is in host memory."""
         return what in _words(self.offload)
 
     @property
@@ -357,7 +373,7 @@ class SampleConfig(Schema):
     """Text drawn from a trained model."""
 
     init_from: str = "resume"
-    """Where the weights come from: resume (from `out_dir`), a GPT-2 by name, or a path."""
+    """Source of the weights: resume (from `out_dir`), a GPT-2 by name, or a path."""
     out_dir: str = "out"
     """Folder of the checkpoint; used by resume only."""
     data_dir: str = "data"
@@ -371,15 +387,15 @@ class SampleConfig(Schema):
     temperature: float = 0.8
     """Divides the logits: below 1 less random, above 1 more."""
     top_k: int = 200
-    """How many of the likeliest tokens may be drawn."""
+    """Number of the likeliest tokens that may be drawn."""
     seed: int = 1337
     """Seed of the draws."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:N or mps."""
+    """Device that computes: auto, cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
     """Number format of the matrix products: auto, float32, bfloat16 or float16."""
     compile: bool | str = False
-    """Whether to use torch.compile; auto: where the hardware gains by it."""
+    """Uses torch.compile; auto: on hardware that gains by it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -394,5 +410,5 @@ def to_dict(config: Schema) -> dict[str, bool | int | float | str]:
 
 def from_dict(schema: type[C], mapping: Mapping[str, object]) -> tuple[C, tuple[str, ...]]:
     """The configuration in a checkpoint of tightfit or nanoGPT, and the names of entries that are no keys."""
-    known: dict[str, Any] = {key: value for key, value in mapping.items() if key in defaults(schema)}
+    known = {key: value for key, value in mapping.items() if key in defaults(schema)}
     return schema(**known), tuple(str(key) for key in mapping if key not in known)

@@ -81,7 +81,7 @@ def variant_of(config: TrainConfig, card: Card) -> Variant:
     shape: dict[str, Any] = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
                              "vocab_size": vocabulary_of(config), "bias": config.bias}  # fmt: skip
     if config.init_from in PRETRAINED:
-        shape |= {key: PRETRAINED[config.init_from][key] for key in _LOADED}
+        shape |= {key: getattr(PRETRAINED[config.init_from], key) for key in _LOADED}
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if card.capability >= (8, 0) else "float16"

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -158,7 +158,7 @@ def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
     """The shape of what `fetch_pretrained` gives, without fetching or reading any weights."""
     name = str(name_or_path)
     if name in PRETRAINED:
-        return GPTConfig(**PRETRAINED[name], activation="gelu_tanh")
+        return GPTConfig(**asdict(PRETRAINED[name]), activation="gelu_tanh")
     folder = _folder(name)
     settings = _read_json(folder / _CONFIG)
     config = _read_config(settings, folder / _CONFIG)

@@ -1,25 +1,45 @@
-"""One finding of doctor: which check, how it came out, and the facts that its sentence fills in."""
+"""One finding of doctor: the check, its outcome, and the facts that its sentences fill in."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
 
+import msgspec
+
+from tightfit.system.nvml import Failure
 from tightfit.wording.system import Words
 
 Status = Literal["ok", "warning", "problem", "unknown"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """Said by `outcome` in the table `name` of a language's words; its next step, if any, by `outcome_next`."""
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that has memory on a card."""
+
+    name: str
+    pid: int
+    used_bytes: int | None
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a card that MIG divides."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+
+Fact: TypeAlias = str | int | float | Sequence[str] | Sequence[Program] | Sequence[Part] | Failure | None
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """A finding. Its sentence is `outcome` in the table `name` of the wording, its next step `outcome_next`."""
 
     name: str
     outcome: str
     status: Status
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the sentences fill in: sizes in bytes, names, lists."""
+    facts: Mapping[str, Fact] = {}
+    """Values for the sentences: sizes in bytes, names, lists."""
     card: int | None = None
-    """The card that this is about, by NVML's number; None if it is about the machine."""
+    """NVML's number of the card; None for a finding about the machine."""
 
     def title(self, words: Words) -> str:
         title = words(self.name, "title")
@@ -32,11 +52,9 @@ class Check:
         key = f"{self.outcome}_next"
         return words(self.name, key, **self._values(words)) if words.has(self.name, key) else ""
 
-    def _values(self, words: Words) -> dict[str, Any]:
+    def _values(self, words: Words) -> dict[str, Fact]:
         """The facts, with NVML's failure as its sentence."""
-        failure = self.facts.get("failure")
-        return (
-            {**self.facts, "failure": words("nvml", failure["kind"], detail=failure["detail"])}
-            if failure
-            else dict(self.facts)
-        )
+        return {
+            name: fact.sentence(words.language) if isinstance(fact, Failure) else fact
+            for name, fact in self.facts.items()
+        }

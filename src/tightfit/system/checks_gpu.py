@@ -1,23 +1,23 @@
-"""What doctor says of the cards: found, driver, memory, who uses it, number formats, MIG, ECC, spilling."""
+"""Doctor's checks of the cards: found, driver, memory, processes, number formats, MIG, ECC, spilling."""
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from typing import Any
+
+from msgspec.structs import replace
 
 from tightfit.config import TrainConfig
 from tightfit.errors import DeviceError
 from tightfit.gpus import GPU, find_gpu, resolve_gpu
-from tightfit.system.checks import Check, Status
+from tightfit.system.checks import Check, Fact, Part, Program, Status
 from tightfit.system.machine import Machine
-from tightfit.system.nvml import GpuMemory, GpuProcess
+from tightfit.system.nvml import Failure, GpuMemory, GpuProcess
 from tightfit.system.torch_build import SUPPORTED, dotted, hidden_by_environment
 from tightfit.units import MIB
 
 MAX_AUTOTUNE_SMS = 68
-"""torch/_inductor/utils.py, is_big_gpu: below this torch.compile prints "Not enough SMs"."""
+"""Below this torch.compile prints "Not enough SMs" (torch/_inductor/utils.py, is_big_gpu)."""
 BUSY_BYTES = 512 * MIB
-"""Other programs' memory that is worth a warning: a desktop at rest uses less."""
+"""Memory of other programs that deserves a warning: a desktop at rest uses less."""
 _LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """For any CUDA of this major version on Linux: table "minor version compatibility" of the CUDA release notes."""
 
@@ -26,7 +26,7 @@ _OLDEST_BUILT = 12
 
 
 def torch_checks(machine: Machine) -> Iterator[Check]:
-    """Whether torch is there, of a known version, and built for the card that is."""
+    """The installed torch: its version, and the cards that it was built for."""
     torch = machine.torch
     if torch is None:
         yield Check(name="torch", outcome="missing", status="problem")
@@ -59,7 +59,7 @@ def gpu_checks(machine: Machine, config: TrainConfig | None) -> Iterator[Check]:
 
 
 def table_entry(card: GpuMemory) -> GPU | None:
-    """The card in our table; where a name has two sizes, its memory decides. None if it is not there."""
+    """The card's entry in `gpus.csv`; where a name has two sizes, its memory decides. None for an unknown card."""
     if found := find_gpu(card.name):
         return found
     try:
@@ -76,20 +76,15 @@ def _counted(names: list[str]) -> list[str]:
     return [f"{count} x {name}" if count > 1 else name for name, count in Counter(names).items()]
 
 
-def _why(machine: Machine) -> dict[str, str]:
-    failure = machine.cards.failure
-    return asdict(failure) if failure else {"kind": "no_cards", "detail": ""}
-
-
 def _found(machine: Machine, config: TrainConfig | None) -> Check:
     wanted = config is not None and config.device.startswith("cuda")
     lacking: Status = "problem" if wanted else "warning"
     if machine.cards.cards:
         return _cards_found(machine, lacking)
     failure, torch = machine.cards.failure, machine.torch
-    why = {"failure": _why(machine)}
+    why = {"failure": failure or Failure("no_cards")}
     if torch and torch.devices:
-        facts = {**why, "names": _counted([each.name for each in torch.devices])}
+        facts: dict[str, Fact] = {**why, "names": _counted([each.name for each in torch.devices])}
         return Check(name="gpu", outcome="amd" if torch.hip else "only_torch", status="unknown", facts=facts)
     if failure and failure.kind in ("no_driver", "mismatch", "lost"):
         return Check(name="gpu", outcome="broken", status="problem", facts=why)
@@ -103,9 +98,9 @@ def _found(machine: Machine, config: TrainConfig | None) -> Check:
 
 
 def _cards_found(machine: Machine, lacking: Status) -> Check:
-    """NVML has cards; torch may not see them all the same."""
+    """The cards that NVML reports, and reasons for which torch has none of them."""
     cards, torch = machine.cards.cards, machine.torch
-    facts: dict[str, Any] = {"names": _counted([card.name for card in cards]), "count": len(cards)}
+    facts: dict[str, Fact] = {"names": _counted([card.name for card in cards]), "count": len(cards)}
     hidden = hidden_by_environment(machine.environ)
     if hidden is not None:
         return Check(name="gpu", outcome="hidden", status=lacking, facts={**facts, "value": hidden})
@@ -116,7 +111,7 @@ def _cards_found(machine: Machine, lacking: Status) -> Check:
 
 
 def _driver(machine: Machine) -> Check:
-    """Any driver of a major version of CUDA serves all its minor versions (NVIDIA's minor version compatibility)."""
+    """The driver's CUDA against torch's. Any minor version of the same major works (NVIDIA's compatibility rule)."""
     has, torch = machine.cards.cuda_version, machine.torch
     facts = {"driver": machine.cards.driver or "?"}
     if has is None:
@@ -187,7 +182,7 @@ def _processes(machine: Machine, card: GpuMemory) -> Iterator[Check]:
         else:
             yield Check(name="processes", outcome="none", status="ok")
         return
-    facts = {"who": [_said(process) for process in others], "used_bytes": used}
+    facts: dict[str, Fact] = {"who": [_program(process) for process in others], "used_bytes": used}
     if used is None or any(process.used_bytes is None for process in others):
         yield Check(name="processes", outcome="some_unmeasured", status="unknown", facts=facts)
         return
@@ -207,19 +202,17 @@ def _kill(pids: list[int]) -> str:
     return "kill " + " ".join(map(str, pids))
 
 
-def _said(process: GpuProcess) -> dict[str, object]:
-    return {"name": process.name or "?", "pid": process.pid, "used_bytes": process.used_bytes}
+def _program(process: GpuProcess) -> Program:
+    return Program(name=process.name or "?", pid=process.pid, used_bytes=process.used_bytes)
 
 
 def _mig(machine: Machine, card: GpuMemory) -> Check:
-    """A process uses one part of a card that MIG divides; without a part CUDA sees no device."""
-    parts = [
-        {"name": part.name, "free_bytes": part.free_bytes, "total_bytes": part.total_bytes} for part in card.instances
-    ]
+    """The parts of a card that MIG divides. A process uses one of them; without a part CUDA has no device."""
+    parts = [Part(name=part.name, free_bytes=part.free_bytes, total_bytes=part.total_bytes) for part in card.instances]
     if not parts:
         return Check(name="mig", outcome="empty", status="problem", facts={"index": card.index})
     chosen = machine.environ.get("CUDA_VISIBLE_DEVICES", "")
-    facts = {"parts": parts, "count": len(parts), "uuid": card.instances[0].uuid, "chosen": chosen}
+    facts: dict[str, Fact] = {"parts": parts, "count": len(parts), "uuid": card.instances[0].uuid, "chosen": chosen}
     if chosen.startswith("MIG-"):
         return Check(name="mig", outcome="chosen", status="ok", facts=facts)
     return Check(name="mig", outcome="on", status="warning", facts=facts)
@@ -234,7 +227,7 @@ def _multiprocessors(machine: Machine, card: GpuMemory) -> Check:
 
 
 def _sm_count(machine: Machine, card: GpuMemory) -> int | None:
-    """As torch, a MIG part or our table says."""
+    """Multiprocessors of a MIG part, of torch's device or of the table's entry."""
     if card.instances:
         return card.instances[0].sm_count
     devices = machine.torch.devices if machine.torch else ()

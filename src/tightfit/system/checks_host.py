@@ -1,4 +1,4 @@
-"""What doctor says of the machine around the cards: memory, limits, shared memory, compilers, allocator settings."""
+"""Doctor's checks around the cards: host memory, limits, shared memory, compilers, allocator settings."""
 
 import difflib
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tightfit.allocator.settings import IGNORED_KEYS, VARIABLES, AllocatorSettings
 from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError
-from tightfit.system.checks import Check
+from tightfit.system.checks import Check, Fact
 from tightfit.system.machine import Machine
 from tightfit.units import GIB
 
@@ -15,7 +15,7 @@ LOW_HOST_BYTES = 2 * GIB
 """Below this a run is in danger: torch 2.13 for processors takes 0.22 GiB once loaded, CUDA builds several times that,
 and a new model and its checkpoints pass through host memory too."""
 SMALL_SHM_BYTES = GIB
-"""Docker gives 64 MiB unless told otherwise; NCCL's and data loaders' shared buffers are larger."""
+"""Docker gives 64 MiB by default; the shared buffers of NCCL and data loaders are larger."""
 ALLOCATOR_KEYS = IGNORED_KEYS | {
     "backend", "expandable_segments", "garbage_collection_threshold", "large_segment_size_mb",
     "max_non_split_rounding_mb", "max_split_size_mb", "per_process_memory_fraction", "roundup_power2_divisions",
@@ -26,7 +26,7 @@ _NATIVE_ONLY = ALLOCATOR_KEYS - {"backend", "per_process_memory_fraction"}
 
 
 def host_checks(machine: Machine, config: TrainConfig | None) -> Iterator[Check]:
-    """Everything that is no card."""
+    """Every check of the machine around its cards."""
     yield _host_memory(machine)
     yield from _limits(machine)
     yield _shared_memory(machine)
@@ -49,7 +49,11 @@ def _limits(machine: Machine) -> Iterator[Check]:
     if tightest is None:
         yield Check(name="limits", outcome="none", status="ok")
         return
-    facts = {"source": tightest.source, "limit_bytes": tightest.limit_bytes, "left_bytes": tightest.left_bytes}
+    facts: dict[str, Fact] = {
+        "source": tightest.source,
+        "limit_bytes": tightest.limit_bytes,
+        "left_bytes": tightest.left_bytes,
+    }
     low = tightest.left_bytes < LOW_HOST_BYTES
     yield Check(name="limits", outcome="low" if low else "limit", status="warning" if low else "ok", facts=facts)
     space = [limit for limit in machine.host.limits if limit.source == "RLIMIT_AS"]
@@ -70,7 +74,7 @@ def _shared_memory(machine: Machine) -> Check:
 
 
 def _compile(machine: Machine, config: TrainConfig | None) -> Iterator[Check]:
-    """On cards torch.compile needs triton, a C compiler and Python.h; on processors a C++ compiler."""
+    """Tools of torch.compile: on cards triton, a C compiler and Python.h; on processors a C++ compiler."""
     found = machine.compilers
     if config is not None and config.compile is False:
         yield Check(name="compile", outcome="off", status="ok")
@@ -100,7 +104,7 @@ def _compile(machine: Machine, config: TrainConfig | None) -> Iterator[Check]:
 
 
 def _allocator(machine: Machine) -> Iterator[Check]:
-    """The variables as PyTorch reads them: the first of VARIABLES that is set counts, alone."""
+    """The allocator's variables as PyTorch reads them: only the first of VARIABLES that is set counts."""
     environ = machine.environ
     given = {variable: environ[variable] for variable in VARIABLES if variable in environ}
     yield from _misspelt_variables(machine)

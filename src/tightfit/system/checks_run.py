@@ -1,10 +1,9 @@
-"""What doctor says of one run on this machine: its keys, its dataset, its disk. Lower bounds only: plans know more."""
+"""Doctor's checks of one run on this machine: keys, dataset, disk. Sizes are lower bounds; a plan predicts more."""
 
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.data import Dataset, open_dataset
@@ -16,7 +15,7 @@ from tightfit.models.shape import (
     parameter_count,
     state_bytes,
 )
-from tightfit.system.checks import Check
+from tightfit.system.checks import Check, Fact
 from tightfit.system.machine import Machine, space
 from tightfit.system.nvml import GpuMemory
 
@@ -25,7 +24,7 @@ _HEAD_MULTIPLE = 8
 
 
 def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Collection[str]) -> Iterator[Check]:
-    """`prepares_itself`: datasets that training makes when they are missing."""
+    """Every check of a run; `prepares_itself` names datasets that training prepares when they are missing."""
     if config is None:
         yield Check(name="config", outcome="not_given", status="unknown")
         return
@@ -39,7 +38,7 @@ def run_checks(machine: Machine, config: TrainConfig | None, prepares_itself: Co
 def known_parameters(config: TrainConfig, vocab_size: int | None = None) -> int | None:
     """Parameters of the run, with the dataset's `vocab_size`; None if the file of its weights decides."""
     if config.init_from in PRETRAINED:
-        return parameter_count(replace(config, **PRETRAINED[config.init_from]))
+        return parameter_count(PRETRAINED[config.init_from])
     if config.init_from != "scratch":
         return None
     return parameter_count(replace(config, vocab_size=config.vocab_size or vocab_size or 0))
@@ -47,7 +46,7 @@ def known_parameters(config: TrainConfig, vocab_size: int | None = None) -> int 
 
 def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> tuple[Dataset | None, Check]:
     folder = Path(config.data_dir) / config.dataset
-    facts: dict[str, Any] = {"folder": str(folder), "dataset": config.dataset}
+    facts: dict[str, Fact] = {"folder": str(folder), "dataset": config.dataset}
     if config.dataset in prepares_itself and not (folder / "train.bin").exists():
         return None, Check(name="dataset", outcome="made_by_train", status="ok", facts=facts)
     try:
@@ -65,7 +64,7 @@ def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> tuple[Dat
 
 
 def _disk(config: TrainConfig, parameters: int | None) -> Check:
-    """At most: ckpt.pt, the one before it and the one being written; save_interval adds the two of last.pt."""
+    """Space for the most checkpoints: ckpt.pt, the one before, the one in writing; save_interval adds two last.pt."""
     folder = Path(config.out_dir)
     there, saved = space(folder), folder / "ckpt.pt"
     each = CHECKPOINT_BYTES * parameters if parameters else saved.stat().st_size if saved.is_file() else None
@@ -76,8 +75,8 @@ def _disk(config: TrainConfig, parameters: int | None) -> Check:
         free = there.free_bytes if there else 0
         return Check(name="disk", outcome="size_unknown", status="unknown", facts={"free_bytes": free})
     files = 5 if config.save_interval else 3
-    facts = {"folder": str(folder), "free_bytes": there.free_bytes, "each_bytes": each, "files": files}
-    facts["needed_bytes"] = files * each
+    facts: dict[str, Fact] = {"folder": str(folder), "free_bytes": there.free_bytes, "each_bytes": each}
+    facts |= {"files": files, "needed_bytes": files * each}
     if there.free_bytes < each:
         return Check(name="disk", outcome="full", status="problem", facts=facts)
     if there.free_bytes < files * each:
@@ -86,7 +85,7 @@ def _disk(config: TrainConfig, parameters: int | None) -> Check:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself or, while it does not exist, the one in which it would be made."""
+    """The folder itself, or its nearest parent that exists."""
     return next((each for each in (folder, *folder.absolute().parents) if each.exists()), folder)
 
 
@@ -115,7 +114,7 @@ def _device_findings(machine: Machine, config: TrainConfig) -> Iterator[Check]:
 
 
 def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None) -> Iterator[Check]:
-    """Weights, gradients and moments alone, against what there is; activations come on top."""
+    """Weights, gradients and moments against the memory there is; activations come on top."""
     if parameters is None:
         return
     facts = {"parameters": parameters, "state_bytes": parameters * state_bytes(config)}
@@ -140,7 +139,7 @@ def _size_findings(machine: Machine, config: TrainConfig, parameters: int | None
 
 
 def _chosen_card(machine: Machine, config: TrainConfig) -> tuple[int, int] | None:
-    """Free and usable bytes of the card, or part of a card, with the most of them; None if the run is not on one."""
+    """Free and usable bytes of the card, or MIG part, that has most; None for a run on no card."""
     if config.device in ("cpu", "mps"):
         return None
     sizes = [
@@ -152,7 +151,7 @@ def _chosen_card(machine: Machine, config: TrainConfig) -> tuple[int, int] | Non
 
 
 def _usable(card: GpuMemory) -> GpuMemory:
-    """The card without what the driver keeps for itself."""
+    """The card without the driver's reserve."""
     return replace(card, total_bytes=card.total_bytes - (card.reserved_bytes or 0))
 
 

@@ -1,16 +1,16 @@
-"""doctor: every check of this machine and, where one is given, of a run on it; as a table or for machines."""
+"""Every check of this machine and, if one is given, of a run on it; as a table or as JSON."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
+import msgspec
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tightfit.config import TrainConfig
-from tightfit.system.checks import Check, Status
+from tightfit.system.checks import Check, Fact, Status
 from tightfit.system.checks_gpu import gpu_checks, torch_checks
 from tightfit.system.checks_host import host_checks
 from tightfit.system.checks_run import run_checks
@@ -29,7 +29,7 @@ def diagnose(
 ) -> list[Check]:
     """Every check, in the order in which a person would look: cards, torch, host, run.
 
-    `prepares_itself` names the datasets that training makes when they are missing.
+    `prepares_itself` names the datasets that training prepares when they are missing.
     """
     return [
         *gpu_checks(machine, config),
@@ -43,25 +43,45 @@ def has_problem(checks: Sequence[Check]) -> bool:
     return any(check.status == "problem" for check in checks)
 
 
-def as_json(checks: Sequence[Check], words: Words) -> dict[str, Any]:
-    """The same facts for machines; sizes are bytes."""
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A check as `--json` prints it; sizes are bytes."""
+
+    check: str
+    card: int | None
+    status: Status
+    outcome: str
+    sentence: str
+    next_step: str
+    facts: Mapping[str, Fact]
+
+
+class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
+    """Doctor's `--json`."""
+
+    problem: bool
+    counts: dict[Status, int]
+    checks: list[Row]
+
+
+def diagnosis(checks: Sequence[Check], words: Words) -> Diagnosis:
+    """Every check with its sentences in one language."""
     rows = [
-        {
-            "check": check.name,
-            "card": check.card,
-            "status": check.status,
-            "outcome": check.outcome,
-            "sentence": check.sentence(words),
-            "next_step": check.next_step(words),
-            "facts": dict(check.facts),
-        }
+        Row(
+            check=check.name,
+            card=check.card,
+            status=check.status,
+            outcome=check.outcome,
+            sentence=check.sentence(words),
+            next_step=check.next_step(words),
+            facts=check.facts,
+        )
         for check in checks
     ]
-    return {"problem": has_problem(checks), "counts": _counts(checks), "checks": rows}
+    return Diagnosis(problem=has_problem(checks), counts=_counts(checks), checks=rows)
 
 
 def print_table(checks: Sequence[Check], words: Words, console: Console) -> None:
-    """A row a check: how it is, what was looked at, the sentence with the next step below it; then the counts."""
+    """Print one row a check: status, title, the sentence with the next step below it; then the counts."""
     statuses = [words("words", status) for status in _STATUSES]
     titles = [check.title(words) for check in checks]
     used = max(map(cell_len, statuses)) + max(map(cell_len, titles)) + 2 * _GAP
@@ -94,6 +114,6 @@ def _summary(checks: Sequence[Check], words: Words) -> Text:
     return Text(words("words", "separator")).join(parts)
 
 
-def _counts(checks: Sequence[Check]) -> dict[str, int]:
+def _counts(checks: Sequence[Check]) -> dict[Status, int]:
     found = Counter(check.status for check in checks)
     return {status: found[status] for status in _STATUSES}

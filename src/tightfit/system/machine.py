@@ -1,4 +1,4 @@
-"""Everything that doctor looks at, read once: cards, torch, host memory, compilers, disks, environment."""
+"""The facts that doctor checks, read once: cards, torch, host memory, compilers, disks, environment."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ class Space:
 
 @dataclass(frozen=True, kw_only=True)
 class Compilers:
-    """What torch.compile needs beside torch."""
+    """Tools that torch.compile needs besides torch."""
 
     c: str | None
     """The C compiler that builds triton's launchers; None if there is none."""
@@ -38,7 +38,7 @@ class Compilers:
     triton: str | None
     """Its version."""
     python_headers: bool
-    """Whether Python.h is there, which the launchers include."""
+    """True if Python.h exists, which the launchers include."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +52,15 @@ class Machine:
     shm: Space | None
     """/dev/shm, through which processes share memory; None where there is none."""
     vendors: frozenset[str]
-    """Who made the graphics cards that the bus shows: nvidia, amd, intel, apple."""
+    """Makers of the graphics cards on the bus: nvidia, amd, intel, apple."""
     environ: Mapping[str, str]
     platform: str
-    """As sys.platform."""
+    """sys.platform."""
     wsl: bool
 
 
 def read_machine() -> Machine:
-    """NVML is asked before torch starts CUDA, so that this process does not count itself."""
+    """Read every fact; NVML first, before torch starts CUDA and puts this process on the card."""
     cards = read_cards()
     return Machine(
         cards=cards,
@@ -76,7 +76,7 @@ def read_machine() -> Machine:
 
 
 def space(folder: Path) -> Space | None:
-    """The file system that holds `folder`, or that would if it were made."""
+    """The file system of `folder`, or of its nearest parent if it does not exist."""
     for existing in (folder, *folder.absolute().parents):
         if existing.exists():
             if folder == Path("/dev/shm") and existing != folder:
@@ -87,7 +87,7 @@ def space(folder: Path) -> Space | None:
 
 
 def gpu_vendors(root: Path = Path("/")) -> frozenset[str]:
-    """Class 0x03 of the PCI bus is displays and 3D controllers. Seen even where no driver is loaded."""
+    """Makers of displays and 3D controllers (class 0x03) on the PCI bus, also where no driver is loaded."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return frozenset({"apple"})
     found = set()

@@ -167,7 +167,7 @@ def _number(path: Path) -> int | None:
 
 
 def _file_cache_bytes(path: Path, version: int) -> int:
-    """File cache that the group gives back before it runs short; files in /dev/shm are no part of it."""
+    """File cache that the group gives back before it runs short; files in /dev/shm do not count."""
     prefix = "total_" if version == 1 else ""
     rows = (line.split() for line in _text(path).splitlines())
     wanted = {f"{prefix}active_file", f"{prefix}inactive_file"}

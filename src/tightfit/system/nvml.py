@@ -1,7 +1,7 @@
-"""What NVIDIA's management library says of every card: memory, who uses it, and the card's state.
+"""Facts of every card from NVML, NVIDIA's management library: memory, the processes that use it, the card's state.
 
-NVML is read through nvidia-ml-py, which may be absent, as may the library or the driver below it: then there is a
-`Failure` with a sentence and no card. A single fact that a card or driver does not give is None.
+nvidia-ml-py reads NVML. Where it, the library or the driver is missing, there is a `Failure` and no card. A fact that
+one card or driver does not report is None.
 """
 
 import contextlib
@@ -12,20 +12,24 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from types import ModuleType
+from typing import Literal, NewType, Protocol, Self, TypeVar
+
+import msgspec
 
 from tightfit.wording.system import words
 
 T = TypeVar("T")
-FailureKind = Literal["no_bindings", "no_library", "no_driver", "mismatch", "not_allowed", "lost", "other"]
+Handle = NewType("Handle", object)
+"""NVML's opaque pointer to a card or a part of one."""
+FailureKind = Literal["no_bindings", "no_library", "no_driver", "mismatch", "not_allowed", "lost", "other", "no_cards"]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why NVML tells nothing."""
+class Failure(msgspec.Struct, frozen=True):
+    """The reason for which NVML reports nothing."""
 
     kind: FailureKind
-    detail: str
+    detail: str = ""
     """NVML's own words."""
 
     def sentence(self, language: str = "en") -> str:
@@ -38,16 +42,16 @@ class GpuProcess:
 
     pid: int
     name: str | None
-    """The program's file name; None if it runs out of sight, as outside this container."""
+    """The program's file name; None for a process that is not visible here, as outside this container."""
     used_bytes: int | None
-    """None where the operating system keeps it to itself (Windows, WSL)."""
+    """None where the operating system does not report it (Windows, WSL)."""
     draws: bool = False
-    """Whether it only draws: the desktop, a browser."""
+    """True for a process that only draws: the desktop, a browser."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MigInstance:
-    """A part of a card that MIG has cut off; a process uses one of them."""
+    """A part of a card that MIG divides; a process uses one of them."""
 
     name: str
     uuid: str
@@ -66,18 +70,18 @@ class GpuMemory:
     name: str
     uuid: str
     total_bytes: int
-    """As nvidia-smi shows it: CUDA's total and `reserved_bytes` together."""
+    """The total that nvidia-smi shows: CUDA's and `reserved_bytes` together."""
     free_bytes: int
     reserved_bytes: int | None
-    """What the driver keeps for itself; None if this driver does not say."""
+    """The driver's reserve; None if this driver does not report it."""
     own_bytes: int | None
-    """What this process has on the card; None if it is not known."""
+    """Bytes of this process on the card; None if NVML does not report them."""
     others: tuple[GpuProcess, ...] | None
-    """The other processes on the card, largest first; None if NVML does not say."""
+    """The other processes on the card, largest first; None if NVML does not report them."""
     capability: tuple[int, int] | None
     """Compute capability: major, minor."""
     ecc: bool | None
-    """Whether error correction is on; None for a card without it."""
+    """True with error correction on; None for a card without it."""
     ecc_errors: int | None
     """Errors since the driver was loaded that could not be corrected."""
     mig: bool | None
@@ -86,7 +90,7 @@ class GpuMemory:
     utilisation: float | None
     """Share of the last moments in which a kernel ran, 0 to 1."""
     spills_to_host: bool
-    """Whether an allocation beyond the card goes to host memory, slowly, instead of failing (Windows, WSL)."""
+    """True where an allocation beyond the card goes to slow host memory instead of failing (Windows, WSL)."""
 
     @property
     def used_bytes(self) -> int:
@@ -109,17 +113,17 @@ class GpuMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Cards:
-    """All cards that NVML sees, or why it sees none."""
+    """All cards that NVML reports, or its failure."""
 
     cards: tuple[GpuMemory, ...] = ()
     driver: str | None = None
     cuda_version: tuple[int, int] | None = None
-    """The newest CUDA that the driver serves."""
+    """The newest CUDA that the driver supports."""
     failure: Failure | None = None
 
 
 def gpu_memory(index: int | str = 0) -> tuple[GpuMemory | None, str]:
-    """The card with this NVML number or UUID, or None and a sentence that says why it is not seen."""
+    """The card with this NVML number or UUID, or None and a sentence with the reason."""
     found = read_cards()
     for card in found.cards:
         if index in (card.index, card.uuid):
@@ -130,7 +134,7 @@ def gpu_memory(index: int | str = 0) -> tuple[GpuMemory | None, str]:
 
 
 def read_cards() -> Cards:
-    """Every card's state now; never raises for what NVML lacks. To read often, keep an `NvmlSession`."""
+    """Every card's state now; a missing NVML raises nothing. To read often, keep an `NvmlSession`."""
     with NvmlSession() as session:
         return session.read()
 
@@ -139,7 +143,7 @@ class NvmlSession:
     """NVML kept open: starting it can take longer than all its answers. `with NvmlSession() as nvml: nvml.read()`."""
 
     def __init__(self) -> None:
-        self._nvml: Any = None
+        self._nvml: ModuleType | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -169,7 +173,7 @@ class NvmlSession:
             self._nvml = None
 
 
-def _failure(nvml: Any, error: Exception) -> Failure:
+def _failure(nvml: ModuleType, error: Exception) -> Failure:
     kinds: dict[int, FailureKind] = {
         nvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no_library",
         nvml.NVML_ERROR_DRIVER_NOT_LOADED: "no_driver",
@@ -181,10 +185,17 @@ def _failure(nvml: Any, error: Exception) -> Failure:
     return Failure(kinds.get(getattr(error, "value", -1), "other"), str(error))
 
 
-class _Reader:
-    """NVML between init and shutdown."""
+class _Row(Protocol):
+    """A process in NVML's list."""
 
-    def __init__(self, nvml: Any) -> None:
+    pid: int
+    usedGpuMemory: int | None
+
+
+class _Reader:
+    """Questions to NVML between its init and shutdown."""
+
+    def __init__(self, nvml: ModuleType) -> None:
         self.nvml = nvml
         self.spills = spills_to_host()
 
@@ -200,7 +211,7 @@ class _Reader:
     def card(self, index: int) -> GpuMemory:
         nvml, ask = self.nvml, self._ask
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory, reserved = self._memory(handle)
+        total, free, reserved = self._memory(handle)
         processes = self._processes(handle)
         mig = ask(lambda: bool(nvml.nvmlDeviceGetMigMode(handle)[0]))
         rates = ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
@@ -208,8 +219,8 @@ class _Reader:
             index=index,
             name=_printable(ask(lambda: nvml.nvmlDeviceGetName(handle)) or "GPU"),
             uuid=ask(lambda: nvml.nvmlDeviceGetUUID(handle)) or "",
-            total_bytes=memory.total,
-            free_bytes=memory.free,
+            total_bytes=total,
+            free_bytes=free,
             reserved_bytes=reserved,
             own_bytes=_own_bytes(processes),
             others=_others(processes),
@@ -234,16 +245,17 @@ class _Reader:
         except (self.nvml.NVMLError, UnicodeDecodeError):
             return None
 
-    def _memory(self, handle: Any) -> tuple[Any, int | None]:
-        """The second form of the question tells the driver's own share apart; drivers before 510 know the first."""
+    def _memory(self, handle: Handle) -> tuple[int, int, int | None]:
+        """Total, free and reserved bytes. Drivers before 510 know only the call that does not report the reserve."""
         try:
             memory = self.nvml.nvmlDeviceGetMemoryInfo(handle, self.nvml.nvmlMemory_v2)
-            return memory, memory.reserved
+            return memory.total, memory.free, memory.reserved
         except self.nvml.NVMLError:
-            return self.nvml.nvmlDeviceGetMemoryInfo(handle), None
+            memory = self.nvml.nvmlDeviceGetMemoryInfo(handle)
+            return memory.total, memory.free, None
 
-    def _processes(self, handle: Any) -> dict[int, GpuProcess] | None:
-        """By pid: one that computes and draws is in both lists, with the same figure."""
+    def _processes(self, handle: Handle) -> dict[int, GpuProcess] | None:
+        """Processes by pid: one that computes and draws is in both lists, with the same figure."""
         found: dict[int, GpuProcess] = {}
         asked = 0
         for kind in ("Compute", "Graphics"):
@@ -258,21 +270,24 @@ class _Reader:
                 found.setdefault(row.pid, process)
         return found if asked else None
 
-    def _rows(self, kind: str, handle: Any) -> list[Any] | None:
-        """Drivers before 510 know only the second version; without a version pynvml raises what is no NVMLError."""
+    def _rows(self, kind: str, handle: Handle) -> list[_Row] | None:
+        """NVML's list of processes. Drivers before 510 know only the second version of the call.
+
+        Without a version pynvml raises an error that is no NVMLError.
+        """
         for version in ("v3", "v2"):
             question = getattr(self.nvml, f"nvmlDeviceGet{kind}RunningProcesses_{version}")
-            rows: list[Any] | None = self._ask(functools.partial(question, handle))
+            rows: list[_Row] | None = self._ask(functools.partial(question, handle))
             if rows is not None:
                 return rows
         return None
 
     def _name(self, pid: int) -> str | None:
-        """Not from /proc: a container's own processes have other numbers than the machine's, which NVML gives."""
+        """The program's name from NVML, not from /proc: NVML's pids are the machine's, and a container has its own."""
         name = self._ask(lambda: self.nvml.nvmlSystemGetProcessName(pid))
         return _printable(name.replace("\\", "/").rpartition("/")[2]) if name else None
 
-    def _instances(self, handle: Any) -> Iterator[MigInstance]:
+    def _instances(self, handle: Handle) -> Iterator[MigInstance]:
         nvml = self.nvml
         for number in range(self._ask(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0):
             try:
@@ -290,8 +305,8 @@ class _Reader:
                 others=_others(self._processes(part)) or (),
             )
 
-    def _is_tcc(self, handle: Any) -> bool:
-        """Windows only: data-centre cards may run without the display driver's memory manager, and do not spill."""
+    def _is_tcc(self, handle: Handle) -> bool:
+        """Return True for a card on Windows without the display driver's memory manager, which does not spill."""
         model = (
             self._ask(lambda: self.nvml.nvmlDeviceGetCurrentDriverModel(handle)) if sys.platform == "win32" else None
         )
@@ -299,7 +314,10 @@ class _Reader:
 
 
 def spills_to_host(root: Path = Path("/")) -> bool:
-    """Whether the driver pages GPU memory to the host: Windows, and Linux inside Windows (WSL)."""
+    """Return True where the driver pages GPU memory to the host: Windows, and Linux inside Windows (WSL).
+
+    A run that does not fit becomes many times slower there, so memory beyond the card counts as out of memory.
+    """
     return sys.platform == "win32" or is_wsl(root)
 
 
@@ -325,5 +343,5 @@ def _others(processes: dict[int, GpuProcess] | None) -> tuple[GpuProcess, ...] |
 
 
 def _printable(text: str) -> str:
-    """Names come from anybody's programs: no control characters reach a terminal."""
+    """A program's name without control characters, which must not reach a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)[:100]

@@ -1,12 +1,13 @@
-"""What watch looks at, at one moment: cards, host, and what a training run last told of itself."""
+"""The samples of watch: cards, host, and the last step that a training run logged."""
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from tightfit.system.machine import gpu_vendors
 from tightfit.system.memory_limits import HostMemory, host_memory
@@ -14,25 +15,25 @@ from tightfit.system.nvml import Cards, NvmlSession
 from tightfit.units import MIB
 
 METRICS = "metrics.jsonl"
-"""What a run writes in its folder; tightfit.trainer.metrics names it the same."""
+"""The file that a run writes in its folder; tightfit.trainer.metrics uses the same name."""
 _TAIL_BYTES = MIB
-"""Of a long file only the end is read, some thousand steps."""
+"""Bytes read from the end of a long file, some thousand steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A training run as it last told of itself."""
+    """The last step that a training run logged."""
 
     step: int
     loss: float | None
     tokens_per_s: float | None
     memory_bytes: int | None
-    """On CUDA what PyTorch's allocator reserves, elsewhere the resident memory."""
+    """Bytes that PyTorch's allocator reserves on CUDA, elsewhere the resident memory."""
     peak_bytes: int | None
     allocated_bytes: int | None
-    """On CUDA what tensors hold, if the run writes it."""
+    """Bytes of tensors on CUDA, if the run logs them."""
     age_s: float
-    """Seconds since it wrote."""
+    """Seconds since the run wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +55,14 @@ class MetricsTail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset, self._identity = 0, (0, 0)
-        self._row: Mapping[str, Any] = {}
+        self._row: _Row | None = None
 
     def read(self) -> RunState | None:
         """None while the file is missing or no step is in it."""
         try:
             status = self.path.stat()
             if (status.st_dev, status.st_ino) != self._identity or status.st_size < self._offset:
-                self._offset, self._identity, self._row = 0, (status.st_dev, status.st_ino), {}
+                self._offset, self._identity, self._row = 0, (status.st_dev, status.st_ino), None
             self._offset = max(self._offset, status.st_size - _TAIL_BYTES)
             with self.path.open("rb") as file:
                 file.seek(self._offset)
@@ -75,7 +76,7 @@ class MetricsTail:
 
 
 def samples(folder: Path | None, nvml: NvmlSession) -> Iterator[Sample]:
-    """One at each `next`."""
+    """Take one sample at each `next`."""
     tail = MetricsTail(folder / METRICS) if folder else None
     vendors = gpu_vendors()
     while True:
@@ -89,26 +90,32 @@ def samples(folder: Path | None, nvml: NvmlSession) -> Iterator[Sample]:
         )
 
 
-def _training_row(line: bytes) -> Mapping[str, Any] | None:
-    """A logged step; evaluations have no memory, and a killed run may leave half a line."""
+class _Row(msgspec.Struct):
+    """A logged step in `metrics.jsonl`. Evaluations have no memory, so their rows are none."""
+
+    step: int
+    memory_bytes: int | None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    memory_peak_bytes: int | None = None
+    memory_allocated_bytes: int | None = None
+
+
+def _training_row(line: bytes) -> _Row | None:
+    """The step in a line, or None; a killed run may leave half a line."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        return msgspec.convert(json.loads(line), _Row)  # json reads the NaN of a run that diverged, msgspec does not
+    except (ValueError, msgspec.ValidationError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and "memory_bytes" in row else None
 
 
-def _state(row: Mapping[str, Any], age_s: float) -> RunState:
-    def number(key: str) -> Any:
-        value = row.get(key)
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
+def _state(row: _Row, age_s: float) -> RunState:
     return RunState(
-        step=row["step"],
-        loss=number("loss"),
-        tokens_per_s=number("tokens_per_s"),
-        memory_bytes=number("memory_bytes"),
-        peak_bytes=number("memory_peak_bytes"),
-        allocated_bytes=number("memory_allocated_bytes"),
+        step=row.step,
+        loss=row.loss,
+        tokens_per_s=row.tokens_per_s,
+        memory_bytes=row.memory_bytes,
+        peak_bytes=row.memory_peak_bytes,
+        allocated_bytes=row.memory_allocated_bytes,
         age_s=age_s,
     )

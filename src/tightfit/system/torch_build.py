@@ -1,4 +1,4 @@
-"""Which torch this is, what it was built for, and which devices it sees."""
+"""The installed torch: its version, the hardware it was built for, and its devices."""
 
 import re
 import warnings
@@ -25,18 +25,18 @@ class TorchBuild:
 
     version: str
     cuda: tuple[int, int] | None = None
-    """The CUDA that it was built for."""
+    """CUDA of its build."""
     hip: str | None = None
-    """The ROCm that it was built for."""
+    """ROCm of its build."""
     mps: bool = False
-    """Whether Apple's GPU can be used."""
+    """True if it can use Apple's GPU."""
     capabilities: tuple[tuple[int, int], ...] = ()
-    """Compute capabilities that it brings machine code for; empty if it does not say."""
+    """Compute capabilities with machine code in it; empty if it does not report them."""
     newest_portable: tuple[int, int] | None = None
-    """The capability of the portable code (PTX), which newer cards can translate; None without such code."""
+    """Capability of the portable code (PTX), which newer cards translate; None without such code."""
     devices: tuple[TorchDevice, ...] = ()
     complaint: str = ""
-    """What torch said when it was asked for devices."""
+    """torch's warning when it listed its devices."""
 
     @property
     def release(self) -> tuple[int, int]:
@@ -45,10 +45,10 @@ class TorchBuild:
         (2, 13)
         """
         major, minor = self.version.split(".")[:2]
-        return int(major), int(re.match(r"\d*", minor)[0] or 0)  # type: ignore[index]
+        return int(major), int(re.sub(r"\D.*", "", minor) or 0)
 
     def serves(self, capability: tuple[int, int]) -> bool | None:
-        """Whether a card of this capability can run it: code of its major version, not newer; None if unknown.
+        """Return True if it has code for a card of this capability: same major version, not newer; None if unknown.
 
         >>> TorchBuild(version="2.13", capabilities=((7, 5), (8, 0), (9, 0))).serves((8, 6))
         True
@@ -75,7 +75,7 @@ def read_torch() -> TorchBuild | None:
     arches = (flags or "").split()
     portable = [_capability(arch) for arch in arches if arch.startswith("compute_")]
     return TorchBuild(
-        version=torch.__version__,
+        version=str(torch.__version__),
         cuda=_version(torch.version.cuda),
         hip=torch.version.hip,
         mps=torch.backends.mps.is_available(),

@@ -1,4 +1,4 @@
-"""watch: what every card, the host and a training run use, sampled again and again; shown live and kept as CSV."""
+"""Sample the memory of every card, the host and a training run at an interval; show it live and keep it as CSV."""
 
 import csv
 import signal
@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -20,7 +19,7 @@ from tightfit.system.watch_view import frame, missing_cards, plain_line
 from tightfit.wording.system import Words
 
 HISTORY_S = 300
-"""What the sparklines look back on."""
+"""Seconds that the sparklines cover."""
 
 
 class CsvLog:
@@ -32,13 +31,13 @@ class CsvLog:
     )  # fmt: skip
 
     def __init__(self, path: Path) -> None:
-        """Appends to a log of the same columns; ConfigError for another file or one that cannot be written."""
+        """Append to a log of the same columns; ConfigError for another file or one that cannot be written."""
         self._path = path
         header = ",".join(self.COLUMNS) + "\n"
         try:
             with suppress(FileNotFoundError), path.open("rb") as file:
                 if (start := file.read(len(header))) and start != header.encode():
-                    raise ConfigError(f"--log={path} is there already and is no log of watch; name another file")
+                    raise ConfigError(f"--log={path} exists and is not a log of watch; name another file")
             self._file = path.open("a", encoding="utf-8", newline="")
             self._writer = csv.DictWriter(self._file, self.COLUMNS, lineterminator="\n")
             if not self._file.tell():
@@ -47,14 +46,14 @@ class CsvLog:
             raise ConfigError(f"--log={path} cannot be written ({error.strerror}); name another file") from None
 
     def write(self, sample: Sample) -> None:
-        """ConfigError where it can be written no longer, as on a full disk."""
+        """Write one sample. ConfigError if that fails, as on a full disk."""
         try:
             for row in _rows(sample):
                 self._writer.writerow({"time": sample.time.isoformat(timespec="milliseconds"), **row})
             self._file.flush()
         except OSError as error:
             raise ConfigError(
-                f"--log={self._path} can be written no longer ({error.strerror}); name a file on another disk"
+                f"--log={self._path} cannot be written any more ({error.strerror}); name a file on another disk"
             ) from None
 
     def close(self) -> None:
@@ -96,7 +95,7 @@ def _show(
     stack: ExitStack, console: Console, words: Words, interval_s: float, *, once: bool
 ) -> Callable[[deque[Sample]], None]:
     def line(history: deque[Sample]) -> None:
-        if len(history) == 1:  # what is missing stays so: it is said once
+        if len(history) == 1:  # missing cards stay missing: print that once
             for missing in missing_cards(history[-1], words):
                 console.print(missing, soft_wrap=True)
         console.print(plain_line(history[-1], words), soft_wrap=True)
@@ -119,7 +118,7 @@ def _show(
 
 @contextmanager
 def _ending(stop: threading.Event) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends it after the picture in hand, the terminal left as it was."""
+    """Set `stop` at the first SIGINT or SIGTERM, so that the loop ends in order and restores the terminal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -132,7 +131,7 @@ def _ending(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _rows(sample: Sample) -> Iterator[dict[str, Any]]:
+def _rows(sample: Sample) -> Iterator[dict[str, str | float | None]]:
     host, run = sample.host, sample.run
     yield {"device": "host", "total_bytes": host.total_bytes, "used_bytes": host.used_bytes}
     for card in sample.cards.cards:

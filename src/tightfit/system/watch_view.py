@@ -1,4 +1,4 @@
-"""How watch looks: a picture of bars and sparklines that is drawn anew each time, or one plain line."""
+"""The output of watch: a picture of bars and sparklines, redrawn with each sample, or one plain line."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -6,7 +6,8 @@ from itertools import pairwise
 from rich.cells import cell_len
 from rich.text import Text
 
-from tightfit.system.nvml import GpuMemory
+from tightfit.system.checks import Program
+from tightfit.system.nvml import Failure, GpuMemory
 from tightfit.system.sampling import METRICS, Sample
 from tightfit.system.wrapping import wrap
 from tightfit.units import format_bytes, format_duration
@@ -19,7 +20,7 @@ _HIGH, _FULL = 0.8, 0.95
 
 
 def frame(history: Sequence[Sample], words: Words, *, interval_s: float, width: int, height: int) -> Text:
-    """Everything of the last sample; where that is too high for the terminal, bars alone."""
+    """Draw the last sample; bars alone if the terminal is too low for everything."""
     sample = history[-1]
     header = words("watch", "header", time=sample.time.strftime("%H:%M:%S"), interval=interval_s)
     for detailed in (True, False):
@@ -44,7 +45,7 @@ def plain_line(sample: Sample, words: Words) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Values from 0 to 1 as blocks; where there are more than fit, the highest of each group.
+    """Values from 0 to 1 as blocks; if they do not all fit, the highest of each group.
 
     >>> sparkline([0, 0.5, 1], 10), sparkline([0, 1, 0, 0], 2)
     ('▁▅█', '█▁')
@@ -87,7 +88,7 @@ def _cards(history: Sequence[Sample], words: Words, width: int, detailed: bool) 
                 words("watch", "part_used", name=part.name, used_bytes=used, total_bytes=part.total_bytes), width
             )
         if card.others:
-            who = [{"name": each.name or "?", "pid": each.pid, "used_bytes": each.used_bytes} for each in card.others]
+            who = [Program(name=each.name or "?", pid=each.pid, used_bytes=each.used_bytes) for each in card.others]
             yield from _wrapped(words("watch", "others", who=who), width)
         elif card.others is None:
             yield from _wrapped(words("watch", "others_silent"), width)
@@ -96,15 +97,14 @@ def _cards(history: Sequence[Sample], words: Words, width: int, detailed: bool) 
 
 
 def missing_cards(sample: Sample, words: Words) -> list[str]:
-    """What cannot be shown of cards, and why."""
+    """Sentences about cards that watch cannot show, with the reason."""
     if sample.cards.cards:
         return []
-    failure = sample.cards.failure
     said = [words("watch", vendor) for vendor in ("amd", "apple") if vendor in sample.vendors]
     if said:
         return said
-    kind, detail = (failure.kind, failure.detail) if failure else ("no_cards", "")
-    return [words("watch", "no_cards", failure=words("nvml", kind, detail=detail))]
+    failure = sample.cards.failure or Failure("no_cards")
+    return [words("watch", "no_cards", failure=failure.sentence(words.language))]
 
 
 def _card_state(card: GpuMemory, words: Words) -> list[str]:
@@ -158,7 +158,7 @@ def _title(left: str, right: Sequence[str], width: int) -> Text:
 
 
 def _bar(share: float, said: str, width: int) -> Text:
-    """A bar and what it means, in one line of the terminal."""
+    """A bar and its meaning, in one line of the terminal."""
     share = min(1.0, max(0.0, share))
     columns = max(5, min(40, width - cell_len(said) - len(_INDENT) - 4))
     filled = round(share * columns)
@@ -169,7 +169,7 @@ def _bar(share: float, said: str, width: int) -> Text:
 
 
 def _history(history: Sequence[Sample], words: Words, width: int, value: Callable[[Sample], float]) -> Iterator[Text]:
-    """Nothing before there are two samples."""
+    """A sparkline of `value` over time, from two samples on."""
     if len(history) < 2:
         return
     span = format_duration((history[-1].time - history[0].time).total_seconds())

@@ -1,4 +1,4 @@
-"""Line breaks for a terminal, in Japanese too: between any two characters of it, but none before a closing mark.
+"""Line breaks for a terminal. Japanese breaks between any two characters, but not before a closing mark.
 
 rich breaks at spaces only, which leaves ragged lines where a sentence without spaces follows a Latin word.
 """
@@ -50,7 +50,7 @@ def _filled(text: str, width: int) -> list[str]:
 
 
 def _joined(pieces: list[str]) -> list[str]:
-    """Marks that may not begin a line go with what is before them, opening brackets with what follows."""
+    """Glue marks that may not begin a line to the piece before, opening brackets to the piece after."""
     found: list[str] = []
     for piece in pieces:
         glued = found and not found[-1].isspace() and (piece[0] in _NOT_FIRST or found[-1][-1] in _NOT_LAST)

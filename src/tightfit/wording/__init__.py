@@ -1,4 +1,4 @@
-"""Sentences in English and Japanese, from TOML files: what every room's `words` share."""
+"""Sentences in English and Japanese, from TOML files: the base of every room's `words`."""
 
 import locale
 import os
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import msgspec
+
 from tightfit.errors import ConfigError
 from tightfit.units import format_bytes, format_count
 
@@ -15,7 +17,7 @@ LANGUAGES = ("en", "ja")
 
 
 def chosen_language(given: str | None) -> str:
-    """The language that was given, or the locale's. ConfigError for one that there are no words in."""
+    """The given language, or the locale's. ConfigError for a language without sentences."""
     language = given or locale_language()
     if language not in LANGUAGES:
         raise ConfigError(f"--lang must be one of {', '.join(LANGUAGES)}, got {language!r}")
@@ -25,12 +27,12 @@ def chosen_language(given: str | None) -> str:
 class Words(string.Formatter):
     """The sentences of one language in the folder of `package`: `words("nvml", "other", detail="...")`.
 
-    Formats of its own: `{free_bytes:bytes}` is 2.68 GiB, `{parameters:count}` is 124M. ConfigError for a language that
-    there are no words in.
+    Formats of its own: `{free_bytes:bytes}` is 2.68 GiB, `{parameters:count}` is 124M. ConfigError for a language
+    without sentences.
     """
 
     separator = ("words", "separator")
-    """Table and key of what stands between the entries of a list."""
+    """Table and key of the text between the entries of a list."""
 
     def __init__(self, package: str, language: str) -> None:
         self.language = chosen_language(language)
@@ -39,9 +41,10 @@ class Words(string.Formatter):
         self._tables: dict[str, dict[str, str]] = tomllib.loads(text)
 
     def __call__(self, table: str, key: str, /, **values: object) -> str:
-        """A value that is a list is joined; each mapping in it is said by the sentence `<name>_one` of the same table.
+        """The sentence `key` with its fields filled in.
 
-        An entry in which something is not known, None, is said by `<name>_one_unknown` where there is one.
+        A list is joined; the sentence `<name>_one` of the same table words each record or mapping in it. An entry with
+        an unknown field, None, takes `<name>_one_unknown` if the table has one.
         """
         shown = {name: self._joined(table, f"{name}_one", value) for name, value in values.items()}
         return self.vformat(self._tables[table][key], (), shown)
@@ -51,7 +54,7 @@ class Words(string.Formatter):
         return own(value) if own else str(super().format_field(value, format_spec))
 
     def name(self, table: str, key: str) -> str:
-        """The word for `key`, or `key` itself: a phase, category or field that there is no word for."""
+        """The word for `key`, or `key` itself for a phase, category or field without one."""
         return self._tables[table].get(key, key)
 
     def has(self, table: str, key: str) -> bool:
@@ -74,6 +77,8 @@ class Words(string.Formatter):
         return self._tables[table_of][key].join(self._entry(table, one, entry) for entry in value)
 
     def _entry(self, table: str, one: str, entry: object) -> str:
+        if isinstance(entry, msgspec.Struct):
+            entry = msgspec.structs.asdict(entry)
         if not isinstance(entry, Mapping):
             return str(entry)
         is_unknown = None in entry.values() and self.has(table, f"{one}_unknown")
@@ -81,7 +86,7 @@ class Words(string.Formatter):
 
 
 def locale_language() -> str:
-    """Japanese where the user's environment says so, else English."""
+    """Japanese where the user's environment asks for it, else English."""
     names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
     said = next(filter(None, names), None) or locale.getlocale()[0] or ""
     return "ja" if said.lower().startswith(("ja", "japanese")) else "en"

@@ -9,5 +9,5 @@ __all__ = ["LANGUAGES", "Words", "words"]
 
 @functools.cache
 def words(language: str) -> Words:
-    """ConfigError for a language that there are no words in."""
+    """Sentences in one language. ConfigError for a language without them."""
     return Words("tightfit.wording.system", language)
