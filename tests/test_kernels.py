@@ -6,18 +6,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tightfit.gpus import resolve_gpu
 from tightfit.kernels import blas
 from tightfit.kernels import fused_attention as attention
 from tightfit.kernels import operators as kernels
 from tightfit.kernels.card import Card
 from tightfit.kernels.operators import choose_attention, hidden_bytes, workspaces
 from tightfit.kernels.temporaries import Hidden
+from tightfit.vgpu.patches.cuda_api import properties
 
 aten = torch.ops.aten
 BF16, F16, F32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int64
@@ -622,6 +625,13 @@ def test_operators_take_what_one_cuda_kernel_takes(tmp_path: Path):
 def test_huber_loss_is_made_before_its_mean():
     assert hidden(aten.huber_loss.default, meta(1000), meta(1000), 1, 1.0) == Hidden(before=(4000,))
     assert hidden(aten.huber_loss.default, meta(1000), meta(1000), 0, 1.0) is None
+
+
+@pytest.mark.parametrize(("capability", "threads"), [((7, 5), 1024), ((8, 0), 2048), ((8, 7), 1536), ((12, 1), 1536)])
+def test_properties_and_reductions_agree_on_the_threads_of_a_multiprocessor(capability, threads):
+    gpu = replace(resolve_gpu("RTX 3060 12GB")[0], capability=capability)
+    assert properties(gpu, 2**30).max_threads_per_multi_processor == threads
+    assert Card(capability=capability, sm_count=28).max_threads_per_sm == threads
 
 
 def test_the_list_of_what_is_missing_is_sentences():

@@ -7,15 +7,13 @@ from typing import Any
 
 from tightfit.config import TrainConfig
 from tightfit.errors import DeviceError
-from tightfit.gpus import GPU, find_gpu, resolve_gpu
+from tightfit.gpus import GPU, MAX_AUTOTUNE_SMS, find_gpu, resolve_gpu
 from tightfit.system.checks import Check, Status
 from tightfit.system.machine import Machine
 from tightfit.system.nvml import GpuMemory, GpuProcess
 from tightfit.system.torch_build import SUPPORTED, dotted, hidden_by_environment
 from tightfit.units import MIB
 
-MAX_AUTOTUNE_SMS = 68
-"""torch/_inductor/utils.py, is_big_gpu: below this torch.compile prints "Not enough SMs"."""
 BUSY_BYTES = 512 * MIB
 """Other programs' memory that is worth a warning: a desktop at rest uses less."""
 _LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
