@@ -1,17 +1,26 @@
 """The kernel table against sums done by hand, and the choice of attention kernel card by card."""
 
 import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tightfit.gpus import resolve_gpu
 from tightfit.kernels import blas
 from tightfit.kernels import fused_attention as attention
 from tightfit.kernels import operators as kernels
 from tightfit.kernels.card import Card
 from tightfit.kernels.operators import choose_attention, hidden_bytes, workspaces
 from tightfit.kernels.temporaries import Hidden
+from tightfit.vgpu.patches.cuda_api import properties
 
 aten = torch.ops.aten
 BF16, F16, F32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int64
@@ -545,6 +554,84 @@ def test_cumsum_of_a_vector_uses_cub():
     # tiles of 128 * 15 = 1920: ceil(50257 / 1920) + 32 = 59 words of 8 bytes = 472 -> 512, + 255
     assert hidden(aten.cumsum.default, meta(50257), 0) == Hidden(after=(767,))
     assert hidden(aten.cumsum.default, meta(2, 50257), 1) is None
+
+
+# Operators on the virtual GPU
+
+
+def entries_of_native_functions() -> Iterator[tuple[str, set[str], str]]:
+    """Name, dispatch keys and structured delegate of each operator in torch's own list."""
+    torchgen = pytest.importorskip("torchgen")
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    for entry in text.split("\n- func: ")[1:]:
+        dispatch = re.findall(r"^    ([A-Za-z0-9, ]+): ", entry, re.MULTILINE)
+        delegate = re.search(r"structured_delegate: (\S+)", entry)
+        keys = {key for line in dispatch for key in line.split(", ")}
+        yield entry.split("(")[0], keys, delegate[1] if delegate else ""
+
+
+def test_operators_with_a_cuda_kernel_beside_a_composite_one_are_those_of_torch():
+    entries = {name: (keys, delegate) for name, keys, delegate in entries_of_native_functions()}
+    assert len(entries) > 2000
+    found = {
+        name
+        for name, (keys, delegate) in entries.items()
+        if "CompositeImplicitAutograd" in keys and "CUDA" in keys | entries.get(delegate, (set(), ""))[0]
+    }
+    assert found == set(kernels.WITH_OWN_KERNEL)
+
+
+X = 1024 * 4096 * 4
+"""Bytes of the input in scripts/kernel_peaks.py. The allocator hands out multiples of 512 bytes."""
+ELEMENTWISE = (
+    *("gelu", "gelu tanh", "silu", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu", "softplus"),
+    *("softshrink", "logsigmoid", "relu", "tanh", "sigmoid", "log_softmax"),
+)
+PEAKS = {
+    **dict.fromkeys(ELEMENTWISE, (X, X)),
+    "glu": (X // 2, X),
+    # the weight's gradient for each element, then its sum: one number, 84 partial sums and a counter
+    "prelu": (X, 2 * X + 3 * 512),
+    "dropout": (X + X // 4, X),
+    "softmax": (X, 2 * X),
+    # mean and rstd of 1024 rows; gradients of 4096 weights and biases
+    "layer_norm": (X + 2 * 1024 * 4, X + 2 * 4096 * 4),
+    "rms_norm": (X + 1024 * 4, X + 4096 * 4),
+    "rms_norm without weight": (X + 1024 * 4, X),
+    # 64 samples of 8 groups and 64 channels: mean and rstd, scale and shift;
+    # backward: gradients of 64 weights and biases, ds and db, c2 and c3, c1
+    "group_norm": (X + 2 * 2048 + 2 * 16_384, X + 2 * 512 + 2 * 16_384 + 2 * 2048 + 16_384),
+    "batch_norm": (X + 2 * 4096 * 4, X + 2 * 4096 * 4),
+    # the loss of each element, the output, 84 partial sums and a counter
+    "huber": (X + 3 * 512, X),
+    "smooth_l1": (X + 3 * 512, X),
+    "mse": (X + 3 * 512, X),
+    # log-probabilities, loss and total weight; backward: two gradients, when the total weight is free
+    "cross_entropy": (X + 2 * 512, 2 * X - 512),
+}
+
+
+def test_operators_take_what_one_cuda_kernel_takes(tmp_path: Path):
+    script = Path(__file__).parent / "scripts/kernel_peaks.py"
+    words = [sys.executable, "-W", "error::UserWarning", "-m", "tightfit", "dryrun", "--gpu", "RTX 3060 12GB"]
+    done = subprocess.run([*words, str(script), "peaks.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "peaks.json").read_text())
+    assert {name: tuple(each) for name, each in found["training"].items()} == PEAKS
+    assert found["inference"] == {"silu": X, "mish": X, "rms_norm": X + 1024 * 4}
+    assert found["twice"] == {"silu": True, "mish": True, "rms_norm": True}
+
+
+def test_huber_loss_is_made_before_its_mean():
+    assert hidden(aten.huber_loss.default, meta(1000), meta(1000), 1, 1.0) == Hidden(before=(4000,))
+    assert hidden(aten.huber_loss.default, meta(1000), meta(1000), 0, 1.0) is None
+
+
+@pytest.mark.parametrize(("capability", "threads"), [((7, 5), 1024), ((8, 0), 2048), ((8, 7), 1536), ((12, 1), 1536)])
+def test_properties_and_reductions_agree_on_the_threads_of_a_multiprocessor(capability, threads):
+    gpu = replace(resolve_gpu("RTX 3060 12GB")[0], capability=capability)
+    assert properties(gpu, 2**30).max_threads_per_multi_processor == threads
+    assert Card(capability=capability, sm_count=28).max_threads_per_sm == threads
 
 
 def test_the_list_of_what_is_missing_is_sentences():

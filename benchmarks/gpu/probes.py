@@ -112,7 +112,7 @@ def _losses() -> Iterator[Probe]:
         lambda s, d: _nll_backward(aten.nll_loss2d_backward.default, s, d, (s[0], *s[2:])),
         images,
     )
-    for name in ("mse_loss", "smooth_l1_loss"):
+    for name in ("mse_loss", "smooth_l1_loss", "huber_loss"):
         func = getattr(aten, name).default
         yield Probe(name, lambda s, d, func=func: call(func, x(s, d), x(s, d)))
 

@@ -15,6 +15,8 @@ from importlib.resources import files
 from tightfit.errors import DeviceError
 from tightfit.units import GIB, MIB, format_bytes
 
+MAX_AUTOTUNE_SMS = 68
+"""torch/_inductor/utils.py, is_big_gpu: on a card with fewer, torch.compile prints "Not enough SMs"."""
 UNKNOWN_SM_COUNT = 56
 """For a card that neither the table nor the user describes: near the median of `gpus.csv`, 57."""
 

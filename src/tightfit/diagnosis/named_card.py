@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 from tightfit.errors import DeviceError
-from tightfit.gpus import GPU, all_gpus, context_bytes, find_gpu, resolve_gpu
+from tightfit.gpus import GPU, MAX_AUTOTUNE_SMS, all_gpus, context_bytes, find_gpu, resolve_gpu
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.printed import Printed
 
 _COMPARED = 0.02
 """Totals of a card in the wild spread so far around those that the table has seen."""
-FEW_SMS = 68
-"""Below it torch.compile prints that there are not enough SMs (torch/_inductor/utils.py, is_big_gpu)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ def _named(gpu: str | None, printed: Printed, total: Figure | None) -> tuple[GPU
     fitting = [
         each for each in all_gpus()
         if each.memory_bytes_min * (1 - _COMPARED) <= total.bytes <= each.memory_bytes * (1 + _COMPARED)
-        and (not few or each.sm_count < FEW_SMS)
+        and (not few or each.sm_count < MAX_AUTOTUNE_SMS)
     ]  # fmt: skip
     # Those whose reported totals include this one first; of these the one with the fewest SMs, which is sold most.
     fitting.sort(key=lambda each: (not each.memory_bytes_min <= total.high + 1 or total.low > each.memory_bytes,

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 Version = tuple[int, int]
 
 _THREADS_PER_SM = {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536, (12, 1): 1536}
-_THREADS_PER_SM_ELSE = 2048
 """CUDA programming guide, technical specifications per compute capability: 7.0, 8.0, 9.0 and 10.x have 2048."""
+
+
+def max_threads_per_sm(capability: Version) -> int:
+    """Threads that one multiprocessor holds at once."""
+    return _THREADS_PER_SM.get(capability, 2048)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class Card:
 
     @property
     def max_threads_per_sm(self) -> int:
-        return _THREADS_PER_SM.get(self.capability, _THREADS_PER_SM_ELSE)
+        return max_threads_per_sm(self.capability)
 
     @property
     def cudnn_version(self) -> int:

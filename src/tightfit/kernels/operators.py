@@ -29,7 +29,16 @@ from tightfit.kernels.temporaries import (
     row,
 )
 
-__all__ = ["NOT_MODELLED", "Card", "Hidden", "Workspace", "choose_attention", "hidden_bytes", "workspaces"]
+__all__ = [
+    "NOT_MODELLED",
+    "WITH_OWN_KERNEL",
+    "Card",
+    "Hidden",
+    "Workspace",
+    "choose_attention",
+    "hidden_bytes",
+    "workspaces",
+]
 
 NOT_MODELLED: tuple[str, ...] = (
     "Workspaces of cuDNN: convolutions, and attention on cards that choose cuDNN for it.",
@@ -39,6 +48,12 @@ NOT_MODELLED: tuple[str, ...] = (
     "Composite operators that run several kernels inside one call and have no row, such as binary cross entropy.",
     "Kernels of Triton, NCCL and other libraries, and memory outside PyTorch's allocator.",
 )
+
+WITH_OWN_KERNEL: tuple[str, ...] = ("_fused_rms_norm", "mish_backward", "silu_backward")
+"""Operators that CUDA runs as one kernel, and that torch takes apart on a device without a kernel of its own.
+
+In native_functions.yaml they have an entry for CUDA and one for CompositeImplicitAutograd; torch 2.13 has these three.
+"""
 
 
 def hidden_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card) -> Hidden | None:
@@ -129,6 +144,19 @@ def _elementwise_loss(
         loss = torch.empty(input.shape, dtype=input.dtype, device="meta")
         t.take(nbytes(loss))
         take_reduction(t, card, loss, None, accumulate_type(loss.dtype).itemsize)
+
+
+@row("huber_loss")
+def _huber_loss(
+    t: Temporaries, card: Card, input: Tensor, target: Tensor, reduction: int = 1, delta: float = 1.0
+) -> None:
+    """ATen/native/Loss.cpp: the elementwise loss comes first, and `mean` or `sum` makes the output."""
+    if not reduction:
+        return
+    t.take(nbytes(input))
+    t.outputs()
+    loss = torch.empty(input.shape, dtype=input.dtype, device="meta")
+    take_reduction(t, card, loss, None, accumulate_type(loss.dtype).itemsize)
 
 
 # Normalisation: layer_norm_kernel.cu

@@ -7,15 +7,13 @@ from msgspec.structs import replace
 
 from tightfit.config import TrainConfig
 from tightfit.errors import DeviceError
-from tightfit.gpus import GPU, find_gpu, resolve_gpu
+from tightfit.gpus import GPU, MAX_AUTOTUNE_SMS, find_gpu, resolve_gpu
 from tightfit.system.checks import Check, Fact, Part, Program, Status
 from tightfit.system.machine import Machine
 from tightfit.system.nvml import Failure, GpuMemory, GpuProcess
 from tightfit.system.torch_build import SUPPORTED, dotted, hidden_by_environment
 from tightfit.units import MIB
 
-MAX_AUTOTUNE_SMS = 68
-"""Below this torch.compile prints "Not enough SMs" (torch/_inductor/utils.py, is_big_gpu)."""
 BUSY_BYTES = 512 * MIB
 """Memory of other programs that deserves a warning: a desktop at rest uses less."""
 _LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}

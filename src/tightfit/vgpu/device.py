@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -126,7 +127,7 @@ class VirtualDevice:
     def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator on fake tensors and record the memory of its CUDA kernel."""
         if func.namespace == "aten":
-            if _is_composite(func):
+            if _is_composite(func, self.where.type):
                 with self.mode():
                     if func is aten.scaled_dot_product_attention.default:
                         return attention(self.card, *args, **kwargs)
@@ -556,9 +557,13 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @cache
-def _is_composite(func: Any) -> bool:
-    """True for an operator made of others. Autograd takes those apart, but inference mode does not."""
-    return bool(func._can_decompose())
+def _is_composite(func: OpOverload, device: str) -> bool:
+    """Return True if a device runs an operator as several others, and not as one kernel.
+
+    Autograd takes such operators apart; tensors of inference mode do not pass it.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func._name, device.upper())
+    return func._can_decompose() and not has_kernel
 
 
 def _has_fake(values: Any) -> bool:

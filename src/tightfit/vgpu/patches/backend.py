@@ -22,6 +22,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tightfit.errors import DeviceError
+from tightfit.kernels.operators import WITH_OWN_KERNEL
 
 _CUDA, _META, _PRIVATE_USE = 1, 14, 20
 """c10::DeviceType: places in the registry of device guards."""
@@ -151,6 +152,24 @@ def answer_for_fake_tensors() -> None:
         supported = getattr(module, "_foreach_supported_types", None)
         if supported is not None and FakeTensor not in supported:
             supported.append(FakeTensor)
+    _claim_cuda_kernels()
+
+
+def _claim_cuda_kernels() -> None:
+    """Register a CUDA kernel for operators that a CPU build of torch would take apart before a mode receives them.
+
+    The dispatch mode answers for tensors on "cuda", so that nothing calls these kernels.
+    """
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    for name in WITH_OWN_KERNEL:
+        known = hasattr(torch.ops.aten, name)
+        if known and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
+            library.impl(name, _no_real_kernel, "CUDA")
+    _kept.append(library)
+
+
+def _no_real_kernel(*args: object, **kwargs: object) -> None:
+    raise AssertionError("a tensor of the virtual GPU was used without its dispatch mode")
 
 
 class _Discreet(types.ModuleType):

@@ -11,12 +11,11 @@ import torch
 
 from tightfit.allocator.caching import CachingAllocator
 from tightfit.gpus import GPU
+from tightfit.kernels.card import max_threads_per_sm
 from tightfit.vgpu.device import VirtualDevice
 
 _SHARED_MEMORY_PER_BLOCK = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """KiB that a kernel can ask for, from the CUDA programming guide's table of compute capabilities."""
-_THREADS_PER_SM = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
-"""Where it is not 2048, from the same table."""
 
 
 def driver_name(name: str) -> str:
@@ -43,7 +42,7 @@ def properties(gpu: GPU, total_bytes: int) -> SimpleNamespace:
         is_multi_gpu_board=0,
         warp_size=32,
         max_threads_per_block=1024,
-        max_threads_per_multi_processor=_THREADS_PER_SM.get(gpu.capability, 2048),
+        max_threads_per_multi_processor=max_threads_per_sm(gpu.capability),
         regs_per_multiprocessor=65536,
         shared_memory_per_block=48 * 1024,
         shared_memory_per_block_optin=_SHARED_MEMORY_PER_BLOCK.get(gpu.capability, 96) * 1024,
