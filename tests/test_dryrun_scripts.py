@@ -258,3 +258,78 @@ def test_forum_user_fails_at_the_line(tmp_path: Path) -> None:
     assert found["failure"]["line"] == line_of("forum_user.py", "x = x + F.gelu(layer(x))")
     assert found["failure"]["shape"] == [200_000, 2048]
     assert found["failure"]["tensor_bytes"] == 200_000 * 2048 * 4
+
+
+OVERWRITES = {
+    "open through a link": "with open('latest.pt', 'wb') as file: torch.save({'x': x}, file)",
+    "torch.save through a link": "torch.save({'x': x}, 'latest.pt')",
+    "Path.write_text through a link": "Path('latest.pt').write_text('new')",
+    "open of a link's new name": "os.link('ckpt.pt', 'more.pt'); open('more.pt', 'wb').write(b'new')",
+    "after chmod": "os.chmod('ckpt.pt', 0o600); open('ckpt.pt', 'wb').write(b'new')",
+    "after Path.touch": "Path('ckpt.pt').touch(); open('ckpt.pt', 'wb').write(b'new')",
+    "after another program's touch": "subprocess.run(['touch', 'ckpt.pt']); open('ckpt.pt', 'wb').write(b'new')",
+    "shutil.copy": "shutil.copy('new.pt', 'ckpt.pt'); shutil.copy('new.pt', 'ckpt.pt')",
+    "shutil.copy2 through a link": "shutil.copy2('new.pt', 'latest.pt'); shutil.copy2('new.pt', 'latest.pt')",
+    "shutil.copyfile": "shutil.copyfile('new.pt', 'ckpt.pt')",
+    "shutil.move": "shutil.move('new.pt', 'ckpt.pt')",
+    "os.replace": "os.replace('new.pt', 'ckpt.pt')",
+    "os.replace by keyword": "os.replace(src='new.pt', dst='ckpt.pt')",
+    "Path.rename": "Path('new.pt').rename('ckpt.pt')",
+    "os.replace of a link": "os.replace('new.pt', 'latest.pt')",
+    "os.rename away": "os.rename('ckpt.pt', 'away.pt')",
+    "os.remove": "os.remove('ckpt.pt')",
+    "Path.unlink of a link": "Path('latest.pt').unlink()",
+    "a new link in an old one's place": "os.remove('latest.pt'); os.symlink('new.pt', 'latest.pt')",
+    "a new hard link in an old file's place": "os.remove('ckpt.pt'); os.link('new.pt', 'ckpt.pt')",
+    "os.truncate": "os.truncate('latest.pt', 0)",
+    "os.open": "handle = os.open('latest.pt', os.O_WRONLY | os.O_TRUNC); os.write(handle, b'n'); os.close(handle)",
+    "os.open to lock": "import fcntl\n"
+    "for name in ('ckpt.pt', 'hard.pt'): fcntl.flock(os.open(name, os.O_RDWR), fcntl.LOCK_EX)",
+    "open to read and write": "with open('ckpt.pt', 'r+') as f: assert f.read() == 'old'; f.truncate(0)",
+    "numpy.memmap": "m = numpy.memmap('ckpt.pt', mode='r+'); assert bytes(m) == b'old'; m[:] = 0; m.flush()",
+    "ndarray.tofile": "numpy.zeros(3).tofile('latest.pt')",
+    "from a thread with its own run": "class T(threading.Thread):\n    def run(self): open('ckpt.pt', 'w').write('n')\n"
+    "t = T(); t.start(); t.join()",
+    "shutil.rmtree": "shutil.rmtree(os.getcwd())",
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITES)
+def test_no_file_from_before_is_changed(name: str, tmp_path: Path) -> None:
+    names = ("ckpt.pt", "hard.pt", "latest.pt")
+    script = tmp_path / "script" / "overwrites.py"
+    script.parent.mkdir()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "ckpt.pt").write_text("old")
+    (folder / "hard.pt").hardlink_to(folder / "ckpt.pt")
+    (folder / "latest.pt").symlink_to("ckpt.pt")
+    before = (folder / "ckpt.pt").stat()
+    imports = "import os, shutil, subprocess, threading\nfrom pathlib import Path\nimport numpy, torch\n"
+    made = "x = torch.ones(4, device='cuda')\nPath('new.pt').write_text('new')\n"
+    script.write_text(f"{imports}{made}{OVERWRITES[name]}\n")
+    words = [sys.executable, "-m", "tightfit", "dryrun", "--gpu", "RTX 2060", "--json", str(script)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+    found = json.loads(done.stdout)
+    assert found["outcome"] == "fits", done.stderr
+    assert found["not_written"]
+    assert [(folder / each).read_text() for each in names] == ["old"] * 3
+    assert os.readlink(folder / "latest.pt") == "ckpt.pt"
+    after = (folder / "ckpt.pt").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert after.st_mtime_ns == before.st_mtime_ns or "program" in name
+
+
+@pytest.mark.parametrize(
+    "line", ["io.FileIO('latest.pt', 'w')", "early_replace('new.pt', 'ckpt.pt')", "posix.truncate('ckpt.pt', 0)"]
+)
+def test_what_cannot_be_replaced_is_refused(line: str, tmp_path: Path) -> None:
+    (tmp_path / "ckpt.pt").write_text("old")
+    (tmp_path / "latest.pt").symlink_to("ckpt.pt")
+    script = tmp_path / "refused.py"
+    script.write_text(f"import io, posix\nfrom posix import replace as early_replace\nopen('new.pt', 'w')\n{line}\n")
+    words = [sys.executable, "-m", "tightfit", "dryrun", "--gpu", "RTX 2060", "--no-explain", "--json", str(script)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert json.loads(done.stdout)["outcome"] == "error"
+    assert "PermissionError: a dry run does not change files from before it" in done.stderr
+    assert (tmp_path / "ckpt.pt").read_text() == "old"

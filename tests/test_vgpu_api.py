@@ -1,5 +1,6 @@
 """The virtual GPU from Python: as a context of one's own process, and for a function."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,8 @@ from tightfit.units import MIB
 
 def in_process(text: str) -> str:
     """What a program prints; a process of its own, because a virtual GPU stays."""
-    program = "import os, sys\n" + textwrap.dedent(text) + "\nsys.stdout.flush()\nos._exit(0)\n"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    program = [sys.executable, "-c", textwrap.dedent(text)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -196,3 +197,36 @@ def test_pinned_memory_is_had_without_a_driver() -> None:
             print(x.grad.shape)
     """)
     assert said.splitlines() == ["5 8.0 {'cpu'}", "4", "torch.Size([1048576])"], "the result alone is on the card"
+
+
+@pytest.mark.parametrize(
+    ("last_line", "code"),
+    [
+        pytest.param("pass", 0, id="end"),
+        pytest.param("raise ValueError('the script failed')", 1, id="exception"),
+        pytest.param("sys.exit(3)", 3, id="sys.exit"),
+        pytest.param("    sys.exit(3)", 3, id="sys.exit on the device"),
+        pytest.param("    torch.empty(1 << 40, device='cuda')", 1, id="out of memory"),
+    ],
+)
+def test_interpreter_exits_normally(last_line: str, code: int, tmp_path: Path) -> None:
+    """Exit codes stay, `atexit` runs and output is flushed; freed memory is overwritten, so that using it shows."""
+    script = tmp_path / "exits.py"
+    program = """
+        import atexit, sys
+        import torch
+        import tightfit
+
+        atexit.register(print, "atexit ran")
+        with tightfit.VirtualGPU("RTX 2060") as gpu:
+            model = torch.nn.Linear(8, 8, device="cuda")
+            optimizer = torch.optim.AdamW(model.parameters())
+            model(torch.randn(8, 8, device="cuda")).sum().backward()
+            optimizer.step()
+            print("trained")
+    """
+    script.write_text(textwrap.dedent(program) + last_line + "\n")
+    environ = {**os.environ, "MALLOC_PERTURB_": "85", "PYTHONMALLOC": "malloc"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environ)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines() == ["trained", "atexit ran"]

@@ -59,7 +59,8 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tightfit dryrun",
-        description="Run a PyTorch training script on a virtual GPU: what it would use, or where it would fail.",
+        description="Run a PyTorch training script on a virtual GPU: what it would use, or where it would fail. "
+        "The script runs with your user's rights: run only scripts that you trust.",
         epilog='example: tightfit dryrun --gpu "RTX 3060" --used 2GiB train.py --batch_size=64',
         allow_abbrev=False,
     )

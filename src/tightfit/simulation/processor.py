@@ -18,9 +18,9 @@ from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import choose_hardware
 from tightfit.trainer.setup import build_state
 from tightfit.trainer.step import evaluation_loss, optimizer_step
+from tightfit.vgpu import patches
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.findings import by_category
-from tightfit.vgpu.patches import backend
 from tightfit.vgpu.phases import Phases
 
 _WIDE = 1 << 50
@@ -40,7 +40,7 @@ def trace_on_host(run: Callable[[Meter], StepWork], meter: Meter) -> StepTrace:
     """Trace `run` on virtual host tensors. Sizes in bytes."""
     phases = Phases(lambda: device.mark_roles())
     device = VirtualDevice(Card(capability=(8, 0), sm_count=1), CachingAllocator(total_bytes=_WIDE), phases, "cpu")
-    backend.answer_for_fake_tensors()
+    patches.install(device)
     phases.install()
     device.observer = meter
     with device.mode():

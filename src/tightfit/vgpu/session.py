@@ -12,10 +12,10 @@ from tightfit.allocator.caching import AllocatorSettings, CachingAllocator
 from tightfit.errors import ConfigError, DeviceError
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
 from tightfit.kernels.operators import Card
+from tightfit.vgpu import patches
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, cuda_api, host
-from tightfit.vgpu.patches import lazy_dynamo as late
-from tightfit.vgpu.patches import process_groups as cards
+from tightfit.vgpu.patches import backend, lazy_dynamo
+from tightfit.vgpu.patches.files import FileGuard
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.snapshot import TraceLog, write_snapshot
 
@@ -62,7 +62,7 @@ class VirtualSession:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        late.keep_dynamo_out()
+        lazy_dynamo.keep_dynamo_out()
         self.gpu: GPU
         self.gpu, self.notes = resolve_gpu(
             request.gpu, memory_bytes=request.memory_bytes, capability=request.capability
@@ -94,7 +94,7 @@ class VirtualSession:
         self._last_pattern: tuple[int, ...] = ()
         self._stable = 0
         self._peak_before = (0, 0)
-        self._kept: list[object] = []
+        self._files: FileGuard
 
     @contextmanager
     def active(self) -> Iterator["VirtualSession"]:
@@ -105,20 +105,13 @@ class VirtualSession:
                 "use tightfit.dryrun for each card, or a process each"
             )
         if VirtualSession._running is None:
-            backend.enable()
-            processes = cards.prepare_environment(os.environ)
-            cuda_api.install(self.device, self.gpu, count=processes)
-            cards.install()
-            if processes > 1:
-                self.device.not_modelled.append("memory that NCCL takes for its buffers, outside PyTorch's allocator")
-            card = cuda_api.properties(self.gpu, self.allocator.total_bytes)
-            self._kept = host.install(self.device, card)
+            self._files = patches.install(self.device, self.gpu)
             self.phases.install()
             backend.self_test()
             VirtualSession._running = self
         timer = self._start_timer()
         try:
-            with self.device.mode():
+            with self._files.watching(), self.device.mode():
                 yield self
         except EnoughSeen:
             pass

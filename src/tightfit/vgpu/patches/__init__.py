@@ -1,1 +1,30 @@
-"""Every assignment onto torch that the virtual GPU makes."""
+"""Every assignment onto torch, and onto Python's own functions, that the virtual GPU makes."""
+
+import os
+
+from tightfit.gpus import GPU
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, process_groups
+from tightfit.vgpu.patches.files import FileGuard
+
+
+def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
+    """Patch this process for good: its CUDA device is then a virtual `gpu`, and the guard returned keeps its files.
+
+    Without one, for a trace of training on the processor, only fake tensors change. Raises DeviceError where this
+    torch cannot be patched.
+    """
+    files = FileGuard(device.not_written)
+    if gpu is None:
+        backend.answer_for_fake_tensors()
+        return files
+    backend.enable()
+    processes = process_groups.prepare_environment(os.environ)
+    cuda_api.install(device, gpu, count=processes)
+    process_groups.install()
+    if processes > 1:
+        device.not_modelled.append("memory that NCCL takes for its buffers, outside PyTorch's allocator")
+    checkpoints.install(device, files)
+    files.install()
+    host.install(device, cuda_api.properties(gpu, device.recorder.allocator.total_bytes))
+    return files

@@ -35,8 +35,6 @@ _EXCHANGE_STREAM_SLOT = 9
 _HOOKS_SLOTS = {"isBuilt": 2, "hasPrimaryContext": 4}
 _GUARD_TABLE_SLOTS, _HOOKS_TABLE_SLOTS = 30, 80
 
-_kept: list[object] = []
-"""What C++ points to and Python must not free."""
 _enabled = False
 
 
@@ -96,7 +94,7 @@ def _install_guard() -> None:
     cpu = ctypes.CDLL(str(next(folder.glob("libtorch_cpu.*"))))
     registry = (ctypes.c_void_p * (_PRIVATE_USE + 1)).in_dll(c10, _REGISTRY)
     guard = _Guard()
-    _kept.append(guard)
+    _never_free(guard)
     torch._C._acc.register_python_privateuseone_device_guard(guard)
     registry[_CUDA], registry[_PRIVATE_USE] = registry[_PRIVATE_USE], None
     meta_guard = registry[_META]
@@ -120,6 +118,14 @@ def _install_guard() -> None:
     assert str(accelerator) == "cuda", f"the accelerator is {accelerator}"
 
 
+def _never_free(pointed_at: object) -> None:
+    """Keep an object that C++ points to beyond the interpreter's end, when modules drop what they hold.
+
+    Autograd's engine still asks the guard then, as do tensors that are released late.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pointed_at))
+
+
 def _replace_virtual_functions(instance: int, functions: dict[int, int], slots: int) -> None:
     """Give a C++ object a copy of its virtual table with other functions in some slots (Itanium C++ ABI)."""
     pointer = ctypes.c_void_p.from_address(instance)
@@ -129,7 +135,7 @@ def _replace_virtual_functions(instance: int, functions: dict[int, int], slots: 
     ctypes.memmove(copy, pointer.value - 8 * before, 8 * len(copy))
     for slot, function in functions.items():
         copy[slot + before] = function
-    _kept.append(copy)
+    _never_free(copy)
     pointer.value = ctypes.addressof(copy) + 8 * before
 
 

@@ -1,225 +1,272 @@
-"""A dry run leaves the user's files as they are: what it would save is made up, and what is there may be the best run.
+"""A dry run leaves the user's files as they are: one of them may be the best checkpoint of a week.
 
-Checkpoints are not written at all. A file that was there before the run is not written over, moved or removed either,
-by whatever function of Python's own a script or a library does that: the call succeeds, and changes nothing. New files
-are written; but a folder that the run made for a checkpoint goes at the end, as it would look like one.
+A file or link from before the run is not written over, moved or removed. The call that would do so succeeds and changes
+nothing. Where a function of Python's cannot be replaced, an audit hook raises PermissionError instead. Extensions that
+open files themselves and other programs that the script starts are beyond both. New files are written; but a folder
+that the run made for a checkpoint goes at the end, as it would look like one.
 """
 
 import builtins
-import copy
+import contextlib
+import ctypes
+import functools
 import io
 import os
 import shutil
 import stat
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import IO, ParamSpec, TypeVar
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-
-from tightfit.vgpu.device import VirtualDevice
+P = ParamSpec("P")
+R = TypeVar("R")
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes] | int
 
 _CLOCK_STEP_S = 0.05
 """By how much the clock of file times may be behind, which moves in steps of the kernel's timer (10 ms at most)."""
 
-_STAND_IN = f"tightfit dryrun {os.getpid()}: no checkpoint, its number is ".encode()
-_NUMBER_BYTES = 4
-
 _LARGEST_LEFTOVER = 64 << 20
 """Bytes of a checkpoint's folder up to which it is removed: settings and vocabularies. More may be prepared data."""
 
+_LARGEST_COPY = 64 << 20
+"""Bytes of an old file up to which a script that reads and writes it gets a copy; a larger one reads as zeros."""
 
-def install(device: VirtualDevice) -> Callable[[], None]:
-    """Patch this process for good; what is returned is to be called when the script has ended."""
-    guard = _Guard(device)
-    _install_checkpoints(device, guard)
-    place: Any
-    for place in (builtins, io):
-        place.open = guard.open
-    for name in ("remove", "unlink", "rmdir", "removedirs"):
-        setattr(os, name, guard.unless_old(getattr(os, name), paths=1))
-    for name in ("rename", "replace", "renames"):
-        setattr(os, name, guard.unless_old(getattr(os, name), paths=2))
-    shutil.rmtree = guard.unless_old(shutil.rmtree, paths=1)  # type: ignore[assignment]
-    os.mkdir = guard.mkdir
-    return guard.remove_leftovers
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND
+
+_ENTRIES = {
+    "remove": {"path": 0},
+    "unlink": {"path": 0},
+    "rmdir": {"path": 0},
+    "removedirs": {"name": 0},
+    "rename": {"src": 0, "dst": 1},
+    "replace": {"src": 0, "dst": 1},
+    "renames": {"old": 0, "new": 1},
+    "link": {"dst": 1},
+    "symlink": {"dst": 1},
+}
+"""Functions of `os` that change a folder's entries: the arguments that name these, and their places."""
+
+_TARGETS = ("truncate", "chmod", "chown", "utime", "setxattr", "removexattr")
+"""Functions of `os` that change the file that `path` leads to."""
 
 
-class _Guard:
-    """Tells the user's files from those that the run made: by the time of their last change."""
+class FileGuard:
+    """Tells the user's files from those that the run made, by their time of birth, and keeps the former."""
 
-    def __init__(self, device: VirtualDevice) -> None:
-        self._not_written = device.not_written
+    def __init__(self, not_written: list[str]) -> None:
+        self._not_written = not_written
         self._started = time.time() - _CLOCK_STEP_S
-        self._open = builtins.open
-        self._lstat, self._walk = os.lstat, os.walk
+        self._active = False
+        self._open, self._os_open = builtins.open, os.open
+        self._stat, self._walk = os.stat, os.walk
         self._mkdir, self._remove, self._remove_tree = os.mkdir, os.remove, shutil.rmtree
+        self._truncate, self._copy = os.truncate, shutil.copyfile
+        self._old: set[tuple[int, int]] = set()
+        """Device and inode of old files met so far: a link or another program can change their times later."""
+        self._stand_ins: str | None = None
         self._made_folders: set[str] = set()
-        self._made_files: set[str] = set()
+        self.made_files: set[str] = set()
         self.checkpoints: set[str] = set()
         """Where the script wanted to save."""
 
-    def open(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        """`builtins.open`; what is written to an old file goes nowhere."""
+    def install(self) -> None:
+        """Patch Python's functions of this process for good."""
+        builtins.open = io.open = self.open  # type: ignore[assignment]
+        os.open = self.os_open
+        for name in _ENTRIES.keys() | _TARGETS:
+            usual = getattr(os, name, None)
+            if usual is None:  # another system's
+                continue
+            guarded = self._unless_old(usual, _ENTRIES.get(name, {"path": 0}), follow=name in _TARGETS)
+            setattr(os, name, guarded)
+            for able in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks):
+                if usual in able:
+                    able.add(guarded)
+        shutil.rmtree = self._unless_old(shutil.rmtree, {"path": 0}, follow=False)  # type: ignore[assignment]
+        os.mkdir = self.mkdir
+        sys.addaudithook(self._audit)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Guard the old files, in all threads, while the lines within run."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            self._remove_leftovers()
+
+    def open(self, file: Path, mode: str = "r", *args: object, **kwargs: object) -> IO[str] | IO[bytes]:
+        """Open as `builtins.open` does; writes to an old file go elsewhere."""
+        # Mode "x" fails by itself where a file is there.
         if not isinstance(file, int) and set("wa+") & set(str(mode)) and self._is_old(file):
             self._note(file)
-            file = os.devnull
-        if isinstance(file, (str, os.PathLike)) and "b" in mode and set("wx") & set(mode):
-            self._made_files.add(os.path.realpath(file))
-        return self._open(file, mode, *args, **kwargs)
+            file = self._stand_in(file, keep="w" not in mode) if "+" in mode else os.devnull
+        elif isinstance(file, (str, os.PathLike)) and "b" in mode and set("wx") & set(mode):
+            self.made_files.add(os.path.realpath(_text(file)))
+        return self._open(file, mode, *args, **kwargs)  # type: ignore[no-any-return, call-overload]
 
-    def mkdir(self, path: Any, *args: Any, **kwargs: Any) -> None:
-        self._mkdir(path, *args, **kwargs)
-        if kwargs.get("dir_fd") is None:
-            self._made_folders.add(os.path.realpath(os.fsdecode(path)))
+    def os_open(self, path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        """Open as `os.open` does; writes to an old file go elsewhere."""
+        exclusive = flags & os.O_CREAT and flags & os.O_EXCL
+        if flags & _WRITING and not exclusive and self._is_old(path, dir_fd):
+            self._note(path)
+            # A file of its own, and not the null device: locks on two files must not be one lock.
+            path, dir_fd = self._stand_in(path, keep=not flags & os.O_TRUNC, folder=dir_fd), None
+        return self._os_open(path, flags, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
 
-    def remove_leftovers(self) -> None:
-        """Remove what would pass for a checkpoint of this run."""
+    def is_discarded(self, name: str) -> bool:
+        """Return whether what is written to the open file of this name goes nowhere, as its path was an old file."""
+        return name == os.devnull or (self._stand_ins is not None and name.startswith(self._stand_ins))
+
+    def mkdir(self, path: Path, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        """Make a folder as `os.mkdir` does, and remember it."""
+        self._mkdir(path, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
+        if dir_fd is None:
+            self._made_folders.add(os.path.realpath(_text(path)))
+
+    def _stand_in(self, path: Path, *, keep: bool, folder: int | None = None) -> str:
+        """Return the path of a new file with an old one's content, where `keep`, or with none."""
+        if self._stand_ins is None:
+            self._stand_ins = tempfile.mkdtemp(prefix="tightfit-")
+        handle, name = tempfile.mkstemp(dir=self._stand_ins)
+        os.close(handle)
+        if keep:
+            size = self._stat(path, dir_fd=folder).st_size
+            if size <= _LARGEST_COPY and folder is None:
+                self._copy(path, name)  # type: ignore[arg-type]
+            else:
+                self._truncate(name, size)
+        return name
+
+    def _remove_leftovers(self) -> None:
+        """Remove stand-ins, and folders that would pass for a checkpoint of this run."""
         for folder in {os.path.dirname(path) for path in self.checkpoints} & self._made_folders:
             if self._bytes_in(folder) <= _LARGEST_LEFTOVER:
                 self._remove_tree(folder, ignore_errors=True)
-        for file in self._made_files:
-            if os.path.isfile(file) and _number_in(file) is not None:
-                self._remove(file)
+        if self._stand_ins is not None:
+            self._remove_tree(self._stand_ins, ignore_errors=True)
+            self._stand_ins = None
 
     def _bytes_in(self, folder: str) -> int:
         files = (os.path.join(where, name) for where, _, names in self._walk(folder) for name in names)
-        return sum(self._lstat(file).st_size for file in files)
+        return sum(self._stat(file, follow_symlinks=False).st_size for file in files)
 
-    def unless_old(self, function: Callable[..., Any], paths: int) -> Callable[..., Any]:
-        """`function`, whose first arguments are paths, or nothing if one of them is or holds an old file."""
+    def _unless_old(
+        self, function: Callable[P, R], arguments: dict[str, int], *, follow: bool
+    ) -> Callable[P, R | None]:
+        """Return `function`, which does nothing if one of these arguments names or holds an old file."""
 
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            old = [path for path in args[:paths] if self._is_old(path, kwargs.get("dir_fd"))]
-            if not old:
-                if paths == 2:
-                    self._made_files.add(os.path.realpath(os.fsdecode(args[1])))
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            if not self._active:
                 return function(*args, **kwargs)
-            self._note(old[0])
-            return None
+            followed = follow and kwargs.get("follow_symlinks") is not False
+            for name, place in arguments.items():
+                path = _path(kwargs[name] if name in kwargs else args[place] if place < len(args) else None)
+                folder = kwargs.get(f"{name}_dir_fd", kwargs.get("dir_fd"))
+                if self._is_old(path, folder if isinstance(folder, int) else None, follow=followed):
+                    self._note(path)
+                    return None
+            if len(arguments) == 2:
+                self.made_files.add(os.path.realpath(_text(path)))
+            return function(*args, **kwargs)
 
         return guarded
 
-    def _note(self, path: Any) -> None:
-        text = os.fsdecode(path)
+    def _note(self, path: Path) -> None:
+        text = _text(path)
         if text not in self._not_written:
             self._not_written.append(text)
 
-    def _is_old(self, path: Any, folder: int | None = None) -> bool:
-        """Whether a path is a file from before the run, or a folder that holds one; asked while the script runs."""
-        if not torch._C._len_torch_dispatch_stack():  # our own files are written when the device is off
+    def _is_old(self, path: Path, folder: int | None = None, *, follow: bool = True) -> bool:
+        """Return whether a path is a file or link from before the run, or a folder that holds one."""
+        if not self._active:  # our own files are written when the script does not run
             return False
         try:
-            found = self._lstat(path, dir_fd=folder)
-        except (OSError, ValueError):
-            return False
-        if stat.S_ISREG(found.st_mode):
-            return found.st_ctime < self._started
-        if folder is not None or not stat.S_ISDIR(found.st_mode):
-            return False
-        return any(self._is_old(os.path.join(where, name)) for where, _, names in self._walk(path) for name in names)
-
-
-def _install_checkpoints(device: VirtualDevice, guard: _Guard) -> None:
-    """What a script saves it can load again in the same run: its best weights, or a copy by way of a buffer."""
-    usual_load = torch.load
-    saved: list[Any] = []
-    places: dict[str, int] = {}
-
-    def save(content: object, file: Any, *args: Any, **kwargs: Any) -> None:
-        with device.phases.named("save"):
-            name = _name(file)
-            if name != os.devnull:  # an old file, which the guard has told of
-                device.not_written.append(name)
-            saved.append(_outline(content, {}, device))
-            if isinstance(file, (str, os.PathLike)):
-                places[os.path.realpath(file)] = len(saved) - 1
-                guard.checkpoints.add(os.path.realpath(file))
-            else:
-                file.write(_STAND_IN + len(saved).to_bytes(_NUMBER_BYTES))
-
-    def load(file: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with device.phases.named("resume"):
-            number = places.get(os.path.realpath(file)) if isinstance(file, (str, os.PathLike)) else None
-            if number is None:
-                number = _number_in(file)
-            content = (
-                usual_load(file, "cpu", *args, **kwargs) if number is None else _outline(saved[number], {}, device)
+            found = (
+                self._stat(path) if isinstance(path, int) else self._stat(path, dir_fd=folder, follow_symlinks=follow)
             )
-            target = map_location if isinstance(map_location, (str, torch.device)) else None
-            if target is not None and torch.device(target).type == "cuda":
-                return _moved(content, torch.device(target), {})
-            return content
+        except (OSError, ValueError, TypeError):  # it is not there, or no path: the function itself reports that
+            return False
+        if stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
+            return self._is_from_before(path, folder, found, follow)
+        if folder is not None or isinstance(path, int) or not stat.S_ISDIR(found.st_mode):
+            return False
+        inside = (os.path.join(where, name) for where, _, names in self._walk(os.fsdecode(path)) for name in names)
+        return any(self._is_old(file, follow=False) for file in inside)
 
-    library: Any = torch
-    library.save, library.load = save, load
-    try:
-        import safetensors.torch as safetensors
-    except ImportError:
-        return
-    safetensors.save_file = lambda tensors, filename, metadata=None: save(tensors, filename)
+    def _is_from_before(self, path: Path, folder: int | None, found: os.stat_result, follow: bool) -> bool:
+        key = (found.st_dev, found.st_ino)
+        if key in self._old:
+            return True
+        born = _born_s(path, folder, follow=follow)
+        if (found.st_ctime if born is None else born) >= self._started:
+            return False
+        self._old.add(key)
+        return True
+
+    def _audit(self, event: str, args: tuple[object, ...]) -> None:
+        """Refuse what reached Python's own functions by a way that is not replaced."""
+        if not self._active or event not in ("open", "os.remove", "os.rename", "os.truncate"):
+            return
+        paths: list[tuple[object, object, bool]]
+        if event == "open":
+            flags = args[2]
+            exclusive = isinstance(flags, int) and flags & os.O_CREAT and flags & os.O_EXCL
+            paths = [(args[0], None, True)] if isinstance(flags, int) and flags & _WRITING and not exclusive else []
+        elif event == "os.rename":
+            paths = [(args[0], args[2], False), (args[1], args[3], False)]
+        else:
+            paths = [(args[0], args[1] if event == "os.remove" else None, event == "os.truncate")]
+        for path, folder, follow in paths:
+            given = folder if isinstance(folder, int) and folder >= 0 else None
+            if isinstance(path, (str, bytes)) and self._is_old(path, given, follow=follow):
+                self._note(path)
+                raise PermissionError(f"a dry run does not change files from before it: {os.fsdecode(path)}")
 
 
-def _number_in(file: Any) -> int | None:
-    """Which of the saved checkpoints a file or buffer stands for; None if it is a real one."""
-    if isinstance(file, (str, os.PathLike)):
-        try:
-            with open(file, "rb") as opened:
-                return _number_in(opened)
-        except OSError:
-            return None
-    if not (hasattr(file, "read") and hasattr(file, "seek")):
+def _path(argument: object) -> Path:
+    """Return what a script gave for a path; the empty path, which is no file, for what cannot be one."""
+    return argument if isinstance(argument, (str, bytes, os.PathLike, int)) else ""
+
+
+def _text(path: Path) -> str:
+    return str(path) if isinstance(path, int) else os.fsdecode(path)
+
+
+class _Statx(ctypes.Structure):
+    """Linux's `struct statx`, as far as the time of birth."""
+
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        ("before", ctypes.c_uint8 * 76),
+        ("born_s", ctypes.c_int64),
+        ("born_ns", ctypes.c_uint32),
+        ("after", ctypes.c_uint8 * 164),
+    )
+
+
+_AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH = -100, 0x100, 0x1000
+_STATX_BTIME = 0x800
+_statx = getattr(ctypes.CDLL(None), "statx", None)
+
+
+def _born_s(path: Path, folder: int | None, *, follow: bool) -> float | None:
+    """Return when a file was made, in seconds since 1970; None where the file system does not keep that.
+
+    Unlike the times that `os.stat` returns, no later change of the file, its rights or its links moves it.
+    """
+    if _statx is None:
         return None
-    start = file.tell()
-    head = file.read(len(_STAND_IN) + _NUMBER_BYTES)
-    file.seek(start)
-    return int.from_bytes(head[len(_STAND_IN) :]) - 1 if head.startswith(_STAND_IN) else None
-
-
-def _outline(content: Any, memo: dict[int, Any], device: VirtualDevice) -> Any:
-    """A copy of what is saved, with tensors on the host; those of the device have no data there either."""
-    if isinstance(content, Tensor):
-        key = content.untyped_storage()._cdata
-        if key not in memo:
-            if isinstance(content, FakeTensor):
-                with device.fake:
-                    memo[key] = torch.empty(content.shape, dtype=content.dtype, device="cpu")
-            else:
-                memo[key] = content.detach().clone()
-        return memo[key]
-    if isinstance(content, dict):
-        copied = copy.copy(content)
-        for name, value in content.items():
-            copied[name] = _outline(value, memo, device)
-        return copied
-    if type(content) in (list, tuple):
-        return type(content)(_outline(value, memo, device) for value in content)
-    return content
-
-
-def _name(file: object) -> str:
-    if isinstance(file, (str, os.PathLike)):
-        return os.fspath(file)
-    name = getattr(file, "name", None)
-    return name if isinstance(name, str) else "a buffer in memory"
-
-
-def _moved(content: Any, where: torch.device, memo: dict[int, Any]) -> Any:
-    """A loaded checkpoint with its tensors on the device, shared ones once."""
-    if isinstance(content, Tensor):
-        key = content.untyped_storage()._cdata
-        if key not in memo:
-            memo[key] = content.to(where)
-        return memo[key]
-    if isinstance(content, dict):
-        for key, value in content.items():
-            content[key] = _moved(value, where, memo)
-        return content
-    if isinstance(content, list):
-        content[:] = [_moved(value, where, memo) for value in content]
-        return content
-    if type(content) is tuple:
-        return tuple(_moved(value, where, memo) for value in content)
-    return content
+    if isinstance(path, int):
+        place, name, flags = path, b"", _AT_EMPTY_PATH
+    else:
+        place = _AT_FDCWD if folder is None else folder
+        name, flags = os.fsencode(path), 0 if follow else _AT_SYMLINK_NOFOLLOW
+    found = _Statx()
+    if _statx(place, name, flags, _STATX_BTIME, ctypes.byref(found)) or not found.mask & _STATX_BTIME:
+        return None
+    return float(found.born_s + found.born_ns / 1e9)

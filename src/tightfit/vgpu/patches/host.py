@@ -11,18 +11,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tightfit.kernels.fused_attention import attention
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, files
+from tightfit.vgpu.patches import backend
 from tightfit.vgpu.phases import EnoughSeen
 
+_kept: list[library.Library] = []
+"""torch forgets an operator's implementation when its library goes."""
 
-def install(device: VirtualDevice, properties: Any) -> list[object]:
-    """Patch this process for good; what is returned must be kept as long as it runs."""
+
+def install(device: VirtualDevice, properties: Any) -> None:
+    """Patch this process for good."""
     _install_modules(device)
     _install_tensors(device)
-    device.at_end.append(files.install(device))
     _install_threads(device)
     _install_compile(device, properties)
-    return [_install_attention(device)]
+    _install_attention(device)
 
 
 def _install_modules(device: VirtualDevice) -> None:
@@ -180,7 +182,7 @@ def _install_compile(device: VirtualDevice, properties: Any) -> None:
     modules.compile = compile_module
 
 
-def _install_attention(device: VirtualDevice) -> library.Library:
+def _install_attention(device: VirtualDevice) -> None:
     """On fake tensors torch takes the plain implementation; a card chooses a kernel."""
     operators = library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
@@ -189,4 +191,4 @@ def _install_attention(device: VirtualDevice) -> library.Library:
 
     for key in ("AutogradCUDA", "CUDA"):
         operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)  # type: ignore[no-untyped-call]
-    return operators
+    _kept.append(operators)
