@@ -36,6 +36,8 @@ _HOOKS_SLOTS = {"isBuilt": 2, "hasPrimaryContext": 4}
 _GUARD_TABLE_SLOTS, _HOOKS_TABLE_SLOTS = 30, 80
 
 _enabled = False
+_kept: list[torch.library.Library] = []
+"""torch forgets an operator's implementation when its library goes."""
 
 
 class _Guard(torch._C._acc.DeviceGuard):
