@@ -482,9 +482,8 @@ class TestRun:
         checks = diagnose(base, TrainConfig(**tiny))
         said = sentence(checks, "dataset")[0]
         passes = 12 * 40 * 16 * 100 / 4000
-        assert (
-            f"4,000 training tokens, 600 validation tokens, vocabulary 64; the run reads it {passes:.2f} times" in said
-        )
+        assert "4,000 training tokens, 600 validation tokens, vocabulary 64" in said
+        assert f"the run reads it {passes:.2f} times" in said
 
     @pytest.mark.parametrize(
         ("keys", "expected"),
