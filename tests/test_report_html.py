@@ -181,7 +181,7 @@ def an_explanation(log: str = PLAIN_LOG, lang: str = "en", text: str = "train.py
         causes=(
             Cause(code="limited", label="measured", values={"allowed_bytes": GIB}),
             Cause(code="private_pools", label="simulated", values={"pool_bytes": GIB}),
-            Cause(code="unusual_request", label="likely", values={"requested_bytes": GIB}),
+            Cause(code="tensor_not_told", label="likely", values={"requested_bytes": GIB}),
         ),
         remedies=(
             a_remedy("split", "fits", 5 * GIB, saved_bytes=2 * GIB, slowdown=0.05, paste=("batch_size = 4", "x = 1")),

@@ -9,6 +9,7 @@ from tightfit.diagnosis.guess import Guesses
 from tightfit.diagnosis.variants import Outcome
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
+from tightfit.units import MIB
 
 MEASURED, SIMULATED, LIKELY = "measured", "simulated", "likely"
 _DEVICE_KINDS = frozenset(
@@ -42,13 +43,14 @@ def causes_of(
     base: Outcome | None = None,
     train: Outcome | None = None,
     guesses: Guesses | None = None,
+    unplayed_because: str = "",
 ) -> tuple[Cause, ...]:
     """All that is known to have led to the failure, and what looks like a cause and is none."""
     if not is_of_device(facts):
         return (Cause(code=f"kind_{facts.kind}", label=MEASURED, values={"pid": facts.pid}),)
     found = [
         *_of_play(facts, culprit, base, train),
-        *_of_guess(facts, culprit, guesses),
+        *_of_guess(facts, culprit, guesses, unplayed_because),
         *_of_figures(facts),
         *_of_hints(printed),
     ]
@@ -104,17 +106,21 @@ def _of_play(facts: Facts, culprit: Culprit | None, base: Outcome | None, train:
         )
 
 
-def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None) -> Iterator[Cause]:
+def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, unplayed_because: str) -> Iterator[Cause]:
     if guesses is None:
         return
     if guesses.cannot_be_told:
         yield Cause(
-            code="small_request",
+            code="smallest_request" if guesses.tensor_high <= MIB else "small_request",
             label=MEASURED,
             values={"requested_bytes": facts.requested_bytes, "tensor_high": guesses.tensor_high},
         )
     elif culprit is None:
-        yield Cause(code="unusual_request", label=MEASURED, values={"requested_bytes": facts.requested_bytes})
+        # A play that fits already names the next step: the configuration of the run that failed.
+        codes = {"config": "tensor_not_told", "card": "tensor_not_told_without_gpu"}
+        if unplayed_because in codes:
+            values = {"requested_bytes": facts.requested_bytes}
+            yield Cause(code=codes[unplayed_because], label=MEASURED, values=values)
     elif culprit.label == LIKELY:
         yield Cause(
             code="guessed",

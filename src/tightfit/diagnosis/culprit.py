@@ -145,10 +145,10 @@ def guesses_of(facts: Facts) -> Guesses | None:
 
 
 def culprit_of_guesses(facts: Facts, found: Guesses) -> Culprit | None:
-    """The likeliest tensor, with the others; None if the size says nothing."""
-    if not found.likely:
+    """The tensor that is more likely than not, with the others; None if there is no such tensor."""
+    first = found.named
+    if first is None:
         return None
-    first = found.likely[0]
     frame = next((each for each in reversed(facts.frames) if not each.is_library), None)
     return Culprit(
         label="likely",

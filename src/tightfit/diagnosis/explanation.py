@@ -207,15 +207,15 @@ def _explained(
     config = config if config is not None else _printed_config(printed)
     card = card_of(facts, printed, gpu)
     if config is None or card is None:
-        guesses = guesses_of(facts)
+        guesses, because = guesses_of(facts), "config" if config is None else "card"
         culprit = culprit_of_guesses(facts, guesses) if guesses else None
         return replace(
             plain,
             card=card,
             culprit=culprit,
-            causes=causes_of(facts, printed, culprit=culprit, guesses=guesses),
+            causes=causes_of(facts, printed, culprit=culprit, guesses=guesses, unplayed_because=because),
             remedies=unplayed(facts, of_device=True),
-            unplayed_because="config" if config is None else "card",
+            unplayed_because=because,
         )
     run = variant_of(config, card)
     with Stage(card, workers=workers) as stage:

@@ -32,6 +32,8 @@ _BATCHES = {
 _HEADS = {12: 1.0, 16: 0.6, 20: 0.3, 25: 0.3, 32: 0.5, 8: 0.4, 6: 0.3, 40: 0.1, 64: 0.1}
 _WIDTHS = {768: 1.0, 1024: 0.6, 1280: 0.4, 1600: 0.4, 2048: 0.4, 4096: 0.4, 384: 0.3, 512: 0.3, 2560: 0.1, 5120: 0.1}
 _DTYPES = {"bfloat16": 1.0, "float16": 0.7, "float32": 0.9}
+_MORE_LIKELY_THAN_NOT = 0.5
+"""A tensor is named only above this score."""
 _ROLES = {"logits": 1.0, "attention_scores": 0.35, "mlp_activation": 0.25}
 
 
@@ -73,6 +75,11 @@ class Guesses:
     """Whether the request is one that the allocator makes for any small tensor."""
     likely: tuple[Guess, ...]
     """Most likely first; empty if it cannot be told, or no usual model has such a tensor."""
+
+    @property
+    def named(self) -> Guess | None:
+        """The first guess if it is more likely than all others together, else None."""
+        return self.likely[0] if self.likely and self.likely[0].score > _MORE_LIKELY_THAN_NOT else None
 
 
 def request_of(tensor_bytes: int) -> int:

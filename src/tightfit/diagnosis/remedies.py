@@ -512,7 +512,7 @@ def unplayed(facts: Facts, *, of_device: bool) -> tuple[Remedy, ...]:
         Remedy(code="checkpointing_general", verdict=UNCHECKED, reason="no_configuration", label=LIKELY, exact=True,
                paste=("x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)",)),
     ]  # fmt: skip
-    if facts.phase == "eval":
+    if any(each.function == "estimate_loss" for each in facts.frames):
         general.insert(1, Remedy(
             code="release_logits", verdict=UNCHECKED, reason="no_configuration", label=LIKELY, exact=True,
             paste=("# estimate_loss(): losses[k] = loss.item()", "del logits, loss"),

@@ -232,8 +232,9 @@ def expected_lines(explanation: "Explanation", said: Sentences, words: Words) ->
         if not is_of_device(facts):
             yield words("expected", "other_kind")
         else:
-            keys = {"config": "nothing_fits", "script": "script_unchecked"}
-            yield words("expected", keys.get(explanation.played, "unchecked"))
+            keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}
+            fits = any(each.code == "play_fits" for each in explanation.causes)
+            yield words("expected", "configuration_fits" if fits else keys.get(explanation.played, "unchecked"))
         return
     yield words("expected", "fits", title=said.title(best), device=best.device_bytes, room=best.values["room_bytes"])
     if best.exact and "effective" in best.values:
