@@ -15,7 +15,6 @@ from test_explain_log import NANOGPT, STORY
 from tightfit.cli.main import main
 from tightfit.config import TrainConfig, read_config
 from tightfit.diagnosis.explanation import Explanation, explain
-from tightfit.diagnosis.figures import LAUNCH_S
 from tightfit.diagnosis.named_card import card_of
 from tightfit.diagnosis.remedies import VERDICTS
 from tightfit.diagnosis.render import render
@@ -359,12 +358,6 @@ def test_the_configuration_that_a_log_prints_is_played(monkeypatch: pytest.Monke
     ((card, run),) = asked
     assert (run.batch_size, run.block_size, run.accumulation, run.vocab_size) == (64, 1024, 40, 50304)
     assert (card.how_named, run.compile, run.dtype) == ("printed", True, "bfloat16")
-
-
-def test_the_launch_time_is_the_planners():
-    from tightfit.simulation import speed
-
-    assert LAUNCH_S == speed.LAUNCH_S
 
 
 # The command

@@ -6,7 +6,6 @@ import os
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import pairwise
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from runs import arguments, here, process
 
 from tightfit.cli import cmd_train as train_command

@@ -1,8 +1,9 @@
 """Why memory ran out: the causes, the most important first, each with its numbers and how it is known."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.guess import Guesses
@@ -25,14 +26,13 @@ def is_of_device(facts: Facts) -> bool:
     return facts.kind in _DEVICE_KINDS
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cause:
+class Cause(msgspec.Struct, frozen=True, kw_only=True):
     """One reason; `code` is a key of the words' table `causes`."""
 
     code: str
     label: str
     """measured (from the log), simulated or likely."""
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
 def causes_of(
@@ -127,8 +127,8 @@ def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, un
             label=LIKELY,
             values={
                 "tensor": culprit.tensor, "shape": culprit.shape, "dtype": culprit.dtype,
-                "batch_size": culprit.guesses[0]["batch"], "block_size": culprit.guesses[0]["block"],
-                "share": culprit.guesses[0]["score"], "others": len(culprit.guesses) - 1,
+                "batch_size": culprit.guesses[0].batch, "block_size": culprit.guesses[0].block,
+                "share": round(culprit.guesses[0].score, 4), "others": len(culprit.guesses) - 1,
             },
         )  # fmt: skip
 

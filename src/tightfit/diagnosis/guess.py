@@ -5,7 +5,9 @@ next multiple of 2 MiB above (c10/core/AllocatorConfig.h), so a printed request 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
+from msgspec.structs import replace
 
 from tightfit.oomlog.facts import Figure
 from tightfit.units import MIB
@@ -37,8 +39,7 @@ _MORE_LIKELY_THAN_NOT = 0.5
 _ROLES = {"logits": 1.0, "attention_scores": 0.35, "mlp_activation": 0.25}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Guess:
+class Guess(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor of a usual model that makes a request of that size."""
 
     role: str
@@ -64,8 +65,7 @@ class Guess:
         return (self.batch, self.block, 4 * (self.width or 0))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Guesses:
+class Guesses(msgspec.Struct, frozen=True, kw_only=True):
     """What a request may have been for."""
 
     tensor_low: int
@@ -111,15 +111,8 @@ def guess(requested: Figure, *, most: int = 12) -> Guesses:
     for each in found:
         share = each.score / total
         key = (each.role, each.batch, each.block, each.vocab_size, each.heads, each.width, each.dtype)
-        kept.setdefault(key, _with_score(each, share))
+        kept.setdefault(key, replace(each, score=share))
     return Guesses(tensor_low=low, tensor_high=high, cannot_be_told=False, likely=tuple(kept.values())[:most])
-
-
-def _with_score(each: Guess, score: float) -> Guess:
-    return Guess(
-        role=each.role, batch=each.batch, block=each.block, dtype=each.dtype, tensor_bytes=each.tensor_bytes,
-        score=score, vocab_size=each.vocab_size, heads=each.heads, width=each.width,
-    )  # fmt: skip
 
 
 def _tensor_range(requested: Figure) -> tuple[int, int, bool]:
