@@ -6,7 +6,6 @@ import os
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import pairwise
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from runs import arguments, here, process
 
 from tightfit.cli import cmd_train as train_command
@@ -181,7 +181,7 @@ def an_explanation(log: str = PLAIN_LOG, lang: str = "en", text: str = "train.py
         causes=(
             Cause(code="limited", label="measured", values={"allowed_bytes": GIB}),
             Cause(code="private_pools", label="simulated", values={"pool_bytes": GIB}),
-            Cause(code="unusual_request", label="likely", values={"requested_bytes": GIB}),
+            Cause(code="tensor_not_told", label="likely", values={"requested_bytes": GIB}),
         ),
         remedies=(
             a_remedy("split", "fits", 5 * GIB, saved_bytes=2 * GIB, slowdown=0.05, paste=("batch_size = 4", "x = 1")),

@@ -1,14 +1,16 @@
 """Why memory ran out: the causes, the most important first, each with its numbers and how it is known."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.guess import Guesses
 from tightfit.diagnosis.variants import Outcome
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
+from tightfit.units import MIB
 
 MEASURED, SIMULATED, LIKELY = "measured", "simulated", "likely"
 _DEVICE_KINDS = frozenset(
@@ -24,14 +26,13 @@ def is_of_device(facts: Facts) -> bool:
     return facts.kind in _DEVICE_KINDS
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cause:
+class Cause(msgspec.Struct, frozen=True, kw_only=True):
     """One reason; `code` is a key of the words' table `causes`."""
 
     code: str
     label: str
     """measured (from the log), simulated or likely."""
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
 def causes_of(
@@ -42,13 +43,14 @@ def causes_of(
     base: Outcome | None = None,
     train: Outcome | None = None,
     guesses: Guesses | None = None,
+    unplayed_because: str = "",
 ) -> tuple[Cause, ...]:
     """All that is known to have led to the failure, and what looks like a cause and is none."""
     if not is_of_device(facts):
         return (Cause(code=f"kind_{facts.kind}", label=MEASURED, values={"pid": facts.pid}),)
     found = [
         *_of_play(facts, culprit, base, train),
-        *_of_guess(facts, culprit, guesses),
+        *_of_guess(facts, culprit, guesses, unplayed_because),
         *_of_figures(facts),
         *_of_hints(printed),
     ]
@@ -104,25 +106,29 @@ def _of_play(facts: Facts, culprit: Culprit | None, base: Outcome | None, train:
         )
 
 
-def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None) -> Iterator[Cause]:
+def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, unplayed_because: str) -> Iterator[Cause]:
     if guesses is None:
         return
     if guesses.cannot_be_told:
         yield Cause(
-            code="small_request",
+            code="smallest_request" if guesses.tensor_high <= MIB else "small_request",
             label=MEASURED,
             values={"requested_bytes": facts.requested_bytes, "tensor_high": guesses.tensor_high},
         )
     elif culprit is None:
-        yield Cause(code="unusual_request", label=MEASURED, values={"requested_bytes": facts.requested_bytes})
+        # A play that fits already names the next step: the configuration of the run that failed.
+        codes = {"config": "tensor_not_told", "card": "tensor_not_told_without_gpu"}
+        if unplayed_because in codes:
+            values = {"requested_bytes": facts.requested_bytes}
+            yield Cause(code=codes[unplayed_because], label=MEASURED, values=values)
     elif culprit.label == LIKELY:
         yield Cause(
             code="guessed",
             label=LIKELY,
             values={
                 "tensor": culprit.tensor, "shape": culprit.shape, "dtype": culprit.dtype,
-                "batch_size": culprit.guesses[0]["batch"], "block_size": culprit.guesses[0]["block"],
-                "share": culprit.guesses[0]["score"], "others": len(culprit.guesses) - 1,
+                "batch_size": culprit.guesses[0].batch, "block_size": culprit.guesses[0].block,
+                "share": round(culprit.guesses[0].score, 4), "others": len(culprit.guesses) - 1,
             },
         )  # fmt: skip
 

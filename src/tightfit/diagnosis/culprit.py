@@ -1,10 +1,11 @@
 """Which tensor the failing request was for: by a play that fails as the log says, or by the usual models' sizes."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tightfit.diagnosis.guess import Guesses, guess
+import msgspec
+
+from tightfit.diagnosis.guess import Guess, Guesses, guess
 from tightfit.diagnosis.variants import Outcome
 from tightfit.oomlog.facts import Facts
 from tightfit.units import MIB
@@ -18,8 +19,7 @@ _SLACK = 0.01
 """Of a figure, besides its rounding: predictions of real runs were within 0.41% (benchmarks/virtual)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that both the log and the play say."""
 
     what: str
@@ -29,8 +29,7 @@ class Compared:
     agrees: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Culprit:
+class Culprit(msgspec.Struct, frozen=True, kw_only=True):
     """The tensor that did not fit, as far as it is known."""
 
     label: str
@@ -58,17 +57,17 @@ class Culprit:
     """Tensors of this shape and dtype that were needed at once, with the one that did not fit."""
     from_before: bool = False
     """Whether one of them is of the iteration before, and still bound."""
-    categories: Mapping[str, int] = field(default_factory=dict)
+    categories: Mapping[str, int] = msgspec.field(default_factory=dict)
     """Bytes by category at that moment, without the request."""
     compared: tuple[Compared, ...] = ()
     matches: bool = True
     """Whether the play asks for what the log says, in the phase that the log says."""
-    guesses: tuple[Mapping[str, Any], ...] = ()
+    guesses: tuple[Guess, ...] = ()
     """Tensors of usual models that make such a request, most likely first, where nothing was played."""
 
     def as_dict(self) -> dict[str, Any]:
         """For --json; what is not known is null."""
-        found = asdict(self)
+        found = msgspec.to_builtins(self) | {"guesses": [_guess_for_json(each) for each in self.guesses]}
         return {name: None if value == "" else value for name, value in found.items()}
 
     @property
@@ -145,10 +144,10 @@ def guesses_of(facts: Facts) -> Guesses | None:
 
 
 def culprit_of_guesses(facts: Facts, found: Guesses) -> Culprit | None:
-    """The likeliest tensor, with the others; None if the size says nothing."""
-    if not found.likely:
+    """The tensor that is more likely than not, with the others; None if there is no such tensor."""
+    first = found.named
+    if first is None:
         return None
-    first = found.likely[0]
     frame = next((each for each in reversed(facts.frames) if not each.is_library), None)
     return Culprit(
         label="likely",
@@ -161,12 +160,13 @@ def culprit_of_guesses(facts: Facts, found: Guesses) -> Culprit | None:
         line=frame.line if frame else None,
         function=frame.function if frame else "",
         source=frame.source if frame else "",
-        guesses=tuple(
-            {
-                "tensor": each.role, "batch": each.batch, "block": each.block, "vocab_size": each.vocab_size,
-                "heads": each.heads, "width": each.width, "dtype": each.dtype, "shape": list(each.shape),
-                "score": round(each.score, 4),
-            }
-            for each in found.likely
-        ),
-    )  # fmt: skip
+        guesses=found.likely,
+    )
+
+
+def _guess_for_json(each: Guess) -> dict[str, object]:
+    return {
+        "tensor": each.role, "batch": each.batch, "block": each.block, "vocab_size": each.vocab_size,
+        "heads": each.heads, "width": each.width, "dtype": each.dtype, "shape": list(each.shape),
+        "score": round(each.score, 4),
+    }  # fmt: skip

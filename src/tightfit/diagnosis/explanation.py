@@ -4,9 +4,11 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from tightfit.config import TrainConfig
 from tightfit.diagnosis.causes import SIMULATED, Cause, causes_of, is_of_device
@@ -40,8 +42,7 @@ _BYTES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """What failed, which tensor it was, why, and what to do."""
 
     facts: Facts | None
@@ -58,8 +59,8 @@ class Explanation:
     """A key of the words' table `unplayed`, where nothing was played."""
     config_names: tuple[str, ...] = ()
     """As given on the command line, for the commands to paste."""
-    run: Mapping[str, Any] = field(default_factory=dict)
-    """Of the run that was played: tokens, passes and the like, for the text."""
+    max_iters: int | None = None
+    """Steps of the configuration that was played; None if none was."""
     not_modelled: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -207,15 +208,15 @@ def _explained(
     config = config if config is not None else _printed_config(printed)
     card = card_of(facts, printed, gpu)
     if config is None or card is None:
-        guesses = guesses_of(facts)
+        guesses, because = guesses_of(facts), "config" if config is None else "card"
         culprit = culprit_of_guesses(facts, guesses) if guesses else None
         return replace(
             plain,
             card=card,
             culprit=culprit,
-            causes=causes_of(facts, printed, culprit=culprit, guesses=guesses),
+            causes=causes_of(facts, printed, culprit=culprit, guesses=guesses, unplayed_because=because),
             remedies=unplayed(facts, of_device=True),
-            unplayed_because="config" if config is None else "card",
+            unplayed_because=because,
         )
     run = variant_of(config, card)
     with Stage(card, workers=workers) as stage:
@@ -227,17 +228,14 @@ def _explained(
         plain,
         card=card,
         culprit=culprit,
-        causes=causes_of(facts, printed, culprit=culprit, base=found.base, train=found.train,
-                         guesses=None if simulated else guesses),
+        causes=causes_of(
+            facts, printed, culprit=culprit, base=found.base, train=found.train, guesses=None if simulated else guesses
+        ),
         remedies=found.remedies or unplayed(facts, of_device=True),
         played=played,
         not_modelled=found.base.not_modelled,
-        run={
-            "batch_size": run.batch_size, "block_size": run.block_size, "accumulation": run.accumulation,
-            "vocab_size": run.vocab_size, "dtype": run.dtype, "compile": run.compile, "parameters": run.parameters,
-            "max_iters": config.max_iters, "tokens": run.tokens * run.accumulation,
-        },
-    )  # fmt: skip
+        max_iters=config.max_iters,
+    )
 
 
 def _printed_config(printed: Printed) -> TrainConfig | None:

@@ -5,7 +5,9 @@ next multiple of 2 MiB above (c10/core/AllocatorConfig.h), so a printed request 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
+from msgspec.structs import replace
 
 from tightfit.oomlog.facts import Figure
 from tightfit.units import MIB
@@ -32,11 +34,12 @@ _BATCHES = {
 _HEADS = {12: 1.0, 16: 0.6, 20: 0.3, 25: 0.3, 32: 0.5, 8: 0.4, 6: 0.3, 40: 0.1, 64: 0.1}
 _WIDTHS = {768: 1.0, 1024: 0.6, 1280: 0.4, 1600: 0.4, 2048: 0.4, 4096: 0.4, 384: 0.3, 512: 0.3, 2560: 0.1, 5120: 0.1}
 _DTYPES = {"bfloat16": 1.0, "float16": 0.7, "float32": 0.9}
+_MORE_LIKELY_THAN_NOT = 0.5
+"""A tensor is named only above this score."""
 _ROLES = {"logits": 1.0, "attention_scores": 0.35, "mlp_activation": 0.25}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Guess:
+class Guess(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor of a usual model that makes a request of that size."""
 
     role: str
@@ -62,8 +65,7 @@ class Guess:
         return (self.batch, self.block, 4 * (self.width or 0))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Guesses:
+class Guesses(msgspec.Struct, frozen=True, kw_only=True):
     """What a request may have been for."""
 
     tensor_low: int
@@ -73,6 +75,11 @@ class Guesses:
     """Whether the request is one that the allocator makes for any small tensor."""
     likely: tuple[Guess, ...]
     """Most likely first; empty if it cannot be told, or no usual model has such a tensor."""
+
+    @property
+    def named(self) -> Guess | None:
+        """The first guess if it is more likely than all others together, else None."""
+        return self.likely[0] if self.likely and self.likely[0].score > _MORE_LIKELY_THAN_NOT else None
 
 
 def request_of(tensor_bytes: int) -> int:
@@ -104,15 +111,8 @@ def guess(requested: Figure, *, most: int = 12) -> Guesses:
     for each in found:
         share = each.score / total
         key = (each.role, each.batch, each.block, each.vocab_size, each.heads, each.width, each.dtype)
-        kept.setdefault(key, _with_score(each, share))
+        kept.setdefault(key, replace(each, score=share))
     return Guesses(tensor_low=low, tensor_high=high, cannot_be_told=False, likely=tuple(kept.values())[:most])
-
-
-def _with_score(each: Guess, score: float) -> Guess:
-    return Guess(
-        role=each.role, batch=each.batch, block=each.block, dtype=each.dtype, tensor_bytes=each.tensor_bytes,
-        score=score, vocab_size=each.vocab_size, heads=each.heads, width=each.width,
-    )  # fmt: skip
 
 
 def _tensor_range(requested: Figure) -> tuple[int, int, bool]:

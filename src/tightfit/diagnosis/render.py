@@ -149,7 +149,7 @@ def _culprit(culprit: Culprit, words: Words) -> Iterator[str]:
     }  # fmt: skip
     if culprit.label != SIMULATED:
         first = culprit.guesses[0]
-        yield _label(culprit, words) + words("culprit", "guess", batch=first["batch"], block=first["block"], **values)
+        yield _label(culprit, words) + words("culprit", "guess", batch=first.batch, block=first.block, **values)
         return
     if not culprit.shape:
         key = "shapeless"
@@ -226,22 +226,23 @@ def _fix(remedy: Remedy, said: Sentences, words: Words, *, pasted: bool, verbose
 def expected_lines(explanation: "Explanation", said: Sentences, words: Words) -> Iterator[str]:
     """What the best fix gives, and how to check it."""
     best = explanation.best
-    facts, run = explanation.facts, explanation.run
+    facts, max_iters = explanation.facts, explanation.max_iters
     assert facts is not None
     if best is None:
         if not is_of_device(facts):
             yield words("expected", "other_kind")
         else:
-            keys = {"config": "nothing_fits", "script": "script_unchecked"}
-            yield words("expected", keys.get(explanation.played, "unchecked"))
+            keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}
+            fits = any(each.code == "play_fits" for each in explanation.causes)
+            yield words("expected", "configuration_fits" if fits else keys.get(explanation.played, "unchecked"))
         return
     yield words("expected", "fits", title=said.title(best), device=best.device_bytes, room=best.values["room_bytes"])
     if best.exact and "effective" in best.values:
         yield words("expected", "result_same", effective=best.values["effective"])
     step_s = best.values.get("step_s")
-    if step_s and run:
-        yield words("expected", "time", step=step_s, max_iters=run["max_iters"], all=step_s * run["max_iters"])
-    if run and explanation.card is not None:
+    if step_s and max_iters is not None:
+        yield words("expected", "time", step=step_s, max_iters=max_iters, all=step_s * max_iters)
+    if max_iters is not None and explanation.card is not None:
         yield words("expected", "verify", command="")
         yield f"      {_command(explanation, best)}"
     if explanation.config_names:
@@ -302,4 +303,5 @@ def arithmetic_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         compared = words("units", "separator").join(_compared(each, words) for each in culprit.compared)
         yield words("arithmetic", "compared", compared=compared)
     for guess in culprit.guesses[:_SHOWN_GUESSES]:
-        yield words("arithmetic", "guess", **guess)
+        yield words("arithmetic", "guess", tensor=guess.role, shape=guess.shape, dtype=guess.dtype, batch=guess.batch,
+                    block=guess.block, score=guess.score)  # fmt: skip

@@ -11,7 +11,7 @@ from tightfit.gpus import resolve_gpu
 from tightfit.models.shape import flops_per_token, parameter_count, vocabulary_of
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.requests import Failed, LoopPlay, LoopRequest, LoopSettings, Moment, StepRequest, StepTrace
-from tightfit.simulation.speed import Work, rates_of
+from tightfit.simulation.speed import LAUNCH_S, Work, rates_of
 
 _LOADED = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
 """What nanoGPT takes from OpenAI's checkpoints (model.py, from_pretrained); it cuts the positions afterwards."""
@@ -276,8 +276,6 @@ class Outcome:
 
 def _times(course: Sequence[Moment], variant: Variant) -> tuple[float | None, float]:
     """Seconds of a step of all its passes, and of the launches of a pass's kernels."""
-    from tightfit.diagnosis.figures import LAUNCH_S
-
     last = [each for each in course if each.step == _PLAYED_STEPS - 1]
     passes = [each for each in last if each.part == "pass"]
     update = next((each for each in last if each.part == "update"), None)
