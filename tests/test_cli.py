@@ -544,3 +544,34 @@ class TestArrows:
                     names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
                     names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                     assert not any(name.split(".")[0] == "torch" for name in names), module
+
+
+class TestOneParser:
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["plan", "--gpu"], "--gpu needs a value; write --gpu='RTX 3060 12GB'"),
+            (["plan", "--html="], "--html needs a value; write --html=page.html"),
+            (["plan", "--batch_sise=4"], "--batch_sise is not a key; did you mean --batch_size?"),
+            (["watch", "--intervall=3"], "--intervall=3 is not an option; did you mean --interval?"),
+            (["convert", "a", "b", "c"], "c is one word too many; tightfit convert --help lists the options"),
+            (["convert"], "source, target is missing; tightfit convert --help shows an example"),
+            (["dryrun", "x.py"], "--gpu is missing; tightfit dryrun --help shows an example"),
+            (["watch", "--interval=often"], "--interval: invalid float value: 'often'; tightfit watch --help explains"),
+        ],
+    )
+    def test_a_mistake_is_one_sentence(self, words: list[str], said: str, tmp_path: Path) -> None:
+        assert refusal(words, out_dir=tmp_path).startswith(said)
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh"])
+    def test_completion_knows_commands_options_and_keys(self, shell: str) -> None:
+        done = here(["completion", shell])
+        assert done.code == 0
+        assert all(word in done.out for word in (*COMMANDS, "--all-gpus", "--gradient_accumulation_steps"))
+        if shell == "bash":
+            subprocess.run(["bash", "-n"], input=done.out, text=True, check=True, timeout=60)
+
+    def test_the_schema_of_a_plan_names_its_fields(self) -> None:
+        found = json.loads(here(["schema", "plan"]).out)
+        assert found["$defs"]["PlanRow"]["properties"]["peak_bytes"] == {"type": "integer"}
+        assert "best" in found["$defs"]["PlanRecord"]["required"]

@@ -5,19 +5,23 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tightfit.cli.main import OK
+from tightfit.cli.exits import OK
+from tightfit.cli.parser import Parser
 from tightfit.errors import CheckpointError
 
 
-def run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tightfit convert",
-        description="A nanoGPT or tightfit checkpoint (.pt) to a Hugging Face folder, or a folder to a .pt.",
-        epilog="example: tightfit convert out/ckpt.pt gpt2-mine",
+def parser() -> Parser:
+    found = Parser(
+        "convert",
+        "Convert a nanoGPT or tightfit checkpoint (.pt) to a Hugging Face folder, or a folder to a .pt.",
+        examples=["tightfit convert out/ckpt.pt gpt2-mine"],
     )
-    parser.add_argument("source", type=Path, help="a .pt file, or a folder with config.json and safetensors")
-    parser.add_argument("target", type=Path, help="the folder, or the .pt file, to write; must not exist")
-    given = parser.parse_args(arguments)
+    found.add_argument("source", type=Path, help="a .pt file, or a folder with config.json and safetensors")
+    found.add_argument("target", type=Path, help="the folder or .pt file to write; must not exist")
+    return found
+
+
+def run(given: argparse.Namespace, rest: Sequence[str]) -> int:
     if given.target.exists():
         raise CheckpointError(f"{given.target} exists; name a new one, or remove it first")
     from tightfit.models.conversion import load_hugging_face, save_hugging_face

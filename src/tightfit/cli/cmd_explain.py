@@ -1,68 +1,78 @@
 """`tightfit explain`."""
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from tightfit.cli.keys import last, split_options
-from tightfit.cli.main import OK, wants_help
+from tightfit.cli.exits import OK
+from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
 from tightfit.wording import chosen_language
 
-_OPTIONS = {
-    "--config": "the run's configuration file; it may be given again, and --key=value replaces its keys",
-    "--gpu": "the card's name, such as 'RTX 3060 12GB', if the log does not tell it",
-    "--script": "somebody's own training script, played instead of a configuration; its arguments follow --",
-    "--lang": "en or ja; without it, as the locale says",
-    "--html": "write the explanation as a page, with charts and lines to copy",
-}
-_FLAGS = {"--verbose": "the arithmetic, and what to paste for each fix", "--json": "the same facts for machines"}
+
+def parser() -> Parser:
+    found = Parser(
+        "explain",
+        "Explain an error log: what failed, which tensor it was, why, and fixes checked on a virtual GPU.\n"
+        "LOG is a file, a PyTorch memory snapshot (.pickle), or standard input.",
+        usage="[LOG] [--config FILE] [--key=value ...] [--gpu NAME] [--lang en|ja] [--html FILE]",
+        examples=[
+            "tightfit explain oom.log --config configs/train_openwebtext.py",
+            "tightfit explain oom.log --script train.py -- --batch_size=64",
+        ],
+        takes_keys=TrainConfig,
+    )
+    found.add_argument("--config", action="append", default=[], help="the run's configuration file; may be repeated")
+    found.option("--gpu", "the card's name, such as 'RTX 3060 12GB', if the log does not name it")
+    found.option("--script", "a training script to play instead of a configuration; its arguments follow --")
+    found.option("--lang", "en or ja; without it, the locale's")
+    found.option("--html", "write the explanation as a page, with charts and lines to copy")
+    found.flag("--verbose", "print the arithmetic, and what to paste for each fix")
+    found.flag("--json", "print the same facts for machines")
+    return found
 
 
-def run(arguments: Sequence[str]) -> int:
-    words_given, script_arguments = _cut(list(arguments))
-    if wants_help(words_given):
-        print(_help())
-        return OK
-    values, flags, rest = split_options(words_given, _OPTIONS, _FLAGS)
-    configs, options = values.pop("--config", []), last(values)
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    rest, script_arguments = _cut(list(words))
+    configs: list[str] = options.config
     keys, logs = _keys_and_logs(rest)
     if len(logs) > 1:
         raise ConfigError(f"one log is explained at a time, got {len(logs)}: {', '.join(logs)}; configurations follow "
                           "--config")  # fmt: skip
-    if script_arguments and "--script" not in options:
+    if script_arguments and not options.script:
         raise ConfigError("-- comes before the arguments of a script; name it with --script")
     config = None
     if configs or keys:
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
-    if "--html" in options:
+    if options.html:
         from tightfit.report.html import check_folder
 
-        check_folder(options["--html"])
+        check_folder(options.html)
     from tightfit.diagnosis.explanation import explain
 
     found = explain(
-        _source(logs, optional="--script" in options),
+        _source(logs, optional=bool(options.script)),
         config=config,
-        lang=chosen_language(options.get("--lang")),
-        gpu=options.get("--gpu"),
-        script=options.get("--script"),
+        lang=chosen_language(options.lang),
+        gpu=options.gpu,
+        script=options.script,
         arguments=script_arguments,
         config_names=[*configs, *keys],
     )
-    if "--html" in options:
+    if options.html:
         from tightfit.report.html import explanation_report, write
 
-        write(explanation_report(found), options["--html"])
-    if "--json" in flags:
+        write(explanation_report(found), options.html)
+    if options.json:
         print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
     else:
         from tightfit.cli.explained import text_for_terminal
 
-        print(text_for_terminal(found, verbose="--verbose" in flags))
+        print(text_for_terminal(found, verbose=options.verbose))
     return OK
 
 
@@ -103,15 +113,3 @@ def _takes_value(name: str) -> bool:
     """Whether `--key` is followed by its value: all but the flags of yes and no, after which a log may stand."""
     kind = TrainConfig.__annotations__.get(name[2:].replace("-", "_"))
     return kind is not None and kind not in (bool, bool | str)
-
-
-def _help() -> str:
-    lines = "\n".join(f"  {name:<10} {text}" for name, text in {**_OPTIONS, **_FLAGS}.items())
-    return (
-        "usage: tightfit explain [LOG] [--config FILE] [--key=value ...] [--gpu NAME] [--lang en|ja] [--html FILE]\n\n"
-        "What failed, which tensor it was, why, and what to do, each fix checked on a virtual GPU.\n"
-        "LOG is a file, a PyTorch memory snapshot (.pickle), or standard input.\n\n"
-        "example: tightfit explain oom.log --config configs/train_openwebtext.py\n"
-        "         tightfit explain oom.log --script train.py -- --batch_size=64\n\n"
-        f"{lines}\n\nKeys of the configuration are those of tightfit train."
-    )

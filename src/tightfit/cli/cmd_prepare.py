@@ -8,30 +8,35 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tightfit.cli.main import OK
+from tightfit.cli.exits import OK
+from tightfit.cli.parser import Parser
 from tightfit.data import PrepareResult, prepare
 from tightfit.data.recipes import NAMES
 from tightfit.data.tokenizers import TOKENIZERS
 from tightfit.units import format_count, format_duration
 
 
-def run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tightfit prepare",
-        description="Turn text into a dataset: train.bin, val.bin and meta.json in DATA_DIR/NAME.",
-        epilog="example: tightfit prepare novels --input ~/texts --tokenizer bpe",
+def parser() -> Parser:
+    found = Parser(
+        "prepare",
+        "Turn text into a dataset: train.bin, val.bin and meta.json in DATA_DIR/NAME.",
+        examples=["tightfit prepare novels --input ~/texts --tokenizer bpe"],
     )
-    parser.add_argument("name", metavar="NAME_OR_PATH", help=f"{', '.join(NAMES)}, or text, JSONL or Parquet")
-    parser.add_argument("--input", nargs="+", metavar="PATH", help="files or folders to read, for a name of your own")
-    parser.add_argument("--data_dir", default="data", help="folder for datasets (%(default)s)")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, help="the name's own, or gpt2 for your files")
-    parser.add_argument("--vocab_size", type=int, help="of a bpe trained on the text (4096; stdlib 1024)")
-    parser.add_argument("--val_fraction", type=float, help="share held out for validation")
-    parser.add_argument("--seed", type=int, default=2357, help="of the choice of what is held out (%(default)s)")
-    parser.add_argument("--field", default="text", help="JSONL key or Parquet column (%(default)s)")
-    parser.add_argument("--errors", default="strict", help="strict, or replace bytes that are not UTF-8")
-    parser.add_argument("--workers", type=int, help="threads that encode (one a core)")
-    given = vars(parser.parse_args(arguments))
+    found.add_argument("name", metavar="NAME_OR_PATH", help=f"{', '.join(NAMES)}, or text, JSONL or Parquet")
+    found.add_argument("--input", nargs="+", metavar="PATH", help="files or folders to read, for a name of your own")
+    found.add_argument("--data_dir", default="data", help="folder for datasets (%(default)s)")
+    found.add_argument("--tokenizer", choices=TOKENIZERS, help="the name's own, or gpt2 for your files")
+    found.add_argument("--vocab_size", type=int, help="of a bpe trained on the text (4096; stdlib 1024)")
+    found.add_argument("--val_fraction", type=float, help="share held out for validation")
+    found.add_argument("--seed", type=int, default=2357, help="of the choice of what is held out (%(default)s)")
+    found.add_argument("--field", default="text", help="JSONL key or Parquet column (%(default)s)")
+    found.add_argument("--errors", default="strict", help="strict, or replace bytes that are not UTF-8")
+    found.add_argument("--workers", type=int, help="threads that encode (one a core)")
+    return found
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    given = vars(options)
     prepare_with_bar(given.pop("name"), **given)
     return OK
 

@@ -7,15 +7,29 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tightfit.cli.main import OK
+from tightfit.cli.exits import OK
+from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, to_dict
 from tightfit.errors import DataError, TightfitError
 
 _HTML = "--html"
 
 
-def run(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(list(arguments))
+def parser() -> Parser:
+    found = Parser(
+        "report",
+        "Write a training run as one HTML file that needs no network: loss, rate, memory, events, configuration.",
+        examples=["tightfit report out-stdlib --out report.html --lang ja"],
+    )
+    found.add_argument("out_dir", help="the folder of a training run")
+    found.option("--out", "the file to write (default: report.html in that folder)")
+    found.option("--lang", "en or ja (default: the locale's)")
+    found.option("--plan", "output of plan --json, to show its alternatives and prediction")
+    found.option("--dryrun", "output of dryrun --json --timeline, to show memory within a step")
+    return found
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tightfit.report.html import run_report, write
     from tightfit.report.runs import read_object
     from tightfit.wording import chosen_language
@@ -77,18 +91,3 @@ def _write_page(goal: Path, config: TrainConfig) -> None:
         print(_written(goal, html), flush=True)
     except TightfitError as error:
         print(f"tightfit: {_HTML}: {error}", file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tightfit report",
-        description="A training run as one HTML file that needs no network: loss, rate, memory, events, configuration.",
-        epilog="example: tightfit report out-stdlib --out report.html --lang ja",
-        allow_abbrev=False,
-    )
-    parser.add_argument("out_dir", help="the folder of a training run")
-    parser.add_argument("--out", help="the file to write (default: report.html in that folder)")
-    parser.add_argument("--lang", help="en or ja (default: as the locale says)")
-    parser.add_argument("--plan", help="what plan --json printed, to show its alternatives and prediction")
-    parser.add_argument("--dryrun", help="what dryrun --json --timeline printed, to show memory within a step")
-    return parser

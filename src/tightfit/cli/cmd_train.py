@@ -1,5 +1,6 @@
 """`tightfit train`."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -7,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tightfit.cli.cmd_report import page_at_end
-from tightfit.cli.keys import keys_help, last, split_options
-from tightfit.cli.main import FAILED, OK, wants_help
+from tightfit.cli.exits import FAILED, OK
+from tightfit.cli.parser import Parser
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import TightfitError
 from tightfit.trainer.supervise import supervise, wants_supervision
@@ -21,19 +22,22 @@ _SPIN = ("GOMP_SPINCOUNT", "100000")
 a small model's step 300 times slower (17 ms to 5.8 s) when another program used the cores; this costs nothing alone."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    if wants_help(arguments):
-        print(
-            "usage: tightfit train [config.py ...] [--key=value ...] [--html FILE]\n\n"
-            "example: tightfit train configs/train_shakespeare_char.py --device=cpu --max_iters=2000\n\n"
-            "  --html FILE: when training ends, write what tightfit report shows of it\n"
-            f"{keys_help(TrainConfig)}"
-        )
-        return OK
-    values, _, arguments = split_options(arguments, ["--html"])
-    resolved = read_config(TrainConfig, arguments, warn=lambda line: print(line, file=sys.stderr))
-    with page_at_end(last(values).get("--html"), resolved.config):
-        return _run(arguments, resolved)
+def parser() -> Parser:
+    found = Parser(
+        "train",
+        "Train a GPT as nanoGPT does, on the fastest plan that fits.",
+        usage="[config.py ...] [--key=value ...] [--html FILE]",
+        examples=["tightfit train configs/train_shakespeare_char.py --device=cpu --max_iters=2000"],
+        takes_keys=TrainConfig,
+    )
+    found.option("--html", "when training ends, write the page of tightfit report")
+    return found
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
+    with page_at_end(options.html, resolved.config):
+        return _run(rest, resolved)
 
 
 def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:

@@ -7,13 +7,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tightfit.cli.main import OK
+from tightfit.cli.exits import OK
+from tightfit.cli.parser import Parser
 from tightfit.errors import ConfigError
 from tightfit.wording import chosen_language
 
 
-def run(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(list(arguments))
+def parser() -> Parser:
+    found = Parser(
+        "watch",
+        "Show the memory of every card and of the host, live; with a run's folder, also its last step.",
+        examples=["tightfit watch out-stdlib --log memory.csv"],
+    )
+    found.add_argument("out_dir", nargs="?", help="the folder of a training run, to show its step and memory too")
+    found.add_argument("--interval", type=float, default=1.0, help="seconds between samples (default 1)")
+    found.flag("--once", "print one sample, then end")
+    found.option("--log", "append every sample to this CSV file")
+    found.option("--lang", "en or ja (default: the locale's)")
+    return found
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not (math.isfinite(options.interval) and 0.1 <= options.interval <= 3600):
         raise ConfigError(f"--interval must be from 0.1 to 3600 seconds, got {options.interval:g}")
     folder = Path(options.out_dir) if options.out_dir else None
@@ -31,18 +45,3 @@ def run(arguments: Sequence[str]) -> int:
         words=words(chosen_language(options.lang)),
     )
     return OK
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tightfit watch",
-        description="Show the memory of every card and of the host, live; with a run's folder, also its last step.",
-        epilog="example: tightfit watch out-stdlib --log memory.csv",
-        allow_abbrev=False,
-    )
-    parser.add_argument("out_dir", nargs="?", help="the folder of a training run, to show its step and memory too")
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples (default 1)")
-    parser.add_argument("--once", action="store_true", help="one sample, then end")
-    parser.add_argument("--log", help="append every sample to this CSV file")
-    parser.add_argument("--lang", help="en or ja (default: the locale's)")
-    return parser

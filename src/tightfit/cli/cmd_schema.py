@@ -1,0 +1,33 @@
+"""`tightfit schema`."""
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+
+import msgspec
+
+from tightfit.cli.exits import OK
+from tightfit.cli.parser import Parser
+
+RECORDS = {
+    "plan": ("tightfit.planner.plan_record", "PlanRecord"),
+}
+"""Module and record that each command prints with --json."""
+
+
+def parser() -> Parser:
+    found = Parser(
+        "schema",
+        "Print the JSON schema of what a command prints with --json.",
+        examples=["tightfit schema plan"],
+    )
+    found.add_argument("name", choices=sorted(RECORDS), help="the command")
+    return found
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    module, record = RECORDS[options.name]
+    kind = getattr(importlib.import_module(module), record)
+    print(json.dumps(msgspec.json.schema(kind), indent=2))
+    return OK
