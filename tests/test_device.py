@@ -109,7 +109,7 @@ weight.untyped_storage().resize_(2 << 30)
 def test_fsdp2_keeps_only_shards_between_passes() -> None:
     """Eight matrices of 4 MiB on two cards: 16 MiB of shards, 16 of gradients, and workspaces of 8.125 MiB each."""
     printed = in_process(
-        'os.environ["WORLD_SIZE"] = "2"'
+        'import os; os.environ["WORLD_SIZE"] = "2"'
         + CARD
         + """
 import torch.distributed as dist
