@@ -109,7 +109,7 @@ weight.untyped_storage().resize_(2 << 30)
 def test_fsdp2_keeps_only_shards_between_passes() -> None:
     """Eight matrices of 4 MiB on two cards: 16 MiB of shards, 16 of gradients, and workspaces of 8.125 MiB each."""
     printed = in_process(
-        'os.environ["WORLD_SIZE"] = "2"'
+        'import os; os.environ["WORLD_SIZE"] = "2"'
         + CARD
         + """
 import torch.distributed as dist
@@ -169,15 +169,17 @@ def test_threads_that_train_empty_the_cache_and_free_at_once() -> None:
     printed = on_card("""
 import sys
 import threading
+import time
 sys.setswitchinterval(1e-5)
 done = threading.Event()
 def clear():
     while not done.is_set():
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
+        time.sleep(1e-4)
 def train(number):
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 256)).cuda()
-    for _ in range(10):
+    for _ in range(5):
         model(torch.ones(64, 256, device="cuda")).square().mean().backward()
 clearing = threading.Thread(target=clear)
 clearing.start()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
@@ -30,19 +31,19 @@ class Device(Protocol):
     where: torch.device
     values: "Values"
 
-    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-    def make(self, func: Any, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+    def execute(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def make(self, func: OpOverload, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
     def count_made_up(self, what: str) -> None: ...
     def mode(self) -> "TorchDispatchMode": ...
 
 
-Handler = Callable[[Device, Any, tuple[Any, ...], dict[str, Any]], Any]
+Handler = Callable[[Device, OpOverload, tuple[Any, ...], dict[str, Any]], Any]
 
 _MADE_UP = "the length of a result that depends on data"
 _MASKS = (torch.bool, torch.uint8)
 
 
-def _nonzero(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _nonzero(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     source: Tensor = args[0]
     true = device.values.exactly(source)
     if true is None:
@@ -57,7 +58,7 @@ def _nonzero(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return out
 
 
-def _masked_select(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _masked_select(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     source, mask = args
     shape: tuple[int, ...] = torch.broadcast_shapes(source.shape, mask.shape)  # type: ignore[no-untyped-call]
     true = device.values.exactly(mask)
@@ -69,7 +70,7 @@ def _masked_select(device: Device, func: Any, args: tuple[Any, ...], kwargs: dic
     return device.make(func, args, (places.shape[0],), source.dtype)
 
 
-def _index(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _index(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Masks among the indices, put as integers; None if there is no mask."""
     source, indices, *rest = args
     if not any(isinstance(index, Tensor) and index.dtype in _MASKS for index in indices):
@@ -94,7 +95,7 @@ def _columns(device: Device, mask: Tensor) -> list[Tensor | None]:
         return [column.to(device.where) for column in mask.nonzero().unbind(1)]
 
 
-def _as_fill(device: Device, func: Any, args: tuple[Any, ...]) -> Any:
+def _as_fill(device: Device, func: OpOverload, args: tuple[Any, ...]) -> Any:
     """`x[mask] = 0` is a masked_fill (`canDispatchToMaskedFill`) and takes nothing."""
     source, indices, value, accumulate = (*args, False)[:4]
     given = [index for index in indices if index is not None]
@@ -124,7 +125,7 @@ def _cut(device: Device, source: Tensor, indices: list[Tensor | None], values: T
         ]
 
 
-def _unique(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+def _unique(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     given = _by_name(func, args, kwargs)
     source, dim = given["self"], given.get("dim")
     true = device.values.exactly(source)
@@ -153,7 +154,7 @@ def _unique(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return out
 
 
-def _repeat_interleave(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _repeat_interleave(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     repeats: Tensor = args[0]
     true = device.values.exactly(repeats)
     given: int | None = kwargs.get("output_size")
@@ -170,7 +171,7 @@ def _repeat_interleave(device: Device, func: Any, args: tuple[Any, ...], kwargs:
     return out
 
 
-def _bincount(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _bincount(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Nothing bounds the largest value: where it is unknown, `minlength` is what the script expects."""
     given = _by_name(func, args, kwargs)
     weights, length = given["weights"], given["minlength"]
@@ -183,13 +184,13 @@ def _bincount(device: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return device.make(func, args, (length,), dtype)
 
 
-def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     arguments = func._schema.arguments
     given = {argument.name: argument.default_value for argument in arguments}
     return given | dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
 
 
-HANDLERS: dict[Any, Handler] = {
+HANDLERS: dict[OpOverload, Handler] = {
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _masked_select,
     aten.index.Tensor: _index,

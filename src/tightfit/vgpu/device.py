@@ -83,7 +83,7 @@ class VirtualDevice:
         self._handles = itertools.count()
         self._free_handles: list[int] = []
         self._forward_lines: dict[int, tuple[Frame, ...]] = {}
-        self._special: dict[Any, Callable[..., Any]] = {
+        self._special: dict[OpOverload, Callable[..., Any]] = {
             torch.ops.prim.device.default: lambda func, args, kwargs: func(*args, **kwargs),
             aten._local_scalar_dense.default: self._read_scalar,
             aten._to_copy.default: self._copy_across,
@@ -99,7 +99,7 @@ class VirtualDevice:
         """A new mode of this device; each thread needs its own."""
         return VirtualDeviceMode(self)
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator, here if it touches the device, and as it is if not."""
         if self._is_host:
             if func is aten._local_scalar_dense.default:
@@ -124,7 +124,7 @@ class VirtualDevice:
             return func(*args, **kwargs)
         return self.execute(func, args, kwargs)
 
-    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def execute(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator on fake tensors and record the memory of its CUDA kernel."""
         if func.namespace == "aten":
             if _is_composite(func, self.where.type):
@@ -140,7 +140,7 @@ class VirtualDevice:
         with self.fake.lock:
             return self._launch(func, args, kwargs)
 
-    def _launch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _launch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator that is one step of the card; one thread at a time is in here."""
         handler = HANDLERS.get(func)
         if handler is not None and (answer := handler(self, func, args, kwargs)) is not None:
@@ -177,7 +177,7 @@ class VirtualDevice:
 
     # Memory
 
-    def make(self, func: Any, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def make(self, func: OpOverload, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A new result of an operator that only its data give a shape; `shape` is the caller's answer."""
         with self.fake:
             out = torch.empty(shape, dtype=dtype, device=self.where)
@@ -215,7 +215,7 @@ class VirtualDevice:
         """Count an answer for the line that the running operator comes from, also within backward."""
         self.values.count(what, self._frames(self.phases.now()))
 
-    def _track(self, out: Any, func: Any, args: tuple[Any, ...], phase: Phase) -> None:
+    def _track(self, out: Any, func: OpOverload, args: tuple[Any, ...], phase: Phase) -> None:
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             # A sparse tensor has no storage of its own: its indices and values were results before.
             if (
@@ -225,7 +225,9 @@ class VirtualDevice:
             ):
                 self._guarded(self.recorder.track, tensor, self._describe(tensor, func, args, phase))
 
-    def _describe(self, tensor: Tensor, func: Any, args: tuple[Any, ...], phase: Phase) -> Callable[[int], Allocation]:
+    def _describe(
+        self, tensor: Tensor, func: OpOverload, args: tuple[Any, ...], phase: Phase
+    ) -> Callable[[int], Allocation]:
         def describe(nbytes: int) -> Allocation:
             allocation = self._allocation(nbytes, func._schema.name, phase, self._category(tensor, func, args, phase))
             allocation.shape, allocation.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
@@ -247,20 +249,20 @@ class VirtualDevice:
             stream=self.current_stream,
         )
 
-    def _live_through(self, what: str, number: int, taken: list[Allocation], func: Any, phase: Phase) -> None:
+    def _live_through(self, what: str, number: int, taken: list[Allocation], func: OpOverload, phase: Phase) -> None:
         """One step of an operator's own memory: `number` bytes taken, or the block of that number freed early."""
         if what == "take":
             taken.append(self._take_hidden(number, func, phase))
         else:
             self.recorder.give(taken[number])
 
-    def _take_hidden(self, nbytes: int, func: Any, phase: Phase) -> Allocation:
+    def _take_hidden(self, nbytes: int, func: OpOverload, phase: Phase) -> Allocation:
         allocation = self._allocation(nbytes, func._schema.name, phase)
         self._guarded(self.recorder.take, allocation)
         return allocation
 
     def take_workspaces(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], phase: Phase | None = None
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], phase: Phase | None = None
     ) -> None:
         """Memory that a library keeps from its first call on, for an operator that is about to run."""
         if self._is_host:
@@ -332,7 +334,7 @@ class VirtualDevice:
     def current_stream(self) -> int:
         return getattr(self.stream, "number", 0)
 
-    def _category(self, tensor: Tensor, func: Any, args: tuple[Any, ...], phase: Phase) -> Category:
+    def _category(self, tensor: Tensor, func: OpOverload, args: tuple[Any, ...], phase: Phase) -> Category:
         if tensor.dim() >= 2 and tensor.shape[-1] == self.phases.vocabulary and tensor.is_floating_point():
             source = self.recorder.of_storage(args[0]) if args and isinstance(args[0], FakeTensor) else None
             if source is None or source.category != "parameters":
@@ -417,12 +419,12 @@ class VirtualDevice:
 
     # Between device and host
 
-    def _read_scalar(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _read_scalar(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(args[0], FakeTensor):
             return self.values.scalar(args[0])
         return func(*args, **kwargs)
 
-    def _equal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _equal(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _has_fake(args):
             return func(*args, **kwargs)
         one, other = (self.values.exactly(tensor) for tensor in args[:2])
@@ -431,7 +433,7 @@ class VirtualDevice:
         self.values.count("a comparison of tensors")
         return True
 
-    def _copy_across(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _copy_across(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source, device = args[0], kwargs.get("device")
         target = source.device.type if device is None else device.type
         is_fake = isinstance(source, FakeTensor)
@@ -448,7 +450,7 @@ class VirtualDevice:
             return self.values.on_host(source, kwargs.get("dtype") or source.dtype)
         return func(*args, **kwargs)
 
-    def _upload(self, source: Tensor, func: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _upload(self, source: Tensor, func: OpOverload, kwargs: dict[str, Any]) -> Tensor:
         """A copy of a host tensor on the device."""
         phase = self.phases.now()
         with self.fake:
@@ -461,7 +463,7 @@ class VirtualDevice:
         self.values.learn(out, source)
         return out
 
-    def _copy_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _copy_into(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, source = args[:2]
         to_host = target.device.type == "cpu"
         if to_host and self.observer and isinstance(source, FakeTensor) and (copy := kernel_of(func, args, {}, target)):
@@ -481,7 +483,7 @@ class VirtualDevice:
 
     # Operators written in Python
 
-    def _python_body(self, func: Any) -> Callable[..., Any] | None:
+    def _python_body(self, func: OpOverload) -> Callable[..., Any] | None:
         """The function behind a custom operator (`custom_op`), which fake tensors treat as one step."""
         if func.namespace in _PACKAGES_OF_CUSTOM_OPERATORS:
             return None
@@ -536,7 +538,7 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device = device
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._device.run(func, args, kwargs or {})
 
@@ -581,12 +583,12 @@ def _on_card(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
 
 
-def _resize_storage(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _resize_storage(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tensor, nbytes = args
     tensor.untyped_storage().resize_(nbytes)  # which comes to `VirtualDevice.resize`
 
 
-def _is_weight_gradient(func: Any, phase: Phase) -> bool:
+def _is_weight_gradient(func: OpOverload, phase: Phase) -> bool:
     return phase == "backward" and func is aten.embedding_dense_backward.default
 
 
@@ -600,7 +602,7 @@ def _elements(args: tuple[Any, ...]) -> int:
     return math.prod(args[0]) if args else 1
 
 
-def _is_large_parameter(func: Any, args: tuple[Any, ...]) -> bool:
+def _is_large_parameter(func: OpOverload, args: tuple[Any, ...]) -> bool:
     if _elements(args) < LAZY_PARAMETER_ELEMENTS:
         return False
     frame = sys._getframe(3)

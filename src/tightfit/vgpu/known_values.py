@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.vgpu.frames import Frame, user_frames, users_line
@@ -39,7 +40,7 @@ _LOOKED_AT = 1 << 22
 
 aten = torch.ops.aten
 
-_FILLED: dict[Any, Callable[[tuple[Any, ...]], Scalar]] = {
+_FILLED: dict[OpOverload, Callable[[tuple[Any, ...]], Scalar]] = {
     aten.zeros.default: lambda args: 0,
     aten.zeros_like.default: lambda args: 0,
     aten.new_zeros.default: lambda args: 0,
@@ -54,7 +55,7 @@ _FILLED: dict[Any, Callable[[tuple[Any, ...]], Scalar]] = {
     aten.scalar_tensor.default: lambda args: args[0],
 }
 
-_ASSUMED: dict[Any, bool] = {
+_ASSUMED: dict[OpOverload, bool] = {
     aten.isnan.default: False,
     aten.isinf.default: False,
     aten.isposinf.default: False,
@@ -112,7 +113,7 @@ _UNSAID_WRITES = {aten.native_batch_norm.default: (3, 4), aten.cudnn_batch_norm.
 
 
 @cache
-def _traits(func: Any) -> _Traits:
+def _traits(func: OpOverload) -> _Traits:
     arguments = func._schema.arguments
     return _Traits(
         writes=tuple(
@@ -137,7 +138,7 @@ class Values:
 
     # Operators
 
-    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def follow(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Keep what operator `func` reveals of its result `out`; a write makes its target unknown."""
         traits = _traits(func)
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
@@ -150,7 +151,9 @@ class Values:
         elif isinstance(out, tuple) and not traits.is_view and not traits.is_random:
             self._follow_several(func, args, kwargs, out)
 
-    def _follow_several(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Any, ...]) -> None:
+    def _follow_several(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Any, ...]
+    ) -> None:
         facts = []
         for tensor in _tensors(args, kwargs):
             fact = self._fact(tensor)
@@ -164,7 +167,7 @@ class Values:
                 self._known[tensor.untyped_storage()] = fact
 
     def _of_result(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, traits: _Traits
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, traits: _Traits
     ) -> Fact | None:
         filled = _FILLED.get(func)
         if filled is not None:
@@ -197,7 +200,7 @@ class Values:
             return None if result is None else Fact(result.to(out.dtype), made_up)
         return None
 
-    def _follow_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits) -> None:
+    def _follow_writes(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits) -> None:
         if func is _GRADIENTS_ARE_FINITE:
             found = self._fact(args[1])
             self._forget_all(args[0])
@@ -232,7 +235,7 @@ class Values:
             self._known[storage] = fact
 
     def _of_writes(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits, written: list[Any]
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits, written: list[Any]
     ) -> tuple[list[Tensor | None], bool]:
         """Return the new content of the written arguments, and True if it is made up."""
         unknown: tuple[list[Tensor | None], bool] = ([None] * len(written), False)
@@ -275,7 +278,7 @@ class Values:
         return [after[id(tensor)] for tensor in written], any(fact.made_up for fact in facts)
 
     def _computed(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operand: Callable[[Tensor, Fact], Tensor]
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], operand: Callable[[Tensor, Fact], Tensor]
     ) -> Any:
         """The operator's result on the host, on known values; None where the host refuses what a card may not."""
 
@@ -365,7 +368,7 @@ class Values:
 _WHERE_AND_HOW = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
 
 
-def _of_unknown(func: Any, args: tuple[Any, ...], out: Tensor) -> Fact | None:
+def _of_unknown(func: OpOverload, args: tuple[Any, ...], out: Tensor) -> Fact | None:
     """Make up an operator's result when its arguments are unknown."""
     source, other = args[0], args[1] if len(args) > 1 else None
     value: Scalar
