@@ -1,4 +1,4 @@
-"""Runs somebody's script on the virtual GPU, as `python script.py` would, and returns what was found."""
+"""Run a script on the virtual GPU as `python script.py` would, and return the findings."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def run_script(script: str, arguments: list[str], request: Request) -> dict[str,
 
 
 def _print_traceback(error: BaseException) -> None:
-    """The traceback as the script's user would see it, without our frames and torch's dispatch below."""
+    """Print the traceback without our frames and torch's dispatch below, as it would look on a real card."""
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frames = traceback.extract_tb(error.__traceback__)
     frames = traceback.StackSummary.from_list(

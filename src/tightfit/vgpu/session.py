@@ -1,4 +1,4 @@
-"""One virtual GPU in this process, from its switching on to what is said of it at the end."""
+"""One virtual GPU in this process, from the patches of torch to the end of the script."""
 
 import os
 import threading
@@ -26,26 +26,26 @@ _DEFAULT_CUDA = (13, 0)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Which card, how much of it, and when to stop."""
+    """The card, its free memory, and the condition to stop at."""
 
     gpu: str
     memory_bytes: int | None = None
     """Total memory as the driver reports it, instead of the table's."""
     used_bytes: int = 0
-    """What other processes hold."""
+    """Bytes that other processes hold."""
     context_bytes: int | None = None
-    """What this process holds outside PyTorch's allocator, instead of the table's estimate."""
+    """Bytes of this process outside PyTorch's allocator, instead of the table's estimate."""
     capability: tuple[int, int] | None = None
     steps: int | None = None
     """Stop after so many optimizer steps, whatever they allocate."""
     until_stable: bool = True
-    """Whether to stop when steps repeat."""
+    """Stop when steps repeat."""
     timeout_s: float | None = None
     """Stop at the first operator after so many seconds."""
     snapshot: str | None = None
     """File for PyTorch's memory snapshot of the end."""
     timeline: bool = False
-    """Whether the findings hold the data of a timeline picture."""
+    """Add the data of a timeline picture to the findings."""
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class VirtualSession:
 
     @contextmanager
     def active(self) -> Iterator["VirtualSession"]:
-        """The device for the lines within; EnoughSeen ends them early."""
+        """Run the lines within on the device; EnoughSeen ends them early."""
         if VirtualSession._running not in (None, self):
             raise DeviceError(
                 f"this process already has a virtual {VirtualSession._running.gpu.name}, and a process has one; "
@@ -178,7 +178,7 @@ class VirtualSession:
 
 
 def _cuda_version() -> tuple[int, int]:
-    """Of this build of torch; of a build without CUDA, the one that torch 2.11 to 2.15 come with by default."""
+    """CUDA version of this build of torch; without CUDA, the default one of torch 2.11 to 2.15."""
     if torch.version.cuda is None:
         return _DEFAULT_CUDA
     major, minor = torch.version.cuda.split(".")[:2]

@@ -13,7 +13,7 @@ from tightfit.errors import ConfigError, DeviceError, TightfitError
 
 
 def dryrun(what: str | os.PathLike[str] | Callable[[], object], *arguments: str, **request: Any) -> dict[str, Any]:
-    """What a training script, or an importable function, would use on a virtual GPU, or where it would fail.
+    """Return what a training script, or an importable function, would use on a virtual GPU, or where it would fail.
 
     `request`: gpu (a card's name), and as wanted memory_bytes, used_bytes, context_bytes, capability (a pair), steps,
     timeout_s, snapshot (a file). Returns `outcome` ("fits", "out_of_memory" or "error"), `peak`, `categories`,

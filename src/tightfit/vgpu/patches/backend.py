@@ -142,7 +142,7 @@ def _replace_virtual_functions(instance: int, functions: dict[int, int], slots: 
 
 
 def answer_for_fake_tensors() -> None:
-    """Where torch asks for a GPU before it treats a fake tensor as one on a GPU."""
+    """Let torch treat a fake tensor as one on a GPU where it would first ask for a GPU."""
     subclasses: Any = importlib.import_module("torch._subclasses")
     subclasses.__class__ = _Discreet
     # torch.tensor([1.0], device="cuda") makes a host tensor first, which the dispatch mode then sees on its way.
@@ -194,7 +194,7 @@ class _Discreet(types.ModuleType):
 
 
 class _NoTensor:
-    """What no tensor is an instance of."""
+    """A class without instances: no tensor is one."""
 
 
 def exchange(one: Tensor, other: Tensor) -> None:

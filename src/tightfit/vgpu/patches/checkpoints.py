@@ -62,7 +62,7 @@ def install(device: VirtualDevice, guard: FileGuard) -> None:
 
 
 def _number_in(file: Any) -> int | None:
-    """Which of the saved checkpoints a file or buffer stands for; None if it is a real one."""
+    """Number of the saved checkpoint that a file or buffer stands for; None if it is a real one."""
     if isinstance(file, (str, os.PathLike)):
         try:
             with open(file, "rb") as opened:

@@ -30,7 +30,7 @@ def driver_name(name: str) -> str:
 
 
 def properties(gpu: GPU, total_bytes: int) -> SimpleNamespace:
-    """What `torch.cuda.get_device_properties` returns for a card."""
+    """Return what `torch.cuda.get_device_properties` would for a card."""
     major, minor = gpu.capability
     return SimpleNamespace(
         name=driver_name(gpu.name),

@@ -78,7 +78,7 @@ def _become(parameter: Tensor, value: Tensor) -> None:
 
 
 def _install_tensors(device: VirtualDevice) -> None:
-    """What a fake tensor refuses, and a tensor on a card answers."""
+    """Let a fake tensor answer what it refuses, and a tensor on a card answers."""
     fake: Any = FakeTensor
 
     usual_address: Any = torch.UntypedStorage.data_ptr

@@ -50,7 +50,7 @@ class _StandIn(types.ModuleType):
 
 
 def _load(spec: Any) -> None:
-    """The real package, in the object that others may hold already."""
+    """Load the real package into the object that others may hold already."""
     with _lock:
         if not isinstance(sys.modules[_DYNAMO], _StandIn):
             return
@@ -83,11 +83,11 @@ def _disable(fn: Any = None, recursive: bool = True, **options: Any) -> Any:
 
 
 class _ConstantSource:
-    """Where a constant comes from, which only a graph that is traced would tell."""
+    """Source of a constant, which only a traced graph would name."""
 
     def __init__(self, source_name: str) -> None:
         self.source_name = source_name
 
 
 class _RandomValueSource:
-    """What a fake tensor asks whether it comes from."""
+    """Source that a fake tensor compares its own with."""
