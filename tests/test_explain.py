@@ -218,7 +218,7 @@ def test_a_configuration_that_fits_is_said_to():
     assert found.causes[0].code == "play_fits"
     assert found.culprit is None
     assert found.best is None
-    text = render(found, words("en"))
+    text = " ".join(render(found, words("en")).split())
     assert "Give the configuration of the run that failed" in text
     assert "None of these fixes" not in text
 
