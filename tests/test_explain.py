@@ -170,7 +170,7 @@ def test_a_play_that_differs_shows_both(narrow: Explanation):
     assert (culprit.shape, culprit.phase, culprit.iteration) == ((65536, 50304), "eval", 1)
     assert not culprit.from_before, "uncompiled, the loss needs a second tensor in the first iteration"
     assert {each.what for each in culprit.disagreements} >= {"free"}
-    assert "The play differs from the log in" in render(narrow, words("en"))
+    assert "The simulation differs from the log in" in render(narrow, words("en"))
 
 
 def test_every_remedy_has_a_verdict_and_fits_come_first(narrow: Explanation):
@@ -218,7 +218,7 @@ def test_a_configuration_that_fits_is_said_to():
     assert found.causes[0].code == "play_fits"
     assert found.culprit is None
     assert found.best is None
-    text = render(found, words("en"))
+    text = " ".join(render(found, words("en")).split())
     assert "Give the configuration of the run that failed" in text
     assert "None of these fixes" not in text
 
@@ -456,7 +456,7 @@ def test_a_dry_run_ends_with_its_explanation(
     assert text.startswith("DOES NOT FIT")
     problem = re.sub(r"\n {2,5}(?=\S)", " ", text[text.index("\nProblem\n") :])  # as on a wider terminal
     assert "What did not fit: activations, (32768, 65536) float32, 8.00 GiB" in problem
-    assert "the log says" not in problem, "the message is the play's own"
+    assert "the same request" not in problem, "the message is the play's own"
     assert "--batch-size=2048 instead of 32768: FITS" in problem
     assert f"      {pasted}\n" in text
     assert ("[exact, " in problem) is exact
