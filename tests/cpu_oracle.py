@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tightfit.allocator.caching import CachingAllocator
-from tightfit.kernels.operators import Card
+from tightfit.kernels.card import Card
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer
 from tightfit.vgpu.compiled import Compiler

@@ -1,26 +1,32 @@
-"""What matrix products take: cuBLAS's workspaces, and copies of matrices that cuBLAS cannot read.
+"""Memory of matrix products: cuBLAS's workspaces, and copies of matrices that cuBLAS cannot read.
 
-Sources: ATen/cuda/CublasHandlePool.cpp, ATen/cuda/CUDABlas.cpp, ATen/native/cuda/Blas.cpp and cuBlasCommonArgs.h; the
-numbers in docstrings are PyTorch's pull requests.
+Sources: ATen/cuda/CublasHandlePool.cpp, ATen/cuda/CUDABlas.cpp, ATen/native/cuda/Blas.cpp and cuBlasCommonArgs.h.
+Numbers in docstrings are PyTorch's pull requests.
 """
 
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tightfit.kernels.card import Card
-from tightfit.kernels.temporaries import HALF, Temporaries, nbytes, row
+from tightfit.kernels.temporaries import HALF, Argument, Temporaries, nbytes, row
 from tightfit.units import MIB
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory taken once for each (thread, stream) and kept: the first time its operator runs, after the outputs."""
+    """Memory that a library takes once for each thread and stream and keeps.
+
+    It takes it the first time one of its operators runs, after the outputs.
+    """
 
     key: str
     nbytes: int
@@ -36,9 +42,10 @@ _GEMM = {
 
 
 def cublas_bytes(card: Card, environ: Mapping[str, str]) -> int:
-    """`parseChosenWorkspaceSize`: CUBLAS_WORKSPACE_CONFIG (:KiB:count ...), or 32 MiB on large cards, else 8.125 MiB.
+    """Bytes of CUBLAS_WORKSPACE_CONFIG (:KiB:count ...), else 32 MiB on large cards and 8.125 MiB on others.
 
-    Hopper always; Blackwell from torch 2.12 (pull request 175344), Thor from 2.14 (189312).
+    Follows `parseChosenWorkspaceSize`. Large cards are Hopper, Blackwell from torch 2.12 (pull request 175344), and
+    Thor from 2.14 (189312).
     """
     given = re.findall(r":([0-9]+):([0-9]+)", environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     if given:
@@ -50,26 +57,31 @@ def cublas_bytes(card: Card, environ: Mapping[str, str]) -> int:
 
 
 def _cublaslt_bytes(environ: Mapping[str, str]) -> int:
-    """`parseCUDABlasLtWorkspaceSize`: CUBLASLT_WORKSPACE_SIZE in KiB, or 1 MiB."""
+    """Bytes of CUBLASLT_WORKSPACE_SIZE (in KiB), else 1 MiB, as in `parseCUDABlasLtWorkspaceSize`."""
     given = re.match(r"\s*(\d+)", environ.get("CUBLASLT_WORKSPACE_SIZE", ""))
     return (int(given[1]) if given else 1024) * 1024
 
 
 def _unified(card: Card, environ: Mapping[str, str]) -> bool:
-    """Whether cublasLt uses the cuBLAS workspace: on request from torch 2.8 (151163), as default from 2.12 (175879)."""
+    """Return True if cublasLt uses the cuBLAS workspace.
+
+    It does on request from torch 2.8 (151163), and by default from 2.12 (175879).
+    """
     wish = environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE")
     if card.torch_version < (2, 8):
         return False
     return wish != "0" if card.torch_version >= (2, 12) else wish == "1"
 
 
-def _uses_lt(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], card: Card, environ: Mapping[str, str]) -> bool:
-    """`isInputCompliesAddmmCudaLt`: a product whose bias cublasLt adds by itself."""
+def _uses_lt(
+    name: str, args: Sequence[Argument], kwargs: Mapping[str, Argument], card: Card, environ: Mapping[str, str]
+) -> bool:
+    """Return True if cublasLt adds the bias of a product, as in `isInputCompliesAddmmCudaLt`."""
     if name == "aten::_scaled_mm":
         return True
     if name not in ("aten::addmm", "aten::_addmm_activation") or environ.get("DISABLE_ADDMM_CUDA_LT") == "1":
         return False
-    bias, a, b = args[:3]
+    bias, a, b = (x for x in args[:3] if isinstance(x, Tensor))
     column = bias.dim() == 1 if card.torch_version < (2, 10) else sum(size != 1 for size in bias.shape) <= 1
     return bool(
         kwargs.get("beta", 1) == 1
@@ -84,13 +96,17 @@ def _uses_lt(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], card: Ca
 
 
 def workspaces(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card, environ: Mapping[str, str] = os.environ
+    func: "OpOverload",
+    args: Sequence[Argument],
+    kwargs: Mapping[str, Argument],
+    card: Card,
+    environ: Mapping[str, str] = os.environ,
 ) -> tuple[Workspace, ...]:
-    """What a matrix product takes the first time it runs in a thread and on a stream: backward has its own.
+    """Workspaces of a matrix product when it first runs in a thread and on a stream; backward has its own.
 
-    An addmm whose bias cublasLt adds fetches the same cuBLAS handle, and so takes this too. cublasLt's own 1 MiB was
-    taken at each call (`hidden_bytes`) until torch 2.8, is kept in 2.9 to 2.11 (156495), and is part of the other from
-    2.12 on. From 2.15 on nothing is kept (194311).
+    An addmm that leaves its bias to cublasLt fetches the same cuBLAS handle, and so takes this workspace too. Until
+    torch 2.8, cublasLt takes its own 1 MiB at each call (`hidden_bytes`). In 2.9 to 2.11 it keeps it (156495), and from
+    2.12 on it shares the other one. From 2.15 on, torch keeps none (194311).
     """
     name = func.overloadpacket._qualified_op_name
     if name not in _GEMM or _is_empty(args) or not _keeps_workspaces(card, environ):
@@ -109,12 +125,12 @@ def _keeps_workspaces(card: Card, environ: Mapping[str, str]) -> bool:
     return card.torch_version < (2, 15) or environ.get("TORCH_CUBLAS_WORKSPACE_CACHE") == "1"
 
 
-def _is_empty(args: Sequence[Any]) -> bool:
+def _is_empty(args: Sequence[Argument]) -> bool:
     return any(isinstance(x, Tensor) and x.numel() == 0 for x in args)
 
 
 def _unusual_layout(matrix: Tensor) -> int:
-    """Bytes of the copy that `prepare_matrix_for_cublas` makes if neither rows nor columns of a matrix are dense."""
+    """Bytes of the copy `prepare_matrix_for_cublas` makes of a matrix with neither dense rows nor dense columns."""
     rows, columns = matrix.shape[-2:]
     down, along = matrix.stride()[-2:]
     by_column = down == 1 and along >= max(1, rows)
@@ -124,7 +140,7 @@ def _unusual_layout(matrix: Tensor) -> int:
     return nbytes(matrix)
 
 
-def _product(t: Temporaries, card: Card, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _product(t: Temporaries, card: Card, name: str, args: Sequence[Argument], kwargs: Mapping[str, Argument]) -> None:
     t.outputs()
     matrices = [x for x in args if isinstance(x, Tensor)][-2:]
     if _is_empty(matrices):
@@ -139,15 +155,15 @@ def _product(t: Temporaries, card: Card, name: str, args: Sequence[Any], kwargs:
 
 
 @row("mm")
-def _mm(t: Temporaries, card: Card, *args: Any, **kwargs: Any) -> None:
+def _mm(t: Temporaries, card: Card, *args: Argument, **kwargs: Argument) -> None:
     _product(t, card, "aten::mm", args, kwargs)
 
 
 @row("addmm", "_addmm_activation")
-def _addmm(t: Temporaries, card: Card, *args: Any, **kwargs: Any) -> None:
+def _addmm(t: Temporaries, card: Card, *args: Argument, **kwargs: Argument) -> None:
     _product(t, card, "aten::addmm", args, kwargs)
 
 
 @row("bmm", "baddbmm")
-def _bmm(t: Temporaries, card: Card, *args: Any, **kwargs: Any) -> None:
+def _bmm(t: Temporaries, card: Card, *args: Argument, **kwargs: Argument) -> None:
     _product(t, card, "aten::bmm", args, kwargs)

@@ -1,4 +1,4 @@
-"""The facts of a card, of its torch and of its CUDA that decide which kernel runs and what it takes."""
+"""Facts of a card, its torch and its CUDA that decide which kernel runs and how much memory it needs."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,16 @@ def max_threads_per_sm(capability: Version) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A card as PyTorch's CUDA code sees it."""
+    """A card as PyTorch's CUDA code knows it."""
 
     capability: Version
     """Compute capability: major, minor."""
     sm_count: int
     """Streaming multiprocessors."""
     torch_version: Version = (2, 13)
-    """The torch that would run there."""
+    """Version of the torch that runs there."""
     cuda_version: Version = (12, 8)
-    """The CUDA that this torch was built for."""
+    """Version of CUDA that this torch was built for."""
 
     @property
     def max_threads_per_sm(self) -> int:
@@ -32,10 +32,10 @@ class Card:
 
     @property
     def cudnn_version(self) -> int:
-        """Of the cuDNN in torch's own wheels, as `cudnnGetVersion` counts: 91900 is 9.19.0.
+        """Version of cuDNN in torch's own wheels, in the format of `cudnnGetVersion`: 91900 is 9.19.0.
 
-        From `.ci/docker/common/install_cuda.sh` and the pull requests that changed it (146717, 162268, 177321).
-        A cuDNN installed by hand may be another.
+        Source: `.ci/docker/common/install_cuda.sh` and the pull requests that changed it (146717, 162268, 177321).
+        A cuDNN installed by hand may have another version.
         """
         if self.torch_version < (2, 7):
             return 90100

@@ -1,11 +1,11 @@
-"""What the kernels of a run would do: floating-point operations, bytes moved, and how many there are.
+"""Kernels of a run: how many there are, their floating-point operations and the bytes they move.
 
-Matrix products count as `torch.utils.flop_counter` does; so does attention, of which a causal mask spares the fused
-kernels half. Every kernel reads its inputs and writes its outputs once. Views and empty tensors take no kernel.
+`torch.utils.flop_counter` counts matrix products and attention; a causal mask halves the work of fused attention.
+Every kernel reads its inputs and writes its outputs once. Views and empty tensors need no kernel.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,16 +14,24 @@ from torch.utils.flop_counter import flop_registry
 
 from tightfit.kernels.launch import Kernel, Place
 
+if TYPE_CHECKING:
+    from torch import FunctionSchema
+    from torch._ops import OpOverload
+
+    from tightfit.kernels.temporaries import Argument
+
 _NO_KERNEL = {
     "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided",
     "aten::detach", "aten::lift_fresh", "aten::_unsafe_view",
 }  # fmt: skip
 _BY_INDEX = {"aten::gather", "aten::embedding", "aten::index_select", "aten::scatter_add_", "aten::nll_loss_forward"}
-"""Operators that touch only the elements that an index names: as many as the smaller of their tensors has."""
+"""Operators that touch only the elements an index names: as many as the smaller of their tensors has."""
 
 
-def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Kernel | None:
-    """The kernel behind one operator, or None if it takes none."""
+def kernel_of(
+    func: "OpOverload", args: "Sequence[Argument]", kwargs: "Mapping[str, Argument]", out: "Argument"
+) -> Kernel | None:
+    """Return the kernel behind one operator, or None if it needs none."""
     schema = func._schema
     if schema.name in _NO_KERNEL or _is_view(schema):
         return None
@@ -44,13 +52,13 @@ def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 
 
 def fused_kernel(tensors: Iterable[Tensor]) -> Kernel:
-    """One kernel that Inductor wrote, by the buffers it is called with."""
+    """Return the work of one kernel that Inductor wrote, by the buffers it is called with."""
     tensors = list(tensors)
     return Kernel(0, _bytes(tensors), _dtype(tensors))
 
 
-def _is_causal(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether it is attention that skips what lies above the diagonal."""
+def _is_causal(schema: "FunctionSchema", args: "Sequence[Argument]", kwargs: "Mapping[str, Argument]") -> bool:
+    """Return True for attention that skips the elements above the diagonal."""
     names = [argument.name for argument in schema.arguments]
     if "is_causal" not in names:
         return False
@@ -62,13 +70,13 @@ def _has_storage(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
-def _is_view(schema: Any) -> bool:
+def _is_view(schema: "FunctionSchema") -> bool:
     returns = [each.alias_info for each in schema.returns]
     return bool(returns) and all(info is not None and not info.is_write for info in returns)
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Of the elements of each tensor once, an expanded one by what it has in memory."""
+    """Bytes of the elements of each tensor once. An expanded tensor counts the bytes it has in memory."""
     by_storage: dict[int, int] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

@@ -1,7 +1,7 @@
-"""Which attention kernel a card chooses, and what flash and efficient attention take besides their outputs.
+"""Choice of the attention kernel on a card, and memory of flash and efficient attention besides their outputs.
 
 The choice follows `sdp_utils.cpp` and `sdp_utils_cpp.h` (`select_sdp_backend`) for dense tensors on an NVIDIA card. The
-math kernel is a composite: its own operators are traced as they are, so it needs no row here.
+math kernel needs no row here: it is a composite, and its operators are traced one by one.
 """
 
 import math
@@ -17,11 +17,11 @@ aten = torch.ops.aten
 BACKENDS = frozenset({"flash", "efficient", "cudnn", "math"})
 
 _MIB_OF_SHARED_MEMORY = frozenset({(8, 0), (8, 7), (9, 0), (10, 0), (10, 1), (10, 3)})
-"""Cards whose blocks may use 160 KiB of shared memory and more; the others of 8.x and 12.x may use 99 KiB."""
+"""Cards with 160 KiB of shared memory and more for a block; the others of 8.x and 12.x have 99 KiB."""
 
 
 def enabled_backends() -> frozenset[str]:
-    """What `torch.backends.cuda` and `torch.nn.attention.sdpa_kernel` allow now."""
+    """Return the kernels that `torch.backends.cuda` and `torch.nn.attention.sdpa_kernel` allow now."""
     allowed = {
         "flash": torch._C._get_flash_sdp_enabled(),
         "efficient": torch._C._get_mem_efficient_sdp_enabled(),
@@ -44,9 +44,9 @@ def choose_attention(
     enabled: frozenset[str] | None = None,
     needs_grad: bool,
 ) -> str:
-    """'flash', 'efficient', 'cudnn' or 'math', for dense (batch, heads, tokens, head size) tensors.
+    """Return 'flash', 'efficient', 'cudnn' or 'math', for dense (batch, heads, tokens, head size) tensors.
 
-    `enabled` is as default what torch allows now; raises what PyTorch raises if none of them can do it.
+    By default, `enabled` holds the kernels that torch allows now. RuntimeError, as in PyTorch, if none of them fits.
     """
     call = _Call(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, card, needs_grad)
     enabled = enabled_backends() if enabled is None else enabled
@@ -61,14 +61,17 @@ def choose_attention(
 
 
 def prefers_cudnn(card: Card) -> bool:
-    """`check_prefer_cudnn_attention`: data-centre cards with a cuDNN above 9.15.0, from torch 2.10; opt-in before."""
+    """Return True for data-centre cards with a cuDNN above 9.15.0, from torch 2.10; before, it was opt-in.
+
+    Follows `check_prefer_cudnn_attention`.
+    """
     if card.torch_version < (2, 10) or card.cudnn_version <= 91500 or card.capability[0] not in (9, 10):
         return False
     return card.cuda_version >= (13, 0) or card.capability[1] in (0, 3)
 
 
 class _Call:
-    """One call of scaled_dot_product_attention, and which kernels could serve it."""
+    """One call of scaled_dot_product_attention, with a check for each kernel that could serve it."""
 
     def __init__(
         self,
@@ -143,7 +146,10 @@ class _Call:
         return lowest <= self.card.capability <= highest
 
     def _flash_backward_lacks(self, head: int) -> bool:
-        """On cards of less shared memory, no flash backward above 192, but for (224, 256] without dropout."""
+        """Return True for head sizes above 192 on cards of less shared memory.
+
+        Sizes in (224, 256] without dropout are the exception.
+        """
         small = self._between((8, 6), (8, 9)) or self._between((12, 0), (12, 1))
         return small and self.needs_grad and head > 192 and (head <= 224 or self.dropout > 0)
 
@@ -159,7 +165,10 @@ class _Call:
         return bool(heads == heads_k == heads_v)
 
     def _dense(self, *, singleton: bool) -> bool:
-        """Tokens there are, and the last dimension of all is contiguous; `singleton`: a head size of 1 always is."""
+        """Return True if there are tokens and the last dimension of all tensors is contiguous.
+
+        With `singleton`, a head size of 1 always counts as contiguous.
+        """
         if self.q.shape[-2] == 0 or self.k.shape[-2] == 0:
             return False
         rows = all(x.stride(-1) == 1 for x in (self.q, self.k, self.v)) or (singleton and self.q.shape[-1] == 1)
@@ -198,7 +207,12 @@ class _Call:
         return bool(max(head, value_head) <= 128)
 
 
-# What the kernels take. Flash: transformers/cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd), attention_backward.cu.
+def _must_be_deterministic() -> bool:
+    """Return True if torch refuses kernels that are not deterministic, instead of warning of them."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+# Memory of the kernels. Flash: transformers/cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd), attention_backward.cu.
 
 
 def _flash_head(head: int, card: Card) -> int:
@@ -207,7 +221,7 @@ def _flash_head(head: int, card: Card) -> int:
 
 
 def key_splits(batch: int, heads: int, tokens_q: int, tokens_k: int, head: int, card: Card) -> int:
-    """Parts in which flash attention reads the keys of one query block (`num_splits_heuristic`); 1 in most training."""
+    """Parts in which flash attention reads the keys of a query block (`num_splits_heuristic`); 1 in most training."""
     key_blocks = ceil_div(tokens_k, 256 if head <= 64 else 128 if head <= 128 else 64)
     query_blocks = batch * heads * ceil_div(tokens_q, 64)
     slots = card.sm_count * (2 if card.torch_version >= (2, 7) else 1)
@@ -248,9 +262,7 @@ def _flash_backward(
     t.take(contiguous_copy(out.transpose(1, 2)))
     t.outputs()
     rows = batch * heads * round_up(tokens, 128) * 4
-    copies = 1
-    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
-        copies = ceil_div(card.sm_count, batch * heads)
+    copies = ceil_div(card.sm_count, batch * heads) if _must_be_deterministic() else 1
     t.take(rows)  # softmax_d
     t.take(copies * rows * _flash_head(head, card))  # dq_accum
     if k.shape[1] != heads:
@@ -264,7 +276,7 @@ def _flash_backward(
 
 @row("_scaled_dot_product_efficient_attention")
 def _efficient(t: Temporaries, card: Card, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> None:
-    """A head size above 128 does not fit registers: half types then need a float32 output to add to."""
+    """Take a float32 output to add to for half types with a head size above 128, which does not fit registers."""
     t.outputs()
     if q.dtype in HALF and max(q.shape[3], v.shape[3]) > 128:
         batch, heads, tokens, _head = q.shape
@@ -272,7 +284,7 @@ def _efficient(t: Temporaries, card: Card, q: Tensor, k: Tensor, v: Tensor, *_: 
 
 
 def _backward_tile(dtype: torch.dtype, head: int, dropout: bool, card: Card) -> tuple[int, int, bool]:
-    """(queries, keys, whether dK and dV stay in registers) of the first kernel in cutlassB.h that the card can run.
+    """Return (queries, keys, dK and dV stay in registers) of the first kernel in cutlassB.h that the card can run.
 
     Shared memory decides between neighbours: tiles of 128 x 128, or of 128 x 64 in float32, do not fit 99 KiB.
     """
@@ -308,34 +320,41 @@ def _efficient_backward(
     **__: object,
 ) -> None:
     batch, heads, tokens, head = q.shape
-    tokens_k, value_head = k.shape[2], v.shape[3]
+    value_head = v.shape[3]
     queries, keys, in_registers = _backward_tile(q.dtype, max(head, value_head), dropout_p > 0, card)
     half = q.dtype in HALF
 
     t.take(contiguous_copy(grad_out.transpose(1, 2)))
     t.outputs()
-    delta = batch * heads * tokens * 4
     if half and (in_registers or card.capability != (7, 0)):
-        t.take(delta)
+        t.take(batch * heads * tokens * 4)  # delta
     else:
-        # (grad_out.to(float) * out.to(float)).sum(-1).transpose(-2, -1).contiguous(), all alive until the last
-        casts = [t.take(nbytes(x, torch.float32)) for x in (grad_out, out) if half]
-        product, summed = t.take(nbytes(out, torch.float32)), t.take(delta)
-        if heads > 1 and tokens > 1:
-            t.take(delta)
-            t.free(summed)
-        t.free(product, *casts)
-    splits = ceil_div(tokens_k, keys)
-    if batch * heads >= 256 and tokens_k <= 2 * keys:
-        splits = 1
+        _take_delta(t, grad_out, out)
     of_keys = 0
     if half and not in_registers:
-        splits = max(1, min(splits, 200 // (batch * heads)))
+        splits = _splits_with_accumulation(batch * heads, k.shape[2], keys)
         of_keys = splits * keys * (round_up(head, queries) + round_up(value_head, queries))
-    if torch.are_deterministic_algorithms_enabled():
-        splits = 1
     of_queries = ceil_div(tokens, queries) * ceil_div(head, keys) * (16 + 4 * queries * keys) // 4
     t.take(batch * heads * round_up(of_keys + of_queries, 4) * 4)
+
+
+def _take_delta(t: Temporaries, grad_out: Tensor, out: Tensor) -> None:
+    """Take (grad_out.to(float) * out.to(float)).sum(-1).transpose(-2, -1).contiguous(), all alive until the last."""
+    batch, heads, tokens, _head = out.shape
+    delta = batch * heads * tokens * 4
+    casts = [t.take(nbytes(x, torch.float32)) for x in (grad_out, out) if out.dtype in HALF]
+    product, summed = t.take(nbytes(out, torch.float32)), t.take(delta)
+    if heads > 1 and tokens > 1:
+        t.take(delta)
+        t.free(summed)
+    t.free(product, *casts)
+
+
+def _splits_with_accumulation(blocks: int, tokens: int, tile: int) -> int:
+    """Parts that the keys of one head are split into, where each part needs memory to add up dK and dV."""
+    if _must_be_deterministic() or (blocks >= 256 and tokens <= 2 * tile):
+        return 1
+    return max(1, min(ceil_div(tokens, tile), 200 // blocks))
 
 
 def attention(
@@ -350,35 +369,44 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` by the kernel that the card would choose."""
+    """Run `scaled_dot_product_attention` with the kernel that the card would choose."""
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     chosen = choose_attention(
         query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, card, needs_grad=needs_grad
     )
-    given = {"scale": scale}
     out: Tensor
     if chosen == "flash":
-        head = query.shape[-1]
-        short = -head % 8
-        if short:
-            query, key, value = (torch.nn.functional.pad(x, (0, short)) for x in (query, key, value))
-            given = {"scale": head**-0.5 if scale is None else scale}
-        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, **given)[0]
-        if short:
-            out = out[..., :head]
-    elif chosen == "efficient":
-        out = aten._scaled_dot_product_efficient_attention(
-            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, **given
-        )[0]
-    elif chosen == "cudnn":
-        out = aten._scaled_dot_product_cudnn_attention(
-            query, key, value, _expanded(attn_mask, query, key), needs_grad, dropout_p, is_causal, False, **given
-        )[0]
-    else:
+        return _flash_attention(query, key, value, dropout_p, is_causal, scale)
+    if chosen == "math":
         out = aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
         )[0]
+        return out
+    mask = _expanded(attn_mask, query, key)
+    if chosen == "efficient":
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, needs_grad, dropout_p, is_causal, scale=scale
+        )[0]
+    else:
+        out = aten._scaled_dot_product_cudnn_attention(
+            query, key, value, mask, needs_grad, dropout_p, is_causal, False, scale=scale
+        )[0]
     return out
+
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Run flash attention, with heads padded to a multiple of 8."""
+    head = query.shape[-1]
+    short = -head % 8
+    if short:
+        query, key, value = (torch.nn.functional.pad(x, (0, short)) for x in (query, key, value))
+        scale = head**-0.5 if scale is None else scale
+    out: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[
+        0
+    ]
+    return out[..., :head] if short else out
 
 
 def _expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What one kernel does, in numbers: known here without torch."""
+"""Work of one kernel in numbers, without torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ Place = Literal["device", "host", "link"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's work."""
+    """Work of one kernel."""
 
     flops: int
     nbytes: int
-    """Read and written."""
+    """Bytes read and written."""
     dtype: str
-    """Of its first input that is no whole number."""
+    """Type of the first floating-point input."""
     is_attention: bool = False
-    """Fused attention, part of whose work no matrix unit does."""
+    """True for fused attention, which does part of its work outside the matrix units."""
     place: Place = "device"
-    """Where its tensors are; `link` for a copy between host and device."""
+    """Place of its tensors; `link` for a copy between host and device."""
 
 
 Observer = Callable[[Kernel], None]
-"""Hears of every kernel of the virtual device."""
+"""A function that the virtual device calls with each kernel."""

@@ -1,13 +1,13 @@
-"""What PyTorch's CUDA operators take from the caching allocator inside their bodies, where no tensor shows it.
+"""Memory that PyTorch's CUDA operators take from the caching allocator inside their bodies, where no tensor shows it.
 
-One row an operator, each with its source; an operator without a row takes nothing, as far as is known. Sizes follow the
-sources around torch 2.13, and those of 2.4 for versions before 2.7. `NOT_MODELLED` says what is left out.
-Paths are below `aten/src/ATen/native/cuda` if not said otherwise.
+Each operator has one row, with its source. An operator without a row takes no such memory, as far as is known. Sizes
+follow the sources around torch 2.13, and those of 2.4 for versions before 2.7. `NOT_MODELLED` lists the gaps.
+Paths are below `aten/src/ATen/native/cuda` unless given in full.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from tightfit.kernels.sorting import PAIR_WITH_INDEX
 from tightfit.kernels.temporaries import (
     HALF,
     ROWS,
+    Argument,
+    Dims,
     Hidden,
     Temporaries,
     accumulate_type,
@@ -29,10 +31,12 @@ from tightfit.kernels.temporaries import (
     row,
 )
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
 __all__ = [
     "NOT_MODELLED",
     "WITH_OWN_KERNEL",
-    "Card",
     "Hidden",
     "Workspace",
     "choose_attention",
@@ -56,8 +60,10 @@ In native_functions.yaml they have an entry for CUDA and one for CompositeImplic
 """
 
 
-def hidden_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card) -> Hidden | None:
-    """The temporaries of one call of an operator, or None if it takes none or is unknown. Reads no data."""
+def hidden_bytes(
+    func: "OpOverload", args: Sequence[Argument], kwargs: Mapping[str, Argument], card: Card
+) -> Hidden | None:
+    """Return the temporaries of one call of an operator; None if it takes none or is unknown. Reads no data."""
     found = ROWS.get(func.overloadpacket._qualified_op_name)
     if found is None:
         return None
@@ -73,7 +79,7 @@ def hidden_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card:
 def _nll(
     t: Temporaries, card: Card, input: Tensor, target: Tensor, weight: Tensor | None, *_: object, **__: object
 ) -> None:
-    """One block adds up the whole loss: it takes nothing but copies of what is not contiguous."""
+    """Take copies of tensors that are not contiguous, and no more: one block adds up the whole loss."""
     t.outputs()
     for tensor in (input, target, weight):
         t.take(contiguous_copy(tensor))
@@ -110,7 +116,7 @@ def _log_softmax_backward(t: Temporaries, card: Card, grad: Tensor, output: Tens
 
 @row("_softmax_backward_data")
 def _softmax_backward(t: Temporaries, card: Card, grad: Tensor, output: Tensor, *_: object, **__: object) -> None:
-    """softmax_backward_cuda_out multiplies grad by output first."""
+    """Multiply grad by output first, as softmax_backward_cuda_out does."""
     t.outputs()
     t.take(nbytes(output, torch.promote_types(grad.dtype, output.dtype)))
     t.take(contiguous_copy(output))
@@ -118,9 +124,9 @@ def _softmax_backward(t: Temporaries, card: Card, grad: Tensor, output: Tensor, 
 
 @row("_safe_softmax")
 def _safe_softmax(t: Temporaries, card: Card, input: Tensor, dim: int, dtype: torch.dtype | None = None) -> None:
-    """ATen/native/transformers/attention.cpp: rows that are masked throughout become zero; math attention calls it.
+    """Fill fully masked rows with zero, for math attention: ATen/native/transformers/attention.cpp.
 
-    torch 2.6 compares with a tensor and keeps the softmax; 2.11 (at the latest) asks isneginf and writes over it.
+    torch 2.6 compares with a tensor and keeps the softmax; 2.11 (at the latest) calls isneginf and overwrites it.
     """
     out = dtype or input.dtype
     masked, rows = input.numel(), input.numel() // max(1, input.shape[dim])
@@ -150,7 +156,7 @@ def _elementwise_loss(
 def _huber_loss(
     t: Temporaries, card: Card, input: Tensor, target: Tensor, reduction: int = 1, delta: float = 1.0
 ) -> None:
-    """ATen/native/Loss.cpp: the elementwise loss comes first, and `mean` or `sum` makes the output."""
+    """Make the elementwise loss first; `mean` or `sum` of it is the output: ATen/native/Loss.cpp."""
     if not reduction:
         return
     t.take(nbytes(input))
@@ -165,9 +171,9 @@ def _huber_loss(
 def _gamma_beta(
     t: Temporaries, card: Card, shape: Sequence[int], rows: int, wanted: int, dtype: torch.dtype, acc: int = 4
 ) -> None:
-    """LaunchGammaBetaBackwardCUDAKernel, from torch 2.8 (148605): many narrow rows are added up in two passes.
+    """Add up many narrow rows in two passes: LaunchGammaBetaBackwardCUDAKernel, from torch 2.8 (148605).
 
-    Each block of rows writes a partial gradient; then `sum(0)` makes the final tensors, which replace the first ones.
+    Each block of rows writes a partial gradient. Then `sum(0)` makes the final tensors, which replace the first ones.
     """
     columns = math.prod(shape)
     if card.torch_version < (2, 8) or not wanted or rows <= 64 * 1024 or columns // 32 >= card.sm_count // 2:
@@ -184,7 +190,7 @@ def _gamma_beta(
 
 @row("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(
-    t: Temporaries, card: Card, input: Tensor, normalized_shape: Sequence[int], *rest: Any, **__: object
+    t: Temporaries, card: Card, input: Tensor, normalized_shape: Sequence[int], *rest: Argument, **__: object
 ) -> None:
     for tensor in (input, *rest):
         if isinstance(tensor, Tensor):
@@ -246,7 +252,7 @@ def _group_norm(
     pixels: int,
     *_: object,
 ) -> None:
-    """group_norm_kernel.cu: a scale and a shift for each sample and channel."""
+    """Take a scale and a shift for each sample and channel: group_norm_kernel.cu."""
     t.outputs()
     if pixels > 1 and (weight is not None or bias is not None):
         each = batch * channels * accumulate_type(input.dtype).itemsize
@@ -281,15 +287,21 @@ def _group_norm_backward(
 # Reductions: Reduce.cuh, ReduceSumProdKernel.cu, ReduceMomentKernel.cu, ReduceNormKernel.cu, ...
 
 
-def _dims(dim: int | Sequence[int] | None) -> Sequence[int] | None:
+def _dims(dim: Dims) -> Sequence[int] | None:
     return (dim,) if isinstance(dim, int) else dim
 
 
 @row("sum", "mean", "nansum", "prod")
 def _sum(
-    t: Temporaries, card: Card, input: Tensor, dim: Any = None, *_: object, dtype: Any = None, **__: object
+    t: Temporaries,
+    card: Card,
+    input: Tensor,
+    dim: Dims = None,
+    *_: object,
+    dtype: torch.dtype | None = None,
+    **__: object,
 ) -> None:
-    """Another type than the input's is cast first, but for half types summed in float32 (make_reduction)."""
+    """Cast to another type first, except for half types summed in float32 (make_reduction)."""
     t.outputs()
     floating = input.is_floating_point() or input.is_complex()
     out = dtype or (input.dtype if floating else torch.int64)
@@ -305,10 +317,10 @@ def _vector_norm(
     card: Card,
     input: Tensor,
     ord: float = 2,
-    dim: Any = None,
+    dim: Dims = None,
     keepdim: bool = False,
     *,
-    dtype: Any = None,
+    dtype: torch.dtype | None = None,
     **__: object,
 ) -> None:
     out = dtype or input.dtype
@@ -316,19 +328,28 @@ def _vector_norm(
 
 
 @row("norm")
-def _norm(t: Temporaries, card: Card, input: Tensor, p: float = 2, dim: Any = None, *_: object, **kwargs: Any) -> None:
-    _sum(t, card, input, dim, dtype=kwargs.get("dtype") or input.dtype)
+def _norm(
+    t: Temporaries,
+    card: Card,
+    input: Tensor,
+    p: float = 2,
+    dim: Dims = None,
+    *_: object,
+    dtype: torch.dtype | None = None,
+    **__: object,
+) -> None:
+    _sum(t, card, input, dim, dtype=dtype or input.dtype)
 
 
 @row("amax", "amin", "any", "all")
-def _extreme(t: Temporaries, card: Card, input: Tensor, dim: Any = None, *_: object, **__: object) -> None:
+def _extreme(t: Temporaries, card: Card, input: Tensor, dim: Dims = None, *_: object, **__: object) -> None:
     t.outputs()
     take_reduction(t, card, input, _dims(dim), input.dtype.itemsize, in_output=True)
 
 
 @row("max", "min")
-def _max(t: Temporaries, card: Card, input: Tensor, dim: Any = None, *_: object, **__: object) -> None:
-    """max(x), or max(x, dim) with indices; max(x, other) takes nothing."""
+def _max(t: Temporaries, card: Card, input: Tensor, dim: Dims = None, *_: object, **__: object) -> None:
+    """Reduce for max(x), and with indices for max(x, dim); max(x, other) needs no memory."""
     t.outputs()
     if dim is None:
         take_reduction(t, card, input, None, input.dtype.itemsize, in_output=True)
@@ -343,16 +364,16 @@ def _argmax(t: Temporaries, card: Card, input: Tensor, dim: int | None = None, *
 
 
 @row("var", "std", "var_mean", "std_mean")
-def _var(t: Temporaries, card: Card, input: Tensor, dim: Any = None, *_: object, **__: object) -> None:
-    """WelfordData: mean, m2, an int32 count and the same as a float."""
+def _var(t: Temporaries, card: Card, input: Tensor, dim: Dims = None, *_: object, **__: object) -> None:
+    """Reduce WelfordData: mean, m2, an int32 count and the same as a float."""
     t.outputs()
     item = 32 if input.dtype is torch.float64 else 16
     take_reduction(t, card, input, _dims(dim) if not isinstance(dim, bool) else None, item, in_output=False)
 
 
 @row("logsumexp")
-def _logsumexp(t: Temporaries, card: Card, input: Tensor, dim: Any, keepdim: bool = False) -> None:
-    """ATen/native/ReduceOps.cpp: log(sum(exp(x - max))) + max, with the difference as large as the input."""
+def _logsumexp(t: Temporaries, card: Card, input: Tensor, dim: Dims, keepdim: bool = False) -> None:
+    """Compute log(sum(exp(x - max))) + max with a difference as large as the input: ATen/native/ReduceOps.cpp."""
     dims = _dims(dim) or range(input.dim())
     kept = math.prod(size for d, size in enumerate(input.shape) if d not in {x % input.dim() for x in dims})
     t.take(kept * input.dtype.itemsize)  # maxes
@@ -373,7 +394,7 @@ _CHUNK = 65536
 def _foreach_norm(
     t: Temporaries, card: Card, tensors: Sequence[Tensor], ord: float = 2, dtype: torch.dtype | None = None
 ) -> None:
-    """One value for each 65,536 elements of the longest tensor, for every tensor."""
+    """Take one value for each 65,536 elements of the longest tensor, for every tensor."""
     if ord not in (0, 1, 2, math.inf) or not tensors or any(not x.is_floating_point() for x in tensors):
         return
     _foreach_partials(t, tensors, accumulate_type(dtype or tensors[0].dtype).itemsize)
@@ -401,14 +422,22 @@ def _copy(t: Temporaries, card: Card, to: Tensor, source: Tensor, non_blocking: 
 
 
 @row("_to_copy")
-def _to_copy(t: Temporaries, card: Card, source: Tensor, *, non_blocking: bool = False, **kwargs: Any) -> None:
+def _to_copy(
+    t: Temporaries,
+    card: Card,
+    source: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    non_blocking: bool = False,
+    **__: object,
+) -> None:
     t.outputs()
-    device = kwargs.get("device") or source.device
-    _across(t, source, kwargs.get("dtype") or source.dtype, torch.device(device).type, non_blocking)
+    _across(t, source, dtype or source.dtype, torch.device(device or source.device).type, non_blocking)
 
 
 def _across(t: Temporaries, source: Tensor, dtype: torch.dtype, to: str, non_blocking: bool) -> None:
-    """Types are converted on the host, unless the copy does not block; strided memory is made dense where it is."""
+    """Convert types on the host, unless the copy does not block. Strided memory becomes dense where it lies."""
     if {source.device.type, to} != {"cpu", "cuda"}:
         return
     converts = dtype is not source.dtype

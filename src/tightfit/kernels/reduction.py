@@ -1,8 +1,8 @@
 """Memory that PyTorch's CUDA reductions take when several blocks share one output: `ATen/native/cuda/Reduce.cuh`.
 
-`TensorIterator` first puts the reduced dimensions in front, orders them by stride and merges what it can; then
-`setReduceConfig` shapes the grid. If the input of one output is split over blocks (`ctas_per_output` > 1), the
-partial results go to a buffer of the caching allocator, and a counter of each group of outputs to a second one.
+First `TensorIterator` moves the reduced dimensions to the front, orders them by stride and merges neighbours. Then
+`setReduceConfig` shapes the grid. Where several blocks work on one output (`ctas_per_output` > 1), two buffers come
+from the caching allocator: one for partial results, one for a counter of each group of outputs.
 """
 
 import math
@@ -38,19 +38,22 @@ class _Dim:
 
 @dataclass(frozen=True)
 class Iteration:
-    """A reduction as `TensorIterator` sees it after reordering and merging, fastest dimension first."""
+    """A reduction after `TensorIterator` has reordered and merged it, fastest dimension first."""
 
     dims: tuple[_Dim, ...]
     dtype: torch.dtype
     out_itemsize: int
     offset: int = 0
-    """Of the input in its storage, in elements: it decides how wide a load may be."""
+    """Offset of the input in its storage, in elements. It limits the width of a load."""
 
     @classmethod
     def of(
         cls, tensor: Tensor, dims: Sequence[int] | None, *, dtype: torch.dtype, out_itemsize: int | None = None
     ) -> "Iteration":
-        """The reduction of `tensor`, read as `dtype`, over `dims` (None or empty: all) into a new contiguous tensor."""
+        """Return the reduction of `tensor`, read as `dtype`, over `dims` into a new contiguous tensor.
+
+        None or no `dims` reduces all.
+        """
         count = tensor.dim()
         reduced = {d % count for d in dims} if dims else set(range(count))
         out_strides, running = [0] * count, 1
@@ -75,7 +78,7 @@ class Iteration:
         return math.prod(d.size for d in self.dims if not d.reduced)
 
     def halves(self) -> Iterator["Iteration"]:
-        """Itself, or what `with_32bit_indexing` splits it into: halves of the widest dimension, again and again."""
+        """Yield the parts of `with_32bit_indexing`: it halves the widest dimension until 32-bit indices suffice."""
         if self._fits_32_bits():
             yield self
             return
@@ -98,7 +101,7 @@ class Iteration:
 
 
 def _order(dims: list[_Dim]) -> list[_Dim]:
-    """`TensorIteratorBase::reorder_dimensions`: an insertion sort that leaves ambiguous neighbours alone."""
+    """Sort as `TensorIteratorBase::reorder_dimensions`: an insertion sort that leaves ambiguous neighbours alone."""
     order = list(reversed(dims))
     for i in range(1, len(order)):
         at = i
@@ -126,7 +129,7 @@ def _compare(first: _Dim, second: _Dim) -> int:
 
 
 def _merge(dims: list[_Dim]) -> tuple[_Dim, ...]:
-    """`TensorIteratorBase::coalesce_dimensions`."""
+    """Merge neighbours as `TensorIteratorBase::coalesce_dimensions` does."""
     merged = dims[:1]
     for dim in dims[1:]:
         last = merged[-1]
@@ -148,13 +151,27 @@ def _last_power_of_two(n: int) -> int:
 
 
 def _output_vector(it: Iteration, reduced: int) -> int:
-    """`get_output_vec_size`: outputs that one thread loads together."""
+    """Outputs that one thread loads together (`get_output_vec_size`)."""
     width = 4
     others = [d.in_stride for i, d in enumerate(it.dims) if i != reduced]
     for n in (it.offset, it.dims[reduced].size, *others):
         while n % width:
             width //= 2
     return width
+
+
+def _block_shape(it: Iteration, inputs: int, outputs: int) -> tuple[bool, int, int, int]:
+    """Return (x runs along the reduced dimension, loads along x, along y, outputs that one thread loads)."""
+    if not it.dims:
+        return True, 1, 1, 1
+    reduced = sum(d.reduced for d in it.dims)
+    along_reduced = reduced == len(it.dims) or it.dims[0].in_stride < it.dims[reduced].in_stride
+    fastest = it.dims[0] if along_reduced else it.dims[reduced]
+    if along_reduced:
+        vectorized = fastest.in_stride == 1 and inputs >= 128 and reduced == 1
+        return True, inputs // 4 if vectorized else inputs, outputs, 1
+    width = _output_vector(it, reduced) if fastest.in_stride == 1 else 1
+    return False, outputs // width, inputs, width
 
 
 def global_buffers(it: Iteration, item_bytes: int, card: Card) -> tuple[int, int] | None:
@@ -166,20 +183,7 @@ def global_buffers(it: Iteration, item_bytes: int, card: Card) -> tuple[int, int
     """
     outputs = it.outputs
     inputs = it.numel // outputs
-    reduced = sum(d.reduced for d in it.dims)
-    width = 1
-    if it.dims:
-        along_reduced = reduced == len(it.dims) or it.dims[0].in_stride < it.dims[reduced].in_stride
-        fastest = it.dims[0] if along_reduced else it.dims[reduced]
-        across, down = (inputs, outputs) if along_reduced else (outputs, inputs)
-        if fastest.in_stride == 1:
-            if along_reduced and across >= 128 and reduced == 1:
-                across //= 4
-            elif not along_reduced:
-                width = _output_vector(it, reduced)
-                across //= width
-    else:
-        along_reduced, across, down = True, 1, 1
+    along_reduced, across, down, width = _block_shape(it, inputs, outputs)
     threads = (_MAX_THREADS_COMPLEX128 if it.dtype is torch.complex128 else _MAX_THREADS) // width
     across2 = _last_power_of_two(across) if across < threads else threads
     down2 = _last_power_of_two(down) if down < threads else threads
@@ -215,10 +219,10 @@ def take_reduction(
     out_dtype: torch.dtype | None = None,
     in_output: bool | None = None,
 ) -> None:
-    """What `gpu_reduce_kernel` takes to reduce `tensor`, read as `dtype`; all of it is free when the reduction is done.
+    """Take and free the memory with which `gpu_reduce_kernel` reduces `tensor`, read as `dtype`.
 
-    Above 2 GiB it runs in parts. Parts of a type too coarse to add up in the output (`in_output` False; as default the
-    half types) share one more buffer of running values.
+    Above 2 GiB the reduction runs in parts. Some types are too coarse to add up in the output (`in_output` False; by
+    default the half types). Their parts share one more buffer of running values.
     """
     if tensor.numel() == 0 or tensor.dim() == 0:
         return

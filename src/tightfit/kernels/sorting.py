@@ -1,7 +1,7 @@
-"""What operators that sort, scan or draw samples take, embedding's and indexing's backward among them.
+"""Memory of operators that sort, scan or draw samples, including the backward of embedding and indexing.
 
-Paths are below `aten/src/ATen/native/cuda`. The scratch of CUB itself follows `dispatch_radix_sort.cuh` and
-`dispatch_scan.cuh`; its tiles depend on CUB's tuning tables, so a few hundred bytes of it may be off.
+Paths are below `aten/src/ATen/native/cuda`. CUB's own scratch memory follows `dispatch_radix_sort.cuh` and
+`dispatch_scan.cuh`. Its tiles depend on CUB's tuning tables, so it may be off by a few hundred bytes.
 """
 
 import math
@@ -19,10 +19,10 @@ PAIR_WITH_INDEX = 16
 
 
 def radix_sort_bytes(count: int, key: int, value: int, card: Card, *, bits: int | None = None) -> int:
-    """Scratch of cub::DeviceRadixSort::SortPairs: histograms, look-back table, and a second copy of keys and values.
+    """Bytes of cub::DeviceRadixSort::SortPairs: histograms, look-back table, and a second copy of keys and values.
 
-    The look-back table has 256 counters for each tile; a tile is 384 threads (256 before Ampere) of as many items as
-    registers allow. Hopper's and Blackwell's tiles may differ in newer CUB, by less than 0.5 bytes an item.
+    The look-back table has 256 counters for each tile. A tile is 384 threads (256 before Ampere), each with as many
+    items as registers allow. Hopper's and Blackwell's tiles may differ in newer CUB, by less than 0.5 bytes an item.
     """
     widest = max(key, value)
     ampere = card.capability[0] >= 8
@@ -40,7 +40,7 @@ def radix_sort_bytes(count: int, key: int, value: int, card: Card, *, bits: int 
 
 
 def scan_bytes(count: int, item: int) -> int:
-    """Scratch of a cub scan: one (state, value) word for each tile of 128 threads, and 32 more."""
+    """Bytes of a cub scan: one (state, value) word for each tile of 128 threads, and 32 more."""
     tile = 128 * max(1, 15 * 4 // max(4, item))
     return round_up((ceil_div(count, tile) + 32) * 2 * item, 256) + 255
 
@@ -103,7 +103,7 @@ def _index_put(
     accumulate: bool = False,
     *_: object,
 ) -> None:
-    """Adding values up sorts the indices; writing takes nothing. Masks are not known: their size depends on data."""
+    """Adding values sorts the indices; writing needs no memory. Masks are left out: their size depends on data."""
     t.outputs()
     given = [index for index in indices if index is not None]
     if not (accumulate or torch.are_deterministic_algorithms_enabled()) or not given:
@@ -174,7 +174,7 @@ def _take_sort(t: Temporaries, card: Card, input: Tensor, dim: int) -> None:
 
 @row("topk")
 def _topk(t: Temporaries, card: Card, input: Tensor, k: int, dim: int = -1, *_: object, **__: object) -> None:
-    """Few very long rows are sorted; other long rows are searched digit by digit by several blocks, with counters."""
+    """Few very long rows are sorted. In other long rows, several blocks search digit by digit, with counters."""
     t.outputs()
     if input.dim() == 0 or not input.numel():
         return
@@ -197,7 +197,7 @@ def _topk(t: Temporaries, card: Card, input: Tensor, k: int, dim: int = -1, *_: 
 
 
 def _several_blocks(rows: int, length: int) -> bool:
-    """`should_use_multiblock`."""
+    """Return True where `should_use_multiblock` does."""
     for most, least in ((20, 20000), (40, 10000), (80, 8000), (199, 5000), (799, 3000), (4000, 800)):
         if rows <= most:
             return length >= least
@@ -217,7 +217,7 @@ def _multinomial(
     *_: object,
     **__: object,
 ) -> None:
-    """One exponential variate for each probability; the checks before it are single numbers."""
+    """Draw one exponential variate for each probability. The checks before it read single numbers."""
     t.outputs()
     if not replacement or num_samples == 1:
         variates = t.take(nbytes(probabilities))
@@ -234,7 +234,7 @@ def _multinomial(
 
 @row("cumsum", "cumprod")
 def _scan(t: Temporaries, card: Card, input: Tensor, dim: int, *_: object, **__: object) -> None:
-    """Only a vector goes to CUB; rows are scanned in place."""
+    """Take CUB's memory for a vector only; rows are scanned in place."""
     t.outputs()
     t.take(contiguous_copy(input))
     if input.dim() and input.numel() == input.shape[dim] and input.numel():

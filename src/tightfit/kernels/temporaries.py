@@ -1,11 +1,11 @@
-"""The shape of one row of the kernel table: what an operator's CUDA code takes from the allocator and gives back.
+"""Rows of the kernel table: the memory that an operator's CUDA code allocates and frees besides its results.
 
-A row follows the C++ body line by line: `take` where it allocates, `outputs` where its results exist, `free` where a
-temporary dies before the end. Sizes are as requested; the allocator rounds them.
+A row follows the C++ body line by line. It calls `take` where the code allocates, `outputs` where the results exist,
+and `free` where a temporary dies before the end. Sizes are as requested; the allocator rounds them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,22 +14,29 @@ from torch import Tensor
 
 Step = tuple[Literal["take", "outputs", "free"], int]
 HALF = (torch.float16, torch.bfloat16)
+Scalar = bool | int | float | complex
+Argument = Tensor | Scalar | str | torch.dtype | torch.device | Sequence["Argument"] | None
+"""A value that an operator is called with."""
+Dims = int | Sequence[int] | None
+"""Dimensions to reduce; None for all."""
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Temporaries of one operator, in bytes; nothing of zero bytes is in it, as the allocator gives none."""
+    """Temporaries of one operator, in bytes. None has zero bytes: the allocator hands out no such block."""
 
     before: tuple[int, ...] = ()
     """Taken before the outputs, in this order."""
     after: tuple[int, ...] = ()
     """Taken once the outputs exist, in this order."""
     freed_early: tuple[tuple[int, int], ...] = ()
-    """(i, n): the i-th of `before + after` is freed when n of them have been taken; all others when the operator ends.
-    One of `before` with n = len(before) is freed before the outputs."""
+    """Pairs (i, n): entry i of `before + after` is freed as soon as n entries have been taken.
+
+    An entry of `before` with n = len(before) is freed before the outputs. All others live until the operator ends.
+    """
 
     def steps(self) -> Iterator[Step]:
-        """The life of the operator: ("take", bytes), ("outputs", 0), ("free", i); what is not freed ends with it."""
+        """Yield ("take", bytes), ("outputs", 0) and ("free", i) in order. The operator's end frees the rest."""
         sizes = self.before + self.after
         for taken in range(len(sizes) + 1):
             early = [i for i, n in self.freed_early if n == taken]
@@ -43,7 +50,7 @@ class Hidden:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes held at once, outputs not counted."""
+        """Most bytes held at once, without the outputs."""
         sizes, held, peak = self.before + self.after, 0, 0
         for what, number in self.steps():
             held += {"take": number, "free": -sizes[number] if what == "free" else 0}.get(what, 0)
@@ -52,7 +59,7 @@ class Hidden:
 
 
 class Temporaries:
-    """Collects the temporaries of one operator in the order of its code."""
+    """Temporaries of one operator, collected in the order of its code."""
 
     def __init__(self) -> None:
         self._before: list[int] = []
@@ -61,7 +68,7 @@ class Temporaries:
         self._outputs = False
 
     def take(self, nbytes: int) -> int | None:
-        """Allocate, and return what `free` needs; None if there is nothing to allocate."""
+        """Allocate, and return the number that `free` takes; None for zero bytes."""
         if nbytes <= 0:
             return None
         (self._after if self._outputs else self._before).append(nbytes)
@@ -85,7 +92,7 @@ class Temporaries:
 
 
 Row = Callable[..., None]
-"""Called with (temporaries, card, *args of the operator, **kwargs of the operator)."""
+"""A function of (temporaries, card, *args of the operator, **kwargs of the operator)."""
 ROWS: dict[str, Row] = {}
 
 
@@ -109,15 +116,15 @@ def round_up(a: int, multiple: int) -> int:
 
 
 def nbytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Bytes of a dense copy, as it is or of another type."""
+    """Bytes of a dense copy, of the same type or of another."""
     return math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
 
 
 def contiguous_copy(tensor: Tensor | None) -> int:
-    """Bytes that `tensor.contiguous()` allocates: none if it already is."""
+    """Bytes that `tensor.contiguous()` allocates: none for a contiguous tensor."""
     return 0 if tensor is None or tensor.is_contiguous() else nbytes(tensor)
 
 
 def accumulate_type(dtype: torch.dtype) -> torch.dtype:
-    """`at::acc_type` and `at::opmath_type` of a floating type on CUDA."""
+    """Return `at::acc_type` and `at::opmath_type` of a floating type on CUDA."""
     return torch.float32 if dtype in HALF else dtype

@@ -9,7 +9,7 @@ import torch
 
 from tightfit.allocator.caching import CachingAllocator
 from tightfit.config import TrainConfig
-from tightfit.kernels.operators import Card
+from tightfit.kernels.card import Card
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.simulation.requests import HostRates, StepTrace
 from tightfit.simulation.speed import Meter, Work

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from tightfit.allocator.caching import CachingAllocator, OutOfMemory, PoolId
 from tightfit.kernels import operators as kernels
+from tightfit.kernels.card import Card
 from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
-from tightfit.kernels.operators import Card
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.known_values import Values

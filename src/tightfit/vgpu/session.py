@@ -11,7 +11,7 @@ import torch
 from tightfit.allocator.caching import AllocatorSettings, CachingAllocator
 from tightfit.errors import ConfigError, DeviceError
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
-from tightfit.kernels.operators import Card
+from tightfit.kernels.card import Card
 from tightfit.vgpu import patches
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, lazy_dynamo
