@@ -321,7 +321,7 @@ def test_an_empty_folder_is_filled_and_parents_are_made(tmp_path: Path, model: G
         assert_same(load_hugging_face(target)[1], model.state_dict())
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_flush"])
+@pytest.mark.parametrize("failing", ["save_file", "sync_file"])
 def test_a_failed_save_leaves_nothing(
     tmp_path: Path, model: GPT, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

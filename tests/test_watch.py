@@ -26,9 +26,10 @@ from rich.console import Console
 from runs import arguments, command, environment, here, process
 
 from tightfit.errors import ConfigError
+from tightfit.storage import METRICS
 from tightfit.system import nvml
 from tightfit.system.nvml import NvmlSession
-from tightfit.system.sampling import METRICS, MetricsTail, Sample, samples
+from tightfit.system.sampling import MetricsTail, Sample, samples
 from tightfit.system.watch import CsvLog, watch
 from tightfit.system.watch_view import frame, plain_line, sparkline
 from tightfit.wording.system import LANGUAGES, words
@@ -167,9 +168,6 @@ class TestMetricsTail:
         assert found.peak_bytes is None
 
     def test_the_file_is_the_one_that_training_writes(self, tmp_path: Path, data_dir: Path) -> None:
-        from tightfit.trainer import metrics
-
-        assert metrics.METRICS == METRICS
         assert here(arguments(tmp_path / "out", data_dir, max_iters=3)).code == 0
         found = MetricsTail(tmp_path / "out" / METRICS).read()
         assert found is not None

@@ -1,43 +1,113 @@
-"""Files that survive a crash: written aside and renamed, locked, and where the cache is."""
+"""Files that outlive a process: whole or absent, under known names, in known folders. Imports no torch and no room."""
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+METRICS, PLAN, CONFIG = "metrics.jsonl", "plan.json", "config.json"
+"""Files in a run's folder: its metrics, the plan made for it, its configuration."""
+EXPLANATION = "explanation.txt"
+"""Written where a run ended for want of memory."""
+BEST, LAST = "ckpt.pt", "last.pt"
+"""Checkpoints by nanoGPT's rule (after an evaluation), and at any other step."""
+PREVIOUS = "previous"
+"""Folder in a run's folder for the files of the run that a new one replaced."""
 
-def cache_folder() -> Path | None:
-    """Return XDG_CACHE_HOME/tightfit, or None where this user has no home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tightfit"
-    except RuntimeError:
-        return None
+
+def previous(name: str) -> str:
+    """Name of the checkpoint before `name`.
+
+    >>> previous(BEST)
+    'ckpt.prev.pt'
+    """
+    return name.removesuffix(".pt") + ".prev.pt"
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and rename it there, so that a reader finds the old file or the new one whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+CHECKPOINTS = (BEST, LAST, previous(BEST), previous(LAST))
+"""All checkpoints that a run may leave in its folder."""
+
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
+"""Errors of file systems and folders that cannot be synced; the files in them can."""
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this file; without a lock where it cannot be made."""
-    import fcntl
+def writing(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
+    """Yield a file beside `path` to write, and rename it to `path` at the end; on an error only delete it.
 
+    `durable`: the file and its name are on disk when this returns.
+    `shared`: several writers may write `path` at once, so each part has a name of its own. Otherwise a part that a
+    killed process left is overwritten by the next.
+    """
+    own = f".{os.getpid()}.{threading.get_ident()}" if shared else ""
+    part = path.with_name(f".{path.name}{own}.writing")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError:
-        yield
+        yield part
+        if durable:
+            sync_file(part)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            part.unlink()
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_aside(path: Path, data: bytes | str, *, durable: bool = False) -> None:
+    """Write the whole file, text as UTF-8: a reader finds the old content or the new, and several may write at once."""
+    with writing(path, durable=durable, shared=True) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the file's content is on disk, so that a rename after it never publishes an empty file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until renames in the folder are on disk; Windows has no such call and needs none."""
+    if os.name != "posix":
         return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def cache_folder() -> Path | None:
+    """Folder for what can be made again: XDG_CACHE_HOME/tightfit on Linux, the system's own place elsewhere.
+
+    None where this user has no home.
+    """
+    import platformdirs
+
+    folder = platformdirs.user_cache_path("tightfit", appauthor=False)
+    return None if folder.parts[0] == "~" else folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`; without a lock where it cannot be made. The lock ends with the process.
+
+    Without `wait`, BlockingIOError if another process holds it.
+    """
+    from filelock import FileLock, Timeout  # imports asyncio: only for those who lock
+
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path).acquire(timeout=-1 if wait else 0))
+        except Timeout:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock", str(path)) from None
+        except (OSError, NotImplementedError):
+            pass  # a read-only folder, or a file system without locks
         yield

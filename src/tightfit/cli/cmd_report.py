@@ -73,7 +73,7 @@ def page_at_end(file: str | None, config: TrainConfig) -> Iterator[None]:
 
 
 def _state(out_dir: str) -> tuple[int, int] | None:
-    from tightfit.report.runs import METRICS
+    from tightfit.storage import METRICS
 
     with contextlib.suppress(OSError):
         found = Path(out_dir, METRICS).stat()

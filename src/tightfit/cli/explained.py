@@ -5,13 +5,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from tightfit.config import TrainConfig
+from tightfit.config import TrainConfig, batch_split
 from tightfit.diagnosis.explanation import Explanation, explain
 from tightfit.diagnosis.render import render
+from tightfit.storage import EXPLANATION
 from tightfit.wording.diagnosis import locale_language, words
 
-FILE = "explanation.txt"
-"""In `out_dir`, beside the checkpoint."""
 _WIDEST = 110
 
 
@@ -22,12 +21,12 @@ def text_for_terminal(found: Explanation, *, verbose: bool = False) -> str:
 
 def explain_failed_run(message: str, config: TrainConfig, *, micro_batch: int | None) -> None:
     """Print why a training run ended, and keep it in `out_dir`; `micro_batch` is what it had come down to."""
-    size = min(micro_batch or config.batch_size, config.effective_batch)
+    size = min(micro_batch or batch_split(config).micro_batch, config.effective_batch)
     as_run = replace(config, batch_size=size, gradient_accumulation_steps=-(-config.effective_batch // size))
     found = explain(message, config=as_run, lang=locale_language(), config_names=(f"--batch_size={size}",))
     print(f"\n{text_for_terminal(found)}", flush=True)
     with contextlib.suppress(OSError):  # a full disk: it was printed
         folder = Path(config.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(render(found, words(found.language), True) + "\n", encoding="utf-8")
-        print(f"\nkept in {folder / FILE}", flush=True)
+        (folder / EXPLANATION).write_text(render(found, words(found.language), True) + "\n", encoding="utf-8")
+        print(f"\nkept in {folder / EXPLANATION}", flush=True)

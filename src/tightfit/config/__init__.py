@@ -1,5 +1,6 @@
 """A run's configuration: the keys, and how files and arguments are read."""
 
+from tightfit.config.micro_batch import BatchSplit, batch_split
 from tightfit.config.reader import Resolved, describe, read_config
 from tightfit.config.schema import (
     CUDA_GRAPH_MODES,
@@ -16,9 +17,11 @@ __all__ = [
     "CUDA_GRAPH_MODES",
     "LOSSY_KEYS",
     "PRETRAINED",
+    "BatchSplit",
     "Resolved",
     "SampleConfig",
     "TrainConfig",
+    "batch_split",
     "defaults",
     "describe",
     "from_dict",

@@ -36,9 +36,9 @@ from tightfit.data.workfolder import (
     open_journal,
     publish,
     require_space,
-    write_atomically,
 )
 from tightfit.errors import DataError
+from tightfit.storage import write_aside
 from tightfit.units import MIB
 
 SHARD_CHARACTERS = 2**20
@@ -166,8 +166,8 @@ def _write(recipe: Recipe, options: Options, progress: Progress) -> tuple[Tokeni
         seed=options.seed,
     )
     if isinstance(made, Characters):
-        write_atomically(work / "meta.pkl", nanogpt_meta(made.describe()["characters"]))
-    write_atomically(work / "meta.json", meta.to_json().encode())
+        write_aside(work / "meta.pkl", nanogpt_meta(made.describe()["characters"]), durable=True)
+    write_aside(work / "meta.json", meta.to_json(), durable=True)
     return made, journal, resumed
 
 
@@ -181,7 +181,7 @@ def _make_tokenizer(kind: str, source: Source, work: Path, vocab_size: int) -> T
         return Characters.of(text for texts in (between, (p.text for p in source.pieces())) for text in texts)
     saved = work / "tokenizer.json"
     if not saved.exists():
-        write_atomically(saved, Bpe.train(_training_text(source), vocab_size).to_json().encode())
+        write_aside(saved, Bpe.train(_training_text(source), vocab_size).to_json(), durable=True)
     return Bpe.load(saved)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tightfit.data.sources import Files, OpenWebText, Source, TextFile, collect
 from tightfit.data.tokenizers import TOKENIZERS
-from tightfit.data.workfolder import write_atomically
 from tightfit.errors import DataError
+from tightfit.storage import write_aside
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 NETWORK_TIMEOUT_S = 30.0
@@ -186,4 +186,4 @@ def _download(url: str, path: Path) -> None:
             f"{path}, or name a copy with --input"
         ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
+    write_aside(path, data, durable=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tightfit.data.meta import DTYPES, Meta, read_meta
 from tightfit.data.workfolder import WORK_FOLDER, publishing
 from tightfit.errors import DataError
+from tightfit.storage import write_aside
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -97,13 +98,8 @@ class TokenFile:
             pass  # absent or unreadable: scan
         ids = self.array()
         largest = max(int(ids[i : i + SCAN_TOKENS].max()) for i in range(0, self.tokens, SCAN_TOKENS))
-        temporary = remembered.with_name(f"{remembered.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps({**key, "largest_id": largest}))
-            temporary.replace(remembered)
-        except OSError:
-            with contextlib.suppress(OSError):  # a read-only folder or a full disk: scan again next time
-                temporary.unlink()
+        with contextlib.suppress(OSError):  # a read-only folder or a full disk: scan again next time
+            write_aside(remembered, json.dumps({**key, "largest_id": largest}))
         return largest
 
     def _wrong_length(self, expected_tokens: int) -> str:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from tightfit.data.meta import DTYPES
 from tightfit.errors import DataError, DoesNotFit
+from tightfit.storage import sync_folder, write_aside
 from tightfit.units import format_bytes
 
 WORK_FOLDER = ".prepare"
@@ -49,7 +50,7 @@ class Journal:
     """Documents ended in them."""
 
     def save(self, work: Path) -> None:
-        write_atomically(work / _JOURNAL, json.dumps(asdict(self)).encode())
+        write_aside(work / _JOURNAL, json.dumps(asdict(self)), durable=True)
 
 
 def open_journal(work: Path, job: str) -> Journal:
@@ -98,23 +99,12 @@ class TokenWriter:
         self._file.close()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file as a whole or not at all, on disk when this returns."""
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
 def publish(folder: Path) -> None:
     """Make the finished files of the work folder the dataset; meta.json must be among them."""
     work = folder / WORK_FOLDER
     names = [name for name in _FILES if (work / name).exists()]
     assert "meta.json" in names
-    write_atomically(work / _MARKER, json.dumps(names).encode())
+    write_aside(work / _MARKER, json.dumps(names), durable=True)
     finish_publishing(folder)
 
 
@@ -137,16 +127,6 @@ def finish_publishing(folder: Path) -> None:
     sync_folder(folder)
     (work / _MARKER).unlink()
     shutil.rmtree(work)
-
-
-def sync_folder(folder: Path) -> None:
-    """Renames in the folder are on disk when this returns; Windows has no such call and needs none."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ shapes are compared with the configuration before anybody builds a model of it.
 """
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 from tightfit.config import PRETRAINED
 from tightfit.errors import CheckpointError, ConfigError
 from tightfit.models.model import GPT2_VOCAB, Activation, GPTConfig
+from tightfit.storage import sync_file
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _MAX_JSON_BYTES = 2**20
@@ -140,7 +140,7 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
         (work / _CONFIG).write_text(json.dumps(_their_config(config), indent=2) + "\n")
         shutil.copymode(work / _CONFIG, work / _WEIGHTS)  # safetensors lets only the owner read
         for path in (work / _WEIGHTS, work / _CONFIG):
-            _flush(path)
+            sync_file(path)
         work.rename(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {folder}: {error}") from None
@@ -328,12 +328,6 @@ def _their_config(config: GPTConfig) -> dict[str, Any]:
         "eos_token_id": end_of_text,
         **ours,
     }
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk, so that a rename after it never publishes an empty file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _download(name: str) -> Path:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig
+from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.models.shape import parameter_count, vocabulary_of
@@ -47,7 +47,7 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
         resolved = _with_keys(resolved, {"activation_checkpointing": config.n_layer})
         config = replace(config, activation_checkpointing=config.n_layer)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    bound = _rough_bound(config, -(-config.effective_batch // processes))
+    bound = _rough_bound(config, processes)
     if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():
         say(_unchanged(bound, _host_bytes()))
         return Fitted(resolved)
@@ -114,13 +114,13 @@ def _where(config: TrainConfig) -> Where | None:
     return this_host(limit) if config.device in ("cpu", "auto") and sys.platform == "linux" else None
 
 
-def _rough_bound(config: TrainConfig, share: int) -> int:
+def _rough_bound(config: TrainConfig, processes: int) -> int:
     """Upper bound in bytes of the requested run: weights, gradients, moments, and every output of every layer.
 
     Activations of a layer by Korthikanti et al. 2022 (34 s b h + 5 a s^2 b bytes in two-byte numbers), here of four
     bytes, and the logits with their gradient and their float32 copies.
     """
-    size = min(config.micro_batch or config.batch_size, share)
+    size = batch_split(config, processes).micro_batch
     vocabulary = vocabulary_of(config)
     width, tokens = config.n_embd, size * config.block_size
     layer = 2 * (34 * tokens * width + 5 * config.n_head * config.block_size * tokens)

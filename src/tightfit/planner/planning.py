@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from tightfit.config import Resolved, TrainConfig
+from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
@@ -75,7 +75,7 @@ def make_plan(
     """
     started = time.perf_counter()
     config = with_shape(resolved.config)
-    share = -(-config.effective_batch // processes)
+    share = batch_split(config, processes).share
     environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
     if where.gpu and not environ and sys.platform == "linux" and not spills_to_host():
         environ = {ALLOCATOR: EXPANDABLE}

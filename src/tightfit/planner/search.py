@@ -7,7 +7,7 @@ disagrees.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from tightfit.config import Resolved, TrainConfig
+from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.models.shape import parameter_count, state_bytes
 from tightfit.planner.budget import Budget
 from tightfit.planner.candidates import (
@@ -146,7 +146,7 @@ class Search:
         self._block_size = self._base.block_size if "block_size" in relief.keys else 0
         self._predictor, self._budget, self._share, self._say = predictor, budget, share, say
         self._compiled, self._config = compiled, config
-        self._micro_batch = 0 if is_open(resolved, "micro_batch") else min(config.micro_batch, share)
+        self._micro_batch = 0 if is_open(resolved, "micro_batch") else batch_split(config, share=share).micro_batch
         self._eval_micro_batch = 0 if is_open(resolved, "eval_micro_batch") else config.eval_micro_batch
         self._losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
         if (on_host or relief.name) and is_open(resolved, "loss"):
@@ -335,5 +335,5 @@ class Search:
 
     def requested(self) -> Plan:
         """Return the plan of that reading."""
-        size = self._micro_batch or min(self._config.batch_size, self._share)
+        size = batch_split(self._config, share=self._share).micro_batch
         return self._plan(size, 0 if len(self._levels) > 1 else self._levels[0], self._losses[0])

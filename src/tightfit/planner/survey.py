@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tightfit.config import Resolved, TrainConfig
+from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.gpus import GPU, all_gpus
 from tightfit.planner.budget import device_budget
 from tightfit.planner.candidates import Plan, balanced, even, is_open, may_recompute
@@ -92,7 +92,7 @@ class _Family:
             ]
         if is_open(resolved, "offload") and config.optimizer == "adamw":
             self._ways.append(_Way(losses[-1], "optimizer", levels, 1, self._small))
-        self._fixed = 0 if is_open(resolved, "micro_batch") else min(config.micro_batch, self.share)
+        self._fixed = 0 if is_open(resolved, "micro_batch") else batch_split(config, share=self.share).micro_batch
         self._points: dict[_Way, list[Prediction]] = {}
 
     def trace_compiled(self) -> tuple[Prediction, Prediction]:

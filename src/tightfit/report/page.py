@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from tightfit.errors import DataError, DoesNotFit
 from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
+from tightfit.storage import write_aside
 from tightfit.wording.report import words
 
 _CHARTS = "uplot-1.6.32"
@@ -153,12 +154,9 @@ def render(page: Page, *, lang: str) -> str:
 def write(html: str, path: str | os.PathLike[str]) -> None:
     """Write a report; an older one is replaced only by a whole one. DataError or DoesNotFit where it cannot be."""
     goal = Path(path)
-    temporary = goal.with_name(f".{goal.name}.writing")
     try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, goal)
+        write_aside(goal, html)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
         if error.errno == errno.ENOSPC:
             raise DoesNotFit(f"the disk of {goal} is full; free space, or name another file with --out") from None
         raise DataError(f"the report {goal} cannot be written ({error.strerror}); name another file") from None

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from tightfit.errors import CheckpointError, DataError
+from tightfit.storage import CONFIG, EXPLANATION, METRICS, PLAN
 
-METRICS, PLAN, CONFIG = "metrics.jsonl", "plan.json", "config.json"
-EXPLANATION = "explanation.txt"
-"""What tightfit train leaves where a run ended for want of memory (`tightfit.cli.explained`)."""
 _CURVES = ("loss", "train_loss", "val_loss", "tokens_per_s", "memory_bytes", "memory_peak_bytes")
 _PREDICTED = ("predicted_peak_bytes", "predicted_bytes", "peak_bytes")
 _ROWS = ("alternatives", "offered", "candidates", "plans")

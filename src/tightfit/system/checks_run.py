@@ -15,6 +15,7 @@ from tightfit.models.shape import (
     parameter_count,
     state_bytes,
 )
+from tightfit.storage import BEST
 from tightfit.system.checks import Check, Fact
 from tightfit.system.machine import Machine, space
 from tightfit.system.nvml import GpuMemory
@@ -66,7 +67,7 @@ def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> tuple[Dat
 def _disk(config: TrainConfig, parameters: int | None) -> Check:
     """Space for the most checkpoints: ckpt.pt, the one before, the one in writing; save_interval adds two last.pt."""
     folder = Path(config.out_dir)
-    there, saved = space(folder), folder / "ckpt.pt"
+    there, saved = space(folder), folder / BEST
     each = CHECKPOINT_BYTES * parameters if parameters else saved.stat().st_size if saved.is_file() else None
     writable = _nearest(folder)
     if writable.exists() and not (writable.is_dir() and os.access(writable, os.W_OK)):

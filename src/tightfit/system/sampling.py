@@ -9,12 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from tightfit.storage import METRICS
 from tightfit.system.machine import gpu_vendors
 from tightfit.system.memory_limits import HostMemory, host_memory
 from tightfit.system.nvml import Cards, NvmlSession
 from tightfit.units import MIB
 
-METRICS = "metrics.jsonl"
 """The file that a run writes in its folder; tightfit.trainer.metrics uses the same name."""
 _TAIL_BYTES = MIB
 """Bytes read from the end of a long file, some thousand steps."""

@@ -6,9 +6,10 @@ from itertools import pairwise
 from rich.cells import cell_len
 from rich.text import Text
 
+from tightfit.storage import METRICS
 from tightfit.system.checks import Program
 from tightfit.system.nvml import Failure, GpuMemory
-from tightfit.system.sampling import METRICS, Sample
+from tightfit.system.sampling import Sample
 from tightfit.system.wrapping import wrap
 from tightfit.units import format_bytes, format_duration
 from tightfit.wording.system import Words

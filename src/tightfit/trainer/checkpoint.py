@@ -24,19 +24,12 @@ from torch import Tensor, nn
 from tightfit.errors import CheckpointError, ConfigError, DoesNotFit
 from tightfit.models.conversion import check_state, strip_prefix
 from tightfit.models.model import GPTConfig
+from tightfit.storage import BEST, CHECKPOINTS, LAST, previous, sync_file, writing
 from tightfit.trainer.out_of_memory import is_out_of_memory
 from tightfit.units import format_bytes
 
-BEST, LAST = "ckpt.pt", "last.pt"
 _FORMAT = 1
 
-
-def _previous(name: str) -> str:
-    return name.removesuffix(".pt") + ".prev.pt"
-
-
-NAMES = (BEST, LAST, _previous(BEST), _previous(LAST))
-"""All checkpoints that a run may leave in its folder."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRONG_FOLDER = (
@@ -91,22 +84,18 @@ def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST) -> None:
         "tightfit": {"format": _FORMAT, "scaler": checkpoint.scaler, "evaluated": checkpoint.evaluated},
     }
     path = folder / name
-    temporary = folder / f".{name}.writing"
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            _replace_link(path, folder / _previous(name))
-        os.replace(temporary, path)
-        _sync_folder(folder)
+        with writing(path, durable=True) as part:
+            with part.open("wb") as file:
+                torch.save(content, file)
+            sync_file(part)  # before the one before it is given up
+            if path.exists():
+                _replace_link(path, folder / previous(name))
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         _raise_for_full_disk(error, path, content)
         raise
     if name == BEST:  # the resume points are older now
-        for stale in (LAST, _previous(LAST)):
+        for stale in (LAST, previous(LAST)):
             (folder / stale).unlink(missing_ok=True)
 
 
@@ -116,7 +105,7 @@ def load_newest(folder: Path, *, say: Callable[[str], object]) -> Checkpoint:
     CheckpointError if there is none.
     """
     found, broken = [], []
-    for name in NAMES:
+    for name in CHECKPOINTS:
         if not (folder / name).is_file():
             continue
         try:
@@ -134,7 +123,7 @@ def load_newest(folder: Path, *, say: Callable[[str], object]) -> Checkpoint:
 
 def load_best(folder: Path, *, say: Callable[[str], object]) -> Checkpoint:
     """`ckpt.pt`, which holds the best model where `always_save_checkpoint` is off; else the newest that is whole."""
-    if not any((folder / name).is_file() for name in NAMES):
+    if not any((folder / name).is_file() for name in CHECKPOINTS):
         raise CheckpointError(f"there is no checkpoint in {folder}; train a model there, or name another --out_dir")
     try:
         return load(folder / BEST)
@@ -254,15 +243,6 @@ def _replace_link(source: Path, target: Path) -> None:
         os.replace(source, target)
         return
     os.replace(aside, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _raise_for_full_disk(error: Exception, path: Path, content: Mapping[str, Any]) -> None:

@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from tightfit.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,16 @@ class World:
         """Whether any process says so; a wait for all of them."""
         return flag if self.size == 1 else self.sum([float(flag)], device)[0] > 0
 
-    def first(self, value: Any) -> Any:
-        """The value of the lowest process that has one other than None."""
+    def first(self, value: T | None) -> T | None:
+        """Return the value of the lowest process that has one other than None."""
         if self.size == 1:
             return value
-        found: list[Any] = [None] * self.size
+        found: list[T | None] = [None] * self.size
         dist.all_gather_object(found, value)
         return next((each for each in found if each is not None), None)
 
-    def from_main(self, value: Any) -> Any:
-        """The main process's `value` in every process."""
+    def from_main(self, value: T) -> T:
+        """Return the main process's `value` in every process."""
         if self.size == 1:
             return value
         box = [value]

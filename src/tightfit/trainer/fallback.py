@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from tightfit.trainer.step import Phase
 
@@ -45,6 +45,19 @@ class Settings:
 
 _LOSS_ORDER = {"liger": 0, "chunked": 0, "auto": 1, "full": 2}
 """By the logits that are held; auto holds them only while they are small."""
+
+
+class Adjustable(Protocol):
+    """A run whose settings can change between two passes."""
+
+    @property
+    def settings(self) -> Settings:
+        """Return the settings of the next pass."""
+        ...
+
+    def use_settings(self, settings: Settings) -> None:
+        """Run every pass from the next one on with `settings`."""
+        ...
 
 
 class Fallback(Protocol):
@@ -116,11 +129,3 @@ class Halving:
 def least_that_failed(now: Settings, phase: Phase) -> Settings:
     """What is known to fail after `now` failed in `phase`: an evaluation says nothing of the training's micro-batch."""
     return replace(now, micro_batch=1) if phase in ("eval", "sample") else replace(now, eval_micro_batch=1)
-
-
-def apply_settings(run: Any, settings: Settings) -> None:
-    """From its next pass on, `run` (the loop's) works as `settings` say; a compiled model compiles again by itself."""
-    run.settings = settings
-    run.model.loss_kind = settings.loss
-    run.model.checkpointed_blocks = settings.checkpointed_blocks
-    run.split(settings.micro_batch)

@@ -14,18 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig, describe, to_dict
+from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig, batch_split, describe, to_dict
 from tightfit.data import Dataset, open_dataset
 from tightfit.data.batches import Batches, Purpose, micro_batches, read_ahead
 from tightfit.errors import ConfigError, DoesNotFit
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
+from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.atomic import reset_scaler
 from tightfit.trainer.checkpoint import Checkpoint
 from tightfit.trainer.distributed import World, process_group, same_weights, world_of_environment
 from tightfit.trainer.hardware import Hardware, choose_hardware
-from tightfit.trainer.metrics import METRICS, Reporter, Stopwatch
+from tightfit.trainer.metrics import Reporter, Stopwatch
 from tightfit.trainer.recovery import BeyondSaving, Fallback, Halving, OutOfMemory, Recovery, Settings
 from tightfit.trainer.resident import keep_freed_memory, memory_use, return_freed_memory
 from tightfit.trainer.sample import sample_text
@@ -33,9 +34,6 @@ from tightfit.trainer.setup import build_model, build_state, data_order_changes,
 from tightfit.trainer.step import Phase, StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
 from tightfit.trainer.supervise import STATUS, report_status
 from tightfit.units import format_count
-
-PREVIOUS = "previous"
-"""Folder in `out_dir` for the files of the run that a new one replaces."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +139,9 @@ class _Run:
         self.first_step = self.saved_step = self.recovery.step = self.step
         self.tokens_per_step = config.effective_batch * shape.block_size
         self.mine = world.share(config.effective_batch)
+        self.split = batch_split(config, world.size)
         self.settings = self._wanted_settings()
-        self.split(self.settings.micro_batch)
+        self._split_step(self.settings.micro_batch)
         if fallback is not None and fallback.predicted_peak_bytes is not None:
             told = {"event": "plan", "predicted_peak_bytes": fallback.predicted_peak_bytes, **asdict(self.settings)}
             reporter.event(self.step, told)
@@ -168,13 +167,20 @@ class _Run:
     def _wanted_settings(self) -> Settings:
         config = self.config
         return Settings(
-            micro_batch=config.micro_batch or min(config.batch_size, len(self.mine)),
-            eval_micro_batch=config.eval_micro_batch or config.micro_batch or config.batch_size,
+            micro_batch=self.split.micro_batch,
+            eval_micro_batch=self.split.eval_micro_batch,
             loss=config.loss,
             checkpointed_blocks=config.activation_checkpointing,
         )
 
-    def split(self, micro_batch: int) -> None:
+    def use_settings(self, settings: Settings) -> None:
+        """Run every pass from the next one on with `settings`; a compiled model compiles again by itself."""
+        self.settings = settings
+        self.model.loss_kind = settings.loss
+        self.model.checkpointed_blocks = settings.checkpointed_blocks
+        self._split_step(settings.micro_batch)
+
+    def _split_step(self, micro_batch: int) -> None:
         """Run the steps from this one on in passes of so many sequences."""
         self.passes = micro_batches(self.mine, micro_batch)
         self._read_on()
@@ -221,7 +227,7 @@ class _Run:
                     self._save_after_evaluation()
                 watch.restart(self.step)
             if self.world.any(stop.by is not None, self.hardware.device):
-                self._save(ckpt.LAST, last_chance=True)
+                self._save(LAST, last_chance=True)
                 number = stop.by or signal.SIGTERM
                 self.reporter.say(
                     f"{number.name}: saved step {self.step} in {self.folder}; continue with --init_from=resume"
@@ -235,7 +241,7 @@ class _Run:
                 self._log(result, watch)
             self.recovery.step_done()
             if config.save_interval and self.step % config.save_interval == 0:
-                self._save(ckpt.LAST)
+                self._save(LAST)
 
     def _train_step(self) -> StepResult:
         config, step = self.config, self.step
@@ -272,7 +278,7 @@ class _Run:
 
     def _evaluation_sums(self, stop: "_Stop") -> list[float]:
         """Summed loss and tokens of this process's share: of the training split, then of the other."""
-        mine = self.world.share(self.config.eval_iters * self.config.batch_size)
+        mine = self.world.share(self.split.eval_sequences)
         sums: list[float] = []
         purposes: tuple[Purpose, ...] = ("evaluate train", "evaluate val")
         for purpose in purposes:
@@ -288,9 +294,9 @@ class _Run:
         if self.step == 0:
             return
         if self.improved or self.config.always_save_checkpoint:
-            self._save(ckpt.BEST)
+            self._save(BEST)
         elif self.step >= self.config.max_iters:
-            self._save(ckpt.LAST)
+            self._save(LAST)
 
     def _save(self, name: str, *, last_chance: bool = False) -> None:
         """A full disk does not end a run that can go on: it is said, and the last good checkpoint stays."""
@@ -322,7 +328,7 @@ class _Run:
     def _save_before_the_end(self) -> None:
         """What was trained is not lost with a run that no longer fits."""
         if self.step > max(self.first_step, self.saved_step):
-            self._save(ckpt.LAST, last_chance=True)
+            self._save(LAST, last_chance=True)
             self.reporter.say(f"saved step {self.step} in {self.folder}; continue with --init_from=resume")
 
     def _report_status(self) -> None:
@@ -447,8 +453,8 @@ def _set_aside(folder: Path, *, say: Callable[[str], object]) -> None:
     A run that ended before it saved anything replaces nothing, and a move cut short is finished by the next.
     """
     previous, moving = folder / PREVIOUS, folder / f".{PREVIOUS}.moving"
-    left = [folder / name for name in (*ckpt.NAMES, METRICS) if (folder / name).exists()]
-    if any(path.name in ckpt.NAMES for path in left):
+    left = [folder / name for name in (*CHECKPOINTS, METRICS) if (folder / name).exists()]
+    if any(path.name in CHECKPOINTS for path in left):
         moving.mkdir(exist_ok=True)
         for path in left:
             path.replace(moving / path.name)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,11 +19,10 @@ from rich.progress import (
 
 from tightfit.config import TrainConfig, to_dict
 from tightfit.errors import ConfigError
+from tightfit.storage import METRICS, writing
 from tightfit.trainer.checkpoint import FULL_DISK
 from tightfit.trainer.resident import MemoryUse
 from tightfit.units import format_bytes, format_count
-
-METRICS = "metrics.jsonl"
 
 
 class Sink(Protocol):
@@ -42,9 +40,8 @@ class JsonLines:
         self._say, self._complete = say, True
         self.path = folder / METRICS
         kept = [line for line in self._lines() if _is_before(line, from_step, evaluated)]
-        temporary = folder / f".{METRICS}.writing"
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with writing(self.path) as part:
+            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in close)
 
     def _lines(self) -> list[str]:

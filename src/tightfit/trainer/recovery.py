@@ -23,7 +23,7 @@ from torch import Tensor
 from tightfit.errors import DoesNotFit, TightfitError
 from tightfit.trainer.atomic import Update
 from tightfit.trainer.distributed import GradientExchange, World
-from tightfit.trainer.fallback import Fallback, Halving, Settings, apply_settings, least_that_failed
+from tightfit.trainer.fallback import Adjustable, Fallback, Halving, Settings, least_that_failed
 from tightfit.trainer.out_of_memory import (
     SLOW_FALLBACK,
     Kind,
@@ -40,7 +40,7 @@ from tightfit.trainer.step import Guard, Phase, StepState
 from tightfit.trainer.supervise import BEYOND_SAVING
 from tightfit.units import MIB, format_bytes
 
-__all__ = ["BeyondSaving", "Fallback", "Halving", "Kind", "Recovery", "Settings", "apply_settings", "is_out_of_memory"]
+__all__ = ["BeyondSaving", "Fallback", "Halving", "Kind", "Recovery", "Settings", "is_out_of_memory"]
 
 T = TypeVar("T")
 MOST_TRIES = 4
@@ -101,8 +101,8 @@ class Recovery(Guard):
     enabled: bool = True
     step: int = 0
     """The step that is being done, for what is told."""
-    run: Any = None
-    """The loop's run, once it has settings to change."""
+    run: Adjustable | None = None
+    """The run, once it has settings to change."""
     fallback: Fallback | None = None
     state: StepState | None = None
     _exchange: GradientExchange | None = None
@@ -125,7 +125,7 @@ class Recovery(Guard):
         if self.enabled and self.world.size > 1:
             self._flag = torch.zeros(1, device=self.world.flag_device(self.device))
 
-    def watch(self, run: Any, fallback: Fallback) -> None:
+    def watch(self, run: Adjustable, fallback: Fallback) -> None:
         """From now on settings of `run` may change."""
         self.run, self.fallback = run, fallback
 
@@ -222,13 +222,13 @@ class Recovery(Guard):
             self._reserve.take()
         free = free_bytes(self.device)
         failed = frozenset(one for one, then in self._failed.items() if not free or not then or free < 2 * then)
-        now: Settings = self.run.settings
+        now = self.run.settings
         larger = self.world.from_main(self.fallback.larger(now, failed))
         if larger is not None:
             self._has_grown = True
             self.say(f"step {self.step}: {self._patience} steps without trouble: {now.changes_to(larger)}")
             self.event(self.step, {"event": "growth", "before": asdict(now), "after": asdict(larger)})
-            apply_settings(self.run, larger)
+            self.run.use_settings(larger)
             if self._thread is not None and (free is None or free > MARGIN_BYTES):
                 self._thread = ThreadPoolExecutor(1)  # with as many threads of its own as at first
 
@@ -243,8 +243,9 @@ class Recovery(Guard):
 
     def relieve(self) -> None:
         """Smaller settings before anything fails; all processes together."""
-        now: Settings = self.run.settings
-        assert self.fallback is not None, "settings are watched before the first step"
+        assert self.run is not None, "settings are watched before the first step"
+        assert self.fallback is not None, "with what changes them"
+        now = self.run.settings
         release_memory(self.device)
         free, self._room_bytes = room_bytes(self.device) or (0, 0)
         smaller = self.world.from_main(self.fallback.smaller(now, "forward", free))
@@ -255,7 +256,7 @@ class Recovery(Guard):
         told = {"before": asdict(now), "after": asdict(smaller or now), "free_bytes": free}
         self.event(self.step, {"event": "pressure", **told})
         if smaller:
-            apply_settings(self.run, smaller)
+            self.run.use_settings(smaller)
 
     def _release_reserve(self) -> None:
         if self._reserve is not None:
@@ -284,7 +285,7 @@ class Recovery(Guard):
         return "loss" if now == "forward" and any(code.co_name == "token_loss" for code in frames) else now
 
     def _decided(self, phase: Phase, size: int | None, message: str, alone: bool) -> _Failure:
-        now: Settings | None = self.run.settings if self.run is not None else None
+        now = self.run.settings if self.run is not None else None
         self._tries[self.step, phase in _SETTINGS_MATTER, now] += 1
         tries, free, after = self._tries[self.step, phase in _SETTINGS_MATTER, now], free_bytes(self.device), None
         if now is not None and self.fallback is not None and not alone and (phase in _SETTINGS_MATTER or tries > 1):
@@ -294,7 +295,7 @@ class Recovery(Guard):
         return _Failure(phase, size, free, after, is_last=is_last, wait_s=wait_s, message=message)
 
     def _go_back(self, failure: _Failure, seconds: float, alone: bool) -> None:
-        now: Settings | None = self.run.settings if self.run is not None else None
+        now = self.run.settings if self.run is not None else None
         if failure.is_last:
             error = OutOfMemory(self._epitaph(failure, now))
             error.of_all, error.message, error.settings = not alone, failure.message, now
@@ -305,12 +306,12 @@ class Recovery(Guard):
         self._release_reserve()
         self._tell(failure.phase, failure.requested_bytes, failure.after, seconds)
         time.sleep(failure.wait_s)
-        if now is not None and failure.after is not None:
+        if self.run is not None and now is not None and failure.after is not None:
             self._failed[least_that_failed(now, failure.phase)] = failure.free_bytes
-            apply_settings(self.run, failure.after)
+            self.run.use_settings(failure.after)
 
     def _tell(self, phase: Phase, size: int | None, after: Settings | None, seconds: float) -> None:
-        now: Settings | None = self.run.settings if self.run is not None else None
+        now = self.run.settings if self.run is not None else None
         change = now.changes_to(after) if now and after else "memory released, settings as they were"
         refused = f" ({format_bytes(size)} refused)" if size is not None else ""
         self.say(f"step {self.step}: out of memory in {phase}{refused}: {change}; it runs again")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.config import TrainConfig
+from tightfit.storage import write_aside
 
 BEYOND_SAVING = 75
 """Exit code of a process that a new one can replace: EX_TEMPFAIL of BSD's sysexits.h."""
@@ -105,10 +106,8 @@ def can_be_replaced(code: int) -> bool:
 def report_status(**told: float | str | Mapping[str, Any]) -> None:
     """Tell the supervisor, if there is one; a reader sees the old status or the new one."""
     if path := os.environ.get(STATUS):
-        aside = Path(f"{path}.writing")
         with contextlib.suppress(OSError):  # the supervisor is gone, or its disk is full: a restart would know less
-            aside.write_text(json.dumps(told))
-            os.replace(aside, path)
+            write_aside(Path(path), json.dumps(told))
 
 
 def read_status(path: Path) -> dict[str, Any]:

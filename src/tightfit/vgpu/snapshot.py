@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from tightfit.allocator.caching import AllocatorSettings, Block
 from tightfit.allocator.settings import UNLIMITED, VARIABLES
 from tightfit.errors import DataError
+from tightfit.storage import writing
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.recorder import Allocation, Recorder
 
@@ -117,17 +118,13 @@ def snapshot_of(recorder: Recorder) -> dict[str, Any]:
 def write_snapshot(recorder: Recorder, path: str | os.PathLike[str]) -> None:
     """Pickle the snapshot, written beside and renamed; DataError if that cannot be."""
     target = Path(path)
-    beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with writing(target, shared=True) as part, part.open("wb") as file:
             pickle.dump(snapshot_of(recorder), file, protocol=PROTOCOL)
-        os.replace(beside, target)
     except OSError as error:
         raise DataError(
             f"cannot write the snapshot {target}: {error.strerror}; give a path in an existing folder"
         ) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class _Stacks:
