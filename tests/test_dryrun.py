@@ -102,6 +102,23 @@ class TestTraining:
         assert any(note.startswith("no evaluation was seen") for note in found["notes"])
         assert not any("evaluation" in note for note in dryrun("--gpu", "RTX 4090", LOOP, *SMALL)["notes"])
 
+    def test_repeating_steps_play_on_for_an_evaluation_that_did_not_run(self, tmp_path: Path) -> None:
+        script = tmp_path / "late.py"
+        script.write_text(EVALUATES_LATE)
+        words = ("--gpu", "RTX 4090", "--memory", "1GiB", script)
+        for where in ("within", "after"):
+            failure = dryrun(*words, 10, where, code=1)["failure"]
+            assert (failure["phase"], failure["line"]) == ("eval", 5)
+        assert dryrun(*words, 10, "never", code=0)["not_played"] == []
+
+    def test_lines_that_were_never_reached_are_named(self, tmp_path: Path) -> None:
+        script = tmp_path / "late.py"
+        script.write_text(EVALUATES_LATE)
+        words = ("--gpu", "RTX 4090", "--memory", "1GiB", "--timeout", "8", script, 10**6, "within")
+        done = run(*words, json_=False)
+        assert done.stdout.startswith("FITS AS FAR AS IT WAS PLAYED on")
+        assert re.search(r"not played: \S*late.py:10, ", done.stdout)
+
     def test_the_peak_is_what_was_alive(self) -> None:
         found = dryrun("--gpu", "RTX 4090", LOOP, *SMALL)
         peak = found["peak"]
@@ -139,6 +156,20 @@ class TestTraining:
         assert found["categories"]["activations"] < 3.01 * 8 * 1024 * 256 * 4  # what each block was given, and no more
 
 
+EVALUATES_LATE = """\
+import sys, torch
+m = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 3), torch.nn.ReLU(), torch.nn.Flatten())
+m = m.append(torch.nn.Linear(43264, 10)).cuda(); o = torch.optim.SGD(m.parameters(), lr=0.1)
+def evaluate():
+    with torch.no_grad(): m(torch.randn(10000, 1, 28, 28, device="cuda"))
+steps, where = int(sys.argv[1]), sys.argv[2]
+for i in range(steps):
+    m(torch.randn(64, 1, 28, 28, device="cuda")).mean().backward(); o.step(); o.zero_grad()
+    if i == steps - 1 and where == "within":
+        evaluate()
+if where == "after":
+    evaluate()
+"""
 RECOMPUTED = """
 import torch
 from torch.nn.functional import dropout, scaled_dot_product_attention

@@ -19,13 +19,13 @@ _TABLE_ROWS = 24
 
 def dryrun_page(found: Mapping[str, Any], t: Words) -> Page:
     """Findings (see `tightfit.vgpu.findings`) as a page."""
-    gpu = found["gpu"]
+    gpu, fits = found["gpu"], found["outcome"] == "fits"
     sections = [timeline_section(found, t), _failure(found, t), _categories(found, t), _largest(found, t)]
     sections += [_phases(found, t), _remarks(found, t)]
     return Page(
         title=t("dryrun", "title", gpu=gpu["name"]),
-        verdict=t("outcome", found["outcome"]),
-        is_bad=found["outcome"] != "fits",
+        verdict=t("outcome", "fits_as_played" if found.get("not_played") and fits else found["outcome"]),
+        is_bad=not fits,
         facts=_facts(found, t),
         sections=[section for section in sections if section is not None],
     )
@@ -252,6 +252,7 @@ def _remarks(found: Mapping[str, Any], t: Words) -> Section:
         points.append(t("dryrun", "caught", count=found["caught_failures"]))
     if times := sum(each["times"] for each in found["made_up_values"]):
         points.append(t("dryrun", "made_up", count=f"{times:,}", place=place_text(found["made_up_values"][0])))
+    points += [t("dryrun", "not_played", place=place_text(each)) for each in found.get("not_played", ())]
     points += [t("dryrun", "not_written", path=path) for path in dict.fromkeys(found["not_written"])]
     points += [t("dryrun", "not_modelled", what=what) for what in found["not_modelled"]]
     points += [t("dryrun", "never_modelled", what=what) for what in found["never_modelled"]]

@@ -28,8 +28,9 @@ def _verdict(found: Mapping[str, Any]) -> str:
     if found["outcome"] == "error":
         return f"ENDED WITH AN ERROR on {card}\n{found['stopped_because']}"
     free = gpu["total_bytes"] - gpu["used_by_others_bytes"] - peak["device_bytes"]
+    verdict = "FITS AS FAR AS IT WAS PLAYED" if found.get("not_played") else "FITS"
     return (
-        f"FITS on {card}: at most {format_bytes(peak['device_bytes'])} in use, {format_bytes(free)} left\n"
+        f"{verdict} on {card}: at most {format_bytes(peak['device_bytes'])} in use, {format_bytes(free)} left\n"
         f"peak in {peak['phase']}: {format_bytes(peak['requested_bytes'])} requested, "
         f"{format_bytes(peak['allocated_bytes'])} allocated, {format_bytes(peak['reserved_bytes'])} reserved, "
         f"and {format_bytes(gpu['context_bytes'])} outside PyTorch"
@@ -113,6 +114,8 @@ def _remarks(found: Mapping[str, Any]) -> str:
             f"{made_up} answers were made up, most of them at {_place(where)}: no value was computed, "
             "so a branch that depends on one may go the other way"
         )
+    if found.get("not_played"):
+        lines.append(f"not played: {', '.join(map(_place, found['not_played']))}; --steps plays on")
     if found["not_written"]:
         lines.append(f"not written: {', '.join(dict.fromkeys(found['not_written']))}")
     lines += [f"not modelled: {each}" for each in found["not_modelled"]]

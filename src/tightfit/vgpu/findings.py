@@ -51,6 +51,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None) -> 
         "caught_failures": session.device.caught_failures - (1 if failure else 0),
         "steps": session.phases.steps,
         "stopped_because": _why_it_ended(session, error, failure),
+        "not_played": [{"file": line.file, "line": line.line} for line in session.not_played],
         "made_up_values": _made_up(session),
         "not_written": session.device.not_written,
         "not_modelled": session.device.not_modelled,

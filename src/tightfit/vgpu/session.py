@@ -1,7 +1,9 @@
 """One virtual GPU in this process, from the patches of torch to the end of the script."""
 
 import os
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +16,18 @@ from tightfit.gpus import GPU, context_bytes, resolve_gpu
 from tightfit.kernels.card import Card
 from tightfit.vgpu import patches
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.patches import backend, lazy_dynamo
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.snapshot import TraceLog, write_snapshot
+from tightfit.vgpu.unplayed import LineWatch
 
 _STABLE_STEPS = 2
 """Steps in a row that must have allocated exactly what the step before did."""
+_PLAY_ON_S = 20.0
+"""Seconds that repeating steps play on for lines of the loop, or after it, that did not run yet."""
+_LISTED_UNPLAYED = 10
 _DEFAULT_CUDA = (13, 0)
 
 
@@ -95,6 +102,11 @@ class VirtualSession:
         self._stable = 0
         self._peak_before = (0, 0)
         self._files: FileGuard
+        self._lines = LineWatch()
+        self._repeats_since: float | None = None
+        self._unplayed: list[Frame] = []
+        self.not_played: list[Frame] = []
+        """Lines that an early stop left out, although they may allocate."""
 
     @contextmanager
     def active(self) -> Iterator["VirtualSession"]:
@@ -116,6 +128,7 @@ class VirtualSession:
         except EnoughSeen:
             pass
         finally:
+            self._lines.stop()
             if timer is not None:
                 timer.cancel()
             self.device.recorder.settle()
@@ -131,6 +144,7 @@ class VirtualSession:
 
         def late() -> None:
             self.stopped_because = f"{self.request.timeout_s:g} seconds had passed"
+            self.not_played = self._unplayed
             self.device.out_of_time = True
 
         timer = threading.Timer(self.request.timeout_s, late)
@@ -150,7 +164,21 @@ class VirtualSession:
         if self.request.steps is not None:
             if steps >= self.request.steps:
                 self._end(f"{steps} steps were asked for")
-        elif self.request.until_stable and self._stable >= _STABLE_STEPS:
+        elif self.request.until_stable:
+            self._end_if_stable()
+
+    def _end_if_stable(self) -> None:
+        """End when steps repeat and every line that may allocate ran, or when playing on took too long."""
+        recorder, frame = self.device.recorder, sys._getframe()
+        steps = self.phases.steps
+        self._lines.start(frame)
+        self._lines.follow(frame)
+        self._unplayed = self._lines.unplayed(frame)[:_LISTED_UNPLAYED]
+        if self._stable >= _STABLE_STEPS:
+            self._repeats_since = self._repeats_since or time.monotonic()
+            if self._unplayed and time.monotonic() - self._repeats_since < _PLAY_ON_S:
+                return
+            self.not_played = self._unplayed
             if "eval" not in recorder.phase_peaks:
                 self.notes.append(
                     "no evaluation was seen before the steps repeated; if the script makes one later, "

@@ -1,0 +1,169 @@
+"""Lines of the script's training loop that an early stop would leave unplayed, although they may allocate."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from tightfit.vgpu.frames import Frame, is_package, user_frames
+
+_HARMLESS_CALLS = (
+    "print len range min max sum str int float bool round abs format join append extend update items keys values get "
+    "isinstance hasattr getattr time perf_counter monotonic strftime now exit open write flush close makedirs remove "
+    "mkdir exists dump dumps info debug warning error log add_scalar set_postfix set_description add_argument item "
+    "state_dict save synchronize barrier destroy_process_group get_rank empty_cache manual_seed set_epoch collect "
+    "max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_summary tolist finish "
+    "reset_peak_memory_stats get_last_lr perf_counter_ns sleep system basename dirname upper lower strip split"
+)
+"""Calls by name that print, record or measure: they take no device memory."""
+_HARMLESS = frozenset(_HARMLESS_CALLS.split())
+
+
+class LineWatch:
+    """Follows which lines of the functions around an optimizer step ran, by Python's own tracing."""
+
+    def __init__(self) -> None:
+        self._ran: dict[CodeType, set[int]] = {}
+        self.is_on = False
+
+    def start(self, frame: FrameType | None) -> None:
+        """Follow the user's functions that are running now; a debugger's tracing is left alone."""
+        if self.is_on or sys.gettrace() is not None:
+            return
+        self.is_on = True
+        self.follow(frame)
+        sys.settrace(self._called)
+
+    def follow(self, frame: FrameType | None) -> None:
+        for each in own_frames(frame):
+            if each.f_code not in self._ran:
+                self._ran[each.f_code] = {each.f_lineno}
+            each.f_trace = self._line
+
+    def stop(self) -> None:
+        if self.is_on:
+            sys.settrace(None)
+            self.is_on = False
+
+    def unplayed(self, frame: FrameType | None) -> list[Frame]:
+        """Lines of the running functions that can still be reached, may allocate and never ran."""
+        found = []
+        for each in own_frames(frame):
+            code = each.f_code
+            ran = self._ran.get(code, set())
+            lines = reachable_calls(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
+            missed = [line for line, last in lines if ran.isdisjoint(range(line, last + 1))]
+            found += [Frame(code.co_filename, line, code.co_qualname) for line in missed]
+        return list(dict.fromkeys(found))
+
+    def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
+        return self._line if frame.f_code in self._ran else None
+
+    def _line(self, frame: FrameType, event: str, arg: object) -> Any:
+        self._ran[frame.f_code].add(frame.f_lineno)
+        return self._line
+
+
+def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Running frames of the user's own files, innermost first."""
+    while frame is not None:
+        own = user_frames(frame, 1)
+        if own and own[0][:2] == (frame.f_code.co_filename, frame.f_lineno) and not is_package(own[0]):
+            yield frame
+        frame = frame.f_back
+
+
+@cache
+def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[int, int], ...]:
+    """First and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
+
+    A branch of the loop whose condition the loop does not change can never be taken, so it does not count.
+    Error handling and functions that print or measure do not count either.
+    """
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    body = tree.body if name == "<module>" else _function(tree, first, name)
+    around = [each for each in _statements(body) if each.lineno <= line <= (each.end_lineno or each.lineno)]
+    loop = next((each for each in around if isinstance(each, (ast.For, ast.AsyncFor, ast.While))), None)
+    found: set[tuple[int, int]] = set()
+    if loop is not None:
+        changing = _stored(loop) | _attributes(tree)
+        found |= set(_calls(loop.body, changing))
+    end = (loop.end_lineno or line) if loop is not None else line
+    found |= {each for each in _calls(body, None) if each[0] > end}
+    return tuple(sorted(found))
+
+
+def _function(tree: ast.Module, first: int, name: str) -> list[ast.stmt]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
+            starts = {node.lineno, *(each.lineno for each in node.decorator_list)}
+            if first in starts:
+                return node.body
+    return []
+
+
+def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
+    """Bodies within a statement, without those of functions, classes and error handling."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return []
+    blocks = [getattr(statement, key, []) for key in ("body", "orelse", "finalbody")]
+    return blocks + [case.body for case in getattr(statement, "cases", [])]
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        yield statement
+        for block in _blocks(statement):
+            yield from _statements(block)
+
+
+def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[int, int]]:
+    """Lines of statements with calls that may allocate; `changing` are the names that a condition may depend on."""
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Raise, ast.Assert)):
+            continue
+        heads = [each for each in ast.iter_child_nodes(statement) if isinstance(each, (ast.expr, ast.withitem))]
+        if any(_may_allocate(head) for head in heads):
+            ends = [head.end_lineno or 0 for head in heads if isinstance(head, ast.expr)]
+            yield statement.lineno, max([statement.lineno, *ends])
+        if isinstance(statement, ast.If) and changing is not None and not _may_change(statement.test, changing):
+            continue
+        for block in _blocks(statement):
+            yield from _calls(block, changing)
+
+
+def _may_allocate(node: ast.AST) -> bool:
+    calls = (each.func for each in ast.walk(node) if isinstance(each, ast.Call))
+    names = (each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in calls)
+    return any(name not in _HARMLESS for name in names)
+
+
+def _may_change(test: ast.expr, changing: set[str]) -> bool:
+    names = {each.id for each in ast.walk(test) if isinstance(each, ast.Name)}
+    names |= {each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)}
+    return bool(names & changing) or any(isinstance(each, ast.Call) for each in ast.walk(test))
+
+
+def _stored(loop: ast.stmt) -> set[str]:
+    return {each.id for each in ast.walk(loop) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+
+
+def _attributes(tree: ast.Module) -> set[str]:
+    """Attributes that something other than `__init__` assigns."""
+    fixed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        for inner in ast.walk(node)
+    }
+    return {
+        each.attr
+        for each in ast.walk(tree)
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and id(each) not in fixed
+    }
