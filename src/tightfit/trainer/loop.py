@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig, batch_split, desc
 from tightfit.data import Dataset, open_dataset
 from tightfit.data.batches import Batches, Purpose, micro_batches, read_ahead
 from tightfit.errors import ConfigError, DoesNotFit
+from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
 from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS
@@ -176,7 +178,7 @@ class _Run:
     def use_settings(self, settings: Settings) -> None:
         """Run every pass from the next one on with `settings`; a compiled model compiles again by itself."""
         self.settings = settings
-        self.model.loss_kind = settings.loss
+        self.model.loss_kind = cast(LossKind, settings.loss)
         self.model.checkpointed_blocks = settings.checkpointed_blocks
         self._split_step(settings.micro_batch)
 
