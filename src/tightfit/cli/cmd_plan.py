@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             capability=capability(options.capability),
         )
     else:
-        where = (None if resolved.config.device == "cpu" else card_here()) or this_host(memory)
+        where = (None if resolved.config.device == "cpu" else card_here(limit_bytes=memory)) or this_host(memory)
     result = make_plan(resolved, where, say=_progress)
     if options.html:
         from tightfit.report.html import plan_report, write
