@@ -18,6 +18,7 @@ import torch
 from runs import arguments, environment, here, make_dataset, process
 
 import tightfit
+from tightfit.cli.cmd_schema import RECORDS
 from tightfit.cli.main import COMMANDS
 
 SOURCE = Path(tightfit.__file__).parent
@@ -570,6 +571,12 @@ class TestOneParser:
         assert all(word in done.out for word in (*COMMANDS, "--all-gpus", "--gradient_accumulation_steps"))
         if shell == "bash":
             subprocess.run(["bash", "-n"], input=done.out, text=True, check=True, timeout=60)
+
+    @pytest.mark.parametrize("name", RECORDS)
+    def test_every_schema_is_printed(self, name: str) -> None:
+        done = here(["schema", name])
+        assert (done.code, done.err) == (0, "")
+        assert "$defs" in json.loads(done.out)
 
     def test_the_schema_of_a_plan_names_its_fields(self) -> None:
         found = json.loads(here(["schema", "plan"]).out)

@@ -12,7 +12,6 @@ from tightfit.cli.parser import Parser
 
 RECORDS = {
     "plan": ("tightfit.planner.plan_record", "PlanRecord"),
-    "doctor": ("tightfit.system.doctor", "Diagnosis"),
 }
 """Module and record that each command prints with --json."""
 
