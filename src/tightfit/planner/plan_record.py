@@ -43,21 +43,13 @@ class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes at the peak."""
 
 
-class LossyRow(msgspec.Struct, frozen=True, kw_only=True):
+class LossyRow(PlanRow, frozen=True, kw_only=True):
     """Plan with the first lossy change that would fit."""
 
     allow: str
     """Word for --allow."""
     costs: str
     """Cost of the change, as a clause."""
-    name: str
-    keys: dict[str, KeyValue]
-    peak_bytes: int
-    phase: str
-    step_s: float
-    fits: bool
-    exact: bool
-    categories: dict[str, int]
 
 
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
