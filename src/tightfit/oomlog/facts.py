@@ -1,11 +1,12 @@
-"""What is known of a failure: the figures that its message states, with their rounding, and their arithmetic.
+"""Facts of one failure: the figures that its message prints, with their rounding, and their arithmetic.
 
-A message prints `6.14 GiB` for anything from 6.135 to 6.145 GiB, so what is computed from it is an interval, too.
+A message prints `6.14 GiB` for anything from 6.135 to 6.145 GiB, so results computed from it are intervals, too.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
@@ -64,17 +65,17 @@ _ABSURD = 2**63
 _SIZE = re.compile(r"\s*(\d{1,24})(\.\d{0,12})?\s*([A-Za-z]{1,5})\s*")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figure:
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """A number of bytes: the nearest whole one, and the bounds that rounding leaves."""
 
     bytes: int
+    """The nearest whole number of bytes."""
     low: int
-    """Least whole number of bytes that would be printed so."""
+    """The least whole number of bytes that prints the same."""
     high: int
-    """Greatest one."""
+    """The greatest whole number of bytes that prints the same."""
     stated: bool = True
-    """Whether the message prints it; otherwise it is arithmetic."""
+    """True if the message prints it, False if it was computed."""
 
     @classmethod
     def printed(cls, text: str) -> "Figure | None":
@@ -107,47 +108,50 @@ class Figure:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class OtherProcess:
+class OtherProcess(msgspec.Struct, frozen=True, kw_only=True):
     """A process that the message names."""
 
     pid: int
+    """Its number, as the driver reports it."""
     figure: Figure
+    """Its memory on the device."""
 
     @property
     def bytes(self) -> int:
         return self.figure.bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """One failure. Every figure that is absent is None; `figures` has the intervals, and says which are stated."""
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """One failure. A figure that is absent is None; `figures` holds the intervals and marks the printed ones."""
 
     kind: str
     """A key of KINDS."""
     torch_format: str | None = None
     """T0 to T9, or T5b; None where PyTorch's versions do not differ."""
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    """By the names of the properties below."""
+    figures: Mapping[str, Figure] = msgspec.field(default_factory=dict)
+    """Figures, by the names of the properties below."""
     device_index: int | None = None
+    """The index that the message prints; None if it prints none."""
     other_processes: tuple[OtherProcess, ...] = ()
+    """Processes that the message names, besides the failed one."""
     rank: int | None = None
+    """The rank of the process, from the line's prefix."""
     phase: str | None = None
     """setup, eval, forward, loss, backward, optimizer, save, resume, sample or compile."""
     frames: tuple[TraceFrame, ...] = ()
     """The Python stack, outermost first."""
     exception: str | None = None
-    """Its class, as printed."""
+    """The exception's class, as printed."""
     message: str = ""
     """The message as far as it was understood, on one line, without control codes."""
     line: int = 0
-    """Where it starts in the log, from 1."""
+    """The line of the log that it starts on, counted from 1."""
     notes: tuple[str, ...] = ()
     """Keys of NOTES."""
     pid: int | None = None
     """The process that was killed, where the message says so."""
     repeats: int = 1
-    """How often the very same failure of the same rank is in the log."""
+    """Number of times that the log holds this failure of this rank."""
 
     def _bytes(self, name: str) -> int | None:
         figure = self.figures.get(name)
@@ -167,7 +171,7 @@ class Facts:
 
     @property
     def process_bytes(self) -> int | None:
-        """Of this process on the device, with its context."""
+        """Bytes of this process on the device, with its context."""
         return self._bytes("process_bytes")
 
     @property
@@ -219,7 +223,7 @@ class Facts:
 
     @property
     def cache_would_do(self) -> bool | None:
-        """Whether the request would fit in what is free and cached together; None if rounding leaves it open."""
+        """True if free and cached memory together hold the request; None if rounding leaves it open."""
         need, free, cache = (self.figures.get(f"{name}_bytes") for name in ("requested", "free", "cache"))
         if need is None or free is None or cache is None:
             return None
@@ -228,7 +232,7 @@ class Facts:
 
 
 def with_arithmetic(stated: Mapping[str, Figure]) -> tuple[dict[str, Figure], list[str]]:
-    """The stated figures and what follows from them, and notes on what is odd.
+    """Return the printed figures with those computed from them, and notes on oddities.
 
     >>> size = Figure.printed
     >>> found, _ = with_arithmetic({"total_bytes": size("11.69 GiB"), "free_bytes": size("2.68 GiB"),
@@ -246,34 +250,44 @@ def with_arithmetic(stated: Mapping[str, Figure]) -> tuple[dict[str, Figure], li
     if figures.get("allowed_bytes") and "allowed_bytes" not in sane:
         notes.append("no_limit_set")
 
-    def add(name: str, first: str, *minus: str) -> None:
-        terms = [sane.get(f"{each}_bytes") for each in (first, *minus)]
-        result = terms[0]
-        for term in terms[1:]:
-            result = None if result is None or term is None else result - term
-        if result is None or f"{name}_bytes" in figures:
-            return
-        if result.high < 0:
-            notes.append("figures_disagree")
-            return
-        if result.bytes < 0:
-            notes.append("rounding_clamped")
-        sane[f"{name}_bytes"] = figures[f"{name}_bytes"] = Figure(
-            bytes=max(result.bytes, 0), low=max(result.low, 0), high=result.high, stated=False
-        )
-
     if "unallocated_bytes" in sane:
-        sane["cache_bytes"] = figures["cache_bytes"] = replace(sane["unallocated_bytes"], stated=False)
+        sane["cache_bytes"] = figures["cache_bytes"] = msgspec.structs.replace(sane["unallocated_bytes"], stated=False)
         if "allocated_bytes" in sane and "reserved_bytes" not in sane:
             both = sane["allocated_bytes"] + sane["unallocated_bytes"]
             sane["reserved_bytes"] = figures["reserved_bytes"] = both
-    add("cache", "reserved", "allocated")
-    add("others", "total", "free", "process")
-    add("outside_pytorch", "process", "reserved")
-    add("not_reserved", "total", "free", "reserved")
+    for name, first, minus in _DIFFERENCES:
+        _add_difference(name, [sane.get(each) for each in (first, *minus)], figures, sane, notes)
     _add_shortage(figures, sane, notes)
     notes += _oddities(figures, sane)
     return figures, list(dict.fromkeys(notes))
+
+
+_DIFFERENCES = (
+    ("cache_bytes", "reserved_bytes", ("allocated_bytes",)),
+    ("others_bytes", "total_bytes", ("free_bytes", "process_bytes")),
+    ("outside_pytorch_bytes", "process_bytes", ("reserved_bytes",)),
+    ("not_reserved_bytes", "total_bytes", ("free_bytes", "reserved_bytes")),
+)
+"""Each computed figure: its name, the figure that it is taken from, and those that are subtracted."""
+
+
+def _add_difference(
+    name: str, terms: list[Figure | None], figures: dict[str, Figure], sane: dict[str, Figure], notes: list[str]
+) -> None:
+    known = [term for term in terms if term is not None]
+    if len(known) < len(terms) or name in figures:
+        return
+    result = known[0]
+    for term in known[1:]:
+        result -= term
+    if result.high < 0:
+        notes.append("figures_disagree")
+        return
+    if result.bytes < 0:
+        notes.append("rounding_clamped")
+    sane[name] = figures[name] = Figure(
+        bytes=max(result.bytes, 0), low=max(result.low, 0), high=result.high, stated=False
+    )
 
 
 def _add_shortage(figures: dict[str, Figure], sane: Mapping[str, Figure], notes: list[str]) -> None:

@@ -6,9 +6,11 @@ lines are cleaned, parted by rank, and joined without white space for `messages`
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import IO
+
+from msgspec.structs import replace
 
 from tightfit.oomlog.facts import CONSEQUENCES, Facts, with_arithmetic
 from tightfit.oomlog.log_text import Line, clean, is_text, lines_of, part, pieces

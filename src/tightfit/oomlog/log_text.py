@@ -1,11 +1,12 @@
-"""A log as clean lines: decoding, control codes, and what loggers, launchers and mailers put before each line."""
+"""A log as clean lines: decoding, control codes, and the prefixes of loggers, launchers and mailers."""
 
 import codecs
 import html
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO
+
+import msgspec
 
 PIECE = 2**18
 """Characters read at a time."""
@@ -30,7 +31,7 @@ _ESCAPED = re.compile(r"\\n(?:  |Traceback|[A-Za-z_.]{1,60}Error|\\n|\[rank)|Err
 
 
 def pieces(source: str | bytes | IO[bytes]) -> Iterator[str]:
-    """The text in pieces that end with a line, or are PIECE long; nothing is ever more than a few pieces in memory."""
+    """Yield the text in pieces that end with a line, or are PIECE long; memory never holds more than a few."""
     rest = ""
     for text in _decoded(source):
         if "\x00" in text:  # UTF-16 read as something else, or a cut file
@@ -83,7 +84,7 @@ def _encoding(first: bytes) -> str:
 
 
 def is_text(start: str) -> bool:
-    """Whether a decoded beginning can be of a log: one character in twenty at most that no terminal would get.
+    """True unless more than one character in twenty is a control code that no terminal would get.
 
     >>> is_text("iter 0: loss 10.9"), is_text("PK" + "".join(map(chr, range(1, 7))))
     (True, False)
@@ -112,7 +113,7 @@ def lines_of(text: str) -> list[str]:
     """Clean lines of a piece of log; lines that hold escaped ones, as in JSON, are taken apart."""
     lines: list[str] = []
     for raw in text.split("\n"):
-        for line in clean(raw).split("\n") if not raw.isascii() or _needs_cleaning(raw) else (raw,):
+        for line in (raw,) if raw.isascii() and raw.isprintable() and "&" not in raw else clean(raw).split("\n"):
             if "**" in line:
                 line = _BOLD.sub("", line)
             if "\\n" in line and _ESCAPED.search(line[:200_000]):
@@ -120,29 +121,23 @@ def lines_of(text: str) -> list[str]:
                 inner = clean(_UNICODE.sub(lambda match: chr(int(match[1], 16)), inner)).replace("\\n", "\n")
                 lines += [each[:LONGEST_LINE] for each in inner.split("\n")]
             else:
-                lines += _cut(line)
+                lines += [line[at : at + LONGEST_LINE] for at in range(0, max(len(line), 1), LONGEST_LINE)]
     return lines
 
 
-def _needs_cleaning(raw: str) -> bool:
-    return "&" in raw or not raw.isprintable()
-
-
-def _cut(line: str) -> list[str]:
-    return [line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE)] or [""]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line, parted from what a logger or launcher put before it."""
+class Line(msgspec.Struct, frozen=True):
+    """One line without the prefix of its logger or launcher."""
 
     body: str
+    """The text behind the prefix, with its indentation."""
     rank: int | None = None
+    """The rank that the prefix names."""
     level: str | None = None
     """debug, info, warning or error."""
     prefix: str = ""
+    """The text that was taken off."""
     quoted: bool = False
-    """Whether a `>` was taken off."""
+    """True if a `>` was taken off."""
 
 
 _LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "warn": "warning", "error": "error",
@@ -174,7 +169,7 @@ _ORDER = (_RANK, _TIME, _LEVEL, _SOURCE)
 
 
 def part(line: str) -> Line:
-    """A line and what stood before it; spaces that indent code are kept.
+    """Split a line from its prefix; spaces that indent code are kept.
 
     >>> part("[rank3]:   File x"), part("> 2025-01-02 03:04:05,678 - ERROR - CUDA out").level
     (Line(body='  File x', rank=3, level=None, prefix='[rank3]: ', quoted=False), 'error')

@@ -1,36 +1,44 @@
-"""What a run printed about itself: nanoGPT's configuration, the versions of torch and the driver, the GPU."""
+"""Lines that a run prints about itself: nanoGPT's configuration, the versions of torch and the driver, the GPU."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 from tightfit.config.reader import literal
 from tightfit.config.schema import TrainConfig, defaults
 
+Value = str | int | float | bool
+"""A value of one of nanoGPT's keys."""
 READ = 2**18
 """Characters, from the start of a log, that are looked through: programs print their configuration first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Printed:
-    """Absent is None or empty."""
+class Printed(msgspec.Struct, frozen=True, kw_only=True):
+    """The configuration and the versions; a value that is absent is None or empty."""
 
-    keys: Mapping[str, object] = field(default_factory=dict)
+    keys: Mapping[str, Value] = msgspec.field(default_factory=dict)
     """nanoGPT's keys that the log shows, in the order of their last value: files, then the command line."""
     command: str | None = None
     """The command line, as pasted."""
     tokens_per_iteration: int | None = None
+    """Tokens of one optimizer step, as nanoGPT prints them."""
     parameters: str | None = None
-    """As printed: 123.59M."""
+    """The number of parameters, as printed: 123.59M."""
     vocab_size: int | None = None
+    """The vocabulary that nanoGPT prints."""
     torch_version: str | None = None
+    """PyTorch's version, with its suffix."""
     cuda_version: str | None = None
     """Whichever comes first: the one that torch was built for, or the driver's."""
     driver_version: str | None = None
+    """The driver's version, as nvidia-smi prints it."""
     gpu_name: str | None = None
+    """The first GPU that the text names."""
     dataset: str | None = None
+    """nanoGPT's key `dataset`."""
     last_iteration: int | None = None
-    """Of the lines read; None before the first."""
+    """The last iteration in the lines read; None before the first."""
     hints: tuple[str, ...] = ()
     """Codes of known lines that are no failures: few_sms, grad_scaler_deprecated, flash_attention_missing."""
 
@@ -72,7 +80,7 @@ _HINTS = (
 
 
 def printed_in(text: str) -> Printed:
-    """What clean text, the beginning of a log, says of the run."""
+    """Read clean text, the beginning of a log."""
     keys, command = _configuration(text)
     vocabulary = _VOCABULARY.search(text)
     tokens = _TOKENS.search(text)
@@ -103,9 +111,9 @@ def _first(pattern: re.Pattern[str], text: str) -> str | None:
     return match[1].strip() if match else None
 
 
-def _configuration(text: str) -> tuple[dict[str, object], str | None]:
+def _configuration(text: str) -> tuple[dict[str, Value], str | None]:
     """nanoGPT prints each file after `Overriding config with`, and each option as `Overriding: key = value`."""
-    found: dict[str, object] = {}
+    found: dict[str, Value] = {}
     commands = _COMMAND.findall(text)
     command = commands[-1].strip() if commands else None
     if command:
@@ -121,7 +129,7 @@ def _configuration(text: str) -> tuple[dict[str, object], str | None]:
     return found, command
 
 
-def _keep(found: dict[str, object], key: str, text: str) -> None:
+def _keep(found: dict[str, Value], key: str, text: str) -> None:
     if key not in _KEYS:
         return
     value = _value(text.strip())
@@ -135,7 +143,7 @@ def _keep(found: dict[str, object], key: str, text: str) -> None:
         found[key] = value
 
 
-def _value(text: str) -> object:
+def _value(text: str) -> Value:
     if _PRODUCT.fullmatch(text) and "*" in text:
         result = 1
         for part in text.split("*"):

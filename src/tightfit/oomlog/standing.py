@@ -1,4 +1,4 @@
-"""Whether a message that was found is the failure of a run, or only a mention of one: a warning, a document, code."""
+"""Tell the failure of a run from a mere mention of one: a warning, a document, code."""
 
 import re
 from enum import Enum
@@ -8,11 +8,11 @@ from tightfit.oomlog.messages import Message
 
 
 class Standing(Enum):
-    """What a message in a log stands for, the strongest first."""
+    """The part that a message plays in a log, the strongest first."""
 
     FAILURE = "failure"
     REPORT = "report"
-    """Somebody says in a sentence that it happened, without the figures; counts if there is nothing better."""
+    """A sentence that it happened, without the figures; counts if there is nothing better."""
     CAUGHT = "caught"
     """The program went on: a retry, a skipped batch, a line of a logger at the level of a warning."""
     WARNING = "warning"
@@ -70,31 +70,23 @@ RETRY = re.compile(
     r"Falling back|batch size (?:reduced|halved|too large)|Reduced batch|OOM recovered|Got OOM|Continuing with)",
     re.IGNORECASE,
 )
-"""A line after a failure that says the program goes on."""
+"""A line after a failure by which the program goes on."""
+_WARNS = re.compile(r"\bW[Aa][Rr][Nn](?:ing|ING)?\b:? *$")
 _DECORATION = re.compile(r"[\s\"'`*_>~【「『(\[|!❌✗#-]*(?:E {2,8})?[\s\"'`*_>]*")
 _TAIL = re.compile(r"[\s\"'`*_.,:;!~）)\]】」』。！？?-]*$")
 _WORDS = re.compile(r"[A-Za-z][a-z']+ +[A-Za-z']+ +[A-Za-z']+")
 
 
 def standing(message: Message, line: Line, column: int, end: int, *, short_log: bool) -> Standing:
-    """`column` and `end` are where the message starts and ends in the body; `end` may lie behind it.
+    """Return the standing of a message from `column` to `end` in the line's body; `end` may lie behind it.
 
     The class of the exception stands before the message, and belongs to `before`.
     """
     before, after = line.body[:column], line.body[end:] if end < len(line.body) else ""
     named = message.exception or ""
-    bare = before[: before.rfind(named.rsplit(".", 1)[-1])] if named and named in before else before
-    if named in before and named:
-        bare = before[: before.rfind(named)]
+    bare = before[: before.rfind(named)] if named and named in before else before
     leads = not _DECORATION.sub("", bare, count=1).strip()
-    if named.endswith("Warning") or (
-        message.kind != "nccl"
-        and re.search(
-            r"\bW[Aa][Rr][Nn](?:ing"
-            r"|ING)?\b:? *$",
-            before,
-        )
-    ):
+    if named.endswith("Warning") or (message.kind != "nccl" and _WARNS.search(before)):
         return Standing.WARNING
     if _is_code(message, line, before, after):
         return Standing.CODE
@@ -123,7 +115,7 @@ def standing(message: Message, line: Line, column: int, end: int, *, short_log: 
 
 
 _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memory", "windows_commit_limit", "nccl"})
-"""Kinds whose words nobody writes in a sentence of another meaning."""
+"""Kinds whose words have no other meaning in a sentence."""
 
 
 def _is_code(message: Message, line: Line, before: str, after: str) -> bool:

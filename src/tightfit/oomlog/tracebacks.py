@@ -2,28 +2,30 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, kw_only=True)
-class TraceFrame:
+class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
     """One line of a traceback."""
 
     file: str
+    """The path as printed, or `cell N` of a notebook."""
     line: int | None
+    """Counted from 1; None if the traceback does not print it."""
     function: str
+    """The function's name, `<module>` outside one."""
     source: str = ""
     """The line of code, if the traceback shows it."""
 
     @property
     def is_library(self) -> bool:
-        """Whether the file belongs to an installed package or to Python rather than to the user."""
+        """True if the file belongs to an installed package or to Python rather than to the user."""
         path = self.file.replace("\\", "/")
         inside = ("site-packages/", "dist-packages/", "/lib/python", "<frozen", "importlib", "torchinductor_")
         return any(part in path for part in inside) or path.startswith("torch/")
 
 
-HEADER = "Traceback (most recent call last)"
 _FRAME = re.compile(r'File "([^"\n]{1,1000})", line (\d{1,9})(?:, in ([^\n]{1,300}))?')
 _NOTEBOOK = re.compile(
     r"(?:File )?(?P<file>[~/.\w<\\:][^\n,:()]{0,400}?)(?:\.py:(?P<line>\d{1,8}))?,? in (?P<function>[\w.<>]{1,200})\("
@@ -36,7 +38,7 @@ _CARETS = re.compile(r"[\s^~]+")
 def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     """The frames of the last traceback in `lines`, which end where the exception's message starts.
 
-    Prefixes of loggers may stand before them: only what is quoted as a file counts.
+    Prefixes of loggers may stand before them: only lines that quote a file count.
     """
     start = len(lines)
     for start in range(len(lines) - 1, -1, -1):
@@ -129,10 +131,10 @@ _COMPILE_FUNCTIONS = frozenset(
 
 
 def phase_of(frames: Sequence[TraceFrame]) -> str | None:
-    """The phase that a stack is in; None if nothing in it tells.
+    """Return the phase of training that a stack is in, or None if no frame shows it.
 
-    What runs the model for another purpose (saving, resuming, sampling, evaluation) names the phase, whatever the
-    model does below; of a training step, the last part that was entered does.
+    Saving, resuming, sampling and evaluation come first, because they run the model for another purpose. In a
+    training step, the last part that was entered names the phase.
     """
     functions = {frame.function.rsplit(".", 1)[-1] for frame in frames}
     sources = [frame.source for frame in frames]
