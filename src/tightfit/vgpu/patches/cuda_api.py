@@ -277,7 +277,10 @@ def _install_streams(device: VirtualDevice) -> None:
     cuda.current_stream, cuda.set_stream, cuda.default_stream = current_stream, set_stream, lambda where=None: default
     cuda.stream = on_stream
     # The compiled ones ask the device guard, whose answer is not initialized memory: "Unknown device: 96".
-    torch.accelerator.current_stream, torch.accelerator.set_stream = current_stream, set_stream  # type: ignore[assignment]
+    # Functions of their own: Dynamo refuses one function under two names.
+    accelerator: Any = torch.accelerator
+    accelerator.current_stream = lambda where=None, /: current_stream(where)
+    accelerator.set_stream = lambda stream, /: set_stream(stream)
     cuda.is_current_stream_capturing = lambda: False
 
 
