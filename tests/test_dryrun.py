@@ -221,7 +221,8 @@ class TestSeveralCards:
     def test_fsdp_holds_a_quarter(self) -> None:
         found = dryrun("--gpu", "A100", SCRIPTS / "several_cards.py", "fsdp", code=0)
         assert found["phases"]["optimizer"] < 0.55 * 4 * self.MODEL
-        assert found["categories"]["parameters"] == self.MODEL / 4
+        layer = self.MODEL / 8  # gathered for its backward, beside all shards
+        assert found["categories"]["parameters"] == self.MODEL / 4 + layer
         assert any("NCCL" in each for each in found["not_modelled"])
 
 

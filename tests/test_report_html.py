@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from runs import arguments, here, process
 
 from tightfit.cli import cmd_train as train_command
-from tightfit.cli.keys import last, split_options
 from tightfit.diagnosis.causes import Cause
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.explanation import Explanation, explain
@@ -715,8 +714,8 @@ class TestTrainCommand:
             assert (done.code, done.out) == (2, "")
             assert words_ in done.err
         assert not (tmp_path / "out").exists()
-        values, _, rest = split_options(["a.py", "--html", "x", "--lr=1", "--html=y"], ["--html"])
-        assert (last(values), rest) == ({"--html": "y"}, ["a.py", "--lr=1"])
+        options, rest = train_command.parser().read(["a.py", "--html", "x", "--lr=1", "--html=y"])
+        assert (options.html, rest) == ("y", ["a.py", "--lr=1"])
 
     def test_a_disk_that_fails_at_the_end_changes_no_exit_code(
         self, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

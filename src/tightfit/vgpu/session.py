@@ -173,7 +173,7 @@ class VirtualSession:
         steps = self.phases.steps
         self._lines.start(frame)
         self._lines.follow(frame)
-        self._unplayed = self._lines.unplayed(frame)[:_LISTED_UNPLAYED]
+        self._unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
         if self._stable >= _STABLE_STEPS:
             self._repeats_since = self._repeats_since or time.monotonic()
             if self._unplayed and time.monotonic() - self._repeats_since < _PLAY_ON_S:
@@ -188,6 +188,9 @@ class VirtualSession:
                 f"steps {steps - self._stable} to {steps} made the same allocations in the same order, "
                 "and the peak did not grow"
             )
+
+    def _allocating_lines(self) -> set[Frame]:
+        return {place for each in self.device.recorder.allocations for place in each.frames}
 
     def _end(self, reason: str) -> None:
         self.stopped_because = reason

@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -14,7 +14,7 @@ _HARMLESS_CALLS = (
     "print len range min max sum str int float bool round abs format join append extend update items keys values get "
     "isinstance hasattr getattr time perf_counter monotonic strftime now exit open write flush close makedirs remove "
     "mkdir exists dump dumps info debug warning error log add_scalar set_postfix set_description add_argument item "
-    "state_dict save synchronize barrier destroy_process_group get_rank empty_cache manual_seed set_epoch collect "
+    "state_dict save synchronize barrier destroy_process_group get_rank get_world_size empty_cache manual_seed set_epoch collect "
     "max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_summary tolist finish "
     "reset_peak_memory_stats get_last_lr perf_counter_ns sleep system basename dirname upper lower strip split"
 )
@@ -48,12 +48,18 @@ class LineWatch:
             sys.settrace(None)
             self.is_on = False
 
-    def unplayed(self, frame: FrameType | None) -> list[Frame]:
-        """Lines of the running functions that can still be reached, may allocate and never ran."""
+    def unplayed(self, frame: FrameType | None, allocated: Iterable[Frame]) -> list[Frame]:
+        """List lines of the running functions that can still be reached, may allocate and never ran.
+
+        Lines of `allocated` ran before they were followed.
+        """
         found = []
+        earlier: dict[str, set[int]] = {}
+        for place in allocated:
+            earlier.setdefault(place.file, set()).add(place.line)
         for each in own_frames(frame):
             code = each.f_code
-            ran = self._ran.get(code, set())
+            ran = self._ran.get(code, set()) | earlier.get(code.co_filename, set())
             lines = reachable_calls(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
             missed = [line for line, last in lines if ran.isdisjoint(range(line, last + 1))]
             found += [Frame(code.co_filename, line, code.co_qualname) for line in missed]
