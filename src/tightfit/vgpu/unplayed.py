@@ -14,9 +14,10 @@ _HARMLESS_CALLS = (
     "print len range min max sum str int float bool round abs format join append extend update items keys values get "
     "isinstance hasattr getattr time perf_counter monotonic strftime now exit open write flush close makedirs remove "
     "mkdir exists dump dumps info debug warning error log add_scalar set_postfix set_description add_argument item "
-    "state_dict save synchronize barrier destroy_process_group get_rank get_world_size empty_cache manual_seed set_epoch collect "
+    "state_dict save synchronize barrier destroy_process_group get_rank empty_cache manual_seed set_epoch collect "
     "max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_summary tolist finish "
-    "reset_peak_memory_stats get_last_lr perf_counter_ns sleep system basename dirname upper lower strip split"
+    "reset_peak_memory_stats get_last_lr perf_counter_ns sleep system basename dirname upper lower strip split "
+    "get_world_size"
 )
 """Calls by name that print, record or measure: they take no device memory."""
 _HARMLESS = frozenset(_HARMLESS_CALLS.split())
