@@ -110,6 +110,6 @@ def _keys_and_logs(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _takes_value(name: str) -> bool:
-    """Whether `--key` is followed by its value: all but the flags of yes and no, after which a log may stand."""
+    """Return True if a value follows `--key`: for all but yes-or-no flags, which a log may follow."""
     kind = TrainConfig.__annotations__.get(name[2:].replace("-", "_"))
     return kind is not None and kind not in (bool, bool | str)

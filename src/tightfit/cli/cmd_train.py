@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
 
 
 def _out_of_memory(error: Exception) -> tuple[str, int | None] | None:
-    """What the device said, and the micro-batch that the run had come down to; None for any other error."""
+    """Return the device's message and the run's last micro-batch; None for any other error."""
     from tightfit.trainer.out_of_memory import Kind, is_out_of_memory
     from tightfit.trainer.recovery import OutOfMemory, last_line
 

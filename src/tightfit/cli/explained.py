@@ -15,7 +15,7 @@ _WIDEST = 110
 
 
 def text_for_terminal(found: Explanation, *, verbose: bool = False) -> str:
-    """As wide as the terminal is, but for very wide ones."""
+    """Render an explanation to the terminal's width, at most 110 columns."""
     return render(found, words(found.language), verbose, min(_WIDEST, shutil.get_terminal_size().columns))
 
 

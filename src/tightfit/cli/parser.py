@@ -20,7 +20,7 @@ _EXAMPLES = {"--lang": "en or ja", "--html": "page.html", "--gpu": "'RTX 3060 12
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser of one command; `takes_keys` names the configuration whose keys it passes on."""
+    """Parser of one command; it passes on the keys of the configuration `takes_keys`."""
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def is_exact(self) -> bool:
-        """True if the step computes what was requested, up to rounding."""
+        """True if the step keeps the requested mathematics, up to rounding."""
         is_whole = not self.block_size and not self.effective_batch
         return is_whole and self.optimizer == "adamw" and self.param_dtype == "float32"
 
@@ -179,7 +179,7 @@ def balanced(micro_batch: int, share: int) -> int:
 
 
 def even(micro_batch: int, share: int) -> int:
-    """Return the largest divisor of `share` up to `micro_batch`, if it is at least half of it; else `micro_batch`.
+    """Return the largest divisor of `share` up to `micro_batch`, but `micro_batch` if that is less than half.
 
     A last pass of another size would be compiled anew.
 

@@ -1,4 +1,4 @@
-"""Predict what a plan takes: its trace in the simulation service.
+"""Predict the memory and time of a plan: its trace in the simulation service.
 
 A prediction is only ever of the plan itself: it was traced, on this torch, for this card.
 """

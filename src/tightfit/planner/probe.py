@@ -18,7 +18,7 @@ _TIMEOUT_S = 300
 
 
 def is_wanted(config: TrainConfig, device: str) -> bool:
-    """As the key says; by itself on CUDA, for long runs of one process."""
+    """Return the key's answer; for auto, True on CUDA for long runs of one process."""
     if config.probe != "auto":
         return config.probe == "on"
     return device == "cuda" and config.max_iters >= LONG_RUN and "RANK" not in os.environ

@@ -72,7 +72,7 @@ def _file(request: Request[msgspec.Struct]) -> Path | None:
 
 @cache
 def _package_hash() -> bytes:
-    """Hash every line and table of this package: the server imports nearly all of it."""
+    """Hash every line and table of this package: the server imports nearly all."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in (*sorted(package.rglob("*.py")), *sorted(package.glob("*.csv"))):
@@ -82,7 +82,7 @@ def _package_hash() -> bytes:
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Let one process of this user trace at a time: the others then recall what it remembered."""
+    """Let one process of this user trace at a time; the others then recall its answers."""
     folder = cache_folder()
     with locked(folder / "lock") if folder else contextlib.nullcontext():
         yield

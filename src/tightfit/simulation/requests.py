@@ -1,4 +1,4 @@
-"""The protocol of the simulation service: what can be asked of it, and what it answers.
+"""Protocol of the simulation service: its requests and their answers.
 
 A message is one JSON document behind its length in four bytes. Requests name their kind, so that one server plays
 all of them; `ANSWERS` names the record that answers each.
@@ -47,13 +47,13 @@ class StepRequest(Request["StepTrace"], frozen=True, kw_only=True, tag="step"):
 
 
 class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """What a traced step takes. Sizes in bytes."""
+    """Memory and kernels of a traced step. Sizes in bytes."""
 
     requested_bytes: int
     allocated_bytes: int
     reserved_bytes: int
     phase: str
-    """Where the peak is."""
+    """Phase of the peak."""
     categories: dict[str, int]
     phases: dict[str, int]
     """Highest allocated bytes of each phase."""
@@ -66,7 +66,7 @@ class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoopSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What nanoGPT's loop is played with: its own keys, and how much of it to play."""
+    """Settings of nanoGPT's loop: its own keys, and the extent of the play."""
 
     batch_size: int
     block_size: int
@@ -129,7 +129,7 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoopPlay(msgspec.Struct, frozen=True, kw_only=True):
-    """What nanoGPT's loop did."""
+    """Outcome of nanoGPT's loop."""
 
     findings: dict[str, Any]
     course: tuple[Moment, ...]
@@ -192,7 +192,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a request."""
+    """Outcome of a request on its way back."""
 
     number: int
     answer: msgspec.Raw = msgspec.Raw(b"null")

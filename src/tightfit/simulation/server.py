@@ -56,7 +56,7 @@ _CHUNK = 1 << 16
 
 
 def main() -> None:
-    """Serve the socket whose number is the first argument.
+    """Serve the socket with the number in the first argument.
 
     The second is the number of plays at a time, or "once": one request, answered in this process. With "compiler" as
     the third, the compiler is loaded before a request needs it.
@@ -92,14 +92,14 @@ def _serve_once(connection: socket.socket) -> None:
 
 
 class Server:
-    """Plays what a socket asks for, a few requests at a time, until the socket ends."""
+    """Play the requests of a socket, a few at a time, until the socket ends."""
 
     def __init__(self, connection: socket.socket, *, workers: int, has_compiler: bool = False) -> None:
         self._connection, self._workers, self._has_compiler = connection, workers, has_compiler
         self._selector = selectors.DefaultSelector()
         self._waiting: deque[Ask] = deque()
         self._children: dict[int, tuple[int, int, bytearray]] = {}
-        """Number of the request, process and what it has answered so far, by the pipe it answers through."""
+        """Number of the request, process, and its answer so far, by the pipe that carries it."""
         self._compiler: socket.socket | None = None
         self._compiling = 0
 
@@ -202,7 +202,7 @@ class Server:
                 os.wait()
 
     def _close_all(self) -> None:
-        """Close what a fork inherited, so that the end of a pipe is its owner's end."""
+        """Close the inherited pipes and sockets, so that each ends with its owner."""
         self._selector.close()
         self._connection.close()
         for pipe in self._children:
@@ -221,7 +221,7 @@ def _forked() -> int:
 
 
 def _load(modules: Iterable[str]) -> None:
-    """Import what plays will need, as far as this torch has it."""
+    """Import the modules that plays will need and this torch has."""
     gc.disable()  # what is loaded stays: looking through it again and again takes time
     for name in modules:
         with contextlib.suppress(ImportError):

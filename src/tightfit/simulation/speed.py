@@ -1,4 +1,4 @@
-"""How long a step takes: each kernel by the card's peaks, and the time that the host needs to launch them.
+"""Seconds of a step: each kernel by the card's peaks, and the host's time to launch them.
 
 The shares of the peaks were set on published runs of GPT-2 in bfloat16: four of 124M on an A100 SXM 40 GB (A. Karpathy,
 "Let's reproduce GPT-2 (124M)") and one of 219M on an RTX 4070. benchmarks/plan/speed.py prints what this model says of
@@ -50,7 +50,7 @@ UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH = 25e12, 300e9
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second."""
+    """Rates of a device, per second."""
 
     matmul: dict[str, float]
     """FLOP/s of matrix products by dtype."""
@@ -58,12 +58,12 @@ class Rates:
     bandwidth: float
     """Bytes/s."""
     cache_bytes: int = 0
-    """Of the second-level cache."""
+    """Bytes of the second-level cache."""
     launch_s: float = LAUNCH_S
     host_s: float = 0.0
     """Per kernel."""
     has_host: bool = True
-    """Whether a host works beside the device; on the host itself everything is a kernel of its own."""
+    """True if a host works beside the device; on the host itself everything is its own kernel."""
 
     def seconds(self, kernel: Kernel) -> float:
         """Time of one kernel, wherever it runs."""
@@ -120,7 +120,7 @@ def host_rates(flops: dict[str, float], bandwidth: float) -> Rates:
 
 
 class Meter:
-    """Counts the kernels that an observer hears of."""
+    """Count the kernels of a virtual device."""
 
     def __init__(self) -> None:
         self._heard: Counter[Kernel] = Counter()
@@ -129,7 +129,7 @@ class Meter:
         self._heard[kernel] += 1
 
     def read(self) -> "Work":
-        """What was heard so far."""
+        """Return the kernels counted so far."""
         return Work(self._heard.copy())
 
 
@@ -165,7 +165,7 @@ class Work:
 
 
 class KernelCount(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How often one kernel runs."""
+    """Number of times that one kernel runs."""
 
     kernel: Kernel
     count: int

@@ -17,7 +17,7 @@ def send(connection: socket.socket, message: msgspec.Struct) -> None:
 
 
 class Frames(Generic[T]):
-    """Messages of one type, put together from what a socket delivers."""
+    """Assembler of one type of message from the bytes of a socket."""
 
     def __init__(self, kind: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(kind)
