@@ -1,6 +1,7 @@
 """The simulation service: it ends with its client however that ends, and its cache does no harm however it is found."""
 
 import os
+import pwd
 import random
 import signal
 import socket
@@ -165,7 +166,8 @@ class TestCache:
             home.parent.symlink_to(home.parent)
         else:
             monkeypatch.delenv("XDG_CACHE_HOME")
-            monkeypatch.setattr(Path, "home", _no_home)
+            monkeypatch.delenv("HOME", raising=False)
+            monkeypatch.setattr(pwd, "getpwuid", _no_such_user)
         cache.remember(self.QUESTION, RATES)
         assert cache.recall(self.QUESTION) is None
         with cache.one_at_a_time():
@@ -188,8 +190,8 @@ class TestCache:
         assert sorted(each.name for each in tmp_path.iterdir()) == ["7.json", "8.json", "9.json"]
 
 
-def _no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")
+def _no_such_user(uid: int) -> None:
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
 
 
 def test_messages_are_put_together_from_pieces() -> None:

@@ -90,7 +90,10 @@ def cache_folder() -> Path | None:
     """
     import platformdirs
 
-    folder = platformdirs.user_cache_path("tightfit", appauthor=False)
+    try:
+        folder = platformdirs.user_cache_path("tightfit", appauthor=False)
+    except RuntimeError:  # of newer versions; older ones leave "~"
+        return None
     return None if folder.parts[0] == "~" else folder
 
 
