@@ -4,7 +4,8 @@ import json
 
 import msgspec
 
-OK, FAILED, USER_MISTAKE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, OUR_ERROR, INTERRUPTED = 0, 1, 3, 130
+"""A user's mistake ends with the `exit_code` of its error, 2."""
 
 
 def as_json(record: object) -> str:

@@ -104,6 +104,8 @@ class VirtualSession:
         self._files: FileGuard
         self._lines = LineWatch()
         self._repeats_since: float | None = None
+        self._allocating: set[Frame] = set()
+        self._read_allocations = 0
         self._unplayed: list[Frame] = []
         self.not_played: list[Frame] = []
         """Lines that an early stop left out, although they may allocate."""
@@ -190,7 +192,11 @@ class VirtualSession:
             )
 
     def _allocating_lines(self) -> set[Frame]:
-        return {place for each in self.device.recorder.allocations for place in each.frames}
+        """Return the user's lines that allocated so far; each call reads only the allocations made since the last."""
+        allocations = self.device.recorder.allocations
+        self._allocating.update(place for each in allocations[self._read_allocations :] for place in each.frames)
+        self._read_allocations = len(allocations)
+        return self._allocating
 
     def _end(self, reason: str) -> None:
         self.stopped_because = reason

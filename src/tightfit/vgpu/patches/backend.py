@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -36,7 +36,7 @@ _HOOKS_SLOTS = {"isBuilt": 2, "hasPrimaryContext": 4}
 _GUARD_TABLE_SLOTS, _HOOKS_TABLE_SLOTS = 30, 80
 
 _enabled = False
-_kept: list[torch.library.Library] = []
+KEPT: list[library.Library] = []
 """torch forgets an operator's implementation when its library goes."""
 
 
@@ -168,12 +168,12 @@ def _claim_cuda_kernels() -> None:
 
     The dispatch mode answers for tensors on "cuda", so that nothing calls these kernels.
     """
-    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    operators = library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for name in WITH_OWN_KERNEL:
         known = hasattr(torch.ops.aten, name)
         if known and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
-            library.impl(name, _no_real_kernel, "CUDA")
-    _kept.append(library)
+            operators.impl(name, _no_real_kernel, "CUDA")  # type: ignore[no-untyped-call]
+    KEPT.append(operators)
 
 
 def _no_real_kernel(*args: object, **kwargs: object) -> None:

@@ -14,9 +14,6 @@ from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend
 from tightfit.vgpu.phases import EnoughSeen
 
-_kept: list[library.Library] = []
-"""torch forgets an operator's implementation when its library goes."""
-
 
 def install(device: VirtualDevice, properties: Any) -> None:
     """Patch this process for good."""
@@ -191,4 +188,4 @@ def _install_attention(device: VirtualDevice) -> None:
 
     for key in ("AutogradCUDA", "CUDA"):
         operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)  # type: ignore[no-untyped-call]
-    _kept.append(operators)
+    backend.KEPT.append(operators)
