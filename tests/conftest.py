@@ -10,6 +10,7 @@ collect_ignore = ["scripts"]
 """Programs that tests run, not tests."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ["TIGHTFIT_LANG"] = "en"  # tests of Japanese choose it
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ import pytest
 
 from tightfit.allocator.caching import AllocatorSettings, Block, CachingAllocator, OutOfMemory
 from tightfit.allocator.settings import UNLIMITED
+from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
-from tightfit.units import GIB, KIB, MIB, parse_bytes
+from tightfit.units import GIB, KIB, MIB
 
 
 def make(total=24 * GIB, conf="", **kwargs) -> CachingAllocator:

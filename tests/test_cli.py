@@ -450,9 +450,9 @@ class TestPublicFace:
 
 
 FLOORS = [
-    ("errors", "storage"),
-    ("units",),
-    ("wording", "config", "gpus"),
+    ("errors", "units"),
+    ("wording",),
+    ("storage", "config", "gpus"),
     ("allocator", "kernels", "models", "data"),
     ("vgpu", "system"),
     ("oomlog", "trainer"),

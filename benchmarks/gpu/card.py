@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.processes import ROOT
+from tightfit.config.sizes import parse_bytes
 from tightfit.errors import DeviceError
-from tightfit.units import parse_bytes
 
 _FIGURES = {
     "tried_bytes": r"Tried to allocate ([\d.]+ \w+)",

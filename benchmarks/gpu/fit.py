@@ -79,7 +79,7 @@ def candidates(config: TrainConfig, chosen: PlanResult) -> list[tuple[str, Plan]
 
 def _plan(config: TrainConfig, *, dry: bool) -> PlanResult:
     """As for the small card, but with the kernels of the card that is there."""
-    from tightfit.units import parse_bytes
+    from tightfit.config.sizes import parse_bytes
 
     name = DRY_CARD if dry else _card_name()
     small = named_card(CARD, memory_bytes=parse_bytes(TOTAL), used_by_others_bytes=parse_bytes(OTHERS))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.gpu import card
 from tightfit.config import TrainConfig
+from tightfit.config.sizes import parse_bytes
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer
 from tightfit.trainer import checkpoint as ckpt
@@ -31,7 +32,6 @@ from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import Hardware, choose_hardware
 from tightfit.trainer.setup import build_model, build_state
 from tightfit.trainer.step import StepState, dropout_seed, evaluation_loss, optimizer_step
-from tightfit.units import parse_bytes
 
 SIZES = {
     "tiny": (2, 2, 64),

@@ -1,17 +1,6 @@
-"""Bytes and counts: how they are printed and how they are read."""
-
-import re
-
-from tightfit.errors import ConfigError
+"""Print bytes, counts and durations."""
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
-_FACTORS = {"": 1, "b": 1} | {
-    unit: factor
-    for letter, binary, decimal in (("k", KIB, 10**3), ("m", MIB, 10**6), ("g", GIB, 10**9), ("t", TIB, 10**12))
-    for unit, factor in ((letter, binary), (f"{letter}ib", binary), (f"{letter}b", decimal))
-}
-_MOST = 2**60
-"""Bytes that no machine has, and that a signed 64-bit number holds."""
 
 
 def format_bytes(count: int | float) -> str:
@@ -24,21 +13,6 @@ def format_bytes(count: int | float) -> str:
         if abs(count) >= factor:
             return f"{count / factor:.2f} {name}"
     return f"{int(count)} bytes"
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from `11.69GiB`, `512 MB`, `4g` or `1024`; binary for KiB and bare letters, decimal for KB.
-
-    >>> parse_bytes("11.69GiB"), parse_bytes("1 MB"), parse_bytes("4g")
-    (12552041923, 1000000, 4294967296)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in _FACTORS:
-        raise ConfigError(f"{text!r:.60} is not a size; write a number and a unit, like 11.69GiB or 512MiB")
-    size = float(match[1]) * _FACTORS[match[2].lower()]
-    if size >= _MOST:
-        raise ConfigError(f"{text!r:.60} is more than any memory; write a number and a unit, like 11.69GiB or 512MiB")
-    return round(size)
 
 
 def format_count(count: int | float) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from tightfit.cli.exits import FAILED, OK
 from tightfit.cli.parser import Parser, capability
+from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
-from tightfit.units import parse_bytes
 
 
 def parser() -> Parser:

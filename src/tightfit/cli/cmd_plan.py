@@ -9,7 +9,7 @@ import msgspec
 from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
 from tightfit.config import TrainConfig, read_config
-from tightfit.units import parse_bytes
+from tightfit.config.sizes import parse_bytes
 from tightfit.wording import chosen_language
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from types import UnionType
 from typing import Any, TypeAlias, TypeVar
 
+from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
-from tightfit.units import parse_bytes
 
 LOSSY = ("8bit_optimizer", "effective_batch", "bf16_parameters", "block_size")
 """Changes of the result that a plan makes only if `allow` names them."""

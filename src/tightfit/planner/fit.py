@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig, batch_split
+from tightfit.config.sizes import parse_bytes
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.models.shape import parameter_count, vocabulary_of
@@ -17,7 +18,7 @@ from tightfit.planner.sentences import nothing_fits, one_line
 from tightfit.simulation.cache import one_at_a_time
 from tightfit.system import host_memory
 from tightfit.trainer.fallback import Fallback
-from tightfit.units import GIB, MIB, format_bytes, parse_bytes
+from tightfit.units import GIB, MIB, format_bytes
 
 SOURCE = "plan"
 """Source of the keys that a plan sets."""

@@ -1,5 +1,10 @@
-"""Sentences in English and Japanese, from TOML files: the base of every room's `words`."""
+"""Sentences in English and Japanese, from the TOML files of each room's folder here.
 
+`say("config.sizes.not_a_size", text="x")` is a sentence of `config/en.toml`, table `sizes`, in this process's language:
+the one that `speak` chose, or TIGHTFIT_LANG, or the locale's.
+"""
+
+import functools
 import locale
 import os
 import string
@@ -11,14 +16,36 @@ from typing import Any
 import msgspec
 
 from tightfit.errors import ConfigError
-from tightfit.units import format_bytes, format_count
+from tightfit.units import format_bytes, format_count, format_duration
 
 LANGUAGES = ("en", "ja")
+_VARIABLE = "TIGHTFIT_LANG"
+
+
+def say(sentence: str, /, **values: object) -> str:
+    """Fill in the sentence `room.table.key` in this process's language."""
+    room, table, key = sentence.split(".", 2)
+    return _words(room, chosen_language(None))(table, key, **values)
+
+
+def speak(language: str | None) -> str:
+    """Set the language of this process and its children; return it. ConfigError for one without sentences.
+
+    None leaves the choice to the user's environment.
+    """
+    language = chosen_language(language)
+    os.environ[_VARIABLE] = language
+    return language
+
+
+@functools.cache
+def _words(room: str, language: str) -> "Words":
+    return Words(f"tightfit.wording.{room}", language)
 
 
 def chosen_language(given: str | None) -> str:
-    """The given language, or the locale's. ConfigError for a language without sentences."""
-    language = given or locale_language()
+    """Return the given language, TIGHTFIT_LANG or the locale's. ConfigError for a language without sentences."""
+    language = given or os.environ.get(_VARIABLE) or locale_language()
     if language not in LANGUAGES:
         raise ConfigError(f"--lang must be one of {', '.join(LANGUAGES)}, got {language!r}")
     return language
@@ -27,8 +54,8 @@ def chosen_language(given: str | None) -> str:
 class Words(string.Formatter):
     """The sentences of one language in the folder of `package`: `words("nvml", "other", detail="...")`.
 
-    Formats of its own: `{free_bytes:bytes}` is 2.68 GiB, `{parameters:count}` is 124M. ConfigError for a language
-    without sentences.
+    Formats of its own: `{free_bytes:bytes}` is 2.68 GiB, `{parameters:count}` is 124M, `{step_s:time}` is 2h03m,
+    `{passes:pass|passes}` is 1 pass or 4 passes. ConfigError for a language without sentences.
     """
 
     separator = ("words", "separator")
@@ -36,8 +63,12 @@ class Words(string.Formatter):
 
     def __init__(self, package: str, language: str) -> None:
         self.language = chosen_language(language)
-        self.formats: dict[str, Callable[[Any], str]] = {"bytes": format_bytes, "count": format_count}
-        text = files(package).joinpath(f"{language}.toml").read_text(encoding="utf-8")
+        self.formats: dict[str, Callable[[Any], str]] = {
+            "bytes": format_bytes,
+            "count": format_count,
+            "time": format_duration,
+        }
+        text = files("tightfit").joinpath(*package.split(".")[1:], f"{language}.toml").read_text(encoding="utf-8")
         self._tables: dict[str, dict[str, str]] = tomllib.loads(text)
 
     def __call__(self, table: str, key: str, /, **values: object) -> str:
@@ -50,6 +81,9 @@ class Words(string.Formatter):
         return self.vformat(self._tables[table][key], (), shown)
 
     def format_field(self, value: Any, format_spec: str) -> str:
+        if "|" in format_spec:
+            one, several = format_spec.split("|")
+            return f"{value} {one if value == 1 else several}"
         own = self.formats.get(format_spec)
         return own(value) if own else str(super().format_field(value, format_spec))
 
@@ -64,11 +98,14 @@ class Words(string.Formatter):
         return self._tables[table]
 
     def sentences(self) -> Iterator[tuple[str, frozenset[str]]]:
-        """Each sentence as `table.key`, with the fields that it fills in and their formats."""
+        """Yield each sentence as `table.key`, with its fields and their formats; plurals are of one language."""
         for table, sentences in self._tables.items():
             for key, sentence in sentences.items():
                 fields = ((name, spec) for _, name, spec, _ in self.parse(sentence) if name)
-                yield f"{table}.{key}", frozenset(f"{name}:{spec}" for name, spec in fields)
+                yield (
+                    f"{table}.{key}",
+                    frozenset(name if "|" in (spec or "") else f"{name}:{spec}" for name, spec in fields),
+                )
 
     def _joined(self, table: str, one: str, value: object) -> object:
         if not isinstance(value, Sequence) or isinstance(value, str):
@@ -86,7 +123,7 @@ class Words(string.Formatter):
 
 
 def locale_language() -> str:
-    """Japanese where the user's environment asks for it, else English."""
+    """Return Japanese where the user's environment asks for it, else English."""
     names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-    said = next(filter(None, names), None) or locale.getlocale()[0] or ""
-    return "ja" if said.lower().startswith(("ja", "japanese")) else "en"
+    found = next(filter(None, names), None) or locale.getlocale()[0] or ""
+    return "ja" if found.lower().startswith(("ja", "japanese")) else "en"
