@@ -10,7 +10,15 @@ collect_ignore = ["scripts"]
 """Programs that tests run, not tests."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
-os.environ["TIGHTFIT_LANG"] = "en"  # tests of Japanese choose it
+os.environ["LC_ALL"] = "C.UTF-8"  # English; tests of Japanese choose it
+
+
+@pytest.fixture(autouse=True)
+def language_of_one_test() -> Iterator[None]:
+    """A command sets the language of its process, which here goes on."""
+    os.environ.pop("TIGHTFIT_LANG", None)
+    yield
+    os.environ.pop("TIGHTFIT_LANG", None)
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ ones.untyped_storage().resize_(0)
 ones.untyped_storage().resize_(16)
 ones.sum().item()
 gpu.__exit__(None, None, None)
-print([each["what"] for each in gpu.findings()["made_up_values"]])
+print([each.what for each in gpu.findings().made_up_values])
 """)
     assert printed == ["['a value read from the device']"]
 
@@ -99,11 +99,11 @@ weight.untyped_storage().resize_(4 << 20)
 weight.untyped_storage().resize_(2 << 30)
 """)
     found = dryrun(str(script), gpu="RTX 3060 12GB", memory_bytes=1 << 30, context_bytes=0)
-    assert found["outcome"] == "out_of_memory"
-    assert (found["failure"]["line"], found["failure"]["requested_bytes"]) == (5, 2 << 30)
-    (largest,) = found["largest"]
-    assert (largest["line"], largest["shape"], largest["category"]) == (4, [1024, 1024], "parameters")
-    assert largest["operator"] == "UntypedStorage.resize_"
+    assert found.outcome == "out_of_memory"
+    assert (found.failure.line, found.failure.requested_bytes) == (5, 2 << 30)
+    (largest,) = found.largest
+    assert (largest.line, largest.shape, largest.category) == (4, (1024, 1024), "parameters")
+    assert largest.operator == "UntypedStorage.resize_"
 
 
 def test_fsdp2_keeps_only_shards_between_passes() -> None:
@@ -126,7 +126,7 @@ print(held())
 model(x).sum().backward()
 print(held())
 gpu.__exit__(None, None, None)
-print(json.dumps(gpu.findings()["categories"]))
+print(json.dumps(gpu.findings().categories))
 """
     ).splitlines()
     after_forward, after_backward = map(float, printed[:2])
@@ -159,7 +159,7 @@ print(held(), loader.weight.device, "run" in loader.__dict__)
 del weights, loader
 print(held())
 gpu.__exit__(None, None, None)
-print(list(gpu.findings()["phases"]))
+print(list(gpu.findings().phases))
 """)
     assert printed == [f"{500 * 16 / 1024}", f"{501 * 16 / 1024} cuda:0 False", "0.0", "['setup']"]
 
@@ -196,7 +196,7 @@ torch._C._cuda_clearCublasWorkspaces()
 torch.cuda.empty_cache()
 print(held(), torch.cuda.memory_reserved())
 gpu.__exit__(None, None, None)
-print(*gpu.findings()["phases"])
+print(*gpu.findings().phases)
 """)
     assert printed[0] == "0.0 0"
     assert set(printed[1].split()) == {"setup", "forward", "loss", "backward", "optimizer"}  # made after backward
@@ -239,5 +239,5 @@ torch.ones(2, device="cuda")
 raise AssertionError("not ended")
 """)
     found = dryrun(str(script), gpu="RTX 3060 12GB")
-    assert found["outcome"] == "fits"
-    assert found["stopped_because"].startswith("steps 2 to 4 made the same allocations")
+    assert found.outcome == "fits"
+    assert found.stopped_because.startswith("steps 2 to 4 made the same allocations")

@@ -99,7 +99,7 @@ class TestTraining:
     def test_an_evaluation_that_was_not_seen_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOCAL_RANK", "0")
         found = dryrun("--gpu", "RTX 4090", SCRIPTS / "several_cards.py", "none", code=0)
-        assert any(note.startswith("no evaluation was seen") for note in found["notes"])
+        assert any(note.startswith("no evaluation ran") for note in found["notes"])
         assert not any("evaluation" in note for note in dryrun("--gpu", "RTX 4090", LOOP, *SMALL)["notes"])
 
     def test_repeating_steps_play_on_for_an_evaluation_that_did_not_run(self, tmp_path: Path) -> None:

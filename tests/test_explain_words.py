@@ -8,7 +8,7 @@ import pytest
 from tightfit.diagnosis.causes import is_of_device
 from tightfit.errors import ConfigError
 from tightfit.oomlog.facts import KINDS, Facts
-from tightfit.vgpu.recorder import CATEGORIES
+from tightfit.vgpu.records import CATEGORIES
 from tightfit.wording.diagnosis import LANGUAGES, words
 
 SOURCE = Path(__file__).parents[1] / "src" / "tightfit"

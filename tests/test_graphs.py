@@ -47,7 +47,7 @@ def _found(folder: Path, script: str, **names: Any) -> list[int]:
     end = f"open({str(result)!r}, 'w').write(' '.join(map(str, found)))"
     (folder / "script.py").write_text("\n".join([*lines, script, end]))
     outcome = dryrun(str(folder / "script.py"), gpu="A100")
-    assert outcome["outcome"] == "fits"
+    assert outcome.outcome == "fits"
     return [int(word) for word in result.read_text().split()]
 
 

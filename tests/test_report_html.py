@@ -11,6 +11,7 @@ from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -26,9 +27,10 @@ from tightfit.errors import ConfigError, DataError
 from tightfit.report.bars import Part, parts_table
 from tightfit.report.html import explanation_report, findings_report, plan_report, run_report, write
 from tightfit.report.runs import read_run
-from tightfit.report.series import MOST_TENSORS, curve, highest, largest_tensors, shortened
+from tightfit.report.series import curve, highest
 from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.units import GIB, MIB
+from tightfit.vgpu.records import Findings, read_findings
 from tightfit.wording.diagnosis import words as explain_words
 from tightfit.wording.report import LANGUAGES, locale_language, words
 
@@ -102,6 +104,7 @@ def a_timeline(count: int = 400, seed: int = 1) -> dict:
         "phases": [{"event": 0, "phase": "setup"}, {"event": count // 4, "phase": "forward"}],
         "peak": {"event": int(total.argmax()), "phase": "forward", "allocated_bytes": int(total.max())},
         "failures": [],
+        "tensors": [],
         "total_bytes": 12 * GIB,
         "used_by_others_bytes": GIB,
         "context_bytes": 300 * MIB,
@@ -114,11 +117,19 @@ def tensor(start: int, end: int | None, nbytes: int, category: str = "activation
     return {"from_event": start, "to_event": end, "bytes": nbytes, "category": category, **made, **place, **more}
 
 
-def findings(timeline: dict | None = None, **changes) -> dict:
+def findings(timeline: dict | None = None, **changes) -> Findings:
     largest = [{key: v for key, v in tensor(0, 1, 5 * MIB, "logits").items() if "event" not in key}]
     found = {
         "outcome": "fits",
-        "gpu": {"name": "GeForce RTX 3060 12GB", "total_bytes": 12 * GIB, "used_by_others_bytes": GIB},
+        "gpu": {
+            "name": "GeForce RTX 3060 12GB",
+            "capability": "8.6",
+            "total_bytes": 12 * GIB,
+            "used_by_others_bytes": GIB,
+            "context_bytes": 300 * MIB,
+        },
+        "torch": "2.13",
+        "not_played": [],
         "peak": {
             "requested_bytes": GIB,
             "allocated_bytes": GIB,
@@ -141,7 +152,7 @@ def findings(timeline: dict | None = None, **changes) -> dict:
         "never_modelled": ["kernels of Triton"],
         "notes": ["a note"],
     }
-    return {**found, **({"timeline": timeline} if timeline else {}), **changes}
+    return msgspec.convert({**found, "timeline": timeline, **changes}, Findings)
 
 
 LOG = """Traceback (most recent call last):
@@ -200,6 +211,9 @@ FAILURE = {
     "free_bytes": 2 * GIB,
     "allocated_bytes": 7 * GIB,
     "reserved_bytes": 8 * GIB,
+    "tensor_bytes": 6 * GIB,
+    "total_bytes": 12 * GIB,
+    "process_bytes": 8 * GIB,
     "message": "CUDA out of memory. Tried to allocate 6.00 GiB.",
 }
 
@@ -238,62 +252,6 @@ class TestSeries:
         points[31_234] = (31_234, 9.0)
         found = highest(points)
         assert found.x[found.mean.index(9)] == 31_234
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_no_peak_of_any_category_is_lost(self, seed: int) -> None:
-        data = a_timeline(30_000, seed)
-        data["failures"] = [{"event": 12_345, "requested_bytes": 1, "free_bytes": 0}]
-        data["reserved_bytes"][20_001] = 99 * GIB
-        found = shortened(data, moments=100)
-        assert len(found.events) <= 100 * 5 + 4
-        assert found.events == sorted(set(found.events))
-        assert {0, 12_345, data["peak"]["event"], 29_999} <= set(found.events)
-        for name, row in data["category_bytes"].items():
-            assert max(found.category_bytes[name]) == max(row)
-            assert found.category_bytes[name] == [row[event] for event in found.events]
-        total = np.sum(list(data["category_bytes"].values()), axis=0)
-        kept = np.sum(list(found.category_bytes.values()), axis=0)
-        for start in range(0, 30_000, 300):
-            inside = [index for index, event in enumerate(found.events) if start <= event < start + 300]
-            assert kept[inside].max() == total[start : start + 300].max()
-            assert kept[inside].min() == total[start : start + 300].min()
-        assert max(found.reserved_bytes or ()) == 99 * GIB
-
-    def test_a_short_timeline_is_kept_whole(self) -> None:
-        data = a_timeline()
-        found = shortened(data)
-        assert found.events == data["events"]
-        assert found.category_bytes == data["category_bytes"]
-        assert found.reserved_bytes == data["reserved_bytes"]
-        assert found.phases == [(0, "setup"), (100, "forward")]
-        assert (found.at(0), found.at(57), found.at(10_000)) == (0, 57, 399)
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_tensors_named_are_the_largest_alive(self, seed: int) -> None:
-        dice = random.Random(seed)
-        tensors = []
-        for start in range(3000):
-            end = dice.choice((None, start + 1, start + 5, start + 500))
-            tensors.append(tensor(start, end, dice.randrange(1, 10_000), dice.choice(("logits", "inputs"))))
-        dice.shuffle(tensors)
-        moments = sorted(dice.sample(range(3000), 40))
-        kept = largest_tensors(tensors, moments)
-
-        def top(of: list[dict], moment: int, category: str) -> list[int]:
-            alive = [each for each in of if each["from_event"] <= moment and moment < (each["to_event"] or 10**9)]
-            return sorted((each["bytes"] for each in alive if each["category"] == category), reverse=True)[:3]
-
-        for moment in moments:
-            for category in ("logits", "inputs"):
-                assert top(kept, moment, category) == top(tensors, moment, category)
-        assert len(kept) < len(tensors)
-        assert [each["from_event"] for each in kept] == sorted(each["from_event"] for each in kept)
-
-    def test_never_more_tensors_than_a_page_can_hold(self) -> None:
-        tensors = [tensor(step, step + 1, step + 1) for step in range(MOST_TENSORS + 500)]
-        kept = largest_tensors(tensors, range(len(tensors)))
-        assert len(kept) == MOST_TENSORS
-        assert kept[0]["bytes"] == 501
 
 
 class TestRun:
@@ -423,12 +381,12 @@ class TestRefusals:
         (tmp_path / "bad.json").write_text("{")
         (tmp_path / "list.json").write_text("[]")
         (tmp_path / "other.json").write_text('{"timeline": {"events": [1]}}')
-        (tmp_path / "plain.json").write_text('{"outcome": "fits"}')
+        (tmp_path / "plain.json").write_bytes(msgspec.json.encode(findings()))
         for options, words_ in (
             (["--lang", "fr"], "must be one of en, ja, got 'fr'"),
             (["--plan", str(tmp_path / "absent.json")], "absent.json cannot be read"),
             (["--plan", str(tmp_path / "bad.json")], "bad.json is not JSON"),
-            (["--dryrun", str(tmp_path / "list.json")], "list.json holds no JSON object"),
+            (["--dryrun", str(tmp_path / "list.json")], "list.json has no findings of a dry run"),
             (["--dryrun", str(tmp_path / "other.json")], "no findings of a dry run"),
             (["--dryrun", str(tmp_path / "plain.json")], "has no timeline"),
             (["--out", str(tmp_path / "absent" / "x.html")], "cannot be written (No such file or directory)"),
@@ -439,13 +397,11 @@ class TestRefusals:
             assert words_ in done.err
         assert not list(tmp_path.glob(".*")), "nothing is left half written"
 
-    def test_functions_raise_this_packages_errors(self) -> None:
-        with pytest.raises(DataError, match="there is no 'gpu' in them"):
-            findings_report({})
-        with pytest.raises(DataError, match="no findings"):
-            findings_report(findings({**a_timeline(), "events": ["a"] * 400}))
-        with pytest.raises(DataError, match="no findings"):
-            findings_report(findings({**a_timeline(), "total_bytes": 10**400}))
+    def test_functions_raise_this_packages_errors(self, tmp_path: Path) -> None:
+        for content in (b"{}", b"\xff", b'{"timeline": {"total_bytes": 1' + b"0" * 400 + b"}}"):
+            (tmp_path / "other.json").write_bytes(content)
+            with pytest.raises(DataError, match=r"other\.json has no findings of a dry run"):
+                read_findings(tmp_path / "other.json")
         with pytest.raises(ConfigError, match="must be one of en, ja"):
             findings_report(findings(), lang="de")
 
@@ -461,8 +417,6 @@ class TestDryRun:
             assert words_ in text, words_
         assert "somebody" not in html, "a page may be sent to others"
         chart = data_of(html)["charts"]["timeline"]
-        assert chart["tensors"]["only_peak"]
-        assert chart["tensors"]["from"] == [chart["peak"]]
         assert [row["key"] for row in chart["rows"]] == ["parameters", "activations", "logits"]
 
     def test_a_run_that_does_not_fit(self) -> None:
@@ -482,7 +436,7 @@ class TestDryRun:
 
     def test_tensors_with_their_lines(self) -> None:
         own = tensor(5, 90, 3 * MIB, file=__file__, line=1)
-        html = findings_report(findings({**a_timeline(), "tensors": [own, tensor(0, None, MIB)]}))
+        html = findings_report(findings({**a_timeline(), "tensors": [tensor(0, None, MIB), own]}))
         found = data_of(html)["charts"]["timeline"]["tensors"]
         assert (found["from"], found["to"]) == ([0, 5], [None, 90])
         assert found["texts"][found["what"][1]] == f"64 × {3 * MIB} bfloat16"
@@ -729,8 +683,8 @@ class TestTrainCommand:
 def pages() -> Iterator[tuple[str, str]]:
     timeline = {**a_timeline(), "tensors": [tensor(0, None, MIB, function=EVIL, operator=EVIL, dtype=EVIL, file=EVIL)]}
     evil = findings(timeline, notes=[EVIL], stopped_because=EVIL, not_modelled=[EVIL])
-    evil["gpu"]["name"] = EVIL
-    evil["largest"][0].update(function=EVIL, operator=EVIL, file=EVIL)
+    largest = msgspec.structs.replace(evil.largest[0], function=EVIL, operator=EVIL, file=EVIL)
+    evil = msgspec.structs.replace(evil, gpu=msgspec.structs.replace(evil.gpu, name=EVIL), largest=[largest])
     for lang in LANGUAGES:
         yield lang, findings_report(evil, lang=lang)
         yield lang, plan_report({"alternatives": [{EVIL: EVIL, "name": EVIL, "keys": {EVIL: EVIL}}]}, lang=lang)
@@ -863,7 +817,7 @@ class TestCommand:
 
     def test_with_a_dry_run_and_a_plan(self, tmp_path: Path) -> None:
         run = a_run(tmp_path / "run")
-        (tmp_path / "dry.json").write_text(json.dumps(findings(a_timeline())))
+        (tmp_path / "dry.json").write_bytes(msgspec.json.encode(findings(a_timeline())))
         (tmp_path / "plan.json").write_text(json.dumps({"predicted_peak_bytes": GIB}))
         words_ = ["--dryrun", str(tmp_path / "dry.json"), "--plan", str(tmp_path / "plan.json"), "--lang", "en"]
         done = here(["report", str(run), *words_, "--out", str(tmp_path / "r.html")])

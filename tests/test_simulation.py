@@ -128,7 +128,7 @@ class TestPlays:
         with Simulator() as simulator:
             [answer] = simulator.play([msgspec.structs.replace(request(), gpu="GeForce 9")])
         assert isinstance(answer, Failed)
-        assert answer.error.startswith("DeviceError: ")
+        assert (answer.error.split(";")[0], answer.exit_code) == ("'GeForce 9' is not in the table of GPUs", 2)
         assert "Traceback" in answer.traceback
         assert not list(home.rglob("*.json")), "a failure is not remembered"
 

@@ -13,10 +13,11 @@ from torch.cuda import _memory_viz as viz
 
 from tightfit.allocator.caching import AllocatorSettings, CachingAllocator, OutOfMemory
 from tightfit.errors import DataError
+from tightfit.oomlog.snapshot_reader import read_snapshot
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.recorder import Allocation, Recorder
-from tightfit.vgpu.snapshot import TraceLog, read_snapshot, snapshot_of, write_snapshot
+from tightfit.vgpu.snapshot import TraceLog, snapshot_of, write_snapshot
 
 VIEWER_OPCODES = {
     "APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPUT", "BINUNICODE", "DICT",

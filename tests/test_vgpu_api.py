@@ -59,7 +59,7 @@ def test_memory_runs_out_and_can_be_caught() -> None:
                 print(str(error)[:73])
             torch.empty(1 << 20, device="cuda")
         found = gpu.findings()
-        print(found["outcome"], found["caught_failures"], found["peak"]["reserved_bytes"])
+        print(found.outcome, found.caught_failures, found.peak.reserved_bytes)
     """)
     assert said.splitlines() == [
         "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacit",
@@ -83,7 +83,7 @@ def test_optimizers_built_before_the_move_train_what_was_moved() -> None:
                 model(torch.zeros(8, 256, device="cuda")).sum().backward()
                 print(model.weight.grad.device)
                 optimizer.step()
-        print(gpu.findings()["categories"]["optimizer state"] >= 8 * (256 * 256 + 256))
+        print(gpu.findings().categories["optimizer state"] >= 8 * (256 * 256 + 256))
     """)
     assert said.splitlines() == ["True cuda:0 True", "cuda:0", "cuda:0", "True"]
 
@@ -112,10 +112,10 @@ def test_values_that_are_known_are_true() -> None:
             mask = torch.ones(4, 8, dtype=torch.long).to("cuda")
             print(bool((mask == 1).all()), torch.arange(5, device="cuda").sum().item(), mask.sum().item())
             print(torch.full((3,), 2.5, device="cuda")[1].item(), torch.tensor([3, 1, 2], device="cuda").tolist())
-            print(gpu.findings()["made_up_values"])
+            print(gpu.findings().made_up_values)
             x = torch.randn(100, device="cuda")
             print(bool(torch.isnan(x).any()), bool(torch.isfinite(x).all()), x.cpu().shape)
-            print(sum(each["times"] for each in gpu.findings()["made_up_values"]) > 0)
+            print(sum(each.times for each in gpu.findings().made_up_values) > 0)
     """)
     assert said.splitlines() == ["True 10 32", "2.5 [3, 1, 2]", "[]", "False True torch.Size([100])", "True"]
 
@@ -131,7 +131,7 @@ def test_a_model_larger_than_the_host() -> None:
             for layer in layers:
                 nn.init.normal_(layer.weight)
             layers.to("cuda")
-            print(round(gpu.findings()["categories"]["parameters"] / 4e9, 1))
+            print(round(gpu.findings().categories["parameters"] / 4e9, 1))
         peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
         print(int(peak.split()[1]) < 1.5 * 2**20)
     """)
@@ -149,7 +149,7 @@ def test_a_function_is_run_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPat
     from test_vgpu_api import allocate as importable
 
     found = tightfit.dryrun(importable, gpu="A100")
-    assert (found["outcome"], found["peak"]["requested_bytes"]) == ("fits", 4 * MIB)
+    assert (found.outcome, found.peak.requested_bytes) == ("fits", 4 * MIB)
     import torch
 
     assert not torch.cuda.is_available()

@@ -17,9 +17,9 @@ import tightfit
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-_DRYRUN = """import json, sys, tightfit
+_DRYRUN = """import json, sys, msgspec, tightfit
 script, arguments, request = json.loads(sys.argv[1])
-print(json.dumps(tightfit.dryrun(script, *arguments, **request)))"""
+print(msgspec.json.encode(tightfit.dryrun(script, *arguments, **request)).decode())"""
 _LONGEST_ERROR = 500
 """Characters of a failed program's last line that are kept."""
 

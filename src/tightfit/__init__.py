@@ -13,9 +13,12 @@ from tightfit.errors import (
     TightfitError,
 )
 from tightfit.vgpu.context import VirtualGPU
-from tightfit.vgpu.worker import dryrun
+from tightfit.vgpu.records import Findings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from os import PathLike
+
     from tightfit.diagnosis.explanation import Explanation
     from tightfit.planner.planning import PlanResult
     from tightfit.trainer.loop import RunResult
@@ -27,6 +30,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "DoesNotFit",
+    "Findings",
     "SampleConfig",
     "TightfitError",
     "VirtualGPU",
@@ -75,6 +79,47 @@ def plan(
         else named_card(gpu, memory_bytes=memory_bytes, used_by_others_bytes=used_bytes)
     )
     return make_plan(Resolved(chosen, sources, ()), where)
+
+
+def dryrun(
+    what: "str | PathLike[str] | Callable[[], object]",
+    *arguments: str,
+    gpu: str,
+    memory_bytes: int | None = None,
+    used_bytes: int = 0,
+    context_bytes: int | None = None,
+    capability: tuple[int, int] | None = None,
+    steps: int | None = None,
+    until_stable: bool = True,
+    timeout_s: float | None = None,
+    snapshot: str | None = None,
+    timeline: bool = False,
+) -> Findings:
+    """Play a training script, or an importable function, on a virtual GPU: its memory, or the line where it fails.
+
+    It runs in a process of its own, so that this one's torch stays as it is. `memory_bytes`: the card's total as its
+    driver reports it; `used_bytes`: held by other programs; `context_bytes`: outside PyTorch's allocator; `steps`,
+    `until_stable` (when steps repeat), `timeout_s`: where to stop; `snapshot`: file for PyTorch's memory snapshot;
+    `timeline`: add memory over time. Raises TightfitError for an unknown card or script.
+    """
+    from tightfit.simulation.dry_run import dryrun_function, dryrun_script
+    from tightfit.vgpu.records import Settings
+
+    settings = Settings(
+        gpu=gpu,
+        memory_bytes=memory_bytes,
+        used_bytes=used_bytes,
+        context_bytes=context_bytes,
+        capability=capability,
+        steps=steps,
+        until_stable=until_stable,
+        timeout_s=timeout_s,
+        snapshot=snapshot,
+        timeline=timeline,
+    )
+    if callable(what):
+        return dryrun_function(what, settings)
+    return dryrun_script(str(what), arguments, settings)
 
 
 def explain(source: Any, *, config: Config | None = None, lang: str = "en", gpu: str | None = None) -> "Explanation":

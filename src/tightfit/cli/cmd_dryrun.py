@@ -1,15 +1,15 @@
 """`tightfit dryrun`."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 
-from tightfit.cli.exits import FAILED, OK
+from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
 from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
+from tightfit.vgpu.records import Findings, Settings
 
 
 def parser() -> Parser:
@@ -41,13 +41,11 @@ def parser() -> Parser:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
         raise ConfigError(f"--timeline={options.timeline} must end in .png or .svg")
-    from tightfit.vgpu.worker import dryrun_script
-    from tightfit.wording import chosen_language
+    from tightfit.simulation.dry_run import dryrun_script
+    from tightfit.wording import speak
 
-    lang = chosen_language(options.lang)
-    found = dryrun_script(
-        options.script,
-        options.arguments,
+    lang = speak(options.lang)
+    settings = Settings(
         gpu=options.gpu,
         memory_bytes=parse_bytes(options.memory) if options.memory else None,
         used_bytes=parse_bytes(options.used),
@@ -58,24 +56,33 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         timeline=bool(options.timeline or options.html),
         snapshot=os.path.abspath(options.snapshot) if options.snapshot else None,
     )
-    if options.timeline:
+    found = dryrun_script(options.script, options.arguments, settings)
+    _write_pictures(found, options, lang)
+    if options.json:
+        print(as_json(found))
+    else:
+        _show(found, options, lang)
+    return OK if found.outcome == "fits" else FAILED
+
+
+def _write_pictures(found: Findings, options: argparse.Namespace, lang: str) -> None:
+    if options.timeline and found.timeline:
         from tightfit.report.timeline_picture import timeline_picture
 
-        timeline_picture(found, options.timeline)
+        timeline_picture(found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome)
     if options.html:
         from tightfit.report.html import findings_report, write
 
         write(findings_report(found, lang=lang), options.html)
-    if options.json:
-        print(json.dumps(found, indent=2))
-    else:
-        from tightfit.report.dryrun_terminal import dryrun_text
 
-        sys.stderr.flush()
-        print(dryrun_text(found), flush=True)
-        if found["failure"] and options.explain:
-            from tightfit.cli.explained import text_for_terminal
-            from tightfit.diagnosis.explanation import explain_dryrun
 
-            print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=lang))}")
-    return OK if found["outcome"] == "fits" else FAILED
+def _show(found: Findings, options: argparse.Namespace, lang: str) -> None:
+    from tightfit.report.dryrun_terminal import dryrun_text
+
+    sys.stderr.flush()
+    print(dryrun_text(found), flush=True)
+    if found.failure and options.explain:
+        from tightfit.cli.explained import text_for_terminal
+        from tightfit.diagnosis.explanation import explain_dryrun
+
+        print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=lang))}")

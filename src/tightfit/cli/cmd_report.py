@@ -32,11 +32,12 @@ def parser() -> Parser:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tightfit.report.html import run_report, write
     from tightfit.report.runs import read_object
+    from tightfit.vgpu.records import read_findings
     from tightfit.wording import chosen_language
 
     plan = read_object(Path(options.plan)) if options.plan else None
-    findings = read_object(Path(options.dryrun)) if options.dryrun else None
-    if findings is not None and "timeline" not in findings:
+    findings = read_findings(Path(options.dryrun)) if options.dryrun else None
+    if findings is not None and findings.timeline is None:
         raise DataError(f"--dryrun={options.dryrun} has no timeline; make it with dryrun --json --timeline memory.png")
     html = run_report(options.out_dir, lang=chosen_language(options.lang), plan=plan, findings=findings)
     goal = Path(options.out or Path(options.out_dir, "report.html"))

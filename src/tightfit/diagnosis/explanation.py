@@ -32,6 +32,7 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
+from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording.diagnosis import Words, words
 
 _SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
@@ -146,12 +147,11 @@ def explain(
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
 
 
-def explain_dryrun(
-    findings: Mapping[str, Any], script: str, arguments: Sequence[str] = (), *, lang: str = "en"
-) -> Explanation:
+def explain_dryrun(played: Findings, script: str, arguments: Sequence[str] = (), *, lang: str = "en") -> Explanation:
     """A dry run that ended out of memory, from its findings (`tightfit.dryrun`); remedies are played as it was."""
     started = time.monotonic()
     words(lang)
+    findings = msgspec.to_builtins(played)
     reading = read_log("torch.OutOfMemoryError: " + findings["failure"]["message"])
     gpu = findings["gpu"]
     major, minor = gpu["capability"].split(".")
@@ -255,24 +255,26 @@ def _with_script(
     facts: Facts | None, reading: LogReading, lang: str, gpu: str | None, script: str, arguments: list[str]
 ) -> Explanation:
     """Somebody's own script on the card of the log, or on `gpu`."""
-    from tightfit.vgpu.worker import dryrun_script
+    from tightfit.simulation.dry_run import dryrun_script
 
     card = card_of(facts or Facts(kind="cuda_out_of_memory"), reading.context, gpu)
     if card is None:
         raise ConfigError("the log does not tell the card; name it with --gpu, such as --gpu 'RTX 3060 12GB'")
-    found = dryrun_script(script, arguments, used_bytes=card.used_bytes, **_request_of(card))
+    found = msgspec.to_builtins(dryrun_script(script, arguments, _settings_of(card)))
     if facts is None and found["failure"]:
         reading = read_log("torch.OutOfMemoryError: " + found["failure"]["message"])
     return _of_findings(found, reading, card, lang, script, arguments)
 
 
-def _request_of(card: Card) -> dict[str, Any]:
-    return {
-        "gpu": card.name,
-        "memory_bytes": card.total_bytes if card.total_stated else None,
-        "context_bytes": card.context_bytes,
-        "capability": card.capability if find_gpu(card.name) is None else None,
-    }
+def _settings_of(card: Card, *, used_bytes: int | None = None, timeout_s: float | None = None) -> Settings:
+    return Settings(
+        gpu=card.name,
+        memory_bytes=card.total_bytes if card.total_stated else None,
+        used_bytes=card.used_bytes if used_bytes is None else used_bytes,
+        context_bytes=card.context_bytes,
+        capability=card.capability if find_gpu(card.name) is None else None,
+        timeout_s=timeout_s,
+    )
 
 
 def _of_findings(
@@ -303,20 +305,20 @@ def _of_findings(
 
 def _played_for_script(code: str, card: Card, script: str, arguments: list[str], before: Outcome) -> Remedy:
     """What changes nothing in a script, where the figures leave it open: the allocator's setting, nobody beside it."""
-    from tightfit.vgpu.worker import dryrun_script
+    from tightfit.simulation.dry_run import dryrun_script
 
     used, environ, paste = card.used_bytes, dict(os.environ), "nvidia-smi"
     if code == "close_others":
         used = 0
     else:
         environ["PYTORCH_CUDA_ALLOC_CONF"], paste = EXPANDABLE, f"export PYTORCH_CUDA_ALLOC_CONF={EXPANDABLE}"
-    after = dryrun_script(script, arguments, environ=environ, used_bytes=used, **_request_of(card))
+    after = msgspec.to_builtins(dryrun_script(script, arguments, _settings_of(card, used_bytes=used), environ))
     return _judged(code, after, card, before, used_bytes=used, paste=paste, exact=True)
 
 
 def _smaller_batch(card: Card, script: str, arguments: list[str], before: Outcome) -> Remedy | None:
     """A sixteenth of the batch size that the script's arguments name, if they name one; with as many more passes."""
-    from tightfit.vgpu.worker import dryrun_script
+    from tightfit.simulation.dry_run import dryrun_script
 
     found = _argument(arguments, _BATCH)
     if found is None:
@@ -327,7 +329,7 @@ def _smaller_batch(card: Card, script: str, arguments: list[str], before: Outcom
     if accumulation:
         changes[accumulation[0]] = accumulation[1] * parts
     changed = _with_arguments(arguments, changes)
-    after = dryrun_script(script, changed, used_bytes=card.used_bytes, timeout_s=_PATIENCE_S, **_request_of(card))
+    after = msgspec.to_builtins(dryrun_script(script, changed, _settings_of(card, timeout_s=_PATIENCE_S)))
     if after["outcome"] == "error" or (after["outcome"] == "fits" and not after["steps"]):
         return None  # it could not be judged
     return _judged(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.diagnosis.named_card import Card
 from tightfit.gpus import resolve_gpu
@@ -129,8 +131,8 @@ class Stage:
         for (name, variant), answer in zip(variants.items(), answers, strict=True):
             if isinstance(answer, Failed):
                 self.failed[name] = answer.error
-            elif isinstance(answer, LoopPlay) and answer.findings["outcome"] == "error":
-                self.failed[name] = answer.findings["stopped_because"]
+            elif isinstance(answer, LoopPlay) and answer.findings.outcome == "error":
+                self.failed[name] = answer.findings.stopped_because
             elif isinstance(answer, LoopPlay):
                 outcomes[name] = Outcome.of_loop(variant, answer)
             elif isinstance(answer, StepTrace):
@@ -245,7 +247,7 @@ class Outcome:
     @classmethod
     def of_loop(cls, variant: Variant, play: LoopPlay) -> "Outcome":
         """Return the outcome of nanoGPT's loop."""
-        found = play.findings
+        found = msgspec.to_builtins(play.findings)
         failure = found["failure"]
         step_s, launch_s = _times(play.course, variant)
         return cls(

@@ -1,7 +1,4 @@
-"""The failure that a memory snapshot of PyTorch recorded, as facts.
-
-Snapshots are pickles; they are read by `tightfit.vgpu.snapshot`, which executes nothing in them.
-"""
+"""The failure that a memory snapshot of PyTorch recorded, as facts."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -9,14 +6,12 @@ from typing import Any
 
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.log_text import clean
+from tightfit.oomlog.snapshot_reader import read_snapshot
 from tightfit.oomlog.tracebacks import TraceFrame, phase_of
 
 
 def read_snapshot_failure(path: str | os.PathLike[str]) -> Facts | None:
     """The last out of memory of a snapshot file, or None if it recorded none; DataError if it is no snapshot."""
-    # Imported here: the virtual GPU needs torch, which logs do not.
-    from tightfit.vgpu.snapshot import read_snapshot
-
     return facts_of_snapshot(read_snapshot(path))
 
 

@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -85,7 +86,7 @@ class Advice:
 class Chart:
     """`spec` is read by templates/charts; `summary` says in words what is to be seen."""
 
-    spec: Mapping[str, Any]
+    spec: Mapping[str, Any] | msgspec.Struct
     summary: str
     notes: Sequence[str] = ()
     table: Table
@@ -126,7 +127,7 @@ class Page:
 def render(page: Page, *, lang: str) -> str:
     """The page as HTML. ConfigError for a language that there are no words in."""
     said = words(lang)
-    charts = {each.id: each.chart.spec for each in page.sections if each.chart}
+    charts = {each.id: msgspec.to_builtins(each.chart.spec) for each in page.sections if each.chart}
     scripts = [_asset(f"vendor/{_CHARTS}/uPlot.iife.min.js"), _charts_script()] if charts else []
     if any(each.code or each.advice for each in page.sections):
         scripts.append(_asset("templates/copy.js"))

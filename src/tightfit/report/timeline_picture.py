@@ -1,13 +1,15 @@
-"""Memory over a dry run as a picture, drawn from plain data (see `tightfit.vgpu.timeline`) without torch."""
+"""Memory over a dry run as a picture."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from tightfit.errors import ConfigError, DataError
 from tightfit.units import GIB, format_bytes
+from tightfit.vgpu.records import FailedRequest, PhaseStart, Timeline
+from tightfit.wording import say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,59 +43,58 @@ PHASE_COLOURS = {
 _INK, _GREY, _ALARM = "#222222", "#6B6B6B", "#B00020"
 _RESERVED = "reserved by PyTorch"
 _LARGEST_HEADROOM = 2.5
-"""A capacity of more than so many times the peak is written instead of drawn: the areas would be flat."""
+"""A capacity above this multiple of the peak is written instead of drawn: the areas would be flat."""
 _CHARACTER = 0.0085
 """Width of a phase's letter as a share of the axis."""
 
 
-def timeline_picture(found: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw to a .png or .svg file; `found` is findings with a `timeline`, or the timeline itself.
+def timeline_picture(timeline: Timeline, path: str | os.PathLike[str], *, card: str = "", outcome: str = "") -> None:
+    """Draw a timeline to a .png or .svg file, with the card and the outcome of the dry run in its title.
 
-    Raises ConfigError for another ending, DataError if the file cannot be written.
+    Its words are English: a picture has no font that is sure to have Japanese. Raises ConfigError for another ending,
+    DataError if the file cannot be written.
     """
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
-        raise ConfigError(f"{os.fspath(path)!r} must end in .png or .svg")
-    figure = _figure(found.get("timeline", found), found)
+        raise ConfigError(say("picture.timeline.ending", path=os.fspath(path)))
+    figure = _figure(timeline, card, outcome)
     try:
         figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
     except OSError as error:
-        raise DataError(f"cannot write the picture {os.fspath(path)}: {error.strerror}") from None
+        raise DataError(say("picture.timeline.not_written", path=os.fspath(path), reason=error.strerror)) from None
 
 
-def _figure(data: Mapping[str, Any], found: Mapping[str, Any]) -> "Figure":
+def _figure(data: Timeline, card: str, outcome: str) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.8), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(16, 1))
-    end = max(data["event_count"], 1)
-    fatal = found.get("outcome", "out_of_memory") == "out_of_memory"
-    failure = data["failures"][-1] if fatal and data["failures"] else None
+    end = max(data.event_count, 1)
+    failure = data.failures[-1] if outcome in ("", "out_of_memory") and data.failures else None
     axes.set_xlim(0, end * 1.01)
     _areas(axes, data)
     _limits(axes, data)
     _marks(axes, data, failure)
-    _phase_strip(strip, data["phases"], end)
-    axes.set_title(_title(found), loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12)
+    _phase_strip(strip, data.phases, end)
+    axes.set_title(_title(card, outcome), loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12)
     _legend(axes, data, failure)
     return figure
 
 
-def _title(found: Mapping[str, Any]) -> str:
-    name = found.get("gpu", {}).get("name", "")
-    verdict = {"fits": "fits", "out_of_memory": "does not fit"}.get(found.get("outcome", ""), "")
-    return ": ".join(filter(None, ("Allocated memory" + (f" on {name}" if name else ""), verdict)))
+def _title(card: str, outcome: str) -> str:
+    verdict = {"fits": "fits", "out_of_memory": "does not fit"}.get(outcome, "")
+    return ": ".join(filter(None, ("Allocated memory" + (f" on {card}" if card else ""), verdict)))
 
 
-def _areas(axes: "Axes", data: Mapping[str, Any]) -> None:
-    """The categories on top of each other, and the reserved line."""
-    events, sums = data["events"], data["category_bytes"]
+def _areas(axes: "Axes", data: Timeline) -> None:
+    """Draw the categories on top of each other, and the reserved line."""
+    events, sums = data.events, data.category_bytes
     if not events:
         return
     # Each state lasts until the next event; the last one until the end.
-    ends = [*events, data["event_count"]]
+    ends = [*events, data.event_count]
     names = [name for name in CATEGORY_COLOURS if name in sums]
     if names:
         rows = [[nbytes / GIB for nbytes in (*sums[name], sums[name][-1])] for name in names]
@@ -101,27 +102,25 @@ def _areas(axes: "Axes", data: Mapping[str, Any]) -> None:
         axes.stackplot(ends, rows, labels=names, colors=colours, step="post", linewidth=0)
         # An outline, so that a peak of one event among thousands can be seen.
         axes.step(ends, [sum(column) for column in zip(*rows, strict=True)], where="post", color=_GREY, linewidth=0.6)
-    if data["reserved_bytes"]:
-        reserved = [nbytes / GIB for nbytes in (*data["reserved_bytes"], data["reserved_bytes"][-1])]
+    if data.reserved_bytes:
+        reserved = [nbytes / GIB for nbytes in (*data.reserved_bytes, data.reserved_bytes[-1])]
         axes.step(ends, reserved, where="post", color=_INK, linewidth=1.1, label=_RESERVED)
 
 
-def _limits(axes: "Axes", data: Mapping[str, Any]) -> None:
-    """The axes' ranges and words, and how much PyTorch may take at most."""
-    capacity = data["total_bytes"] - data["used_by_others_bytes"] - data["context_bytes"]
-    highest = max([_height(data, event) for event in data["events"]], default=0)
-    highest = max([highest, *(data["reserved_bytes"] or ()), *(_asked(data, each) for each in data["failures"][-1:])])
-    words = f"{format_bytes(capacity)} for PyTorch, of {format_bytes(data['total_bytes'])}"
-    if data["used_by_others_bytes"]:
-        words += f" ({format_bytes(data['used_by_others_bytes'])} used by others)"
-    text: dict[str, Any] = {"fontsize": 9, "color": _ALARM, "transform": axes.get_yaxis_transform(), "zorder": 5}
-    text["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+def _limits(axes: "Axes", data: Timeline) -> None:
+    """Set the axes' ranges and words, and mark the memory that PyTorch may use."""
+    capacity = data.capacity_bytes
+    highest = max([data.allocated_bytes(event) for event in data.events], default=0)
+    highest = max([highest, *(data.reserved_bytes or ()), *(_asked(data, each) for each in data.failures[-1:])])
+    words = f"{format_bytes(capacity)} for PyTorch, of {format_bytes(data.total_bytes)}"
+    if data.used_by_others_bytes:
+        words += f" ({format_bytes(data.used_by_others_bytes)} used by others)"
     if capacity <= _LARGEST_HEADROOM * highest:
         highest = max(highest, capacity)
         axes.axhline(capacity / GIB, color=_ALARM, linewidth=1.3, linestyle=(0, (6, 3)))
-        axes.text(0.006, (capacity + 0.012 * highest) / GIB, words, va="bottom", **text)
+        _note_capacity(axes, words, (capacity + 0.012 * highest) / GIB, va="bottom")
     else:
-        axes.text(0.006, 1.12 * highest / GIB, f"{words}, above this picture ↑", va="top", **text)
+        _note_capacity(axes, f"{words}, above this picture ↑", 1.12 * highest / GIB, va="top")
     axes.set_ylim(0, max(1.14 * highest, 1) / GIB)
     axes.set_ylabel("GiB", fontsize=10, color=_INK)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
@@ -131,39 +130,39 @@ def _limits(axes: "Axes", data: Mapping[str, Any]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _height(data: Mapping[str, Any], event: int) -> int:
-    """Bytes of all categories at the last event that was kept up to `event`."""
-    earlier = [index for index, each in enumerate(data["events"]) if each <= event]
-    return sum(row[earlier[-1]] for row in data["category_bytes"].values()) if earlier else 0
+def _note_capacity(axes: "Axes", words: str, height: float, *, va: Literal["top", "bottom"]) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+    place = axes.get_yaxis_transform()
+    axes.text(0.006, height, words, va=va, fontsize=9, color=_ALARM, transform=place, zorder=5, bbox=box)
 
 
-def _asked(data: Mapping[str, Any], failure: Mapping[str, int]) -> int:
-    return _height(data, failure["event"]) + failure["requested_bytes"]
+def _asked(data: Timeline, failure: FailedRequest) -> int:
+    return data.allocated_bytes(failure.event) + failure.requested_bytes
 
 
-def _marks(axes: "Axes", data: Mapping[str, Any], failure: Mapping[str, int] | None) -> None:
-    """The failure that ended the run, or else the peak; requests that failed and were caught as crosses."""
+def _marks(axes: "Axes", data: Timeline, failure: FailedRequest | None) -> None:
+    """Mark the failure that ended the run, or else the peak; failed requests that were caught are crosses."""
     highest = 0.97 * axes.get_ylim()[1]
-    for each in data["failures"]:
-        at, low, top = each["event"], _height(data, each["event"]) / GIB, min(_asked(data, each) / GIB, highest)
+    for each in data.failures:
+        at, low, top = each.event, data.allocated_bytes(each.event) / GIB, min(_asked(data, each) / GIB, highest)
         axes.plot([at, at], [low, top], color=_ALARM, linewidth=1.6, linestyle=":")
         axes.plot([at], [top], marker="X", color=_ALARM, markersize=9, markeredgecolor="white", clip_on=False)
     if failure is not None:
         words = (
-            f"out of memory: asked for {format_bytes(failure['requested_bytes'])},\n"
-            f"{format_bytes(failure['free_bytes'])} free on the device"
+            f"out of memory: asked for {format_bytes(failure.requested_bytes)},\n"
+            f"{format_bytes(failure.free_bytes)} free on the device"
         )
-        _note(axes, words, failure["event"], min(_asked(data, failure) / GIB, highest), _ALARM)
-    elif data["events"]:
-        peak = data["peak"]
-        top = _height(data, peak["event"]) / GIB
-        axes.plot([peak["event"]], [top], marker="o", color=_INK, markersize=6, markeredgecolor="white")
-        words = f"peak, in {peak['phase']}: {format_bytes(peak['allocated_bytes'])} allocated"
-        _note(axes, words, peak["event"], top, _INK)
+        _note(axes, words, failure.event, min(_asked(data, failure) / GIB, highest), _ALARM)
+    elif data.events:
+        peak = data.peak
+        top = data.allocated_bytes(peak.event) / GIB
+        axes.plot([peak.event], [top], marker="o", color=_INK, markersize=6, markeredgecolor="white")
+        words = f"peak, in {peak.phase}: {format_bytes(peak.allocated_bytes)} allocated"
+        _note(axes, words, peak.event, top, _INK)
 
 
 def _note(axes: "Axes", words: str, event: int, top_gib: float, colour: str) -> None:
-    """Words beside a mark, on the side that has more room, below the mark if it is near the top."""
+    """Write words next to a mark, on the side with more room, below the mark if it is near the top."""
     left = event > 0.5 * axes.get_xlim()[1]
     axes.annotate(
         words,
@@ -180,12 +179,12 @@ def _note(axes: "Axes", words: str, event: int, top_gib: float, colour: str) -> 
     )
 
 
-def _phase_strip(strip: "Axes", phases: Sequence[Mapping[str, Any]], end: int) -> None:
-    """A band of the phases along the x axis, named where the name has room, or else beside it."""
+def _phase_strip(strip: "Axes", phases: Sequence[PhaseStart], end: int) -> None:
+    """Draw a band of phases along the x axis, with names in it where they have room, or else in a legend."""
     from matplotlib.patches import Patch
 
     named, met = set(), []
-    spans = [(each["event"], each["phase"]) for each in phases]
+    spans = [(each.event, each.phase) for each in phases]
     for (start, phase), (stop, _) in pairwise([*spans, (end, "")]):
         met.append(phase)
         strip.axvspan(start, stop, facecolor=PHASE_COLOURS[phase], edgecolor="white", linewidth=0.8)
@@ -206,15 +205,15 @@ def _phase_strip(strip: "Axes", phases: Sequence[Mapping[str, Any]], end: int) -
     strip.spines[:].set_visible(False)
 
 
-def _legend(axes: "Axes", data: Mapping[str, Any], failure: Mapping[str, int] | None) -> None:
-    """The categories from top to bottom as they are stacked, with their bytes at the marked moment."""
-    event = (failure or data["peak"])["event"]
+def _legend(axes: "Axes", data: Timeline, failure: FailedRequest | None) -> None:
+    """List the categories in the order of the stack, with their bytes at the marked moment."""
+    event = (failure or data.peak).event
     when = "when it failed" if failure else "at the peak"
-    earlier = sum(each <= event for each in data["events"]) - 1
+    earlier = data.at(event)
     handles, names = axes.get_legend_handles_labels()
     if not handles:
         return
-    rows = {**data["category_bytes"], _RESERVED: data["reserved_bytes"]}
+    rows = {**data.category_bytes, _RESERVED: data.reserved_bytes or []}
     words = [f"{name}   {format_bytes(rows[name][earlier])}" for name in names]
     legend = axes.legend(
         handles[::-1],

@@ -1,6 +1,7 @@
 """The service's client: starts the server at the first question, remembers answers, ends everything at once."""
 
 import importlib.util
+import math
 import os
 import select
 import socket
@@ -17,13 +18,14 @@ from tightfit.errors import DeviceError
 from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.requests import AnyRequest, Ask, Failed, Reply, Request, decode_answer
 from tightfit.simulation.wire import Frames, send
+from tightfit.wording import say
 
 _TIMEOUT_S = 600
-"""Seconds without any answer after which the server is given up."""
+"""Seconds without any answer before the client gives up."""
 _ENDING_S = 2
 """Seconds that the server gets to end its plays; then the kernel ends them with it."""
 _CHUNK = 1 << 16
-_DIED = "the process that plays ended early; if this machine's memory ran out, that is the reason"
+_POLL_S = 0.5
 A = TypeVar("A", bound=msgspec.Struct)
 Progress = Callable[[int, int], object]
 """Called with the plays done and the plays asked for."""
@@ -98,12 +100,12 @@ class Simulator:
                     yield reply
         except ConnectionError:
             self.close()
-            yield from (Reply(number=number, failed=Failed(error=_DIED)) for number in waiting)
+            yield from (Reply(number=number, failed=Failed(error=say("simulation.client.died"))) for number in waiting)
 
     def _received(self, connection: socket.socket) -> list[Reply]:
         ready, _, _ = select.select([connection], [], [], _TIMEOUT_S)
         if not ready:
-            raise DeviceError(f"a trace took more than {_TIMEOUT_S} seconds; train with --fit=off, and report it")
+            raise DeviceError(say("simulation.client.gave_up", seconds=_TIMEOUT_S))
         data = connection.recv(_CHUNK)
         if not data:
             raise ConnectionResetError
@@ -119,29 +121,33 @@ class Simulator:
         return self._connection
 
 
-def run_once(request: Request[A], *, timeout_s: float) -> A | Failed:
+def run_once(
+    request: Request[A], *, timeout_s: float | None = None, environ: Mapping[str, str] | None = None
+) -> A | Failed:
     """Answer one request in a process of its own, on this machine's real devices, or return `Failed`."""
-    process, connection = _start_server("once", environ=dict(os.environ))
-    deadline = time.monotonic() + timeout_s
+    process, connection = _start_server("once", environ=dict(os.environ if environ is None else environ))
+    deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
     try:
         send(connection, Ask(number=0, request=cast(AnyRequest, request)))
         frames = Frames(Reply)
-        while True:
-            ready, _, _ = select.select([connection], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                return Failed(error=f"not done after {timeout_s:.0f} s")
-            data = connection.recv(_CHUNK)
-            if not data:
-                return Failed(error=f"it ended with code {process.wait()} and no answer")
+        while time.monotonic() < deadline:
+            has_ended = process.poll() is not None  # a child of the play may hold the socket open after it
+            ready, _, _ = select.select([connection], [], [], 0.0 if has_ended else _POLL_S)
+            data = connection.recv(_CHUNK) if ready else b""
             for reply in frames.feed(data):
                 return reply.failed or decode_answer(request, reply.answer)
+            if not data and (ready or has_ended):
+                return Failed(error=say("simulation.client.no_answer", code=process.wait()))
+        return Failed(error=say("simulation.client.too_slow", seconds=f"{timeout_s:.0f}"))
+    except ConnectionError:
+        return Failed(error=say("simulation.client.no_answer", code=process.wait()))
     finally:
         connection.close()
         process.kill()
         process.wait()
 
 
-def _start_server(*mode: str, environ: dict[str, str]) -> tuple["subprocess.Popen[bytes]", socket.socket]:
+def _start_server(*mode: str, environ: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", socket.socket]:
     """Start `python -m tightfit.simulation.server`; it ends when the socket does, or this process."""
     ours, theirs = socket.socketpair()
     words = [sys.executable, "-m", "tightfit.simulation.server", str(theirs.fileno()), *mode]

@@ -10,10 +10,13 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
+
 from tightfit.simulation.requests import LoopPlay, LoopRequest, Moment
 from tightfit.simulation.speed import Meter, rates_of
 from tightfit.vgpu.findings import findings_of
-from tightfit.vgpu.session import Request, VirtualSession
+from tightfit.vgpu.records import Settings
+from tightfit.vgpu.session import VirtualSession
 
 _FILE = os.path.join(os.sep, "nanogpt_loop.py")
 """The loop's file in findings: outside the package, so that its lines count as a user's."""
@@ -23,14 +26,14 @@ def play_loop(request: LoopRequest) -> LoopPlay:
     """Play the loop; return its findings, and the card's seconds up to each of its parts."""
     started = time.monotonic()
     session = VirtualSession(
-        Request(
+        Settings(
             gpu=request.gpu,
             memory_bytes=request.memory_bytes,
             used_bytes=request.used_bytes,
             context_bytes=request.context_bytes,
             until_stable=False,
-            environ=request.environ,
-        )
+        ),
+        request.environ,
     )
     rates, meter = rates_of(session.gpu, compiled=request.settings.compile), Meter()
     course: list[Moment] = []
@@ -48,8 +51,9 @@ def play_loop(request: LoopRequest) -> LoopPlay:
         except Exception as failure:  # of the loop, as on a card: its findings name it
             error = failure
     found = findings_of(session, error)
-    if found["failure"] and found["failure"]["file"] == _FILE:
-        found["failure"]["source"] = linecache.getline(_FILE, found["failure"]["line"]).strip()
+    if found.failure and found.failure.file == _FILE:
+        source = linecache.getline(_FILE, found.failure.line).strip()
+        found = msgspec.structs.replace(found, failure=msgspec.structs.replace(found.failure, source=source))
     return LoopPlay(findings=found, course=tuple(course), play_seconds=round(time.monotonic() - started, 3))
 
 

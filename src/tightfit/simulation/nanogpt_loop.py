@@ -7,7 +7,7 @@ runs it under a file name outside the package, so that its lines count as a user
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class Model(nn.Module):
 
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
-    """`model.to(device)` without computing weights on the host first: a tied weight is met twice, as there."""
+    """Do `model.to(device)` without computing weights on the host first; it meets a tied weight twice, too."""
 
     def move(t: Tensor) -> Tensor:
         return t if t.device.type != "meta" else torch.empty_like(t, device=device)
@@ -116,46 +116,56 @@ def optimizer_of(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
+def get_batch(settings: LoopSettings, size: int, device: str) -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(size, settings.block_size, dtype=torch.int64)
+    x, y = ids.pin_memory(), ids.clone().pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def estimate_loss(
+    model: nn.Module,
+    settings: LoopSettings,
+    ctx: contextlib.AbstractContextManager[object],
+    device: str,
+    note: Callable[..., None],
+) -> None:
+    model.eval()
+    for split in ("train", "val"):
+        losses = torch.zeros(settings.eval_iters)
+        for k in range(settings.eval_iters):
+            note("eval", split=split, iteration=k)
+            X, Y = get_batch(settings, settings.eval_batch, device)
+            with ctx:
+                logits, loss = model(X, Y)
+            losses[k] = loss.item()
+            if settings.release:
+                del logits, loss
+    model.train()
+
+
 def run(settings: LoopSettings, note: Callable[..., None]) -> None:
     """Run an evaluation, the steps, and another evaluation; `note` is called before each part."""
     device = "cuda"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
-    ctx: Any = contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device, dtype=dtype)
-
-    def get_batch(size: int) -> tuple[Tensor, Tensor]:
-        ids = torch.zeros(size, settings.block_size, dtype=torch.int64)
-        x, y = ids.pin_memory(), ids.clone().pin_memory()
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
+    ctx: contextlib.AbstractContextManager[object] = (
+        contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device, dtype=dtype)
+    )
     with torch.device("meta"):
         plain = Model(settings)
     on_device(plain, device)
-    model: Any = plain
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    optimizer = optimizer_of(model, settings)
+    optimizer = optimizer_of(plain, settings)
+    model: nn.Module = plain
     if settings.compile:
-        model = torch.compile(model, mode=None if settings.mode == "default" else settings.mode)
+        mode = None if settings.mode == "default" else settings.mode
+        model = cast(nn.Module, torch.compile(plain, mode=mode))
     assessed = plain if settings.evaluate == "eager" else model
 
-    @torch.no_grad()
-    def estimate_loss() -> None:
-        assessed.eval()
-        for split in ("train", "val"):
-            losses = torch.zeros(settings.eval_iters)
-            for k in range(settings.eval_iters):
-                note("eval", split=split, iteration=k)
-                X, Y = get_batch(settings.eval_batch)
-                with ctx:
-                    logits, loss = assessed(X, Y)
-                losses[k] = loss.item()
-                if settings.release:
-                    del logits, loss
-        assessed.train()
-
-    X, Y = get_batch(settings.batch_size)
+    X, Y = get_batch(settings, settings.batch_size, device)
     for step in range(settings.steps + 1):
         if settings.evaluate != "none" and step in (0, settings.steps):
-            estimate_loss()
+            estimate_loss(assessed, settings, ctx, device, note)
         if step == settings.steps:
             break
         for number in range(settings.passes):
@@ -163,7 +173,7 @@ def run(settings: LoopSettings, note: Callable[..., None]) -> None:
             with ctx:
                 logits, loss = model(X, Y)  # noqa: RUF059  (nanoGPT keeps them bound)
                 loss = loss / settings.gradient_accumulation_steps
-            X, Y = get_batch(settings.batch_size)
+            X, Y = get_batch(settings, settings.batch_size, device)
             scaler.scale(loss).backward()
         note("update", step=step)
         if settings.grad_clip:

@@ -5,12 +5,13 @@ all of them; `ANSWERS` names the record that answers each.
 """
 
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import msgspec
 
 from tightfit.config import TrainConfig
 from tightfit.simulation.speed import KernelCount
+from tightfit.vgpu.records import Findings, Settings
 
 A = TypeVar("A", bound=msgspec.Struct, covariant=True)
 """The record that answers a request."""
@@ -131,10 +132,18 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True):
 class LoopPlay(msgspec.Struct, frozen=True, kw_only=True):
     """Outcome of nanoGPT's loop."""
 
-    findings: dict[str, Any]
+    findings: Findings
     course: tuple[Moment, ...]
     """Parts of the loop in the order in which they began."""
     play_seconds: float
+
+
+class ScriptRequest(Request["Findings"], frozen=True, kw_only=True, tag="script"):
+    """Somebody's own script, in the environment of the process that plays it."""
+
+    script: str
+    arguments: tuple[str, ...]
+    settings: Settings
 
 
 class HostRequest(Request["HostRates"], frozen=True, kw_only=True, tag="host"):
@@ -179,9 +188,11 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
 
     error: str
     traceback: str = ""
+    exit_code: int = 0
+    """Exit code of a user's mistake; 0 for any other failure."""
 
 
-AnyRequest = StepRequest | LoopRequest | HostRequest | TimingRequest
+AnyRequest = StepRequest | LoopRequest | ScriptRequest | HostRequest | TimingRequest
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,6 +214,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 _ANSWERS: dict[type, type[msgspec.Struct]] = {
     StepRequest: StepTrace,
     LoopRequest: LoopPlay,
+    ScriptRequest: Findings,
     HostRequest: HostRates,
     TimingRequest: Timing,
 }

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from tightfit.errors import TightfitError
 from tightfit.simulation.requests import (
     AnyRequest,
     Ask,
@@ -28,10 +29,12 @@ from tightfit.simulation.requests import (
     HostRequest,
     LoopRequest,
     Reply,
+    ScriptRequest,
     StepRequest,
     TimingRequest,
 )
 from tightfit.simulation.wire import Frames, send
+from tightfit.wording import say
 
 _TRACING = (
     "tightfit.simulation.step_trace",
@@ -65,6 +68,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client gets Ctrl-C and ends this process
     number, mode, *options = sys.argv[1:]
     connection = socket.socket(fileno=int(number))
+    connection.set_inheritable(False)  # what a script starts must not keep it open
     if mode == "once":
         _serve_once(connection)
     else:
@@ -73,7 +77,9 @@ def main() -> None:
         if "compiler" in options:
             server.start_compiler()
         server.serve()
-    os._exit(0)  # autograd's thread of a virtual device does not end by itself
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the answer is sent: taking the interpreter down would only take time
 
 
 def end_with_parent() -> None:
@@ -86,7 +92,10 @@ def _serve_once(connection: socket.socket) -> None:
     frames = Frames(Ask)
     while data := connection.recv(_CHUNK):
         for ask in frames.feed(data):
-            os.dup2(2, 1)  # what libraries print is no answer
+            os.dup2(2, 1)  # output of the play goes where a person reads it, and no program expects an answer
+            if isinstance(ask.request, ScriptRequest):
+                _load(("tightfit.vgpu.script",))
+                gc.freeze()
             send(connection, _reply(ask))
             return
 
@@ -186,8 +195,7 @@ class Server:
         if received:
             reply = msgspec.json.decode(received, type=Reply)
         else:
-            reason = f"it ended with code {code} and no answer; if this machine's memory ran out, that is the reason"
-            reply = Reply(number=number, failed=Failed(error=reason))
+            reply = Reply(number=number, failed=Failed(error=say("simulation.server.no_answer", code=code)))
         send(self._connection, reply)
 
     def _end_children(self) -> None:
@@ -233,6 +241,9 @@ def _reply(ask: Ask) -> Reply:
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
     try:
         return Reply(number=ask.number, answer=msgspec.Raw(msgspec.json.encode(_answer(ask.request))))
+    except TightfitError as error:
+        failed = Failed(error=str(error), traceback=traceback.format_exc(), exit_code=error.exit_code)
+        return Reply(number=ask.number, failed=failed)
     except Exception as error:  # a play may fail in any way that torch can; the client judges
         failed = Failed(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         return Reply(number=ask.number, failed=failed)
@@ -249,6 +260,10 @@ def _answer(request: AnyRequest) -> msgspec.Struct:
             from tightfit.simulation.loop_play import play_loop
 
             return play_loop(request)
+        case ScriptRequest():
+            from tightfit.vgpu.script import run_script
+
+            return run_script(request.script, request.arguments, request.settings)
         case HostRequest():
             from tightfit.simulation.processor import measure_host
 

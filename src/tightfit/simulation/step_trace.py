@@ -19,8 +19,8 @@ from tightfit.trainer.sample import generate
 from tightfit.trainer.setup import build_state, model_options
 from tightfit.trainer.step import StepState, evaluation_loss, optimizer_step
 from tightfit.vgpu.findings import findings_of
-from tightfit.vgpu.recorder import Phase
-from tightfit.vgpu.session import Request, VirtualSession
+from tightfit.vgpu.records import Phase, Settings
+from tightfit.vgpu.session import VirtualSession
 
 WIDE = 1 << 50
 """Bytes of the card that a trace runs on: the question is how much a plan takes, not if it fails."""
@@ -32,29 +32,28 @@ def trace_step(request: StepRequest) -> StepTrace:
     if not request.gpu:
         return trace_on_host(lambda meter: _run(request, meter), Meter())
     session = VirtualSession(
-        Request(
+        Settings(
             gpu=request.gpu,
             memory_bytes=WIDE,
             capability=request.capability,
             context_bytes=0,
             until_stable=False,
-            environ=request.environ,
-        )
+        ),
+        request.environ,
     )
     meter = Meter()
     with session.active():
         session.device.observer = meter
         works = _run(request, meter)
     found = findings_of(session)
-    peak = found["peak"]
     return StepTrace(
-        requested_bytes=peak["requested_bytes"],
-        allocated_bytes=peak["allocated_bytes"],
-        reserved_bytes=peak["reserved_bytes"],
-        phase=peak["phase"],
-        categories=found["categories"],
-        phases=found["phases"],
-        not_modelled=tuple(found["not_modelled"]),
+        requested_bytes=found.peak.requested_bytes,
+        allocated_bytes=found.peak.allocated_bytes,
+        reserved_bytes=found.peak.reserved_bytes,
+        phase=found.peak.phase,
+        categories=found.categories,
+        phases=found.phases,
+        not_modelled=tuple(found.not_modelled),
         parameters=works.parameters,
         pass_kernels=works.one_pass.counts(),
         update_kernels=works.update.counts(),

@@ -33,7 +33,8 @@ from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
-from tightfit.vgpu.recorder import Allocation, Category, Phase, Recorder
+from tightfit.vgpu.recorder import Allocation, Recorder
+from tightfit.vgpu.records import Category, Phase
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""The phase that a script is in, recognized by its calls of torch."""
+"""Phase of a running script, recognized by its calls of torch."""
 
 import threading
 import weakref
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tightfit.vgpu.recorder import Phase
+from tightfit.vgpu.records import Phase
 
 _LOSS_OPERATORS = frozenset(
     {
@@ -26,7 +26,7 @@ _LOSS_OPERATORS = frozenset(
 
 
 class EnoughSeen(BaseException):
-    """Ends the script: the rest repeats what was recorded. Not an Exception, so that scripts do not catch it."""
+    """End of the script, because the rest repeats recorded steps. Not an Exception, so that scripts do not catch it."""
 
 
 class _Course(threading.local):
@@ -70,7 +70,7 @@ class Phases:
 
     @contextmanager
     def compiled_call(self, module: nn.Module | None) -> Iterator[None]:
-        """One call of a compiled module or function: without our hooks, which Dynamo would trace and fail on."""
+        """Take our hooks off for one call of a compiled module or function: Dynamo would trace them and fail."""
         for handle in self._handles:
             handle.remove()
         self._before_forward(module, ())
@@ -90,7 +90,7 @@ class Phases:
             self._course.named.pop()
 
     def now(self, operator: str = "") -> Phase:
-        """The phase of an operator that is about to run."""
+        """Return the phase of an operator that is about to run."""
         if _in_backward():
             self._outside = "optimizer"
             return "backward"

@@ -1,4 +1,4 @@
-"""A record of the virtual GPU: every allocation in true order, with its place, phase, category and line.
+"""Record of the virtual GPU: every allocation in true order, with its place, phase, category and line.
 
 Each allocation goes to the simulated allocator at once, so that memory runs out at the operator where it would.
 """
@@ -9,27 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tightfit.allocator.caching import Block, CachingAllocator, PoolId
-from tightfit.vgpu.frames import Frame
-
-Phase = Literal["setup", "eval", "forward", "loss", "backward", "optimizer", "save", "resume", "sample", "compile"]
-Category = Literal[
-    "parameters",
-    "gradients",
-    "optimizer state",
-    "activations",
-    "logits",
-    "cast copies",
-    "inputs",
-    "workspace",
-    "other",
-]
-CATEGORIES: tuple[Category, ...] = get_args(Category)
+from tightfit.vgpu.frames import Frame, users_line
+from tightfit.vgpu.records import Category, OriginFields, Phase
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +36,23 @@ class Allocation:
     stream: int = 0
     block: Block | None = None
 
+    def origin(self) -> OriginFields:
+        """Return the tensor and the user's line, for a record."""
+        line = users_line(self.frames) or Frame("", 0, "")
+        return {
+            "file": line.file,
+            "line": line.line,
+            "function": line.function,
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "operator": self.operator,
+            "category": self.category,
+        }
+
 
 @dataclass(slots=True)
 class _Pending:
-    """The sum of two gradients, which autograd's engine writes over the first one if nobody else holds that."""
+    """A sum of two gradients. Autograd's engine writes it over the first one if nothing else holds that."""
 
     sum_of: Allocation
     first: int
@@ -80,27 +79,27 @@ class Recorder:
         self._held: dict[int, tuple[weakref.ref[torch.UntypedStorage], Allocation]] = {}
         self._pending: _Pending | None = None
         self.pool: PoolId | None = None
-        """The private pool that memory is taken from now."""
+        """Private pool that requests take memory from now."""
 
     # Tensors
 
     def of_storage(self, tensor: Tensor) -> Allocation | None:
-        """The allocation that holds a tensor's data."""
+        """Return the allocation that holds a tensor's data."""
         return self.held_by(tensor.untyped_storage())
 
     def held_by(self, storage: torch.UntypedStorage) -> Allocation | None:
-        """The allocation behind a storage: of 0 bytes if it is empty, None if it is not on the device."""
+        """Return the allocation of a storage: of 0 bytes if it is empty, None if it is not on the device."""
         held = self._held.get(storage._cdata)
         # A storage that died while another thread had the lock may have left its number to this one.
         return held[1] if held is not None and held[0]() is storage else None
 
     def address_of(self, storage: torch.UntypedStorage) -> int | None:
-        """Device address of a storage; None without memory there."""
+        """Return the device address of a storage; None without memory there."""
         held = self.held_by(storage)
         return held.block.address if held is not None and held.block is not None else None
 
     def track(self, tensor: Tensor, describe: Callable[[int], Allocation]) -> None:
-        """Take memory for a tensor whose storage is new or has grown."""
+        """Take memory for a tensor with a new or grown storage."""
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()
         held = self.held_by(storage)
@@ -113,7 +112,7 @@ class Recorder:
             self.resize(storage, describe(nbytes))
 
     def resize(self, storage: torch.UntypedStorage, new: Allocation) -> None:
-        """Let a storage of the device hold `new` instead, which is taken before the old memory goes.
+        """Give a storage of the device the memory `new`, taken before the old memory is freed.
 
         ATen's `resize_bytes_cuda` does the same; 0 bytes only free.
         """
@@ -132,7 +131,7 @@ class Recorder:
             self._held[key] = (reference, allocation)
 
     def track_accumulation(self, tensor: Tensor, first: Tensor, describe: Callable[[int], Allocation]) -> None:
-        """`tensor` is the sum of two gradients that autograd's engine made, `first` the one it had already.
+        """Track `tensor`, the sum that autograd's engine made of a new gradient and `first`.
 
         The engine adds in place when it holds the only reference to `first`. That shows at once: `first` is released
         before anything else happens. So the sum waits, and takes over the memory of `first` or takes its own.
@@ -144,7 +143,7 @@ class Recorder:
         self._hold(storage, allocation)
 
     def settle(self) -> None:
-        """Give a waiting sum memory of its own: the gradient it was added to is still held."""
+        """Take memory for a waiting sum: the gradient that it was added to is still held."""
         with self.exclusive():
             self._settle()
 
@@ -155,7 +154,7 @@ class Recorder:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let no other thread, and no storage that dies meanwhile, change the recorder or its allocator."""
+        """Keep other threads and dying storages from changing the recorder and its allocator."""
         with self._lock:
             self._release_dead()
             yield
@@ -244,7 +243,7 @@ class Recorder:
     # Queries
 
     def alive_at(self, event: int) -> list[Allocation]:
-        """The allocations held after the first `event` events."""
+        """List the allocations held after the first `event` events."""
         alive: dict[int, Allocation] = {}
         for number in self.events[:event]:
             if number > 0:

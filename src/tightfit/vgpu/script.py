@@ -6,28 +6,30 @@ import runpy
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tightfit.errors import ConfigError
 from tightfit.vgpu.findings import findings_of
 from tightfit.vgpu.phases import EnoughSeen
-from tightfit.vgpu.session import Request, VirtualSession
+from tightfit.vgpu.records import Findings, Settings
+from tightfit.vgpu.session import VirtualSession
+from tightfit.wording import say
 
 _LONGEST_ERROR = 2000
 """Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
 
 
-def run_script(script: str, arguments: list[str], request: Request) -> dict[str, Any]:
-    """Findings (see `findings_of`) of a script with its arguments; ConfigError if it is not there.
+def run_script(script: str, arguments: Sequence[str], settings: Settings) -> Findings:
+    """Play a script with its arguments. ConfigError if it is not there.
 
     The script's own output goes to standard error, where a person sees it and a machine's reader does not.
     """
     path = Path(script)
     if not path.is_file():
-        raise ConfigError(f"{script} is not a file; give the training script's path")
+        raise ConfigError(say("vgpu.script.no_file", script=script))
     started = time.monotonic()
-    session = VirtualSession(request)
+    session = VirtualSession(settings)
     sys.argv = [script, *arguments]
     sys.path[0:0] = [str(path.resolve().parent)]
     error: BaseException | None = None
@@ -38,12 +40,10 @@ def run_script(script: str, arguments: list[str], request: Request) -> dict[str,
             pass
         except SystemExit as end:
             error = end if end.code not in (None, 0) else None
-        except BaseException as failure:
+        except BaseException as failure:  # the script's own, whatever it is: the findings name it
             error = failure
             _print_traceback(failure)
-    found = findings_of(session, error)
-    found["seconds"] = round(time.monotonic() - started, 3)
-    return found
+    return findings_of(session, error, seconds=time.monotonic() - started)
 
 
 def _print_traceback(error: BaseException) -> None:

@@ -1,6 +1,6 @@
-"""PyTorch's memory snapshots: what the virtual GPU did, in the format of torch.cuda.memory._snapshot(), out and in.
+"""Memory of the virtual GPU as a snapshot, in the format of torch.cuda.memory._snapshot().
 
-The structure is the one that torch/csrc/cuda/Module.cpp builds in PyTorch 2.11 to 2.13, so that PyTorch's own tools
+The structure is that which torch/csrc/cuda/Module.cpp builds in PyTorch 2.11 to 2.13, so that PyTorch's own tools
 open it: `python -m torch.cuda._memory_viz` and https://pytorch.org/memory_viz.
 """
 
@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from tightfit.allocator.caching import AllocatorSettings, Block
 from tightfit.allocator.settings import UNLIMITED, VARIABLES
@@ -19,39 +19,71 @@ from tightfit.errors import DataError
 from tightfit.storage import writing
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.recorder import Allocation, Recorder
+from tightfit.wording import say
 
 ACTIONS = (
-    "alloc", "free_requested", "free_completed", "segment_alloc", "segment_free", "segment_map", "segment_unmap", "oom",
-)  # fmt: skip
+    *("alloc", "free_requested", "free_completed"),
+    *("segment_alloc", "segment_free", "segment_map", "segment_unmap", "oom"),
+)
 _CODES = {action: code for code, action in enumerate(ACTIONS)}
 _KEEPS_STACK = frozenset({"segment_free", "segment_unmap", "oom"})
 """Actions that belong to no allocation, so that they keep the lines that were running; they are rare."""
 
 PROTOCOL = 4
-"""Of pickle: PyTorch's viewer in the browser (torch/utils/viz/MemoryViz.js) refuses 5 and everything below 2."""
-_NOT_PLAIN_PICKLE = (
-    pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, MemoryError, OverflowError, TypeError,
-    ValueError,
-)  # fmt: skip
-"""What the unpickler raises for bytes that no pickler wrote."""
+"""Pickle protocol: PyTorch's viewer in the browser (torch/utils/viz/MemoryViz.js) refuses 5 and everything below 2."""
 
 
 class TraceEntry(NamedTuple):
-    """One thing that the allocator did."""
+    """One action of the allocator."""
 
     action: str
     address: int
-    """Of the block or segment; for oom the device's free bytes."""
+    """Address of the block or segment; for oom the device's free bytes."""
     size: int
     stream: int
     time_us: int
-    """Since the epoch, of the dry run: not of a real device."""
+    """Time of the dry run since the epoch, not of a real device."""
     event: int
-    """Events that the recorder had then: the one that an alloc or a free becomes has this index."""
+    """Index of the recorder's event that an alloc or a free becomes."""
+
+
+class FrameRecord(TypedDict):
+    """A line of a stack in a snapshot."""
+
+    filename: str
+    line: int
+    name: str
+
+
+class TraceRecord(TypedDict):
+    """An action in a snapshot; `addr` of the block, or `device_free` bytes for an oom."""
+
+    frames: list[FrameRecord]
+    action: str
+    addr: NotRequired[int]
+    device_free: NotRequired[int]
+    size: int
+    stream: int
+    time_us: int
+    compile_context: str
+    user_metadata: str
+    pool_id: tuple[int, int]
+
+
+Setting = str | int | float | bool | dict[str, int]
+
+
+class Snapshot(TypedDict):
+    """The whole of a snapshot."""
+
+    segments: list[dict[str, Any]]
+    device_traces: list[list[TraceRecord]]
+    allocator_settings: dict[str, Setting]
+    external_annotations: list[str]
 
 
 class TraceLog:
-    """Keeps all that an allocator does, at 48 bytes an entry; it is the allocator's `listener`."""
+    """Listener of an allocator that keeps every action, at 48 bytes each."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._events = recorder.events
@@ -67,7 +99,7 @@ class TraceLog:
 
     @classmethod
     def of(cls, recorder: Recorder) -> "TraceLog | None":
-        """The log that was attached to a recorder."""
+        """Return the log that was attached to a recorder."""
         listener = recorder.allocator.listener
         return listener if isinstance(listener, cls) else None
 
@@ -88,19 +120,16 @@ class TraceLog:
             yield TraceEntry(ACTIONS[code], *rest)
 
 
-# Out
+def snapshot_of(recorder: Recorder) -> Snapshot:
+    """Return the result of torch.cuda.memory._snapshot() now; the trace is empty if no TraceLog was attached.
 
-
-def snapshot_of(recorder: Recorder) -> dict[str, Any]:
-    """What torch.cuda.memory._snapshot() would return now; the trace is empty if no TraceLog was attached.
-
-    The `user_metadata` of an alloc says the category, operator, shape and phase, which newer viewers show.
+    The `user_metadata` of an alloc has the category, operator, shape and phase; newer viewers show it.
     """
     stacks = _Stacks()
     log = TraceLog.of(recorder)
     trace = [] if log is None else _trace(recorder, log, stacks)
 
-    def frames(block: Block) -> list[dict[str, Any]]:
+    def frames(block: Block) -> list[FrameRecord]:
         return stacks.plain(block.tag.frames) if block.tag is not None else []
 
     segments = recorder.allocator.segments(frames)
@@ -116,43 +145,41 @@ def snapshot_of(recorder: Recorder) -> dict[str, Any]:
 
 
 def write_snapshot(recorder: Recorder, path: str | os.PathLike[str]) -> None:
-    """Pickle the snapshot, written beside and renamed; DataError if that cannot be."""
+    """Pickle the snapshot into a file, which appears whole or not at all. DataError if it cannot be written."""
     target = Path(path)
     try:
         with writing(target, shared=True) as part, part.open("wb") as file:
             pickle.dump(snapshot_of(recorder), file, protocol=PROTOCOL)
     except OSError as error:
-        raise DataError(
-            f"cannot write the snapshot {target}: {error.strerror}; give a path in an existing folder"
-        ) from None
+        raise DataError(say("vgpu.snapshot.not_written", path=target, reason=error.strerror)) from None
 
 
 class _Stacks:
-    """Stacks as the lists of dictionaries that a snapshot has, each made once, so that a pickle has it once too."""
+    """Stacks in the form of a snapshot. Each is made once, so that a pickle has it once, too."""
 
     def __init__(self) -> None:
-        self._lists: dict[tuple[Frame, ...], list[dict[str, Any]]] = {}
-        self._frames: dict[Frame, dict[str, Any]] = {}
+        self._lists: dict[tuple[Frame, ...], list[FrameRecord]] = {}
+        self._frames: dict[Frame, FrameRecord] = {}
 
-    def plain(self, frames: tuple[Frame, ...]) -> list[dict[str, Any]]:
+    def plain(self, frames: tuple[Frame, ...]) -> list[FrameRecord]:
         known = self._lists.get(frames)
         if known is None:
             known = self._lists[frames] = [self._frame(frame) for frame in frames]
         return known
 
-    def _frame(self, frame: Frame) -> dict[str, Any]:
-        plain = {"filename": frame.file, "line": frame.line, "name": frame.function}
+    def _frame(self, frame: Frame) -> FrameRecord:
+        plain: FrameRecord = {"filename": frame.file, "line": frame.line, "name": frame.function}
         return self._frames.setdefault(frame, plain)
 
 
-def _trace(recorder: Recorder, log: TraceLog, stacks: _Stacks) -> list[dict[str, Any]]:
-    """The log as a device trace. As in PyTorch, a free has the stack of its alloc, and so has what an alloc caused."""
-    trace: list[dict[str, Any]] = []
-    caused: list[dict[str, Any]] = []  # what the device was asked for by an alloc or oom that is still to come
-    held: dict[int, list[dict[str, Any]]] = {}  # by address
+def _trace(recorder: Recorder, log: TraceLog, stacks: _Stacks) -> list[TraceRecord]:
+    """Return the log as a device trace. As in PyTorch, a free has the stack of its alloc, and so has its segment."""
+    trace: list[TraceRecord] = []
+    caused: list[TraceRecord] = []  # requests to the device by an alloc or oom that is still to come
+    held: dict[int, list[FrameRecord]] = {}  # by address
     metadata: dict[str, str] = {}  # each text once
     for number, entry in enumerate(log):
-        frames: list[dict[str, Any]] = []
+        frames: list[FrameRecord] = []
         words = ""
         if entry.action == "alloc":
             allocation = _allocation(recorder, entry.event)
@@ -165,20 +192,10 @@ def _trace(recorder: Recorder, log: TraceLog, stacks: _Stacks) -> list[dict[str,
             frames = held.pop(entry.address, frames)
         elif entry.action in _KEEPS_STACK:
             frames = stacks.plain(log.stacks[number])
-        plain = {
-            "frames": frames,
-            "action": entry.action,
-            "device_free" if entry.action == "oom" else "addr": entry.address,
-            "size": entry.size,
-            "stream": entry.stream,
-            "time_us": entry.time_us,
-            "compile_context": "N/A",
-            "user_metadata": metadata.setdefault(words, words),
-            "pool_id": (0, 0),  # a recorder takes nothing from private pools
-        }
-        trace.append(plain)
+        record = _record(entry, frames, metadata.setdefault(words, words))
+        trace.append(record)
         if entry.action in ("segment_alloc", "segment_map"):
-            caused.append(plain)
+            caused.append(record)
         elif entry.action in ("alloc", "oom"):
             for each in caused:
                 each["frames"] = frames
@@ -186,8 +203,26 @@ def _trace(recorder: Recorder, log: TraceLog, stacks: _Stacks) -> list[dict[str,
     return trace
 
 
+def _record(entry: TraceEntry, frames: list[FrameRecord], metadata: str) -> TraceRecord:
+    record: TraceRecord = {
+        "frames": frames,
+        "action": entry.action,
+        "size": entry.size,
+        "stream": entry.stream,
+        "time_us": entry.time_us,
+        "compile_context": "N/A",
+        "user_metadata": metadata,
+        "pool_id": (0, 0),  # a recorder takes nothing from private pools
+    }
+    if entry.action == "oom":
+        record["device_free"] = entry.address
+    else:
+        record["addr"] = entry.address
+    return record
+
+
 def _allocation(recorder: Recorder, event: int) -> Allocation | None:
-    """The allocation that an alloc became; None for a block that was taken from the allocator directly."""
+    """Return the allocation of an alloc; None for a block that was taken from the allocator directly."""
     number = recorder.events[event] if event < len(recorder.events) else 0
     return recorder.allocations[number - 1] if number > 0 else None
 
@@ -198,8 +233,8 @@ def _words(allocation: Allocation) -> str:
     return ", ".join(filter(None, (allocation.category, tensor, allocation.operator, f"in {allocation.phase}")))
 
 
-def _settings(settings: AllocatorSettings, environ: Mapping[str, str]) -> dict[str, Any]:
-    """The allocator_settings; those that the virtual GPU does not follow have PyTorch's defaults."""
+def _settings(settings: AllocatorSettings, environ: Mapping[str, str]) -> dict[str, Setting]:
+    """Return the allocator_settings; those that the virtual GPU does not follow have PyTorch's defaults."""
     divisions = settings.roundup_power2_divisions or (0,) * 16
     return {
         "PYTORCH_CUDA_ALLOC_CONF": next((environ[name] for name in VARIABLES if name in environ), ""),
@@ -212,41 +247,3 @@ def _settings(settings: AllocatorSettings, environ: Mapping[str, str]) -> dict[s
         "graph_capture_record_stream_reuse": False,
         "roundup_power2_divisions": {str(2**power): count for power, count in enumerate(divisions)},
     }
-
-
-# In
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Knows no class and no function, and so can call none: containers, numbers, text, bytes, True, False, None."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(file)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise DataError(
-            f"{self._path} was not read: it asks for {module}.{name}, and a memory snapshot has only plain containers, "
-            "numbers and text; do not open this file with pickle, which would run it"
-        )
-
-
-def read_snapshot(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A snapshot that PyTorch or tightfit wrote, read without executing anything; DataError for anything else."""
-    source = Path(path)
-    try:
-        with open(source, "rb") as file:
-            found = _PlainUnpickler(file, source).load()
-    except OSError as error:
-        raise DataError(f"cannot read the snapshot {source}: {error.strerror}") from None
-    except _NOT_PLAIN_PICKLE as error:
-        raise DataError(
-            f"{source} is not a whole snapshot pickle ({type(error).__name__}: {error}); "
-            "write it anew with torch.cuda.memory._dump_snapshot or `tightfit dryrun --snapshot`"
-        ) from None
-    if not isinstance(found, dict) or not isinstance(found.get("segments"), list):
-        raise DataError(
-            f"{source} holds a {type(found).__name__} without a list of segments, so it is no memory snapshot; "
-            "give what torch.cuda.memory._dump_snapshot or `tightfit dryrun --snapshot` wrote"
-        )
-    return cast(dict[str, Any], found)

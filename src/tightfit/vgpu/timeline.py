@@ -1,17 +1,13 @@
-"""Memory over a dry run as plain lists: what was allocated at each moment, by category."""
+"""Memory over a dry run: the bytes of each category at each moment."""
 
 import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
-from tightfit.vgpu.frames import Frame, users_line
-from tightfit.vgpu.recorder import CATEGORIES, Allocation
-
-if TYPE_CHECKING:
-    from tightfit.vgpu.recorder import Recorder
-    from tightfit.vgpu.snapshot import TraceLog
+from tightfit.vgpu.recorder import Allocation, Recorder
+from tightfit.vgpu.records import CATEGORIES, FailedRequest, LivingTensor, PhaseStart, Timeline, TimelinePeak
+from tightfit.vgpu.snapshot import TraceLog
 
 MAX_POINTS = 2000
 _NAMED = 3
@@ -20,35 +16,30 @@ _LONGEST_LISTS = 400
 """Phases shorter than a 400th of the run are drawn as part of the one before; as many failures are kept."""
 
 
-def timeline_data(recorder: "Recorder") -> dict[str, Any]:
-    """Bytes of each category after `events`, at most about 2000 of them with every maximum; numbers and text only.
-
-    A tensor counts as the allocator rounds it. `reserved_bytes` is None if no TraceLog listened.
-    """
-    from tightfit.vgpu.snapshot import TraceLog
-
+def timeline_of(recorder: Recorder) -> Timeline:
+    """Return memory over the run so far. Without a TraceLog, reserved bytes and failed requests are unknown."""
     log = TraceLog.of(recorder)
     peak = max(recorder.peak_event - 1, 0)
     totals = _totals(recorder, log)
     kept = _kept(totals, peak)
     allocator = recorder.allocator
-    return {
-        "event_count": len(totals),
-        "events": kept,
-        "category_bytes": _categories_at(recorder, log, kept),
-        "reserved_bytes": None if log is None else _reserved_at(log, kept),
-        "phases": _phases(recorder),
-        "peak": {"event": peak, "phase": recorder.peak_phase, "allocated_bytes": recorder.peak_allocated},
-        "failures": [] if log is None else _failures(log),
-        "tensors": _tensors(recorder, kept),
-        "total_bytes": allocator.total_bytes,
-        "used_by_others_bytes": allocator.used_by_others,
-        "context_bytes": allocator.context_bytes,
-    }
+    return Timeline(
+        event_count=len(totals),
+        events=kept,
+        category_bytes=_categories_at(recorder, log, kept),
+        reserved_bytes=None if log is None else _reserved_at(log, kept),
+        phases=_phases(recorder),
+        peak=TimelinePeak(event=peak, phase=recorder.peak_phase, allocated_bytes=recorder.peak_allocated),
+        failures=[] if log is None else _failures(log),
+        tensors=_tensors(recorder, kept),
+        total_bytes=allocator.total_bytes,
+        used_by_others_bytes=allocator.used_by_others,
+        context_bytes=allocator.context_bytes,
+    )
 
 
-def _changes(recorder: "Recorder", log: "TraceLog | None") -> Iterator[list[tuple[str, int]]]:
-    """What each event adds to which category.
+def _changes(recorder: Recorder, log: TraceLog | None) -> Iterator[list[tuple[str, int]]]:
+    """Yield the bytes that each event adds to each category.
 
     A block that passes from one allocation to another is neither allocated nor freed: its two events count as one.
     """
@@ -70,8 +61,8 @@ def _changes(recorder: "Recorder", log: "TraceLog | None") -> Iterator[list[tupl
             waiting = []
 
 
-def _hand_overs(recorder: "Recorder", log: "TraceLog | None") -> set[int]:
-    """Positions of events that gave an allocation the block of the one that the next event ends."""
+def _hand_overs(recorder: Recorder, log: TraceLog | None) -> set[int]:
+    """Find the events that gave an allocation the block which the next event ends."""
     if log is None:
         return set()
     events = recorder.events
@@ -86,8 +77,8 @@ def _hand_overs(recorder: "Recorder", log: "TraceLog | None") -> set[int]:
     }
 
 
-def _totals(recorder: "Recorder", log: "TraceLog | None") -> list[int]:
-    """Bytes after each event."""
+def _totals(recorder: Recorder, log: TraceLog | None) -> list[int]:
+    """Return the bytes after each event."""
     totals, total = [], 0
     for changes in _changes(recorder, log):
         total += sum(nbytes for _, nbytes in changes)
@@ -96,7 +87,7 @@ def _totals(recorder: "Recorder", log: "TraceLog | None") -> list[int]:
 
 
 def _kept(totals: Sequence[int], peak: int) -> list[int]:
-    """The highest and the lowest of each stretch, the peak and the last, so that about MAX_POINTS tell it all."""
+    """Choose about MAX_POINTS events: the highest and lowest of each stretch, the peak and the last."""
     if not totals:
         return []
     stretch = -(-2 * len(totals) // MAX_POINTS)
@@ -107,8 +98,8 @@ def _kept(totals: Sequence[int], peak: int) -> list[int]:
     return sorted(kept)
 
 
-def _categories_at(recorder: "Recorder", log: "TraceLog | None", kept: list[int]) -> dict[str, list[int]]:
-    """The bytes of each category that occurs, after each of the events that are kept."""
+def _categories_at(recorder: Recorder, log: TraceLog | None, kept: list[int]) -> dict[str, list[int]]:
+    """Return the bytes of each category that occurs, after each of the kept events."""
     wanted = set(kept)
     now: dict[str, int] = defaultdict(int)
     moments: list[dict[str, int]] = []
@@ -121,8 +112,8 @@ def _categories_at(recorder: "Recorder", log: "TraceLog | None", kept: list[int]
     return {name: [moment.get(name, 0) for moment in moments] for name in names}
 
 
-def _tensors(recorder: "Recorder", kept: list[int]) -> list[dict[str, Any]]:
-    """The largest of each category at any of the events that are kept: what each is, and from when until when."""
+def _tensors(recorder: Recorder, kept: list[int]) -> list[LivingTensor]:
+    """List the largest tensors of each category at any of the kept events, in the order of their allocation."""
     events = recorder.events
     ended = {-number: position for position, number in enumerate(events) if number < 0}
     alive: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
@@ -147,24 +138,12 @@ def _tensors(recorder: "Recorder", kept: list[int]) -> list[dict[str, Any]]:
     return [_tensor(recorder.allocations[number - 1], start, ended.get(number)) for number, start in born]
 
 
-def _tensor(allocation: Allocation, start: int, end: int | None) -> dict[str, Any]:
-    line = users_line(allocation.frames) or Frame("", 0, "")
-    return {
-        "from_event": start,
-        "to_event": end,
-        "bytes": allocation.nbytes,
-        "shape": list(allocation.shape),
-        "dtype": allocation.dtype,
-        "operator": allocation.operator,
-        "category": allocation.category,
-        "file": line.file,
-        "line": line.line,
-        "function": line.function,
-    }
+def _tensor(allocation: Allocation, start: int, end: int | None) -> LivingTensor:
+    return LivingTensor(**allocation.origin(), bytes=allocation.nbytes, from_event=start, to_event=end)
 
 
-def _reserved_at(log: "TraceLog", kept: list[int]) -> list[int]:
-    """The most that was reserved since the event that was kept before."""
+def _reserved_at(log: TraceLog, kept: list[int]) -> list[int]:
+    """Return the most that was reserved since the kept event before."""
     signs = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
     changes = [(entry.event, signs[entry.action] * entry.size) for entry in log if entry.action in signs]
     reserved, now, index = [], 0, 0
@@ -179,8 +158,8 @@ def _reserved_at(log: "TraceLog", kept: list[int]) -> list[int]:
     return reserved
 
 
-def _phases(recorder: "Recorder") -> list[dict[str, Any]]:
-    """Where each phase begins; it lasts until the next begins."""
+def _phases(recorder: Recorder) -> list[PhaseStart]:
+    """List the starts of the phases, without those too short to draw."""
     starts: list[tuple[int, str]] = []
     for position, number in enumerate(recorder.events):
         if number > 0:
@@ -192,13 +171,13 @@ def _phases(recorder: "Recorder") -> list[dict[str, Any]]:
     for (position, phase), (end, _) in pairwise([*starts, (len(recorder.events), "")]):
         if (not long or end - position >= shortest) and not (long and long[-1][1] == phase):
             long.append((position, phase))
-    return [{"event": position, "phase": phase} for position, phase in long]
+    return [PhaseStart(event=position, phase=phase) for position, phase in long]
 
 
-def _failures(log: "TraceLog") -> list[dict[str, int]]:
-    """Requests that could not be met, also those that the script caught; the last ones if there are very many."""
+def _failures(log: TraceLog) -> list[FailedRequest]:
+    """List requests that could not be met, also those that the script caught; the last ones of very many."""
     found = [
-        {"event": entry.event, "requested_bytes": entry.size, "free_bytes": entry.address}
+        FailedRequest(event=entry.event, requested_bytes=entry.size, free_bytes=entry.address)
         for entry in log
         if entry.action == "oom"
     ]

@@ -75,7 +75,7 @@ class LineWatch:
 
 
 def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """Running frames of the user's own files, innermost first."""
+    """Yield running frames of the user's own files, innermost first."""
     while frame is not None:
         own = user_frames(frame, 1)
         if own and own[0][:2] == (frame.f_code.co_filename, frame.f_lineno) and not is_package(own[0]):
@@ -85,7 +85,7 @@ def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 @cache
 def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[int, int], ...]:
-    """First and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
+    """Find the first and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
 
     A branch of the loop whose condition the loop does not change can never be taken, so it does not count.
     Error handling and functions that print or measure do not count either.
@@ -116,7 +116,7 @@ def _function(tree: ast.Module, first: int, name: str) -> list[ast.stmt]:
 
 
 def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
-    """Bodies within a statement, without those of functions, classes and error handling."""
+    """List the bodies within a statement, without those of functions, classes and error handling."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return []
     blocks = [getattr(statement, key, []) for key in ("body", "orelse", "finalbody")]
@@ -131,7 +131,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[int, int]]:
-    """Lines of statements with calls that may allocate; `changing` are the names that a condition may depend on."""
+    """Yield the lines of statements with calls that may allocate. A condition may depend on the names `changing`."""
     for statement in body:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Raise, ast.Assert)):
             continue
@@ -162,7 +162,7 @@ def _stored(loop: ast.stmt) -> set[str]:
 
 
 def _attributes(tree: ast.Module) -> set[str]:
-    """Attributes that something other than `__init__` assigns."""
+    """Collect the attributes that something other than `__init__` assigns."""
     fixed = {
         id(inner)
         for node in ast.walk(tree)

@@ -13,6 +13,7 @@ from tightfit.allocator.caching import CachingAllocator
 from tightfit.gpus import GPU
 from tightfit.kernels.card import max_threads_per_sm
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.snapshot import Snapshot, snapshot_of
 
 _SHARED_MEMORY_PER_BLOCK = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """KiB that a kernel can ask for, from the CUDA programming guide's table of compute capabilities."""
@@ -191,9 +192,7 @@ def _install_compiled_half(device: VirtualDevice, allocator: CachingAllocator, g
             place[last] = value
         return nested
 
-    def snapshot(*_: Any) -> dict[str, Any]:
-        from tightfit.vgpu.snapshot import snapshot_of
-
+    def snapshot(*_: Any) -> Snapshot:
         with device.recorder.exclusive():
             return snapshot_of(device.recorder)
 

@@ -73,8 +73,7 @@ function stack(host, id, spec, hidden) {
     const tensors = tensorsAt(event, key), named = tensors.slice(0, MOST_TENSORS);
     const heading = element("h3", {}, `${where}: ${bytes(total(at))}`);
     const about = key ? say("largest_of", { category: nameOf(key) }) : words.largest;
-    const none = spec.tensors.only_peak && event !== spec.peak ? words.only_peak : words.no_tensor;
-    parts.panel.replaceChildren(heading, element("p", {}, named.length ? about : none),
+    parts.panel.replaceChildren(heading, element("p", {}, named.length ? about : words.no_tensor),
       element("ol", {}, ...named.map(tensorItem)));
     const lines = [where, say("total", { bytes: bytes(total(at)) })];
     if (key) {

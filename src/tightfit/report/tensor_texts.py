@@ -1,0 +1,37 @@
+"""A tensor, its place and its line of source, as short text."""
+
+import linecache
+from functools import cache
+from pathlib import Path
+
+from tightfit.vgpu.records import Origin, Place
+
+_LINE = 100
+
+
+def shape_text(each: Origin) -> str:
+    """`65536 × 50304 bfloat16`; empty for a kernel's own memory."""
+    return f"{' × '.join(map(str, each.shape))} {each.dtype}" if each.shape else ""
+
+
+def place_text(each: Place) -> str:
+    """`model.py:186 in GPT.forward`."""
+    if not each.file:
+        return ""
+    function = f" in {each.function}" if isinstance(each, Origin) and each.function else ""
+    return f"{short_path(each.file)}:{each.line}{function}"
+
+
+def source_line(each: Place) -> str:
+    """Return the line's text, where its file can be read."""
+    return linecache.getline(each.file, each.line).strip()[:_LINE] if each.file else ""
+
+
+@cache
+def short_path(file: str) -> str:
+    """Shorten a path to the part that tells files apart: a page may be sent to others."""
+    path = Path(file)
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(Path(*path.parts[-3:]))

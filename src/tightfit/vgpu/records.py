@@ -1,0 +1,264 @@
+"""Records of a dry run: its settings, its findings and its timeline. Sizes in bytes; no torch.
+
+`tightfit dryrun --json` prints `Findings`; `tightfit schema dryrun` prints the JSON schema.
+"""
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import Literal, TypedDict, get_args
+
+import msgspec
+
+from tightfit.errors import ConfigError, DataError
+from tightfit.wording import say
+
+Phase = Literal["setup", "eval", "forward", "loss", "backward", "optimizer", "save", "resume", "sample", "compile"]
+Category = Literal[
+    "parameters",
+    "gradients",
+    "optimizer state",
+    "activations",
+    "logits",
+    "cast copies",
+    "inputs",
+    "workspace",
+    "other",
+]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The card, its free memory, and the condition to stop at."""
+
+    gpu: str
+    memory_bytes: int | None = None
+    """Total memory as the driver reports it, instead of the table's."""
+    used_bytes: int = 0
+    """Bytes that other processes hold."""
+    context_bytes: int | None = None
+    """Bytes of this process outside PyTorch's allocator, instead of the table's estimate."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of a card that the table lacks."""
+    steps: int | None = None
+    """Stop after so many optimizer steps, whatever they allocate."""
+    until_stable: bool = True
+    """Stop when steps repeat."""
+    timeout_s: float | None = None
+    """Stop at the first operator after so many seconds."""
+    snapshot: str | None = None
+    """File for PyTorch's memory snapshot of the end."""
+    timeline: bool = False
+    """Add the data of a timeline picture to the findings."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(say("vgpu.records.steps", steps=self.steps))
+        if self.timeout_s is not None and self.timeout_s <= 0:
+            raise ConfigError(say("vgpu.records.timeout", seconds=f"{self.timeout_s:g}"))
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the user's code; an empty file where none is known."""
+
+    file: str
+    line: int
+
+
+class OriginFields(TypedDict):
+    """The fields of `Origin`, to build its kinds from."""
+
+    file: str
+    line: int
+    function: str
+    shape: tuple[int, ...]
+    dtype: str
+    operator: str
+    category: str
+
+
+class Origin(Place, frozen=True, kw_only=True):
+    """A piece of memory: the tensor it is for, the operator and the user's line that asked for it."""
+
+    function: str
+    shape: tuple[int, ...]
+    """Empty for a kernel's own memory."""
+    dtype: str
+    operator: str
+    category: str
+
+
+class LargeTensor(Origin, frozen=True, kw_only=True):
+    """One of the largest tensors at the peak."""
+
+    bytes: int
+    phase: str
+
+
+class Failure(Origin, frozen=True, kw_only=True):
+    """The request that the card could not meet, with the figures of PyTorch's message."""
+
+    phase: str
+    requested_bytes: int
+    tensor_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    total_bytes: int
+    free_bytes: int
+    process_bytes: int
+    message: str
+    """PyTorch's message, as this version of it words it."""
+    source: str | None = None
+    """Text of the line where its file is not on disk."""
+
+
+class VirtualCard(msgspec.Struct, frozen=True, kw_only=True):
+    """The card of a dry run."""
+
+    name: str
+    capability: str
+    total_bytes: int
+    used_by_others_bytes: int
+    context_bytes: int
+
+
+class Peak(msgspec.Struct, frozen=True, kw_only=True):
+    """The highest figures of the run."""
+
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    """Reserved bytes and the context."""
+    phase: str
+
+
+class MadeUp(Place, frozen=True, kw_only=True):
+    """A value that the script read although nothing computed it."""
+
+    what: str
+    times: int
+
+
+class PhaseStart(msgspec.Struct, frozen=True, kw_only=True):
+    """The event at which a phase begins; it lasts until the next begins."""
+
+    event: int
+    phase: str
+
+
+class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that the card could not meet, even if the script caught its error."""
+
+    event: int
+    requested_bytes: int
+    free_bytes: int
+
+
+class LivingTensor(Origin, frozen=True, kw_only=True):
+    """A tensor of the timeline."""
+
+    from_event: int
+    to_event: int | None
+    """First event without it; None if it lives until the end."""
+    bytes: int
+
+
+class TimelinePeak(msgspec.Struct, frozen=True, kw_only=True):
+    """The event with the most allocated bytes."""
+
+    event: int
+    phase: str
+    allocated_bytes: int
+
+
+class Timeline(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory after `events`, about 2,000 of them with every maximum.
+
+    A tensor counts as the allocator rounds it.
+    """
+
+    event_count: int
+    events: list[int]
+    category_bytes: dict[str, list[int]]
+    """Bytes of each category after each of `events`."""
+    reserved_bytes: list[int] | None
+    """The most that was reserved since the event before; None if nothing listened to the allocator."""
+    phases: list[PhaseStart]
+    peak: TimelinePeak
+    failures: list[FailedRequest]
+    tensors: list[LivingTensor]
+    """The largest of each category at any of `events`."""
+    total_bytes: int
+    used_by_others_bytes: int
+    context_bytes: int
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that PyTorch's allocator may reserve."""
+        return self.total_bytes - self.used_by_others_bytes - self.context_bytes
+
+    def at(self, event: int) -> int:
+        """Return the position in `events` of the state that held after `event`."""
+        return max(0, bisect_right(self.events, event) - 1)
+
+    def allocated_bytes(self, event: int) -> int:
+        """Return the bytes of all categories after `event`."""
+        index = bisect_right(self.events, event) - 1
+        return sum(row[index] for row in self.category_bytes.values()) if index >= 0 else 0
+
+    def phase_at(self, event: int) -> str:
+        return next((each.phase for each in reversed(self.phases) if each.event <= event), "")
+
+
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """Outcome of a dry run."""
+
+    outcome: Literal["fits", "out_of_memory", "error"]
+    gpu: VirtualCard
+    torch: str
+    """Version whose allocator and messages were played."""
+    peak: Peak
+    categories: dict[str, int]
+    """Bytes of each category at the peak, or at the failure."""
+    categories_by_phase: dict[str, dict[str, int]]
+    """The same bytes by the phase in which they were allocated."""
+    phases: dict[str, int]
+    """Highest allocated bytes of each phase."""
+    largest: list[LargeTensor]
+    failure: Failure | None
+    caught_failures: int
+    """Out-of-memory errors that the script caught."""
+    steps: int
+    stopped_because: str
+    not_played: list[Place]
+    """Lines that an early stop left out although they may allocate."""
+    made_up_values: list[MadeUp]
+    not_written: list[str]
+    """Files that the script would have changed."""
+    not_modelled: list[str]
+    never_modelled: list[str]
+    notes: list[str]
+    seconds: float = 0.0
+    timeline: Timeline | None = None
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the card that are left at the peak."""
+        return self.gpu.total_bytes - self.gpu.used_by_others_bytes - self.peak.device_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of this process at the peak; where it failed, with the request that failed."""
+        if self.failure is None:
+            return self.peak.device_bytes
+        return self.failure.process_bytes + self.failure.requested_bytes
+
+
+def read_findings(path: Path) -> Findings:
+    """Read a file that `tightfit dryrun --json` printed. DataError for any other."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Findings)
+    except OSError as error:
+        raise DataError(say("vgpu.records.unreadable", path=path, reason=error.strerror)) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DataError(say("vgpu.records.no_findings", path=path, error=error)) from None

@@ -1,0 +1,94 @@
+"""When a script has shown enough: after the steps asked for, or when steps repeat and nothing is left to play."""
+
+import sys
+import time
+
+from tightfit.vgpu.frames import Frame
+from tightfit.vgpu.phases import EnoughSeen
+from tightfit.vgpu.recorder import Recorder
+from tightfit.vgpu.records import Settings
+from tightfit.vgpu.unplayed import LineWatch
+from tightfit.wording import say
+
+_STABLE_STEPS = 2
+"""Steps in a row that must have allocated exactly as the step before."""
+_PLAY_ON_S = 20.0
+"""Seconds that repeating steps play on for lines of the loop, or after it, that did not run yet."""
+_LISTED_UNPLAYED = 10
+
+
+class Stopping:
+    """Compares each optimizer step with the one before, and ends the script by EnoughSeen."""
+
+    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+        self._settings, self._recorder = settings, recorder
+        self.reason = say("vgpu.stopping.ended")
+        self.not_played: list[Frame] = []
+        """Lines that an early stop left out, although they may allocate."""
+        self._mark = 0
+        self._last_pattern: tuple[int, ...] = ()
+        self._peak_before = (0, 0)
+        self._stable = 0
+        self._lines = LineWatch()
+        self._repeats_since: float | None = None
+        self._allocating: set[Frame] = set()
+        self._read_allocations = 0
+        self._unplayed: list[Frame] = []
+
+    def after_step(self, steps: int, notes: list[str]) -> None:
+        """Decide if another step could differ; add to `notes` what an early end leaves open."""
+        recorder = self._recorder
+        pattern = self._pattern()
+        peak = (recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
+        self._stable = self._stable + 1 if (pattern, peak) == (self._last_pattern, self._peak_before) else 0
+        self._last_pattern, self._peak_before = pattern, peak
+        if self._settings.steps is not None:
+            if steps >= self._settings.steps:
+                self._end(say("vgpu.stopping.steps_done", steps=steps))
+        elif self._settings.until_stable:
+            self._end_if_stable(steps, notes)
+
+    def out_of_time(self) -> None:
+        """Note that the time limit has passed; the device ends the script at the next operator."""
+        self.reason = say("vgpu.stopping.out_of_time", seconds=f"{self._settings.timeout_s:g}")
+        self.not_played = self._unplayed
+
+    def close(self) -> None:
+        self._lines.stop()
+
+    def _end_if_stable(self, steps: int, notes: list[str]) -> None:
+        """End when steps repeat and every line that may allocate ran, or when playing on took too long."""
+        frame = sys._getframe()
+        self._lines.start(frame)
+        self._lines.follow(frame)
+        self._unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
+        if self._stable < _STABLE_STEPS:
+            return
+        self._repeats_since = self._repeats_since or time.monotonic()
+        if self._unplayed and time.monotonic() - self._repeats_since < _PLAY_ON_S:
+            return
+        self.not_played = self._unplayed
+        if "eval" not in self._recorder.phase_peaks:
+            notes.append(say("vgpu.stopping.no_evaluation"))
+        self._end(say("vgpu.stopping.repeats", first=steps - self._stable, last=steps))
+
+    def _allocating_lines(self) -> set[Frame]:
+        """Return the user's lines that allocated so far; each call reads only the allocations made since the last."""
+        allocations = self._recorder.allocations
+        self._allocating.update(place for each in allocations[self._read_allocations :] for place in each.frames)
+        self._read_allocations = len(allocations)
+        return self._allocating
+
+    def _end(self, reason: str) -> None:
+        self.reason = reason
+        raise EnoughSeen(reason)
+
+    def _pattern(self) -> tuple[int, ...]:
+        """Return the step's allocations and releases by size; which tensors they were does not matter."""
+        events, allocations = self._recorder.events, self._recorder.allocations
+        pattern = tuple(
+            allocations[number - 1].nbytes if number > 0 else -allocations[-number - 1].nbytes
+            for number in events[self._mark :]
+        )
+        self._mark = len(events)
+        return pattern
