@@ -72,7 +72,7 @@ class TestTheStory:
         assert done.returncode == 1
         assert done.stdout.startswith("DOES NOT FIT on GeForce RTX 3060 12GB, 11.69 GiB, 2.00 GiB of it used by others")
         assert re.search(
-            r"at tests/scripts/nanogpt_like.py:\d+, in Model.forward\n    loss = F.cross_entropy", done.stdout
+            r"Line: tests/scripts/nanogpt_like.py:\d+ in Model.forward\n    loss = F.cross_entropy", done.stdout
         )
         assert "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.14 GiB." in done.stderr
 
@@ -117,7 +117,7 @@ class TestTraining:
         words = ("--gpu", "RTX 4090", "--memory", "1GiB", "--timeout", "8", script, 10**6, "within")
         done = run(*words, json_=False)
         assert done.stdout.startswith("FITS AS FAR AS IT WAS PLAYED on")
-        assert re.search(r"not played: \S*late.py:10, ", done.stdout)
+        assert re.search(r"not played: \S*late.py:10\n", done.stdout)
 
     def test_the_peak_is_what_was_alive(self) -> None:
         found = dryrun("--gpu", "RTX 4090", LOOP, *SMALL)

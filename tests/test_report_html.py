@@ -411,9 +411,18 @@ class TestDryRun:
         html = findings_report(findings(a_timeline()))
         text = Outline(html).text
         for words_ in (
-            "Dry run on GeForce RTX 3060 12GB", "It fits.", "Left over", "75.0%", "logits", "kernels of Triton",
-            "something rare", "4 answers were made up", "a note", "not written: out/ckpt.pt", "deep/down/model.py:7",
-        ):  # fmt: skip
+            "Dry run on GeForce RTX 3060 12GB",
+            "FITS on GeForce RTX 3060 12GB,",
+            "Left over",
+            "75.0%",
+            "logits",
+            "kernels of Triton",
+            "something rare",
+            "4 answers were made up",
+            "a note",
+            "not written: out/ckpt.pt",
+            "deep/down/model.py:7",
+        ):
             assert words_ in text, words_
         assert "somebody" not in html, "a page may be sent to others"
         chart = data_of(html)["charts"]["timeline"]
@@ -424,7 +433,7 @@ class TestDryRun:
         html = findings_report(findings(timeline, outcome="out_of_memory", failure=FAILURE))
         text = Outline(html).text
         for words_ in (
-            "It does not fit",
+            "DOES NOT FIT on",
             "asked for 6.00 GiB",
             "2.00 GiB were free",
             "CUDA out of memory",
@@ -776,7 +785,7 @@ class TestWords:
         for key, _ in words("ja").sentences():
             table, _, name = key.partition(".")
             text = words("ja").table(table)[name]
-            assert re.search("[぀-ヿ一-鿿]", text) or key in ("page.separator",), key
+            assert re.search("[぀-ヿ一-鿿]", text) or key in ("page.separator", "outcome.card"), key
 
     def test_every_sentence_is_used(self) -> None:
         source = "".join(
@@ -784,7 +793,7 @@ class TestWords:
             for path in Path(str(files("tightfit.report"))).rglob("*")
             if path.suffix in (".py", ".html", ".js") and "vendor" not in path.parts
         )
-        by_name = ("event.", "phase.", "category.", "plan_column.", "series.")
+        by_name = ("outcome.", "event.", "phase.", "category.", "plan_column.", "series.")
         for key, _ in words("en").sentences():
             name = key.partition(".")[2]
             assert key.startswith(by_name) or f'"{name}"' in source or f"words.{name}" in source, key

@@ -77,10 +77,12 @@ def _write_pictures(found: Findings, options: argparse.Namespace, lang: str) -> 
 
 
 def _show(found: Findings, options: argparse.Namespace, lang: str) -> None:
-    from tightfit.report.dryrun_terminal import dryrun_text
+    from tightfit.report.dryrun_page import dryrun_page
+    from tightfit.report.terminal import page_text
+    from tightfit.wording.report import words
 
     sys.stderr.flush()
-    print(dryrun_text(found), flush=True)
+    print(page_text(dryrun_page(found, words(lang))), flush=True)
     if found.failure and options.explain:
         from tightfit.cli.explained import text_for_terminal
         from tightfit.diagnosis.explanation import explain_dryrun

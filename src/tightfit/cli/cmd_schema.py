@@ -11,6 +11,7 @@ from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 
 RECORDS = {
+    "dryrun": ("tightfit.vgpu.records", "Findings"),
     "plan": ("tightfit.planner.plan_record", "PlanRecord"),
 }
 """Module and record that each command prints with --json."""

@@ -1,6 +1,10 @@
 """The sections of a dry run's report: the verdict, memory over time with its tensors, and the assumptions."""
 
-from tightfit.report.page import Page, Section, Table
+from collections import Counter
+from collections.abc import Mapping
+
+from tightfit.report.bars import colour_of
+from tightfit.report.sections import Page, Section, Segment, Table
 from tightfit.report.tensor_texts import place_text, shape_text, source_line
 from tightfit.report.timeline_chart import timeline_section
 from tightfit.units import format_bytes
@@ -9,42 +13,58 @@ from tightfit.wording.report import Words
 
 
 def dryrun_page(found: Findings, t: Words) -> Page:
-    """Lay out findings as a page."""
-    gpu, fits = found.gpu, found.outcome == "fits"
-    sections = [timeline_section(found, t), _failure(found, t), _categories(found, t), _largest(found, t)]
-    sections += [_phases(found, t), _remarks(found, t)]
+    """Lay out findings for a page or a terminal."""
+    sections = [timeline_section(found, t), *_failure(found, t), _categories(found, t), _largest(found, t)]
+    sections += [_phases(found, t), _remarks(found, t), _never_modelled(found, t)]
     return Page(
-        title=t("dryrun", "title", gpu=gpu.name),
-        verdict=t("outcome", "fits_as_played" if found.not_played and fits else found.outcome),
-        is_bad=not fits,
+        title=t("dryrun", "title", gpu=found.gpu.name),
+        verdict=_verdict(found, t),
+        is_bad=found.outcome != "fits",
         facts=_facts(found, t),
         sections=[section for section in sections if section is not None],
     )
 
 
+def _verdict(found: Findings, t: Words) -> str:
+    gpu, as_played = found.gpu, found.outcome == "fits" and found.not_played
+    return t(
+        "outcome",
+        "fits_as_played" if as_played else found.outcome,
+        card=t(
+            "outcome",
+            "card_and_others" if gpu.used_by_others_bytes else "card",
+            name=gpu.name,
+            total=format_bytes(gpu.total_bytes),
+            others=format_bytes(gpu.used_by_others_bytes),
+        ),
+        device=format_bytes(found.peak.device_bytes),
+        left=format_bytes(found.free_bytes),
+        reason=found.stopped_because,
+    )
+
+
 def _facts(found: Findings, t: Words) -> list[tuple[str, str, str]]:
-    gpu, peak = found.gpu, found.peak
+    peak, failure = found.peak, found.failure
     in_phase = t("dryrun", "in_phase", phase=t.name("phase", peak.phase))
     facts = [
-        (t("dryrun", "card"), format_bytes(gpu.total_bytes), gpu.name),
-        (t("dryrun", "others"), format_bytes(gpu.used_by_others_bytes), ""),
-        (t("dryrun", "device"), format_bytes(peak.device_bytes), t("dryrun", "with_context")),
-        (t("dryrun", "allocated"), format_bytes(peak.allocated_bytes), in_phase),
-        (t("dryrun", "reserved"), format_bytes(peak.reserved_bytes), ""),
+        ("device", peak.device_bytes, t("dryrun", "with_context", context=format_bytes(found.gpu.context_bytes))),
+        ("requested", peak.requested_bytes, in_phase),
+        ("allocated", peak.allocated_bytes, ""),
+        ("reserved", peak.reserved_bytes, ""),
     ]
-    if found.failure:
-        facts.append((t("dryrun", "asked"), format_bytes(found.failure.requested_bytes), ""))
-        facts.append((t("dryrun", "free"), format_bytes(found.failure.free_bytes), ""))
+    if failure:
+        facts += [("asked", failure.requested_bytes, ""), ("free", failure.free_bytes, "")]
     else:
-        facts.append((t("dryrun", "left"), format_bytes(max(0, found.free_bytes)), ""))
-    return facts
+        facts.append(("left", max(0, found.free_bytes), ""))
+    return [(t("dryrun", key), format_bytes(nbytes), remark) for key, nbytes, remark in facts]
 
 
-def _failure(found: Findings, t: Words) -> Section | None:
+def _failure(found: Findings, t: Words) -> list[Section]:
+    """Name the failed request and its line; the message goes to the page alone, a terminal has it in the traceback."""
     failure = found.failure
-    if not failure:
-        return None
-    said = t(
+    if failure is None:
+        return []
+    words = t(
         "failure",
         "sentence",
         phase=t.name("phase", failure.phase),
@@ -55,13 +75,13 @@ def _failure(found: Findings, t: Words) -> Section | None:
         cached=format_bytes(failure.reserved_bytes - failure.allocated_bytes),
     )
     what = [shape_text(failure), t.name("category", failure.category)]
-    lines = [place_text(failure), source_line(failure), "", failure.message]
-    return Section(
-        id="failure",
-        title=t("failure", "title"),
-        paragraphs=[said, t("failure", "tensor", what=t("page", "separator").join(filter(None, what)))],
-        preformatted="\n".join(lines).strip(),
-    )
+    paragraphs = [words, t("failure", "tensor", what=t("page", "separator").join(filter(None, what)))]
+    if failure.file:
+        paragraphs.append(t("failure", "at", place=place_text(failure)))
+    return [
+        Section(id="failure", title=t("failure", "title"), paragraphs=paragraphs, preformatted=source_line(failure)),
+        Section(id="message", title=t("failure", "message"), preformatted=failure.message, page_only=True),
+    ]
 
 
 def _categories(found: Findings, t: Words) -> Section | None:
@@ -70,29 +90,36 @@ def _categories(found: Findings, t: Words) -> Section | None:
         return None
     whole = sum(sums.values())
     rows = []
-    for category, nbytes in sorted(sums.items(), key=lambda item: -item[1]):
-        phases = sorted(found.categories_by_phase.get(category, {}).items(), key=lambda item: -item[1])
+    for category, nbytes in _largest_first(sums):
+        phases = _largest_first(found.categories_by_phase.get(category, {}))
         made = t("page", "separator").join(f"{t.name('phase', phase)} {format_bytes(each)}" for phase, each in phases)
         rows.append([t.name("category", category), format_bytes(nbytes), f"{nbytes / whole:.1%}", made])
+    most = max(sums.values())
+    bars = [[Segment(0, nbytes / most, colour_of(category))] for category, nbytes in _largest_first(sums)]
     columns = [t("categories", key) for key in ("category", "bytes", "share", "made")]
     caption = t("categories", "failed" if found.failure else "peak")
-    table = Table(caption=caption, columns=columns, rows=rows, numbers=frozenset({1, 2}))
+    table = Table(caption=caption, columns=columns, rows=rows, bars=bars, numbers=frozenset({1, 2}))
     return Section(id="categories", title=t("categories", "title"), tables=[table])
+
+
+def _largest_first(sums: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(sums.items(), key=lambda item: -item[1])
 
 
 def _largest(found: Findings, t: Words) -> Section | None:
     if not found.largest:
         return None
-    rows = [
-        [
+    counts = Counter(
+        (
             shape_text(each) or t("largest", "workspace"),
             format_bytes(each.bytes),
             t.name("category", each.category),
             each.operator,
             " ".join(filter(None, (place_text(each), source_line(each)))),
-        ]
+        )
         for each in found.largest
-    ]
+    )
+    rows = [[f"{count} × ({row[0]})" if count > 1 else row[0], *row[1:]] for row, count in counts.items()]
     columns = [t("largest", key) for key in ("tensor", "bytes", "category", "operator", "line")]
     caption = t("largest", "failed" if found.failure else "peak")
     table = Table(caption=caption, columns=columns, rows=rows, numbers=frozenset({1}))
@@ -118,6 +145,9 @@ def _remarks(found: Findings, t: Words) -> Section:
     points += [t("dryrun", "not_played", place=place_text(each)) for each in found.not_played]
     points += [t("dryrun", "not_written", path=path) for path in dict.fromkeys(found.not_written)]
     points += [t("dryrun", "not_modelled", what=what) for what in found.not_modelled]
-    points += [t("dryrun", "never_modelled", what=what) for what in found.never_modelled]
     points += found.notes
     return Section(id="remarks", title=t("dryrun", "remarks"), points=points)
+
+
+def _never_modelled(found: Findings, t: Words) -> Section:
+    return Section(id="never", title=t("dryrun", "never_modelled"), points=found.never_modelled, page_only=True)

@@ -10,20 +10,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tightfit.errors import DataError, DoesNotFit
+from tightfit.report.sections import Page
 from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.storage import write_aside
 from tightfit.wording.report import words
@@ -42,86 +40,6 @@ _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", 
 """Characters that would mean something to HTML, or end a line of JavaScript; in JSON they only occur in strings."""
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Of terminals, and such as turn the direction of what follows: a log or a file name may have them."""
-
-
-class Segment(NamedTuple):
-    """A piece of a bar; `start` and `width` are shares of the axis, `colour` a custom property of the style sheet."""
-
-    start: float
-    width: float
-    colour: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of text under a caption; `numbers` are the columns set flush right."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: frozenset[int] = frozenset()
-    bars: Sequence[Sequence[Segment]] = ()
-    """For each row, drawn below its first cell; the row's figures say the same."""
-    limit: float | None = None
-    """Share of the bars' axis at which a line stands."""
-    tones: Sequence[str] = ()
-    """For each row good, bad or nothing: the colour of its second cell."""
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """A piece of advice below a heading of its own, with lines to paste."""
-
-    title: str
-    remark: str
-    """Set in bold, in the colour of its tone: good, bad or nothing."""
-    tone: str
-    text: str = ""
-    """Goes on behind the remark."""
-    code: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """`spec` is read by templates/charts; `summary` says in words what is to be seen."""
-
-    spec: Mapping[str, Any] | msgspec.Struct
-    summary: str
-    notes: Sequence[str] = ()
-    table: Table
-    """The same for those who do not see the chart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A heading and what is below it."""
-
-    id: str
-    title: str
-    chart: Chart | None = None
-    tables: Sequence[Table] = ()
-    paragraphs: Sequence[str] = ()
-    points: Sequence[str] = ()
-    """A list."""
-    labelled: Sequence[tuple[str, str]] = ()
-    """A numbered list: what each entry rests on, and the entry."""
-    preformatted: str = ""
-    code: str = ""
-    """Lines to paste."""
-    advice: Sequence[Advice] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """What a report says, from top to bottom."""
-
-    title: str
-    verdict: str = ""
-    is_bad: bool = False
-    facts: Sequence[tuple[str, str, str]] = ()
-    """Name, value and a remark."""
-    sections: Sequence[Section] = field(default_factory=tuple)
 
 
 def render(page: Page, *, lang: str) -> str:

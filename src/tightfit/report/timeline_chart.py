@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import msgspec
 
-from tightfit.report.page import Chart, Section, Table
+from tightfit.report.sections import Chart, Section, Table
 from tightfit.report.tensor_texts import place_text, shape_text, source_line
 from tightfit.report.timeline_picture import CATEGORY_COLOURS
 from tightfit.units import format_bytes
