@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import msgspec
+import torch
 
 from tightfit.simulation.requests import LoopPlay, LoopRequest, Moment
 from tightfit.simulation.speed import Meter, rates_of
@@ -48,7 +49,7 @@ def play_loop(request: LoopRequest) -> LoopPlay:
         session.device.observer = meter
         try:
             loop.run(request.settings, note)
-        except Exception as failure:  # of the loop, as on a card: its findings name it
+        except torch.OutOfMemoryError as failure:
             error = failure
     found = findings_of(session, error)
     if found.failure and found.failure.file == _FILE:
