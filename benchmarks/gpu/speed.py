@@ -29,7 +29,9 @@ import numpy as np
 from benchmarks.gpu import processes
 from benchmarks.gpu.calibrate import DRY_CARD, WORKLOAD, read
 from benchmarks.gpu.grid import Case
+from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError, DeviceError, TightfitError
+from tightfit.models.shape import flops_per_token
 
 FIELDS = (
     "round", "name", "dry", "step_ms", "tokens_per_s", "share_of_matmul", "peak_bytes", "peak_kind", "seconds", "error",
@@ -56,8 +58,10 @@ class Model:
     @property
     def flops_per_token(self) -> int:
         """Forward and backward, as PaLM's appendix B counts them; recomputation does not count."""
-        parameters = 12 * self.layers * self.width**2 + self.vocab * self.width
-        return 6 * parameters + 12 * self.layers * self.width * self.block
+        config = TrainConfig(
+            n_layer=self.layers, n_head=self.heads, n_embd=self.width, vocab_size=self.vocab, bias=False
+        )
+        return flops_per_token(config, self.block)
 
 
 @dataclass(frozen=True)

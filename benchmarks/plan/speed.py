@@ -50,15 +50,16 @@ def play(gpu: str, words: list[str]) -> None:
     """In the process that has the virtual card: print the last step's milliseconds."""
     from tightfit.gpus import resolve_gpu
     from tightfit.simulation.speed import Meter, Work, rates_of
+    from tightfit.vgpu.records import Settings
     from tightfit.vgpu.script import run_script
-    from tightfit.vgpu.session import Request, VirtualSession
+    from tightfit.vgpu.session import VirtualSession
 
     rates, meter = rates_of(resolve_gpu(gpu)[0], compiled="--compile=1" in words), Meter()
     read: list[Work] = [meter.read()]
     usual = VirtualSession.__init__
 
-    def start(session: VirtualSession, request: Request) -> None:
-        usual(session, request)
+    def start(session: VirtualSession, settings: Settings) -> None:
+        usual(session, settings)
         session.device.observer = meter
         after_step = session._after_step
 
@@ -69,7 +70,7 @@ def play(gpu: str, words: list[str]) -> None:
         session.phases._on_step = after
 
     VirtualSession.__init__ = start  # type: ignore[method-assign]
-    run_script(str(LOOP), ["--eval_iters=1", *words], Request(gpu=gpu, memory_bytes=80 << 30, steps=4))
+    run_script(str(LOOP), ["--eval_iters=1", *words], Settings(gpu=gpu, memory_bytes=80 << 30, steps=4))
     print(1000 * (read[-1] - read[-2]).seconds(rates), flush=True)
     os._exit(0)
 
