@@ -30,6 +30,7 @@ def steps(
     offload: str, dtype: torch.dtype, checkpointed: int = 0, *, compiled: bool = False
 ) -> tuple[GPT, StepState, list[StepResult]]:
     config = TrainConfig(offload=offload, compile=compiled, activation_checkpointing=checkpointed)
+    torch.manual_seed(config.seed)
     model = build_model(config, SHAPE, None, CPU)
     hardware = Hardware(device=CPU, dtype=dtype, compile=compiled, reasons=())
     state = build_state(config, model, None, hardware, World())

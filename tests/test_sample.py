@@ -163,7 +163,7 @@ class TestCommand:
         assert done.code == 2
         assert re.fullmatch(
             r"tightfit: .*ckpt\.pt was trained on the dataset 'tiny', whose vocabulary is not in .*; "
-            r"make it again with tightfit prepare tiny, or say where it is with --data_dir\n",
+            r"make it again with tightfit prepare tiny, or set --data_dir to its folder\n",
             done.err,
         )
 

@@ -269,14 +269,14 @@ class TestHardware:
 
     @pytest.mark.parametrize("asked", ["auto", "bfloat16"])
     def test_bfloat16_where_the_processor_has_it(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-        monkeypatch.setattr(hardware_module, "_processor_flags", lambda: {"avx512_bf16"})
+        monkeypatch.setattr(hardware_module, "processor_flags", lambda: {"avx512_bf16"})
         chosen = choose_hardware(configured(dtype=asked))
         assert chosen.dtype == torch.bfloat16
         assert any("natively (avx512_bf16)" in reason for reason in chosen.reasons) == (asked == "auto")
 
     @pytest.mark.parametrize("asked", ["auto", "bfloat16"])
     def test_float32_where_it_has_not(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-        monkeypatch.setattr(hardware_module, "_processor_flags", lambda: {"avx2"})
+        monkeypatch.setattr(hardware_module, "processor_flags", lambda: {"avx2"})
         chosen = choose_hardware(configured(dtype=asked))
         assert chosen.dtype == torch.float32
         assert "dtype: float32, because this processor has no bfloat16 instructions" in chosen.reasons

@@ -1,27 +1,30 @@
-"""What may change during a run without rebuilding anything, and in which order it does when memory is short."""
+"""Choose smaller settings when memory is short and larger ones later; none needs the run to be rebuilt."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
-from tightfit.trainer.step import Phase
+Phase = Literal[
+    "setup", "resume", "eval", "forward", "loss", "backward", "optimizer", "compile", "log", "save", "sample"
+]
+"""Part of a run in which an error can happen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the effective batch is run; nothing of it changes the result but by rounding."""
+    """Settings that decide how the effective batch is run; they change the result only by rounding."""
 
     micro_batch: int
     """Sequences per forward pass on one device."""
     eval_micro_batch: int
     """The same for evaluations."""
     loss: str
-    """As the key `loss`: full, chunked, liger or auto."""
+    """A value of the key `loss`: full, chunked, liger or auto."""
     checkpointed_blocks: int
     """Blocks, from the first, that are recomputed in backward."""
 
     def needs_as_much_as(self, other: "Settings") -> bool:
-        """Whether no part of it takes less memory than `other`'s.
+        """Return True if no part of these settings takes less memory than the same part of `other`.
 
         >>> small = Settings(micro_batch=1, eval_micro_batch=8, loss="auto", checkpointed_blocks=0)
         >>> replace(small, micro_batch=4).needs_as_much_as(small), small.needs_as_much_as(replace(small, loss="full"))
@@ -35,7 +38,7 @@ class Settings:
         )
 
     def changes_to(self, other: "Settings") -> str:
-        """The fields that differ, as "micro_batch 8 -> 4"."""
+        """Print the fields that differ, as "micro_batch 8 -> 4"."""
         pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
         return ", ".join(f"{name} {mine} -> {its}" for name, mine, its in pairs if mine != its)
 
@@ -44,7 +47,7 @@ class Settings:
 
 
 _LOSS_ORDER = {"liger": 0, "chunked": 0, "auto": 1, "full": 2}
-"""By the logits that are held; auto holds them only while they are small."""
+"""Order by the bytes of logits that are held; auto holds them only while they are small."""
 
 
 class Adjustable(Protocol):
@@ -53,48 +56,42 @@ class Adjustable(Protocol):
     @property
     def settings(self) -> Settings:
         """Return the settings of the next pass."""
-        ...
 
     def use_settings(self, settings: Settings) -> None:
         """Run every pass from the next one on with `settings`."""
-        ...
 
 
 class Fallback(Protocol):
-    """Decides what a run does next when its settings fail, and when they have not failed for a while."""
+    """Decides the next settings of a run when its own fail, and when they have not failed for a while."""
 
     @property
     def is_tight(self) -> bool:
-        """Whether the run is known to need nearly all the memory that there is."""
-        ...
+        """Return True if the run is known to need nearly all of the memory."""
 
     @property
     def predicted_peak_bytes(self) -> int | None:
-        """What the settings that were wanted were predicted to take, counted as `metrics.jsonl` counts it."""
-        ...
+        """Return the predicted peak of the wanted settings, counted as in `metrics.jsonl`; None without a plan."""
 
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
-        """Settings that need less in `phase` than those that just failed there; None if there are none."""
-        ...
+        """Return settings that need less in `phase` than `now`, which just failed there; None if there are none."""
 
     def larger(self, now: Settings, failed: frozenset[Settings]) -> Settings | None:
-        """A step back towards what was wanted, none of whose needs are those of settings that failed."""
-        ...
+        """Return settings one step nearer to the wanted ones that need less than those that failed; None if none do."""
 
 
 @dataclass(frozen=True)
 class Halving:
-    """Halves what failed until it fits; then the loss in chunks; then a quarter, half, all of the blocks recomputed."""
+    """Halves the micro-batch until it fits; then chunks the loss; then recomputes a quarter, half, all blocks."""
 
     n_layer: int
     share: int
-    """Sequences of a step that are this process's."""
+    """Sequences of a step that this process runs."""
     wanted: Settings
     is_tight: bool = False
     predicted_peak_bytes: int | None = None
 
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
-        """`free_bytes` is of no use here: without a plan nothing is known of what other settings need."""
+        """Return the next smaller settings; `free_bytes` is unused: without a plan the needs of others are unknown."""
         if phase in ("eval", "sample"):
             if now.eval_micro_batch > 1:
                 return replace(now, eval_micro_batch=now.eval_micro_batch // 2)
@@ -107,7 +104,7 @@ class Halving:
         return None if more is None else replace(now, checkpointed_blocks=more)
 
     def larger(self, now: Settings, failed: frozenset[Settings]) -> Settings | None:
-        """The way that `smaller` went, backwards; a part that cannot grow does not keep another from it."""
+        """Go back one step of `smaller`; a part that cannot grow does not keep another from growing."""
         candidates = (each for each in self._steps_back(now) if each != now)
         return next((each for each in candidates if not any(each.needs_as_much_as(one) for one in failed)), None)
 
@@ -127,5 +124,8 @@ class Halving:
 
 
 def least_that_failed(now: Settings, phase: Phase) -> Settings:
-    """What is known to fail after `now` failed in `phase`: an evaluation says nothing of the training's micro-batch."""
+    """Return the least settings known to fail after `now` failed in `phase`.
+
+    A failed evaluation does not count against the micro-batch of training, nor the other way round.
+    """
     return replace(now, micro_batch=1) if phase in ("eval", "sample") else replace(now, eval_micro_batch=1)

@@ -1,12 +1,13 @@
-"""What a run tells while it runs: lines or a progress bar for people, `metrics.jsonl` and loggers for machines."""
+"""Report a run while it runs: lines or a progress bar for people, `metrics.jsonl` and loggers for machines."""
 
 import importlib
 import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import msgspec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,12 +22,14 @@ from tightfit.config import TrainConfig, to_dict
 from tightfit.errors import ConfigError
 from tightfit.storage import METRICS, writing
 from tightfit.trainer.checkpoint import FULL_DISK
+from tightfit.trainer.events import Event
 from tightfit.trainer.resident import MemoryUse
 from tightfit.units import format_bytes, format_count
+from tightfit.wording import say
 
 
 class Sink(Protocol):
-    """Where numbers of a step go."""
+    """Destination of a step's numbers."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -35,25 +38,27 @@ class Sink(Protocol):
 class JsonLines:
     """`metrics.jsonl`: one object a line, `step` first. A resumed run drops the lines that it will write again."""
 
-    def __init__(self, folder: Path, *, from_step: int, evaluated: bool, say: Callable[[str], object]) -> None:
-        """Lines of training steps at and after `from_step` go; that step's evaluation stays if it was `evaluated`."""
-        self._say, self._complete = say, True
+    def __init__(self, folder: Path, *, from_step: int, evaluated: bool, log: Callable[[str], object]) -> None:
+        """Drop lines of training steps from `from_step` on; keep that step's evaluation if it was `evaluated`."""
+        self._log, self._complete = log, True
         self.path = folder / METRICS
-        kept = [line for line in self._lines() if _is_before(line, from_step, evaluated)]
+        found = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        kept = [line for line in found if _is_before(line, from_step, evaluated)]
         with writing(self.path) as part:
             part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in close)
 
-    def _lines(self) -> list[str]:
-        try:
-            return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line; on a full disk 8 KiB wait in the file's buffer, the rest is lost, and this is logged once."""
+        self._append(json.dumps({"step": step, **values}))
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """On a full disk lines wait in the file's buffer, 8 KiB of them; the rest is lost, and that is said once."""
+    def write_event(self, step: int, event: Event) -> None:
+        """Write the event's fields as a line, with the key "event"."""
+        self._append(json.dumps({"step": step, **msgspec.to_builtins(event)}))
+
+    def _append(self, line: str) -> None:
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(f"{line}\n")
         except OSError as error:
             self._lost(error)
 
@@ -67,7 +72,7 @@ class JsonLines:
         if error.errno not in FULL_DISK:
             raise error
         if self._complete:
-            self._say(f"{self.path} may lose lines from here on: the disk is full")
+            self._log(say("trainer.metrics.disk_is_full", path=self.path))
         self._complete = False
 
 
@@ -87,7 +92,7 @@ class _TensorBoard:
         try:
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         except ImportError:
-            raise ConfigError("tensorboard_log needs tensorboard; pip install 'tightfit[log]'") from None
+            raise ConfigError(say("trainer.metrics.no_tensorboard")) from None
         self._writer = writer(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -103,7 +108,7 @@ class _WeightsAndBiases:
         try:
             self._wandb = importlib.import_module("wandb")
         except ImportError:
-            raise ConfigError("wandb_log needs wandb; pip install 'tightfit[log]', or --no-wandb_log") from None
+            raise ConfigError(say("trainer.metrics.no_wandb")) from None
         self._run = self._wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name,
@@ -126,18 +131,18 @@ class Reporter:
         self._is_main = is_main
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
-        self._early: list[tuple[int, Mapping[str, Any]]] = []
+        self._early: list[tuple[int, Event]] = []
         self._progress: Progress | None = None
 
     def start(self, config: TrainConfig, *, first_step: int, evaluated: bool) -> None:
-        """Training begins at `first_step`, whose evaluation may have been made before: open the sinks, draw the bar."""
+        """Open the sinks and draw the bar; training begins at `first_step`, which may be `evaluated` already."""
         if not self._is_main:
             return
         folder = Path(config.out_dir)
-        self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, say=self.say)
+        self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, log=self.log)
         self._sinks.append(self._lines)
-        for step, values in self._early:
-            self._lines.write(step, values)
+        for step, event in self._early:
+            self._lines.write_event(step, event)
         if config.tensorboard_log:
             self._sinks.append(_TensorBoard(folder, first_step))
         if config.wandb_log:
@@ -148,19 +153,19 @@ class Reporter:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
+                TextColumn(say("trainer.metrics.left")),
                 TimeRemainingColumn(),
                 console=self._console,
             )
             self._task = self._progress.add_task("", total=config.max_iters, completed=first_step, numbers="")
             self._progress.start()
 
-    def say(self, line: str) -> None:
-        """A line of its own, above the progress bar if there is one."""
+    def log(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one."""
         self._console.print(line, markup=False)
 
     def step(self, step: int, values: Mapping[str, float], memory: MemoryUse) -> None:
-        """A logged training step; `values` as written to metrics.jsonl: loss, ms, tokens_per_s, perhaps mfu."""
+        """Report a training step; `values` as written to metrics.jsonl: loss, ms, tokens_per_s, perhaps mfu."""
         rate = f"{format_count(values['tokens_per_s'])} tok/s"
         held = f"memory {format_bytes(memory.now_bytes)} (peak {format_bytes(memory.peak_bytes)})"
         mfu = f", mfu {values['mfu'] * 100:.2f}%" if "mfu" in values else ""
@@ -168,20 +173,20 @@ class Reporter:
             numbers = f"loss {values['loss']:.4f}, {rate}{mfu}, {held}"
             self._progress.update(self._task, completed=step + 1, numbers=numbers)
         else:
-            self.say(f"iter {step}: loss {values['loss']:.4f}, time {values['ms']:.2f}ms{mfu}, {rate}, {held}")
+            self.log(f"iter {step}: loss {values['loss']:.4f}, time {values['ms']:.2f}ms{mfu}, {rate}, {held}")
         self._write(step, {**values, "memory_bytes": memory.now_bytes, "memory_peak_bytes": memory.peak_bytes})
 
     def evaluation(self, step: int, losses: Mapping[str, float], learning_rate: float) -> None:
-        """nanoGPT's line of an evaluation."""
-        self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        """Report an evaluation with nanoGPT's line."""
+        self.log(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         self._write(step, {"train_loss": losses["train"], "val_loss": losses["val"], "lr": learning_rate})
 
-    def event(self, step: int, values: Mapping[str, Any]) -> None:
-        """What happened besides training, a line with the key "event"; before `start` it waits for the file."""
+    def event(self, step: int, event: Event) -> None:
+        """Write an event to metrics.jsonl; before `start` it waits for the file."""
         if self._lines is not None:
-            self._lines.write(step, values)
+            self._lines.write_event(step, event)
         elif self._is_main:
-            self._early.append((step, values))
+            self._early.append((step, event))
 
     def close(self) -> None:
         if self._progress is not None:
@@ -195,18 +200,14 @@ class Reporter:
 
 
 class Stopwatch:
-    """Time between two laps, in ms for each step in between."""
-
-    def __init__(self) -> None:
-        self._start, self._step = time.perf_counter(), 0
+    """Milliseconds for each step between two laps."""
 
     def restart(self, step: int) -> None:
-        """Step `step` is about to begin."""
+        """Start anew, just before step `step`."""
         self._start, self._step = time.perf_counter(), step
 
     def lap(self, steps_done: int) -> float:
-        """Milliseconds for each step since the last lap or restart."""
-        now = time.perf_counter()
-        ms = (now - self._start) * 1000 / max(1, steps_done - self._step)
-        self._start, self._step = now, steps_done
-        return ms
+        """Return the milliseconds for each step since the last lap or restart."""
+        seconds, steps = time.perf_counter() - self._start, max(1, steps_done - self._step)
+        self.restart(steps_done)
+        return seconds * 1000 / steps
