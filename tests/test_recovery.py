@@ -22,7 +22,7 @@ from failures import MESSAGE, Failing, Same, at, squeeze, trained, unsqueeze
 from runs import arguments, column, environment, here, newest, rows, tensors, torchrun
 from torch import nn
 
-from tightfit.trainer import checkpoint, growth, loop, out_of_memory, recovery
+from tightfit.trainer import checkpoint, fallback, loop, out_of_memory, recovery
 from tightfit.trainer.atomic import Update
 from tightfit.trainer.distributed import World
 from tightfit.trainer.fallback import Halving, Settings, least_that_failed
@@ -304,7 +304,7 @@ class TestRuns:
         self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """8 fails whenever it is tried; 4 is wanted again after 2 was enough for a while."""
-        monkeypatch.setattr(growth, "PATIENCE", 5)
+        monkeypatch.setattr(fallback, "PATIENCE", 5)
         usual, tried = loop.optimizer_step, []
 
         def step(state: Any, *args: Any, **keys: Any) -> Any:
@@ -334,7 +334,7 @@ class TestRuns:
     def test_others_taking_memory_is_noticed(
         self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        gib, margin = 2**30, growth.MARGIN_BYTES
+        gib, margin = 2**30, fallback.MARGIN_BYTES
         rooms = iter([(4 * gib, 6 * gib), (margin // 2, 6 * gib)] + [(margin // 2, 2 * gib)] * 100)
         monkeypatch.setattr(recovery, "room_bytes", lambda device: next(rooms))
         monkeypatch.setattr(recovery, "free_bytes", lambda device: gib)

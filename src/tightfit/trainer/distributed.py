@@ -132,12 +132,12 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     if world.size == 1:
         yield
         return
-    # gloo beside nccl: what processes agree on then does not wait for the device
+    # gloo beside nccl: agreements between processes then do not wait for the device
     chosen = ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
     if chosen == "nccl" and device.type != "cuda":
         raise ConfigError(say("trainer.distributed.nccl_without_cuda", device=device))
-    # Its functions have the default group as a default argument, taken at import: imported by DDP later than now, it
-    # would keep the group's threads until after the interpreter's end, where one that frees a tensor aborts.
+    # At its import this module stores the default group in default arguments. Imported later, by DDP, it would keep the
+    # group's threads until after the interpreter's end, where a thread that frees a tensor aborts.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(chosen)
     try:

@@ -3,9 +3,6 @@
 import math
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
@@ -55,7 +52,7 @@ class RunResult:
 
 
 def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> RunResult:
-    """Train as configured; raise one of this package's errors, with nothing lost, if the run cannot be done.
+    """Train as configured. If the run cannot be done, raise one of this package's errors; nothing is lost.
 
     `fallback` decides the changes when memory runs out; by default everything is halved.
     """
@@ -121,6 +118,7 @@ class _Run:
         self.recovery = Recovery(world, hardware.device, reporter.log, reporter.event, enabled=config.recover)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
+        self.stopped_by: signal.Signals | None = None
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
         start = self.recovery.tried(beginning, self._starting_point)
         shape = self._shape(start)
@@ -158,8 +156,8 @@ class _Run:
     def _set_process_malloc(self, fallback: Fallback | None) -> None:
         """Let the C library keep freed memory if there is room for it; else return it, as a plan was predicted.
 
-        Kept memory is fragmented: GPT-2 124M would hold 150 MiB more. So models whose float32 parameters, gradients
-        and moments take over 1 GiB do not keep it.
+        Kept memory is fragmented: GPT-2 124M would hold 150 MiB more. So models with over 1 GiB of float32
+        parameters, gradients and moments do not keep it.
         """
         if self.hardware.device.type != "cpu":
             return
@@ -213,7 +211,7 @@ class _Run:
     def execute(self) -> RunResult:
         config, world = self.config, self.world
         if config.eval_only:
-            self._evaluate(_Stop())
+            self._evaluate()
             return self._result()
         if world.is_main:
             with ckpt.folder_errors(self.folder):
@@ -221,9 +219,9 @@ class _Run:
                 if config.init_from != "resume":
                     ckpt.set_aside(self.folder, log=self.reporter.log)
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
-        with _stop_on_signals() as stop:
+        with handling_signals((signal.SIGINT, signal.SIGTERM), self._stop, once=True):
             try:
-                result = self._loop(stop)
+                result = self._loop()
             except OutOfMemory as error:
                 self._save_before_the_end()
                 if error.of_all:  # torchrun ends the others' saving when one process ends
@@ -236,22 +234,26 @@ class _Run:
             self.recovery.tried("sample", self._sample, alone=True)
         return result
 
-    def _loop(self, stop: "_Stop") -> RunResult:
+    def _stop(self, number: signal.Signals) -> None:
+        """Ask for a stop after the current step; a second signal has its usual effect."""
+        self.stopped_by = number
+
+    def _loop(self) -> RunResult:
         config = self.config
         watch = Stopwatch()
         watch.restart(self.step)
         while True:
             self.recovery.step, last = self.step, self.step >= config.max_iters
             if not self.evaluated and (last or self.step % config.eval_interval == 0):
-                if self._evaluate(stop):
+                if self._evaluate():
                     self._save_after_evaluation()
                 watch.restart(self.step)
-            if self.world.any(stop.by is not None, self.hardware.device):
+            if self.world.any(self.stopped_by is not None, self.hardware.device):
                 self._save(LAST, last_chance=True)
-                number = stop.by or signal.SIGTERM
+                self.stopped_by = self.stopped_by or signal.SIGTERM
                 saved = say("trainer.loop.saved", step=self.step, folder=self.folder)
-                self.reporter.log(f"{number.name}: {saved}")
-                return self._result(number)
+                self.reporter.log(f"{self.stopped_by.name}: {saved}")
+                return self._result()
             if last:
                 return self._result()
             result = self.recovery.tried("forward", self._train_step, undo=self._undo_step)
@@ -283,10 +285,10 @@ class _Run:
         reset_scaler(self.state.optimizer, self.state.scaler)
         self.feed.restart(self.step)
 
-    def _evaluate(self, stop: "_Stop") -> bool:
+    def _evaluate(self) -> bool:
         """Print and keep the mean losses of both splits; return False if a signal cut the evaluation short."""
-        sums = self.world.sum(self.recovery.tried("eval", partial(self._evaluation_sums, stop)), self.hardware.device)
-        if self.world.any(stop.by is not None, self.hardware.device):
+        sums = self.world.sum(self.recovery.tried("eval", self._evaluation_sums), self.hardware.device)
+        if self.world.any(self.stopped_by is not None, self.hardware.device):
             return False
         losses = {"train": sums[0] / sums[1], "val": sums[2] / sums[3]}
         self.reporter.evaluation(self.step, losses, learning_rate_at(self.config, self.step))
@@ -295,14 +297,14 @@ class _Run:
         self.best_val_loss = min(self.best_val_loss, losses["val"])
         return True
 
-    def _evaluation_sums(self, stop: "_Stop") -> list[float]:
+    def _evaluation_sums(self) -> list[float]:
         """Return the summed loss and the tokens of this process's share: of the training split, then of the other."""
         share = self.world.share(self.eval_sequences)
         sums: list[float] = []
         purposes: tuple[Purpose, ...] = ("evaluate train", "evaluate val")
         for purpose in purposes:
             wanted = self.feed.of_evaluation(purpose, self.step, share, self.settings.eval_micro_batch)
-            sums += evaluation_loss(self.state, takewhile(lambda _: stop.by is None, wanted))
+            sums += evaluation_loss(self.state, takewhile(lambda _: self.stopped_by is None, wanted))
         self.recovery.agree()
         return sums
 
@@ -391,28 +393,8 @@ class _Run:
         wanted = SampleConfig(start=config.start, max_new_tokens=config.sample_at_end, seed=config.seed)
         self.reporter.log(sample_text(self.model, self.dataset, wanted, self.hardware))
 
-    def _result(self, stopped_by: signal.Signals | None = None) -> RunResult:
-        return RunResult(self.step, self.best_val_loss, stopped_by)
-
-
-@dataclass
-class _Stop:
-    """A signal that asked the run to end, if one came."""
-
-    by: signal.Signals | None = None
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    """Let the first SIGINT or SIGTERM ask for a stop after the current step; a second one has its usual effect."""
-    stop = _Stop()
-
-    def ask(number: signal.Signals) -> None:
-        stop.by = number
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    with handling_signals((signal.SIGINT, signal.SIGTERM) if in_main_thread else (), ask, once=True):
-        yield stop
+    def _result(self) -> RunResult:
+        return RunResult(self.step, self.best_val_loss, self.stopped_by)
 
 
 def _as_floats(result: StepResult) -> dict[str, float]:

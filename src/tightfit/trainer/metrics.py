@@ -4,8 +4,8 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from rich.console import Console
@@ -27,12 +27,8 @@ from tightfit.trainer.resident import MemoryUse
 from tightfit.units import format_bytes, format_count
 from tightfit.wording import say
 
-
-class Sink(Protocol):
-    """Destination of a step's numbers."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+Sink = Callable[[int, Mapping[str, float]], object]
+"""Takes a step and its numbers."""
 
 
 class JsonLines:
@@ -87,40 +83,25 @@ def _is_before(line: str, step: int, evaluated: bool) -> bool:
         return False  # the cut last line of a killed run
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, first_step: int) -> None:
-        try:
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        except ImportError:
-            raise ConfigError(say("trainer.metrics.no_tensorboard")) from None
-        self._writer = writer(str(folder / "tensorboard"), purge_step=first_step)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
+def _tensorboard(folder: Path, first_step: int, at_end: ExitStack) -> Sink:
+    try:
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        raise ConfigError(say("trainer.metrics.no_tensorboard")) from None
+    writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    at_end.callback(writer.close)
+    return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
 
 
-class _WeightsAndBiases:
-    def __init__(self, config: TrainConfig) -> None:
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise ConfigError(say("trainer.metrics.no_wandb")) from None
-        self._run = self._wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name,
-            config=to_dict(config),
-            dir=config.out_dir,
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._wandb.log({"iter": step, **values}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+def _weights_and_biases(config: TrainConfig, at_end: ExitStack) -> Sink:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise ConfigError(say("trainer.metrics.no_wandb")) from None
+    names = {"project": config.wandb_project, "name": config.wandb_run_name}
+    run = wandb.init(**names, config=to_dict(config), dir=config.out_dir)
+    at_end.callback(run.finish)
+    return lambda step, values: wandb.log({"iter": step, **values}, step=step)
 
 
 class Reporter:
@@ -130,6 +111,7 @@ class Reporter:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._is_main = is_main
         self._sinks: list[Sink] = []
+        self._at_end = ExitStack()
         self._lines: JsonLines | None = None
         self._early: list[tuple[int, Event]] = []
         self._progress: Progress | None = None
@@ -140,13 +122,14 @@ class Reporter:
             return
         folder = Path(config.out_dir)
         self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, log=self.log)
-        self._sinks.append(self._lines)
+        self._at_end.callback(self._lines.close)
+        self._sinks.append(self._lines.write)
         for step, event in self._early:
             self._lines.write_event(step, event)
         if config.tensorboard_log:
-            self._sinks.append(_TensorBoard(folder, first_step))
+            self._sinks.append(_tensorboard(folder, first_step, self._at_end))
         if config.wandb_log:
-            self._sinks.append(_WeightsAndBiases(config))
+            self._sinks.append(_weights_and_biases(config, self._at_end))
         if self._console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=20),
@@ -159,6 +142,7 @@ class Reporter:
             )
             self._task = self._progress.add_task("", total=config.max_iters, completed=first_step, numbers="")
             self._progress.start()
+            self._at_end.callback(self._progress.stop)
 
     def log(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -189,14 +173,11 @@ class Reporter:
             self._early.append((step, event))
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        for sink in self._sinks:
-            sink.close()
+        self._at_end.close()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
-            sink.write(step, values)
+            sink(step, values)
 
 
 class Stopwatch:

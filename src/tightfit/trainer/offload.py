@@ -59,7 +59,7 @@ class Offload:
 
     @torch.no_grad()
     def return_weights(self) -> None:
-        """Copy the updated weights to the device; needs no memory there, so it cannot run out of it."""
+        """Copy the updated weights to the device; needs no memory there, so it never fails half way."""
         for parameter, master in self.masters.items():
             parameter.copy_(self._staged(parameter).copy_(master))
 

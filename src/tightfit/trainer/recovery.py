@@ -23,8 +23,7 @@ from tightfit.errors import DoesNotFit, TightfitError
 from tightfit.trainer.atomic import Update
 from tightfit.trainer.distributed import GradientExchange, World
 from tightfit.trainer.events import Event, GrowthEvent, PressureEvent, RecoveryEvent
-from tightfit.trainer.fallback import Adjustable, Fallback, Phase, Settings
-from tightfit.trainer.growth import MARGIN_BYTES, Growth
+from tightfit.trainer.fallback import MARGIN_BYTES, Adjustable, Fallback, Growth, Phase, Settings
 from tightfit.trainer.out_of_memory import (
     Kind,
     free_bytes,
@@ -111,7 +110,7 @@ class Recovery(Guard):
     _tries: Counter[tuple[int, bool, Settings | None]] = field(default_factory=Counter)
     _reserve: Reserve | None = None
     _thread: ThreadPoolExecutor | None = None
-    """Works instead of the main thread after an error that leaves this one unable to run new kernels."""
+    """Runs the work in place of the main thread, after an error that left that thread unable to run new kernels."""
 
     def __post_init__(self) -> None:
         if self.enabled and self.device.type == "cpu":
@@ -149,7 +148,7 @@ class Recovery(Guard):
                 return work() if self._thread is None else self._thread.submit(work).result()
             except _PeerFailed:
                 pass
-            except TightfitError:  # somebody's decision, though an error of memory may be behind it
+            except TightfitError:  # a decision of this package, even if an error of memory caused it
                 raise
             except Exception as error:  # of any class: compilers and libraries wrap an error of memory in their own
                 if self._kind(error) is None:
@@ -258,7 +257,7 @@ class Recovery(Guard):
         if self._tries or "NCCL" in str(error):
             reason = str(error).splitlines()[0]
             raise BeyondSaving(say("trainer.recovery.broken", step=self.step, reason=reason)) from error
-        return None  # an illegal access with no error of memory before it is somebody's bug
+        return None  # an illegal access without an error of memory before it is a bug
 
     def _phase_of(self, error: BaseException, phase: Phase) -> Phase:
         """Return the phase within a step: the state's, or the loss or the compiler if the frames show them."""

@@ -1,4 +1,4 @@
-"""Read this process's memory, now and at its peak; hold some in reserve; decide if the C library keeps freed blocks."""
+"""Read this process's memory, hold some in reserve, and set whether the C library keeps freed blocks."""
 
 import contextlib
 import ctypes

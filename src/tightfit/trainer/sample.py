@@ -27,7 +27,6 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     vocab_size: int | None = None,
-    use_cache: bool = True,
 ) -> Tensor:
     """Return `prompt` (1, t) followed by `max_new_tokens` drawn from torch's default generator.
 
@@ -39,7 +38,7 @@ def generate(
     text, block_size = prompt, model.config.block_size
     cache: KeyValueCache | None = None
     for _ in range(max_new_tokens):
-        if use_cache and text.shape[1] <= block_size:
+        if text.shape[1] <= block_size:
             cache = cache or KeyValueCache(model.config.n_layer)
             logits = model(text[:, cache.length :], cache=cache)
         else:

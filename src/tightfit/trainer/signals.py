@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 
@@ -9,7 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 def handling_signals(
     numbers: Iterable[signal.Signals], handler: Callable[[signal.Signals], object], *, once: bool = False
 ) -> Iterator[None]:
-    """Call `handler` for these signals of the process; with `once` the usual handlers return after the first one."""
+    """Call `handler` for these signals of the process; with `once` the usual handlers return after the first one.
+
+    Python allows this in the main thread only; elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     usual = {number: signal.getsignal(number) for number in numbers}
 
     def restore() -> None:

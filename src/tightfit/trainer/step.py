@@ -46,7 +46,7 @@ class StepState:
     """Enabled for float16 only."""
     autocast: Callable[[], torch.autocast]
     processes: int = 1
-    """Processes whose gradients are averaged by DDP."""
+    """Processes over which DDP averages the gradients."""
     offload: Offload | None = None
     """The parts in host memory instead of the device's."""
     guard: Guard = field(default_factory=Guard)
@@ -110,11 +110,11 @@ def _backward(
             torch.manual_seed(seed_of_pass(number))
         with _synchronised(state.model, number == passes - 1):
             with state.autocast():
-                # DDP divides by the number of processes what is a sum over all tokens here
+                # a sum over all tokens; DDP divides it by the number of processes
                 loss = state.model(inputs, targets, scale=scale)
             state.phase = "backward"
             state.scaler.scale(loss).backward()
-        # A copy: what a CUDA graph returned is overwritten when it runs again.
+        # A copy: the next run of a CUDA graph overwrites its result.
         total = loss.detach().clone() if total is None else total + loss.detach()
         state.phase = "forward"
     assert total is not None, "a step needs at least one micro-batch"
