@@ -541,20 +541,20 @@ class TestRealAllocations:
             out, data = Path(sys.argv[1]), Path(sys.argv[2])
             keys = dict(n_embd=128, n_head=2, block_size=128, batch_size=32, eval_iters=1, max_iters=4)
             trained(out / "plain", data, recover=False, **keys)
-            usual, usual_tell = loop._Run._train_step, recovery.Recovery._tell
+            usual, usual_report = loop._Run._train_step, recovery.Recovery._report
 
             def train_step(self):
                 if self.step == 2 and not self.recovery._tries:
                     squeeze(48 * 2**20)
                 return usual(self)
 
-            def tell(self, *args):
+            def report(self, *args):
                 unsqueeze()
-                return usual_tell(self, *args)
+                return usual_report(self, *args)
 
-            loop._Run._train_step, recovery.Recovery._tell = train_step, tell
+            loop._Run._train_step, recovery.Recovery._report = train_step, report
             print(trained(out / "once", data, fallback=Same(), **keys).printed)
-            recovery.Recovery._tell = usual_tell
+            recovery.Recovery._report = usual_report
             print(trained(out / "always", data, **keys).printed)
             """)
         (tmp_path / "program.py").write_text(program)

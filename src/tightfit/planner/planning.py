@@ -22,7 +22,7 @@ from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, HostRates, HostRequest
 from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
-from tightfit.system.processor import processor_name
+from tightfit.system.cpuinfo import processor_name
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"

@@ -11,7 +11,7 @@ import torch
 from tightfit.config import SampleConfig, TrainConfig
 from tightfit.errors import DeviceError
 from tightfit.gpus import find_gpu
-from tightfit.system.processor import processor_flags
+from tightfit.system.cpuinfo import processor_flags
 from tightfit.wording import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

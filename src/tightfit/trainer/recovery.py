@@ -10,6 +10,7 @@ settings. An error inside an exchange cannot be undone: the process ends, the ot
 """
 
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -202,7 +203,7 @@ class Recovery(Guard):
                 release_frames(error)
             release_memory(self.device)
             self._release_reserve()
-            self._tell("optimizer", size, None, time.perf_counter() - began)
+            self._report("optimizer", size, None, time.perf_counter() - began)
 
     def step_done(self) -> None:
         """Count a step without trouble; after enough of them let settings grow, but not to those that would fail."""
@@ -263,14 +264,11 @@ class Recovery(Guard):
         """Return the phase within a step: the state's, or the loss or the compiler if the frames show them."""
         if phase != "forward" or self.state is None:
             return phase
-        frames, trace = [], error.__traceback__
-        while trace is not None:
-            frames.append(trace.tb_frame.f_code)
-            trace = trace.tb_next
-        if any(code.co_filename.endswith("_dynamo/convert_frame.py") for code in frames):
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(code.co_filename.endswith("_dynamo/convert_frame.py") for code in codes):
             return "compile"
         now = self.state.phase
-        return "loss" if now == "forward" and any(code.co_name == "token_loss" for code in frames) else now
+        return "loss" if now == "forward" and any(code.co_name == "token_loss" for code in codes) else now
 
     def _decided(self, found: _Found, alone: bool) -> _Failure:
         now, matters = self._settings(), found.phase in _SETTINGS_MATTER
@@ -285,18 +283,18 @@ class Recovery(Guard):
     def _go_back(self, failure: _Failure, seconds: float, alone: bool) -> None:
         now, found = self._settings(), failure.found
         if failure.is_last:
-            error = OutOfMemory(self._epitaph(failure, now))
+            error = OutOfMemory(self._last_message(failure, now))
             error.of_all, error.message, error.settings = not alone, found.message, now
             raise error
         self._growth.after_error()
         self._release_reserve()
-        self._tell(found.phase, found.requested_bytes, failure.after, seconds)
+        self._report(found.phase, found.requested_bytes, failure.after, seconds)
         time.sleep(failure.wait_s)
         if self.run is not None and now is not None and failure.after is not None:
             self._growth.failed(now, found.phase, failure.free_bytes)
             self.run.use_settings(failure.after)
 
-    def _tell(self, phase: Phase, size: int | None, after: Settings | None, seconds: float) -> None:
+    def _report(self, phase: Phase, size: int | None, after: Settings | None, seconds: float) -> None:
         """Log and record an error that the run survived."""
         now = self._settings()
         change = now.changes_to(after) if now and after else say("trainer.recovery.same_settings")
@@ -311,7 +309,7 @@ class Recovery(Guard):
         )
         self.event(self.step, event)
 
-    def _epitaph(self, failure: _Failure, now: Settings | None) -> str:
+    def _last_message(self, failure: _Failure, now: Settings | None) -> str:
         size, free = failure.found.requested_bytes, failure.free_bytes
         return say(
             "trainer.recovery.nothing_left",
