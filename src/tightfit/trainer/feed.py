@@ -27,7 +27,7 @@ class Feed:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Read from `step` on, whatever was read ahead before."""
+        """Read from `step` on, and forget anything read ahead."""
         self._ahead = read_ahead(self._reads(step), self._prefetch)
 
     def of_step(self) -> Iterator[MicroBatch]:
