@@ -358,7 +358,7 @@ class TestSave:
             with monkeypatch.context() as patch:
                 third = dataclasses.replace(content, step=3)
                 ended = _crash_before_change(patch, moment, partial(save, folder, third))
-            found = load_newest(folder, say=pytest.fail)
+            found = load_newest(folder, log=pytest.fail)
             assert found.step in ((3,) if ended else (2, 3))
             if ended:
                 break
@@ -516,7 +516,7 @@ class TestFullDisk:
             try:
                 usual(folder, checkpoint, name=name)
             except DoesNotFit:
-                assert load_newest(folder, say=pytest.fail).step == 4
+                assert load_newest(folder, log=pytest.fail).step == 4
                 assert not list(folder.glob(".*writing"))
                 filler.unlink()
                 raise
@@ -537,7 +537,7 @@ class TestFullDisk:
         assert "iter 98:" in done.out
         assert done.out.count(f"{disk / 'out' / METRICS} may lose lines from here on: the disk is full") == 1
         assert re.fullmatch(r"tightfit: .*ckpt\.pt could not be written: .* the disk is full; .*\n", done.err)
-        assert load_newest(disk / "out", say=pytest.fail).step == 4
+        assert load_newest(disk / "out", log=pytest.fail).step == 4
         (disk / "filler").unlink()
         successful(arguments(disk / "out", data_dir, eval_interval=4, max_iters=99, init_from="resume"))
         assert list(column(disk / "out", "loss")) == list(range(99))
@@ -558,7 +558,7 @@ class TestFullDisk:
         done = process(arguments(disk / "out", data_dir, eval_interval=4))
         assert done.code == 1
         assert re.fullmatch(r"tightfit: .* could not be written: .* the disk is full; .*\n", done.err)
-        assert load_newest(disk / "out", say=pytest.fail).step == 8
+        assert load_newest(disk / "out", log=pytest.fail).step == 8
 
     def test_full_from_the_start(self, disk: Path, data_dir: Path) -> None:
         _fill(disk / "filler", leave=0)

@@ -30,6 +30,7 @@ def steps(
     offload: str, dtype: torch.dtype, checkpointed: int = 0, *, compiled: bool = False
 ) -> tuple[GPT, StepState, list[StepResult]]:
     config = TrainConfig(offload=offload, compile=compiled, activation_checkpointing=checkpointed)
+    torch.manual_seed(config.seed)
     model = build_model(config, SHAPE, None, CPU)
     hardware = Hardware(device=CPU, dtype=dtype, compile=compiled, reasons=())
     state = build_state(config, model, None, hardware, World())
@@ -143,7 +144,7 @@ class TestActivations:
     def test_without_recomputed_blocks_there_is_nothing_to_move(self, tmp_path: Path, data_dir: Path) -> None:
         done = here(arguments(tmp_path, data_dir, offload="activations", fit="off"))
         assert done.code == 2
-        assert "none is recomputed; set activation_checkpointing" in done.err
+        assert "no block is recomputed; set --activation_checkpointing" in done.err
 
     def test_a_run_that_surely_fits_recomputes_its_blocks_for_it(self, tmp_path: Path, data_dir: Path) -> None:
         done = here(arguments(tmp_path, data_dir, offload="activations", max_iters=2))

@@ -22,7 +22,7 @@ from failures import MESSAGE, Failing, Same, at, squeeze, trained, unsqueeze
 from runs import arguments, column, environment, here, newest, rows, tensors, torchrun
 from torch import nn
 
-from tightfit.trainer import checkpoint, loop, out_of_memory, recovery
+from tightfit.trainer import checkpoint, fallback, loop, out_of_memory, recovery
 from tightfit.trainer.atomic import Update
 from tightfit.trainer.distributed import World
 from tightfit.trainer.fallback import Halving, Settings, least_that_failed
@@ -304,7 +304,7 @@ class TestRuns:
         self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """8 fails whenever it is tried; 4 is wanted again after 2 was enough for a while."""
-        monkeypatch.setattr(recovery, "PATIENCE", 5)
+        monkeypatch.setattr(fallback, "PATIENCE", 5)
         usual, tried = loop.optimizer_step, []
 
         def step(state: Any, *args: Any, **keys: Any) -> Any:
@@ -334,7 +334,7 @@ class TestRuns:
     def test_others_taking_memory_is_noticed(
         self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        gib, margin = 2**30, recovery.MARGIN_BYTES
+        gib, margin = 2**30, fallback.MARGIN_BYTES
         rooms = iter([(4 * gib, 6 * gib), (margin // 2, 6 * gib)] + [(margin // 2, 2 * gib)] * 100)
         monkeypatch.setattr(recovery, "room_bytes", lambda device: next(rooms))
         monkeypatch.setattr(recovery, "free_bytes", lambda device: gib)
@@ -407,7 +407,6 @@ class TestRuns:
     ) -> None:
         waited: list[float] = []
         monkeypatch.setattr(recovery.time, "sleep", waited.append)
-        monkeypatch.setattr(recovery, "Halving", lambda *args: Same())
         usual, attempts = loop.optimizer_step, []
 
         def step(state: Any, *args: Any, **keys: Any) -> Any:
@@ -467,7 +466,7 @@ class TestRuns:
             if "training goes on" in line:
                 seen.append(torch.load(newest(tmp_path), weights_only=True)["iter_num"])
 
-        monkeypatch.setattr(loop.Reporter, "say", say)
+        monkeypatch.setattr(loop.Reporter, "log", say)
         trained(tmp_path, data_dir, save_interval=3)
         assert seen == [3]
         assert torch.load(newest(tmp_path), weights_only=True)["iter_num"] == 12
@@ -542,20 +541,20 @@ class TestRealAllocations:
             out, data = Path(sys.argv[1]), Path(sys.argv[2])
             keys = dict(n_embd=128, n_head=2, block_size=128, batch_size=32, eval_iters=1, max_iters=4)
             trained(out / "plain", data, recover=False, **keys)
-            usual, usual_tell = loop._Run._train_step, recovery.Recovery._tell
+            usual, usual_report = loop._Run._train_step, recovery.Recovery._report
 
             def train_step(self):
                 if self.step == 2 and not self.recovery._tries:
                     squeeze(48 * 2**20)
                 return usual(self)
 
-            def tell(self, *args):
+            def report(self, *args):
                 unsqueeze()
-                return usual_tell(self, *args)
+                return usual_report(self, *args)
 
-            loop._Run._train_step, recovery.Recovery._tell = train_step, tell
+            loop._Run._train_step, recovery.Recovery._report = train_step, report
             print(trained(out / "once", data, fallback=Same(), **keys).printed)
-            recovery.Recovery._tell = usual_tell
+            recovery.Recovery._report = usual_report
             print(trained(out / "always", data, **keys).printed)
             """)
         (tmp_path / "program.py").write_text(program)

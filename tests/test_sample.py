@@ -56,6 +56,17 @@ class Uniform(nn.Module):
         return torch.zeros(idx.shape[0], 50)
 
 
+class WithoutCache(nn.Module):
+    """A model that computes the whole text anew for each token."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, idx: Tensor, **_: object) -> Tensor:
+        return self.model(idx)
+
+
 class TestGenerate:
     @pytest.mark.parametrize("new", [1, 5, 9, 10, 11, 30], ids=lambda new: f"{3 + new} of 12")
     @pytest.mark.parametrize("top_k", [None, 5])
@@ -63,9 +74,9 @@ class TestGenerate:
         """Below, at and across the block size: the same seed draws the same ids with and without it."""
         prompt = torch.tensor([[1, 2, 3]])
         drawn = []
-        for use_cache in (True, False):
+        for one in (model, WithoutCache(model)):
             torch.manual_seed(1)
-            drawn.append(generate(model, prompt, new, top_k=top_k, use_cache=use_cache))
+            drawn.append(generate(one, prompt, new, top_k=top_k))
         assert torch.equal(*drawn)
         assert drawn[0].shape == (1, 3 + new)
         assert torch.equal(drawn[0][:, :3], prompt)
@@ -99,7 +110,7 @@ class TestGenerate:
 
     def test_ids_from_vocab_size_on_are_never_drawn(self) -> None:
         torch.manual_seed(0)
-        drawn = generate(Uniform(), torch.tensor([[0]]), 2000, vocab_size=10, use_cache=False)
+        drawn = generate(Uniform(), torch.tensor([[0]]), 2000, vocab_size=10)
         assert set(drawn[0].tolist()) == set(range(10))
 
     def test_top_k_leaves_k(self) -> None:
@@ -108,7 +119,7 @@ class TestGenerate:
                 return torch.linspace(0, 1, 50).expand(idx.shape[0], 50)
 
         torch.manual_seed(0)
-        drawn = generate(Sloping(), torch.tensor([[49]]), 1000, top_k=3, use_cache=False)
+        drawn = generate(Sloping(), torch.tensor([[49]]), 1000, top_k=3)
         assert set(drawn[0].tolist()) == {47, 48, 49}
 
 
@@ -163,7 +174,7 @@ class TestCommand:
         assert done.code == 2
         assert re.fullmatch(
             r"tightfit: .*ckpt\.pt was trained on the dataset 'tiny', whose vocabulary is not in .*; "
-            r"make it again with tightfit prepare tiny, or say where it is with --data_dir\n",
+            r"make it again with tightfit prepare tiny, or set --data_dir to its folder\n",
             done.err,
         )
 
@@ -216,5 +227,7 @@ class TestPrompt:
 
     def test_ids_that_the_model_does_not_know_are_refused(self) -> None:
         assert encode_prompt(self.Numbers(), "1 9", 10) == [1, 9]  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match="the prompt has the token 10, and the model knows 10; is it the right"):
+        with pytest.raises(
+            ConfigError, match="the prompt has token 10, but the model knows only those below 10; sample with"
+        ):
             encode_prompt(self.Numbers(), "1 10", 10)  # type: ignore[arg-type]

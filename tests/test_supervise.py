@@ -18,11 +18,13 @@ from runs import arguments, column, command, environment, here, newest, tensors
 
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.trainer import supervise as module
+from tightfit.trainer.fallback import Settings
 from tightfit.trainer.loop import train
 from tightfit.trainer.supervise import (
     BEYOND_SAVING,
     MOST_RESTARTS,
     STATUS,
+    Status,
     can_be_replaced,
     overrides,
     read_status,
@@ -32,7 +34,13 @@ from tightfit.trainer.supervise import (
 )
 
 KEYS = {"max_iters": 40, "lr_decay_iters": 40, "eval_interval": 20, "save_interval": 5, "micro_batch": 4}
-TOLD = {"n_layer": 2, "micro_batch": 4, "eval_micro_batch": 4, "loss": "auto", "checkpointed_blocks": 0}
+SETTINGS = Settings(micro_batch=4, eval_micro_batch=4, loss="auto", checkpointed_blocks=0)
+
+
+def saved(step: int, **changed: Any) -> Status:
+    """The status of a run that saved this step."""
+    usual = {"n_layer": 2, "activation_memory_budget": 1.0, "lossy": {}, "settings": SETTINGS}
+    return Status(saved_step=step, **usual | changed)
 
 
 def started(words: list[str]) -> "subprocess.Popen[str]":
@@ -139,62 +147,61 @@ class TestRealProcesses:
 class TestDecisions:
     """With a child that is a list of how it ends."""
 
-    def ended(self, monkeypatch: pytest.MonkeyPatch, ends: list[tuple[int, dict[str, Any]]]) -> tuple[int, list[Any]]:
+    def ended(self, monkeypatch: pytest.MonkeyPatch, ends: list[tuple[int, Status | None]]) -> tuple[int, list[Any]]:
         """The exit code, and the words that each child was started with and the lines that were said."""
         told: list[Any] = []
         endings = iter(ends)
 
         def run_child(words: list[str], status: Path) -> int:
             told.append(words)
-            code, said = next(endings)
-            monkeypatch.setenv(STATUS, str(status))
-            report_status(**said)
-            monkeypatch.delenv(STATUS)
+            code, last = next(endings)
+            if last is not None:
+                monkeypatch.setenv(STATUS, str(status))
+                report_status(last)
+                monkeypatch.delenv(STATUS)
             return code
 
         monkeypatch.setattr(module, "_run_child", run_child)
-        return supervise(["x.py"], TrainConfig(), say=told.append), told
+        return supervise(["x.py"], TrainConfig(), log=told.append), told
 
     def test_no_progress_ends_after_the_most_restarts_with_the_childs_code(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        code, told = self.ended(monkeypatch, [(-9, {"saved_step": 40, **TOLD})] * (MOST_RESTARTS + 1))
+        code, told = self.ended(monkeypatch, [(-9, saved(40))] * (MOST_RESTARTS + 1))
         assert code == 128 + 9
         assert "with nothing newer saved: this run does not fit; try a smaller --micro_batch" in told[-1]
         assert "ended by SIGKILL" in told[-1]
         assert sum(isinstance(each, list) for each in told) == MOST_RESTARTS + 1
 
     def test_progress_allows_more_restarts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ends = [(-9, {"saved_step": step, **TOLD}) for step in range(10, 100, 10)]
-        code, told = self.ended(monkeypatch, [*ends, (0, {"saved_step": 100, **TOLD})])
+        ends: list[tuple[int, Status | None]] = [(-9, saved(step)) for step in range(10, 100, 10)]
+        code, told = self.ended(monkeypatch, [*ends, (0, saved(100))])
         assert code == 0
         assert sum(isinstance(each, list) for each in told) == 10
 
     def test_a_plans_batch_stays_over_all_restarts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The second child was given it, so that it tells of no plan of its own."""
-        ends = [(-9, {"saved_step": 10, **TOLD, "lossy": {"batch_size": 6}}), (-9, {"saved_step": 20, **TOLD}), (0, {})]
+        ends = [(-9, saved(10, lossy={"batch_size": 6})), (-9, saved(20)), (0, None)]
         _, told = self.ended(monkeypatch, ends)
         started = [each for each in told if isinstance(each, list)]
         assert [each.count("--batch_size=6") for each in started] == [0, 1, 1]
 
     def test_a_broken_context_restarts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        code, told = self.ended(monkeypatch, [(BEYOND_SAVING, {"saved_step": 0, **TOLD}), (1, {})])
+        code, told = self.ended(monkeypatch, [(BEYOND_SAVING, saved(0)), (1, None)])
         assert code == 1
-        assert told[2].startswith("the training process could not go on; starting again from where it began with ")
+        assert told[2].startswith("the training process could not continue; starting again from where it began with ")
         assert "--init_from=resume" not in told[3]
 
     def test_a_child_that_told_nothing_starts_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "report_status", lambda **told: None)
-        monkeypatch.setattr(sys.modules[__name__], "report_status", lambda **told: None)
-        _, told = self.ended(monkeypatch, [(-9, {}), (0, {})])
+        _, told = self.ended(monkeypatch, [(-9, None), (0, None)])
         assert told[3] == ["x.py"]
 
     def test_without_save_interval_it_says_that_only_evaluations_save(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        _, told = self.ended(monkeypatch, [(0, {})])
+        _, told = self.ended(monkeypatch, [(0, None)])
         assert "saved at evaluations only (--save_interval); evaluations are every 2000 steps" in told[0]
 
     def test_the_least_micro_batch_is_followed_by_other_savings(self) -> None:
-        words = overrides({"saved_step": 7, **TOLD, "micro_batch": 1})
+        words = overrides(saved(7, settings=replace(SETTINGS, micro_batch=1)))
         assert words == [
             "--init_from=resume", "--micro_batch=1", "--eval_micro_batch=2", "--loss=chunked",
             "--activation_checkpointing=2",
@@ -209,7 +216,9 @@ class TestDecisions:
         planned = replace(asked.config, batch_size=3, param_dtype="bfloat16")
         sources = {**asked.sources, "batch_size": "plan", "param_dtype": "plan", "micro_batch": "plan"}
         train(Resolved(planned, sources, []))
-        words = overrides(read_status(tmp_path / "status"))
+        status = read_status(tmp_path / "status")
+        assert status is not None
+        words = overrides(status)
         assert "--batch_size=3" in words
         assert "--param_dtype=bfloat16" in words
         assert not any(word.startswith(("--block_size", "--optimizer=")) for word in words)
@@ -244,5 +253,5 @@ class TestDecisions:
 
     def test_a_status_cut_short_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "status").write_text('{"saved_step": 1')
-        assert read_status(tmp_path / "status") == {}
-        assert read_status(tmp_path / "missing") == {}
+        assert read_status(tmp_path / "status") is None
+        assert read_status(tmp_path / "missing") is None

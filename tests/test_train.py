@@ -211,6 +211,16 @@ class TestPrinted:
         assert re.search(r"^dtype: (bfloat16|float32), because this processor", printed, re.M)
         assert re.search(r"^parameters: 27\.3K; tokens per step: 64, as 1 x 4 sequences of 16$", printed, re.M)
 
+    def test_japanese_but_for_nanogpts_lines(
+        self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TIGHTFIT_LANG", "ja")
+        printed = run(tmp_path, data_dir, max_iters=2)
+        assert "vocab_size: 64、データセットの語彙数です" in printed
+        assert "1 ステップのトークン数: 64（長さ 16 のシーケンスを 4 本ずつ 1 回）" in printed
+        assert re.search(r"^iter 1: loss \d\.\d{4}, time ", printed, re.M)
+        assert f"{tmp_path / 'ckpt.pt'} のステップ 2 から再開します" in run(tmp_path, data_dir, init_from="resume")
+
     def test_a_sample_ends_the_run(self, printed: str) -> None:
         after = printed.split("step 12:")[1].split("\n", 1)[1]
         assert after.startswith("abc")
@@ -269,14 +279,14 @@ class TestHardware:
 
     @pytest.mark.parametrize("asked", ["auto", "bfloat16"])
     def test_bfloat16_where_the_processor_has_it(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-        monkeypatch.setattr(hardware_module, "_processor_flags", lambda: {"avx512_bf16"})
+        monkeypatch.setattr(hardware_module, "processor_flags", lambda: {"avx512_bf16"})
         chosen = choose_hardware(configured(dtype=asked))
         assert chosen.dtype == torch.bfloat16
         assert any("natively (avx512_bf16)" in reason for reason in chosen.reasons) == (asked == "auto")
 
     @pytest.mark.parametrize("asked", ["auto", "bfloat16"])
     def test_float32_where_it_has_not(self, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-        monkeypatch.setattr(hardware_module, "_processor_flags", lambda: {"avx2"})
+        monkeypatch.setattr(hardware_module, "processor_flags", lambda: {"avx2"})
         chosen = choose_hardware(configured(dtype=asked))
         assert chosen.dtype == torch.float32
         assert "dtype: float32, because this processor has no bfloat16 instructions" in chosen.reasons

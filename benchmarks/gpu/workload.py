@@ -29,7 +29,7 @@ from tightfit.models.optimizer import build_optimizer
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.checkpoint import Checkpoint
 from tightfit.trainer.distributed import World
-from tightfit.trainer.hardware import Hardware, choose_hardware
+from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_options
 from tightfit.trainer.setup import build_model, build_state
 from tightfit.trainer.step import StepState, dropout_seed, evaluation_loss, optimizer_step
 
@@ -83,6 +83,8 @@ class _Run:
             return
         self.config, self.shape = _config(self.options), _shape(self.options)
         self.hardware = choose_hardware(self.config)
+        set_process_options(self.hardware)
+        torch.manual_seed(self.config.seed)
         with tempfile.TemporaryDirectory(prefix="tightfit-gpu-") as folder:
             start = self._checkpoint_of_the_host(Path(folder)) if "resume" in do else None
             self.phase = "resume" if start else "setup"

@@ -23,7 +23,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     resolved = read_config(SampleConfig, rest, warn=lambda line: print(line, file=sys.stderr))
     from tightfit.trainer.sample import samples
 
-    for text in samples(resolved.config, say=lambda line: print(line, file=sys.stderr)):
+    for text in samples(resolved.config, log=lambda line: print(line, file=sys.stderr)):
         print(text)
         print("---------------", flush=True)
     return OK

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 from tightfit.planner.budget import Budget
 from tightfit.planner.search import Choice
-from tightfit.trainer.fallback import Halving, Settings
-from tightfit.trainer.step import Phase
+from tightfit.trainer.fallback import Halving, Phase, Settings
 
 _KEPT_FREE = 0.03
 """Of what is free, not counted on."""

@@ -2,13 +2,11 @@
 
 import importlib.util
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 
 from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
@@ -24,6 +22,7 @@ from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, HostRates, HostRequest
 from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
+from tightfit.system.cpuinfo import processor_name
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
@@ -189,7 +188,8 @@ def this_host(memory_bytes: int | None = None) -> Where:
 
 def measured_host() -> HostRates:
     """Return rates of this machine's processor and the memory of a loaded torch; cached on disk."""
-    request = HostRequest(processor=_processor())
+    processor = f"{processor_name()} {os.cpu_count()} {os.environ.get('OMP_NUM_THREADS', '')}"
+    request = HostRequest(processor=processor)
     if (found := recall(request)) is not None:
         return found
     measured = run_once(request, timeout_s=_MEASURING_S)
@@ -247,12 +247,3 @@ def with_shape(config: TrainConfig) -> TrainConfig:
 @cache
 def _names() -> frozenset[str]:
     return frozenset(gpu.name for gpu in all_gpus())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line for line in lines if line.startswith("model name")), platform.processor())
-    except OSError:
-        model = platform.processor()
-    return f"{model} {os.cpu_count()} {os.environ.get('OMP_NUM_THREADS', '')}"

@@ -170,6 +170,6 @@ def _config(folder: Path, events: Sequence[Mapping[str, Any]]) -> Mapping[str, A
     from tightfit.trainer.checkpoint import load_newest  # torch is imported only where a checkpoint is to be read
 
     try:
-        return load_newest(folder, say=lambda line: None).config
+        return load_newest(folder, log=lambda line: None).config
     except CheckpointError:
         return {}

@@ -86,10 +86,10 @@ def _best(work: Callable[[], object]) -> float:
 
 def _train_once() -> None:
     """Load and use everything that a training process loads and uses."""
-    from tightfit.trainer.resident import return_freed_memory
+    from tightfit.trainer.resident import set_process_malloc
     from tightfit.trainer.sample import generate
 
-    return_freed_memory()
+    set_process_malloc(keep=False)
     config = TrainConfig(device="cpu", n_layer=1, n_head=1, n_embd=64, block_size=64, batch_size=1, vocab_size=4096)
     hardware = choose_hardware(config)
     model = GPT(GPTConfig(block_size=64, vocab_size=4096, n_layer=1, n_head=1, n_embd=64))

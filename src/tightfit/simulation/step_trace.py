@@ -14,7 +14,7 @@ from tightfit.simulation.processor import StepWork, trace_on_host
 from tightfit.simulation.requests import StepRequest, StepTrace
 from tightfit.simulation.speed import Meter
 from tightfit.trainer.distributed import World
-from tightfit.trainer.hardware import DTYPES, choose_hardware
+from tightfit.trainer.hardware import DTYPES, choose_hardware, set_process_options
 from tightfit.trainer.sample import generate
 from tightfit.trainer.setup import build_state, model_options
 from tightfit.trainer.step import StepState, evaluation_loss, optimizer_step
@@ -64,6 +64,7 @@ def _run(request: StepRequest, meter: Meter) -> StepWork:
     """Go through a run; return the work of one pass and of the update alone."""
     config, read = request.config, meter.read
     hardware = choose_hardware(config)
+    set_process_options(hardware, activation_memory_budget=config.activation_memory_budget)
     device = hardware.device
     model = _model(config, device)
     state = build_state(config, model, None, hardware, World())

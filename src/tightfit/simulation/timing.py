@@ -13,7 +13,7 @@ from tightfit.data import open_dataset
 from tightfit.data.batches import Batches, micro_batches
 from tightfit.simulation.requests import Timing, TimingRequest
 from tightfit.trainer.distributed import World
-from tightfit.trainer.hardware import choose_hardware
+from tightfit.trainer.hardware import choose_hardware, set_process_options
 from tightfit.trainer.setup import build_model, build_state, model_config
 from tightfit.trainer.step import optimizer_step
 
@@ -25,8 +25,10 @@ def time_step(request: TimingRequest) -> Timing:
     """Measure the seconds of a pass and of an update."""
     config = request.config
     hardware = choose_hardware(config)
+    set_process_options(hardware, activation_memory_budget=config.activation_memory_budget)
+    torch.manual_seed(config.seed)
     dataset = open_dataset(config.dataset, config.data_dir)
-    shape = model_config(config, None, dataset, say=lambda line: None)
+    shape = model_config(config, None, dataset, log=lambda line: None)
     state = build_state(config, build_model(config, shape, None, hardware.device), None, hardware, World())
     batches = Batches(dataset, shape.block_size, config.effective_batch, config.seed)
     parts = micro_batches(range(request.share), config.micro_batch)

@@ -1,31 +1,35 @@
-"""The one part of a step that writes: made so that it happens wholly or, as far as anyone can see, not at all.
+"""Update the parameters completely or not at all, even if memory runs out half way.
 
-Everything before it (reading, forward, loss, backward, exchange, unscaling, clipping) writes gradients only, so that
-dropping them undoes it. The update itself is not undone but finished: an update that stopped half way goes on after
+All earlier parts of a step (reading, forward, loss, backward, exchange, unscaling, clipping) write only gradients, so
+dropping the gradients undoes them. The update is not undone but finished: one that stopped half way continues after
 memory was released, and ends with the same bits as one that never stopped. This needs no second copy of the weights.
 
-Why that is exact. All moments exist before the first step (`gpt.optimizer`), so an update allocates next to nothing.
-The fused kernel updates each parameter group in one call that allocates nothing: it is refused before it writes, or
-it ends. `_Journal` notes, without allocating, which calls ended; the gradients of their parameters are then hidden, and
-the optimizer's next step updates the others alone. Step counters, raised by a call of their own, are set from a copy
-taken at the start. Any other optimizer works on one parameter at a time, whose tensors are copied aside first and put
-back if it stops: the largest parameter's weight and moments, at a moment when no activations are alive.
+Why that is exact. All moments exist before the first step (`models.optimizer`), so an update allocates next to nothing.
+The fused kernel updates each parameter group in one call that allocates nothing: it fails before it writes, or it
+completes. `_Journal` notes the completed calls without allocating. The gradients of their parameters are then hidden,
+so the optimizer's next step updates only the others. A call of its own raises the step counters; they are set from a
+copy taken at the start. Any other optimizer updates one parameter at a time. Copies of the parameter's weight and
+moments, made at a moment when no activations are alive, are put back if the update stops.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import chain
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.overrides import TorchFunctionMode
 
 from tightfit.models.optimizer import parts_of
 
+T = TypeVar("T")
 _FUSED = (torch._fused_adamw_, torch._fused_adam_, torch._fused_sgd_)
 
 
 class Update:
-    """One optimizer update, from gradients that are complete and unscaled; `go_on` may be called until it returns."""
+    """One optimizer update from complete, unscaled gradients; after an error call `go_on` again until it returns."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         self._optimizer, self._scaler = optimizer, scaler
@@ -36,11 +40,11 @@ class Update:
 
     @property
     def has_written(self) -> bool:
-        """Whether any parameter is already the new one."""
+        """True once any parameter has its new value."""
         return self._stepped or self._journal.count > 0
 
     def go_on(self) -> None:
-        """Update what is not yet updated, then the scaler; gradients are gone afterwards."""
+        """Update the remaining parameters, then the scaler, and drop the gradients."""
         if not self._stepped:
             if is_fused(self._optimizer):
                 self._step_fused()
@@ -55,7 +59,7 @@ class Update:
             parameter.grad = None
 
     def withdraw(self) -> None:
-        """Leave an optimizer that nothing was written to as it was before."""
+        """Restore an optimizer that has not written any parameter."""
         if self._counters is not None:
             self._set_counters()
         reset_scaler(self._optimizer, self._scaler)
@@ -66,13 +70,13 @@ class Update:
             parameter.grad = None
         _forget_scale(self._optimizer)
         if self._scaler.is_enabled():
-            self._scaler._per_optimizer_states[id(self._optimizer)]["stage"] = _unscaled()
+            self._scaler._per_optimizer_states[id(self._optimizer)]["stage"] = OptState.UNSCALED
         if len(self._journal.updated) < len(self._parameters):
             with self._journal:
                 self._scaler.step(self._optimizer)
 
     def _set_counters(self) -> None:
-        """At the first call keep the step counters; at a later one set them to what the journal says."""
+        """Copy the step counters at the first call; at a later one set them as the journal has it."""
         counters = [self._optimizer.state[p]["step"] for p in self._parameters if "step" in self._optimizer.state[p]]
         if not counters:
             return
@@ -87,7 +91,7 @@ class Update:
             counter.copy_(value)
 
     def _step_each(self) -> None:
-        """For optimizers whose kernels are many: one parameter after the other, each put back if it fails."""
+        """Update one parameter after the other, for optimizers with many kernels; restore one that fails."""
         found_inf = _found_inf(self._optimizer, self._scaler)
         if found_inf is not None and float(found_inf):
             return
@@ -101,27 +105,26 @@ class Update:
                 _step_one(self._optimizer, alone[0])
                 self._journal.note(alone)
                 alone[0].grad = None
-        except BaseException:
+        finally:  # after an error some are left
             for alone, grad in waiting[self._journal.count - before :]:
                 alone[0].grad = grad
-            raise
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is one kernel a parameter group, which cannot stop half way."""
+    """Return True if a step is one kernel for each parameter group, which cannot stop half way."""
     known = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
     return known and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def reset_scaler(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """The scaler forgets a step that was begun; its scale changes only when a step ends."""
+    """Make the scaler forget a step that was begun; its scale changes only when a step ends."""
     _forget_scale(optimizer)
     if scaler.is_enabled():
         scaler._per_optimizer_states.pop(id(optimizer), None)
 
 
 class _Journal(TorchFunctionMode):
-    """Which calls have updated their parameters, and whether the scale is; room for the notes is made before."""
+    """Notes of the calls that updated their parameters, and of the scale's update, in memory allocated before."""
 
     def __init__(self, most_calls: int) -> None:
         super().__init__()
@@ -129,10 +132,16 @@ class _Journal(TorchFunctionMode):
         self.count = 0
         self.scale_updated = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., T],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> T:
         result = func(*args, **(kwargs or {}))
         if func in _FUSED:
-            self.note(args[0])
+            self.note(cast(list[Tensor], args[0]))
         elif func is torch._amp_update_scale_:
             self.scale_updated = True
         return result
@@ -152,19 +161,22 @@ def _step_one(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     written = [parameter.detach(), *chain.from_iterable(moments)]
     before = [tensor.clone() for tensor in written]
     keys = set(state)
-    try:
-        optimizer.step()
-    except BaseException:
-        with torch.no_grad():
-            for tensor, saved in zip(written, before, strict=True):
-                tensor.copy_(saved)
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for tensor, saved in zip(written, before, strict=True):
+            tensor.copy_(saved)
         for key in set(state) - keys:  # made by this step, which did not happen
             del state[key]
-        raise
+
+    with ExitStack() as on_error:
+        on_error.callback(put_back)
+        optimizer.step()
+        on_error.pop_all()
 
 
 def _found_inf(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor | None:
-    """1 where the gradients are not finite and the update is left out; None without a scaler."""
+    """Return 1 if the gradients are not finite, so that no update happens, else 0; None without a scaler."""
     if not scaler.is_enabled():
         return None
     found = list(scaler._found_inf_per_device(optimizer).values())
@@ -172,11 +184,7 @@ def _found_inf(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -
 
 
 def _forget_scale(optimizer: torch.optim.Optimizer) -> None:
-    """What GradScaler.step hangs on the optimizer for the time of the step, and leaves there when that fails."""
+    """Delete the attributes that GradScaler.step sets on the optimizer during a step, and leaves after an error."""
     for name in ("grad_scale", "found_inf"):
         if hasattr(optimizer, name):
             delattr(optimizer, name)
-
-
-def _unscaled() -> Any:
-    return torch.amp.grad_scaler.OptState.UNSCALED

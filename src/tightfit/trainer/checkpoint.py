@@ -1,8 +1,8 @@
-"""Checkpoints: what a run is at a step, written so that no crash loses it and read so that nothing is executed.
+"""Save a run at a step so that no crash loses it, and load it without executing anything.
 
-A file is nanoGPT's `ckpt.pt` with one entry more. `ckpt.pt` follows nanoGPT's rule (after an evaluation);
-`last.pt` is a resume point at any other step. Beside each stands the one before it, `*.prev.pt`. Files are
-written aside, synced and renamed; the checksums are those of the zip archive that a torch file is.
+A file is nanoGPT's `ckpt.pt` with one more entry, "tightfit". `ckpt.pt` follows nanoGPT's rule (after an evaluation);
+`last.pt` is a resume point at any other step. Each has its predecessor as `*.prev.pt`. Files are written
+under another name, synced and renamed. A torch file is a zip archive, and that holds the checksums.
 """
 
 import contextlib
@@ -10,13 +10,13 @@ import errno
 import math
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,53 +24,67 @@ from torch import Tensor, nn
 from tightfit.errors import CheckpointError, ConfigError, DoesNotFit
 from tightfit.models.conversion import check_state, strip_prefix
 from tightfit.models.model import GPTConfig
-from tightfit.storage import BEST, CHECKPOINTS, LAST, previous, sync_file, writing
-from tightfit.trainer.out_of_memory import is_out_of_memory
-from tightfit.units import format_bytes
+from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, previous, sync_file, writing
+from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
+from tightfit.wording import say
 
 _FORMAT = 1
-
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WRONG_FOLDER = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_SUCH_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A run between two steps. Everything random in a step follows from seed and step, so no generator is in it."""
+    """A run between two steps. Seed and step decide everything random in a step, so no generator's state is saved."""
 
     model_config: GPTConfig
     model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any] | None
-    """As AdamW's state_dict; None if the file has none."""
+    optimizer: Mapping[str, object] | None
+    """AdamW's state_dict; None if the file has none. `models.optimizer` checks each entry when it restores it."""
     step: int
     """Optimizer steps done: the next one is number `step`."""
     best_val_loss: float
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """The run's configuration, as plain values."""
-    scaler: Mapping[str, Any] | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
+    """The run's configuration as plain values; those of a file are not checked."""
+    scaler: Mapping[str, object] | None = None
     evaluated: bool = False
-    """Whether the evaluation due at this step has been made."""
+    """True if the evaluation due at this step has been made."""
     path: Path | None = None
 
 
 @contextlib.contextmanager
 def folder_errors(folder: Path) -> Iterator[None]:
-    """A full disk becomes DoesNotFit; a folder that cannot be made or written, ConfigError."""
+    """Raise DoesNotFit for a full disk, ConfigError for a folder that cannot be made or written."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
-            raise DoesNotFit(f"the disk of {folder} is full; free space, or set another --out_dir") from None
-        if error.errno in _WRONG_FOLDER:
-            raise ConfigError(f"out_dir={folder} cannot be written ({error.strerror}); set another") from None
+            raise DoesNotFit(say("trainer.checkpoint.full_disk", folder=folder)) from None
+        if error.errno in _FORBIDDEN + _NO_SUCH_FOLDER:
+            raise ConfigError(say("trainer.checkpoint.wrong_folder", folder=folder, reason=error.strerror)) from None
         raise
 
 
+def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
+    """Move the files of an earlier run into `previous/` in `folder`, in place of the files there.
+
+    A run that ended before it saved anything replaces nothing. The next run finishes a move that was cut short.
+    """
+    before, moving = folder / PREVIOUS, folder / f".{PREVIOUS}.moving"
+    left = [folder / name for name in (*CHECKPOINTS, METRICS) if (folder / name).exists()]
+    if any(path.name in CHECKPOINTS for path in left):
+        moving.mkdir(exist_ok=True)
+        for path in left:
+            path.replace(moving / path.name)
+    if moving.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        moving.rename(before)
+        log(say("trainer.checkpoint.set_aside", folder=folder, previous=before))
+
+
 def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST) -> None:
-    """Write `name` in `folder` atomically, keeping the one before it; DoesNotFit if the disk is full.
+    """Write `name` in `folder` atomically and keep the one before it; DoesNotFit if the disk is full.
 
     Whatever happens here, the last good checkpoint stays.
     """
@@ -92,18 +106,18 @@ def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST) -> None:
             if path.exists():
                 _replace_link(path, folder / previous(name))
     except (OSError, RuntimeError) as error:
-        _raise_for_full_disk(error, path, content)
+        # torch reports a failed write as a RuntimeError and keeps the OSError as its cause or context
+        if any(isinstance(each, OSError) and each.errno in FULL_DISK for each in error_chain(error)):
+            size = _tensor_bytes(content.values())
+            raise DoesNotFit(say("trainer.checkpoint.no_room", path=path, size=size)) from None
         raise
     if name == BEST:  # the resume points are older now
         for stale in (LAST, previous(LAST)):
             (folder / stale).unlink(missing_ok=True)
 
 
-def load_newest(folder: Path, *, say: Callable[[str], object]) -> Checkpoint:
-    """The checkpoint of the latest step that is whole; `say` is told of every one that is not.
-
-    CheckpointError if there is none.
-    """
+def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
+    """Load the undamaged checkpoint of the latest step and log each damaged one; CheckpointError if there is none."""
     found, broken = [], []
     for name in CHECKPOINTS:
         if not (folder / name).is_file():
@@ -113,31 +127,31 @@ def load_newest(folder: Path, *, say: Callable[[str], object]) -> Checkpoint:
         except CheckpointError as error:
             broken.append(str(error))
     if not found:
-        why = "; ".join(broken) or f"there is no {BEST} in it"
-        raise CheckpointError(f"{folder} holds no checkpoint to resume: {why}; start anew with --init_from=scratch")
+        reason = "; ".join(broken) or say("trainer.checkpoint.not_there", name=BEST)
+        raise CheckpointError(say("trainer.checkpoint.nothing_to_resume", folder=folder, reason=reason))
     newest = max(found, key=lambda checkpoint: checkpoint.step)
     for problem in broken:
-        say(f"{problem}; using {newest.path} of step {newest.step} instead")
+        log(say("trainer.checkpoint.using_another", problem=problem, path=newest.path, step=newest.step))
     return newest
 
 
-def load_best(folder: Path, *, say: Callable[[str], object]) -> Checkpoint:
-    """`ckpt.pt`, which holds the best model where `always_save_checkpoint` is off; else the newest that is whole."""
+def load_best(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
+    """Load `ckpt.pt`, the best model where `always_save_checkpoint` is off; if it is damaged, the newest undamaged."""
     if not any((folder / name).is_file() for name in CHECKPOINTS):
-        raise CheckpointError(f"there is no checkpoint in {folder}; train a model there, or name another --out_dir")
+        raise CheckpointError(say("trainer.checkpoint.none_in_folder", folder=folder))
     try:
         return load(folder / BEST)
     except CheckpointError:
-        return load_newest(folder, say=say)
+        return load_newest(folder, log=log)
 
 
 def load(path: Path) -> Checkpoint:
-    """A checkpoint of tightfit or nanoGPT on the CPU, its tensors mapped from the file until they are used.
+    """Load a checkpoint of tightfit or nanoGPT on the CPU, its tensors mapped from the file until they are used.
 
-    CheckpointError if it is missing, cut, altered, would run code, or is no GPT's.
+    CheckpointError if it is missing, cut, altered, could run code, or holds something other than a GPT.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give the path of a checkpoint such as out/{BEST}")
+        raise CheckpointError(say("trainer.checkpoint.no_file", path=path, name=BEST))
     found = path.stat()
     zipped = _is_checked_archive(path, found.st_size, found.st_mtime_ns)
     try:
@@ -145,13 +159,10 @@ def load(path: Path) -> Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error).upper():
-            raise CheckpointError(
-                f"{path} holds more than weights and plain values, and reading it could run code; "
-                "it was not read. Get it again from a source you trust, as a plain state or safetensors"
-            ) from None
+            raise CheckpointError(say("trainer.checkpoint.unsafe", path=path)) from None
         raise CheckpointError(_damaged(path)) from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError) as error:
-        if is_out_of_memory(error):  # says nothing of the file, and the checkpoint before it would repeat steps
+        if is_out_of_memory(error):  # the file may be good, and the checkpoint before it would repeat steps
             raise
         raise CheckpointError(_damaged(path)) from None
     return _checked(path, content)
@@ -168,17 +179,17 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 def _checked(path: Path, content: object) -> Checkpoint:
     needed = {"model": Mapping, "model_args": Mapping, "iter_num": int}
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary")
+        raise CheckpointError(say("trainer.checkpoint.no_dictionary", path=path, kind=type(content).__name__))
     for key, kind in needed.items():
         if not isinstance(content.get(key), kind):
-            raise CheckpointError(f"{path} is no checkpoint of nanoGPT or tightfit: it has no {key!r}")
+            raise CheckpointError(say("trainer.checkpoint.lacks_key", path=path, key=key))
     if not 0 <= content["iter_num"] < 2**63:
-        raise CheckpointError(f"{path} cannot be used: its iter_num is negative or beyond 2**63")
+        raise CheckpointError(say("trainer.checkpoint.wrong_step", path=path))
     config = GPTConfig.from_nanogpt(content["model_args"])
     own = content.get("tightfit")
     own = own if isinstance(own, Mapping) else {}
     if own.get("format", _FORMAT) != _FORMAT:
-        raise CheckpointError(f"{path} has format {own['format']!r}, and this version reads {_FORMAT}; update tightfit")
+        raise CheckpointError(say("trainer.checkpoint.newer", path=path, found=own["format"], known=_FORMAT))
     weights = strip_prefix(content["model"])
     try:
         check_state(config, weights)
@@ -191,7 +202,7 @@ def _checked(path: Path, content: object) -> Checkpoint:
         model=weights,
         optimizer=optimizer if isinstance(optimizer, Mapping) else None,
         step=content["iter_num"],
-        best_val_loss=_best_val_loss(path, content),
+        best_val_loss=_best_val_loss(path, content.get("best_val_loss", math.inf)),
         config=stored if isinstance(stored, Mapping) else {},
         scaler=scaler if isinstance(scaler, Mapping) else None,
         evaluated=bool(own.get("evaluated", False)),
@@ -199,28 +210,28 @@ def _checked(path: Path, content: object) -> Checkpoint:
     )
 
 
-def _best_val_loss(path: Path, content: Mapping[str, Any]) -> float:
-    """nanoGPT stores a tensor without axes."""
-    value = content.get("best_val_loss", math.inf)
+def _best_val_loss(path: Path, value: object) -> float:
+    """Return the number in `value`, which nanoGPT stores as a tensor without axes."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if not isinstance(value, float) and not (isinstance(value, int) and abs(value) < 2**63):
-        raise CheckpointError(f"{path} cannot be used: its best_val_loss is no number but a {type(value).__name__}")
+        raise CheckpointError(say("trainer.checkpoint.wrong_loss", path=path, kind=type(value).__name__))
     return float(value)
 
 
 @cache
 def _is_checked_archive(path: Path, size: int, changed_ns: int) -> bool:
-    """False for another format; in an archive every record is stored plainly, inside the file and with its checksum.
+    """Return True for a zip archive with uncompressed records and correct checksums, False for another format.
 
-    Once for a file while its size and time of change are these: gigabytes take seconds, and a plan reads them first.
+    CheckpointError for other archives. The answer is cached by size and time of change: gigabytes take seconds to
+    check, and a plan reads them before the run does.
     """
     try:
         if not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise CheckpointError(f"{path} is compressed, which torch never does; it was not read")
+                raise CheckpointError(say("trainer.checkpoint.compressed", path=path))
             if archive.testzip() is not None:
                 raise CheckpointError(_damaged(path))
     except (zipfile.BadZipFile, OSError, EOFError, ValueError):
@@ -230,11 +241,11 @@ def _is_checked_archive(path: Path, size: int, changed_ns: int) -> bool:
 
 def _damaged(path: Path) -> str:
     size = path.stat().st_size if path.exists() else 0
-    return f"{path} ({format_bytes(size)}) is cut or damaged"
+    return say("trainer.checkpoint.damaged", path=path, size=size)
 
 
 def _replace_link(source: Path, target: Path) -> None:
-    """`target` becomes the file that `source` is, with no moment without either."""
+    """Make `target` a second name of the file `source`; at each moment at least one of the names exists."""
     aside = target.with_name(f".{target.name}.linking")
     aside.unlink(missing_ok=True)
     try:
@@ -245,29 +256,10 @@ def _replace_link(source: Path, target: Path) -> None:
     os.replace(aside, target)
 
 
-def _raise_for_full_disk(error: Exception, path: Path, content: Mapping[str, Any]) -> None:
-    """torch reports a failed write as a RuntimeError whose cause or context is the OSError."""
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in FULL_DISK:
-            break
-    else:
-        return
-    needed = sum(t.numel() * t.element_size() for t in _tensors(content))
-    raise DoesNotFit(
-        f"{path} could not be written: it takes {format_bytes(needed)} and the disk is full; the last good "
-        "checkpoint is kept. Free space, or set another --out_dir"
-    ) from None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
+def _tensor_bytes(values: Iterable[object]) -> int:
+    """Bytes of the tensors in nested mappings."""
+    return sum(
+        value.nbytes if isinstance(value, Tensor) else _tensor_bytes(value.values())
+        for value in values
+        if isinstance(value, (Tensor, Mapping))
+    )

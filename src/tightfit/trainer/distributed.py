@@ -1,4 +1,4 @@
-"""The processes of one run: who they are and what they tell each other."""
+"""Connect the processes of one run: ranks, sums, agreements, the exchange of gradients."""
 
 import gc
 import importlib
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tightfit.errors import ConfigError
+from tightfit.wording import say
 
 T = TypeVar("T")
 
@@ -28,11 +29,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes."""
+        """True in the process that prints and writes."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """The part of `count` sequences that is this process's; parts differ by one at most.
+        """Return this process's part of `count` sequences; parts differ by one at most.
 
         >>> [list(World(rank, 3).share(7)) for rank in range(3)]
         [[0, 1], [2, 3], [4, 5, 6]]
@@ -40,7 +41,7 @@ class World:
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, values: list[float], device: torch.device) -> list[float]:
-        """Element-wise sum over all processes, in float64."""
+        """Add up each element over all processes, in float64."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.flag_device(device))
@@ -48,11 +49,11 @@ class World:
         return [float(x) for x in total.tolist()]
 
     def flag_device(self, device: torch.device) -> torch.device:
-        """Where a few numbers for all processes are: the host, unless only CUDA's backend is there."""
+        """Return the device for small sums over all processes: the host, unless NCCL is the only backend."""
         return device if device.type == "cuda" and dist.get_backend() == "nccl" else torch.device("cpu")
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether any process says so; a wait for all of them."""
+        """Return True if `flag` is True in any process, after all of them called this."""
         return flag if self.size == 1 else self.sum([float(flag)], device)[0] > 0
 
     def first(self, value: T | None) -> T | None:
@@ -73,11 +74,11 @@ class World:
 
 
 class GradientExchange:
-    """Sums gradients over all processes once they are complete, in a fixed order and without allocating.
+    """Sum complete gradients over all processes, in a fixed order and without allocating.
 
-    DDP sums them during backward, which hides the time; but a process that fails there leaves the others waiting for
-    sums that never come. Large gradients are summed in place; small ones, whose latency would cost more than their
-    bytes, together in one buffer that exists from the start.
+    DDP sums them during backward, which hides the time. But a process that fails there leaves the others waiting for
+    sums that never come. Large gradients are summed in place. Small ones, for which latency costs more than bytes,
+    share one buffer that exists from the start.
     """
 
     SMALL_BYTES = 1 << 20
@@ -92,7 +93,7 @@ class GradientExchange:
         self._parts = [part.view(parameter.shape) for part, parameter in zip(parts, self._small, strict=True)]
 
     def run(self) -> None:
-        """All processes call this together, each with all of its gradients."""
+        """Exchange; all processes call this together, each with all of its gradients."""
         for part, parameter in zip(self._parts, self._small, strict=True):
             part.copy_(_gradient(parameter))
         sums = [self._buffer, *map(_gradient, self._large)]
@@ -103,7 +104,7 @@ class GradientExchange:
 
 
 def same_weights(parameters: Iterable[Tensor]) -> None:
-    """Every process takes the main one's, which other processors may have drawn otherwise in the last bit."""
+    """Copy the main process's weights into every process: other processors may draw other last bits."""
     for parameter in parameters:
         dist.broadcast(parameter.detach(), src=0)
 
@@ -114,29 +115,29 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def world_of_environment() -> World:
-    """From torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; alone without them."""
+    """Read torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a single process without them."""
     if "RANK" not in os.environ:
         return World()
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"RANK is set, but {error} is not a number beside it; start with torchrun") from None
+        raise ConfigError(say("trainer.distributed.no_rank", reason=error)) from None
     return World(rank, size, *local)
 
 
 @contextmanager
 def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
-    """Connects the processes for the time of the run; nothing for a single one. `backend` may be auto."""
+    """Connect the processes for the time of the run; do nothing for a single one. `backend` may be auto."""
     if world.size == 1:
         yield
         return
-    # gloo beside nccl: what processes agree on then does not wait for the device
+    # gloo beside nccl: agreements between processes then do not wait for the device
     chosen = ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
     if chosen == "nccl" and device.type != "cuda":
-        raise ConfigError(f"backend=nccl needs CUDA, and this run is on {device}; use backend=gloo")
-    # Its functions have the default group as a default argument, taken at import: imported by DDP later than now, it
-    # would keep the group's threads until after the interpreter's end, where one that frees a tensor aborts.
+        raise ConfigError(say("trainer.distributed.nccl_without_cuda", device=device))
+    # At its import this module stores the default group in default arguments. Imported later, by DDP, it would keep the
+    # group's threads until after the interpreter's end, where a thread that frees a tensor aborts.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(chosen)
     try:

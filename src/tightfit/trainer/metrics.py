@@ -1,12 +1,13 @@
-"""What a run tells while it runs: lines or a progress bar for people, `metrics.jsonl` and loggers for machines."""
+"""Report a run while it runs: lines or a progress bar for people, `metrics.jsonl` and loggers for machines."""
 
 import importlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
 
+import msgspec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,39 +22,39 @@ from tightfit.config import TrainConfig, to_dict
 from tightfit.errors import ConfigError
 from tightfit.storage import METRICS, writing
 from tightfit.trainer.checkpoint import FULL_DISK
+from tightfit.trainer.events import Event
 from tightfit.trainer.resident import MemoryUse
 from tightfit.units import format_bytes, format_count
+from tightfit.wording import say
 
-
-class Sink(Protocol):
-    """Where numbers of a step go."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+Sink = Callable[[int, Mapping[str, float]], object]
+"""Takes a step and its numbers."""
 
 
 class JsonLines:
     """`metrics.jsonl`: one object a line, `step` first. A resumed run drops the lines that it will write again."""
 
-    def __init__(self, folder: Path, *, from_step: int, evaluated: bool, say: Callable[[str], object]) -> None:
-        """Lines of training steps at and after `from_step` go; that step's evaluation stays if it was `evaluated`."""
-        self._say, self._complete = say, True
+    def __init__(self, folder: Path, *, from_step: int, evaluated: bool, log: Callable[[str], object]) -> None:
+        """Drop lines of training steps from `from_step` on; keep that step's evaluation if it was `evaluated`."""
+        self._log, self._complete = log, True
         self.path = folder / METRICS
-        kept = [line for line in self._lines() if _is_before(line, from_step, evaluated)]
+        found = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        kept = [line for line in found if _is_before(line, from_step, evaluated)]
         with writing(self.path) as part:
             part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in close)
 
-    def _lines(self) -> list[str]:
-        try:
-            return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line; on a full disk 8 KiB wait in the file's buffer, the rest is lost, and this is logged once."""
+        self._append(json.dumps({"step": step, **values}))
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """On a full disk lines wait in the file's buffer, 8 KiB of them; the rest is lost, and that is said once."""
+    def write_event(self, step: int, event: Event) -> None:
+        """Write the event's fields as a line, with the key "event"."""
+        self._append(json.dumps({"step": step, **msgspec.to_builtins(event)}))
+
+    def _append(self, line: str) -> None:
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(f"{line}\n")
         except OSError as error:
             self._lost(error)
 
@@ -67,7 +68,7 @@ class JsonLines:
         if error.errno not in FULL_DISK:
             raise error
         if self._complete:
-            self._say(f"{self.path} may lose lines from here on: the disk is full")
+            self._log(say("trainer.metrics.disk_is_full", path=self.path))
         self._complete = False
 
 
@@ -82,40 +83,25 @@ def _is_before(line: str, step: int, evaluated: bool) -> bool:
         return False  # the cut last line of a killed run
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, first_step: int) -> None:
-        try:
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        except ImportError:
-            raise ConfigError("tensorboard_log needs tensorboard; pip install 'tightfit[log]'") from None
-        self._writer = writer(str(folder / "tensorboard"), purge_step=first_step)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
+def _tensorboard(folder: Path, first_step: int, at_end: ExitStack) -> Sink:
+    try:
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        raise ConfigError(say("trainer.metrics.no_tensorboard")) from None
+    writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    at_end.callback(writer.close)
+    return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
 
 
-class _WeightsAndBiases:
-    def __init__(self, config: TrainConfig) -> None:
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise ConfigError("wandb_log needs wandb; pip install 'tightfit[log]', or --no-wandb_log") from None
-        self._run = self._wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name,
-            config=to_dict(config),
-            dir=config.out_dir,
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._wandb.log({"iter": step, **values}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+def _weights_and_biases(config: TrainConfig, at_end: ExitStack) -> Sink:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise ConfigError(say("trainer.metrics.no_wandb")) from None
+    names = {"project": config.wandb_project, "name": config.wandb_run_name}
+    run = wandb.init(**names, config=to_dict(config), dir=config.out_dir)
+    at_end.callback(run.finish)
+    return lambda step, values: wandb.log({"iter": step, **values}, step=step)
 
 
 class Reporter:
@@ -125,42 +111,45 @@ class Reporter:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._is_main = is_main
         self._sinks: list[Sink] = []
+        self._at_end = ExitStack()
         self._lines: JsonLines | None = None
-        self._early: list[tuple[int, Mapping[str, Any]]] = []
+        self._early: list[tuple[int, Event]] = []
         self._progress: Progress | None = None
 
     def start(self, config: TrainConfig, *, first_step: int, evaluated: bool) -> None:
-        """Training begins at `first_step`, whose evaluation may have been made before: open the sinks, draw the bar."""
+        """Open the sinks and draw the bar; training begins at `first_step`, which may be `evaluated` already."""
         if not self._is_main:
             return
         folder = Path(config.out_dir)
-        self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, say=self.say)
-        self._sinks.append(self._lines)
-        for step, values in self._early:
-            self._lines.write(step, values)
+        self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, log=self.log)
+        self._at_end.callback(self._lines.close)
+        self._sinks.append(self._lines.write)
+        for step, event in self._early:
+            self._lines.write_event(step, event)
         if config.tensorboard_log:
-            self._sinks.append(_TensorBoard(folder, first_step))
+            self._sinks.append(_tensorboard(folder, first_step, self._at_end))
         if config.wandb_log:
-            self._sinks.append(_WeightsAndBiases(config))
+            self._sinks.append(_weights_and_biases(config, self._at_end))
         if self._console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
+                TextColumn(say("trainer.metrics.left")),
                 TimeRemainingColumn(),
                 console=self._console,
             )
             self._task = self._progress.add_task("", total=config.max_iters, completed=first_step, numbers="")
             self._progress.start()
+            self._at_end.callback(self._progress.stop)
 
-    def say(self, line: str) -> None:
-        """A line of its own, above the progress bar if there is one."""
+    def log(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one."""
         self._console.print(line, markup=False)
 
     def step(self, step: int, values: Mapping[str, float], memory: MemoryUse) -> None:
-        """A logged training step; `values` as written to metrics.jsonl: loss, ms, tokens_per_s, perhaps mfu."""
+        """Report a training step; `values` as written to metrics.jsonl: loss, ms, tokens_per_s, perhaps mfu."""
         rate = f"{format_count(values['tokens_per_s'])} tok/s"
         held = f"memory {format_bytes(memory.now_bytes)} (peak {format_bytes(memory.peak_bytes)})"
         mfu = f", mfu {values['mfu'] * 100:.2f}%" if "mfu" in values else ""
@@ -168,45 +157,38 @@ class Reporter:
             numbers = f"loss {values['loss']:.4f}, {rate}{mfu}, {held}"
             self._progress.update(self._task, completed=step + 1, numbers=numbers)
         else:
-            self.say(f"iter {step}: loss {values['loss']:.4f}, time {values['ms']:.2f}ms{mfu}, {rate}, {held}")
+            self.log(f"iter {step}: loss {values['loss']:.4f}, time {values['ms']:.2f}ms{mfu}, {rate}, {held}")
         self._write(step, {**values, "memory_bytes": memory.now_bytes, "memory_peak_bytes": memory.peak_bytes})
 
     def evaluation(self, step: int, losses: Mapping[str, float], learning_rate: float) -> None:
-        """nanoGPT's line of an evaluation."""
-        self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        """Report an evaluation with nanoGPT's line."""
+        self.log(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         self._write(step, {"train_loss": losses["train"], "val_loss": losses["val"], "lr": learning_rate})
 
-    def event(self, step: int, values: Mapping[str, Any]) -> None:
-        """What happened besides training, a line with the key "event"; before `start` it waits for the file."""
+    def event(self, step: int, event: Event) -> None:
+        """Write an event to metrics.jsonl; before `start` it waits for the file."""
         if self._lines is not None:
-            self._lines.write(step, values)
+            self._lines.write_event(step, event)
         elif self._is_main:
-            self._early.append((step, values))
+            self._early.append((step, event))
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        for sink in self._sinks:
-            sink.close()
+        self._at_end.close()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
-            sink.write(step, values)
+            sink(step, values)
 
 
 class Stopwatch:
-    """Time between two laps, in ms for each step in between."""
-
-    def __init__(self) -> None:
-        self._start, self._step = time.perf_counter(), 0
+    """Milliseconds for each step between two laps."""
 
     def restart(self, step: int) -> None:
-        """Step `step` is about to begin."""
+        """Start anew, just before step `step`."""
         self._start, self._step = time.perf_counter(), step
 
     def lap(self, steps_done: int) -> float:
-        """Milliseconds for each step since the last lap or restart."""
-        now = time.perf_counter()
-        ms = (now - self._start) * 1000 / max(1, steps_done - self._step)
-        self._start, self._step = now, steps_done
-        return ms
+        """Return the milliseconds for each step since the last lap or restart."""
+        seconds, steps = time.perf_counter() - self._start, max(1, steps_done - self._step)
+        self.restart(steps_done)
+        return seconds * 1000 / steps

@@ -1,11 +1,11 @@
-"""Optimizer, gradients and full weights in host memory: the device keeps what a pass computes with.
+"""Keep the optimizer, gradients and full weights in host memory; the device keeps only the weights of a pass.
 
-ZeRO-Offload's split (Ren et al. 2021, arXiv 2101.06840): a gradient leaves the device as soon as it is whole and is
-added up in host memory, where AdamW updates the float32 weights; the device gets them back after the update. Matrices
-of the blocks are on the device in the format that autocast would cast them to for each product, the others as they
-were, so that a step computes what it would without this. A parameter takes 2 bytes there instead of 18 in bfloat16,
-and 16 on the host. It is for one process. A model compiled as one graph would make all gradients at once; compiled
-block by block, it makes those of one at a time.
+This is ZeRO-Offload's split (Ren et al. 2021, arXiv 2101.06840). A complete gradient leaves the device at once and is
+added up in host memory. There AdamW updates the float32 weights, and the device gets them back after the update.
+Block matrices live on the device in autocast's dtype, the others as they were, so a step computes the same as without
+offloading. In bfloat16 a parameter takes 2 bytes on the device instead of 18, and 16 on the host. It works for one
+process. A model compiled as one graph would make all gradients at once; compiled block by block, it makes those of one
+block at a time.
 """
 
 from functools import partial
@@ -17,10 +17,10 @@ from tightfit.models.model import GPT
 
 
 class Offload:
-    """What the host keeps of a model whose parameters it then moves to a device."""
+    """Full weights and gradients of a model on the host, while its parameters are on a device."""
 
     def __init__(self, model: GPT, device: torch.device, dtype: torch.dtype) -> None:
-        """`model` is on the host, and on `device` afterwards, its blocks' matrices in `dtype`, that of autocast."""
+        """Move `model` from the host to `device`, its blocks' matrices in `dtype`, that of autocast."""
         self._pinned = device.type == "cuda"
         low = {id(each.weight) for each in model.transformer["h"].modules() if isinstance(each, nn.Linear)}
         self.masters: dict[nn.Parameter, nn.Parameter] = {}
@@ -42,7 +42,7 @@ class Offload:
         return tensor.pin_memory() if self._pinned else tensor
 
     def _take(self, master: nn.Parameter, parameter: Tensor) -> None:
-        """A gradient that is whole: off the device, and added to what earlier passes of the step gave."""
+        """Move a complete gradient off the device and add it to those of earlier passes of the step."""
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         arrived, total = self._staged(parameter), self._sums[parameter]
@@ -54,17 +54,17 @@ class Offload:
             total.add_(arrived)
 
     def _staged(self, parameter: nn.Parameter) -> Tensor:
-        """Host memory of the parameter's shape and format, good until the next call."""
+        """Return host memory of the parameter's shape and dtype, valid until the next call."""
         return self._staging[parameter.dtype][: parameter.numel()].view_as(parameter)
 
     @torch.no_grad()
     def return_weights(self) -> None:
-        """The device's weights become the updated ones; takes no memory on the device, so it cannot fail for it."""
+        """Copy the updated weights to the device; needs no memory there, so it never fails half way."""
         for parameter, master in self.masters.items():
             parameter.copy_(self._staged(parameter).copy_(master))
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state with the host's weights in it."""
+        """Return the model's state with the host's weights in it."""
         state: dict[str, Tensor] = model.state_dict(keep_vars=True)
         return {
             name: (self.masters.get(value, value) if isinstance(value, nn.Parameter) else value).detach()

@@ -1,7 +1,7 @@
-"""Which errors mean that memory ran out, what they say, and how what they hold is given back.
+"""Recognize errors that mean memory ran out, read the refused size from them, and release the memory they hold.
 
-Every layer below the trainer says it in its own words: PyTorch's allocators, the drivers, the libraries of kernels, the
-collectives, numpy, the C library. They are known here by class where there is one and by text elsewhere.
+Every layer below the trainer words it differently: PyTorch's allocators, the drivers, the libraries of kernels, the
+collectives, numpy, the C library. This module knows them by class where there is one, else by text.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import gc
 import platform
 import re
 import traceback
+import warnings
 from collections.abc import Iterator
 from enum import Enum
 
@@ -19,7 +20,7 @@ from tightfit.system.memory_limits import host_memory
 
 
 class Kind(Enum):
-    """What an error leaves of the process."""
+    """State of the process after an error."""
 
     RECOVERABLE = "recoverable"
     """An allocation was refused and nothing else happened: the process can go on."""
@@ -37,20 +38,21 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _WHEN_FULL = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|HIPBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_NOT_INITIALIZED")
-"""A library that could not make its workspace says so; with memory to spare it is another fault."""
+"""Messages of a library that could not allocate its workspace; with memory to spare they mean another fault."""
 _WHEN_HOST_FULL = re.compile(r"could not (create|execute) a (primitive|memory object|reorder)\b(?! desc)")
-"""What oneDNN says when the system refuses it memory for its code or its scratch space; else another fault."""
+"""Messages of oneDNN without memory for its code or its scratch space; with memory to spare, another fault."""
 SLOW_FALLBACK = r"mkldnn_\w+ failed, switching"
-"""A warning: a product goes on without oneDNN, a hundred times as slow, for as long as its thread lives."""
+"""A warning: products run without oneDNN, a hundred times as slow, for as long as their thread lives."""
 _NO_THREAD = re.compile(r"can't start new thread")
-"""What Python says when there is no memory for a stack, or the system's limit on threads is reached."""
+"""Python's message without memory for a thread's stack, or at the system's limit on threads."""
 _BROKEN = re.compile(
     r"an illegal memory access was encountered|unspecified launch failure|misaligned address"
     r"|NCCL error|ncclUnhandledCudaError|ncclSystemError",
     re.IGNORECASE,
 )
 _FULL_BYTES = 512 * 2**20
-"""A device with less to spare is full for cuBLAS, whose handle and workspace take up to 100 MiB on recent cards."""
+"""Free memory below which cuBLAS counts a device as full: its handle and workspace take up to 100 MiB on recent
+cards."""
 _HOST_FULL_BYTES = 256 * 2**20
 _SIZES = (
     re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)?", re.IGNORECASE),
@@ -60,35 +62,34 @@ _POWERS = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
 def is_out_of_memory(error: BaseException, *, after_another: bool = False) -> Kind | None:
-    """What kind of out-of-memory error this is, or the errors that it was raised for; None if none of them is one.
+    """Return the kind of out-of-memory error that this or an error behind it is; None for any other error.
 
-    `after_another`: memory ran out a moment ago, so that what a library says of its own workspace counts as one
-    although the memory may be there again.
-    Triton's OutOfResources (shared memory of a kernel) is about the card and not about memory: smaller plans do not
-    cure it.
+    `after_another`: an OOM was just handled, so errors of allocating a library's workspace count as OOM, although the
+    memory may be free again.
+    Triton's OutOfResources does not count: it is about a kernel's shared memory, and smaller plans do not cure it.
     """
-    kinds = {_kind(each, after_another) for each in _chain(error)}
+    kinds = {_kind(each, after_another) for each in error_chain(error)}
     return Kind.BROKEN if Kind.BROKEN in kinds else Kind.RECOVERABLE if Kind.RECOVERABLE in kinds else None
 
 
 def spoils_its_thread(error: BaseException) -> bool:
-    """Whether the thread that met this error can compute nothing new any more, however much memory there is.
+    """Return True if this error's thread can run no new kernel any more, however much memory is free.
 
-    oneDNN's assembler notes that it got no memory for its code in a thread-local variable which nothing clears (seen
-    with torch 2.13 on x86): every later kernel of that thread fails with the same words, and those of others do not.
+    oneDNN's assembler sets a thread-local variable when it gets no memory for its code, and nothing clears it (seen
+    with torch 2.13 on x86): every later new kernel of that thread fails with the same message. Other threads work.
     """
-    return any(_WHEN_HOST_FULL.search(str(each)) for each in _chain(error))
+    return any(_WHEN_HOST_FULL.search(str(each)) for each in error_chain(error))
 
 
 def requested_bytes(error: BaseException) -> int | None:
-    """The size that was refused, where the message names it.
+    """Return the refused size if the message names it.
 
     >>> requested_bytes(RuntimeError("CUDA out of memory. Tried to allocate 6.14 GiB. GPU 0 has ..."))
     6592774799
     >>> requested_bytes(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."))
     4096
     """
-    for each in _chain(error):
+    for each in error_chain(error):
         for pattern in _SIZES:
             if found := pattern.search(str(each)):
                 unit = (found[2] or "bytes")[0].lower()
@@ -96,15 +97,20 @@ def requested_bytes(error: BaseException) -> int | None:
     return None
 
 
+def set_process_warnings() -> None:
+    """Turn oneDNN's warning `SLOW_FALLBACK` into an error in the whole process, so that a run recovers instead."""
+    warnings.filterwarnings("error", message=SLOW_FALLBACK)
+
+
 def release_frames(error: BaseException) -> None:
-    """Drop what the functions that failed still hold: a traceback keeps their tensors alive as long as itself."""
-    for each in list(_chain(error)):
+    """Drop the local variables of the failed functions: a traceback keeps their tensors alive."""
+    for each in list(error_chain(error)):
         traceback.clear_frames(each.__traceback__)
         each.__traceback__ = each.__cause__ = each.__context__ = None
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what nobody uses: reference cycles, cached blocks, cuBLAS's workspaces, the C library's free lists."""
+    """Release unused memory: reference cycles, cached blocks, cuBLAS's workspaces, the C library's free lists."""
     gc.collect()
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()
@@ -116,7 +122,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What this process could still allocate, its own cached blocks included; None where that is unknown."""
+    """Bytes that this process can still allocate, its own cached blocks included; None if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
@@ -124,19 +130,19 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def room_bytes(device: torch.device) -> tuple[int, int] | None:
-    """What others leave: free now, and that with what this process holds; None where it is unknown.
+    """Bytes free now, and those plus what this process holds; None if unknown.
 
-    On the host without this process's own limits, which nobody else uses up.
+    Leaves out this process's own limits on the host: no other process uses them up.
     """
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])
         return free, free + torch.cuda.memory_reserved(device)
-    memory = host_memory()
-    if device.type != "cpu" or memory.available_bytes is None:
+    if device.type != "cpu":
         return None
-    shared = [limit.left_bytes for limit in memory.limits if not limit.source.startswith("RLIMIT")]
-    free = min(memory.available_bytes, *shared) if shared else memory.available_bytes
-    return free, free + (memory.used_by_this_process_bytes or 0)
+    memory = host_memory()
+    shared = (limit.left_bytes for limit in memory.limits if not limit.source.startswith("RLIMIT"))
+    free = min([memory.available_bytes, *shared])
+    return free, free + memory.used_by_this_process_bytes
 
 
 def _kind(error: BaseException, after_another: bool) -> Kind | None:
@@ -153,24 +159,24 @@ def _kind(error: BaseException, after_another: bool) -> Kind | None:
     if _OUT_OF_MEMORY.search(text):
         return Kind.RECOVERABLE
     of_device, of_host = _WHEN_FULL.search(text), _WHEN_HOST_FULL.search(text) or _NO_THREAD.search(text)
-    full = (of_device and (after_another or _is_full())) or (of_host and (after_another or _host_is_full()))
+    full = (of_device and (after_another or _device_is_full())) or (of_host and (after_another or _host_is_full()))
     return Kind.RECOVERABLE if full else None
 
 
 def _host_is_full() -> bool:
-    return (host_memory().budget_bytes or 0) < _HOST_FULL_BYTES
+    return host_memory().budget_bytes < _HOST_FULL_BYTES
 
 
-def _is_full() -> bool:
+def _device_is_full() -> bool:
     if not torch.cuda.is_available():
         return False
     with contextlib.suppress(RuntimeError):
         return int(torch.cuda.mem_get_info()[0]) < _FULL_BYTES
-    return True  # a device that does not even say how much is free
+    return True  # a device that cannot even report its free memory
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and those it was raised for; the compiler keeps the one it met as `inner_exception`."""
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error, its causes and contexts; torch's compiler keeps its cause as `inner_exception`."""
     seen: list[BaseException | None] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -1,21 +1,21 @@
-"""Out-of-memory errors survived: what failed is undone, memory released, settings made smaller, and it runs again.
+"""Survive out-of-memory errors: undo the failed work, release memory, choose smaller settings, run the work again.
 
-What is tried again must have written nothing that stays. An evaluation writes nothing; a step writes gradients, which
-are dropped, until its update, which is finished rather than undone (`train.atomic`). What is random in a step follows
-from its number, and so does what it reads, so that the step that runs again is the same step.
+Work that runs again must have written nothing that stays. An evaluation writes nothing. A step writes gradients, which
+are dropped, until its update, which is finished rather than undone (`trainer.atomic`). A step's number decides its
+random numbers and its data, so the step that runs again is the same step.
 
-Several processes agree before they exchange gradients and again before they write. One that failed says so in place of
-its next agreement: none waits for a sum that never comes, and all go back together, to the same settings. Errors inside
-of an exchange itself cannot be undone; there the process ends, which the others notice, and a new one resumes.
+Several processes agree before they exchange gradients and again before they write. A process that failed reports this
+in place of its next agreement. So none waits for a sum that never comes, and all go back together, to the same
+settings. An error inside an exchange cannot be undone: the process ends, the others notice, and a new one resumes.
 """
 
 import time
-import warnings
+import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from torch import Tensor
 from tightfit.errors import DoesNotFit, TightfitError
 from tightfit.trainer.atomic import Update
 from tightfit.trainer.distributed import GradientExchange, World
-from tightfit.trainer.fallback import Adjustable, Fallback, Halving, Settings, least_that_failed
+from tightfit.trainer.events import Event, GrowthEvent, PressureEvent, RecoveryEvent
+from tightfit.trainer.fallback import MARGIN_BYTES, Adjustable, Fallback, Growth, Phase, Settings
 from tightfit.trainer.out_of_memory import (
-    SLOW_FALLBACK,
     Kind,
     free_bytes,
     is_out_of_memory,
@@ -36,58 +36,58 @@ from tightfit.trainer.out_of_memory import (
     spoils_its_thread,
 )
 from tightfit.trainer.resident import Reserve
-from tightfit.trainer.step import Guard, Phase, StepState
+from tightfit.trainer.step import Guard, StepState
 from tightfit.trainer.supervise import BEYOND_SAVING
-from tightfit.units import MIB, format_bytes
-
-__all__ = ["BeyondSaving", "Fallback", "Halving", "Kind", "Recovery", "Settings", "is_out_of_memory"]
+from tightfit.wording import say
 
 T = TypeVar("T")
 MOST_TRIES = 4
-"""Times that the same settings are tried in one step where nothing smaller is left: others' memory comes and goes."""
+"""Tries of the same settings in one step where nothing smaller is left: others' memory comes and goes."""
 WAIT_S = 0.5
-"""Before the second of those times; twice as long before each one after it."""
-PATIENCE = 20
-"""Steps without trouble before settings grow; twice as many after each attempt that failed."""
-MARGIN_BYTES = 256 * MIB
-"""Free memory below which others' growth is acted upon: about what cuBLAS, a kernel's load and a page cache take."""
+"""Seconds before the first retry of the same settings; doubles with each further retry."""
 _SETTINGS_MATTER: tuple[Phase, ...] = ("eval", "forward", "loss", "backward", "compile")
-"""Phases in which smaller settings need less. Elsewhere giving memory back comes first."""
+"""Phases in which smaller settings need less. In the others releasing memory comes first."""
 
 
 class BeyondSaving(TightfitError):
-    """This process cannot go on, but a new one can, from the last checkpoint."""
+    """This process cannot continue, but a new one can, from the last checkpoint."""
 
     exit_code = BEYOND_SAVING
 
 
 class OutOfMemory(DoesNotFit):
-    """Nothing smaller is left; what was done so far is whole."""
+    """Nothing smaller is left; the work done so far is complete."""
 
     of_all = False
-    """Whether every process raises it, at the same place."""
+    """True if every process raises it at the same place."""
     message = ""
-    """What the device or the system said."""
+    """Error message of the device or the system."""
     settings: Settings | None = None
-    """Those that failed, if there were any yet."""
+    """The settings that failed; None if the run had none yet."""
 
 
 class _PeerFailed(Exception):
     """Another process could not do its part."""
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """What a process tells the others of its error, and what it decided for all of them."""
+class _Found(NamedTuple):
+    """Facts of an error, taken before its traceback and tensors are dropped."""
 
     phase: Phase
     requested_bytes: int | None
+    message: str
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error and the decision that follows from it, as one process sends them to the others."""
+
+    found: _Found
     free_bytes: int | None
     after: Settings | None
     """None: the same settings again."""
     is_last: bool
     wait_s: float
-    message: str
 
 
 @dataclass
@@ -96,41 +96,35 @@ class Recovery(Guard):
 
     world: World
     device: torch.device
-    say: Callable[[str], object]
-    event: Callable[[int, Mapping[str, Any]], object]
+    log: Callable[[str], object]
+    event: Callable[[int, Event], object]
     enabled: bool = True
     step: int = 0
-    """The step that is being done, for what is told."""
+    """The current step, for messages."""
     run: Adjustable | None = None
     """The run, once it has settings to change."""
     fallback: Fallback | None = None
     state: StepState | None = None
+    _growth: Growth = field(default_factory=Growth)
     _exchange: GradientExchange | None = None
     _flag: Tensor | None = None
     _tries: Counter[tuple[int, bool, Settings | None]] = field(default_factory=Counter)
-    _failed: dict[Settings, int | None] = field(default_factory=dict)
-    """Settings that failed, with the memory that was free after they were given up."""
-    _clean_steps: int = 0
-    _patience: int = field(default_factory=lambda: PATIENCE)
-    _has_grown: bool = False
-    _room_bytes: int | None = None
     _reserve: Reserve | None = None
     _thread: ThreadPoolExecutor | None = None
-    """Works instead of the main thread, which an error has left unfit to."""
+    """Runs the work in place of the main thread, after an error that left that thread unable to run new kernels."""
 
     def __post_init__(self) -> None:
         if self.enabled and self.device.type == "cpu":
-            warnings.filterwarnings("error", message=SLOW_FALLBACK)
             self._reserve = Reserve()
         if self.enabled and self.world.size > 1:
             self._flag = torch.zeros(1, device=self.world.flag_device(self.device))
 
     def watch(self, run: Adjustable, fallback: Fallback) -> None:
-        """From now on settings of `run` may change."""
+        """Allow the settings of `run` to change from now on."""
         self.run, self.fallback = run, fallback
 
     def guard(self, state: StepState) -> None:
-        """From now on this guards the steps of `state`."""
+        """Guard the steps of `state` from now on."""
         self.state = state
         if self.enabled:
             state.guard = self
@@ -140,7 +134,7 @@ class Recovery(Guard):
     def tried(
         self, phase: Phase, work: Callable[[], T], *, undo: Callable[[], object] = lambda: None, alone: bool = False
     ) -> T:
-        """What `work` returns, after as many errors as it takes; DoesNotFit when nothing smaller is left.
+        """Return the result of `work` after as many errors as it takes; DoesNotFit when nothing smaller is left.
 
         Unless `alone`, all processes do it together, and `work` has to end with `agree`.
         """
@@ -155,20 +149,20 @@ class Recovery(Guard):
                 return work() if self._thread is None else self._thread.submit(work).result()
             except _PeerFailed:
                 pass
-            except TightfitError:  # somebody's decision, though an error of memory may be behind it
+            except TightfitError:  # a decision of this package, even if an error of memory caused it
                 raise
-            except Exception as error:
+            except Exception as error:  # of any class: compilers and libraries wrap an error of memory in their own
                 if self._kind(error) is None:
                     raise
-                found = self._phase_of(error, phase), requested_bytes(error), last_line(error)
+                found = _Found(self._phase_of(error, phase), requested_bytes(error), last_line(error))
                 if spoils_its_thread(error):
-                    # Alone: OpenMP ends the process where it gets no memory for the threads of a new team.
+                    # One thread: OpenMP ends the process if it gets no memory for the threads of a new team.
                     self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
                 release_frames(error)
             undo()
             release_memory(self.device)
             _set_random_state(self.device, random_state)
-            failure = self._decided(*found, alone) if found else None
+            failure = self._decided(found, alone) if found else None
             if not alone:
                 if found:
                     self._signal(failed=True)
@@ -177,20 +171,21 @@ class Recovery(Guard):
             self._go_back(failure, time.perf_counter() - began, alone)
 
     def agree(self) -> None:
-        """Returns once all processes are here; raises where one of them failed on its way."""
+        """Return once all processes are here; raise if one of them failed before."""
         if self._signal(failed=False):
             raise _PeerFailed
 
     def exchange(self) -> None:
+        """Sum the gradients over all processes; BeyondSaving if that fails."""
         if self._exchange is None:
             return
         try:
             self._exchange.run()
-        except Exception as error:
-            raise BeyondSaving(f"step {self.step}: the exchange of gradients failed ({error}); {_NEW}") from error
+        except (RuntimeError, MemoryError) as error:
+            raise BeyondSaving(say("trainer.recovery.exchange_failed", step=self.step, reason=error)) from error
 
     def write(self, state: StepState) -> None:
-        """The update, gone on with until it is whole."""
+        """Update the parameters; continue after errors until the update is complete."""
         update: Update | None = None
         for tries in range(MOST_TRIES):
             began = time.perf_counter()
@@ -198,7 +193,7 @@ class Recovery(Guard):
                 update = update or Update(state.optimizer, state.scaler)
                 update.go_on()
                 return
-            except Exception as error:
+            except Exception as error:  # of any class, as in `tried`: an 8-bit update is compiled
                 if is_out_of_memory(error) is not Kind.RECOVERABLE:
                     raise
                 if tries == MOST_TRIES - 1:
@@ -208,53 +203,43 @@ class Recovery(Guard):
                 release_frames(error)
             release_memory(self.device)
             self._release_reserve()
-            self._tell("optimizer", size, None, time.perf_counter() - began)
+            self._report("optimizer", size, None, time.perf_counter() - began)
 
     def step_done(self) -> None:
-        """A step without trouble; after enough of them settings grow, but not to what failed with as little memory."""
-        if not self.enabled or self.run is None or self.fallback is None or not self._failed:
+        """Count a step without trouble; after enough of them let settings grow, but not to those that would fail."""
+        if self.run is None or self.fallback is None or not self._growth.is_due():
             return
-        self._clean_steps += 1
-        if self._clean_steps < self._patience:
-            return
-        self._clean_steps, self._has_grown = 0, False
         if self._reserve is not None:
             self._reserve.take()
-        free = free_bytes(self.device)
-        failed = frozenset(one for one, then in self._failed.items() if not free or not then or free < 2 * then)
-        now = self.run.settings
-        larger = self.world.from_main(self.fallback.larger(now, failed))
-        if larger is not None:
-            self._has_grown = True
-            self.say(f"step {self.step}: {self._patience} steps without trouble: {now.changes_to(larger)}")
-            self.event(self.step, {"event": "growth", "before": asdict(now), "after": asdict(larger)})
-            self.run.use_settings(larger)
-            if self._thread is not None and (free is None or free > MARGIN_BYTES):
-                self._thread = ThreadPoolExecutor(1)  # with as many threads of its own as at first
+        free, now = free_bytes(self.device), self.run.settings
+        larger = self.world.from_main(self.fallback.larger(now, self._growth.too_large(free)))
+        if larger is None:
+            return
+        steps, change = self._growth.patience, now.changes_to(larger)
+        self._growth.has_grown = True
+        self.log(say("trainer.recovery.grows", step=self.step, steps=steps, change=change))
+        self.event(self.step, GrowthEvent(before=now, after=larger))
+        self.run.use_settings(larger)
+        if self._thread is not None and (free is None or free > MARGIN_BYTES):
+            self._thread = ThreadPoolExecutor(1)  # with as many threads of its own as at first
 
     def is_pressed(self) -> bool:
-        """Whether others have taken so much that less than the margin is free; not what this process took itself."""
+        """Return True if others have taken so much memory that less than the margin is free."""
         room = room_bytes(self.device) if self.enabled else None
-        if room is None:
-            return False
-        free, whole = room
-        self._room_bytes = max(whole, self._room_bytes or 0)
-        return free < MARGIN_BYTES and whole < self._room_bytes - MARGIN_BYTES
+        return room is not None and self._growth.is_pressed(*room)
 
     def relieve(self) -> None:
-        """Smaller settings before anything fails; all processes together."""
+        """Choose smaller settings before anything fails; all processes do this together."""
         assert self.run is not None, "settings are watched before the first step"
         assert self.fallback is not None, "with what changes them"
         now = self.run.settings
         release_memory(self.device)
-        free, self._room_bytes = room_bytes(self.device) or (0, 0)
+        free, self._growth.room_bytes = room_bytes(self.device) or (0, 0)
         smaller = self.world.from_main(self.fallback.smaller(now, "forward", free))
-        self._failed[least_that_failed(now, "forward")] = free
-        self._clean_steps = 0
-        what = now.changes_to(smaller) if smaller else "nothing smaller is left; cached memory is released"
-        self.say(f"step {self.step}: other processes take memory, {format_bytes(free)} is free: {what}")
-        told = {"before": asdict(now), "after": asdict(smaller or now), "free_bytes": free}
-        self.event(self.step, {"event": "pressure", **told})
+        self._growth.failed(now, "forward", free)
+        change = now.changes_to(smaller) if smaller else say("trainer.recovery.nothing_smaller")
+        self.log(say("trainer.recovery.pressed", step=self.step, free=free, change=change))
+        self.event(self.step, PressureEvent(before=now, after=smaller or now, free_bytes=free))
         if smaller:
             self.run.use_settings(smaller)
 
@@ -262,106 +247,101 @@ class Recovery(Guard):
         if self._reserve is not None:
             self._reserve.release()
 
+    def _settings(self) -> Settings | None:
+        return self.run.settings if self.run is not None else None
+
     def _kind(self, error: Exception) -> Kind | None:
-        """None for what is to be raised as it is; BeyondSaving where the process is."""
+        """Return None for an error to raise again; raise BeyondSaving if it broke the process."""
         kind = is_out_of_memory(error, after_another=any(step == self.step for step, *_ in self._tries))
         if kind is not Kind.BROKEN:
             return kind
         if self._tries or "NCCL" in str(error):
-            raise BeyondSaving(f"step {self.step}: {str(error).splitlines()[0]}; {_NEW}") from error
-        return None  # an illegal access with no error of memory before it is somebody's bug
+            reason = str(error).splitlines()[0]
+            raise BeyondSaving(say("trainer.recovery.broken", step=self.step, reason=reason)) from error
+        return None  # an illegal access without an error of memory before it is a bug
 
     def _phase_of(self, error: BaseException, phase: Phase) -> Phase:
-        """Where in a step it happened: what the step says, and what the frames say of the loss and the compiler."""
+        """Return the phase within a step: the state's, or the loss or the compiler if the frames show them."""
         if phase != "forward" or self.state is None:
             return phase
-        frames, trace = [], error.__traceback__
-        while trace is not None:
-            frames.append(trace.tb_frame.f_code)
-            trace = trace.tb_next
-        if any(code.co_filename.endswith("_dynamo/convert_frame.py") for code in frames):
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(code.co_filename.endswith("_dynamo/convert_frame.py") for code in codes):
             return "compile"
         now = self.state.phase
-        return "loss" if now == "forward" and any(code.co_name == "token_loss" for code in frames) else now
+        return "loss" if now == "forward" and any(code.co_name == "token_loss" for code in codes) else now
 
-    def _decided(self, phase: Phase, size: int | None, message: str, alone: bool) -> _Failure:
-        now = self.run.settings if self.run is not None else None
-        self._tries[self.step, phase in _SETTINGS_MATTER, now] += 1
-        tries, free, after = self._tries[self.step, phase in _SETTINGS_MATTER, now], free_bytes(self.device), None
-        if now is not None and self.fallback is not None and not alone and (phase in _SETTINGS_MATTER or tries > 1):
-            after = self.fallback.smaller(now, phase, free)
+    def _decided(self, found: _Found, alone: bool) -> _Failure:
+        now, matters = self._settings(), found.phase in _SETTINGS_MATTER
+        self._tries[self.step, matters, now] += 1
+        tries, free, after = self._tries[self.step, matters, now], free_bytes(self.device), None
+        if now is not None and self.fallback is not None and not alone and (matters or tries > 1):
+            after = self.fallback.smaller(now, found.phase, free)
         is_last = after is None and tries >= MOST_TRIES
         wait_s = 0.0 if after is not None or is_last else WAIT_S * 2 ** (tries - 1)
-        return _Failure(phase, size, free, after, is_last=is_last, wait_s=wait_s, message=message)
+        return _Failure(found, free, after, is_last=is_last, wait_s=wait_s)
 
     def _go_back(self, failure: _Failure, seconds: float, alone: bool) -> None:
-        now = self.run.settings if self.run is not None else None
+        now, found = self._settings(), failure.found
         if failure.is_last:
-            error = OutOfMemory(self._epitaph(failure, now))
-            error.of_all, error.message, error.settings = not alone, failure.message, now
+            error = OutOfMemory(self._last_message(failure, now))
+            error.of_all, error.message, error.settings = not alone, found.message, now
             raise error
-        if self._has_grown:
-            self._patience *= 2
-        self._clean_steps, self._has_grown = 0, False
+        self._growth.after_error()
         self._release_reserve()
-        self._tell(failure.phase, failure.requested_bytes, failure.after, seconds)
+        self._report(found.phase, found.requested_bytes, failure.after, seconds)
         time.sleep(failure.wait_s)
         if self.run is not None and now is not None and failure.after is not None:
-            self._failed[least_that_failed(now, failure.phase)] = failure.free_bytes
+            self._growth.failed(now, found.phase, failure.free_bytes)
             self.run.use_settings(failure.after)
 
-    def _tell(self, phase: Phase, size: int | None, after: Settings | None, seconds: float) -> None:
-        now = self.run.settings if self.run is not None else None
-        change = now.changes_to(after) if now and after else "memory released, settings as they were"
-        refused = f" ({format_bytes(size)} refused)" if size is not None else ""
-        self.say(f"step {self.step}: out of memory in {phase}{refused}: {change}; it runs again")
-        ended = after or now
-        told = {
-            "event": "recovery",
-            "phase": phase,
-            "kind": Kind.RECOVERABLE.value,
-            "before": asdict(now) if now else None,
-            "after": asdict(ended) if ended else None,
-            "requested_bytes": size,
-            "seconds_lost": round(seconds, 3),
-        }
-        self.event(self.step, told)
+    def _report(self, phase: Phase, size: int | None, after: Settings | None, seconds: float) -> None:
+        """Log and record an error that the run survived."""
+        now = self._settings()
+        change = now.changes_to(after) if now and after else say("trainer.recovery.same_settings")
+        refused = say("trainer.recovery.refused", size=size) if size is not None else ""
+        self.log(say("trainer.recovery.retries", step=self.step, phase=phase, refused=refused, change=change))
+        event = RecoveryEvent(
+            phase=phase,
+            before=now,
+            after=after or now,
+            requested_bytes=size,
+            seconds_lost=round(seconds, 3),
+        )
+        self.event(self.step, event)
 
-    def _epitaph(self, failure: _Failure, now: Settings | None) -> str:
-        size = failure.requested_bytes
-        needs = f"{format_bytes(size)} more" if size is not None else "more memory"
-        left = f", {format_bytes(failure.free_bytes)} free" if failure.free_bytes is not None else ""
-        at = f" with {now}" if now else ""
-        return (
-            f"step {self.step}: {failure.phase} needs {needs} than there is{at}{left}, and nothing smaller is left; "
-            "try a shorter block_size, a smaller model, or a device with more memory"
+    def _last_message(self, failure: _Failure, now: Settings | None) -> str:
+        size, free = failure.found.requested_bytes, failure.free_bytes
+        return say(
+            "trainer.recovery.nothing_left",
+            step=self.step,
+            phase=failure.found.phase,
+            needed=say("trainer.recovery.more", size=size) if size is not None else say("trainer.recovery.more_memory"),
+            settings=say("trainer.recovery.with_settings", settings=now) if now else "",
+            free=say("trainer.recovery.free", size=free) if free is not None else "",
         )
 
     def _give_up(self, update: Update | None) -> None:
-        """An update that cannot be finished: undone if nothing was written anywhere, else the process ends."""
+        """Undo an update that cannot be finished if no process wrote anything; else raise BeyondSaving."""
         if self.world.size == 1 and (update is None or not update.has_written):
             if update is not None:
                 update.withdraw()
             return
-        raise BeyondSaving(f"step {self.step}: memory ran out in the middle of the update; {_NEW}")
+        raise BeyondSaving(say("trainer.recovery.half_updated", step=self.step))
 
     def _signal(self, *, failed: bool) -> bool:
-        """Whether any process failed; allocates nothing."""
+        """Return True if any process failed; allocates nothing."""
         if self._flag is None:
             return failed
         try:
             self._flag.fill_(float(failed))
             torch.distributed.all_reduce(self._flag)
             return self._flag.item() > 0
-        except Exception as error:  # the others have gone on, or will: going back alone would leave them waiting
-            raise BeyondSaving(f"step {self.step}: the processes could not agree ({error}); {_NEW}") from error
-
-
-_NEW = "a new process goes on from the last checkpoint (--supervise, or --init_from=resume)"
+        except (RuntimeError, MemoryError) as error:  # the others go on: going back alone would leave them waiting
+            raise BeyondSaving(say("trainer.recovery.no_agreement", step=self.step, reason=error)) from error
 
 
 def last_line(error: BaseException) -> str:
-    """As the last line of a traceback shows it."""
+    """Return the last line of the error's traceback, like "RuntimeError: CUDA out of memory"."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"{name}: {error}"

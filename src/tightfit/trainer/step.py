@@ -1,13 +1,12 @@
-"""One optimizer step over any split of the effective batch, and one evaluation.
+"""Run one optimizer step over any split of the effective batch, or one evaluation.
 
-Ordinary PyTorch code on purpose: on a real device it trains, and without one the same code can be traced.
+This is ordinary PyTorch code on purpose: on a real device it trains, and the virtual device traces the same code.
 """
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,32 +14,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tightfit.models.optimizer import set_learning_rate
 from tightfit.trainer.atomic import Update
+from tightfit.trainer.fallback import Phase
 from tightfit.trainer.offload import Offload
 
 MicroBatch = tuple[Tensor, Tensor]
 """Inputs and targets, (b, t) int64 on the device."""
-Phase = Literal[
-    "setup", "resume", "eval", "forward", "loss", "backward", "optimizer", "compile", "log", "save", "sample"
-]
 
 
 class Guard:
-    """What a run adds to a step so that it survives an error half way (`trainer.recovery`); this one adds nothing."""
+    """Hooks by which a run survives an error half way through a step (`trainer.recovery`); these do nothing extra."""
 
     def agree(self) -> None:
-        """Returns once all processes are here; raises where one of them failed on its way."""
+        """Return once all processes are here; raise if one of them failed before."""
 
     def exchange(self) -> None:
-        """Sums the gradients over all processes, where DDP has not done so in backward."""
+        """Sum the gradients over all processes, unless DDP has done so in backward."""
 
     def write(self, state: "StepState") -> None:
-        """The update itself, after which nothing may be undone."""
+        """Update the parameters; nothing can be undone afterwards."""
         Update(state.optimizer, state.scaler).go_on()
 
 
 @dataclass
 class StepState:
-    """All that a step changes, and what it needs for that."""
+    """Everything that a step changes or needs."""
 
     model: nn.Module
     """Called as `model(inputs, targets, scale=...)` for a summed loss; may be compiled or wrapped in DDP."""
@@ -49,12 +46,12 @@ class StepState:
     """Enabled for float16 only."""
     autocast: Callable[[], torch.autocast]
     processes: int = 1
-    """Processes whose gradients are averaged by DDP."""
+    """Processes over which DDP averages the gradients."""
     offload: Offload | None = None
-    """What of it is in host memory instead of the device's."""
+    """The parts in host memory instead of the device's."""
     guard: Guard = field(default_factory=Guard)
     phase: Phase = "setup"
-    """What is being done, for whoever catches its errors."""
+    """The current phase, for the handler of its errors."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,8 @@ def optimizer_step(
 ) -> StepResult:
     """Update the parameters with the mean gradient over `tokens` target tokens, those of all processes together.
 
-    `micro_batches` yields `passes` of them, of any sizes. Each is weighted by its tokens, so that no split of the
-    batch changes the result but by rounding. `seed_of_pass` seeds dropout for each pass.
+    `micro_batches` yields `passes` of them, of any sizes. Each counts by its tokens, so another split of the batch
+    changes the result only by rounding. `seed_of_pass` gives the seed of each pass's dropout, set for the process.
     """
     set_learning_rate(state.optimizer, learning_rate)
     total = _backward(state, micro_batches, passes, state.processes / tokens, seed_of_pass)
@@ -105,7 +102,7 @@ def _backward(
     scale: float,
     seed_of_pass: Callable[[int], int] | None,
 ) -> Tensor:
-    """Adds the gradients of all passes to the parameters'; returns the sum of their losses."""
+    """Add the gradients of all passes to the parameters'; return the sum of the losses."""
     total: Tensor | None = None
     state.phase = "forward"
     for number, (inputs, targets) in enumerate(micro_batches):
@@ -113,11 +110,11 @@ def _backward(
             torch.manual_seed(seed_of_pass(number))
         with _synchronised(state.model, number == passes - 1):
             with state.autocast():
-                # DDP divides by the number of processes what is a sum over all tokens here
+                # a sum over all tokens; DDP divides it by the number of processes
                 loss = state.model(inputs, targets, scale=scale)
             state.phase = "backward"
             state.scaler.scale(loss).backward()
-        # A copy: what a CUDA graph returned is overwritten when it runs again.
+        # A copy: the next run of a CUDA graph overwrites its result.
         total = loss.detach().clone() if total is None else total + loss.detach()
         state.phase = "forward"
     assert total is not None, "a step needs at least one micro-batch"
@@ -125,7 +122,7 @@ def _backward(
 
 
 def evaluation_loss(state: StepState, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-    """Summed loss and number of target tokens; one micro-batch's memory at a time, and nothing kept between them."""
+    """Return the summed loss and the number of target tokens; hold one micro-batch's memory at a time."""
     model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
     total, tokens = 0.0, 0
     was_training = model.training
@@ -141,13 +138,13 @@ def evaluation_loss(state: StepState, micro_batches: Iterable[MicroBatch]) -> tu
 
 
 def dropout_seed(seed: int, step: int, sequence: int) -> int:
-    """Seed of the pass that begins with this sequence of this step; below 2**63."""
+    """Return the seed of the pass that begins with this sequence of this step; below 2**63."""
     digest = hashlib.blake2b(f"{seed}/{step}/{sequence}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """DDP exchanges gradients in the last pass of a step only."""
+    """Let DDP exchange gradients in the last pass of a step only."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()

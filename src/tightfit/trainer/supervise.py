@@ -1,41 +1,58 @@
-"""A small parent process that starts a training run again when the system killed it, from its last good state.
+"""Restart a training run that the system killed, from its last good state; this is the small parent process.
 
-The kernel's out-of-memory killer gives no error that the run itself could survive, and after some faults of a CUDA
-context no call of the process succeeds. The parent never imports torch: it holds about 20 MiB. The child tells it by a
-file what it last saved and how it ran; a restart halves that, so that what was killed for memory needs less of it.
+The kernel's out-of-memory killer raises no error that the run could survive, and after some faults of a CUDA context
+no call of the process succeeds. The parent never imports torch: it holds about 20 MiB. The child writes its last
+checkpoint and its settings to a file. A restart halves the settings, so it needs less memory.
 """
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
+
+import msgspec
 
 from tightfit.config import TrainConfig
+from tightfit.config.schema import Setting
 from tightfit.storage import write_aside
+from tightfit.trainer.fallback import Settings
+from tightfit.trainer.signals import handling_signals
+from tightfit.wording import say
 
 BEYOND_SAVING = 75
 """Exit code of a process that a new one can replace: EX_TEMPFAIL of BSD's sysexits.h."""
 STATUS = "TIGHTFIT_STATUS"
-"""Names the file in which a supervised run tells how it is; also tells a run that it has a supervisor."""
+"""Environment variable with the path of a supervised run's status file; a run that has it has a supervisor."""
 MOST_RESTARTS = 3
-"""Restarts without a newer saved state before the parent gives up."""
+"""Restarts without a newer checkpoint before the parent gives up."""
 LONG_RUN = 1000
-"""Steps from which on a run is supervised without being asked."""
+"""Steps from which a run is supervised by default."""
 _KILLED = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, getattr(signal, "SIGBUS", signal.SIGKILL))
-"""For want of memory: the system's killer; std::bad_alloc that nothing caught; a library that wrote to what it did not
-get (oneDNN's assembler does); a page that cannot be had."""
+"""Signals of memory shortage: the system's killer; std::bad_alloc that nothing caught; a library that wrote to memory
+it did not get (oneDNN's assembler does); a page that the system cannot supply."""
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """State of a supervised run: enough to continue it with less memory."""
+
+    saved_step: int
+    """Step of the last checkpoint; 0 if there is none."""
+    n_layer: int
+    activation_memory_budget: float
+    lossy: dict[str, Setting]
+    """Keys that a plan set although they change the result; a restart must not choose them anew."""
+    settings: Settings
+
+
 def wants_supervision(config: TrainConfig) -> bool:
-    """As the key says; of itself for long runs of one process whose output is not captured in this one."""
+    """Follow the key `supervise`; "auto" means long runs of one process that print to the real stdout and stderr."""
     if STATUS in os.environ or config.supervise is False:
         return False
     if config.supervise is True:
@@ -44,120 +61,114 @@ def wants_supervision(config: TrainConfig) -> bool:
     return is_long and "RANK" not in os.environ and _is_a_file(sys.stdout) and _is_a_file(sys.stderr)
 
 
-def supervise(arguments: Sequence[str], config: TrainConfig, *, say: Callable[[str], object] = print) -> int:
-    """Run `tightfit train ARGUMENTS` in a child until it ends by itself; the exit code of the last one."""
-    points = f"every {config.save_interval} steps" if config.save_interval else "at evaluations only (--save_interval)"
-    every = f"; evaluations are every {config.eval_interval} steps" if not config.save_interval else ""
-    say(f"supervised: if the system kills this run it starts again from its last state, saved {points}{every}")
+def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[str], object] = print) -> int:
+    """Run `tightfit train ARGUMENTS` in a child until it ends by itself; return the last child's exit code."""
+    if config.save_interval:
+        log(say("trainer.supervise.saves_at_intervals", steps=config.save_interval))
+    else:
+        log(say("trainer.supervise.saves_at_evaluations", steps=config.eval_interval))
     added: list[str] = []
-    lossy: dict[str, Any] = {}
+    lossy: dict[str, Setting] = {}
     restarts, saved = 0, -1
     with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
-        status = Path(folder) / "status.json"
+        path = Path(folder) / "status.json"
         while True:
             sys.stdout.flush()
-            code = _run_child([*arguments, *added], status)
+            code = _run_child([*arguments, *added], path)
             if not can_be_replaced(code):
-                return code if code >= 0 else 128 - code
-            told = read_status(status)
-            restarts = 1 if told.get("saved_step", -1) > saved else restarts + 1
-            saved = max(saved, told.get("saved_step", -1))
+                return _exit_code(code)
+            status = read_status(path)
+            restarts += 1
+            if status is not None:
+                if status.saved_step > saved:
+                    restarts, saved = 1, status.saved_step
+                lossy |= status.lossy  # a child that got them as options has none of its own
+                added = overrides(msgspec.structs.replace(status, lossy=lossy))
             if restarts > MOST_RESTARTS:
-                say(f"{_cause(code)} {restarts} times with nothing newer saved: {_ADVICE}")
-                return code if code >= 0 else 128 - code
-            lossy |= told.get("lossy", {})  # a child that was given them tells of no plan of its own
-            added = overrides({**told, "lossy": lossy})
-            begin = f"step {told['saved_step']}" if told.get("saved_step", 0) > 0 else "where it began"
-            say(f"{_cause(code)}; starting again from {begin} with {' '.join(added) or 'the same settings'}")
+                log(say("trainer.supervise.gives_up", cause=_cause(code), times=restarts))
+                return _exit_code(code)
+            log(_restart(code, saved, added))
 
 
-_ADVICE = "this run does not fit; try a smaller --micro_batch, a smaller model or more memory"
+def _restart(code: int, saved: int, added: Sequence[str]) -> str:
+    start = say("trainer.supervise.step", step=saved) if saved > 0 else say("trainer.supervise.beginning")
+    options = " ".join(added) or say("trainer.supervise.same_settings")
+    return say("trainer.supervise.restarts", cause=_cause(code), start=start, options=options)
 
 
-def overrides(told: Mapping[str, Any]) -> list[str]:
-    """Options that make a run go on where it was, with less memory than it told to have used.
+def overrides(status: Status) -> list[str]:
+    """Return options that continue a run from its last checkpoint with less memory than its status has.
 
-    >>> overrides({"saved_step": 40, "n_layer": 12, "micro_batch": 6, "eval_micro_batch": 12, "loss": "auto",
-    ...            "checkpointed_blocks": 0})
+    >>> settings = Settings(micro_batch=6, eval_micro_batch=12, loss="auto", checkpointed_blocks=0)
+    >>> overrides(Status(saved_step=40, n_layer=12, activation_memory_budget=1.0, lossy={}, settings=settings))
     ['--init_from=resume', '--micro_batch=3', '--eval_micro_batch=6', '--loss=auto', '--activation_checkpointing=0']
     """
-    words = []
-    if told.get("saved_step", 0) > 0:
-        words.append("--init_from=resume")
-    if "micro_batch" in told:
-        is_least = told["micro_batch"] == 1
-        words += [
-            f"--micro_batch={max(1, told['micro_batch'] // 2)}",
-            f"--eval_micro_batch={max(1, told['eval_micro_batch'] // 2)}",
-            f"--loss={'chunked' if is_least and told['loss'] != 'liger' else told['loss']}",
-            f"--activation_checkpointing={told['n_layer'] if is_least else told['checkpointed_blocks']}",
-        ]
-        words += [f"--{key}={value}" for key, value in told.get("lossy", {}).items()]
-        if (budget := told.get("activation_memory_budget", 1.0)) < 1:
-            words.append(f"--activation_memory_budget={budget:g}")
+    now = status.settings
+    is_least = now.micro_batch == 1
+    words = ["--init_from=resume"] if status.saved_step > 0 else []
+    words += [
+        f"--micro_batch={max(1, now.micro_batch // 2)}",
+        f"--eval_micro_batch={max(1, now.eval_micro_batch // 2)}",
+        f"--loss={'chunked' if is_least and now.loss != 'liger' else now.loss}",
+        f"--activation_checkpointing={status.n_layer if is_least else now.checkpointed_blocks}",
+    ]
+    words += [f"--{key}={value}" for key, value in status.lossy.items()]
+    if status.activation_memory_budget < 1:
+        words.append(f"--activation_memory_budget={status.activation_memory_budget:g}")
     return words
 
 
 def can_be_replaced(code: int) -> bool:
-    """Whether a child that ended with `code` (minus the signal's number if one killed it) may be started again."""
+    """Return True if a child that ended with `code` may restart; a signal's number counts as negative."""
     return code == BEYOND_SAVING or -code in _KILLED
 
 
-def report_status(**told: float | str | Mapping[str, Any]) -> None:
-    """Tell the supervisor, if there is one; a reader sees the old status or the new one."""
+def report_status(status: Status) -> None:
+    """Write the status for the supervisor, if there is one; a reader finds the old status or the new one."""
     if path := os.environ.get(STATUS):
         with contextlib.suppress(OSError):  # the supervisor is gone, or its disk is full: a restart would know less
-            write_aside(Path(path), json.dumps(told))
+            write_aside(Path(path), msgspec.json.encode(status))
 
 
-def read_status(path: Path) -> dict[str, Any]:
-    """What the child told last; nothing if it ended before it told anything."""
+def read_status(path: Path) -> Status | None:
+    """Return the child's last status; None if it ended before it wrote one."""
     try:
-        told = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
+        return msgspec.json.decode(path.read_bytes(), type=Status)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def _run_child(arguments: Sequence[str], status: Path) -> int:
-    """In a process group of its own, so that a Ctrl-C reaches it once: from here."""
+    """Run the child in a process group of its own, so that Ctrl-C reaches it only once: from here."""
     child = subprocess.Popen(
         [sys.executable, "-m", "tightfit", "train", *arguments],
         env={**os.environ, STATUS: str(status)},
         process_group=0 if os.name == "posix" else None,
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
-    with _passing_signals_to(child):
+    numbers = [signal.Signals[name] for name in _PASSED_ON if hasattr(signal, name)]
+    with handling_signals(numbers, child.send_signal):
         return child.wait()
 
 
-@contextlib.contextmanager
-def _passing_signals_to(child: "subprocess.Popen[bytes]") -> Iterator[None]:
-    numbers = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
-    usual = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, lambda got, _frame: child.send_signal(got))
-    try:
-        yield
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
 def _end_with_parent() -> None:
-    """SIGTERM when the supervisor is gone, so that no run goes on unseen; PR_SET_PDEATHSIG of linux/prctl.h."""
+    """Ask for SIGTERM when the supervisor ends, so that no run continues unseen; PR_SET_PDEATHSIG of linux/prctl.h."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
 
 
 def _cause(code: int) -> str:
     if code == BEYOND_SAVING:
-        return "the training process could not go on"
-    return f"the training process was ended by {signal.Signals(-code).name}, as the system does when memory is short"
+        return say("trainer.supervise.could_not_continue")
+    return say("trainer.supervise.killed", signal=signal.Signals(-code).name)
 
 
-def _is_a_file(stream: object) -> bool:
-    """Output that a caller captures in this process would lack the child's."""
+def _is_a_file(stream: TextIO) -> bool:
+    """Return True for the process's own output; a stream that a caller captures would lack the child's."""
     try:
-        return int(stream.fileno()) in (1, 2)  # type: ignore[attr-defined]
+        return stream.fileno() in (1, 2)
     except (AttributeError, OSError, ValueError):
         return False

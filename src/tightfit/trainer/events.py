@@ -1,0 +1,47 @@
+"""Events of a run besides training: the lines of `metrics.jsonl` with the key "event"."""
+
+import msgspec
+
+from tightfit.trainer.fallback import Phase, Settings
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """A line's fields, without its step."""
+
+
+class PlanEvent(Event, tag="plan", frozen=True, kw_only=True):
+    """The plan that the run starts with."""
+
+    predicted_peak_bytes: int
+    micro_batch: int
+    eval_micro_batch: int
+    loss: str
+    checkpointed_blocks: int
+
+
+class RecoveryEvent(Event, tag="recovery", frozen=True, kw_only=True):
+    """A survived out-of-memory error."""
+
+    phase: Phase
+    kind: str = "recoverable"
+    before: Settings | None
+    """None before the run has settings."""
+    after: Settings | None
+    requested_bytes: int | None
+    """Bytes of the refused allocation; None if the message does not name them."""
+    seconds_lost: float
+
+
+class GrowthEvent(Event, tag="growth", frozen=True, kw_only=True):
+    """A step back towards the wanted settings."""
+
+    before: Settings
+    after: Settings
+
+
+class PressureEvent(Event, tag="pressure", frozen=True, kw_only=True):
+    """Smaller settings because other processes took memory."""
+
+    before: Settings
+    after: Settings
+    free_bytes: int
