@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(dryrun_text(found), flush=True)
         if found["failure"] and options.explain:
             from tightfit.cli.explained import text_for_terminal
-            from tightfit.diagnosis.explanation import explain_dryrun
+            from tightfit.diagnosis.explaining import explain_dryrun
 
             print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=lang))}")
     return OK if found["outcome"] == "fits" else FAILED

@@ -113,12 +113,8 @@ class OtherProcess(msgspec.Struct, frozen=True, kw_only=True):
 
     pid: int
     """Its number, as the driver reports it."""
-    figure: Figure
+    bytes: int
     """Its memory on the device."""
-
-    @property
-    def bytes(self) -> int:
-        return self.figure.bytes
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

@@ -339,7 +339,7 @@ def _new_sentences(message: Message, text: str, begin: int, stop: int) -> None:
         elif match["theirs"]:
             figure = Figure.printed(match["theirs"])
             if figure and len(message.other_processes) < 1000:
-                message.other_processes.append(OtherProcess(pid=int(match["pid"]), figure=figure))
+                message.other_processes.append(OtherProcess(pid=int(match["pid"]), bytes=figure.bytes))
         elif match["site"]:
             is_new = True
         elif match["advice"]:

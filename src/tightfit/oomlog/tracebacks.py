@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 
 class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +16,7 @@ class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
     """Counted from 1; None if the traceback does not print it."""
     function: str
     """The function's name, `<module>` outside one."""
-    source: str = ""
+    source: str | None = None
     """The line of code, if the traceback shows it."""
 
     @property
@@ -65,9 +66,7 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
         arrow = _ARROW.match(line.strip())
         if arrow:
             if waiting:
-                yield TraceFrame(
-                    file=waiting.file, line=int(arrow[1]), function=waiting.function, source=arrow[2].strip()[:400]
-                )
+                yield replace(waiting, line=int(arrow[1]), source=arrow[2].strip()[:400] or None)
                 waiting = None
             continue
         notebook = _notebook(line)
@@ -76,7 +75,7 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
                 yield waiting
             waiting = notebook
         elif waiting and waiting.line is not None and line.strip() and not _CARETS.fullmatch(line):
-            yield TraceFrame(file=waiting.file, line=waiting.line, function=waiting.function, source=line.strip()[:400])
+            yield replace(waiting, source=line.strip()[:400])
             waiting = None
     if waiting and waiting.line is not None:
         yield waiting
@@ -137,8 +136,7 @@ def phase_of(frames: Sequence[TraceFrame]) -> str | None:
     training step, the last part that was entered names the phase.
     """
     functions = {frame.function.rsplit(".", 1)[-1] for frame in frames}
-    sources = [frame.source for frame in frames]
-    code = "\n".join(sources)
+    code = "\n".join(frame.source or "" for frame in frames)
 
     def runs(pattern: re.Pattern[str]) -> bool:
         return bool(pattern.search(code)) or any(pattern.search(f"{name}(") for name in functions)

@@ -1,0 +1,155 @@
+"""The end of a play: whether it fits, its peak or its failure, and the time of a step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from tightfit.config import TrainConfig
+from tightfit.diagnosis.named_card import Card
+from tightfit.gpus import resolve_gpu
+from tightfit.simulation.requests import LoopPlay, Moment, StepTrace
+from tightfit.simulation.speed import LAUNCH_S, Work, rates_of
+
+PLAYED_STEPS = 2
+"""Steps of a play; the second is the first with optimizer state."""
+
+
+class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor that was allocated at the peak, or at the failure."""
+
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """The allocation that failed in a play. Sizes in bytes."""
+
+    requested_bytes: int
+    """Bytes that the allocator asked the device for."""
+    tensor_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    free_bytes: int
+    process_bytes: int
+    """Reserved by PyTorch and taken by its context."""
+    shape: tuple[int, ...]
+    dtype: str
+    operator: str
+    phase: str
+    category: str
+    file: str
+    line: int
+    function: str
+    source: str = ""
+    """The line of code, for nanoGPT's loop."""
+    message: str
+    """The error that PyTorch would raise."""
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of a play. Sizes in bytes."""
+
+    fits: bool
+    device_bytes: int
+    """Peak of this process with its context; at a failure, with the request."""
+    phase: str
+    """Phase of the peak, or of the failure."""
+    failure: Failure | None = None
+    """None where it fits, and for tightfit's trainer, which is traced on a card wide enough for it."""
+    error: str = ""
+    """Reason why the script ended early, if it was not memory."""
+    steps: int = 0
+    """Optimizer steps that the script took."""
+    place: Moment | None = None
+    """Part of nanoGPT's loop that it ended in; None before the first, and for any other program."""
+    categories: Mapping[str, int]
+    """Bytes by category."""
+    largest: tuple[Tensor, ...] = ()
+    step_s: float | None = None
+    """Predicted seconds of a step; None if none was played to its end."""
+    launch_s: float = 0.0
+    """Seconds of a pass that do not shrink with its size: the launches of its kernels."""
+    not_modelled: tuple[str, ...]
+    """Operators of the play whose memory is not modelled."""
+
+    @classmethod
+    def of_step(cls, trace: StepTrace, card: Card, config: TrainConfig) -> "Outcome":
+        """Return the outcome of tightfit's own trainer."""
+        device_bytes = trace.reserved_bytes + card.context_bytes
+        rates = rates_of(resolve_gpu(card.name)[0], compiled=config.compile is True)
+        pass_s, update_s = Work.of(trace.pass_kernels).seconds(rates), Work.of(trace.update_kernels).seconds(rates)
+        return cls(
+            fits=device_bytes <= card.room_bytes,
+            device_bytes=device_bytes,
+            phase=trace.phase,
+            categories=trace.categories,
+            step_s=pass_s * config.gradient_accumulation_steps + update_s,
+            not_modelled=trace.not_modelled,
+        )
+
+    @classmethod
+    def of_loop(cls, play: LoopPlay, *, accumulation: int) -> "Outcome":
+        """Return the outcome of nanoGPT's loop, with the seconds of a step of `accumulation` passes."""
+        step_s, launch_s = _times(play.course, accumulation)
+        place = play.course[-1] if play.course else None
+        found = outcome_of_findings(play.findings)
+        return msgspec.structs.replace(found, place=place, step_s=step_s, launch_s=launch_s)
+
+    @property
+    def iteration(self) -> int:
+        """Iteration of the evaluation that it ended in, from 0."""
+        return self.place.iteration or 0 if self.place else 0
+
+    @property
+    def in_evaluation(self) -> bool:
+        return self.place is not None and self.place.part == "eval"
+
+
+def _times(course: Sequence[Moment], accumulation: int) -> tuple[float | None, float]:
+    """Seconds of a step of all its passes, and of the launches of a pass's kernels."""
+    last = [each for each in course if each.step == PLAYED_STEPS - 1]
+    passes = [each for each in last if each.part == "pass"]
+    update = next((each for each in last if each.part == "update"), None)
+    end = next((each for each in last if each.part == "stepped"), None)
+    if not passes or update is None or end is None:
+        return None, 0.0
+    one = (update.seconds - passes[0].seconds) / len(passes)
+    kernels = (update.kernels - passes[0].kernels) / len(passes)
+    return one * accumulation + end.seconds - update.seconds, min(one, kernels * LAUNCH_S)
+
+
+# The findings of a dry run are read here, and nowhere else in this room.
+
+
+def outcome_of_findings(found: Mapping[str, Any]) -> Outcome:
+    """Return the outcome of any script from its findings."""
+    failure = msgspec.convert(found["failure"], Failure | None)
+    peak = found["peak"]
+    return Outcome(
+        fits=found["outcome"] == "fits",
+        device_bytes=failure.process_bytes + failure.requested_bytes if failure else peak["device_bytes"],
+        phase=failure.phase if failure else peak["phase"],
+        failure=failure,
+        error=found["stopped_because"] if found["outcome"] == "error" else "",
+        steps=found["steps"],
+        categories=found["categories"],
+        largest=msgspec.convert(found["largest"], tuple[Tensor, ...]),
+        not_modelled=tuple(found["not_modelled"]),
+    )
+
+
+def card_of_findings(found: Mapping[str, Any]) -> Card:
+    """Return the card that a dry run was given."""
+    gpu = found["gpu"]
+    major, minor = gpu["capability"].split(".")
+    return Card(
+        name=gpu["name"],
+        capability=(int(major), int(minor)),
+        total_bytes=gpu["total_bytes"],
+        used_bytes=gpu["used_by_others_bytes"],
+        context_bytes=gpu["context_bytes"],
+        how_named="given",
+        total_stated=True,
+    )
