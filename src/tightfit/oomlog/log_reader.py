@@ -12,9 +12,11 @@ from typing import IO
 
 from msgspec.structs import replace
 
+from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import CONSEQUENCES, Facts, with_arithmetic
 from tightfit.oomlog.log_text import Line, clean, is_text, lines_of, part, pieces
-from tightfit.oomlog.messages import REACH, Message, messages_in
+from tightfit.oomlog.message import Message
+from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.standing import PATIENCE, RETRY, Standing, standing
 from tightfit.oomlog.tracebacks import frames_of, phase_of

@@ -4,7 +4,7 @@ import re
 from enum import Enum
 
 from tightfit.oomlog.log_text import Line
-from tightfit.oomlog.messages import Message
+from tightfit.oomlog.message import Message
 
 
 class Standing(Enum):
