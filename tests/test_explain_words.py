@@ -1,19 +1,22 @@
 """The wording of explanations: both languages complete, every sentence used, every code of the program said."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tightfit.diagnosis.causes import is_of_device
 from tightfit.errors import ConfigError
-from tightfit.oomlog.facts import KINDS, Facts
+from tightfit.oomlog.facts import Facts
 from tightfit.vgpu.recorder import CATEGORIES
 from tightfit.wording.diagnosis import LANGUAGES, words
 
 SOURCE = Path(__file__).parents[1] / "src" / "tightfit"
 ROOMS = ("oomlog", "diagnosis", "wording/diagnosis")
 CODE = "\n".join(file.read_text() for room in ROOMS for file in sorted((SOURCE / room).glob("*.py")))
+
+KINDS = tomllib.loads((SOURCE / "oomlog" / "codes.toml").read_text())["kinds"]
 
 
 def test_both_languages_have_the_same_sentences_with_the_same_fields():

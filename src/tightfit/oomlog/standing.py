@@ -131,7 +131,7 @@ def _is_code(message: Message, line: Line, before: str, after: str) -> bool:
 
 
 def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, mine: bool, short_log: bool) -> Standing:
-    """`CUDA out of memory` and nothing else: the words that everybody also uses in sentences."""
+    """Judge `CUDA out of memory` and nothing else: words that everybody also uses in sentences."""
     ends = bool(_TAIL.match(after)) or after.lstrip(". ").startswith("Tried to")
     if "class_without_message" in message.notes:
         if leads and ends:

@@ -37,7 +37,7 @@ _CARETS = re.compile(r"[\s^~]+")
 
 
 def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
-    """The frames of the last traceback in `lines`, which end where the exception's message starts.
+    """Return the frames of the last traceback in `lines`, which end where the exception's message starts.
 
     Prefixes of loggers may stand before them: only lines that quote a file count.
     """
@@ -82,7 +82,7 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
 
 
 def _notebook(line: str) -> TraceFrame | None:
-    """A frame's head as IPython prints it; its line of code follows behind an arrow."""
+    """Return a frame from its head in IPython's format; its line of code follows behind an arrow."""
     text = line.strip()
     cell = _CELL.match(text)
     if cell:
@@ -119,14 +119,11 @@ _SETUP = re.compile(
     r"\.to\(|\.cuda\(|from_pretrained\(|DistributedDataParallel\(|\bDDP\(|torch\.compile\(|\.half\(|\.bfloat16\(|"
     r"init_process_group|\.to_empty\(|FullyShardedDataParallel\("
 )
-_COMPILE_FUNCTIONS = frozenset(
-    {
-        "compile_fx", "compile_fx_inner", "_compile", "_compile_inner", "compile_inner", "codegen", "compile_to_fn",
-        "compile_to_module", "autotune_to_one_config", "benchmark_all_configs", "benchmark", "do_autotuning",
-        "transform_code_object", "call_user_compiler", "fx_codegen_and_compile", "codegen_and_compile",
-        "coordinate_descent_tuning",
-    }
-)  # fmt: skip
+_COMPILE = re.compile(
+    r"compile_fx(?:_inner)?|_?compile_inner|_compile|compile_to_fn|compile_to_module|codegen|codegen_and_compile|"
+    r"fx_codegen_and_compile|autotune_to_one_config|benchmark(?:_all_configs)?|do_autotuning|transform_code_object|"
+    r"call_user_compiler|coordinate_descent_tuning"
+)
 
 
 def phase_of(frames: Sequence[TraceFrame]) -> str | None:
@@ -156,7 +153,7 @@ def phase_of(frames: Sequence[TraceFrame]) -> str | None:
         return "optimizer"
     if _BACKWARD.search(code) or "backward" in functions:
         return "backward"
-    if functions & _COMPILE_FUNCTIONS and any("torch/_" in path or "triton/" in path for path in paths):
+    if any(map(_COMPILE.fullmatch, functions)) and any("torch/_" in path or "triton/" in path for path in paths):
         return "compile"
     if runs(_LOSS):
         return "loss"
