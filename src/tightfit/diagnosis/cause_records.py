@@ -11,7 +11,7 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     """A key of the words' table `causes`."""
-    label: str
+    label: str = MEASURED
     """measured (from the log), simulated or likely."""
     sentence: str = ""
     """The sentence in the explanation's language; empty until it is printed."""

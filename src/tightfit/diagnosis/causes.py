@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 
 from tightfit.diagnosis.cause_records import (
     LIKELY,
-    MEASURED,
     SIMULATED,
     Cache,
     CategoryBytes,
@@ -68,9 +67,9 @@ def causes_of(
     guesses: Guesses | None = None,
     unplayed_because: str = "",
 ) -> tuple[Cause, ...]:
-    """Return all known causes, and what looks like one and is none. `base` and `train` are plays of `run`."""
+    """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        return (Killed(code=f"kind_{facts.kind}", label=MEASURED, pid=facts.pid),)
+        return (Killed(code=f"kind_{facts.kind}", pid=facts.pid),)
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):
         found.append(play_fits(base))
@@ -79,16 +78,16 @@ def causes_of(
         if run is not None:
             found += _of_run(culprit, run, None if train is base else train)
     found += [*_of_guess(facts, culprit, guesses, unplayed_because), *_of_figures(facts), *_of_hints(printed)]
-    return tuple(found) or (Cause(code="unstated", label=MEASURED),)
+    return tuple(found) or (Cause(code="unstated"),)
 
 
 def play_fits(played: Outcome) -> Cause:
-    """Return the reason why a play explains nothing: it fits."""
+    """Return the cause for a play that explains nothing, because it fits."""
     return PlayFits(code="play_fits", label=SIMULATED, device_bytes=played.device_bytes)
 
 
 def _of_tensor(culprit: Culprit, run: Variant | None) -> Iterator[Cause]:
-    """Yield what the tensor that failed in the play shows."""
+    """Yield causes by the tensor that failed in the play."""
     if not culprit.matches:
         yield Cause(code="play_differs", label=SIMULATED)
     elements = run.tokens * run.config.vocab_size if run else 0
@@ -136,7 +135,7 @@ def by_size(categories: Mapping[str, int]) -> tuple[CategoryBytes, ...]:
 
 
 def _of_run(culprit: Culprit, run: Variant, train: Outcome | None) -> Iterator[Cause]:
-    """Yield what would fail later: a training step, or the optimizer's state."""
+    """Yield later needs: a training step that fails, too, and the optimizer's state."""
     if train is not None and not train.fits:
         yield TrainingToo(
             code="training_too",
@@ -155,18 +154,18 @@ def _of_run(culprit: Culprit, run: Variant, train: Outcome | None) -> Iterator[C
 
 
 def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, unplayed_because: str) -> Iterator[Cause]:
-    """Yield what the request's size alone shows."""
+    """Yield causes by the request's size alone."""
     if guesses is None:
         return
     requested = facts.requested_bytes
     if guesses.cannot_be_told:
         code = "smallest_request" if guesses.tensor_high <= MIB else "small_request"
-        yield SmallRequest(code=code, label=MEASURED, requested_bytes=requested, tensor_high=guesses.tensor_high)
+        yield SmallRequest(code=code, requested_bytes=requested, tensor_high=guesses.tensor_high)
     elif culprit is None:
         # A play that fits already names the next step: the configuration of the run that failed.
         codes = {"config": "tensor_not_told", "card": "tensor_not_told_without_gpu"}
         if unplayed_because in codes:
-            yield Request(code=codes[unplayed_because], label=MEASURED, requested_bytes=requested)
+            yield Request(code=codes[unplayed_because], requested_bytes=requested)
     elif culprit.label == LIKELY:
         first = culprit.guesses[0]
         yield GuessedTensor(
@@ -183,44 +182,38 @@ def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, un
 
 
 def _of_figures(facts: Facts) -> Iterator[Cause]:
-    """Yield what the message's own figures show about the rest of the card."""
+    """Yield causes by the message's own figures: other processes, the cache, the context."""
     if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
-        yield Limit(code="limited", label=MEASURED, allowed_bytes=facts.allowed_bytes)
+        yield Limit(code="limited", allowed_bytes=facts.allowed_bytes)
     yield from _of_others(facts)
     cache_bytes, would_do = facts.cache_bytes, facts.cache_would_do
     if cache_bytes:
         yield Cache(
             code="cache_fragmented" if would_do else "cache_little" if would_do is False else "cache_open",
-            label=MEASURED,
             cache_bytes=cache_bytes,
             short_by_bytes=facts.short_by_bytes,
             requested_bytes=facts.requested_bytes,
         )
     if facts.private_pool_bytes:
-        yield PrivatePools(code="private_pools", label=MEASURED, pool_bytes=facts.private_pool_bytes)
+        yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
     outside = facts.figures.get("outside_pytorch_bytes")
     if outside is not None and outside.high > 0:
         yield OutsidePyTorch(
-            code="outside",
-            label=MEASURED,
-            outside_bytes=outside.bytes,
-            low_bytes=outside.low,
-            high_bytes=outside.high,
+            code="outside", outside_bytes=outside.bytes, low_bytes=outside.low, high_bytes=outside.high
         )
     if "more_free_than_requested" in facts.notes:
-        yield MoreFree(code="more_free_than_requested", label=MEASURED, free_bytes=facts.free_bytes)
+        yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
     if "spills_to_host" in facts.notes:
-        yield Cause(code="spills_to_host", label=MEASURED)
+        yield Cause(code="spills_to_host")
 
 
 def _of_others(facts: Facts) -> Iterator[Cause]:
-    """Yield other processes on the card, if they use more than 1% of it."""
+    """Yield other processes if they use more than 1% of the card."""
     others, total, requested = facts.figures.get("others_bytes"), facts.total_bytes, facts.requested_bytes or 0
     if others is not None and total and others.low > 0.01 * total:
         enough = (facts.free_bytes or 0) + others.bytes >= requested
         yield OtherProcesses(
             code="others_decide" if enough else "others_too",
-            label=MEASURED,
             others_bytes=others.bytes,
             total_bytes=total,
             need_bytes=(facts.process_bytes or 0) + requested,
@@ -230,4 +223,4 @@ def _of_others(facts: Facts) -> Iterator[Cause]:
 def _of_hints(printed: Printed) -> Iterator[Cause]:
     for hint in printed.hints:
         if hint in ("few_sms", "flash_attention_missing"):
-            yield Cause(code=f"hint_{hint}", label=MEASURED)
+            yield Cause(code=f"hint_{hint}")

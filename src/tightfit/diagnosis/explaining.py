@@ -71,7 +71,7 @@ def explain(
 def explain_dryrun(
     findings: Mapping[str, Any], script: str, arguments: Sequence[str] = (), *, lang: str = "en"
 ) -> Explanation:
-    """Explain a dry run that ran out of memory, from its findings (`tightfit.dryrun`), with remedies played alike."""
+    """Explain a dry run that ran out of memory, from its findings; remedies are played in the same way."""
     started = time.monotonic()
     outcome, card = outcome_of_findings(findings), card_of_findings(findings)
     reading = read_failure(outcome)

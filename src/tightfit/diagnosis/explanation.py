@@ -33,7 +33,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     max_iters: int | None = None
     """Steps of the configuration that was played; None if none was."""
     not_modelled: tuple[str, ...] = ()
-    """Operators of the play whose memory is not modelled."""
+    """Operators in the play without a model of their memory."""
     seconds: float = 0.0
     """Time that the explanation took."""
 

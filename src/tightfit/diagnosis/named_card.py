@@ -86,6 +86,6 @@ def _cards_of_size(total: Figure, *, few_sms: bool) -> Iterator[GPU]:
 
 
 def _rank(card: GPU, total: Figure) -> tuple[bool, bool, int]:
-    """Put cards whose reported totals include this one first; of these the one with the fewest SMs, sold most."""
+    """Put cards that report this total first; among them the one with the fewest SMs, which is sold most."""
     reports_it = card.memory_bytes_min <= total.high + 1 and total.low <= card.memory_bytes
     return not reports_it, card.memory_is_estimate, card.sm_count

@@ -1,4 +1,4 @@
-"""The end of a play: whether it fits, its peak or its failure, and the time of a step."""
+"""The end of a play: its peak or its failure, and the time of a step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,9 +70,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float | None = None
     """Predicted seconds of a step; None if none was played to its end."""
     launch_s: float = 0.0
-    """Seconds of a pass that do not shrink with its size: the launches of its kernels."""
+    """Seconds of a pass that launch its kernels; a smaller pass takes as many."""
     not_modelled: tuple[str, ...]
-    """Operators of the play whose memory is not modelled."""
+    """Operators in the play without a model of their memory."""
 
     @classmethod
     def of_step(cls, trace: StepTrace, card: Card, config: TrainConfig) -> "Outcome":
@@ -108,7 +108,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _times(course: Sequence[Moment], accumulation: int) -> tuple[float | None, float]:
-    """Seconds of a step of all its passes, and of the launches of a pass's kernels."""
+    """Return the seconds of a step of all its passes, and those of a pass that launch its kernels."""
     last = [each for each in course if each.step == PLAYED_STEPS - 1]
     passes = [each for each in last if each.part == "pass"]
     update = next((each for each in last if each.part == "update"), None)

@@ -98,7 +98,7 @@ class OwnScript:
     def _judged(self, remedy: Remedy, after: Outcome, before: Outcome, room_bytes: int) -> Remedy:
         if after.error:
             return remedy
-        return judged(remedy.code, after, before=before, room_bytes=room_bytes, exact=True, paste=remedy.paste)
+        return judged(remedy.code, after, before=before, room_bytes=room_bytes, paste=remedy.paste)
 
     def _smaller_batch(self, before: Outcome) -> Remedy | None:
         """Judge a sixteenth of the batch size that the arguments name, with as many more passes if they name them."""

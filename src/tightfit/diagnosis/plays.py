@@ -1,4 +1,4 @@
-"""The plays that judge the remedies of one run: which variants are played, and what the outcomes share.
+"""The plays that judge the remedies of one run.
 
 A play decides where one can. Where a law decides, no play is made and the reason names the law: fewer iterations of an
 evaluation are not smaller ones.
@@ -34,7 +34,7 @@ class Plays:
         self._parts = _parts(run.config.batch_size)
 
     def play(self, stage: Stage) -> None:
-        """Play the run and what may help: two batches at most, the second for what the first left open."""
+        """Play the run, and variants that may help; a second batch plays those that depend on the first."""
         self._play(stage, self._first())
         for name in ("base", "train"):
             if name in stage.failed:
@@ -109,7 +109,7 @@ class Plays:
         return found
 
     def _second(self) -> dict[str, Variant]:
-        """Return the variants whose need depends on the first plays."""
+        """Return the variants that the first plays leave open."""
         run, config, found = self.run, self.run.config, dict[str, Variant]()
         if "split" in self.outcomes and not self.outcomes["split"].fits and self._parts < config.batch_size:
             found["split"] = _of(run, self._split(config.batch_size))

@@ -1,4 +1,4 @@
-"""Remedies: each piece of advice that people give for a failure, with its verdict; here by the log's figures alone."""
+"""Remedies: the advice that people give for a failure, each with a verdict; here by the log's figures alone."""
 
 import functools
 import tomllib
@@ -21,6 +21,9 @@ USUAL_SHARE = 16
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """The change that a remedy makes; the records below add the values that its sentences name."""
+
+
+NO_CHANGE = Change()
 
 
 class SplitBatch(Change, frozen=True, kw_only=True):
@@ -91,6 +94,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int | None = None
 
 
+_NO_FIGURES = Figures()
+
+
 class Remedy(msgspec.Struct, frozen=True, kw_only=True):
     """One piece of advice and its effect on this run."""
 
@@ -100,9 +106,9 @@ class Remedy(msgspec.Struct, frozen=True, kw_only=True):
     """One of VERDICTS."""
     reason: str
     """A key of the words' table `reasons`."""
-    label: str
+    label: str = SIMULATED
     """measured, simulated or likely."""
-    exact: bool | None = None
+    exact: bool | None = True
     """True if the result of training stays the same, up to rounding; None if nothing would be changed."""
     device_bytes: int | None = None
     """Predicted peak of this process; where it does not fit, the bytes needed at that point."""
@@ -112,8 +118,8 @@ class Remedy(msgspec.Struct, frozen=True, kw_only=True):
     """Predicted: 0.05 is 5% more time a step; None is not estimated."""
     paste: tuple[str, ...] = ()
     """Lines for the configuration, the program or the shell."""
-    change: Change = Change()
-    figures: Figures = Figures()
+    change: Change = NO_CHANGE
+    figures: Figures = _NO_FIGURES
 
 
 def ranked(remedies: Sequence[Remedy]) -> tuple[Remedy, ...]:
@@ -149,10 +155,10 @@ def judged(
     *,
     before: Outcome,
     room_bytes: int,
-    exact: bool,
+    exact: bool = True,
     paste: tuple[str, ...] = (),
     slowdown: float | None = None,
-    change: Change | None = None,
+    change: Change = NO_CHANGE,
 ) -> Remedy:
     """Return the verdict on a remedy from its own play; `before` is the play without it."""
     failure = outcome.failure
@@ -160,13 +166,12 @@ def judged(
         code=code,
         verdict=FITS if outcome.fits else DOES_NOT_FIT,
         reason="fits" if outcome.fits else "fails_at" if failure else "too_much",
-        label=SIMULATED,
         exact=exact,
         device_bytes=outcome.device_bytes,
         saved_bytes=before.device_bytes - outcome.device_bytes,
         slowdown=slowdown,
         paste=paste,
-        change=change or Change(),
+        change=change,
         figures=figures_of(outcome, room_bytes),
     )
 
@@ -185,9 +190,9 @@ def figures_of(outcome: Outcome, room_bytes: int, *, batch_size: int | None = No
 
 
 def unplayed(facts: Facts, *, of_device: bool) -> tuple[Remedy, ...]:
-    """Return what the log's figures decide, and general advice that is not checked."""
+    """Return remedies that the log's figures decide, and general advice, unchecked."""
     if not of_device:
-        return (Remedy(code=f"kind_{facts.kind}", verdict=UNCHECKED, reason="general", label=LIKELY),)
+        return (Remedy(code=f"kind_{facts.kind}", verdict=UNCHECKED, reason="general", label=LIKELY, exact=None),)
     codes = ["split_general", "chunked_general", "checkpointing_general"]
     if any(each.function == "estimate_loss" for each in facts.frames):
         codes.insert(1, "release_logits")
@@ -195,16 +200,8 @@ def unplayed(facts: Facts, *, of_device: bool) -> tuple[Remedy, ...]:
     return ranked([*general, expandable_segments(facts), empty_cache(facts), close_others(facts)])
 
 
-def _unchecked(code: str, reason: str, figures: Figures | None = None) -> Remedy:
-    return Remedy(
-        code=code,
-        verdict=UNCHECKED,
-        reason=reason,
-        label=LIKELY,
-        exact=True,
-        paste=to_paste(code),
-        figures=figures or Figures(),
-    )
+def _unchecked(code: str, reason: str, figures: Figures = _NO_FIGURES) -> Remedy:
+    return Remedy(code=code, verdict=UNCHECKED, reason=reason, label=LIKELY, paste=to_paste(code), figures=figures)
 
 
 def expandable_segments(facts: Facts) -> Remedy:
@@ -217,7 +214,6 @@ def expandable_segments(facts: Facts) -> Remedy:
         verdict=DOES_NOT_FIT,
         reason="cache_too_small",
         label=MEASURED,
-        exact=True,
         saved_bytes=facts.cache_bytes,
         paste=to_paste(code),
         figures=figures,
@@ -231,7 +227,6 @@ def empty_cache(facts: Facts) -> Remedy:
         verdict=NO_EFFECT,
         reason="empty_cache" if facts.cache_bytes is not None else "empty_cache_unstated",
         label=MEASURED,
-        exact=True,
         paste=to_paste("empty_cache"),
         figures=_cache_figures(facts),
     )
@@ -247,14 +242,13 @@ def close_others(facts: Facts) -> Remedy:
     if others is None or free is None or requested is None:
         return _unchecked(code, "unstated")
     if others == 0:
-        return Remedy(code=code, verdict=NO_EFFECT, reason="no_others", label=MEASURED, exact=True)
+        return Remedy(code=code, verdict=NO_EFFECT, reason="no_others", label=MEASURED)
     enough = free + others >= requested
     return Remedy(
         code=code,
         verdict=UNCHECKED if enough else DOES_NOT_FIT,
         reason="others_might_do" if enough else "others_too_little",
         label=MEASURED,
-        exact=True,
         saved_bytes=others,
         paste=to_paste(code),
         figures=Figures(

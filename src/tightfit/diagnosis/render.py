@@ -5,13 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, FITS_SLOWLY, NO_EFFECT, NOT_MEMORY, UNCHECKED, Remedy
-from tightfit.diagnosis.statements import (
-    Sentences,
-    arithmetic_lines,
-    assumption_lines,
-    expected_lines,
-    problem_lines,
-)
+from tightfit.diagnosis.statements import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
 from tightfit.system.wrapping import wrap
 from tightfit.wording.diagnosis import Words
 

@@ -48,7 +48,7 @@ class Sentences:
 
 
 def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
-    """Yield what failed, its tensor and its line of code."""
+    """Yield the failure, its tensor and its line of code."""
     facts, culprit = explanation.facts, explanation.culprit
     assert facts is not None
     yield _problem(facts, words)
@@ -117,7 +117,7 @@ def _compared(each: Compared, words: Words) -> str:
 
 
 def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
-    """Yield what the verdicts assume where nobody gave it."""
+    """Yield assumptions of the verdicts: the card and the configuration, where nobody named them."""
     if explanation.unplayed_because:
         yield words("unplayed", explanation.unplayed_because)
     card = explanation.card

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace
 
-from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
+from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.plays import Plays
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
     FITS_SLOWLY,
+    NO_CHANGE,
     NO_EFFECT,
     NOT_MEMORY,
     Change,
@@ -65,23 +66,12 @@ class _Verdicts:
         yield self._dtype()
         yield self._others()
         yield Remedy(
-            code="grad_scaler",
-            verdict=NOT_MEMORY,
-            reason="grad_scaler",
-            label=LIKELY,
-            exact=True,
-            paste=to_paste("grad_scaler"),
+            code="grad_scaler", verdict=NOT_MEMORY, reason="grad_scaler", label=LIKELY, paste=to_paste("grad_scaler")
         )
         yield self._host()
 
     def _played(
-        self,
-        name: str,
-        *,
-        exact: bool = True,
-        room_bytes: int = 0,
-        change: Change | None = None,
-        **pasted: int | str,
+        self, name: str, *, exact: bool = True, room_bytes: int = 0, change: Change = NO_CHANGE, **pasted: int | str
     ) -> Remedy | None:
         """Judge a remedy by its own play; None if it was not played. `pasted` fills its lines in."""
         outcome = self._outcomes.get(name)
@@ -98,36 +88,33 @@ class _Verdicts:
             change=change,
         )
 
-    def _by_train(self, code: str, reason: str, paste: tuple[str, ...], change: Change | None = None) -> Remedy:
+    def _by_train(self, code: str, reason: str, paste: tuple[str, ...], change: Change = NO_CHANGE) -> Remedy:
         """Judge a remedy that helps where the run fails now, while its training step fails, too."""
         train = self._train
         return Remedy(
             code=code,
             verdict=DOES_NOT_FIT,
             reason=reason,
-            label=SIMULATED,
-            exact=True,
             device_bytes=train.device_bytes,
             saved_bytes=self._base.device_bytes - train.device_bytes,
             paste=paste,
-            change=change or Change(),
+            change=change,
             figures=figures_of(train, self._room, batch_size=self._config.batch_size),
         )
 
     def _no_effect(
-        self, code: str, reason: str, *, exact: bool = True, paste: tuple[str, ...] = (), change: Change | None = None
+        self, code: str, reason: str, *, exact: bool = True, paste: tuple[str, ...] = (), change: Change = NO_CHANGE
     ) -> Remedy:
         """Judge a remedy that leaves the failing allocation as it is."""
         return Remedy(
             code=code,
             verdict=NO_EFFECT,
             reason=reason,
-            label=SIMULATED,
             exact=exact,
             device_bytes=self._base.device_bytes,
             saved_bytes=0,
             paste=paste,
-            change=change or Change(),
+            change=change,
         )
 
     def _step_s(self) -> float | None:
@@ -168,8 +155,6 @@ class _Verdicts:
             code="checkpointing",
             verdict=DOES_NOT_FIT,
             reason="checkpointing_no_gradients",
-            label=SIMULATED,
-            exact=True,
             device_bytes=self._base.device_bytes,
             saved_bytes=0,
             paste=to_paste("checkpointing", batch_size=size, blocks=blocks),
@@ -202,8 +187,6 @@ class _Verdicts:
                 code=code,
                 verdict=NO_EFFECT,
                 reason="not_in_evaluation",
-                label=SIMULATED,
-                exact=True,
                 change=self._change_of_evaluation(),
                 figures=Figures(phase=self._base.phase),
             )
@@ -226,7 +209,6 @@ class _Verdicts:
                 self._train,
                 before=self._base,
                 room_bytes=self._room,
-                exact=True,
                 slowdown=self._slowdown(self._train),
                 change=change,
             )
@@ -234,7 +216,7 @@ class _Verdicts:
             yield from self._evaluation_then_step(change, first=first)
 
     def _evaluation_then_step(self, change: Evaluation, *, first: bool) -> Iterator[Remedy]:
-        """Judge a smaller evaluation of a run whose training step fails, too."""
+        """Judge a smaller evaluation where the training step fails, too."""
         # Without the logits of the iteration before, each begins like the first, which passed; and a divided step's
         # evaluation has the same few sequences.
         split = self._outcomes.get("split")
@@ -257,7 +239,7 @@ class _Verdicts:
 
     def _compile(self) -> Iterator[Remedy]:
         if not self._config.compile:
-            yield Remedy(code="compile_off", verdict=NO_EFFECT, reason="compile_is_off", label=MEASURED, exact=True)
+            yield Remedy(code="compile_off", verdict=NO_EFFECT, reason="compile_is_off", label=MEASURED)
             return
         yield from _known(self._played("compile_off"))
         graphs = self._played("reduce_overhead")
@@ -287,14 +269,10 @@ class _Verdicts:
             verdict=FITS_SLOWLY,
             reason="cpu_run",
             label=LIKELY,
-            exact=True,
             slowdown=step_s / usual - 1 if usual else None,
             paste=to_paste("cpu_run"),
             change=HostRun(
-                step_s=step_s,
-                all_s=step_s * self._max_iters,
-                max_iters=self._max_iters,
-                host_tflops=HOST_FLOPS / 1e12,
+                step_s=step_s, all_s=step_s * self._max_iters, max_iters=self._max_iters, host_tflops=HOST_FLOPS / 1e12
             ),
         )
 

@@ -62,8 +62,7 @@ class LogReading(Struct, frozen=True, kw_only=True):
     """Other failures, without mentions."""
     context: Printed = Printed()
     kind_of_nothing: str | None = None
-    """Why there is no failure: empty, binary, caught, warning, document, code, other_error or nothing; None if there is
-    one."""
+    """Reason for no failure: empty, binary, caught, warning, document, code, other_error or nothing."""
     evidence: str = ""
     """The line that decided for `kind_of_nothing`, shortened."""
     caught: Facts | None = None

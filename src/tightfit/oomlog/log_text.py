@@ -157,7 +157,7 @@ _TIME = re.compile(
 )
 _LEVEL = re.compile(
     r"[\[<|(]?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?: *[\]>|)])?(?::[A-Za-z_][\w.]{0,60}:"
-    r"|[:\s|/-]| *$)[ -]*",
+    r"|[:\s|/-]| *$)[ -]*"
 )
 _SOURCE = re.compile(
     r"\[?[\w./-]{1,60}\.(?:py|cpp|cc|go|rs):\d{1,6}\]? ?:?|\[(?:stderr|stdout|err|out)\] ?|[\w.-]{1,40} {1,6}\| |"
