@@ -18,7 +18,7 @@ from tightfit.oomlog.log_text import is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.printed import READ, Printed, printed_in
-from tightfit.oomlog.standing import PATIENCE, RETRY, Standing, standing
+from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
 from tightfit.oomlog.tracebacks import TraceFrame, frames_of, phase_of
 
 _AFTER = 2 * REACH
@@ -178,7 +178,7 @@ class _Scan:
         entry, (column, finish) = stream.entries[index], stream.span(message, index)
         stand = standing(message, entry.line, column, finish, short_log=self._size < PATIENCE)
         following = stream.entries[index + 1 : index + 13]
-        if stand is Standing.FAILURE and any(RETRY.match(later.line.body) for later in following):
+        if stand is Standing.FAILURE and any(goes_on(later.line.body) for later in following):
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
         if stand is Standing.FAILURE and self._stacks < STACKS:

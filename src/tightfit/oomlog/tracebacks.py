@@ -1,7 +1,10 @@
 """Python's tracebacks, and IPython's: the frames of one exception, and the phase of training that they are in."""
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
 
 import msgspec
 from msgspec.structs import replace
@@ -98,32 +101,13 @@ def _notebook(line: str) -> TraceFrame | None:
     return TraceFrame(file=file, line=int(match["line"]) if match["line"] else None, function=match["function"])
 
 
-_SAVE = re.compile(
-    r"torch\.save\(|save_checkpoint|save_pretrained\(|save_model|_save_to_state_dict"
-    r"|safetensors.*save"
-)
-_RESUME = re.compile(r"load_state_dict|torch\.load\(|load_checkpoint|resume_from|_load_from_state_dict")
-_SAMPLE = re.compile(r"\.generate\(|\bsample_sequence\(")
-_EVAL = re.compile(
-    r"(?:estimate_loss|evaluate|evaluation|evaluation_loop|validate|validation|validation_step|eval|eval_step|"
-    r"prediction_step|eval_model|run_eval|eval_epoch|test_step|evaluation_step|eval_loss|compute_val_loss|"
-    r"_?run_validation|val_epoch|do_eval|calc_loss_loader)"
-)
-_EVAL_CALL = re.compile(r"\b(?:estimate_loss|trainer\.evaluate|\.evaluate|validate|evaluate_model)\(")
-_OPTIMIZER = re.compile(r"\b(?:optimizers?|opt|optim|scaler|self\.optimizer)\w*(?:\[[^\]]{1,20}\])?\.step\(")
-_BACKWARD = re.compile(r"\.backward\(|_engine_run_backward|run_backward\(")
-_LOSS = re.compile(
-    r"cross_entropy\(|CrossEntropyLoss|nll_loss|\bloss_fn\(|\bcriterion\(|log_softmax\(|compute_loss_fn\("
-)
-_SETUP = re.compile(
-    r"\.to\(|\.cuda\(|from_pretrained\(|DistributedDataParallel\(|\bDDP\(|torch\.compile\(|\.half\(|\.bfloat16\(|"
-    r"init_process_group|\.to_empty\(|FullyShardedDataParallel\("
-)
-_COMPILE = re.compile(
-    r"compile_fx(?:_inner)?|_?compile_inner|_compile|compile_to_fn|compile_to_module|codegen|codegen_and_compile|"
-    r"fx_codegen_and_compile|autotune_to_one_config|benchmark(?:_all_configs)?|do_autotuning|transform_code_object|"
-    r"call_user_compiler|coordinate_descent_tuning"
-)
+@functools.cache
+def _signs() -> dict[str, dict[str, re.Pattern[str]]]:
+    """Read `phases.toml`: `calls` or `functions`, and of each the phases."""
+    tables = tomllib.loads(files("tightfit.oomlog").joinpath("phases.toml").read_text(encoding="utf-8"))
+    return {
+        kind: {phase: re.compile("|".join(signs)) for phase, signs in table.items()} for kind, table in tables.items()
+    }
 
 
 def phase_of(frames: Sequence[TraceFrame]) -> str | None:
@@ -132,35 +116,33 @@ def phase_of(frames: Sequence[TraceFrame]) -> str | None:
     Saving, resuming, sampling and evaluation come first, because they run the model for another purpose. In a
     training step, the last part that was entered names the phase.
     """
-    functions = {frame.function.rsplit(".", 1)[-1] for frame in frames}
+    calls, functions = _signs()["calls"], _signs()["functions"]
+    names = {frame.function.rsplit(".", 1)[-1] for frame in frames}
     code = "\n".join(frame.source or "" for frame in frames)
-
-    def runs(pattern: re.Pattern[str]) -> bool:
-        return bool(pattern.search(code)) or any(pattern.search(f"{name}(") for name in functions)
-
-    if not frames:
-        return None
-    if runs(_SAVE):
-        return "save"
-    if runs(_RESUME):
-        return "resume"
-    if functions & {"generate", "sample"} or _SAMPLE.search(code):
-        return "sample"
-    if any(_EVAL.fullmatch(name) for name in functions) or _EVAL_CALL.search(code):
-        return "eval"
     paths = [frame.file.replace("\\", "/") for frame in frames]
-    if _OPTIMIZER.search(code) or any("torch/optim/" in path for path in paths):
-        return "optimizer"
-    if _BACKWARD.search(code) or "backward" in functions:
-        return "backward"
-    if any(map(_COMPILE.fullmatch, functions)) and any("torch/_" in path or "triton/" in path for path in paths):
-        return "compile"
-    if runs(_LOSS):
-        return "loss"
-    if any(
-        name == "forward" or name.startswith(("training_step", "_call_impl", "_wrapped_call")) for name in functions
-    ):
-        return "forward"
-    if _SETUP.search(code) or functions & {"convert", "_apply", "from_pretrained"}:
-        return "setup"
-    return None
+
+    def called(phase: str) -> bool:
+        return bool(calls[phase].search(code))
+
+    def entered(phase: str) -> bool:
+        return any(map(functions[phase].fullmatch, names))
+
+    def runs(phase: str) -> bool:
+        return called(phase) or any(calls[phase].search(f"{name}(") for name in names)
+
+    def in_files(*parts: str) -> bool:
+        return any(part in path for path in paths for part in parts)
+
+    tests: dict[str, Callable[[], bool]] = {
+        "save": lambda: runs("save"),
+        "resume": lambda: runs("resume"),
+        "sample": lambda: entered("sample") or called("sample"),
+        "eval": lambda: entered("eval") or called("eval"),
+        "optimizer": lambda: called("optimizer") or in_files("torch/optim/"),
+        "backward": lambda: called("backward") or entered("backward"),
+        "compile": lambda: entered("compile") and in_files("torch/_", "triton/"),
+        "loss": lambda: runs("loss"),
+        "forward": lambda: entered("forward"),
+        "setup": lambda: called("setup") or entered("setup"),
+    }
+    return next((phase for phase, shows in tests.items() if shows()), None)
