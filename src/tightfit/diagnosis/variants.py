@@ -118,38 +118,19 @@ def _request(variant: Variant, card: Card) -> LoopRequest | StepRequest:
     if variant.trainer == "tightfit":
         return _step_request(variant.config, card, environ)
     return LoopRequest(
-        settings=_loop_settings(variant),
+        settings=LoopSettings(
+            config=variant.config,
+            passes=min(variant.config.gradient_accumulation_steps, _SEEN_PASSES),
+            steps=PLAYED_STEPS,
+            evaluate=variant.evaluate,
+            eval_iters=variant.eval_iters,
+            release=variant.release,
+        ),
         gpu=card.name,
         memory_bytes=card.total_bytes,
         used_bytes=card.used_bytes if variant.used_bytes is None else variant.used_bytes,
         context_bytes=card.context_bytes,
         environ=environ,
-    )
-
-
-def _loop_settings(variant: Variant) -> LoopSettings:
-    config = variant.config
-    return LoopSettings(
-        batch_size=config.batch_size,
-        block_size=config.block_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        vocab_size=config.vocab_size,
-        dropout=config.dropout,
-        bias=config.bias,
-        dtype=config.dtype,
-        compile=config.compile is True,
-        mode=config.mode,
-        grad_clip=config.grad_clip,
-        learning_rate=6e-4,
-        passes=min(config.gradient_accumulation_steps, _SEEN_PASSES),
-        steps=PLAYED_STEPS,
-        evaluate=variant.evaluate,
-        eval_iters=variant.eval_iters,
-        eval_batch=config.eval_micro_batch or config.batch_size,
-        release=variant.release,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tightfit.config import TrainConfig
 from tightfit.simulation.requests import LoopSettings
 
 
@@ -75,15 +76,15 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, settings: LoopSettings) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         super().__init__()
-        width, dropout, bias = settings.n_embd, settings.dropout, settings.bias
-        self.wte = nn.Embedding(settings.vocab_size, width)
-        self.wpe = nn.Embedding(settings.block_size, width)
+        width, dropout, bias = config.n_embd, config.dropout, config.bias
+        self.wte = nn.Embedding(config.vocab_size, width)
+        self.wpe = nn.Embedding(config.block_size, width)
         self.drop = nn.Dropout(dropout)
-        self.h = nn.ModuleList(Block(width, settings.n_head, dropout, bias) for _ in range(settings.n_layer))
+        self.h = nn.ModuleList(Block(width, config.n_head, dropout, bias) for _ in range(config.n_layer))
         self.ln_f = Norm(width, bias)
-        self.lm_head = nn.Linear(width, settings.vocab_size, bias=False)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.wte.weight = self.lm_head.weight
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,34 +108,34 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
     return model._apply(move)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def optimizer_of(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = [each for each in model.parameters() if each.requires_grad]
     groups = [
         {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": 0.1},
         {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def run(settings: LoopSettings, note: Callable[..., None]) -> None:
     """Run an evaluation, the steps, and another evaluation; `note` is called before each part."""
-    device = "cuda"
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
+    device, config = "cuda", settings.config
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     ctx: Any = contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device, dtype=dtype)
 
     def get_batch(size: int) -> tuple[Tensor, Tensor]:
-        ids = torch.zeros(size, settings.block_size, dtype=torch.int64)
+        ids = torch.zeros(size, config.block_size, dtype=torch.int64)
         x, y = ids.pin_memory(), ids.clone().pin_memory()
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     with torch.device("meta"):
-        plain = Model(settings)
+        plain = Model(config)
     on_device(plain, device)
     model: Any = plain
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    optimizer = optimizer_of(model, settings)
-    if settings.compile:
-        model = torch.compile(model, mode=None if settings.mode == "default" else settings.mode)
+    optimizer = optimizer_of(model, config)
+    if config.compile:
+        model = torch.compile(model, mode=None if config.mode == "default" else config.mode)
     assessed = plain if settings.evaluate == "eager" else model
 
     @torch.no_grad()
@@ -144,7 +145,7 @@ def run(settings: LoopSettings, note: Callable[..., None]) -> None:
             losses = torch.zeros(settings.eval_iters)
             for k in range(settings.eval_iters):
                 note("eval", split=split, iteration=k)
-                X, Y = get_batch(settings.eval_batch)
+                X, Y = get_batch(config.eval_micro_batch or config.batch_size)
                 with ctx:
                     logits, loss = assessed(X, Y)
                 losses[k] = loss.item()
@@ -152,7 +153,7 @@ def run(settings: LoopSettings, note: Callable[..., None]) -> None:
                     del logits, loss
         assessed.train()
 
-    X, Y = get_batch(settings.batch_size)
+    X, Y = get_batch(config.batch_size)
     for step in range(settings.steps + 1):
         if settings.evaluate != "none" and step in (0, settings.steps):
             estimate_loss()
@@ -162,11 +163,11 @@ def run(settings: LoopSettings, note: Callable[..., None]) -> None:
             note("pass", step=step, number=number)
             with ctx:
                 logits, loss = model(X, Y)  # noqa: RUF059  (nanoGPT keeps them bound)
-                loss = loss / settings.gradient_accumulation_steps
-            X, Y = get_batch(settings.batch_size)
+                loss = loss / config.gradient_accumulation_steps
+            X, Y = get_batch(config.batch_size)
             scaler.scale(loss).backward()
         note("update", step=step)
-        if settings.grad_clip:
+        if config.grad_clip:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
