@@ -44,5 +44,5 @@ class Words(wording.Words):
 
 @functools.cache
 def words(language: str) -> Words:
-    """ConfigError for a language that there are no words in."""
+    """Return the words of a language. ConfigError for one without sentences."""
     return Words("tightfit.wording.diagnosis", language)
