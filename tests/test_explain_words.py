@@ -77,3 +77,12 @@ def test_amounts_are_said_as_people_say_them():
 def test_a_language_that_is_not_there():
     with pytest.raises(ConfigError, match="--lang must be one of en, ja, got 'fr'"):
         words("fr")
+
+
+def test_tables_use_known_codes():
+    pastes, formats = (
+        tomllib.loads((SOURCE / name).read_text()) for name in ("diagnosis/pastes.toml", "oomlog/formats.toml")
+    )
+    for framework, remedies in pastes.items():
+        assert not remedies.keys() - words("en").table("remedies").keys(), framework
+    assert {each["kind"] for each in formats["format"]} <= KINDS.keys()
