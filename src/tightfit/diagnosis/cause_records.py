@@ -17,8 +17,11 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
     """The sentence in the explanation's language; empty until it is printed."""
 
 
-class Killed(Cause, frozen=True, kw_only=True):
+class OtherKind(Cause, frozen=True, kw_only=True):
+    """A failure that no tensor on a device caused."""
+
     pid: int | None
+    """The process that was killed, where the log names it."""
 
 
 class PlayFits(Cause, frozen=True, kw_only=True):
@@ -32,6 +35,8 @@ class LogitsCopies(Cause, frozen=True, kw_only=True):
 
 
 class LogitsBound(LogitsCopies, frozen=True, kw_only=True):
+    """Logits of the iteration before that are still bound to a name."""
+
     iteration: int
     before: int
 
@@ -64,6 +69,8 @@ class TrainingToo(Cause, frozen=True, kw_only=True):
 
 
 class StateToCome(Cause, frozen=True, kw_only=True):
+    """Gradients and optimizer state that do not exist yet."""
+
     state_bytes: int
     parameters: int
 

@@ -11,11 +11,11 @@ from tightfit.diagnosis.cause_records import (
     FullLogits,
     GuessedTensor,
     Held,
-    Killed,
     Limit,
     LogitsBound,
     LogitsCopies,
     MoreFree,
+    OtherKind,
     OtherProcesses,
     OutsidePyTorch,
     PlayFits,
@@ -69,7 +69,7 @@ def causes_of(
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        return (Killed(code=f"kind_{facts.kind}", pid=facts.pid),)
+        return (OtherKind(code=f"kind_{facts.kind}", pid=facts.pid),)
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):
         found.append(play_fits(base))

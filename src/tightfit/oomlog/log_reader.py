@@ -23,11 +23,11 @@ from tightfit.oomlog.tracebacks import TraceFrame, frames_of, phase_of
 
 _AFTER = 2 * REACH
 """Characters looked at of what comes next."""
-MOST = 400
+_MOST = 400
 """Failures kept; more are only counted."""
 _HANDLED = 2_000
 """Messages that are read, with their repetitions, before the last piece."""
-STACKS = 40
+_STACKS = 40
 """Failures whose traceback is read."""
 _BUDGET = 25_000
 """Lines that are looked at closely, before the last piece; logs that consist of nothing else are sampled."""
@@ -110,20 +110,20 @@ class _Scan:
         self._size = 0
 
     def look_at(self, before: str, text: str, after: str, *, last: bool = False) -> None:
-        """Find what starts in `text`."""
+        """Read the messages that start in `text`."""
         self._size += len(text)
         if len(self._head) < READ:
             self._head += text[: READ - len(self._head)]
         if last:
             self._budget = max(self._budget, _BUDGET // 4)
             self._handled = min(self._handled, _HANDLED * 3 // 4)
-            self._stacks = min(self._stacks, STACKS * 3 // 4)
+            self._stacks = min(self._stacks, _STACKS * 3 // 4)
             self._ending = before[-4000:] + text[-20_000:]
         behind = 0
         for start, end in regions_of(text):
             self._go_on(text[behind:start])
             behind = max(behind, end)
-            if (self._budget <= 0 and not last) or len(self.records) >= MOST:
+            if (self._budget <= 0 and not last) or len(self.records) >= _MOST:
                 self.uncounted += text.count("ried to allocate", start, end)
                 continue
             self._region(before, text, after, start, end)
@@ -131,7 +131,7 @@ class _Scan:
         self._lines += text.count("\n")
 
     def _go_on(self, text: str) -> None:
-        """Note signs in what lies between failures that the run went on after the last one, or another began."""
+        """Look in `text`, which follows a failure, for progress that shows it was survived, or for another run."""
         record = next((each for each in reversed(self.records) if each.standing is Standing.FAILURE), None)
         if record is None or record.closed or record.progress > 50 or not text:
             return
@@ -160,7 +160,7 @@ class _Scan:
             key = (entry.number, entry.part, message.start - stream.starts[index])
             if entry.number > limit or key in self._seen:
                 continue
-            if len(self.records) >= MOST or self._handled >= _HANDLED:
+            if len(self.records) >= _MOST or self._handled >= _HANDLED:
                 self.uncounted += 1
                 continue
             self._handled += 1
@@ -181,7 +181,7 @@ class _Scan:
         if stand is Standing.FAILURE and any(goes_on(later.line.body) for later in following):
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
-        if stand is Standing.FAILURE and self._stacks < STACKS:
+        if stand is Standing.FAILURE and self._stacks < _STACKS:
             self._stacks += 1
             frames = frames_of(stream.before(index, earlier))
         words = stream.words(message, index, column, finish)
