@@ -8,14 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from test_explain_log import NANOGPT, STORY
 
 from tightfit.cli.main import main
 from tightfit.config import TrainConfig, read_config
-from tightfit.diagnosis.explanation import Explanation, explain
+from tightfit.diagnosis.cause_records import OtherProcesses, OutsidePyTorch
+from tightfit.diagnosis.explaining import explain
+from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.named_card import card_of
+from tightfit.diagnosis.plays import Plays
 from tightfit.diagnosis.remedies import VERDICTS
 from tightfit.diagnosis.render import render
 from tightfit.errors import ConfigError, DeviceError
@@ -99,10 +103,12 @@ def test_the_story_names_its_tensor(story: Explanation):
 def test_the_story_has_its_causes(story: Explanation):
     causes = {each.code: each for each in story.causes}
     assert next(iter(causes)) == "logits_still_bound"
-    assert causes["others_too"].values["others_bytes"] == 2115271394
-    assert causes["others_too"].values["need_bytes"] / GIB == pytest.approx(13.18, abs=0.01)
-    outside = causes["outside"].values
-    assert outside["low_bytes"] < 40 * MIB < outside["high_bytes"]
+    others, outside = causes["others_too"], causes["outside"]
+    assert isinstance(others, OtherProcesses)
+    assert others.others_bytes == 2115271394
+    assert others.need_bytes / GIB == pytest.approx(13.18, abs=0.01)
+    assert isinstance(outside, OutsidePyTorch)
+    assert outside.low_bytes < 40 * MIB < outside.high_bytes
     assert causes["training_too"].label == "simulated"
     assert causes["cache_little"].label == "measured"
     assert {"full_logits", "before_first_step", "hint_few_sms"} <= set(causes)
@@ -187,7 +193,7 @@ def test_every_remedy_has_a_verdict_and_fits_come_first(narrow: Explanation):
 
 
 def test_json_has_the_agreed_keys_and_exact_figures(narrow: Explanation):
-    found = json.loads(json.dumps(narrow.as_dict()))
+    found = json.loads(msgspec.json.encode(narrow.to_json()))
     assert tuple(found) == KEYS
     assert found["requested_bytes"] == 6592774799
     assert found["others_bytes"] == 2115271394
@@ -319,8 +325,9 @@ def test_no_failure_is_one_sentence(language: str):
     assert found.facts is None
     text = render(found, words(language))
     assert "\n" not in text
-    assert found.as_dict()["kind"] is None
-    assert tuple(found.as_dict()) == KEYS
+    as_json = msgspec.to_builtins(found.to_json())
+    assert as_json["kind"] is None
+    assert tuple(as_json) == KEYS
 
 
 def test_control_codes_are_not_passed_on():
@@ -349,14 +356,13 @@ def test_the_card_is_the_usual_one_of_that_size_and_said_to_be_assumed():
 
 
 def test_the_configuration_that_a_log_prints_is_played(monkeypatch: pytest.MonkeyPatch):
-    from tightfit.diagnosis import explanation
 
     asked = []
-    monkeypatch.setattr(explanation, "play_all", lambda facts, card, run, *_, **__: asked.append((card, run)) or 1 / 0)
+    monkeypatch.setattr(Plays, "play", lambda plays, stage: asked.append((plays.card, plays.run.config)) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         explain(NANOGPT + STORY)
     ((card, run),) = asked
-    assert (run.batch_size, run.block_size, run.accumulation, run.vocab_size) == (64, 1024, 40, 50304)
+    assert (run.batch_size, run.block_size, run.gradient_accumulation_steps, run.vocab_size) == (64, 1024, 40, 50304)
     assert (card.how_named, run.compile, run.dtype) == ("printed", True, "bfloat16")
 
 
@@ -375,6 +381,7 @@ def test_the_command_reads_a_pipe_and_a_file(capsys, monkeypatch: pytest.MonkeyP
     log.write_text(STORY)
     assert main(["explain", str(log), "--lang", "ja"]) == 0
     assert capsys.readouterr().out.startswith("問題分析")
+    monkeypatch.delenv("TIGHTFIT_LANG")
     monkeypatch.setenv("LC_ALL", "ja_JP.UTF-8")
     assert main(["explain", str(log)]) == 0
     assert capsys.readouterr().out.startswith("問題分析")

@@ -2,13 +2,17 @@
 """Every format of message, in every surrounding: kind and figures exact."""
 
 import random
+import tomllib
+from importlib.resources import files
 
 import oom_messages
 import pytest
 from oom_messages import FORMS, SURROUNDINGS, write
 
-from tightfit.oomlog.facts import KINDS, NOTES, Facts, Figure
+from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.log_reader import read_log
+
+CODES = tomllib.loads(files("tightfit.oomlog").joinpath("codes.toml").read_text())
 
 
 def failure(text: str) -> Facts:
@@ -29,8 +33,8 @@ def check(text: str, written: oom_messages.Written) -> None:
             assert getattr(found, name) == value, (name, text)
     stated = {name for name, figure in found.figures.items() if figure.stated and name != "cache_bytes"}
     assert stated == {name for name in written.truth if name.endswith("_bytes")}, text
-    assert found.kind in KINDS
-    assert set(found.notes) <= set(NOTES)
+    assert found.kind in CODES["kinds"]
+    assert set(found.notes) <= set(CODES["notes"])
 
 
 @pytest.mark.parametrize("surround", SURROUNDINGS, ids=lambda each: each.__name__)

@@ -1,19 +1,22 @@
 """The wording of explanations: both languages complete, every sentence used, every code of the program said."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tightfit.diagnosis.causes import is_of_device
 from tightfit.errors import ConfigError
-from tightfit.oomlog.facts import KINDS, Facts
+from tightfit.oomlog.facts import Facts
 from tightfit.vgpu.records import CATEGORIES
 from tightfit.wording.diagnosis import LANGUAGES, words
 
 SOURCE = Path(__file__).parents[1] / "src" / "tightfit"
 ROOMS = ("oomlog", "diagnosis", "wording/diagnosis")
 CODE = "\n".join(file.read_text() for room in ROOMS for file in sorted((SOURCE / room).glob("*.py")))
+
+KINDS = tomllib.loads((SOURCE / "oomlog" / "codes.toml").read_text())["kinds"]
 
 
 def test_both_languages_have_the_same_sentences_with_the_same_fields():
@@ -74,3 +77,12 @@ def test_amounts_are_said_as_people_say_them():
 def test_a_language_that_is_not_there():
     with pytest.raises(ConfigError, match="--lang must be one of en, ja, got 'fr'"):
         words("fr")
+
+
+def test_tables_use_known_codes():
+    pastes, formats = (
+        tomllib.loads((SOURCE / name).read_text()) for name in ("diagnosis/pastes.toml", "oomlog/formats.toml")
+    )
+    for framework, remedies in pastes.items():
+        assert not remedies.keys() - words("en").table("remedies").keys(), framework
+    assert {each["kind"] for each in formats["format"]} <= KINDS.keys()

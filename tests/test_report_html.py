@@ -18,11 +18,12 @@ from msgspec.structs import replace
 from runs import arguments, here, process
 
 from tightfit.cli import cmd_train as train_command
-from tightfit.diagnosis.causes import Cause
+from tightfit.diagnosis.cause_records import Limit, PrivatePools, Request
 from tightfit.diagnosis.culprit import Culprit
-from tightfit.diagnosis.explanation import Explanation, explain
+from tightfit.diagnosis.explaining import explain
+from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.named_card import Card
-from tightfit.diagnosis.remedies import Remedy
+from tightfit.diagnosis.remedies import Change, Figures, Remedy, ShorterBlock, SplitBatch
 from tightfit.errors import ConfigError, DataError
 from tightfit.report.bars import Part, parts_table
 from tightfit.report.html import explanation_report, findings_report, plan_report, run_report, write
@@ -168,11 +169,15 @@ ROOM = 9 * GIB
 
 
 def a_remedy(code: str, verdict: str, device_bytes: int | None, **more) -> Remedy:
-    values = {"device_bytes": device_bytes, "room_bytes": ROOM, "size": 4, "passes": 16, "effective": 64}
-    values |= {"phase": "forward", "requested_bytes": GIB, "free_bytes": MIB, "half": 512, "block_size": 1024}
+    figures = Figures(device_bytes=device_bytes, room_bytes=ROOM, phase="forward", requested_bytes=GIB, free_bytes=MIB)
+    changes = {
+        "split": SplitBatch(size=4, passes=16, effective=64, step_s=None),
+        "shorter_block": ShorterBlock(half=512, block_size=1024),
+    }
     reason = "fits" if verdict == "fits" else "too_much"
     usual = {"exact": True, "label": "simulated", "reason": reason}
-    return Remedy(code=code, verdict=verdict, device_bytes=device_bytes, values=values, **{**usual, **more})
+    usual |= {"change": changes.get(code, Change()), "figures": figures}
+    return Remedy(code=code, verdict=verdict, device_bytes=device_bytes, **{**usual, **more})
 
 
 def an_explanation(log: str = PLAIN_LOG, lang: str = "en", text: str = "train.py") -> Explanation:
@@ -189,9 +194,9 @@ def an_explanation(log: str = PLAIN_LOG, lang: str = "en", text: str = "train.py
             categories={"parameters": GIB, "logits": 4 * GIB, "optimizer state": 0, text: MIB},
         ),
         causes=(
-            Cause(code="limited", label="measured", values={"allowed_bytes": GIB}),
-            Cause(code="private_pools", label="simulated", values={"pool_bytes": GIB}),
-            Cause(code="tensor_not_told", label="likely", values={"requested_bytes": GIB}),
+            Limit(code="limited", label="measured", allowed_bytes=GIB),
+            PrivatePools(code="private_pools", label="simulated", pool_bytes=GIB),
+            Request(code="tensor_not_told", label="likely", requested_bytes=GIB),
         ),
         remedies=(
             a_remedy("split", "fits", 5 * GIB, saved_bytes=2 * GIB, slowdown=0.05, paste=("batch_size = 4", "x = 1")),
@@ -482,7 +487,7 @@ class TestExplanation:
             assert words_ in text, words_
         assert re.findall(r'class="label">([^<]*)<', html) == labels
         as_text = Outline(html).text
-        assert all(sentence["sentence"] in as_text for sentence in found.as_dict()["causes"])
+        assert all(sentence["sentence"] in as_text for sentence in msgspec.to_builtins(found.to_json())["causes"])
 
     def test_lines_to_paste_stand_there_to_the_letter(self) -> None:
         html = explanation_report(an_explanation())

@@ -128,6 +128,6 @@ def explain(source: Any, *, config: Config | None = None, lang: str = "en", gpu:
     `source` is the log's text, its path (a Path), or an open file; with `config` the run is played on the card that the
     log tells or `gpu` names. `print(tightfit.explain(text))` shows it. Raises TightfitError for what cannot be used.
     """
-    from tightfit.diagnosis.explanation import explain as run
+    from tightfit.diagnosis.explaining import explain as run
 
     return run(source, config=config, lang=lang, gpu=gpu)

@@ -85,6 +85,6 @@ def _show(found: Findings, options: argparse.Namespace, lang: str) -> None:
     print(page_text(dryrun_page(found, words(lang))), flush=True)
     if found.failure and options.explain:
         from tightfit.cli.explained import text_for_terminal
-        from tightfit.diagnosis.explanation import explain_dryrun
+        from tightfit.diagnosis.explaining import explain_dryrun
 
         print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=lang))}")

@@ -1,24 +1,24 @@
 """`tightfit explain`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+import msgspec
+
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
-from tightfit.wording import chosen_language
+from tightfit.wording import chosen_language, say
 
 
 def parser() -> Parser:
     found = Parser(
         "explain",
-        "Explain an error log: what failed, which tensor it was, why, and fixes checked on a virtual GPU.\n"
-        "LOG is a file, a PyTorch memory snapshot (.pickle), or standard input.",
+        say("explain.cmd_explain.about"),
         usage="[LOG] [--config FILE] [--key=value ...] [--gpu NAME] [--lang en|ja] [--html FILE]",
         examples=[
             "tightfit explain oom.log --config configs/train_openwebtext.py",
@@ -26,13 +26,13 @@ def parser() -> Parser:
         ],
         takes_keys=TrainConfig,
     )
-    found.add_argument("--config", action="append", default=[], help="the run's configuration file; may be repeated")
-    found.option("--gpu", "the card's name, such as 'RTX 3060 12GB', if the log does not name it")
-    found.option("--script", "a training script to play instead of a configuration; its arguments follow --")
-    found.option("--lang", "en or ja; without it, the locale's")
-    found.option("--html", "write the explanation as a page, with charts and lines to copy")
-    found.flag("--verbose", "print the arithmetic, and what to paste for each fix")
-    found.flag("--json", "print the same facts for machines")
+    found.add_argument("--config", action="append", default=[], help=say("explain.cmd_explain.config"))
+    found.option("--gpu", say("explain.cmd_explain.gpu"))
+    found.option("--script", say("explain.cmd_explain.script"))
+    found.option("--lang", say("explain.cmd_explain.lang"))
+    found.option("--html", say("explain.cmd_explain.html"))
+    found.flag("--verbose", say("explain.cmd_explain.verbose"))
+    found.flag("--json", say("explain.cmd_explain.json"))
     return found
 
 
@@ -41,10 +41,9 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     configs: list[str] = options.config
     keys, logs = _keys_and_logs(rest)
     if len(logs) > 1:
-        raise ConfigError(f"one log is explained at a time, got {len(logs)}: {', '.join(logs)}; configurations follow "
-                          "--config")  # fmt: skip
+        raise ConfigError(say("explain.cmd_explain.one_log", count=len(logs), logs=", ".join(logs)))
     if script_arguments and not options.script:
-        raise ConfigError("-- comes before the arguments of a script; name it with --script")
+        raise ConfigError(say("explain.cmd_explain.arguments_of_no_script"))
     config = None
     if configs or keys:
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
@@ -52,7 +51,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         from tightfit.report.html import check_folder
 
         check_folder(options.html)
-    from tightfit.diagnosis.explanation import explain
+    from tightfit.diagnosis.explaining import explain
 
     found = explain(
         _source(logs, optional=bool(options.script)),
@@ -68,7 +67,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
         write(explanation_report(found), options.html)
     if options.json:
-        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        print(msgspec.json.format(msgspec.json.encode(found.to_json()), indent=2).decode())
     else:
         from tightfit.cli.explained import text_for_terminal
 
@@ -82,7 +81,7 @@ def _source(logs: list[str], *, optional: bool) -> Path | IO[bytes] | None:
     if sys.stdin is None or sys.stdin.isatty():
         if optional and not logs:
             return None
-        raise ConfigError("there is no log; give its path, or pipe it in: python train.py 2>&1 | tightfit explain")
+        raise ConfigError(say("explain.cmd_explain.no_log"))
     return sys.stdin.buffer
 
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tightfit.config import TrainConfig, batch_split
-from tightfit.diagnosis.explanation import Explanation, explain
+from tightfit.diagnosis.explaining import explain
+from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.render import render
 from tightfit.storage import EXPLANATION
+from tightfit.wording import say
 from tightfit.wording.diagnosis import locale_language, words
 
 _WIDEST = 110
@@ -20,7 +22,7 @@ def text_for_terminal(found: Explanation, *, verbose: bool = False) -> str:
 
 
 def explain_failed_run(message: str, config: TrainConfig, *, micro_batch: int | None) -> None:
-    """Print why a training run ended, and keep it in `out_dir`; `micro_batch` is what it had come down to."""
+    """Print why a training run ended, and keep it in `out_dir`; `micro_batch` is the last one that was tried."""
     size = min(micro_batch or batch_split(config).micro_batch, config.effective_batch)
     as_run = replace(config, batch_size=size, gradient_accumulation_steps=-(-config.effective_batch // size))
     found = explain(message, config=as_run, lang=locale_language(), config_names=(f"--batch_size={size}",))
@@ -29,4 +31,4 @@ def explain_failed_run(message: str, config: TrainConfig, *, micro_batch: int | 
         folder = Path(config.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / EXPLANATION).write_text(render(found, words(found.language), True) + "\n", encoding="utf-8")
-        print(f"\nkept in {folder / EXPLANATION}", flush=True)
+        print("\n" + say("explain.explained.kept", path=folder / EXPLANATION), flush=True)

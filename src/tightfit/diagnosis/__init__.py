@@ -1,1 +1,1 @@
-"""From an error log to what failed, which tensor it was, why, and fixes that were checked."""
+"""From an error log to the failure, its tensor, its causes, and remedies that were checked."""

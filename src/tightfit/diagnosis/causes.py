@@ -1,177 +1,226 @@
-"""Why memory ran out: the causes, the most important first, each with its numbers and how it is known."""
+"""Causes of a failure, the most important first, each with its figures and its evidence."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import msgspec
-
+from tightfit.diagnosis.cause_records import (
+    LIKELY,
+    SIMULATED,
+    Cache,
+    CategoryBytes,
+    Cause,
+    FullLogits,
+    GuessedTensor,
+    Held,
+    Limit,
+    LogitsBound,
+    LogitsCopies,
+    MoreFree,
+    OtherKind,
+    OtherProcesses,
+    OutsidePyTorch,
+    PlayFits,
+    PrivatePools,
+    Request,
+    SmallRequest,
+    StateToCome,
+    TrainingToo,
+)
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.guess import Guesses
-from tightfit.diagnosis.variants import Outcome
+from tightfit.diagnosis.outcome import Outcome
+from tightfit.diagnosis.variants import Variant
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
 from tightfit.units import MIB
 
-MEASURED, SIMULATED, LIKELY = "measured", "simulated", "likely"
 _DEVICE_KINDS = frozenset(
-    {"cuda_out_of_memory", "hip_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory", "device_out_of_memory",
-     "cuda_async", "mps_out_of_memory"}
-)  # fmt: skip
+    {
+        "cuda_out_of_memory",
+        "hip_out_of_memory",
+        "xpu_out_of_memory",
+        "npu_out_of_memory",
+        "device_out_of_memory",
+        "cuda_async",
+        "mps_out_of_memory",
+    }
+)
 """Kinds in which a tensor of the program did not fit a device."""
 _STATE = ("gradients", "optimizer state")
+_STATE_BYTES = 12
+"""Bytes of a parameter's gradient and AdamW's two moments in float32."""
+_SHOWN_CATEGORIES = 3
 
 
 def is_of_device(facts: Facts) -> bool:
-    """Whether a tensor did not fit a device, so that a play can say which."""
+    """Return True if a tensor did not fit a device, so that a play can tell which."""
     return facts.kind in _DEVICE_KINDS
-
-
-class Cause(msgspec.Struct, frozen=True, kw_only=True):
-    """One reason; `code` is a key of the words' table `causes`."""
-
-    code: str
-    label: str
-    """measured (from the log), simulated or likely."""
-    values: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
 def causes_of(
     facts: Facts,
     printed: Printed,
     *,
+    run: Variant | None = None,
     culprit: Culprit | None = None,
     base: Outcome | None = None,
     train: Outcome | None = None,
     guesses: Guesses | None = None,
     unplayed_because: str = "",
 ) -> tuple[Cause, ...]:
-    """All that is known to have led to the failure, and what looks like a cause and is none."""
+    """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        return (Cause(code=f"kind_{facts.kind}", label=MEASURED, values={"pid": facts.pid}),)
-    found = [
-        *_of_play(facts, culprit, base, train),
-        *_of_guess(facts, culprit, guesses, unplayed_because),
-        *_of_figures(facts),
-        *_of_hints(printed),
-    ]
-    return tuple(found) or (Cause(code="unstated", label=MEASURED),)
+        return (OtherKind(code=f"kind_{facts.kind}", pid=facts.pid),)
+    found: list[Cause] = []
+    if base is not None and (culprit is None or culprit.label != SIMULATED):
+        found.append(play_fits(base))
+    elif base is not None and culprit is not None:
+        found += _of_tensor(culprit, run)
+        if run is not None:
+            found += _of_run(culprit, run, None if train is base else train)
+    found += [*_of_guess(facts, culprit, guesses, unplayed_because), *_of_figures(facts), *_of_hints(printed)]
+    return tuple(found) or (Cause(code="unstated"),)
 
 
-def _of_play(facts: Facts, culprit: Culprit | None, base: Outcome | None, train: Outcome | None) -> Iterator[Cause]:
-    if base is None or culprit is None or culprit.label != SIMULATED:
-        if base is not None:
-            yield Cause(code="play_fits", label=SIMULATED, values={"device_bytes": base.device_bytes})
-        return
+def play_fits(played: Outcome) -> Cause:
+    """Return the cause for a play that explains nothing, because it fits."""
+    return PlayFits(code="play_fits", label=SIMULATED, device_bytes=played.device_bytes)
+
+
+def _of_tensor(culprit: Culprit, run: Variant | None) -> Iterator[Cause]:
+    """Yield causes by the tensor that failed in the play."""
     if not culprit.matches:
         yield Cause(code="play_differs", label=SIMULATED)
-    variant = base.variant
-    is_logits = culprit.tensor == "logits"
-    several = {
-        "copies": culprit.copies, "each_bytes": culprit.bytes, "all_bytes": culprit.copies * culprit.bytes,
-    }  # fmt: skip
-    if is_logits and culprit.from_before and culprit.iteration is not None:
-        before = {"iteration": culprit.iteration, "before": culprit.iteration - 1}
-        yield Cause(code="logits_still_bound", label=SIMULATED, values=several | before)
-    elif is_logits and culprit.copies > 1:
-        yield Cause(code="logits_several", label=SIMULATED, values=several)
-    if is_logits and variant is not None and culprit.bytes % max(1, variant.tokens * variant.vocab_size) == 0:
-        yield Cause(
-            code="full_logits",
+    elements = run.tokens * run.config.vocab_size if run else 0
+    if culprit.tensor == "logits":
+        yield from _of_copies(culprit)
+        if run is not None and elements and culprit.bytes % elements == 0:
+            yield FullLogits(
+                code="full_logits",
+                label=SIMULATED,
+                tokens=run.tokens,
+                vocab_size=run.config.vocab_size,
+                dtype=culprit.dtype,
+                batch_size=run.config.batch_size,
+                block_size=run.config.block_size,
+                element_bytes=culprit.bytes // elements,
+                each_bytes=culprit.bytes,
+            )
+            return
+    yield Held(code="held", label=SIMULATED, held=by_size(culprit.categories)[:_SHOWN_CATEGORIES])
+
+
+def _of_copies(culprit: Culprit) -> Iterator[Cause]:
+    """Yield the reason for several tensors of the logits' size at once."""
+    copies, each_bytes, all_bytes = culprit.copies, culprit.bytes, culprit.copies * culprit.bytes
+    if culprit.from_before and culprit.iteration is not None:
+        yield LogitsBound(
+            code="logits_still_bound",
             label=SIMULATED,
-            values={
-                "tokens": variant.tokens, "vocab_size": variant.vocab_size, "dtype": culprit.dtype,
-                "batch_size": variant.batch_size, "block_size": variant.block_size,
-                "element_bytes": culprit.bytes // (variant.tokens * variant.vocab_size),
-                "each_bytes": culprit.bytes,
-            },
-        )  # fmt: skip
-    else:
-        held = sorted(culprit.categories.items(), key=lambda item: -item[1])[:3]
-        yield Cause(
-            code="held",
-            label=SIMULATED,
-            values={"held": [{"category": name, "held_bytes": size} for name, size in held]},
+            copies=copies,
+            each_bytes=each_bytes,
+            all_bytes=all_bytes,
+            iteration=culprit.iteration,
+            before=culprit.iteration - 1,
         )
-    if variant is not None and train is not None and train is not base and not train.fits:
-        yield Cause(
+    elif copies > 1:
+        yield LogitsCopies(
+            code="logits_several", label=SIMULATED, copies=copies, each_bytes=each_bytes, all_bytes=all_bytes
+        )
+
+
+def by_size(categories: Mapping[str, int]) -> tuple[CategoryBytes, ...]:
+    """Return categories with their bytes, the largest first."""
+    largest_first = sorted(categories.items(), key=lambda item: -item[1])
+    return tuple(CategoryBytes(category=name, held_bytes=size) for name, size in largest_first)
+
+
+def _of_run(culprit: Culprit, run: Variant, train: Outcome | None) -> Iterator[Cause]:
+    """Yield later needs: a training step that fails, too, and the optimizer's state."""
+    if train is not None and not train.fits:
+        yield TrainingToo(
             code="training_too",
             label=SIMULATED,
-            values={"phase": train.phase, "device_bytes": train.device_bytes, "batch_size": variant.batch_size},
+            phase=train.phase,
+            device_bytes=train.device_bytes,
+            batch_size=run.config.batch_size,
         )
-    if variant is not None and culprit.phase == "eval" and not any(culprit.categories.get(name) for name in _STATE):
-        yield Cause(
+    if culprit.phase == "eval" and not any(culprit.categories.get(name) for name in _STATE):
+        yield StateToCome(
             code="before_first_step",
             label=SIMULATED,
-            values={"state_bytes": 12 * variant.parameters, "parameters": variant.parameters},
+            state_bytes=_STATE_BYTES * run.parameters,
+            parameters=run.parameters,
         )
 
 
 def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, unplayed_because: str) -> Iterator[Cause]:
+    """Yield causes by the request's size alone."""
     if guesses is None:
         return
+    requested = facts.requested_bytes
     if guesses.cannot_be_told:
-        yield Cause(
-            code="smallest_request" if guesses.tensor_high <= MIB else "small_request",
-            label=MEASURED,
-            values={"requested_bytes": facts.requested_bytes, "tensor_high": guesses.tensor_high},
-        )
+        code = "smallest_request" if guesses.tensor_high <= MIB else "small_request"
+        yield SmallRequest(code=code, requested_bytes=requested, tensor_high=guesses.tensor_high)
     elif culprit is None:
         # A play that fits already names the next step: the configuration of the run that failed.
         codes = {"config": "tensor_not_told", "card": "tensor_not_told_without_gpu"}
         if unplayed_because in codes:
-            values = {"requested_bytes": facts.requested_bytes}
-            yield Cause(code=codes[unplayed_because], label=MEASURED, values=values)
+            yield Request(code=codes[unplayed_because], requested_bytes=requested)
     elif culprit.label == LIKELY:
-        yield Cause(
+        first = culprit.guesses[0]
+        yield GuessedTensor(
             code="guessed",
             label=LIKELY,
-            values={
-                "tensor": culprit.tensor, "shape": culprit.shape, "dtype": culprit.dtype,
-                "batch_size": culprit.guesses[0].batch, "block_size": culprit.guesses[0].block,
-                "share": round(culprit.guesses[0].score, 4), "others": len(culprit.guesses) - 1,
-            },
-        )  # fmt: skip
+            tensor=culprit.tensor,
+            shape=culprit.shape,
+            dtype=culprit.dtype,
+            batch_size=first.batch,
+            block_size=first.block,
+            share=first.score,
+            others=len(culprit.guesses) - 1,
+        )
 
 
 def _of_figures(facts: Facts) -> Iterator[Cause]:
-    """What the message's own figures say of the rest of the card."""
-    total, requested = facts.total_bytes, facts.requested_bytes
+    """Yield causes by the message's own figures: other processes, the cache, the context."""
     if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
-        yield Cause(code="limited", label=MEASURED, values={"allowed_bytes": facts.allowed_bytes})
-    others = facts.figures.get("others_bytes")
-    if others is not None and total and others.low > 0.01 * total:
-        need = (facts.process_bytes or 0) + (requested or 0)
-        enough = (facts.free_bytes or 0) + others.bytes >= (requested or 0)
-        yield Cause(
-            code="others_decide" if enough else "others_too",
-            label=MEASURED,
-            values={"others_bytes": others.bytes, "total_bytes": total, "need_bytes": need},
-        )
-    cache = facts.figures.get("cache_bytes")
-    if cache is not None and cache.bytes:
-        would = facts.cache_would_do
-        code = "cache_fragmented" if would else "cache_little" if would is False else "cache_open"
-        yield Cause(
-            code=code,
-            label=MEASURED,
-            values={"cache_bytes": cache.bytes, "short_by_bytes": facts.short_by_bytes, "requested_bytes": requested},
+        yield Limit(code="limited", allowed_bytes=facts.allowed_bytes)
+    yield from _of_others(facts)
+    cache_bytes, would_do = facts.cache_bytes, facts.cache_would_do
+    if cache_bytes:
+        yield Cache(
+            code="cache_fragmented" if would_do else "cache_little" if would_do is False else "cache_open",
+            cache_bytes=cache_bytes,
+            short_by_bytes=facts.short_by_bytes,
+            requested_bytes=facts.requested_bytes,
         )
     if facts.private_pool_bytes:
-        yield Cause(code="private_pools", label=MEASURED, values={"pool_bytes": facts.private_pool_bytes})
+        yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
     outside = facts.figures.get("outside_pytorch_bytes")
     if outside is not None and outside.high > 0:
-        yield Cause(
-            code="outside",
-            label=MEASURED,
-            values={"outside_bytes": outside.bytes, "low_bytes": outside.low, "high_bytes": outside.high},
+        yield OutsidePyTorch(
+            code="outside", outside_bytes=outside.bytes, low_bytes=outside.low, high_bytes=outside.high
         )
     if "more_free_than_requested" in facts.notes:
-        yield Cause(code="more_free_than_requested", label=MEASURED, values={"free_bytes": facts.free_bytes})
+        yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
     if "spills_to_host" in facts.notes:
-        yield Cause(code="spills_to_host", label=MEASURED)
+        yield Cause(code="spills_to_host")
+
+
+def _of_others(facts: Facts) -> Iterator[Cause]:
+    """Yield other processes if they use more than 1% of the card."""
+    others, total, requested = facts.figures.get("others_bytes"), facts.total_bytes, facts.requested_bytes or 0
+    if others is not None and total and others.low > 0.01 * total:
+        enough = (facts.free_bytes or 0) + others.bytes >= requested
+        yield OtherProcesses(
+            code="others_decide" if enough else "others_too",
+            others_bytes=others.bytes,
+            total_bytes=total,
+            need_bytes=(facts.process_bytes or 0) + requested,
+        )
 
 
 def _of_hints(printed: Printed) -> Iterator[Cause]:
     for hint in printed.hints:
         if hint in ("few_sms", "flash_attention_missing"):
-            yield Cause(code=f"hint_{hint}", label=MEASURED)
+            yield Cause(code=f"hint_{hint}")

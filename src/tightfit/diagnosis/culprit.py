@@ -1,26 +1,22 @@
-"""Which tensor the failing request was for: by a play that fails as the log says, or by the usual models' sizes."""
+"""The tensor of the failing request: from a play that fails like the log, or from the sizes of usual models."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
 from tightfit.diagnosis.guess import Guess, Guesses, guess
-from tightfit.diagnosis.variants import Outcome
+from tightfit.diagnosis.outcome import Outcome
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
+from tightfit.vgpu.records import Failure
 
-_COMPARED = {
-    "requested": ("requested_bytes", "requested_bytes"),
-    "allocated": ("allocated_bytes", "allocated_bytes"),
-    "free": ("free_bytes", "free_bytes"),
-}
 _SLACK = 0.01
-"""Of a figure, besides its rounding: predictions of real runs were within 0.41% (benchmarks/virtual)."""
+"""Share of a figure, besides its rounding: predictions of real runs were within 0.41% (benchmarks/virtual)."""
 
 
 class Compared(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that both the log and the play say."""
+    """One value from the log beside the same value from the play."""
 
     what: str
     """requested, allocated, free, cache or phase."""
@@ -37,38 +33,33 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True):
     tensor: str
     """Its category: logits, activations, ...; attention_scores or mlp_activation where it is a guess."""
     shape: tuple[int, ...] = ()
-    dtype: str = ""
+    dtype: str | None = None
     bytes: int = 0
-    operator: str = ""
-    phase: str = ""
-    file: str = ""
-    """By the log's traceback if it has one, else of the script; empty for the play of a configuration."""
+    operator: str | None = None
+    phase: str | None = None
+    file: str | None = None
+    """File from the log's traceback if it has one, else of the script; None for the play of a configuration."""
     line: int | None = None
-    function: str = ""
-    source: str = ""
+    function: str | None = None
+    source: str | None = None
     """The line of code, where it is known."""
     split: str | None = None
     """In an evaluation: train or val."""
     iteration: int | None = None
-    """Of that split's evaluation, from 1."""
+    """Iteration of that split's evaluation, from 1."""
     step: int | None = None
     """In training: the step, from 1."""
     copies: int = 1
     """Tensors of this shape and dtype that were needed at once, with the one that did not fit."""
     from_before: bool = False
-    """Whether one of them is of the iteration before, and still bound."""
-    categories: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """True if one of them is from the iteration before, and still bound."""
+    categories: Mapping[str, int] = {}
     """Bytes by category at that moment, without the request."""
     compared: tuple[Compared, ...] = ()
     matches: bool = True
-    """Whether the play asks for what the log says, in the phase that the log says."""
+    """True if the play requests as many bytes as the log, in the same phase."""
     guesses: tuple[Guess, ...] = ()
     """Tensors of usual models that make such a request, most likely first, where nothing was played."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json; what is not known is null."""
-        found = msgspec.to_builtins(self) | {"guesses": [_guess_for_json(each) for each in self.guesses]}
-        return {name: None if value == "" else value for name, value in found.items()}
 
     @property
     def disagreements(self) -> tuple[Compared, ...]:
@@ -76,97 +67,99 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def culprit_of_play(facts: Facts, outcome: Outcome, *, of_script: bool = False) -> Culprit | None:
-    """The tensor that the play could not get, set against what the log says; None if the play fits."""
-    failure = outcome.failure
+    """Return the tensor that failed in the play, compared with the log; None if the play fits."""
+    failure, place = outcome.failure, outcome.place
     if failure is None:
         return None
-    shape = tuple(failure["shape"])
-    same = [
+    alike = [
         each
         for each in outcome.largest
-        if each["bytes"] > MIB and (tuple(each["shape"]), each["dtype"]) == (shape, failure["dtype"])
+        if each.bytes > MIB and (each.shape, each.dtype) == (failure.shape, failure.dtype)
     ]
     compared = tuple(_compared(facts, failure))
-    place = outcome.place
-    frame = next((each for each in reversed(facts.frames) if not each.is_library), None)
-    where: dict[str, Any] = {"function": failure["function"].rsplit(".", 1)[-1], "source": failure.get("source", "")}
-    if of_script:
-        where |= {"file": failure["file"], "line": failure["line"] or None}
-    elif frame:
-        where = {"file": frame.file, "line": frame.line, "function": frame.function, "source": frame.source}
+    where = _failing_line(facts, failure, of_script=of_script)
     return Culprit(
         label="simulated",
-        tensor=failure["category"],
-        shape=shape,
-        dtype=failure["dtype"],
-        bytes=failure["tensor_bytes"],
-        operator=failure["operator"].removeprefix("aten::"),
-        phase=failure["phase"],
+        tensor=failure.category,
+        shape=failure.shape,
+        dtype=failure.dtype or None,
+        bytes=failure.tensor_bytes,
+        operator=failure.operator.removeprefix("aten::") or None,
+        phase=failure.phase or None,
+        file=where.file or None,
+        line=where.line,
+        function=where.function or None,
+        source=where.source or None,
         split=place.split if place else None,
         iteration=place.iteration + 1 if place and place.iteration is not None else None,
         step=place.step + 1 if place and place.step is not None else None,
-        copies=1 + len(same),
-        from_before=bool(place and place.iteration) and len(same) > _own(failure["operator"]),
+        copies=1 + len(alike),
+        from_before=bool(place and place.iteration) and len(alike) > _own(failure.operator),
         categories=dict(outcome.categories),
         compared=compared,
         matches=all(each.agrees for each in compared if each.what in ("requested", "phase")),
-        **where,
     )
 
 
+def _failing_line(facts: Facts, failure: Failure, *, of_script: bool) -> TraceFrame:
+    """Return the script's failing line; without a script the log's, else that of nanoGPT's loop without a file."""
+    function = failure.function.rsplit(".", 1)[-1]
+    if of_script:
+        return TraceFrame(file=failure.file, line=failure.line or None, function=function, source=failure.source)
+    return users_frame(facts) or TraceFrame(file="", line=None, function=function, source=failure.source)
+
+
+def users_frame(facts: Facts) -> TraceFrame | None:
+    """Return the innermost frame of the log's traceback outside of libraries."""
+    return next((each for each in reversed(facts.frames) if not each.is_library), None)
+
+
 def _own(operator: str) -> int:
-    """Tensors like the failing one that the iteration itself has already: the loss makes others of its logits' size."""
+    """Count the tensors of the logits' size that the iteration itself has already: the loss makes others."""
     return int(any(word in operator for word in ("softmax", "copy", "nll_loss")))
 
 
-def _compared(facts: Facts, failure: Mapping[str, Any]) -> list[Compared]:
-    found = []
-    played = {play: failure[play] for _, play in _COMPARED.values()}
-    played["cache_bytes"] = failure["reserved_bytes"] - failure["allocated_bytes"]
-    for what, (name, play) in {**_COMPARED, "cache": ("cache_bytes", "cache_bytes")}.items():
-        figure = facts.figures.get(name)
+def _compared(facts: Facts, failure: Failure) -> Iterator[Compared]:
+    played = {
+        "requested": failure.requested_bytes,
+        "allocated": failure.allocated_bytes,
+        "free": failure.free_bytes,
+        "cache": failure.reserved_bytes - failure.allocated_bytes,
+    }
+    for what, play in played.items():
+        figure = facts.figures.get(f"{what}_bytes")
         if figure is None:
             continue
         slack = 0 if what == "requested" else round(figure.bytes * _SLACK)
-        agrees = figure.low - slack <= played[play] <= figure.high + slack
-        found.append(Compared(what=what, log=figure.bytes, play=played[play], agrees=agrees))
+        agrees = figure.low - slack <= play <= figure.high + slack
+        yield Compared(what=what, log=figure.bytes, play=play, agrees=agrees)
     if facts.phase is not None:
         # nanoGPT's loss is computed within the model's forward.
-        alike = {facts.phase, failure["phase"]} in ({"forward", "loss"}, {facts.phase})
-        found.append(Compared(what="phase", log=facts.phase, play=failure["phase"], agrees=alike))
-    return found
+        agrees = {facts.phase, failure.phase} in ({"forward", "loss"}, {facts.phase})
+        yield Compared(what="phase", log=facts.phase, play=failure.phase, agrees=agrees)
 
 
 def guesses_of(facts: Facts) -> Guesses | None:
-    """What usual models would ask for so much; None if the log does not state the request."""
+    """Return the tensors of usual models that make the log's request; None if the log does not state it."""
     figure = facts.figures.get("requested_bytes")
     return None if figure is None or "request_beyond_1eb" in facts.notes else guess(figure)
 
 
 def culprit_of_guesses(facts: Facts, found: Guesses) -> Culprit | None:
-    """The tensor that is more likely than not, with the others; None if there is no such tensor."""
-    first = found.named
+    """Return the tensor that is more likely than not, with the others; None if there is no such tensor."""
+    first, frame = found.named, users_frame(facts)
     if first is None:
         return None
-    frame = next((each for each in reversed(facts.frames) if not each.is_library), None)
     return Culprit(
         label="likely",
-        tensor=first.role,
+        tensor=first.tensor,
         shape=first.shape,
         dtype=first.dtype,
         bytes=first.tensor_bytes,
-        phase=facts.phase or "",
-        file=frame.file if frame else "",
+        phase=facts.phase,
+        file=frame.file if frame else None,
         line=frame.line if frame else None,
-        function=frame.function if frame else "",
-        source=frame.source if frame else "",
+        function=frame.function if frame else None,
+        source=frame.source if frame else None,
         guesses=found.likely,
     )
-
-
-def _guess_for_json(each: Guess) -> dict[str, object]:
-    return {
-        "tensor": each.role, "batch": each.batch, "block": each.block, "vocab_size": each.vocab_size,
-        "heads": each.heads, "width": each.width, "dtype": each.dtype, "shape": list(each.shape),
-        "score": round(each.score, 4),
-    }  # fmt: skip

@@ -1,35 +1,42 @@
-"""The card that a log speaks of: its size and what is taken of it by the log's figures, and its name if known."""
+"""The card of a log: its size and its use by the log's figures, and its name if known."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+
+import msgspec
 
 from tightfit.errors import DeviceError
 from tightfit.gpus import GPU, MAX_AUTOTUNE_SMS, all_gpus, context_bytes, find_gpu, resolve_gpu
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.printed import Printed
 
-_COMPARED = 0.02
-"""Totals of a card in the wild spread so far around those that the table has seen."""
+_SPREAD = 0.02
+"""Share by which totals that cards report in the wild lie outside those of the table."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What plays happen on."""
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """The card on which a run is played."""
 
     name: str
     capability: tuple[int, int]
+    """Compute capability: major, minor."""
     total_bytes: int
     used_bytes: int
-    """By other processes."""
+    """Bytes used by other processes."""
     context_bytes: int
-    """By this one, outside PyTorch's allocator."""
+    """Bytes used by this process outside PyTorch's allocator."""
     how_named: str
     """given, printed, assumed (from the total) or described (a name that is in no table)."""
     total_stated: bool
-    """Whether the log says the total; otherwise it is the table's."""
+    """True if the log prints the total; otherwise it is the table's."""
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that this process may use."""
+        return self.total_bytes - self.used_bytes
 
 
 def card_of(facts: Facts, printed: Printed, gpu: str | None) -> Card | None:
-    """The card, or None if neither the log nor the caller says enough. DeviceError for a given name that is unknown."""
+    """Return the card, or None if neither the log nor the caller names it. DeviceError for an unknown given name."""
     total = facts.figures.get("total_bytes")
     found, how = _named(gpu, printed, total)
     if found is None:
@@ -66,13 +73,19 @@ def _named(gpu: str | None, printed: Printed, total: Figure | None) -> tuple[GPU
             pass  # a name that no table has: by its size, then
     if total is None:
         return None, ""
-    few = "few_sms" in printed.hints
-    fitting = [
-        each for each in all_gpus()
-        if each.memory_bytes_min * (1 - _COMPARED) <= total.bytes <= each.memory_bytes * (1 + _COMPARED)
-        and (not few or each.sm_count < MAX_AUTOTUNE_SMS)
-    ]  # fmt: skip
-    # Those whose reported totals include this one first; of these the one with the fewest SMs, which is sold most.
-    fitting.sort(key=lambda each: (not each.memory_bytes_min <= total.high + 1 or total.low > each.memory_bytes,
-                                   each.memory_is_estimate, each.sm_count))  # fmt: skip
+    fitting = sorted(_cards_of_size(total, few_sms="few_sms" in printed.hints), key=lambda each: _rank(each, total))
     return (fitting[0], "assumed") if fitting else (None, "")
+
+
+def _cards_of_size(total: Figure, *, few_sms: bool) -> Iterator[GPU]:
+    """Yield cards that may report `total`; torch.compile's warning about SMs rules the large ones out."""
+    for each in all_gpus():
+        low, high = each.memory_bytes_min * (1 - _SPREAD), each.memory_bytes * (1 + _SPREAD)
+        if low <= total.bytes <= high and (not few_sms or each.sm_count < MAX_AUTOTUNE_SMS):
+            yield each
+
+
+def _rank(card: GPU, total: Figure) -> tuple[bool, bool, int]:
+    """Put cards that report this total first; among them the one with the fewest SMs, which is sold most."""
+    reports_it = card.memory_bytes_min <= total.high + 1 and total.low <= card.memory_bytes
+    return not reports_it, card.memory_is_estimate, card.sm_count

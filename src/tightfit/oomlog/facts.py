@@ -1,4 +1,4 @@
-"""Facts of one failure: the figures that its message prints, with their rounding, and their arithmetic.
+"""Facts of one failure: the figures in its message, with their rounding and arithmetic.
 
 A message prints `6.14 GiB` for anything from 6.135 to 6.145 GiB, so results computed from it are intervals, too.
 """
@@ -11,54 +11,8 @@ import msgspec
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
 
-KINDS = {
-    "cuda_out_of_memory": "PyTorch's caching allocator on CUDA",
-    "hip_out_of_memory": "the same on ROCm",
-    "xpu_out_of_memory": "Intel GPUs",
-    "npu_out_of_memory": "Ascend NPUs",
-    "mps_out_of_memory": "Apple GPUs",
-    "device_out_of_memory": "a device that the message does not name, or another backend",
-    "cuda_async": "cudaMallocAsync",
-    "cuda_driver": "the CUDA or HIP runtime or driver, outside PyTorch's allocator",
-    "cublas": "cuBLAS could not get its workspace or handle",
-    "cudnn": "cuDNN could not get its workspace or handle",
-    "cuda_library": "cuSOLVER, cuSPARSE, cuFFT or cuRAND could not get memory",
-    "nccl": "NCCL could not get its buffers",
-    "nvml_assert": "an out of memory whose report failed, because NVML does not answer",
-    "expandable_segments_assert": "an out of memory hidden by an assertion of expandable segments",
-    "triton_resources": "a kernel that needs more shared memory or registers than a multiprocessor has",
-    "host_allocator": "PyTorch's allocator for host memory",
-    "host_numpy": "numpy",
-    "host_memory_error": "another allocation of host memory: MemoryError, bad_alloc, errno 12",
-    "host_killed": "the process was killed: by the kernel for want of host memory, as far as one can tell",
-    "dataloader_killed": "a DataLoader worker was killed or left",
-    "shared_memory": "/dev/shm is too small",
-    "windows_commit_limit": "Windows' paging file is too small",
-}
-"""Every kind of failure, and what gave up."""
-
 CONSEQUENCES = frozenset({"dataloader_killed", "host_killed"})
 """Kinds that often follow another failure rather than being the first."""
-
-NOTES = {
-    "process_memory_unknown": "this process's memory is printed as 0 bytes or 2**64: NVML does not tell it",
-    "process_memory_unstated": "there is no sentence on this process, as in containers; it may be among the others",
-    "other_process_memory_unknown": "another process's memory is printed as 2**64",
-    "spills_to_host": "more is in use than the card has: the driver moved memory to the host (Windows, WSL)",
-    "more_free_than_requested": "a memory fraction, fragmentation, or memory freed meanwhile",
-    "free_exceeds_total": "integrated GPUs report host memory as free",
-    "no_limit_set": "the printed limit of 2**64 bytes means that none was set",
-    "rounding_clamped": "a difference of rounded figures was below zero, and is taken as zero",
-    "figures_disagree": "a difference is below zero beyond rounding, so it was left out",
-    "request_says_little": "2.00 and 20.00 MiB are what the allocator asks for on behalf of any small tensor",
-    "request_beyond_1eb": "the message says only that the request was above an exbibyte: a wrong size",
-    "device_unstated": "the device index is missing (PyTorch 2.3.0 printed it as a raw byte), or was cut off",
-    "message_cut": "the message ends before the figures that its format has",
-    "allocated_includes_private_pools": "the figure for allocated memory includes the private pools",
-    "cause_unstated": "the message does not say that memory was the cause",
-    "class_without_message": "only the name of the exception is there",
-}
-"""Codes of what is odd about a message."""
 
 _FACTORS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 _ABSURD = 2**63
@@ -79,7 +33,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def printed(cls, text: str) -> "Figure | None":
-        """The figure of a printed size; every unit is binary, as in PyTorch's messages, where old GB were GiB.
+        """Return the figure of a printed size. Every unit is binary, like in PyTorch's messages, where old GB were GiB.
 
         >>> Figure.printed("6.14 GiB").bytes, Figure.printed("512 bytes").high
         (6592774799, 512)
@@ -109,27 +63,23 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OtherProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that the message names."""
+    """Another process that the message names."""
 
     pid: int
     """Its number, as the driver reports it."""
-    figure: Figure
+    bytes: int
     """Its memory on the device."""
-
-    @property
-    def bytes(self) -> int:
-        return self.figure.bytes
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """One failure. A figure that is absent is None; `figures` holds the intervals and marks the printed ones."""
 
     kind: str
-    """A key of KINDS."""
+    """A kind in codes.toml."""
     torch_format: str | None = None
     """T0 to T9, or T5b; None where PyTorch's versions do not differ."""
     figures: Mapping[str, Figure] = msgspec.field(default_factory=dict)
-    """Figures, by the names of the properties below."""
+    """Figures by the names of the properties below."""
     device_index: int | None = None
     """The index that the message prints; None if it prints none."""
     other_processes: tuple[OtherProcess, ...] = ()
@@ -147,7 +97,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     line: int = 0
     """The line of the log that it starts on, counted from 1."""
     notes: tuple[str, ...] = ()
-    """Keys of NOTES."""
+    """Notes in codes.toml."""
     pid: int | None = None
     """The process that was killed, where the message says so."""
     repeats: int = 1

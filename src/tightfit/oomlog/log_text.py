@@ -11,7 +11,7 @@ import msgspec
 PIECE = 2**18
 """Characters read at a time."""
 LONGEST_LINE = 8_000
-"""Characters kept of a line."""
+"""Characters of a line; the rest becomes further lines."""
 _ANSI = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]{0,40}[ -/]{0,10}[@-~]|\x1b\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)|\x1b[ -/]?[0-~]"
 )
@@ -93,7 +93,7 @@ def is_text(start: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """Text without control codes; tabs and line ends stay.
+    """Remove control codes; tabs and line ends stay.
 
     >>> clean("\\x1b[31mCUDA\\x1b[0m out\\r")
     'CUDA out\\n'
@@ -110,7 +110,7 @@ def clean(text: str) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """Clean lines of a piece of log; lines that hold escaped ones, as in JSON, are taken apart."""
+    """Return the clean lines of a piece of log; a line that holds escaped ones, like in JSON, is taken apart."""
     lines: list[str] = []
     for raw in text.split("\n"):
         for line in (raw,) if raw.isascii() and raw.isprintable() and "&" not in raw else clean(raw).split("\n"):
@@ -140,8 +140,8 @@ class Line(msgspec.Struct, frozen=True):
     """True if a `>` was taken off."""
 
 
-_LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "warn": "warning", "error": "error",
-           "critical": "error", "fatal": "error", "err": "error"}  # fmt: skip
+_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error"}
+"""Levels that are known by another name."""
 _RANK = re.compile(
     r"\[(?:rank|default) ?(?P<a>\d{1,6})\]:? ?|\(\w{0,20}[Ww]orker\w{0,20}?(?:_?TP|_DP\d{1,4}_TP"
     r"| rank=)(?P<b>\d{1,6})[^)\n]{0,60}\) ?"
@@ -157,7 +157,7 @@ _TIME = re.compile(
 )
 _LEVEL = re.compile(
     r"[\[<|(]?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?: *[\]>|)])?(?::[A-Za-z_][\w.]{0,60}:"
-    r"|[:\s|/-]| *$)[ -]*",
+    r"|[:\s|/-]| *$)[ -]*"
 )
 _SOURCE = re.compile(
     r"\[?[\w./-]{1,60}\.(?:py|cpp|cc|go|rs):\d{1,6}\]? ?:?|\[(?:stderr|stdout|err|out)\] ?|[\w.-]{1,40} {1,6}\| |"
@@ -195,7 +195,8 @@ def part(line: str) -> Line:
                 number = next((value for value in found.values() if value), None)
                 rank = int(number) if number and rank is None else rank
             elif pattern is _LEVEL:
-                level = level or _LEVELS[found["level"].lower()]
+                word = found["level"].lower()
+                level = level or _LEVELS.get(word, word)
             at = match.end()
             break
         if at == begin:

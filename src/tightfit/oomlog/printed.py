@@ -30,7 +30,7 @@ class Printed(msgspec.Struct, frozen=True, kw_only=True):
     torch_version: str | None = None
     """PyTorch's version, with its suffix."""
     cuda_version: str | None = None
-    """Whichever comes first: the one that torch was built for, or the driver's."""
+    """The first one printed: torch's build, or the driver's."""
     driver_version: str | None = None
     """The driver's version, as nvidia-smi prints it."""
     gpu_name: str | None = None
@@ -112,7 +112,10 @@ def _first(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _configuration(text: str) -> tuple[dict[str, Value], str | None]:
-    """nanoGPT prints each file after `Overriding config with`, and each option as `Overriding: key = value`."""
+    """Return nanoGPT's keys and the command line.
+
+    nanoGPT prints each file after `Overriding config with`, and each option as `Overriding: key = value`.
+    """
     found: dict[str, Value] = {}
     commands = _COMMAND.findall(text)
     command = commands[-1].strip() if commands else None

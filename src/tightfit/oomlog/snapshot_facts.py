@@ -1,40 +1,67 @@
 """The failure that a memory snapshot of PyTorch recorded, as facts."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
+
+import msgspec
 
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.log_text import clean
 from tightfit.oomlog.snapshot_reader import read_snapshot
 from tightfit.oomlog.tracebacks import TraceFrame, phase_of
 
+R = TypeVar("R")
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Frame(msgspec.Struct):
+    filename: str = ""
+    line: _Count | None = None
+    name: str = ""
+
+
+class _OutOfMemory(msgspec.Struct):
+    """An entry `oom` of a device's trace."""
+
+    size: _Count
+    device_free: _Count | None = None
+    time_us: _Count = 0
+    frames: list[_Frame] = []
+    """Innermost first."""
+
+
+class _Segment(msgspec.Struct):
+    device: int = 0
+    total_size: _Count = 0
+    allocated_size: _Count = 0
+    segment_pool_id: tuple[int, int] = (0, 0)
+    """Other than (0, 0): a private pool."""
+
 
 def read_snapshot_failure(path: str | os.PathLike[str]) -> Facts | None:
-    """The last out of memory of a snapshot file, or None if it recorded none; DataError if it is no snapshot."""
+    """Return the last out of memory of a snapshot file, or None if it recorded none. DataError if it is no snapshot."""
     return facts_of_snapshot(read_snapshot(path))
 
 
-def facts_of_snapshot(snapshot: Mapping[str, Any]) -> Facts | None:
-    """The last entry `oom` of any device's trace, with what the segments hold now; whatever is not as it should be
-    is left out."""
+def facts_of_snapshot(snapshot: Mapping[str, object]) -> Facts | None:
+    """Return the last out of memory of any device; records of another shape than PyTorch's are left out."""
     traces = snapshot.get("device_traces")
-    found: tuple[int, Mapping[str, Any]] | None = None
-    for device, trace in enumerate(traces if isinstance(traces, list) else ()):
-        for entry in reversed(trace) if isinstance(trace, list) else ():
-            if isinstance(entry, dict) and entry.get("action") == "oom" and _count(entry.get("size")) is not None:
-                if found is None or (_count(entry.get("time_us")) or 0) > (_count(found[1].get("time_us")) or 0):
-                    found = device, entry
-                break
-    if found is None:
+    last = {device: ooms[-1] for device, trace in enumerate(_list(traces)) if (ooms := _out_of_memories(trace))}
+    if not last:
         return None
-    device, entry = found
-    stated = {"requested_bytes": entry.get("size"), "free_bytes": entry.get("device_free")}
-    stated |= _held(snapshot.get("segments"), device)
+    device, entry = max(last.items(), key=lambda item: item[1].time_us)
+    stated = {"requested_bytes": entry.size, **_held(_records(snapshot.get("segments"), _Segment), device)}
+    if entry.device_free is not None:
+        stated["free_bytes"] = entry.device_free
     figures, notes = with_arithmetic(
-        {name: _exact(value) for name, value in stated.items() if _count(value) is not None}
+        {name: Figure(bytes=value, low=value, high=value) for name, value in stated.items()}
     )
-    frames = _frames(entry.get("frames"))
+    frames = tuple(
+        TraceFrame(file=_word(frame.filename), line=frame.line, function=_word(frame.name))
+        for frame in reversed(entry.frames)
+    )
     return Facts(
         kind="cuda_out_of_memory",
         figures=figures,
@@ -45,43 +72,34 @@ def facts_of_snapshot(snapshot: Mapping[str, Any]) -> Facts | None:
     )
 
 
-def _held(segments: object, device: int) -> dict[str, int]:
-    """Bytes reserved, allocated and in private pools on a device."""
-    held = {"reserved_bytes": 0, "allocated_bytes": 0, "private_pool_bytes": 0}
-    for segment in segments if isinstance(segments, list) else ():
-        if not isinstance(segment, dict) or segment.get("device", 0) != device:
-            continue
-        reserved = _count(segment.get("total_size")) or 0
-        held["reserved_bytes"] += reserved
-        held["allocated_bytes"] += _count(segment.get("allocated_size")) or 0
-        if segment.get("segment_pool_id", (0, 0)) not in ((0, 0), [0, 0]):
-            held["private_pool_bytes"] += reserved
-    if not held["private_pool_bytes"]:
-        del held["private_pool_bytes"]
-    return held
+def _out_of_memories(trace: object) -> list[_OutOfMemory]:
+    entries = [each for each in _list(trace) if isinstance(each, dict) and each.get("action") == "oom"]
+    return _records(entries, _OutOfMemory)
 
 
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+def _held(segments: list[_Segment], device: int) -> dict[str, int]:
+    """Return the bytes reserved, allocated and in private pools on a device."""
+    own = [each for each in segments if each.device == device]
+    private = sum(each.total_size for each in own if each.segment_pool_id != (0, 0))
+    held = {
+        "reserved_bytes": sum(each.total_size for each in own),
+        "allocated_bytes": sum(each.allocated_size for each in own),
+    }
+    return held | ({"private_pool_bytes": private} if private else {})
 
 
-def _exact(value: Any) -> Figure:
-    return Figure(bytes=value, low=value, high=value)
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
-def _word(value: object) -> str:
-    return " ".join(clean(str(value or "")[:1000]).split())
+def _records(values: object, kind: type[R]) -> list[R]:
+    """Return the records in a list, without those of another shape."""
+    found = []
+    for each in _list(values):
+        with contextlib.suppress(msgspec.ValidationError):
+            found.append(msgspec.convert(each, kind))
+    return found
 
 
-def _frames(frames: object) -> tuple[TraceFrame, ...]:
-    """Outermost first; a snapshot has them the other way round, and has no source lines."""
-    plain: Iterable[object] = reversed(frames) if isinstance(frames, list) else ()
-    return tuple(
-        TraceFrame(
-            file=_word(frame.get("filename")),
-            line=_count(frame.get("line")),
-            function=_word(frame.get("name")),
-        )
-        for frame in plain
-        if isinstance(frame, dict)
-    )
+def _word(text: str) -> str:
+    return " ".join(clean(text[:1000]).split())

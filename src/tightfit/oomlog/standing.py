@@ -1,10 +1,13 @@
 """Tell the failure of a run from a mere mention of one: a warning, a document, code."""
 
+import functools
 import re
+import tomllib
 from enum import Enum
+from importlib.resources import files
 
 from tightfit.oomlog.log_text import Line
-from tightfit.oomlog.messages import Message
+from tightfit.oomlog.message import Message
 
 
 class Standing(Enum):
@@ -38,43 +41,37 @@ _IN_CODE = re.compile(
     r"[\"'](?: not)? in (?:str|repr|e\b|err|msg|message|ex|exc)|[\"']\.(?:lower|format)\(|isinstance\("
     r"|==? ?[frb]?[\"'] ?$"
 )
-_CONDITIONAL = re.compile(
-    r"\b(?:if|when|whenever|may|might|could|can|avoids?|prevents?|such as|e\.g\.|like|typical(?:ly)?|common(?:ly)?|"
-    r"in case|examples?|would|causes?|should|often|usually|fix(?:es|ed)?|solve[sd]?|handles?|how to|troubleshooting|"
-    r"sometimes|means|instead of|to reduce|try)\b|"
-    r"如果|若是|万一|遇到.{0,12}时|避免|防止|例如|解决|可能|場合|避け|防ぐ|防止|たとえば|例えば|とき|対処|かもしれ|ことが(?:ある|あり)",
-    re.IGNORECASE,
-)
-_STRICT = re.compile(
-    r"\b(?:if you|if your|in case|e\.g\.|for example|for instance|such as|may see|might see|may get|typical(?:ly)?|"
-    r"an error like|errors? like|to avoid|to fix|looks? like(?: this)?:?|you (?:will|would|can|could|may"
-    r"|might) (?:see|get))\b|"
-    r"如果|例如|比如|たとえば|例えば|場合",
-    re.IGNORECASE,
-)
-_FIRST_PERSON = re.compile(
-    r"\b(?:I|I'm|I've|my|me|we|our|got|get|gets|getting|gives|throws|raised|received|occurs?|occurred|following|"
-    r"fails?|failed|crash(?:es|ed)?|help|keeps?|Same)\b|我|报错|報錯|出现|提示|错误|求助|怎么|请问|エラーが|出ます|出ました|なりました|発生し|落ち|助けて|出て"
-)
-_ASKING = re.compile(r"\b(?:I|I'm|I've|my|me|we|our)\b|我|私|请问|求助")
-_CAUGHT = re.compile(
-    r"\b(?:caught|skipp(?:ed|ing)|retry(?:ing)?|retries|ignor(?:ed|ing)|recover\w{0,6}|handled|warning"
-    r"|fall(?:ing)? ?back)\b",
-    re.IGNORECASE,
-)
-RETRY = re.compile(
-    r"[\s*>\[\]-]{0,8}(?:(?:Decreas|Reduc|Lower|Halv)ing (?:the )?(?:micro[- _]?|mini[- _]?)?batch"
-    r"|Decreasing batch size to|"
-    r"Trying (?:again )?(?:with )?batch|Retry(?:ing)?\b|Trying again|Skipping (?:this |the )?(?:batch|step)"
-    r"|Recovered|Recovering|"
-    r"Falling back|batch size (?:reduced|halved|too large)|Reduced batch|OOM recovered|Got OOM|Continuing with)",
-    re.IGNORECASE,
-)
-"""A line after a failure by which the program goes on."""
 _WARNS = re.compile(r"\bW[Aa][Rr][Nn](?:ing|ING)?\b:? *$")
 _DECORATION = re.compile(r"[\s\"'`*_>~【「『(\[|!❌✗#-]*(?:E {2,8})?[\s\"'`*_>]*")
 _TAIL = re.compile(r"[\s\"'`*_.,:;!~）)\]】」』。！？?-]*$")
 _WORDS = re.compile(r"[A-Za-z][a-z']+ +[A-Za-z']+ +[A-Za-z']+")
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads(files("tightfit.oomlog").joinpath("standing.toml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _words(table: str) -> re.Pattern[str]:
+    """Compile one table of `standing.toml`."""
+    found = _tables()[table]
+    pattern = "|".join([rf"\b(?:{'|'.join(found['words'])})\b", *found["parts"]])
+    return re.compile(pattern, 0 if table in ("first_person", "asking") else re.IGNORECASE)
+
+
+def _has(table: str, text: str) -> bool:
+    return bool(_words(table).search(text))
+
+
+@functools.cache
+def _beginnings() -> re.Pattern[str]:
+    return re.compile(rf"[\s*>\[\]-]{{0,8}}(?:{'|'.join(_tables()['retry']['beginnings'])})", re.IGNORECASE)
+
+
+def goes_on(line: str) -> bool:
+    """Return True for a line after a failure by which the program continues."""
+    return bool(_beginnings().match(line))
 
 
 def standing(message: Message, line: Line, column: int, end: int, *, short_log: bool) -> Standing:
@@ -92,21 +89,21 @@ def standing(message: Message, line: Line, column: int, end: int, *, short_log: 
         return Standing.CODE
     if line.level in ("debug", "info", "warning") and not (leads and named) and message.kind != "nccl":
         return Standing.CAUGHT
-    mine = bool(_FIRST_PERSON.search(bare))
-    if _CAUGHT.search(bare) and not mine:
+    mine = _has("first_person", bare)
+    if _has("caught", bare) and not mine:
         return Standing.CAUGHT
     if message.states_figures or message.kind in ("cuda_async", "nvml_assert"):
         return (
-            Standing.DOCUMENT if not leads and not _ASKING.search(bare) and _STRICT.search(bare) else Standing.FAILURE
+            Standing.DOCUMENT if not leads and not _has("asking", bare) and _has("strict", bare) else Standing.FAILURE
         )
     if message.kind.endswith("out_of_memory") and "request_beyond_1eb" not in message.notes:
         return _of_plain_words(message, before, after, leads=leads, mine=mine, short_log=short_log)
     if leads and (named or _TAIL.match(after) or line.level == "error"):
         return Standing.FAILURE
-    if message.kind in _SPEAKS_FOR_ITSELF and not _STRICT.search(bare):
+    if message.kind in _SPEAKS_FOR_ITSELF and not _has("strict", bare):
         return Standing.FAILURE
     if (
-        _CONDITIONAL.search(bare) or (not named and not bare.rstrip().endswith(":") and _CONDITIONAL.search(after))
+        _has("conditional", bare) or (not named and not bare.rstrip().endswith(":") and _has("conditional", after))
     ) and not mine:
         return Standing.DOCUMENT
     if named or mine or bare.rstrip().endswith((":", "]", ")", "=")):
@@ -131,16 +128,16 @@ def _is_code(message: Message, line: Line, before: str, after: str) -> bool:
 
 
 def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, mine: bool, short_log: bool) -> Standing:
-    """`CUDA out of memory` and nothing else: the words that everybody also uses in sentences."""
+    """Judge `CUDA out of memory` and nothing else: words that everybody also uses in sentences."""
     ends = bool(_TAIL.match(after)) or after.lstrip(". ").startswith("Tried to")
     if "class_without_message" in message.notes:
         if leads and ends:
             return Standing.FAILURE
-        return Standing.REPORT if mine and not _CONDITIONAL.search(before) else Standing.CODE
+        return Standing.REPORT if mine and not _has("conditional", before) else Standing.CODE
     errs = bool(message.exception) or bool(re.search(r"\b[Ee]rror:? *$|\bERROR:? *$", before))
     if errs and leads and (ends or after.startswith(".")):
         return Standing.FAILURE
-    if errs and ends and not _CONDITIONAL.search(before):
+    if errs and ends and not _has("conditional", before):
         return Standing.FAILURE
     if (mine or errs) and not re.search(r"\bif\b|如果|場合|\bto avoid\b|\bmay\b|\bmight\b", before, re.IGNORECASE):
         return Standing.REPORT

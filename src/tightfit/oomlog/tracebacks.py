@@ -1,9 +1,13 @@
 """Python's tracebacks, and IPython's: the frames of one exception, and the phase of training that they are in."""
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
 
 import msgspec
+from msgspec.structs import replace
 
 
 class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +19,7 @@ class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
     """Counted from 1; None if the traceback does not print it."""
     function: str
     """The function's name, `<module>` outside one."""
-    source: str = ""
+    source: str | None = None
     """The line of code, if the traceback shows it."""
 
     @property
@@ -36,7 +40,7 @@ _CARETS = re.compile(r"[\s^~]+")
 
 
 def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
-    """The frames of the last traceback in `lines`, which end where the exception's message starts.
+    """Return the frames of the last traceback in `lines`, which end where the exception's message starts.
 
     Prefixes of loggers may stand before them: only lines that quote a file count.
     """
@@ -65,9 +69,7 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
         arrow = _ARROW.match(line.strip())
         if arrow:
             if waiting:
-                yield TraceFrame(
-                    file=waiting.file, line=int(arrow[1]), function=waiting.function, source=arrow[2].strip()[:400]
-                )
+                yield replace(waiting, line=int(arrow[1]), source=arrow[2].strip()[:400] or None)
                 waiting = None
             continue
         notebook = _notebook(line)
@@ -76,14 +78,14 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
                 yield waiting
             waiting = notebook
         elif waiting and waiting.line is not None and line.strip() and not _CARETS.fullmatch(line):
-            yield TraceFrame(file=waiting.file, line=waiting.line, function=waiting.function, source=line.strip()[:400])
+            yield replace(waiting, source=line.strip()[:400])
             waiting = None
     if waiting and waiting.line is not None:
         yield waiting
 
 
 def _notebook(line: str) -> TraceFrame | None:
-    """A frame's head as IPython prints it; its line of code follows behind an arrow."""
+    """Return a frame from its head in IPython's format; its line of code follows behind an arrow."""
     text = line.strip()
     cell = _CELL.match(text)
     if cell:
@@ -99,35 +101,13 @@ def _notebook(line: str) -> TraceFrame | None:
     return TraceFrame(file=file, line=int(match["line"]) if match["line"] else None, function=match["function"])
 
 
-_SAVE = re.compile(
-    r"torch\.save\(|save_checkpoint|save_pretrained\(|save_model|_save_to_state_dict"
-    r"|safetensors.*save"
-)
-_RESUME = re.compile(r"load_state_dict|torch\.load\(|load_checkpoint|resume_from|_load_from_state_dict")
-_SAMPLE = re.compile(r"\.generate\(|\bsample_sequence\(")
-_EVAL = re.compile(
-    r"(?:estimate_loss|evaluate|evaluation|evaluation_loop|validate|validation|validation_step|eval|eval_step|"
-    r"prediction_step|eval_model|run_eval|eval_epoch|test_step|evaluation_step|eval_loss|compute_val_loss|"
-    r"_?run_validation|val_epoch|do_eval|calc_loss_loader)"
-)
-_EVAL_CALL = re.compile(r"\b(?:estimate_loss|trainer\.evaluate|\.evaluate|validate|evaluate_model)\(")
-_OPTIMIZER = re.compile(r"\b(?:optimizers?|opt|optim|scaler|self\.optimizer)\w*(?:\[[^\]]{1,20}\])?\.step\(")
-_BACKWARD = re.compile(r"\.backward\(|_engine_run_backward|run_backward\(")
-_LOSS = re.compile(
-    r"cross_entropy\(|CrossEntropyLoss|nll_loss|\bloss_fn\(|\bcriterion\(|log_softmax\(|compute_loss_fn\("
-)
-_SETUP = re.compile(
-    r"\.to\(|\.cuda\(|from_pretrained\(|DistributedDataParallel\(|\bDDP\(|torch\.compile\(|\.half\(|\.bfloat16\(|"
-    r"init_process_group|\.to_empty\(|FullyShardedDataParallel\("
-)
-_COMPILE_FUNCTIONS = frozenset(
-    {
-        "compile_fx", "compile_fx_inner", "_compile", "_compile_inner", "compile_inner", "codegen", "compile_to_fn",
-        "compile_to_module", "autotune_to_one_config", "benchmark_all_configs", "benchmark", "do_autotuning",
-        "transform_code_object", "call_user_compiler", "fx_codegen_and_compile", "codegen_and_compile",
-        "coordinate_descent_tuning",
+@functools.cache
+def _signs() -> dict[str, dict[str, re.Pattern[str]]]:
+    """Read `phases.toml`: `calls` or `functions`, and of each the phases."""
+    tables = tomllib.loads(files("tightfit.oomlog").joinpath("phases.toml").read_text(encoding="utf-8"))
+    return {
+        kind: {phase: re.compile("|".join(signs)) for phase, signs in table.items()} for kind, table in tables.items()
     }
-)  # fmt: skip
 
 
 def phase_of(frames: Sequence[TraceFrame]) -> str | None:
@@ -136,36 +116,33 @@ def phase_of(frames: Sequence[TraceFrame]) -> str | None:
     Saving, resuming, sampling and evaluation come first, because they run the model for another purpose. In a
     training step, the last part that was entered names the phase.
     """
-    functions = {frame.function.rsplit(".", 1)[-1] for frame in frames}
-    sources = [frame.source for frame in frames]
-    code = "\n".join(sources)
-
-    def runs(pattern: re.Pattern[str]) -> bool:
-        return bool(pattern.search(code)) or any(pattern.search(f"{name}(") for name in functions)
-
-    if not frames:
-        return None
-    if runs(_SAVE):
-        return "save"
-    if runs(_RESUME):
-        return "resume"
-    if functions & {"generate", "sample"} or _SAMPLE.search(code):
-        return "sample"
-    if any(_EVAL.fullmatch(name) for name in functions) or _EVAL_CALL.search(code):
-        return "eval"
+    calls, functions = _signs()["calls"], _signs()["functions"]
+    names = {frame.function.rsplit(".", 1)[-1] for frame in frames}
+    code = "\n".join(frame.source or "" for frame in frames)
     paths = [frame.file.replace("\\", "/") for frame in frames]
-    if _OPTIMIZER.search(code) or any("torch/optim/" in path for path in paths):
-        return "optimizer"
-    if _BACKWARD.search(code) or "backward" in functions:
-        return "backward"
-    if functions & _COMPILE_FUNCTIONS and any("torch/_" in path or "triton/" in path for path in paths):
-        return "compile"
-    if runs(_LOSS):
-        return "loss"
-    if any(
-        name == "forward" or name.startswith(("training_step", "_call_impl", "_wrapped_call")) for name in functions
-    ):
-        return "forward"
-    if _SETUP.search(code) or functions & {"convert", "_apply", "from_pretrained"}:
-        return "setup"
-    return None
+
+    def called(phase: str) -> bool:
+        return bool(calls[phase].search(code))
+
+    def entered(phase: str) -> bool:
+        return any(map(functions[phase].fullmatch, names))
+
+    def runs(phase: str) -> bool:
+        return called(phase) or any(calls[phase].search(f"{name}(") for name in names)
+
+    def in_files(*parts: str) -> bool:
+        return any(part in path for path in paths for part in parts)
+
+    tests: dict[str, Callable[[], bool]] = {
+        "save": lambda: runs("save"),
+        "resume": lambda: runs("resume"),
+        "sample": lambda: entered("sample") or called("sample"),
+        "eval": lambda: entered("eval") or called("eval"),
+        "optimizer": lambda: called("optimizer") or in_files("torch/optim/"),
+        "backward": lambda: called("backward") or entered("backward"),
+        "compile": lambda: entered("compile") and in_files("torch/_", "triton/"),
+        "loss": lambda: runs("loss"),
+        "forward": lambda: entered("forward"),
+        "setup": lambda: called("setup") or entered("setup"),
+    }
+    return next((phase for phase, shows in tests.items() if shows()), None)

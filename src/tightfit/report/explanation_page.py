@@ -2,10 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from tightfit.diagnosis.causes import MEASURED, SIMULATED
+from tightfit.diagnosis.cause_records import MEASURED, SIMULATED
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
-from tightfit.diagnosis.render import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
+from tightfit.diagnosis.statements import (
+    Sentences,
+    arithmetic_lines,
+    assumption_lines,
+    expected_lines,
+    problem_lines,
+)
 from tightfit.report.bars import ALARM, CACHE, GOOD, OTHERS, OUTSIDE, Part, colour_of, parts_table
 from tightfit.report.sections import Advice, Page, Section, Segment, Table
 from tightfit.units import format_bytes
@@ -158,9 +164,8 @@ def _uses(remedy: Remedy, found: Explanation) -> tuple[int, int]:
     card = found.card
     if card is None or remedy.device_bytes is None:
         return 0, 0
-    return max(0, card.total_bytes - remedy.values.get("room_bytes", card.total_bytes - card.used_bytes)), (
-        remedy.device_bytes
-    )
+    room_bytes = card.room_bytes if remedy.figures.room_bytes is None else remedy.figures.room_bytes
+    return max(0, card.total_bytes - room_bytes), remedy.device_bytes
 
 
 def _fix_bar(remedy: Remedy, use: tuple[int, int], axis: int) -> Sequence[Segment]:

@@ -36,7 +36,7 @@ def play_loop(request: LoopRequest) -> LoopPlay:
         ),
         request.environ,
     )
-    rates, meter = rates_of(session.gpu, compiled=request.settings.compile), Meter()
+    rates, meter = rates_of(session.gpu, compiled=request.compiles), Meter()
     course: list[Moment] = []
 
     def note(part: str, **where: int | str) -> None:

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tightfit.config import TrainConfig
 from tightfit.simulation.requests import LoopSettings
+
+Context = contextlib.AbstractContextManager[object]
+Note = Callable[..., None]
 
 
 class Norm(nn.Module):
@@ -75,15 +79,15 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, settings: LoopSettings) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         super().__init__()
-        width, dropout, bias = settings.n_embd, settings.dropout, settings.bias
-        self.wte = nn.Embedding(settings.vocab_size, width)
-        self.wpe = nn.Embedding(settings.block_size, width)
+        width, dropout, bias = config.n_embd, config.dropout, config.bias
+        self.wte = nn.Embedding(config.vocab_size, width)
+        self.wpe = nn.Embedding(config.block_size, width)
         self.drop = nn.Dropout(dropout)
-        self.h = nn.ModuleList(Block(width, settings.n_head, dropout, bias) for _ in range(settings.n_layer))
+        self.h = nn.ModuleList(Block(width, config.n_head, dropout, bias) for _ in range(config.n_layer))
         self.ln_f = Norm(width, bias)
-        self.lm_head = nn.Linear(width, settings.vocab_size, bias=False)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.wte.weight = self.lm_head.weight
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,35 +111,31 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
     return model._apply(move)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def optimizer_of(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = [each for each in model.parameters() if each.requires_grad]
     groups = [
         {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": 0.1},
         {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def get_batch(settings: LoopSettings, size: int, device: str) -> tuple[Tensor, Tensor]:
-    ids = torch.zeros(size, settings.block_size, dtype=torch.int64)
+def get_batch(config: TrainConfig, size: int, device: str) -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(size, config.block_size, dtype=torch.int64)
     x, y = ids.pin_memory(), ids.clone().pin_memory()
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def estimate_loss(
-    model: nn.Module,
-    settings: LoopSettings,
-    ctx: contextlib.AbstractContextManager[object],
-    device: str,
-    note: Callable[..., None],
+    model: nn.Module, settings: LoopSettings, ctx: Context, device: str, note: Callable[..., None]
 ) -> None:
     model.eval()
     for split in ("train", "val"):
         losses = torch.zeros(settings.eval_iters)
         for k in range(settings.eval_iters):
             note("eval", split=split, iteration=k)
-            X, Y = get_batch(settings, settings.eval_batch, device)
+            X, Y = get_batch(settings.config, settings.config.eval_micro_batch or settings.config.batch_size, device)
             with ctx:
                 logits, loss = model(X, Y)
             losses[k] = loss.item()
@@ -144,25 +144,22 @@ def estimate_loss(
     model.train()
 
 
-def run(settings: LoopSettings, note: Callable[..., None]) -> None:
+def run(settings: LoopSettings, note: Note) -> None:
     """Run an evaluation, the steps, and another evaluation; `note` is called before each part."""
-    device = "cuda"
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
-    ctx: contextlib.AbstractContextManager[object] = (
-        contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device, dtype=dtype)
-    )
+    device, config = "cuda", settings.config
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    ctx: Context = contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device, dtype=dtype)
     with torch.device("meta"):
-        plain = Model(settings)
+        plain = Model(config)
     on_device(plain, device)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    optimizer = optimizer_of(plain, settings)
+    optimizer = optimizer_of(plain, config)
     model: nn.Module = plain
-    if settings.compile:
-        mode = None if settings.mode == "default" else settings.mode
-        model = cast(nn.Module, torch.compile(plain, mode=mode))
+    if config.compile:
+        model = cast(nn.Module, torch.compile(plain, mode=None if config.mode == "default" else config.mode))
     assessed = plain if settings.evaluate == "eager" else model
 
-    X, Y = get_batch(settings, settings.batch_size, device)
+    X, Y = get_batch(config, config.batch_size, device)
     for step in range(settings.steps + 1):
         if settings.evaluate != "none" and step in (0, settings.steps):
             estimate_loss(assessed, settings, ctx, device, note)
@@ -172,11 +169,11 @@ def run(settings: LoopSettings, note: Callable[..., None]) -> None:
             note("pass", step=step, number=number)
             with ctx:
                 logits, loss = model(X, Y)  # noqa: RUF059  (nanoGPT keeps them bound)
-                loss = loss / settings.gradient_accumulation_steps
-            X, Y = get_batch(settings, settings.batch_size, device)
+                loss = loss / config.gradient_accumulation_steps
+            X, Y = get_batch(config, config.batch_size, device)
             scaler.scale(loss).backward()
         note("update", step=step)
-        if settings.grad_clip:
+        if config.grad_clip:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)

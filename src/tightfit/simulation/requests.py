@@ -69,20 +69,8 @@ class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
 class LoopSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of nanoGPT's loop: its own keys, and the extent of the play."""
 
-    batch_size: int
-    block_size: int
-    gradient_accumulation_steps: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int
-    dropout: float
-    bias: bool
-    dtype: str
-    compile: bool
-    mode: str
-    grad_clip: float
-    learning_rate: float
+    config: TrainConfig
+    """The run, with nothing left on "auto"; `eval_micro_batch` are the sequences of an evaluation's forward pass."""
     passes: int
     """Forward passes of a step."""
     steps: int
@@ -90,8 +78,7 @@ class LoopSettings(msgspec.Struct, frozen=True, kw_only=True):
     evaluate: str
     """as_is, eager (without torch.compile) or none."""
     eval_iters: int
-    eval_batch: int
-    """Sequences of an evaluation's forward pass."""
+    """Iterations of an evaluation, for each split."""
     release: bool
     """End each iteration of an evaluation with `del logits, loss`."""
 
@@ -109,7 +96,7 @@ class LoopRequest(Request["LoopPlay"], frozen=True, kw_only=True, tag="loop"):
 
     @property
     def compiles(self) -> bool:
-        return self.settings.compile
+        return self.settings.config.compile is True
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,6 @@
 """Every sentence of an explanation, in English and Japanese; the text itself is in the TOML files beside this."""
 
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tightfit import wording
@@ -13,8 +12,8 @@ _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
 
 
 class Words(wording.Words):
-    """More formats: `duration` (26 days), `shape` ((65536, 50304)), `change` (+5%), and `named-TABLE`, which says a
-    value by its word in that table. What is not known is a question mark; of lists only those of mappings are joined.
+    """More formats: `duration` (26 days), `shape` ((65536, 50304)), `change` (+5%), and `named-TABLE`, the word for a
+    value in that table. An unknown value is a question mark. Only a list with a sentence for its entries is joined.
     """
 
     separator = ("units", "separator")
@@ -40,13 +39,10 @@ class Words(wording.Words):
         return self("units", unit, value=f"{value:.0f}" if value >= 9.95 else f"{value:.1f}")
 
     def _joined(self, table: str, one: str, value: object) -> object:
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        if is_list and not (value and isinstance(value[0], Mapping)):  # type: ignore[index]
-            return value
-        return super()._joined(table, one, value)
+        return super()._joined(table, one, value) if self.has(table, one) else value
 
 
 @functools.cache
 def words(language: str) -> Words:
-    """ConfigError for a language that there are no words in."""
+    """Return the words of a language. ConfigError for one without sentences."""
     return Words("tightfit.wording.diagnosis", language)

@@ -1,0 +1,184 @@
+"""From a log, and a configuration or a script where there is one, to the explanation of its failure."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from msgspec.structs import replace
+
+from tightfit.config import TrainConfig
+from tightfit.config.schema import from_dict
+from tightfit.diagnosis.cause_records import SIMULATED
+from tightfit.diagnosis.causes import causes_of, is_of_device
+from tightfit.diagnosis.culprit import culprit_of_guesses, culprit_of_play, guesses_of
+from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.named_card import Card, card_of
+from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
+from tightfit.diagnosis.own_script import OwnScript, read_failure
+from tightfit.diagnosis.plays import Plays
+from tightfit.diagnosis.remedies import unplayed
+from tightfit.diagnosis.variants import Stage, variant_of
+from tightfit.diagnosis.verdicts import verdicts
+from tightfit.errors import ConfigError, TightfitError
+from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.log_reader import LogReading, read_log
+from tightfit.oomlog.printed import Printed
+from tightfit.oomlog.snapshot_facts import read_snapshot_failure
+from tightfit.vgpu.records import Findings
+from tightfit.wording import say
+from tightfit.wording.diagnosis import words
+
+_SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
+"""Keys of which a log must print at least one for its run to be played."""
+
+
+def explain(
+    source: str | bytes | os.PathLike[str] | IO[bytes] | None,
+    *,
+    config: TrainConfig | None = None,
+    lang: str = "en",
+    gpu: str | None = None,
+    script: str | None = None,
+    arguments: Sequence[str] = (),
+    config_names: Sequence[str] = (),
+    workers: int = 2,
+) -> Explanation:
+    """Explain a failure: a log's text, its path (a Path, not a string), an open file, or a `.pickle` memory snapshot.
+
+    With `config`, or keys that the log prints, the run is played on a virtual card of the log's size, and so is every
+    remedy; with `script` and its `arguments` that script is. `gpu` names the card. Raises TightfitError for a file,
+    card or script that cannot be used; a log in which nothing failed is an answer.
+    """
+    started = time.monotonic()
+    words(lang)  # an unknown language is refused before anything is played
+    if script is not None and config is not None:
+        raise ConfigError(say("explain.explaining.two_runs"))
+    reading = _read(source)
+    facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang)
+    if script is not None:
+        found = _with_script(plain, gpu, script, arguments)
+    elif facts is None:
+        found = plain
+    elif not is_of_device(facts):
+        causes = causes_of(facts, reading.context)
+        found = replace(plain, causes=causes, remedies=unplayed(facts, of_device=False), unplayed_because="kind")
+    else:
+        found = _of_device(plain, facts, config, gpu, workers)
+    return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
+
+
+def explain_dryrun(findings: Findings, script: str, arguments: Sequence[str] = (), *, lang: str = "en") -> Explanation:
+    """Explain a dry run that ran out of memory, from its findings; remedies are played in the same way."""
+    started = time.monotonic()
+    outcome, card = outcome_of_findings(findings), card_of_findings(findings)
+    reading = read_failure(outcome)
+    plain = Explanation(facts=reading.failure, reading=reading, language=lang)
+    found = OwnScript(card, script, arguments).explained(plain, outcome)
+    if found.culprit is not None:  # the message is the play's own: there is nothing to compare
+        found = replace(found, culprit=replace(found.culprit, compared=()))
+    return replace(found, seconds=time.monotonic() - started)
+
+
+def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReading:
+    if source is None:
+        return LogReading(failure=None, kind_of_nothing="empty")
+    if not isinstance(source, os.PathLike):
+        return _text_only(read_log(source))
+    path = Path(source)
+    try:
+        if path.suffix == ".pickle":
+            failure = read_snapshot_failure(path)
+            return LogReading(failure=failure, kind_of_nothing=None if failure else "nothing")
+        with path.open("rb") as file:
+            return _text_only(read_log(file), path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(say("explain.explaining.unreadable", path=path, reason=reason)) from None
+
+
+def _text_only(reading: LogReading, path: Path | None = None) -> LogReading:
+    if reading.kind_of_nothing != "binary":
+        return reading
+    if path is None:
+        raise ConfigError(say("explain.explaining.binary_log"))
+    raise ConfigError(say("explain.explaining.binary_file", path=path))
+
+
+def _of_device(
+    plain: Explanation, facts: Facts, config: TrainConfig | None, gpu: str | None, workers: int
+) -> Explanation:
+    """Explain memory that ran out on a device: by plays if the configuration and the card are known."""
+    printed = plain.reading.context
+    played = "config" if config is not None else "log"
+    config = config if config is not None else _printed_config(printed)
+    card = card_of(facts, printed, gpu)
+    if config is None or card is None:
+        return _unplayed(plain, facts, card, "config" if config is None else "card")
+    with Stage(card, workers=workers) as stage:
+        plays = Plays(facts, card, variant_of(config, card))
+        plays.play(stage)
+    guesses = guesses_of(facts)
+    culprit = culprit_of_play(facts, plays.base) or (culprit_of_guesses(facts, guesses) if guesses else None)
+    is_simulated = culprit is not None and culprit.label == SIMULATED
+    remedies = verdicts(plays, max_iters=config.max_iters, eval_iters=config.eval_iters)
+    return replace(
+        plain,
+        card=card,
+        culprit=culprit,
+        causes=causes_of(
+            facts,
+            printed,
+            run=plays.run,
+            culprit=culprit,
+            base=plays.base,
+            train=plays.train,
+            guesses=None if is_simulated else guesses,
+        ),
+        remedies=remedies or unplayed(facts, of_device=True),
+        played=played,
+        not_modelled=plays.base.not_modelled,
+        max_iters=config.max_iters,
+    )
+
+
+def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str) -> Explanation:
+    """Explain by the log's figures alone."""
+    guesses = guesses_of(facts)
+    culprit = culprit_of_guesses(facts, guesses) if guesses else None
+    causes = causes_of(facts, plain.reading.context, culprit=culprit, guesses=guesses, unplayed_because=because)
+    return replace(
+        plain,
+        card=card,
+        culprit=culprit,
+        causes=causes,
+        remedies=unplayed(facts, of_device=True),
+        unplayed_because=because,
+    )
+
+
+def _printed_config(printed: Printed) -> TrainConfig | None:
+    """Return the configuration that a log prints; None if it prints too little, or no configuration."""
+    keys = dict(printed.keys)
+    if not _SHAPING & set(keys):
+        return None
+    if printed.vocab_size:
+        keys.setdefault("vocab_size", printed.vocab_size)
+    try:
+        return from_dict(TrainConfig, keys)[0]
+    except TightfitError:
+        return None
+
+
+def _with_script(plain: Explanation, gpu: str | None, script: str, arguments: Sequence[str]) -> Explanation:
+    """Explain by playing the user's own script on the card of the log, or on `gpu`."""
+    card = card_of(plain.facts or Facts(kind="cuda_out_of_memory"), plain.reading.context, gpu)
+    if card is None:
+        raise ConfigError(say("explain.explaining.no_card"))
+    own = OwnScript(card, script, arguments)
+    outcome = own.play(own.arguments)
+    if plain.facts is None and outcome.failure is not None:
+        reading = read_failure(outcome)
+        plain = replace(plain, facts=reading.failure, reading=reading)
+    return own.explained(plain, outcome)

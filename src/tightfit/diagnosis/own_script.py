@@ -1,0 +1,144 @@
+"""A user's own script: played on the card, and again with each remedy that needs no knowledge of its code."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from msgspec.structs import replace
+
+from tightfit.diagnosis.causes import causes_of, play_fits
+from tightfit.diagnosis.culprit import culprit_of_play
+from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.named_card import Card
+from tightfit.diagnosis.outcome import Outcome, outcome_of_findings
+from tightfit.diagnosis.plays import EXPANDABLE
+from tightfit.diagnosis.remedies import UNCHECKED, USUAL_SHARE, Option, Remedy, judged, ranked, unplayed
+from tightfit.errors import ConfigError
+from tightfit.gpus import find_gpu
+from tightfit.oomlog.log_reader import LogReading, read_log
+from tightfit.vgpu.records import Settings
+from tightfit.wording import say
+
+_UNCHANGED = ("close_others", "expandable_segments")
+"""Remedies that leave the script as it is."""
+_PATIENCE_S = 60.0
+"""Seconds given to the play with a smaller batch, which may take many more passes."""
+_BATCH = re.compile(r"--(?:per[_-]device[_-]train[_-]|train[_-]|micro[_-]?|mini[_-]?)?(?:batch[_-]?size|batch|bs)")
+_ACCUMULATION = re.compile(r"--(?:gradient[_-]|grad[_-])?(?:accumulation|accum)(?:[_-]steps)?")
+
+
+def read_failure(outcome: Outcome) -> LogReading:
+    """Read the message of a play's failure as if it stood in a log."""
+    assert outcome.failure is not None
+    return read_log("torch.OutOfMemoryError: " + outcome.failure.message)
+
+
+class OwnScript:
+    """A script with its arguments on one card."""
+
+    def __init__(self, card: Card, script: str, arguments: Sequence[str]) -> None:
+        self.card, self.script, self.arguments = card, script, list(arguments)
+
+    def play(
+        self,
+        arguments: Sequence[str],
+        *,
+        environ: Mapping[str, str] | None = None,
+        used_bytes: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Outcome:
+        """Play the script on the virtual GPU; `used_bytes` are those of other processes, if not the card's."""
+        from tightfit.simulation.dry_run import dryrun_script
+
+        card = self.card
+        settings = Settings(
+            gpu=card.name,
+            memory_bytes=card.total_bytes if card.total_stated else None,
+            used_bytes=card.used_bytes if used_bytes is None else used_bytes,
+            context_bytes=card.context_bytes,
+            capability=card.capability if find_gpu(card.name) is None else None,
+            timeout_s=timeout_s,
+        )
+        return outcome_of_findings(dryrun_script(self.script, arguments, settings, environ))
+
+    def explained(self, plain: Explanation, outcome: Outcome) -> Explanation:
+        """Explain the outcome of the script. ConfigError for a script that fails for another reason."""
+        facts = plain.facts
+        plain = replace(plain, card=self.card, played="script")
+        if outcome.error:
+            raise ConfigError(say("explain.own_script.failed", script=self.script, reason=outcome.error))
+        if facts is None or outcome.failure is None:
+            return replace(plain, causes=(play_fits(outcome),))
+        culprit = culprit_of_play(facts, outcome, of_script=True)
+        return replace(
+            plain,
+            culprit=culprit,
+            causes=causes_of(facts, plain.reading.context, culprit=culprit, base=outcome),
+            remedies=ranked(list(self._remedies(unplayed(facts, of_device=True), outcome))),
+            not_modelled=outcome.not_modelled,
+        )
+
+    def _remedies(self, general: Sequence[Remedy], before: Outcome) -> Iterator[Remedy]:
+        """Yield the general advice, played where the figures leave it open and the script need not be changed."""
+        smaller = self._smaller_batch(before)
+        if smaller is not None:
+            yield smaller
+        left_open = {each.code: each for each in general if each.verdict == UNCHECKED and each.code in _UNCHANGED}
+        judged_otherwise = {*left_open, *(["split_general"] if smaller else [])}
+        yield from (each for each in general if each.code not in judged_otherwise)
+        if alone := left_open.get("close_others"):
+            after = self.play(self.arguments, used_bytes=0)
+            yield self._judged(alone, after, before, self.card.total_bytes)
+        if setting := left_open.get("expandable_segments"):
+            after = self.play(self.arguments, environ={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": EXPANDABLE})
+            yield self._judged(setting, after, before, self.card.room_bytes)
+
+    def _judged(self, remedy: Remedy, after: Outcome, before: Outcome, room_bytes: int) -> Remedy:
+        if after.error:
+            return remedy
+        return judged(remedy.code, after, before=before, room_bytes=room_bytes, paste=remedy.paste)
+
+    def _smaller_batch(self, before: Outcome) -> Remedy | None:
+        """Judge a sixteenth of the batch size that the arguments name, with as many more passes if they name them."""
+        found = _argument(self.arguments, _BATCH)
+        if found is None:
+            return None
+        (name, value), accumulation = found, _argument(self.arguments, _ACCUMULATION)
+        parts = min(USUAL_SHARE, value)
+        changes = {name: value // parts}
+        if accumulation:
+            changes[accumulation[0]] = accumulation[1] * parts
+        after = self.play(_with_arguments(self.arguments, changes), timeout_s=_PATIENCE_S)
+        if after.error or (after.fits and not after.steps):
+            return None  # it could not be judged
+        return judged(
+            "script_batch",
+            after,
+            before=before,
+            room_bytes=self.card.room_bytes,
+            exact=accumulation is not None,
+            paste=(" ".join(f"{option}={number}" for option, number in changes.items()),),
+            change=Option(name=name, size=value // parts, value=value),
+        )
+
+
+def _argument(arguments: Sequence[str], name: re.Pattern[str]) -> tuple[str, int] | None:
+    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        value = value if equals else after
+        if name.fullmatch(option) and value.isdecimal() and (int(value) > 1 or name is _ACCUMULATION):
+            return option, int(value)
+    return None
+
+
+def _with_arguments(arguments: Sequence[str], changes: Mapping[str, int]) -> list[str]:
+    """Return the arguments with other numbers for some options, in the form in which each was given."""
+    words = list(arguments)
+    for number, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if option in changes and equals:
+            words[number] = f"{option}={changes[option]}"
+        elif option in changes:
+            words[number + 1] = str(changes[option])
+    return words

@@ -1,0 +1,206 @@
+"""The sentences of each section of an explanation, for the text and for the page."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from msgspec.structs import asdict
+
+from tightfit.diagnosis.cause_records import SIMULATED, Cause
+from tightfit.diagnosis.causes import by_size, is_of_device
+from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
+from tightfit.diagnosis.named_card import Card
+from tightfit.diagnosis.remedies import Remedy, SplitBatch
+from tightfit.oomlog.facts import Facts
+from tightfit.units import format_bytes
+from tightfit.wording.diagnosis import Words
+
+if TYPE_CHECKING:
+    from tightfit.diagnosis.explanation import Explanation
+
+_SHOWN_GUESSES = 5
+
+
+class Sentences:
+    """Causes and remedies in one language."""
+
+    def __init__(self, explanation: "Explanation", words: Words) -> None:
+        self.config = " ".join(explanation.config_names) or "config.py"
+        self._words = words
+
+    def cause(self, cause: Cause) -> str:
+        table, _, kind = cause.code.partition("_")
+        if table == "kind":
+            return self._words("kind_causes", kind)
+        return self._words("causes", cause.code, **asdict(cause))
+
+    def title(self, remedy: Remedy) -> str:
+        table, _, kind = remedy.code.partition("_")
+        if table == "kind":
+            return self._words("kind_advice", kind)
+        return self._words("remedies", remedy.code, **asdict(remedy.change))
+
+    def reason(self, remedy: Remedy) -> str:
+        return self._words("reasons", remedy.reason, **asdict(remedy.figures), **asdict(remedy.change))
+
+    def paste(self, remedy: Remedy) -> tuple[str, ...]:
+        """Return lines to copy, with the configuration's own name."""
+        return tuple(line.replace("CONFIG", self.config) for line in remedy.paste)
+
+
+def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """Yield the failure, its tensor and its line of code."""
+    facts, culprit = explanation.facts, explanation.culprit
+    assert facts is not None
+    yield _problem(facts, words)
+    if facts.device_index:
+        yield words("problem", "on_device", index=facts.device_index)
+    if facts.rank is not None:
+        yield words("problem", "on_rank", rank=facts.rank)
+    if culprit is not None:
+        yield from _culprit(culprit, words)
+    frame = users_frame(facts)
+    if frame is not None and frame.line is not None:
+        yield words("problem", "at", file=frame.file, line=frame.line, function=frame.function)
+        if frame.source:
+            yield f"    {frame.source}"
+    elif culprit is not None and culprit.source:
+        yield f"    {culprit.source}"
+    if count := explanation.reading.others_count:
+        yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
+
+
+def _problem(facts: Facts, words: Words) -> str:
+    if not is_of_device(facts):
+        return words("kinds", facts.kind)
+    requested, free, total = facts.requested_bytes, facts.free_bytes, facts.total_bytes
+    if requested is None:
+        return words("problem", "figures_missing")
+    if free is None or total is None:
+        return words("problem", "request_only", requested=requested)
+    short, phase = facts.short_by_bytes, facts.phase
+    key = "device_enough_free" if short is None else "device_in_phase" if phase is not None else "device"
+    return words("problem", key, requested=requested, free=free, total=total, short=short, phase=phase)
+
+
+def _culprit(culprit: Culprit, words: Words) -> Iterator[str]:
+    key = "plain"
+    if culprit.label != SIMULATED:
+        key = "guess"
+    elif not culprit.shape:
+        key = "shapeless"
+    elif culprit.iteration is not None:
+        key = "eval"
+    elif culprit.step is not None:
+        key = "step"
+    first = culprit.guesses[0] if culprit.guesses else None
+    known = asdict(culprit) | {"batch": first.batch if first else None, "block": first.block if first else None}
+    yield f"[{words('labels', culprit.label)}] " + words("culprit", key, **known)
+    if culprit.label != SIMULATED:
+        return
+    different = words("units", "separator").join(_compared(each, words) for each in culprit.disagreements)
+    allocated = next((each for each in culprit.compared if each.what == "allocated"), None)
+    if not culprit.matches:
+        yield words("culprit", "differs", compared=different)
+        return
+    if allocated is not None and allocated.agrees:
+        yield words("culprit", "agrees", log=allocated.log, play=allocated.play)
+    elif culprit.compared:
+        yield words("culprit", "same_request")
+    if different:
+        yield words("culprit", "differs_slightly", compared=different)
+
+
+def _compared(each: Compared, words: Words) -> str:
+    if each.what == "phase":
+        return words("culprit", "compared_phase", log=each.log, play=each.play)
+    return words("culprit", "compared_bytes", what=each.what, log=each.log, play=each.play)
+
+
+def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """Yield assumptions of the verdicts: the card and the configuration, where nobody named them."""
+    if explanation.unplayed_because:
+        yield words("unplayed", explanation.unplayed_because)
+    card = explanation.card
+    if explanation.played and card is not None and card.how_named == "assumed":
+        yield words("assumed", "card", name=card.name, total=card.total_bytes)
+    if explanation.played == "log":
+        yield words("assumed", "log")
+
+
+def expected_lines(explanation: "Explanation", said: Sentences, words: Words) -> Iterator[str]:
+    """Yield the result of the best fix, and how to check it."""
+    best, card, max_iters = explanation.best, explanation.card, explanation.max_iters
+    if best is None:
+        yield words("expected", _without_fix(explanation))
+        return
+    yield words("expected", "fits", title=said.title(best), device=best.device_bytes, room=best.figures.room_bytes)
+    if isinstance(best.change, SplitBatch):
+        yield words("expected", "result_same", effective=best.change.effective)
+        step_s = best.change.step_s
+        if step_s and max_iters is not None:
+            yield words("expected", "time", step=step_s, max_iters=max_iters, all=step_s * max_iters)
+    if max_iters is not None and card is not None:
+        yield words("expected", "verify", command="")
+        yield f"      {_command(card, explanation.config_names, best)}"
+    if explanation.config_names:
+        yield words("expected", "own", config=said.config)
+
+
+def _without_fix(explanation: "Explanation") -> str:
+    """Return the key of the sentence for an explanation in which no fix is known to help."""
+    assert explanation.facts is not None
+    if not is_of_device(explanation.facts):
+        return "other_kind"
+    if any(each.code == "play_fits" for each in explanation.causes):
+        return "configuration_fits"
+    keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}
+    return keys.get(explanation.played, "unchecked")
+
+
+def _command(card: Card, config_names: tuple[str, ...], best: Remedy) -> str:
+    """Return a dry run of the user's own script with the best remedy."""
+    used, context = format_bytes(card.used_bytes), format_bytes(card.context_bytes)
+    words = [
+        "tightfit dryrun",
+        f'--gpu "{card.name}"',
+        f"--memory {format_bytes(card.total_bytes).replace(' ', '')}",
+        f"--used {used.replace(' ', '')} --context {context.replace(' ', '')}",
+        "train.py",
+        *config_names,
+    ]
+    if isinstance(best.change, SplitBatch):
+        words += [f"--batch_size={best.change.size}", f"--gradient_accumulation_steps={best.change.passes}"]
+    return " ".join(words)
+
+
+_ARITHMETIC = {
+    "reserved": ("reserved_bytes", "allocated", "unallocated"),
+    "outside": ("outside_pytorch_bytes", "process", "reserved"),
+    "others": ("others_bytes", "total", "free", "process"),
+    "short": ("short_by_bytes", "requested", "free"),
+}
+"""Computed figures: a sentence's key, the figure, and the figures it is computed from."""
+
+
+def arithmetic_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """Yield how the figures follow from those of the log."""
+    facts, culprit = explanation.facts, explanation.culprit
+    assert facts is not None
+    yield words("arithmetic", "message", message=facts.message)
+    for key, (name, *terms) in _ARITHMETIC.items():
+        result = facts.figures.get(name)
+        known = {term: facts.figures[f"{term}_bytes"].bytes for term in terms if f"{term}_bytes" in facts.figures}
+        if result is not None and not result.stated and len(known) == len(terms):
+            yield words("arithmetic", key, result=result.bytes, low=result.low, high=result.high, **known)
+    process, requested = facts.process_bytes, facts.requested_bytes
+    if process and requested:
+        yield words("arithmetic", "need", process=process, requested=requested, result=process + requested)
+    if culprit is None:
+        return
+    if culprit.categories:
+        yield words("arithmetic", "held", held=by_size(culprit.categories))
+    if culprit.compared:
+        compared = words("units", "separator").join(_compared(each, words) for each in culprit.compared)
+        yield words("arithmetic", "compared", compared=compared)
+    for guess in culprit.guesses[:_SHOWN_GUESSES]:
+        yield words("arithmetic", "guess", **asdict(guess))

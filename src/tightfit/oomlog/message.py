@@ -1,0 +1,38 @@
+"""A message found in a log, with its figures."""
+
+from msgspec import Struct
+
+from tightfit.oomlog.facts import Figure, OtherProcess
+
+SIZE = r"\d{1,20}(?:\.\d{0,6})?(?:bytes?|[KMGTPE]i?B)"
+"""Pattern of a printed size, without white space."""
+
+
+class Message(Struct):
+    """One message, at its place in text without white space."""
+
+    kind: str
+    start: int
+    end: int
+    exception: str | None = None
+    torch_format: str | None = None
+    figures: dict[str, Figure] = {}
+    """Stated figures by name."""
+    device_index: int | None = None
+    other_processes: list[OtherProcess] = []
+    notes: list[str] = []
+    pid: int | None = None
+
+    @property
+    def states_figures(self) -> bool:
+        return bool(self.figures)
+
+    def note(self, code: str) -> None:
+        if code not in self.notes:
+            self.notes.append(code)
+
+    def take(self, name: str, text: str) -> None:
+        """Keep the first figure of each name."""
+        figure = Figure.printed(text)
+        if figure is not None:
+            self.figures.setdefault(name, figure)
