@@ -381,7 +381,7 @@ def test_the_command_reads_a_pipe_and_a_file(capsys, monkeypatch: pytest.MonkeyP
     log.write_text(STORY)
     assert main(["explain", str(log), "--lang", "ja"]) == 0
     assert capsys.readouterr().out.startswith("問題分析")
-    monkeypatch.delenv("TIGHTFIT_LANG")
+    monkeypatch.delenv("TIGHTFIT_LANG", raising=False)
     monkeypatch.setenv("LC_ALL", "ja_JP.UTF-8")
     assert main(["explain", str(log)]) == 0
     assert capsys.readouterr().out.startswith("問題分析")
