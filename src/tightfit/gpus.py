@@ -243,7 +243,7 @@ def _candidates(text: str) -> list[_Entry]:
 
 
 def _choose(text: str, found: list[_Entry], memory_bytes: int | None, sm_count: int | None) -> tuple[GPU, list[str]]:
-    """One of the cards that `text` fits, by the SM count and memory if given, else the common one; and the reason."""
+    """Choose one of the cards that `text` fits: by SM count or memory, else the common one; and the reason."""
     if len(found) == 1:
         gpu, more = found[0].gpu, found[0].not_listed
         open_size = memory_bytes is None and not any(re.fullmatch(r"\d+gb", word) for word in _words(text))
@@ -265,7 +265,7 @@ def _choose(text: str, found: list[_Entry], memory_bytes: int | None, sm_count: 
 def _described(
     text: str, memory_bytes: int | None, capability: tuple[int, int] | None, sm_count: int | None
 ) -> tuple[GPU, list[str]]:
-    """A card outside the table, as the user describes it."""
+    """Make a card outside the table from the user's description."""
     name = " ".join(text.split())
     if not name or len(name) > _MAX_NAME or not name.isprintable():
         raise DeviceError(

@@ -1,4 +1,4 @@
-"""Which sequence is in which step: a pure function of seed, split, step and the sequence's number.
+"""Choose the sequences of each step: a pure function of seed, split, step and the sequence's number.
 
 Neither the micro-batch, nor the number of processes, nor a resume changes what a step is trained on.
 Shapes: b sequences of t tokens.
@@ -23,11 +23,10 @@ T = TypeVar("T")
 
 
 def starts(key: Sequence[int], numbers: Ids, positions: int, block_size: int) -> Ids:
-    """Where sequences of these numbers start, each in [0, positions), in the order that `key` gives.
+    """Return the start of each numbered sequence, in [0, positions), in the order given by `key`.
 
-    The text is cut into blocks, whose order is a random permutation; after the last one it is cut anew, at another
-    phase, into another order. So every token is seen once before any is seen twice (nanoGPT draws with
-    replacement: after one epoch's worth of tokens it has seen 63% of them).
+    Each epoch cuts the text into blocks at a random phase and shuffles the blocks. So every token is read once before
+    any is read twice. nanoGPT draws with replacement: after one epoch's worth of tokens it has read 63% of them.
     """
     blocks = max(1, positions // block_size)
     phases = min(block_size, positions - (blocks - 1) * block_size)
@@ -41,7 +40,7 @@ def starts(key: Sequence[int], numbers: Ids, positions: int, block_size: int) ->
 
 
 def permuted(numbers: Ids, size: int, generator: np.random.Generator) -> Ids:
-    """The images of `numbers` under a random permutation of range(size), without making the permutation.
+    """Map `numbers` through a random permutation of range(size) without storing the permutation.
 
     A Feistel network over the next power of four, applied again where the image is outside (cycle walking).
     """
@@ -60,7 +59,7 @@ def permuted(numbers: Ids, size: int, generator: np.random.Generator) -> Ids:
 
 
 def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Every bit of the result depends on every bit of the value: SplitMix64's finalizer (Steele et al. 2014)."""
+    """Mix every bit of a value into every bit of the result: SplitMix64's finalizer (Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -77,7 +76,7 @@ class Batches:
     seed: int
 
     def read(self, purpose: Purpose, step: int, sequences: range) -> tuple[Ids, Ids]:
-        """Inputs and targets (b, t) int64 of these sequences of a step; targets are one token ahead."""
+        """Return inputs and targets (b, t), int64; targets are one token ahead."""
         file = self.dataset.val if purpose == "evaluate val" else self.dataset.train
         key, first = [self.seed, _STREAMS[purpose], step], 0
         if purpose == "train":
@@ -89,7 +88,7 @@ class Batches:
 
 
 def micro_batches(sequences: range, size: int) -> list[range]:
-    """`sequences` in parts of `size`; the last may be smaller.
+    """Split `sequences` into parts of `size`; the last may be smaller.
 
     >>> micro_batches(range(2, 9), 3)
     [range(2, 5), range(5, 8), range(8, 9)]
@@ -98,7 +97,7 @@ def micro_batches(sequences: range, size: int) -> list[range]:
 
 
 def read_ahead(tasks: Sequence[Callable[[], T]] | Iterator[Callable[[], T]], depth: int) -> Iterator[T]:
-    """The results of `tasks` in order, up to `depth` of them made ahead in a thread of their own."""
+    """Yield the results of `tasks` in order; a thread computes up to `depth` of them ahead."""
     if depth < 1:
         for task in tasks:
             yield task()

@@ -1,8 +1,7 @@
-"""What a dataset folder says about itself: our meta.json, or the meta.pkl that nanoGPT writes.
+"""Read and write a dataset's description: our meta.json, or nanoGPT's meta.pkl.
 
-A meta.pkl comes from anybody, so it is read as data: no class, function or outside object can be reached from
-it, and its operations are checked before they are carried out, so that a small file cannot ask for much
-memory.
+A meta.pkl may come from anybody, so it is read as data: it cannot reach a class, function or outside object. Its
+operations are checked before they run, so a small file cannot ask for much memory.
 """
 
 import io
@@ -12,7 +11,7 @@ import pickletools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, Required, TypedDict
 
 from tightfit.errors import DataError
 from tightfit.units import MIB, format_bytes
@@ -39,22 +38,48 @@ _PLAIN = _CONTAINERS | _MEMO_BY_INDEX | {
 _REFUSED_BY_NAME = {"GLOBAL", "STACK_GLOBAL", "INST", "PERSID", "BINPERSID"}
 
 
+class TokenizerInfo(TypedDict, total=False):
+    """Kind of a tokenizer and the data to make it again."""
+
+    kind: Required[str]
+    """characters, bytes, gpt2 or bpe."""
+    characters: str
+    """Alphabet in order of id, for kind characters."""
+    file: str
+    """Name of the vocabulary file, for kind bpe."""
+
+
+class SourceInfo(TypedDict, total=False):
+    """Origin of a dataset's text."""
+
+    kind: str
+    """text, files or openwebtext."""
+    name: str
+    path: str
+    files: int
+    """Files that were read."""
+    skipped: int
+    """Files of no known kind."""
+    bytes: int
+    """Size of the input."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What is known of a dataset beside its tokens."""
+    """Description of a dataset's tokens."""
 
     vocab_size: int
     """Every token id is below this."""
     dtype: str = "uint16"
     """Number format of train.bin and val.bin, little-endian."""
-    tokenizer: Mapping[str, Any] | None = None
-    """`Tokenizer.describe()` of what made the ids; None if the folder does not say."""
+    tokenizer: TokenizerInfo | None = None
+    """`Tokenizer.describe()` of the tokenizer that made the ids; None if the folder does not name one."""
     train_tokens: int | None = None
     """Tokens in train.bin, if known."""
     val_tokens: int | None = None
     """Tokens in val.bin, if known."""
-    source: Mapping[str, Any] = field(default_factory=dict)
-    """Where the text came from."""
+    source: SourceInfo = field(default_factory=SourceInfo)
+    """Origin of the text."""
     seed: int | None = None
     """Seed of the split into training and validation documents."""
 
@@ -75,7 +100,7 @@ class Meta:
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The smaller number format that holds every id.
+    """Return the smallest number format that holds every id.
 
     >>> dtype_for(65_536), dtype_for(65_537)
     ('uint16', 'uint32')
@@ -84,7 +109,7 @@ def dtype_for(vocab_size: int) -> str:
 
 
 def read_meta(folder: str | Path) -> Meta | None:
-    """The folder's meta.json, else its meta.pkl, else None; DataError if the one that is there is broken."""
+    """Read the folder's meta.json, else its meta.pkl, else return None. DataError if the file is broken."""
     for name, parse in (("meta.json", _parse_json), ("meta.pkl", _parse_pickle)):
         path = Path(folder) / name
         if path.exists():
@@ -96,7 +121,7 @@ def read_meta(folder: str | Path) -> Meta | None:
 
 
 def nanogpt_meta(characters: Sequence[str]) -> bytes:
-    """The meta.pkl that nanoGPT's sample.py and train.py read, for characters in order of id."""
+    """Return the meta.pkl that nanoGPT's sample.py and train.py read, for characters in order of id."""
     itos = dict(enumerate(characters))
     stoi = {character: i for i, character in itos.items()}
     return pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi})
@@ -151,7 +176,7 @@ def _parse_pickle(data: bytes) -> Meta:
 
 
 def _check_operations(data: bytes) -> None:
-    """Refuse, before anything is built, what only a hostile or a broken pickle holds.
+    """Refuse a hostile or broken pickle before anything is built from it.
 
     `PUT` with a large index makes the unpickler fill a table of that length, 2**32 entries from five bytes.
     """

@@ -2,9 +2,9 @@
 
     source ──► pieces ──► shards ──► tokenizer, in threads ──► files in the work folder ──► the dataset
 
-Memory stays bounded whatever the size: two shards a thread are under way. What is on disk is journaled every
-few seconds; the same command after a crash reads the source again up to there (JSON lines at some 400 MB/s,
-plain text faster than disks are) and encodes on from there, and the files come out the same, byte for byte.
+Memory stays bounded for any size of text: each thread has two shards in progress. A journal records the written length
+every few seconds. After a crash the same command reads the source again up to that point and continues to encode.
+JSON lines are read at some 400 MB/s, plain text faster than disks. The files come out the same, byte for byte.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ from tightfit.units import MIB
 SHARD_CHARACTERS = 2**20
 SHARD_PIECES = 4096
 COMMIT_SECONDS = 5.0
-"""Between two fsyncs of the token files: what a crash may cost."""
+"""Seconds between two fsyncs of the token files: the most work that a crash can lose."""
 TRAINING_BYTES = 32 * MIB
-"""Of text that a BPE is trained on, spread over the source; 10 MB take 3 seconds on two cores."""
+"""Bytes of text to train a BPE on, spread over the source; 10 MB take 3 seconds on two cores."""
 
 # No text that we know has more bytes for each token: English has 4.5 with GPT-2, Python 3.7 with 4,096 ids.
 _MOST_BYTES_PER_TOKEN = {"characters": 4, "bytes": 1, "gpt2": 6, "bpe": 6}
@@ -59,7 +59,7 @@ Progress = Callable[[int, int | None, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareResult:
-    """What a preparation made."""
+    """Result of a preparation."""
 
     name: str
     folder: Path
@@ -72,7 +72,7 @@ class PrepareResult:
     tokenizer: str
     """characters, bytes, gpt2 or bpe."""
     resumed: bool
-    """Whether an interrupted preparation was continued."""
+    """True if it continued an interrupted preparation."""
     seconds: float
 
 
@@ -92,8 +92,8 @@ def prepare(
 ) -> PrepareResult:
     """Make `<data_dir>/<name>` from shakespeare_char, shakespeare, openwebtext, stdlib, or the user's files.
 
-    `Options` says what the choices mean. DataError if the text cannot be had or read, DoesNotFit if the disk
-    is full; an earlier dataset of the name stays as it is until the new one is complete.
+    `Options` explains the choices. DataError if the text is missing or unreadable, DoesNotFit if the disk is full.
+    An earlier dataset of that name stays until the new one is complete.
     """
     started = time.monotonic()
     options = Options(
@@ -135,7 +135,7 @@ def _silent(done_bytes: int, total_bytes: int | None, tokens: int) -> None:
 
 
 def _write(recipe: Recipe, options: Options, progress: Progress) -> tuple[Tokenizer, Journal, bool]:
-    """All files of the dataset, in the work folder and on disk."""
+    """Write all files of the dataset to the work folder and sync them."""
     source, work = recipe.source, recipe.folder / WORK_FOLDER
     identity = source.identity()
     settings = [FORMAT, SHARD_CHARACTERS, SHARD_PIECES, identity, recipe.tokenizer, options.vocab_size]
@@ -166,7 +166,7 @@ def _write(recipe: Recipe, options: Options, progress: Progress) -> tuple[Tokeni
         seed=options.seed,
     )
     if isinstance(made, Characters):
-        write_aside(work / "meta.pkl", nanogpt_meta(made.describe()["characters"]), durable=True)
+        write_aside(work / "meta.pkl", nanogpt_meta(made.characters), durable=True)
     write_aside(work / "meta.json", meta.to_json(), durable=True)
     return made, journal, resumed
 
@@ -186,7 +186,7 @@ def _make_tokenizer(kind: str, source: Source, work: Path, vocab_size: int) -> T
 
 
 def _training_text(source: Source) -> Iterator[str]:
-    """Every n-th piece of training text, so that what is taken comes from all parts of the source."""
+    """Yield every n-th piece of training text, so that the sample covers the whole source."""
     step = (source.total_bytes or 0) // TRAINING_BYTES + 1
     left = TRAINING_BYTES
     for piece in islice((p for p in source.pieces() if p.split == "train"), 0, None, step):
@@ -204,7 +204,7 @@ def _encode_all(
     workers: int | None,
     progress: Progress,
 ) -> None:
-    """Append the ids of all shards that the journal has not, in order, and keep the journal."""
+    """Append the ids of all shards missing from the journal, in order, and update the journal."""
     end = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n") if source.has_documents else []
     end_ids = np.array(end, dtype=np.uint32)
     workers = workers or os.cpu_count() or 1
@@ -243,7 +243,7 @@ def _commit(writers: dict[Split, TokenWriter], journal: Journal, work: Path) -> 
 
 
 def _shards(pieces: Iterable[Piece]) -> Iterator[Shard]:
-    """Pieces in groups of about SHARD_CHARACTERS: the unit of encoding and of the journal."""
+    """Group pieces into shards of about SHARD_CHARACTERS: the unit of encoding and of the journal."""
     shard: Shard = []
     characters = 0
     for piece in pieces:
@@ -268,7 +268,7 @@ def _encode(tokenizer: Tokenizer, shard: Shard, end_ids: Uint32) -> Encoded:
 def _in_order(
     pool: ThreadPoolExecutor, encode: Callable[[Shard], Encoded], shards: Iterable[Shard], ahead: int
 ) -> Iterator[tuple[Shard, Encoded]]:
-    """Each shard with its ids, in order, with at most `ahead` shards taken and not yet yielded."""
+    """Yield each shard with its ids, in order, with at most `ahead` shards in progress."""
     waiting: deque[tuple[Shard, Future[Encoded]]] = deque()
     for shard in shards:
         waiting.append((shard, pool.submit(encode, shard)))

@@ -1,4 +1,4 @@
-"""From the name or path that a user gives to a source of text, a tokenizer and a split."""
+"""Resolve the name or path that a user gives into a source of text, a tokenizer and a split."""
 
 import difflib
 import http.client
@@ -36,7 +36,7 @@ Paths = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What may be chosen about a preparation, beside its name."""
+    """Choices of a preparation other than its name."""
 
     tokenizer: str | None = None
     """characters, bytes, gpt2 or bpe; None is the name's default, gpt2 for files of the user's."""
@@ -45,11 +45,11 @@ class Options:
     val_fraction: float | None = None
     """Share of characters (one text file) or documents for validation; None is the name's default."""
     seed: int = 2357
-    """Of the choice of validation documents; nanoGPT's."""
+    """Seed of the choice of validation documents; nanoGPT's."""
     field: str = "text"
     """JSONL key or Parquet column that holds the text."""
     errors: str = "strict"
-    """What to do about bytes that are no UTF-8: strict stops, replace writes U+FFFD."""
+    """Treatment of invalid UTF-8: strict stops, replace writes U+FFFD."""
     workers: int | None = None
     """Threads that encode; None is one for each core."""
 
@@ -66,7 +66,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What will be prepared, and where."""
+    """Source, tokenizer and target folder of a preparation."""
 
     name: str
     folder: Path
@@ -75,7 +75,7 @@ class Recipe:
 
 
 def resolve(name_or_path: str | Path, input: Paths | None, data_dir: str | Path, options: Options) -> Recipe:
-    """The recipe; DataError if there is no such name or file. Downloads Shakespeare if it is nowhere else."""
+    """Return the recipe, after a download of Shakespeare if needed. DataError if there is no such name or file."""
     given = str(name_or_path)
     name = given if _is_name(given, has_input=input is not None) else Path(given).resolve().stem
     if not re.fullmatch(r"[^./\\][^/\\]*", name):
@@ -95,7 +95,7 @@ def resolve(name_or_path: str | Path, input: Paths | None, data_dir: str | Path,
 
 
 def bpe_vocab_size(name: str) -> int:
-    """Ids of a BPE vocabulary that is trained here, if none is asked for.
+    """Return the default number of ids of a BPE vocabulary trained here.
 
     A model that learns the standard library in minutes writes better text with few: GPT of 4 x 256, 2.1 million
     tokens seen, 1024 ids: whole methods; 4096 ids: fragments of lines.
@@ -104,7 +104,7 @@ def bpe_vocab_size(name: str) -> int:
 
 
 def stdlib_files(root: Path) -> tuple[Path, ...]:
-    """Python's own library as people wrote it: no tests, no installed packages, no generated tables."""
+    """Return the source files of Python's library: no tests, no installed packages, no generated tables."""
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_LIBRARY and not name.startswith("config-")]
@@ -113,7 +113,7 @@ def stdlib_files(root: Path) -> tuple[Path, ...]:
 
 
 def _is_name(given: str, *, has_input: bool) -> bool:
-    """Whether a name is meant, not a path: a known name always is; with an input, so is what has no slash."""
+    """Return True for a name, False for a path. A known name is a name; with an input, so is text without a slash."""
     if given in NAMES or (has_input and os.sep not in given):
         return True
     return os.sep not in given and not Path(given).exists()

@@ -1,4 +1,4 @@
-"""Files that hold one document in each row: JSON lines and Parquet."""
+"""Read files with one document per row: JSON lines and Parquet."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ from tightfit.errors import DataError
 from tightfit.units import MIB, format_bytes
 
 MAX_LINE_BYTES = 256 * MIB
-"""Of a JSONL file; a line is held in memory as a whole."""
+"""Longest line of a JSONL file; each line is read into memory whole."""
 
 Rows = Iterator[tuple[str, int]]
-"""The text of each row, with the bytes of the file read up to it."""
+"""Text of each row, and bytes of the file read so far."""
 
 
 def jsonl_rows(path: Path, field: str, errors: str) -> Rows:
-    """The strings under the key `field`; empty lines are passed over."""
+    """Yield the strings under the key `field`; skip empty lines."""
     position = 0
     with open_input(path) as file:
         for number, line in enumerate(_lines(file, path), 1):
@@ -27,7 +27,7 @@ def jsonl_rows(path: Path, field: str, errors: str) -> Rows:
 
 
 def parquet_rows(path: Path, field: str, errors: str) -> Rows:
-    """The strings of the column `field`."""
+    """Yield the strings of the column `field`."""
     try:
         import pyarrow
         import pyarrow.parquet

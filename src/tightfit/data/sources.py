@@ -1,18 +1,18 @@
-"""Where text comes from: one file, many files and rows, or OpenWebText, all as one stream of pieces.
+"""Sources of text: one file, many files and rows, or OpenWebText, each as one stream of pieces.
 
-A stream is the same at every reading, piece by piece: an interrupted preparation reads it again up to where
-it was.
+Every reading yields the same pieces: an interrupted preparation reads again up to the point it had reached.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
+from tightfit.data.meta import SourceInfo
 from tightfit.data.rows import ROW_READERS
 from tightfit.data.text import CHUNK, cut, in_chunks, read_text
 from tightfit.errors import DataError
@@ -29,12 +29,12 @@ TEXT_SUFFIXES = re.compile(
 
 
 class Piece(NamedTuple):
-    """Some text of one document."""
+    """Part of one document's text."""
 
     text: str
     split: Split
     ends: bool
-    """Whether a document ends here, so that an end-of-text id follows."""
+    """True if a document ends here, so that an end-of-text id follows."""
     position: int
     """Bytes of input read so far."""
 
@@ -48,17 +48,17 @@ class Source(Protocol):
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of it that are surely text."""
+        """Bytes of input known to be text."""
 
     @property
     def has_documents(self) -> bool:
-        """Whether pieces end documents."""
+        """True if pieces end documents."""
 
-    def describe(self) -> dict[str, Any]:
-        """For meta.json."""
+    def describe(self) -> SourceInfo:
+        """Return the origin of the text, for meta.json."""
 
     def identity(self) -> str:
-        """Changes when the text does, as far as sizes and times of files show."""
+        """Return a digest of file names, sizes and times, which changes with the text."""
 
     def pieces(self) -> Iterator[Piece]: ...
 
@@ -69,7 +69,7 @@ class TextFile:
 
     path: Path
     val_fraction: float
-    """Of the characters."""
+    """Share of characters for validation."""
     errors: str = "strict"
 
     has_documents = False
@@ -80,7 +80,7 @@ class TextFile:
 
     text_bytes = total_bytes
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> SourceInfo:
         return {"kind": "text", "path": str(self.path), "bytes": self.total_bytes}
 
     def identity(self) -> str:
@@ -109,16 +109,16 @@ class Files:
 
     name: str
     root: Path
-    """Names of files are taken relative to this, for their order and for the split."""
+    """Folder to which file names are relative, for their order and for the split."""
     files: tuple[Path, ...]
     val_fraction: float
-    """Of the rows, and of the bytes of whole files; drawn by a hash of name, row and seed."""
+    """Validation share of rows and of the bytes of whole files; drawn by a hash of name, row and seed."""
     seed: int
     field: str = "text"
     """Key of a JSONL row, or column of a Parquet file, that holds the text."""
     errors: str = "strict"
     skipped: int = 0
-    """Files of the folder that are of no known kind."""
+    """Files in the folder of no known kind."""
 
     has_documents = True
 
@@ -130,7 +130,7 @@ class Files:
     def text_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files if not _has_rows(path))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> SourceInfo:
         return {
             "kind": "files",
             "name": self.name,
@@ -166,7 +166,7 @@ class Files:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
     def _held_out(self) -> frozenset[Path]:
-        """Whole files for validation, in order of hash while they fit its share of bytes; at least one."""
+        """Return whole files for validation, in order of hash, up to its share of bytes; at least one."""
         sizes = {path: size for path in self.files if not _has_rows(path) and (size := path.stat().st_size)}
         left = int(sum(sizes.values()) * self.val_fraction)
         held: list[Path] = []
@@ -188,6 +188,16 @@ class Files:
         return (in_chunks(text, position) for text, position in rows)
 
 
+class _Row(TypedDict):
+    text: str
+
+
+class _HubDataset(Protocol):
+    """The part of `datasets.Dataset` that is used here."""
+
+    def train_test_split(self, *, test_size: float, seed: int, shuffle: bool) -> Mapping[str, Iterable[_Row]]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenWebText:
     """OpenWebText by Hugging Face's `datasets`, in nanoGPT's order and split: shuffled, 0.05% held out."""
@@ -200,7 +210,7 @@ class OpenWebText:
     total_bytes = None
     text_bytes = 38 * GIB  # of its 8,013,769 documents, from its authors' announcement
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> SourceInfo:
         return {"kind": "openwebtext", "name": "Skylion007/openwebtext"}
 
     def identity(self) -> str:
@@ -216,7 +226,7 @@ class OpenWebText:
                 for text, _, last in cut(in_chunks(row["text"], position)):
                     yield Piece(text, split, last, position)
 
-    def _load(self) -> Any:
+    def _load(self) -> _HubDataset:
         try:
             import datasets
         except ImportError:
@@ -224,7 +234,8 @@ class OpenWebText:
                 "openwebtext needs the datasets package; install it: pip install 'tightfit[data]'"
             ) from None
         try:
-            return datasets.load_dataset("Skylion007/openwebtext", split="train", num_proc=self.workers)
+            loaded: _HubDataset = datasets.load_dataset("Skylion007/openwebtext", split="train", num_proc=self.workers)
+            return loaded
         except (OSError, ValueError, RuntimeError) as error:
             # No network (ConnectionError), not found there, or a script instead of data, which is never run.
             raise DataError(
@@ -235,7 +246,7 @@ class OpenWebText:
 
 
 def collect(path: Path) -> tuple[tuple[Path, ...], int]:
-    """The files of known kinds under a folder, sorted by name, and how many others; none that is hidden."""
+    """Return the files of known kinds under a folder, sorted by name, and the number of others; skip hidden ones."""
     found, skipped = [], 0
     for parent, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Text out of files in bounded memory: decoded, with the offset of what is not UTF-8, cut between tokens."""
+"""Read text from files in bounded memory: decode it, report the offset of invalid UTF-8, cut between tokens."""
 
 import codecs
 import io
@@ -23,7 +23,7 @@ def open_input(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
-    """Chunks of a UTF-8 file, each with the bytes read so far; line ends become "\\n", as in nanoGPT."""
+    """Yield chunks of a UTF-8 file with the bytes read so far; line ends become "\\n", as in nanoGPT."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(errors), translate=True)
     position = 0
     with open_input(path) as file:
@@ -48,12 +48,11 @@ def not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
 
 
 def cut(chunks: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int, bool]]:
-    """The same text in pieces of at most CHUNK characters, each with its position and whether it is the last.
+    """Yield the text in pieces of at most CHUNK characters, each with its position and True for the last.
 
-    A piece ends between a character that is not white space and one that is. No token of GPT-2's BPE or of
-    ours crosses such a place, nor looks behind it, so the ids are those of the whole text. Only in CHUNK
-    characters without such a place (one run of white space, or Chinese without a space or a line break) the
-    cut is at the end of the piece, and the two tokens there may differ.
+    A piece ends where white space begins. No token of GPT-2's BPE or of ours crosses such a place or depends on text
+    behind it, so the ids equal those of the whole text. CHUNK characters may have no such place: one run of white
+    space, or Chinese without a space or a line break. They are cut at CHUNK, and the two tokens there may differ.
 
     >>> [piece for piece, _, _ in cut([("one two\\n" * 40_000, 0)])][0][-9:]
     'o\\none two'
@@ -74,13 +73,13 @@ def _safe_end(text: str) -> int:
 
 
 def in_chunks(text: str, position: int) -> Iterator[tuple[str, int]]:
-    """A text in memory as `cut` takes it."""
+    """Yield a text in memory as chunks for `cut`."""
     for start in range(0, max(len(text), 1), CHUNK):
         yield text[start : start + CHUNK], position
 
 
 def without_surrogates(text: str, errors: str, where: str) -> str:
-    """The text, if it is text: JSON can say half of a surrogate pair, which no encoding has."""
+    """Return valid text, or raise or replace: JSON can hold half of a surrogate pair, which no encoding has."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Token files: flat arrays of ids on disk, and the checks before a run trusts them."""
+"""Token files: flat arrays of ids on disk, and the checks that a run makes before it uses them."""
 
 import contextlib
 import difflib
@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,10 @@ from tightfit.data.workfolder import WORK_FOLDER, publishing
 from tightfit.errors import DataError
 from tightfit.storage import write_aside
 
-Ids = npt.NDArray[np.unsignedinteger[Any]]
+Ids = npt.NDArray[np.uint16 | np.uint32]
 
 SCAN_TOKENS = 2**24
-"""Ids looked at in one go: 32 MiB of uint16, so that a scan of any file stays small in memory."""
+"""Ids that a scan reads at a time: 32 MiB of uint16, so memory stays small for any file."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: str | Path, dtype: str = "uint16") -> "TokenFile":
-        """Look at the file's length only; DataError if it is missing, empty or ends within an id."""
+        """Open a file by its length alone. DataError if it is missing, empty or ends within an id."""
         path, item_bytes = Path(path), DTYPES[dtype]
         try:
             size = path.stat().st_size
@@ -53,9 +52,9 @@ class TokenFile:
         return self.tokens
 
     def array(self) -> Ids:
-        """The ids as a new read-only memory map.
+        """Return the ids as a new read-only memory map.
 
-        Opening takes some 60 µs; a map that is kept counts all it touched as the process's memory.
+        Opening takes some 60 µs. A map that stays open counts every page it read as the process's memory.
         """
         return np.memmap(self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r", shape=(self.tokens,))
 
@@ -66,7 +65,7 @@ class TokenFile:
         vocab_size: int | None = None,
         expected_tokens: int | None = None,
     ) -> None:
-        """DataError unless the length is as expected and above block_size, and all ids below vocab_size."""
+        """Raise DataError unless the length is as expected and above block_size, and all ids are below vocab_size."""
         if expected_tokens is not None and expected_tokens != self.tokens:
             raise DataError(self._wrong_length(expected_tokens))
         if block_size is not None and self.tokens <= block_size:
@@ -86,7 +85,7 @@ class TokenFile:
             )
 
     def largest_id(self) -> int:
-        """The largest id, from one pass over the file that is remembered beside it until the file changes."""
+        """Return the largest id. One scan finds it; a file next to the tokens keeps it until they change."""
         status = self.path.stat()
         key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "dtype": self.dtype}
         remembered = self.path.with_name(f"{self.path.name}.checked.json")
@@ -124,7 +123,7 @@ class TokenFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A prepared dataset: what `open_dataset` found."""
+    """A prepared dataset, as `open_dataset` returns it."""
 
     folder: Path
     train: TokenFile
@@ -135,13 +134,13 @@ class Dataset:
     meta: Meta | None
 
     def validate(self, *, block_size: int, vocab_size: int | None = None) -> None:
-        """DataError unless both files serve this block_size and vocab_size (None: the dataset's own)."""
+        """Raise DataError unless both files serve this block_size and vocab_size (None: the dataset's own)."""
         for file in (self.train, self.val):
             file.validate(block_size=block_size, vocab_size=vocab_size or self.vocab_size)
 
 
 def open_dataset(name: str | Path, data_dir: str | Path = "data") -> Dataset:
-    """The dataset `<data_dir>/<name>`, or the folder that `name` is the path of; else DataError."""
+    """Open the dataset `<data_dir>/<name>`, or the folder at the path `name`. DataError if there is none."""
     folder = _find_folder(str(name), Path(data_dir))
     if publishing(folder):
         raise DataError(

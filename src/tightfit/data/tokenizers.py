@@ -1,20 +1,24 @@
 """Text to token ids and back: characters, bytes, GPT-2's BPE, and a BPE trained on the text at hand.
 
-All four lose nothing: decoding what was encoded gives the text again. A text that holds the letters
-`<|endoftext|>` is encoded as those letters, unless the caller says that they are meant as the end-of-text id.
+All four lose nothing: decoding the ids gives the text again. The letters `<|endoftext|>` in a text are encoded as
+letters, unless the caller asks for the end-of-text id.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tightfit.data.meta import Meta
+from tightfit.data.meta import Meta, TokenizerInfo
 from tightfit.errors import DataError
+
+if TYPE_CHECKING:  # both take long to import
+    import tiktoken
+    import tokenizers
 
 Uint32 = npt.NDArray[np.uint32]
 
@@ -37,7 +41,7 @@ _SMALLEST_BPE = 257  # the 256 bytes and the end of text
 
 
 class Tokenizer(Protocol):
-    """What training, sampling and preparation ask of a tokenizer."""
+    """Interface of a tokenizer for training, sampling and preparation."""
 
     @property
     def vocab_size(self) -> int:
@@ -48,16 +52,16 @@ class Tokenizer(Protocol):
         """Id of the end of a text; None where the vocabulary has none."""
 
     def encode(self, text: str, *, allow_eot: bool = False) -> list[int]:
-        """Ids of the text; with `allow_eot`, `<|endoftext|>` in it is the end-of-text id, as in prompts."""
+        """Return the ids of the text; with `allow_eot`, `<|endoftext|>` becomes the end-of-text id, as in prompts."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text; invalid UTF-8 becomes U+FFFD."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Uint32]:
-        """Ids of each text, `<|endoftext|>` always as letters; other Python threads run meanwhile."""
+        """Return the ids of each text, `<|endoftext|>` always as letters; other Python threads run meanwhile."""
 
-    def describe(self) -> dict[str, Any]:
-        """What `load_tokenizer` needs to make it again, as JSON."""
+    def describe(self) -> TokenizerInfo:
+        """Return the description from which `load_tokenizer` makes the tokenizer again."""
 
 
 class Characters:
@@ -67,6 +71,7 @@ class Characters:
 
     def __init__(self, characters: str) -> None:
         """`characters` in order of id."""
+        self.characters = characters
         self._characters = np.array([ord(c) for c in characters], dtype=np.uint32)
         self._ids = np.full(int(self._characters.max(initial=0)) + 2, len(characters), dtype=np.uint32)
         self._ids[self._characters] = np.arange(len(characters), dtype=np.uint32)
@@ -74,7 +79,7 @@ class Characters:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Characters":
-        """The alphabet of the texts, in order of code point."""
+        """Make a tokenizer from all characters of the texts, in order of code point."""
         alphabet: set[str] = set()
         for text in texts:
             alphabet.update(text)
@@ -90,8 +95,8 @@ class Characters:
     def encode_batch(self, texts: Sequence[str]) -> list[Uint32]:
         return [self._encode(text) for text in texts]
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "characters", "characters": self._characters.tobytes().decode("utf-32-le")}
+    def describe(self) -> TokenizerInfo:
+        return {"kind": "characters", "characters": self.characters}
 
     def _encode(self, text: str) -> Uint32:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
@@ -121,7 +126,7 @@ class Bytes:
     def encode_batch(self, texts: Sequence[str]) -> list[Uint32]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> TokenizerInfo:
         return {"kind": "bytes"}
 
 
@@ -148,35 +153,38 @@ class Gpt2:
         encoding = self._of_this_thread()
         return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> TokenizerInfo:
         return {"kind": "gpt2"}
 
-    def _of_this_thread(self) -> Any:
-        """A copy for each thread: on a shared one, two threads take a third more CPU time per token."""
+    def _of_this_thread(self) -> "tiktoken.Encoding":
+        """Return this thread's copy: with a shared one, two threads take a third more CPU time per token."""
         import tiktoken
 
-        if not hasattr(self._threads, "encoding"):
-            self._threads.encoding = tiktoken.Encoding(
+        own: tiktoken.Encoding | None = getattr(self._threads, "encoding", None)
+        if own is None:
+            own = self._threads.encoding = tiktoken.Encoding(
                 "gpt2 of one thread",
                 pat_str=self._encoding._pat_str,
                 mergeable_ranks=self._encoding._mergeable_ranks,
                 special_tokens=self._encoding._special_tokens,
             )
-        return self._threads.encoding
+        return own
 
 
 class Bpe:
     """A byte-level BPE trained by `tokenizers`, kept as tokenizer.json beside the tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True  # the letters <|endoftext|> in a text are letters
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self.eot: int = tokenizer.token_to_id(END_OF_TEXT)
+        eot = tokenizer.token_to_id(END_OF_TEXT)
+        assert eot is not None  # `train` adds it, `load` checks for it
+        self.eot = eot
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Bpe":
-        """A vocabulary of at most `vocab_size`; the same texts in the same order give the same one."""
+        """Train a vocabulary of at most `vocab_size`; the same texts in the same order give the same one."""
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if vocab_size < _SMALLEST_BPE:
@@ -231,13 +239,13 @@ class Bpe:
         # encode_batch_fast frees the interpreter and uses all cores by itself; encode does neither.
         return [np.array(e.ids, dtype=np.uint32) for e in self._tokenizer.encode_batch_fast(list(texts))]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> TokenizerInfo:
         return {"kind": "bpe", "file": "tokenizer.json"}
 
 
 def load_tokenizer(meta: Meta | None, folder: str | Path) -> Tokenizer:
-    """The tokenizer that made a dataset; GPT-2's where the folder does not say, as nanoGPT."""
-    description: Mapping[str, Any] = (meta.tokenizer if meta else None) or {"kind": "gpt2"}
+    """Return the tokenizer that made a dataset; GPT-2's where the folder names none, as nanoGPT does."""
+    description: TokenizerInfo = (meta.tokenizer if meta else None) or {"kind": "gpt2"}
     kind = description.get("kind")
     if kind == "characters" and isinstance(description.get("characters"), str):
         return Characters(description["characters"])
@@ -268,7 +276,7 @@ def _checked(ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int64]:
 
 
 @cache
-def _gpt2_encoding() -> Any:
+def _gpt2_encoding() -> "tiktoken.Encoding":
     import tiktoken
 
     try:

@@ -1,9 +1,9 @@
-"""Where a preparation works, `<dataset>/.prepare`: how far it is, and the step that makes it the dataset.
+"""The work folder of a preparation, `<dataset>/.prepare`: its journal, and the renames that publish the dataset.
 
-Token files grow there, with a journal of the lengths that are safely on disk. When all is written, a marker
-names the finished files and they are renamed into the dataset's folder, meta.json last. While the marker is
-there, nobody opens the dataset, and the next preparation completes the renames; so a crash at any point
-leaves either the previous dataset, the new one, or one that says it is unfinished.
+Token files grow there; the journal records the lengths that are safely on disk. At the end a marker lists the
+finished files, and they are renamed into the dataset's folder, meta.json last. While the marker exists, nobody opens
+the dataset, and the next preparation completes the renames. So a crash at any point leaves the previous dataset, the
+new one, or one marked as unfinished.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ _FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.pkl", "meta.json")
 
 @dataclass(kw_only=True)
 class Journal:
-    """How much of a preparation is safely on disk."""
+    """Progress of a preparation that is safely on disk."""
 
     job: str
-    """Digest of everything that decides the result; another digest is another job."""
+    """Digest of everything that decides the result."""
     dtype: str = "uint16"
     """Number format of the files."""
     shards: int = 0
-    """Groups of pieces, in order of reading, whose ids are all in the files."""
+    """Shards, in reading order, with all ids in the files."""
     train: int = 0
     """Ids in train.bin."""
     val: int = 0
@@ -54,7 +54,7 @@ class Journal:
 
 
 def open_journal(work: Path, job: str) -> Journal:
-    """The journal of this job, or a new one in an emptied work folder if what is there is not of this job."""
+    """Open the journal of this job; start an empty work folder if the journal there belongs to another job."""
     try:
         journal = Journal(**json.loads((work / _JOURNAL).read_bytes()))
         held = [(work / f"{split}.bin").stat().st_size // DTYPES[journal.dtype] for split in ("train", "val")]
@@ -79,7 +79,7 @@ def discard_unstarted(folder: Path) -> None:
 
 
 class TokenWriter:
-    """A token file in the work folder, cut to the length that the journal gives and then appended to."""
+    """A token file in the work folder: cut to the journal's length, then appended to."""
 
     def __init__(self, path: Path, dtype: str, tokens: int) -> None:
         self._dtype = np.dtype(dtype).newbyteorder("<")
@@ -109,12 +109,12 @@ def publish(folder: Path) -> None:
 
 
 def publishing(folder: Path) -> bool:
-    """Whether a publication of this dataset has begun and not ended."""
+    """Return True if a publication of this dataset has begun and not ended."""
     return (folder / WORK_FOLDER / _MARKER).exists()
 
 
 def finish_publishing(folder: Path) -> None:
-    """Complete a publication that a crash has interrupted, from whatever point; without one, do nothing."""
+    """Complete a publication that a crash interrupted; without one, do nothing."""
     if not publishing(folder):
         return
     work = folder / WORK_FOLDER
@@ -131,7 +131,7 @@ def finish_publishing(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the dataset's folder; DataError if another process prepares it. The lock ends with the process."""
+    """Lock the dataset's folder. DataError if another process prepares it. The lock ends with the process."""
     if os.name != "posix":
         yield
         return
@@ -150,7 +150,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk, quota or file-size limit becomes one DoesNotFit; a forbidden folder, one DataError."""
+    """Raise DoesNotFit for a full disk, quota or file-size limit, and DataError for a forbidden folder."""
     try:
         yield
     except OSError as error:
@@ -170,7 +170,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, *, needed_bytes: int) -> None:
-    """DoesNotFit if the folder's disk cannot hold what is surely needed."""
+    """Raise DoesNotFit if the folder's disk has less than `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise DoesNotFit(

@@ -1,1 +1,1 @@
-"""What is trained: the model, its loss, its optimizer, and its forms on disk."""
+"""The model, its loss, its optimizer, and its formats on disk."""

@@ -4,11 +4,13 @@ Shapes: b sequences, t tokens, h heads, d channels a head, s the rows of one til
 """
 
 import math
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tightfit.models.autograd import Context
 
 # Rows of queries in one tile. 128 was the fastest of 64, 128 and 256 on an AVX512-BF16 processor with 2 cores
 # (4 x 12 heads x 256 tokens: 8.3 ms forward and backward, against 9.2 and 13.6, and 18.5 of torch's kernel).
@@ -62,6 +64,10 @@ def cached_attention(qkv: Tensor, n_head: int, cache: KeyValueCache, layer: int)
     return y.transpose(1, 2).reshape(b, t, packed // 3)
 
 
+class _HeadsContext(Context, Protocol):
+    n_head: int
+
+
 class _TiledAttention(torch.autograd.Function):
     """Attention over tiles of query rows, which skips the keys that a tile cannot see.
 
@@ -69,7 +75,7 @@ class _TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
+    def forward(ctx: _HeadsContext, qkv: Tensor, n_head: int) -> Tensor:
         b, t, packed = qkv.shape
         q, k, v = _split_heads(qkv, n_head)
         q = q * (1.0 / math.sqrt(q.shape[-1]))
@@ -83,7 +89,7 @@ class _TiledAttention(torch.autograd.Function):
         return out_ntd.view(b, n_head, t, -1).transpose(1, 2).reshape(b, t, packed // 3)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _HeadsContext, *grads: Tensor) -> tuple[Tensor, None]:
         q, k, v = ctx.saved_tensors
         n, t, d = q.shape
         b = n // ctx.n_head

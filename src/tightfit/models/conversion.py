@@ -31,9 +31,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TIED = "lm_head.weight", "transformer.wte.weight"
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
-"""Buffers of older versions of both programs: the causal mask, not parameters."""
+"""Causal masks, which older versions of both programs keep as buffers."""
 _WRAPPERS = {"_orig_mod", "module"}
-"""What torch.compile and DistributedDataParallel put into names."""
+"""Parts of names that torch.compile and DistributedDataParallel add."""
 _WITHOUT_BIAS = {"bias": False}
 """Under `tightfit` in config.json: the biases are there for transformers only. Believed if they are all 0."""
 _SIZES = {
@@ -73,7 +73,7 @@ def parameter_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]
 
 
 def check_state(config: GPTConfig, state_dict: Mapping[str, object]) -> None:
-    """CheckpointError unless `state_dict` holds exactly the floating-point tensors of a GPT of `config`."""
+    """Raise CheckpointError unless `state_dict` holds exactly the floating-point tensors of a GPT of `config`."""
     names = set()
     for name, shape in parameter_shapes(config):
         _checked(state_dict, name, shape)
@@ -87,7 +87,7 @@ def check_state(config: GPTConfig, state_dict: Mapping[str, object]) -> None:
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain nanoGPT names: without what torch.compile and DDP add, nor old versions' attention masks."""
+    """Return nanoGPT's plain names: drop the prefixes of torch.compile and DDP, and old versions' attention masks."""
 
     def plain(name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
@@ -96,7 +96,7 @@ def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The GPT-2 of a local Hugging Face folder: `config.json` and safetensors, whole or in shards.
+    """Load the GPT-2 of a local Hugging Face folder: `config.json` and safetensors, whole or in shards.
 
     Dropout is the folder's `resid_pdrop`; whoever trains sets their own. CheckpointError for a folder that is
     incomplete, broken, pickled, or of a model that computes something else.
@@ -149,13 +149,13 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
 
 
 def fetch_pretrained(name_or_path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """OpenAI's GPT-2 of that name, from the Hugging Face cache or else its Hub, or a local folder's model."""
+    """Load OpenAI's GPT-2 of that name, from the Hugging Face cache or its Hub, or a local folder's model."""
     name = str(name_or_path)
     return load_hugging_face(_download(name) if name in PRETRAINED else _folder(name))
 
 
 def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
-    """The shape of what `fetch_pretrained` gives, without fetching or reading any weights."""
+    """Return the shape of the model that `fetch_pretrained` loads, without reading any weights."""
     name = str(name_or_path)
     if name in PRETRAINED:
         return GPTConfig(**asdict(PRETRAINED[name]), activation="gelu_tanh")
@@ -258,7 +258,7 @@ def _read_config(settings: dict[str, Any], path: Path) -> GPTConfig:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder, whole or in shards."""
+    """Return the safetensors files of a folder, whole or in shards."""
     index = folder / f"{_WEIGHTS}.index.json"
     if (folder / _WEIGHTS).exists() or not index.exists():
         if not (folder / _WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
@@ -284,7 +284,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Of a folder's tensors, none of which is read."""
+    """Yield the names of a folder's tensors without reading any."""
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -331,7 +331,7 @@ def _their_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def _download(name: str) -> Path:
-    """Folder of the Hugging Face cache with this model's files; asks the network if they are not there."""
+    """Return the Hugging Face cache folder with this model's files; download them if they are missing."""
     page = f"https://huggingface.co/openai-community/{name}"
     by_hand = f"or copy {_CONFIG} and {_WEIGHTS} from {page} and use --init_from=/path/to/folder"
     try:

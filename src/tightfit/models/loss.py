@@ -1,19 +1,20 @@
-"""The language-model loss: cross entropy of hidden states times the vocabulary matrix, logits not kept.
+"""The language-model loss: cross entropy from hidden states and the vocabulary matrix, without storing all logits.
 
 Shapes: n tokens, c channels, v vocabulary, r the rows (tokens) of one chunk.
 """
 
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.errors import ConfigError
+from tightfit.models.autograd import Context
 
 LossKind = Literal["auto", "chunked", "full", "liger"]
 IGNORED = -1
-"""Target of a token that does not count, as in nanoGPT."""
+"""Target of a token that is left out of the loss, as in nanoGPT."""
 
 # Logits of one chunk, bytes. Every chunk after the first pays a pass over the (v, c) weight gradient.
 _CHUNK_BYTES = 64 * 2**20
@@ -86,6 +87,10 @@ def _liger(hidden_nc: Tensor, weight_vc: Tensor, targets_n: Tensor) -> Tensor:
     return out.float()
 
 
+class _ScaledContext(Context, Protocol):
+    outer: float
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Logits of a chunk of rows at a time, in one reused buffer that its gradient then overwrites.
 
@@ -94,7 +99,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nc: Tensor, weight_vc: Tensor, targets_n: Tensor, scale: float, with_grad: bool
+        ctx: _ScaledContext, hidden_nc: Tensor, weight_vc: Tensor, targets_n: Tensor, scale: float, with_grad: bool
     ) -> Tensor:
         # float16 ends at 6e-8: there the scale waits for the incoming gradient, which has a GradScaler's factor.
         inner = 1.0 if hidden_nc.dtype == torch.float16 else scale
@@ -120,7 +125,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss * scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ScaledContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         g = grads[0] * ctx.outer
         if g.device.type != "cpu" or torch.compiler.is_compiling() or g.item() != 1.0:
@@ -129,14 +134,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _chunk_rows(n: int, weight_vc: Tensor) -> int:
-    """Rows of one chunk; all n up to two chunks' worth, since one chunk needs no float32 sum of gradients."""
+    """Return the rows of one chunk: all n up to two chunks' worth, since one chunk needs no float32 gradient sum."""
     row_bytes = weight_vc.shape[0] * weight_vc.element_size()
     rows = max(1, _CHUNK_BYTES // row_bytes)
     return n if n * row_bytes <= 2 * _CHUNK_BYTES else rows - rows % _ALIGNED if rows > _ALIGNED else rows
 
 
 def _add_weight_grad(total_vc: Tensor | None, logits_rv: Tensor, hidden_rc: Tensor, *, only: bool) -> Tensor:
-    """Adds this chunk's weight gradient: in low precision if it is the only chunk, else to a float32 sum."""
+    """Add this chunk's weight gradient: in low precision if it is the only chunk, else to a float32 sum."""
     if only:
         return logits_rv.t() @ hidden_rc
     v = logits_rv.shape[1]
@@ -149,7 +154,7 @@ def _add_weight_grad(total_vc: Tensor | None, logits_rv: Tensor, hidden_rc: Tens
 
 
 def _consume(logits_rv: Tensor, targets_r: Tensor, scale: float, with_grad: bool) -> Tensor:
-    """Sum of these rows' cross entropies; the logits are overwritten by their gradient times `scale`."""
+    """Return the sum of these rows' cross entropies; overwrite the logits with their gradient times `scale`."""
     counted_r = targets_r != IGNORED
     index_r1 = targets_r.clamp_min(0).unsqueeze(1)
     rows = logits_rv.shape[0]

@@ -35,7 +35,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
-    """Whether linear layers and layer norms have a bias, as GPT-2's do."""
+    """True if linear layers and layer norms have a bias, as GPT-2's do."""
     activation: Activation = "gelu"
     """nanoGPT's exact GELU, or the tanh approximation that OpenAI trained GPT-2 with."""
 
@@ -59,7 +59,7 @@ class GPTConfig:
 
     @classmethod
     def from_nanogpt(cls, model_args: Mapping[str, object]) -> "GPTConfig":
-        """The configuration in a checkpoint's `model_args`; CheckpointError if it is not one."""
+        """Read the configuration in a checkpoint's `model_args`. CheckpointError if it is invalid."""
         kinds = {field.name: type(field.default) for field in fields(cls)}
         for name in kinds:
             if name not in model_args and name != "activation":
@@ -138,7 +138,7 @@ class GPT(nn.Module):
     ) -> None:
         """`checkpointed_blocks` of the blocks, from the first, are recomputed in backward.
 
-        With `inputs_on_host` what a card keeps of them for that is in pinned host memory until it is needed.
+        With `inputs_on_host` the inputs of those blocks wait in pinned host memory until backward.
         """
         super().__init__()
         self.config = config
@@ -159,7 +159,7 @@ class GPT(nn.Module):
 
     @classmethod
     def on_device(cls, config: GPTConfig, device: torch.device, **options: Any) -> "GPT":
-        """A model whose parameters are allocated on `device` and not yet set; `options` as of the constructor."""
+        """Allocate a model on `device` with its parameters not yet set; `options` go to the constructor."""
         with torch.device("meta"):
             model = cls(config, **options)
         model.to_empty(device=device)
@@ -180,8 +180,8 @@ class GPT(nn.Module):
     def compile_parts(self, mode: str = "default") -> None:
         """Compile the blocks, which all run the same code, and the loss; `mode` as of `torch.compile`.
 
-        As fast as the whole model compiled at once, in less memory, and ready in a third of the time. CUDA graphs are
-        recorded of all blocks together. A loss in chunks is left alone: it would be unrolled.
+        It is as fast as compiling the whole model, takes less memory and is ready in a third of the time. CUDA graphs
+        record all blocks together. A chunked loss is not compiled, because that would unroll it.
         """
         if mode in CUDA_GRAPH_MODES:
             self._blocks = torch.compile(self._blocks, mode=mode)  # type: ignore[method-assign]

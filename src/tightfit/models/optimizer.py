@@ -48,7 +48,7 @@ def build_optimizer(
 
 def _eight_bit(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # torchao tells of kernels for other purposes that it could not load
+    logging.disable(logging.WARNING)  # torchao warns of unrelated kernels that it could not load
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
@@ -69,7 +69,7 @@ def _eight_bit(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """For the next update; a rate that is a tensor stays the same one, since compiled code reads it."""
+    """Set the rate of the next update; a rate held in a tensor is filled in place, since compiled code reads it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate)
@@ -78,7 +78,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def parts_of(tensor: Tensor) -> dict[str, Tensor]:
-    """What memory a state's tensor is made of: itself, or the codes, scales and map of an 8-bit one."""
+    """Return the tensors that hold a state tensor: itself, or the codes, scales and map of an 8-bit one."""
     if not is_traceable_wrapper_subclass(tensor):
         return {"": tensor}
     names, _ = tensor.__tensor_flatten__()
@@ -86,7 +86,7 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`state_dict` of plain numbers and tensors, an 8-bit moment as a mapping of its parts."""
+    """Return a `state_dict` of plain numbers and tensors, with each 8-bit moment as a mapping of its parts."""
     saved = optimizer.state_dict()
     state = {number: {k: _plain(v) for k, v in each.items()} for number, each in saved["state"].items()}
     groups = [{k: float(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in saved["param_groups"]]
@@ -119,7 +119,7 @@ def _plain(value: Any) -> Any:
 
 
 def _copy(value: object, tensor: Tensor) -> bool:
-    """Whether `value`, of any of these kinds, could be copied into `tensor`."""
+    """Copy `value`, of either width, into `tensor`; return False if it does not fit."""
     if isinstance(value, int) and abs(value) < 2**63:  # the step, in checkpoints of older versions of torch
         value = torch.tensor(value)
     own = parts_of(tensor)
@@ -144,7 +144,7 @@ def _copy(value: object, tensor: Tensor) -> bool:
 
 
 def _is_plain(value: object, shape: torch.Size, dtype: torch.dtype | None = None) -> bool:
-    """Whether it is real numbers on the host, one after the other in memory or nearly: what files may hold more of."""
+    """Return True for a dense tensor of real numbers on the host with this shape; files may hold other kinds."""
     return (
         isinstance(value, Tensor)
         and value.shape == shape
@@ -156,7 +156,7 @@ def _is_plain(value: object, shape: torch.Size, dtype: torch.dtype | None = None
 
 
 def _widened(parts: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
-    """Moments of 32 bits from the parts of some of 8: a map's entry for each code, times the scale of its block."""
+    """Widen 8-bit moments to 32 bits: the map's entry for each code, times the scale of its block."""
     codes, scale, entries = (parts.get(name) for name in ("codes", "scale", "qmap"))
     if not _is_plain(codes, shape, torch.uint8) or not _is_plain(entries, torch.Size([256]), torch.float32):
         return None
