@@ -113,7 +113,7 @@ def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 def native_bfloat16() -> str:
     """The processor feature that multiplies bfloat16 matrices, or an empty string."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return ""
     flags = _processor_flags()
     return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), "")

@@ -134,7 +134,7 @@ class VirtualSession:
             if timer is not None:
                 timer.cancel()
             self.device.recorder.settle()
-            self.device.mark_roles()
+            self.device.roles.mark_all()
             for end in self.device.at_end:
                 end()
             if self.request.snapshot is not None:
@@ -157,7 +157,7 @@ class VirtualSession:
     def _after_step(self) -> None:
         """Decide after each optimizer step whether another could differ."""
         recorder = self.device.recorder
-        self.device.mark_roles()
+        self.device.roles.mark_all()
         pattern = self._pattern()
         peak = (recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
         self._stable = self._stable + 1 if (pattern, peak) == (self._last_pattern, self._peak_before) else 0
