@@ -1,4 +1,4 @@
-"""Operators whose data decide the length of the result: nonzero, masks as indices, unique, repeat_interleave, bincount.
+"""Operators with a result as long as the data decide: nonzero, mask indices, unique, repeat_interleave, bincount.
 
 Known data give the true length. Unknown data give the largest one (a mask is true everywhere, all values differ),
 which counts as made up. Indexing by a mask takes the memory of `nonzero`, as on a card: 8 bytes for each element that

@@ -189,7 +189,7 @@ class VirtualDevice:
     # Memory
 
     def make(self, func: OpOverload, args: Arguments, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Make the result of an operator whose data decide its shape; the caller chose `shape`."""
+        """Make a result of the caller's `shape`, for an operator with a shape that depends on data."""
         with self.fake:
             out = torch.empty(shape, dtype=dtype, device=self.where)
         self._track(out, func, args, self.phases.now(func._schema.name))

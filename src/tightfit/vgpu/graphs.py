@@ -2,8 +2,8 @@
 
 Follows torch/_inductor/cudagraph_trees.py. All graphs of a process share one pool on a stream of their own. A graph is
 first run as it is in the pool, then recorded there, then replayed: the same addresses each time. Its inputs other than
-parameters and results of other graphs are copied into the pool. Results of the call before are taken back when a
-compiled function is called anew and no backward pass is awaited, also those that the script still holds.
+parameters and results of other graphs are copied into the pool. The next call of a compiled function takes back the
+results of the last one, unless a backward pass is still to come. It takes back even those that the script holds.
 """
 
 from collections.abc import Iterator

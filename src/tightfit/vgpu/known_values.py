@@ -5,7 +5,7 @@ numbers and flags from the host (lengths, positions, masks). Operators on known 
 their results are known. A library that asks "is every entry of this mask one?" gets the true answer, and takes the same
 path as on a card.
 
-All other answers are made up: a loss falls slowly, a flag is not raised, a mask whose elements are counted is true
+All other answers are made up: a loss falls slowly, a flag is not raised, a mask with counted elements is true
 everywhere, and nothing is infinite. The same tensor gives the same answer twice, and all results of made-up values are
 marked. Every made-up answer is counted by the line that asked.
 """

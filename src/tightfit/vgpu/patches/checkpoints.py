@@ -1,4 +1,4 @@
-"""Checkpoints of a dry run: there is no data to write, but a script can load again what it saved."""
+"""Checkpoints of a dry run: no data is written, but a script can load its own checkpoints again."""
 
 import copy
 import os
@@ -22,7 +22,7 @@ _NUMBER_BYTES = 4
 
 
 def install(device: VirtualDevice, guard: FileGuard) -> None:
-    """Keep what a script saves, so that it can load it again in the same run: its best weights, or a buffer's copy."""
+    """Keep the checkpoints that a script saves, so that it can load them again in the same run."""
     checkpoints = _Checkpoints(device, guard, torch.load)
     device.at_end.append(checkpoints.remove_stand_ins)
     assign(torch, save=checkpoints.save, load=checkpoints.load)
@@ -91,7 +91,7 @@ def _number_in(file: File) -> int | None:
 
 
 def _outline(content: object, memo: dict[int, Tensor], device: VirtualDevice) -> object:
-    """Copy what is saved, with tensors on the host; tensors of the device have no data there either."""
+    """Copy a checkpoint, with tensors on the host; tensors of the device have no data there either."""
     if isinstance(content, Tensor):
         key = content.untyped_storage()._cdata
         if key not in memo:

@@ -21,7 +21,7 @@ def install(device: VirtualDevice) -> None:
 
 
 class VirtualStream:
-    """A stream of the virtual card, whose work is done at once."""
+    """A stream of the virtual card: its work is done at once."""
 
     _numbers = itertools.count(1)
 

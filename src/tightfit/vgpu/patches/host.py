@@ -113,7 +113,7 @@ def _install_storages(device: VirtualDevice) -> None:
 
 
 def _install_fake_tensors(device: VirtualDevice) -> None:
-    """Let a fake tensor answer what a tensor on a card answers, and torch's refuses."""
+    """Let a fake tensor answer like a tensor on a card, where torch's own refuses to."""
     usual_format: Callable[[Tensor, str], str] = torch.Tensor.__format__
 
     def to_numpy(
