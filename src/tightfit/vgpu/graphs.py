@@ -45,8 +45,11 @@ class CudaGraphs:
         self._calls_at_last_run = self._calls
         self._awaits_backward = not backward and (self._awaits_backward or not inference)
         with self._device.in_pool(self._pool, _STREAM):
-            fakes = [argument for argument in arguments if isinstance(argument, FakeTensor)]
-            copies = [self._device.copy_into_pool(tensor) for tensor in fakes if self._is_copied(tensor)]
+            copies = [  # no other list of the inputs: it would keep alive what the graph frees
+                self._device.copy_into_pool(tensor)
+                for tensor in arguments
+                if isinstance(tensor, FakeTensor) and self._is_copied(tensor)
+            ]
             try:
                 yield
             finally:
