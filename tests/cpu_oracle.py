@@ -20,8 +20,8 @@ from tightfit.kernels.card import Card
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer
 from tightfit.vgpu.compiled import Compiler
-from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
-from tightfit.vgpu.patches import backend
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches import backend, inductor
 from tightfit.vgpu.phases import Phases
 
 VOCABULARY, BLOCK, BATCH = 4096, 128, 4
@@ -189,8 +189,8 @@ def predicted(configuration: Configuration) -> int:
         optimizer = _optimizer(configuration, model)
         ids = torch.zeros(BATCH, BLOCK, dtype=torch.int64)
         if configuration.compiled:
-            VirtualDeviceMode.hide_from_dynamo()
-        with mock.patch("torch.compile", partial(torch.compile, backend=Compiler(device, None).backend)):
+            inductor.hide_mode_from_dynamo()
+        with mock.patch("torch.compile", partial(torch.compile, backend=Compiler(device, lambda: None).backend)):
             called = _compiled(model, configuration.compiled)
         _step(configuration, called, optimizer, ids)
         device.recorder.settle()

@@ -2,47 +2,77 @@
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from tightfit.allocator.stats import PoolId, PoolStats, Stat
 
+Frames = Callable[["Block"], Sequence[Mapping[str, object]]]
+"""Returns the stack of a block, a record for each frame."""
 
+
+class BlockRecord(TypedDict):
+    """A block in a memory snapshot."""
+
+    address: int
+    size: int
+    requested_size: int
+    state: str
+    frames: Sequence[Mapping[str, object]]
+
+
+class SegmentRecord(TypedDict):
+    """A contiguous mapped range in a memory snapshot."""
+
+    device: int
+    address: int
+    total_size: int
+    allocated_size: int
+    active_size: int
+    requested_size: int
+    stream: int
+    segment_type: str
+    segment_pool_id: PoolId
+    is_expandable: bool
+    frames: Sequence[Mapping[str, object]]
+    blocks: list[BlockRecord]
+
+
+@dataclass(slots=True, eq=False)
 class Segment:
-    """One cudaMalloc, or one expandable segment: a range of addresses of which pages are mapped as needed."""
+    """One cudaMalloc, or one expandable segment: a range of addresses with pages that are mapped as needed."""
 
-    __slots__ = ("address", "head", "page_bytes", "size")
+    address: int
+    size: int
+    page_bytes: int = 0
+    """0 if not expandable."""
+    head: "Block | None" = None
+    """The block at the lowest address."""
 
-    def __init__(self, address: int, size: int, page_bytes: int = 0) -> None:
-        self.address = address
-        self.size = size
-        self.page_bytes = page_bytes  # 0: not expandable
-        self.head: Block | None = None  # the block at the lowest address
 
-
+@dataclass(slots=True, eq=False)
 class Block:
-    """A piece of a segment, handed out or cached; `tag` is the caller's."""
+    """A piece of a segment, handed out or cached."""
 
-    __slots__ = (
-        "address", "allocated", "gc_base", "mapped", "next", "pending", "pool", "prev", "requested", "segment", "size",
-        "stream", "tag", "used_by",
-    )  # fmt: skip
-
-    def __init__(self, address: int, size: int, stream: int, pool: "BlockPool", segment: Segment) -> None:
-        self.address = address
-        self.size = size
-        self.requested = 0
-        self.stream = stream
-        self.pool = pool
-        self.segment = segment
-        self.prev: Block | None = None
-        self.next: Block | None = None
-        self.allocated = False
-        self.mapped = True
-        self.pending = False  # freed, but another stream may still use it
-        self.used_by: set[int] | None = None  # other streams
-        self.gc_base = 0  # searches of the pool when the block came into it
-        self.tag: Any = None
+    address: int
+    size: int
+    stream: int
+    pool: "BlockPool"
+    segment: Segment
+    requested: int = 0
+    prev: "Block | None" = None
+    next: "Block | None" = None
+    allocated: bool = False
+    mapped: bool = True
+    pending: bool = False
+    """True for a freed block that another stream may still use."""
+    used_by: set[int] | None = None
+    """Other streams."""
+    gc_base: int = 0
+    """Searches of the pool when the block came into it."""
+    tag: Any = None
+    """The caller's own mark, of any type."""
 
     @property
     def is_whole(self) -> bool:
@@ -51,7 +81,7 @@ class Block:
 
 
 class BlockPool:
-    """Cached blocks of one kind by stream: best fit is the first of (size, address); unmapped ones by address."""
+    """Cached blocks of one kind by stream, ordered by size and address; unmapped ones by address."""
 
     __slots__ = ("free", "is_small", "owner", "reserved", "searches", "stats", "unmapped")
 
@@ -86,14 +116,14 @@ class BlockPool:
         del blocks[bisect_left(blocks, (block.address,))]
 
     def blocks(self) -> list[Block]:
-        """Cached blocks, ordered by stream, size, address; a copy, so that they may be released meanwhile."""
+        """Return a copy of the cached blocks, ordered by stream, size and address: callers release them meanwhile."""
         return [block for stream in sorted(self.free) for _, _, block in self.free[stream]]
 
     def best_fit(self, size: int, stream: int, expandable: bool) -> Block | None:
-        """The smallest cached block of at least `size` bytes.
+        """Return the smallest cached block of at least `size` bytes.
 
-        A block of an expandable segment counts with the unmapped room behind it; when the setting `expandable` is off
-        again, such blocks are passed over.
+        A block of an expandable segment counts with the unmapped room behind it. Without `expandable`, such blocks are
+        passed over.
         """
         blocks = self.free.get(stream)
         if not blocks:
@@ -112,7 +142,7 @@ class BlockPool:
         return blocks[index][2] if index < end else None
 
     def find_room(self, size: int, stream: int) -> Block | None:
-        """The block at the lowest address from which free and unmapped blocks give `size` bytes."""
+        """Return the block at the lowest address from which free and unmapped blocks give `size` bytes."""
         for _, unmapped in self.unmapped[stream]:
             first = unmapped.prev if unmapped.prev and _unused(unmapped.prev) else unmapped
             room, block = 0, first
@@ -135,17 +165,18 @@ def _growable_size(block: Block) -> int:
     return block.size + (behind.size if behind and not behind.mapped else 0)
 
 
+@dataclass(slots=True, eq=False)
 class PrivatePool:
-    __slots__ = ("large", "small", "use_count")
+    """The two pools of CUDA graphs."""
 
-    def __init__(self, small: BlockPool, large: BlockPool) -> None:
-        self.small = small
-        self.large = large
-        self.use_count = 1  # graphs that were captured with it
+    small: BlockPool
+    large: BlockPool
+    use_count: int = 1
+    """Graphs that were captured with it."""
 
 
 def link(before: Block | None, block: Block) -> None:
-    """Make `block` the one after `before`, or the first of its segment."""
+    """Put `block` after `before`, or first in its segment."""
     block.prev = before
     if before:
         before.next = block
@@ -154,7 +185,7 @@ def link(before: Block | None, block: Block) -> None:
 
 
 def cut(block: Block, size: int) -> Block:
-    """Shorten a block that is in no pool to `size` bytes; the rest, in no pool either, is returned."""
+    """Shorten a block that is in no pool to `size` bytes; return the rest, which is in no pool either."""
     rest = Block(block.address + size, block.size - size, block.stream, block.pool, block.segment)
     rest.next = block.next
     if rest.next:
@@ -165,7 +196,7 @@ def cut(block: Block, size: int) -> Block:
 
 
 def merge(block: Block, neighbour: Block) -> int:
-    """Let a block that is in no pool absorb a free neighbour of its state; the bytes gained (try_merge_blocks)."""
+    """Let a block in no pool absorb a free neighbour of its state; return the bytes gained (try_merge_blocks)."""
     if neighbour.allocated or neighbour.pending or neighbour.mapped != block.mapped:
         return 0
     if neighbour.mapped:
@@ -183,8 +214,8 @@ def merge(block: Block, neighbour: Block) -> int:
     return neighbour.size
 
 
-def segment_records(segment: Segment, frames: Callable[[Block], list[Any]] | None) -> Iterator[dict[str, Any]]:
-    """Records of a segment in a memory snapshot: one for each contiguous mapped range."""
+def segment_records(segment: Segment, frames: Frames | None) -> Iterator[SegmentRecord]:
+    """Yield the records of a segment in a memory snapshot, one for each contiguous mapped range."""
     run: list[Block] = []
     block = segment.head
     while block:
@@ -196,8 +227,8 @@ def segment_records(segment: Segment, frames: Callable[[Block], list[Any]] | Non
         block = block.next
 
 
-def _record(run: list[Block], frames: Callable[[Block], list[Any]] | None) -> dict[str, Any]:
-    """One contiguous mapped range as torch/csrc/cuda/Module.cpp puts it into a snapshot."""
+def _record(run: list[Block], frames: Frames | None) -> SegmentRecord:
+    """Describe one contiguous mapped range as torch/csrc/cuda/Module.cpp does."""
     first = run[0]
     active = [block for block in run if block.allocated or block.pending]
     return {

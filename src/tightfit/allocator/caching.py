@@ -5,18 +5,30 @@ Unlike there, addresses are never used twice, and an event on another stream has
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-from tightfit.allocator.blocks import Block, BlockPool, PrivatePool, Segment, cut, link, merge, segment_records
+from tightfit.allocator.blocks import (
+    Block,
+    BlockPool,
+    Frames,
+    PrivatePool,
+    Segment,
+    SegmentRecord,
+    cut,
+    link,
+    merge,
+    segment_records,
+)
 from tightfit.allocator.settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, UNLIMITED, AllocatorSettings
 from tightfit.allocator.stats import EXBIBYTE, AllocatorStats, OutOfMemory, PoolId, Stat
 from tightfit.errors import ConfigError
 from tightfit.units import MIB
+from tightfit.wording import say
 
 __all__ = ["AllocatorSettings", "Block", "CachingAllocator", "OutOfMemory", "PoolId"]
 
 DEVICE_PAGE = 2 * MIB
-"""What cudaMalloc takes from the device is a multiple of this."""
+"""Bytes; cudaMalloc takes a multiple of them from the device."""
 FIRST_ADDRESS = 0x7000_0000_0000
 
 
@@ -32,12 +44,12 @@ class _Figure:
 
 
 class CachingAllocator:
-    """The allocator of one device of `total_bytes`, of which others and this process's context use some.
+    """The allocator of one device of `total_bytes`; other processes and this one's context use some of them.
 
-    `listener(action, address, size, stream)` gets what PyTorch's device traces record: alloc, free_requested,
+    `listener(action, address, size, stream)` gets the entries of PyTorch's device traces: alloc, free_requested,
     free_completed, segment_alloc, segment_free, segment_map, segment_unmap, and oom with the free bytes as address.
-    `settings`, `used_by_others` and `context_bytes` may be changed at any time. `capturing` is true while a CUDA graph
-    is captured: then nothing cached is given back and no event completes.
+    `settings`, `used_by_others` and `context_bytes` may be changed at any time. `capturing` is true during the capture
+    of a CUDA graph: the cache then keeps its memory, and no event completes.
     """
 
     allocated_bytes = _Figure("allocated_bytes", "current")
@@ -83,7 +95,7 @@ class CachingAllocator:
     # Requests
 
     def malloc(self, size: int, *, stream: int = 0, pool: PoolId | None = None) -> Block:
-        """A block of at least `size` bytes; for 0 bytes a null block of size 0. Raises OutOfMemory."""
+        """Return a block of at least `size` bytes; for 0 bytes a null block of size 0. Raises OutOfMemory."""
         if size == 0:
             return Block(0, 0, stream, self._small, Segment(0, 0))
         assert size > 0, size
@@ -98,7 +110,7 @@ class CachingAllocator:
         return self._hand_out(block, rounded, size)
 
     def free(self, block: Block) -> None:
-        """Give a block back to the cache; one that other streams use follows after the next `synchronize`."""
+        """Give a block back to the cache, or after the next `synchronize` if other streams use it."""
         if not block.size:
             return
         assert block.allocated, f"block at {block.address:#x} was freed twice"
@@ -117,12 +129,12 @@ class CachingAllocator:
             self._recycle(block)
 
     def record_stream(self, block: Block, stream: int) -> None:
-        """Note that `stream` uses the block too, so that its memory is not reused at once when it is freed."""
+        """Note that `stream` uses the block too: once freed, its memory waits for that stream."""
         if block.size and stream != block.stream:
             block.used_by = (block.used_by or set()) | {stream}
 
     def synchronize(self) -> None:
-        """All streams have finished; as in PyTorch, blocks that waited for them come back at the next request."""
+        """Finish all streams. As in PyTorch, blocks that waited for them come back at the next request."""
         self._finished += self._pending
         self._pending = []
 
@@ -135,23 +147,23 @@ class CachingAllocator:
                 self._recycle(block)
 
     def empty_cache(self) -> None:
-        """Return to the device every cached segment, or page of an expandable one, that is wholly unused."""
+        """Return every unused cached segment, or page of an expandable one, to the device."""
         self._release_cached()
 
     def set_memory_fraction(self, fraction: float) -> None:
         """Let the allocator reserve at most this share of the device; 1 lifts the limit. Raises ConfigError."""
         if not 0 <= fraction <= 1:
-            raise ConfigError(f"a memory fraction must be from 0 to 1, got {fraction}")
+            raise ConfigError(say("allocator.caching.fraction", fraction=fraction))
         # std::round, halves upward.
         self._allowed_bytes = None if fraction == 1 else int(fraction * self.total_bytes + 0.5)
 
     @property
     def memory_fraction(self) -> float:
-        """The share of the device that may be reserved, after rounding to bytes; 1 without a limit."""
+        """Share of the device that may be reserved, after rounding to bytes; 1 without a limit."""
         return 1.0 if self._allowed_bytes is None else self._allowed_bytes / self.total_bytes
 
     def create_pool(self) -> PoolId:
-        """A private pool, as for CUDA graphs: what it reserves serves nobody else while the pool is in use."""
+        """Make a private pool, as for CUDA graphs: while in use, it shares its memory with nobody."""
         stats = self.stats
         pool_id = (0, len(stats.private_reserved) + 1)
         every, small, large = stats.private_reserved[pool_id] = (Stat(), Stat(), Stat())
@@ -163,11 +175,11 @@ class CachingAllocator:
         return pool_id
 
     def retain_pool(self, pool_id: PoolId) -> None:
-        """One more user of a private pool."""
+        """Add a user of a private pool."""
         self._private[pool_id].use_count += 1
 
     def release_pool(self, pool_id: PoolId) -> None:
-        """One user less; after the last, cached memory of the pool may go back to the device when that is needed."""
+        """Remove a user. After the last one, the pool's cached memory may go back to the device."""
         pool = self._private[pool_id]
         assert pool.use_count > 0, pool_id
         pool.use_count -= 1
@@ -175,7 +187,7 @@ class CachingAllocator:
     # Finding and handing out
 
     def _find_free(self, pool: BlockPool, size: int, stream: int) -> Block | None:
-        """The best fitting cached block, taken out of the pool (get_free_block there)."""
+        """Take the best fitting cached block out of the pool (get_free_block in PyTorch)."""
         settings = self.settings
         if self._allowed_bytes is not None and settings.garbage_collection_threshold:
             pool.searches += 1
@@ -192,7 +204,7 @@ class CachingAllocator:
         return block
 
     def _obtain(self, pool: BlockPool, size: int, stream: int, requested: int) -> Block:
-        """A block for which the device has to be asked, after everything has been tried in PyTorch's order."""
+        """Get a block from the device, by all of PyTorch's attempts in their order."""
         if requested >= EXBIBYTE:
             raise self._out_of_memory(size, requested)
         called = [callback() for callback in self.free_memory_callbacks]
@@ -232,7 +244,7 @@ class CachingAllocator:
         )
 
     def _hand_out(self, block: Block, size: int, requested: int) -> Block:
-        """Mark a block that is in no pool as allocated, after its unneeded end was split off (alloc_found_block)."""
+        """Split the unneeded end off a block that is in no pool, and mark it as allocated (alloc_found_block)."""
         pool, settings = block.pool, self.settings
         plain = not block.segment.page_bytes
         was_split = block.prev is not None or block.next is not None
@@ -269,7 +281,7 @@ class CachingAllocator:
         return block
 
     def _recycle(self, block: Block) -> None:
-        """Put a freed block into its pool, merged with its free neighbours (free_block there)."""
+        """Put a freed block into its pool, merged with its free neighbours (free_block in PyTorch)."""
         pool, size = block.pool, block.size
         if self.listener:
             self.listener("free_completed", block.address, block.requested, block.stream)
@@ -293,7 +305,7 @@ class CachingAllocator:
     # The device
 
     def _take(self, size: int) -> bool:
-        """Take the bytes from the device if it has room; False if not."""
+        """Take the bytes from the device; False if it has no room."""
         size = -(-size // DEVICE_PAGE) * DEVICE_PAGE
         if self._device_bytes + size > self.total_bytes - self.used_by_others - self.context_bytes:
             return False
@@ -313,7 +325,7 @@ class CachingAllocator:
             stat.change(amount)
 
     def _allocate(self, pool: BlockPool, size: int, stream: int) -> Block | None:
-        """A block in no pool from newly reserved memory, or None if there is none (alloc_block there)."""
+        """Reserve new memory for a block in no pool; None if there is none (alloc_block in PyTorch)."""
         amount = self.settings.segment_size(size)
         if self._allowed_bytes is not None and self.reserved_bytes + amount > self._allowed_bytes:
             return None
@@ -334,7 +346,7 @@ class CachingAllocator:
         return block
 
     def _grow(self, pool: BlockPool, size: int, stream: int) -> Block | None:
-        """A block in no pool, mapped at the lowest address of an expandable segment where `size` bytes have room."""
+        """Map a block in no pool at the lowest address of an expandable segment with room for `size` bytes."""
         block = pool.find_room(size, stream) or self._new_room(pool, size, stream)
         if not block or (not block.mapped and not self._map(block, min(block.size, size))):
             return None
@@ -348,7 +360,7 @@ class CachingAllocator:
         return block
 
     def _new_room(self, pool: BlockPool, size: int, stream: int) -> Block | None:
-        """The unmapped block of a new expandable segment, unless even that is too small."""
+        """Make a new expandable segment and return its unmapped block; None if even that is too small."""
         page = SMALL_SEGMENT if pool.is_small else self.settings.large_segment_size
         # Address space for 9/8 of the device, so that pages unmapped in the middle can be mapped again at the end.
         space = -(-(self.total_bytes + self.total_bytes // 8) // page) * page
@@ -361,7 +373,7 @@ class CachingAllocator:
         return segment.head
 
     def _map(self, block: Block, size: int) -> bool:
-        """Back the first `size` bytes of an unmapped block with pages and put them into the pool (map_block there)."""
+        """Map pages for the first `size` bytes of an unmapped block, and put them into the pool (map_block)."""
         pool, page = block.pool, block.segment.page_bytes
         size = -(-size // page) * page
         if not self._take(size):
@@ -386,7 +398,7 @@ class CachingAllocator:
     # Giving memory back
 
     def _collect_garbage(self, allowed_bytes: int) -> None:
-        """Release the cached whole segments that were least recently used, when much is reserved."""
+        """Release the least recently used of the cached whole segments when much is reserved."""
         threshold = int(self.settings.garbage_collection_threshold * allowed_bytes)
         target, reclaimed = self.reserved_bytes - threshold, 0
         if target <= 0:
@@ -403,7 +415,7 @@ class CachingAllocator:
                 self._release(block)
 
     def _release_available(self, pool: BlockPool, size: int, stream: int) -> bool:
-        """Release just enough of the blocks that max_split_size kept whole; False if that cannot suffice."""
+        """Release just enough of the blocks that max_split_size kept whole; False if they do not suffice."""
         limit = self.settings.max_split_size
         if limit == UNLIMITED:
             return False
@@ -423,7 +435,7 @@ class CachingAllocator:
         return False
 
     def _release_cached(self) -> None:
-        """Give every wholly unused segment or page back; private pools only after their last user left."""
+        """Give every unused segment or page back; those of private pools only after the last user left."""
         if not self.capturing:
             self.stats.counts["num_sync_all_streams"] += 1
             self.synchronize()
@@ -445,7 +457,7 @@ class CachingAllocator:
                 self._release(block)
 
     def _release(self, block: Block) -> None:
-        """cudaFree a cached block that is a whole segment (release_block there)."""
+        """Free a cached block that is a whole segment with cudaFree (release_block in PyTorch)."""
         self.stats.counts["num_device_free"] += 1
         if self.listener:
             self.listener("segment_free", block.address, block.size, block.stream)
@@ -459,7 +471,7 @@ class CachingAllocator:
             self.stats.oversize_segments.current -= 1
 
     def _unmap(self, block: Block) -> None:
-        """Give back the whole pages of a cached block of an expandable segment (unmap_block there)."""
+        """Give back the whole pages of a cached block of an expandable segment (unmap_block in PyTorch)."""
         pool, segment, page = block.pool, block.segment, block.segment.page_bytes
         begin = segment.address + -(-(block.address - segment.address) // page) * page
         end = segment.address + (block.address + block.size - segment.address) // page * page
@@ -489,29 +501,29 @@ class CachingAllocator:
     # Figures
 
     def mem_get_info(self) -> tuple[int, int]:
-        """(free, total) bytes as torch.cuda.mem_get_info reports them."""
+        """Return (free, total) bytes, as torch.cuda.mem_get_info does."""
         free = self.total_bytes - self.used_by_others - self.context_bytes - self._device_bytes
         return max(free, 0), self.total_bytes
 
     def reset_peak_stats(self) -> None:
-        """Start all peaks anew from the present values."""
+        """Reset all peaks to the present values."""
         self.stats.reset_peak()
 
     def reset_accumulated_stats(self) -> None:
-        """Start all sums and counts anew from 0."""
+        """Reset all sums and counts to 0."""
         self.stats.reset_accumulated()
 
     def memory_stats(self) -> dict[str, int]:
-        """The flat dictionary of torch.cuda.memory_stats, sorted by key."""
+        """Return the flat dictionary of torch.cuda.memory_stats, sorted by key."""
         # PyTorch keeps the limit of the start, as a signed number: -1 for none.
         limit = self._max_split_size_at_start
         figures = self.stats.flat() | {"max_split_size": -1 if limit == UNLIMITED else limit}
         return dict(sorted(figures.items()))
 
-    def segments(self, frames: Callable[[Block], list[Any]] | None = None) -> list[dict[str, Any]]:
-        """The "segments" of torch.cuda.memory._snapshot(): one for each contiguous mapped range, by address.
+    def segments(self, frames: Frames | None = None) -> list[SegmentRecord]:
+        """Return the "segments" of torch.cuda.memory._snapshot(): one for each contiguous mapped range, by address.
 
-        `frames` gives the stack of a block that is in use; without it stacks are empty.
+        `frames` gives the stack of a block in use; without it stacks are empty.
         """
         # Addresses only grow, so the segments are in their order.
         return [record for segment in self._segments.values() for record in segment_records(segment, frames)]

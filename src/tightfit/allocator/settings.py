@@ -1,12 +1,15 @@
 """Settings of PYTORCH_CUDA_ALLOC_CONF: how the caching allocator rounds, splits, grows and collects."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 from tightfit.errors import ConfigError
 from tightfit.units import MIB
+from tightfit.wording import say
+
+Value = bool | int | float | tuple[int, ...]
 
 # Sizes of c10/core/AllocatorConfig.h.
 MIN_BLOCK = 512
@@ -23,13 +26,21 @@ VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC
 """Environment variables with settings; only the first that is set counts (c10/core/AllocatorConfig.cpp)."""
 IGNORED_KEYS = frozenset(
     {
-        "expandable_segments_reserve", "expandable_segments_reserve_by_class", "graph_capture_record_stream_reuse",
-        "pinned_free_catch_all", "pinned_max_cached_size_mb", "pinned_max_round_threshold_mb",
-        "pinned_num_register_threads", "pinned_reserve_segment_size_mb", "pinned_use_background_threads",
-        "pinned_use_cuda_host_register", "pinned_use_hip_host_register", "release_lock_on_cudamalloc",
+        "expandable_segments_reserve",
+        "expandable_segments_reserve_by_class",
+        "graph_capture_record_stream_reuse",
+        "pinned_free_catch_all",
+        "pinned_max_cached_size_mb",
+        "pinned_max_round_threshold_mb",
+        "pinned_num_register_threads",
+        "pinned_reserve_segment_size_mb",
+        "pinned_use_background_threads",
+        "pinned_use_cuda_host_register",
+        "pinned_use_hip_host_register",
+        "release_lock_on_cudamalloc",
         "release_lock_on_hipmalloc",
     }
-)  # fmt: skip
+)
 """Keys that PyTorch accepts and that change no figure here: host memory, locks, address space."""
 
 
@@ -52,29 +63,43 @@ class AllocatorSettings:
     per_process_memory_fraction: float = 1.0
     """Share of the device's memory that the process may reserve."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
-    """`key:value` pairs that were given and change nothing here."""
+    """Given `key:value` pairs that change nothing here."""
 
     def __post_init__(self) -> None:
+        for key, value, rule in self._broken_rules():
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise ConfigError(say("allocator.settings.must_be", key=key, rule=rule, value=str(shown)))
+
+    def _broken_rules(self) -> Iterator[tuple[str, object, str]]:
+        """Yield key, value and rule of each setting that breaks one."""
         large = self.large_segment_size
+        if large <= MIN_LARGE_ALLOC:
+            yield "large_segment_size_mb", large / MIB, say("allocator.settings.above", limit=MIN_LARGE_ALLOC // MIB)
+        if self.max_split_size < large:
+            yield "max_split_size_mb", self.max_split_size / MIB, say("allocator.settings.at_least", least=large // MIB)
+        if self.max_non_split_rounding is not None and self.max_non_split_rounding < large:
+            rounding = self.max_non_split_rounding / MIB
+            yield "max_non_split_rounding_mb", rounding, say("allocator.settings.at_least", least=large // MIB)
         divisions = self.roundup_power2_divisions
-        _check(large > MIN_LARGE_ALLOC, "large_segment_size_mb", large / MIB, "more than 10")
-        _check(self.max_split_size >= large, "max_split_size_mb", self.max_split_size / MIB, f"{large // MIB} or more")
-        if self.max_non_split_rounding is not None:
-            rounding = self.max_non_split_rounding
-            _check(rounding >= large, "max_non_split_rounding_mb", rounding / MIB, f"{large // MIB} or more")
-        _check(len(divisions) in (0, ROUNDUP_INTERVALS), "roundup_power2_divisions", divisions, "16 numbers or none")
+        if len(divisions) not in (0, ROUNDUP_INTERVALS):
+            count = say("allocator.settings.all_or_none", count=ROUNDUP_INTERVALS)
+            yield "roundup_power2_divisions", divisions, count
         bad = [each for each in divisions if each & (each - 1)]
-        _check(not bad, "roundup_power2_divisions", bad, "powers of two, or 0 for none")
-        threshold, fraction = self.garbage_collection_threshold, self.per_process_memory_fraction
-        _check(0 <= threshold < 1, "garbage_collection_threshold", threshold, "above 0 and below 1")
-        _check(0 <= fraction <= 1, "per_process_memory_fraction", fraction, "from 0 to 1")
+        if bad:
+            yield "roundup_power2_divisions", bad, say("allocator.settings.powers_or_zero")
+        if not 0 <= self.garbage_collection_threshold < 1:
+            threshold = self.garbage_collection_threshold
+            yield "garbage_collection_threshold", threshold, say("allocator.settings.zero_or_below_one")
+        if not 0 <= self.per_process_memory_fraction <= 1:
+            fraction = self.per_process_memory_fraction
+            yield "per_process_memory_fraction", fraction, say("allocator.settings.up_to_one")
         # cuMemCreate takes whole 2 MiB pages only; PyTorch does not check this and fails in the driver.
-        pages = not self.expandable_segments or large % ROUND_LARGE == 0
-        _check(pages, "large_segment_size_mb", large / MIB, "even when expandable_segments is True")
+        if self.expandable_segments and large % ROUND_LARGE:
+            yield "large_segment_size_mb", large / MIB, say("allocator.settings.even")
 
     @classmethod
     def parse(cls, text: str, *, variable: str = VARIABLES[0]) -> Self:
-        """The settings that `key:value,key:[a:1,b:2]` stands for; `variable` is named in errors.
+        """Return the settings of `key:value,key:[a:1,b:2]`; errors name the `variable`.
 
         Stricter than PyTorch in one way: a number must be whole, where std::stoull reads "30MB" as 30. A negative one
         wraps around as there, so that max_split_size_mb:-1 means no limit. Raises ConfigError.
@@ -82,44 +107,39 @@ class AllocatorSettings:
         >>> AllocatorSettings.parse("max_split_size_mb:128").max_split_size
         134217728
         """
-        values: dict[str, Any] = {}
+        make: Callable[..., Self] = cls
+        values: dict[str, Value] = {}
         ignored = []
-        for key, value in _pairs(text, variable):
-            if key in _READERS:
-                name, read, rule = _READERS[key]
-                try:
-                    values[name] = read(value)
-                except ValueError:
-                    raise ConfigError(f"{variable}: {key} must be {rule}, got {value!r}") from None
-            elif key in IGNORED_KEYS:
-                ignored.append(f"{key}:{value}")
-            elif key == "backend":
-                _check_backend(value, variable)
-            elif key == "throw_on_cudamalloc_oom":
-                if value != "False":
-                    raise ConfigError(
-                        f"{variable}: throw_on_cudamalloc_oom must be False here, got {value!r}: the virtual GPU does "
-                        "not follow PyTorch's early rejection; remove the key"
-                    )
-                ignored.append(f"{key}:{value}")
-            else:
-                known = ", ".join(sorted([*_READERS, "backend"]))
-                raise ConfigError(f"{variable}: {key!r} with value {value!r} is not a key of PyTorch; known: {known}")
         try:
-            return cls(**values, ignored=tuple(ignored))
+            for key, value in _pairs(text):
+                if key in _READERS:
+                    values[_READERS[key].field] = _READERS[key].read(key, value)
+                elif key in IGNORED_KEYS:
+                    ignored.append(f"{key}:{value}")
+                elif key == "backend":
+                    _check_backend(value)
+                elif key == "throw_on_cudamalloc_oom":
+                    if value != "False":
+                        raise ConfigError(say("allocator.settings.early_rejection", value=repr(value)))
+                    ignored.append(f"{key}:{value}")
+                else:
+                    known = ", ".join(sorted([*_READERS, "backend"]))
+                    sentence = say("allocator.settings.unknown_key", key=repr(key), value=repr(value), known=known)
+                    raise ConfigError(sentence)
+            return make(**values, ignored=tuple(ignored))
         except ConfigError as error:
             raise ConfigError(f"{variable}: {error}") from None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
-        """The settings of the first of VARIABLES that `environ` has, or the defaults. Raises ConfigError."""
+        """Read the first of VARIABLES that `environ` has, else return the defaults. Raises ConfigError."""
         for variable in VARIABLES:
             if variable in environ:
                 return cls.parse(environ[variable], variable=variable)
         return cls()
 
     def round_size(self, size: int) -> int:
-        """Bytes of the block that a request of `size` bytes gets: a multiple of 512, or a step between powers of two.
+        """Bytes of the block for a request of `size` bytes: a multiple of 512, or a step between powers of two.
 
         >>> AllocatorSettings().round_size(1), AllocatorSettings().round_size(1200)
         (512, 1536)
@@ -136,7 +156,7 @@ class AllocatorSettings:
         return max(-(-size // MIN_BLOCK) * MIN_BLOCK, MIN_BLOCK)
 
     def segment_size(self, size: int) -> int:
-        """Bytes that are asked of the device for a block of `size` bytes (get_allocation_size there)."""
+        """Bytes of the segment for a block of `size` bytes (get_allocation_size in PyTorch)."""
         if size <= SMALL_SIZE:
             return SMALL_SEGMENT
         if size < MIN_LARGE_ALLOC:
@@ -144,33 +164,22 @@ class AllocatorSettings:
         return -(-size // ROUND_LARGE) * ROUND_LARGE
 
 
-def _check(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        shown = f"{value:g}" if isinstance(value, float) else value
-        raise ConfigError(f"{key} must be {rule}, got {shown}")
-
-
-def _check_backend(value: str, variable: str) -> None:
+def _check_backend(value: str) -> None:
     if value == "cudaMallocAsync":
-        raise ConfigError(
-            f"{variable}: backend:cudaMallocAsync leaves memory to the driver, which the virtual GPU cannot follow; "
-            "use backend:native or remove the key"
-        )
+        raise ConfigError(say("allocator.settings.async_backend"))
     if value != "native":
-        raise ConfigError(f"{variable}: backend must be native, got {value!r}")
+        raise ConfigError(say("allocator.settings.must_be", key="backend", rule="native", value=repr(value)))
 
 
-def _pairs(text: str, variable: str) -> list[tuple[str, str]]:
-    """Keys and values, without spaces; a list keeps its brackets. One comma at the end is allowed, as in PyTorch."""
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """Yield keys and values without spaces; a list keeps its brackets. PyTorch allows one comma at the end."""
     rest = re.sub(r"\s", "", text)
-    pairs = []
     while rest:
         match = re.match(r"([^,:\[\]]+):(\[[^\[\]]*\]|[^,:\[\]]+)(,|$)", rest)
         if not match:
-            raise ConfigError(f"{variable}: cannot read {rest!r}; write key:value pairs with commas between them")
-        pairs.append((match[1], match[2]))
+            raise ConfigError(say("allocator.settings.unreadable", text=repr(rest)))
+        yield match[1], match[2]
         rest = rest[match.end() :]
-    return pairs
 
 
 def _mebibytes(text: str) -> int:
@@ -192,9 +201,9 @@ def _threshold(text: str) -> float:
 
 
 def _divisions(text: str) -> tuple[int, ...]:
-    """`4`, or `[256:1,512:2,>:4]`: divisions for sizes from 256 MiB, from 512 MiB, and above the last one named.
+    """Read `4`, or `[256:1,512:2,>:4]`: divisions from 256 MiB, from 512 MiB, and above the last boundary.
 
-    A first boundary also covers everything below it; a power of two between two boundaries is left without divisions.
+    A first boundary also covers everything below it. A power of two between two boundaries gets no divisions.
     """
     if not text.startswith("["):
         return (_power_of_two(text),) * ROUNDUP_INTERVALS
@@ -221,14 +230,37 @@ def _power_of_two(text: str) -> int:
     return number
 
 
-_READERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "max_split_size_mb": ("max_split_size", _mebibytes, "a whole number of MiB"),
-    "max_non_split_rounding_mb": ("max_non_split_rounding", _mebibytes, "a whole number of MiB"),
-    "large_segment_size_mb": ("large_segment_size", _mebibytes, "a whole number of MiB"),
-    "garbage_collection_threshold": ("garbage_collection_threshold", _threshold, "a number above 0 and below 1"),
-    "per_process_memory_fraction": ("per_process_memory_fraction", float, "a number from 0 to 1"),
-    "expandable_segments": ("expandable_segments", _boolean, "True or False"),
-    "roundup_power2_divisions": (
-        "roundup_power2_divisions", _divisions, "a power of two, or a list like [256:1,512:2,>:4] of powers of two"
+class _Reader(NamedTuple):
+    """A key's field of the settings, the function that reads its value, and the rule that the value must follow."""
+
+    field: str
+    value: Callable[[str], Value]
+    rule: Callable[[], str]
+
+    def read(self, key: str, text: str) -> Value:
+        try:
+            return self.value(text)
+        except ValueError:
+            sentence = say("allocator.settings.must_be", key=key, rule=self.rule(), value=repr(text))
+            raise ConfigError(sentence) from None
+
+
+def _whole_mebibytes(field: str) -> _Reader:
+    return _Reader(field, _mebibytes, lambda: say("allocator.settings.mebibytes"))
+
+
+_READERS = {
+    "max_split_size_mb": _whole_mebibytes("max_split_size"),
+    "max_non_split_rounding_mb": _whole_mebibytes("max_non_split_rounding"),
+    "large_segment_size_mb": _whole_mebibytes("large_segment_size"),
+    "garbage_collection_threshold": _Reader(
+        "garbage_collection_threshold", _threshold, lambda: say("allocator.settings.between_zero_and_one")
     ),
-}  # fmt: skip
+    "per_process_memory_fraction": _Reader(
+        "per_process_memory_fraction", float, lambda: say("allocator.settings.fraction")
+    ),
+    "expandable_segments": _Reader("expandable_segments", _boolean, lambda: say("allocator.settings.boolean")),
+    "roundup_power2_divisions": _Reader(
+        "roundup_power2_divisions", _divisions, lambda: say("allocator.settings.divisions")
+    ),
+}

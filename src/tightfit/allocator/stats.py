@@ -1,13 +1,18 @@
-"""The figures that the caching allocator keeps, and the error message that PyTorch makes of them."""
+"""Figures of the caching allocator, and PyTorch's error message with them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from tightfit.units import GIB, KIB, MIB, format_bytes
 
 COUNTS = (
-    "num_alloc_retries", "num_device_alloc", "num_device_free", "num_oom_rejections", "num_ooms", "num_sync_all_streams"
-)  # fmt: skip
+    "num_alloc_retries",
+    "num_device_alloc",
+    "num_device_free",
+    "num_oom_rejections",
+    "num_ooms",
+    "num_sync_all_streams",
+)
 EXBIBYTE = 2**60
 """Requests from here on are refused at once (one_exa_bytes in CUDACachingAllocator.cpp)."""
 
@@ -15,19 +20,18 @@ PoolId = tuple[int, int]
 """PyTorch's MempoolId_t; (0, 0) is the default pool."""
 
 
+@dataclass(slots=True, eq=False)
 class Stat:
-    """One figure: its value now, its peak, and by how much it ever grew and shrank (c10/core/Allocator.h).
+    """One figure: its value now, its peak, and its total growth and shrinkage (c10/core/Allocator.h).
 
-    What shrank is not kept but follows from the rest; so a decrease is `stat.current -= amount`, and costs no call.
+    The shrinkage is not kept but follows from the rest. A decrease is `stat.current -= amount`, and costs no call.
     """
 
-    __slots__ = ("allocated", "at_reset", "current", "peak")
-
-    def __init__(self) -> None:
-        self.current = 0
-        self.peak = 0
-        self.allocated = 0
-        self.at_reset = 0  # `current` when the sums were last reset
+    current: int = 0
+    peak: int = 0
+    allocated: int = 0
+    at_reset: int = 0
+    """`current` when the sums were last reset."""
 
     @property
     def freed(self) -> int:
@@ -47,24 +51,19 @@ class Stat:
             self.current += amount
 
 
+@dataclass(slots=True, eq=False)
 class PoolStats:
-    """The figures of all pools, of the small or of the large ones (c10/core/CachingDeviceAllocator.h)."""
+    """Figures of all pools, of the small or of the large ones (c10/core/CachingDeviceAllocator.h)."""
 
-    __slots__ = (
-        "active", "active_bytes", "allocated_bytes", "allocation", "inactive_split", "inactive_split_bytes",
-        "requested_bytes", "reserved_bytes", "segment",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.allocation = Stat()
-        self.segment = Stat()
-        self.active = Stat()
-        self.inactive_split = Stat()
-        self.allocated_bytes = Stat()
-        self.reserved_bytes = Stat()
-        self.active_bytes = Stat()
-        self.inactive_split_bytes = Stat()
-        self.requested_bytes = Stat()
+    allocation: Stat = field(default_factory=Stat)
+    segment: Stat = field(default_factory=Stat)
+    active: Stat = field(default_factory=Stat)
+    inactive_split: Stat = field(default_factory=Stat)
+    allocated_bytes: Stat = field(default_factory=Stat)
+    reserved_bytes: Stat = field(default_factory=Stat)
+    active_bytes: Stat = field(default_factory=Stat)
+    inactive_split_bytes: Stat = field(default_factory=Stat)
+    requested_bytes: Stat = field(default_factory=Stat)
 
     def hand_out(self, size: int, requested: int) -> None:
         """Count one block of `size` bytes that serves a request of `requested` bytes."""
@@ -95,18 +94,18 @@ class AllocatorStats:
             stat.allocated, stat.at_reset = 0, stat.current
 
     def flat(self) -> dict[str, int]:
-        """`name.kind.current`, `.peak`, `.allocated` and `.freed` of each figure, and the plain counts."""
+        """Return `name.kind.current`, `.peak`, `.allocated` and `.freed` of each figure, and the plain counts."""
         figures = dict(self.counts)
         for name, stat in self._named():
-            for field in ("current", "peak", "allocated", "freed"):
-                figures[f"{name}.{field}"] = getattr(stat, field)
+            for part in ("current", "peak", "allocated", "freed"):
+                figures[f"{name}.{part}"] = getattr(stat, part)
         return figures
 
     def _named(self) -> Iterator[tuple[str, Stat]]:
         kinds = {"all": self.all, "small_pool": self.small, "large_pool": self.large}
         for kind, stats in kinds.items():
-            for name in PoolStats.__slots__:
-                yield f"{name}.{kind}", getattr(stats, name)
+            for figure in fields(PoolStats):
+                yield f"{figure.name}.{kind}", getattr(stats, figure.name)
         for (first, second), reserved in self.private_reserved.items():
             for kind, stat in zip(kinds, reserved, strict=True):
                 yield f"reserved_bytes_by_private_pools.{first}_{second}.{kind}", stat
@@ -138,7 +137,7 @@ class OutOfMemory(Exception):
         return f"no room for {self.requested_bytes} bytes: {self.free_bytes} of {self.total_bytes} are free"
 
     def message(self, torch_version: tuple[int, int]) -> str:
-        """The text of torch.OutOfMemoryError on GPU 0 in that version, from 2.4 on."""
+        """Return the text of torch.OutOfMemoryError on GPU 0 in that version, from 2.4 on."""
         if self.tensor_bytes >= EXBIBYTE:
             return "CUDA out of memory. Tried to allocate more than 1EB memory."
         private, allowed = self.private_pool_bytes, self.allowed_bytes

@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     from tightfit.kernels.temporaries import Argument
 
 _NO_KERNEL = {
-    "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided",
-    "aten::detach", "aten::lift_fresh", "aten::_unsafe_view",
-}  # fmt: skip
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::detach",
+    "aten::lift_fresh",
+    "aten::_unsafe_view",
+}
 _BY_INDEX = {"aten::gather", "aten::embedding", "aten::index_select", "aten::scatter_add_", "aten::nll_loss_forward"}
 """Operators that touch only the elements an index names: as many as the smaller of their tensors has."""
 

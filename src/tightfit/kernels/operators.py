@@ -156,7 +156,7 @@ def _elementwise_loss(
 def _huber_loss(
     t: Temporaries, card: Card, input: Tensor, target: Tensor, reduction: int = 1, delta: float = 1.0
 ) -> None:
-    """Make the elementwise loss first; `mean` or `sum` of it is the output: ATen/native/Loss.cpp."""
+    """Make the elementwise loss first; the output is its `mean` or `sum`: ATen/native/Loss.cpp."""
     if not reduction:
         return
     t.take(nbytes(input))

@@ -15,8 +15,22 @@ from torch import Tensor
 Step = tuple[Literal["take", "outputs", "free"], int]
 HALF = (torch.float16, torch.bfloat16)
 Scalar = bool | int | float | complex
-Argument = Tensor | Scalar | str | torch.dtype | torch.device | Sequence["Argument"] | None
-"""A value that an operator is called with."""
+Argument = (
+    Tensor
+    | Scalar
+    | str
+    | torch.dtype
+    | torch.device
+    | torch.layout
+    | torch.memory_format
+    | torch.Generator
+    | Sequence["Argument"]
+    | None
+)
+"""A value that an operator is called with, or returns."""
+Arguments = tuple[Argument, ...]
+Options = dict[str, Argument]
+"""Arguments that an operator is called with by name."""
 Dims = int | Sequence[int] | None
 """Dimensions to reduce; None for all."""
 

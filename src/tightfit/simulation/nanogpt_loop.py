@@ -108,7 +108,7 @@ def on_device(model: nn.Module, device: str) -> nn.Module:
     def move(t: Tensor) -> Tensor:
         return t if t.device.type != "meta" else torch.empty_like(t, device=device)
 
-    return model._apply(move)  # type: ignore[no-untyped-call,no-any-return]
+    return model._apply(move)  # type: ignore[no-any-return]
 
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -38,7 +38,7 @@ class StepWork:
 
 def trace_on_host(run: Callable[[Meter], StepWork], meter: Meter) -> StepTrace:
     """Trace `run` on virtual host tensors. Sizes in bytes."""
-    phases = Phases(lambda: device.mark_roles())
+    phases = Phases(lambda: device.roles.mark_all())
     device = VirtualDevice(Card(capability=(8, 0), sm_count=1), CachingAllocator(total_bytes=_WIDE), phases, "cpu")
     patches.install(device)
     phases.install()

@@ -122,7 +122,7 @@ def _dtype_on_cuda(wanted: str, capability: tuple[int, int]) -> tuple[torch.dtyp
 
 def native_bfloat16() -> str:
     """Return the processor's feature that multiplies bfloat16 matrices, or an empty string."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return ""
     flags = processor_flags()
     return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), "")

@@ -31,7 +31,7 @@ class Offload:
             self.masters[parameter] = master
             self._sums[parameter] = self._on_host(torch.zeros_like(master.detach()))
             parameter.data = parameter.detach().to(device, dtype if id(parameter) in low else None, copy=True)
-            parameter.register_post_accumulate_grad_hook(partial(self._take, master))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(partial(self._take, master))
         largest = max(self._sums.values(), key=Tensor.numel).flatten()
         self._staging = {
             kind: self._on_host(torch.zeros_like(largest, dtype=kind))

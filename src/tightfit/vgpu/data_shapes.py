@@ -1,17 +1,19 @@
-"""Operators with a result as long as the data decide: nonzero, masks as indices, unique, repeat_interleave, bincount.
+"""Operators with a result as long as the data decide: nonzero, mask indices, unique, repeat_interleave, bincount.
 
-Where the data are known the answer is true. Where they are not, it is the largest possible (a mask is true everywhere,
-all values differ), and counted as made up. Indexing by a mask takes the memory of `nonzero` on a card, and so it does
-here: 8 bytes for each element that is picked and each dimension of the mask (`expandTensors` of ATen's indexing).
+Known data give the true length. Unknown data give the largest one (a mask is true everywhere, all values differ),
+which counts as made up. Indexing by a mask takes the memory of `nonzero`, as on a card: 8 bytes for each element that
+is picked and each dimension of the mask (`expandTensors` of ATen's indexing).
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+
+from tightfit.kernels.temporaries import Argument, Arguments, Options
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,26 +33,27 @@ class Device(Protocol):
     where: torch.device
     values: "Values"
 
-    def execute(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-    def make(self, func: OpOverload, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+    def execute(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument: ...
+    def make(self, func: OpOverload, args: Arguments, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
     def count_made_up(self, what: str) -> None: ...
     def mode(self) -> "TorchDispatchMode": ...
 
 
-Handler = Callable[[Device, OpOverload, tuple[Any, ...], dict[str, Any]], Any]
+Handler = Callable[..., Argument]
+"""A function of (device, operator, *args of the operator, **kwargs of the operator)."""
 
 _MADE_UP = "the length of a result that depends on data"
 _MASKS = (torch.bool, torch.uint8)
+Indices = Sequence[Tensor | None]
 
 
-def _nonzero(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    source: Tensor = args[0]
+def _nonzero(device: Device, func: OpOverload, source: Tensor) -> Tensor:
     true = device.values.exactly(source)
     if true is None:
         device.count_made_up(_MADE_UP)
     places = None if true is None else true.nonzero()
     count = source.numel() if places is None else len(places)
-    by_dimension = device.make(func, args, (source.dim(), count), torch.int64)
+    by_dimension = device.make(func, (source,), (source.dim(), count), torch.int64)
     with device.fake:
         out = by_dimension.t()
     if places is not None:
@@ -58,60 +61,64 @@ def _nonzero(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: di
     return out
 
 
-def _masked_select(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    source, mask = args
-    shape: tuple[int, ...] = torch.broadcast_shapes(source.shape, mask.shape)  # type: ignore[no-untyped-call]
+def _places(device: Device, mask: Tensor) -> Tensor:
+    places = device.execute(aten.nonzero.default, (mask,), {})
+    assert isinstance(places, Tensor)
+    return places
+
+
+def _masked_select(device: Device, func: OpOverload, source: Tensor, mask: Tensor) -> Tensor:
     true = device.values.exactly(mask)
     with device.fake:
-        spread = mask.expand(shape)
+        spread: Tensor = aten.broadcast_tensors([source, mask])[1]
     if true is not None and isinstance(mask, FakeTensor):
-        device.values.learn(spread, true.expand(shape))
-    places = device.execute(aten.nonzero.default, (spread,), {})
-    return device.make(func, args, (places.shape[0],), source.dtype)
+        device.values.learn(spread, true.expand(spread.shape))
+    return device.make(func, (source, mask), (_places(device, spread).shape[0],), source.dtype)
 
 
-def _index(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Masks among the indices, put as integers; None if there is no mask."""
-    source, indices, *rest = args
-    if not any(isinstance(index, Tensor) and index.dtype in _MASKS for index in indices):
+def _index(
+    device: Device, func: OpOverload, source: Tensor, indices: Indices, *written: Argument, **kwargs: Argument
+) -> Argument:
+    """Index or write with masks turned into integers; None if there is no mask."""
+    if not any(index is not None and index.dtype in _MASKS for index in indices):
         return None
-    is_write = bool(rest)
-    if is_write and (filled := _as_fill(device, func, args)) is not None:
-        return filled
+    if written and func._schema.is_mutable and _fills(device, source, indices, *written[:2]):
+        return source
     plain: list[Tensor | None] = []
     for index in indices:
         plain += _columns(device, index) if index is not None and index.dtype in _MASKS else [index]
-    if is_write:
-        plain = _cut(device, source, plain, rest[0])
-    return device.execute(func, (source, plain, *rest), kwargs)
+    if written:
+        plain = _cut(device, source, plain, written[0])
+    return device.execute(func, (source, plain, *written), kwargs)
 
 
-def _columns(device: Device, mask: Tensor) -> list[Tensor | None]:
+def _columns(device: Device, mask: Tensor) -> tuple[Tensor, ...]:
     if isinstance(mask, FakeTensor):
-        places = device.execute(aten.nonzero.default, (mask,), {})
+        places = _places(device, mask)
         with device.fake:
-            return list(places.unbind(1))
+            return places.unbind(1)
     with device.mode():
-        return [column.to(device.where) for column in mask.nonzero().unbind(1)]
+        return tuple(column.to(device.where) for column in mask.nonzero().unbind(1))
 
 
-def _as_fill(device: Device, func: OpOverload, args: tuple[Any, ...]) -> Any:
-    """`x[mask] = 0` is a masked_fill (`canDispatchToMaskedFill`) and takes nothing."""
-    source, indices, value, accumulate = (*args, False)[:4]
-    given = [index for index in indices if index is not None]
-    if accumulate or len(given) != 1 or value.numel() != 1 or value.device.type != "cpu" or not func._schema.is_mutable:
-        return None
-    before = next(position for position, index in enumerate(indices) if index is not None)
-    behind = source.dim() - before - given[0].dim()
+def _fills(device: Device, source: Tensor, indices: Indices, value: Argument, accumulate: Argument = False) -> bool:
+    """Run `x[mask] = 0` as a masked_fill (`canDispatchToMaskedFill`), which takes nothing; False if it is none."""
+    given = [(position, index) for position, index in enumerate(indices) if index is not None]
+    assert isinstance(value, Tensor)
+    if accumulate or len(given) != 1 or value.numel() != 1 or value.device.type != "cpu":
+        return False
+    before, index = given[0]
+    behind = source.dim() - before - index.dim()
     with device.mode():
-        mask = given[0].to(device.where)
+        mask = index.to(device.where)
         mask = mask.reshape(mask.shape + (1,) * behind).bool()
     device.execute(aten.masked_fill_.Scalar, (source, mask, value.item()), {})
-    return source
+    return True
 
 
-def _cut(device: Device, source: Tensor, indices: list[Tensor | None], values: Tensor) -> list[Tensor | None]:
-    """Indices of made-up length as long as the values that are written there."""
+def _cut(device: Device, source: Tensor, indices: list[Tensor | None], values: Argument) -> list[Tensor | None]:
+    """Shorten indices of made-up length to the number of values that are written there."""
+    assert isinstance(values, Tensor)
     places = [position for position, index in enumerate(indices) if index is not None]
     adjacent = places[-1] - places[0] + 1 == len(places)
     behind = source.dim() - (places[-1] + 1 if adjacent else len(places))
@@ -125,69 +132,106 @@ def _cut(device: Device, source: Tensor, indices: list[Tensor | None], values: T
         ]
 
 
-def _unique(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    given = _by_name(func, args, kwargs)
-    source, dim = given["self"], given.get("dim")
+def _unique2(
+    device: Device,
+    func: OpOverload,
+    source: Tensor,
+    sorted: bool = True,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[Tensor, ...]:
+    args = (source, sorted, return_inverse, return_counts)
+    return _unique(device, func, args, (source.numel(),), return_inverse, return_counts)
+
+
+def _unique_consecutive(
+    device: Device,
+    func: OpOverload,
+    source: Tensor,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+    dim: int | None = None,
+) -> tuple[Tensor, ...]:
+    args = (source, return_inverse, return_counts, dim)
+    shape = (source.numel(),) if dim is None else tuple(source.shape)
+    return _unique(device, func, args, shape, return_inverse, return_counts, dim)
+
+
+def _unique_dim(
+    device: Device, func: OpOverload, source: Tensor, dim: int, sorted: bool = True, *flags: bool
+) -> tuple[Tensor, ...]:
+    """Return inverse and counts whatever the flags are, as torch does."""
+    return _unique(device, func, (source, dim, sorted, *flags), tuple(source.shape), True, True, dim)
+
+
+def _unique_dim_consecutive(
+    device: Device,
+    func: OpOverload,
+    source: Tensor,
+    dim: int,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[Tensor, ...]:
+    args = (source, dim, return_inverse, return_counts)
+    return _unique(device, func, args, tuple(source.shape), return_inverse, return_counts, dim)
+
+
+def _unique(
+    device: Device,
+    func: OpOverload,
+    args: Arguments,
+    largest: tuple[int, ...],
+    has_inverse: bool,
+    has_counts: bool,
+    dim: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the values, their inverse and their counts; of the shape `largest` where no value is known to repeat."""
+    source = args[0]
+    assert isinstance(source, Tensor)
     true = device.values.exactly(source)
-    if true is not None:
-        answers = func(true, *args[1:], **kwargs)
-        shapes = [tuple(answer.shape) for answer in answers]
-    else:
+    answers: tuple[Tensor, ...] = ()
+    if true is None:
         device.count_made_up(_MADE_UP)
-        answers = (None, None, None)
+        inverse = tuple(source.shape) if dim is None else (source.shape[dim],)
         length = source.numel() if dim is None else source.shape[dim]
-        whole = tuple(source.shape)
-        shapes = [
-            (length,) if dim is None else whole,
-            (whole if dim is None else (length,))
-            if given["return_inverse"] or func is aten.unique_dim.default
-            else (0,),
-            (length,) if given["return_counts"] or func is aten.unique_dim.default else (0,),
-        ]
-    out = tuple(
-        device.make(func, args, shape, dtype)
-        for shape, dtype in zip(shapes, (source.dtype, torch.int64, torch.int64), strict=True)
-    )
-    for tensor, answer in zip(out, answers, strict=True):
-        if answer is not None:
-            device.values.learn(tensor, answer)
+        shapes = [largest, inverse if has_inverse else (0,), (length,) if has_counts else (0,)]
+    else:
+        answers = func(true, *args[1:])
+        shapes = [tuple(answer.shape) for answer in answers]
+    dtypes = (source.dtype, torch.int64, torch.int64)
+    out = tuple(device.make(func, args, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    for tensor, answer in zip(out, answers, strict=False):
+        device.values.learn(tensor, answer)
     return out
 
 
-def _repeat_interleave(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    repeats: Tensor = args[0]
+def _repeat_interleave(device: Device, func: OpOverload, repeats: Tensor, *, output_size: int | None = None) -> Tensor:
     true = device.values.exactly(repeats)
-    given: int | None = kwargs.get("output_size")
-    if given is not None:
-        length = given
+    if output_size is not None:
+        length = output_size
     elif true is not None:
         length = int(true.sum())
     else:
         device.count_made_up(_MADE_UP)
         length = repeats.numel()
-    out = device.make(func, args, (length,), repeats.dtype)
+    out = device.make(func, (repeats,), (length,), repeats.dtype)
     if true is not None:
         device.values.learn(out, torch.repeat_interleave(true))
     return out
 
 
-def _bincount(device: Device, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Nothing bounds the largest value: where it is unknown, `minlength` is what the script expects."""
-    given = _by_name(func, args, kwargs)
-    weights, length = given["weights"], given["minlength"]
-    true = device.values.exactly(given["self"])
+def _bincount(
+    device: Device, func: OpOverload, source: Tensor, weights: Tensor | None = None, minlength: int = 0
+) -> Tensor:
+    """Count up to `minlength` where the largest value is unknown: nothing else bounds it."""
+    true = device.values.exactly(source)
+    length = minlength
     if true is None:
         device.count_made_up(_MADE_UP)
     elif true.numel():
         length = max(length, int(true.max()) + 1)
     dtype = torch.int64 if weights is None else (torch.float32 if weights.dtype == torch.float32 else torch.float64)
-    return device.make(func, args, (length,), dtype)
-
-
-def _by_name(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    arguments = func._schema.arguments
-    given = {argument.name: argument.default_value for argument in arguments}
-    return given | dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    return device.make(func, (source,), (length,), dtype)
 
 
 HANDLERS: dict[OpOverload, Handler] = {
@@ -199,10 +243,10 @@ HANDLERS: dict[OpOverload, Handler] = {
     aten.index_put_.default: _index,
     aten._index_put_impl_.default: _index,
     aten._unsafe_index_put.default: _index,
-    aten._unique2.default: _unique,
-    aten.unique_consecutive.default: _unique,
-    aten.unique_dim.default: _unique,
-    aten.unique_dim_consecutive.default: _unique,
+    aten._unique2.default: _unique2,
+    aten.unique_consecutive.default: _unique_consecutive,
+    aten.unique_dim.default: _unique_dim,
+    aten.unique_dim_consecutive.default: _unique_dim_consecutive,
     aten.repeat_interleave.Tensor: _repeat_interleave,
     aten.bincount.default: _bincount,
 }

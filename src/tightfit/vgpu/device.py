@@ -1,26 +1,26 @@
 """The virtual GPU: runs all operators of a process on "cuda" with tensors that have no data.
 
-Tensors of the host stay real. One dispatch mode sees all operators below autograd and autocast, as CUDA's own kernels
-would. A tensor on the device is a fake tensor, and the recorder gets the memory that it would take there.
+Tensors of the host stay real. One dispatch mode receives all operators below autograd and autocast, as CUDA's own
+kernels would. A tensor on the device is a fake tensor, and the recorder counts the memory that it would take there.
 """
 
-import importlib
 import itertools
 import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from types import FrameType, TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tightfit.allocator.caching import CachingAllocator, OutOfMemory, PoolId
@@ -29,24 +29,27 @@ from tightfit.kernels.card import Card
 from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
+from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames
 from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.records import Category, Phase
+from tightfit.vgpu.roles import Roles
 
 aten = torch.ops.aten
 
 LAZY_PARAMETER_ELEMENTS = 1 << 14
-"""Host tensors from this size on that a module makes for itself are without data: a model of 70B fits any host."""
+"""Elements from which a module's own host tensors have no data, so that a model of 70B fits any host."""
 _LAZY_PINNED_ELEMENTS = 1 << 22
 """The same limit for pinned tensors, which receive data from the device; a batch of tokens or images is smaller."""
 
 _FACTORIES = {
-    aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default,
-    aten.randn.default, aten.rand.default,
-}  # fmt: skip
+    aten.empty.memory_format,
+    *(packet.default for packet in (aten.empty_strided, aten.zeros, aten.ones, aten.full, aten.randn, aten.rand)),
+}
+_attention: Callable[..., Argument] = attention
 _PACKAGES_OF_CUSTOM_OPERATORS = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional")
 
 
@@ -54,16 +57,14 @@ class VirtualDevice:
     """One virtual card in this process: `mode` makes it active in a thread."""
 
     def __init__(self, card: Card, allocator: CachingAllocator, phases: Phases, where: str = "cuda:0") -> None:
-        """With the host's `where`, all tensors there are virtual, and no kernel's own memory is added: for checks
-        against what a real run on the host takes.
-        """
+        """Make the card virtual, or the host with `where` = "cpu": without kernels' own memory, to check a real run."""
         self.card = card
         self.recorder = Recorder(allocator)
         self.values = Values()
         self.phases = phases
-        phases.after_forward = self._mark_own_parameters
         self.fake = _SharedFakeMode()
         self.where = torch.device(where)
+        self.roles = Roles(self.recorder, phases, self.where)
         self._is_host = self.where.type == "cpu"
         self.stream = threading.local()
         self.failure: tuple[Allocation, OutOfMemory] | None = None
@@ -84,55 +85,64 @@ class VirtualDevice:
         self._handles = itertools.count()
         self._free_handles: list[int] = []
         self._forward_lines: dict[int, tuple[Frame, ...]] = {}
-        self._special: dict[OpOverload, Callable[..., Any]] = {
-            torch.ops.prim.device.default: lambda func, args, kwargs: func(*args, **kwargs),
+        self._special = self._answered_here()
+
+    def _answered_here(self) -> dict[OpOverload, Callable[..., Argument]]:
+        """Functions of (operator, *args, **kwargs) for operators that are not steps of the card."""
+        if self._is_host:
+            return {aten._local_scalar_dense.default: self._read_scalar}
+        return {
+            torch.ops.prim.device.default: lambda func, tensor: func(tensor),
             aten._local_scalar_dense.default: self._read_scalar,
             aten._to_copy.default: self._copy_across,
             aten.copy_.default: self._copy_into,
-            aten._pin_memory.default: lambda func, args, kwargs: args[0].clone(),
-            aten.is_pinned.default: lambda func, args, kwargs: False,
+            aten._pin_memory.default: lambda func, tensor, *rest: tensor.clone(),
+            aten.is_pinned.default: lambda func, *args: False,
             aten.equal.default: self._equal,
             aten.allclose.default: self._equal,
             torch.ops.inductor.resize_storage_bytes_.default: _resize_storage,
         }
 
     def mode(self) -> "VirtualDeviceMode":
-        """A new mode of this device; each thread needs its own."""
+        """Make a mode of this device; each thread needs its own."""
         return VirtualDeviceMode(self)
 
-    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operator, here if it touches the device, and as it is if not."""
-        if self._is_host:
-            if func is aten._local_scalar_dense.default:
-                return self.values.scalar(args[0])
-            return self.execute(func, args, kwargs)
+    def run(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
+        """Run one operator, here if it touches the device, and unchanged if not."""
         special = self._special.get(func)
         if special is not None:
-            return special(func, args, kwargs)
+            return special(func, *args, **kwargs)
+        if self._is_host:
+            return self.execute(func, args, kwargs)
         if kwargs.get("pin_memory"):  # of the driver, which is not there
             kwargs = {**kwargs, "pin_memory": False}
             if func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS:
-                with self.fake:
-                    return func(*args, **kwargs)
+                return self._without_data(func, args, kwargs)
         device = kwargs.get("device")
-        on_device = device is not None and device.type == "cuda"
-        if on_device:
-            kwargs = {**kwargs, "device": self.where}
-        elif not _has_fake(args) and not (kwargs and _has_fake(kwargs.values())):
-            if func in _FACTORIES and (device is None or device.type == "cpu") and _is_large_parameter(func, args):
-                with self.fake:
-                    return func(*args, **kwargs)
-            return func(*args, **kwargs)
-        return self.execute(func, args, kwargs)
+        if isinstance(device, torch.device) and device.type == "cuda":
+            return self.execute(func, args, {**kwargs, "device": self.where})
+        if _has_fake(args) or (kwargs and _has_fake(kwargs.values())):
+            return self.execute(func, args, kwargs)
+        on_host = not isinstance(device, torch.device) or device.type == "cpu"
+        if func in _FACTORIES and on_host and _is_large_parameter(func, args):
+            return self._without_data(func, args, kwargs)
+        out: Argument = func(*args, **kwargs)
+        return out
 
-    def execute(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _without_data(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
+        with self.fake:
+            out: Argument = func(*args, **kwargs)
+        return out
+
+    def execute(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
         """Run an operator on fake tensors and record the memory of its CUDA kernel."""
         if func.namespace == "aten":
             if _is_composite(func, self.where.type):
                 with self.mode():
                     if func is aten.scaled_dot_product_attention.default:
-                        return attention(self.card, *args, **kwargs)
-                    return func.decompose(*args, **kwargs)
+                        return _attention(self.card, *args, **kwargs)
+                    parts: Argument = func.decompose(*args, **kwargs)
+                    return parts
         elif (body := self._python_body(func)) is not None:
             with self.mode():
                 return body(*args, **kwargs)
@@ -141,10 +151,10 @@ class VirtualDevice:
         with self.fake.lock:
             return self._launch(func, args, kwargs)
 
-    def _launch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _launch(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
         """Run an operator that is one step of the card; one thread at a time is in here."""
         handler = HANDLERS.get(func)
-        if handler is not None and (answer := handler(self, func, args, kwargs)) is not None:
+        if handler is not None and (answer := handler(self, func, *args, **kwargs)) is not None:
             return answer
         on_card = not self._is_host and _on_card(args, kwargs)
         hidden = kernels.hidden_bytes(func, args, kwargs, self.card) if on_card else None
@@ -159,9 +169,10 @@ class VirtualDevice:
                     break
                 self._live_through(what, number, taken, func, phase)
             with self.fake:
-                out = func(*args, **kwargs)
-            if func is aten.add.Tensor and phase == "backward" and self._engine_adds(args, kwargs):
-                self.recorder.track_accumulation(out, args[0], self._describe(out, func, args, phase))
+                out: Argument = func(*args, **kwargs)
+            if func is aten.add.Tensor and phase == "backward" and (first := _engine_adds(args, kwargs)) is not None:
+                assert isinstance(out, Tensor)
+                self.recorder.track_accumulation(out, first, self._describe(out, func, args, phase))
             else:
                 self._track(out, func, args, phase)
             if on_card:
@@ -178,8 +189,8 @@ class VirtualDevice:
 
     # Memory
 
-    def make(self, func: OpOverload, args: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A new result of an operator that only its data give a shape; `shape` is the caller's answer."""
+    def make(self, func: OpOverload, args: Arguments, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Make a result of the caller's `shape`, for an operator with a shape that depends on data."""
         with self.fake:
             out = torch.empty(shape, dtype=dtype, device=self.where)
         self._track(out, func, args, self.phases.now(func._schema.name))
@@ -198,7 +209,7 @@ class VirtualDevice:
         new.frames = user_frames(sys._getframe(1)) or new.frames  # in backward the hook's own line, if it has one
         fits = nbytes in (0, math.prod(old.shape) * getattr(torch, old.dtype).itemsize)
         new.shape, new.dtype = (old.shape, old.dtype) if fits else ((nbytes,), "uint8")
-        self._guarded(self.recorder.resize, storage, new)
+        self._guarded(self.recorder.resize, new, storage)
         self.values.forget(storage)
 
     def peaks(self) -> dict[str, int]:
@@ -208,15 +219,20 @@ class VirtualDevice:
         return dict(self._peaks)
 
     def reset_peak_stats(self) -> None:
-        """Start the script's peaks anew; ours go on."""
+        """Reset the script's peaks, and keep ours."""
         self.peaks()
         self.recorder.allocator.reset_peak_stats()
+
+    def note(self, feature: str) -> None:
+        """Add a feature to `not_modelled`, once."""
+        if feature not in self.not_modelled:
+            self.not_modelled.append(feature)
 
     def count_made_up(self, what: str) -> None:
         """Count an answer for the line that the running operator comes from, also within backward."""
         self.values.count(what, self._frames(self.phases.now()))
 
-    def _track(self, out: Any, func: OpOverload, args: tuple[Any, ...], phase: Phase) -> None:
+    def _track(self, out: Argument, func: OpOverload, args: Arguments, phase: Phase) -> None:
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             # A sparse tensor has no storage of its own: its indices and values were results before.
             if (
@@ -224,13 +240,13 @@ class VirtualDevice:
                 and tensor.fake_device.type == self.where.type
                 and tensor.layout == torch.strided
             ):
-                self._guarded(self.recorder.track, tensor, self._describe(tensor, func, args, phase))
+                self._guarded(self.recorder.track, self._describe(tensor, func, args, phase), tensor)
 
-    def _describe(
-        self, tensor: Tensor, func: OpOverload, args: tuple[Any, ...], phase: Phase
-    ) -> Callable[[int], Allocation]:
+    def _describe(self, tensor: Tensor, func: OpOverload, args: Arguments, phase: Phase) -> Callable[[int], Allocation]:
         def describe(nbytes: int) -> Allocation:
-            allocation = self._allocation(nbytes, func._schema.name, phase, self._category(tensor, func, args, phase))
+            allocation = self._allocation(
+                nbytes, func._schema.name, phase, self.roles.category(tensor, func, args, phase)
+            )
             allocation.shape, allocation.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             return allocation
 
@@ -251,7 +267,7 @@ class VirtualDevice:
         )
 
     def _live_through(self, what: str, number: int, taken: list[Allocation], func: OpOverload, phase: Phase) -> None:
-        """One step of an operator's own memory: `number` bytes taken, or the block of that number freed early."""
+        """Take `number` bytes of an operator's own memory, or free the block of that number early."""
         if what == "take":
             taken.append(self._take_hidden(number, func, phase))
         else:
@@ -262,10 +278,8 @@ class VirtualDevice:
         self._guarded(self.recorder.take, allocation)
         return allocation
 
-    def take_workspaces(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], phase: Phase | None = None
-    ) -> None:
-        """Memory that a library keeps from its first call on, for an operator that is about to run."""
+    def take_workspaces(self, func: OpOverload, args: Arguments, kwargs: Options, phase: Phase | None = None) -> None:
+        """Take the memory that a library keeps from its first call on, for an operator that is about to run."""
         if self._is_host:
             return
         for workspace in kernels.workspaces(func, args, kwargs, self.card):
@@ -280,7 +294,7 @@ class VirtualDevice:
         self._workspaces[name] = allocation
 
     def _handle(self) -> int:
-        """The cuBLAS handle of this thread, which goes to another one when this has ended (`PoolWindow` of ATen)."""
+        """Number of this thread's cuBLAS handle; another thread gets it when this one ends (`PoolWindow` of ATen)."""
         handle = getattr(self.stream, "handle", None)
         if handle is None:
             number = self._free_handles.pop() if self._free_handles else next(self._handles)
@@ -295,7 +309,7 @@ class VirtualDevice:
 
     @contextmanager
     def in_pool(self, pool: PoolId, stream: int) -> Iterator[None]:
-        """Memory comes from a private pool on another stream, without the workspaces of outside."""
+        """Take memory from a private pool on another stream, with workspaces of its own."""
         before, self.recorder.pool = self.recorder.pool, pool
         usual, self.stream.number = self.current_stream, stream
         self.clear_workspaces()
@@ -306,7 +320,7 @@ class VirtualDevice:
             self.recorder.pool, self.stream.number = before, usual
 
     def copy_into_pool(self, tensor: Tensor) -> Allocation:
-        """Memory for a copy of a graph's input, at an address that it keeps."""
+        """Take memory for a copy of a graph's input, at an address that it keeps."""
         nbytes = tensor.untyped_storage().nbytes()
         allocation = self._allocation(nbytes, "input of a CUDA graph", self.phases.now(), "inputs")
         allocation.shape, allocation.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
@@ -314,41 +328,31 @@ class VirtualDevice:
         return allocation
 
     def record_stream(self, tensor: Tensor, stream: int) -> None:
-        """`tensor.record_stream`: freed, its memory waits until that stream is done."""
+        """Do as `tensor.record_stream`: its freed memory waits until that stream is done."""
         held = self.recorder.of_storage(tensor)
         if held is not None and held.block is not None:
             with self.recorder.exclusive():
                 self.recorder.allocator.record_stream(held.block, stream)
 
-    def _guarded(self, take: Callable[..., object], *args: Any) -> None:
+    def _guarded(
+        self,
+        take: Callable[..., object],
+        allocation: Allocation | Callable[[int], Allocation],
+        *owner: Tensor | torch.UntypedStorage,
+    ) -> None:
         """Take memory; where there is none, fail as PyTorch does."""
         try:
-            take(*args)
+            take(*owner, allocation)
         except OutOfMemory as error:
-            allocation = args[-1](0) if callable(args[-1]) else args[-1]
-            allocation.nbytes = error.tensor_bytes
-            self.failure = (allocation, error)
+            failed = allocation if isinstance(allocation, Allocation) else allocation(0)
+            failed.nbytes = error.tensor_bytes
+            self.failure = (failed, error)
             self.caught_failures += 1
             raise torch.OutOfMemoryError(error.message(self.card.torch_version)) from None
 
     @property
     def current_stream(self) -> int:
         return getattr(self.stream, "number", 0)
-
-    def _category(self, tensor: Tensor, func: OpOverload, args: tuple[Any, ...], phase: Phase) -> Category:
-        if tensor.dim() >= 2 and tensor.shape[-1] == self.phases.vocabulary and tensor.is_floating_point():
-            source = self.recorder.of_storage(args[0]) if args and isinstance(args[0], FakeTensor) else None
-            if source is None or source.category != "parameters":
-                return "gradients" if tensor.dim() == 2 and _is_weight_gradient(func, phase) else "logits"
-        if phase == "backward":
-            return "gradients"
-        if phase in ("setup", "optimizer"):  # what turns out to be a parameter or a state is marked later
-            return "other"
-        if func is aten._to_copy.default and isinstance(args[0], FakeTensor):
-            source = self.recorder.of_storage(args[0])
-            if source is not None and source.category == "parameters":
-                return "cast copies"
-        return "activations"
 
     def _frames(self, phase: Phase) -> tuple[Frame, ...]:
         if self.compiled_line:
@@ -364,139 +368,93 @@ class VirtualDevice:
             self._forward_lines.setdefault(torch._C._autograd._get_sequence_nr() - 1, frames)
         return frames
 
-    def _engine_adds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """True for autograd's own addition: it sums the gradients of a tensor that was used more than once."""
-        if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
-            return False
-        one, other = args[:2]
-        return (
-            isinstance(one, FakeTensor)
-            and isinstance(other, FakeTensor)
-            and one.shape == other.shape
-            and one.dtype == other.dtype
-            and not one._is_view()
-        )
-
-    def mark_roles(self) -> None:
-        """Give parameters, gradients and optimizer states the category that they turned out to have."""
-        for module in list(self.phases.modules):
-            for tensor in (*module.parameters(), *module.buffers()):
-                self._mark(tensor, "parameters")
-                if tensor.grad is not None:
-                    self._mark(tensor.grad, "gradients")
-        for optimizer in list(self.phases.optimizers):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    self._mark(parameter, "parameters")
-                    if parameter.grad is not None:
-                        self._mark(parameter.grad, "gradients")
-            for state in optimizer.state.values():
-                for value in state.values() if isinstance(state, dict) else ():
-                    if isinstance(value, Tensor):
-                        self._mark_parts(value, "optimizer state")
-
-    def _mark_own_parameters(self, module: nn.Module) -> None:
-        """Mark the weights that FSDP gathered for this pass: they go when it ends."""
-        for parameter in module._parameters.values():
-            self.mark_parameter(parameter)
-
-    def mark_parameter(self, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            self._mark(tensor, "parameters")
-
-    def _mark_parts(self, tensor: Tensor, category: Category) -> None:
-        """A tensor, or the tensors that a library's own kind of it is made of, such as codes and their scales."""
-        if not isinstance(tensor, FakeTensor) and is_traceable_wrapper_subclass(tensor):
-            names, _ = tensor.__tensor_flatten__()
-            for name in names:
-                self._mark_parts(getattr(tensor, name), category)
-        else:
-            self._mark(tensor, category)
-
-    def _mark(self, tensor: Tensor, category: Category) -> None:
-        tensor = getattr(tensor, "_local_tensor", tensor)  # this card's shard of a distributed one
-        if isinstance(tensor, FakeTensor) and tensor.fake_device.type == self.where.type:
-            self.recorder.mark(tensor, category)
-
     # Between device and host
 
-    def _read_scalar(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(args[0], FakeTensor):
-            return self.values.scalar(args[0])
-        return func(*args, **kwargs)
+    def _read_scalar(self, func: OpOverload, tensor: Tensor) -> Argument:
+        if isinstance(tensor, FakeTensor):
+            return self.values.scalar(tensor)
+        number: Argument = func(tensor)
+        return number
 
-    def _equal(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not _has_fake(args):
-            return func(*args, **kwargs)
-        one, other = (self.values.exactly(tensor) for tensor in args[:2])
-        if one is not None and other is not None:
-            return func(one, other, *args[2:], **kwargs)
-        self.values.count("a comparison of tensors")
-        return True
+    def _equal(self, func: OpOverload, one: Tensor, other: Tensor, *rest: Argument, **kwargs: Argument) -> Argument:
+        mine, others = self.values.exactly(one), self.values.exactly(other)
+        if mine is None or others is None:
+            self.values.count("a comparison of tensors")
+            return True
+        equal: Argument = func(mine, others, *rest, **kwargs)
+        return equal
 
-    def _copy_across(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source, device = args[0], kwargs.get("device")
+    def _copy_across(
+        self,
+        func: OpOverload,
+        source: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        **kwargs: Argument,
+    ) -> Argument:
         target = source.device.type if device is None else device.type
-        is_fake = isinstance(source, FakeTensor)
+        if dtype is not None:
+            kwargs["dtype"] = dtype
         if target == "cuda":
-            kwargs = {**kwargs, "device": self.where}
-            if is_fake:
-                return self.execute(func, args, kwargs)
+            if isinstance(source, FakeTensor):
+                return self.execute(func, (source,), {**kwargs, "device": self.where})
             with self.fake.lock:
-                return self._upload(source, func, kwargs)
-        if is_fake and target == "cpu":
+                return self._upload(source, func, dtype or source.dtype)
+        if device is not None:
+            kwargs["device"] = device
+        if isinstance(source, FakeTensor) and target == "cpu":
             if source.fake_device.type == "cpu":
-                with self.fake:
-                    return func(*args, **kwargs)
-            return self.values.on_host(source, kwargs.get("dtype") or source.dtype)
-        return func(*args, **kwargs)
+                return self._without_data(func, (source,), kwargs)
+            return self.values.on_host(source, dtype or source.dtype)
+        out: Argument = func(source, **kwargs)
+        return out
 
-    def _upload(self, source: Tensor, func: OpOverload, kwargs: dict[str, Any]) -> Tensor:
-        """A copy of a host tensor on the device."""
+    def _upload(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
+        """Return a copy of a host tensor on the device."""
         phase = self.phases.now()
         with self.fake:
-            out = torch.empty_strided(
-                source.shape, _dense_strides(source), dtype=kwargs.get("dtype") or source.dtype, device=self.where
-            )
+            out = torch.empty_strided(source.shape, _dense_strides(source), dtype=dtype, device=self.where)
         self._track(out, func, (source,), phase)
         if not isinstance(source, nn.Parameter) and phase != "setup":
             self.recorder.mark(out, "inputs")
         self.values.learn(out, source)
         return out
 
-    def _copy_into(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        target, source = args[:2]
+    def _copy_into(self, func: OpOverload, target: Tensor, source: Tensor, *rest: Argument) -> Argument:
+        args = (target, source, *rest)
         to_host = target.device.type == "cpu"
         if to_host and self.observer and isinstance(source, FakeTensor) and (copy := kernel_of(func, args, {}, target)):
             self.observer(copy)
         if not isinstance(target, FakeTensor):
-            if isinstance(source, FakeTensor):
-                if source.fake_device.type == "cuda":
-                    target.copy_(self.values.on_host(source, target.dtype))
-                return target
-            return func(*args, **kwargs)
+            if not isinstance(source, FakeTensor):
+                func(*args)
+            elif source.fake_device.type == "cuda":
+                target.copy_(self.values.on_host(source, target.dtype))
+            return target
         if to_host:
             return target  # a parameter without data
         if isinstance(source, FakeTensor):
-            return self.execute(func, args, kwargs)
-        self.values.follow(func, args, kwargs, target)
+            return self.execute(func, args, {})
+        self.values.follow(func, args, {}, target)
         return target
 
     # Operators written in Python
 
-    def _python_body(self, func: OpOverload) -> Callable[..., Any] | None:
-        """The function behind a custom operator (`custom_op`), which fake tensors treat as one step."""
+    def _python_body(self, func: OpOverload) -> Callable[..., Argument] | None:
+        """Return the function behind a custom operator (`custom_op`), which fake tensors treat as one step."""
         if func.namespace in _PACKAGES_OF_CUSTOM_OPERATORS:
             return None
         from torch._library.custom_ops import OPDEFS
 
         for definition in OPDEFS.values():
             if definition._opoverload is func:
-                return definition._init_fn  # type: ignore[no-any-return]
+                body: Callable[..., Argument] = definition._init_fn
+                return body
         return None
 
 
-class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+class _SharedFakeMode(FakeTensorMode):
     """A fake mode for all threads of a script; `lock` lets one of them in at a time.
 
     Torch's own mode asserts that no other thread is in a kernel, and keeps its stack of modes in the object.
@@ -519,9 +477,11 @@ class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self.lock.acquire()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            super().__exit__(*error)
+            super().__exit__(kind, error, trace)
         finally:
             self.lock.release()
 
@@ -531,7 +491,7 @@ class _Handle:
     number: int
 
 
-class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class VirtualDeviceMode(TorchDispatchMode):
     """Sends the operators of one thread to the virtual device."""
 
     def __init__(self, device: VirtualDevice) -> None:
@@ -539,8 +499,8 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device = device
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: Iterable[type], args: Arguments = (), kwargs: Options | None = None
+    ) -> Argument:
         return self._device.run(func, args, kwargs or {})
 
     @classmethod
@@ -550,13 +510,8 @@ class VirtualDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Let Dynamo see this mode: hiding wraps every operator, and only `torch.compile` needs that."""
+        """Let Dynamo trace this mode: hiding it wraps every operator, and only `torch.compile` needs that."""
         return False
-
-    @classmethod
-    def hide_from_dynamo(cls) -> None:
-        hide: Any = importlib.import_module("torch._compile")._disable_dynamo
-        cls.__torch_dispatch__ = hide(cls.__torch_dispatch__, recursive=True)  # type: ignore[method-assign]
 
 
 @cache
@@ -569,7 +524,7 @@ def _is_composite(func: OpOverload, device: str) -> bool:
     return func._can_decompose() and not has_kernel
 
 
-def _has_fake(values: Any) -> bool:
+def _has_fake(values: Iterable[Argument]) -> bool:
     for value in values:
         if isinstance(value, FakeTensor):
             return True
@@ -578,39 +533,45 @@ def _has_fake(values: Any) -> bool:
     return False
 
 
-def _on_card(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """False if all fake tensors are in host memory, where a script may keep some."""
+def _on_card(args: Arguments, kwargs: Options) -> bool:
+    """Return False if all fake tensors are in host memory, where a script may keep some."""
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
 
 
-def _resize_storage(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tensor, nbytes = args
-    tensor.untyped_storage().resize_(nbytes)  # which comes to `VirtualDevice.resize`
+def _engine_adds(args: Arguments, kwargs: Options) -> Tensor | None:
+    """Return the first summand of autograd's own addition, which sums the gradients of a tensor used more than once."""
+    if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
+        return None
+    one, other = args[:2]
+    if not isinstance(one, FakeTensor) or not isinstance(other, FakeTensor) or one._is_view():
+        return None
+    return one if one.shape == other.shape and one.dtype == other.dtype else None
 
 
-def _is_weight_gradient(func: OpOverload, phase: Phase) -> bool:
-    return phase == "backward" and func is aten.embedding_dense_backward.default
+def _resize_storage(func: OpOverload, tensor: Tensor, nbytes: int) -> None:
+    tensor.untyped_storage().resize_(nbytes)  # it calls `VirtualDevice.resize`
 
 
 def _dense_strides(source: Tensor) -> tuple[int, ...]:
-    """Strides of a copy that preserves the format: those of `source` if it is dense, else contiguous ones."""
+    """Strides of a copy that preserves the format: the strides of a dense `source`, else contiguous ones."""
     return torch.empty_like(source, device="meta").stride()
 
 
-def _elements(args: tuple[Any, ...]) -> int:
-    """Elements of a tensor whose shape is the factory's first argument."""
-    return math.prod(args[0]) if args else 1
+def _elements(args: Arguments) -> int:
+    """Elements of a factory's result: its first argument is the shape."""
+    shape: Argument = args[0] if args else ()
+    return math.prod(shape) if isinstance(shape, (list, tuple)) else 1
 
 
-def _is_large_parameter(func: OpOverload, args: tuple[Any, ...]) -> bool:
+def _is_large_parameter(func: OpOverload, args: Arguments) -> bool:
     if _elements(args) < LAZY_PARAMETER_ELEMENTS:
         return False
-    frame = sys._getframe(3)
+    frame: FrameType | None = sys._getframe(3)
     for _ in range(8):
         if frame is None:
             return False
         if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), nn.Module):
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False

@@ -1,4 +1,4 @@
-"""The user's running lines: the stack without torch, the standard library and tightfit itself."""
+"""The user's running line: the stack without torch, the standard library and tightfit itself."""
 
 import os
 import re
@@ -30,9 +30,9 @@ class Frame(NamedTuple):
 
 
 def user_frames(start: FrameType | None, limit: int = MAX_FRAMES) -> tuple[Frame, ...]:
-    """List frames from `start` outwards, innermost first: other packages' too, but not torch's or ours.
+    """Return the frames from `start` outwards, innermost first, without torch's and ours.
 
-    Where the first `limit` are all of packages, the innermost in the user's own files stands in the last one's place.
+    If the first `limit` are all of packages, the innermost frame in the user's own files replaces the last one.
     """
     found: list[Frame] = []
     frame, has_own = start, False
@@ -48,7 +48,7 @@ def user_frames(start: FrameType | None, limit: int = MAX_FRAMES) -> tuple[Frame
 
 
 def is_package(frame: Frame) -> bool:
-    """True if a frame is in an installed package, rather than in the user's own files."""
+    """Return True if a frame is in an installed package, rather than in the user's own files."""
     return _is_packages_file(frame.file)
 
 
@@ -70,13 +70,13 @@ def _counts(code: CodeType) -> bool:
 
 
 def _is_library(file: str) -> bool:
-    """True if a file is torch's, ours or the standard library's, not another package's."""
+    """Return True if a file is torch's, ours or the standard library's, rather than another installed package's."""
     name = os.path.realpath(file)
     return name.startswith(_LIBRARIES[:2]) or (name.startswith(_LIBRARIES) and not name.startswith(_SITE))
 
 
 def frames_of_text(trace: str) -> tuple[Frame, ...]:
-    """Read the user's frames from a printed stack, innermost first.
+    """Read the user's frames of a printed stack, innermost first.
 
     >>> frames_of_text('  File "model.py", line 186, in forward\\n    logits = self.lm_head(x)\\n')
     (Frame(file='model.py', line=186, function='forward'),)

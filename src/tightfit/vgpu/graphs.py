@@ -2,18 +2,17 @@
 
 Follows torch/_inductor/cudagraph_trees.py. All graphs of a process share one pool on a stream of their own. A graph is
 first run as it is in the pool, then recorded there, then replayed: the same addresses each time. Its inputs other than
-parameters and results of other graphs are copied into the pool. Results of the call before are taken back when a
-compiled function is called anew and no backward pass is awaited, also those that the script still holds.
+parameters and results of other graphs are copied into the pool. The next call of a compiled function takes back the
+results of the last one, unless a backward pass is still to come. It takes back even those that the script holds.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.allocator.caching import PoolId
+from tightfit.kernels.temporaries import Argument
 from tightfit.vgpu.device import VirtualDevice
 
 _STREAM = 1 << 20
@@ -35,8 +34,8 @@ class CudaGraphs:
         self._calls += 1
 
     @contextmanager
-    def run(self, arguments: list[Any], *, backward: bool, inference: bool) -> Iterator[None]:
-        """Run one graph in here, with its memory in the pool."""
+    def run(self, arguments: list[Argument], *, backward: bool, inference: bool) -> Iterator[None]:
+        """Run one graph within, with its memory in the pool."""
         recorder = self._device.recorder
         if self._pool is None:
             self._pool = recorder.allocator.create_pool()
@@ -46,17 +45,19 @@ class CudaGraphs:
         self._calls_at_last_run = self._calls
         self._awaits_backward = not backward and (self._awaits_backward or not inference)
         with self._device.in_pool(self._pool, _STREAM):
-            copies = [self._device.copy_into_pool(tensor) for tensor in arguments if self._is_copied(tensor)]
+            copies = [  # no other list of the inputs: it would keep alive what the graph frees
+                self._device.copy_into_pool(tensor)
+                for tensor in arguments
+                if isinstance(tensor, FakeTensor) and self._is_copied(tensor)
+            ]
             try:
                 yield
             finally:
                 for copy in copies:
                     recorder.give(copy)
 
-    def _is_copied(self, argument: object) -> bool:
-        if not isinstance(argument, Tensor) or not isinstance(argument, FakeTensor):
-            return False
-        held = self._device.recorder.of_storage(argument)
+    def _is_copied(self, tensor: FakeTensor) -> bool:
+        held = self._device.recorder.of_storage(tensor)
         return (
             held is not None
             and held.nbytes > 0

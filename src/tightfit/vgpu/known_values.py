@@ -1,22 +1,22 @@
-"""Answers to a script that reads a value which no kernel computed.
+"""Answers to a script that reads values from the device, where no kernel computed them.
 
-A tensor on the virtual GPU has no data. Some values are known all the same: what was filled with one number, whole
-numbers and flags that came from the host (lengths, positions, masks), and what operators make of those alone: they run
-on the host, too, on the known values. So a library that asks "is every entry of this mask one?" gets the true answer,
-and takes the way that it would take on a card.
+A tensor on the virtual GPU has no data. Some values are known all the same: tensors filled with one number, and whole
+numbers and flags from the host (lengths, positions, masks). Operators on known values alone also run on the host, so
+their results are known. A library that asks "is every entry of this mask one?" gets the true answer, and takes the same
+path as on a card.
 
-The rest is made up when it is asked for: a loss falls slowly, a flag is not raised, a mask is true everywhere where its
-elements are counted, and nothing is infinite. What is made up stays so: the same tensor gives the same answer twice,
-and what follows from it is marked. Every made-up answer is counted by the line that asked.
+All other answers are made up: a loss falls slowly, a flag is not raised, a mask with counted elements is true
+everywhere, and nothing is infinite. The same tensor gives the same answer twice, and all results of made-up values are
+marked. Every made-up answer is counted by the line that asked.
 """
 
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 
 Scalar = bool | int | float
@@ -40,20 +41,23 @@ _LOOKED_AT = 1 << 22
 
 aten = torch.ops.aten
 
-_FILLED: dict[OpOverload, Callable[[tuple[Any, ...]], Scalar]] = {
-    aten.zeros.default: lambda args: 0,
-    aten.zeros_like.default: lambda args: 0,
-    aten.new_zeros.default: lambda args: 0,
-    aten.zero_.default: lambda args: 0,
-    aten.ones.default: lambda args: 1,
-    aten.ones_like.default: lambda args: 1,
-    aten.new_ones.default: lambda args: 1,
-    aten.full.default: lambda args: args[1],
-    aten.full_like.default: lambda args: args[1],
-    aten.new_full.default: lambda args: args[2],
-    aten.fill_.Scalar: lambda args: args[1],
-    aten.scalar_tensor.default: lambda args: args[0],
+_FILLED: dict[OpOverload, Scalar] = {
+    aten.zeros.default: 0,
+    aten.zeros_like.default: 0,
+    aten.new_zeros.default: 0,
+    aten.zero_.default: 0,
+    aten.ones.default: 1,
+    aten.ones_like.default: 1,
+    aten.new_ones.default: 1,
 }
+_FILLED_BY_ARGUMENT: dict[OpOverload, int] = {
+    aten.full.default: 1,
+    aten.full_like.default: 1,
+    aten.new_full.default: 2,
+    aten.fill_.Scalar: 1,
+    aten.scalar_tensor.default: 0,
+}
+"""Position of the argument that all elements of the result equal."""
 
 _ASSUMED: dict[OpOverload, bool] = {
     aten.isnan.default: False,
@@ -65,10 +69,11 @@ _ASSUMED: dict[OpOverload, bool] = {
 """Answers for unknown data."""
 
 _KEPT = {
-    aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
-    aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.mean.default, aten.mean.dim,
-    aten._to_copy.default, aten.repeat.default, aten.flip.default,
-}  # fmt: skip
+    *(getattr(packet, overload) for packet in (aten.any, aten.all) for overload in ("default", "dim", "dims")),
+    *(packet.default for packet in (aten.amax, aten.amin, aten.max, aten.min, aten.mean)),
+    *(packet.default for packet in (aten._to_copy, aten.repeat, aten.flip)),
+    aten.mean.dim,
+}
 """Operators whose result has the same value everywhere if their argument has."""
 
 _COUNTED = {aten.arange.default, aten.arange.start, aten.arange.start_step}
@@ -138,7 +143,7 @@ class Values:
 
     # Operators
 
-    def follow(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def follow(self, func: OpOverload, args: Arguments, kwargs: Options, out: Argument) -> None:
         """Keep what operator `func` reveals of its result `out`; a write makes its target unknown."""
         traits = _traits(func)
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
@@ -151,69 +156,70 @@ class Values:
         elif isinstance(out, tuple) and not traits.is_view and not traits.is_random:
             self._follow_several(func, args, kwargs, out)
 
-    def _follow_several(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Any, ...]
-    ) -> None:
-        facts = []
-        for tensor in _tensors(args, kwargs):
-            fact = self._fact(tensor)
-            if fact is None or not _is_small(tensor):
-                return
-            facts.append(fact)
-        results = self._computed(func, args, kwargs, lambda tensor, fact: fact.seen_by(tensor)) if facts else None
-        for tensor, result in zip(out, results or (), strict=False):
-            fact = _stored(result, tensor, any(fact.made_up for fact in facts)) if isinstance(result, Tensor) else None
+    def _follow_several(self, func: OpOverload, args: Arguments, kwargs: Options, out: tuple[Argument, ...]) -> None:
+        tensors = list(_tensors(args, kwargs))
+        facts = self._facts(tensors) if all(map(_is_small, tensors)) else None
+        results = self._computed(func, args, kwargs, _seen_by) if facts else None
+        if not facts or not isinstance(results, tuple):
+            return
+        made_up = any(fact.made_up for fact in facts)
+        for tensor, result in zip(out, results, strict=False):
+            if not isinstance(tensor, Tensor) or not isinstance(result, Tensor):
+                continue
+            fact = _stored(result, tensor, made_up)
             if fact is not None:
                 self._known[tensor.untyped_storage()] = fact
 
     def _of_result(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, traits: _Traits
+        self, func: OpOverload, args: Arguments, kwargs: Options, out: Tensor, traits: _Traits
     ) -> Fact | None:
-        filled = _FILLED.get(func)
+        filled = _filled_with(func, args)
         if filled is not None:
-            return Fact(torch.tensor(filled(args), dtype=out.dtype))
+            return Fact(torch.tensor(filled, dtype=out.dtype))
         if traits.is_random:
             return None
         invent = out.numel() == 1 and (traits.is_pointwise or func in _KEPT or func in _COUNTS)
-        facts = []
-        for tensor in _tensors(args, kwargs):
-            fact = self._fact(tensor, invent)
-            if fact is None:
-                return _of_unknown(func, args, out)
-            facts.append(fact)
+        facts = self._facts(_tensors(args, kwargs), invent)
+        if facts is None:
+            return _of_unknown(func, args, out)
         if not facts and func not in _COUNTED:
             return None
         made_up = any(fact.made_up for fact in facts)
         if made_up and func in _SCALES and out.is_floating_point():
             return None
         if _is_small(out) and all(map(_is_small, _tensors(args, kwargs))):
-            result = self._computed(func, args, kwargs, lambda tensor, fact: fact.seen_by(tensor))
-            return None if result is None else _stored(result, out, made_up)
+            result = self._computed(func, args, kwargs, _seen_by)
+            return _stored(result, out, made_up) if isinstance(result, Tensor) else None
         if not facts or not all(fact.is_uniform for fact in facts):
             return None
         if func in _KEPT:
             return Fact(facts[0].value.to(out.dtype), made_up)
-        if func in _COUNTS:
+        if func in _COUNTS and isinstance(args[0], Tensor):
             return Fact(facts[0].value.to(out.dtype) * (args[0].numel() // max(1, out.numel())), made_up)
         if traits.is_pointwise:
             result = self._computed(func, args, kwargs, lambda tensor, fact: fact.value)
-            return None if result is None else Fact(result.to(out.dtype), made_up)
+            return Fact(result.to(out.dtype), made_up) if isinstance(result, Tensor) else None
         return None
 
-    def _follow_writes(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits) -> None:
+    def _follow_writes(self, func: OpOverload, args: Arguments, kwargs: Options, traits: _Traits) -> None:
         if func is _GRADIENTS_ARE_FINITE:
-            found = self._fact(args[1])
-            self._forget_all(args[0])
-            if found is not None:
-                self._known[args[1].untyped_storage()] = Fact(found.value, made_up=True)
+            self._follow_unscaling(*args)
             return
         written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in traits.writes]
-        results, made_up = self._of_writes(func, args, kwargs, traits, written)
-        for target, result in zip(written, results, strict=True):
-            if isinstance(target, FakeTensor) and result is not None:
-                self._write(target, result, made_up)
+        results, made_up = self._of_writes(func, args, kwargs, traits, written) or (None, False)
+        for place, target in enumerate(written):
+            if isinstance(target, FakeTensor) and results:
+                self._write(target, results[place], made_up)
             else:
                 self._forget_all(target)
+
+    def _follow_unscaling(self, gradients: Argument, found_inf: Argument, *_: Argument) -> None:
+        """Make the flag of the AMP scaler's check a made-up one: no gradient is infinite."""
+        assert isinstance(found_inf, Tensor)
+        found = self._fact(found_inf)
+        self._forget_all(gradients)
+        if found is not None:
+            self._known[found_inf.untyped_storage()] = Fact(found.value, made_up=True)
 
     def _write(self, target: Tensor, value: Tensor, made_up: bool) -> None:
         """`target`, which may be a part of its storage, now holds `value` of the same shape, or a single number."""
@@ -235,54 +241,55 @@ class Values:
             self._known[storage] = fact
 
     def _of_writes(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits, written: list[Any]
-    ) -> tuple[list[Tensor | None], bool]:
-        """Return the new content of the written arguments, and True if it is made up."""
-        unknown: tuple[list[Tensor | None], bool] = ([None] * len(written), False)
+        self, func: OpOverload, args: Arguments, kwargs: Options, traits: _Traits, written: list[Argument]
+    ) -> tuple[list[Tensor], bool] | None:
+        """Return the new content of the written arguments, and True if it is made up; None if it is unknown."""
         target = written[0]
-        filled = _FILLED.get(func)
-        if filled is not None:
-            return [torch.tensor(filled(args), dtype=target.dtype)], False
-        tensors = list(_tensors(args, kwargs))
+        filled = _filled_with(func, args)
+        if filled is not None and isinstance(target, Tensor):
+            return [torch.tensor(filled, dtype=target.dtype)], False
         if func in _COPIES:
-            if not isinstance(args[1], FakeTensor):
-                few = _is_small(args[1]) or _is_uniform(args[1])
-                return ([args[1].detach().to(target.dtype)], False) if few else unknown
-            fact = self._fact(args[1])
-            if fact is None or not (fact.is_uniform or _is_small(target)):
-                return unknown
-            return [(fact.value if fact.is_uniform else fact.seen_by(args[1])).to(target.dtype)], fact.made_up
-        if traits.is_random or any(not isinstance(tensor, FakeTensor) for tensor in written):
-            return unknown
-        invent = traits.is_pointwise and all(tensor.numel() == 1 for tensor in tensors)
-        facts = []
-        for tensor in tensors:
-            fact = self._fact(tensor, invent)
-            if fact is None:
-                return unknown
-            facts.append(fact)
-        if func in _SCALES and target.is_floating_point() and any(fact.made_up for fact in facts):
-            return unknown
+            return self._of_copy(*args)
+        fakes = [tensor for tensor in written if isinstance(tensor, FakeTensor)]
+        if traits.is_random or len(fakes) < len(written):
+            return None
+        tensors = list(_tensors(args, kwargs))
+        facts = self._facts(tensors, invent=traits.is_pointwise and all(tensor.numel() == 1 for tensor in tensors))
+        if facts is None:
+            return None
+        made_up = any(fact.made_up for fact in facts)
+        if made_up and func in _SCALES and fakes[0].is_floating_point():
+            return None
         small = all(map(_is_small, tensors))
         if not small and not (traits.is_pointwise and all(fact.is_uniform for fact in facts)):
-            return unknown
+            return None
         after: dict[int, Tensor] = {}
 
         def operand(tensor: Tensor, fact: Fact) -> Tensor:
-            value = (fact.seen_by(tensor) if small else fact.value).clone()
-            after[id(tensor)] = value
+            value = after[id(tensor)] = (fact.seen_by(tensor) if small else fact.value).clone()
             return value
 
         if self._computed(func, args, kwargs, operand) is None:
-            return unknown
-        return [after[id(tensor)] for tensor in written], any(fact.made_up for fact in facts)
+            return None
+        return [after[id(tensor)] for tensor in fakes], made_up
+
+    def _of_copy(self, target: Argument, source: Argument, *_: Argument) -> tuple[list[Tensor], bool] | None:
+        assert isinstance(target, Tensor)
+        assert isinstance(source, Tensor)
+        if not isinstance(source, FakeTensor):
+            few = _is_small(source) or _is_uniform(source)
+            return ([source.detach().to(target.dtype)], False) if few else None
+        fact = self._fact(source)
+        if fact is None or not (fact.is_uniform or _is_small(target)):
+            return None
+        return [(fact.value if fact.is_uniform else fact.seen_by(source)).to(target.dtype)], fact.made_up
 
     def _computed(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], operand: Callable[[Tensor, Fact], Tensor]
-    ) -> Any:
-        """The operator's result on the host, on known values; None where the host refuses what a card may not."""
+        self, func: OpOverload, args: Arguments, kwargs: Options, operand: Callable[[Tensor, Fact], Tensor]
+    ) -> Argument:
+        """Run the operator on the host, on known values; None where the host refuses to."""
 
-        def swap(value: Any) -> Any:
+        def swap(value: Argument) -> Argument:
             if isinstance(value, Tensor):
                 fact = self._fact(value, invent=True)
                 assert fact is not None
@@ -290,11 +297,24 @@ class Values:
             return [swap(each) for each in value] if isinstance(value, (list, tuple)) else value
 
         try:
-            return func(*(swap(value) for value in args), **{name: swap(value) for name, value in kwargs.items()})
+            out: Argument = func(
+                *(swap(value) for value in args), **{name: swap(value) for name, value in kwargs.items()}
+            )
         except (RuntimeError, NotImplementedError):
             return None
+        return out
 
     # Facts
+
+    def _facts(self, tensors: Iterable[Tensor], invent: bool = False) -> list[Fact] | None:
+        """Return the facts of all tensors; None, from the first one without, if one has none."""
+        facts = []
+        for tensor in tensors:
+            fact = self._fact(tensor, invent)
+            if fact is None:
+                return None
+            facts.append(fact)
+        return facts
 
     def _fact(self, tensor: Tensor, invent: bool = False) -> Fact | None:
         """Return the fact of a tensor; with `invent`, make one up (and keep it) for a single element."""
@@ -317,7 +337,7 @@ class Values:
         return False if dtype == torch.bool else 0
 
     def learn(self, tensor: Tensor, source: Tensor) -> None:
-        """`tensor` is a copy of a real tensor of the host."""
+        """Keep the values of `tensor`, which is a copy of the host's `source`."""
         if not 0 < source.numel() <= _LOOKED_AT or not (_is_small(source) or _is_uniform(source)):
             return
         fact = _stored(source.detach().to(tensor.dtype), tensor, made_up=False)
@@ -327,7 +347,7 @@ class Values:
     def forget(self, storage: torch.UntypedStorage) -> None:
         self._known.pop(storage, None)
 
-    def _forget_all(self, tensors: Any) -> None:
+    def _forget_all(self, tensors: Argument) -> None:
         for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
             if isinstance(tensor, FakeTensor):
                 self.forget(tensor.untyped_storage())
@@ -335,14 +355,14 @@ class Values:
     # Answers
 
     def exactly(self, tensor: Tensor) -> Tensor | None:
-        """The true values of a tensor on the host, if they are known and nothing of them is made up."""
+        """Return the true values of a tensor on the host; None if any is unknown or made up."""
         if not isinstance(tensor, FakeTensor):
             return tensor
         fact = self._fact(tensor)
         return None if fact is None or fact.made_up else fact.seen_by(tensor)
 
     def scalar(self, tensor: Tensor) -> Scalar:
-        """The answer to `tensor.item()`."""
+        """Answer `tensor.item()`."""
         fact = self._fact(tensor, invent=True)
         assert fact is not None, "item() is asked of tensors with one element"
         if fact.made_up:
@@ -351,7 +371,7 @@ class Values:
         return fact.seen_by(tensor).item()
 
     def on_host(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A host tensor of the same shape, for a copy from the device; its pages cost memory only when written."""
+        """Return a host tensor for a copy from the device; its pages cost memory only when written."""
         fact = self._fact(tensor, invent=True)
         if fact is None or fact.made_up:
             self.count("a tensor copied to the host")
@@ -361,35 +381,45 @@ class Values:
         return fact.seen_by(tensor).to(dtype).clone(memory_format=torch.contiguous_format)
 
     def count(self, what: str, frames: tuple[Frame, ...] | None = None) -> None:
-        """Something was made up for the line that is running, or that `frames` lead to."""
+        """Count a made-up answer for the line that is running, or the innermost of `frames`."""
         self.made_up[(users_line(user_frames(sys._getframe(1)) if frames is None else frames), what)] += 1
 
 
 _WHERE_AND_HOW = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
 
 
-def _of_unknown(func: OpOverload, args: tuple[Any, ...], out: Tensor) -> Fact | None:
+def _filled_with(func: OpOverload, args: Arguments) -> Argument:
+    """Return the number that all elements of the result have; None for another operator."""
+    place = _FILLED_BY_ARGUMENT.get(func)
+    return _FILLED.get(func) if place is None else args[place]
+
+
+def _of_unknown(func: OpOverload, args: Arguments, out: Tensor) -> Fact | None:
     """Make up an operator's result when its arguments are unknown."""
-    source, other = args[0], args[1] if len(args) > 1 else None
-    value: Scalar
-    if func is aten._to_copy.default and source.dtype == torch.bool and out.dtype != torch.bool:
-        value = 1  # somebody is about to count, or to take the mean
-    elif func in _ASSUMED:
-        value = _ASSUMED[func]
-    elif func in _COUNTS and isinstance(source, Tensor) and source.dtype == torch.bool:
-        value = source.numel() // max(1, out.numel())
-    elif func is aten.eq.Tensor and source is other:  # torch.isfinite and torch.isnan are made of such comparisons
-        value = True
-    elif func is aten.ne.Tensor and source is other:
-        value = False
-    elif out.dtype == torch.bool and isinstance(other, float) and math.isinf(other):
-        value = bool(func(torch.zeros(()), other))
-    else:
-        return None
-    return Fact(torch.tensor(value, dtype=out.dtype), made_up=True)
+    value = _assumed(func, args[0], args[1] if len(args) > 1 else None, out)
+    return None if value is None else Fact(torch.tensor(value, dtype=out.dtype), made_up=True)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def _assumed(func: OpOverload, source: Argument, other: Argument, out: Tensor) -> Scalar | None:
+    if func in _ASSUMED:
+        return _ASSUMED[func]
+    if isinstance(source, Tensor) and source.dtype == torch.bool:
+        if func is aten._to_copy.default and out.dtype != torch.bool:
+            return 1  # somebody is about to count, or to take the mean
+        if func in _COUNTS:
+            return source.numel() // max(1, out.numel())
+    if source is other and func in (aten.eq.Tensor, aten.ne.Tensor):  # torch.isfinite and isnan compare so
+        return func is aten.eq.Tensor
+    if out.dtype == torch.bool and isinstance(other, float) and math.isinf(other):
+        return bool(func(torch.zeros(()), other))
+    return None
+
+
+def _seen_by(tensor: Tensor, fact: Fact) -> Tensor:
+    return fact.seen_by(tensor)
+
+
+def _tensors(args: Arguments, kwargs: Options) -> Iterator[Tensor]:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             yield value
@@ -398,7 +428,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _stored(data: Tensor, tensor: Tensor, made_up: bool) -> Fact | None:
-    """The fact that `tensor` holds `data`; None if that is too much to keep."""
+    """Return the fact that `tensor` holds `data`; None if that is too much to keep."""
     if data.numel() == 0:
         return None
     data = data.to(tensor.dtype)
@@ -421,7 +451,7 @@ def _is_uniform(data: Tensor) -> bool:
 
 
 def _covers(tensor: Tensor) -> bool:
-    """True if a tensor is the whole of its storage."""
+    """Return True if a tensor covers its whole storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
@@ -430,12 +460,12 @@ def _limit(dtype: torch.dtype) -> int:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """True if a tensor's single values are worth following."""
+    """Return True if a tensor's single values are worth following."""
     return tensor.numel() <= _limit(tensor.dtype)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose memory the system provides when it is touched, so that copies of large models cost nothing."""
+    """Return zeros in pages that the system provides when they are touched: copies of large models cost nothing."""
     import numpy as np
 
     nbytes = math.prod(shape) * dtype.itemsize

@@ -84,7 +84,7 @@ class VirtualSession:
             if timer is not None:
                 timer.cancel()
             self.device.recorder.settle()
-            self.device.mark_roles()
+            self.device.roles.mark_all()
             for end in self.device.at_end:
                 end()
             if self.settings.snapshot is not None:
@@ -114,7 +114,7 @@ class VirtualSession:
         return timer
 
     def _after_step(self) -> None:
-        self.device.mark_roles()
+        self.device.roles.mark_all()
         self._stopping.after_step(self.phases.steps, self.notes)
 
 

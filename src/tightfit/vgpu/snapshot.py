@@ -11,8 +11,9 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
+from tightfit.allocator.blocks import SegmentRecord
 from tightfit.allocator.caching import AllocatorSettings, Block
 from tightfit.allocator.settings import UNLIMITED, VARIABLES
 from tightfit.errors import DataError
@@ -76,7 +77,7 @@ Setting = str | int | float | bool | dict[str, int]
 class Snapshot(TypedDict):
     """The whole of a snapshot."""
 
-    segments: list[dict[str, Any]]
+    segments: list[SegmentRecord]
     device_traces: list[list[TraceRecord]]
     allocator_settings: dict[str, Setting]
     external_annotations: list[str]

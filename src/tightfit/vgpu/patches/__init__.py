@@ -6,13 +6,14 @@ from tightfit.gpus import GPU
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, process_groups
 from tightfit.vgpu.patches.files import FileGuard
+from tightfit.wording import say
 
 
 def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
-    """Patch this process for good: its CUDA device is then a virtual `gpu`, and the guard returned keeps its files.
+    """Make this process's CUDA device a virtual `gpu` for good, and return the guard that keeps its files.
 
-    Without one, for a trace of training on the processor, only fake tensors change. Raises DeviceError where this
-    torch cannot be patched.
+    Without a `gpu`, for a trace of training on the processor, only fake tensors change. DeviceError where this torch
+    cannot be patched.
     """
     files = FileGuard(device.not_written)
     if gpu is None:
@@ -23,7 +24,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
     cuda_api.install(device, gpu, count=processes)
     process_groups.install()
     if processes > 1:
-        device.not_modelled.append("memory that NCCL takes for its buffers, outside PyTorch's allocator")
+        device.note(say("vgpu.patches.nccl"))
     checkpoints.install(device, files)
     files.install()
     host.install(device, cuda_api.properties(gpu, device.recorder.allocator.total_bytes))

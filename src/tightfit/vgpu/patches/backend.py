@@ -1,7 +1,7 @@
-"""Makes tensors on "cuda" possible in a process without a CUDA device: all that is not public API of torch is in here.
+"""Makes tensors on "cuda" possible in a process without a CUDA device, beyond torch's public API.
 
-Needed from torch, in three parts that `self_test` checks:
-1. a device guard in the CUDA slot of c10's registry, and CUDA hooks that say they are built and have a context, so that
+It needs three parts of torch, which `self_test` checks:
+1. a device guard in the CUDA slot of c10's registry, and CUDA hooks that report a built CUDA with a context, so that
    tensors on "cuda" can be made and autograd's engine can run (by ctypes: torch has an official way in for its
    "PrivateUse1" slot only);
 2. fake tensors (`torch._subclasses.fake_tensor`), which have a shape, a dtype and the device "cuda", and no data;
@@ -14,7 +14,6 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, library, nn
@@ -23,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tightfit.errors import DeviceError
 from tightfit.kernels.operators import WITH_OWN_KERNEL
+from tightfit.vgpu.patches.assign import assign
+from tightfit.wording import say
 
 _CUDA, _META, _PRIVATE_USE = 1, 14, 20
 """c10::DeviceType: places in the registry of device guards."""
@@ -41,7 +42,7 @@ KEPT: list[library.Library] = []
 
 
 class _Guard(torch._C._acc.DeviceGuard):
-    def type_(self) -> Any:
+    def type_(self) -> "torch._C._autograd.DeviceType":  # type: ignore[override]  # torch calls it with this type
         return torch._C._autograd.DeviceType.CUDA
 
 
@@ -50,44 +51,42 @@ def enable() -> None:
     global _enabled
     if _enabled:
         return
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        raise DeviceError(
-            "this process already uses its real GPU, and a process has either that or the virtual one; "
-            "make the virtual GPU first, or run the script with tightfit dryrun"
-        )
+    if torch.cuda.is_initialized():
+        raise DeviceError(say("vgpu.backend.real_gpu_in_use"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         _install_guard()
     except (AttributeError, OSError, AssertionError, ValueError) as error:
+        kind = type(error).__name__
         raise DeviceError(
-            f"torch {torch.__version__} does not let its CUDA device be replaced ({type(error).__name__}: {error}); "
-            "tightfit's virtual GPU is known to work with torch 2.11 to 2.15 on Linux"
+            say("vgpu.backend.not_replaceable", version=torch.__version__, kind=kind, error=str(error))
         ) from None
     answer_for_fake_tensors()
     _enabled = True
 
 
 def self_test() -> None:
-    """DeviceError, with what is missing in one sentence, unless a virtual tensor trains for a step."""
+    """Train a virtual tensor for a step. DeviceError, naming the missing part, if that fails."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            weight = nn.Parameter(torch.zeros(4, 4, device="cuda"))
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = (torch.zeros(2, 4).to("cuda") @ weight).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-        missing = [
-            what
-            for what, there in (
-                ("the device of a copied tensor", weight.device == torch.device("cuda", 0)),
-                ("a gradient on the device", weight.grad is not None and weight.grad.device.type == "cuda"),
-                ("autocast", loss.dtype == torch.float32 or loss.dtype == torch.bfloat16),
-            )
-            if not there
-        ]
-    except Exception as error:  # whatever an unknown torch raises: it is named in the sentence
-        missing = [f"a training step of a fake tensor ({type(error).__name__}: {str(error).splitlines()[0]:.200})"]
+        missing = _missing_part()
+    except (RuntimeError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        missing = say("vgpu.backend.training_step", kind=type(error).__name__, error=f"{first:.200}")
     if missing:
-        raise DeviceError(f"the virtual GPU does not work with torch {torch.__version__}: it lacks {missing[0]}")
+        raise DeviceError(say("vgpu.backend.does_not_work", version=torch.__version__, missing=missing))
+
+
+def _missing_part() -> str | None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = nn.Parameter(torch.zeros(4, 4, device="cuda"))
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = (torch.zeros(2, 4).to("cuda") @ weight).sum()
+        loss.backward()
+    if weight.device != torch.device("cuda", 0):
+        return say("vgpu.backend.device_of_copy")
+    if weight.grad is None or weight.grad.device.type != "cuda":
+        return say("vgpu.backend.gradient")
+    return None if loss.dtype in (torch.float32, torch.bfloat16) else say("vgpu.backend.autocast")
 
 
 def _install_guard() -> None:
@@ -121,7 +120,7 @@ def _install_guard() -> None:
 
 
 def _never_free(pointed_at: object) -> None:
-    """Keep an object that C++ points to beyond the interpreter's end, when modules drop what they hold.
+    """Keep an object that C++ points to beyond the interpreter's end, when modules drop their contents.
 
     Autograd's engine still asks the guard then, as do tensors that are released late.
     """
@@ -142,17 +141,14 @@ def _replace_virtual_functions(instance: int, functions: dict[int, int], slots: 
 
 
 def answer_for_fake_tensors() -> None:
-    """Let torch treat a fake tensor as one on a GPU where it would first ask for a GPU."""
-    subclasses: Any = importlib.import_module("torch._subclasses")
-    subclasses.__class__ = _Discreet
-    # torch.tensor([1.0], device="cuda") makes a host tensor first, which the dispatch mode then sees on its way.
+    """Let torch treat a fake tensor as a GPU's without looking for a GPU."""
+    assign(importlib.import_module("torch._subclasses"), __class__=_Discreet)
+    # torch.tensor([1.0], device="cuda") makes a host tensor first, which the dispatch mode then receives.
     torch._C._set_only_lift_cpu_tensors(True)
-    fake: Any = fake_tensor
-    fake.init_gpu_context = lambda device: None
-    FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment, method-assign]
-    amp: Any
+    assign(fake_tensor, init_gpu_context=lambda device: None)
+    assign(FakeTensorMode, avoid_device_init=property(lambda self: True))
     for amp in (importlib.import_module("torch.cuda.amp.common"), torch.cuda.amp):
-        amp.amp_definitely_not_available = lambda: False
+        assign(amp, amp_definitely_not_available=lambda: False)
     import torch.optim.optimizer as optimizer
     import torch.utils._foreach_utils as foreach
 
@@ -168,11 +164,11 @@ def _claim_cuda_kernels() -> None:
 
     The dispatch mode answers for tensors on "cuda", so that nothing calls these kernels.
     """
-    operators = library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    operators = library.Library("aten", "IMPL")
     for name in WITH_OWN_KERNEL:
         known = hasattr(torch.ops.aten, name)
         if known and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
-            operators.impl(name, _no_real_kernel, "CUDA")  # type: ignore[no-untyped-call]
+            operators.impl(name, _no_real_kernel, "CUDA")
     KEPT.append(operators)
 
 
@@ -181,9 +177,9 @@ def _no_real_kernel(*args: object, **kwargs: object) -> None:
 
 
 class _Discreet(types.ModuleType):
-    """`torch._subclasses`, which tells only torch what a fake tensor is.
+    """`torch._subclasses`, which shows the class of fake tensors to torch alone.
 
-    Libraries that meet one believe that they are being traced, and take another way than on a card: transformers makes
+    Libraries take a fake tensor as a sign of tracing, and take another path than on a card: transformers makes
     attention masks that it would leave out.
     """
 
@@ -194,13 +190,14 @@ class _Discreet(types.ModuleType):
 
 
 class _NoTensor:
-    """A class without instances: no tensor is one."""
+    """A class without instances."""
 
 
 def exchange(one: Tensor, other: Tensor) -> None:
-    """Let two Python tensors trade what they hold, and keep who they are.
+    """Swap the contents of two Python tensors, which stay the same objects.
 
-    `torch.utils.swap_tensors` without its check that nobody else holds the tensors: tied weights are held twice.
+    Does as `torch.utils.swap_tensors`, without its check that nobody else holds the tensors: tied weights have two
+    holders.
     """
     for name in ("__class__", "__dict__"):
         mine, theirs = getattr(one, name), getattr(other, name)

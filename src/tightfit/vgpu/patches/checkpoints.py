@@ -1,67 +1,80 @@
-"""Checkpoints of a dry run are not written: there is no data to write. What a script saved, it can load again."""
+"""Checkpoints of a dry run: no data is written, but a script can load its own checkpoints again."""
 
 import copy
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import IO
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.files import FileGuard
+from tightfit.wording import say
+
+File = str | os.PathLike[str] | IO[bytes]
+Load = Callable[..., object]
 
 _STAND_IN = f"tightfit dryrun {os.getpid()}: no checkpoint, its number is ".encode()
 _NUMBER_BYTES = 4
 
 
 def install(device: VirtualDevice, guard: FileGuard) -> None:
-    """Keep what a script saves, so that it can load it again in the same run: its best weights, or a buffer's copy."""
-    usual_load = torch.load
-    saved: list[Any] = []
-    places: dict[str, int] = {}
-
-    def save(content: object, file: Any, *args: Any, **kwargs: Any) -> None:
-        with device.phases.named("save"):
-            name = _name(file)
-            if not guard.is_discarded(name):  # else the guard has noted the old file already
-                device.not_written.append(name)
-            saved.append(_outline(content, {}, device))
-            if isinstance(file, (str, os.PathLike)):
-                places[os.path.realpath(file)] = len(saved) - 1
-                guard.checkpoints.add(os.path.realpath(file))
-            else:
-                file.write(_STAND_IN + len(saved).to_bytes(_NUMBER_BYTES))
-
-    def load(file: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with device.phases.named("resume"):
-            number = places.get(os.path.realpath(file)) if isinstance(file, (str, os.PathLike)) else None
-            if number is None:
-                number = _number_in(file)
-            content = (
-                usual_load(file, "cpu", *args, **kwargs) if number is None else _outline(saved[number], {}, device)
-            )
-            target = map_location if isinstance(map_location, (str, torch.device)) else None
-            if target is not None and torch.device(target).type == "cuda":
-                return _moved(content, torch.device(target), {})
-            return content
-
-    def remove_stand_ins() -> None:
-        for file in guard.made_files:
-            if os.path.isfile(file) and _number_in(file) is not None:
-                os.remove(file)
-
-    device.at_end.append(remove_stand_ins)
-    library: Any = torch
-    library.save, library.load = save, load
+    """Keep the checkpoints that a script saves, so that it can load them again in the same run."""
+    checkpoints = _Checkpoints(device, guard, torch.load)
+    device.at_end.append(checkpoints.remove_stand_ins)
+    assign(torch, save=checkpoints.save, load=checkpoints.load)
     try:
         import safetensors.torch as safetensors
     except ImportError:
         return
-    safetensors.save_file = lambda tensors, filename, metadata=None: save(tensors, filename)
+    assign(safetensors, save_file=lambda tensors, filename, metadata=None: checkpoints.save(tensors, filename))
 
 
-def _number_in(file: Any) -> int | None:
+class _Checkpoints:
+    """The checkpoints that a script saved, and where."""
+
+    def __init__(self, device: VirtualDevice, guard: FileGuard, usual_load: Load) -> None:
+        self._device, self._guard, self._usual_load = device, guard, usual_load
+        self._saved: list[object] = []
+        self._places: dict[str, int] = {}
+
+    def save(self, content: object, file: File, *args: object, **kwargs: object) -> None:
+        """Keep an outline of the content, and write a stand-in into a buffer."""
+        with self._device.phases.named("save"):
+            name = _name(file)
+            if not self._guard.is_discarded(name):  # else the guard has noted the old file already
+                self._device.not_written.append(name)
+            self._saved.append(_outline(content, {}, self._device))
+            if isinstance(file, (str, os.PathLike)):
+                self._places[os.path.realpath(file)] = len(self._saved) - 1
+                self._guard.checkpoints.add(os.path.realpath(file))
+            else:
+                file.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
+
+    def load(self, file: File, map_location: object = None, *args: object, **kwargs: object) -> object:
+        """Load a checkpoint of this run or a real file, and move its tensors to the device if asked to."""
+        with self._device.phases.named("resume"):
+            number = self._places.get(os.path.realpath(file)) if isinstance(file, (str, os.PathLike)) else None
+            if number is None:
+                number = _number_in(file)
+            if number is None:
+                content = self._usual_load(file, "cpu", *args, **kwargs)
+            else:
+                content = _outline(self._saved[number], {}, self._device)
+            target = torch.device(map_location) if isinstance(map_location, (str, torch.device)) else None
+            return _moved(content, target, {}) if target is not None and target.type == "cuda" else content
+
+    def remove_stand_ins(self) -> None:
+        """Remove the files of stand-ins that the script wrote from its buffers."""
+        for file in self._guard.made_files:
+            if os.path.isfile(file) and _number_in(file) is not None:
+                os.remove(file)
+
+
+def _number_in(file: File) -> int | None:
     """Number of the saved checkpoint that a file or buffer stands for; None if it is a real one."""
     if isinstance(file, (str, os.PathLike)):
         try:
@@ -77,36 +90,41 @@ def _number_in(file: Any) -> int | None:
     return int.from_bytes(head[len(_STAND_IN) :]) - 1 if head.startswith(_STAND_IN) else None
 
 
-def _outline(content: Any, memo: dict[int, Any], device: VirtualDevice) -> Any:
-    """A copy of what is saved, with tensors on the host; those of the device have no data there either."""
+def _outline(content: object, memo: dict[int, Tensor], device: VirtualDevice) -> object:
+    """Copy a checkpoint, with tensors on the host; tensors of the device have no data there either."""
     if isinstance(content, Tensor):
         key = content.untyped_storage()._cdata
         if key not in memo:
-            if isinstance(content, FakeTensor):
-                with device.fake:
-                    memo[key] = torch.empty(content.shape, dtype=content.dtype, device="cpu")
-            else:
-                memo[key] = content.detach().clone()
+            memo[key] = _on_host(content, device)
         return memo[key]
     if isinstance(content, dict):
         copied = copy.copy(content)
         for name, value in content.items():
             copied[name] = _outline(value, memo, device)
         return copied
-    if type(content) in (list, tuple):
-        return type(content)(_outline(value, memo, device) for value in content)
+    if type(content) is list:
+        return [_outline(value, memo, device) for value in content]
+    if type(content) is tuple:
+        return tuple(_outline(value, memo, device) for value in content)
     return content
+
+
+def _on_host(tensor: Tensor, device: VirtualDevice) -> Tensor:
+    if not isinstance(tensor, FakeTensor):
+        return tensor.detach().clone()
+    with device.fake:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _name(file: object) -> str:
     if isinstance(file, (str, os.PathLike)):
         return os.fspath(file)
     name = getattr(file, "name", None)
-    return name if isinstance(name, str) else "a buffer in memory"
+    return name if isinstance(name, str) else say("vgpu.checkpoints.buffer")
 
 
-def _moved(content: Any, where: torch.device, memo: dict[int, Any]) -> Any:
-    """A loaded checkpoint with its tensors on the device, shared ones once."""
+def _moved(content: object, where: torch.device, memo: dict[int, Tensor]) -> object:
+    """Move the tensors of a loaded checkpoint to the device, shared ones once."""
     if isinstance(content, Tensor):
         key = content.untyped_storage()._cdata
         if key not in memo:

@@ -1,9 +1,9 @@
-"""A dry run leaves the user's files as they are: one of them may be the best checkpoint of a week.
+"""Protection of the user's files from a dry run: one of them may be the best checkpoint of a week.
 
 A file or link from before the run is not written over, moved or removed. The call that would do so succeeds and changes
 nothing. Where a function of Python's cannot be replaced, an audit hook raises PermissionError instead. Extensions that
-open files themselves and other programs that the script starts are beyond both. New files are written; but a folder
-that the run made for a checkpoint goes at the end, as it would look like one.
+open files themselves, and other programs that the script starts, are not covered. New files are written. A folder that
+the run made for a checkpoint is removed at the end, as it would look like one.
 """
 
 import builtins
@@ -20,12 +20,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, ParamSpec, TypeVar
 
+from tightfit.vgpu.patches.assign import assign
+from tightfit.wording import say
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes] | int
 
 _CLOCK_STEP_S = 0.05
-"""By how much the clock of file times may be behind, which moves in steps of the kernel's timer (10 ms at most)."""
+"""Most seconds by which the clock of file times is late: it moves in steps of the kernel's timer (10 ms at most)."""
 
 _LARGEST_LEFTOVER = 64 << 20
 """Bytes of a checkpoint's folder up to which it is removed: settings and vocabularies. More may be prepared data."""
@@ -59,10 +62,11 @@ class FileGuard:
         self._not_written = not_written
         self._started = time.time() - _CLOCK_STEP_S
         self._active = False
-        self._open, self._os_open = builtins.open, os.open
-        self._stat, self._walk = os.stat, os.walk
-        self._mkdir, self._remove, self._remove_tree = os.mkdir, os.remove, shutil.rmtree
-        self._truncate, self._copy = os.truncate, shutil.copyfile
+        self._open: Callable[..., IO[str] | IO[bytes]] = builtins.open
+        self._os_open: Callable[..., int] = os.open
+        self._mkdir: Callable[..., None] = os.mkdir
+        self._copy: Callable[..., object] = shutil.copyfile
+        self._stat, self._walk, self._truncate, self._remove_tree = os.stat, os.walk, os.truncate, shutil.rmtree
         self._old: set[tuple[int, int]] = set()
         """Device and inode of old files met so far: a link or another program can change their times later."""
         self._stand_ins: str | None = None
@@ -73,19 +77,18 @@ class FileGuard:
 
     def install(self) -> None:
         """Patch Python's functions of this process for good."""
-        builtins.open = io.open = self.open  # type: ignore[assignment]
-        os.open = self.os_open
+        assign(builtins, io, open=self.open)
+        assign(os, open=self.os_open, mkdir=self.mkdir)
         for name in _ENTRIES.keys() | _TARGETS:
             usual = getattr(os, name, None)
             if usual is None:  # another system's
                 continue
             guarded = self._unless_old(usual, _ENTRIES.get(name, {"path": 0}), follow=name in _TARGETS)
-            setattr(os, name, guarded)
+            assign(os, **{name: guarded})
             for able in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks):
                 if usual in able:
                     able.add(guarded)
-        shutil.rmtree = self._unless_old(shutil.rmtree, {"path": 0}, follow=False)  # type: ignore[assignment]
-        os.mkdir = self.mkdir
+        assign(shutil, rmtree=self._unless_old(shutil.rmtree, {"path": 0}, follow=False))
         sys.addaudithook(self._audit)
 
     @contextlib.contextmanager
@@ -106,7 +109,7 @@ class FileGuard:
             file = self._stand_in(file, keep="w" not in mode) if "+" in mode else os.devnull
         elif isinstance(file, (str, os.PathLike)) and "b" in mode and set("wx") & set(mode):
             self.made_files.add(os.path.realpath(_text(file)))
-        return self._open(file, mode, *args, **kwargs)  # type: ignore[no-any-return, call-overload]
+        return self._open(file, mode, *args, **kwargs)
 
     def os_open(self, path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         """Open as `os.open` does; writes to an old file go elsewhere."""
@@ -115,15 +118,15 @@ class FileGuard:
             self._note(path)
             # A file of its own, and not the null device: locks on two files must not be one lock.
             path, dir_fd = self._stand_in(path, keep=not flags & os.O_TRUNC, folder=dir_fd), None
-        return self._os_open(path, flags, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
+        return self._os_open(path, flags, mode, dir_fd=dir_fd)
 
     def is_discarded(self, name: str) -> bool:
-        """Return whether what is written to the open file of this name goes nowhere, as its path was an old file."""
+        """Return True if writes to the open file of this name are discarded, as its path was an old file."""
         return name == os.devnull or (self._stand_ins is not None and name.startswith(self._stand_ins))
 
     def mkdir(self, path: Path, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         """Make a folder as `os.mkdir` does, and remember it."""
-        self._mkdir(path, mode, dir_fd=dir_fd)  # type: ignore[arg-type]
+        self._mkdir(path, mode, dir_fd=dir_fd)
         if dir_fd is None:
             self._made_folders.add(os.path.realpath(_text(path)))
 
@@ -136,7 +139,7 @@ class FileGuard:
         if keep:
             size = self._stat(path, dir_fd=folder).st_size
             if size <= _LARGEST_COPY and folder is None:
-                self._copy(path, name)  # type: ignore[arg-type]
+                self._copy(path, name)
             else:
                 self._truncate(name, size)
         return name
@@ -182,7 +185,7 @@ class FileGuard:
             self._not_written.append(text)
 
     def _is_old(self, path: Path, folder: int | None = None, *, follow: bool = True) -> bool:
-        """Return whether a path is a file or link from before the run, or a folder that holds one."""
+        """Return True if a path is a file or link from before the run, or a folder that holds one."""
         if not self._active:  # our own files are written when the script does not run
             return False
         try:
@@ -209,7 +212,7 @@ class FileGuard:
         return True
 
     def _audit(self, event: str, args: tuple[object, ...]) -> None:
-        """Refuse what reached Python's own functions by a way that is not replaced."""
+        """Refuse changes that reached Python's own functions past the replaced ones."""
         if not self._active or event not in ("open", "os.remove", "os.rename", "os.truncate"):
             return
         paths: list[tuple[object, object, bool]]
@@ -225,11 +228,11 @@ class FileGuard:
             given = folder if isinstance(folder, int) and folder >= 0 else None
             if isinstance(path, (str, bytes)) and self._is_old(path, given, follow=follow):
                 self._note(path)
-                raise PermissionError(f"a dry run does not change files from before it: {os.fsdecode(path)}")
+                raise PermissionError(say("vgpu.files.old_file", file=os.fsdecode(path)))
 
 
 def _path(argument: object) -> Path:
-    """Return what a script gave for a path; the empty path, which is no file, for what cannot be one."""
+    """Return a script's argument as a path; the empty path, which is no file, for other types."""
     return argument if isinstance(argument, (str, bytes, os.PathLike, int)) else ""
 
 

@@ -2,36 +2,47 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.fused_attention import attention
+from tightfit.kernels.temporaries import Argument
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend
+from tightfit.vgpu.patches import backend, inductor
+from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
 
+if TYPE_CHECKING:
+    import numpy as np
 
-def install(device: VirtualDevice, properties: Any) -> None:
+_DATA = torch.Tensor.__dict__["data"] if "data" in torch.Tensor.__dict__ else torch._C.TensorBase.__dict__["data"]
+"""Torch's own descriptor of `tensor.data`."""
+
+
+def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     """Patch this process for good."""
     _install_modules(device)
-    _install_tensors(device)
+    _install_data()
+    _install_storages(device)
+    _install_fake_tensors(device)
     _install_threads(device)
     _install_compile(device, properties)
     _install_attention(device)
 
 
 def _install_modules(device: VirtualDevice) -> None:
-    """`module.to(device)` keeps each parameter the object that it was, as on a real card: optimizers hold them."""
+    """Let `module.to(device)` keep each parameter's object, as on a real card: optimizers hold them."""
 
     def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if recurse:
             for child in module.children():
-                child._apply(function)  # type: ignore[no-untyped-call]
-        for name, parameter in module._parameters.items():
+                child._apply(function)
+        for parameter in module._parameters.values():
             if parameter is None:
                 continue
             with torch.no_grad():
@@ -40,58 +51,74 @@ def _install_modules(device: VirtualDevice) -> None:
             if moved is not parameter:
                 _become(parameter, moved)
             if gradient is not None:
-                module._parameters[name].grad = gradient  # type: ignore[union-attr]
-            device.mark_parameter(module._parameters[name])
+                parameter.grad = gradient
+            device.roles.mark_parameter(parameter)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = function(buffer)
-                device.mark_parameter(module._buffers[name])
+                device.roles.mark_parameter(module._buffers[name])
         return module
 
-    nn.Module._apply = apply  # type: ignore[method-assign]
+    assign(nn.Module, _apply=apply)
+
+
+def _install_data() -> None:
+    """Let `parameter.data = value` move the parameter to wherever the value is."""
 
     def get_data(parameter: Tensor) -> Tensor:
-        return torch.Tensor.data.__get__(parameter)  # type: ignore[attr-defined, no-any-return]
-
-    nn.Parameter.data = property(get_data, _become)  # type: ignore[assignment]
+        data: Tensor = _DATA.__get__(parameter)
+        return data
 
     def set_data(tensor: Tensor, value: Tensor) -> None:
-        """A large parameter is a fake tensor already on the host; what is no parameter stays where it is."""
+        """A large parameter is a fake tensor already on the host; other tensors stay where they are."""
         if isinstance(tensor, nn.Parameter):
             _become(tensor, value)
         else:
-            torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
+            _DATA.__set__(tensor, value)
 
-    FakeTensor.data = property(get_data, set_data)  # type: ignore[assignment]
+    assign(nn.Parameter, data=property(get_data, _become))
+    assign(FakeTensor, data=property(get_data, set_data))
 
 
 def _become(parameter: Tensor, value: Tensor) -> None:
-    """Let a parameter hold `value`, wherever that is."""
+    """Let a parameter hold `value`, on whichever device that is."""
     fake = isinstance(parameter, FakeTensor) or isinstance(value, FakeTensor)
     if fake or not torch._has_compatible_shallow_copy_type(parameter, value):  # from "meta" to the host, say
         backend.exchange(parameter, nn.Parameter(value.detach(), parameter.requires_grad))
     else:
-        torch.Tensor.data.__set__(parameter, value)  # type: ignore[attr-defined]
+        _DATA.__set__(parameter, value)
 
 
-def _install_tensors(device: VirtualDevice) -> None:
-    """Let a fake tensor answer what it refuses, and a tensor on a card answers."""
-    fake: Any = FakeTensor
-
-    usual_address: Any = torch.UntypedStorage.data_ptr
+def _install_storages(device: VirtualDevice) -> None:
+    usual_address, usual_resize = torch.UntypedStorage.data_ptr, torch.UntypedStorage.resize_
 
     def storage_address(storage: torch.UntypedStorage) -> int:
-        """Libraries tell by it which tensors share memory; without a place on the device, any number of its own."""
+        """Return an address of its own for a storage without one: libraries tell by it which tensors share memory."""
         if storage.device.type != "meta":
             return int(usual_address(storage))
         address = device.recorder.address_of(storage)
         return (storage._cdata if storage.nbytes() else 0) if address is None else address
 
+    def resize(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+        device.resize(storage, nbytes)
+        usual_resize(storage, nbytes)
+        return storage
+
     def address(tensor: Tensor) -> int:
         start = storage_address(tensor.untyped_storage())
         return start and start + int(tensor.storage_offset()) * tensor.element_size()
 
-    def to_numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    assign(torch.UntypedStorage, data_ptr=storage_address, resize_=resize)
+    assign(FakeTensor, data_ptr=address)
+
+
+def _install_fake_tensors(device: VirtualDevice) -> None:
+    """Let a fake tensor answer like a tensor on a card, where torch's own refuses to."""
+    usual_format: Callable[[Tensor, str], str] = torch.Tensor.__format__
+
+    def to_numpy(
+        tensor: Tensor, *args: object, **kwargs: object
+    ) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
         if tensor.device.type == "cuda":
             raise TypeError(
                 "can't convert cuda:0 device type tensor to numpy. "
@@ -99,38 +126,29 @@ def _install_tensors(device: VirtualDevice) -> None:
             )
         return device.values.on_host(tensor, tensor.dtype).numpy()
 
-    def text(tensor: Tensor, *args: Any, **kwargs: Any) -> str:
+    def text(tensor: Tensor, *args: object, **kwargs: object) -> str:
         shape = tuple(tensor.shape)
         return f"tensor(<no data>, device='{tensor.device}', dtype={tensor.dtype}, shape={shape})"
 
-    usual_resize: Any = torch.UntypedStorage.resize_
+    def formatted(tensor: Tensor, spec: str) -> str:
+        return usual_format(torch.full((), device.values.scalar(tensor)), spec) if tensor.dim() == 0 else str(tensor)
 
-    def resize_storage(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
-        device.resize(storage, nbytes)
-        usual_resize(storage, nbytes)
-        return storage
-
-    storages: Any = torch.UntypedStorage
-    storages.data_ptr = storage_address
-    storages.resize_ = resize_storage
-    fake.data_ptr = address
-    fake.numpy = to_numpy
-    fake.tolist = lambda tensor: device.values.on_host(tensor, tensor.dtype).tolist()
-    fake.__repr__ = text
-    fake.__str__ = text
-    fake.__array__ = to_numpy
-    fake.pin_memory = lambda tensor, *args: tensor
-    usual_format: Any = torch.Tensor.__format__
-    fake.__format__ = lambda tensor, spec: (
-        usual_format(torch.full((), device.values.scalar(tensor)), spec) if tensor.dim() == 0 else str(tensor)
+    assign(
+        FakeTensor,
+        numpy=to_numpy,
+        tolist=lambda tensor: device.values.on_host(tensor, tensor.dtype).tolist(),
+        __repr__=text,
+        __str__=text,
+        __array__=to_numpy,
+        pin_memory=lambda tensor, *args: tensor,
+        __format__=formatted,
+        __deepcopy__=_deep_copy,
+        record_stream=lambda tensor, stream: device.record_stream(tensor, stream.stream_id),
     )
-    fake.__deepcopy__ = _deep_copy
-    fake.record_stream = lambda tensor, stream: device.record_stream(tensor, stream.stream_id)
-    every: Any = torch.Tensor
-    every.pin_memory = lambda tensor, *args: tensor
+    assign(torch.Tensor, pin_memory=lambda tensor, *args: tensor)
 
 
-def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+def _deep_copy(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
     if id(tensor) not in memo:
         with torch.no_grad():
             copied = tensor.detach().clone()
@@ -139,11 +157,11 @@ def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
             if isinstance(tensor, nn.Parameter)
             else copied.requires_grad_(tensor.requires_grad)
         )
-    return memo[id(tensor)]  # type: ignore[no-any-return]
+    return memo[id(tensor)]
 
 
 def _install_threads(device: VirtualDevice) -> None:
-    """Dispatch modes belong to one thread: each thread of the script gets its own, whatever its `run` is."""
+    """Give each thread of the script a dispatch mode of its own, whatever its `run` is: modes belong to one thread."""
     usual_start = threading.Thread.start
 
     def start(thread: threading.Thread) -> None:
@@ -156,36 +174,35 @@ def _install_threads(device: VirtualDevice) -> None:
             except EnoughSeen:
                 device.out_of_time = True  # ends the main thread, too
             finally:
-                del given.run  # and with it the cycle that would keep what the thread holds
+                del thread.__dict__["run"]  # and with it the cycle that would keep what the thread holds
 
-        given: Any = thread
-        given.run = run
+        assign(thread, run=run)
         usual_start(thread)
 
-    threads: Any = threading.Thread
-    threads.start = start
+    assign(threading.Thread, start=start)
 
 
-def _install_compile(device: VirtualDevice, properties: Any) -> None:
-    compiler = Compiler(device, properties)
-    pytorch: Any = torch
-    pytorch.compile = compiler.compile
+def _install_compile(device: VirtualDevice, properties: SimpleNamespace) -> None:
+    compiler = Compiler(device, lambda: inductor.install(device, properties, compiler.running))
 
-    def compile_module(module: nn.Module, *args: Any, **options: Any) -> None:
-        compiled = compiler.compile(module._call_impl, *args, **options)
-        module._compiled_call_impl = compiled
+    compile_: Callable[..., Callable[..., object]] = compiler.compile
 
-    modules: Any = nn.Module
-    modules.compile = compile_module
+    def compile_module(module: nn.Module, *args: object, **options: object) -> None:
+        assign(module, _compiled_call_impl=compile_(module._call_impl, *args, **options))
+
+    assign(torch, compile=compiler.compile)
+    assign(nn.Module, compile=compile_module)
 
 
 def _install_attention(device: VirtualDevice) -> None:
-    """On fake tensors torch takes the plain implementation; a card chooses a kernel."""
-    operators = library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    """Let fake tensors take the kernel that a card would choose, instead of torch's plain implementation."""
+    operators = library.Library("aten", "IMPL")
 
-    def chosen(*args: Any, **kwargs: Any) -> Tensor:
-        return attention(device.card, *args, **kwargs)
+    attend: Callable[..., Tensor] = attention
+
+    def chosen(*args: Argument, **kwargs: Argument) -> Tensor:
+        return attend(device.card, *args, **kwargs)
 
     for key in ("AutogradCUDA", "CUDA"):
-        operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)  # type: ignore[no-untyped-call]
+        operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)
     backend.KEPT.append(operators)

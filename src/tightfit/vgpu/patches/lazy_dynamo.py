@@ -1,4 +1,4 @@
-"""Keeps `torch._dynamo` from being loaded before something compiles: that takes longer than a dry run's steps.
+"""Delays the import of `torch._dynamo` until something compiles: it takes longer than a dry run's steps.
 
 Fake tensors and optimizers import it for a handful of names. A stand-in answers those as Dynamo does while it compiles
 nothing; any other name loads the real package in the stand-in's place.
@@ -9,10 +9,16 @@ import importlib.util
 import sys
 import threading
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
+from typing import ParamSpec, TypeVar
 
 import torch
+
+from tightfit.vgpu.patches.assign import assign
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _DYNAMO, _SOURCE, _CONFIG = "torch._dynamo", "torch._dynamo.source", "torch._dynamo.config"
 _lock = threading.RLock()
@@ -22,26 +28,33 @@ def keep_dynamo_out() -> None:
     """Put the stand-in where the import system finds it, unless Dynamo is there already."""
     if _DYNAMO in sys.modules:
         return
-    spec: Any = importlib.util.find_spec(_DYNAMO)
+    spec = importlib.util.find_spec(_DYNAMO)
+    assert spec is not None
+    assert spec.origin is not None
     package, source = _StandIn(_DYNAMO, spec), _StandIn(_SOURCE, spec)
     source.__dict__.update(ConstantSource=_ConstantSource, RandomValueSource=_RandomValueSource)
-    config_spec: Any = importlib.util.spec_from_file_location(_CONFIG, spec.origin.replace("__init__.py", "config.py"))
+    config_spec = importlib.util.spec_from_file_location(_CONFIG, spec.origin.replace("__init__.py", "config.py"))
+    assert config_spec is not None
     config = importlib.util.module_from_spec(config_spec)
     sys.modules.update({_DYNAMO: package, _SOURCE: source, _CONFIG: config})
-    config_spec.loader.exec_module(config)
+    _run(config_spec, config)
     package.__dict__.update(config=config, source=source, disable=_disable, graph_break=lambda *args, **kwargs: None)
-    library: Any = torch
-    library._dynamo = package
+    assign(torch, _dynamo=package)
+
+
+def _run(spec: ModuleSpec, module: types.ModuleType) -> None:
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
 
 
 class _StandIn(types.ModuleType):
-    """A module that is replaced by the real one when it is asked for what it lacks."""
+    """A module that gives way to the real one at the first use of a name that it lacks."""
 
-    def __init__(self, name: str, package: Any) -> None:
+    def __init__(self, name: str, package: ModuleSpec) -> None:
         super().__init__(name)
         self.__dict__.update(_package=package, __file__=package.origin)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         # Before a submodule is imported, its package is asked for its path.
         if name.startswith("__") and not (name == "__path__" and self.__name__ == _DYNAMO):
             raise AttributeError(name)
@@ -49,31 +62,35 @@ class _StandIn(types.ModuleType):
         return getattr(sys.modules[self.__name__], name)
 
 
-def _load(spec: Any) -> None:
+def _load(spec: ModuleSpec) -> None:
     """Load the real package into the object that others may hold already."""
     with _lock:
-        if not isinstance(sys.modules[_DYNAMO], _StandIn):
+        package = sys.modules[_DYNAMO]
+        if not isinstance(package, _StandIn):
             return
-        package: Any = sys.modules[_DYNAMO]
         del sys.modules[_SOURCE]
         for name in ("source", "disable", "graph_break", "_package"):
             del package.__dict__[name]
-        package.__class__ = types.ModuleType
-        package.__spec__, package.__loader__, package.__package__ = spec, spec.loader, _DYNAMO
-        package.__path__ = list(spec.submodule_search_locations)
-        spec.loader.exec_module(package)
+        assign(package, __class__=types.ModuleType)
+        assign(package, __spec__=spec, __loader__=spec.loader, __package__=_DYNAMO)
+        assign(package, __path__=list(spec.submodule_search_locations or ()))
+        _run(spec, package)
 
 
-def _disable(fn: Any = None, recursive: bool = True, **options: Any) -> Any:
-    """`torch._dynamo.disable`: nothing while nothing compiles, the real one from then on."""
-    if fn is None:
-        return functools.partial(_disable, recursive=recursive, **options)
-    real: list[Callable[..., Any]] = []
+def _disable(
+    fn: Callable[..., object] | None = None, recursive: bool = True, **options: object
+) -> Callable[..., object]:
+    """Do nothing for `torch._dynamo.disable` while nothing compiles, and call the real one from then on."""
+    return functools.partial(_disabled, recursive, options) if fn is None else _disabled(recursive, options, fn)
+
+
+def _disabled(recursive: bool, options: Mapping[str, object], fn: Callable[P, R]) -> Callable[P, R]:
+    real: list[Callable[P, R]] = []
 
     @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not real:
-            dynamo: Any = sys.modules[_DYNAMO]
+            dynamo = sys.modules[_DYNAMO]
             if isinstance(dynamo, _StandIn):
                 return fn(*args, **kwargs)
             real.append(dynamo.disable(fn, recursive, **options))

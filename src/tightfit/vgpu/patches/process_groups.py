@@ -1,19 +1,20 @@
-"""Several cards: this process is rank 0 of a run whose other processes are not there.
+"""Several cards: this process is rank 0 of a run without its other processes.
 
-torch's own fake process group answers every collective at once; what DDP and FSDP2 take on this card (buckets, gathered
-and scattered shards) is taken as in a real run. What NCCL takes outside PyTorch's allocator is not modelled.
+torch's own fake process group answers every collective at once. DDP and FSDP2 take their memory on this card (buckets,
+gathered and scattered shards) as in a real run. NCCL's memory outside PyTorch's allocator is not modelled.
 """
 
 import os
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
 
+from tightfit.vgpu.patches.assign import assign
+
 
 def prepare_environment(environ: MutableMapping[str, str]) -> int:
-    """Set what torchrun would for rank 0 where WORLD_SIZE is given; returns the number of processes."""
+    """Set torchrun's variables for rank 0 where WORLD_SIZE is given; return the number of processes."""
     try:
         processes = int(environ.get("WORLD_SIZE", "1"))
     except ValueError:
@@ -31,14 +32,14 @@ def prepare_environment(environ: MutableMapping[str, str]) -> int:
 
 
 class _Silent:
-    """DDP's statistics of a step, for which there are no CUDA timers."""
+    """Stands in for DDP's statistics of a step, which need CUDA timers."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
 
 def install() -> None:
-    """Let process groups of this process be answered without others. Import after the virtual device is on."""
+    """Answer process groups of this process without others. Import after the virtual device is on."""
     import torch.distributed as distributed
     from torch.nn.parallel import DistributedDataParallel
 
@@ -46,27 +47,25 @@ def install() -> None:
         return
     usual_group, usual_ddp = distributed.init_process_group, DistributedDataParallel.__init__
 
-    def init_process_group(backend: object = None, *args: Any, **kwargs: Any) -> None:
+    def init_process_group(backend: object = None, *args: object, world_size: int = 1, **kwargs: object) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        size = int(os.environ.get("WORLD_SIZE", kwargs.get("world_size", 1)))
+        size = int(os.environ.get("WORLD_SIZE", world_size))
         usual_group("fake", store=FakeStore(), rank=0, world_size=size)
 
-    def in_place(state: object, bucket: Any) -> "torch.futures.Future[Tensor]":
-        """The sum of a bucket over all processes is written into it, as NCCL does."""
+    def in_place(state: object, bucket: "torch._C._distributed_c10d.GradBucket") -> "torch.futures.Future[Tensor]":
+        """Write the sum of a bucket over all processes into it, as NCCL does."""
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
 
     in_place.__annotations__ = {}  # DDP accepts none or its own types
 
-    def init_ddp(module: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
-        usual_ddp(module, *args, **kwargs)
+    def init_ddp(module: DistributedDataParallel, *args: object, **kwargs: object) -> None:
+        usual: Callable[..., None] = usual_ddp
+        usual(module, *args, **kwargs)
         module.register_comm_hook(None, in_place)
-        given: Any = module
-        given.logger = _Silent()
+        assign(module, logger=_Silent())
 
-    library: Any = distributed
-    library.init_process_group = library.distributed_c10d.init_process_group = init_process_group
-    ddp: Any = DistributedDataParallel
-    ddp.__init__ = init_ddp
+    assign(distributed, distributed.distributed_c10d, init_process_group=init_process_group)
+    assign(DistributedDataParallel, __init__=init_ddp)

@@ -1,0 +1,105 @@
+"""Answers for Inductor and Dynamo, so that they compile for a virtual card on a machine without one."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import import_module
+from types import SimpleNamespace
+
+from torch import nn
+
+from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
+from tightfit.vgpu.patches.assign import assign
+from tightfit.wording import say
+
+Running = Callable[[nn.Module | None], AbstractContextManager[None]]
+
+
+def install(device: VirtualDevice, properties: SimpleNamespace, running: Running) -> None:
+    """Patch what Inductor asks of the machine; calls of a compiled module are made within `running`."""
+    hide_mode_from_dynamo()
+    _answer_for_card(device, properties)
+    _answer_for_triton()
+    _answer_for_measurements(device)
+    _wrap_modules(running)
+
+
+def hide_mode_from_dynamo() -> None:
+    """Let Dynamo pass over the virtual device's dispatch mode instead of tracing it."""
+    hide = import_module("torch._compile")._disable_dynamo
+    assign(VirtualDeviceMode, __torch_dispatch__=hide(VirtualDeviceMode.__torch_dispatch__, recursive=True))
+
+
+def _answer_for_card(device: VirtualDevice, properties: SimpleNamespace) -> None:
+    cuda = import_module("torch._dynamo.device_interface").CudaInterface
+    major, minor = device.card.capability
+    assign(
+        cuda,
+        get_device_properties=staticmethod(lambda where=None: properties),
+        is_available=staticmethod(lambda: True),
+        device_count=staticmethod(lambda: 1),
+        current_device=staticmethod(lambda: 0),
+        set_device=staticmethod(lambda where: None),
+        get_raw_stream=staticmethod(lambda index=0: 0),
+        get_compute_capability=staticmethod(lambda where=None: major * 10 + minor),
+        is_triton_capable=staticmethod(lambda where=None: True),
+        raise_if_triton_unavailable=staticmethod(lambda where=None: None),
+        is_bf16_supported=staticmethod(lambda including_emulation=False: True),
+        synchronize=staticmethod(lambda where=None: None),
+        exchange_device=staticmethod(lambda index: 0),
+        maybe_exchange_device=staticmethod(lambda index: 0),
+    )
+    assign(
+        cuda.Worker,
+        get_device_properties=staticmethod(lambda where=None: properties),
+        current_device=staticmethod(lambda: 0),
+    )
+
+
+def _answer_for_triton() -> None:
+    triton = import_module("torch.utils._triton")
+    has_triton = {"has_triton": lambda *args, **kwargs: True, "has_triton_package": lambda *args, **kwargs: True}
+    assign(triton, **has_triton)
+    assign(
+        triton,
+        triton_hash_with_backend=lambda *args, **kwargs: "virtual",
+        triton_backend=lambda *args, **kwargs: None,
+    )
+    # It hashes all of Triton's files, which takes a second or two.
+    assign(import_module("torch._inductor.codecache"), triton_key=lambda: "virtual")
+    scheduler = import_module("torch._inductor.scheduler")
+    assign(scheduler, **{name: answer for name, answer in has_triton.items() if hasattr(scheduler, name)})
+
+
+def _answer_for_measurements(device: VirtualDevice) -> None:
+    """Decide what Inductor would compute or time on the card, and start no compiling processes."""
+    assign(
+        import_module("torch._inductor.config"),
+        joint_graph_constant_folding=False,  # would compute constants on the device
+        compile_threads=1,  # no kernels are compiled: workers would only be started
+    )
+
+    def pads(key: object) -> bool:
+        """Return True: a card times whether padding unaligned matrices pays, and it nearly always does."""
+        device.note(say("vgpu.inductor.padding"))
+        return True
+
+    assign(import_module("torch._inductor.fx_passes.pad_mm"), get_cached_should_pad=pads)
+    # Torch gives the recomputation in backward the random state of forward: host memory alone.
+    assign(
+        import_module("torch._functorch.partitioners"),
+        functionalize_rng_ops=lambda joint, forward, backward, symbols: (forward, backward),
+    )
+
+
+def _wrap_modules(running: Running) -> None:
+    """Count calls of a compiled module as one forward pass."""
+    compiled_modules = import_module("torch._dynamo.eval_frame").OptimizedModule
+    usual: Callable[..., object] = compiled_modules.__call__
+
+    def call(module: nn.Module, *args: object, **kwargs: object) -> object:
+        original = module._orig_mod
+        assert isinstance(original, nn.Module)
+        with running(original):
+            return usual(module, *args, **kwargs)
+
+    assign(compiled_modules, __call__=call)
