@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from tightfit.report.page import Segment, Table
+from tightfit.report.sections import Segment, Table
 from tightfit.report.timeline_picture import CATEGORY_COLOURS
 from tightfit.units import format_bytes
 from tightfit.wording.report import Words

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tightfit.report.page import Chart, Page, Section, Table
+from tightfit.report.sections import Chart, Page, Section, Table
 from tightfit.report.series import Timeline, shortened
 from tightfit.report.timeline_picture import CATEGORY_COLOURS
 from tightfit.units import format_bytes

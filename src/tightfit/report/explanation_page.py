@@ -7,7 +7,7 @@ from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
 from tightfit.diagnosis.render import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
 from tightfit.report.bars import ALARM, CACHE, GOOD, OTHERS, OUTSIDE, Part, colour_of, parts_table
-from tightfit.report.page import Advice, Page, Section, Segment, Table
+from tightfit.report.sections import Advice, Page, Section, Segment, Table
 from tightfit.units import format_bytes
 from tightfit.wording.diagnosis import Words as Told
 from tightfit.wording.diagnosis import words as told_in

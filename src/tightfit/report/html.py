@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.errors import DataError
 from tightfit.report.dryrun_page import dryrun_page, timeline_section
-from tightfit.report.page import Section, check_folder, render, write
+from tightfit.report.page import check_folder, render, write
 from tightfit.report.plan_page import plan_page
 from tightfit.report.run_page import run_page
 from tightfit.report.runs import read_run
+from tightfit.report.sections import Section
 from tightfit.wording.report import words
 
 if TYPE_CHECKING:

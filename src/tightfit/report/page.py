@@ -1,4 +1,4 @@
-"""A page of sections, tables and charts as one HTML file that needs nothing from anywhere else.
+"""Render sections, tables and charts as one HTML file that loads nothing.
 
 All text goes through Jinja2's escaping; the charts' data is JSON in which no tag can begin. A content security policy
 in the file itself allows the scripts below by their hashes and nothing that would be loaded.
@@ -10,19 +10,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tightfit.errors import DataError, DoesNotFit
+from tightfit.report.sections import Page
 from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.storage import write_aside
 from tightfit.wording.report import words
@@ -43,88 +41,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 """Of terminals, and such as turn the direction of what follows: a log or a file name may have them."""
 
 
-class Segment(NamedTuple):
-    """A piece of a bar; `start` and `width` are shares of the axis, `colour` a custom property of the style sheet."""
-
-    start: float
-    width: float
-    colour: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of text under a caption; `numbers` are the columns set flush right."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: frozenset[int] = frozenset()
-    bars: Sequence[Sequence[Segment]] = ()
-    """For each row, drawn below its first cell; the row's figures say the same."""
-    limit: float | None = None
-    """Share of the bars' axis at which a line stands."""
-    tones: Sequence[str] = ()
-    """For each row good, bad or nothing: the colour of its second cell."""
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """A piece of advice below a heading of its own, with lines to paste."""
-
-    title: str
-    remark: str
-    """Set in bold, in the colour of its tone: good, bad or nothing."""
-    tone: str
-    text: str = ""
-    """Goes on behind the remark."""
-    code: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """`spec` is read by templates/charts; `summary` says in words what is to be seen."""
-
-    spec: Mapping[str, Any]
-    summary: str
-    notes: Sequence[str] = ()
-    table: Table
-    """The same for those who do not see the chart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A heading and what is below it."""
-
-    id: str
-    title: str
-    chart: Chart | None = None
-    tables: Sequence[Table] = ()
-    paragraphs: Sequence[str] = ()
-    points: Sequence[str] = ()
-    """A list."""
-    labelled: Sequence[tuple[str, str]] = ()
-    """A numbered list: what each entry rests on, and the entry."""
-    preformatted: str = ""
-    code: str = ""
-    """Lines to paste."""
-    advice: Sequence[Advice] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """What a report says, from top to bottom."""
-
-    title: str
-    verdict: str = ""
-    is_bad: bool = False
-    facts: Sequence[tuple[str, str, str]] = ()
-    """Name, value and a remark."""
-    sections: Sequence[Section] = field(default_factory=tuple)
-
-
 def render(page: Page, *, lang: str) -> str:
-    """The page as HTML. ConfigError for a language that there are no words in."""
+    """Return the page as HTML. ConfigError for an unknown language."""
     said = words(lang)
     charts = {each.id: each.chart.spec for each in page.sections if each.chart}
     scripts = [_asset(f"vendor/{_CHARTS}/uPlot.iife.min.js"), _charts_script()] if charts else []
@@ -152,7 +70,7 @@ def render(page: Page, *, lang: str) -> str:
 
 
 def write(html: str, path: str | os.PathLike[str]) -> None:
-    """Write a report; an older one is replaced only by a whole one. DataError or DoesNotFit where it cannot be."""
+    """Write a report, replacing an older one only by a whole one. DataError or DoesNotFit if it cannot be written."""
     goal = Path(path)
     try:
         write_aside(goal, html)
@@ -163,7 +81,7 @@ def write(html: str, path: str | os.PathLike[str]) -> None:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """DataError where a report could not be written later, said before the work whose report it is."""
+    """Raise DataError before the work starts if its report could not be written later."""
     goal = Path(path)
     if not goal.parent.is_dir():
         raise DataError(
@@ -176,12 +94,12 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _shown(value: object) -> object:
-    """Text without control characters; what was marked as safe to show stays as it is."""
+    """Remove control characters from text; leave Markup as it is."""
     return _CONTROL.sub("", value) if type(value) is str else value
 
 
 def _json(value: object) -> str:
-    """JSON that may stand in a script element; what is no number there becomes null.
+    """Encode JSON so that it may stand in a script element.
 
     >>> _json({"line": "</script>"})
     '{"line":"\\\\u003c/script\\\\u003e"}'

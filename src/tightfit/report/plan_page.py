@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tightfit.report.bars import CACHE, MARGIN, OTHERS, OUTSIDE, Part, colour_of, parts_table
-from tightfit.report.page import Page, Section
 from tightfit.report.run_page import alternatives_section, plain, text
 from tightfit.report.runs import alternatives, is_finite, predicted_bytes
+from tightfit.report.sections import Page, Section
 from tightfit.units import format_bytes
 from tightfit.wording.report import Words
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tightfit.report.bars import ALARM, GOOD
-from tightfit.report.page import Chart, Page, Section, Segment, Table
 from tightfit.report.runs import Points, Run, is_finite
+from tightfit.report.sections import Chart, Page, Section, Segment, Table
 from tightfit.report.series import SPANS, Curve, curve, highest, median
 from tightfit.units import format_bytes, format_count, format_duration
 from tightfit.wording.report import Words
