@@ -29,7 +29,6 @@ def parser() -> Parser:
     found.add_argument("--config", action="append", default=[], help="the run's configuration file; may be repeated")
     found.option("--gpu", "the card's name, such as 'RTX 3060 12GB', if the log does not name it")
     found.option("--script", "a training script to play instead of a configuration; its arguments follow --")
-    found.option("--lang", "en or ja; without it, the locale's")
     found.option("--html", "write the explanation as a page, with charts and lines to copy")
     found.flag("--verbose", "print the arithmetic, and what to paste for each fix")
     found.flag("--json", "print the same facts for machines")

@@ -11,6 +11,7 @@ from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 
 RECORDS = {
+    "doctor": ("tightfit.system.doctor", "Diagnosis"),
     "plan": ("tightfit.planner.plan_record", "PlanRecord"),
 }
 """Module and record that each command prints with --json."""
