@@ -349,3 +349,15 @@ class TestCardHere:
     def test_a_limit_is_for_this_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         budget = self._budget(monkeypatch, self._rtx3060(Process(7, "python", 1000)), limit_bytes=4 * GIB)
         assert (budget.total_bytes, budget.used_by_others_bytes) == (4 * GIB + 1000 * MIB, 1000 * MIB)
+
+
+def test_a_mig_slice_is_planned_with_its_own_memory(monkeypatch: pytest.MonkeyPatch):
+    fake_nvml.install(monkeypatch, fake_nvml.two_a100_mig())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first = card_here()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-4f2c6f0a-0000-5000-8000-000000000002")
+    second = card_here()
+    assert first is not None
+    assert second is not None
+    assert first.budget.total_bytes == second.budget.total_bytes == 19968 * MIB
+    assert (first.budget.used_by_others_bytes, second.budget.used_by_others_bytes) == (37 * MIB, 12000 * MIB)

@@ -1,12 +1,15 @@
 """Sentences of `say`: each is there in both languages, with the fields that the code fills in, and each is used."""
 
 import ast
+import os
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from tightfit.cli.main import commands, main
+from tightfit.cli.parser import language_in
 from tightfit.errors import ConfigError
 from tightfit.wording import LANGUAGES, Words, say, speak
 
@@ -52,7 +55,7 @@ def test_japanese_is_japanese(room: str):
     tables = tomllib.loads((SOURCE / "wording" / room / "ja.toml").read_text(encoding="utf-8"))
     for table, sentences in tables.items():
         for key, sentence in sentences.items():
-            assert re.search("[ぁ-んァ-ヶ一-龠]", re.sub(r"\{[^}]*\}", "", sentence)), f"{room}.{table}.{key}"
+            assert re.search("[ぁ-んァ-ヶ一-龠、]", re.sub(r"\{[^}]*\}", "", sentence)), f"{room}.{table}.{key}"
 
 
 def test_every_call_has_its_sentence_and_fills_in_its_fields():
@@ -82,3 +85,23 @@ def test_a_noun_takes_its_number(monkeypatch: pytest.MonkeyPatch):
     words = Words("tightfit.wording.config", "en")
     shown = [words.vformat("{n:pass|passes}, {s:time}", (), {"n": n, "s": 75}) for n in (1, 4)]
     assert shown == ["1 pass, 1m15s", "4 passes, 1m15s"]
+
+
+class TestLanguageOfACommand:
+    """`--lang`, which every command takes, before or after the command's name."""
+
+    @pytest.mark.parametrize("command", commands())
+    def test_every_command_takes_it(self, command: str, capsys: pytest.CaptureFixture[str]):
+        assert main([command, "--help", "--lang=ja"]) == 0
+        assert "表示する言語" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("words", [["--lang", "ja", "xyz"], ["xyz", "--lang=ja"], ["watch", "a", "b", "--lang=ja"]])
+    def test_it_changes_mistakes(self, words: list[str], capsys: pytest.CaptureFixture[str]):
+        before = os.environ.get("TIGHTFIT_LANG")
+        assert main(words) == 2
+        assert re.search("ありません|余分な引数です", capsys.readouterr().err)
+        assert os.environ.get("TIGHTFIT_LANG") == before, "the caller keeps its language"
+
+    def test_a_scripts_own_option_is_no_language(self):
+        assert language_in(["--lang=fr"]) is None
+        assert language_in(["train.py", "--", "--lang", "ja"]) is None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import shtab
 
 from tightfit.cli.exits import OK
-from tightfit.cli.main import COMMANDS, command_module
+from tightfit.cli.main import command_module, commands
 from tightfit.cli.parser import Parser
 from tightfit.config import defaults
 
@@ -24,14 +24,14 @@ def parser() -> Parser:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     whole = argparse.ArgumentParser(prog="tightfit")
     whole.add_argument("--version", action="store_true", help="print the version")
-    commands = whole.add_subparsers()
-    for name, does in COMMANDS.items():
+    added = whole.add_subparsers()
+    for name, does in commands().items():
         own: Parser = command_module(name).parser()
         if own.takes_keys is not None:
             taken = {option for action in own._actions for option in action.option_strings}
             for key in defaults(own.takes_keys):
                 if f"--{key}" not in taken:
                     own.add_argument(f"--{key}", help="a key of the configuration")
-        commands.add_parser(name, help=does, parents=[own], add_help=False)
+        added.add_parser(name, help=does, parents=[own], add_help=False)
     print(shtab.complete(whole, options.shell))
     return OK

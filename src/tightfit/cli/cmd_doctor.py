@@ -11,7 +11,6 @@ from tightfit.cli.cmd_train import PREPARED_WHEN_MISSING
 from tightfit.cli.exits import FAILED, OK
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
-from tightfit.wording import chosen_language
 
 
 def parser() -> Parser:
@@ -25,7 +24,6 @@ def parser() -> Parser:
         takes_keys=TrainConfig,
     )
     found.flag("--json", "print the same facts for machines")
-    found.option("--lang", "en or ja; without it, the locale's")
     return found
 
 
@@ -34,7 +32,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tightfit.system.machine import read_machine
     from tightfit.wording.system import words
 
-    said = words(chosen_language(options.lang))
+    said = words(options.lang)
     config = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr)).config if rest else None
     checks = diagnose(read_machine(), config, prepares_itself=PREPARED_WHEN_MISSING)
     if options.json:

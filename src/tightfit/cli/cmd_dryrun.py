@@ -31,7 +31,6 @@ def parser() -> Parser:
     found.option("--timeline", "draw memory over time to a .png or .svg file")
     found.option("--html", "write a page with charts of memory and its tensors")
     found.add_argument("--no-explain", dest="explain", action="store_false", help="do not explain why it fails")
-    found.option("--lang", "language of explanation and page, en or ja; without it, the locale's")
     found.flag("--json", "print the same facts for machines")
     found.add_argument("script", help="the training script")
     found.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
@@ -42,9 +41,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
         raise ConfigError(f"--timeline={options.timeline} must end in .png or .svg")
     from tightfit.simulation.dry_run import dryrun_script
-    from tightfit.wording import speak
 
-    lang = speak(options.lang)
+    lang = options.lang
     settings = Settings(
         gpu=options.gpu,
         memory_bytes=parse_bytes(options.memory) if options.memory else None,

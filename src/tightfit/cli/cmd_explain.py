@@ -12,7 +12,7 @@ from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
-from tightfit.wording import chosen_language, say
+from tightfit.wording import say
 
 
 def parser() -> Parser:
@@ -29,7 +29,6 @@ def parser() -> Parser:
     found.add_argument("--config", action="append", default=[], help=say("explain.cmd_explain.config"))
     found.option("--gpu", say("explain.cmd_explain.gpu"))
     found.option("--script", say("explain.cmd_explain.script"))
-    found.option("--lang", say("explain.cmd_explain.lang"))
     found.option("--html", say("explain.cmd_explain.html"))
     found.flag("--verbose", say("explain.cmd_explain.verbose"))
     found.flag("--json", say("explain.cmd_explain.json"))
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     found = explain(
         _source(logs, optional=bool(options.script)),
         config=config,
-        lang=chosen_language(options.lang),
+        lang=options.lang,
         gpu=options.gpu,
         script=options.script,
         arguments=script_arguments,

@@ -10,7 +10,6 @@ from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
 from tightfit.config import TrainConfig, read_config
 from tightfit.config.sizes import parse_bytes
-from tightfit.wording import chosen_language
 
 
 def parser() -> Parser:
@@ -27,7 +26,6 @@ def parser() -> Parser:
     )
     found.add_argument("--used", default="0", help="memory that other programs use, such as 2GiB")
     found.option("--html", "write the plan as a page with charts")
-    found.option("--lang", "language of that page, en or ja; without it, the locale's")
     found.option("--capability", "compute capability of an unknown card, such as 8.6")
     found.flag("--all-gpus", "list the cards that run this configuration, and how fast")
     found.flag("--json", "print the same facts for machines")
@@ -35,7 +33,7 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    lang = chosen_language(options.lang)
+    lang = options.lang
     resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
     if options.html:
         from tightfit.report.html import check_folder

@@ -23,7 +23,6 @@ def parser() -> Parser:
     )
     found.add_argument("out_dir", help="the folder of a training run")
     found.option("--out", "the file to write (default: report.html in that folder)")
-    found.option("--lang", "en or ja (default: the locale's)")
     found.option("--plan", "output of plan --json, to show its alternatives and prediction")
     found.option("--dryrun", "output of dryrun --json --timeline, to show memory within a step")
     return found
@@ -33,13 +32,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tightfit.report.html import run_report, write
     from tightfit.report.runs import read_object
     from tightfit.vgpu.records import read_findings
-    from tightfit.wording import chosen_language
 
     plan = read_object(Path(options.plan)) if options.plan else None
     findings = read_findings(Path(options.dryrun)) if options.dryrun else None
     if findings is not None and findings.timeline is None:
         raise DataError(f"--dryrun={options.dryrun} has no timeline; make it with dryrun --json --timeline memory.png")
-    html = run_report(options.out_dir, lang=chosen_language(options.lang), plan=plan, findings=findings)
+    html = run_report(options.out_dir, lang=options.lang, plan=plan, findings=findings)
     goal = Path(options.out or Path(options.out_dir, "report.html"))
     write(html, goal)
     print(_written(goal, html))
@@ -84,10 +82,10 @@ def _state(out_dir: str) -> tuple[int, int] | None:
 
 def _write_page(goal: Path, config: TrainConfig) -> None:
     from tightfit.report.html import run_report, write
-    from tightfit.wording.report import locale_language
+    from tightfit.wording import chosen_language
 
     try:
-        html = run_report(config.out_dir, lang=locale_language(), config=to_dict(config))
+        html = run_report(config.out_dir, lang=chosen_language(None), config=to_dict(config))
         write(html, goal)
         print(_written(goal, html), flush=True)
     except TightfitError as error:

@@ -11,6 +11,7 @@ from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 
 RECORDS = {
+    "doctor": ("tightfit.system.doctor", "Diagnosis"),
     "dryrun": ("tightfit.vgpu.records", "Findings"),
     "plan": ("tightfit.planner.plan_record", "PlanRecord"),
 }

@@ -10,7 +10,6 @@ from rich.console import Console
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.errors import ConfigError
-from tightfit.wording import chosen_language
 
 
 def parser() -> Parser:
@@ -23,7 +22,6 @@ def parser() -> Parser:
     found.add_argument("--interval", type=float, default=1.0, help="seconds between samples (default 1)")
     found.flag("--once", "print one sample, then end")
     found.option("--log", "append every sample to this CSV file")
-    found.option("--lang", "en or ja (default: the locale's)")
     return found
 
 
@@ -42,6 +40,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         once=options.once,
         log=Path(options.log) if options.log else None,
         console=Console(highlight=False, emoji=False, markup=False),
-        words=words(chosen_language(options.lang)),
+        words=words(options.lang),
     )
     return OK

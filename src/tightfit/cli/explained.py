@@ -10,8 +10,8 @@ from tightfit.diagnosis.explaining import explain
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.render import render
 from tightfit.storage import EXPLANATION
-from tightfit.wording import say
-from tightfit.wording.diagnosis import locale_language, words
+from tightfit.wording import chosen_language, say
+from tightfit.wording.diagnosis import words
 
 _WIDEST = 110
 
@@ -25,7 +25,7 @@ def explain_failed_run(message: str, config: TrainConfig, *, micro_batch: int | 
     """Print why a training run ended, and keep it in `out_dir`; `micro_batch` is the last one that was tried."""
     size = min(micro_batch or batch_split(config).micro_batch, config.effective_batch)
     as_run = replace(config, batch_size=size, gradient_accumulation_steps=-(-config.effective_batch // size))
-    found = explain(message, config=as_run, lang=locale_language(), config_names=(f"--batch_size={size}",))
+    found = explain(message, config=as_run, lang=chosen_language(None), config_names=(f"--batch_size={size}",))
     print(f"\n{text_for_terminal(found)}", flush=True)
     with contextlib.suppress(OSError):  # a full disk: it was printed
         folder = Path(config.out_dir)

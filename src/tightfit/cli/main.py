@@ -8,28 +8,37 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from tightfit.cli.exits import FAILED, INTERRUPTED, OK, OUR_ERROR
-from tightfit.cli.parser import keys_help
+from tightfit.cli.parser import environment_kept, keys_help, language_in, leading_language
 from tightfit.errors import ConfigError, TightfitError
+from tightfit.wording import say, speak
 
-COMMANDS = {
-    "train": "train a GPT as nanoGPT does: config files and --key=value",
-    "prepare": "turn text into a dataset of tokens",
-    "sample": "text from a checkpoint",
-    "plan": "the fastest way to fit a run on a device",
-    "dryrun": "a training script on a virtual GPU: does it fit?",
-    "doctor": "is this machine, and a run on it, in order?",
-    "watch": "memory of every card and of the host, live",
-    "report": "a training run as one HTML page with charts",
-    "explain": "an error log: what failed, why, and fixes that were checked",
-    "convert": "checkpoints between nanoGPT and Hugging Face",
-    "schema": "JSON schema of what a command prints with --json",
-    "completion": "completion for bash, zsh or tcsh",
-}
+
+def commands() -> dict[str, str]:
+    """Return each command with a line about it."""
+    return {
+        "train": say("cli.command.train"),
+        "prepare": say("cli.command.prepare"),
+        "sample": say("cli.command.sample"),
+        "plan": say("cli.command.plan"),
+        "dryrun": say("cli.command.dryrun"),
+        "doctor": say("cli.command.doctor"),
+        "watch": say("cli.command.watch"),
+        "report": say("cli.command.report"),
+        "explain": say("cli.command.explain"),
+        "convert": say("cli.command.convert"),
+        "schema": say("cli.command.schema"),
+        "completion": say("cli.command.completion"),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit code: 0 done, 1 does not fit or would fail, 2 the user's mistake, 3 our own error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with environment_kept():
+        return _exit_code(words)
+
+
+def _exit_code(words: list[str]) -> int:
     try:
         return _run(words)
     except SystemExit as end:  # argparse ends so after --help
@@ -38,18 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tightfit: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("tightfit: interrupted", file=sys.stderr)
+        print(f"tightfit: {say('cli.main.interrupted')}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, as in `tightfit ... | head`
         return FAILED
     except Exception:  # any other is a fault of ours, and its traceback is what we need
         traceback.print_exc()
-        print("tightfit: this is an error of ours; please report it with the lines above", file=sys.stderr)
+        print(f"tightfit: {say('cli.main.our_error')}", file=sys.stderr)
         return OUR_ERROR
 
 
 def _run(words: list[str]) -> int:
+    users = speak(None)
+    leading, words = leading_language(words)
+    speak(leading or language_in(words))  # help and mistakes are printed before the options are known
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return OK
@@ -62,8 +74,9 @@ def _run(words: list[str]) -> int:
     command = command_module(name)
     parser = command.parser()
     if name in _EXPLAINS_KEYS and any(word in ("-h", "--help") for word in rest):
-        parser.epilog = f"{parser.epilog}\n\nkeys:\n{keys_help(parser.takes_keys)}"
+        parser.epilog = f"{parser.epilog}\n\n{say('cli.main.keys')}\n{keys_help(parser.takes_keys)}"
     options, others = parser.read(rest)
+    options.lang = speak(options.lang or leading or users)
     code: int = command.run(options, others)
     return code
 
@@ -73,24 +86,17 @@ _EXPLAINS_KEYS = ("train", "sample")
 
 
 def command_module(name: str) -> ModuleType:
-    """Import a command. ConfigError for one that there is not."""
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "tightfit --help lists them"
-        raise ConfigError(f"{name!r} is not a command; {hint}")
+    """Import a command. ConfigError for an unknown one."""
+    known = commands()
+    if name not in known:
+        if near := difflib.get_close_matches(name, known, n=1):
+            raise ConfigError(say("cli.main.unknown_near", name=name, near=near[0]))
+        raise ConfigError(say("cli.main.unknown", name=name))
     return importlib.import_module(f"tightfit.cli.cmd_{name}")
 
 
 def _help() -> str:
-    lines = "\n".join(f"  {name:<10} {does}" for name, does in COMMANDS.items())
-    return (
-        "tightfit: train GPTs that fit the GPU you have\n\n"
-        f"usage: tightfit COMMAND [config.py ...] [--key=value ...]\n\n{lines}\n\n"
-        "tightfit COMMAND --help explains it. For example:\n"
-        "  tightfit prepare stdlib\n"
-        "  tightfit train configs/train_stdlib.py\n"
-        "  tightfit sample --out_dir=out-stdlib --start='def '"
-    )
+    return say("cli.main.help", commands="\n".join(f"  {name:<10} {does}" for name, does in commands().items()))
 
 
 if __name__ == "__main__":

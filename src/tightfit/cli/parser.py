@@ -6,15 +6,21 @@ that take one.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import inspect
+import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from rich.cells import cell_len
+
 from tightfit.config import defaults
 from tightfit.config.schema import Schema
 from tightfit.errors import ConfigError
+from tightfit.wording import LANGUAGES, say
 
 _EXAMPLES = {"--lang": "en or ja", "--html": "page.html", "--gpu": "'RTX 3060 12GB'", "--used": "2GiB"}
 
@@ -31,7 +37,8 @@ class Parser(argparse.ArgumentParser):
         examples: Sequence[str],
         takes_keys: type[Schema] | None = None,
     ) -> None:
-        lines = [("example: " if number == 0 else "         ") + each for number, each in enumerate(examples)]
+        label = say("cli.parser.example")
+        lines = [(label if number == 0 else " " * cell_len(label)) + each for number, each in enumerate(examples)]
         super().__init__(
             prog=f"tightfit {command}",
             usage=f"tightfit {command} {usage}" if usage else None,
@@ -41,6 +48,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.takes_keys = takes_keys
+        self.option("--lang", say("cli.parser.lang"))
 
     def option(self, name: str, text: str) -> None:
         """Add an option that takes a value, None where it is not given."""
@@ -65,17 +73,20 @@ class Parser(argparse.ArgumentParser):
         if missing := re.fullmatch(r"argument (?:\S+, )?(\S+): expected (?:one|at least one) argument", message):
             raise ConfigError(_needs_value(missing[1]))
         if absent := re.fullmatch(r"the following arguments are required: (.+)", message):
-            raise ConfigError(f"{absent[1]} is missing; {self.prog} --help shows an example")
+            raise ConfigError(say("cli.parser.missing", names=absent[1], command=self.prog))
         message = message.removeprefix("argument ")
-        raise ConfigError(f"{message}; {self.prog} --help explains the options")
+        raise ConfigError(say("cli.parser.mistake", message=message, command=self.prog))
 
     def _unknown(self, word: str) -> str:
         name = word.partition("=")[0]
         near = difflib.get_close_matches(
             name, [each for action in self._actions for each in action.option_strings], n=1
         )
-        hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the options"
-        return f"{word} is not an option; {hint}" if word.startswith("-") else f"{word} is one word too many; {hint}"
+        if not word.startswith("-"):
+            return say("cli.parser.one_too_many", word=word, command=self.prog)
+        if near:
+            return say("cli.parser.not_an_option_near", word=word, near=near[0])
+        return say("cli.parser.not_an_option", word=word, command=self.prog)
 
 
 def _value(text: str) -> str:
@@ -85,7 +96,7 @@ def _value(text: str) -> str:
 
 
 def _needs_value(name: str) -> str:
-    return f"{name} needs a value; write {name}={_EXAMPLES.get(name, 'VALUE')}"
+    return say("cli.parser.needs_value", name=name, example=_EXAMPLES.get(name, "VALUE"))
 
 
 def keys_help(schema: type[Schema]) -> str:
@@ -111,5 +122,34 @@ def capability(text: str | None) -> tuple[int, int] | None:
         return None
     major, _, minor = text.partition(".")
     if not (major.isdecimal() and minor.isdecimal()):
-        raise ConfigError(f"--capability={text} must be two numbers with a point between them, such as 8.6")
+        raise ConfigError(say("cli.parser.capability", text=text))
     return int(major), int(minor)
+
+
+def leading_language(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the language given before the command, or None, and the other words."""
+    if words and words[0].startswith("--lang="):
+        return words[0].partition("=")[2], list(words[1:])
+    if len(words) > 1 and words[0] == "--lang":
+        return words[1], list(words[2:])
+    return None, list(words)
+
+
+def language_in(words: Sequence[str]) -> str | None:
+    """Return the last known language that `--lang` gives before a lone `--`, without parsing the other words."""
+    own = list(words)[: list(words).index("--") if "--" in words else None]
+    given = [word.partition("=")[2] for word in own if word.startswith("--lang=")]
+    given += [value for word, value in itertools.pairwise(own) if word == "--lang"]
+    return next((each for each in reversed(given) if each in LANGUAGES), None)
+
+
+@contextlib.contextmanager
+def environment_kept() -> Iterator[None]:
+    """Restore TIGHTFIT_LANG afterwards: a command that another program calls changes only its own language."""
+    before = os.environ.get("TIGHTFIT_LANG")
+    try:
+        yield
+    finally:
+        os.environ.pop("TIGHTFIT_LANG", None)
+        if before is not None:
+            os.environ["TIGHTFIT_LANG"] = before

@@ -23,6 +23,7 @@ from tightfit.simulation.requests import Failed, HostRates, HostRequest
 from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
 from tightfit.system.cpuinfo import processor_name
+from tightfit.system.nvml import GpuMemory
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
@@ -151,6 +152,8 @@ def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None
     card, why = gpu_memory(index)
     if card is None:
         return None
+    if card.mig and card.instances:
+        return _slice_here(card, limit_bytes)
     usable = card.total_bytes - (card.reserved_bytes or 0)
     gpu, notes = resolve_gpu(card.name, memory_bytes=usable, capability=card.capability)
     used = card.used_by_others_bytes or 0
@@ -163,6 +166,22 @@ def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None
         known=gpu.name in _names(),
         is_here=True,
         notes=(*notes, *([why] if why else [])),
+    )
+
+
+def _slice_here(card: GpuMemory, limit_bytes: int | None) -> Where:
+    """Return the MIG instance that CUDA_VISIBLE_DEVICES names, else the first one, which CUDA uses."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    part = next((each for each in card.instances if each.uuid == chosen), card.instances[0])
+    gpu, notes = resolve_gpu(card.name, memory_bytes=part.total_bytes, capability=card.capability)
+    used = part.total_bytes - part.free_bytes
+    total = part.total_bytes if limit_bytes is None else min(part.total_bytes, limit_bytes + used)
+    return Where(
+        gpu=gpu,
+        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used),
+        known=gpu.name in _names(),
+        is_here=True,
+        notes=tuple(notes),
     )
 
 

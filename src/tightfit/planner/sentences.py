@@ -1,85 +1,123 @@
 """Sentences about a plan, or about the lack of one."""
 
+from collections.abc import Iterator
+
 from tightfit.models.shape import OFFLOADED_BYTES
+from tightfit.planner.candidates import Plan
 from tightfit.planner.lines import Estimate
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
 from tightfit.units import format_bytes
+from tightfit.wording import say
 
 
 def one_line(result: PlanResult) -> str:
     """Return the reason for a plan, for the log of a run."""
-    best = result.choice.best
+    best, request, budget = result.choice.best, result.choice.request, result.where.budget.bytes
     if best is None:
-        return f"plan: none fits {device_name(result)}"
-    request = result.choice.request
-    why = (
-        "as asked"
-        if request is None or request.peak_bytes <= result.where.budget.bytes
-        else (f"because {request.plan.micro_batch} at once would need {about(request)}")
-    )
-    return (
-        f"plan: {in_words(best, result.choice.share)}; {format_bytes(best.peak_bytes)} of "
-        f"{format_bytes(result.where.budget.bytes)} that {device_name(result)} has for it, {why}"
+        return say("planner.sentences.none_fits", device=device_name(result))
+    if request is None or request.peak_bytes <= budget:
+        why = say("planner.sentences.as_asked")
+    else:
+        why = say("planner.sentences.because", micro_batch=request.plan.micro_batch, need=about(request))
+    plan = in_words(best, result.choice.share)
+    return say(
+        "planner.sentences.one_line",
+        plan=plan,
+        peak=best.peak_bytes,
+        budget=budget,
+        device=device_name(result),
+        why=why,
     )
 
 
 def about(request: Estimate) -> str:
     """Return the memory that the requested run needs: an estimate, or a lower bound."""
-    return f"{'about' if request.step_s else 'at least'} {format_bytes(request.peak_bytes)}"
+    return say("planner.sentences.about" if request.step_s else "planner.sentences.at_least", peak=request.peak_bytes)
 
 
 def in_words(prediction: Prediction, share: int) -> str:
     """Describe a plan for a step of `share` sequences."""
     plan = prediction.plan
-    passes = plan.passes(share)
-    words = [
-        f"{plan.micro_batch} sequence{'s' * (plan.micro_batch > 1)} at once, {passes} pass{'es' * (passes > 1)} a step"
+    parts = [
+        say("planner.sentences.size", micro_batch=plan.micro_batch, passes=plan.passes(share)),
+        _loss(plan),
+        *_recomputed(plan),
+        say("planner.sentences.compiled" if plan.compile else "planner.sentences.not_compiled"),
+        *_offloaded(plan, prediction.parameters),
+        *_lossy(plan),
     ]
-    words.append({"full": "all logits kept", "chunked": "loss in chunks"}.get(plan.loss, f"loss={plan.loss}"))
+    return say("planner.sentences.separator").join(parts)
+
+
+def _loss(plan: Plan) -> str:
+    if plan.loss == "full":
+        return say("planner.sentences.full")
+    if plan.loss == "chunked":
+        return say("planner.sentences.chunked")
+    return say("planner.sentences.loss", loss=plan.loss)
+
+
+def _recomputed(plan: Plan) -> Iterator[str]:
     if plan.activation_checkpointing:
-        words.append(f"{plan.activation_checkpointing} blocks recomputed")
+        yield say("planner.sentences.blocks", blocks=plan.activation_checkpointing)
     if plan.activation_memory_budget < 1:
-        words.append(f"{1 - plan.activation_memory_budget:.0%} of what backward needs recomputed")
-    words.append("compiled" if plan.compile else "not compiled")
+        yield say("planner.sentences.share", share=1 - plan.activation_memory_budget)
+
+
+def _offloaded(plan: Plan, parameters: int) -> Iterator[str]:
     if "optimizer" in plan.offload:
-        host = format_bytes(OFFLOADED_BYTES * prediction.parameters)
-        words.append(f"optimizer and gradients in {host} of host memory")
+        yield say("planner.sentences.offloaded", host=OFFLOADED_BYTES * parameters)
     if "activations" in plan.offload:
-        words.append("inputs of the blocks in host memory")
+        yield say("planner.sentences.inputs")
+
+
+def _lossy(plan: Plan) -> Iterator[str]:
     if plan.optimizer != "adamw":
-        words.append("moments in 8 bits (lossy)")
+        yield say("planner.sentences.moments")
     if plan.param_dtype != "float32":
-        words.append(f"weights in {plan.param_dtype} (lossy)")
+        yield say("planner.sentences.weights", dtype=plan.param_dtype)
     if plan.block_size:
-        words.append(f"block_size {plan.block_size} (lossy)")
+        yield say("planner.sentences.block_size", tokens=plan.block_size)
     if plan.effective_batch:
-        words.append(f"effective batch {plan.effective_batch} (lossy)")
-    return ", ".join(words)
+        yield say("planner.sentences.effective_batch", sequences=plan.effective_batch)
 
 
 def device_name(result: PlanResult) -> str:
     """Return the card's name, or the processor."""
-    return result.where.gpu.name if result.where.gpu else "this machine's processor"
+    return result.where.gpu.name if result.where.gpu else say("planner.sentences.processor")
 
 
 def nothing_fits(result: PlanResult) -> str:
     """Explain in numbers why nothing fits."""
-    least = result.choice.least
-    lines = ["NOTHING FITS that leaves the result as it is."]
-    if least is not None:
-        need = least.peak_bytes + result.where.budget.context_bytes + result.where.budget.margin_bytes
-        lines.append(
-            f"  The least is {format_bytes(least.peak_bytes)} ({in_words(least, result.choice.share)}), "
-            f"{format_bytes(least.peak_bytes - result.where.budget.bytes)} too much:"
+    choice, budget = result.choice, result.where.budget
+    lines, least = [say("planner.sentences.nothing_fits")], choice.least
+    if least is None:
+        return lines[0]
+    lines.append(
+        say(
+            "planner.sentences.least",
+            peak=least.peak_bytes,
+            plan=in_words(least, choice.share),
+            missing=least.peak_bytes - budget.bytes,
         )
-        lines += [f"    {format_bytes(size):>11}  {name}" for name, size in least.categories.items() if size > 2**20]
-        lossy = result.choice.lossy
-        if lossy and lossy.best and lossy.relief:
-            lines.append(
-                f"  With --allow={lossy.relief.name} it would fit: {in_words(lossy.best, lossy.share)}; "
-                f"{format_bytes(lossy.best.peak_bytes)}. It is lossy: {lossy.relief.costs}."
+    )
+    lines += [f"    {format_bytes(size):>11}  {name}" for name, size in least.categories.items() if size > 2**20]
+    lossy = choice.lossy
+    if lossy and lossy.best and lossy.relief:
+        lines.append(
+            say(
+                "planner.sentences.lossy",
+                name=lossy.relief.name,
+                plan=in_words(lossy.best, lossy.share),
+                peak=lossy.best.peak_bytes,
+                costs=lossy.relief.costs,
             )
-        whole = format_bytes(need + result.where.budget.used_by_others_bytes + result.where.budget.reserved_bytes)
-        lines.append(f"  {'A card' if result.where.gpu else 'A machine'} with {whole} or more would do.")
+        )
+    taken = budget.context_bytes + budget.margin_bytes + budget.used_by_others_bytes + budget.reserved_bytes
+    whole = least.peak_bytes + taken
+    if result.where.gpu:
+        lines.append(say("planner.sentences.card_would_do", whole=whole))
+    else:
+        lines.append(say("planner.sentences.machine_would_do", whole=whole))
     return "\n".join(lines)

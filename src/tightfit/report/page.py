@@ -1,4 +1,4 @@
-"""A page of sections, tables and charts as one HTML file that needs nothing from anywhere else.
+"""Render sections, tables and charts as one HTML file that loads nothing.
 
 All text goes through Jinja2's escaping; the charts' data is JSON in which no tag can begin. A content security policy
 in the file itself allows the scripts below by their hashes and nothing that would be loaded.
@@ -43,7 +43,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 
 def render(page: Page, *, lang: str) -> str:
-    """The page as HTML. ConfigError for a language that there are no words in."""
+    """Return the page as HTML. ConfigError for an unknown language."""
     said = words(lang)
     charts = {each.id: msgspec.to_builtins(each.chart.spec) for each in page.sections if each.chart}
     scripts = [_asset(f"vendor/{_CHARTS}/uPlot.iife.min.js"), _charts_script()] if charts else []
@@ -71,7 +71,7 @@ def render(page: Page, *, lang: str) -> str:
 
 
 def write(html: str, path: str | os.PathLike[str]) -> None:
-    """Write a report; an older one is replaced only by a whole one. DataError or DoesNotFit where it cannot be."""
+    """Write a report, replacing an older one only by a whole one. DataError or DoesNotFit if it cannot be written."""
     goal = Path(path)
     try:
         write_aside(goal, html)
@@ -82,7 +82,7 @@ def write(html: str, path: str | os.PathLike[str]) -> None:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """DataError where a report could not be written later, said before the work whose report it is."""
+    """Raise DataError before the work starts if its report could not be written later."""
     goal = Path(path)
     if not goal.parent.is_dir():
         raise DataError(
@@ -95,12 +95,12 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _shown(value: object) -> object:
-    """Text without control characters; what was marked as safe to show stays as it is."""
+    """Remove control characters from text; leave Markup as it is."""
     return _CONTROL.sub("", value) if type(value) is str else value
 
 
 def _json(value: object) -> str:
-    """JSON that may stand in a script element; what is no number there becomes null.
+    """Encode JSON so that it may stand in a script element.
 
     >>> _json({"line": "</script>"})
     '{"line":"\\\\u003c/script\\\\u003e"}'

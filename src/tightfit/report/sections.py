@@ -1,14 +1,17 @@
-"""The parts of a report: made once from a record, and shown as one HTML page or as text in a terminal."""
+"""Sections of a report: made once from a record, then shown as terminal text or as an HTML page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+"""Value that JSON can hold."""
+
 
 class Segment(NamedTuple):
-    """A piece of a bar; `start` and `width` are shares of the axis, `colour` a custom property of the style sheet."""
+    """Piece of a bar: start and width as shares of the axis, colour as a custom property of the style sheet."""
 
     start: float
     width: float
@@ -24,41 +27,41 @@ class Table:
     rows: Sequence[Sequence[str]]
     numbers: frozenset[int] = frozenset()
     bars: Sequence[Sequence[Segment]] = ()
-    """For each row, the bar below its first cell. The row has the same figures."""
+    """Bars below the first cell of each row; the row's figures hold the same facts."""
     limit: float | None = None
     """Share of the bars' axis at which a line stands."""
     tones: Sequence[str] = ()
-    """For each row good, bad or nothing: the colour of its second cell."""
+    """Colour of the second cell of each row: good, bad or nothing."""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """A piece of advice below a heading of its own, with lines to paste."""
+    """Advice below a heading of its own, with lines to paste."""
 
     title: str
     remark: str
     """Set in bold, in the colour of its tone: good, bad or nothing."""
     tone: str
     text: str = ""
-    """Goes on behind the remark."""
+    """Text that follows the remark."""
     code: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Data of a chart for templates/charts, and the same in a sentence and a table. The terminal leaves it out."""
+    """Chart for templates/charts, which read `spec`; `summary` describes it in words."""
 
-    spec: Mapping[str, Any] | msgspec.Struct
+    spec: Mapping[str, JSON] | msgspec.Struct
     summary: str
     notes: Sequence[str] = ()
     table: Table
-    """The same figures for a reader who does not see the chart."""
+    """The chart's figures, for readers who cannot see it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading with paragraphs, lists, tables or a chart."""
+    """Heading with the text, tables and chart below it."""
 
     id: str
     title: str
@@ -68,9 +71,9 @@ class Section:
     tables: Sequence[Table] = ()
     paragraphs: Sequence[str] = ()
     points: Sequence[str] = ()
-    """A list."""
+    """Entries of a list."""
     labelled: Sequence[tuple[str, str]] = ()
-    """A numbered list: the basis of each entry, and the entry."""
+    """Entries of a numbered list, each after the label of its basis."""
     preformatted: str = ""
     code: str = ""
     """Lines to paste."""
@@ -79,7 +82,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A report from top to bottom."""
+    """Report from top to bottom."""
 
     title: str
     verdict: str = ""

@@ -1,20 +1,22 @@
 """Every check of this machine and, if one is given, of a run on it; as a table or as JSON."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tightfit.config import TrainConfig
-from tightfit.system.checks import Check, Fact, Status
+from tightfit.system.checks import Check, Status
 from tightfit.system.checks_gpu import gpu_checks, torch_checks
 from tightfit.system.checks_host import host_checks
 from tightfit.system.checks_run import run_checks
 from tightfit.system.machine import Machine
+from tightfit.system.nvml import Failure
 from tightfit.system.wrapping import wrap
 from tightfit.wording.system import Words
 
@@ -43,6 +45,16 @@ def has_problem(checks: Sequence[Check]) -> bool:
     return any(check.status == "problem" for check in checks)
 
 
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """A program or a MIG part in the facts of a check, with the fields of the one that it is."""
+
+    name: str
+    pid: int | UnsetType = UNSET
+    used_bytes: int | UnsetType | None = UNSET
+    free_bytes: int | UnsetType = UNSET
+    total_bytes: int | UnsetType = UNSET
+
+
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """A check as `--json` prints it; sizes are bytes."""
 
@@ -52,7 +64,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str
     sentence: str
     next_step: str
-    facts: Mapping[str, Fact]
+    facts: dict[str, bool | int | float | str | list[str | Entry] | Failure | None]
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,20 +76,22 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def diagnosis(checks: Sequence[Check], words: Words) -> Diagnosis:
-    """Every check with its sentences in one language."""
-    rows = [
-        Row(
-            check=check.name,
-            card=check.card,
-            status=check.status,
-            outcome=check.outcome,
-            sentence=check.sentence(words),
-            next_step=check.next_step(words),
-            facts=check.facts,
-        )
-        for check in checks
-    ]
+    """Return every check with its sentences in one language."""
+    rows = [_row(check, words) for check in checks]
     return Diagnosis(problem=has_problem(checks), counts=_counts(checks), checks=rows)
+
+
+def _row(check: Check, words: Words) -> Row:
+    written = {
+        "check": check.name,
+        "card": check.card,
+        "status": check.status,
+        "outcome": check.outcome,
+        "sentence": check.sentence(words),
+        "next_step": check.next_step(words),
+        "facts": check.facts,
+    }
+    return msgspec.convert(msgspec.to_builtins(written), Row)
 
 
 def print_table(checks: Sequence[Check], words: Words, console: Console) -> None:

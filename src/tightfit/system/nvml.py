@@ -17,6 +17,7 @@ from typing import Literal, NewType, Protocol, Self, TypeVar
 
 import msgspec
 
+from tightfit.wording import chosen_language
 from tightfit.wording.system import words
 
 T = TypeVar("T")
@@ -129,8 +130,8 @@ def gpu_memory(index: int | str = 0) -> tuple[GpuMemory | None, str]:
         if index in (card.index, card.uuid):
             return card, ""
     if found.failure:
-        return None, found.failure.sentence()
-    return None, words("en")("nvml", "no_such_card", index=index, count=len(found.cards))
+        return None, found.failure.sentence(chosen_language(None))
+    return None, words(chosen_language(None))("nvml", "no_such_card", index=index, count=len(found.cards))
 
 
 def read_cards() -> Cards:
