@@ -13,11 +13,12 @@ import oom_messages
 import pytest
 from oom_messages import FORMS, SURROUNDINGS, write
 
-from tightfit.diagnosis.guess import guess, request_of
+from tightfit.diagnosis.guess import guess
 from tightfit.oomlog.facts import Figure
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.snapshot_facts import facts_of_snapshot, read_snapshot_failure
 from tightfit.oomlog.tracebacks import TraceFrame, phase_of
+from tightfit.units import MIB
 
 STORY = """torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.14 GiB. GPU 0 has a total capacity of 11.69 GiB of which 2.68 GiB is free. Including non-PyTorch memory, this process has 7.04 GiB memory in use. Of the allocated memory 6.78 GiB is allocated by PyTorch, and 224.90 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation."""
 NANOGPT = """$ python train.py config/train_openwebtext.py --batch_size=64 --compile=True
@@ -51,6 +52,15 @@ Traceback (most recent call last):
 """
 SHORT = "CUDA out of memory. Tried to allocate {} GiB (GPU {}; 12.00 GiB total capacity; 9.00 GiB already allocated; 1.00 GiB free; 9.50 GiB reserved in total by PyTorch)"
 PROGRESS = "".join(f"iter {n}: loss 3.0, time 100.00ms, mfu 10.00%\n" for n in range(5))
+
+
+def request_of(tensor_bytes: int) -> int:
+    """Bytes that PyTorch's allocator requests by default when nothing in its cache fits."""
+    if tensor_bytes <= MIB:
+        return 2 * MIB
+    if tensor_bytes < 10 * MIB:
+        return 20 * MIB
+    return -(-tensor_bytes // (2 * MIB)) * 2 * MIB
 
 
 def test_the_story():

@@ -36,8 +36,7 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    given = vars(options)
-    prepare_with_bar(given.pop("name"), **given)
+    prepare_with_bar(**{key: value for key, value in vars(options).items() if key != "lang"})
     return OK
 
 

@@ -63,19 +63,6 @@ class Guesses(msgspec.Struct, frozen=True, kw_only=True):
     """The first guess if it is more likely than all others together."""
 
 
-def request_of(tensor_bytes: int) -> int:
-    """Return the bytes that the allocator requests by default when nothing in its cache fits.
-
-    >>> request_of(65_536 * 50_304 * 2) / 2**20, request_of(600) / 2**20
-    (6288.0, 2.0)
-    """
-    if tensor_bytes <= MIB:
-        return 2 * MIB
-    if tensor_bytes < 10 * MIB:
-        return 20 * MIB
-    return -(-tensor_bytes // _ROUND) * _ROUND
-
-
 def guess(requested: Figure, *, most: int = 12) -> Guesses:
     """Return the tensors of usual models that make a printed request, rounding considered.
 
