@@ -8,24 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plays import findings
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MIB = 2**20
 
 
 def dryrun(folder: Path, script: str, *arguments: str, memory: str = "", steps: int | None = None) -> dict[str, Any]:
-    """Findings of `tightfit dryrun --json` on an RTX 3060; the script's own output is shown if the test fails."""
-    words = [sys.executable, "-m", "tightfit", "dryrun", "--gpu", "RTX 3060 12GB", "--json"]
+    """Findings of `tightfit dryrun --json` on an RTX 3060."""
+    words: list[object] = ["--gpu", "RTX 3060 12GB"]
     words += ["--memory", memory] if memory else []
-    words += ["--steps", str(steps)] if steps else []
+    words += ["--steps", steps] if steps else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*words, str(SCRIPTS / script), *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    print(done.stderr[-4000:])
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == (0 if found["outcome"] == "fits" else 1)
-    return found
+    return findings([*words, SCRIPTS / script, *arguments], folder=folder, environ=environment)
 
 
 def line_of(script: str, text: str) -> int:
@@ -309,10 +304,8 @@ def test_no_file_from_before_is_changed(name: str, tmp_path: Path) -> None:
     imports = "import os, shutil, subprocess, threading\nfrom pathlib import Path\nimport numpy, torch\n"
     made = "x = torch.ones(4, device='cuda')\nPath('new.pt').write_text('new')\n"
     script.write_text(f"{imports}{made}{OVERWRITES[name]}\n")
-    words = [sys.executable, "-m", "tightfit", "dryrun", "--gpu", "RTX 2060", "--json", str(script)]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
-    found = json.loads(done.stdout)
-    assert found["outcome"] == "fits", done.stderr
+    found = findings(["--gpu", "RTX 2060", script], folder=folder)
+    assert found["outcome"] == "fits", found["stopped_because"]
     assert found["not_written"]
     assert [(folder / each).read_text() for each in names] == ["old"] * 3
     assert os.readlink(folder / "latest.pt") == "ckpt.pt"

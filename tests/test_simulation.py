@@ -73,7 +73,7 @@ def killed_after(delay_s: float, sign: signal.Signals, folder: Path, mark: str) 
 
 
 class TestEnd:
-    @pytest.mark.parametrize("delay_s", [0.5, 4.0, 8.0])
+    @pytest.mark.parametrize("delay_s", [0.5, 4.0, pytest.param(8.0, marks=pytest.mark.slow)])
     def test_a_killed_plan_leaves_nothing_behind(self, delay_s: float, tmp_path: Path) -> None:
         killed_after(delay_s, signal.SIGKILL, tmp_path, f"{os.getpid()}-{delay_s}")
 

@@ -42,8 +42,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(f"--timeline={options.timeline} must end in .png or .svg")
     from tightfit.simulation.dry_run import dryrun_script
 
-    lang = options.lang
-    settings = Settings(
+    found = dryrun_script(options.script, options.arguments, settings_of(options))
+    _write_pictures(found, options)
+    if options.json:
+        print(as_json(found))
+    else:
+        _show(found, options)
+    return OK if found.outcome == "fits" else FAILED
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Return what is asked of the virtual GPU. ConfigError for a size that cannot be read."""
+    return Settings(
         gpu=options.gpu,
         memory_bytes=parse_bytes(options.memory) if options.memory else None,
         used_bytes=parse_bytes(options.used),
@@ -54,16 +64,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         timeline=bool(options.timeline or options.html),
         snapshot=os.path.abspath(options.snapshot) if options.snapshot else None,
     )
-    found = dryrun_script(options.script, options.arguments, settings)
-    _write_pictures(found, options, lang)
-    if options.json:
-        print(as_json(found))
-    else:
-        _show(found, options, lang)
-    return OK if found.outcome == "fits" else FAILED
 
 
-def _write_pictures(found: Findings, options: argparse.Namespace, lang: str) -> None:
+def _write_pictures(found: Findings, options: argparse.Namespace) -> None:
     if options.timeline and found.timeline:
         from tightfit.report.timeline_picture import timeline_picture
 
@@ -71,18 +74,18 @@ def _write_pictures(found: Findings, options: argparse.Namespace, lang: str) -> 
     if options.html:
         from tightfit.report.html import findings_report, write
 
-        write(findings_report(found, lang=lang), options.html)
+        write(findings_report(found, lang=options.lang), options.html)
 
 
-def _show(found: Findings, options: argparse.Namespace, lang: str) -> None:
+def _show(found: Findings, options: argparse.Namespace) -> None:
     from tightfit.report.dryrun_page import dryrun_page
     from tightfit.report.terminal import page_text
     from tightfit.wording.report import words
 
     sys.stderr.flush()
-    print(page_text(dryrun_page(found, words(lang))), flush=True)
+    print(page_text(dryrun_page(found, words(options.lang))), flush=True)
     if found.failure and options.explain:
         from tightfit.cli.explained import text_for_terminal
         from tightfit.diagnosis.explaining import explain_dryrun
 
-        print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=lang))}")
+        print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=options.lang))}")

@@ -16,6 +16,8 @@ from tightfit.diagnosis.remedies import UNCHECKED, USUAL_SHARE, Option, Remedy, 
 from tightfit.errors import ConfigError
 from tightfit.gpus import find_gpu
 from tightfit.oomlog.log_reader import LogReading, read_log
+from tightfit.simulation.client import Simulator
+from tightfit.simulation.dry_run import dryrun_script
 from tightfit.vgpu.records import Settings
 from tightfit.wording import say
 
@@ -38,6 +40,7 @@ class OwnScript:
 
     def __init__(self, card: Card, script: str, arguments: Sequence[str]) -> None:
         self.card, self.script, self.arguments = card, script, list(arguments)
+        self._simulator: Simulator | None = None
 
     def play(
         self,
@@ -48,8 +51,6 @@ class OwnScript:
         timeout_s: float | None = None,
     ) -> Outcome:
         """Play the script on the virtual GPU; `used_bytes` are those of other processes, if not the card's."""
-        from tightfit.simulation.dry_run import dryrun_script
-
         card = self.card
         settings = Settings(
             gpu=card.name,
@@ -59,7 +60,7 @@ class OwnScript:
             capability=card.capability if find_gpu(card.name) is None else None,
             timeout_s=timeout_s,
         )
-        return outcome_of_findings(dryrun_script(self.script, arguments, settings, environ))
+        return outcome_of_findings(dryrun_script(self.script, arguments, settings, environ, simulator=self._simulator))
 
     def explained(self, plain: Explanation, outcome: Outcome) -> Explanation:
         """Explain the outcome of the script. ConfigError for a script that fails for another reason."""
@@ -70,11 +71,14 @@ class OwnScript:
         if facts is None or outcome.failure is None:
             return replace(plain, causes=(play_fits(outcome),))
         culprit = culprit_of_play(facts, outcome, of_script=True)
+        with Simulator(workers=1) as self._simulator:
+            remedies = list(self._remedies(unplayed(facts, of_device=True), outcome))
+        self._simulator = None
         return replace(
             plain,
             culprit=culprit,
             causes=causes_of(facts, plain.reading.context, culprit=culprit, base=outcome),
-            remedies=ranked(list(self._remedies(unplayed(facts, of_device=True), outcome))),
+            remedies=ranked(remedies),
             not_modelled=outcome.not_modelled,
         )
 

@@ -70,7 +70,7 @@ class Simulator:
         """
         answers: dict[int, A | Failed] = {}
         for number, request in enumerate(requests):
-            if (found := recall(request)) is not None:
+            if request.is_remembered and (found := recall(request)) is not None:
                 answers[number] = found
         missing = [number for number in range(len(requests)) if number not in answers]
         self.played += len(missing)
@@ -78,7 +78,8 @@ class Simulator:
             request = requests[reply.number]
             if reply.failed is None:
                 answers[reply.number] = answer = decode_answer(request, reply.answer)
-                remember(request, answer)
+                if request.is_remembered:
+                    remember(request, answer)
             else:
                 answers[reply.number] = reply.failed
             if progress:

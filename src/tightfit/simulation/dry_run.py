@@ -7,24 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tightfit.errors import ConfigError, DeviceError, TightfitError
-from tightfit.simulation.client import run_once
+from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, ScriptRequest
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
 
 
 def dryrun_script(
-    script: str, arguments: Sequence[str], settings: Settings, environ: Mapping[str, str] | None = None
+    script: str,
+    arguments: Sequence[str],
+    settings: Settings,
+    environ: Mapping[str, str] | None = None,
+    *,
+    simulator: Simulator | None = None,
 ) -> Findings:
     """Play a script on a virtual GPU, in `environ` instead of this process's environment.
 
-    Raises this package's errors for an unknown card or script, DeviceError if the process left no result.
+    It runs in a new process, or in a fork of `simulator`'s, which starts at once. Raises this package's errors for an
+    unknown card or script, DeviceError if the process left no result.
     """
     if not Path(script).is_file():
         raise ConfigError(say("simulation.dry_run.no_file", script=script))
-    request = ScriptRequest(script=script, arguments=tuple(arguments), settings=settings)
-    hidden = {**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""}
-    answer = run_once(request, environ=hidden)
+    request = ScriptRequest(
+        script=script,
+        arguments=tuple(arguments),
+        settings=settings,
+        environ={**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""},
+        folder=os.getcwd(),
+    )
+    answer = simulator.play([request])[0] if simulator else run_once(request, environ=request.environ)
     if isinstance(answer, Findings):
         return answer
     raise _error_of(answer)

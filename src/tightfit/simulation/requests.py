@@ -25,6 +25,11 @@ class Request(msgspec.Struct, Generic[A], frozen=True, kw_only=True, tag_field="
         """True if the play needs torch's compiler."""
         return False
 
+    @property
+    def is_remembered(self) -> bool:
+        """True if the answer depends on nothing but the request, torch and this package."""
+        return True
+
 
 class StepRequest(Request["StepTrace"], frozen=True, kw_only=True, tag="step"):
     """The trainer's own step on a card wide enough for it."""
@@ -126,11 +131,19 @@ class LoopPlay(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScriptRequest(Request["Findings"], frozen=True, kw_only=True, tag="script"):
-    """Somebody's own script, in the environment of the process that plays it."""
+    """Somebody's own script."""
 
     script: str
     arguments: tuple[str, ...]
     settings: Settings
+    environ: Mapping[str, str]
+    """Environment that the script finds."""
+    folder: str
+    """Working folder of the script."""
+
+    @property
+    def is_remembered(self) -> bool:
+        return False
 
 
 class HostRequest(Request["HostRates"], frozen=True, kw_only=True, tag="host"):

@@ -174,8 +174,10 @@ class Server:
         try:
             self._close_all()
             null = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(null, stream)
+            # What a script prints is for the person who plays it; what libraries print in other plays is for nobody.
+            output = 2 if isinstance(ask.request, ScriptRequest) else null
+            for source, stream in ((null, 0), (output, 1), (output, 2)):
+                os.dup2(source, stream)
             answer = msgspec.json.encode(_reply(ask))
             while answer:
                 answer = answer[os.write(writing, answer) :]
@@ -249,6 +251,15 @@ def _reply(ask: Ask) -> Reply:
         return Reply(number=ask.number, failed=failed)
 
 
+def _enter(request: ScriptRequest) -> None:
+    """Give this process the environment, the working folder and the import path of a script."""
+    os.environ.clear()
+    os.environ.update(request.environ)
+    os.chdir(request.folder)
+    paths = filter(None, request.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[1:1] = [path for path in paths if path not in sys.path]
+
+
 def _answer(request: AnyRequest) -> msgspec.Struct:
     """Play one request; each kind imports what it needs."""
     match request:
@@ -263,6 +274,7 @@ def _answer(request: AnyRequest) -> msgspec.Struct:
         case ScriptRequest():
             from tightfit.vgpu.script import run_script
 
+            _enter(request)
             return run_script(request.script, request.arguments, request.settings)
         case HostRequest():
             from tightfit.simulation.processor import measure_host
