@@ -13,6 +13,7 @@ from tightfit.cli.parser import Parser
 RECORDS = {
     "doctor": ("tightfit.system.doctor", "Diagnosis"),
     "dryrun": ("tightfit.vgpu.records", "Findings"),
+    "explain": ("tightfit.diagnosis.explanation", "ExplanationJson"),
     "plan": ("tightfit.planner.plan_record", "PlanRecord"),
 }
 """Module and record that each command prints with --json."""
