@@ -3,13 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
-from tightfit.config import TrainConfig, read_config
+from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.config.sizes import parse_bytes
+from tightfit.wording.report import words
+
+if TYPE_CHECKING:
+    from tightfit.planner.planning import Where
+    from tightfit.report.sections import Page
 
 
 def parser() -> Parser:
@@ -33,40 +37,53 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    lang = options.lang
     resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
-    if options.html:
-        from tightfit.report.html import check_folder
+    from tightfit.report.page import check_folder, render, write
 
+    if options.html:
         check_folder(options.html)
+    page, record, code = _survey(resolved, options) if options.all_gpus else _plan(resolved, options)
+    if options.html:
+        write(render(page, lang=options.lang), options.html)
+    if options.json:
+        print(as_json(record))
+    else:
+        from tightfit.report.terminal import page_text
+
+        print(page_text(page))
+    return code
+
+
+def _survey(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple["Page", object, int]:
+    from tightfit.planner.survey import every_card
+    from tightfit.report.plan_page import cards_page
+
+    rows = every_card(resolved, log=_progress)
+    return cards_page(rows, words(options.lang)), rows, OK
+
+
+def _plan(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple["Page", object, int]:
     from tightfit.planner.plan_record import plan_record
-    from tightfit.planner.planning import card_here, make_plan, named_card, this_host
-    from tightfit.report.plan_terminal import plan_text
+    from tightfit.planner.planning import make_plan
+    from tightfit.report.plan_page import plan_page
+
+    result = make_plan(resolved, _where(resolved.config, options), log=_progress)
+    code = OK if result.choice.best else FAILED
+    return plan_page(result, words(options.lang)), plan_record(result), code
+
+
+def _where(config: TrainConfig, options: argparse.Namespace) -> "Where":
+    from tightfit.planner.planning import card_here, named_card, this_host
 
     memory = parse_bytes(options.memory) if options.memory else None
-    if options.all_gpus:
-        from tightfit.planner.survey import every_card
-        from tightfit.report.plan_terminal import cards_text
-
-        rows = every_card(resolved, say=_progress)
-        print(as_json(rows) if options.json else cards_text(rows))
-        return OK
     if options.gpu:
-        where = named_card(
+        return named_card(
             options.gpu,
             memory_bytes=memory,
             used_by_others_bytes=parse_bytes(options.used),
             capability=capability(options.capability),
         )
-    else:
-        where = (None if resolved.config.device == "cpu" else card_here(limit_bytes=memory)) or this_host(memory)
-    result = make_plan(resolved, where, say=_progress)
-    if options.html:
-        from tightfit.report.html import plan_report, write
-
-        write(plan_report(msgspec.to_builtins(plan_record(result)), lang=lang), options.html)
-    print(as_json(plan_record(result)) if options.json else plan_text(result))
-    return OK if result.choice.best else FAILED
+    return (None if config.device == "cpu" else card_here(limit_bytes=memory)) or this_host(memory)
 
 
 def _progress(text: str) -> None:

@@ -51,7 +51,7 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
         from tightfit.planner.fit import fit
 
         is_main = os.environ.get("RANK", "0") == "0"
-        fitted = fit(resolved, say=lambda line: print(line, flush=True) if is_main else None)
+        fitted = fit(resolved, log=lambda line: print(line, flush=True) if is_main else None)
         resolved, fallback = fitted.resolved, fitted.fallback
     from tightfit.trainer.loop import train  # torch is imported only when there is something to train
 

@@ -2,10 +2,12 @@
 
 import msgspec
 
+from tightfit.config import TrainConfig
 from tightfit.planner.candidates import KeyValue
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Choice
+from tightfit.planner.sentences import costs
 
 
 class BudgetRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +99,7 @@ def plan_record(result: PlanResult) -> PlanRecord:
         best=_row(choice.best, choice.share, fits=True) if choice.best else None,
         alternatives=[_row(each, choice.share, fits=fits) for each, fits in rows],
         least=_row(choice.least, choice.share, fits=False) if choice.least else None,
-        lossy=_lossy(choice.lossy),
+        lossy=_lossy(choice.lossy, result.config),
         environment=result.environ,
         traces=result.traced,
         seconds=result.seconds,
@@ -119,8 +121,8 @@ def _row(prediction: Prediction, share: int, *, fits: bool) -> PlanRow:
     )
 
 
-def _lossy(choice: Choice | None) -> LossyRow | None:
+def _lossy(choice: Choice | None, config: TrainConfig) -> LossyRow | None:
     if choice is None or choice.best is None or choice.relief is None:
         return None
     row = msgspec.structs.asdict(_row(choice.best, choice.share, fits=True))
-    return LossyRow(allow=choice.relief.name, costs=choice.relief.costs, **row)
+    return LossyRow(allow=choice.relief.name, costs=costs(choice.best.plan, config), **row)

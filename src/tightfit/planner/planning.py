@@ -24,11 +24,14 @@ from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
 from tightfit.system.cpuinfo import processor_name
 from tightfit.system.nvml import GpuMemory
+from tightfit.wording import say
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
 """Segments that grow: what is cached is not lost to fragmentation, so larger micro-batches fit."""
 _MEASURING_S = 300
+_MUCH_FASTER = 2.5
+"""Gain from which its size is worth saying."""
 _COMPILES_FROM = (7, 0)
 """Compute capability that Triton needs."""
 
@@ -67,7 +70,7 @@ def make_plan(
     where: Where,
     *,
     processes: int = 1,
-    say: Callable[[str], object] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
 ) -> PlanResult:
     """Return the fastest plan that fits `where`, for one of `processes` that share the effective batch.
 
@@ -102,7 +105,7 @@ def make_plan(
             compiled=_compiles(config, where.gpu),
             on_host=where.gpu is None,
             processes=processes,
-            say=say,
+            log=log,
         )
     return PlanResult(
         config=config,
@@ -120,10 +123,9 @@ def _emulates(config: TrainConfig, gpu: GPU | None) -> list[str]:
         return []
     products = rates_of(gpu, compiled=False).matmul
     factor = products["float16"] / products["bfloat16"] if gpu.fp32_tflops else 0.0
-    return [
-        f"{gpu.name} only emulates dtype=bfloat16; with --dtype=float16 its matrix products are "
-        f"{f'{factor:.0f} times faster' if factor >= 2.5 else 'faster'}"
-    ]
+    if factor < _MUCH_FASTER:
+        return [say("planner.planning.emulates", gpu=gpu.name)]
+    return [say("planner.planning.emulates_slowly", gpu=gpu.name, factor=factor)]
 
 
 def named_card(
@@ -193,9 +195,9 @@ def this_host(memory_bytes: int | None = None) -> Where:
     wholes = [
         (limit.limit_bytes if limit.source in base else limit.left_bytes + own, limit.source) for limit in host.limits
     ]
-    wholes.append((host.available_bytes + own, "free memory of this machine"))
+    wholes.append((host.available_bytes + own, say("planner.planning.free_memory")))
     if memory_bytes is not None:
-        wholes.append((memory_bytes, "as given"))
+        wholes.append((memory_bytes, say("planner.planning.as_given")))
     whole, source = min(wholes, key=lambda each: each[0] - base.get(each[1], resident))
     return Where(
         gpu=None,
@@ -213,7 +215,7 @@ def measured_host() -> HostRates:
         return found
     measured = run_once(request, timeout_s=_MEASURING_S)
     if isinstance(measured, Failed):
-        raise DeviceError(f"this machine's processor could not be measured: {measured.error}")
+        raise DeviceError(say("planner.planning.not_measured", error=measured.error))
     remember(request, measured)
     return measured
 

@@ -23,7 +23,7 @@ from tightfit.planner.candidates import (
 )
 from tightfit.planner.lines import Estimate, Line, compiled_line, line_through
 from tightfit.planner.predict import Prediction, Predictor
-from tightfit.units import format_bytes
+from tightfit.wording import say
 
 SMALL_BATCH = 4
 """Larger of the two micro-batches that give a line; where fewer fit, a chunked loss makes room for more."""
@@ -66,7 +66,7 @@ def choose(
     compiled: bool,
     on_host: bool,
     processes: int = 1,
-    say: Callable[[str], object] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
 ) -> Choice:
     """Return the choice with the first of `reliefs` that fits; lossy ones count if the configuration allows them.
 
@@ -88,15 +88,15 @@ def choose(
             on_host=on_host,
             processes=processes,
             relief=relief,
-            say=say,
+            log=log,
         )
         needs = least_bytes(config, relief)
         if needs > budget.bytes and relief is not last_exact:
-            say(f"nothing to trace: weights, gradients and moments alone take {format_bytes(needs)}")
+            log(say("planner.search.state", needs=needs))
             request = request or Estimate(plan=search.requested(), peak_bytes=needs, step_s=None)
             continue
         if relief.name:
-            say(f"nothing fits; trying {relief.name}")
+            log(say("planner.search.trying", name=relief.name))
         found = search.run()
         request, least = request or found.request, found.least
         found = replace(found, relief=relief, request=request)
@@ -138,13 +138,13 @@ class Search:
         on_host: bool,
         processes: int,
         relief: Relief,
-        say: Callable[[str], object],
+        log: Callable[[str], object],
     ) -> None:
         config = resolved.config
         self._base = with_values(config, relief.keys)
         """Configuration with the relief's keys."""
         self._block_size = self._base.block_size if "block_size" in relief.keys else 0
-        self._predictor, self._budget, self._share, self._say = predictor, budget, share, say
+        self._predictor, self._budget, self._share, self._log = predictor, budget, share, log
         self._compiled, self._config = compiled, config
         self._micro_batch = 0 if is_open(resolved, "micro_batch") else batch_split(config, share=share).micro_batch
         self._eval_micro_batch = 0 if is_open(resolved, "eval_micro_batch") else config.eval_micro_batch
@@ -228,7 +228,7 @@ class Search:
             return {}
         plans = {loss: [self._plan(size, blocks, loss, compiled=False) for size, blocks in points] for loss in losses}
         every = [plan for each in plans.values() for plan in each]
-        self._say(f"tracing {len(every)} steps to learn how memory grows")
+        self._log(say("planner.search.growth", steps=len(every)))
         found = dict(zip(every, self._predictor.predict(every, whole=False), strict=True))
         return {loss: line_through([found[plan] for plan in each]) for loss, each in plans.items()}
 
@@ -243,7 +243,7 @@ class Search:
                 wanted += self._promising(plain, compiled=False)[:2]
         if not wanted:
             return []
-        self._say(f"tracing the {len(wanted)} most promising plans in full")
+        self._log(say("planner.search.full", plans=len(wanted)))
         return self._trace_until_fits(wanted, lines)
 
     def _promising(self, lines: dict[str, Line], *, compiled: bool) -> list[Plan]:

@@ -1,4 +1,4 @@
-"""Reports as self-contained HTML: of a training run, a dry run, a plan, or an explanation."""
+"""Reports as self-contained HTML: of a training run, a dry run, or an explanation."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.report.dryrun_page import dryrun_page
 from tightfit.report.page import check_folder, render, write
-from tightfit.report.plan_page import plan_page
 from tightfit.report.run_page import run_page
 from tightfit.report.runs import read_run
 from tightfit.report.timeline_chart import timeline_section
@@ -17,7 +16,7 @@ from tightfit.wording.report import words
 if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
 
-__all__ = ["check_folder", "explanation_report", "findings_report", "plan_report", "run_report", "write"]
+__all__ = ["check_folder", "explanation_report", "findings_report", "run_report", "write"]
 
 
 def run_report(
@@ -43,15 +42,6 @@ def run_report(
 def findings_report(findings: Findings, *, lang: str = "en") -> str:
     """Lay out a dry run as HTML, with a chart of its `timeline` if it has one."""
     return render(dryrun_page(findings, words(lang)), lang=lang)
-
-
-def plan_report(plan: Mapping[str, Any], *, lang: str = "en", findings: Findings | None = None) -> str:
-    """A plan as `plan --json` prints it: its `best`, `alternatives`, `budget` and `notes`.
-
-    `findings` of a dry run with a timeline add memory over time.
-    """
-    timeline = timeline_section(findings, words(lang)) if findings else None
-    return render(plan_page(plan, words(lang), timeline), lang=lang)
 
 
 def explanation_report(found: "Explanation") -> str:
