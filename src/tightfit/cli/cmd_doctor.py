@@ -11,19 +11,18 @@ from tightfit.cli.cmd_train import PREPARED_WHEN_MISSING
 from tightfit.cli.exits import FAILED, OK
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
+from tightfit.wording import say
 
 
 def parser() -> Parser:
     found = Parser(
         "doctor",
-        "Check this machine, and the run if keys are given: cards, driver, torch, memory, limits, compilers,\n"
-        "allocator settings, disk, dataset. It stops no program and changes no setting.\n"
-        "Exit code 1 if something would make a run fail.",
+        say("cli.doctor.about"),
         usage="[config.py ...] [--key=value ...] [--json] [--lang en|ja]",
         examples=["tightfit doctor configs/train_shakespeare_char.py --device=cuda"],
         takes_keys=TrainConfig,
     )
-    found.flag("--json", "print the same facts for machines")
+    found.flag("--json", say("cli.option.json"))
     return found
 
 

@@ -9,6 +9,7 @@ from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.config.sizes import parse_bytes
+from tightfit.wording import say
 from tightfit.wording.report import words
 
 if TYPE_CHECKING:
@@ -19,20 +20,18 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     found = Parser(
         "plan",
-        "Find the fastest way to fit a run on a device. Keys of the configuration are those of tightfit train.",
+        say("cli.plan.about"),
         usage="[config.py ...] [--key=value ...] [--gpu NAME] [--memory SIZE] [--used SIZE]",
         examples=['tightfit plan configs/train_openwebtext.py --gpu "RTX 3060 12GB" --used 2GiB'],
         takes_keys=TrainConfig,
     )
-    found.option("--gpu", "a card's name, such as 'RTX 3060 12GB'; without it, the card that is here or the processor")
-    found.option(
-        "--memory", "its total memory as the driver reports it, such as 11.69GiB; host memory for the processor"
-    )
-    found.add_argument("--used", default="0", help="memory that other programs use, such as 2GiB")
-    found.option("--html", "write the plan as a page with charts")
-    found.option("--capability", "compute capability of an unknown card, such as 8.6")
-    found.flag("--all-gpus", "list the cards that run this configuration, and how fast")
-    found.flag("--json", "print the same facts for machines")
+    found.option("--gpu", say("cli.plan.gpu"))
+    found.option("--memory", say("cli.option.gpu_memory"))
+    found.add_argument("--used", default="0", help=say("cli.option.used"))
+    found.option("--html", say("cli.plan.html"))
+    found.option("--capability", say("cli.option.capability"))
+    found.flag("--all-gpus", say("cli.plan.all_gpus"))
+    found.flag("--json", say("cli.option.json"))
     return found
 
 

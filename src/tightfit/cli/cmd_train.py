@@ -13,6 +13,7 @@ from tightfit.cli.parser import Parser
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import TightfitError
 from tightfit.trainer.supervise import supervise, wants_supervision
+from tightfit.wording import say
 
 PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
 """Datasets so small that training makes them itself; openwebtext takes 54 GB and an hour."""
@@ -25,12 +26,12 @@ a small model's step 300 times slower (17 ms to 5.8 s) when another program used
 def parser() -> Parser:
     found = Parser(
         "train",
-        "Train a GPT as nanoGPT does, on the fastest plan that fits.",
+        say("cli.train.about"),
         usage="[config.py ...] [--key=value ...] [--html FILE]",
         examples=["tightfit train configs/train_shakespeare_char.py --device=cpu --max_iters=2000"],
         takes_keys=TrainConfig,
     )
-    found.option("--html", "when training ends, write the page of tightfit report")
+    found.option("--html", say("cli.train.html"))
     return found
 
 
@@ -86,6 +87,6 @@ def _prepare_if_missing(config: TrainConfig) -> int:
     folder = Path(config.data_dir) / config.dataset
     if config.dataset not in PREPARED_WHEN_MISSING or (folder / "train.bin").exists():
         return OK
-    print(f"{folder} is not there yet: preparing it", flush=True)
+    print(say("cli.train.preparing", folder=folder), flush=True)
     words = [sys.executable, "-m", "tightfit", "prepare", config.dataset, f"--data_dir={config.data_dir}"]
     return subprocess.run(words).returncode
