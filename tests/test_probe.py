@@ -52,7 +52,7 @@ def test_what_cannot_be_timed_is_said_and_left_out(data_dir: Path) -> None:
     said: list[str] = []
     offered = [prediction(1)]
     assert probe.timed(config(data_dir, "missing"), offered, SHARE, "cpu", log=said.append) == offered
-    assert "tried 1 x 6: DataError: " in said[0]
+    assert "tried 1 x 6: there is no dataset" in said[0]
     assert "missing" in said[0]
 
 

@@ -58,7 +58,7 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
 
     try:
         result = train(resolved, fallback)
-    except Exception as error:
+    except Exception as error:  # of any class: compilers and readers wrap an error of memory in their own
         failed = _out_of_memory(error)
         if failed is None or os.environ.get("RANK", "0") != "0":
             raise

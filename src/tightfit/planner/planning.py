@@ -16,7 +16,7 @@ from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
 from tightfit.planner.budget import Budget, device_budget, host_budget
 from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, reliefs
 from tightfit.planner.predict import Predictor, Target
-from tightfit.planner.search import Choice, choose
+from tightfit.planner.search import Choice, Task, choose
 from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, HostRates, HostRequest
@@ -78,35 +78,25 @@ def make_plan(
     """
     started = time.perf_counter()
     config = with_shape(resolved.config)
-    share = batch_split(config, processes).share
-    environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
-    if where.gpu and not environ and sys.platform == "linux" and not spills_to_host():
-        environ = {ALLOCATOR: EXPANDABLE}
-    target = Target(
-        gpu=where.gpu,
-        known=where.known,
-        share=share,
-        environ=environ,
-        host=None if where.gpu else measured_host(),
-    )
-    on = replace(config, device="cpu" if where.gpu is None else "cuda")
+    on_host, share, environ = where.gpu is None, batch_split(config, processes).share, _allocator_settings(where.gpu)
+    host = measured_host() if on_host else None
+    target = Target(gpu=where.gpu, known=where.known, share=share, environ=environ, host=host)
+    on = replace(config, device="cpu" if on_host else "cuda")
+    asked = Resolved(on, resolved.sources, resolved.warnings)
+    may_use_8bit = can_compile(where.gpu) and _is_installed("torchao")
     with Simulator() as simulator:
-        asked = Resolved(on, resolved.sources, resolved.warnings)
-        choice = choose(
-            asked,
-            Predictor(on, target, simulator),
-            where.budget,
-            share,
-            reliefs=reliefs(
-                asked,
-                offloads=_offloads(config, where, processes),
-                may_use_8bit=can_compile(where.gpu) and _is_installed("torchao"),
-            ),
+        task = Task(
+            resolved=asked,
+            predictor=Predictor(on, target, simulator),
+            budget=where.budget,
+            share=share,
             compiled=_compiles(config, where.gpu),
-            on_host=where.gpu is None,
+            on_host=on_host,
             processes=processes,
             log=log,
         )
+        offloads = _offloads(config, where, processes)
+        choice = choose(task, reliefs(asked, offloads=offloads, may_use_8bit=may_use_8bit))
     return PlanResult(
         config=config,
         where=where,
@@ -116,6 +106,14 @@ def make_plan(
         traced=simulator.played,
         notes=[*where.notes, *_emulates(config, where.gpu)],
     )
+
+
+def _allocator_settings(gpu: GPU | None) -> dict[str, str]:
+    """Return the user's settings; without any, those that a plan for a card is made with."""
+    environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
+    if gpu and not environ and sys.platform == "linux" and not spills_to_host():
+        return {ALLOCATOR: EXPANDABLE}
+    return environ
 
 
 def _emulates(config: TrainConfig, gpu: GPU | None) -> list[str]:
