@@ -4,11 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import msgspec
 from rich.console import Console
 
 from tightfit.cli.cmd_train import PREPARED_WHEN_MISSING
-from tightfit.cli.exits import FAILED, OK
+from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
 from tightfit.wording import say
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr)).config if rest else None
     checks = diagnose(read_machine(), config, prepares_itself=PREPARED_WHEN_MISSING)
     if options.json:
-        print(msgspec.json.format(msgspec.json.encode(diagnosis(checks, said)), indent=2).decode())
+        print(as_json(diagnosis(checks, said)))
     else:
         print_table(checks, said, Console(highlight=False, emoji=False))
     return FAILED if has_problem(checks) else OK

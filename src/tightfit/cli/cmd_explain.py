@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-import msgspec
-
-from tightfit.cli.exits import OK
+from tightfit.cli.exits import OK, as_json
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
@@ -66,7 +64,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
         write(explanation_report(found), options.html)
     if options.json:
-        print(msgspec.json.format(msgspec.json.encode(found.to_json()), indent=2).decode())
+        print(as_json(found.to_json()))
     else:
         from tightfit.cli.explained import text_for_terminal
 
@@ -92,7 +90,7 @@ def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _keys_and_logs(words: list[str]) -> tuple[list[str], list[str]]:
-    """The configuration's keys with their values, and what stands between them."""
+    """Split words into the configuration's keys with their values, and logs."""
     keys: list[str] = []
     logs: list[str] = []
     words = list(words)

@@ -3,14 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
-from tightfit.data import PrepareResult, prepare
+from tightfit.data import prepare
 from tightfit.data.recipes import NAMES
 from tightfit.data.tokenizers import TOKENIZERS
 from tightfit.wording import say
@@ -36,13 +35,7 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    given = vars(options)
-    prepare_with_bar(given.pop("name"), **given)
-    return OK
-
-
-def prepare_with_bar(name: str, **options: Any) -> PrepareResult:
-    """Prepare a dataset with a progress bar on a terminal, and a line at the end."""
+    given = {key: value for key, value in vars(options).items() if key not in ("name", "lang")}
     bar = Progress(
         TextColumn(say("cli.prepare.tokenizing")),
         BarColumn(),
@@ -59,16 +52,6 @@ def prepare_with_bar(name: str, **options: Any) -> PrepareResult:
         def show(done_bytes: int, total_bytes: int | None, tokens: int) -> None:
             bar.update(task, completed=done_bytes, total=total_bytes, tokens=say("cli.prepare.tokens", count=tokens))
 
-        made = prepare(name, progress=show, **options)
-    print(
-        say(
-            "cli.prepare.made",
-            folder=made.folder,
-            train=made.train_tokens,
-            val=made.val_tokens,
-            vocabulary=made.vocab_size,
-            tokenizer=made.tokenizer,
-            seconds=made.seconds,
-        )
-    )
-    return made
+        made = prepare(options.name, progress=show, **given)
+    print(say("cli.prepare.made", made=made))
+    return OK

@@ -51,14 +51,14 @@ def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object]) -> Fit
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     bound = _rough_bound(config, processes)
     if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():
-        log(_unchanged(bound, _host_bytes()))
+        log(say("planner.fit.unchanged", bound=bound, room=_host_bytes()))
         return Fitted(resolved)
     try:
         where = _where(config)
         if where is None:
             return Fitted(resolved)
         if bound < where.budget.bytes * _OBVIOUS_SHARE:
-            log(_unchanged(bound, where.budget.bytes))
+            log(say("planner.fit.unchanged", bound=bound, room=where.budget.bytes))
             is_ours = where.gpu is not None and is_open(resolved, "loss")
             return Fitted(_with_keys(resolved, {"loss": "full"} if is_ours else {}))  # the faster one on a card
         with one_at_a_time():  # processes that ask for the same plan: the first traces it, the others recall it
@@ -67,10 +67,6 @@ def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object]) -> Fit
         log(say("planner.fit.no_plan", error=error))
         return Fitted(resolved)
     return _fitted(resolved, config, result, log=log)
-
-
-def _unchanged(bound: int, room: int) -> str:
-    return say("planner.fit.unchanged", bound=bound, room=room)
 
 
 def _fitted(

@@ -80,18 +80,11 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan_record(result: PlanResult) -> PlanRecord:
     """Return the record of a plan."""
-    budget, choice, request = result.where.budget, result.choice, result.choice.request
+    choice, request = result.choice, result.choice.request
     rows = [(each, True) for each in choice.offered] + [(each, False) for each in choice.refused]
     return PlanRecord(
         device=result.where.gpu.name if result.where.gpu else "cpu",
-        budget=BudgetRecord(
-            total_bytes=budget.total_bytes,
-            used_by_others_bytes=budget.used_by_others_bytes,
-            context_bytes=budget.context_bytes,
-            reserved_bytes=budget.reserved_bytes,
-            margin_bytes=budget.margin_bytes,
-            bytes=budget.bytes,
-        ),
+        budget=msgspec.convert(result.where.budget, BudgetRecord, from_attributes=True),
         effective_batch=result.config.effective_batch,
         tokens_per_step=result.config.tokens_per_step,
         share=choice.share,

@@ -4,9 +4,8 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
@@ -84,6 +83,7 @@ def make_plan(
     on = replace(config, device="cpu" if on_host else "cuda")
     asked = Resolved(on, resolved.sources, resolved.warnings)
     may_use_8bit = can_compile(where.gpu) and _is_installed("torchao")
+    offloads = _offloads(config, where, processes)
     with Simulator() as simulator:
         task = Task(
             resolved=asked,
@@ -95,7 +95,6 @@ def make_plan(
             processes=processes,
             log=log,
         )
-        offloads = _offloads(config, where, processes)
         choice = choose(task, reliefs(asked, offloads=offloads, may_use_8bit=may_use_8bit))
     return PlanResult(
         config=config,
@@ -135,19 +134,14 @@ def named_card(
 ) -> Where:
     """Return a card by its name, as if it were here. DeviceError for an unknown one."""
     gpu, notes = resolve_gpu(text, memory_bytes=memory_bytes, capability=capability)
-    return Where(
-        gpu=gpu,
-        budget=device_budget(gpu, total_bytes=memory_bytes, used_by_others_bytes=used_by_others_bytes),
-        known=gpu.name in _names(),
-        notes=tuple(notes),
-    )
+    return _on_card(gpu, notes, memory_bytes, used_by_others_bytes, is_here=False)
 
 
 def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None:
-    """The card of this machine and the memory that others hold of it now; None without a card that NVML reports.
+    """Return the card of this machine with the memory that others hold now; None if NVML reports no card.
 
-    The plan may use at most `limit_bytes`. The budget's total is what is free, this process's and the others' together,
-    so the driver's reserve is outside it also where the driver does not report it.
+    The plan may use at most `limit_bytes`. The budget's total is the sum of free memory, this process's and the
+    others', so it leaves out the driver's reserve even where the driver does not report it.
     """
     card, why = gpu_memory(index)
     if card is None:
@@ -160,13 +154,7 @@ def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None
     total = card.free_bytes + (card.own_bytes or 0) + used
     if limit_bytes is not None:
         total = min(total, limit_bytes + used)
-    return Where(
-        gpu=gpu,
-        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used),
-        known=gpu.name in _names(),
-        is_here=True,
-        notes=(*notes, *([why] if why else [])),
-    )
+    return _on_card(gpu, [*notes, *filter(None, [why])], total, used, is_here=True)
 
 
 def _slice_here(card: GpuMemory, limit_bytes: int | None) -> Where:
@@ -176,17 +164,21 @@ def _slice_here(card: GpuMemory, limit_bytes: int | None) -> Where:
     gpu, notes = resolve_gpu(card.name, memory_bytes=part.total_bytes, capability=card.capability)
     used = part.total_bytes - part.free_bytes
     total = part.total_bytes if limit_bytes is None else min(part.total_bytes, limit_bytes + used)
+    return _on_card(gpu, notes, total, used, is_here=True)
+
+
+def _on_card(gpu: GPU, notes: Iterable[str], total: int | None, used_by_others: int, *, is_here: bool) -> Where:
     return Where(
         gpu=gpu,
-        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used),
-        known=gpu.name in _names(),
-        is_here=True,
+        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used_by_others),
+        known=any(each.name == gpu.name for each in all_gpus()),
+        is_here=is_here,
         notes=tuple(notes),
     )
 
 
 def this_host(memory_bytes: int | None = None) -> Where:
-    """This machine's processor, with `memory_bytes` or the tightest limit that holds for a process started here."""
+    """Return this machine's processor, with `memory_bytes` or the tightest limit of a process started here."""
     host, base = host_memory(), measured_host().base_bytes
     resident = base["resident"]
     own = host.used_by_this_process_bytes
@@ -261,8 +253,3 @@ def with_shape(config: TrainConfig) -> TrainConfig:
     except TightfitError:
         found = None
     return replace(config, vocab_size=found or 0)
-
-
-@cache
-def _names() -> frozenset[str]:
-    return frozenset(gpu.name for gpu in all_gpus())

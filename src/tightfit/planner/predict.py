@@ -71,7 +71,7 @@ class Target:
     """This machine's own rates, for plans on the host."""
 
     def rates(self, *, compiled: bool) -> Rates:
-        """Return what the device does in a second."""
+        """Return the device's operations and bytes a second."""
         if self.gpu is not None:
             return rates_of(self.gpu, compiled=compiled)
         assert self.host is not None, "the host was measured"

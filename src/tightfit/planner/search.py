@@ -58,7 +58,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Run to plan, and what it is planned for."""
+    """Run to plan, with its device."""
 
     resolved: Resolved[TrainConfig]
     predictor: Predictor
