@@ -19,7 +19,7 @@ PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
 """Datasets so small that training makes them itself; openwebtext takes 54 GB and an hour."""
 
 _SPIN = ("GOMP_SPINCOUNT", "100000")
-"""How long an OpenMP thread waits actively for the others; read when torch is loaded. GNU's default of 300,000 made
+"""Rounds that an OpenMP thread waits actively for the others; read when torch is loaded. GNU's default of 300,000 made
 a small model's step 300 times slower (17 ms to 5.8 s) when another program used the cores; this costs nothing alone."""
 
 

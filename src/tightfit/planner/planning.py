@@ -82,8 +82,6 @@ def make_plan(
     target = Target(gpu=where.gpu, known=where.known, share=share, environ=environ, host=host)
     on = replace(config, device="cpu" if on_host else "cuda")
     asked = Resolved(on, resolved.sources, resolved.warnings)
-    may_use_8bit = can_compile(where.gpu) and _is_installed("torchao")
-    offloads = _offloads(config, where, processes)
     with Simulator() as simulator:
         task = Task(
             resolved=asked,
@@ -95,7 +93,7 @@ def make_plan(
             processes=processes,
             log=log,
         )
-        choice = choose(task, reliefs(asked, offloads=offloads, may_use_8bit=may_use_8bit))
+        choice = choose(task, _reliefs(asked, where, processes))
     return PlanResult(
         config=config,
         where=where,
@@ -210,13 +208,14 @@ def measured_host() -> HostRates:
     return measured
 
 
-def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]:
-    """List the offloads that the host has memory for; all of them for a card that is only named."""
+def _reliefs(resolved: Resolved[TrainConfig], where: Where, processes: int) -> list[Relief]:
+    """List changes that make room; of offloads, for a card that is here, those that its host has memory for."""
     if where.gpu is None:
-        return []
+        return reliefs(resolved, offloads=[])
     free = host_memory().budget_bytes if where.is_here else None
-    has_room = free is None or free > OFFLOADED_BYTES * parameter_count(config)
-    return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
+    has_room = free is None or free > OFFLOADED_BYTES * parameter_count(resolved.config)
+    offloads = [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
+    return reliefs(resolved, offloads=offloads, may_use_8bit=can_compile(where.gpu) and _is_installed("torchao"))
 
 
 def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
