@@ -877,7 +877,7 @@ class TestCommand:
         run = a_run(tmp_path / "run")
         done = here(["report", str(run)])
         assert (done.code, done.err) == (0, "")
-        assert re.fullmatch(r".*report\.html: \d+ kB; open it in a browser\n", done.out)
+        assert re.fullmatch(r".*report\.html: \d+ kB。ブラウザーで開いてください\n", done.out)
         assert '<html lang="ja">' in (run / "report.html").read_text(encoding="utf-8")
 
     def test_with_a_dry_run_and_a_plan(self, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def run_report(
     findings: Findings | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report of the training run in `out_dir`, as HTML.
+    """Lay out the training run in `out_dir` as HTML.
 
     `plan` is used instead of the folder's plan.json: `alternatives`, a list of rows of name, keys, peak_bytes, step_s,
     fits and exact, and `predicted_peak_bytes`. `findings` of a dry run with a timeline add what was predicted in time.
@@ -45,7 +45,7 @@ def findings_report(findings: Findings, *, lang: str = "en") -> str:
 
 
 def explanation_report(found: "Explanation") -> str:
-    """What `tightfit explain` found, as HTML in the language of the explanation."""
+    """Lay out an explanation as HTML in its own language."""
     from tightfit.report.explanation_page import explanation_page
 
     return render(explanation_page(found, words(found.language)), lang=found.language)
