@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from test_report_html import EVIL_LOG, FAILURE, a_plan, a_run, a_timeline, an_explanation, findings, plan_report, tensor
 
-from tightfit.report.html import explanation_report, findings_report, run_report, write
+from tightfit.report.html import explanation_report, findings_report, run_report
+from tightfit.report.page import write
 from tightfit.units import GIB, MIB
 from tightfit.wording.report import LANGUAGES
 

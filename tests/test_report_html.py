@@ -36,8 +36,8 @@ from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Choice
 from tightfit.planner.survey import CardRow
 from tightfit.report.bars import Part, parts_table
-from tightfit.report.html import explanation_report, findings_report, run_report, write
-from tightfit.report.page import render
+from tightfit.report.html import explanation_report, findings_report, run_report
+from tightfit.report.page import render, write
 from tightfit.report.plan_page import cards_page, plan_page
 from tightfit.report.runs import read_run
 from tightfit.report.series import curve, highest

@@ -69,7 +69,8 @@ def _write_pictures(found: Findings, options: argparse.Namespace, lang: str) -> 
 
         timeline_picture(found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome)
     if options.html:
-        from tightfit.report.html import findings_report, write
+        from tightfit.report.html import findings_report
+        from tightfit.report.page import write
 
         write(findings_report(found, lang=lang), options.html)
 

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if configs or keys:
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
     if options.html:
-        from tightfit.report.html import check_folder
+        from tightfit.report.page import check_folder
 
         check_folder(options.html)
     from tightfit.diagnosis.explaining import explain
@@ -60,7 +60,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         config_names=[*configs, *keys],
     )
     if options.html:
-        from tightfit.report.html import explanation_report, write
+        from tightfit.report.html import explanation_report
+        from tightfit.report.page import write
 
         write(explanation_report(found), options.html)
     if options.json:

@@ -30,7 +30,8 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from tightfit.report.html import run_report, write
+    from tightfit.report.html import run_report
+    from tightfit.report.page import write
     from tightfit.report.runs import read_object
     from tightfit.vgpu.records import read_findings
 
@@ -82,7 +83,8 @@ def _state(out_dir: str) -> tuple[int, int] | None:
 
 
 def _write_page(goal: Path, config: TrainConfig) -> None:
-    from tightfit.report.html import run_report, write
+    from tightfit.report.html import run_report
+    from tightfit.report.page import write
 
     try:
         html = run_report(config.out_dir, lang=chosen_language(None), config=to_dict(config))

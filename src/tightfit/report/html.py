@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.report.dryrun_page import dryrun_page
-from tightfit.report.page import check_folder, render, write
+from tightfit.report.page import render
 from tightfit.report.run_page import run_page
 from tightfit.report.runs import read_run
 from tightfit.report.timeline_chart import timeline_section
@@ -15,8 +15,6 @@ from tightfit.wording.report import words
 
 if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
-
-__all__ = ["check_folder", "explanation_report", "findings_report", "run_report", "write"]
 
 
 def run_report(
