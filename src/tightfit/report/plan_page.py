@@ -89,7 +89,7 @@ def _memory(result: PlanResult, t: Words) -> Section | None:
     shown, budget = result.choice.best or result.choice.least, result.where.budget
     if shown is None:
         return None
-    title = t("plan", "memory")
+    title = t("plan", "memory" if result.where.gpu else "memory_of_machine")
     total = format_bytes(budget.total_bytes)
     whole = t("plan", "device", name=device_name(result), total=total, budget=format_bytes(budget.bytes))
     table = parts_table(title, [*_parts(budget, shown, t)], budget.total_bytes, t)
