@@ -9,7 +9,7 @@ from tightfit.config import TrainConfig, read_config
 from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Plan, Relief, reliefs
 from tightfit.planner.planning import named_card
 from tightfit.planner.predict import Prediction
-from tightfit.planner.search import Choice, choose
+from tightfit.planner.search import Choice, Task, choose
 from tightfit.units import GIB
 
 BUDGET = named_card("RTX 3060 12GB").budget
@@ -39,16 +39,17 @@ class MadeUp:
 def chosen(peak: Peak, *words: str, processes: int = 1, offloads: Sequence[Relief] = (INPUTS, OFFLOAD, BOTH)) -> Choice:
     resolved = read_config(TrainConfig, [*words, "--vocab_size=50304"])
     predictor: Any = MadeUp(resolved.config, peak)
-    return choose(
-        resolved,
-        predictor,
-        BUDGET,
-        -(-resolved.config.effective_batch // processes),
-        reliefs=reliefs(resolved, offloads=offloads, may_use_8bit=True),
+    share = -(-resolved.config.effective_batch // processes)
+    task = Task(
+        resolved=resolved,
+        predictor=predictor,
+        budget=BUDGET,
+        share=share,
         compiled=False,
         on_host=False,
         processes=processes,
     )
+    return choose(task, reliefs(resolved, offloads=offloads, may_use_8bit=True))
 
 
 def just_too_much(plan: Plan, whole: bool) -> float:

@@ -389,6 +389,18 @@ class TestMachines:
         assert found is not None
         assert not [check for check in checks if (check.name, check.status) == ("torch", "problem")]
 
+    def test_a_torch_that_uses_no_gpu_is_read_without_its_import(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError")
+        written = "__version__ = '2.12.1+cpu'\ndebug = False\ncuda: Optional[str] = None\nhip = None\n"
+        (tmp_path / "torch" / "version.py").write_text(written)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+        monkeypatch.setattr(sys, "platform", "linux")
+        assert read_torch() == TorchBuild(version="2.12.1+cpu")
+
 
 class TestAllocatorVariables:
     def found(self, base: Machine, **environ: str) -> list[str]:

@@ -153,7 +153,7 @@ class TestReliefs:
         refused = self._plan("--offload=none")
         assert refused.choice.best is None
         assert refused.choice.lossy is not None
-        text = nothing_fits(refused)
+        text = "\n".join(nothing_fits(refused))
         assert "With --allow=bf16_parameters it would fit: " in text
         assert "It is lossy: updates smaller than 1/256 of a weight are lost" in text
         allowed = self._plan("--offload=none", "--allow=bf16_parameters").choice.best

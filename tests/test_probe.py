@@ -37,7 +37,7 @@ def config(data_dir: Path, dataset: str = "tiny") -> TrainConfig:
 def test_measured_seconds_take_the_place_of_predicted_ones(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     offered = [prediction(1), prediction(3)]
-    found = probe.timed(config(data_dir), offered, SHARE, "cpu", say=said.append)
+    found = probe.timed(config(data_dir), offered, SHARE, "cpu", log=said.append)
     assert {each.plan for each in found} == {each.plan for each in offered}
     assert all(0 < each.pass_s < 9 and 0 <= each.update_s < 9 for each in found)
     assert found[0].step_s(SHARE) <= found[1].step_s(SHARE)
@@ -45,14 +45,14 @@ def test_measured_seconds_take_the_place_of_predicted_ones(data_dir: Path, monke
     assert "(63.00 predicted)" in said[0], "9 s for each of 6 passes, and 9 for the update"
     # Remembered: no process is started for what was measured before.
     monkeypatch.setattr(probe, "run_once", lambda *request, **options: Failed(error="asked again"))
-    assert probe.timed(config(data_dir), offered, SHARE, "cpu", say=said.append) == found
+    assert probe.timed(config(data_dir), offered, SHARE, "cpu", log=said.append) == found
 
 
 def test_what_cannot_be_timed_is_said_and_left_out(data_dir: Path) -> None:
     said: list[str] = []
     offered = [prediction(1)]
-    assert probe.timed(config(data_dir, "missing"), offered, SHARE, "cpu", say=said.append) == offered
-    assert "tried 1 x 6: DataError: " in said[0]
+    assert probe.timed(config(data_dir, "missing"), offered, SHARE, "cpu", log=said.append) == offered
+    assert "tried 1 x 6: there is no dataset" in said[0]
     assert "missing" in said[0]
 
 

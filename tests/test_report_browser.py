@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report_html import EVIL_LOG, FAILURE, a_run, a_timeline, an_explanation, findings, tensor
+from test_report_html import EVIL_LOG, FAILURE, a_plan, a_run, a_timeline, an_explanation, findings, plan_report, tensor
 
-from tightfit.report.html import explanation_report, findings_report, plan_report, run_report, write
+from tightfit.report.html import explanation_report, findings_report, run_report
+from tightfit.report.page import write
 from tightfit.units import GIB, MIB
 from tightfit.wording.report import LANGUAGES
 
@@ -156,18 +157,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def explanations() -> dict[str, str]:
     return {lang: explanation_report(an_explanation(lang=lang)) for lang in LANGUAGES}
-
-
-PLAN = {
-    "device": "RTX 3060",
-    "budget": {"bytes": 9 * GIB, "total_bytes": 12 * GIB, "used_by_others_bytes": 2 * GIB, "margin_bytes": GIB},
-    "best": {"name": "7 x 69", "peak_bytes": 8 * GIB, "categories": {"logits": 4 * GIB, "activations": 3 * GIB}},
-    "alternatives": [
-        {"name": "7 x 69", "keys": {"micro_batch": 7, "activation_checkpointing": 0}, "peak_bytes": 8 * GIB},
-        {"name": "64 x 8", "keys": {"micro_batch": 64}, "peak_bytes": 20 * GIB, "fits": False},
-    ],
-    "notes": ["one"],
-}
 
 
 def test_the_charts_are_drawn(show: Any, run: str, dry: str) -> None:
@@ -340,7 +329,7 @@ def test_an_explanation_on_paper(show: Any, explanations: dict[str, str]) -> Non
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nobody_is_kept_out(show: Any, run: str, dry: str, explanations: dict[str, str], scheme: str) -> None:
     assert AXE is not None
-    pages = [run, dry, *explanations.values(), *(plan_report(PLAN, lang=lang) for lang in LANGUAGES)]
+    pages = [run, dry, *explanations.values(), *(plan_report(a_plan(), lang=lang) for lang in LANGUAGES)]
     for html in pages:
         for width in (360, 1200):
             page = show(html, width=width, color_scheme=scheme).page
@@ -350,7 +339,7 @@ def test_nobody_is_kept_out(show: Any, run: str, dry: str, explanations: dict[st
 
 
 def test_a_phone_shows_all_of_it(show: Any, run: str, dry: str, explanations: dict[str, str]) -> None:
-    for html in (*explanations.values(), plan_report(PLAN), plan_report(PLAN, lang="ja"), run, dry):
+    for html in (*explanations.values(), plan_report(a_plan()), plan_report(a_plan(), lang="ja"), run, dry):
         shown = show(html, width=360, has_touch=True, is_mobile=True, device_scale_factor=2)
         assert shown.page.evaluate("document.documentElement.scrollWidth") == 360
         for plot in shown.page.locator(".uplot").all():

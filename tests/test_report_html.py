@@ -1,5 +1,6 @@
 """The HTML report: what is in it, that no peak is lost where it is shortened, that nothing in it can run, refusals."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 from runs import arguments, here, process
 
 from tightfit.cli import cmd_train as train_command
+from tightfit.config import TrainConfig
 from tightfit.diagnosis.cause_records import Limit, PrivatePools, Request
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.explaining import explain
@@ -25,10 +27,21 @@ from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import Change, Figures, Remedy, ShorterBlock, SplitBatch
 from tightfit.errors import ConfigError, DataError
+from tightfit.gpus import find_gpu
+from tightfit.planner.budget import Budget
+from tightfit.planner.candidates import Plan
+from tightfit.planner.lines import Estimate
+from tightfit.planner.planning import PlanResult, Where
+from tightfit.planner.predict import Prediction
+from tightfit.planner.search import Choice
+from tightfit.planner.survey import CardRow
 from tightfit.report.bars import Part, parts_table
-from tightfit.report.html import explanation_report, findings_report, plan_report, run_report, write
+from tightfit.report.html import explanation_report, findings_report, run_report
+from tightfit.report.page import render, write
+from tightfit.report.plan_page import cards_page, plan_page
 from tightfit.report.runs import read_run
 from tightfit.report.series import curve, highest
+from tightfit.report.terminal import page_text
 from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.records import Findings, read_findings
@@ -180,6 +193,32 @@ def a_remedy(code: str, verdict: str, device_bytes: int | None, **more) -> Remed
     return Remedy(code=code, verdict=verdict, device_bytes=device_bytes, **{**usual, **more})
 
 
+def a_plan(*, fits: bool = True, note: str = "a note", category: str = "inputs") -> PlanResult:
+    config = TrainConfig(compile=True)
+    plan = Plan(micro_batch=7, eval_micro_batch=7, loss="full", activation_checkpointing=0, compile=True)
+    categories = {"logits": 4 * GIB, category: 4, "parameters": GIB, "gradients": 2 * GIB}
+    traced = Prediction(
+        plan=plan, peak_bytes=9 * GIB, allocated_bytes=8 * GIB, phase="backward", categories=categories, phases={},
+        pass_s=33.76 * 7 / 480, update_s=0.0, not_modelled=(), parameters=1,
+    )  # fmt: skip
+    choice = Choice(
+        best=traced if fits else None,
+        offered=[traced] if fits else [],
+        refused=[] if fits else [traced],
+        least=None if fits else traced,
+        request=Estimate(plan=dataclasses.replace(plan, micro_batch=480), peak_bytes=20 * GIB, step_s=1.0),
+        share=480,
+    )
+    total, text = (12 if fits else 7) * GIB, "1.00 GiB for the context"
+    budget = Budget(total_bytes=total, used_by_others_bytes=0, context_bytes=GIB, margin_bytes=GIB, text=text)
+    where = Where(gpu=find_gpu("GeForce RTX 3060 12GB"), budget=budget)
+    return PlanResult(config=config, where=where, choice=choice, environ={}, seconds=1.0, traced=1, notes=[note])
+
+
+def plan_report(result: PlanResult, *, lang: str = "en") -> str:
+    return render(plan_page(result, words(lang)), lang=lang)
+
+
 def an_explanation(log: str = PLAIN_LOG, lang: str = "en", text: str = "train.py") -> Explanation:
     """As of a run that was played, with every kind of fix; `text` is where a log or a user says something."""
     return replace(
@@ -295,32 +334,40 @@ class TestRun:
             for words_ in ("micro_batch=4", "6.00 GiB", "1.02 s", "yes", "no", "host_bytes", "3.00 GiB", "less"):
                 assert words_ in text, words_
         (tmp_path / "run" / "plan.json").write_text(json.dumps({"alternatives": rows, "peak_bytes": GIB}))
-        assert "smaller" in run_report(tmp_path / "run")
-        assert "smaller" in plan_report({"alternatives": rows}, lang="ja")
+        assert "smaller" in run_report(tmp_path / "run", lang="ja")
 
     def test_a_plan_as_the_command_prints_it(self) -> None:
-        keys = {"micro_batch": 7, "loss": "full"}
-        best = {
-            "name": "7 x 69",
-            "keys": keys,
-            "peak_bytes": 9 * GIB,
-            "phase": "backward",
-            "step_s": 33.76,
-            "fits": True,
-        }
-        best["categories"] = {"logits": 4 * GIB, "inputs": 4, "parameters": GIB, "gradients": 2 * GIB}
-        budget = {"bytes": 10 * GIB, "total_bytes": 12 * GIB}
-        plan = {"device": "RTX 3060", "budget": budget, "best": best, "alternatives": [best], "notes": ["a < note"]}
-        text = Outline(plan_report(plan)).text
+        text = Outline(html := plan_report(a_plan(note="a < note"))).text
         for words_ in (
-            "10.00 GiB", "RTX 3060", "9.00 GiB", "micro_batch=7, loss=full", "33.8 s", "a < note", "phase of the peak",
-            "logits 4.00 GiB, gradients 2.00 GiB, parameters 1.00 GiB",
+            "PLAN: 7 sequences at once, 69 passes a step, all logits kept", "10.00 GiB", "GeForce RTX 3060 12GB",
+            "9.00 GiB", "--micro_batch=7", "micro_batch=7, eval_micro_batch=7, loss=full", "33.8s a step", "a < note",
+            "phase of the peak", "logits 4.00 GiB, gradients 2.00 GiB, parameters 1.00 GiB",
+            "As asked, 480 at once with all their logits: about 20.00 GiB, which does not fit.",
         ):  # fmt: skip
             assert words_ in text, words_
         assert "Memory of the card at the plan's peak" in text
         assert "PyTorch's cache, reserved and unallocated" in text, "what is reserved beyond the tensors"
-        assert len(re.findall('class="limit"', plan_report(plan))) == 6, "four categories, the rest, a plan"
-        assert plan_report({"best": None, "budget": None, "notes": "text", "alternatives": 5})
+        assert len(re.findall('class="limit"', html)) == 8, "seven parts of memory, a plan"
+
+    def test_a_plan_in_a_terminal(self) -> None:
+        lines = page_text(plan_page(a_plan(), words("en"))).splitlines()
+        assert lines[0].startswith("PLAN: 7 sequences at once")
+        pasted = "    --micro_batch=7 --eval_micro_batch=7 --loss=full --activation_checkpointing=0 --compile=True"
+        assert pasted in lines
+        assert "GeForce RTX 3060 12GB: 12.00 GiB, of which the plan may take 10.00 GiB" in lines
+        assert max(map(len, lines)) <= 110
+
+    def test_a_survey_names_its_columns(self) -> None:
+        fits = CardRow(
+            gpu="A", memory_bytes=GIB, fits=True, micro_batch=3, blocks=0, compile=True, emulates=False, offload=True,
+            needs_bytes=MIB, step_s=1.0, tokens_per_s=2e3,
+        )  # fmt: skip
+        small = dataclasses.replace(fits, gpu="B", fits=False, micro_batch=0, step_s=None, tokens_per_s=None)
+        text = page_text(cards_page([fits, small], words("en")))
+        assert text.startswith("1 of 2 cards run this configuration\n")
+        assert re.search(r"card +memory +at once +recomputed +tokens/s", text)
+        assert re.search(r"A +1.00 GiB +3 +2.00K +optimizer on the host", text)
+        assert "does not fit: 1.00 MiB at least" in text
 
     def test_the_configuration_comes_from_the_checkpoint(self, data_dir: Path, tmp_path: Path) -> None:
         assert here(arguments(tmp_path / "out", data_dir, eval_interval=4)).code == 0
@@ -464,8 +511,12 @@ class TestDryRun:
         for empty in (a_timeline(1), {**a_timeline(), "events": [], "category_bytes": {}, "event_count": 0}):
             findings_report(findings(empty))
 
-    def test_a_plan_without_its_tables(self) -> None:
-        assert "4.00 GiB" in plan_report({"predicted_peak_bytes": 4 * GIB, "keys": {"micro_batch": 2}})
+    def test_a_plan_that_does_not_fit(self) -> None:
+        text = Outline(plan_report(a_plan(fits=False))).text
+        assert "NOTHING FITS that leaves the result as it is." in text
+        assert "The least is 9.00 GiB (7 sequences at once, 69 passes a step" in text
+        assert "4.00 GiB too much: logits 4.00 GiB, parameters 1.00 GiB, gradients 2.00 GiB." in text
+        assert "A card with 11.00 GiB or more would do." in text
 
 
 class TestExplanation:
@@ -701,7 +752,7 @@ def pages() -> Iterator[tuple[str, str]]:
     evil = msgspec.structs.replace(evil, gpu=msgspec.structs.replace(evil.gpu, name=EVIL), largest=[largest])
     for lang in LANGUAGES:
         yield lang, findings_report(evil, lang=lang)
-        yield lang, plan_report({"alternatives": [{EVIL: EVIL, "name": EVIL, "keys": {EVIL: EVIL}}]}, lang=lang)
+        yield lang, plan_report(a_plan(note=EVIL, category=EVIL), lang=lang)
         yield lang, explanation_report(an_explanation(EVIL_LOG, lang, EVIL))
         yield lang, explanation_report(explain(EVIL_LOG, lang=lang))
         yield lang, explanation_report(explain("all is well", lang=lang))
@@ -826,7 +877,7 @@ class TestCommand:
         run = a_run(tmp_path / "run")
         done = here(["report", str(run)])
         assert (done.code, done.err) == (0, "")
-        assert re.fullmatch(r".*report\.html: \d+ kB; open it in a browser\n", done.out)
+        assert re.fullmatch(r".*report\.html: \d+ kB。ブラウザーで開いてください\n", done.out)
         assert '<html lang="ja">' in (run / "report.html").read_text(encoding="utf-8")
 
     def test_with_a_dry_run_and_a_plan(self, tmp_path: Path) -> None:

@@ -8,28 +8,29 @@ from pathlib import Path
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.errors import CheckpointError
+from tightfit.wording import say
 
 
 def parser() -> Parser:
     found = Parser(
         "convert",
-        "Convert a nanoGPT or tightfit checkpoint (.pt) to a Hugging Face folder, or a folder to a .pt.",
+        say("cli.convert.about"),
         examples=["tightfit convert out/ckpt.pt gpt2-mine"],
     )
-    found.add_argument("source", type=Path, help="a .pt file, or a folder with config.json and safetensors")
-    found.add_argument("target", type=Path, help="the folder or .pt file to write; must not exist")
+    found.add_argument("source", type=Path, help=say("cli.convert.source"))
+    found.add_argument("target", type=Path, help=say("cli.convert.target"))
     return found
 
 
 def run(given: argparse.Namespace, rest: Sequence[str]) -> int:
     if given.target.exists():
-        raise CheckpointError(f"{given.target} exists; name a new one, or remove it first")
+        raise CheckpointError(say("cli.convert.exists", target=given.target))
     from tightfit.models.conversion import load_hugging_face, save_hugging_face
     from tightfit.trainer import checkpoint as ckpt
 
     if given.source.is_dir():
         if given.target.suffix != ".pt":
-            raise CheckpointError(f"{given.target} must end in .pt, since {given.source} is a Hugging Face folder")
+            raise CheckpointError(say("cli.convert.not_pt", target=given.target, source=given.source))
         config, weights = load_hugging_face(given.source)
         content = ckpt.Checkpoint(model_config=config, model=weights, optimizer=None, step=0, best_val_loss=math.inf)
         given.target.parent.mkdir(parents=True, exist_ok=True)

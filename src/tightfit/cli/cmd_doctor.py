@@ -4,26 +4,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import msgspec
 from rich.console import Console
 
 from tightfit.cli.cmd_train import PREPARED_WHEN_MISSING
-from tightfit.cli.exits import FAILED, OK
+from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
+from tightfit.wording import say
 
 
 def parser() -> Parser:
     found = Parser(
         "doctor",
-        "Check this machine, and the run if keys are given: cards, driver, torch, memory, limits, compilers,\n"
-        "allocator settings, disk, dataset. It stops no program and changes no setting.\n"
-        "Exit code 1 if something would make a run fail.",
+        say("cli.doctor.about"),
         usage="[config.py ...] [--key=value ...] [--json] [--lang en|ja]",
         examples=["tightfit doctor configs/train_shakespeare_char.py --device=cuda"],
         takes_keys=TrainConfig,
     )
-    found.flag("--json", "print the same facts for machines")
+    found.flag("--json", say("cli.option.json"))
     return found
 
 
@@ -36,7 +34,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr)).config if rest else None
     checks = diagnose(read_machine(), config, prepares_itself=PREPARED_WHEN_MISSING)
     if options.json:
-        print(msgspec.json.format(msgspec.json.encode(diagnosis(checks, said)), indent=2).decode())
+        print(as_json(diagnosis(checks, said)))
     else:
         print_table(checks, said, Console(highlight=False, emoji=False))
     return FAILED if has_problem(checks) else OK

@@ -10,36 +10,36 @@ from tightfit.cli.parser import Parser, capability
 from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
 from tightfit.vgpu.records import Findings, Settings
+from tightfit.wording import say
 
 
 def parser() -> Parser:
     found = Parser(
         "dryrun",
-        "Run a PyTorch training script on a virtual GPU: its memory, or the line where it would fail.\n"
-        "The script runs with your user's rights: run only scripts that you trust.",
-        usage="--gpu NAME [options] script.py [its own arguments]",
+        say("cli.dryrun.about"),
+        usage=say("cli.dryrun.usage"),
         examples=['tightfit dryrun --gpu "RTX 3060" --used 2GiB train.py --batch_size=64'],
     )
-    found.add_argument("--gpu", required=True, help="a card's name, such as 'RTX 3060 12GB', 4090, A100 or H200")
-    found.option("--memory", "its total memory as the driver reports it, such as 11.69GiB")
-    found.add_argument("--used", default="0", help="memory that other programs use, such as 2GiB")
-    found.option("--context", "memory outside PyTorch's allocator, instead of the table's estimate")
-    found.option("--capability", "compute capability of an unknown card, such as 8.6")
-    found.add_argument("--steps", type=int, help="stop after so many optimizer steps")
-    found.add_argument("--timeout", type=float, help="stop after so many seconds")
-    found.option("--snapshot", "write PyTorch's memory snapshot (.pickle) for its viewer")
-    found.option("--timeline", "draw memory over time to a .png or .svg file")
-    found.option("--html", "write a page with charts of memory and its tensors")
-    found.add_argument("--no-explain", dest="explain", action="store_false", help="do not explain why it fails")
-    found.flag("--json", "print the same facts for machines")
-    found.add_argument("script", help="the training script")
-    found.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
+    found.add_argument("--gpu", required=True, help=say("cli.dryrun.gpu"))
+    found.option("--memory", say("cli.dryrun.memory"))
+    found.add_argument("--used", default="0", help=say("cli.option.used"))
+    found.option("--context", say("cli.dryrun.context"))
+    found.option("--capability", say("cli.option.capability"))
+    found.add_argument("--steps", type=int, help=say("cli.dryrun.steps"))
+    found.add_argument("--timeout", type=float, help=say("cli.dryrun.timeout"))
+    found.option("--snapshot", say("cli.dryrun.snapshot"))
+    found.option("--timeline", say("cli.dryrun.timeline"))
+    found.option("--html", say("cli.dryrun.html"))
+    found.add_argument("--no-explain", dest="explain", action="store_false", help=say("cli.dryrun.no_explain"))
+    found.flag("--json", say("cli.option.json"))
+    found.add_argument("script", help=say("cli.dryrun.script"))
+    found.add_argument("arguments", nargs=argparse.REMAINDER, help=say("cli.dryrun.arguments"))
     return found
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
-        raise ConfigError(f"--timeline={options.timeline} must end in .png or .svg")
+        raise ConfigError(say("cli.dryrun.bad_picture", file=options.timeline))
     from tightfit.simulation.dry_run import dryrun_script
 
     found = dryrun_script(options.script, options.arguments, settings_of(options))
@@ -72,7 +72,8 @@ def _write_pictures(found: Findings, options: argparse.Namespace) -> None:
 
         timeline_picture(found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome)
     if options.html:
-        from tightfit.report.html import findings_report, write
+        from tightfit.report.html import findings_report
+        from tightfit.report.page import write
 
         write(findings_report(found, lang=options.lang), options.html)
 

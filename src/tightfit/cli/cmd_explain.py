@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-import msgspec
-
-from tightfit.cli.exits import OK
+from tightfit.cli.exits import OK, as_json
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
@@ -47,7 +45,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if configs or keys:
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
     if options.html:
-        from tightfit.report.html import check_folder
+        from tightfit.report.page import check_folder
 
         check_folder(options.html)
     from tightfit.diagnosis.explaining import explain
@@ -62,11 +60,12 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         config_names=[*configs, *keys],
     )
     if options.html:
-        from tightfit.report.html import explanation_report, write
+        from tightfit.report.html import explanation_report
+        from tightfit.report.page import write
 
         write(explanation_report(found), options.html)
     if options.json:
-        print(msgspec.json.format(msgspec.json.encode(found.to_json()), indent=2).decode())
+        print(as_json(found.to_json()))
     else:
         from tightfit.cli.explained import text_for_terminal
 
@@ -92,7 +91,7 @@ def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _keys_and_logs(words: list[str]) -> tuple[list[str], list[str]]:
-    """The configuration's keys with their values, and what stands between them."""
+    """Split words into the configuration's keys with their values, and logs."""
     keys: list[str] = []
     logs: list[str] = []
     words = list(words)

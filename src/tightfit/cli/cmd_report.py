@@ -11,6 +11,7 @@ from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, to_dict
 from tightfit.errors import DataError, TightfitError
+from tightfit.wording import chosen_language, say
 
 _HTML = "--html"
 
@@ -18,25 +19,26 @@ _HTML = "--html"
 def parser() -> Parser:
     found = Parser(
         "report",
-        "Write a training run as one HTML file that needs no network: loss, rate, memory, events, configuration.",
+        say("cli.report.about"),
         examples=["tightfit report out-stdlib --out report.html --lang ja"],
     )
-    found.add_argument("out_dir", help="the folder of a training run")
-    found.option("--out", "the file to write (default: report.html in that folder)")
-    found.option("--plan", "output of plan --json, to show its alternatives and prediction")
-    found.option("--dryrun", "output of dryrun --json --timeline, to show memory within a step")
+    found.add_argument("out_dir", help=say("cli.report.out_dir"))
+    found.option("--out", say("cli.report.out"))
+    found.option("--plan", say("cli.report.plan"))
+    found.option("--dryrun", say("cli.report.dryrun"))
     return found
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from tightfit.report.html import run_report, write
+    from tightfit.report.html import run_report
+    from tightfit.report.page import write
     from tightfit.report.runs import read_object
     from tightfit.vgpu.records import read_findings
 
     plan = read_object(Path(options.plan)) if options.plan else None
     findings = read_findings(Path(options.dryrun)) if options.dryrun else None
     if findings is not None and findings.timeline is None:
-        raise DataError(f"--dryrun={options.dryrun} has no timeline; make it with dryrun --json --timeline memory.png")
+        raise DataError(say("cli.report.no_timeline", file=options.dryrun))
     html = run_report(options.out_dir, lang=options.lang, plan=plan, findings=findings)
     goal = Path(options.out or Path(options.out_dir, "report.html"))
     write(html, goal)
@@ -45,12 +47,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _written(goal: Path, html: str) -> str:
-    return f"{goal}: {len(html.encode()) / 1000:,.0f} kB; open it in a browser"
+    return say("cli.report.written", goal=goal, size=f"{len(html.encode()) / 1000:,.0f} kB")
 
 
 @contextlib.contextmanager
 def page_at_end(file: str | None, config: TrainConfig) -> Iterator[None]:
-    """Write the page of a run when it has ended, in whatever way; what goes wrong with it is only told.
+    """Write the page of a run when it ends, in whatever way; a page that cannot be written is only a warning.
 
     DataError at once for a place where no file can be written.
     """
@@ -81,8 +83,8 @@ def _state(out_dir: str) -> tuple[int, int] | None:
 
 
 def _write_page(goal: Path, config: TrainConfig) -> None:
-    from tightfit.report.html import run_report, write
-    from tightfit.wording import chosen_language
+    from tightfit.report.html import run_report
+    from tightfit.report.page import write
 
     try:
         html = run_report(config.out_dir, lang=chosen_language(None), config=to_dict(config))

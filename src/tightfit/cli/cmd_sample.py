@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.config import SampleConfig, read_config
+from tightfit.wording import say
 
 
 def parser() -> Parser:
     return Parser(
         "sample",
-        "Draw text from a trained model.",
+        say("cli.sample.about"),
         usage="[config.py ...] [--key=value ...]",
         examples=["tightfit sample --out_dir=out-shakespeare-char --start='ROMEO:' --num_samples=3"],
         takes_keys=SampleConfig,

@@ -9,6 +9,7 @@ import msgspec
 
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
+from tightfit.wording import say
 
 RECORDS = {
     "doctor": ("tightfit.system.doctor", "Diagnosis"),
@@ -22,10 +23,10 @@ RECORDS = {
 def parser() -> Parser:
     found = Parser(
         "schema",
-        "Print the JSON schema of what a command prints with --json.",
+        say("cli.schema.about"),
         examples=["tightfit schema plan"],
     )
-    found.add_argument("name", choices=sorted(RECORDS), help="the command")
+    found.add_argument("name", choices=sorted(RECORDS), help=say("cli.schema.name"))
     return found
 
 

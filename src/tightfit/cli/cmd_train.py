@@ -13,24 +13,25 @@ from tightfit.cli.parser import Parser
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import TightfitError
 from tightfit.trainer.supervise import supervise, wants_supervision
+from tightfit.wording import say
 
 PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
 """Datasets so small that training makes them itself; openwebtext takes 54 GB and an hour."""
 
 _SPIN = ("GOMP_SPINCOUNT", "100000")
-"""How long an OpenMP thread waits actively for the others; read when torch is loaded. GNU's default of 300,000 made
+"""Rounds that an OpenMP thread waits actively for the others; read when torch is loaded. GNU's default of 300,000 made
 a small model's step 300 times slower (17 ms to 5.8 s) when another program used the cores; this costs nothing alone."""
 
 
 def parser() -> Parser:
     found = Parser(
         "train",
-        "Train a GPT as nanoGPT does, on the fastest plan that fits.",
+        say("cli.train.about"),
         usage="[config.py ...] [--key=value ...] [--html FILE]",
         examples=["tightfit train configs/train_shakespeare_char.py --device=cpu --max_iters=2000"],
         takes_keys=TrainConfig,
     )
-    found.option("--html", "when training ends, write the page of tightfit report")
+    found.option("--html", say("cli.train.html"))
     return found
 
 
@@ -51,13 +52,13 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
         from tightfit.planner.fit import fit
 
         is_main = os.environ.get("RANK", "0") == "0"
-        fitted = fit(resolved, say=lambda line: print(line, flush=True) if is_main else None)
+        fitted = fit(resolved, log=lambda line: print(line, flush=True) if is_main else None)
         resolved, fallback = fitted.resolved, fitted.fallback
     from tightfit.trainer.loop import train  # torch is imported only when there is something to train
 
     try:
         result = train(resolved, fallback)
-    except Exception as error:
+    except Exception as error:  # of any class: compilers and readers wrap an error of memory in their own
         failed = _out_of_memory(error)
         if failed is None or os.environ.get("RANK", "0") != "0":
             raise
@@ -86,6 +87,6 @@ def _prepare_if_missing(config: TrainConfig) -> int:
     folder = Path(config.data_dir) / config.dataset
     if config.dataset not in PREPARED_WHEN_MISSING or (folder / "train.bin").exists():
         return OK
-    print(f"{folder} is not there yet: preparing it", flush=True)
+    print(say("cli.train.preparing", folder=folder), flush=True)
     words = [sys.executable, "-m", "tightfit", "prepare", config.dataset, f"--data_dir={config.data_dir}"]
     return subprocess.run(words).returncode

@@ -10,27 +10,28 @@ from rich.console import Console
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.errors import ConfigError
+from tightfit.wording import say
 
 
 def parser() -> Parser:
     found = Parser(
         "watch",
-        "Show the memory of every card and of the host, live; with a run's folder, also its last step.",
+        say("cli.watch.about"),
         examples=["tightfit watch out-stdlib --log memory.csv"],
     )
-    found.add_argument("out_dir", nargs="?", help="the folder of a training run, to show its step and memory too")
-    found.add_argument("--interval", type=float, default=1.0, help="seconds between samples (default 1)")
-    found.flag("--once", "print one sample, then end")
-    found.option("--log", "append every sample to this CSV file")
+    found.add_argument("out_dir", nargs="?", help=say("cli.watch.out_dir"))
+    found.add_argument("--interval", type=float, default=1.0, help=say("cli.watch.interval"))
+    found.flag("--once", say("cli.watch.once"))
+    found.option("--log", say("cli.watch.log"))
     return found
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not (math.isfinite(options.interval) and 0.1 <= options.interval <= 3600):
-        raise ConfigError(f"--interval must be from 0.1 to 3600 seconds, got {options.interval:g}")
+        raise ConfigError(say("cli.watch.bad_interval", given=options.interval))
     folder = Path(options.out_dir) if options.out_dir else None
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name the folder of a run, its out_dir")
+        raise ConfigError(say("cli.watch.is_a_file", path=folder))
     from tightfit.system.watch import watch
     from tightfit.wording.system import words
 

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from rich.cells import cell_len
@@ -44,9 +44,13 @@ class Parser(argparse.ArgumentParser):
             usage=f"tightfit {command} {usage}" if usage else None,
             description=does,
             epilog="\n".join(lines),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
+            add_help=False,
         )
+        self._positionals.title = say("cli.parser.positionals")
+        self._optionals.title = say("cli.parser.options")
+        self.add_argument("-h", "--help", action="help", help=say("cli.parser.help"))
         self.takes_keys = takes_keys
         self.option("--lang", say("cli.parser.lang"))
 
@@ -87,6 +91,19 @@ class Parser(argparse.ArgumentParser):
         if near:
             return say("cli.parser.not_an_option_near", word=word, near=near[0])
         return say("cli.parser.not_an_option", word=word, command=self.prog)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that begins in this process's language."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[argparse._MutuallyExclusiveGroup],
+        prefix: str | None = None,
+    ) -> None:
+        super().add_usage(usage, actions, groups, prefix or say("cli.parser.usage"))
 
 
 def _value(text: str) -> str:

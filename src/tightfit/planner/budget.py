@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from tightfit.gpus import GPU, context_bytes
-from tightfit.units import MIB, format_bytes
+from tightfit.units import MIB
+from tightfit.wording import say
 
 DEVICE_MARGIN_SHARE, DEVICE_MARGIN_BYTES = 0.005, 64 * MIB
 """Measured on a real RTX 3060 (benchmarks/virtual): 24 of 25 runs within 0.41% of the prediction, and up to 20 MiB of a
@@ -30,10 +31,14 @@ class Budget:
     """Addresses that this process holds and does not use, where the limit counts them."""
 
     @property
+    def taken_bytes(self) -> int:
+        """Bytes that no plan may take."""
+        return self.used_by_others_bytes + self.context_bytes + self.reserved_bytes + self.margin_bytes
+
+    @property
     def bytes(self) -> int:
         """Bytes left for the plan."""
-        taken = self.used_by_others_bytes + self.context_bytes + self.reserved_bytes + self.margin_bytes
-        return max(0, self.total_bytes - taken)
+        return max(0, self.total_bytes - self.taken_bytes)
 
 
 def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_by_others_bytes: int = 0) -> Budget:
@@ -53,7 +58,7 @@ def device_budget(gpu: GPU, *, total_bytes: int | None = None, used_by_others_by
 def host_budget(limit_bytes: int, *, base_bytes: int, source: str, reserved_bytes: int = 0) -> Budget:
     """Return the budget of a process under a host limit; `base_bytes` is its memory without tensors."""
     margin = round(limit_bytes * HOST_MARGIN_SHARE) + HOST_MARGIN_BYTES
-    text = f"{format_bytes(base_bytes)} for Python, torch and its libraries, measured in this process; {source}"
+    text = say("planner.budget.host", base=base_bytes, source=source)
     return Budget(
         total_bytes=limit_bytes,
         used_by_others_bytes=0,

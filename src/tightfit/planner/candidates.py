@@ -84,15 +84,13 @@ def is_open(resolved: Resolved[TrainConfig], key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Relief:
-    """Change that makes room where smaller passes do not, and its cost to the user."""
+    """Change that makes room where smaller passes do not."""
 
     name: str
     """Word for --allow if the change is lossy; else a name for people."""
     keys: dict[str, KeyValue]
     exact: bool = True
     """Keeps the step's mathematics, up to rounding."""
-    costs: str = ""
-    """Cost to the user, as a clause."""
 
     @property
     def offloads(self) -> str:
@@ -100,35 +98,15 @@ class Relief:
         return str(self.keys.get("offload", ""))
 
 
-INPUTS = Relief(
-    name="offloaded activations",
-    keys={"offload": "activations"},
-    costs="each block's input goes to the host and back in every pass",
-)
-OFFLOAD = Relief(name="offload", keys={"offload": "optimizer"}, costs="gradients go to the host in every pass")
-BOTH = Relief(
-    name="offload of both", keys={"offload": "optimizer,activations"}, costs=f"{OFFLOAD.costs}; {INPUTS.costs}"
-)
-EIGHT_BIT = Relief(
-    name="8bit_optimizer",
-    keys={"optimizer": "adamw_8bit"},
-    exact=False,
-    costs="moments are rounded to 8 bits in blocks of 256, which changes every update a little",
-)
-ONE_PASS = Relief(
-    name="effective_batch",
-    keys={},
-    exact=False,
-    costs="a step averages over the sequences that fit at once: gradients are noisier, and the learning rate must be "
-    "lower",
-)
+INPUTS = Relief(name="offloaded activations", keys={"offload": "activations"})
+"""Moves each block's input to the host and back in every pass."""
+OFFLOAD = Relief(name="offload", keys={"offload": "optimizer"})
+"""Moves gradients to the host in every pass."""
+BOTH = Relief(name="offload of both", keys={"offload": "optimizer,activations"})
+EIGHT_BIT = Relief(name="8bit_optimizer", keys={"optimizer": "adamw_8bit"}, exact=False)
+ONE_PASS = Relief(name="effective_batch", keys={}, exact=False)
 """A second pass holds the first one's gradients beside its activations; a single pass never does."""
-BF16 = Relief(
-    name="bf16_parameters",
-    keys={"param_dtype": "bfloat16"},
-    exact=False,
-    costs="updates smaller than 1/256 of a weight are lost: training learns more slowly, or stops",
-)
+BF16 = Relief(name="bf16_parameters", keys={"param_dtype": "bfloat16"}, exact=False)
 _SHORTEST = 128
 """Tokens of the shortest context offered; less is another task."""
 
@@ -153,8 +131,7 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
     best = OFFLOAD.keys if OFFLOAD in found else {}
     shorter = config.block_size // 2
     while shorter >= _SHORTEST:
-        costs = f"the model learns from {shorter} tokens of context instead of {config.block_size}"
-        found.append(Relief(name="block_size", keys={**best, "block_size": shorter}, exact=False, costs=costs))
+        found.append(Relief(name="block_size", keys={**best, "block_size": shorter}, exact=False))
         shorter //= 2
     return found
 

@@ -18,7 +18,8 @@ from tightfit.planner.sentences import nothing_fits, one_line
 from tightfit.simulation.cache import one_at_a_time
 from tightfit.system import host_memory
 from tightfit.trainer.fallback import Fallback
-from tightfit.units import GIB, MIB, format_bytes
+from tightfit.units import GIB, MIB
+from tightfit.wording import say
 
 SOURCE = "plan"
 """Source of the keys that a plan sets."""
@@ -36,7 +37,7 @@ class Fitted:
     fallback: Fallback | None = None
 
 
-def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fitted:
+def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object]) -> Fitted:
     """Return the configuration with a plan's keys in it, and the fallback for when memory runs out.
 
     DoesNotFit where nothing fits; DataError and CheckpointError, before anything is traced, for a run that cannot
@@ -50,39 +51,35 @@ def fit(resolved: Resolved[TrainConfig], *, say: Callable[[str], object]) -> Fit
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     bound = _rough_bound(config, processes)
     if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():
-        say(_unchanged(bound, _host_bytes()))
+        log(say("planner.fit.unchanged", bound=bound, room=_host_bytes()))
         return Fitted(resolved)
     try:
         where = _where(config)
         if where is None:
             return Fitted(resolved)
         if bound < where.budget.bytes * _OBVIOUS_SHARE:
-            say(_unchanged(bound, where.budget.bytes))
+            log(say("planner.fit.unchanged", bound=bound, room=where.budget.bytes))
             is_ours = where.gpu is not None and is_open(resolved, "loss")
             return Fitted(_with_keys(resolved, {"loss": "full"} if is_ours else {}))  # the faster one on a card
         with one_at_a_time():  # processes that ask for the same plan: the first traces it, the others recall it
-            result = make_plan(resolved, where, processes=processes, say=say)
+            result = make_plan(resolved, where, processes=processes, log=log)
     except DeviceError as error:
-        say(f"no plan: {error}. If memory runs out, the run continues with half the micro-batch.")
+        log(say("planner.fit.no_plan", error=error))
         return Fitted(resolved)
-    return _fitted(resolved, config, result, say=say)
-
-
-def _unchanged(bound: int, room: int) -> str:
-    return f"plan: unchanged; needs at most {format_bytes(bound)} of {format_bytes(room)}"
+    return _fitted(resolved, config, result, log=log)
 
 
 def _fitted(
-    resolved: Resolved[TrainConfig], config: TrainConfig, result: PlanResult, *, say: Callable[[str], object]
+    resolved: Resolved[TrainConfig], config: TrainConfig, result: PlanResult, *, log: Callable[[str], object]
 ) -> Fitted:
     """Return the run of a plan, the fastest one by measurement where the configuration wants that."""
     where, choice = result.where, result.choice
     if choice.best is None:
-        raise DoesNotFit(nothing_fits(result))
+        raise DoesNotFit("\n  ".join(nothing_fits(result)))
     if len(choice.offered) > 1 and is_wanted(config, "cuda" if where.gpu else "cpu"):
-        offered = timed(config, choice.offered, choice.share, where.gpu.name if where.gpu else "cpu", say=say)
+        offered = timed(config, choice.offered, choice.share, where.gpu.name if where.gpu else "cpu", log=log)
         choice = replace(choice, best=offered[0], offered=offered)
-    say(one_line(replace(result, choice=choice)))
+    log(one_line(replace(result, choice=choice)))
     for name, value in result.environ.items():
         os.environ.setdefault(name, value)
     assert choice.best is not None

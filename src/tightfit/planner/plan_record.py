@@ -2,10 +2,12 @@
 
 import msgspec
 
+from tightfit.config import TrainConfig
 from tightfit.planner.candidates import KeyValue
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Choice
+from tightfit.planner.sentences import costs
 
 
 class BudgetRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,18 +80,11 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan_record(result: PlanResult) -> PlanRecord:
     """Return the record of a plan."""
-    budget, choice, request = result.where.budget, result.choice, result.choice.request
+    choice, request = result.choice, result.choice.request
     rows = [(each, True) for each in choice.offered] + [(each, False) for each in choice.refused]
     return PlanRecord(
         device=result.where.gpu.name if result.where.gpu else "cpu",
-        budget=BudgetRecord(
-            total_bytes=budget.total_bytes,
-            used_by_others_bytes=budget.used_by_others_bytes,
-            context_bytes=budget.context_bytes,
-            reserved_bytes=budget.reserved_bytes,
-            margin_bytes=budget.margin_bytes,
-            bytes=budget.bytes,
-        ),
+        budget=msgspec.convert(result.where.budget, BudgetRecord, from_attributes=True),
         effective_batch=result.config.effective_batch,
         tokens_per_step=result.config.tokens_per_step,
         share=choice.share,
@@ -97,7 +92,7 @@ def plan_record(result: PlanResult) -> PlanRecord:
         best=_row(choice.best, choice.share, fits=True) if choice.best else None,
         alternatives=[_row(each, choice.share, fits=fits) for each, fits in rows],
         least=_row(choice.least, choice.share, fits=False) if choice.least else None,
-        lossy=_lossy(choice.lossy),
+        lossy=_lossy(choice.lossy, result.config),
         environment=result.environ,
         traces=result.traced,
         seconds=result.seconds,
@@ -119,8 +114,8 @@ def _row(prediction: Prediction, share: int, *, fits: bool) -> PlanRow:
     )
 
 
-def _lossy(choice: Choice | None) -> LossyRow | None:
+def _lossy(choice: Choice | None, config: TrainConfig) -> LossyRow | None:
     if choice is None or choice.best is None or choice.relief is None:
         return None
     row = msgspec.structs.asdict(_row(choice.best, choice.share, fits=True))
-    return LossyRow(allow=choice.relief.name, costs=choice.relief.costs, **row)
+    return LossyRow(allow=choice.relief.name, costs=costs(choice.best.plan, config), **row)

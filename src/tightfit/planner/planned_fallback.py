@@ -1,4 +1,4 @@
-"""What a planned run does when memory is short after all: the plan again, with what was measured in its place."""
+"""Fallback of a planned run when memory is short after all: the same plan with measured free memory."""
 
 from dataclasses import dataclass, replace
 
@@ -7,29 +7,29 @@ from tightfit.planner.search import Choice
 from tightfit.trainer.fallback import Halving, Phase, Settings
 
 _KEPT_FREE = 0.03
-"""Of what is free, not counted on."""
+"""Share of free memory that a smaller plan leaves unused."""
 _FRAGMENTED = 1.25
-"""How much more than its tensors a process holds that keeps what it freed: 1.14 for GPT-2 124M (trainer.resident)."""
+"""Ratio of a process's memory to its tensors if it keeps freed memory: 1.14 for GPT-2 124M (trainer.resident)."""
 _STAYS = ("parameters", "optimizer state", "other")
 
 
 @dataclass(frozen=True)
 class PlannedFallback:
-    """The largest micro-batch that has room in what is free now; where that is none, halving and the rest of it."""
+    """Falls back to the largest micro-batch that fits in free memory; if none does, to halving."""
 
     halving: Halving
     planned: Settings
     per_step_bytes: float
-    """What a step takes besides its sequences: gradients, cast copies, workspaces."""
+    """Bytes of a step besides its sequences: gradients, cast copies, workspaces."""
     per_sequence_bytes: float
     is_tight: bool
-    """Whether the plan takes nearly all that there is."""
+    """True if the plan takes nearly all memory."""
     predicted_peak_bytes: int | None
-    """On the host with what the process takes besides its tensors."""
+    """On the host, includes the process's memory besides its tensors."""
 
     @classmethod
     def of(cls, choice: Choice, n_layer: int, budget: Budget, *, on_host: bool) -> "PlannedFallback":
-        """By the line of a choice, with its slope through what was traced of the plan itself."""
+        """Return the fallback of a choice: its line, with the slope through the plan's own trace."""
         best, line = choice.best, choice.line
         assert best is not None, "something fits"
         assert line is not None, "and was found along a line"
@@ -51,7 +51,7 @@ class PlannedFallback:
         )
 
     def smaller(self, now: Settings, phase: Phase, free_bytes: int | None) -> Settings | None:
-        """`free_bytes` is what is free when the failed step has been given up."""
+        """Return smaller settings; `free_bytes` is the free memory after the failed step's release."""
         as_planned = (now.loss, now.checkpointed_blocks) == (self.planned.loss, self.planned.checkpointed_blocks)
         if phase not in ("eval", "sample") and free_bytes and as_planned:
             room = free_bytes * (1 - _KEPT_FREE) - self.per_step_bytes
@@ -61,7 +61,7 @@ class PlannedFallback:
         return self.halving.smaller(now, phase, free_bytes)
 
     def larger(self, now: Settings, failed: frozenset[Settings]) -> Settings | None:
-        """The plan at once, where nothing says that it would fail again: it was traced, and what took its room left."""
+        """Return the plan at once, which was traced, unless settings that need no more memory failed."""
         if now != self.planned and not any(self.planned.needs_as_much_as(one) for one in failed):
             return self.planned
         return self.halving.larger(now, failed)

@@ -4,9 +4,8 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
@@ -16,7 +15,7 @@ from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
 from tightfit.planner.budget import Budget, device_budget, host_budget
 from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, reliefs
 from tightfit.planner.predict import Predictor, Target
-from tightfit.planner.search import Choice, choose
+from tightfit.planner.search import Choice, Task, choose
 from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, HostRates, HostRequest
@@ -24,11 +23,14 @@ from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
 from tightfit.system.cpuinfo import processor_name
 from tightfit.system.nvml import GpuMemory
+from tightfit.wording import say
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
 """Segments that grow: what is cached is not lost to fragmentation, so larger micro-batches fit."""
 _MEASURING_S = 300
+_MUCH_FASTER = 2.5
+"""Gain from which its size is worth saying."""
 _COMPILES_FROM = (7, 0)
 """Compute capability that Triton needs."""
 
@@ -67,7 +69,7 @@ def make_plan(
     where: Where,
     *,
     processes: int = 1,
-    say: Callable[[str], object] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
 ) -> PlanResult:
     """Return the fastest plan that fits `where`, for one of `processes` that share the effective batch.
 
@@ -75,35 +77,23 @@ def make_plan(
     """
     started = time.perf_counter()
     config = with_shape(resolved.config)
-    share = batch_split(config, processes).share
-    environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
-    if where.gpu and not environ and sys.platform == "linux" and not spills_to_host():
-        environ = {ALLOCATOR: EXPANDABLE}
-    target = Target(
-        gpu=where.gpu,
-        known=where.known,
-        share=share,
-        environ=environ,
-        host=None if where.gpu else measured_host(),
-    )
-    on = replace(config, device="cpu" if where.gpu is None else "cuda")
+    on_host, share, environ = where.gpu is None, batch_split(config, processes).share, _allocator_settings(where.gpu)
+    host = measured_host() if on_host else None
+    target = Target(gpu=where.gpu, known=where.known, share=share, environ=environ, host=host)
+    on = replace(config, device="cpu" if on_host else "cuda")
+    asked = Resolved(on, resolved.sources, resolved.warnings)
     with Simulator() as simulator:
-        asked = Resolved(on, resolved.sources, resolved.warnings)
-        choice = choose(
-            asked,
-            Predictor(on, target, simulator),
-            where.budget,
-            share,
-            reliefs=reliefs(
-                asked,
-                offloads=_offloads(config, where, processes),
-                may_use_8bit=can_compile(where.gpu) and _is_installed("torchao"),
-            ),
+        task = Task(
+            resolved=asked,
+            predictor=Predictor(on, target, simulator),
+            budget=where.budget,
+            share=share,
             compiled=_compiles(config, where.gpu),
-            on_host=where.gpu is None,
+            on_host=on_host,
             processes=processes,
-            say=say,
+            log=log,
         )
+        choice = choose(task, _reliefs(asked, where, processes))
     return PlanResult(
         config=config,
         where=where,
@@ -115,15 +105,22 @@ def make_plan(
     )
 
 
+def _allocator_settings(gpu: GPU | None) -> dict[str, str]:
+    """Return the user's settings; without any, those that a plan for a card is made with."""
+    environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
+    if gpu and not environ and sys.platform == "linux" and not spills_to_host():
+        return {ALLOCATOR: EXPANDABLE}
+    return environ
+
+
 def _emulates(config: TrainConfig, gpu: GPU | None) -> list[str]:
     if gpu is None or gpu.native_bf16 or config.dtype != "bfloat16":
         return []
     products = rates_of(gpu, compiled=False).matmul
     factor = products["float16"] / products["bfloat16"] if gpu.fp32_tflops else 0.0
-    return [
-        f"{gpu.name} only emulates dtype=bfloat16; with --dtype=float16 its matrix products are "
-        f"{f'{factor:.0f} times faster' if factor >= 2.5 else 'faster'}"
-    ]
+    if factor < _MUCH_FASTER:
+        return [say("planner.planning.emulates", gpu=gpu.name)]
+    return [say("planner.planning.emulates_slowly", gpu=gpu.name, factor=factor)]
 
 
 def named_card(
@@ -135,19 +132,14 @@ def named_card(
 ) -> Where:
     """Return a card by its name, as if it were here. DeviceError for an unknown one."""
     gpu, notes = resolve_gpu(text, memory_bytes=memory_bytes, capability=capability)
-    return Where(
-        gpu=gpu,
-        budget=device_budget(gpu, total_bytes=memory_bytes, used_by_others_bytes=used_by_others_bytes),
-        known=gpu.name in _names(),
-        notes=tuple(notes),
-    )
+    return _on_card(gpu, notes, memory_bytes, used_by_others_bytes, is_here=False)
 
 
 def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None:
-    """The card of this machine and the memory that others hold of it now; None without a card that NVML reports.
+    """Return the card of this machine with the memory that others hold now; None if NVML reports no card.
 
-    The plan may use at most `limit_bytes`. The budget's total is what is free, this process's and the others' together,
-    so the driver's reserve is outside it also where the driver does not report it.
+    The plan may use at most `limit_bytes`. The budget's total is the sum of free memory, this process's and the
+    others', so it leaves out the driver's reserve even where the driver does not report it.
     """
     card, why = gpu_memory(index)
     if card is None:
@@ -160,13 +152,7 @@ def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None
     total = card.free_bytes + (card.own_bytes or 0) + used
     if limit_bytes is not None:
         total = min(total, limit_bytes + used)
-    return Where(
-        gpu=gpu,
-        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used),
-        known=gpu.name in _names(),
-        is_here=True,
-        notes=(*notes, *([why] if why else [])),
-    )
+    return _on_card(gpu, [*notes, *filter(None, [why])], total, used, is_here=True)
 
 
 def _slice_here(card: GpuMemory, limit_bytes: int | None) -> Where:
@@ -176,26 +162,30 @@ def _slice_here(card: GpuMemory, limit_bytes: int | None) -> Where:
     gpu, notes = resolve_gpu(card.name, memory_bytes=part.total_bytes, capability=card.capability)
     used = part.total_bytes - part.free_bytes
     total = part.total_bytes if limit_bytes is None else min(part.total_bytes, limit_bytes + used)
+    return _on_card(gpu, notes, total, used, is_here=True)
+
+
+def _on_card(gpu: GPU, notes: Iterable[str], total: int | None, used_by_others: int, *, is_here: bool) -> Where:
     return Where(
         gpu=gpu,
-        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used),
-        known=gpu.name in _names(),
-        is_here=True,
+        budget=device_budget(gpu, total_bytes=total, used_by_others_bytes=used_by_others),
+        known=any(each.name == gpu.name for each in all_gpus()),
+        is_here=is_here,
         notes=tuple(notes),
     )
 
 
 def this_host(memory_bytes: int | None = None) -> Where:
-    """This machine's processor, with `memory_bytes` or the tightest limit that holds for a process started here."""
+    """Return this machine's processor, with `memory_bytes` or the tightest limit of a process started here."""
     host, base = host_memory(), measured_host().base_bytes
     resident = base["resident"]
     own = host.used_by_this_process_bytes
     wholes = [
         (limit.limit_bytes if limit.source in base else limit.left_bytes + own, limit.source) for limit in host.limits
     ]
-    wholes.append((host.available_bytes + own, "free memory of this machine"))
+    wholes.append((host.available_bytes + own, say("planner.planning.free_memory")))
     if memory_bytes is not None:
-        wholes.append((memory_bytes, "as given"))
+        wholes.append((memory_bytes, say("planner.planning.as_given")))
     whole, source = min(wholes, key=lambda each: each[0] - base.get(each[1], resident))
     return Where(
         gpu=None,
@@ -213,18 +203,19 @@ def measured_host() -> HostRates:
         return found
     measured = run_once(request, timeout_s=_MEASURING_S)
     if isinstance(measured, Failed):
-        raise DeviceError(f"this machine's processor could not be measured: {measured.error}")
+        raise DeviceError(say("planner.planning.not_measured", error=measured.error))
     remember(request, measured)
     return measured
 
 
-def _offloads(config: TrainConfig, where: Where, processes: int) -> list[Relief]:
-    """List the offloads that the host has memory for; all of them for a card that is only named."""
+def _reliefs(resolved: Resolved[TrainConfig], where: Where, processes: int) -> list[Relief]:
+    """List changes that make room; of offloads, for a card that is here, those that its host has memory for."""
     if where.gpu is None:
-        return []
+        return reliefs(resolved, offloads=[])
     free = host_memory().budget_bytes if where.is_here else None
-    has_room = free is None or free > OFFLOADED_BYTES * parameter_count(config)
-    return [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
+    has_room = free is None or free > OFFLOADED_BYTES * parameter_count(resolved.config)
+    offloads = [INPUTS, OFFLOAD, BOTH] if has_room and processes == 1 else [INPUTS]
+    return reliefs(resolved, offloads=offloads, may_use_8bit=can_compile(where.gpu) and _is_installed("torchao"))
 
 
 def _compiles(config: TrainConfig, gpu: GPU | None) -> bool:
@@ -261,8 +252,3 @@ def with_shape(config: TrainConfig) -> TrainConfig:
     except TightfitError:
         found = None
     return replace(config, vocab_size=found or 0)
-
-
-@cache
-def _names() -> frozenset[str]:
-    return frozenset(gpu.name for gpu in all_gpus())

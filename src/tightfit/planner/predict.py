@@ -13,6 +13,7 @@ from tightfit.planner.candidates import Plan
 from tightfit.simulation.client import Progress, Simulator
 from tightfit.simulation.requests import Failed, HostRates, StepRequest, StepTrace
 from tightfit.simulation.speed import Rates, Work, host_rates, rates_of
+from tightfit.wording import say
 
 _MEMORY_KEYS = (
     *("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size"),
@@ -70,7 +71,7 @@ class Target:
     """This machine's own rates, for plans on the host."""
 
     def rates(self, *, compiled: bool) -> Rates:
-        """Return what the device does in a second."""
+        """Return the device's operations and bytes a second."""
         if self.gpu is not None:
             return rates_of(self.gpu, compiled=compiled)
         assert self.host is not None, "the host was measured"
@@ -99,7 +100,7 @@ class Predictor:
 
     def _prediction(self, plan: Plan, trace: StepTrace | Failed) -> Prediction:
         if isinstance(trace, Failed):
-            raise DeviceError(f"the plan could not be traced: {trace.error}")
+            raise DeviceError(say("planner.predict.untraced", error=trace.error))
         prediction = Prediction(
             plan=plan,
             peak_bytes=trace.reserved_bytes,

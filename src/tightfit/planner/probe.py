@@ -13,6 +13,7 @@ from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.client import run_once
 from tightfit.simulation.requests import Failed, Timing, TimingRequest
 from tightfit.trainer.supervise import LONG_RUN
+from tightfit.wording import say
 
 _TIMEOUT_S = 300
 
@@ -25,23 +26,28 @@ def is_wanted(config: TrainConfig, device: str) -> bool:
 
 
 def timed(
-    config: TrainConfig, offered: list[Prediction], share: int, device_name: str, *, say: Callable[[str], object]
+    config: TrainConfig, offered: list[Prediction], share: int, device_name: str, *, log: Callable[[str], object]
 ) -> list[Prediction]:
-    """`offered` with their measured times instead of predicted ones, the fastest first; those that failed left out.
+    """Return `offered` with measured times, the fastest first, without those that failed.
 
-    If none could be timed, they stay as they were.
+    If none could be timed, return them as they were.
     """
     found = []
     for prediction in offered:
+        name = f"{prediction.plan.micro_batch} x {prediction.plan.passes(share)}"
         measured = _timing(prediction.plan.applied_to(config), share, device_name)
         if isinstance(measured, Failed):
-            say(f"tried {prediction.plan.micro_batch} x {prediction.plan.passes(share)}: {measured.error}")
+            log(say("planner.probe.failed", name=name, error=measured.error))
             continue
         better = replace(prediction, pass_s=measured.pass_s, update_s=measured.update_s)
-        say(
-            f"tried {prediction.plan.micro_batch} x {prediction.plan.passes(share)}, "
-            f"{'compiled' if prediction.plan.compile else 'not compiled'}: {better.step_s(share):.2f} s a step "
-            f"({prediction.step_s(share):.2f} predicted)"
+        log(
+            say(
+                "planner.probe.timed",
+                name=name,
+                how=say("planner.sentences.compiled" if prediction.plan.compile else "planner.sentences.not_compiled"),
+                measured=better.step_s(share),
+                predicted=prediction.step_s(share),
+            )
         )
         found.append(better)
     return sorted(found, key=lambda each: each.step_s(share)) or offered

@@ -23,7 +23,7 @@ from tightfit.planner.candidates import (
 )
 from tightfit.planner.lines import Estimate, Line, compiled_line, line_through
 from tightfit.planner.predict import Prediction, Predictor
-from tightfit.units import format_bytes
+from tightfit.wording import say
 
 SMALL_BATCH = 4
 """Larger of the two micro-batches that give a line; where fewer fit, a chunked loss makes room for more."""
@@ -56,47 +56,37 @@ class Choice:
     """If nothing fits: the choice with the first lossy change that was not allowed and would fit."""
 
 
-def choose(
-    resolved: Resolved[TrainConfig],
-    predictor: Predictor,
-    budget: Budget,
-    share: int,
-    *,
-    reliefs: list[Relief],
-    compiled: bool,
-    on_host: bool,
-    processes: int = 1,
-    say: Callable[[str], object] = lambda text: None,
-) -> Choice:
-    """Return the choice with the first of `reliefs` that fits; lossy ones count if the configuration allows them.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Run to plan, with its device."""
 
-    `share` is the sequences of a step that one of `processes` computes.
-    """
-    config, choice, request, least = resolved.config, None, None, None
+    resolved: Resolved[TrainConfig]
+    predictor: Predictor
+    budget: Budget
+    share: int
+    """Sequences of a step that one of `processes` computes."""
+    compiled: bool
+    """Compiling is faster on this device, or the user asked for it."""
+    on_host: bool
+    processes: int = 1
+    log: Callable[[str], object] = lambda text: None
+
+
+def choose(task: Task, reliefs: list[Relief]) -> Choice:
+    """Return the choice with the first of `reliefs` that fits; lossy ones count if the configuration allows them."""
+    config, choice, request, least = task.resolved.config, None, None, None
     last_exact = [relief for relief in reliefs if relief.exact][-1]
     for relief in sorted(reliefs, key=lambda each: not _is_allowed(each, config)):
-        if not _is_allowed(relief, config) and not is_open(resolved, "micro_batch"):
-            continue  # a smaller micro-batch than the requested one would help first
-        if "activations" in relief.offloads and not _moving_helps(config, least, budget):
+        if not _may_help(relief, task, least):
             continue
-        search = Search(
-            resolved,
-            predictor,
-            budget,
-            share,
-            compiled=compiled,
-            on_host=on_host,
-            processes=processes,
-            relief=relief,
-            say=say,
-        )
+        search = Search(task, relief)
         needs = least_bytes(config, relief)
-        if needs > budget.bytes and relief is not last_exact:
-            say(f"nothing to trace: weights, gradients and moments alone take {format_bytes(needs)}")
+        if needs > task.budget.bytes and relief is not last_exact:
+            task.log(say("planner.search.state", needs=needs))
             request = request or Estimate(plan=search.requested(), peak_bytes=needs, step_s=None)
             continue
         if relief.name:
-            say(f"nothing fits; trying {relief.name}")
+            task.log(say("planner.search.trying", name=relief.name))
         found = search.run()
         request, least = request or found.request, found.least
         found = replace(found, relief=relief, request=request)
@@ -113,10 +103,15 @@ def _is_allowed(relief: Relief, config: TrainConfig) -> bool:
     return relief.exact or relief.name in config.allowed
 
 
-def _moving_helps(config: TrainConfig, least: Prediction | None, budget: Budget) -> bool:
-    """Return True if moving the inputs of recomputed blocks to the host could make the `least` plan fit."""
+def _may_help(relief: Relief, task: Task, least: Prediction | None) -> bool:
+    """Return True unless a smaller micro-batch would help first, or moving inputs could not make `least` fit."""
+    config = task.resolved.config
+    if not _is_allowed(relief, config) and not is_open(task.resolved, "micro_batch"):
+        return False
+    if "activations" not in relief.offloads or least is None:
+        return True
     inputs = 4 * (config.micro_batch or 1) * config.block_size * config.n_embd * config.n_layer
-    return least is None or least.peak_bytes - inputs <= budget.bytes
+    return least.peak_bytes - inputs <= task.budget.bytes
 
 
 def least_bytes(config: TrainConfig, relief: Relief) -> int:
@@ -127,34 +122,22 @@ def least_bytes(config: TrainConfig, relief: Relief) -> int:
 class Search:
     """Search with one relief; `run` returns the choice."""
 
-    def __init__(
-        self,
-        resolved: Resolved[TrainConfig],
-        predictor: Predictor,
-        budget: Budget,
-        share: int,
-        *,
-        compiled: bool,
-        on_host: bool,
-        processes: int,
-        relief: Relief,
-        say: Callable[[str], object],
-    ) -> None:
-        config = resolved.config
+    def __init__(self, task: Task, relief: Relief) -> None:
+        resolved, config, share = task.resolved, task.resolved.config, task.share
         self._base = with_values(config, relief.keys)
         """Configuration with the relief's keys."""
         self._block_size = self._base.block_size if "block_size" in relief.keys else 0
-        self._predictor, self._budget, self._share, self._say = predictor, budget, share, say
-        self._compiled, self._config = compiled, config
+        self._predictor, self._budget, self._share, self._log = task.predictor, task.budget, share, task.log
+        self._compiled, self._config = task.compiled, config
         self._micro_batch = 0 if is_open(resolved, "micro_batch") else batch_split(config, share=share).micro_batch
         self._eval_micro_batch = 0 if is_open(resolved, "eval_micro_batch") else config.eval_micro_batch
         self._losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
-        if (on_host or relief.name) and is_open(resolved, "loss"):
+        if (task.on_host or relief.name) and is_open(resolved, "loss"):
             self._losses = ["chunked"]  # on the host the faster one, too; elsewhere there was no room for the other
         is_free = may_recompute(resolved)
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
         moves_inputs = self._base.offloads("activations")
-        self._one_pass, self._processes = relief is ONE_PASS, processes
+        self._one_pass, self._processes = relief is ONE_PASS, task.processes
         if is_free and (moves_inputs or self._one_pass):
             # A block that is not recomputed keeps its activations on the device: fewer sequences fit.
             self._levels = [config.n_layer]
@@ -228,7 +211,7 @@ class Search:
             return {}
         plans = {loss: [self._plan(size, blocks, loss, compiled=False) for size, blocks in points] for loss in losses}
         every = [plan for each in plans.values() for plan in each]
-        self._say(f"tracing {len(every)} steps to learn how memory grows")
+        self._log(say("planner.search.growth", steps=len(every)))
         found = dict(zip(every, self._predictor.predict(every, whole=False), strict=True))
         return {loss: line_through([found[plan] for plan in each]) for loss, each in plans.items()}
 
@@ -243,7 +226,7 @@ class Search:
                 wanted += self._promising(plain, compiled=False)[:2]
         if not wanted:
             return []
-        self._say(f"tracing the {len(wanted)} most promising plans in full")
+        self._log(say("planner.search.full", plans=len(wanted)))
         return self._trace_until_fits(wanted, lines)
 
     def _promising(self, lines: dict[str, Line], *, compiled: bool) -> list[Plan]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 
+from tightfit.config import TrainConfig
 from tightfit.models.shape import OFFLOADED_BYTES
 from tightfit.planner.candidates import Plan
 from tightfit.planner.lines import Estimate
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
-from tightfit.units import format_bytes
-from tightfit.wording import say
+from tightfit.units import MIB, format_bytes
+from tightfit.wording import chosen_language, say
+from tightfit.wording.report import words
 
 
 def one_line(result: PlanResult) -> str:
@@ -88,21 +90,21 @@ def device_name(result: PlanResult) -> str:
     return result.where.gpu.name if result.where.gpu else say("planner.sentences.processor")
 
 
-def nothing_fits(result: PlanResult) -> str:
-    """Explain in numbers why nothing fits."""
+def nothing_fits(result: PlanResult) -> list[str]:
+    """Explain in numbers, a line each, why nothing fits."""
     choice, budget = result.choice, result.where.budget
     lines, least = [say("planner.sentences.nothing_fits")], choice.least
     if least is None:
-        return lines[0]
+        return lines
     lines.append(
         say(
             "planner.sentences.least",
             peak=least.peak_bytes,
             plan=in_words(least, choice.share),
             missing=least.peak_bytes - budget.bytes,
+            parts=_largest(least),
         )
     )
-    lines += [f"    {format_bytes(size):>11}  {name}" for name, size in least.categories.items() if size > 2**20]
     lossy = choice.lossy
     if lossy and lossy.best and lossy.relief:
         lines.append(
@@ -111,13 +113,31 @@ def nothing_fits(result: PlanResult) -> str:
                 name=lossy.relief.name,
                 plan=in_words(lossy.best, lossy.share),
                 peak=lossy.best.peak_bytes,
-                costs=lossy.relief.costs,
+                costs=costs(lossy.best.plan, result.config),
             )
         )
-    taken = budget.context_bytes + budget.margin_bytes + budget.used_by_others_bytes + budget.reserved_bytes
-    whole = least.peak_bytes + taken
+    whole = least.peak_bytes + budget.taken_bytes
     if result.where.gpu:
-        lines.append(say("planner.sentences.card_would_do", whole=whole))
-    else:
-        lines.append(say("planner.sentences.machine_would_do", whole=whole))
-    return "\n".join(lines)
+        return [*lines, say("planner.sentences.card_would_do", whole=whole)]
+    return [*lines, say("planner.sentences.machine_would_do", whole=whole)]
+
+
+def costs(plan: Plan, config: TrainConfig) -> str:
+    """Return the cost of a lossy plan to the user, as a clause."""
+    if plan.block_size:
+        return say("planner.costs.context", shorter=plan.block_size, requested=config.block_size)
+    if plan.effective_batch:
+        return say("planner.costs.one_pass")
+    if plan.param_dtype != config.param_dtype:
+        return say("planner.costs.weights")
+    return say("planner.costs.moments")
+
+
+def _largest(least: Prediction) -> str:
+    name = words(chosen_language(None)).name
+    sizes = [
+        f"{name('category', category)} {format_bytes(size)}"
+        for category, size in least.categories.items()
+        if size > MIB
+    ]
+    return say("planner.sentences.separator").join(sizes)

@@ -13,6 +13,7 @@ from tightfit.planner.predict import Prediction, Predictor, Target
 from tightfit.planner.search import SMALL_BATCH
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.speed import rates_of
+from tightfit.wording import say
 
 _SEVERAL = 16
 """Micro-batch of a line where many fit: so large that few tensors fit a second-level cache."""
@@ -40,7 +41,7 @@ class CardRow:
     tokens_per_s: float | None
 
 
-def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] = lambda text: None) -> list[CardRow]:
+def every_card(resolved: Resolved[TrainConfig], *, log: Callable[[str], object] = lambda text: None) -> list[CardRow]:
     """Return a row for every card of the table, the smallest first."""
     config = replace(with_shape(resolved.config), device="cuda")
     by_capability: dict[tuple[int, int], list[GPU]] = {}
@@ -50,7 +51,8 @@ def every_card(resolved: Resolved[TrainConfig], *, say: Callable[[str], object] 
     with Simulator() as simulator:
         simulator.will_compile = config.compile is not False
         for number, (capability, cards) in enumerate(sorted(by_capability.items()), 1):
-            say(f"compute capability {capability[0]}.{capability[1]}, {number} of {len(by_capability)}")
+            dotted = "{}.{}".format(*capability)
+            log(say("planner.survey.capability", capability=dotted, number=number, whole=len(by_capability)))
             family = _Family(resolved, config, cards[0], simulator)
             if family.compiles:
                 formats = cards[0].native_bf16  # compiled code differs by those, not by the capability

@@ -1,4 +1,4 @@
-"""Reports as self-contained HTML: of a training run, a dry run, a plan, or an explanation."""
+"""Reports as self-contained HTML: of a training run, a dry run, or an explanation."""
 
 import os
 from collections.abc import Mapping
@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.report.dryrun_page import dryrun_page
-from tightfit.report.page import check_folder, render, write
-from tightfit.report.plan_page import plan_page
+from tightfit.report.page import render
 from tightfit.report.run_page import run_page
 from tightfit.report.runs import read_run
 from tightfit.report.timeline_chart import timeline_section
@@ -16,8 +15,6 @@ from tightfit.wording.report import words
 
 if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
-
-__all__ = ["check_folder", "explanation_report", "findings_report", "plan_report", "run_report", "write"]
 
 
 def run_report(
@@ -28,7 +25,7 @@ def run_report(
     findings: Findings | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report of the training run in `out_dir`, as HTML.
+    """Lay out the training run in `out_dir` as HTML.
 
     `plan` is used instead of the folder's plan.json: `alternatives`, a list of rows of name, keys, peak_bytes, step_s,
     fits and exact, and `predicted_peak_bytes`. `findings` of a dry run with a timeline add what was predicted in time.
@@ -45,17 +42,8 @@ def findings_report(findings: Findings, *, lang: str = "en") -> str:
     return render(dryrun_page(findings, words(lang)), lang=lang)
 
 
-def plan_report(plan: Mapping[str, Any], *, lang: str = "en", findings: Findings | None = None) -> str:
-    """A plan as `plan --json` prints it: its `best`, `alternatives`, `budget` and `notes`.
-
-    `findings` of a dry run with a timeline add memory over time.
-    """
-    timeline = timeline_section(findings, words(lang)) if findings else None
-    return render(plan_page(plan, words(lang), timeline), lang=lang)
-
-
 def explanation_report(found: "Explanation") -> str:
-    """What `tightfit explain` found, as HTML in the language of the explanation."""
+    """Lay out an explanation as HTML in its own language."""
     from tightfit.report.explanation_page import explanation_page
 
     return render(explanation_page(found, words(found.language)), lang=found.language)

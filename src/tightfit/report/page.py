@@ -24,6 +24,7 @@ from tightfit.errors import DataError, DoesNotFit
 from tightfit.report.sections import Page
 from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.storage import write_aside
+from tightfit.wording import say
 from tightfit.wording.report import words
 
 _CHARTS = "uplot-1.6.32"
@@ -77,21 +78,17 @@ def write(html: str, path: str | os.PathLike[str]) -> None:
         write_aside(goal, html)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise DoesNotFit(f"the disk of {goal} is full; free space, or name another file with --out") from None
-        raise DataError(f"the report {goal} cannot be written ({error.strerror}); name another file") from None
+            raise DoesNotFit(say("cli.report.disk_full", goal=goal)) from None
+        raise DataError(say("cli.report.not_written", goal=goal, reason=error.strerror)) from None
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Raise DataError before the work starts if its report could not be written later."""
     goal = Path(path)
     if not goal.parent.is_dir():
-        raise DataError(
-            f"the report {goal} cannot be written: there is no folder {goal.parent}; make it, or name another"
-        )
+        raise DataError(say("cli.report.no_folder", goal=goal, folder=goal.parent))
     if goal.is_dir():
-        raise DataError(
-            f"the report {goal} cannot be written: it is a folder; name a file, such as {goal / 'report.html'}"
-        )
+        raise DataError(say("cli.report.is_a_folder", goal=goal, file=goal / "report.html"))
 
 
 def _shown(value: object) -> object:

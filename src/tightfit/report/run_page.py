@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tightfit.report.bars import ALARM, GOOD
 from tightfit.report.runs import Points, Run, is_finite
-from tightfit.report.sections import Chart, Page, Section, Segment, Table
+from tightfit.report.sections import Chart, Page, Section, Table
 from tightfit.report.series import SPANS, Curve, curve, highest, median
 from tightfit.units import format_bytes, format_count, format_duration
 from tightfit.wording.report import Words
@@ -20,7 +19,7 @@ _CATEGORIES = 3
 def run_page(run: Run, t: Words, extra: Sequence[Section] = ()) -> Page:
     """Loss, rate and memory over a run; `extra` comes after its charts."""
     sections = [_explanation(run, t), _loss(run, t), _rate(run, t), _memory(run, t), *extra, _events(run, t)]
-    sections += [alternatives_section(run.alternatives, t), _config(run, t), _remarks(run, t)]
+    sections += [_alternatives(run.alternatives, t), _config(run, t), _remarks(run, t)]
     folder = run.folder.resolve().name
     return Page(
         title=t("run", "title", folder=folder),
@@ -192,7 +191,7 @@ def _events(run: Run, t: Words) -> Section | None:
                 t.name("event", event["event"]),
                 t.name("phase", str(event.get("phase") or "")) if event.get("phase") else "",
                 format_bytes(asked) if is_finite(asked) else "",
-                _change(event.get("before"), event.get("after"), t) or plain(rest),
+                _change(event.get("before"), event.get("after"), t) or _plain(rest),
                 format_duration(lost) if is_finite(lost) else "",
             ]
         )
@@ -206,35 +205,22 @@ def _change(before: object, after: object, t: Words) -> str:
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return ""
     pairs = [(key, before.get(key), value) for key, value in after.items()]
-    changed = [f"{key} {text(old)} → {text(new)}" for key, old, new in pairs if old != new]
+    changed = [f"{key} {_text(old)} → {_text(new)}" for key, old, new in pairs if old != new]
     return ", ".join(changed) or t("events", "unchanged")
 
 
-def alternatives_section(
-    rows: Sequence[Mapping[str, Any]], t: Words, *, budget_bytes: float | None = None
-) -> Section | None:
-    """A plan's alternatives, the columns that any row has; with bars where the budget is known."""
+def _alternatives(rows: Sequence[Mapping[str, Any]], t: Words) -> Section | None:
+    """List a plan's alternatives, in the columns that any row has."""
     if not rows:
         return None
     known = ("name", "keys", "peak_bytes", "step_s", "fits", "exact", "phase", "categories")
     extra = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in known]
     columns = [key for key in known if any(key in row for row in rows)] + extra
-    peaks = [peak if is_finite(peak := row.get("peak_bytes")) and peak > 0 else 0 for row in rows]
-    axis = max([budget_bytes or 0, *peaks])
-    has_bars = bool(budget_bytes and any(peaks))
     table = Table(
         caption=t("plan", "alternatives"),
         columns=[t.name("plan_column", key) for key in columns],
         rows=[[_cell(key, row.get(key), t) for key in columns] for row in rows],
         numbers=frozenset(i for i, key in enumerate(columns) if key in ("peak_bytes", "step_s")),
-        bars=[
-            [Segment(0, peak / axis, ALARM if row.get("fits") is False else GOOD)] if peak else []
-            for row, peak in zip(rows, peaks, strict=True)
-        ]
-        if has_bars
-        else (),
-        limit=budget_bytes / axis if budget_bytes and has_bars else None,
-        note=t("plan", "note", budget=format_bytes(budget_bytes)) if budget_bytes and has_bars else "",
     )
     return Section(id="plan", title=t("plan", "title"), paragraphs=[t("plan", "about")], tables=[table])
 
@@ -251,14 +237,14 @@ def _cell(key: str, value: object, t: Words) -> str:
     if is_finite(value):
         if key.endswith("_bytes"):
             return format_bytes(value)
-        return f"{value:.3g} s" if key.endswith("_s") else text(value)
-    return text(value)
+        return f"{value:.3g} s" if key.endswith("_s") else _text(value)
+    return _text(value)
 
 
 def _config(run: Run, t: Words) -> Section | None:
     if not run.config:
         return None
-    rows = [[str(key), text(value)] for key, value in run.config.items()]
+    rows = [[str(key), _text(value)] for key, value in run.config.items()]
     table = Table(caption=t("config", "title"), columns=[t("config", "key"), t("config", "value")], rows=rows)
     return Section(id="config", title=t("config", "title"), tables=[table])
 
@@ -274,16 +260,16 @@ def _remarks(run: Run, t: Words) -> Section | None:
     return Section(id="remarks", title=t("remarks", "title"), points=points) if points else None
 
 
-def plain(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={text(value)}" for key, value in values.items())
+def _plain(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_text(value)}" for key, value in values.items())
 
 
-def text(value: object) -> str:
+def _text(value: object) -> str:
     """A value of a configuration or an event as a person writes it."""
     if value is None:
         return "–"
     if isinstance(value, Mapping):
-        return plain(value)
+        return _plain(value)
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(text, value))
+        return ", ".join(map(_text, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A training run's folder as numbers: what metrics.jsonl says, the plan's prediction and the configuration."""
+"""Read a training run's folder: the metrics, the plan's prediction and the configuration."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from tightfit.errors import CheckpointError, DataError
 from tightfit.storage import CONFIG, EXPLANATION, METRICS, PLAN
+from tightfit.wording import say
 
 _CURVES = ("loss", "train_loss", "val_loss", "tokens_per_s", "memory_bytes", "memory_peak_bytes")
 _PREDICTED = ("predicted_peak_bytes", "predicted_bytes", "peak_bytes")
@@ -19,7 +20,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is known of a run."""
+    """Facts of a run."""
 
     folder: Path
     curves: Mapping[str, Points]
@@ -41,12 +42,12 @@ class Run:
 
 
 def read_run(folder: Path, plan: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None) -> Run:
-    """The run in `folder`; `plan` instead of the one that lies there, `config` where the folder has none.
+    """Read the run in `folder`; `plan` instead of the one that lies there, `config` where the folder has none.
 
     DataError if there are no metrics in it, unless it ended for want of memory before it had any.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; give the out_dir of a training run")
+        raise DataError(say("cli.report.not_a_folder", folder=folder))
     curves: dict[str, dict[float, float]] = {name: {} for name in _CURVES}
     events: list[Mapping[str, Any]] = []
     unreadable = []
@@ -62,9 +63,7 @@ def read_run(folder: Path, plan: Mapping[str, Any] | None = None, config: Mappin
                 if _is_number(row[name]):
                     curves[name][row["step"]] = float(row[name])
     if not any(curves.values()) and not events and not explanation:
-        raise DataError(
-            f"{folder / METRICS} holds no line that can be read as a step of a run; is it the file of another program?"
-        )
+        raise DataError(say("cli.report.no_steps", path=folder / METRICS))
     plan = plan if plan is not None else _object(folder / PLAN)
     promised = {0: plan, **{event["step"]: event for event in events if event["event"] == "plan"}}
     return Run(
@@ -80,20 +79,20 @@ def read_run(folder: Path, plan: Mapping[str, Any] | None = None, config: Mappin
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A file of one JSON object, as `--json` prints it. DataError for anything else."""
+    """Read a file of one JSON object, as `--json` prints it. DataError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give a file that --json wrote") from None
+        raise DataError(say("cli.report.unreadable_json", path=path, reason=error.strerror)) from None
     except (ValueError, RecursionError):
-        raise DataError(f"{path} is not JSON; give a file that --json wrote") from None
+        raise DataError(say("cli.report.not_json", path=path)) from None
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds no JSON object; give a file that --json wrote")
+        raise DataError(say("cli.report.no_object", path=path))
     return value
 
 
 def predicted_bytes(plan: Mapping[str, Any]) -> float | None:
-    """The peak that a plan promises, or that of the plan which it holds as `best` or `plan`."""
+    """Return the peak that a plan promises, or that of the plan in its `best` or `plan`."""
     for each in (plan, plan.get("best"), plan.get("plan")):
         if isinstance(each, Mapping):
             for value in map(each.get, _PREDICTED):
@@ -103,13 +102,13 @@ def predicted_bytes(plan: Mapping[str, Any]) -> float | None:
 
 
 def alternatives(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of a plan's table: name, keys, peak_bytes, step_s, fits, exact, as far as each has them."""
+    """Return the rows of a plan's table: name, keys, peak_bytes, step_s, fits, exact, as far as each has them."""
     rows: list[Any] = next((plan[key] for key in _ROWS if isinstance(plan.get(key), list)), [])
     return [row for row in rows if isinstance(row, Mapping)]
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a number that can be shown; NaN and infinity cannot."""
+    """Return True for a number that can be shown; NaN and infinity cannot."""
     return _is_number(value) and math.isfinite(value)
 
 
@@ -118,18 +117,16 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Each line, None for one that is no step of a run."""
+    """Yield each line, None for one that is no step of a run."""
     try:
         with open(path, "rb") as file:
             for line in file:
                 if line.strip():
                     yield _row(line)
     except FileNotFoundError:
-        raise DataError(
-            f"there is no {METRICS} in {path.parent}; give the out_dir of a run that has begun to train"
-        ) from None
+        raise DataError(say("cli.report.no_metrics", name=METRICS, folder=path.parent)) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+        raise DataError(say("cli.report.unreadable", path=path, reason=error.strerror)) from None
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -158,7 +155,7 @@ def _explanation(folder: Path) -> str:
 
 
 def _config(folder: Path, events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """From an event "config", a file beside the metrics, or else the newest checkpoint."""
+    """Read an event "config", a file beside the metrics, or else the newest checkpoint."""
     for event in reversed(events):
         if event["event"] == "config":
             found = event.get("config", {key: value for key, value in event.items() if key not in ("event", "step")})

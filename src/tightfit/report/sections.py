@@ -33,6 +33,8 @@ class Table:
     tones: Sequence[str] = ()
     """Colour of the second cell of each row: good, bad or nothing."""
     note: str = ""
+    is_headed: bool = False
+    """A terminal shows the columns' names, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

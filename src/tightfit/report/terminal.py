@@ -33,7 +33,8 @@ def page_text(page: Page) -> str:
 def _section(console: Console, section: Section) -> None:
     _lines(console, ["", section.title, *section.paragraphs])
     pasted = [*section.preformatted.splitlines(), *section.code.splitlines()]
-    _lines(console, [f"    {line}" for line in pasted])
+    for line in pasted:
+        console.print(Text(f"    {line}"), soft_wrap=True)
     for point in section.points:
         console.print(Padding(Text(point), _INDENT))
     for table in section.tables:
@@ -44,9 +45,10 @@ def _section(console: Console, section: Section) -> None:
 
 
 def _rows(table: Table) -> list[list[str]]:
-    """Put the bar of each row behind its second cell."""
+    """Put the bar of each row behind its second cell, and the columns' names above a headed table."""
     bars = [[_bar(each)] for each in table.bars]
-    return [[*row[:_BAR_COLUMN], *bar, *row[_BAR_COLUMN:]] for row, bar in zip_longest(table.rows, bars, fillvalue=())]
+    rows = [[*row[:_BAR_COLUMN], *bar, *row[_BAR_COLUMN:]] for row, bar in zip_longest(table.rows, bars, fillvalue=())]
+    return [[*table.columns], *rows] if table.is_headed else rows
 
 
 def _lines(console: Console, lines: Iterable[str]) -> None:
@@ -67,5 +69,5 @@ def _bar(segments: Sequence[Segment]) -> str:
     """Draw segments as blocks, each at least one wide."""
     drawn = ""
     for each in segments:
-        drawn = f"{drawn:<{round(_BAR * each.start)}}" + "█" * max(1, round(_BAR * each.width))
+        drawn = f"{drawn:<{min(_BAR - 1, round(_BAR * each.start))}}" + "█" * max(1, round(_BAR * each.width))
     return f"{drawn:<{_BAR}}"

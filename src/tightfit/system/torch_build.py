@@ -1,9 +1,13 @@
 """The installed torch: its version, the hardware it was built for, and its devices."""
 
+import ast
+import importlib.util
 import re
+import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 SUPPORTED = ((2, 11), (2, 15))
 """The oldest and the newest torch that tightfit is tested with, as in its dependencies."""
@@ -62,34 +66,50 @@ class TorchBuild:
 
 
 def read_torch() -> TorchBuild | None:
-    """The installed torch, imported here for the first time; None if there is none."""
+    """Read the installed torch, importing it only if it may find a GPU; None if there is none."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    stated = _assigned(Path(found.origin).with_name("version.py"))
+    build = TorchBuild(version=stated["__version__"] or "", cuda=_version(stated.get("cuda")), hip=stated.get("hip"))
+    if not (build.cuda or build.hip or sys.platform == "darwin"):
+        return build
     try:
-        import torch
+        return _with_devices(build)
     except ImportError:
         return None
+
+
+def _assigned(file: Path) -> dict[str, str | None]:
+    """Return the texts that a module of constants assigns."""
+    values: dict[str, str | None] = {}
+    for line in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(line, ast.Assign | ast.AnnAssign) and isinstance(line.value, ast.Constant):
+            name = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
+            if isinstance(name, ast.Name) and isinstance(line.value.value, str | None):
+                values[name.id] = line.value.value
+    return values
+
+
+def _with_devices(build: TorchBuild) -> TorchBuild:
+    import torch
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        devices = tuple(_device(index) for index in range(torch.cuda.device_count())) if _usable() else ()
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        found = tuple(_device(index) for index in devices)
         # The flags of the build, even where no device is seen, for which get_arch_list gives nothing.
         flags = torch._C._cuda_getArchFlags() if hasattr(torch._C, "_cuda_getArchFlags") else None
     arches = (flags or "").split()
     portable = [_capability(arch) for arch in arches if arch.startswith("compute_")]
-    return TorchBuild(
-        version=str(torch.__version__),
-        cuda=_version(torch.version.cuda),
-        hip=torch.version.hip,
+    return replace(
+        build,
         mps=torch.backends.mps.is_available(),
         capabilities=tuple(_capability(arch) for arch in arches if arch.startswith("sm_")),
         newest_portable=max(portable, default=None),
-        devices=devices,
+        devices=found,
         complaint=str(caught[0].message).partition("\n")[0] if caught else "",
     )
-
-
-def _usable() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _device(index: int) -> TorchDevice:
