@@ -36,7 +36,7 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    given = vars(options)
+    given = {name: value for name, value in vars(options).items() if name != "lang"}
     prepare_with_bar(given.pop("name"), **given)
     return OK
 
