@@ -24,6 +24,7 @@ from tightfit.config import PRETRAINED
 from tightfit.errors import CheckpointError, ConfigError
 from tightfit.models.model import GPT2_VOCAB, Activation, GPTConfig
 from tightfit.storage import sync_file
+from tightfit.wording import say
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _MAX_JSON_BYTES = 2**20
@@ -80,10 +81,10 @@ def check_state(config: GPTConfig, state_dict: Mapping[str, object]) -> None:
         names.add(name)
     for name in state_dict:
         if name not in names:
-            raise CheckpointError(f"tensor {brief(name)} is no part of {_describe(config)}")
+            raise _not_of(config, name)
     head, embedding = (_checked(state_dict, name, (config.vocab_size, config.n_embd)) for name in _TIED)
     if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-        raise CheckpointError(f"{_TIED[0]} and {_TIED[1]} differ, but a GPT-2 has one matrix for both")
+        raise CheckpointError(say("models.conversion.untied", head=_TIED[0], embedding=_TIED[1]))
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,7 +115,7 @@ def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         state[name] = tensor.t().contiguous() if transposed else tensor
         del tensors[theirs]
     if tensors:
-        raise CheckpointError(f"tensor {brief(min(tensors))} is no part of {_describe(config)}")
+        raise _not_of(config, min(tensors))
     biases = [name for name in state if name.endswith(".bias")]
     if settings.get("tightfit") == _WITHOUT_BIAS and not any(state[name].any() for name in biases):
         config = replace(config, bias=False)
@@ -132,7 +133,7 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
     check_state(config, state_dict)
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists; name a new folder, or remove it first")
+        raise CheckpointError(say("models.conversion.exists", folder=folder))
     work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         work.mkdir(parents=True)
@@ -143,7 +144,7 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
             sync_file(path)
         work.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {folder}: {error}") from None
+        raise CheckpointError(say("models.conversion.unwritable", folder=folder, reason=error)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -165,15 +166,13 @@ def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
     found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in _names(folder))
     blocks = len({int(each[1]) for each in found if each})
     if blocks != config.n_layer:
-        raise CheckpointError(
-            f"{folder} has weights of {blocks} blocks, and its {_CONFIG} says n_layer={config.n_layer}"
-        )
+        raise CheckpointError(say("models.conversion.blocks", folder=folder, blocks=blocks, n_layer=config.n_layer))
     return replace(config, bias=settings.get("tightfit") != _WITHOUT_BIAS)
 
 
 def _folder(name: str) -> Path:
     if not Path(name).is_dir():
-        raise CheckpointError(f"{name} is neither a folder nor one of {', '.join(PRETRAINED)}")
+        raise CheckpointError(say("models.conversion.no_folder", name=name, known=", ".join(PRETRAINED)))
     return Path(name)
 
 
@@ -183,21 +182,24 @@ def _layer(name: str, weight: tuple[int, ...], bias: bool) -> Iterator[tuple[str
         yield f"{name}.bias", weight[:1]
 
 
-def _describe(config: GPTConfig) -> str:
-    return f"a GPT-2 of {config.n_layer} layers with bias={config.bias}"
+def _not_of(config: GPTConfig, name: object) -> CheckpointError:
+    return CheckpointError(say("models.conversion.no_part", name=brief(name), layers=config.n_layer, bias=config.bias))
 
 
 def _checked(tensors: Mapping[str, object], name: str, shape: tuple[int, ...]) -> Tensor:
     tensor = tensors.get(name)
     if tensor is None:
-        raise CheckpointError(f"tensor {name} of shape {shape} is missing")
+        raise CheckpointError(say("models.conversion.missing", name=name, shape=str(shape)))
     if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise CheckpointError(f"{name} must be a tensor of floating-point numbers, found {found}")
+        found = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise CheckpointError(say("models.conversion.no_floats", name=name, found=found))
     if tensor.is_meta or tensor.layout is not torch.strided:
-        raise CheckpointError(f"{name} must hold its numbers plainly; it is {'empty' if tensor.is_meta else 'sparse'}")
+        raise CheckpointError(
+            say("models.conversion.empty" if tensor.is_meta else "models.conversion.sparse", name=name)
+        )
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, but its configuration asks for {shape}")
+        found = str(tuple(tensor.shape))
+        raise CheckpointError(say("models.conversion.other_shape", name=name, found=found, shape=str(shape)))
     return tensor
 
 
@@ -205,10 +207,10 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"a tensor's name must be text, got {brief(name)}")
+            raise CheckpointError(say("models.conversion.no_name", name=brief(name)))
         new = rename(name)
         if new in renamed:
-            raise CheckpointError(f"tensor {brief(new)} is there twice, once as {brief(name)}")
+            raise CheckpointError(say("models.conversion.twice", name=brief(new), alias=brief(name)))
         if not new.endswith(_MASKS):
             renamed[new] = tensor
     return renamed
@@ -220,21 +222,24 @@ def _read_json(path: Path) -> dict[str, Any]:
             data = file.read(_MAX_JSON_BYTES + 1)
         content = json.loads(data) if len(data) <= _MAX_JSON_BYTES else None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(say("models.conversion.no_json_file", path=path, reason=error.strerror)) from None
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON; fetch it again") from None
+        raise CheckpointError(say("models.conversion.not_json", path=path)) from None
     if len(data) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; it cannot be a model's")
+        raise CheckpointError(say("models.conversion.too_long", path=path, most=_MAX_JSON_BYTES))
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
+        raise CheckpointError(say("models.conversion.no_object", path=path, found=type(content).__name__))
     return content
 
 
 def _read_config(settings: dict[str, Any], path: Path) -> GPTConfig:
     def need(name: str, holds: bool, rule: object) -> None:
-        if not holds:
-            found = f"{name}={brief(settings[name])}" if name in settings else f"no {name}"
-            raise CheckpointError(f"{path} has {found}; it must be {rule} for a GPT-2 that can be read here")
+        if holds:
+            return
+        if name not in settings:
+            raise CheckpointError(say("models.conversion.no_setting", path=path, name=name, rule=rule))
+        found = f"{name}={brief(settings[name])}"
+        raise CheckpointError(say("models.conversion.other_setting", path=path, found=found, rule=rule))
 
     need("model_type", settings.get("model_type") == "gpt2", "gpt2")
     for name, fixed in _FIXED.items():
@@ -242,19 +247,19 @@ def _read_config(settings: dict[str, Any], path: Path) -> GPTConfig:
     sizes = {ours: settings.get(theirs) for ours, theirs in _SIZES.items()}
     for ours, theirs in _SIZES.items():
         size = sizes[ours]
-        need(theirs, type(size) is int and 0 < size < 2**31, "an integer from 1 to 2**31 - 1")
+        need(theirs, type(size) is int and 0 < size < 2**31, say("models.conversion.size_rule"))
     activation = settings.get("activation_function", "gelu_new")
     known = isinstance(activation, str) and activation in _ACTIVATIONS
-    need("activation_function", known, f"one of {', '.join(_ACTIVATIONS)}")
+    need("activation_function", known, say("models.conversion.choice_rule", known=", ".join(_ACTIVATIONS)))
     dropout = settings.get("resid_pdrop", 0.1)
-    need("resid_pdrop", type(dropout) in (int, float) and 0 <= dropout < 1, "at least 0 and below 1")
+    need("resid_pdrop", type(dropout) in (int, float) and 0 <= dropout < 1, say("models.conversion.fraction_rule"))
     width: Any = sizes["n_embd"]
-    need("n_inner", settings.get("n_inner") in (None, 4 * width), f"null or 4 * n_embd = {4 * width}")
+    need("n_inner", settings.get("n_inner") in (None, 4 * width), say("models.conversion.width_rule", width=4 * width))
     args: dict[str, Any] = {**sizes, "dropout": float(dropout), "activation": _ACTIVATIONS[activation]}
     try:
         return GPTConfig(**args)
     except ConfigError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
+        raise CheckpointError(say("models.conversion.unusable", path=path, reason=error)) from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -262,17 +267,14 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{_WEIGHTS}.index.json"
     if (folder / _WEIGHTS).exists() or not index.exists():
         if not (folder / _WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
-            raise CheckpointError(
-                f"{folder} has its weights as a pickle ({pickles[0].name}), which can run code when opened; "
-                f"convert it to {_WEIGHTS} with transformers' save_pretrained, or fetch that file instead"
-            )
+            raise CheckpointError(say("models.conversion.pickled", folder=folder, file=pickles[0].name, name=_WEIGHTS))
         return [folder / _WEIGHTS]
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{index} must map tensors to files under weight_map; fetch it again")
+        raise CheckpointError(say("models.conversion.no_weight_map", path=index))
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {brief(shard)}; only .safetensors files beside it are read")
+            raise CheckpointError(say("models.conversion.outside", path=index, file=brief(shard)))
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
@@ -290,14 +292,14 @@ def _names(folder: Path) -> Iterator[str]:
             with safe_open(path, framework="pt") as file:
                 yield from file.keys()
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+            raise CheckpointError(say("models.conversion.unreadable", path=path, reason=error)) from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+        raise CheckpointError(say("models.conversion.unreadable", path=path, reason=error)) from None
 
 
 def _their_tensors(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -332,13 +334,12 @@ def _their_config(config: GPTConfig) -> dict[str, Any]:
 
 def _download(name: str) -> Path:
     """Return the Hugging Face cache folder with this model's files; download them if they are missing."""
-    page = f"https://huggingface.co/openai-community/{name}"
-    by_hand = f"or copy {_CONFIG} and {_WEIGHTS} from {page} and use --init_from=/path/to/folder"
+    by_hand = say("models.conversion.by_hand", name=name, config=_CONFIG, weights=_WEIGHTS)
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise CheckpointError(f"fetching {name} needs pip install 'tightfit[hf]'; do that, {by_hand}") from None
+        raise CheckpointError(say("models.conversion.no_hub", name=name, by_hand=by_hand)) from None
     # The first base is the error of the HTTP client below, which is another one in other versions of the Hub.
     failures: tuple[type[Any], ...] = (OSError, HfHubHTTPError.__bases__[0])
     reason = ""
@@ -352,4 +353,4 @@ def _download(name: str) -> Path:
             return Path(paths[0]).parent
         except failures as error:
             reason = type(error).__name__
-    raise CheckpointError(f"{name} is not in the Hugging Face cache, and the Hub gave {reason}; try again, {by_hand}")
+    raise CheckpointError(say("models.conversion.not_fetched", name=name, reason=reason, by_hand=by_hand))

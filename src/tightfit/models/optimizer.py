@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tightfit.errors import CheckpointError, ConfigError
+from tightfit.wording import say
 
 
 def build_optimizer(
@@ -52,9 +53,7 @@ def _eight_bit(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise ConfigError(
-            "optimizer=adamw_8bit needs torchao, which is not installed; pip install 'tightfit[gpu]', or use adamw"
-        ) from None
+        raise ConfigError(say("models.optimizer.no_torchao")) from None
     finally:
         logging.disable(before)
     optimizer: Any = AdamW8bit(groups, lr=learning_rate, betas=betas)
@@ -102,13 +101,13 @@ def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], so
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = saved.get("state")
     if not isinstance(states, Mapping) or set(states) != set(range(len(parameters))):
-        raise CheckpointError(f"{source} has an optimizer state of another model; resume without it is not exact")
+        raise CheckpointError(say("models.optimizer.other_model", source=source))
     for number, parameter in enumerate(parameters):
         state = states[number]
         for key, tensor in optimizer.state[parameter].items():
             value = state.get(key) if isinstance(state, Mapping) else None
             if not _copy(value, tensor):
-                raise CheckpointError(f"{source}: the optimizer's {key} of parameter {number} is missing or misshapen")
+                raise CheckpointError(say("models.optimizer.misshapen", source=source, key=key, number=number))
 
 
 def _plain(value: Any) -> Any:
