@@ -189,7 +189,7 @@ def test_a_dry_run_knows_its_state(tmp_path: Path) -> None:
 
 
 def test_it_cannot_be_offloaded_and_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="offload=optimizer is for optimizer=adamw"):
+    with pytest.raises(ConfigError, match="offload=optimizer works with optimizer=adamw only"):
         TrainConfig(optimizer="adamw_8bit", offload="optimizer")
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ConfigError, match=r"needs torchao.*tightfit\[gpu\]"):

@@ -10,11 +10,13 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
+from typing import TypeAlias
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from tightfit.config import PRETRAINED
 from tightfit.errors import CheckpointError, ConfigError
-from tightfit.models.model import GPT2_VOCAB, Activation, GPTConfig
+from tightfit.models.model import GPT2_VOCAB, GPTConfig
 from tightfit.storage import sync_file
 from tightfit.wording import say
 
@@ -37,14 +39,8 @@ _WRAPPERS = {"_orig_mod", "module"}
 """Parts of names that torch.compile and DistributedDataParallel add."""
 _WITHOUT_BIAS = {"bias": False}
 """Under `tightfit` in config.json: the biases are there for transformers only. Believed if they are all 0."""
-_SIZES = {
-    "block_size": "n_positions", "vocab_size": "vocab_size",
-    "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
-}  # fmt: skip
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu", "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-}  # fmt: skip
+_EXACT_GELU = ("gelu", "gelu_python")
+_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 _FIXED = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
@@ -54,6 +50,7 @@ _FIXED = {
     "add_cross_attention": False,
 }
 """Settings of transformers' GPT2Config that the model here has no choice in, at their defaults there."""
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
 def parameter_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -102,8 +99,7 @@ def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     Dropout is the folder's `resid_pdrop`; whoever trains sets their own. CheckpointError for a folder that is
     incomplete, broken, pickled, or of a model that computes something else.
     """
-    settings = _read_json(folder / _CONFIG)
-    config = _read_config(settings, folder / _CONFIG)
+    config, has_biases = _read_config(folder / _CONFIG)
     tensors = _renamed(_read_tensors(folder), lambda name: name.removeprefix("transformer."))
     if "wte.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["wte.weight"])
@@ -117,7 +113,7 @@ def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if tensors:
         raise _not_of(config, min(tensors))
     biases = [name for name in state if name.endswith(".bias")]
-    if settings.get("tightfit") == _WITHOUT_BIAS and not any(state[name].any() for name in biases):
+    if not has_biases and not any(state[name].any() for name in biases):
         config = replace(config, bias=False)
         for name in biases:
             del state[name]
@@ -138,7 +134,7 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
     try:
         work.mkdir(parents=True)
         save_file(_their_tensors(config, state_dict), work / _WEIGHTS, metadata={"format": "pt"})
-        (work / _CONFIG).write_text(json.dumps(_their_config(config), indent=2) + "\n")
+        (work / _CONFIG).write_text(_their_config(config))
         shutil.copymode(work / _CONFIG, work / _WEIGHTS)  # safetensors lets only the owner read
         for path in (work / _WEIGHTS, work / _CONFIG):
             sync_file(path)
@@ -161,13 +157,12 @@ def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
     if name in PRETRAINED:
         return GPTConfig(**asdict(PRETRAINED[name]), activation="gelu_tanh")
     folder = _folder(name)
-    settings = _read_json(folder / _CONFIG)
-    config = _read_config(settings, folder / _CONFIG)
+    config, has_biases = _read_config(folder / _CONFIG)
     found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in _names(folder))
     blocks = len({int(each[1]) for each in found if each})
     if blocks != config.n_layer:
         raise CheckpointError(say("models.conversion.blocks", folder=folder, blocks=blocks, n_layer=config.n_layer))
-    return replace(config, bias=settings.get("tightfit") != _WITHOUT_BIAS)
+    return replace(config, bias=has_biases)
 
 
 def _folder(name: str) -> Path:
@@ -194,9 +189,8 @@ def _checked(tensors: Mapping[str, object], name: str, shape: tuple[int, ...]) -
         found = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise CheckpointError(say("models.conversion.no_floats", name=name, found=found))
     if tensor.is_meta or tensor.layout is not torch.strided:
-        raise CheckpointError(
-            say("models.conversion.empty" if tensor.is_meta else "models.conversion.sparse", name=name)
-        )
+        sentence = say("models.conversion.empty" if tensor.is_meta else "models.conversion.sparse", name=name)
+        raise CheckpointError(sentence)
     if tuple(tensor.shape) != shape:
         found = str(tuple(tensor.shape))
         raise CheckpointError(say("models.conversion.other_shape", name=name, found=found, shape=str(shape)))
@@ -216,7 +210,7 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
     return renamed
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Json]:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_JSON_BYTES + 1)
@@ -232,34 +226,46 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(settings: dict[str, Any], path: Path) -> GPTConfig:
-    def need(name: str, holds: bool, rule: object) -> None:
-        if holds:
-            return
-        if name not in settings:
-            raise CheckpointError(say("models.conversion.no_setting", path=path, name=name, rule=rule))
-        found = f"{name}={brief(settings[name])}"
-        raise CheckpointError(say("models.conversion.other_setting", path=path, found=found, rule=rule))
+def _read_config(path: Path) -> tuple[GPTConfig, bool]:
+    """Return the shape in a config.json, and False if its biases are there for transformers only."""
+    settings = _read_json(path)
 
-    need("model_type", settings.get("model_type") == "gpt2", "gpt2")
-    for name, fixed in _FIXED.items():
-        need(name, settings.get(name, fixed) == fixed, fixed)
-    sizes = {ours: settings.get(theirs) for ours, theirs in _SIZES.items()}
-    for ours, theirs in _SIZES.items():
-        size = sizes[ours]
-        need(theirs, type(size) is int and 0 < size < 2**31, say("models.conversion.size_rule"))
-    activation = settings.get("activation_function", "gelu_new")
-    known = isinstance(activation, str) and activation in _ACTIVATIONS
-    need("activation_function", known, say("models.conversion.choice_rule", known=", ".join(_ACTIVATIONS)))
-    dropout = settings.get("resid_pdrop", 0.1)
-    need("resid_pdrop", type(dropout) in (int, float) and 0 <= dropout < 1, say("models.conversion.fraction_rule"))
-    width: Any = sizes["n_embd"]
-    need("n_inner", settings.get("n_inner") in (None, 4 * width), say("models.conversion.width_rule", width=4 * width))
-    args: dict[str, Any] = {**sizes, "dropout": float(dropout), "activation": _ACTIVATIONS[activation]}
+    def wrong(name: str, rule: object) -> CheckpointError:
+        if name not in settings:
+            return CheckpointError(say("models.conversion.no_setting", path=path, name=name, rule=rule))
+        found = f"{name}={brief(settings[name])}"
+        return CheckpointError(say("models.conversion.other_setting", path=path, found=found, rule=rule))
+
+    def size(name: str) -> int:
+        value = settings.get(name)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise wrong(name, say("models.conversion.size_rule"))
+        return value
+
+    for name, fixed in {"model_type": "gpt2", **_FIXED}.items():
+        if settings.get(name, _FIXED.get(name)) != fixed:
+            raise wrong(name, fixed)
+    activation, dropout = settings.get("activation_function", "gelu_new"), settings.get("resid_pdrop", 0.1)
+    if activation not in _EXACT_GELU + _TANH_GELU:
+        known = ", ".join(_EXACT_GELU + _TANH_GELU)
+        raise wrong("activation_function", say("models.conversion.choice_rule", known=known))
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise wrong("resid_pdrop", say("models.conversion.fraction_rule"))
     try:
-        return GPTConfig(**args)
+        config = GPTConfig(
+            block_size=size("n_positions"),
+            vocab_size=size("vocab_size"),
+            n_layer=size("n_layer"),
+            n_head=size("n_head"),
+            n_embd=size("n_embd"),
+            dropout=float(dropout),
+            activation="gelu" if activation in _EXACT_GELU else "gelu_tanh",
+        )
     except ConfigError as error:
         raise CheckpointError(say("models.conversion.unusable", path=path, reason=error)) from None
+    if settings.get("n_inner") not in (None, 4 * config.n_embd):
+        raise wrong("n_inner", say("models.conversion.width_rule", width=4 * config.n_embd))
+    return config, settings.get("tightfit") != _WITHOUT_BIAS
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -269,35 +275,35 @@ def _weight_files(folder: Path) -> list[Path]:
         if not (folder / _WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
             raise CheckpointError(say("models.conversion.pickled", folder=folder, file=pickles[0].name, name=_WEIGHTS))
         return [folder / _WEIGHTS]
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(say("models.conversion.no_weight_map", path=index))
-    for shard in sorted(set(shards.values())):
+    try:
+        shards = sorted(set(msgspec.convert(_read_json(index).get("weight_map"), dict[str, str]).values()))
+    except msgspec.ValidationError:
+        raise CheckpointError(say("models.conversion.no_weight_map", path=index)) from None
+    for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(say("models.conversion.outside", path=index, file=brief(shard)))
-    return [folder / shard for shard in sorted(set(shards.values()))]
+    return [folder / shard for shard in shards]
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        tensors |= _read_safetensors(path)
+        with _reading(path):
+            tensors |= load_file(path)
     return tensors
 
 
 def _names(folder: Path) -> Iterator[str]:
     """Yield the names of a folder's tensors without reading any."""
     for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield from file.keys()
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(say("models.conversion.unreadable", path=path, reason=error)) from None
+        with _reading(path), safe_open(path, framework="pt") as file:
+            yield from file.keys()
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return load_file(path)
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(say("models.conversion.unreadable", path=path, reason=error)) from None
 
@@ -315,21 +321,25 @@ def _their_tensors(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict[
     return tensors
 
 
-def _their_config(config: GPTConfig) -> dict[str, Any]:
+def _their_config(config: GPTConfig) -> str:
     end_of_text = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None
-    ours = {} if config.bias else {"tightfit": _WITHOUT_BIAS}
-    return {
+    settings = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **{theirs: getattr(config, name) for name, theirs in _SIZES.items()},
+        "n_positions": config.block_size,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
         "n_inner": None,
         "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         **_FIXED,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        **ours,
+        **({} if config.bias else {"tightfit": _WITHOUT_BIAS}),
     }
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def _download(name: str) -> Path:
@@ -341,13 +351,10 @@ def _download(name: str) -> Path:
     except ImportError:
         raise CheckpointError(say("models.conversion.no_hub", name=name, by_hand=by_hand)) from None
     # The first base is the error of the HTTP client below, which is another one in other versions of the Hub.
-    failures: tuple[type[Any], ...] = (OSError, HfHubHTTPError.__bases__[0])
+    failures: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
     reason = ""
-    for repository, cached in (
-        (f"openai-community/{name}", True),
-        (name, True),
-        (f"openai-community/{name}", False),
-    ):
+    page = f"openai-community/{name}"
+    for repository, cached in ((page, True), (name, True), (page, False)):
         try:
             paths = [hf_hub_download(repository, file, local_files_only=cached) for file in (_CONFIG, _WEIGHTS)]
             return Path(paths[0]).parent
