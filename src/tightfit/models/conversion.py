@@ -10,26 +10,22 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import TypeAlias
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tightfit.config import PRETRAINED
 from tightfit.errors import CheckpointError, ConfigError
+from tightfit.models.hub import CONFIG, WEIGHTS, download, read_json, read_tensors, tensor_names
 from tightfit.models.model import GPT2_VOCAB, GPTConfig
 from tightfit.storage import sync_file
 from tightfit.wording import say
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_MAX_JSON_BYTES = 2**20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TIED = "lm_head.weight", "transformer.wte.weight"
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -50,7 +46,6 @@ _FIXED = {
     "add_cross_attention": False,
 }
 """Settings of transformers' GPT2Config that the model here has no choice in, at their defaults there."""
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
 def parameter_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -99,8 +94,8 @@ def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     Dropout is the folder's `resid_pdrop`; whoever trains sets their own. CheckpointError for a folder that is
     incomplete, broken, pickled, or of a model that computes something else.
     """
-    config, has_biases = _read_config(folder / _CONFIG)
-    tensors = _renamed(_read_tensors(folder), lambda name: name.removeprefix("transformer."))
+    config, has_biases = _read_config(folder / CONFIG)
+    tensors = _renamed(read_tensors(folder), lambda name: name.removeprefix("transformer."))
     if "wte.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["wte.weight"])
     state = {}
@@ -133,10 +128,10 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
     work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         work.mkdir(parents=True)
-        save_file(_their_tensors(config, state_dict), work / _WEIGHTS, metadata={"format": "pt"})
-        (work / _CONFIG).write_text(_their_config(config))
-        shutil.copymode(work / _CONFIG, work / _WEIGHTS)  # safetensors lets only the owner read
-        for path in (work / _WEIGHTS, work / _CONFIG):
+        save_file(_their_tensors(config, state_dict), work / WEIGHTS, metadata={"format": "pt"})
+        (work / CONFIG).write_text(_their_config(config))
+        shutil.copymode(work / CONFIG, work / WEIGHTS)  # safetensors lets only the owner read
+        for path in (work / WEIGHTS, work / CONFIG):
             sync_file(path)
         work.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -148,7 +143,7 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
 def fetch_pretrained(name_or_path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Load OpenAI's GPT-2 of that name, from the Hugging Face cache or its Hub, or a local folder's model."""
     name = str(name_or_path)
-    return load_hugging_face(_download(name) if name in PRETRAINED else _folder(name))
+    return load_hugging_face(download(name) if name in PRETRAINED else _folder(name))
 
 
 def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
@@ -157,8 +152,8 @@ def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
     if name in PRETRAINED:
         return GPTConfig(**asdict(PRETRAINED[name]), activation="gelu_tanh")
     folder = _folder(name)
-    config, has_biases = _read_config(folder / _CONFIG)
-    found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in _names(folder))
+    config, has_biases = _read_config(folder / CONFIG)
+    found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in tensor_names(folder))
     blocks = len({int(each[1]) for each in found if each})
     if blocks != config.n_layer:
         raise CheckpointError(say("models.conversion.blocks", folder=folder, blocks=blocks, n_layer=config.n_layer))
@@ -210,25 +205,9 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
     return renamed
 
 
-def _read_json(path: Path) -> dict[str, Json]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-        content = json.loads(data) if len(data) <= _MAX_JSON_BYTES else None
-    except OSError as error:
-        raise CheckpointError(say("models.conversion.no_json_file", path=path, reason=error.strerror)) from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(say("models.conversion.not_json", path=path)) from None
-    if len(data) > _MAX_JSON_BYTES:
-        raise CheckpointError(say("models.conversion.too_long", path=path, most=_MAX_JSON_BYTES))
-    if not isinstance(content, dict):
-        raise CheckpointError(say("models.conversion.no_object", path=path, found=type(content).__name__))
-    return content
-
-
 def _read_config(path: Path) -> tuple[GPTConfig, bool]:
     """Return the shape in a config.json, and False if its biases are there for transformers only."""
-    settings = _read_json(path)
+    settings = read_json(path)
 
     def wrong(name: str, rule: object) -> CheckpointError:
         if name not in settings:
@@ -268,46 +247,6 @@ def _read_config(path: Path) -> tuple[GPTConfig, bool]:
     return config, settings.get("tightfit") != _WITHOUT_BIAS
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, whole or in shards."""
-    index = folder / f"{_WEIGHTS}.index.json"
-    if (folder / _WEIGHTS).exists() or not index.exists():
-        if not (folder / _WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
-            raise CheckpointError(say("models.conversion.pickled", folder=folder, file=pickles[0].name, name=_WEIGHTS))
-        return [folder / _WEIGHTS]
-    try:
-        shards = sorted(set(msgspec.convert(_read_json(index).get("weight_map"), dict[str, str]).values()))
-    except msgspec.ValidationError:
-        raise CheckpointError(say("models.conversion.no_weight_map", path=index)) from None
-    for shard in shards:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(say("models.conversion.outside", path=index, file=brief(shard)))
-    return [folder / shard for shard in shards]
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        with _reading(path):
-            tensors |= load_file(path)
-    return tensors
-
-
-def _names(folder: Path) -> Iterator[str]:
-    """Yield the names of a folder's tensors without reading any."""
-    for path in _weight_files(folder):
-        with _reading(path), safe_open(path, framework="pt") as file:
-            yield from file.keys()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(say("models.conversion.unreadable", path=path, reason=error)) from None
-
-
 def _their_tensors(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, shape in parameter_shapes(replace(config, bias=True)):
@@ -340,24 +279,3 @@ def _their_config(config: GPTConfig) -> str:
         **({} if config.bias else {"tightfit": _WITHOUT_BIAS}),
     }
     return json.dumps(settings, indent=2) + "\n"
-
-
-def _download(name: str) -> Path:
-    """Return the Hugging Face cache folder with this model's files; download them if they are missing."""
-    by_hand = say("models.conversion.by_hand", name=name, config=_CONFIG, weights=_WEIGHTS)
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError:
-        raise CheckpointError(say("models.conversion.no_hub", name=name, by_hand=by_hand)) from None
-    # The first base is the error of the HTTP client below, which is another one in other versions of the Hub.
-    failures: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
-    reason = ""
-    page = f"openai-community/{name}"
-    for repository, cached in ((page, True), (name, True), (page, False)):
-        try:
-            paths = [hf_hub_download(repository, file, local_files_only=cached) for file in (_CONFIG, _WEIGHTS)]
-            return Path(paths[0]).parent
-        except failures as error:
-            reason = type(error).__name__
-    raise CheckpointError(say("models.conversion.not_fetched", name=name, reason=reason, by_hand=by_hand))
