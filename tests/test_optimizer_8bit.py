@@ -202,7 +202,7 @@ def test_it_is_compiled_so_that_it_is_refused_where_nothing_can_be(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert "C++ compiler" in compile_obstacle(torch.device("cpu"))
-    with pytest.raises(DeviceError, match="optimizer=adamw_8bit needs torch.compile"):
+    with pytest.raises(DeviceError, match=r"optimizer=adamw_8bit needs torch\.compile"):
         trained(tmp_path / "out", data_dir, **WIDE)
 
 

@@ -156,8 +156,8 @@ def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[in
 
     It is the CUDA context with the kernels loaded; NCCL and other libraries come on top. Rows of `contexts.csv` with
     the card's compute capability and SM count are measurements of its chip; the largest counts, with its rounding
-    error. Otherwise it is an estimate: among the rows of the nearest capability, the straight line between the two SM
-    counts around the card's, or in proportion beyond them. The driver sets memory aside for every SM: 3 to 6 MiB each
+    error. Otherwise it is an estimate from the rows of the nearest capability: interpolated between the SM counts on
+    either side of the card's, or in proportion beyond them. The driver sets memory aside for every SM: 3 to 6 MiB each
     on all but one of the chips measured. Of CUDA's versions only `LAZY_LOADING` shows in the measurements, so rows on
     the same side of it count.
 
@@ -196,16 +196,10 @@ def _resized(gpu: GPU, memory_bytes: int | None) -> tuple[GPU, list[str]]:
     if memory_bytes is None:
         if gpu.memory_share is None:
             return gpu, []
-        advertised = gpu.memory_source.endswith("GB")
-        return gpu, [
-            say(
-                "gpus.resolve.from_advertised" if advertised else "gpus.resolve.from_nvidia_smi",
-                name=gpu.name,
-                size=gpu.memory_bytes,
-                nominal=gpu.memory_source,
-                share=gpu.memory_share,
-            )
-        ]
+        advertised, size = gpu.memory_source.endswith("GB"), gpu.memory_source
+        source = say("gpus.resolve.advertised" if advertised else "gpus.resolve.in_nvidia_smi", size=size)
+        estimate = {"size": gpu.memory_bytes, "share": gpu.memory_share}
+        return gpu, [say("gpus.resolve.estimated", name=gpu.name, source=source, **estimate)]
     sizes = {"size": memory_bytes, "known": gpu.memory_bytes_min}
     estimated = gpu.memory_is_estimate
     note = say("gpus.resolve.not_the_estimate" if estimated else "gpus.resolve.not_the_least", name=gpu.name, **sizes)
@@ -397,8 +391,8 @@ def _gpu(row: dict[str, str], rows: list[dict[str, str]]) -> GPU:
 def _estimated_memory(row: dict[str, str], rows: list[dict[str, str]]) -> tuple[int, str, float]:
     """Bytes for a card without a known Linux total, its nominal size and the share; low so that a plan still fits.
 
-    nvidia-smi's total includes the driver's reserve, so it is scaled by the least share of it that CUDA reports on
-    another card. Both figures are of one setting of ECC; the least total may be of another. Without such a total the
+    nvidia-smi's total includes the driver's reserve, so it is scaled by the least share that CUDA reports on another
+    card. Both figures are of one setting of ECC; the least total may be of another. Without such a total the
     advertised size is scaled by the least share that a GeForce of that size ever reported. Windows totals are not
     used, because they include the reserve too.
     """

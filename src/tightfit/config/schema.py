@@ -301,7 +301,7 @@ class TrainConfig(Schema):
             raise ConfigError(problem)
 
     def _contradictions(self) -> Iterator[str]:
-        """Yield a sentence for each pair of keys whose values exclude each other."""
+        """Yield a sentence for each pair of keys with values that exclude each other."""
         if self.n_embd % self.n_head:
             near = self.n_head * max(1, round(self.n_embd / self.n_head))
             yield say("config.schema.width", width=self.n_embd, heads=self.n_head, near=near)

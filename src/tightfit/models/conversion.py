@@ -2,7 +2,7 @@
 
 Both name a model's tensors alike. Hugging Face stores the four matrices of a block as (in, out) where nanoGPT
 has (out, in), leaves the tied `lm_head.weight` out, and always has biases. Nothing here is unpickled, and all
-shapes are compared with the configuration before anybody builds a model of it.
+shapes are compared with the configuration before a model is built.
 """
 
 import json

@@ -114,7 +114,7 @@ def plain_state(optimizer: torch.optim.Optimizer) -> SavedOptimizer:
 
 @torch.no_grad()
 def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, object], source: object) -> None:
-    """Copy moments into an optimizer whose state exists, one tensor at a time: never a second set of them.
+    """Copy moments into an optimizer with state, one tensor at a time: memory never holds them twice.
 
     Moments of 8 bits become those of 32 and the other way round. CheckpointError if `saved` is of another model.
     """
