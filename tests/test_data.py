@@ -556,7 +556,7 @@ def test_a_vocabulary_above_65536_is_written_as_uint32(tmp_path: Path) -> None:
             b'{"text": "x"}\n\n{"body": "y"}\n',
             r"a\.jsonl:3: no text under 'text', its keys are 'body'.*--field",
         ),
-        ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl:2: no text under 'text', no object"),
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl:2: no text under 'text', because the line is not a JSON"),
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl:1: no text under 'text'"),
         ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl:1: not usable JSON"),
         (

@@ -8,6 +8,7 @@ import pytest
 from tightfit.errors import DeviceError
 from tightfit.gpus import GPU, UNKNOWN_SM_COUNT, all_gpus, context_bytes, find_gpu, resolve_gpu
 from tightfit.units import GIB, MIB
+from tightfit.wording import Words
 
 ROWS = {
     table: list(csv.DictReader(files("tightfit").joinpath(table).read_text(encoding="utf-8").splitlines()))
@@ -79,6 +80,11 @@ def test_native_bf16_agrees_with_the_table() -> None:
     for gpu in all_gpus():
         row = BY_NAME[gpu.name]
         assert gpu.native_bf16 == (row["bf16_support"] == "native") == (gpu.bf16_tflops is not None), gpu.name
+
+
+def test_every_reason_of_the_table_has_its_words() -> None:
+    reasons = {row["common_reason"] for row in ROWS["gpus.csv"] if row["common_rank"]}
+    assert reasons - {""} <= Words("tightfit.wording.gpus", "en").table("reason").keys()
 
 
 # Names

@@ -22,13 +22,16 @@ ROOMS = sorted(
 """Rooms with sentences that `say` finds by name; the others have tests of their own."""
 
 
-def _calls() -> list[tuple[str, str, frozenset[str] | None]]:
-    """Place, sentence and fields of each `say("room.table.key", ...)`; no fields where they are passed as a mapping."""
+def _calls(function: str) -> list[tuple[str, str, frozenset[str] | None]]:
+    """Place, name and fields of each `say("room.table.key", ...)` or `term("room.table", ...)`.
+
+    No fields where they are passed as a mapping.
+    """
     found = []
     for file in SOURCE.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(text)) if re.search(r"tightfit.wording import .*\bsay\b", text) else ():
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "say":
+        for node in ast.walk(ast.parse(text)) if re.search(rf"tightfit.wording import .*\b{function}\b", text) else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == function:
                 names = [keyword.arg for keyword in node.keywords]
                 fields = None if None in names else frozenset(name for name in names if name)
                 for constant in ast.walk(node.args[0]):
@@ -37,7 +40,7 @@ def _calls() -> list[tuple[str, str, frozenset[str] | None]]:
     return found
 
 
-CALLS = _calls()
+CALLS, TABLES = _calls("say"), _calls("term")
 
 
 def _sentences(room: str, language: str) -> dict[str, frozenset[str]]:
@@ -66,10 +69,19 @@ def test_every_call_has_its_sentence_and_fills_in_its_fields():
         assert fields is None or needed == fields, f"{place}: {sentence} needs {needed}, got {fields}"
 
 
+def test_every_table_of_terms_takes_any_name_and_gets_its_fields():
+    known = {key: fields for room in ROOMS for key, fields in _sentences(room, "en").items()}
+    for place, table, fields in TABLES:
+        assert f"{table}.other" in known, f"{place}: {table}"
+        needed = {field.partition(":")[0] for key in known if key.startswith(f"{table}.") for field in known[key]}
+        assert fields is None or needed == fields, f"{place}: {table} needs {needed}, got {fields}"
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_sentence_is_used(room: str):
     used = {sentence for _, sentence, _ in CALLS}
-    assert not _sentences(room, "en").keys() - used
+    unused = _sentences(room, "en").keys() - used
+    assert not [key for key in unused if key.rpartition(".")[0] not in {table for _, table, _ in TABLES}]
 
 
 def test_the_language_of_a_process(monkeypatch: pytest.MonkeyPatch):

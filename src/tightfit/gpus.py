@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 
 from tightfit.errors import DeviceError
-from tightfit.units import GIB, MIB, format_bytes
+from tightfit.units import GIB, MIB
+from tightfit.wording import say, term
 
 MAX_AUTOTUNE_SMS = 68
 """torch/_inductor/utils.py, is_big_gpu: on a card with fewer, torch.compile prints "Not enough SMs"."""
@@ -44,8 +45,8 @@ class GPU:
     """Total memory as the driver reports it on Linux, the best known value; below the advertised size."""
     memory_bytes_min: int
     """The least total ever reported on Linux for this card: newer drivers and ECC lower it."""
-    memory_is_estimate: bool = False
-    """True if no Linux total is known, so that both sizes above come from `_estimated_memory`."""
+    memory_share: float | None = None
+    """Share of the nominal size that `_estimated_memory` takes; None if a Linux total is known."""
     bandwidth_gbps: float | None = None
     """Peak memory bandwidth, 10^9 bytes/s."""
     cache_bytes: int | None = None
@@ -61,7 +62,7 @@ class GPU:
     measured_fp16_tflops: float | None = None
     """The same for float16."""
     memory_source: str = ""
-    """Source of the memory sizes."""
+    """Source of the memory sizes; of an estimate, the nominal size: 12282 MiB by nvidia-smi, or 12 GB as advertised."""
     source: str = ""
     """Source of the other figures."""
     notes: str = ""
@@ -70,14 +71,17 @@ class GPU:
     def __post_init__(self) -> None:
         for field in ("sm_count", "memory_bytes", "memory_bytes_min"):
             if getattr(self, field) < 1:
-                raise DeviceError(f"{field} of {self.name!r} must be at least 1, got {getattr(self, field)}")
+                raise DeviceError(say("gpus.card.count", field=field, name=self.name, value=getattr(self, field)))
         if self.memory_bytes_min > self.memory_bytes:
-            raise DeviceError(
-                f"memory_bytes_min of {self.name!r} must be at most memory_bytes={self.memory_bytes}, "
-                f"got {self.memory_bytes_min}"
-            )
+            sizes = {"most": self.memory_bytes, "value": self.memory_bytes_min}
+            raise DeviceError(say("gpus.card.least_memory", name=self.name, **sizes))
         if self.capability[0] < 1 or self.capability[1] < 0:
-            raise DeviceError(f"compute capability of {self.name!r} must be like 8.6, got {_dotted(self.capability)}")
+            raise DeviceError(say("gpus.card.capability", name=self.name, value=_dotted(self.capability)))
+
+    @property
+    def memory_is_estimate(self) -> bool:
+        """True if no Linux total is known, so that both sizes come from `_estimated_memory`."""
+        return self.memory_share is not None
 
     @property
     def native_bf16(self) -> bool:
@@ -138,12 +142,10 @@ def resolve_gpu(
         return _described(text, memory_bytes, capability, sm_count)
     gpu, notes = _choose(text, found, memory_bytes, sm_count)
     if capability is not None and capability != gpu.capability:
-        raise DeviceError(
-            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, not {_dotted(capability)}; "
-            f"leave the capability out, or name the card that has it"
-        )
+        own, given = _dotted(gpu.capability), _dotted(capability)
+        raise DeviceError(say("gpus.resolve.other_capability", name=gpu.name, own=own, given=given))
     if sm_count is not None and sm_count != gpu.sm_count:
-        notes.append(f"{gpu.name} is planned with {sm_count} SMs as given, not the {gpu.sm_count} of the table")
+        notes.append(say("gpus.resolve.sm_count", name=gpu.name, given=sm_count, known=gpu.sm_count))
         gpu = replace(gpu, sm_count=sm_count)
     gpu, note = _resized(gpu, memory_bytes)
     return gpu, [*notes, *note]
@@ -154,8 +156,8 @@ def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[in
 
     It is the CUDA context with the kernels loaded; NCCL and other libraries come on top. Rows of `contexts.csv` with
     the card's compute capability and SM count are measurements of its chip; the largest counts, with its rounding
-    error. Otherwise it is an estimate: among the rows of the nearest capability, the straight line between the two SM
-    counts around the card's, or in proportion beyond them. The driver sets memory aside for every SM: 3 to 6 MiB each
+    error. Otherwise it is an estimate from the rows of the nearest capability: interpolated between the SM counts on
+    either side of the card's, or in proportion beyond them. The driver sets memory aside for every SM: 3 to 6 MiB each
     on all but one of the chips measured. Of CUDA's versions only `LAZY_LOADING` shows in the measurements, so rows on
     the same side of it count.
 
@@ -167,7 +169,7 @@ def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[in
     same = [row for row in rows if (row.capability, row.sm_count) == (gpu.capability, gpu.sm_count)]
     if same:
         row = max(same, key=lambda row: row.upper_bytes)
-        return row.upper_bytes, f"{format_bytes(row.upper_bytes)} for the CUDA context and kernels, {_origin(row)}"
+        return row.upper_bytes, _measured(row)
     rows = [row for row in rows if row.for_estimates]
     nearest = min(_distance(row, gpu) for row in rows)
     by_sms = {  # the largest of each SM count comes last and stays
@@ -184,26 +186,25 @@ def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[in
         estimate = round(low.upper_bytes + share * (high.upper_bytes - low.upper_bytes))
     else:
         estimate = round(used[0].upper_bytes * gpu.sm_count / used[0].sm_count)
-    return estimate, (
-        f"{format_bytes(estimate)} for the CUDA context and kernels, an estimate for {gpu.sm_count} SMs from "
-        + " and ".join(f"{row.gpu} ({row.sm_count} SMs, {format_bytes(row.upper_bytes)})" for row in used)
-    )
+    cards = [say("gpus.context.card", name=row.gpu, sm_count=row.sm_count, size=row.upper_bytes) for row in used]
+    joined = say("gpus.context.and").join(cards)
+    return estimate, say("gpus.context.estimate", size=estimate, sm_count=gpu.sm_count, cards=joined)
 
 
 def _resized(gpu: GPU, memory_bytes: int | None) -> tuple[GPU, list[str]]:
     """The card with the memory that was given, if any, and a sentence about its size."""
     if memory_bytes is None:
-        return gpu, [
-            f"no Linux total of {gpu.name} is known; {format_bytes(gpu.memory_bytes)} is an estimate "
-            f"from {gpu.memory_source}; --memory replaces it"
-        ] * gpu.memory_is_estimate
-    known = "its estimate" if gpu.memory_is_estimate else "the least reported on Linux"
-    note = (
-        f"{gpu.name} is planned with {format_bytes(memory_bytes)} as given; "
-        f"{known} is {format_bytes(gpu.memory_bytes_min)}"
-    )
+        if gpu.memory_share is None:
+            return gpu, []
+        advertised, size = gpu.memory_source.endswith("GB"), gpu.memory_source
+        source = say("gpus.resolve.advertised" if advertised else "gpus.resolve.in_nvidia_smi", size=size)
+        estimate = {"size": gpu.memory_bytes, "share": gpu.memory_share}
+        return gpu, [say("gpus.resolve.estimated", name=gpu.name, source=source, **estimate)]
+    sizes = {"size": memory_bytes, "known": gpu.memory_bytes_min}
+    estimated = gpu.memory_is_estimate
+    note = say("gpus.resolve.not_the_estimate" if estimated else "gpus.resolve.not_the_least", name=gpu.name, **sizes)
     given = replace(gpu, memory_bytes=memory_bytes, memory_bytes_min=memory_bytes, memory_source="as given")
-    return replace(given, memory_is_estimate=False), [note]
+    return replace(given, memory_share=None), [note]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,19 +248,21 @@ def _choose(text: str, found: list[_Entry], memory_bytes: int | None, sm_count: 
     if len(found) == 1:
         gpu, more = found[0].gpu, found[0].not_listed
         open_size = memory_bytes is None and not any(re.fullmatch(r"\d+gb", word) for word in _words(text))
-        return gpu, [f"{text!r} is taken as {gpu.name}; it is also made with {more}"] if more and open_size else []
+        note = say("gpus.resolve.also_made_with", text=text, name=gpu.name, others=more)
+        return gpu, [note] if more and open_size else []
     left = [entry for entry in found if entry.gpu.sm_count == sm_count] or found
     if memory_bytes is not None:  # sizes that share a name differ by 20% or more, drivers and ECC by 7% at most
         left = [entry for entry in left if 0.9 < memory_bytes / entry.gpu.memory_bytes < 1.1] or left
     if len(left) == 1:
-        return left[0].gpu, [f"{text!r} is taken as {left[0].gpu.name}, as its memory or SM count says"]
+        return left[0].gpu, [say("gpus.resolve.by_size", text=text, name=left[0].gpu.name)]
     ranked = sorted((entry for entry in left if entry.common_rank), key=lambda entry: entry.common_rank or 0)
     if not ranked:
         names = ", ".join(entry.gpu.name for entry in left)
-        raise DeviceError(f"{text!r} could be any of {names}; write one of these names")
+        raise DeviceError(say("gpus.resolve.ambiguous", text=text, names=names))
     best = ranked[0]
     others = ", ".join(entry.gpu.name for entry in found if entry is not best)
-    return best.gpu, [f"{text!r} is taken as {best.gpu.name} ({best.common_reason}); it could also be {others}"]
+    reason = term("gpus.reason", best.common_reason)
+    return best.gpu, [say("gpus.resolve.common", text=text, name=best.gpu.name, reason=reason, others=others)]
 
 
 def _described(
@@ -268,24 +271,17 @@ def _described(
     """Make a card outside the table from the user's description."""
     name = " ".join(text.split())
     if not name or len(name) > _MAX_NAME or not name.isprintable():
-        raise DeviceError(
-            f"{_short(text)} is not the name of a GPU; write at most {_MAX_NAME} printable characters, like '4090'"
-        )
+        raise DeviceError(say("gpus.resolve.no_name", text=_short(text), most=_MAX_NAME))
     if memory_bytes is None or capability is None:
-        missing = [
-            option
-            for option, value in (("--memory (like 12GiB)", memory_bytes), ("--capability (like 8.6)", capability))
-            if value is None
-        ]
+        options = {say("gpus.resolve.memory"): memory_bytes, say("gpus.resolve.capability"): capability}
+        missing = say("gpus.context.and").join(option for option, value in options.items() if value is None)
         near = _nearest(name)
-        raise DeviceError(
-            f"{name!r} is not in the table of GPUs{f' (nearest names: {near})' if near else ''}; "
-            f"write a name that is, or give {' and '.join(missing)} to describe it"
-        )
-    notes = [f"{name!r} is not in the table of GPUs: it is planned as described, and its speed is unknown"]
+        hint = say("gpus.resolve.nearest", names=near) if near else ""
+        raise DeviceError(say("gpus.resolve.unknown", name=name, hint=hint, missing=missing))
+    notes = [say("gpus.resolve.described", name=name)]
     if sm_count is None:
         sm_count = UNKNOWN_SM_COUNT
-        notes.append(f"its SM count is not given and taken as {sm_count}, near the median of the known cards")
+        notes.append(say("gpus.resolve.unknown_sm_count", count=sm_count))
     arch = {gpu.capability: gpu.arch for gpu in all_gpus()}.get(capability, "unknown")
     gpu = GPU(
         name=name,
@@ -323,7 +319,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _short(text: str) -> str:
-    return repr(text) if len(text) <= _MAX_NAME else f"{text[:40]!r}... ({len(text)} characters)"
+    return repr(text) if len(text) <= _MAX_NAME else say("gpus.resolve.long_name", text=text[:40], characters=len(text))
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -370,7 +366,7 @@ def _entry(row: dict[str, str], rows: list[dict[str, str]]) -> _Entry:
 
 def _gpu(row: dict[str, str], rows: list[dict[str, str]]) -> GPU:
     known = bool(row["linux_bytes_min_seen"])
-    estimate, rule = (0, "") if known else _estimated_memory(row, rows)
+    estimate, nominal, share = (0, "", None) if known else _estimated_memory(row, rows)
     return GPU(
         name=row["name"],
         arch=row["arch"],
@@ -378,7 +374,7 @@ def _gpu(row: dict[str, str], rows: list[dict[str, str]]) -> GPU:
         sm_count=int(row["sm_count"]),
         memory_bytes=int(row["memory_total_bytes_as_reported"]) if known else estimate,
         memory_bytes_min=int(row["linux_bytes_min_seen"]) if known else estimate,
-        memory_is_estimate=not known,
+        memory_share=share,
         bandwidth_gbps=_number(row["mem_bandwidth_GBps"]),
         cache_bytes=round(float(row["l2_mib"]) * MIB) if row["l2_mib"] else None,
         bf16_tflops=_number(row["bf16_dense_tflops"]),
@@ -386,17 +382,17 @@ def _gpu(row: dict[str, str], rows: list[dict[str, str]]) -> GPU:
         fp32_tflops=_number(row["fp32_tflops"]),
         measured_bf16_tflops=_number(row["measured_bf16_matmul_tflops"]),
         measured_fp16_tflops=_number(row["measured_fp16_matmul_tflops"]),
-        memory_source=row["memory_source"] if known else rule,
+        memory_source=row["memory_source"] if known else nominal,
         source=row["source"],
         notes=row["notes"],
     )
 
 
-def _estimated_memory(row: dict[str, str], rows: list[dict[str, str]]) -> tuple[int, str]:
-    """Bytes for a card without a known Linux total, and the rule; chosen low so that a plan still fits.
+def _estimated_memory(row: dict[str, str], rows: list[dict[str, str]]) -> tuple[int, str, float]:
+    """Bytes for a card without a known Linux total, its nominal size and the share; low so that a plan still fits.
 
-    nvidia-smi's total includes the driver's reserve, so it is scaled by the least share of it that CUDA reports on
-    another card. Both figures are of one setting of ECC; the least total may be of another. Without such a total the
+    nvidia-smi's total includes the driver's reserve, so it is scaled by the least share that CUDA reports on another
+    card. Both figures are of one setting of ECC; the least total may be of another. Without such a total the
     advertised size is scaled by the least share that a GeForce of that size ever reported. Windows totals are not
     used, because they include the reserve too.
     """
@@ -407,7 +403,7 @@ def _estimated_memory(row: dict[str, str], rows: list[dict[str, str]]) -> tuple[
             for other in known
             if other["nvidia_smi_mib"]
         )
-        total, rule = int(row["nvidia_smi_mib"]) * MIB, f"{row['nvidia_smi_mib']} MiB in nvidia-smi"
+        total, nominal = int(row["nvidia_smi_mib"]) * MIB, f"{row['nvidia_smi_mib']} MiB"
     else:
         size = row["memory_marketing_gb"]
         share = min(
@@ -415,10 +411,8 @@ def _estimated_memory(row: dict[str, str], rows: list[dict[str, str]]) -> tuple[
             for other in known
             if other["memory_marketing_gb"] == size and other["name"].startswith("GeForce")
         )
-        total, rule = int(size) * GIB, f"{size} GB as advertised"
-    return int(
-        total * share
-    ) // MIB * MIB, f"{rule}, scaled by {share:.1%}, the least share seen on such cards under Linux"
+        total, nominal = int(size) * GIB, f"{size} GB"
+    return int(total * share) // MIB * MIB, nominal, share
 
 
 @functools.cache
@@ -445,7 +439,7 @@ def _distance(row: _Context, gpu: GPU) -> int:
     return abs(10 * (row.capability[0] - gpu.capability[0]) + row.capability[1] - gpu.capability[1])
 
 
-def _origin(row: _Context) -> str:
+def _measured(row: _Context) -> str:
     major, minor = row.cuda_version
     version = f"{major}.{minor}" if minor else f"{major}"
-    return f"measured on {row.gpu} with CUDA {version}: {row.source}"
+    return say("gpus.context.measured", size=row.upper_bytes, gpu=row.gpu, version=version, source=row.source)

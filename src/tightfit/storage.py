@@ -84,7 +84,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path | None:
-    """Folder for what can be made again: XDG_CACHE_HOME/tightfit on Linux, the system's own place elsewhere.
+    """Folder for files that can be made again: XDG_CACHE_HOME/tightfit on Linux, the system's own place elsewhere.
 
     None where this user has no home.
     """

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tightfit.errors import ConfigError
+from tightfit.wording import say, term
 
 MAX_FILE_BYTES = 64 * 1024  # nanoGPT's longest is 1.1 KB
 MAX_WEIGHT = 10_000  # characters of text; an item of a list weighs 10, of a dict 20
@@ -63,39 +64,12 @@ _CONVERSIONS: dict[int, Callable[[Value], str]] = {ord("s"): str, ord("r"): repr
 
 def _round(number: float, digits: int | None = None) -> float:
     if digits is not None and abs(digits) > MAX_DIGITS:  # round(1, -10**9) would compute 10**10**9
-        raise ValueError(f"round takes at most {MAX_DIGITS} digits")
+        raise ValueError(say("config.pyfile.too_many_digits", most=MAX_DIGITS))
     return round(number, digits)
 
 
 _BUILTINS = (str, int, float, bool, len, min, max, abs)
 _FUNCTIONS: dict[str, Callable[..., Value]] = {each.__name__: each for each in _BUILTINS} | {"round": _round}
-
-_WHAT = {
-    **dict.fromkeys(("ListComp", "SetComp", "DictComp", "GeneratorExp"), "a comprehension"),
-    **dict.fromkeys(("Import", "ImportFrom"), "an import"),
-    **dict.fromkeys(("For", "While"), "a loop"),
-    "Attribute": "an attribute access",
-    "Call": "a call",
-    "Lambda": "a lambda",
-    "Subscript": "a subscript",
-    "NamedExpr": "an assignment inside an expression",
-    "Starred": "an unpacking",
-    "Set": "a set",
-    "With": "a with block",
-    "Try": "a try block",
-    "Match": "a match",
-    "FunctionDef": "a function definition",
-    "ClassDef": "a class definition",
-    "Delete": "a deletion",
-    "Assert": "an assertion",
-    "Raise": "a raise",
-}
-_HINTS = {
-    "Import": "only `import time` may stay",
-    "ImportFrom": "only `import time` may stay",
-    "Call": f"the calls known are {', '.join(_FUNCTIONS)}, time.time() and time.strftime('...')",
-    "NamedExpr": "give it a line of its own",
-}
 
 
 @dataclass(frozen=True)
@@ -122,7 +96,7 @@ def read_pyfile(path: str, known: Mapping[str, Value]) -> PyFile:
     try:
         evaluator.run(tree.body)
     except RecursionError:
-        raise ConfigError(f"{path} nests an expression too deeply; split it over several lines") from None
+        raise ConfigError(say("config.pyfile.too_deep", path=path)) from None
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
     values, notes = {}, []
@@ -137,10 +111,10 @@ def read_pyfile(path: str, known: Mapping[str, Value]) -> PyFile:
 def _unknown(where: str, name: str, keys: list[str]) -> str:
     """The warning about a name that nothing reads; ConfigError if it is surely a key misspelt."""
     if near := difflib.get_close_matches(name, keys, n=1, cutoff=NEAR):
-        raise ConfigError(f"{where}: {name[:60]} is not a key; did you mean {near[0]}?")
+        raise ConfigError(say("config.pyfile.misspelt", where=where, name=name, near=near[0]))
     near = difflib.get_close_matches(name, keys, n=1)
-    hint = f"; the nearest is {near[0]}" if near else ""
-    return f"{where}: {name[:60]} is not a key and is ignored{hint}"
+    hint = say("config.pyfile.nearest_key", near=near[0]) if near else ""
+    return say("config.pyfile.ignored", where=where, name=name, hint=hint)
 
 
 def _read_text(path: str) -> str:
@@ -148,24 +122,25 @@ def _read_text(path: str) -> str:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes; is it a config file?")
+            raise ConfigError(say("config.pyfile.too_long", path=path, most=MAX_FILE_BYTES))
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ConfigError(say("config.pyfile.not_utf8", path=path, byte=error.start)) from None
     except IsADirectoryError:
         files = sorted(Path(path).glob("*.py"))
-        hint = f", like {files[0]}" if files else ""
-        raise ConfigError(f"{path} is a folder; name a config file{hint}") from None
+        hint = say("config.pyfile.like", file=files[0]) if files else ""
+        raise ConfigError(say("config.pyfile.folder", path=path, hint=hint)) from None
     except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}; {_nearest_file(Path(path))}") from None
+        raise ConfigError(say("config.pyfile.no_file", path=path, hint=_nearest_file(Path(path)))) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(say("config.pyfile.unreadable", path=path, reason=reason)) from None
 
 
 def _nearest_file(path: Path) -> str:
     found = {file.name: file for folder in (Path("configs"), path.parent) for file in folder.glob("*.py")}
     near = difflib.get_close_matches(path.name, sorted(found), n=1)
-    return f"did you mean {found[near[0]]}?" if near else "give a config file or --key=value"
+    return say("config.pyfile.did_you_mean", near=found[near[0]]) if near else say("config.pyfile.give_file")
 
 
 def _parse(path: str, source: str) -> ast.Module:
@@ -175,11 +150,11 @@ def _parse(path: str, source: str) -> ast.Module:
             return ast.parse(source)
     except SyntaxError as error:
         line = error.lineno or 1
-        raise ConfigError(f"{path}:{line}: not Python ({error.msg}); correct this line") from None
+        raise ConfigError(say("config.pyfile.not_python", path=path, line=line, reason=error.msg)) from None
     except (MemoryError, RecursionError):  # the parser's words for too many levels
-        raise ConfigError(f"{path} nests an expression too deeply; split it over several lines") from None
+        raise ConfigError(say("config.pyfile.too_deep", path=path)) from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not Python: {error}") from None
+        raise ConfigError(say("config.pyfile.no_source", path=path, reason=error)) from None
 
 
 def _affordable(action: ast.operator, left: Value, right: Value) -> bool:
@@ -234,9 +209,9 @@ class _Evaluator:
 
     def refusal(self, node: ast.stmt | ast.expr) -> ConfigError:
         name = type(node).__name__
-        what = _WHAT.get(name.removeprefix("Async"), "not a plain value")
-        hint = _HINTS.get(name, "write the value itself")
-        return self.error(node, f"is {what}, and a config file may only compute values; {hint}")
+        what = term("config.syntax", name.removeprefix("Async"))
+        hint = term("config.syntax_hint", name, functions=", ".join(_FUNCTIONS))
+        return self.error(node, say("config.pyfile.only_values", what=what, hint=hint))
 
     def run(self, body: list[ast.stmt]) -> None:
         for node in body:
@@ -266,11 +241,11 @@ class _Evaluator:
                 self.assigned[name] = Assigned(value, line)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) if all(isinstance(it, ast.Name) for it in parts):
                 if not isinstance(value, list | tuple) or len(value) != len(parts):
-                    raise self.error(target, f"needs {len(parts)} values on the right")
+                    raise self.error(target, say("config.pyfile.needs_values", count=len(parts)))
                 for part, item in zip(parts, value, strict=True):
                     self.assign(part, item)
             case _:
-                raise self.error(target, "cannot be assigned; a config file sets plain names")
+                raise self.error(target, say("config.pyfile.not_a_name"))
 
     def value(self, node: ast.expr) -> Value:
         match node:
@@ -305,14 +280,14 @@ class _Evaluator:
         try:
             result = function(*arguments)
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise self.error(node, f"cannot be computed: {str(error.args[-1])[:200]}") from None
+            raise self.error(node, say("config.pyfile.not_computed", reason=str(error.args[-1]))) from None
         return self.bounded(node, result)
 
     def bounded(self, node: ast.stmt | ast.expr, result: Value) -> Value:
         if isinstance(result, complex):
-            raise self.error(node, "is a complex number, which no key takes")
+            raise self.error(node, say("config.pyfile.complex"))
         if not _fits(result):
-            raise self.error(node, "is too large for a config file; write a smaller value")
+            raise self.error(node, say("config.pyfile.too_large"))
         return result
 
     def name(self, node: ast.Name) -> Value:
@@ -321,15 +296,15 @@ class _Evaluator:
         if node.id in self.known:
             return self.known[node.id]
         near = difflib.get_close_matches(node.id, [*self.assigned, *self.known], n=1)
-        hint = f"did you mean {near[0]}?" if near else "assign it above"
-        raise self.error(node, f"is neither a key nor a name assigned before; {hint}")
+        hint = say("config.pyfile.did_you_mean", near=near[0]) if near else say("config.pyfile.assign_above")
+        raise self.error(node, say("config.pyfile.unknown_name", hint=hint))
 
     def binary(self, node: ast.stmt | ast.expr, action: ast.operator, left: Value, right: Value) -> Value:
         bitwise = isinstance(action, ast.BitAnd | ast.BitOr | ast.BitXor)
         if type(action) not in _BINARY or (bitwise and not isinstance(left, int)):  # no set or dict unions
-            raise self.error(node, "uses an operator that config files do not have for such values")
+            raise self.error(node, say("config.pyfile.no_such_operator"))
         if not _affordable(action, left, right):
-            raise self.error(node, "would be too large for a config file; write a smaller value")
+            raise self.error(node, say("config.pyfile.would_be_too_large"))
         return self.computed(node, _BINARY[type(action)], left, right)
 
     def either(self, node: ast.BoolOp) -> Value:
@@ -360,7 +335,7 @@ class _Evaluator:
         value = self.value(node.value)
         spec = str(self.value(node.format_spec)) if node.format_spec else ""
         if re.search(r"\d{4}", spec):
-            raise self.error(node.value, "is formatted wider than 999 characters; write a smaller width")
+            raise self.error(node.value, say("config.pyfile.too_wide"))
         if node.conversion in _CONVERSIONS:
             value = self.computed(node.value, _CONVERSIONS[node.conversion], value)
         return str(self.computed(node.value, format, value, spec))

@@ -13,6 +13,7 @@ from typing import Generic
 from tightfit.config.pyfile import Value, read_pyfile
 from tightfit.config.schema import C, SampleConfig, Schema, Setting, TrainConfig, checked, defaults
 from tightfit.errors import ConfigError
+from tightfit.wording import say
 
 COMMAND_LINE = "command line"
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -82,12 +83,12 @@ def _option(schema: type[Schema], argument: str, rest: deque[str]) -> tuple[str,
     positive = key.removeprefix("no_")
     if key not in kinds and kinds.get(positive) in (bool, bool | str):
         if equals:
-            raise ConfigError(f"--{written} takes no value, got {text!r}; write --{positive}=True or False")
+            raise ConfigError(say("config.reader.takes_no_value", option=written, value=text, key=positive))
         return positive, False
     if key not in kinds:
         near = difflib.get_close_matches(key, list(kinds), n=1)
-        hint = f"did you mean --{near[0]}?" if near else "keys are written --key=value"
-        raise ConfigError(f"--{written} is not a key; {hint}")
+        hint = say("config.reader.did_you_mean", near=near[0]) if near else say("config.reader.how_keys_look")
+        raise ConfigError(say("config.reader.no_key", option=written, hint=hint))
     kind = kinds[key]
     if equals:
         return key, _from_text(kind, text)
@@ -95,7 +96,7 @@ def _option(schema: type[Schema], argument: str, rest: deque[str]) -> tuple[str,
         words = _WORDS if kind is bool else [*_WORDS, "auto"]
         return key, _from_text(kind, rest.popleft()) if rest and rest[0].lower() in words else True
     if not rest or rest[0].startswith("--"):
-        raise ConfigError(f"--{written} needs a value; write --{key}=VALUE")
+        raise ConfigError(say("config.reader.needs_value", option=written, key=key))
     return key, _from_text(kind, rest.popleft())
 
 
@@ -130,4 +131,4 @@ def _refuse_bare_key(argument: str, keys: Container[str]) -> None:
     """Name the mistake in `batch_size=8`, `-batch_size=8` and `batch_size 8`, which are no files."""
     name, equals, value = argument.lstrip("-").partition("=")
     if (equals or argument.startswith("-") or name in keys) and not os.path.exists(argument):
-        raise ConfigError(f"{argument} is neither a file nor an option; write --{name}={value or 'VALUE'}")
+        raise ConfigError(say("config.reader.bare_key", argument=argument, name=name, value=value or "VALUE"))

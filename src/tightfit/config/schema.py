@@ -6,13 +6,14 @@ The object checks itself when it is made, so the rest of the code trusts it. Cho
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import UnionType
 from typing import Any, TypeAlias, TypeVar
 
 from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
+from tightfit.wording import say, term
 
 LOSSY = ("8bit_optimizer", "effective_batch", "bf16_parameters", "block_size")
 """Changes of the result that a plan makes only if `allow` names them."""
@@ -48,12 +49,13 @@ PRETRAINED = {
 @dataclass(frozen=True)
 class _Rule:
     holds: Callable[[Any], bool]
-    text: str
-    hint: str = ""
+    name: str
+    """Its sentence in the table `config.rule`."""
+    choices: tuple[str, ...] = ()
 
 
 def _one_of(*choices: str) -> _Rule:
-    return _Rule(lambda value: value in choices, "one of " + ", ".join(choices))
+    return _Rule(lambda value: value in choices, "one_of", choices)
 
 
 def _is_source_of_weights(value: str) -> bool:
@@ -69,11 +71,12 @@ def _words(value: str) -> list[str]:
     return [word.strip() for word in value.split(",") if word.strip()]
 
 
-_COUNT = _Rule(lambda value: value >= 1, "at least 1")
-_NOT_NEGATIVE = _Rule(lambda value: value >= 0, "0 or more")
-_ABOVE_ZERO = _Rule(lambda value: value > 0, "above 0")
-_FRACTION = _Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
-_NOT_EMPTY = _Rule(bool, "not empty")
+_COUNT = _Rule(lambda value: value >= 1, "at_least_1")
+_NOT_NEGATIVE = _Rule(lambda value: value >= 0, "not_negative")
+_ABOVE_ZERO = _Rule(lambda value: value > 0, "above_0")
+_FRACTION = _Rule(lambda value: 0 <= value < 1, "fraction")
+_FLAG_OR_AUTO = _Rule(lambda value: isinstance(value, bool) or value == "auto", "flag_or_auto")
+_NOT_EMPTY = _Rule(bool, "not_empty")
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("eval_interval", "log_interval", "eval_iters"), _COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "batch_size", "block_size"), _COUNT),
@@ -83,12 +86,12 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("micro_batch", "eval_micro_batch", "activation_checkpointing"), _NOT_NEGATIVE),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr"), _NOT_NEGATIVE),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
-    "activation_memory_budget": _Rule(lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "activation_memory_budget": _Rule(lambda value: 0 <= value <= 1, "share"),
     **dict.fromkeys(("out_dir", "data_dir", "dataset", "start"), _NOT_EMPTY),
     "learning_rate": _ABOVE_ZERO,
-    "temperature": _Rule(_ABOVE_ZERO.holds, "above 0", "top_k=1 always takes the most likely token"),
-    "compile": _Rule(lambda value: isinstance(value, bool) or value == "auto", "True, False or auto"),
-    "device": _Rule(_is_device, "auto, cpu, cuda, cuda:N or mps"),
+    "temperature": _Rule(_ABOVE_ZERO.holds, "temperature"),
+    "compile": _FLAG_OR_AUTO,
+    "device": _Rule(_is_device, "device"),
     "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "backend": _one_of("auto", "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl"),
     "loss": _one_of("auto", "chunked", "full", "liger"),
@@ -97,36 +100,19 @@ _RULES: dict[str, _Rule] = {
     "optimizer": _one_of("adamw", "adamw_8bit"),
     "offload": _one_of("none", "optimizer", "activations", "optimizer,activations"),
     "param_dtype": _one_of("float32", "bfloat16"),
-    "allow": _Rule(
-        lambda value: set(_words(value)) <= set(LOSSY),
-        f"some of {', '.join(LOSSY)}, with commas between them",
-        "each changes the result of training, and is used only where nothing else fits",
-    ),
-    "supervise": _Rule(lambda value: isinstance(value, bool) or value == "auto", "True, False or auto"),
-    "memory": _Rule(lambda value: value == "auto" or bool(parse_bytes(value)), "auto or a size such as 8GiB"),
+    "allow": _Rule(lambda value: set(_words(value)) <= set(LOSSY), "lossy", LOSSY),
+    "supervise": _FLAG_OR_AUTO,
+    "memory": _Rule(lambda value: value == "auto" or bool(parse_bytes(value)), "memory"),
     "mode": _one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "init_from": _Rule(
-        _is_source_of_weights,
-        f"scratch, resume, {', '.join(PRETRAINED)} or a path",
-        "write a path in the working folder as ./name",
-    ),
+    "init_from": _Rule(_is_source_of_weights, "weights", ("scratch", "resume", *PRETRAINED)),
 }
 
 
 def _shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 256:
-        return f"a whole number of {value.bit_length()} bits"  # Python refuses to print very long ones
+        return say("config.schema.long_number", bits=value.bit_length())  # Python refuses to print very long ones
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-_WANTED: dict[type | UnionType, str] = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text",
-    bool | str: "True, False or auto",
-}
 
 
 def _typed(key: str, kind: type | UnionType, value: object) -> Setting:
@@ -147,7 +133,8 @@ def _typed(key: str, kind: type | UnionType, value: object) -> Setting:
             return float(value)
         case str() if kind in (str, bool | str):
             return value
-    raise ConfigError(f"{key} takes {_WANTED[kind]}, got {_shown(value)}")
+    wanted = term("config.type", "flag" if kind == bool | str else getattr(kind, "__name__", ""))
+    raise ConfigError(say("config.schema.wrong_type", key=key, wanted=wanted, value=_shown(value)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +158,13 @@ def checked(schema: type[Schema], key: str, value: object) -> Setting:
     """The value that `key` of `schema` holds for `value`; ConfigError if its type or range is wrong."""
     setting, rule = _typed(key, schema.__annotations__[key], value), _RULES.get(key)
     if isinstance(setting, int) and abs(setting) >= 2**63:
-        raise ConfigError(f"{key} must be below 2**63, got {_shown(setting)}")
+        raise ConfigError(say("config.schema.too_large", key=key, value=_shown(setting)))
     if isinstance(setting, str) and re.search("[\0\ud800-\udfff]", setting):
-        raise ConfigError(f"{key} must be UTF-8 text without NUL, got {_shown(setting)}")
+        raise ConfigError(say("config.schema.not_text", key=key, value=_shown(setting)))
     if rule and not rule.holds(setting):
-        hint = rule.hint or f"the default is {_shown(defaults(schema)[key])}"
-        raise ConfigError(f"{key} must be {rule.text}, got {_shown(setting)}; {hint}")
+        wanted = term("config.rule", rule.name, choices=", ".join(rule.choices))
+        hint = term("config.rule_hint", rule.name, default=_shown(defaults(schema)[key]))
+        raise ConfigError(say("config.schema.wrong_value", key=key, rule=wanted, value=_shown(setting), hint=hint))
     return setting
 
 
@@ -309,44 +297,29 @@ class TrainConfig(Schema):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        nearest_width = self.n_head * max(1, round(self.n_embd / self.n_head))
-        for broken, message in (
-            (
-                self.n_embd % self.n_head,
-                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, like {nearest_width}",
-            ),
-            (
-                self.micro_batch > self.effective_batch,
-                f"micro_batch={self.micro_batch} must not exceed batch_size * gradient_accumulation_steps="
-                f"{self.effective_batch}; lower it, or set 0",
-            ),
-            (  # any other source of weights brings its own number of blocks
-                self.init_from == "scratch" and self.activation_checkpointing > self.n_layer,
-                f"activation_checkpointing={self.activation_checkpointing} must not exceed "
-                f"n_layer={self.n_layer}, which recomputes every block",
-            ),
-            (
-                self.activation_memory_budget < 1 and (self.dropout > 0 or self.compile is False),
-                f"activation_memory_budget={self.activation_memory_budget:g} is for compiled steps without dropout; "
-                "use activation_checkpointing, or set 1",
-            ),
-            (
-                self.offloads("optimizer") and self.optimizer != "adamw",
-                f"offload=optimizer is for optimizer=adamw, and this is {self.optimizer}, whose point is that its "
-                "state stays on the device; set one of the two back",
-            ),
-            (  # they record all blocks as one graph, which copies of its own to the host would break
-                self.offloads("activations") and self.mode in CUDA_GRAPH_MODES,
-                f"offload=activations cannot be recorded in CUDA graphs, which mode={self.mode} uses; set mode=default",
-            ),
-            (  # the cosine divides by their difference; below warmup_iters it is never used
-                self.decay_lr and self.warmup_iters == self.lr_decay_iters <= self.max_iters,
-                f"warmup_iters and lr_decay_iters are both {self.warmup_iters}, so the decay has no length; "
-                "raise lr_decay_iters or set decay_lr=False",
-            ),
-        ):
-            if broken:
-                raise ConfigError(message)
+        for problem in self._contradictions():
+            raise ConfigError(problem)
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield a sentence for each pair of keys with values that exclude each other."""
+        if self.n_embd % self.n_head:
+            near = self.n_head * max(1, round(self.n_embd / self.n_head))
+            yield say("config.schema.width", width=self.n_embd, heads=self.n_head, near=near)
+        if self.micro_batch > self.effective_batch:
+            yield say("config.schema.micro_batch", micro_batch=self.micro_batch, batch=self.effective_batch)
+        # any other source of weights brings its own number of blocks
+        if self.init_from == "scratch" and self.activation_checkpointing > self.n_layer:
+            yield say("config.schema.recomputed", blocks=self.activation_checkpointing, n_layer=self.n_layer)
+        if self.activation_memory_budget < 1 and (self.dropout > 0 or self.compile is False):
+            yield say("config.schema.memory_budget", budget=self.activation_memory_budget)
+        if self.offloads("optimizer") and self.optimizer != "adamw":
+            yield say("config.schema.offload_8bit", optimizer=self.optimizer)
+        # CUDA graphs record all blocks as one, which copies to the host would break
+        if self.offloads("activations") and self.mode in CUDA_GRAPH_MODES:
+            yield say("config.schema.offload_in_graphs", mode=self.mode)
+        # the cosine divides by their difference; below warmup_iters it is never used
+        if self.decay_lr and self.warmup_iters == self.lr_decay_iters <= self.max_iters:
+            yield say("config.schema.no_decay", steps=self.warmup_iters)
 
     @property
     def allowed(self) -> list[str]:
@@ -400,7 +373,7 @@ class SampleConfig(Schema):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init_from == "scratch":
-            raise ConfigError("init_from='scratch' has no weights to sample from; use resume, gpt2 or a path")
+            raise ConfigError(say("config.schema.no_weights"))
 
 
 def to_dict(config: Schema) -> dict[str, bool | int | float | str]:

@@ -1,6 +1,6 @@
 """Choose the sequences of each step: a pure function of seed, split, step and the sequence's number.
 
-Neither the micro-batch, nor the number of processes, nor a resume changes what a step is trained on.
+Neither the micro-batch, nor the number of processes, nor a resume changes the sequences of a step.
 Shapes: b sequences of t tokens.
 """
 

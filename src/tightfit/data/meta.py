@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NoReturn, Required, TypedDict
 
 from tightfit.errors import DataError
-from tightfit.units import MIB, format_bytes
+from tightfit.units import MIB
+from tightfit.wording import say
 
 FORMAT = 1
 DTYPES = {"uint16": 2, "uint32": 4}
@@ -24,17 +25,15 @@ MAX_META_BYTES = 32 * MIB
 MAX_CONTAINERS = 100_000
 """Dicts, lists and tuples in a meta.pkl; nanoGPT writes 3. A dict is 1 byte there, 64 in memory."""
 
-_CONTAINERS = {
-    "EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-}  # fmt: skip
+_CONTAINERS = {"EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 _MEMO_BY_INDEX = {"PUT", "BINPUT", "LONG_BINPUT"}
-_PLAIN = _CONTAINERS | _MEMO_BY_INDEX | {
-    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
-    "SETITEM", "SETITEMS", "APPEND", "APPENDS", "NONE", "NEWTRUE", "NEWFALSE",
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
-}  # fmt: skip
+_VALUES = """
+    PROTO FRAME STOP MARK MEMOIZE GET BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS NONE NEWTRUE NEWFALSE
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    STRING BINSTRING SHORT_BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8
+"""
+_PLAIN = {*_CONTAINERS, *_MEMO_BY_INDEX, *_VALUES.split()}
+"""Operations of pickle that make plain values and cannot reach code."""
 _REFUSED_BY_NAME = {"GLOBAL", "STACK_GLOBAL", "INST", "PERSID", "BINPERSID"}
 
 
@@ -85,15 +84,15 @@ class Meta:
 
     def __post_init__(self) -> None:
         if not _is_count(self.vocab_size) or not 1 <= self.vocab_size <= 2**32:
-            raise DataError(f"vocab_size must be between 1 and 2**32, got {self.vocab_size!r:.80}")
+            raise DataError(say("data.meta.vocab_size", value=repr(self.vocab_size)))
         if self.dtype not in DTYPES:
-            raise DataError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
+            raise DataError(say("data.meta.dtype", known=", ".join(DTYPES), value=repr(self.dtype)))
         for name in ("train_tokens", "val_tokens", "seed"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
-                raise DataError(f"{name} must be a whole number, got {value!r:.80}")
+                raise DataError(say("data.meta.count", name=name, value=repr(value)))
         if self.tokenizer is not None and not isinstance(self.tokenizer, Mapping):
-            raise DataError(f"tokenizer must be a description with a kind, got {self.tokenizer!r:.80}")
+            raise DataError(say("data.meta.tokenizer", value=repr(self.tokenizer)))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=True) + "\n"
@@ -116,7 +115,7 @@ def read_meta(folder: str | Path) -> Meta | None:
             try:
                 return parse(_read_small(path))
             except DataError as error:
-                raise DataError(f"{path}: {error}; prepare the dataset again, or remove the file") from None
+                raise DataError(say("data.meta.broken", path=path, problem=error)) from None
     return None
 
 
@@ -136,9 +135,9 @@ def _read_small(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_META_BYTES + 1)
     except OSError as error:
-        raise DataError(f"it cannot be read ({error.strerror})") from None
+        raise DataError(say("data.meta.unreadable", reason=error.strerror)) from None
     if len(data) > MAX_META_BYTES:
-        raise DataError(f"it is larger than {format_bytes(MAX_META_BYTES)}, which no vocabulary needs")
+        raise DataError(say("data.meta.too_large", most=MAX_META_BYTES))
     return data
 
 
@@ -146,21 +145,21 @@ def _parse_json(data: bytes) -> Meta:
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"it is not JSON ({_first_line(error)})") from None
+        raise DataError(say("data.meta.not_json", reason=_first_line(error))) from None
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        raise DataError(f"it is not of format {FORMAT}, the one that this tightfit reads")
+        raise DataError(say("data.meta.other_format", known=FORMAT))
     known = {name: value for name, value in fields.items() if name in Meta.__dataclass_fields__}
     if "vocab_size" not in known:
-        raise DataError("it has no vocab_size")
+        raise DataError(say("data.meta.no_vocab_size"))
     return Meta(**known)
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise DataError(f"it asks for {module}.{name}, and a vocabulary needs no code; nothing of it was run")
+        raise DataError(say("data.meta.asks_for_code", module=module, name=name))
 
     def persistent_load(self, pid: object) -> NoReturn:
-        raise DataError("it refers to an object outside the file; nothing of it was run")
+        raise DataError(say("data.meta.outside_object"))
 
 
 def _parse_pickle(data: bytes) -> Meta:
@@ -169,9 +168,9 @@ def _parse_pickle(data: bytes) -> Meta:
         _check_operations(data)
         content = _PlainUnpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"it is not a pickle of plain values ({_first_line(error)})") from None
+        raise DataError(say("data.meta.not_plain", reason=_first_line(error))) from None
     except (OverflowError, MemoryError):
-        raise DataError("it is not a pickle of plain values (it asks for more memory than it can need)") from None
+        raise DataError(say("data.meta.not_plain", reason=say("data.meta.much_memory"))) from None
     return _nanogpt_content(content)
 
 
@@ -185,29 +184,29 @@ def _check_operations(data: bytes) -> None:
         if operation.name in _REFUSED_BY_NAME:
             return  # the unpickler stops there too, and can say the name
         if operation.name not in _PLAIN:
-            raise ValueError(f"it holds the operation {operation.name}")
+            raise ValueError(say("data.meta.operation", name=operation.name))
         containers += operation.name in _CONTAINERS
         if containers > MAX_CONTAINERS:
-            raise ValueError(f"it holds more than {MAX_CONTAINERS} containers")
+            raise ValueError(say("data.meta.many_containers", most=MAX_CONTAINERS))
         if operation.name in _MEMO_BY_INDEX and not (isinstance(argument, int) and 0 <= argument <= done):
-            raise ValueError(f"it numbers value {done} as {argument}")
+            raise ValueError(say("data.meta.misnumbered", value=done, number=argument))
 
 
 def _nanogpt_content(content: object) -> Meta:
     if not isinstance(content, dict) or not _is_count(content.get("vocab_size")):
-        raise DataError("it is not a dict with a whole number as vocab_size")
+        raise DataError(say("data.meta.no_dict"))
     vocab_size = content["vocab_size"]
     itos, stoi = content.get("itos"), content.get("stoi")
     if itos is None and stoi is None:
         return Meta(vocab_size=vocab_size)
     if not isinstance(itos, dict) or not isinstance(stoi, dict):
-        raise DataError("its itos and stoi are not two dicts")
+        raise DataError(say("data.meta.no_two_dicts"))
     if len(itos) != vocab_size or len(stoi) != vocab_size:
-        raise DataError(f"vocab_size is {vocab_size} but itos has {len(itos)} entries and stoi {len(stoi)}")
+        raise DataError(say("data.meta.lengths", vocab_size=vocab_size, itos=len(itos), stoi=len(stoi)))
     for i in range(vocab_size):
         character = itos.get(i)
         if not isinstance(character, str) or len(character) != 1 or stoi.get(character) != i:
-            raise DataError(f"id {i} is not one character that itos and stoi agree on")
+            raise DataError(say("data.meta.no_character", id=i))
     return Meta(
         vocab_size=vocab_size,
         tokenizer={"kind": "characters", "characters": "".join(itos[i] for i in range(vocab_size))},

@@ -40,6 +40,7 @@ from tightfit.data.workfolder import (
 from tightfit.errors import DataError
 from tightfit.storage import write_aside
 from tightfit.units import MIB
+from tightfit.wording import say
 
 SHARD_CHARACTERS = 2**20
 SHARD_PIECES = 4096
@@ -150,12 +151,9 @@ def _write(recipe: Recipe, options: Options, progress: Progress) -> tuple[Tokeni
 
     _encode_all(source, made, work, journal, options.workers, progress)
     if not journal.train or not journal.val:
-        raise DataError(
-            f"{recipe.name}: the text gives {journal.train} training and {journal.val} validation tokens, "
-            "and both are needed; give more text"
-        )
+        raise DataError(say("data.preparation.too_short", name=recipe.name, train=journal.train, val=journal.val))
     if source.identity() != identity:
-        raise DataError(f"the files of {recipe.name} changed while they were read; run the same command again")
+        raise DataError(say("data.preparation.changed", name=recipe.name))
     meta = Meta(
         vocab_size=made.vocab_size,
         dtype=journal.dtype,

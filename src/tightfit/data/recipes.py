@@ -15,6 +15,7 @@ from tightfit.data.sources import Files, OpenWebText, Source, TextFile, collect
 from tightfit.data.tokenizers import TOKENIZERS
 from tightfit.errors import DataError
 from tightfit.storage import write_aside
+from tightfit.wording import say
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 NETWORK_TIMEOUT_S = 30.0
@@ -55,13 +56,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.tokenizer not in (None, *TOKENIZERS):
-            raise DataError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}")
+            raise DataError(say("data.recipes.tokenizer", known=", ".join(TOKENIZERS), value=repr(self.tokenizer)))
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise DataError(f"val_fraction must be between 0 and 1, got {self.val_fraction}; 0.1 holds out a tenth")
+            raise DataError(say("data.recipes.val_fraction", value=self.val_fraction))
         if self.errors not in ("strict", "replace"):
-            raise DataError(f"errors must be strict or replace, got {self.errors!r}")
+            raise DataError(say("data.recipes.errors", value=repr(self.errors)))
         if self.workers is not None and self.workers < 1:
-            raise DataError(f"workers must be 1 or more, got {self.workers}")
+            raise DataError(say("data.recipes.workers", value=self.workers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def resolve(name_or_path: str | Path, input: Paths | None, data_dir: str | Path,
     given = str(name_or_path)
     name = given if _is_name(given, has_input=input is not None) else Path(given).resolve().stem
     if not re.fullmatch(r"[^./\\][^/\\]*", name):
-        raise DataError(f"{given!r} gives the dataset no name; say tightfit prepare NAME --input {given}")
+        raise DataError(say("data.recipes.no_name", given=given))
     folder = Path(data_dir) / name
     tokenizer, fraction = NAMES.get(name, ("gpt2", None)) if name == given else ("gpt2", None)
     if input is not None:
@@ -127,7 +128,7 @@ def _from_name(name: str, folder: Path, options: Options) -> Source:
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         if len(files := stdlib_files(root)) < 2:
-            raise DataError(f"{root} has no source text of Python's library; name a folder of text with --input")
+            raise DataError(say("data.recipes.no_library", root=root))
         label = f"Python {sys.version.split()[0]} standard library"
         return Files(
             name=label,
@@ -147,11 +148,8 @@ def _from_paths(name: str, paths: list[Path], fraction: float | None, options: O
     for path in paths:
         if not path.exists():
             close = difflib.get_close_matches(str(path), NAMES, n=1)
-            raise DataError(
-                f"there is no file or folder {path}, nor is it one of the names {', '.join(NAMES)}; "
-                + (f"did you mean {close[0]}? Else " if close else "")
-                + "give a text, .jsonl or .parquet file, or a folder of such files"
-            )
+            hint = say("data.recipes.did_you_mean", near=close[0]) if close else ""
+            raise DataError(say("data.recipes.no_input", path=path, names=", ".join(NAMES), hint=hint))
     fraction = options.val_fraction or fraction or 0.1
     files: list[Path] = []
     skipped = 0
@@ -160,7 +158,7 @@ def _from_paths(name: str, paths: list[Path], fraction: float | None, options: O
         files += [file.absolute() for file in below]
         skipped += others
     if not files:
-        raise DataError(f"{paths[0]} has no text, .jsonl or .parquet file among its {skipped} files; name one")
+        raise DataError(say("data.recipes.no_text", path=paths[0], files=skipped))
     if len(files) == 1 and files[0].suffix not in (".jsonl", ".parquet"):
         return TextFile(path=files[0], val_fraction=fraction, errors=options.errors)
     folders = [path.absolute() if path.is_dir() else path.absolute().parent for path in paths]
@@ -181,9 +179,6 @@ def _download(url: str, path: Path) -> None:
         with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT_S) as response:
             data = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(
-            f"{url} could not be downloaded ({error}); fetch it on a machine with a network and put it at "
-            f"{path}, or name a copy with --input"
-        ) from None
+        raise DataError(say("data.recipes.no_download", url=url, reason=error, path=path)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, data, durable=True)

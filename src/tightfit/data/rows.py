@@ -7,7 +7,8 @@ from typing import BinaryIO
 
 from tightfit.data.text import not_utf8, open_input, without_surrogates
 from tightfit.errors import DataError
-from tightfit.units import MIB, format_bytes
+from tightfit.units import MIB
+from tightfit.wording import say
 
 MAX_LINE_BYTES = 256 * MIB
 """Longest line of a JSONL file; each line is read into memory whole."""
@@ -32,25 +33,21 @@ def parquet_rows(path: Path, field: str, errors: str) -> Rows:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path} needs pyarrow; install it with: pip install 'tightfit[data]'") from None
+        raise DataError(say("data.rows.no_pyarrow", path=path)) from None
     size, row = path.stat().st_size, 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 columns = ", ".join(map(repr, file.schema_arrow.names[:8]))
-                raise DataError(f"{path} has no column {field!r}, only {columns}; name one with --field")
+                raise DataError(say("data.rows.no_column", path=path, field=field, columns=columns))
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if not isinstance(text, str):
-                        raise DataError(
-                            f"{path}: row {row} of {field!r} is no text; name a column of text with --field"
-                        )
+                        raise DataError(say("data.rows.row_without_text", path=path, row=row, field=field))
                     yield text, size * row // file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as Parquet after row {row} ({str(error)[:120]}); make or copy it again"
-        ) from None
+        raise DataError(say("data.rows.not_parquet", path=path, row=row, reason=str(error))) from None
 
 
 ROW_READERS: dict[str, Callable[[Path, str, str], Rows]] = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
@@ -62,13 +59,15 @@ def _text_of(line: bytes, field: str, errors: str, path: Path, offset: int, wher
     except UnicodeDecodeError as error:
         raise not_utf8(path, offset + error.start, error) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); mend or remove the line") from None
+        raise DataError(say("data.rows.not_json", where=where, reason=error.msg, column=error.colno)) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        raise DataError(f"{where}: not usable JSON ({str(error)[:80]}); mend or remove the line") from None
+        raise DataError(say("data.rows.unusable_json", where=where, reason=str(error))) from None
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        keys = f"its keys are {', '.join(map(repr, list(row)[:8]))}" if isinstance(row, dict) else "no object"
-        raise DataError(f"{where}: no text under {field!r}, {keys}; name the key with --field")
+        if not isinstance(row, dict):
+            raise DataError(say("data.rows.no_object", where=where, field=field))
+        keys = ", ".join(map(repr, list(row)[:8]))
+        raise DataError(say("data.rows.no_key", where=where, field=field, keys=keys))
     return without_surrogates(text, errors, where)
 
 
@@ -77,5 +76,5 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
     while line := file.readline(MAX_LINE_BYTES):
         number += 1
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            raise DataError(f"{path}:{number}: the line is longer than {format_bytes(MAX_LINE_BYTES)}; split the row")
+            raise DataError(say("data.rows.long_line", path=path, line=number, most=MAX_LINE_BYTES))
         yield line

@@ -17,6 +17,7 @@ from tightfit.data.rows import ROW_READERS
 from tightfit.data.text import CHUNK, cut, in_chunks, read_text
 from tightfit.errors import DataError
 from tightfit.units import GIB
+from tightfit.wording import say
 
 Split = Literal["train", "val"]
 
@@ -156,7 +157,7 @@ class Files:
                     yield Piece(text, split, last, before + position)
             before += path.stat().st_size
         if documents == 1:
-            raise DataError(f"{self.root} has one document, and a split by documents needs two; give it as a text file")
+            raise DataError(say("data.sources.one_document", root=self.root))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -230,19 +231,14 @@ class OpenWebText:
         try:
             import datasets
         except ImportError:
-            raise DataError(
-                "openwebtext needs the datasets package; install it: pip install 'tightfit[data]'"
-            ) from None
+            raise DataError(say("data.sources.no_datasets")) from None
         try:
             loaded: _HubDataset = datasets.load_dataset("Skylion007/openwebtext", split="train", num_proc=self.workers)
             return loaded
         except (OSError, ValueError, RuntimeError) as error:
             # No network (ConnectionError), not found there, or a script instead of data, which is never run.
-            raise DataError(
-                f"openwebtext could not be loaded ({type(error).__name__}: {str(error)[:160]}); it needs a "
-                "network and 54 GB in ~/.cache/huggingface; or fetch its Parquet files elsewhere and give "
-                "their folder with --input"
-            ) from None
+            kind = type(error).__name__
+            raise DataError(say("data.sources.no_openwebtext", kind=kind, reason=str(error))) from None
 
 
 def collect(path: Path) -> tuple[tuple[Path, ...], int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tightfit.errors import DataError
+from tightfit.wording import say
 
 CHUNK = 2**18
 """Bytes read, and characters encoded, in one go."""
@@ -19,7 +20,7 @@ def open_input(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give a file that exists and is readable") from None
+        raise DataError(say("data.text.unreadable", path=path, reason=error.strerror)) from None
 
 
 def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
@@ -41,10 +42,7 @@ def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
 
 
 def not_utf8(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
-    return DataError(
-        f"{path} is not UTF-8 at byte {offset:,} (0x{error.object[error.start]:02x}); convert it, "
-        "or put U+FFFD there with --errors=replace"
-    )
+    return DataError(say("data.text.not_utf8", path=path, offset=offset, byte=error.object[error.start]))
 
 
 def cut(chunks: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int, bool]]:
@@ -85,7 +83,5 @@ def without_surrogates(text: str, errors: str, where: str) -> str:
     except UnicodeEncodeError as error:
         if errors == "replace":
             return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        raise DataError(
-            f"{where}: character {error.start} is half of a surrogate pair; mend it, or use --errors=replace"
-        ) from None
+        raise DataError(say("data.text.half_pair", where=where, character=error.start)) from None
     return text

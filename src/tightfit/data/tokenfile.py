@@ -14,6 +14,7 @@ from tightfit.data.meta import DTYPES, Meta, read_meta
 from tightfit.data.workfolder import WORK_FOLDER, publishing
 from tightfit.errors import DataError
 from tightfit.storage import write_aside
+from tightfit.wording import say
 
 Ids = npt.NDArray[np.uint16 | np.uint32]
 
@@ -38,14 +39,11 @@ class TokenFile:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path} cannot be opened ({error.strerror}); prepare the dataset again") from None
+            raise DataError(say("data.tokenfile.unreadable", path=path, reason=error.strerror)) from None
         if size == 0:
-            raise DataError(f"{path} is empty; prepare the dataset again")
+            raise DataError(say("data.tokenfile.empty", path=path))
         if size % item_bytes:
-            raise DataError(
-                f"{path} has {size:,} bytes, not a multiple of the {item_bytes} of one {dtype} id, so it is "
-                "cut short or no token file; copy it again or prepare the dataset again"
-            )
+            raise DataError(say("data.tokenfile.torn", path=path, size=size, item_bytes=item_bytes, dtype=dtype))
         return cls(path, dtype, size // item_bytes)
 
     def __len__(self) -> int:
@@ -69,20 +67,12 @@ class TokenFile:
         if expected_tokens is not None and expected_tokens != self.tokens:
             raise DataError(self._wrong_length(expected_tokens))
         if block_size is not None and self.tokens <= block_size:
-            raise DataError(
-                f"{self.path} has {self.tokens:,} tokens; block_size={block_size} needs more than that; "
-                f"use a block_size below {self.tokens:,} or prepare more text"
-            )
+            raise DataError(say("data.tokenfile.short", path=self.path, tokens=self.tokens, block_size=block_size))
         if self.dtype == "uint16" and self._looks_like_uint32():
-            raise DataError(
-                f"{self.path} looks like uint32 ids read as uint16: every second number is 0; "
-                "prepare the dataset again, or say dtype uint32 in its meta.json"
-            )
+            raise DataError(say("data.tokenfile.looks_like_uint32", path=self.path))
         if vocab_size is not None and (largest := self.largest_id()) >= vocab_size:
-            raise DataError(
-                f"{self.path} holds the id {largest:,}, but vocab_size={vocab_size:,} allows ids up to "
-                f"{vocab_size - 1:,}; set vocab_size={largest + 1} or more, or prepare the dataset again"
-            )
+            sizes = {"size": vocab_size, "most": vocab_size - 1, "needed": largest + 1}
+            raise DataError(say("data.tokenfile.large_id", path=self.path, id=largest, **sizes))
 
     def largest_id(self) -> int:
         """Return the largest id. One scan finds it; a file next to the tokens keeps it until they change."""
@@ -101,19 +91,16 @@ class TokenFile:
             write_aside(remembered, json.dumps({**key, "largest_id": largest}))
         return largest
 
-    def _wrong_length(self, expected_tokens: int) -> str:
-        size = self.tokens * DTYPES[self.dtype]
-        for dtype, item_bytes in DTYPES.items():
-            if dtype != self.dtype and size == expected_tokens * item_bytes:
-                return (
-                    f"{self.path} has {size:,} bytes, which is {expected_tokens:,} tokens as {dtype}, but "
-                    f"meta.json says {self.dtype}; prepare the dataset again"
+    def _wrong_length(self, expected: int) -> str:
+        path, size, dtype = self.path, self.tokens * DTYPES[self.dtype], self.dtype
+        for other, item_bytes in DTYPES.items():
+            if other != dtype and size == expected * item_bytes:
+                return say(
+                    "data.tokenfile.other_dtype", path=path, size=size, tokens=expected, other=other, dtype=dtype
                 )
-        kind = "cut short" if self.tokens < expected_tokens else "of another preparation"
-        return (
-            f"{self.path} has {self.tokens:,} tokens but meta.json says {expected_tokens:,}, so it is "
-            f"{kind}; copy it again or prepare the dataset again"
-        )
+        if self.tokens < expected:
+            return say("data.tokenfile.cut_short", path=path, tokens=self.tokens, expected=expected)
+        return say("data.tokenfile.of_another", path=path, tokens=self.tokens, expected=expected)
 
     def _looks_like_uint32(self) -> bool:
         head = self.array()[:4096]
@@ -143,15 +130,12 @@ def open_dataset(name: str | Path, data_dir: str | Path = "data") -> Dataset:
     """Open the dataset `<data_dir>/<name>`, or the folder at the path `name`. DataError if there is none."""
     folder = _find_folder(str(name), Path(data_dir))
     if publishing(folder):
-        raise DataError(
-            f"the preparation of {folder} was interrupted while it put its files in place; "
-            f"run tightfit prepare {name} once more, which takes a moment"
-        )
+        raise DataError(say("data.tokenfile.interrupted", folder=folder, name=name))
     for file_name in ("train.bin", "val.bin"):
         if not (folder / file_name).is_file():
-            unfinished = (folder / WORK_FOLDER).exists()
-            step = "continue its unfinished preparation with" if unfinished else "make it with"
-            raise DataError(f"{folder} has no {file_name}; {step}: tightfit prepare {name}")
+            if (folder / WORK_FOLDER).exists():
+                raise DataError(say("data.tokenfile.unfinished", folder=folder, file=file_name, name=name))
+            raise DataError(say("data.tokenfile.lacks_file", folder=folder, file=file_name, name=name))
     meta = read_meta(folder)
     dtype = meta.dtype if meta else "uint16"
     train, val = (TokenFile.open(folder / file_name, dtype) for file_name in ("train.bin", "val.bin"))
@@ -169,5 +153,6 @@ def _find_folder(name: str, data_dir: Path) -> Path:
         return Path(name)
     there = sorted(path.parent.name for path in data_dir.glob("*/train.bin"))
     close = difflib.get_close_matches(name, there, n=1)
-    hint = f"did you mean {close[0]}? Otherwise make it with" if close else "make it with"
-    raise DataError(f"there is no dataset {name!r} in {data_dir}; {hint}: tightfit prepare {name}")
+    make = say("data.tokenfile.make", name=name)
+    hint = say("data.tokenfile.did_you_mean", near=close[0], make=make) if close else make
+    raise DataError(say("data.tokenfile.no_dataset", name=name, folder=data_dir, hint=hint))

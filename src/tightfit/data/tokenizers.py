@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tightfit.data.meta import Meta, TokenizerInfo
 from tightfit.errors import DataError
+from tightfit.wording import say
 
 if TYPE_CHECKING:  # both take long to import
     import tiktoken
@@ -105,8 +106,7 @@ class Characters:
         if unknown.size:
             at = int(unknown[0])
             raise DataError(
-                f"the character {text[at]!r} at position {at} is not among the {self.vocab_size} of this "
-                "dataset; leave it out, or use a dataset whose text has it"
+                say("data.tokenizers.no_character", character=text[at], position=at, characters=self.vocab_size)
             )
         return ids
 
@@ -188,10 +188,7 @@ class Bpe:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if vocab_size < _SMALLEST_BPE:
-            raise DataError(
-                f"vocab_size={vocab_size} is too small: a byte-level BPE needs {_SMALLEST_BPE} or more; "
-                "use --tokenizer=bytes for a vocabulary of 256"
-            )
+            raise DataError(say("data.tokenizers.small_vocabulary", size=vocab_size, least=_SMALLEST_BPE))
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -216,11 +213,11 @@ class Bpe:
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); prepare the dataset again") from None
+            raise DataError(say("data.tokenizers.unreadable", path=path, reason=error.strerror)) from None
         except Exception as error:  # tokenizers raises nothing narrower for a broken file
-            raise DataError(f"{path} is not a tokenizer ({str(error)[:120]}); prepare the dataset again") from None
+            raise DataError(say("data.tokenizers.broken", path=path, reason=str(error))) from None
         if tokenizer.token_to_id(END_OF_TEXT) is None:
-            raise DataError(f"{path} has no {END_OF_TEXT}, so it is not of tightfit; prepare the dataset again")
+            raise DataError(say("data.tokenizers.no_end", path=path, end=END_OF_TEXT))
         return cls(tokenizer)
 
     def to_json(self) -> str:
@@ -255,23 +252,22 @@ def load_tokenizer(meta: Meta | None, folder: str | Path) -> Tokenizer:
         return Gpt2()
     if kind == "bpe":
         return Bpe.load(Path(folder) / "tokenizer.json")
-    raise DataError(f"{folder} has a tokenizer of kind {str(kind)[:40]!r}; this tightfit knows {', '.join(TOKENIZERS)}")
+    kind, known = str(kind)[:40], ", ".join(TOKENIZERS)
+    raise DataError(say("data.tokenizers.unknown_kind", folder=folder, kind=kind, known=known))
 
 
 def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"position {error.start} of the text is half of a surrogate pair, no character; leave it out"
-        ) from None
+        raise DataError(say("data.tokenizers.half_pair", position=error.start)) from None
 
 
 def _checked(ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int64]:
     array = np.asarray(ids, dtype=np.int64)
     if array.size and not 0 <= array.min() <= array.max() < vocab_size:
         bad = array.max() if array.max() >= vocab_size else array.min()
-        raise DataError(f"the id {bad} is not of this tokenizer, whose ids are 0 to {vocab_size - 1}")
+        raise DataError(say("data.tokenizers.no_id", id=bad, most=vocab_size - 1))
     return array
 
 
@@ -282,9 +278,7 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network, a refused download, or one with a wrong hash
-        wanted = " and ".join(f"{_GPT2_URL}{name} under the name {key}" for name, key in _GPT2_FILES.items())
+        reason, (vocabulary, encoder) = type(error).__name__, _GPT2_FILES.values()
         raise DataError(
-            f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}); on a machine with a "
-            f"network fetch {wanted}, put both in one folder and set TIKTOKEN_CACHE_DIR to it; "
-            "or train a vocabulary here, with --tokenizer=bpe"
+            say("data.tokenizers.no_gpt2", reason=reason, url=_GPT2_URL, vocabulary=vocabulary, encoder=encoder)
         ) from None

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tightfit.data.meta import DTYPES
 from tightfit.errors import DataError, DoesNotFit
 from tightfit.storage import sync_folder, write_aside
-from tightfit.units import format_bytes
+from tightfit.wording import say
 
 WORK_FOLDER = ".prepare"
 _MARKER = "publish.json"
@@ -142,7 +142,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another process is preparing {folder}; wait for it, or end it") from None
+            raise DataError(say("data.workfolder.locked", folder=folder)) from None
         yield
     finally:
         os.close(descriptor)
@@ -155,17 +155,15 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DataError(
-                f"{error.filename or folder} may not be written ({error.strerror}); choose another --data_dir"
-            ) from None
+            path = error.filename or folder
+            raise DataError(say("data.workfolder.forbidden", path=path, reason=error.strerror)) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         work = folder / WORK_FOLDER
         kept = sum(path.stat().st_size for path in work.glob("*") if path.is_file())
+        free, reason = shutil.disk_usage(folder).free, error.strerror
         raise DoesNotFit(
-            f"no room to write in {folder} ({error.strerror}) after {format_bytes(kept)}, with "
-            f"{format_bytes(shutil.disk_usage(folder).free)} free on its disk; any earlier dataset there is "
-            f"untouched. Make room and run the same command, which continues, or delete {work}"
+            say("data.workfolder.full", folder=folder, reason=reason, kept=kept, free=free, work=work)
         ) from None
 
 
@@ -173,7 +171,4 @@ def require_space(folder: Path, *, needed_bytes: int) -> None:
     """Raise DoesNotFit if the folder's disk has less than `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
-        raise DoesNotFit(
-            f"the tokens need at least {format_bytes(needed_bytes)} but the disk of {folder} has "
-            f"{format_bytes(free)} free; make room, or choose a folder on another disk with --data_dir"
-        )
+        raise DoesNotFit(say("data.workfolder.small_disk", needed=needed_bytes, folder=folder, free=free))

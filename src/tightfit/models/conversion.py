@@ -2,7 +2,7 @@
 
 Both name a model's tensors alike. Hugging Face stores the four matrices of a block as (in, out) where nanoGPT
 has (out, in), leaves the tied `lm_head.weight` out, and always has biases. Nothing here is unpickled, and all
-shapes are compared with the configuration before anybody builds a model of it.
+shapes are compared with the configuration before a model is built.
 """
 
 import json
@@ -13,20 +13,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tightfit.config import PRETRAINED
 from tightfit.errors import CheckpointError, ConfigError
-from tightfit.models.model import GPT2_VOCAB, Activation, GPTConfig
+from tightfit.models.hub import CONFIG, WEIGHTS, download, read_json, read_tensors, tensor_names
+from tightfit.models.model import GPT2_VOCAB, GPTConfig
 from tightfit.storage import sync_file
+from tightfit.wording import say
 
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_MAX_JSON_BYTES = 2**20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TIED = "lm_head.weight", "transformer.wte.weight"
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -36,14 +35,8 @@ _WRAPPERS = {"_orig_mod", "module"}
 """Parts of names that torch.compile and DistributedDataParallel add."""
 _WITHOUT_BIAS = {"bias": False}
 """Under `tightfit` in config.json: the biases are there for transformers only. Believed if they are all 0."""
-_SIZES = {
-    "block_size": "n_positions", "vocab_size": "vocab_size",
-    "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
-}  # fmt: skip
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu", "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-}  # fmt: skip
+_EXACT_GELU = ("gelu", "gelu_python")
+_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 _FIXED = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
@@ -80,10 +73,10 @@ def check_state(config: GPTConfig, state_dict: Mapping[str, object]) -> None:
         names.add(name)
     for name in state_dict:
         if name not in names:
-            raise CheckpointError(f"tensor {brief(name)} is no part of {_describe(config)}")
+            raise _not_of(config, name)
     head, embedding = (_checked(state_dict, name, (config.vocab_size, config.n_embd)) for name in _TIED)
     if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-        raise CheckpointError(f"{_TIED[0]} and {_TIED[1]} differ, but a GPT-2 has one matrix for both")
+        raise CheckpointError(say("models.conversion.untied", head=_TIED[0], embedding=_TIED[1]))
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,9 +94,8 @@ def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     Dropout is the folder's `resid_pdrop`; whoever trains sets their own. CheckpointError for a folder that is
     incomplete, broken, pickled, or of a model that computes something else.
     """
-    settings = _read_json(folder / _CONFIG)
-    config = _read_config(settings, folder / _CONFIG)
-    tensors = _renamed(_read_tensors(folder), lambda name: name.removeprefix("transformer."))
+    config, has_biases = _read_config(folder / CONFIG)
+    tensors = _renamed(read_tensors(folder), lambda name: name.removeprefix("transformer."))
     if "wte.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["wte.weight"])
     state = {}
@@ -114,9 +106,9 @@ def load_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         state[name] = tensor.t().contiguous() if transposed else tensor
         del tensors[theirs]
     if tensors:
-        raise CheckpointError(f"tensor {brief(min(tensors))} is no part of {_describe(config)}")
+        raise _not_of(config, min(tensors))
     biases = [name for name in state if name.endswith(".bias")]
-    if settings.get("tightfit") == _WITHOUT_BIAS and not any(state[name].any() for name in biases):
+    if not has_biases and not any(state[name].any() for name in biases):
         config = replace(config, bias=False)
         for name in biases:
             del state[name]
@@ -132,18 +124,18 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
     check_state(config, state_dict)
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists; name a new folder, or remove it first")
+        raise CheckpointError(say("models.conversion.exists", folder=folder))
     work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         work.mkdir(parents=True)
-        save_file(_their_tensors(config, state_dict), work / _WEIGHTS, metadata={"format": "pt"})
-        (work / _CONFIG).write_text(json.dumps(_their_config(config), indent=2) + "\n")
-        shutil.copymode(work / _CONFIG, work / _WEIGHTS)  # safetensors lets only the owner read
-        for path in (work / _WEIGHTS, work / _CONFIG):
+        save_file(_their_tensors(config, state_dict), work / WEIGHTS, metadata={"format": "pt"})
+        (work / CONFIG).write_text(_their_config(config))
+        shutil.copymode(work / CONFIG, work / WEIGHTS)  # safetensors lets only the owner read
+        for path in (work / WEIGHTS, work / CONFIG):
             sync_file(path)
         work.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {folder}: {error}") from None
+        raise CheckpointError(say("models.conversion.unwritable", folder=folder, reason=error)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -151,7 +143,7 @@ def save_hugging_face(folder: Path, config: GPTConfig, state_dict: Mapping[str, 
 def fetch_pretrained(name_or_path: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Load OpenAI's GPT-2 of that name, from the Hugging Face cache or its Hub, or a local folder's model."""
     name = str(name_or_path)
-    return load_hugging_face(_download(name) if name in PRETRAINED else _folder(name))
+    return load_hugging_face(download(name) if name in PRETRAINED else _folder(name))
 
 
 def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
@@ -160,20 +152,17 @@ def pretrained_shape(name_or_path: str | Path) -> GPTConfig:
     if name in PRETRAINED:
         return GPTConfig(**asdict(PRETRAINED[name]), activation="gelu_tanh")
     folder = _folder(name)
-    settings = _read_json(folder / _CONFIG)
-    config = _read_config(settings, folder / _CONFIG)
-    found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in _names(folder))
+    config, has_biases = _read_config(folder / CONFIG)
+    found = (re.match(r"(?:transformer\.)?h\.([0-9]{1,6})\.", each) for each in tensor_names(folder))
     blocks = len({int(each[1]) for each in found if each})
     if blocks != config.n_layer:
-        raise CheckpointError(
-            f"{folder} has weights of {blocks} blocks, and its {_CONFIG} says n_layer={config.n_layer}"
-        )
-    return replace(config, bias=settings.get("tightfit") != _WITHOUT_BIAS)
+        raise CheckpointError(say("models.conversion.blocks", folder=folder, blocks=blocks, n_layer=config.n_layer))
+    return replace(config, bias=has_biases)
 
 
 def _folder(name: str) -> Path:
     if not Path(name).is_dir():
-        raise CheckpointError(f"{name} is neither a folder nor one of {', '.join(PRETRAINED)}")
+        raise CheckpointError(say("models.conversion.no_folder", name=name, known=", ".join(PRETRAINED)))
     return Path(name)
 
 
@@ -183,21 +172,23 @@ def _layer(name: str, weight: tuple[int, ...], bias: bool) -> Iterator[tuple[str
         yield f"{name}.bias", weight[:1]
 
 
-def _describe(config: GPTConfig) -> str:
-    return f"a GPT-2 of {config.n_layer} layers with bias={config.bias}"
+def _not_of(config: GPTConfig, name: object) -> CheckpointError:
+    return CheckpointError(say("models.conversion.no_part", name=brief(name), layers=config.n_layer, bias=config.bias))
 
 
 def _checked(tensors: Mapping[str, object], name: str, shape: tuple[int, ...]) -> Tensor:
     tensor = tensors.get(name)
     if tensor is None:
-        raise CheckpointError(f"tensor {name} of shape {shape} is missing")
+        raise CheckpointError(say("models.conversion.missing", name=name, shape=str(shape)))
     if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise CheckpointError(f"{name} must be a tensor of floating-point numbers, found {found}")
+        found = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise CheckpointError(say("models.conversion.no_floats", name=name, found=found))
     if tensor.is_meta or tensor.layout is not torch.strided:
-        raise CheckpointError(f"{name} must hold its numbers plainly; it is {'empty' if tensor.is_meta else 'sparse'}")
+        sentence = say("models.conversion.empty" if tensor.is_meta else "models.conversion.sparse", name=name)
+        raise CheckpointError(sentence)
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, but its configuration asks for {shape}")
+        found = str(tuple(tensor.shape))
+        raise CheckpointError(say("models.conversion.other_shape", name=name, found=found, shape=str(shape)))
     return tensor
 
 
@@ -205,99 +196,55 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"a tensor's name must be text, got {brief(name)}")
+            raise CheckpointError(say("models.conversion.no_name", name=brief(name)))
         new = rename(name)
         if new in renamed:
-            raise CheckpointError(f"tensor {brief(new)} is there twice, once as {brief(name)}")
+            raise CheckpointError(say("models.conversion.twice", name=brief(new), alias=brief(name)))
         if not new.endswith(_MASKS):
             renamed[new] = tensor
     return renamed
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[GPTConfig, bool]:
+    """Return the shape in a config.json, and False if its biases are there for transformers only."""
+    settings = read_json(path)
+
+    def wrong(name: str, rule: object) -> CheckpointError:
+        if name not in settings:
+            return CheckpointError(say("models.conversion.no_setting", path=path, name=name, rule=rule))
+        found = f"{name}={brief(settings[name])}"
+        return CheckpointError(say("models.conversion.other_setting", path=path, found=found, rule=rule))
+
+    def size(name: str) -> int:
+        value = settings.get(name)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise wrong(name, say("models.conversion.size_rule"))
+        return value
+
+    for name, fixed in {"model_type": "gpt2", **_FIXED}.items():
+        if settings.get(name, _FIXED.get(name)) != fixed:
+            raise wrong(name, fixed)
+    activation, dropout = settings.get("activation_function", "gelu_new"), settings.get("resid_pdrop", 0.1)
+    if activation not in _EXACT_GELU + _TANH_GELU:
+        known = ", ".join(_EXACT_GELU + _TANH_GELU)
+        raise wrong("activation_function", say("models.conversion.choice_rule", known=known))
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise wrong("resid_pdrop", say("models.conversion.fraction_rule"))
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-        content = json.loads(data) if len(data) <= _MAX_JSON_BYTES else None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON; fetch it again") from None
-    if len(data) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; it cannot be a model's")
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _read_config(settings: dict[str, Any], path: Path) -> GPTConfig:
-    def need(name: str, holds: bool, rule: object) -> None:
-        if not holds:
-            found = f"{name}={brief(settings[name])}" if name in settings else f"no {name}"
-            raise CheckpointError(f"{path} has {found}; it must be {rule} for a GPT-2 that can be read here")
-
-    need("model_type", settings.get("model_type") == "gpt2", "gpt2")
-    for name, fixed in _FIXED.items():
-        need(name, settings.get(name, fixed) == fixed, fixed)
-    sizes = {ours: settings.get(theirs) for ours, theirs in _SIZES.items()}
-    for ours, theirs in _SIZES.items():
-        size = sizes[ours]
-        need(theirs, type(size) is int and 0 < size < 2**31, "an integer from 1 to 2**31 - 1")
-    activation = settings.get("activation_function", "gelu_new")
-    known = isinstance(activation, str) and activation in _ACTIVATIONS
-    need("activation_function", known, f"one of {', '.join(_ACTIVATIONS)}")
-    dropout = settings.get("resid_pdrop", 0.1)
-    need("resid_pdrop", type(dropout) in (int, float) and 0 <= dropout < 1, "at least 0 and below 1")
-    width: Any = sizes["n_embd"]
-    need("n_inner", settings.get("n_inner") in (None, 4 * width), f"null or 4 * n_embd = {4 * width}")
-    args: dict[str, Any] = {**sizes, "dropout": float(dropout), "activation": _ACTIVATIONS[activation]}
-    try:
-        return GPTConfig(**args)
+        config = GPTConfig(
+            block_size=size("n_positions"),
+            vocab_size=size("vocab_size"),
+            n_layer=size("n_layer"),
+            n_head=size("n_head"),
+            n_embd=size("n_embd"),
+            dropout=float(dropout),
+            activation="gelu" if activation in _EXACT_GELU else "gelu_tanh",
+        )
     except ConfigError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, whole or in shards."""
-    index = folder / f"{_WEIGHTS}.index.json"
-    if (folder / _WEIGHTS).exists() or not index.exists():
-        if not (folder / _WEIGHTS).exists() and (pickles := sorted(folder.glob("*.bin"))):
-            raise CheckpointError(
-                f"{folder} has its weights as a pickle ({pickles[0].name}), which can run code when opened; "
-                f"convert it to {_WEIGHTS} with transformers' save_pretrained, or fetch that file instead"
-            )
-        return [folder / _WEIGHTS]
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{index} must map tensors to files under weight_map; fetch it again")
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {brief(shard)}; only .safetensors files beside it are read")
-    return [folder / shard for shard in sorted(set(shards.values()))]
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        tensors |= _read_safetensors(path)
-    return tensors
-
-
-def _names(folder: Path) -> Iterator[str]:
-    """Yield the names of a folder's tensors without reading any."""
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield from file.keys()
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from None
+        raise CheckpointError(say("models.conversion.unusable", path=path, reason=error)) from None
+    if settings.get("n_inner") not in (None, 4 * config.n_embd):
+        raise wrong("n_inner", say("models.conversion.width_rule", width=4 * config.n_embd))
+    return config, settings.get("tightfit") != _WITHOUT_BIAS
 
 
 def _their_tensors(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -313,43 +260,22 @@ def _their_tensors(config: GPTConfig, state_dict: Mapping[str, Tensor]) -> dict[
     return tensors
 
 
-def _their_config(config: GPTConfig) -> dict[str, Any]:
+def _their_config(config: GPTConfig) -> str:
     end_of_text = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None
-    ours = {} if config.bias else {"tightfit": _WITHOUT_BIAS}
-    return {
+    settings = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **{theirs: getattr(config, name) for name, theirs in _SIZES.items()},
+        "n_positions": config.block_size,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
         "n_inner": None,
         "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         **_FIXED,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        **ours,
+        **({} if config.bias else {"tightfit": _WITHOUT_BIAS}),
     }
-
-
-def _download(name: str) -> Path:
-    """Return the Hugging Face cache folder with this model's files; download them if they are missing."""
-    page = f"https://huggingface.co/openai-community/{name}"
-    by_hand = f"or copy {_CONFIG} and {_WEIGHTS} from {page} and use --init_from=/path/to/folder"
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError:
-        raise CheckpointError(f"fetching {name} needs pip install 'tightfit[hf]'; do that, {by_hand}") from None
-    # The first base is the error of the HTTP client below, which is another one in other versions of the Hub.
-    failures: tuple[type[Any], ...] = (OSError, HfHubHTTPError.__bases__[0])
-    reason = ""
-    for repository, cached in (
-        (f"openai-community/{name}", True),
-        (name, True),
-        (f"openai-community/{name}", False),
-    ):
-        try:
-            paths = [hf_hub_download(repository, file, local_files_only=cached) for file in (_CONFIG, _WEIGHTS)]
-            return Path(paths[0]).parent
-        except failures as error:
-            reason = type(error).__name__
-    raise CheckpointError(f"{name} is not in the Hugging Face cache, and the Hub gave {reason}; try again, {by_hand}")
+    return json.dumps(settings, indent=2) + "\n"

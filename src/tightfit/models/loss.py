@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tightfit.errors import ConfigError
 from tightfit.models.autograd import Context
+from tightfit.wording import say
 
 LossKind = Literal["auto", "chunked", "full", "liger"]
 IGNORED = -1
@@ -78,9 +79,9 @@ def _liger(hidden_nc: Tensor, weight_vc: Tensor, targets_n: Tensor) -> Tensor:
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError:
-        raise ConfigError("loss=liger needs liger-kernel; pip install 'tightfit[gpu]', or use loss=auto") from None
+        raise ConfigError(say("models.loss.no_liger")) from None
     if hidden_nc.device.type != "cuda":
-        raise ConfigError(f"loss=liger runs on CUDA, not on {hidden_nc.device.type}; use loss=auto")
+        raise ConfigError(say("models.loss.liger_on", device=hidden_nc.device.type))
     dtype = _compute_dtype(hidden_nc)
     loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")
     out: Tensor = loss(weight_vc.to(dtype), hidden_nc.to(dtype), targets_n)

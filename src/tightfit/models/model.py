@@ -20,6 +20,7 @@ from tightfit.models.attention import KeyValueCache, cached_attention, causal_at
 from tightfit.models.linear import LayerNorm, gelu_linear, norm_linear, plain_linear, tied_embedding
 from tightfit.models.loss import LossKind, token_loss
 from tightfit.models.shape import PADDED_VOCAB, flops_per_token
+from tightfit.wording import say
 
 GPT2_VOCAB = 50_257
 Activation = Literal["gelu", "gelu_tanh"]
@@ -42,13 +43,13 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(say("models.model.size", name=name, value=getattr(self, name)))
         if self.n_embd % self.n_head:
-            raise ConfigError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+            raise ConfigError(say("models.model.width", width=self.n_embd, heads=self.n_head))
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+            raise ConfigError(say("models.model.dropout", value=self.dropout))
         if self.activation not in ("gelu", "gelu_tanh"):
-            raise ConfigError(f"activation must be gelu or gelu_tanh, got {self.activation!r}")
+            raise ConfigError(say("models.model.activation", value=repr(self.activation)))
 
     def as_nanogpt(self) -> dict[str, int | float | str]:
         """The `model_args` of a nanoGPT checkpoint; an activation other than nanoGPT's is one entry more."""
@@ -63,17 +64,18 @@ class GPTConfig:
         kinds = {field.name: type(field.default) for field in fields(cls)}
         for name in kinds:
             if name not in model_args and name != "activation":
-                raise CheckpointError(f"model_args lacks {name}, which every nanoGPT checkpoint has")
+                raise CheckpointError(say("models.model.lacks", name=name))
         for name, value in model_args.items():
             kind = kinds.get(name)
             if kind is None:
-                raise CheckpointError(f"model_args has {name!r:.60}, which is none of {', '.join(kinds)}")
+                raise CheckpointError(say("models.model.unknown", name=repr(name), known=", ".join(kinds)))
             if type(value) is not kind and (kind is not float or type(value) is not int):
-                raise CheckpointError(f"{name} in model_args must be of type {kind.__name__}, got {value!r:.60}")
+                found = repr(value)
+                raise CheckpointError(say("models.model.wrong_type", name=name, wanted=kind.__name__, value=found))
         try:
             return cls(**model_args)  # type: ignore[arg-type]
         except ConfigError as error:
-            raise CheckpointError(f"model_args cannot be used: {error}") from None
+            raise CheckpointError(say("models.model.unusable", reason=error)) from None
 
 
 class CausalSelfAttention(nn.Module):
@@ -201,7 +203,7 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         t = idx.shape[1]
         if past + t > self.config.block_size:
-            raise ConfigError(f"a sequence of {past + t} tokens is longer than block_size={self.config.block_size}")
+            raise ConfigError(say("models.model.long_sequence", tokens=past + t, block_size=self.config.block_size))
         positions = torch.arange(past, past + t, device=idx.device)
         wte = self.transformer["wte"]
         tokens = tied_embedding(idx, wte.weight) if loss_follows else wte(idx)
@@ -257,7 +259,9 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions from `block_size` on."""
         if block_size > self.config.block_size:
-            raise ConfigError(f"block_size={block_size} is longer than the model's {self.config.block_size} positions")
+            raise ConfigError(
+                say("models.model.few_positions", block_size=block_size, positions=self.config.block_size)
+            )
         wpe = self.transformer["wpe"]
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
         self.config = GPTConfig(**{**asdict(self.config), "block_size": block_size})

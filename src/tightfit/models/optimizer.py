@@ -1,14 +1,34 @@
 """AdamW as nanoGPT sets it up: matrices decay, vectors do not. Its moments in 32 bits or, by torchao, in 8."""
 
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tightfit.errors import CheckpointError, ConfigError
+from tightfit.wording import say
+
+Saved: TypeAlias = Tensor | float | dict[str, Tensor]
+"""An entry of a parameter's saved state: the step, a moment, or the parts of an 8-bit moment."""
+
+
+class Group(TypedDict):
+    """A parameter group, as torch's optimizers take it."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+
+
+class SavedOptimizer(TypedDict):
+    """An optimizer's `state_dict`, in plain numbers and tensors."""
+
+    state: dict[int, dict[str, Saved]]
+    """Entries of each parameter, by its number."""
+    param_groups: list[dict[str, bool | float | list[int] | tuple[float, float] | None]]
+    """Parameter numbers and settings of each group."""
 
 
 def build_optimizer(
@@ -27,7 +47,7 @@ def build_optimizer(
     memory does not end up between short-lived blocks (GPT-2 124M on the CPU: 200 MiB less at the peak).
     """
     parameters = [p for p in parameters if p.requires_grad]
-    groups = [
+    groups: list[Group] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
@@ -35,7 +55,7 @@ def build_optimizer(
     if kind == "adamw_8bit":
         return _eight_bit(groups, learning_rate, betas)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True if fused else None)
+    optimizer = torch.optim.AdamW(map(dict, groups), lr=learning_rate, betas=betas, fused=True if fused else None)
     for parameter in parameters:
         on_device = parameter.device if fused else torch.device("cpu")
         optimizer.state[parameter] = {
@@ -46,26 +66,25 @@ def build_optimizer(
     return optimizer
 
 
-def _eight_bit(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def _eight_bit(groups: list[Group], learning_rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # torchao warns of unrelated kernels that it could not load
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise ConfigError(
-            "optimizer=adamw_8bit needs torchao, which is not installed; pip install 'tightfit[gpu]', or use adamw"
-        ) from None
+        raise ConfigError(say("models.optimizer.no_torchao")) from None
     finally:
         logging.disable(before)
-    optimizer: Any = AdamW8bit(groups, lr=learning_rate, betas=betas)
+    eight_bit = AdamW8bit(groups, lr=learning_rate, betas=betas)
+    optimizer: torch.optim.Optimizer = eight_bit
+    new_moment: Callable[[Tensor, bool], Tensor] = eight_bit._new_buffer
     for parameter in (p for group in groups for p in group["params"]):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": optimizer._new_buffer(parameter, True),
-            "exp_avg_sq": optimizer._new_buffer(parameter, False),
+            "exp_avg": new_moment(parameter, True),
+            "exp_avg_sq": new_moment(parameter, False),
         }
-    found: torch.optim.Optimizer = optimizer
-    return found
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -85,8 +104,8 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
     return {name: getattr(tensor, name) for name in names}
 
 
-def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a `state_dict` of plain numbers and tensors, with each 8-bit moment as a mapping of its parts."""
+def plain_state(optimizer: torch.optim.Optimizer) -> SavedOptimizer:
+    """Return a `state_dict` with each 8-bit moment as a mapping of its parts."""
     saved = optimizer.state_dict()
     state = {number: {k: _plain(v) for k, v in each.items()} for number, each in saved["state"].items()}
     groups = [{k: float(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in saved["param_groups"]]
@@ -94,24 +113,24 @@ def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: object) -> None:
-    """Copy moments into an optimizer whose state exists, one tensor at a time: never a second set of them.
+def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, object], source: object) -> None:
+    """Copy moments into an optimizer with state, one tensor at a time: memory never holds them twice.
 
     Moments of 8 bits become those of 32 and the other way round. CheckpointError if `saved` is of another model.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = saved.get("state")
     if not isinstance(states, Mapping) or set(states) != set(range(len(parameters))):
-        raise CheckpointError(f"{source} has an optimizer state of another model; resume without it is not exact")
+        raise CheckpointError(say("models.optimizer.other_model", source=source))
     for number, parameter in enumerate(parameters):
         state = states[number]
         for key, tensor in optimizer.state[parameter].items():
             value = state.get(key) if isinstance(state, Mapping) else None
             if not _copy(value, tensor):
-                raise CheckpointError(f"{source}: the optimizer's {key} of parameter {number} is missing or misshapen")
+                raise CheckpointError(say("models.optimizer.misshapen", source=source, key=key, number=number))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Tensor | float) -> Saved:
     if not isinstance(value, Tensor):
         return value
     parts = parts_of(value)
@@ -132,7 +151,6 @@ def _copy(value: object, tensor: Tensor) -> bool:
         value = _widened(value, tensor.shape)
     if not _is_plain(value, tensor.shape):
         return False
-    assert isinstance(value, Tensor)
     if "" in own:
         tensor.copy_(value)
         return True
@@ -143,7 +161,7 @@ def _copy(value: object, tensor: Tensor) -> bool:
     return True
 
 
-def _is_plain(value: object, shape: torch.Size, dtype: torch.dtype | None = None) -> bool:
+def _is_plain(value: object, shape: torch.Size, dtype: torch.dtype | None = None) -> TypeGuard[Tensor]:
     """Return True for a dense tensor of real numbers on the host with this shape; files may hold other kinds."""
     return (
         isinstance(value, Tensor)
@@ -155,7 +173,7 @@ def _is_plain(value: object, shape: torch.Size, dtype: torch.dtype | None = None
     )
 
 
-def _widened(parts: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+def _widened(parts: Mapping[str, object], shape: torch.Size) -> Tensor | None:
     """Widen 8-bit moments to 32 bits: the map's entry for each code, times the scale of its block."""
     codes, scale, entries = (parts.get(name) for name in ("codes", "scale", "qmap"))
     if not _is_plain(codes, shape, torch.uint8) or not _is_plain(entries, torch.Size([256]), torch.float32):
@@ -164,6 +182,4 @@ def _widened(parts: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
         return None
     if not len(scale) or shape.numel() % len(scale):
         return None
-    assert isinstance(codes, Tensor)
-    assert isinstance(entries, Tensor)
     return (entries[codes.int()].reshape(len(scale), -1) * scale[:, None]).reshape(shape)

@@ -28,6 +28,13 @@ def say(sentence: str, /, **values: object) -> str:
     return _words(room, chosen_language(None))(table, key, **values)
 
 
+def term(table: str, name: str, /, **values: object) -> str:
+    """Fill in the sentence `name` of the table `room.table`, or its sentence `other` where it has none so named."""
+    room, of_room = table.split(".")
+    words = _words(room, chosen_language(None))
+    return words(of_room, name if words.has(of_room, name) else "other", **values)
+
+
 def speak(language: str | None) -> str:
     """Set the language of this process and its children; return it. ConfigError for one without sentences.
 
