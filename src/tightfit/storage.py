@@ -43,17 +43,20 @@ def writing(path: Path, *, durable: bool = False, shared: bool = False) -> Itera
     """
     own = f".{os.getpid()}.{threading.get_ident()}" if shared else ""
     part = path.with_name(f".{path.name}{own}.writing")
-    try:
+    with contextlib.ExitStack() as failed:
+        failed.callback(_unlink, part)
         yield part
         if durable:
             sync_file(part)
         os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to report
-            part.unlink()
-        raise
+        failed.pop_all()
     if durable:
         sync_folder(path.parent)
+
+
+def _unlink(part: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to report
+        part.unlink()
 
 
 def write_aside(path: Path, data: bytes | str, *, durable: bool = False) -> None:
