@@ -65,7 +65,7 @@ SHORTENED = {
     ),
     "torchrun --nproc_per_node=4 -m tightfit train configs/train_gpt2.py": Run(
         instead=f"torchrun --nproc_per_node=1 -m tightfit train configs/train_stdlib.py {ONE_STEP}",
-        reason="GPT-2 on OpenWebText; tests/test_distributed.py runs four processes",
+        reason="GPT-2 on OpenWebText; tests/test_trainer_distributed.py runs four processes",
         says="step 1: train loss",
     ),
     'tightfit plan --n_layer=48 --n_head=25 --n_embd=1600 --gpu "RTX 3060 12GB"': Run(
@@ -86,7 +86,7 @@ SHORTENED = {
     ),
     "tightfit explain oom.log --config configs/train_openwebtext.py": Run(
         instead="tightfit explain oom.log --lang en",
-        reason="playing GPT-2 takes a minute; tests/test_explain.py does",
+        reason="playing GPT-2 takes a minute; tests/test_diagnosis.py does",
         says="6.14 GiB were asked for and 2.68 GiB of 11.69 GiB were free",
     ),
     "tightfit watch out-stdlib": Run(instead="tightfit watch out-stdlib --once", reason="endless", says="host memory"),

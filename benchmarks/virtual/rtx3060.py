@@ -3,7 +3,7 @@
 usage: python benchmarks/virtual/rtx3060.py [--out FILE]
 
 Needs .venv/transformers-4.51, the version that ran on the card (`make .venv/transformers-4.51`). Where the figures come
-from and what is left out: tests/test_rtx3060.py.
+from and what is left out: tests/test_vgpu_rtx3060.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from test_rtx3060 import predicted, rows  # noqa: E402
+from test_vgpu_rtx3060 import predicted, rows  # noqa: E402
 
 FIELDS = ("model", "optimizer", "batch_size", "measured_bytes", "predicted_bytes", "error", "seconds")
 

@@ -146,7 +146,7 @@ def allocate() -> None:
 
 def test_a_function_is_run_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    from test_vgpu_api import allocate as importable
+    from test_vgpu_context import allocate as importable
 
     found = tightfit.dryrun(importable, gpu="A100")
     assert (found.outcome, found.peak.requested_bytes) == ("fits", 4 * MIB)

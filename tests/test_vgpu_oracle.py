@@ -41,7 +41,7 @@ QUICK = (
     "llama bf16 foreach",
 )
 """One of each kind, model, optimizer, loss, recomputing, precision. Compiled ones take a minute each, most of it C++;
-tests/test_dryrun.py holds a compiled step against what a card reported."""
+tests/test_vgpu_dryrun.py holds a compiled step against what a card reported."""
 
 
 def _is_slow(configuration: Configuration) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from test_explain_log import NANOGPT, STORY
+from test_oomlog import NANOGPT, STORY
 
 from tightfit.cli.main import main
 from tightfit.config import TrainConfig, read_config
