@@ -64,7 +64,13 @@ def killed_after(delay_s: float, sign: signal.Signals, folder: Path, mark: str) 
     temporary.mkdir(exist_ok=True)
     environ = {**os.environ, "XDG_CACHE_HOME": str(folder / mark), "TMPDIR": str(temporary), "TIGHTFIT_TEST_MARK": mark}
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, "-m", "tightfit", *PLAN], env=environ, stdout=quiet, stderr=quiet)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tightfit", *PLAN],
+        env=environ,
+        stdout=quiet,
+        stderr=quiet,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     time.sleep(delay_s)
     process.send_signal(sign)
     process.wait(10)

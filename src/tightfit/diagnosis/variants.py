@@ -90,7 +90,7 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._simulator.close()
+        self._simulator.__exit__(kind, error, trace)
 
     def play(self, variants: Mapping[str, Variant]) -> dict[str, Outcome]:
         """Play each variant, the longest first; return the outcomes by name.

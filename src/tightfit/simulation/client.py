@@ -50,6 +50,8 @@ class Simulator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._process is not None and sys.platform == "linux":
+            self._process.kill()  # Ctrl-C is not to wait for torch to load; the kernel ends the plays with the server
         self.close()
 
     def close(self) -> None:
