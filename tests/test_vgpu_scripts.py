@@ -327,3 +327,15 @@ def test_what_cannot_be_replaced_is_refused(line: str, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["outcome"] == "error"
     assert "PermissionError: a dry run does not change files from before it" in done.stderr
     assert (tmp_path / "ckpt.pt").read_text() == "old"
+
+
+def test_names_that_are_no_text_arrive_as_they_are(tmp_path: Path) -> None:
+    script, argument = tmp_path / os.fsdecode(b"sc\xff.py"), os.fsdecode(b"old \xfe \xc3\xa9.txt")
+    script.write_text(
+        "import pathlib, sys, torch\nx = torch.ones(1 << 18, device='cuda')\n"
+        "pathlib.Path('got.txt').write_text(ascii(sys.argv[1]))\n"
+    )
+    found = findings(["--gpu", "A100", script, argument], folder=tmp_path)
+    assert (found["outcome"], found["peak"]["requested_bytes"]) == ("fits", MIB)
+    assert (tmp_path / "got.txt").read_text() == ascii(argument)
+    assert found["largest"][0]["file"].endswith("sc\\udcff.py")

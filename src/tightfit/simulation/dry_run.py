@@ -6,9 +6,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from tightfit.errors import ConfigError, DeviceError, TightfitError
 from tightfit.simulation.client import Simulator, run_once
-from tightfit.simulation.requests import Failed, ScriptRequest
+from tightfit.simulation.requests import Failed, ScriptRequest, sent
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
 
@@ -28,14 +30,15 @@ def dryrun_script(
     """
     if not Path(script).is_file():
         raise ConfigError(say("simulation.dry_run.no_file", script=script))
+    environ = {**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""}
     request = ScriptRequest(
-        script=script,
-        arguments=tuple(arguments),
-        settings=settings,
-        environ={**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""},
-        folder=os.getcwd(),
+        script=sent(script),
+        arguments=tuple(map(sent, arguments)),
+        settings=replace(settings, snapshot=settings.snapshot and sent(settings.snapshot)),
+        environ={sent(name): sent(value) for name, value in environ.items()},
+        folder=sent(os.getcwd()),
     )
-    answer = simulator.play([request])[0] if simulator else run_once(request, environ=request.environ)
+    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ)
     if isinstance(answer, Findings):
         return answer
     raise _error_of(answer)

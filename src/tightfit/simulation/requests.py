@@ -4,6 +4,7 @@ A message is one JSON document behind its length in four bytes. Requests name th
 all of them; `ANSWERS` names the record that answers each.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Generic, TypeVar, cast
 
@@ -131,7 +132,7 @@ class LoopPlay(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScriptRequest(Request["Findings"], frozen=True, kw_only=True, tag="script"):
-    """Somebody's own script."""
+    """Somebody's own script. Texts are as `sent` makes them."""
 
     script: str
     arguments: tuple[str, ...]
@@ -144,6 +145,20 @@ class ScriptRequest(Request["Findings"], frozen=True, kw_only=True, tag="script"
     @property
     def is_remembered(self) -> bool:
         return False
+
+
+def sent(text: str) -> str:
+    """Return a file name, argument or variable in a form that JSON can hold, whatever its bytes."""
+    return os.fsencode(text).decode("latin-1")
+
+
+def received(text: str) -> str:
+    """Undo `sent`.
+
+    >>> received(sent("caf\xe9 \udcff")) == "caf\xe9 \udcff"
+    True
+    """
+    return os.fsdecode(text.encode("latin-1"))
 
 
 class HostRequest(Request["HostRates"], frozen=True, kw_only=True, tag="host"):

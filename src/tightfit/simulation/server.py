@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import json
 import logging
 import os
 import selectors
@@ -32,6 +33,7 @@ from tightfit.simulation.requests import (
     ScriptRequest,
     StepRequest,
     TimingRequest,
+    received,
 )
 from tightfit.simulation.wire import Frames, send
 from tightfit.wording import say
@@ -242,7 +244,7 @@ def _load(modules: Iterable[str]) -> None:
 def _reply(ask: Ask) -> Reply:
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
     try:
-        return Reply(number=ask.number, answer=msgspec.Raw(msgspec.json.encode(_answer(ask.request))))
+        return Reply(number=ask.number, answer=msgspec.Raw(_encoded(_answer(ask.request))))
     except TightfitError as error:
         failed = Failed(error=str(error), traceback=traceback.format_exc(), exit_code=error.exit_code)
         return Reply(number=ask.number, failed=failed)
@@ -251,12 +253,21 @@ def _reply(ask: Ask) -> Reply:
         return Reply(number=ask.number, failed=failed)
 
 
+def _encoded(answer: msgspec.Struct) -> bytes:
+    """Encode an answer; bytes of file names that are no text are shown as escapes."""
+    try:
+        return msgspec.json.encode(answer)
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(answer), ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").replace(b"\\udc", b"\\\\udc")
+
+
 def _enter(request: ScriptRequest) -> None:
     """Give this process the environment, the working folder and the import path of a script."""
     os.environ.clear()
-    os.environ.update(request.environ)
-    os.chdir(request.folder)
-    paths = filter(None, request.environ.get("PYTHONPATH", "").split(os.pathsep))
+    os.environ.update({received(name): received(value) for name, value in request.environ.items()})
+    os.chdir(received(request.folder))
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[1:1] = [path for path in paths if path not in sys.path]
 
 
@@ -275,7 +286,9 @@ def _answer(request: AnyRequest) -> msgspec.Struct:
             from tightfit.vgpu.script import run_script
 
             _enter(request)
-            return run_script(request.script, request.arguments, request.settings)
+            snapshot = request.settings.snapshot
+            settings = msgspec.structs.replace(request.settings, snapshot=snapshot and received(snapshot))
+            return run_script(received(request.script), [received(each) for each in request.arguments], settings)
         case HostRequest():
             from tightfit.simulation.processor import measure_host
 
