@@ -3,20 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.config.sizes import parse_bytes
-from tightfit.planner.plan_record import plan_record
-from tightfit.planner.planning import Where, card_here, make_plan, named_card, this_host
-from tightfit.planner.survey import every_card
-from tightfit.report.page import check_folder, render, write
-from tightfit.report.plan_page import cards_page, plan_page
-from tightfit.report.sections import Page
-from tightfit.report.terminal import page_text
 from tightfit.wording import say
-from tightfit.wording.report import words
+
+if TYPE_CHECKING:
+    from tightfit.planner.planning import Where
+    from tightfit.report.sections import Page
 
 
 def parser() -> Parser:
@@ -38,6 +35,9 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from tightfit.report.page import check_folder, render, write
+    from tightfit.report.terminal import page_text
+
     resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
     if options.html:
         check_folder(options.html)
@@ -48,18 +48,29 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return code
 
 
-def _survey(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple[Page, object, int]:
+def _survey(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple["Page", object, int]:
+    from tightfit.planner.survey import every_card
+    from tightfit.report.plan_page import cards_page
+    from tightfit.wording.report import words
+
     rows = every_card(resolved, log=_progress)
     return cards_page(rows, words(options.lang)), rows, OK
 
 
-def _plan(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple[Page, object, int]:
+def _plan(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple["Page", object, int]:
+    from tightfit.planner.plan_record import plan_record
+    from tightfit.planner.planning import make_plan
+    from tightfit.report.plan_page import plan_page
+    from tightfit.wording.report import words
+
     result = make_plan(resolved, _where(resolved.config, options), log=_progress)
     code = OK if result.choice.best else FAILED
     return plan_page(result, words(options.lang)), plan_record(result), code
 
 
-def _where(config: TrainConfig, options: argparse.Namespace) -> Where:
+def _where(config: TrainConfig, options: argparse.Namespace) -> "Where":
+    from tightfit.planner.planning import card_here, named_card, this_host
+
     memory = parse_bytes(options.memory) if options.memory else None
     if options.gpu:
         return named_card(
