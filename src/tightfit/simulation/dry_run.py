@@ -29,7 +29,7 @@ def dryrun_script(
     unknown card or script, DeviceError if the process left no result.
     """
     if not Path(script).is_file():
-        raise ConfigError(say("simulation.dry_run.no_file", script=script))
+        raise ConfigError(say("vgpu.script.no_file", script=script))
     environ = {**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""}
     request = ScriptRequest(
         script=sent(script),

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import json
 import logging
 import os
 import selectors
@@ -258,8 +257,18 @@ def _encoded(answer: msgspec.Struct) -> bytes:
     try:
         return msgspec.json.encode(answer)
     except UnicodeEncodeError:
-        text = json.dumps(msgspec.to_builtins(answer), ensure_ascii=False)
-        return text.encode("utf-8", "backslashreplace").replace(b"\\udc", b"\\\\udc")
+        return msgspec.json.encode(_printable(msgspec.to_builtins(answer)))
+
+
+def _printable(value: object) -> object:
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case list():
+            return [_printable(each) for each in value]
+        case dict():
+            return {_printable(name): _printable(each) for name, each in value.items()}
+    return value
 
 
 def _enter(request: ScriptRequest) -> None:
@@ -272,7 +281,7 @@ def _enter(request: ScriptRequest) -> None:
 
 
 def _answer(request: AnyRequest) -> msgspec.Struct:
-    """Play one request; each kind imports what it needs."""
+    """Play one request. Each kind has its own imports."""
     match request:
         case StepRequest():
             from tightfit.simulation.step_trace import trace_step

@@ -99,7 +99,7 @@ def rates_of(gpu: GPU, *, compiled: bool) -> Rates:
 
 
 def _product_flops(gpu: GPU, dtype: str, measured_tflops: float | None, without_units: float) -> float:
-    """FLOP/s that matrix products of a model reach; `without_units` is what a card without such units computes."""
+    """Return the FLOP/s of a model's matrix products; `without_units` are those of a card without matrix units."""
     peak, measured = gpu.peak_flops(dtype), (measured_tflops or 0.0) * 1e12
     if peak is None:
         has_units = gpu.native_bf16 or (dtype == "float16" and gpu.capability >= (7, 0))
@@ -115,7 +115,7 @@ def _product_flops(gpu: GPU, dtype: str, measured_tflops: float | None, without_
 
 
 def host_rates(flops: dict[str, float], bandwidth: float) -> Rates:
-    """Rates of this machine's processor, from what was measured on it."""
+    """Return the rates of this machine's processor from its measurements."""
     return Rates(matmul=flops, attention=flops, bandwidth=bandwidth, launch_s=0.0, has_host=False)
 
 
