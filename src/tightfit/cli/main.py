@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from tightfit.cli.exits import FAILED, INTERRUPTED, OK, OUR_ERROR
-from tightfit.cli.parser import environment_kept, keys_help, language_in, leading_language
+from tightfit.cli.parser import keys_help, language_in, leading_language
 from tightfit.errors import ConfigError, TightfitError
-from tightfit.wording import say, speak
+from tightfit.wording import language_kept, say, speak
 
 
 def commands() -> dict[str, str]:
@@ -34,7 +34,7 @@ def commands() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit code: 0 done, 1 does not fit or would fail, 2 the user's mistake, 3 our own error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with environment_kept():
+    with language_kept():
         return _exit_code(words)
 
 

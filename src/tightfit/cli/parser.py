@@ -6,11 +6,9 @@ that take one.
 
 import argparse
 import ast
-import contextlib
 import difflib
 import inspect
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
@@ -158,15 +156,3 @@ def language_in(words: Sequence[str]) -> str | None:
     given = [word.partition("=")[2] for word in own if word.startswith("--lang=")]
     given += [value for word, value in itertools.pairwise(own) if word == "--lang"]
     return next((each for each in reversed(given) if each in LANGUAGES), None)
-
-
-@contextlib.contextmanager
-def environment_kept() -> Iterator[None]:
-    """Restore TIGHTFIT_LANG afterwards: a command that another program calls changes only its own language."""
-    before = os.environ.get("TIGHTFIT_LANG")
-    try:
-        yield
-    finally:
-        os.environ.pop("TIGHTFIT_LANG", None)
-        if before is not None:
-            os.environ["TIGHTFIT_LANG"] = before

@@ -4,6 +4,7 @@
 the one that `speak` chose, or TIGHTFIT_LANG, or the locale's.
 """
 
+import contextlib
 import functools
 import locale
 import os
@@ -25,13 +26,13 @@ _VARIABLE = "TIGHTFIT_LANG"
 def say(sentence: str, /, **values: object) -> str:
     """Fill in the sentence `room.table.key` in this process's language."""
     room, table, key = sentence.split(".", 2)
-    return _words(room, chosen_language(None))(table, key, **values)
+    return words_of(room, chosen_language(None))(table, key, **values)
 
 
 def term(table: str, name: str, /, **values: object) -> str:
     """Fill in the sentence `name` of the table `room.table`, or its sentence `other` where it has none so named."""
     room, of_room = table.split(".")
-    words = _words(room, chosen_language(None))
+    words = words_of(room, chosen_language(None))
     return words(of_room, name if words.has(of_room, name) else "other", **values)
 
 
@@ -45,8 +46,21 @@ def speak(language: str | None) -> str:
     return language
 
 
+@contextlib.contextmanager
+def language_kept() -> Iterator[None]:
+    """Restore the language afterwards: a command that another program calls changes only its own."""
+    before = os.environ.get(_VARIABLE)
+    try:
+        yield
+    finally:
+        os.environ.pop(_VARIABLE, None)
+        if before is not None:
+            os.environ[_VARIABLE] = before
+
+
 @functools.cache
-def _words(room: str, language: str) -> "Words":
+def words_of(room: str, language: str) -> "Words":
+    """Return the sentences of a room. ConfigError for a language without them."""
     return Words(f"tightfit.wording.{room}", language)
 
 
@@ -54,7 +68,8 @@ def chosen_language(given: str | None) -> str:
     """Return the given language, TIGHTFIT_LANG or the locale's. ConfigError for a language without sentences."""
     language = given or os.environ.get(_VARIABLE) or locale_language()
     if language not in LANGUAGES:
-        raise ConfigError(f"--lang must be one of {', '.join(LANGUAGES)}, got {language!r}")
+        source = "--lang" if given else _VARIABLE
+        raise ConfigError(f"{source} must be one of {', '.join(LANGUAGES)}, got {language!r}")
     return language
 
 

@@ -2,12 +2,9 @@
 
 import functools
 
-from tightfit.wording import LANGUAGES, Words, locale_language
+from tightfit.wording import LANGUAGES, Words, locale_language, words_of
 
 __all__ = ["LANGUAGES", "Words", "locale_language", "words"]
 
-
-@functools.cache
-def words(language: str) -> Words:
-    """ConfigError for a language that there are no words in."""
-    return Words("tightfit.wording.report", language)
+words = functools.partial(words_of, "report")
+"""Sentences in one language. ConfigError for a language without them."""

@@ -2,12 +2,9 @@
 
 import functools
 
-from tightfit.wording import LANGUAGES, Words
+from tightfit.wording import LANGUAGES, Words, words_of
 
 __all__ = ["LANGUAGES", "Words", "words"]
 
-
-@functools.cache
-def words(language: str) -> Words:
-    """Sentences in one language. ConfigError for a language without them."""
-    return Words("tightfit.wording.system", language)
+words = functools.partial(words_of, "system")
+"""Sentences in one language. ConfigError for a language without them."""
