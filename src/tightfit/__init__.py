@@ -123,7 +123,7 @@ def dryrun(
 
 
 def explain(source: Any, *, config: Config | None = None, lang: str = "en", gpu: str | None = None) -> "Explanation":
-    """What failed in a log, which tensor it was, why, and fixes that were checked.
+    """Explain a failure from its log: the tensor, the cause, and fixes that were checked.
 
     `source` is the log's text, its path (a Path), or an open file; with `config` the run is played on the card that the
     log tells or `gpu` names. `print(tightfit.explain(text))` shows it. Raises TightfitError for what cannot be used.

@@ -1,1 +1,1 @@
-"""What was found, for people: text, pictures and pages made from plain data."""
+"""Records for people: text, pictures and pages."""

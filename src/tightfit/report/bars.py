@@ -20,11 +20,11 @@ class Part(NamedTuple):
     bytes: int
     colour: str
     basis: str = ""
-    """How it is known; where no part says so there is no column for it."""
+    """Source of the figure. Without one in any part the table has no such column."""
 
 
 def colour_of(category: str) -> str:
-    """That of the charts, or of the rest.
+    """Return the chart's colour of a category, or that of the rest.
 
     >>> colour_of("optimizer state"), colour_of("of another version")
     ('--c-optimizer-state', '--c-other')

@@ -188,7 +188,7 @@ def _fix_row(remedy: Remedy, sentences: Sentences, said: Told) -> list[str]:
 
 
 def _change(slowdown: float | None) -> str:
-    """Of the time of a step.
+    """Return the change of a step's time as text.
 
     >>> _change(0.05), _change(-0.001), _change(51.2), _change(None)
     ('+5%', '±0%', '×52', '–')

@@ -32,7 +32,7 @@ class Run:
     alternatives: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     explanation: str = ""
-    """Why it ended for want of memory; empty for a run that did not, or that has gone on since."""
+    """Reason of the out-of-memory error that ended the run; empty for any other end, or if the run went on."""
     unreadable: Sequence[int] = ()
     """Numbers of the lines that hold no step of a run, as the cut last line of a killed one."""
 

@@ -19,7 +19,7 @@ def place_text(each: Place) -> str:
     if not each.file:
         return ""
     function = f" in {each.function}" if isinstance(each, Origin) and each.function else ""
-    return f"{short_path(each.file)}:{each.line}{function}"
+    return f"{_short_path(each.file)}:{each.line}{function}"
 
 
 def source_line(each: Place) -> str:
@@ -28,7 +28,7 @@ def source_line(each: Place) -> str:
 
 
 @cache
-def short_path(file: str) -> str:
+def _short_path(file: str) -> str:
     """Shorten a path to the part that tells files apart: a page may be sent to others."""
     path = Path(file)
     try:

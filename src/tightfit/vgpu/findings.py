@@ -1,4 +1,4 @@
-"""Findings of a session: the peak and its tensors, the failure, and what was assumed."""
+"""Findings of a session: the peak and its tensors, the failure, and the assumptions."""
 
 from collections import defaultdict
 from collections.abc import Iterable
