@@ -339,3 +339,16 @@ def test_names_that_are_no_text_arrive_as_they_are(tmp_path: Path) -> None:
     assert (found["outcome"], found["peak"]["requested_bytes"]) == ("fits", MIB)
     assert (tmp_path / "got.txt").read_text() == ascii(argument)
     assert found["largest"][0]["file"].endswith("sc\\udcff.py")
+
+
+def test_a_file_saved_just_before_is_from_before(tmp_path: Path) -> None:
+    """Plays of a warm process start within milliseconds: 20 of them on files that were made at that moment."""
+    script = tmp_path / "script.py"
+    script.write_text("import os\nos.remove('saved.txt')\nopen('own.txt', 'w').write('a')\nos.remove('own.txt')\n")
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "saved.txt").write_text("the user's")
+        found = findings(["--gpu", "A100", script], folder=folder)
+        assert [Path(each).name for each in found["not_written"]] == ["saved.txt"]
+        assert [each.name for each in folder.iterdir()] == ["saved.txt"]

@@ -27,8 +27,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes] | int
 
+_FILE_CLOCK = 5
+"""Linux's CLOCK_REALTIME_COARSE, which file systems read: it moves in steps of the kernel's timer, 1 to 10 ms."""
+_ROUNDING_S = 0.0005
+"""Less than a step of that clock, and more than a float of seconds since 1970 errs."""
 _CLOCK_STEP_S = 0.05
-"""Most seconds by which the clock of file times is late: it moves in steps of the kernel's timer (10 ms at most)."""
+"""Most seconds by which file times are late on systems without that clock."""
 
 _LARGEST_LEFTOVER = 64 << 20
 """Bytes of a checkpoint's folder up to which it is removed: settings and vocabularies. More may be prepared data."""
@@ -60,7 +64,7 @@ class FileGuard:
 
     def __init__(self, not_written: list[str]) -> None:
         self._not_written = not_written
-        self._started = time.time() - _CLOCK_STEP_S
+        self._started = _time_after_all_files()
         self._active = False
         self._open: Callable[..., IO[str] | IO[bytes]] = builtins.open
         self._os_open: Callable[..., int] = os.open
@@ -238,6 +242,19 @@ def _path(argument: object) -> Path:
 
 def _text(path: Path) -> str:
     return str(path) if isinstance(path, int) else os.fsdecode(path)
+
+
+def _time_after_all_files() -> float:
+    """Wait for a time that no file so far can have, and return it, in seconds since 1970.
+
+    A play by a warm process starts a millisecond after the user saved a file.
+    """
+    if sys.platform != "linux":
+        return time.time() - _CLOCK_STEP_S
+    now = time.clock_gettime(_FILE_CLOCK)
+    while (later := time.clock_gettime(_FILE_CLOCK)) <= now:
+        time.sleep(0.0005)
+    return later - _ROUNDING_S
 
 
 class _Statx(ctypes.Structure):
