@@ -230,3 +230,40 @@ def test_interpreter_exits_normally(last_line: str, code: int, tmp_path: Path) -
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environ)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines() == ["trained", "atexit ran"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' states from /proc")
+def test_exit_waits_for_the_threads_of_autograd() -> None:
+    """A thread of that name is still at work when the program ends: without the wait, its last line never comes."""
+    said = in_process("""
+        import ctypes, threading, time
+        import tightfit
+        with tightfit.VirtualGPU("RTX 2060"):
+            pass
+
+        def work():
+            ctypes.CDLL(None).prctl(15, b"pt_autograd_7", 0, 0, 0)  # PR_SET_NAME
+            started.set()
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+            print("let go", flush=True)
+            threading.Event().wait()
+
+        started = threading.Event()
+        threading.Thread(target=work, daemon=True).start()
+        started.wait()
+    """)
+    assert said == "let go\n"
+
+
+@pytest.mark.slow
+def test_fifty_processes_end_with_their_own_code() -> None:
+    program = """
+        import sys, torch, tightfit
+        with tightfit.VirtualGPU("RTX 2060"), torch.autograd.graph.save_on_cpu(pin_memory=True):
+            torch.ones(1 << 20, device="cuda", requires_grad=True).sin().exp().sum().backward()
+        sys.exit(7)
+    """
+    runs = [subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=120) for _ in range(50)]
+    assert [run.returncode for run in runs] == [7] * 50

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tightfit.errors import DeviceError
 from tightfit.kernels.operators import WITH_OWN_KERNEL
 from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.patches.autograd_threads import rest_before_exit
 from tightfit.wording import say
 
 _CUDA, _META, _PRIVATE_USE = 1, 14, 20
@@ -62,6 +63,7 @@ def enable() -> None:
             say("vgpu.backend.not_replaceable", version=torch.__version__, kind=kind, error=str(error))
         ) from None
     answer_for_fake_tensors()
+    rest_before_exit()
     _enabled = True
 
 
