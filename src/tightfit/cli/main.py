@@ -1,10 +1,12 @@
 """`tightfit COMMAND ...`: find the command, run it, and turn its errors into one sentence and an exit code."""
 
+import contextlib
 import difflib
 import importlib
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from tightfit.cli.exits import FAILED, INTERRUPTED, OK, OUR_ERROR
@@ -26,6 +28,7 @@ def commands() -> dict[str, str]:
         "report": say("cli.command.report"),
         "explain": say("cli.command.explain"),
         "convert": say("cli.command.convert"),
+        "cache": say("cli.command.cache"),
         "schema": say("cli.command.schema"),
         "completion": say("cli.command.completion"),
     }
@@ -71,14 +74,37 @@ def _run(words: list[str]) -> int:
         print(f"tightfit {version('tightfit')}")
         return OK
     name, *rest = words
-    command = command_module(name)
-    parser = command.parser()
-    if name in _EXPLAINS_KEYS and any(word in ("-h", "--help") for word in rest):
-        parser.epilog = f"{parser.epilog}\n\n{say('cli.main.keys')}\n{keys_help(parser.takes_keys)}"
-    options, others = parser.read(rest)
-    options.lang = speak(options.lang or leading or users)
-    code: int = command.run(options, others)
+    with _missing_package_named(name):
+        command = command_module(name)
+        parser = command.parser()
+        if name in _EXPLAINS_KEYS and any(word in ("-h", "--help") for word in rest):
+            parser.epilog = f"{parser.epilog}\n\n{say('cli.main.keys')}\n{keys_help(parser.takes_keys)}"
+        options, others = parser.read(rest)
+        options.lang = speak(options.lang or leading or users)
+        code: int = command.run(options, others)
     return code
+
+
+_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
+"""Distributions of packages that are imported under another name."""
+
+
+@contextlib.contextmanager
+def _missing_package_named(command: str) -> Iterator[None]:
+    """Name a package that tightfit depends on and that is not installed, in one sentence with the next step."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from importlib.metadata import requires
+
+        module = (error.name or "").partition(".")[0]
+        package = _DISTRIBUTIONS.get(module, module)
+        wanted = re.compile(rf"{re.escape(package)}(?![\w.-])[^;]*")
+        requirement = next(filter(None, map(wanted.fullmatch, requires("tightfit") or ())), None)
+        if requirement is None:
+            raise
+        message = say("cli.main.missing", command=command, package=package, requirement=requirement[0])
+        raise TightfitError(message) from None
 
 
 _EXPLAINS_KEYS = ("train", "sample")
