@@ -151,7 +151,12 @@ def run_once(
 
 
 def _start_server(*mode: str, environ: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", socket.socket]:
-    """Start `python -m tightfit.simulation.server`; it ends when the socket does, or this process."""
+    """Start `python -m tightfit.simulation.server`; it ends when the socket does, or this process.
+
+    ModuleNotFoundError where torch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
     ours, theirs = socket.socketpair()
     words = [sys.executable, "-m", "tightfit.simulation.server", str(theirs.fileno()), *mode]
     with theirs:
