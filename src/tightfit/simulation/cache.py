@@ -84,9 +84,9 @@ def prune(folder: Path, most_bytes: int = _MOST_BYTES) -> None:
 
 def read_cache() -> CacheState:
     """Count the answers on disk. DataError for a folder that cannot be read."""
-    sizes = [size for _, size in _own_files()]
-    folder = _answers_folder()
-    return CacheState(folder=str(folder) if folder else None, files=len(sizes), bytes=sum(sizes), most_bytes=_MOST_BYTES)
+    sizes, folder = [size for _, size in _own_files()], _answers_folder()
+    where = str(folder) if folder else None
+    return CacheState(folder=where, files=len(sizes), bytes=sum(sizes), most_bytes=_MOST_BYTES)
 
 
 def clear_cache() -> CacheState:
