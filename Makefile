@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check suite slow dist clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,11 +24,19 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check .venv/transformers-4.51
+test: check suite
+
+suite: .venv/installed .venv/transformers-4.51
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 slow: .venv/installed
 	$(BIN)/pytest -m slow
 
+dist: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf .venv out out-* data
+	rm -rf .venv dist out out-* data

@@ -1,10 +1,13 @@
 """The wheel and the sdist, and an installation that lacks packages."""
 
+import json
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -135,3 +138,73 @@ def test_a_command_names_the_package_that_it_lacks(words: list[str], package: st
         f"tightfit: {words[0]} needs the Python package {package}, which is not installed; install it: pip install '"
     )
     assert all(part in sentence for part in parts)
+
+
+class Environment:
+    """A fresh virtual environment, and nothing of this one."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder / "venv", with_pip=True)
+        self.bin, self.folder = folder / "venv" / "bin", folder
+
+    def install(self, *words: object) -> None:
+        pinned = ["--quiet", "--constraint", ROOT / "constraints.txt"]
+        done = self._run([self.bin / "pip", "install", *pinned, *words])
+        assert done.returncode == 0, done.stderr
+
+    def tightfit(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        return self._run([self.bin / "tightfit", *words])
+
+    def _run(self, words: list[object]) -> "subprocess.CompletedProcess[str]":
+        environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environ |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip")}
+        return subprocess.run(
+            list(map(str, words)), cwd=self.folder, env=environ, capture_output=True, text=True, check=False
+        )
+
+
+SCRIPT = """import torch
+from torch import nn
+
+model = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)).cuda()
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(3):
+    loss = model(torch.randn(64, 512, device="cuda")).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch_size=4"]
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_runs_every_command(built: Path, tmp_path: Path, log: str) -> None:
+    clean = Environment(tmp_path)
+    clean.install("torch", *built.glob("*.whl"))
+    assert clean.tightfit("explain", log).returncode == 0
+    assert clean.tightfit("doctor").returncode in (0, 1)
+    planned = clean.tightfit("plan", *SMALL, "--vocab_size=512", "--gpu", "RTX 3060 12GB", "--json")
+    assert json.loads(planned.stdout)["best"]["fits"], planned.stderr
+    (tmp_path / "script.py").write_text(SCRIPT)
+    played = clean.tightfit("dryrun", "--gpu", "RTX 3060 12GB", "--timeline", "memory.svg", "script.py")
+    assert (played.returncode, "FITS" in played.stdout) == (0, True), played.stderr
+    assert (tmp_path / "memory.svg").stat().st_size > 1000
+    run = ["--max_iters=2", "--eval_iters=1", "--eval_interval=2", "--sample_at_end=0", "--device=cpu"]
+    trained = clean.tightfit("train", "configs/train_stdlib.py", *SMALL, *run, "--html", "run.html")
+    assert trained.returncode == 0, trained.stderr
+    assert "step 2: train loss" in trained.stdout
+    assert f"reading the one that comes with tightfit, {clean.bin.parent}" in trained.stderr
+    assert "uPlot" in (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_light_installation_explains_a_log(built: Path, tmp_path: Path, log: str) -> None:
+    clean = Environment(tmp_path)
+    clean.install("--no-deps", *built.glob("*.whl"))
+    clean.install(*("nvidia-ml-py" if name == "pynvml" else name for name in LIGHT))
+    explained = clean.tightfit("explain", log)
+    assert (explained.returncode, explained.stderr) == (0, "")
+    assert clean.tightfit("doctor", "--json").returncode == 1
+    refused = clean.tightfit("plan", "--gpu", "A100")
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert "plan needs the Python package" in refused.stderr
