@@ -1,5 +1,6 @@
 """The wheel and the sdist, and an installation that lacks packages."""
 
+import ast
 import json
 import os
 import re
@@ -84,9 +85,39 @@ def test_the_metadata_names_licenses_commands_and_pythons(built: Path) -> None:
     assert "tightfit = tightfit.cli.main:main" in scripts
 
 
+def distribution(requirement: str) -> str:
+    """
+    >>> distribution("nvidia-ml-py>=12.535; sys_platform == 'linux'")
+    'nvidia-ml-py'
+    """
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
+def test_each_dependency_is_imported_and_each_import_is_a_dependency() -> None:
+    imported = {name for file in (ROOT / "src").rglob("*.py") for name in top_level_imports(file)}
+    imported -= {*sys.stdlib_module_names, "tightfit"}
+    names = {"nvidia-ml-py": "pynvml", "liger-kernel": "liger_kernel", "huggingface-hub": "huggingface_hub"}
+    extras = {extra: each for extra, each in PROJECT["optional-dependencies"].items() if extra not in ("dev", "docs")}
+    base = {names.get(name, name) for name in map(distribution, PROJECT["dependencies"])}
+    optional = {names.get(name, name) for each in extras.values() for name in map(distribution, each)}
+    by_name = {"pynvml", "wandb", "tensorboard"}  # by import_module, the last by torch
+    brought = {"markupsafe"}  # by jinja2
+    assert imported - brought == (base | optional) - by_name
+
+
+def top_level_imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module)
+    return {name.partition(".")[0] for name in found}
+
+
 def imported_names() -> list[str]:
     """Names under which the packages are imported that the whole installation has and the light one lacks."""
-    names = [re.match(r"[\w-]+", each)[0] for each in PROJECT["dependencies"]]  # type: ignore[index]
+    names = map(distribution, PROJECT["dependencies"])
     return [name for name in names if name not in (*LIGHT, "nvidia-ml-py")]
 
 
