@@ -37,7 +37,7 @@ def of_answers(folder: Path) -> int:
 def test_it_shows_where_and_how_much(answers: Path) -> None:
     done = here(["cache"])
     assert (done.code, done.err) == (0, "")
-    assert done.out == f"3 simulations remembered, {of_answers(answers)} bytes of at most 256.00 MiB\n{answers}\n"
+    assert done.out == f"3 simulations stored, {of_answers(answers)} bytes of at most 256.00 MiB\n{answers}\n"
     japanese = here(["cache", "--lang=ja"]).out
     assert "シミュレーション結果: 3 件" in japanese
     assert str(answers) in japanese
@@ -80,11 +80,11 @@ def test_json_holds_the_record(answers: Path) -> None:
 
 def test_without_a_cache_or_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert here(["cache"]).out.startswith("0 simulations remembered, 0 bytes of")
+    assert here(["cache"]).out.startswith("0 simulations stored, 0 bytes of")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(cache, "cache_folder", lambda: None)
     for words in (["cache"], ["cache", "clear"]):
-        assert here(words).out == "no cache: this user has no home folder, so every command simulates anew\n"
+        assert here(words).out == "no cache: this user has no home folder, so every command simulates again\n"
 
 
 def test_what_cannot_be_deleted_is_named(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

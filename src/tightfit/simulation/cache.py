@@ -35,12 +35,12 @@ class CacheState(msgspec.Struct, frozen=True, kw_only=True):
     folder: str | None
     """Folder of the answers; None where this user has no home, so that nothing is kept."""
     files: int
-    """Answers that are kept."""
+    """Files of answers, and of parts that a killed process left."""
     bytes: int
     most_bytes: int
     """Size above which the answers used longest ago are deleted."""
     removed_files: int = 0
-    """Answers that `tightfit cache clear` deleted."""
+    """Files that `tightfit cache clear` deleted."""
     freed_bytes: int = 0
 
 
