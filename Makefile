@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check suite slow dist clean
+.PHONY: demo test check slow clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,11 +26,9 @@ check: .venv/installed
 
 test: check suite
 
+.PHONY: suite dist
 suite: .venv/installed .venv/transformers-4.51
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
-
-slow: .venv/installed
-	$(BIN)/pytest -m slow
 
 dist: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check build twine
@@ -38,5 +36,8 @@ dist: .venv/installed
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
+slow: .venv/installed
+	$(BIN)/pytest -m slow
+
 clean:
-	rm -rf .venv dist out out-* data
+	rm -rf .venv out out-* data
