@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -166,7 +167,8 @@ def test_a_command_names_the_package_that_it_lacks(words: list[str], package: st
     assert done.returncode == 2
     assert rest.startswith("loaded ")
     assert sentence.startswith(
-        f"tightfit: {words[0]} needs the Python package {package}, which is not installed; install it: pip install '"
+        f"tightfit: {words[0]} needs the Python package {package}, which is not installed; "
+        "install all that is missing: pip install '"
     )
     assert all(part in sentence for part in parts)
 
@@ -239,3 +241,6 @@ def test_the_light_installation_explains_a_log(built: Path, tmp_path: Path, log:
     refused = clean.tightfit("plan", "--gpu", "A100")
     assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
     assert "plan needs the Python package" in refused.stderr
+    _, _, command = refused.stderr.strip().partition("pip install ")
+    missing = {distribution(each) for each in shlex.split(command)}
+    assert missing == set(map(distribution, PROJECT["dependencies"])) - {*LIGHT, "nvidia-ml-py"}

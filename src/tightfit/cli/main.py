@@ -91,19 +91,19 @@ _DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
 
 @contextlib.contextmanager
 def _missing_package_named(command: str) -> Iterator[None]:
-    """Name a package that tightfit depends on and that is not installed, in one sentence with the next step."""
+    """Name a package that tightfit depends on and that is not installed, and the command that installs all of those."""
     try:
         yield
     except ModuleNotFoundError as error:
-        from importlib.metadata import requires
+        from importlib.metadata import distributions, requires
 
         module = (error.name or "").partition(".")[0]
         package = _DISTRIBUTIONS.get(module, module)
-        wanted = re.compile(rf"{re.escape(package)}(?![\w.-])[^;]*")
-        requirement = next(filter(None, map(wanted.fullmatch, requires("tightfit") or ())), None)
-        if requirement is None:
+        needed = {re.split(r"[^\w.-]", each)[0]: each for each in requires("tightfit") or () if ";" not in each}
+        if package not in needed:
             raise
-        message = say("cli.main.missing", command=command, package=package, requirement=requirement[0])
+        missing = [f"'{each}'" for name, each in needed.items() if name == package or not any(distributions(name=name))]
+        message = say("cli.main.missing", command=command, package=package, missing=" ".join(missing))
         raise TightfitError(message) from None
 
 
