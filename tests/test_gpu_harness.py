@@ -329,6 +329,7 @@ for step in range(4):
 """
 
 
+@pytest.mark.slow
 def test_dry_speed_runs_whole_programs_in_turn(tmp_path):
     theirs = tmp_path / "nanoGPT"
     theirs.mkdir()
@@ -346,6 +347,7 @@ def test_dry_speed_runs_whole_programs_in_turn(tmp_path):
     assert (limits["gpu"], limits["bfloat16_tflops"]) == ("NVIDIA H200", "")
 
 
+@pytest.mark.slow
 def test_a_dry_fit_measures_the_plan_and_the_advice_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny = TrainConfig(

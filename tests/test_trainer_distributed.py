@@ -87,6 +87,7 @@ class TestTorchrun:
             assert done.out.count(f"process {rank} evaluated 96 tokens") == 6
         assert len(re.findall(r"^iter 0:", done.out, re.M)) == 1
 
+    @pytest.mark.slow
     def test_four_processes(self, alone: Path, tmp_path: Path, data_dir: Path) -> None:
         done = ended(torchrun(4, ["-m", "tightfit", *arguments(tmp_path, data_dir, **KEYS)]))
         assert done.code == 0, done.err
