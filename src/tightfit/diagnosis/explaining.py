@@ -38,7 +38,7 @@ _SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd",
 
 
 def explain(
-    source: str | bytes | os.PathLike[str] | IO[bytes] | None,
+    source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None,
     *,
     config: TrainConfig | None = None,
     lang: str | None = None,
@@ -88,7 +88,7 @@ def explain_dryrun(findings: Findings, script: str, arguments: Sequence[str] = (
     return replace(found, seconds=time.monotonic() - started)
 
 
-def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReading:
+def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None) -> LogReading:
     if source is None:
         return LogReading(failure=None, kind_of_nothing="empty")
     if not isinstance(source, os.PathLike) and not _names_file(source):
@@ -105,7 +105,7 @@ def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReadi
         raise ConfigError(say("explain.explaining.unreadable", path=path, reason=reason)) from None
 
 
-def _names_file(source: str | bytes | IO[bytes]) -> TypeGuard[str]:
+def _names_file(source: str | bytes | IO[bytes] | IO[str]) -> TypeGuard[str]:
     """Return True for a text that is one line and names a file, or looks as if it should."""
     if not isinstance(source, str) or not _MAY_BE_PATH.fullmatch(source):
         return False

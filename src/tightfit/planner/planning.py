@@ -133,9 +133,7 @@ def named_card(
     capability: tuple[int, int] | None = None,
 ) -> Where:
     """Return a card by its name, as if it were here. DeviceError for an unknown one."""
-    gpu, notes = described_gpu(
-        text, memory_bytes=memory_bytes, used_bytes=used_by_others_bytes, capability=capability
-    )
+    gpu, notes = described_gpu(text, memory_bytes=memory_bytes, used_bytes=used_by_others_bytes, capability=capability)
     return _on_card(gpu, notes, memory_bytes, used_by_others_bytes, is_here=False)
 
 

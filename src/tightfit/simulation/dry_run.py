@@ -1,11 +1,13 @@
 """Dry runs of scripts and functions, each in a process of its own: its changes to torch never touch this one's."""
 
+import io
 import os
 import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 
 from msgspec.structs import replace
 
@@ -63,12 +65,10 @@ def dryrun_function(function: Callable[..., object], arguments: Sequence[object]
     A function that the process can import goes by its name, any other by its code, as those of a notebook.
     ConfigError for one that cannot be sent.
     """
-    import cloudpickle
-
     _refuse_unknown_card(settings)
     place = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
     try:
-        call = cloudpickle.dumps((function, tuple(arguments)))
+        call = _pickled((function, tuple(arguments)))
     except (TypeError, pickle.PicklingError) as error:
         raise ConfigError(say("simulation.dry_run.not_sent", place=place, reason=error)) from None
     with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
@@ -77,6 +77,27 @@ def dryrun_function(function: Callable[..., object], arguments: Sequence[object]
         script.write_text(_CALL.format(path=str(pickled)), encoding="utf-8")
         paths = os.pathsep.join([*filter(None, sys.path), os.getcwd()])
         return dryrun_script(str(script), [], settings, environ={**os.environ, "PYTHONPATH": paths})
+
+
+def _pickled(call: tuple[object, ...]) -> bytes:
+    """Pickle with code by value, as cloudpickle does, and with the names of its files, by which findings tell lines."""
+    import cloudpickle
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def reducer_override(self, value: object) -> object:
+            if isinstance(value, CodeType):
+                build, parts = self.dispatch_table[CodeType](value)
+                return code_of_file, (build, parts, value.co_filename)
+            return super().reducer_override(value)
+
+    data = io.BytesIO()
+    Pickler(data).dump(call)
+    return data.getvalue()
+
+
+def code_of_file(build: Callable[..., CodeType], parts: Sequence[object], file: str) -> CodeType:
+    """Build a code object as of `file`; pickles name this function."""
+    return build(*parts).replace(co_filename=file)
 
 
 def _refuse_unknown_card(settings: Settings) -> None:
