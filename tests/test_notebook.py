@@ -32,7 +32,7 @@ def shown(notebook: Any) -> list[tuple[str, str]]:
     """Kind and text of every output, without what differs from run to run."""
     found = []
     for output in (each for cell in notebook.cells if cell.cell_type == "code" for each in cell.outputs):
-        for kind, text in ({"text": output.text} if "text" in output else output.data).items():
+        for kind, text in sorted(({"text": output.text} if "text" in output else output.data).items()):
             found.append((kind, _MEASURED.sub("...", text)))
     return found
 

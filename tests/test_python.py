@@ -358,6 +358,26 @@ def test_a_script_without_a_guard_a_running_loop_and_a_thread(own_cache: Path, t
     assert "in inner" in done.stderr, "the traceback of the play"
 
 
+def test_a_package_that_only_sys_path_has_plays_itself(tmp_path: Path) -> None:
+    """As in a notebook that adds a clone to sys.path: the process that plays imports the same lines."""
+    (tmp_path / "play.py").write_text("import tightfit, sys\nprint(tightfit.__file__, file=sys.stderr)\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(tightfit.__file__).parents[1])!r})\n"
+        "import tightfit; print(tightfit.dryrun('play.py', gpu='T4').outcome)"
+    )
+    environ = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environ,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("fits\n", f"{tightfit.__file__}\n")
+
+
 def test_a_loop_that_runs_may_explain() -> None:
     async def explained() -> str:
         return repr(tightfit.explain(PLAIN_LOG))

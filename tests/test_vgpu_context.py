@@ -171,7 +171,7 @@ def test_a_process_has_one() -> None:
 
 
 def test_what_cannot_be_run() -> None:
-    with pytest.raises(ConfigError, match="cannot be sent to another process .*lock"):
+    with pytest.raises(ConfigError, match=r"cannot be sent to another process .*lock"):
         tightfit.dryrun(lambda lock: None, threading.Lock(), gpu="A100")
     with pytest.raises(ConfigError, match=r"missing\.py is not a file"):
         tightfit.dryrun("missing.py", gpu="A100")
