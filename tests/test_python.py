@@ -192,6 +192,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: tightfit.plan(3), "3 is neither a tightfit.Config nor the path of a config file"),  # type: ignore[arg-type]
     (lambda: tightfit.plan(gpu=3), "gpu takes the name of a card, such as 'RTX 3060 12GB', got 3"),  # type: ignore[arg-type]
     (lambda: tightfit.plan(gpu="A100", memory_bytes="12GiB"), "memory_bytes takes a whole number of bytes"),  # type: ignore[arg-type]
+    (lambda: tightfit.plan(used_bytes=-1), "used_bytes takes a whole number of bytes"),
     (lambda: tightfit.plan(gpu="A100", used_bytes=-1), "used_bytes takes a whole number of bytes"),
     (lambda: tightfit.plan(gpu="A100", used_bytes=1 << 40), "1024.00 GiB used by other programs leave nothing of"),
     (lambda: tightfit.plan(gpu="A100", capability="8.6"), "capability takes two whole numbers, such as (8, 6)"),  # type: ignore[arg-type]

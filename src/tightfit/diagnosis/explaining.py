@@ -56,7 +56,7 @@ def explain(
     """
     started = time.monotonic()
     lang = chosen_language(lang)  # an unknown one is refused before anything is played
-    if not isinstance(source, str | bytes | os.PathLike) and not hasattr(source, "read") and (source or script is None):
+    if not _is_log(source) and (source is not None or script is None):
         raise ConfigError(say("explain.explaining.no_source", value=source))
     if gpu is not None:
         check_name(gpu)
@@ -103,6 +103,10 @@ def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None) -
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(say("explain.explaining.unreadable", path=path, reason=reason)) from None
+
+
+def _is_log(source: object) -> bool:
+    return isinstance(source, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(source, "read")
 
 
 def _names_file(source: str | bytes | IO[bytes] | IO[str]) -> TypeGuard[str]:

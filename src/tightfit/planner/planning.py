@@ -149,6 +149,7 @@ def where_to_plan(
     if gpu is not None:
         return named_card(gpu, memory_bytes=memory_bytes, used_by_others_bytes=used_bytes, capability=capability)
     check_bytes("memory_bytes", memory_bytes)
+    check_bytes("used_bytes", used_bytes)
     return (None if config.device == "cpu" else card_here(limit_bytes=memory_bytes)) or this_host(memory_bytes)
 
 

@@ -44,4 +44,5 @@ def _cell(file: str) -> str:
     """Return a notebook's cell, `Cell In[3]`, for the file name that IPython gives it; empty for any other file."""
     if (ipython := sys.modules.get("IPython")) is None or (shell := ipython.get_ipython()) is None:
         return ""
-    return " ".join(shell.compile.format_code_name(file) or ())
+    named = getattr(shell.compile, "format_code_name", None)  # IPython 7 has none
+    return " ".join(named(file) or ()) if named else ""
