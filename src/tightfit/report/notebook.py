@@ -29,7 +29,7 @@ def line(record: object) -> str:
     t = words(_language(record))
     match record:
         case Findings():
-            said = t("line", "findings", verdict=verdict_of(record, t), where=_where(record, t))
+            said = _findings_line(record, t)
         case PlanResult():
             said = _plan_line(record, t)
         case Explanation():
@@ -71,13 +71,14 @@ def _page(record: object) -> Page:
             raise TypeError(f"no page for {type(record).__name__}")
 
 
-def _where(found: Findings, t: Words) -> str:
-    failure = found.failure
+def _findings_line(found: Findings, t: Words) -> str:
+    failure, verdict = found.failure, verdict_of(found, t)
     if failure is None:
-        return t("line", "peak", phase=t.name("phase", found.peak.phase))
+        return t("line", "peak", verdict=verdict, phase=t.name("phase", found.peak.phase))
     return t(
         "line",
         "failed_at" if failure.file else "failed",
+        verdict=verdict,
         phase=t.name("phase", failure.phase),
         requested=format_bytes(failure.requested_bytes),
         free=format_bytes(failure.free_bytes),
