@@ -450,7 +450,7 @@ class TestPublicFace:
 
 
 FLOORS = [
-    ("errors", "units"),
+    ("errors", "units", "display"),
     ("wording",),
     ("storage", "config", "gpus"),
     ("allocator", "kernels", "models", "data"),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -170,8 +171,8 @@ def test_a_process_has_one() -> None:
 
 
 def test_what_cannot_be_run() -> None:
-    with pytest.raises(ConfigError, match="cannot be imported by another process"):
-        tightfit.dryrun(lambda: None, gpu="A100")
+    with pytest.raises(ConfigError, match=r"cannot be sent to another process .*lock"):
+        tightfit.dryrun(lambda lock: None, threading.Lock(), gpu="A100")
     with pytest.raises(ConfigError, match=r"missing\.py is not a file"):
         tightfit.dryrun("missing.py", gpu="A100")
     with pytest.raises(DeviceError, match="Voodoo 2"):

@@ -69,17 +69,15 @@ def _plan(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple
 
 
 def _where(config: TrainConfig, options: argparse.Namespace) -> "Where":
-    from tightfit.planner.planning import card_here, named_card, this_host
+    from tightfit.planner.planning import where_to_plan
 
-    memory = parse_bytes(options.memory) if options.memory else None
-    if options.gpu:
-        return named_card(
-            options.gpu,
-            memory_bytes=memory,
-            used_by_others_bytes=parse_bytes(options.used),
-            capability=capability(options.capability),
-        )
-    return (None if config.device == "cpu" else card_here(limit_bytes=memory)) or this_host(memory)
+    return where_to_plan(
+        config,
+        options.gpu,
+        memory_bytes=parse_bytes(options.memory) if options.memory else None,
+        used_bytes=parse_bytes(options.used),
+        capability=capability(options.capability),
+    )
 
 
 def _progress(text: str) -> None:

@@ -1,10 +1,11 @@
 """From a log, and a configuration or a script where there is one, to the explanation of its failure."""
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeGuard
 
 from msgspec.structs import replace
 
@@ -26,33 +27,39 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
+from tightfit.vgpu.card_arguments import check_name
 from tightfit.vgpu.records import Findings
-from tightfit.wording import say
-from tightfit.wording.diagnosis import words
+from tightfit.wording import chosen_language, say
 
+_MAY_BE_PATH = re.compile(r"[^\n\0]{1,1024}")
+_LOG_NAME = re.compile(r"\S+\.(log|txt|out|err|pickle)")
 _SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
 """Keys of which a log must print at least one for its run to be played."""
 
 
 def explain(
-    source: str | bytes | os.PathLike[str] | IO[bytes] | None,
+    source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None,
     *,
     config: TrainConfig | None = None,
-    lang: str = "en",
+    lang: str | None = None,
     gpu: str | None = None,
     script: str | None = None,
     arguments: Sequence[str] = (),
     config_names: Sequence[str] = (),
     workers: int = 2,
 ) -> Explanation:
-    """Explain a failure: a log's text, its path (a Path, not a string), an open file, or a `.pickle` memory snapshot.
+    """Explain a failure from a log's text, its path, an open file, or the path of a `.pickle` memory snapshot.
 
     With `config`, or keys that the log prints, the run is played on a virtual card of the log's size, and so is every
     remedy; with `script` and its `arguments` that script is. `gpu` names the card. Raises TightfitError for a file,
     card or script that cannot be used; a log in which nothing failed is an answer.
     """
     started = time.monotonic()
-    words(lang)  # an unknown language is refused before anything is played
+    lang = chosen_language(lang)  # an unknown one is refused before anything is played
+    if not _is_log(source) and (source is not None or script is None):
+        raise ConfigError(say("explain.explaining.no_source", value=source))
+    if gpu is not None:
+        check_name(gpu)
     if script is not None and config is not None:
         raise ConfigError(say("explain.explaining.two_runs"))
     reading = _read(source)
@@ -81,10 +88,10 @@ def explain_dryrun(findings: Findings, script: str, arguments: Sequence[str] = (
     return replace(found, seconds=time.monotonic() - started)
 
 
-def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReading:
+def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None) -> LogReading:
     if source is None:
         return LogReading(failure=None, kind_of_nothing="empty")
-    if not isinstance(source, os.PathLike):
+    if not isinstance(source, os.PathLike) and not _names_file(source):
         return _text_only(read_log(source))
     path = Path(source)
     try:
@@ -96,6 +103,17 @@ def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReadi
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(say("explain.explaining.unreadable", path=path, reason=reason)) from None
+
+
+def _is_log(source: object) -> bool:
+    return isinstance(source, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(source, "read")
+
+
+def _names_file(source: str | bytes | IO[bytes] | IO[str]) -> TypeGuard[str]:
+    """Return True for a text that is one line and names a file, or looks as if it should."""
+    if not isinstance(source, str) or not _MAY_BE_PATH.fullmatch(source):
+        return False
+    return bool(_LOG_NAME.fullmatch(source)) or os.path.isfile(source)
 
 
 def _text_only(reading: LogReading, path: Path | None = None) -> LogReading:

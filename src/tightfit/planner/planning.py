@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
+from tightfit.display import Displayed
 from tightfit.errors import DeviceError, TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
@@ -23,6 +24,7 @@ from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
 from tightfit.system.cpuinfo import processor_name
 from tightfit.system.nvml import GpuMemory
+from tightfit.vgpu.card_arguments import check_bytes, described_gpu
 from tightfit.wording import say
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
@@ -49,8 +51,8 @@ class Where:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PlanResult(Displayed):
     """Plan for one device, with the choice behind it."""
 
     config: TrainConfig
@@ -131,8 +133,24 @@ def named_card(
     capability: tuple[int, int] | None = None,
 ) -> Where:
     """Return a card by its name, as if it were here. DeviceError for an unknown one."""
-    gpu, notes = resolve_gpu(text, memory_bytes=memory_bytes, capability=capability)
+    gpu, notes = described_gpu(text, memory_bytes=memory_bytes, used_bytes=used_by_others_bytes, capability=capability)
     return _on_card(gpu, notes, memory_bytes, used_by_others_bytes, is_here=False)
+
+
+def where_to_plan(
+    config: TrainConfig,
+    gpu: str | None,
+    *,
+    memory_bytes: int | None = None,
+    used_bytes: int = 0,
+    capability: tuple[int, int] | None = None,
+) -> Where:
+    """Return the card that `gpu` names; without a name the one that is here, or else the processor."""
+    if gpu is not None:
+        return named_card(gpu, memory_bytes=memory_bytes, used_by_others_bytes=used_bytes, capability=capability)
+    check_bytes("memory_bytes", memory_bytes)
+    check_bytes("used_bytes", used_bytes)
+    return (None if config.device == "cpu" else card_here(limit_bytes=memory_bytes)) or this_host(memory_bytes)
 
 
 def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None:

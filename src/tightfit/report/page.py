@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tightfit.errors import DataError, DoesNotFit
-from tightfit.report.sections import Page
+from tightfit.report.sections import Page, Section
 from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.storage import write_aside
 from tightfit.wording import say
@@ -68,7 +69,32 @@ def render(page: Page, *, lang: str) -> str:
         dark_colours={_slug(name): colour for name, colour in dark.items()},
         phase_colours={_slug(name): colour for name, colour in PHASE_COLOURS.items()},
     )  # fmt: skip
-    return html.encode("utf-8", "replace").decode()  # a lone surrogate, as in a file name that is not UTF-8
+    return _encodable(html)
+
+
+def fragment(page: Page, sections: Sequence[Section], *, unfolded: Collection[str], lang: str) -> str:
+    """Return these sections of a page for a notebook.
+
+    Notebooks remove scripts and style sheets and have a theme of their own, so all style is inline, text takes the
+    theme's colours, and bars stand on a light strip. JupyterLab's sanitizer lets every tag and property here pass.
+    """
+    template = _environment().get_template("notebook.html")
+    return _encodable(
+        template.render(page=page, sections=sections, unfolded=unfolded, lang=lang, colours=_light_colours())
+    )
+
+
+def _encodable(html: str) -> str:
+    """Replace a lone surrogate, as in a file name that is not UTF-8."""
+    return html.encode("utf-8", "replace").decode()
+
+
+@cache
+def _light_colours() -> dict[str, str]:
+    """Return the style sheet's colours for light pages, by custom property."""
+    root = _asset("templates/page.css").partition("}")[0]
+    named = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6});", root))
+    return named | {f"--c-{_slug(name)}": colour for name, colour in CATEGORY_COLOURS.items()}
 
 
 def write(html: str, path: str | os.PathLike[str]) -> None:

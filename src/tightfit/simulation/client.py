@@ -7,8 +7,10 @@ import select
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, cast
 
@@ -160,5 +162,14 @@ def _start_server(*mode: str, environ: Mapping[str, str]) -> tuple["subprocess.P
     ours, theirs = socket.socketpair()
     words = [sys.executable, "-m", "tightfit.simulation.server", str(theirs.fileno()), *mode]
     with theirs:
+        environ = _with_this_package(environ)
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),))
     return process, ours
+
+
+def _with_this_package(environ: Mapping[str, str]) -> dict[str, str]:
+    """Let the server import this very package where only this process's sys.path has it, as in a notebook's clone."""
+    root = str(Path(__file__).parents[2])
+    if root in map(sysconfig.get_path, ("purelib", "platlib")):
+        return dict(environ)
+    return {**environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))}
