@@ -120,10 +120,10 @@ class TestPlays:
     def test_answers_come_in_the_order_of_the_questions_and_are_remembered(self, home: Path) -> None:
         requests = [request(TrainConfig(**{**vars(TINY), "n_layer": layers})) for layers in (3, 1, 2)]
         seen: list[tuple[int, int]] = []
-        with Simulator() as simulator:
-            found = simulator.play(requests, progress=lambda done, of: seen.append((done, of)))
+        with Simulator(progress=lambda done, of: seen.append((done, of))) as simulator:
+            found = simulator.play(requests)
             assert simulator.played == 3
-        assert seen == [(1, 3), (2, 3), (3, 3)]
+        assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
         peaks = [each.allocated_bytes for each in found if isinstance(each, StepTrace)]
         assert peaks[1] < peaks[2] < peaks[0]
         with Simulator() as simulator:

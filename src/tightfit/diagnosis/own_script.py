@@ -16,7 +16,7 @@ from tightfit.diagnosis.remedies import UNCHECKED, USUAL_SHARE, Option, Remedy, 
 from tightfit.errors import ConfigError
 from tightfit.gpus import find_gpu
 from tightfit.oomlog.log_reader import LogReading, read_log
-from tightfit.simulation.client import Simulator
+from tightfit.simulation.client import Progress, Simulator
 from tightfit.simulation.dry_run import dryrun_script
 from tightfit.vgpu.records import Settings
 from tightfit.wording import say
@@ -38,7 +38,8 @@ def read_failure(outcome: Outcome) -> LogReading:
 class OwnScript:
     """A script with its arguments on one card."""
 
-    def __init__(self, card: Card, script: str, arguments: Sequence[str]) -> None:
+    def __init__(self, card: Card, script: str, arguments: Sequence[str], *, progress: Progress | None = None) -> None:
+        self._progress = progress
         self.card, self.script, self.arguments = card, script, list(arguments)
         self._simulator: Simulator | None = None
 
@@ -71,7 +72,7 @@ class OwnScript:
         if facts is None or outcome.failure is None:
             return replace(plain, causes=(play_fits(outcome),))
         culprit = culprit_of_play(facts, outcome, of_script=True)
-        with Simulator(workers=1) as self._simulator:
+        with Simulator(workers=1, progress=self._progress) as self._simulator:
             remedies = list(self._remedies(unplayed(facts, of_device=True), outcome))
         self._simulator = None
         return replace(

@@ -36,8 +36,8 @@ Progress = Callable[[int, int], object]
 class Simulator:
     """Answers requests by playing them on the virtual GPU, two or more at a time. To be closed."""
 
-    def __init__(self, *, workers: int | None = None) -> None:
-        self._workers = workers or min(4, os.cpu_count() or 1)
+    def __init__(self, *, workers: int | None = None, progress: Progress | None = None) -> None:
+        self._workers, self._progress = workers or min(4, os.cpu_count() or 1), progress
         self.will_compile = False
         """Load the compiler when the server starts: a play that needs it is expected."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -67,7 +67,7 @@ class Simulator:
                 self._process.wait()
             self._process = self._connection = None
 
-    def play(self, requests: Sequence[Request[A]], *, progress: Progress | None = None) -> list[A | Failed]:
+    def play(self, requests: Sequence[Request[A]]) -> list[A | Failed]:
         """Return the answer to each request, in their order, or `Failed`. Put the longest first.
 
         DeviceError if the server does not answer for ten minutes.
@@ -78,6 +78,7 @@ class Simulator:
                 answers[number] = found
         missing = [number for number in range(len(requests)) if number not in answers]
         self.played += len(missing)
+        self._report(len(answers), len(requests))
         for reply in self._asked({number: requests[number] for number in missing}):
             request = requests[reply.number]
             if reply.failed is None:
@@ -86,9 +87,12 @@ class Simulator:
                     remember(request, answer)
             else:
                 answers[reply.number] = reply.failed
-            if progress:
-                progress(len(answers), len(requests))
+            self._report(len(answers), len(requests))
         return [answers[number] for number in range(len(requests))]
+
+    def _report(self, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(done, total)
 
     def _asked(self, requests: Mapping[int, Request[A]]) -> Iterator[Reply]:
         """Replies to `requests`, as they come; each request has one."""
