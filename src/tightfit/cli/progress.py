@@ -67,8 +67,10 @@ def _draw(progress: Progress, ended: threading.Event) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
-    columns = (SpinnerColumn("line"), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    stage = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (SpinnerColumn("line"), BarColumn(bar_width=20), TimeElapsedColumn(), stage)
     with Bar(*columns, console=Console(stderr=True), transient=True, refresh_per_second=_FRAMES_A_S) as bars:
         task = bars.add_task("", total=None)
         while not ended.wait(1 / _FRAMES_A_S):
