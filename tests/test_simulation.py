@@ -22,7 +22,15 @@ from tightfit.simulation.requests import Ask, Failed, HostRates, HostRequest, Re
 from tightfit.simulation.wire import Frames, send
 
 MODEL = ["--n_layer=2", "--n_embd=128", "--n_head=2", "--vocab_size=8192", "--compile=True"]
-PLAN = ["plan", "--gpu=RTX 3060 12GB", *MODEL]
+ROOT = Path(__file__).parents[1]
+TIGHTFIT = ("-m", "tightfit")
+PLAN = (*TIGHTFIT, "plan", "--gpu=RTX 3060 12GB", *MODEL)
+STARTS_ANOTHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open({started!r}, "w").close()
+time.sleep(100)
+"""
 RATES = HostRates(flops={"float32": 1e11}, bandwidth=1e10, base_bytes={"resident": 1})
 TINY = TrainConfig(
     n_layer=1, n_head=1, n_embd=64, block_size=64, vocab_size=512, batch_size=2, micro_batch=1, device="cuda",
@@ -59,20 +67,40 @@ def wait_until_gone(mark: str, seconds: float = 10) -> list[psutil.Process]:
     return left
 
 
-def killed_after(delay_s: float, sign: signal.Signals, folder: Path, mark: str) -> None:
+def wait_for(moment: float | Path) -> None:
+    if not isinstance(moment, Path):
+        return time.sleep(moment)
+    deadline = time.monotonic() + 60
+    while not moment.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert moment.exists(), "the script did not begin"
+
+
+def killed_after(
+    moment: float | Path,
+    sign: signal.Signals,
+    folder: Path,
+    mark: str,
+    words: tuple[str, ...] = PLAN,
+    *,
+    group: bool = False,
+) -> None:
+    """Kill a command after so many seconds, or once a file is there; fail if it leaves a process or a file behind."""
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)
     environ = {**os.environ, "XDG_CACHE_HOME": str(folder / mark), "TMPDIR": str(temporary), "TIGHTFIT_TEST_MARK": mark}
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(
-        [sys.executable, "-m", "tightfit", *PLAN],
+        [sys.executable, *words],
         env=environ,
+        cwd=ROOT,
+        start_new_session=True,
         stdout=quiet,
         stderr=quiet,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
-    time.sleep(delay_s)
-    process.send_signal(sign)
+    wait_for(moment)
+    (os.killpg if group else os.kill)(process.pid, sign)
     process.wait(10)
     assert wait_until_gone(mark) == []
     assert [each.name for each in temporary.iterdir() if not each.name.startswith("torchinductor")] == []
@@ -85,6 +113,20 @@ class TestEnd:
 
     def test_an_interrupted_one_neither(self, tmp_path: Path) -> None:
         killed_after(5.0, signal.SIGINT, tmp_path, f"{os.getpid()}-interrupted")
+
+    @pytest.mark.parametrize("group", [False, True])
+    def test_an_interrupted_demo_neither(self, group: bool, tmp_path: Path) -> None:
+        killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-demo", ("benchmarks/demo.py",), group=group)
+
+    def test_an_interrupted_explanation_neither(self, tmp_path: Path) -> None:
+        words = ("explain", "benchmarks/story.log", "--config=configs/train_openwebtext.py")
+        killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-explain", (*TIGHTFIT, *words), group=True)
+
+    def test_an_interrupted_dry_run_takes_along_what_its_script_started(self, tmp_path: Path) -> None:
+        script, started = tmp_path / "script.py", tmp_path / "started"
+        script.write_text(STARTS_ANOTHER.format(started=str(started)))
+        words = (*TIGHTFIT, "dryrun", "--gpu=RTX 4090", str(script))
+        killed_after(started, signal.SIGINT, tmp_path, f"{os.getpid()}-dryrun", words, group=True)
 
     @pytest.mark.slow
     def test_twenty_random_moments(self, tmp_path: Path) -> None:

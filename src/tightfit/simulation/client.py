@@ -1,5 +1,6 @@
 """The service's client: starts the server at the first question, remembers answers, ends everything at once."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import TypeVar, cast
 
 import msgspec
+import psutil
 
 from tightfit.errors import DeviceError
 from tightfit.simulation.cache import recall, remember
@@ -53,7 +55,7 @@ class Simulator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and self._process is not None and sys.platform == "linux":
-            self._process.kill()  # Ctrl-C is not to wait for torch to load; the kernel ends the plays with the server
+            _kill(self._process)  # Ctrl-C is not to wait for torch to load
         self.close()
 
     def close(self) -> None:
@@ -152,8 +154,19 @@ def run_once(
         return Failed(error=say("simulation.client.no_answer", code=process.wait()))
     finally:
         connection.close()
-        process.kill()
+        _kill(process)
         process.wait()
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a server with its plays and what their scripts started, which nothing else would end."""
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in started:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def _start_server(*mode: str, environ: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", socket.socket]:
