@@ -128,8 +128,12 @@ class OwnScript:
 
 
 def _argument(arguments: Sequence[str], name: re.Pattern[str]) -> tuple[str, int] | None:
-    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`."""
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`.
+
+    >>> _argument(["--bs", "8"], _BATCH), _argument(["--batch_size=8"], _BATCH), _argument([], _BATCH)
+    (('--bs', 8), ('--batch_size', 8), None)
+    """
+    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value = value if equals else after
         if name.fullmatch(option) and value.isdecimal() and (int(value) > 1 or name is _ACCUMULATION):
