@@ -71,7 +71,7 @@ class Size:
 SMALL, MIDDLE, LARGE = Size(1, 64, 4, 0.4), Size(1, 128, 4, 1.0), Size(2, 192, 8, 5.5)
 FEWEST, FEW, ENOUGH, MOST = 60, 150, 350, 700
 """Steps: fewer than FEW ask for a smaller model; a larger one is chosen where it gets ENOUGH."""
-TIMED_STEPS = 40
+TIMED_STEPS = 20
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Demo:
         self._wait("preparing the text", lambda: prepared.is_done)
         self._check(prepared)
         self.steps, began = TIMED_STEPS, self._elapsed()
-        timed = self._start("timing", self._training("timing"))
+        timed = self._start("timing", [*self._training("timing"), "--eval_iters=1", "--sample_at_end=0"])
         self._wait("measuring how fast this machine trains", lambda: timed.is_done)
         self._check(timed)
         self.step_s = statistics.median(row["ms"] for row in self._rows("timing") if row.get("ms")) / 1000

@@ -18,13 +18,23 @@ import pytest
 from tightfit.config import TrainConfig
 from tightfit.simulation import cache
 from tightfit.simulation.client import Simulator, run_once
+from tightfit.simulation.dry_run import dryrun_script
 from tightfit.simulation.requests import Ask, Failed, HostRates, HostRequest, Reply, StepRequest, StepTrace
 from tightfit.simulation.wire import Frames, send
+from tightfit.vgpu.records import Settings
 
 MODEL = ["--n_layer=2", "--n_embd=128", "--n_head=2", "--vocab_size=8192", "--compile=True"]
 ROOT = Path(__file__).parents[1]
 TIGHTFIT = ("-m", "tightfit")
 PLAN = (*TIGHTFIT, "plan", "--gpu=RTX 3060 12GB", *MODEL)
+THREE_STEPS = """
+import torch
+layer = torch.nn.Linear(4, 4, device="cuda")
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+for _ in range(3):
+    layer(torch.ones(2, 4, device="cuda")).sum().backward()
+    optimizer.step()
+"""
 STARTS_ANOTHER = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
@@ -171,6 +181,12 @@ class TestPlays:
         with Simulator() as simulator:
             assert simulator.play(requests) == found
             assert simulator.played == 0
+
+    def test_steps_of_a_script_are_heard_of_while_it_plays(self, tmp_path: Path) -> None:
+        script, seen = tmp_path / "script.py", list[int]()
+        script.write_text(THREE_STEPS)
+        found = dryrun_script(str(script), [], Settings(gpu="RTX 4090"), on_step=seen.append)
+        assert (found.outcome, seen) == ("fits", [1, 2, 3])
 
     def test_what_cannot_be_played_says_why(self, home: Path) -> None:
         with Simulator() as simulator:

@@ -44,8 +44,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from tightfit.simulation.dry_run import dryrun_script
 
     settings = settings_of(options)
-    with shown(say("cli.progress.playing", script=options.script, gpu=options.gpu), bar=False):
-        found = dryrun_script(options.script, options.arguments, settings)
+    names = {"script": options.script, "gpu": options.gpu}
+    with shown(say("cli.progress.playing", **names), bar=False) as progress:
+
+        def tell(steps: int) -> None:
+            progress.stage(say("cli.progress.stepped", **names, steps=steps))
+
+        found = dryrun_script(options.script, options.arguments, settings, on_step=tell)
     _write_pictures(found, options)
     if options.json:
         print(as_json(found))

@@ -133,9 +133,16 @@ class Simulator:
 
 
 def run_once(
-    request: Request[A], *, timeout_s: float | None = None, environ: Mapping[str, str] | None = None
+    request: Request[A],
+    *,
+    timeout_s: float | None = None,
+    environ: Mapping[str, str] | None = None,
+    on_step: Callable[[int], object] = lambda steps: None,
 ) -> A | Failed:
-    """Answer one request in a process of its own, on this machine's real devices, or return `Failed`."""
+    """Answer one request in a process of its own, on this machine's real devices, or return `Failed`.
+
+    `on_step` hears how many optimizer steps a script has done.
+    """
     process, connection = _start_server("once", environ=dict(os.environ if environ is None else environ))
     deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
     try:
@@ -146,6 +153,9 @@ def run_once(
             ready, _, _ = select.select([connection], [], [], 0.0 if has_ended else _POLL_S)
             data = connection.recv(_CHUNK) if ready else b""
             for reply in frames.feed(data):
+                if reply.steps:
+                    on_step(reply.steps)
+                    continue
                 return reply.failed or decode_answer(request, reply.answer)
             if not data and (ready or has_ended):
                 return Failed(error=say("simulation.client.no_answer", code=process.wait()))
