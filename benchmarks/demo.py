@@ -127,6 +127,8 @@ class Demo:
         self.folder, self.jobs = folder, dict[str, Job]()
         self.started, self.seconds = time.monotonic(), QUICK_S
         self.size, self.steps = MIDDLE, ENOUGH
+        self.has_limit = hasattr(resource, "prlimit")
+        """Only Linux lowers the limit of another process."""
         self.step_s = 0.0
         """Measured seconds of a step of the middle size."""
         self.limit_mib = 0
@@ -140,17 +142,16 @@ class Demo:
         self._measure()
         whole = self._start("undisturbed", self._training("undisturbed"))
         limited = self._start("limited", self._training("limited"))
-        has_limit = hasattr(resource, "prlimit")
-        if has_limit:
+        if self.has_limit:
             resource.prlimit(limited.process.pid, resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
             threading.Thread(target=self._lose_memory, args=(limited,), daemon=True).start()
         threading.Thread(target=self._stop_in_time, args=((whole, limited),), daemon=True).start()
         self._plan(compiles)
-        self._show_runs(whole, limited, has_limit)
+        self._show_runs(whole, limited)
         same = self._compare(whole, limited)
         self._sample(whole, limited)
         print(f"\n# That took {self._elapsed():.0f} s.")
-        return 0 if same and (self.limit_mib or not has_limit) else 1
+        return 0 if same and (self.limit_mib or not self.has_limit) else 1
 
     def end(self) -> None:
         """Kill what still runs; each command's own processes end with it."""
@@ -205,9 +206,9 @@ class Demo:
         self._print_all(job)
         print()
 
-    def _show_runs(self, whole: Job, limited: Job, has_limit: bool) -> None:
+    def _show_runs(self, whole: Job, limited: Job) -> None:
         limit = f"The kernel lets the second have {LIMIT_BYTES // MIB} MiB, and less in mid-run."
-        print(f"# 3. A GPT learns Python's manual, twice at once. {limit if has_limit else ''}")
+        print(f"# 3. A GPT learns Python's manual, twice at once. {limit if self.has_limit else ''}")
         rate = f"{self.step_s * 1000:.0f} ms for a step of {MIDDLE.batch_size} x 64 tokens, beside the plan"
         print(f"#    Measured: {rate}. So it gets {self.steps} steps of {self.size.batch_size} x 64.")
         print(limited.command())
@@ -219,7 +220,7 @@ class Demo:
                 if re.match(r"(parameters|iter|step|SIG)", line):
                     print(f"  {line}", flush=True)
         self._wait("training", lambda: whole.is_done)
-        if not has_limit:
+        if not self.has_limit:
             print("# This system has no prlimit, so no memory was taken away.")
         elif not self.limit_mib:
             print("# The kernel never refused the run memory, so it had nothing to survive.")
@@ -230,6 +231,7 @@ class Demo:
         one, other = self._losses("undisturbed"), self._losses("limited")
         steps = sorted(one.keys() & other.keys())
         if not steps:
+            print("\n".join(["# One of the runs failed:", *whole.errors, *limited.errors]))
             return False
         apart = {step: abs(one[step] - other[step]) for step in steps}
         before = max((apart[step] for step in steps if step < lost), default=0.0)
@@ -273,7 +275,10 @@ class Demo:
         """Lower the limit to between the least and the most that the run holds, until the kernel has refused memory."""
         deadline = self._deadline_s()
         began = self._elapsed()
-        while limited.step < LOST_AT * self.steps and self._elapsed() < began + LOST_AT * (deadline - began):
+        late = began + LOST_AT * (deadline - began)
+        while not limited.is_done and limited.step < LOST_AT * self.steps:
+            if limited.step and self._elapsed() > late:
+                break
             time.sleep(0.02)
         try:
             while not self.limit_mib and not limited.is_done:
@@ -290,8 +295,8 @@ class Demo:
             pass  # it has ended
 
     def _stop_in_time(self, runs: Iterable[Job]) -> None:
-        """Ask both runs to end when the time for them is over: each saves what it has learned."""
-        while self._elapsed() < self._deadline_s():
+        """Ask both runs to end when the time for them is over and memory was lost; each saves what it has learned."""
+        while self._elapsed() < self._deadline_s() or (self.has_limit and not self.limit_mib):
             time.sleep(0.1)
         for run in runs:
             run.process.send_signal(signal.SIGINT)
@@ -330,7 +335,8 @@ class Demo:
             sys.exit("\n".join([job.command(), *job.lines[-5:], *job.errors]))
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        file = self.folder / name / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def _losses(self, name: str) -> dict[int, float]:
         return {row["step"]: row["loss"] for row in self._rows(name) if "loss" in row and "event" not in row}
