@@ -5,14 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 from tightfit.cli.cmd_report import page_at_end
 from tightfit.cli.exits import FAILED, OK
 from tightfit.cli.parser import Parser
-from tightfit.cli.progress import shown
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import TightfitError
 from tightfit.trainer.supervise import supervise, wants_supervision
@@ -55,9 +52,7 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
         from tightfit.planner.fit import fit
 
         is_main = os.environ.get("RANK", "0") == "0"
-        log = partial(print, flush=True) if is_main else lambda line: None
-        with shown(say("cli.progress.fitting"), bar=False) if is_main else nullcontext() as progress:
-            fitted = fit(resolved, log=log, progress=progress.count if progress else None)
+        fitted = fit(resolved, log=lambda line: print(line, flush=True) if is_main else None)
         resolved, fallback = fitted.resolved, fitted.fallback
     from tightfit.trainer.loop import train  # torch is imported only when there is something to train
 

@@ -10,7 +10,7 @@ from tightfit.wording import say
 
 EVERY_S = 4.0
 """Seconds between two lines. Nothing may be silent for more than five."""
-_FIRST_S = 2.0
+_FIRST_S = 4.0
 """Seconds before the first line: a shorter command prints none."""
 _FRAMES_A_S = 4
 

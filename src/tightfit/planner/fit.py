@@ -16,7 +16,6 @@ from tightfit.planner.planning import PlanResult, Where, card_here, make_plan, t
 from tightfit.planner.probe import is_wanted, timed
 from tightfit.planner.sentences import nothing_fits, one_line
 from tightfit.simulation.cache import one_at_a_time
-from tightfit.simulation.client import Progress
 from tightfit.system import host_memory
 from tightfit.trainer.fallback import Fallback
 from tightfit.units import GIB, MIB
@@ -38,7 +37,7 @@ class Fitted:
     fallback: Fallback | None = None
 
 
-def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object], progress: Progress | None = None) -> Fitted:
+def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object]) -> Fitted:
     """Return the configuration with a plan's keys in it, and the fallback for when memory runs out.
 
     DoesNotFit where nothing fits; DataError and CheckpointError, before anything is traced, for a run that cannot
@@ -63,7 +62,7 @@ def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object], progre
             is_ours = where.gpu is not None and is_open(resolved, "loss")
             return Fitted(_with_keys(resolved, {"loss": "full"} if is_ours else {}))  # the faster one on a card
         with one_at_a_time():  # processes that ask for the same plan: the first traces it, the others recall it
-            result = make_plan(resolved, where, processes=processes, log=log, progress=progress)
+            result = make_plan(resolved, where, processes=processes, log=log)
     except DeviceError as error:
         log(say("planner.fit.no_plan", error=error))
         return Fitted(resolved)
