@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from runs import arguments, environment, here, make_dataset, process
 
 import tightfit
+from tightfit.cli import progress
 from tightfit.cli.cmd_schema import RECORDS
 from tightfit.cli.main import commands
 
@@ -579,3 +581,27 @@ class TestOneParser:
         found = json.loads(here(["schema", "plan"]).out)
         assert found["$defs"]["PlanRow"]["properties"]["peak_bytes"] == {"type": "integer"}
         assert "best" in found["$defs"]["PlanRecord"]["required"]
+
+
+# Progress
+
+
+def test_progress_is_a_line_now_and_then_where_no_terminal_is(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_S", 0.02)
+    monkeypatch.setattr(progress, "EVERY_S", 0.02)
+    told = iter(lambda: capsys.readouterr().err, "never")
+    with progress.shown("reading") as shown:
+        first = next(text for text in told if text)
+        shown.stage("playing")
+        shown.count(1, 3)
+        next(text for text in told if "1 of 3 done" in text)
+    assert re.match(r"tightfit: reading \(\d+ s\)\n", first)
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert not capsys.readouterr().err, "it ends with the block"
+
+
+def test_progress_of_a_short_command_is_not_shown(capsys) -> None:
+    with progress.shown("reading"):
+        pass
+    assert not capsys.readouterr().err

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TypeGuard
 
@@ -27,6 +27,7 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
+from tightfit.simulation.client import Progress
 from tightfit.vgpu.card_arguments import check_name
 from tightfit.vgpu.records import Findings
 from tightfit.wording import chosen_language, say
@@ -47,12 +48,15 @@ def explain(
     arguments: Sequence[str] = (),
     config_names: Sequence[str] = (),
     workers: int = 2,
+    log: Callable[[str], object] = lambda text: None,
+    progress: Progress | None = None,
 ) -> Explanation:
     """Explain a failure from a log's text, its path, an open file, or the path of a `.pickle` memory snapshot.
 
     With `config`, or keys that the log prints, the run is played on a virtual card of the log's size, and so is every
     remedy; with `script` and its `arguments` that script is. `gpu` names the card. Raises TightfitError for a file,
-    card or script that cannot be used; a log in which nothing failed is an answer.
+    card or script that cannot be used; a log in which nothing failed is an answer. `log` gets a line when plays begin,
+    `progress` hears of those done.
     """
     started = time.monotonic()
     lang = chosen_language(lang)  # an unknown one is refused before anything is played
@@ -65,14 +69,14 @@ def explain(
     reading = _read(source)
     facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang)
     if script is not None:
-        found = _with_script(plain, gpu, script, arguments)
+        found = _with_script(plain, gpu, script, arguments, log, progress)
     elif facts is None:
         found = plain
     elif not is_of_device(facts):
         causes = causes_of(facts, reading.context)
         found = replace(plain, causes=causes, remedies=unplayed(facts, of_device=False), unplayed_because="kind")
     else:
-        found = _of_device(plain, facts, config, gpu, workers)
+        found = _of_device(plain, facts, config, gpu, workers, log, progress)
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
 
 
@@ -125,7 +129,13 @@ def _text_only(reading: LogReading, path: Path | None = None) -> LogReading:
 
 
 def _of_device(
-    plain: Explanation, facts: Facts, config: TrainConfig | None, gpu: str | None, workers: int
+    plain: Explanation,
+    facts: Facts,
+    config: TrainConfig | None,
+    gpu: str | None,
+    workers: int,
+    log: Callable[[str], object],
+    progress: Progress | None,
 ) -> Explanation:
     """Explain memory that ran out on a device: by plays if the configuration and the card are known."""
     printed = plain.reading.context
@@ -134,7 +144,8 @@ def _of_device(
     card = card_of(facts, printed, gpu)
     if config is None or card is None:
         return _unplayed(plain, facts, card, "config" if config is None else "card")
-    with Stage(card, workers=workers) as stage:
+    log(say("explain.explaining.playing", gpu=card.name))
+    with Stage(card, workers=workers, progress=progress) as stage:
         plays = Plays(facts, card, variant_of(config, card))
         plays.play(stage)
     guesses = guesses_of(facts)
@@ -189,14 +200,23 @@ def _printed_config(printed: Printed) -> TrainConfig | None:
         return None
 
 
-def _with_script(plain: Explanation, gpu: str | None, script: str, arguments: Sequence[str]) -> Explanation:
+def _with_script(
+    plain: Explanation,
+    gpu: str | None,
+    script: str,
+    arguments: Sequence[str],
+    log: Callable[[str], object],
+    progress: Progress | None,
+) -> Explanation:
     """Explain by playing the user's own script on the card of the log, or on `gpu`."""
     card = card_of(plain.facts or Facts(kind="cuda_out_of_memory"), plain.reading.context, gpu)
     if card is None:
         raise ConfigError(say("explain.explaining.no_card"))
-    own = OwnScript(card, script, arguments)
+    own = OwnScript(card, script, arguments, progress=progress)
+    log(say("explain.explaining.playing_script", script=script, gpu=card.name))
     outcome = own.play(own.arguments)
     if plain.facts is None and outcome.failure is not None:
         reading = read_failure(outcome)
         plain = replace(plain, facts=reading.failure, reading=reading)
+    log(say("explain.explaining.checking", script=script, gpu=card.name))
     return own.explained(plain, outcome)

@@ -33,10 +33,12 @@ def dryrun_script(
     environ: Mapping[str, str] | None = None,
     *,
     simulator: Simulator | None = None,
+    on_step: Callable[[int], object] = lambda steps: None,
 ) -> Findings:
     """Play a script on a virtual GPU, in `environ` instead of this process's environment.
 
-    It runs in a new process, or in a fork of `simulator`'s, which starts at once. Raises this package's errors for an
+    It runs in a new process, or in a fork of `simulator`'s, which starts at once; in a new one `on_step` hears of the
+    optimizer steps done. Raises this package's errors for an
     unknown card or script, DeviceError if the process left no result.
     """
     if not isinstance(script, str | os.PathLike):
@@ -53,7 +55,7 @@ def dryrun_script(
         environ={sent(name): sent(value) for name, value in environ.items()},
         folder=sent(os.getcwd()),
     )
-    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ)
+    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ, on_step=on_step)
     if isinstance(answer, Findings):
         return answer
     raise _error_of(answer)
