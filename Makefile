@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,5 +39,13 @@ dist: .venv/installed
 slow: .venv/installed
 	$(BIN)/pytest -m slow
 
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs
+	$(BIN)/mkdocs build --quiet
+	@echo build/site/index.html
+
 clean:
-	rm -rf .venv out out-* data
+	rm -rf .venv out out-* data build/site

@@ -76,9 +76,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def _write_pictures(found: Findings, options: argparse.Namespace) -> None:
     if options.timeline and found.timeline:
+        from tightfit.report.tensor_texts import place_text
         from tightfit.report.timeline_picture import timeline_picture
 
-        timeline_picture(found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome)
+        place = place_text(found.failure) if found.failure else ""
+        timeline_picture(
+            found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome, place=place
+        )
     if options.html:
         from tightfit.report.html import findings_report
         from tightfit.report.page import write
