@@ -50,9 +50,12 @@ def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     | 1 | x |
     """
     lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines).replace("| --- ", "|---").replace(
-        "|--- |", "|---|"
-    ).replace("--- |", "---|")
+    return (
+        "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+        .replace("| --- ", "|---")
+        .replace("|--- |", "|---|")
+        .replace("--- |", "---|")
+    )
 
 
 def percent(value: float, *, sign: bool = False) -> str:
@@ -190,7 +193,8 @@ def recovery(failure: str) -> str:
         survived = row["survived"] == "True"
         body.append([name.format(**row), *(_outcome(row) if survived else ["the run ended", "", "", ""])])
     return table(
-        ["tool", "step counter", "trained on twice", "effective batch", "final parameters, off an undisturbed run"], body
+        ["tool", "step counter", "trained on twice", "effective batch", "final parameters, off an undisturbed run"],
+        body,
     )
 
 
@@ -210,10 +214,11 @@ def _outcome(row: Row) -> list[str]:
 
 def speeds() -> str:
     """Table of published times of a step against the model's."""
+    keys = ["gpu", "script", "published_ms", "modelled_ms", "difference", "set_on_it"]
     return table(
         ["card", "script", "published ms", "modelled ms", "difference", "a constant was set on it"],
         [
-            [row["gpu"], f"`{row['script']}`", row["published_ms"], row["modelled_ms"], row["difference"], row["set_on_it"]]
+            [f"`{row[key]}`" if key == "script" else row[key] for key in keys]
             for row in rows("benchmarks/plan/results/speed.csv")
         ],
     )

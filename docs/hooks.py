@@ -10,6 +10,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _sentences(record: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(record))).body[0].body
     return {
         field.target.id: " ".join(below.value.value.split())
-        for field, below in zip(body, body[1:], strict=False)
+        for field, below in pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
     }
 

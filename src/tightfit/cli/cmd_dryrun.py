@@ -80,9 +80,7 @@ def _write_pictures(found: Findings, options: argparse.Namespace) -> None:
         from tightfit.report.timeline_picture import timeline_picture
 
         place = place_text(found.failure) if found.failure else ""
-        timeline_picture(
-            found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome, place=place
-        )
+        timeline_picture(found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome, place=place)
     if options.html:
         from tightfit.report.html import findings_report
         from tightfit.report.page import write

@@ -103,8 +103,8 @@ def timeline_picture(
 ) -> None:
     """Draw a timeline to a .png or .svg file, with the card and the outcome of the dry run in its title.
 
-    `place` is the line of the script that failed; `dark` draws for a dark page. Its words are English: a picture has no font that is sure to have Japanese. Raises ConfigError for another ending,
-    DataError if the file cannot be written.
+    `place` is the line of the script that failed; `dark` draws for a dark page. The words are English: a picture has no
+    font that is sure to have Japanese. Raises ConfigError for another ending, DataError if the file cannot be written.
     """
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
@@ -155,7 +155,9 @@ def _areas(axes: "Axes", data: Timeline, theme: _Theme) -> None:
         colours = [theme.categories[name] for name in names]
         axes.stackplot(ends, rows, labels=names, colors=colours, step="post", linewidth=0)
         # An outline, so that a peak of one event among thousands can be seen.
-        axes.step(ends, [sum(column) for column in zip(*rows, strict=True)], where="post", color=theme.grey, linewidth=0.6)
+        axes.step(
+            ends, [sum(column) for column in zip(*rows, strict=True)], where="post", color=theme.grey, linewidth=0.6
+        )
     if data.reserved_bytes:
         reserved = [nbytes / GIB for nbytes in (*data.reserved_bytes, data.reserved_bytes[-1])]
         axes.step(ends, reserved, where="post", color=theme.ink, linewidth=1.1, label=_RESERVED)
@@ -185,9 +187,7 @@ def _limits(axes: "Axes", data: Timeline, theme: _Theme) -> None:
     axes.spines["bottom"].set_color(theme.ink)
 
 
-def _note_capacity(
-    axes: "Axes", words: str, height: float, theme: _Theme, *, va: Literal["top", "bottom"]
-) -> None:
+def _note_capacity(axes: "Axes", words: str, height: float, theme: _Theme, *, va: Literal["top", "bottom"]) -> None:
     box = {"facecolor": theme.paper, "edgecolor": "none", "pad": 1, "alpha": 0.85}
     place = axes.get_yaxis_transform()
     axes.text(0.006, height, words, va=va, fontsize=9.5, color=theme.alarm, transform=place, zorder=5, bbox=box)
@@ -232,7 +232,13 @@ def _note(axes: "Axes", words: str, event: int, top_gib: float, colour: str, the
         fontsize=10,
         fontweight="bold",
         color=colour,
-        bbox={"boxstyle": "round,pad=0.3", "facecolor": theme.paper, "edgecolor": colour, "linewidth": 0.8, "alpha": 0.92},
+        bbox={
+            "boxstyle": "round,pad=0.3",
+            "facecolor": theme.paper,
+            "edgecolor": colour,
+            "linewidth": 0.8,
+            "alpha": 0.92,
+        },
         zorder=10,
     )
 
@@ -250,12 +256,19 @@ def _phase_strip(strip: "Axes", phases: Sequence[PhaseStart], end: int, theme: _
         )
         if (stop - start) / end > _CHARACTER * (len(phase) + 1):
             named.add(phase)
-            strip.text((start + stop) / 2, 0.5, phase, ha="center", va="center", fontsize=8.5, color=theme.ink, clip_on=True)
+            strip.text(
+                (start + stop) / 2, 0.5, phase, ha="center", va="center", fontsize=8.5, color=theme.ink, clip_on=True
+            )
     missing = [phase for phase in PHASE_COLOURS if phase in {*met} - named]
     narrow = [Patch(color=PHASE_COLOURS[phase], alpha=theme.phase_alpha, label=phase) for phase in missing]
     if narrow:
         beside = strip.legend(
-            handles=narrow, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5, ncols=2,
+            handles=narrow,
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            frameon=False,
+            fontsize=8.5,
+            ncols=2,
             labelcolor=theme.ink,
         )
         beside.set_in_layout(False)  # the other legend's column has room for it
