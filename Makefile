@@ -40,6 +40,7 @@ slow: .venv/installed
 	$(BIN)/pytest -m slow
 
 docs: .venv/installed
+	@! grep -q PLACEHOLDER docs/demo.txt || { echo "docs/demo.txt is a placeholder: make demo > docs/demo.txt"; exit 1; }
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo build/site/index.html
 
