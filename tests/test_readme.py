@@ -134,6 +134,7 @@ SHORTENED = {
         instead=f"{DRYRUN} --no-explain --lang ja examples/gpt2.py",
         reason="the explanation plays the script again",
         codes=(1,),
+        slow=True,
     ),
     'tightfit dryrun --gpu "RTX 3060 12GB" --no-explain --json --snapshot out.pickle examples/gpt2.py': Run(
         instead='tightfit dryrun --gpu "RTX 3060 12GB" --no-explain --json examples/gpt2.py',
@@ -152,10 +153,12 @@ SHORTENED = {
     " --dataset=openwebtext_local --batch_size=64 --gradient_accumulation_steps=1": Run(
         instead='tightfit dryrun --gpu "RTX 3060 12GB" --memory 11.69GiB --used 1.97GiB --timeline story.svg '
         "--no-explain train.py --batch_size=64",
-        reason="nanoGPT is not part of this repository: train.py is a loop like its own, not compiled",
+        reason="nanoGPT is not part of this repository: train.py is a loop like its own, not compiled; the suite plays "
+        "it in tests/test_vgpu_dryrun.py",
         codes=(1,),
         says="DOES NOT FIT on GeForce RTX 3060 12GB, 11.69 GiB, 1.97 GiB of it used by others",
         shows=False,
+        slow=True,
     ),
     "python -m benchmarks.gpu.calibrate --out my-card --minutes 7": Run(
         instead="python -m benchmarks.gpu.calibrate --out my-card --list", reason="needs a GPU", says="gpt2"
