@@ -199,7 +199,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
     [('make test', ''), ("ls 'a # b' c", 'b')]
     """
     found: list[tuple[str, str]] = []
-    for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+    for language, block in re.findall(r"^ *```(\w*)(?: *\{[^\n]*)?\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
             if line.startswith("$ ") or language == "sh":
                 found.append((re.sub(r"(^|\s{2,})# .*$", "", line.removeprefix("$ ")).strip(), ""))
