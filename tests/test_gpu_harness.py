@@ -264,6 +264,7 @@ def test_requests_that_one_side_lacks_are_named():
     assert replay.compare_requests(whole, whole) == (replay.Comparison(5, 5, 5, ""), "")
 
 
+@pytest.mark.slow
 def test_a_dry_trace_is_recorded_once_and_replays(tmp_path):
     traces.record([CAPPED], tmp_path, dry=True)
     traces.record([CAPPED], tmp_path, dry=True)

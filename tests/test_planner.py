@@ -112,6 +112,7 @@ class TestCompiled:
         assert plan.micro_batch == 4
 
 
+@pytest.mark.slow
 def test_too_large_a_model_is_refused_with_the_numbers() -> None:
     width, layers = 6400, 2
     model = (f"--n_layer={layers}", "--n_head=50", f"--n_embd={width}", "--vocab_size=50304", "--batch_size=1")
@@ -151,6 +152,7 @@ class TestReliefs:
         assert "optimizer state" not in best.categories
         assert best.categories["parameters"] < 80 * MIB, "64 MiB of embeddings, and two bytes of each block's weight"
 
+    @pytest.mark.slow
     def test_a_lossy_change_is_named_and_made_only_if_allowed(self) -> None:
         refused = self._plan("--offload=none")
         assert refused.choice.best is None
