@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Mapping
 
 from tightfit.diagnosis.cause_records import (
-    LIKELY,
     SIMULATED,
     Cache,
     CategoryBytes,
     Cause,
     FullLogits,
-    GuessedTensor,
     Held,
     Limit,
     LogitsBound,
@@ -20,18 +18,16 @@ from tightfit.diagnosis.cause_records import (
     OutsidePyTorch,
     PlayFits,
     PrivatePools,
-    Request,
-    SmallRequest,
     StateToCome,
     TrainingToo,
 )
 from tightfit.diagnosis.culprit import Culprit
-from tightfit.diagnosis.guess import Guesses
+from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.evidence_causes import causes_of_evidence
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
-from tightfit.units import MIB
 
 _DEVICE_KINDS = frozenset(
     {
@@ -49,6 +45,8 @@ _STATE = ("gradients", "optimizer state")
 _STATE_BYTES = 12
 """Bytes of a parameter's gradient and AdamW's two moments in float32."""
 _SHOWN_CATEGORIES = 3
+_DECISIVE = ("others_decide", "spills_to_host")
+"""Causes that come before the tensor: without them the request would have fit."""
 
 
 def is_of_device(facts: Facts) -> bool:
@@ -64,7 +62,7 @@ def causes_of(
     culprit: Culprit | None = None,
     base: Outcome | None = None,
     train: Outcome | None = None,
-    guesses: Guesses | None = None,
+    evidence: Evidence | None = None,
     unplayed_because: str = "",
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
@@ -77,7 +75,10 @@ def causes_of(
         found += _of_tensor(culprit, run)
         if run is not None:
             found += _of_run(culprit, run, None if train is base else train)
-    found += [*_of_guess(facts, culprit, guesses, unplayed_because), *_of_figures(facts), *_of_hints(printed)]
+    shown = causes_of_evidence(facts, culprit, evidence, unplayed_because) if evidence is not None else ()
+    figures = list(_of_figures(facts))
+    decisive = [each for each in figures if each.code in _DECISIVE]
+    found += [*decisive, *shown, *(each for each in figures if each not in decisive), *_of_hints(printed)]
     return tuple(found) or (Cause(code="unstated"),)
 
 
@@ -153,41 +154,13 @@ def _of_run(culprit: Culprit, run: Variant, train: Outcome | None) -> Iterator[C
         )
 
 
-def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, unplayed_because: str) -> Iterator[Cause]:
-    """Yield causes by the request's size alone."""
-    if guesses is None:
-        return
-    requested = facts.requested_bytes
-    if guesses.cannot_be_told:
-        code = "smallest_request" if guesses.tensor_high <= MIB else "small_request"
-        yield SmallRequest(code=code, requested_bytes=requested, tensor_high=guesses.tensor_high)
-    elif culprit is None:
-        # A play that fits already names the next step: the configuration of the run that failed.
-        codes = {"config": "tensor_not_told", "card": "tensor_not_told_without_gpu"}
-        if unplayed_because in codes:
-            yield Request(code=codes[unplayed_because], requested_bytes=requested)
-    elif culprit.label == LIKELY:
-        first = culprit.guesses[0]
-        yield GuessedTensor(
-            code="guessed",
-            label=LIKELY,
-            tensor=culprit.tensor,
-            shape=culprit.shape,
-            dtype=culprit.dtype,
-            batch_size=first.batch,
-            block_size=first.block,
-            share=first.score,
-            others=len(culprit.guesses) - 1,
-        )
-
-
 def _of_figures(facts: Facts) -> Iterator[Cause]:
     """Yield causes by the message's own figures: other processes, the cache, the context."""
     if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
         yield Limit(code="limited", allowed_bytes=facts.allowed_bytes)
     yield from _of_others(facts)
     cache_bytes, would_do = facts.cache_bytes, facts.cache_would_do
-    if cache_bytes:
+    if cache_bytes and not ("more_free_than_requested" in facts.notes and would_do):
         yield Cache(
             code="cache_fragmented" if would_do else "cache_little" if would_do is False else "cache_open",
             cache_bytes=cache_bytes,
