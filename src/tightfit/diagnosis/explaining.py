@@ -14,6 +14,7 @@ from tightfit.diagnosis.cause_records import SIMULATED
 from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.culprit import culprit_of_guesses, culprit_of_play, guesses_of
 from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.kinds import fixes_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
@@ -63,7 +64,7 @@ def explain(
         found = plain
     elif not is_of_device(facts):
         causes = causes_of(facts, reading.context)
-        found = replace(plain, causes=causes, remedies=unplayed(facts, of_device=False), unplayed_because="kind")
+        found = replace(plain, causes=causes, remedies=fixes_of(facts))
     else:
         found = _of_device(plain, facts, config, gpu, workers)
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)

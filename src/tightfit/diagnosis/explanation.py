@@ -42,6 +42,11 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         """The first remedy, if it fits."""
         return self.remedies[0] if self.remedies and self.remedies[0].verdict == FITS else None
 
+    @property
+    def _kind_of_nothing(self) -> str | None:
+        """The kind of a failure that was survived."""
+        return self.reading.caught.kind if self.reading.caught else None
+
     def __str__(self) -> str:
         from tightfit.diagnosis.render import render
 
@@ -55,6 +60,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         facts = msgspec.convert(self.facts, ExplanationJson, from_attributes=True) if self.facts else ExplanationJson()
         return replace(
             facts,
+            status=self.reading.status,
+            kind=facts.kind if self.facts else self._kind_of_nothing,
             culprit=self.culprit,
             causes=tuple(replace(each, sentence=said.cause(each)) for each in self.causes),
             remedies=tuple(
@@ -96,6 +103,8 @@ class ExplanationJson(msgspec.Struct, frozen=True, kw_only=True):
     `Facts` describes the fields that come from the log.
     """
 
+    status: str | None = None
+    """How the run ended: a key of the table `status` in oomlog/codes.toml."""
     kind: str | None = None
     torch_format: str | None = None
     requested_bytes: int | None = None
