@@ -43,7 +43,7 @@ Traceback (most recent call last):
 {STORY}
 """
 KEYS = (
-    "kind", "torch_format", "requested_bytes", "device_index", "total_bytes", "free_bytes", "process_bytes",
+    "status", "kind", "torch_format", "requested_bytes", "device_index", "total_bytes", "free_bytes", "process_bytes",
     "allocated_bytes", "unallocated_bytes", "reserved_bytes", "private_pool_bytes", "allowed_bytes", "others_bytes",
     "outside_pytorch_bytes", "other_processes", "rank", "phase", "frames", "culprit", "causes", "remedies",
 )  # fmt: skip
@@ -293,7 +293,7 @@ def test_without_a_configuration_the_figures_judge_what_they_can():
 def test_a_small_request_tells_nothing():
     found = explain(STORY.replace("6.14 GiB", "20.00 MiB").replace("2.68 GiB", "10.00 MiB"))
     assert found.culprit is None
-    assert [each.code for each in found.causes[:2]] == ["others_decide", "small_request"]
+    assert "small_request" in [each.code for each in found.causes]
     assert "cannot be told" in render(found, words("en"))
     assert "over 1 MiB and under 10 MiB, or over 18 MiB and up to 20.00 MiB" in " ".join(
         render(found, words("en")).split()
@@ -310,11 +310,10 @@ def test_a_host_kill_is_explained_without_a_play():
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-def test_no_failure_is_one_sentence(language: str):
+def test_no_failure_is_said_shortly(language: str):
     found = explain("iter 0: loss 3.0, time 10ms\n", lang=language)
     assert found.facts is None
-    text = render(found, words(language))
-    assert "\n" not in text
+    assert len(render(found, words(language), width=100).splitlines()) <= 2
     as_json = msgspec.to_builtins(found.to_json())
     assert as_json["kind"] is None
     assert tuple(as_json) == KEYS
@@ -382,7 +381,7 @@ def test_a_log_with_a_torn_end_or_in_another_encoding_is_a_text(capsys, tmp_path
         log = tmp_path / f"{number}.log"
         log.write_bytes(b"iter 0: loss 10.9\n" * 400 + noise)
         assert main(["explain", str(log)]) == 0
-        assert "Nothing failed" in capsys.readouterr().out
+        assert "This log shows no failure" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 from tightfit.diagnosis.causes import is_of_device
 from tightfit.errors import ConfigError
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.kinds import memory_of
 from tightfit.vgpu.records import CATEGORIES
 from tightfit.wording.diagnosis import LANGUAGES, words
+from tightfit.wording.kinds import words as kind_words
 
 SOURCE = Path(__file__).parents[1] / "src" / "tightfit"
 ROOMS = ("oomlog", "diagnosis", "wording/diagnosis")
@@ -21,6 +23,8 @@ LINES, ADVICE, FRAMEWORKS = (
     for name in ("lines.toml", "advice.toml", "frameworks.toml")
 )
 KINDS = tomllib.loads((SOURCE / "oomlog" / "codes.toml").read_text())["kinds"]
+TABLES = tomllib.loads((SOURCE / "diagnosis" / "kind_fixes.toml").read_text())
+FIXES = {key.partition("__")[0] for key in TABLES["fixes"]}
 
 
 def test_both_languages_have_the_same_sentences_with_the_same_fields():
@@ -75,8 +79,10 @@ def _is_formed(table: str, name: str) -> bool:
 def test_every_kind_is_said():
     for language in LANGUAGES:
         for kind in KINDS:
-            if not is_of_device(Facts(kind=kind)):
-                assert all(words(language).has(table, kind) for table in ("kinds", "kind_causes", "kind_advice")), kind
+            if not is_of_device(Facts(kind=kind)) and memory_of(kind) != "harmless":
+                of_old = all(words(language).has(table, kind) for table in ("kinds", "kind_causes", "kind_advice"))
+                own = kind_words(language)
+                assert of_old or (kind in FIXES and own.has("problem", kind) and own.has("cause", kind)), kind
 
 
 def test_amounts_are_said_as_people_say_them():
@@ -122,3 +128,23 @@ def test_every_kind_of_line_is_worded():
     categories = words("en").table("categories")
     assert LINES.keys() <= categories.keys()
     assert {each["grows"] for each in LINES.values()} <= ADVICE["fixes"].keys()
+
+
+def test_sentences_on_kinds_are_there_in_both_languages_with_the_same_fields():
+    english, japanese = (dict(kind_words(language).sentences()) for language in LANGUAGES)
+    assert english == japanese
+    for table in ("problem", "cause", "fix", "expected", "nothing", "follows"):
+        for key, sentence in kind_words("ja").table(table).items():
+            said = re.sub(r"\{[^}]*\}", "", sentence)
+            assert re.search("[ぁ-んァ-ヶ一-龠]", said), key
+            assert table == "fix" or re.search("。$|。[^。]*$|：$", said), key
+
+
+def test_every_kind_has_its_fixes_and_every_fix_its_words():
+    fix_words = kind_words("en").table("fix")
+    used = {code for codes in TABLES["fixes"].values() for code in codes}
+    assert used == fix_words.keys()
+    assert TABLES["paste"].keys() <= used
+    for table in ("problem", "cause"):
+        assert {key.partition("__")[0] for key in kind_words("en").table(table)} <= KINDS.keys()
+    assert KINDS.keys() >= FIXES

@@ -240,7 +240,6 @@ def test_mentions_are_no_failures(text):
         "I keep getting CUDA out of memory with batch_size=1, what can I do?",
         "23:02:20 [ERROR] Quantization failed: CUDA out of memory. Tried to allocate 320.00 MiB. GPU 0 has a total capacity of 31.37 GiB of which 80.69 MiB is free.",
         "When I start training I got this error: RuntimeError: CUDA out of memory. Tried to allocate 2.00 MiB",
-        'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate more than 1EB memory.',
         "(Worker_TP1 pid=549) ERROR 07-29 21:48:54 [multiproc_executor.py:962] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from tightfit.diagnosis.remedies import (
     expandable_segments,
     ranked,
 )
+from tightfit.diagnosis.whose import fixes_of_figures
 from tightfit.oomlog.facts import Facts
 
 _PICTURES = frozenset(
@@ -49,7 +50,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     if evidence.framework in ("jax", "tensorflow"):
         return ranked(cures)
     others, segments = close_others(facts), expandable_segments(facts)
-    first = [others] if others.reason == "others_might_do" else []
+    first = [*fixes_of_figures(facts), *([others] if others.reason == "others_might_do" else [])]
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
     if segments.reason == "cache_might_do" and "more_free_than_requested" not in facts.notes:
         is_large = (facts.cache_bytes or 0) > _LARGE_CACHE * (facts.total_bytes or 0)

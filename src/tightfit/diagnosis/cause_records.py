@@ -146,13 +146,37 @@ class PrintedBatch(Cause, frozen=True, kw_only=True):
 
 class Limit(Cause, frozen=True, kw_only=True):
     allowed_bytes: int
+    free_bytes: int | None
+
+
+class Spilled(Cause, frozen=True, kw_only=True):
+    """More than the card has."""
+
+    held_bytes: int
+    total_bytes: int
+    spilled_bytes: int
+
+
+class OwnRanks(Cause, frozen=True, kw_only=True):
+    """Other ranks of the same job on this card."""
+
+    count: int
+    each_bytes: int
+    all_bytes: int
+
+
+class OwnProcess(Cause, frozen=True, kw_only=True):
+    """The listed process that is this one."""
+
+    pid: int
+    process_bytes: int
 
 
 class OtherProcesses(Cause, frozen=True, kw_only=True):
     others_bytes: int
     total_bytes: int
-    need_bytes: int
-    """This process with the request."""
+    outside_bytes: int | None = None
+    """Bytes that are neither free nor PyTorch's."""
 
 
 class Cache(Cause, frozen=True, kw_only=True):

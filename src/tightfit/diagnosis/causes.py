@@ -2,22 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 
+from tightfit.diagnosis import kinds
 from tightfit.diagnosis.cause_records import (
     SIMULATED,
-    Cache,
     CategoryBytes,
     Cause,
     FullLogits,
     Held,
-    Limit,
     LogitsBound,
     LogitsCopies,
-    MoreFree,
     OtherKind,
-    OtherProcesses,
-    OutsidePyTorch,
     PlayFits,
-    PrivatePools,
     StateToCome,
     TrainingToo,
 )
@@ -26,6 +21,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.evidence_causes import causes_of_evidence
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
+from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
 
@@ -45,8 +41,6 @@ _STATE = ("gradients", "optimizer state")
 _STATE_BYTES = 12
 """Bytes of a parameter's gradient and AdamW's two moments in float32."""
 _SHOWN_CATEGORIES = 3
-_DECISIVE = ("others_decide", "spills_to_host")
-"""Causes that come before the tensor: without them the request would have fit."""
 
 
 def is_of_device(facts: Facts) -> bool:
@@ -67,7 +61,7 @@ def causes_of(
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        return (OtherKind(code=f"kind_{facts.kind}", pid=facts.pid),)
+        return (OtherKind(code=f"kind_{facts.kind}", label=kinds.label_of(facts), pid=facts.pid),)
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):
         found.append(play_fits(base))
@@ -76,9 +70,10 @@ def causes_of(
         if run is not None:
             found += _of_run(culprit, run, None if train is base else train)
     shown = causes_of_evidence(facts, culprit, evidence, unplayed_because) if evidence is not None else ()
-    figures = list(_of_figures(facts))
-    decisive = [each for each in figures if each.code in _DECISIVE]
-    found += [*decisive, *shown, *(each for each in figures if each not in decisive), *_of_hints(printed)]
+    figures = list(causes_of_figures(facts))
+    decisive = [each for each in figures if each.code in DECISIVE]
+    rest = [each for each in figures if each.code not in DECISIVE]
+    found = [*decisive, *found, *shown, *rest, *_of_hints(printed)]
     return tuple(found) or (Cause(code="unstated"),)
 
 
@@ -151,45 +146,6 @@ def _of_run(culprit: Culprit, run: Variant, train: Outcome | None) -> Iterator[C
             label=SIMULATED,
             state_bytes=_STATE_BYTES * run.parameters,
             parameters=run.parameters,
-        )
-
-
-def _of_figures(facts: Facts) -> Iterator[Cause]:
-    """Yield causes by the message's own figures: other processes, the cache, the context."""
-    if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
-        yield Limit(code="limited", allowed_bytes=facts.allowed_bytes)
-    yield from _of_others(facts)
-    cache_bytes, would_do = facts.cache_bytes, facts.cache_would_do
-    if cache_bytes and not ("more_free_than_requested" in facts.notes and would_do):
-        yield Cache(
-            code="cache_fragmented" if would_do else "cache_little" if would_do is False else "cache_open",
-            cache_bytes=cache_bytes,
-            short_by_bytes=facts.short_by_bytes,
-            requested_bytes=facts.requested_bytes,
-        )
-    if facts.private_pool_bytes:
-        yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
-    outside = facts.figures.get("outside_pytorch_bytes")
-    if outside is not None and outside.high > 0:
-        yield OutsidePyTorch(
-            code="outside", outside_bytes=outside.bytes, low_bytes=outside.low, high_bytes=outside.high
-        )
-    if "more_free_than_requested" in facts.notes:
-        yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
-    if "spills_to_host" in facts.notes:
-        yield Cause(code="spills_to_host")
-
-
-def _of_others(facts: Facts) -> Iterator[Cause]:
-    """Yield other processes if they use more than 1% of the card."""
-    others, total, requested = facts.figures.get("others_bytes"), facts.total_bytes, facts.requested_bytes or 0
-    if others is not None and total and others.low > 0.01 * total:
-        enough = (facts.free_bytes or 0) + others.bytes >= requested
-        yield OtherProcesses(
-            code="others_decide" if enough else "others_too",
-            others_bytes=others.bytes,
-            total_bytes=total,
-            need_bytes=(facts.process_bytes or 0) + requested,
         )
 
 

@@ -16,11 +16,11 @@ from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.kinds import fixes_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.plays import Plays
-from tightfit.diagnosis.remedies import of_another_kind
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
@@ -67,7 +67,7 @@ def explain(
         found = plain
     elif not is_of_device(facts):
         causes = causes_of(facts, reading.context)
-        found = replace(plain, causes=causes, remedies=of_another_kind(facts), unplayed_because="kind")
+        found = replace(plain, causes=causes, remedies=fixes_of(facts))
     else:
         found = _of_device(plain, facts, config, gpu, workers)
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)

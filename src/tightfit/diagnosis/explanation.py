@@ -49,6 +49,11 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         """True if the log is of a program that takes neither nanoGPT's keys nor tightfit's."""
         return self.unplayed_because == "config" and self.framework not in (None, "nanogpt")
 
+    @property
+    def _kind_of_nothing(self) -> str | None:
+        """The kind of a failure that was survived."""
+        return self.reading.caught.kind if self.reading.caught else None
+
     def __str__(self) -> str:
         from tightfit.diagnosis.render import render
 
@@ -62,6 +67,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         facts = msgspec.convert(self.facts, ExplanationJson, from_attributes=True) if self.facts else ExplanationJson()
         return replace(
             facts,
+            status=self.reading.status,
+            kind=facts.kind if self.facts else self._kind_of_nothing,
             culprit=self.culprit,
             causes=tuple(replace(each, sentence=said.cause(each)) for each in self.causes),
             remedies=tuple(
@@ -107,6 +114,8 @@ class ExplanationJson(msgspec.Struct, frozen=True, kw_only=True):
     `Facts` describes the fields that come from the log.
     """
 
+    status: str | None = None
+    """How the run ended: a key of the table `status` in oomlog/codes.toml."""
     kind: str | None = None
     torch_format: str | None = None
     requested_bytes: int | None = None

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tightfit.diagnosis.cause_records import COMPUTED
+from tightfit.diagnosis.kinds import nothing_lines
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, FITS_SLOWLY, NO_EFFECT, NOT_MEMORY, UNCHECKED, Remedy
 from tightfit.diagnosis.statements import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
 from tightfit.system.wrapping import wrap
@@ -26,7 +27,7 @@ def render(explanation: "Explanation", words: Words, verbose: bool = False, widt
     if explanation.facts is None:
         if explanation.played == "script":
             return _plain(words("problem", "not_failed"))
-        return _plain(words("nothing", explanation.reading.kind_of_nothing or "nothing"))
+        return _plain("\n".join("\n".join(wrap(line, width)) for line in nothing_lines(explanation.reading, words)))
     said = Sentences(explanation, words)
     sections = [
         ("problem", list(problem_lines(explanation, words))),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict
 
+from tightfit.diagnosis import kinds
 from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
@@ -23,18 +24,18 @@ class Sentences:
 
     def __init__(self, explanation: "Explanation", words: Words) -> None:
         self.config = " ".join(explanation.config_names) or "config.py"
-        self._words = words
+        self._words, self._facts = words, explanation.facts
 
     def cause(self, cause: Cause) -> str:
-        table, _, kind = cause.code.partition("_")
-        if table == "kind":
-            return self._words("kind_causes", kind)
+        table = cause.code.partition("_")[0]
+        if table == "kind" and self._facts is not None:
+            return kinds.said("cause", self._facts, self._words)
         return self._words("causes", cause.code, **asdict(cause))
 
     def title(self, remedy: Remedy) -> str:
-        table, _, kind = remedy.code.partition("_")
-        if table == "kind":
-            return self._words("kind_advice", kind)
+        table = remedy.code.partition("_")[0]
+        if table == "kind" and self._facts is not None:
+            return kinds.fix_said(remedy.code, self._facts, self._words)
         return self._words("remedies", remedy.code, **asdict(remedy.change))
 
     def reason(self, remedy: Remedy) -> str:
@@ -63,16 +64,18 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
             yield f"    {frame.source}"
     elif culprit is not None and culprit.source:
         yield f"    {culprit.source}"
+    yield from kinds.follows_lines(explanation.reading, words)
     if count := explanation.reading.others_count:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
 
 
 def _problem(facts: Facts, words: Words) -> str:
     if not is_of_device(facts):
-        return words("kinds", facts.kind)
+        return kinds.said("problem", facts, words)
     requested, free, total = facts.requested_bytes, facts.free_bytes, facts.total_bytes
     if requested is None:
-        return words("problem", "figures_missing")
+        cut = "class_without_message" in facts.notes
+        return words("problem", "message_missing" if cut else "figures_missing")
     if free is None or total is None:
         return words("problem", "request_only", requested=requested)
     short, phase = facts.short_by_bytes, facts.phase
@@ -127,7 +130,9 @@ def expected_lines(explanation: "Explanation", said: Sentences, words: Words) ->
     """Yield the result of the best fix, and how to check it."""
     best, card, max_iters = explanation.best, explanation.card, explanation.max_iters
     if best is None:
-        yield words("expected", _without_fix(explanation))
+        facts = explanation.facts
+        other = facts is not None and not is_of_device(facts)
+        yield kinds.expected_said(facts, words) if other and facts else words("expected", _without_fix(explanation))
         return
     yield words("expected", "fits", title=said.title(best), device=best.device_bytes, room=best.figures.room_bytes)
     if isinstance(best.change, SplitBatch):
@@ -144,9 +149,6 @@ def expected_lines(explanation: "Explanation", said: Sentences, words: Words) ->
 
 def _without_fix(explanation: "Explanation") -> str:
     """Return the key of the sentence for an explanation in which no fix is known to help."""
-    assert explanation.facts is not None
-    if not is_of_device(explanation.facts):
-        return "other_kind"
     if any(each.code == "play_fits" for each in explanation.causes):
         return "configuration_fits"
     keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}

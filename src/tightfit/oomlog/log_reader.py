@@ -4,7 +4,6 @@ The log is read once, in pieces. Plain searches for a few words decide which lin
 lines are cleaned, parted by rank, and joined without white space for `messages`.
 """
 
-import re
 from bisect import bisect_right
 from typing import IO
 
@@ -12,15 +11,19 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
-from tightfit.oomlog.facts import CONSEQUENCES, Facts, with_arithmetic
+from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
+from tightfit.oomlog.kinds import consequences, memory_of, status_of
+from tightfit.oomlog.last_words import last_words
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
-from tightfit.oomlog.log_text import is_text, lines_of, part, pieces
+from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
+from tightfit.oomlog.ownership import own_process
 from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
-from tightfit.oomlog.tracebacks import TraceFrame, frames_of, phase_of
+from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, phase_of
+from tightfit.units import GIB, MIB
 
 _AFTER = 2 * REACH
 """Characters looked at of what comes next."""
@@ -36,9 +39,10 @@ _PROGRESS = ("it/s]", "s/it]", ": loss ", "loss=", "loss: ", "'loss':", "train l
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
 _HEAD, _TAIL = 40_000, 24_000
 """Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
+_NOTEBOOK_LINES = 1000
+"""Lines between the head of a notebook's traceback, which names the class, and its message."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
-_ENDED = re.compile(r"^[\s>]*((?:[A-Za-z_][\w.]{0,80})(?:Error|Exception|Interrupt|Exit)\b[^\n]{0,300})")
 
 
 class Other(Struct, frozen=True, kw_only=True):
@@ -67,11 +71,16 @@ class LogReading(Struct, frozen=True, kw_only=True):
     run: RunFacts = RunFacts()
     """What the program prints about its run; of a long log, by its beginning and its end."""
     kind_of_nothing: str | None = None
-    """Reason for no failure: empty, binary, caught, warning, document, code, other_error or nothing."""
+    """Reason for no failure: empty, binary, caught, warning, document, code, harmless, other_error or nothing."""
     evidence: str = ""
     """The line that decided for `kind_of_nothing`, shortened."""
     caught: Facts | None = None
     """The last out of memory that the program survived, if nothing failed."""
+
+    @property
+    def status(self) -> str:
+        """A key of the table `status` in codes.toml."""
+        return status_of(self.failure.kind if self.failure else None, self.kind_of_nothing)
 
 
 class _Record(Struct):
@@ -186,11 +195,16 @@ class _Scan:
         if stand is Standing.FAILURE and any(goes_on(later.line.body) for later in following):
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
+        before: list[str] = []
         if stand is Standing.FAILURE and self._stacks < _STACKS:
             self._stacks += 1
-            frames = frames_of(stream.before(index, earlier))
+            before = stream.before(index, earlier)
+            frames = frames_of(before) or frames_behind(
+                [each.line.body for each in stream.entries[index + 1 : index + 40]]
+            )
         words = stream.words(message, index, column, finish)
-        self._add(_facts(message, entry, words, frames), stand, entry.line.body)
+        said = entry.line.body[max(column - 60, 0) :] if message.kind == "program_words" else ""
+        self._add(_facts(message, entry, words, frames, before, said), stand, entry.line.body)
 
     def _add(self, facts: Facts, stand: Standing, body: str) -> None:
         """Keep a failure, or count it as a repetition."""
@@ -198,9 +212,11 @@ class _Scan:
             if record.standing is stand and not record.survived and _is_same(record.facts, facts):
                 known = record.facts
                 better = facts if facts.frames and not known.frames else known
+                if not known.figures and facts.figures:  # the first says only that it failed
+                    known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
                 record.facts = replace(
                     known,
-                    repeats=known.repeats + 1,
+                    repeats=record.facts.repeats + 1,
                     frames=better.frames,
                     phase=better.phase,
                     exception=known.exception or facts.exception,
@@ -214,12 +230,15 @@ class _Scan:
         chosen = _choose(failures) or next((each for each in self.records if each.standing is Standing.REPORT), None)
         rest = [record for record in self.records if record is not chosen]
         others = tuple(map(_other, rest[:100]))
-        count = self.uncounted + sum(each.standing in (Standing.FAILURE, Standing.CAUGHT) for each in rest)
+        count = self.uncounted + sum(map(_counts, rest))
         context = printed_in("\n".join(lines_of(self._head)))
+        run = run_facts_in("\n".join(lines_of(self._both_ends()))) if failures or chosen else RunFacts()
         if chosen:
-            run = run_facts_in("\n".join(lines_of(self._both_ends())))
             return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
+        if nothing in ("incomplete", "memory_words"):
+            failure = self._unnamed(nothing, evidence)
+            return LogReading(failure=failure, others=others, others_count=count, context=context)
         caught = [each.facts for each in self.records if each.standing is Standing.CAUGHT or each.survived]
         return LogReading(
             failure=None,
@@ -242,13 +261,23 @@ class _Scan:
         for record in reversed(self.records):
             if record.survived or record.standing is Standing.CAUGHT:
                 return "caught", record.body
-        for line in reversed(lines_of(self._ending)[-400:]):
-            match = _ENDED.match(part(line).body)
-            if match and "Warning" not in match[1]:
-                return "other_error", match[1]
+        if (last := last_words(lines_of(self._ending)[-400:])) is not None:
+            return last
         for record in self.records:
             return record.standing.value, record.body
         return "nothing" if is_text(self._head) else "binary", ""
+
+    def _unnamed(self, kind: str, evidence: str) -> Facts:
+        """Return the facts of a failure that no format names: its last words, and its traceback."""
+        lines = [part(line).body for line in lines_of(self._ending)[-400:]]
+        frames = frames_of(lines)
+        details = {"said": evidence} if evidence else {}
+        return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)
+
+
+def _counts(record: _Record) -> bool:
+    """Return True for a failure beside the chosen one, and not for a launcher's report of it."""
+    return record.standing in (Standing.FAILURE, Standing.CAUGHT) and memory_of(record.facts.kind) != "unshown"
 
 
 def _other(record: _Record) -> Other:
@@ -264,11 +293,19 @@ def _other(record: _Record) -> Other:
     )
 
 
-def _facts(message: Message, entry: Entry, words: str, frames: tuple[TraceFrame, ...]) -> Facts:
-    """Return the facts of a message, with its words as printed and the frames before it."""
+def _facts(
+    message: Message, entry: Entry, words: str, frames: tuple[TraceFrame, ...], before: list[str], said: str
+) -> Facts:
+    """Return the facts of a message, with its words as printed, and the frames and lines before it."""
+    own = own_process(message.other_processes, message.figures)
+    if own is not None and (figure := Figure.printed(f"{own.bytes} bytes")) is not None:
+        rounding = 5 * MIB if own.bytes >= GIB else MIB // 100
+        near = replace(figure, low=own.bytes - rounding, high=own.bytes + rounding, stated=False)
+        message.figures = {**message.figures, "process_bytes": near}
     figures, notes = with_arithmetic(message.figures)
     if message.kind == "cuda_out_of_memory" and (message.torch_format or "") >= "T4":
-        silent = "process_bytes" not in figures and "message_cut" not in message.notes
+        silent = own is not None or "process_bytes" not in figures
+        silent = silent and "message_cut" not in message.notes
         notes += ["process_memory_unstated"] if silent else []
     return Facts(
         kind=message.kind,
@@ -277,23 +314,27 @@ def _facts(message: Message, entry: Entry, words: str, frames: tuple[TraceFrame,
         device_index=message.device_index,
         other_processes=tuple(message.other_processes),
         rank=entry.line.rank if entry.line.rank is not None else entry.rank,
-        phase=phase_of(frames),
+        phase=phase_of(frames, before),
         frames=frames,
         exception=message.exception,
         message=words,
         line=entry.number,
         notes=tuple(dict.fromkeys(notes + message.notes)),
         pid=message.pid,
+        own_pid=own.pid if own else None,
+        details=message.details | ({"said": " ".join(clean(said).split())[:200]} if said else {}),
     )
 
 
 def _choose(failures: list[_Record]) -> _Record | None:
     """Return the first failure that ended the run; one that cannot be a consequence, if there is one."""
     fatal = [record for record in failures if not record.survived]
-    if not fatal:
-        return None
-    roots = [record for record in fatal if record.facts.kind not in CONSEQUENCES]
-    return (roots or fatal)[0]
+    order = consequences()
+
+    def place(record: _Record) -> int:
+        return 1 + order.index(record.facts.kind) if record.facts.kind in order else 0
+
+    return min(fatal, key=place, default=None)
 
 
 def _is_same(one: Facts, two: Facts) -> bool:
@@ -302,6 +343,8 @@ def _is_same(one: Facts, two: Facts) -> bool:
         return False
     if one.kind != two.kind:
         return False
+    if "class_without_message" in one.notes and one.rank == two.rank:  # a notebook's head, far above the message
+        return two.line - one.line <= _NOTEBOOK_LINES
     stated = {name: figure for name, figure in two.figures.items() if figure.stated}
     if stated and any(one.figures.get(name) == figure for name, figure in stated.items()):
         return all(one.figures.get(name, figure) == figure for name, figure in stated.items()) and (
@@ -309,7 +352,7 @@ def _is_same(one: Facts, two: Facts) -> bool:
         )
     if stated and any(figure.stated for figure in one.figures.values()):
         return False
-    return two.line - one.line <= 60 or two.kind in CONSEQUENCES
+    return two.line - one.line <= 60 or two.kind in consequences()
 
 
 def _later(one: Facts, two: Facts) -> str | None:

@@ -92,6 +92,12 @@ def is_text(start: str) -> bool:
     return 20 * len(_UNPRINTED.findall(start)) <= len(start)
 
 
+def lower(text: str) -> str:
+    """Return `text` in small letters, with every character at its place."""
+    lowered = text.lower()
+    return lowered if len(lowered) == len(text) else "".join(each.lower()[:1] for each in text)
+
+
 def clean(text: str) -> str:
     """Remove control codes; tabs and line ends stay.
 
