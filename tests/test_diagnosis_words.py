@@ -18,6 +18,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "tightfit"
 ROOMS = ("oomlog", "diagnosis", "wording/diagnosis")
 CODE = "\n".join(file.read_text() for room in ROOMS for file in sorted((SOURCE / room).glob("*.py")))
 
+LINES, ADVICE, FRAMEWORKS = (
+    tomllib.loads((SOURCE / "diagnosis" / name).read_text())
+    for name in ("lines.toml", "advice.toml", "frameworks.toml")
+)
 KINDS = tomllib.loads((SOURCE / "oomlog" / "codes.toml").read_text())["kinds"]
 TABLES = tomllib.loads((SOURCE / "diagnosis" / "kind_fixes.toml").read_text())
 FIXES = {key.partition("__")[0] for key in TABLES["fixes"]}
@@ -51,14 +55,24 @@ def test_every_sentence_is_used(key: str):
     if table == "phases":
         return
     if table == "categories":
-        assert name in CATEGORIES or f'"{name}"' in (SOURCE / "diagnosis" / "guess.py").read_text()
+        assert name in CATEGORIES or name in LINES or f'"{name}"' in CODE
         return
-    bare = name.removesuffix("_one")
+    bare = {"shares_one": "shard", "weights_one": "weight", "held_one": "held"}.get(name, name)
+    if table in ("remedies", "reasons") and bare in ADVICE["applicability"]:
+        return
     assert re.search(rf'["\'](?:hint_)?{re.escape(bare)}["\']', CODE) or _is_formed(table, bare), key
 
 
 def _is_formed(table: str, name: str) -> bool:
-    """Codes that are put together: a hint's name behind `hint_`, the verdicts, why there is no failure."""
+    """Codes that are put together: a hint's name behind `hint_`, what a tensor grows with, the model's memory."""
+    if table == "causes" and name.startswith("grows_"):
+        return name.removeprefix("grows_") in {each["grows"] for each in LINES.values()}
+    if table == "causes" and name.startswith("budget_"):
+        return name.removesuffix("_divided") in ("budget_weights", "budget_training")
+    if table == "effects":
+        return name in ADVICE["applicability"].values() or name == "to_be_checked"
+    if name.endswith(("_elsewhere", "_sized")):
+        return f'"{re.sub("_(elsewhere|sized)$", "", name)}"' in CODE
     return table == "causes" and name.startswith("hint_") and f'"{name.removeprefix("hint_")}"' in CODE
 
 
@@ -112,3 +126,25 @@ def test_every_kind_has_its_fixes_and_every_fix_its_words():
     for table in ("problem", "cause"):
         assert {key.partition("__")[0] for key in kind_words("en").table(table)} <= KINDS.keys()
     assert KINDS.keys() >= FIXES
+
+
+def test_every_remedy_of_the_tables_is_worded_and_has_an_effect():
+    remedies, reasons = (words("en").table(name) for name in ("remedies", "reasons"))
+    known = ADVICE["applicability"].keys()
+    assert known <= remedies.keys()
+    assert set(ADVICE["needs_words"]["codes"]) <= known
+    for codes in ADVICE["fixes"].values():
+        assert set(codes) <= known
+    assert known - {"close_others", "expandable_segments"} <= reasons.keys()
+    for program, table in FRAMEWORKS.items():
+        assert table.keys() - {"like"} <= known, program
+        assert set(table.get("like", [])) <= FRAMEWORKS.keys()
+        for entry in (each for name, each in table.items() if name != "like"):
+            assert entry["lines"]
+            assert re.fullmatch(r"(https://\S+)?", entry["page"])
+
+
+def test_every_kind_of_line_is_worded():
+    categories = words("en").table("categories")
+    assert LINES.keys() <= categories.keys()
+    assert {each["grows"] for each in LINES.values()} <= ADVICE["fixes"].keys()

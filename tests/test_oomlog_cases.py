@@ -37,7 +37,10 @@ CASES = msgspec.convert(
     tomllib.loads((Path(__file__).parent / "explain_cases" / "kinds.toml").read_text(encoding="utf-8"))["case"],
     list[Case],
 )
-DENIALS = {"en": ["Nothing failed", "no failure", "not about memory"], "ja": ["失敗はありません", "見つかりません。実行が"]}
+DENIALS = {
+    "en": ["Nothing failed", "no failure", "not about memory"],
+    "ja": ["失敗はありません", "見つかりません。実行が"],
+}
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 import msgspec
 
-MEASURED, SIMULATED, LIKELY = "measured", "simulated", "likely"
-"""Evidence of a cause: the log, a play, or the sizes of usual models."""
+MEASURED, SIMULATED, LIKELY, COMPUTED = "measured", "simulated", "likely", "computed"
+"""Evidence of a cause: the log, a play, the sizes of the named model, or arithmetic from what the log names."""
 
 
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,15 +83,65 @@ class SmallRequest(Request, frozen=True, kw_only=True):
     tensor_high: int
 
 
-class GuessedTensor(Cause, frozen=True, kw_only=True):
-    tensor: str
+class SizedWeight(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight that makes the request, and the models that have one."""
+
     shape: tuple[int, ...]
-    dtype: str | None
-    batch_size: int
-    block_size: int
-    share: float
-    others: int
-    """Other tensors of usual models that make the same request."""
+    dtype: str
+    bytes: int
+    models: str
+
+
+class SizedWeights(Request, frozen=True, kw_only=True):
+    weights: tuple[SizedWeight, ...]
+
+
+class LogitTokens(Request, frozen=True, kw_only=True):
+    """Tokens whose logits make the request."""
+
+    vocab_size: int
+    of: str
+    """The model or the program whose vocabulary it is."""
+    float_tokens: int
+    half_tokens: int
+
+
+class FirstAxis(Cause, frozen=True, kw_only=True):
+    """The first axis of a printed shape, which is usually the batch."""
+
+    axis: int
+    one_bytes: int
+
+
+class ShardShare(msgspec.Struct, frozen=True, kw_only=True):
+    ranks: int
+    dtype: str
+    bytes: int
+
+
+class Shard(Request, frozen=True, kw_only=True):
+    """A flat share of all parameters."""
+
+    parameters: int
+    of: str
+    shares: tuple[ShardShare, ...]
+
+
+class ModelBudget(Cause, frozen=True, kw_only=True):
+    """Memory that the model takes before any batch."""
+
+    of: str
+    parameters: int
+    low_bytes: int
+    high_bytes: int
+    low_each: float
+    high_each: float
+    total_bytes: int
+    ranks: int
+
+
+class PrintedBatch(Cause, frozen=True, kw_only=True):
+    batch_size: int | None
 
 
 class Limit(Cause, frozen=True, kw_only=True):

@@ -4,30 +4,26 @@ from collections.abc import Iterator, Mapping
 
 from tightfit.diagnosis import kinds
 from tightfit.diagnosis.cause_records import (
-    LIKELY,
     SIMULATED,
     CategoryBytes,
     Cause,
     FullLogits,
-    GuessedTensor,
     Held,
     LogitsBound,
     LogitsCopies,
     OtherKind,
     PlayFits,
-    Request,
-    SmallRequest,
     StateToCome,
     TrainingToo,
 )
 from tightfit.diagnosis.culprit import Culprit
-from tightfit.diagnosis.guess import Guesses
+from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.evidence_causes import causes_of_evidence
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
 from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
-from tightfit.units import MIB
 
 _DEVICE_KINDS = frozenset(
     {
@@ -60,7 +56,7 @@ def causes_of(
     culprit: Culprit | None = None,
     base: Outcome | None = None,
     train: Outcome | None = None,
-    guesses: Guesses | None = None,
+    evidence: Evidence | None = None,
     unplayed_because: str = "",
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
@@ -73,11 +69,12 @@ def causes_of(
         found += _of_tensor(culprit, run)
         if run is not None:
             found += _of_run(culprit, run, None if train is base else train)
+    shown = causes_of_evidence(facts, culprit, evidence, unplayed_because) if evidence is not None else ()
     figures = list(causes_of_figures(facts))
     decisive = [each for each in figures if each.code in DECISIVE]
-    rest = [each for each in figures if each.code not in DECISIVE]
-    guessed = _of_guess(facts, culprit, guesses, unplayed_because)
-    found = [*decisive, *found, *guessed, *rest, *_of_hints(printed)]
+    budget = [each for each in shown if each.code.startswith("budget_")]
+    rest = [each for each in shown if each not in budget]
+    found = [*budget, *decisive, *found, *rest, *figures[len(decisive) :], *_of_hints(printed)]
     return tuple(found) or (Cause(code="unstated"),)
 
 
@@ -150,34 +147,6 @@ def _of_run(culprit: Culprit, run: Variant, train: Outcome | None) -> Iterator[C
             label=SIMULATED,
             state_bytes=_STATE_BYTES * run.parameters,
             parameters=run.parameters,
-        )
-
-
-def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, unplayed_because: str) -> Iterator[Cause]:
-    """Yield causes by the request's size alone."""
-    if guesses is None:
-        return
-    requested = facts.requested_bytes
-    if guesses.cannot_be_told:
-        code = "smallest_request" if guesses.tensor_high <= MIB else "small_request"
-        yield SmallRequest(code=code, requested_bytes=requested, tensor_high=guesses.tensor_high)
-    elif culprit is None:
-        # A play that fits already names the next step: the configuration of the run that failed.
-        codes = {"config": "tensor_not_told", "card": "tensor_not_told_without_gpu"}
-        if unplayed_because in codes:
-            yield Request(code=codes[unplayed_because], requested_bytes=requested)
-    elif culprit.label == LIKELY:
-        first = culprit.guesses[0]
-        yield GuessedTensor(
-            code="guessed",
-            label=LIKELY,
-            tensor=culprit.tensor,
-            shape=culprit.shape,
-            dtype=culprit.dtype,
-            batch_size=first.batch,
-            block_size=first.block,
-            share=first.score,
-            others=len(culprit.guesses) - 1,
         )
 
 

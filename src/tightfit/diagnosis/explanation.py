@@ -28,6 +28,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """config, log (its printed keys), script, or empty."""
     unplayed_because: str = ""
     """A key of the words' table `unplayed`, where nothing was played."""
+    framework: str | None = None
+    """The program that made the log, a table of frameworks.toml; None where it is not known."""
     config_names: tuple[str, ...] = ()
     """Names of the configuration as given on the command line, for the commands to paste."""
     max_iters: int | None = None
@@ -46,6 +48,11 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     def _kind_of_nothing(self) -> str | None:
         """The kind of a failure that was survived."""
         return self.reading.caught.kind if self.reading.caught else None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if the log is of a program that takes neither nanoGPT's keys nor tightfit's."""
+        return self.unplayed_because == "config" and self.framework not in (None, "nanogpt")
 
     def __str__(self) -> str:
         from tightfit.diagnosis.render import render
@@ -76,6 +83,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
                     title=said.title(each),
                     sentence=said.reason(each),
                     paste=said.paste(each),
+                    page=each.page,
+                    applicability=each.applicability or ("exact" if each.exact else "changes_result"),
                 )
                 for each in self.remedies
             ),
@@ -95,6 +104,8 @@ class RemedyJson(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     sentence: str
     paste: tuple[str, ...]
+    page: str
+    applicability: str
 
 
 class ExplanationJson(msgspec.Struct, frozen=True, kw_only=True):

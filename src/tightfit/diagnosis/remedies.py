@@ -69,6 +69,15 @@ class Option(Change, frozen=True, kw_only=True):
     """Its present value."""
 
 
+class Resized(Change, frozen=True, kw_only=True):
+    """A smaller batch with more accumulation, from the numbers that a log prints."""
+
+    size: int
+    passes: int
+    batch: int
+    accumulation: int
+
+
 class HostRun(Change, frozen=True, kw_only=True):
     step_s: float
     all_s: float
@@ -119,6 +128,10 @@ class Remedy(msgspec.Struct, frozen=True, kw_only=True):
     """Predicted: 0.05 is 5% more time a step; None is not estimated."""
     paste: tuple[str, ...] = ()
     """Lines for the configuration, the program or the shell."""
+    page: str = ""
+    """The page of documentation that the lines stand on; empty where there is none."""
+    applicability: str = ""
+    """exact, changes_result, needs_hardware or to_be_checked; empty where `exact` says it."""
     change: Change = NO_CHANGE
     figures: Figures = _NO_FIGURES
 
@@ -188,17 +201,6 @@ def figures_of(outcome: Outcome, room_bytes: int, *, batch_size: int | None = No
         free_bytes=failure.free_bytes if failure else None,
         batch_size=batch_size,
     )
-
-
-def unplayed(facts: Facts, *, of_device: bool) -> tuple[Remedy, ...]:
-    """Return remedies that the log's figures decide, and general advice, unchecked."""
-    if not of_device:
-        return (Remedy(code=f"kind_{facts.kind}", verdict=UNCHECKED, reason="general", label=LIKELY, exact=None),)
-    codes = ["split_general", "chunked_general", "checkpointing_general"]
-    if any(each.function == "estimate_loss" for each in facts.frames):
-        codes.insert(1, "release_logits")
-    general = [_unchecked(code, "no_configuration") for code in codes]
-    return ranked([*general, expandable_segments(facts), empty_cache(facts), close_others(facts)])
 
 
 def _unchecked(code: str, reason: str, figures: Figures = _NO_FIGURES) -> Remedy:

@@ -18,8 +18,6 @@ from tightfit.wording.diagnosis import Words
 if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
 
-_SHOWN_GUESSES = 5
-
 
 class Sentences:
     """Causes and remedies in one language."""
@@ -86,18 +84,7 @@ def _problem(facts: Facts, words: Words) -> str:
 
 
 def _culprit(culprit: Culprit, words: Words) -> Iterator[str]:
-    key = "plain"
-    if culprit.label != SIMULATED:
-        key = "guess"
-    elif not culprit.shape:
-        key = "shapeless"
-    elif culprit.iteration is not None:
-        key = "eval"
-    elif culprit.step is not None:
-        key = "step"
-    first = culprit.guesses[0] if culprit.guesses else None
-    known = asdict(culprit) | {"batch": first.batch if first else None, "block": first.block if first else None}
-    yield f"[{words('labels', culprit.label)}] " + words("culprit", key, **known)
+    yield f"[{words('labels', culprit.label)}] " + words("culprit", _key_of(culprit), **asdict(culprit))
     if culprit.label != SIMULATED:
         return
     different = words("units", "separator").join(_compared(each, words) for each in culprit.disagreements)
@@ -113,6 +100,15 @@ def _culprit(culprit: Culprit, words: Words) -> Iterator[str]:
         yield words("culprit", "differs_slightly", compared=different)
 
 
+def _key_of(culprit: Culprit) -> str:
+    """Return the key of the sentence that names the tensor."""
+    if culprit.label != SIMULATED:
+        return f"{culprit.evidence}_sized" if culprit.evidence == "line" and culprit.shape else culprit.evidence
+    if not culprit.shape:
+        return "shapeless"
+    return "eval" if culprit.iteration is not None else "step" if culprit.step is not None else "plain"
+
+
 def _compared(each: Compared, words: Words) -> str:
     if each.what == "phase":
         return words("culprit", "compared_phase", log=each.log, play=each.play)
@@ -122,7 +118,7 @@ def _compared(each: Compared, words: Words) -> str:
 def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     """Yield assumptions of the verdicts: the card and the configuration, where nobody named them."""
     if explanation.unplayed_because:
-        yield words("unplayed", explanation.unplayed_because)
+        yield words("unplayed", explanation.unplayed_because + ("_elsewhere" if explanation.is_elsewhere else ""))
     card = explanation.card
     if explanation.played and card is not None and card.how_named == "assumed":
         yield words("assumed", "card", name=card.name, total=card.total_bytes)
@@ -156,7 +152,7 @@ def _without_fix(explanation: "Explanation") -> str:
     if any(each.code == "play_fits" for each in explanation.causes):
         return "configuration_fits"
     keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}
-    return keys.get(explanation.played, "unchecked")
+    return keys.get(explanation.played, "unchecked_elsewhere" if explanation.is_elsewhere else "unchecked")
 
 
 def _command(card: Card, config_names: tuple[str, ...], best: Remedy) -> str:
@@ -204,5 +200,3 @@ def arithmetic_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     if culprit.compared:
         compared = words("units", "separator").join(_compared(each, words) for each in culprit.compared)
         yield words("arithmetic", "compared", compared=compared)
-    for guess in culprit.guesses[:_SHOWN_GUESSES]:
-        yield words("arithmetic", "guess", **asdict(guess))

@@ -20,6 +20,7 @@ from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.ownership import own_process
 from tightfit.oomlog.printed import READ, Printed, printed_in
+from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
 from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, phase_of
 from tightfit.units import GIB, MIB
@@ -38,6 +39,8 @@ _PROGRESS = ("it/s]", "s/it]", ": loss ", "loss=", "loss: ", "'loss':", "train l
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
 _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
+_HEAD, _TAIL = 40_000, 24_000
+"""Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
 
@@ -65,6 +68,8 @@ class LogReading(Struct, frozen=True, kw_only=True):
     others_count: int = 0
     """Other failures, without mentions."""
     context: Printed = Printed()
+    run: RunFacts = RunFacts()
+    """What the program prints about its run; of a long log, by its beginning and its end."""
     kind_of_nothing: str | None = None
     """Reason for no failure: empty, binary, caught, warning, document, code, harmless, other_error or nothing."""
     evidence: str = ""
@@ -230,7 +235,8 @@ class _Scan:
         count = self.uncounted + sum(map(_counts, rest))
         context = printed_in("\n".join(lines_of(self._head)))
         if chosen:
-            return LogReading(failure=chosen.facts, others=others, others_count=count, context=context)
+            run = run_facts_in("\n".join(lines_of(self._both_ends())))
+            return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
         if nothing in ("incomplete", "memory_words"):
             failure = self._unnamed(nothing, evidence)
@@ -245,6 +251,11 @@ class _Scan:
             evidence=evidence,
             caught=caught[-1] if caught else None,
         )
+
+    def _both_ends(self) -> str:
+        if self._size <= _HEAD + _TAIL:
+            return self._head
+        return self._head[:_HEAD] + "\n" + self._ending[-_TAIL:]
 
     def _nothing(self) -> tuple[str, str]:
         if not self._head.strip():
