@@ -108,6 +108,26 @@ def test_tables_use_known_codes():
     assert {each["kind"] for each in formats["format"]} <= KINDS.keys()
 
 
+def test_sentences_on_kinds_are_there_in_both_languages_with_the_same_fields():
+    english, japanese = (dict(kind_words(language).sentences()) for language in LANGUAGES)
+    assert english == japanese
+    for table in ("problem", "cause", "fix", "expected", "nothing", "follows"):
+        for key, sentence in kind_words("ja").table(table).items():
+            said = re.sub(r"\{[^}]*\}", "", sentence)
+            assert re.search("[ぁ-んァ-ヶ一-龠]", said), key
+            assert table == "fix" or re.search("。$|。[^。]*$|：$", said), key
+
+
+def test_every_kind_has_its_fixes_and_every_fix_its_words():
+    fix_words = kind_words("en").table("fix")
+    used = {code for codes in TABLES["fixes"].values() for code in codes}
+    assert used == fix_words.keys()
+    assert TABLES["paste"].keys() <= used
+    for table in ("problem", "cause"):
+        assert {key.partition("__")[0] for key in kind_words("en").table(table)} <= KINDS.keys()
+    assert KINDS.keys() >= FIXES
+
+
 def test_every_remedy_of_the_tables_is_worded_and_has_an_effect():
     remedies, reasons = (words("en").table(name) for name in ("remedies", "reasons"))
     known = ADVICE["applicability"].keys()
@@ -128,23 +148,3 @@ def test_every_kind_of_line_is_worded():
     categories = words("en").table("categories")
     assert LINES.keys() <= categories.keys()
     assert {each["grows"] for each in LINES.values()} <= ADVICE["fixes"].keys()
-
-
-def test_sentences_on_kinds_are_there_in_both_languages_with_the_same_fields():
-    english, japanese = (dict(kind_words(language).sentences()) for language in LANGUAGES)
-    assert english == japanese
-    for table in ("problem", "cause", "fix", "expected", "nothing", "follows"):
-        for key, sentence in kind_words("ja").table(table).items():
-            said = re.sub(r"\{[^}]*\}", "", sentence)
-            assert re.search("[ぁ-んァ-ヶ一-龠]", said), key
-            assert table == "fix" or re.search("。$|。[^。]*$|：$", said), key
-
-
-def test_every_kind_has_its_fixes_and_every_fix_its_words():
-    fix_words = kind_words("en").table("fix")
-    used = {code for codes in TABLES["fixes"].values() for code in codes}
-    assert used == fix_words.keys()
-    assert TABLES["paste"].keys() <= used
-    for table in ("problem", "cause"):
-        assert {key.partition("__")[0] for key in kind_words("en").table(table)} <= KINDS.keys()
-    assert KINDS.keys() >= FIXES

@@ -45,14 +45,14 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         return self.remedies[0] if self.remedies and self.remedies[0].verdict == FITS else None
 
     @property
-    def is_elsewhere(self) -> bool:
-        """True if the log is of a program that takes neither nanoGPT's keys nor tightfit's."""
-        return self.unplayed_because == "config" and self.framework not in (None, "nanogpt")
-
-    @property
     def _kind_of_nothing(self) -> str | None:
         """The kind of a failure that was survived."""
         return self.reading.caught.kind if self.reading.caught else None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if the log is of a program that takes neither nanoGPT's keys nor tightfit's."""
+        return self.unplayed_because == "config" and self.framework not in (None, "nanogpt")
 
     def __str__(self) -> str:
         from tightfit.diagnosis.render import render

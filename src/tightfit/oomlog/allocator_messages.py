@@ -17,7 +17,7 @@ HEAD = re.compile(
     r"(?:(?P<backend>CUDA|HIP|XPU|NPU|MUSA|MLU|GCU|HPU|SDAA|MACA|PrivateUse1)out|(?P<bare>Out))ofmemory[.:,]*"
     rf"Triedt?o?allocate(?:(?P<size>{SIZE})|(?P<huge>morethan1EB(?:memory)?))"
     rf"|MPSbackendoutofmemory\(MPSallocated:(?P<mps>{SIZE})"
-    rf"|(?:blockwithsizelargerthan4GB!)?Triedt?o?allocate(?P<tail>{SIZE})\.?(?=\(?[GN]PU\d*(?:;|hasatotal))"
+    rf"|(?:blockwithsizelargerthan4GB!)?Triedt?o?allocate(?P<tail>{SIZE})\.?(?=[^A-Za-z\d]{{0,3}}(?:[GN]PU\d*(?:;|hasatotal|total|free)|total|free))"
     rf"|\((?P<unit>[GN]PU)(?P<index>\d{{1,4}});(?={SIZE}totalcapacity)"
     r"|GPU#?\d{0,4}hasatotalcapac(?:i?)tyof"
     r"|Allocationondevice(?P<device>\d{0,4})wouldexceedallowedmemory\.?(?:\(outofmemory\))?"
@@ -40,11 +40,11 @@ _OLD_NAMES = {
 }
 _NEW = re.compile(
     rf"GPU#?(?P<index>\d{{0,4}})hasatotal(?P<word>capaci?ty)of(?P<total>{SIZE})"
-    rf"|ofwhich(?P<free>{SIZE})isfree"
-    rf"|Process(?P<pid>\d{{1,10}})has(?P<theirs>{SIZE})memoryinuse"
-    rf"|thisprocesshas(?P<process>{SIZE})memoryinuse"
+    rf"|ofwhich(?P<free>{SIZE})(?:isfree)?"
+    rf"|Process(?P<pid>\d{{1,10}})has(?P<theirs>{SIZE})(?:memoryinuse)?"
+    rf"|thisprocesshas(?P<process>{SIZE})(?:memoryinuse)?"
     rf"|(?<=[.\s])(?P<allowed>{SIZE})allowed;"
-    rf"|Oftheallocatedmemory(?P<allocated>{SIZE})isallocatedbyPyTorch"
+    rf"|Oftheallocatedmemory(?P<allocated>{SIZE})(?:isallocatedbyPyTorch)?"
     rf"|with(?P<private_pool>{SIZE})allocatedinprivatepools"
     rf"|and(?P<unallocated>{SIZE})isreservedbyPyTorchbutunallocated"
     r"|(?P<advice>trysetting)(?P<setting>max_split_size_mb|PYTORCH_(?:(?:CUDA|HIP)_)?ALLOC_CONF)?"
@@ -159,8 +159,25 @@ def _old_parenthesis(message: Message, text: str, begin: int, stop: int) -> None
             if text.startswith("Ifreservedmemory", match.end()):
                 message.torch_format = "T3"
             break
+    _cut_figure(message, text, stop)
     if "total_bytes" not in message.figures or not {"reserved_bytes", "unallocated_bytes"} & set(message.figures):
         message.note("message_cut")
+
+
+_ORDER = ("total_bytes", "allocated_bytes", "free_bytes")
+"""Figures of the parenthesis in its order; what follows depends on the version."""
+_CUT_FIGURE = re.compile(rf"[;(,]({SIZE})$", re.IGNORECASE)
+
+
+def _cut_figure(message: Message, text: str, stop: int) -> None:
+    """Read the last figure of a parenthesis that was cut off before the figure's name."""
+    if stop < len(text) or message.kind not in ("cuda_out_of_memory", "hip_out_of_memory"):
+        return
+    match = _CUT_FIGURE.match(text, max(message.end - 1, 0))
+    name = next((name for name in _ORDER if name not in message.figures), None)
+    if match and name:
+        message.take(name, match[1])
+        message.end = match.end()
 
 
 def _new_sentences(message: Message, text: str, begin: int, stop: int) -> None:

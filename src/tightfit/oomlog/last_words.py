@@ -20,7 +20,7 @@ _OF_CODE = re.compile(
 _MEMORY = re.compile(
     r"\b(?:out of|insufficient|not enough|exceed\w*|lack of|low on|more|run\w* out of|too (?:much|little))"
     r" [\w -]{0,25}memory\b|\bOOM\b|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
-    r"|RESOURCE_EXHAUSTED|(?:can(?:not|'t)|could not|unable to|failed to|failure to) (?:re)?alloc|\bVRAM\b",
+    r"|(?:can(?:not|'t)|could not|unable to|failed to|failure to) (?:re)?alloc|\bVRAM\b",
     re.IGNORECASE,
 )
 

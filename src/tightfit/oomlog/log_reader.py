@@ -37,10 +37,10 @@ _BUDGET = 25_000
 """Lines that are looked at closely, before the last piece; logs that consist of nothing else are sampled."""
 _PROGRESS = ("it/s]", "s/it]", ": loss ", "loss=", "loss: ", "'loss':", "train loss")
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
-_HEAD, _TAIL = 40_000, 24_000
-"""Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
 _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
+_HEAD, _TAIL = 40_000, 24_000
+"""Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
 
@@ -214,6 +214,8 @@ class _Scan:
                 better = facts if facts.frames and not known.frames else known
                 if not known.figures and facts.figures:  # the first says only that it failed
                     known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
+                elif _complete_each_other(known, facts):
+                    known = _joined(known, facts)
                 record.facts = replace(
                     known,
                     repeats=record.facts.repeats + 1,
@@ -351,8 +353,34 @@ def _is_same(one: Facts, two: Facts) -> bool:
             one.device_index == two.device_index or None in (one.device_index, two.device_index)
         )
     if stated and any(figure.stated for figure in one.figures.values()):
-        return False
+        return _complete_each_other(one, two)
     return two.line - one.line <= 60 or two.kind in consequences()
+
+
+_APART = 3
+"""Lines between two pieces of one message that somebody put in another order."""
+
+
+def _complete_each_other(one: Facts, two: Facts) -> bool:
+    """Return True if one message states the request and the next one the card, or the other way round."""
+    names = [{name for name, figure in each.figures.items() if figure.stated} for each in (one, two)]
+    asks = ["requested_bytes" in each for each in names]
+    has_card = ["total_bytes" in each for each in names]
+    near = 0 <= two.line - one.line <= _APART
+    return near and not names[0] & names[1] and asks in ([True, False], [False, True]) and has_card == asks[::-1]
+
+
+def _joined(one: Facts, two: Facts) -> Facts:
+    """Return the facts of two pieces of one message."""
+    stated = {name: figure for each in (one, two) for name, figure in each.figures.items() if figure.stated}
+    figures, notes = with_arithmetic(stated)
+    return replace(
+        one,
+        figures=figures,
+        notes=tuple(dict.fromkeys([*notes, *(note for note in one.notes if note != "message_cut")])),
+        device_index=one.device_index if one.device_index is not None else two.device_index,
+        message=f"{one.message} {two.message}",
+    )
 
 
 def _later(one: Facts, two: Facts) -> str | None:

@@ -11,6 +11,9 @@ from tightfit.units import GIB, MIB
 LEAST_CONTEXT, MOST_CONTEXT = 100 * MIB, GIB // 2
 """Bytes of a process outside of PyTorch's allocator, its CUDA context: 0.3 to 0.5 GiB on the cards measured, and less
 on old ones. Libraries with buffers of their own (NCCL, TensorRT) add to it."""
+_SURELY_OTHERS = GIB
+"""Bytes that are neither free nor PyTorch's from which on not all of them can be this process's context; with fewer,
+libraries of this process explain them as well as other programs do."""
 _FARTHEST = 3 * GIB
 """Bytes outside of PyTorch's allocator above which a listed process is not taken for this one."""
 _NEIGHBOURS = 64
@@ -63,6 +66,7 @@ def ownership(facts: Facts) -> Ownership:
     others, is_estimated = facts.figures.get("others_bytes"), False
     if others is None and facts.kind in ("cuda_out_of_memory", "hip_out_of_memory"):
         outside = facts.figures.get("not_reserved_bytes")
+        outside = outside if outside is not None and outside.low >= _SURELY_OTHERS else None
         is_estimated = outside is not None
         others = outside and Figure(
             bytes=max(outside.bytes - MOST_CONTEXT, 0),
