@@ -42,7 +42,10 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if script_arguments and not options.script:
         raise ConfigError(say("explain.cmd_explain.arguments_of_no_script"))
     config = None
-    if configs or keys:
+    from tightfit.diagnosis.foreign_config import foreign_in
+
+    foreign = foreign_in(configs, keys)
+    if foreign is None and (configs or keys):
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
     if options.html:
         from tightfit.report.page import check_folder
@@ -58,6 +61,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         script=options.script,
         arguments=script_arguments,
         config_names=[*configs, *keys],
+        foreign=foreign,
     )
     if options.html:
         from tightfit.report.html import explanation_report
