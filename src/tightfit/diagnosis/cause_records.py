@@ -11,6 +11,8 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     """A key of the words' table `causes`."""
+    stable_code: str = ""
+    """TF-101, ...; empty until it is printed."""
     label: str = MEASURED
     """measured (from the log), simulated or likely."""
     sentence: str = ""

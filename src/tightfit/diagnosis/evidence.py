@@ -9,8 +9,8 @@ from math import prod
 
 import msgspec
 
-from tightfit.diagnosis.budget import Budget, budget_of
 from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
+from tightfit.diagnosis.model_budget import Budget, budget_of
 from tightfit.diagnosis.tensor_fits import (
     ELEMENT_BYTES,
     FOUR_BIT,

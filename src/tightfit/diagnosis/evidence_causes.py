@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from tightfit.diagnosis.budget import Budget
 from tightfit.diagnosis.cause_records import (
     COMPUTED,
     Cause,
@@ -19,6 +18,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.model_budget import Budget
 from tightfit.oomlog.facts import Facts
 from tightfit.units import MIB
 

@@ -74,7 +74,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             status=self.reading.status,
             kind=facts.kind if self.facts else self._kind_of_nothing,
             culprit=self.culprit,
-            causes=tuple(replace(each, sentence=said.cause(each)) for each in self.causes),
+            causes=tuple(map(said.told, self.causes)),
             remedies=tuple(
                 RemedyJson(
                     code=each.code,

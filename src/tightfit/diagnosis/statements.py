@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from tightfit.diagnosis import kinds
 from tightfit.diagnosis.cause_records import SIMULATED, Cause
@@ -12,6 +12,7 @@ from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
 from tightfit.diagnosis.foreign_config import Foreign
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import Remedy, SplitBatch
+from tightfit.diagnosis.stable_codes import stable_code
 from tightfit.diagnosis.usual_models import model_of
 from tightfit.oomlog.facts import Facts
 from tightfit.units import format_bytes
@@ -37,6 +38,10 @@ class Sentences:
         if table == "kind" and self._facts is not None:
             return kinds.said("cause", self._facts, self._words)
         return self._words("causes", cause.code, **asdict(cause))
+
+    def told(self, cause: Cause) -> Cause:
+        """Return a cause with its sentence and its stable code."""
+        return replace(cause, sentence=self.cause(cause), stable_code=stable_code(cause.code))
 
     def title(self, remedy: Remedy) -> str:
         table = remedy.code.partition("_")[0]
