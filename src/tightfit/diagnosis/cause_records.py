@@ -179,6 +179,8 @@ class OtherProcesses(Cause, frozen=True, kw_only=True):
     total_bytes: int
     outside_bytes: int | None = None
     """Bytes that are neither free nor PyTorch's."""
+    need_bytes: int | None = None
+    """This process with the request."""
 
 
 class Cache(Cause, frozen=True, kw_only=True):
