@@ -1,7 +1,11 @@
+# ruff: noqa: E501 - messages and configurations stand here as they are printed
 """The tables behind an explanation: models, kinds of lines, sizes of requests, words of programs."""
+
+from pathlib import Path
 
 import pytest
 
+from tightfit.cli.main import main
 from tightfit.diagnosis.failing_line import line_kind
 from tightfit.diagnosis.framework_words import frameworks, pasted
 from tightfit.diagnosis.tensor_fits import range_of, usual_weights
@@ -99,3 +103,79 @@ def test_every_program_divides_its_batch_in_words_of_its_own():
         assert found.page or program == "jax", program
     assert pasted("split_general", ["jax"], {"size": 2, "passes": 8, "half": 4}) is not None
     assert pasted("expandable_segments", ["jax"], {}) is None, "PyTorch's setting is not JAX's"
+
+
+# Configurations of other programs
+
+LOG = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 136.00 MiB. GPU 3 has a total capacity of 39.39 GiB of "
+    "which 101.06 MiB is free.\n"
+)
+AXOLOTL = (
+    "base_model: meta-llama/Llama-3.1-8B\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\nsequence_len: 8192\n"
+)
+DEEPSPEED = '{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}\n'
+ARGUMENTS = "per_device_train_batch_size = 4\ngradient_accumulation_steps = 100\n"
+MODEL = (
+    '{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 13824, "vocab_size": 152064}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says", "says_ja"),
+    [
+        (
+            "axolotl.yaml",
+            AXOLOTL,
+            ["read as axolotl's: batch 2, accumulation 4, 8192 tokens, Llama 3 8B", "59.83 GiB", "adapter: qlora"],
+            ["「axolotl の設定」として読みました", "バッチ 2、勾配累積 4、8192 トークン"],
+        ),
+        (
+            "ds.json",
+            DEEPSPEED,
+            [
+                "read as DeepSpeed's: batch 4, ZeRO stage 3",
+                "The model is not known",
+                '"train_micro_batch_size_per_gpu": 1',
+            ],
+            ["「DeepSpeed の設定」として読みました", "モデルが不明"],
+        ),
+        (
+            "arguments.py",
+            ARGUMENTS,
+            ["Hugging Face's TrainingArguments: batch 4, accumulation 100", "gradient_accumulation_steps=400"],
+            ["Hugging Face の TrainingArguments」として読みました"],
+        ),
+        ("config.json", MODEL, ["a model's config.json: Qwen2.5 14B"], ["「モデルの config.json」として読みました"]),
+    ],
+)
+def test_a_configuration_of_another_program_is_read_and_not_played(
+    name: str, text: str, says: list[str], says_ja: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    log, config = tmp_path / "oom.log", tmp_path / name
+    log.write_text(LOG)
+    config.write_text(text)
+    for language, parts in (("en", says), ("ja", says_ja)):
+        assert main(["explain", str(log), "--config", str(config), f"--lang={language}", "--verbose"]) == 0
+        printed = "".join(capsys.readouterr().out.split())
+        for part in parts:
+            assert "".join(part.split()) in printed
+        assert "GPT-2" not in printed
+
+
+def test_keys_of_another_program_are_read_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = tmp_path / "oom.log"
+    log.write_text(LOG)
+    keys = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=100"]
+    assert main(["explain", str(log), *keys, "--lang=en"]) == 0
+    assert "per_device_train_batch_size=1\n      gradient_accumulation_steps=400" in capsys.readouterr().out
+
+
+def test_a_code_has_its_page_on_the_command_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["explain", "--code", "TF-105", "--lang=en"]) == 0
+    assert capsys.readouterr().out.startswith("TF-105: outputs of an evaluation kept on the card")
+    assert main(["explain", "--code=TF-999", "--lang=en"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "tightfit: 'TF-999' is not a code; codes are written TF-101 and stand behind each cause\n"
+    )
