@@ -9,6 +9,7 @@ from tightfit.oomlog.facts import Facts, Figure, OtherProcess
 from tightfit.units import GIB, MIB
 
 LEAST_CONTEXT, MOST_CONTEXT = 100 * MIB, GIB // 2
+_DECIDES = GIB
 """Bytes of a process outside of PyTorch's allocator, its CUDA context: 0.3 to 0.5 GiB on the cards measured, and less
 on old ones. Libraries with buffers of their own (NCCL, TensorRT) add to it."""
 _SURELY_OTHERS = GIB
@@ -78,6 +79,8 @@ def ownership(facts: Facts) -> Ownership:
         return Ownership(ranks=_ranks(facts) if others is None else ())
     free, need = facts.figures.get("free_bytes"), facts.figures.get("requested_bytes")
     decides = free is not None and need is not None and free.low + others.low >= need.high
+    # Libraries and NCCL of this process itself are in an estimate: a small one decides nothing.
+    decides = decides and (not is_estimated or others.low >= max(_DECIDES, facts.total_bytes // 20))
     return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), decides=decides)
 
 
