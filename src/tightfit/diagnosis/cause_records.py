@@ -148,7 +148,7 @@ class PrintedBatch(Cause, frozen=True, kw_only=True):
 
 class Limit(Cause, frozen=True, kw_only=True):
     allowed_bytes: int
-    free_bytes: int | None
+    free_bytes: int | None = None
 
 
 class Spilled(Cause, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import msgspec
 
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
+from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.log_reader import LogReading
@@ -115,7 +116,11 @@ def fixes_of(facts: Facts) -> tuple[Remedy, ...]:
 def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield the sentences on a log without a failure."""
     sentences, kind = wording.words(words.language), reading.kind_of_nothing or "nothing"
+    kind = "caught_at_end" if kind == "caught" and not reading.went_on else kind
     yield sentences("nothing", kind, evidence=" ".join(reading.evidence.split())[:200])
+    if reading.caught is not None:
+        decisive = (cause for cause in causes_of_figures(reading.caught) if cause.code in DECISIVE)
+        yield from (words("causes", cause.code, **msgspec.structs.asdict(cause)) for cause in decisive)
     if sentences.has("nothing", f"{kind}_hint"):
         yield sentences("nothing", f"{kind}_hint")
 
@@ -123,5 +128,7 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
 def follows_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield sentences on what else the log shows that only follows from the failure."""
     sentences = wording.words(words.language)
+    if reading.failure is not None and "failed_afterwards" in reading.failure.notes:
+        yield sentences("follows", "failed_afterwards", afterwards=reading.failure.details["afterwards"])
     kinds = dict.fromkeys(each.kind for each in reading.others if each.standing == "failure")
     yield from (sentences("follows", kind) for kind in kinds if sentences.has("follows", kind))

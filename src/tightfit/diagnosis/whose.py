@@ -22,6 +22,8 @@ from tightfit.oomlog.ownership import ownership
 
 _LARGE_CACHE = 0.05
 """Share of the card above which the cache's fragments are taken for the cause; every run has a few per cent."""
+_SMALL_REST = 2**29
+"""Bytes up to which what is neither free nor allocated is no more than a CUDA context."""
 DECISIVE = frozenset(
     {
         *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide"),
@@ -119,6 +121,11 @@ def _of_own(facts: Facts) -> Iterator[Cause]:
         yield Cause(code="process_unknown")
     if facts.own_pid is not None and facts.process_bytes is not None and ownership(facts).others is None:
         yield OwnProcess(code="own_process_alone", pid=facts.own_pid, process_bytes=facts.process_bytes)
+    total, free, allocated = facts.total_bytes, facts.free_bytes, facts.allocated_bytes
+    if facts.kind == "cuda_async" and total and free is not None and allocated:
+        rest = total - free - allocated
+        if rest > _SMALL_REST:
+            yield OutsidePyTorch(code="async_rest", outside_bytes=rest, low_bytes=rest, high_bytes=rest)
     if facts.private_pool_bytes:
         yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
     outside = facts.figures.get("outside_pytorch_bytes")

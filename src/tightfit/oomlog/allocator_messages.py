@@ -21,7 +21,7 @@ HEAD = re.compile(
     rf"|\((?P<unit>[GN]PU)(?P<index>\d{{1,4}});(?={SIZE}totalcapacity)"
     r"|GPU#?\d{0,4}hasatotalcapac(?:i?)tyof"
     r"|Allocationondevice(?P<device>\d{0,4})wouldexceedallowedmemory\.?(?:\(outofmemory\))?"
-    r"|OutOfMemoryError:Allocationondevice(?!\d{1,4}would|would)(?P<cut>)",
+    r"|(?:OutOfMemoryError|ExceptionMessage):\**Allocationondevice(?!\d{1,4}would|would)(?P<cut>)",
     re.IGNORECASE,
 )
 _OLD = re.compile(
@@ -102,7 +102,7 @@ def _async_message(text: str, head: re.Match[str], stop: int) -> Message:
     """Read a message of cudaMallocAsync."""
     message = Message("cuda_async", head.start(), head.end())
     if head["cut"] is not None:
-        message.exception, message.start = "torch.OutOfMemoryError", head.start() + len("OutOfMemoryError:")
+        message.exception, message.start = "torch.OutOfMemoryError", head.start() + head[0].lower().index("allocation")
     message.device_index = int(head["device"]) if head["device"] else None
     _collect(message, _ASYNC, text, stop)
     return message

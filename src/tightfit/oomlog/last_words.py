@@ -20,9 +20,15 @@ _OF_CODE = re.compile(
 _MEMORY = re.compile(
     r"\b(?:out of|insufficient|not enough|exceed\w*|lack of|low on|more|run\w* out of|too (?:much|little))"
     r" [\w -]{0,25}memory\b|\bOOM\b|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
-    r"|(?:can(?:not|'t)|could not|unable to|failed to|failure to) (?:re)?alloc|\bVRAM\b",
+    r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
     re.IGNORECASE,
 )
+
+_FAILS = re.compile(
+    r"\b(?:ERROR|FATAL|PANIC|[Ff]atal(?: error)?|[Ii]nternal error|Error|[Pp]anic)(?:\[\w+\])? ?: ?[A-Za-z'\"(\[/]"
+    r"|\b[Ff]ail(?:ed|ure)? to (?:alloc|reserve|map)|\b(?:cannot|could not|unable to) alloc"
+)
+"""Signs of a failure in a line that is no exception's; a metric called error has a number behind it."""
 
 
 def last_words(lines: Sequence[str]) -> tuple[str, str] | None:
@@ -41,7 +47,7 @@ def last_words(lines: Sequence[str]) -> tuple[str, str] | None:
             return "memory_words" if of_memory else "other_error", match[1]
     for line in reversed(lines):
         parted = part(line)
-        if parted.level == "error" and parted.body.strip():
+        if (parted.level == "error" or _FAILS.search(line)) and parted.body.strip():
             return "memory_words" if _MEMORY.search(parted.body) else "other_error", parted.body.strip()[:300]
     return None
 

@@ -36,16 +36,20 @@ _BEGINNING = re.compile(
 
 
 @functools.cache
-def _triggers() -> dict[str, list[str]]:
-    """Read the words, by a part that they share."""
+def _triggers() -> dict[str, dict[str, list[str]]]:
+    """Read the words, by the table and a part that they share."""
     return tomllib.loads(files("tightfit.oomlog").joinpath("triggers.toml").read_text(encoding="utf-8"))
 
 
-def regions_of(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a text in which a message may start, from line starts, in order and without overlap."""
+def regions_of(text: str, *, at_end: bool = True) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a text in which a message may start, from line starts, in order and without overlap.
+
+    `at_end` is False for a piece that is neither the first nor the last of its log.
+    """
     buckets: set[int] = set()
     lowered = lower(text)
-    for shared, words in _triggers().items():
+    tables = _triggers()
+    for shared, words in [*tables["always"].items(), *(tables["ends"].items() if at_end else ())]:
         if shared not in lowered:
             continue
         for word in words:

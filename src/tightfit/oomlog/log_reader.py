@@ -37,6 +37,8 @@ _BUDGET = 25_000
 """Lines that are looked at closely, before the last piece; logs that consist of nothing else are sampled."""
 _PROGRESS = ("it/s]", "s/it]", ": loss ", "loss=", "loss: ", "'loss':", "train loss")
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
+_WIDE_LINE = 120
+"""Columns before a message, from which on a progress bar or another line stands before it."""
 _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
 _HEAD, _TAIL = 28_000, 16_000
@@ -71,11 +73,14 @@ class LogReading(Struct, frozen=True, kw_only=True):
     run: RunFacts = RunFacts()
     """What the program prints about its run; of a long log, by its beginning and its end."""
     kind_of_nothing: str | None = None
-    """Reason for no failure: empty, binary, caught, warning, document, code, harmless, other_error or nothing."""
+    """Reason for no failure: a table `nothing` in wording/kinds names them, and binary."""
     evidence: str = ""
     """The line that decided for `kind_of_nothing`, shortened."""
     caught: Facts | None = None
     """The last out of memory that the program survived, if nothing failed."""
+
+    went_on: bool = False
+    """True if the log shows progress after an out of memory that was caught."""
 
     @property
     def status(self) -> str:
@@ -125,6 +130,7 @@ class _Scan:
 
     def look_at(self, before: str, text: str, after: str, *, last: bool = False) -> None:
         """Read the messages that start in `text`."""
+        at_end = last or not self._size
         self._size += len(text)
         if len(self._head) < READ:
             self._head += text[: READ - len(self._head)]
@@ -134,7 +140,7 @@ class _Scan:
             self._stacks = min(self._stacks, _STACKS * 3 // 4)
             self._ending = before[-4000:] + text[-20_000:]
         behind = 0
-        for start, end in regions_of(text):
+        for start, end in regions_of(text, at_end=at_end):
             self._go_on(text[behind:start])
             behind = max(behind, end)
             if (self._budget <= 0 and not last) or len(self.records) >= _MOST:
@@ -146,7 +152,8 @@ class _Scan:
 
     def _go_on(self, text: str) -> None:
         """Look in `text`, which follows a failure, for progress that shows it was survived, or for another run."""
-        record = next((each for each in reversed(self.records) if each.standing is Standing.FAILURE), None)
+        happened = (Standing.FAILURE, Standing.CAUGHT)
+        record = next((each for each in reversed(self.records) if each.standing in happened), None)
         if record is None or record.closed or record.progress > 50 or not text:
             return
         starts = [at for at in map(text.find, _RUN_START) if at >= 0]
@@ -204,12 +211,14 @@ class _Scan:
             )
         words = stream.words(message, index, column, finish)
         said = entry.line.body[max(column - 60, 0) :] if message.kind == "program_words" else ""
-        self._add(_facts(message, entry, words, frames, before, said), stand, entry.line.body)
+        body = entry.line.body[max(column - 80, 0) :] if column > _WIDE_LINE else entry.line.body
+        self._add(_facts(message, entry, words, frames, before, said), stand, body)
 
     def _add(self, facts: Facts, stand: Standing, body: str) -> None:
         """Keep a failure, or count it as a repetition."""
         for record in reversed(self.records[-60:]):
-            if record.standing is stand and not record.survived and _is_same(record.facts, facts):
+            over = record.survived and stand is not Standing.CAUGHT
+            if record.standing is stand and not over and _is_same(record.facts, facts):
                 known = record.facts
                 better = facts if facts.frames and not known.frames else known
                 if not known.figures and facts.figures:  # the first says only that it failed
@@ -230,6 +239,7 @@ class _Scan:
     def reading(self) -> LogReading:
         failures = [record for record in self.records if record.standing is Standing.FAILURE]
         chosen = _choose(failures) or next((each for each in self.records if each.standing is Standing.REPORT), None)
+        chosen = chosen or self._failed_afterwards()
         rest = [record for record in self.records if record is not chosen]
         others = tuple(map(_other, rest[:100]))
         count = self.uncounted + sum(map(_counts, rest))
@@ -241,7 +251,7 @@ class _Scan:
         if nothing in ("incomplete", "memory_words"):
             failure = self._unnamed(nothing, evidence)
             return LogReading(failure=failure, others=others, others_count=count, context=context)
-        caught = [each.facts for each in self.records if each.standing is Standing.CAUGHT or each.survived]
+        caught = [each for each in self.records if each.standing is Standing.CAUGHT or each.survived]
         return LogReading(
             failure=None,
             others=others,
@@ -249,13 +259,25 @@ class _Scan:
             context=context,
             kind_of_nothing=nothing,
             evidence=evidence,
-            caught=caught[-1] if caught else None,
+            caught=caught[-1].facts if caught else None,
+            went_on=any(each.progress for each in caught),
         )
 
     def _both_ends(self) -> str:
         if self._size <= _HEAD + _TAIL:
             return self._head
         return self._head[:_HEAD] + "\n" + self._ending[-_TAIL:]
+
+    def _failed_afterwards(self) -> _Record | None:
+        """Return an out of memory that the program handled, if it shows no progress after it and ends with an error."""
+        handled = [each for each in self.records if each.standing is Standing.CAUGHT and not each.survived]
+        last = last_words(lines_of(self._ending)[-400:]) if handled else None
+        record = handled[-1] if handled else None
+        if record is None or last is None or last[1][:60] in record.body or record.progress:
+            return None
+        details = dict(record.facts.details) | {"afterwards": " ".join(last[1].split())}
+        notes = (*record.facts.notes, "failed_afterwards")
+        return _with_facts(record, replace(record.facts, notes=notes, details=details))
 
     def _nothing(self) -> tuple[str, str]:
         if not self._head.strip():
@@ -275,6 +297,11 @@ class _Scan:
         frames = frames_of(lines)
         details = {"said": evidence} if evidence else {}
         return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)
+
+
+def _with_facts(record: _Record, facts: Facts) -> _Record:
+    """Return a failure with other facts."""
+    return _Record(facts, Standing.FAILURE, record.body, record.progress, record.closed)
 
 
 def _counts(record: _Record) -> bool:

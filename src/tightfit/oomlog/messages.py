@@ -26,8 +26,8 @@ _PLAIN = re.compile(
 )
 _CAUSE_UNSTATED = frozenset({"dataloader_killed", "expandable_segments_assert"})
 """Kinds whose messages never name memory."""
-_LARGEST = 2**60
-"""An exbibyte: no machine has as much, so a larger request is a mistake in its size."""
+_LARGEST = 2**44
+"""16 TiB: far beyond any card and nearly any host, so a larger request is a mistake in its size."""
 
 
 class _Format(msgspec.Struct, frozen=True):

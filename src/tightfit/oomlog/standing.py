@@ -136,7 +136,7 @@ def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, m
     """Judge `CUDA out of memory` and nothing else: words that everybody also uses in sentences."""
     ends = bool(_TAIL.match(after)) or after.lstrip(". ").startswith("Tried to")
     if "class_without_message" in message.notes:
-        if leads and (ends or after.lstrip().startswith("Traceback")):
+        if (leads and (ends or after.lstrip().startswith("Traceback"))) or _has("labels", before):
             return Standing.FAILURE
         return Standing.REPORT if mine and not _has("conditional", before) else Standing.CODE
     errs = bool(message.exception) or bool(re.search(r"\b[Ee]rror:? *$|\bERROR:? *$", before))
