@@ -43,7 +43,7 @@ Traceback (most recent call last):
 {STORY}
 """
 KEYS = (
-    "kind", "torch_format", "requested_bytes", "device_index", "total_bytes", "free_bytes", "process_bytes",
+    "status", "kind", "torch_format", "requested_bytes", "device_index", "total_bytes", "free_bytes", "process_bytes",
     "allocated_bytes", "unallocated_bytes", "reserved_bytes", "private_pool_bytes", "allowed_bytes", "others_bytes",
     "outside_pytorch_bytes", "other_processes", "rank", "phase", "frames", "culprit", "causes", "remedies",
 )  # fmt: skip
@@ -202,7 +202,9 @@ def test_json_has_the_agreed_keys_and_exact_figures(narrow: Explanation):
         "file": "/home/me/nanoGPT/model.py", "line": 184, "function": "forward", "source": "logits = self.lm_head(x)",
     }  # fmt: skip
     assert found["phase"] == "eval"
-    assert all(each["label"] in ("measured", "simulated", "likely") for each in found["causes"] + found["remedies"])
+    assert all(
+        each["label"] in ("measured", "simulated", "likely", "computed") for each in found["causes"] + found["remedies"]
+    )
     assert all(each["sentence"] and each["verdict"] in VERDICTS for each in found["remedies"])
 
 
@@ -244,15 +246,8 @@ ASKED_FOR = {
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-@pytest.mark.parametrize(("size", "shape", "is_named"), [
-    ("782.00 MiB", "(12800, 32000)", True),  # 51%
-    ("306.00 MiB", "(640, 250002)", False),  # 47%
-    ("6.14 GiB", "(65536, 50304)", False),  # 5%
-    ("418.00 MiB", "(", False),  # a tensor of no usual model
-])  # fmt: skip
-def test_a_tensor_is_named_only_if_more_likely_than_not(
-    language: str, size: str, shape: str, is_named: bool, capsys, tmp_path: Path
-):
+@pytest.mark.parametrize("size", ["782.00 MiB", "6.14 GiB", "418.00 MiB"])
+def test_a_size_alone_names_no_tensor(language: str, size: str, capsys, tmp_path: Path):
     log, page = tmp_path / "oom.log", tmp_path / "explanation.html"
     log.write_text(requesting(size))
     command = ["explain", str(log), f"--lang={language}", "--verbose"]
@@ -262,18 +257,12 @@ def test_a_tensor_is_named_only_if_more_likely_than_not(
     found = json.loads(capsys.readouterr().out)
     html = page.read_text(encoding="utf-8")
     not_told, to_give = ASKED_FOR[language]
-    sentence = found["causes"][0]["sentence"]
-    assert (found["culprit"] is not None) is is_named
+    sentence = next(each["sentence"] for each in found["causes"] if each["code"] == "tensor_not_told")
+    assert found["culprit"] is None
     for text in (terminal.replace(" ", ""), sentence.replace(" ", ""), html.replace(" ", "")):
-        assert (shape.replace(" ", "") in text) is is_named or shape == "("
-        assert (not_told.replace(" ", "") in text) is not is_named
-        if not is_named:
-            assert all(each.replace(" ", "") in text for each in to_give)
-    if not is_named:
-        assert found["causes"][0]["code"] == "tensor_not_told"
-        for name in ("logits", "attention_scores", "mlp_activation"):
-            category = words(language).name("categories", name)
-            assert f"{category} (" not in terminal, "no tensor is named"
+        assert all(each.replace(" ", "") in text for each in (not_told, *to_give))
+    for name in ("attention_scores", "mlp_activation"):
+        assert words(language).name("categories", name) not in terminal, "no tensor is named"
 
 
 def test_a_configuration_without_a_card_asks_for_the_card():
@@ -298,13 +287,14 @@ def test_without_a_configuration_the_figures_judge_what_they_can():
     assert by_code(found)["expandable_segments"].verdict == "does_not_fit"
     assert by_code(found)["close_others"].verdict == "does_not_fit"
     assert by_code(found)["split_general"].verdict == "unchecked"
+    assert by_code(found)["split_general"].applicability == "exact"
     assert "--config" in render(found, words("en"))
 
 
 def test_a_small_request_tells_nothing():
     found = explain(STORY.replace("6.14 GiB", "20.00 MiB").replace("2.68 GiB", "10.00 MiB"))
     assert found.culprit is None
-    assert found.causes[0].code == "small_request"
+    assert "small_request" in [each.code for each in found.causes]
     assert "cannot be told" in render(found, words("en"))
     assert "over 1 MiB and under 10 MiB, or over 18 MiB and up to 20.00 MiB" in " ".join(
         render(found, words("en")).split()
@@ -321,11 +311,10 @@ def test_a_host_kill_is_explained_without_a_play():
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
-def test_no_failure_is_one_sentence(language: str):
+def test_no_failure_is_said_shortly(language: str):
     found = explain("iter 0: loss 3.0, time 10ms\n", lang=language)
     assert found.facts is None
-    text = render(found, words(language))
-    assert "\n" not in text
+    assert len(render(found, words(language), width=100).splitlines()) <= 2
     as_json = msgspec.to_builtins(found.to_json())
     assert as_json["kind"] is None
     assert tuple(as_json) == KEYS
@@ -393,7 +382,7 @@ def test_a_log_with_a_torn_end_or_in_another_encoding_is_a_text(capsys, tmp_path
         log = tmp_path / f"{number}.log"
         log.write_bytes(b"iter 0: loss 10.9\n" * 400 + noise)
         assert main(["explain", str(log)]) == 0
-        assert "Nothing failed" in capsys.readouterr().out
+        assert "This log shows no failure" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

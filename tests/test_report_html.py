@@ -46,6 +46,7 @@ from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.records import Findings, read_findings
 from tightfit.wording.diagnosis import words as explain_words
+from tightfit.wording.kinds import words as kind_words
 from tightfit.wording.report import LANGUAGES, locale_language, words
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028'\"&{{ 7*7 }}"
@@ -581,8 +582,8 @@ class TestExplanation:
             (PLAIN_LOG, said("unplayed", "config"), {"problem", "memory", "cause", "fixes", "expected", "arithmetic"}),
             ("torch.OutOfMemoryError: CUDA out of memory.", said("causes", "unstated"), {"problem", "cause", "fixes"}),
             ("step 10\nKilled\n", said("kinds", "host_killed"), {"problem", "cause", "fixes", "expected"}),
-            ("iter 0: loss 3.0\n", said("nothing", "nothing"), set()),
-            ("", said("nothing", "empty"), set()),
+            ("iter 0: loss 3.0\n", kind_words(lang)("nothing", "nothing", evidence=""), set()),
+            ("", kind_words(lang)("nothing", "empty", evidence=""), set()),
         ):
             seen = Outline(explanation_report(explain(log, lang=lang)))
             assert words_ in seen.text

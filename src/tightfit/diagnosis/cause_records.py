@@ -2,8 +2,8 @@
 
 import msgspec
 
-MEASURED, SIMULATED, LIKELY = "measured", "simulated", "likely"
-"""Evidence of a cause: the log, a play, or the sizes of usual models."""
+MEASURED, SIMULATED, LIKELY, COMPUTED = "measured", "simulated", "likely", "computed"
+"""Evidence of a cause: the log, a play, the sizes of the named model, or arithmetic from what the log names."""
 
 
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
@@ -11,6 +11,8 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     """A key of the words' table `causes`."""
+    stable_code: str = ""
+    """TF-101, ...; empty until it is printed."""
     label: str = MEASURED
     """measured (from the log), simulated or likely."""
     sentence: str = ""
@@ -83,25 +85,101 @@ class SmallRequest(Request, frozen=True, kw_only=True):
     tensor_high: int
 
 
-class GuessedTensor(Cause, frozen=True, kw_only=True):
-    tensor: str
+class SizedWeight(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight that makes the request, and the models that have one."""
+
     shape: tuple[int, ...]
-    dtype: str | None
-    batch_size: int
-    block_size: int
-    share: float
-    others: int
-    """Other tensors of usual models that make the same request."""
+    dtype: str
+    bytes: int
+    models: str
+
+
+class SizedWeights(Request, frozen=True, kw_only=True):
+    weights: tuple[SizedWeight, ...]
+
+
+class LogitTokens(Request, frozen=True, kw_only=True):
+    """Tokens whose logits make the request."""
+
+    vocab_size: int
+    of: str
+    """The model or the program whose vocabulary it is."""
+    float_tokens: int
+    half_tokens: int
+
+
+class FirstAxis(Cause, frozen=True, kw_only=True):
+    """The first axis of a printed shape, which is usually the batch."""
+
+    axis: int
+    one_bytes: int
+
+
+class ShardShare(msgspec.Struct, frozen=True, kw_only=True):
+    ranks: int
+    dtype: str
+    bytes: int
+
+
+class Shard(Request, frozen=True, kw_only=True):
+    """A flat share of all parameters."""
+
+    parameters: int
+    of: str
+    shares: tuple[ShardShare, ...]
+
+
+class ModelBudget(Cause, frozen=True, kw_only=True):
+    """Memory that the model takes before any batch."""
+
+    of: str
+    parameters: int
+    low_bytes: int
+    high_bytes: int
+    low_each: float
+    high_each: float
+    total_bytes: int
+    ranks: int
+
+
+class PrintedBatch(Cause, frozen=True, kw_only=True):
+    batch_size: int | None
 
 
 class Limit(Cause, frozen=True, kw_only=True):
     allowed_bytes: int
+    free_bytes: int | None = None
+
+
+class Spilled(Cause, frozen=True, kw_only=True):
+    """More than the card has."""
+
+    held_bytes: int
+    total_bytes: int
+    spilled_bytes: int
+
+
+class OwnRanks(Cause, frozen=True, kw_only=True):
+    """Other ranks of the same job on this card."""
+
+    count: int
+    each_bytes: int
+    all_bytes: int
+
+
+class OwnProcess(Cause, frozen=True, kw_only=True):
+    """The listed process that is this one."""
+
+    pid: int
+    process_bytes: int
 
 
 class OtherProcesses(Cause, frozen=True, kw_only=True):
     others_bytes: int
     total_bytes: int
-    need_bytes: int
+    outside_bytes: int | None = None
+    """Bytes that are neither free nor PyTorch's."""
+    need_bytes: int | None = None
     """This process with the request."""
 
 

@@ -2,36 +2,28 @@
 
 from collections.abc import Iterator, Mapping
 
+from tightfit.diagnosis import kind_sentences
 from tightfit.diagnosis.cause_records import (
-    LIKELY,
     SIMULATED,
-    Cache,
     CategoryBytes,
     Cause,
     FullLogits,
-    GuessedTensor,
     Held,
-    Limit,
     LogitsBound,
     LogitsCopies,
-    MoreFree,
     OtherKind,
-    OtherProcesses,
-    OutsidePyTorch,
     PlayFits,
-    PrivatePools,
-    Request,
-    SmallRequest,
     StateToCome,
     TrainingToo,
 )
 from tightfit.diagnosis.culprit import Culprit
-from tightfit.diagnosis.guess import Guesses
+from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.evidence_causes import causes_of_evidence
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
+from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
-from tightfit.units import MIB
 
 _DEVICE_KINDS = frozenset(
     {
@@ -64,12 +56,12 @@ def causes_of(
     culprit: Culprit | None = None,
     base: Outcome | None = None,
     train: Outcome | None = None,
-    guesses: Guesses | None = None,
+    evidence: Evidence | None = None,
     unplayed_because: str = "",
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        return (OtherKind(code=f"kind_{facts.kind}", pid=facts.pid),)
+        return (OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid),)
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):
         found.append(play_fits(base))
@@ -77,7 +69,12 @@ def causes_of(
         found += _of_tensor(culprit, run)
         if run is not None:
             found += _of_run(culprit, run, None if train is base else train)
-    found += [*_of_guess(facts, culprit, guesses, unplayed_because), *_of_figures(facts), *_of_hints(printed)]
+    shown = causes_of_evidence(facts, culprit, evidence, unplayed_because) if evidence is not None else ()
+    figures = list(causes_of_figures(facts))
+    decisive = [each for each in figures if each.code in DECISIVE]
+    budget = [each for each in shown if each.code.startswith("budget_") and each.code != "budget_may_exceed"]
+    rest = [each for each in shown if each not in budget]
+    found = [*budget, *decisive, *found, *rest, *figures[len(decisive) :], *_of_hints(printed)]
     return tuple(found) or (Cause(code="unstated"),)
 
 
@@ -150,73 +147,6 @@ def _of_run(culprit: Culprit, run: Variant, train: Outcome | None) -> Iterator[C
             label=SIMULATED,
             state_bytes=_STATE_BYTES * run.parameters,
             parameters=run.parameters,
-        )
-
-
-def _of_guess(facts: Facts, culprit: Culprit | None, guesses: Guesses | None, unplayed_because: str) -> Iterator[Cause]:
-    """Yield causes by the request's size alone."""
-    if guesses is None:
-        return
-    requested = facts.requested_bytes
-    if guesses.cannot_be_told:
-        code = "smallest_request" if guesses.tensor_high <= MIB else "small_request"
-        yield SmallRequest(code=code, requested_bytes=requested, tensor_high=guesses.tensor_high)
-    elif culprit is None:
-        # A play that fits already names the next step: the configuration of the run that failed.
-        codes = {"config": "tensor_not_told", "card": "tensor_not_told_without_gpu"}
-        if unplayed_because in codes:
-            yield Request(code=codes[unplayed_because], requested_bytes=requested)
-    elif culprit.label == LIKELY:
-        first = culprit.guesses[0]
-        yield GuessedTensor(
-            code="guessed",
-            label=LIKELY,
-            tensor=culprit.tensor,
-            shape=culprit.shape,
-            dtype=culprit.dtype,
-            batch_size=first.batch,
-            block_size=first.block,
-            share=first.score,
-            others=len(culprit.guesses) - 1,
-        )
-
-
-def _of_figures(facts: Facts) -> Iterator[Cause]:
-    """Yield causes by the message's own figures: other processes, the cache, the context."""
-    if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
-        yield Limit(code="limited", allowed_bytes=facts.allowed_bytes)
-    yield from _of_others(facts)
-    cache_bytes, would_do = facts.cache_bytes, facts.cache_would_do
-    if cache_bytes:
-        yield Cache(
-            code="cache_fragmented" if would_do else "cache_little" if would_do is False else "cache_open",
-            cache_bytes=cache_bytes,
-            short_by_bytes=facts.short_by_bytes,
-            requested_bytes=facts.requested_bytes,
-        )
-    if facts.private_pool_bytes:
-        yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
-    outside = facts.figures.get("outside_pytorch_bytes")
-    if outside is not None and outside.high > 0:
-        yield OutsidePyTorch(
-            code="outside", outside_bytes=outside.bytes, low_bytes=outside.low, high_bytes=outside.high
-        )
-    if "more_free_than_requested" in facts.notes:
-        yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
-    if "spills_to_host" in facts.notes:
-        yield Cause(code="spills_to_host")
-
-
-def _of_others(facts: Facts) -> Iterator[Cause]:
-    """Yield other processes if they use more than 1% of the card."""
-    others, total, requested = facts.figures.get("others_bytes"), facts.total_bytes, facts.requested_bytes or 0
-    if others is not None and total and others.low > 0.01 * total:
-        enough = (facts.free_bytes or 0) + others.bytes >= requested
-        yield OtherProcesses(
-            code="others_decide" if enough else "others_too",
-            others_bytes=others.bytes,
-            total_bytes=total,
-            need_bytes=(facts.process_bytes or 0) + requested,
         )
 
 

@@ -1,11 +1,14 @@
-"""The tensor of the failing request: from a play that fails like the log, or from the sizes of usual models."""
+"""The tensor of the failing request: from a play that fails like the log, or from what the log itself shows."""
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import msgspec
 
-from tightfit.diagnosis.guess import Guess, Guesses, guess
+from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
+from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.outcome import Outcome
+from tightfit.diagnosis.tensor_fits import ELEMENT_BYTES
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
@@ -29,9 +32,9 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True):
     """The tensor that did not fit, as far as it is known."""
 
     label: str
-    """simulated, or likely where only its size is known."""
+    """simulated; measured where the log shows it; likely where the sizes of the printed model do."""
     tensor: str
-    """Its category: logits, activations, ...; attention_scores or mlp_activation where it is a guess."""
+    """Its category: logits, activations, ...; where nothing was played, a kind in lines.toml."""
     shape: tuple[int, ...] = ()
     dtype: str | None = None
     bytes: int = 0
@@ -58,8 +61,10 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True):
     compared: tuple[Compared, ...] = ()
     matches: bool = True
     """True if the play requests as many bytes as the log, in the same phase."""
-    guesses: tuple[Guess, ...] = ()
-    """Tensors of usual models that make such a request, most likely first, where nothing was played."""
+    evidence: str = ""
+    """shape (printed), name (printed), line (the failing line's operator), model (its sizes); empty for a play."""
+    name: str | None = None
+    """The parameter's name, where the log prints it."""
 
     @property
     def disagreements(self) -> tuple[Compared, ...]:
@@ -79,7 +84,7 @@ def culprit_of_play(facts: Facts, outcome: Outcome, *, of_script: bool = False) 
     compared = tuple(_compared(facts, failure))
     where = _failing_line(facts, failure, of_script=of_script)
     return Culprit(
-        label="simulated",
+        label=SIMULATED,
         tensor=failure.category,
         shape=failure.shape,
         dtype=failure.dtype or None,
@@ -139,27 +144,37 @@ def _compared(facts: Facts, failure: Failure) -> Iterator[Compared]:
         yield Compared(what="phase", log=facts.phase, play=failure.phase, agrees=agrees)
 
 
-def guesses_of(facts: Facts) -> Guesses | None:
-    """Return the tensors of usual models that make the log's request; None if the log does not state it."""
-    figure = facts.figures.get("requested_bytes")
-    return None if figure is None or "request_beyond_1eb" in facts.notes else guess(figure)
+def _kind_of(evidence: Evidence) -> str:
+    """Return shape, name, line, model or parameters: a key of the words' table `culprit`."""
+    if evidence.shape is not None:
+        return "shape"
+    if evidence.run.tensor_name:
+        return "name"
+    if evidence.line is not None:
+        return "line"
+    return "parameters" if evidence.is_all_parameters else "model"
 
 
-def culprit_of_guesses(facts: Facts, found: Guesses) -> Culprit | None:
-    """Return the tensor that is more likely than not, with the others; None if there is no such tensor."""
-    first, frame = found.named, users_frame(facts)
-    if first is None:
+def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:
+    """Return the tensor that the log itself shows; None where only the request's size is known."""
+    tensor, line, printed = evidence.tensor, evidence.line, evidence.shape
+    if tensor is None or (line is not None and printed is None and not line.is_named):
         return None
+    frame = line.frame if line is not None else users_frame(facts)
+    known = evidence.fit if evidence.model is not None else None
+    dtype = printed.dtype or "float32" if printed else known.dtype if known else None
+    shape = printed.shape if printed else known.shape if known else ()
     return Culprit(
-        label="likely",
-        tensor=first.tensor,
-        shape=first.shape,
-        dtype=first.dtype,
-        bytes=first.tensor_bytes,
+        label=LIKELY if evidence.is_complete or evidence.is_all_parameters else MEASURED,
+        evidence=_kind_of(evidence),
+        tensor=tensor,
+        name=evidence.run.tensor_name if printed is None else None,
+        shape=shape,
+        dtype=dtype,
+        bytes=prod(shape) * ELEMENT_BYTES[dtype] if dtype in ELEMENT_BYTES else known.bytes if known else 0,
         phase=facts.phase,
         file=frame.file if frame else None,
         line=frame.line if frame else None,
         function=frame.function if frame else None,
         source=frame.source if frame else None,
-        guesses=found.likely,
     )

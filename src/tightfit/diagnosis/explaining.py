@@ -11,15 +11,18 @@ from msgspec.structs import replace
 
 from tightfit.config import TrainConfig
 from tightfit.config.schema import from_dict
+from tightfit.diagnosis.advice import advice
 from tightfit.diagnosis.cause_records import SIMULATED
 from tightfit.diagnosis.causes import causes_of, is_of_device
-from tightfit.diagnosis.culprit import culprit_of_guesses, culprit_of_play, guesses_of
+from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
+from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.foreign_config import Foreign, with_foreign
+from tightfit.diagnosis.kind_sentences import fixes_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.plays import Plays
-from tightfit.diagnosis.remedies import unplayed
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
@@ -35,7 +38,9 @@ from tightfit.wording import chosen_language, say
 _MAY_BE_PATH = re.compile(r"[^\n\0]{1,1024}")
 _LOG_NAME = re.compile(r"\S+\.(log|txt|out|err|pickle)")
 _SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
-"""Keys of which a log must print at least one for its run to be played."""
+"""Keys of which a log of nanoGPT must print at least one for its run to be played."""
+_NANOGPTS_OWN = _SHAPING - {"batch_size", "vocab_size", "compile"}
+"""Keys of which another log must print at least two: the rest are everybody's."""
 
 
 def explain(
@@ -50,12 +55,14 @@ def explain(
     workers: int = 2,
     log: Callable[[str], object] = lambda text: None,
     progress: Progress | None = None,
+    foreign: Foreign | None = None,
 ) -> Explanation:
     """Explain a failure from a log's text, its path, an open file, or the path of a `.pickle` memory snapshot.
 
     With `config`, or keys that the log prints, the run is played on a virtual card of the log's size, and so is every
-    remedy; with `script` and its `arguments` that script is. `gpu` names the card. Raises TightfitError for a file,
-    card or script that cannot be used; a log in which nothing failed is an answer. `log` gets a line when plays begin,
+    remedy; with `script` and its `arguments` that script is. `gpu` names the card. `foreign` is a configuration of
+    another program, whose values count like those that the log prints. Raises TightfitError for a file, card or
+    script that cannot be used; a log in which nothing failed is an answer. `log` gets a line when plays begin,
     `progress` hears of those done.
     """
     started = time.monotonic()
@@ -67,14 +74,16 @@ def explain(
     if script is not None and config is not None:
         raise ConfigError(say("explain.explaining.two_runs"))
     reading = _read(source)
-    facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang)
+    if foreign is not None:
+        reading = replace(reading, run=with_foreign(reading.run, foreign))
+    facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang, foreign=foreign)
     if script is not None:
         found = _with_script(plain, gpu, script, arguments, log, progress)
     elif facts is None:
         found = plain
     elif not is_of_device(facts):
         causes = causes_of(facts, reading.context)
-        found = replace(plain, causes=causes, remedies=unplayed(facts, of_device=False), unplayed_because="kind")
+        found = replace(plain, causes=causes, remedies=fixes_of(facts))
     else:
         found = _of_device(plain, facts, config, gpu, workers, log, progress)
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
@@ -138,18 +147,18 @@ def _of_device(
     progress: Progress | None,
 ) -> Explanation:
     """Explain memory that ran out on a device: by plays if the configuration and the card are known."""
-    printed = plain.reading.context
+    printed, evidence = plain.reading.context, evidence_of(facts, plain.reading.run)
     played = "config" if config is not None else "log"
-    config = config if config is not None else _printed_config(printed)
+    if config is None and plain.foreign is None:
+        config = _printed_config(printed, evidence)
     card = card_of(facts, printed, gpu)
     if config is None or card is None:
-        return _unplayed(plain, facts, card, "config" if config is None else "card")
+        return _unplayed(plain, facts, card, "config" if config is None else "card", evidence)
     log(say("explain.explaining.playing", gpu=card.name))
     with Stage(card, workers=workers, progress=progress) as stage:
         plays = Plays(facts, card, variant_of(config, card))
         plays.play(stage)
-    guesses = guesses_of(facts)
-    culprit = culprit_of_play(facts, plays.base) or (culprit_of_guesses(facts, guesses) if guesses else None)
+    culprit = culprit_of_play(facts, plays.base) or culprit_of_evidence(facts, evidence)
     is_simulated = culprit is not None and culprit.label == SIMULATED
     remedies = verdicts(plays, max_iters=config.max_iters, eval_iters=config.eval_iters)
     return replace(
@@ -163,34 +172,34 @@ def _of_device(
             culprit=culprit,
             base=plays.base,
             train=plays.train,
-            guesses=None if is_simulated else guesses,
+            evidence=None if is_simulated else evidence,
         ),
-        remedies=remedies or unplayed(facts, of_device=True),
+        remedies=remedies or advice(facts, evidence),
         played=played,
         not_modelled=plays.base.not_modelled,
         max_iters=config.max_iters,
     )
 
 
-def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str) -> Explanation:
-    """Explain by the log's figures alone."""
-    guesses = guesses_of(facts)
-    culprit = culprit_of_guesses(facts, guesses) if guesses else None
-    causes = causes_of(facts, plain.reading.context, culprit=culprit, guesses=guesses, unplayed_because=because)
+def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str, evidence: Evidence) -> Explanation:
+    """Explain by the log alone."""
+    culprit = culprit_of_evidence(facts, evidence)
     return replace(
         plain,
         card=card,
         culprit=culprit,
-        causes=causes,
-        remedies=unplayed(facts, of_device=True),
+        causes=causes_of(facts, plain.reading.context, culprit=culprit, evidence=evidence, unplayed_because=because),
+        remedies=advice(facts, evidence),
         unplayed_because=because,
+        framework=evidence.framework,
     )
 
 
-def _printed_config(printed: Printed) -> TrainConfig | None:
-    """Return the configuration that a log prints; None if it prints too little, or no configuration."""
+def _printed_config(printed: Printed, evidence: Evidence) -> TrainConfig | None:
+    """Return nanoGPT's configuration that a log prints; None if it prints too little, or is of another program."""
     keys = dict(printed.keys)
-    if not _SHAPING & set(keys):
+    enough = bool(_SHAPING & set(keys)) if evidence.framework == "nanogpt" else len(_NANOGPTS_OWN & set(keys)) > 1
+    if evidence.framework not in (None, "nanogpt") or not enough:
         return None
     if printed.vocab_size:
         keys.setdefault("vocab_size", printed.vocab_size)

@@ -5,6 +5,7 @@ from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import Cause
 from tightfit.diagnosis.culprit import Culprit
+from tightfit.diagnosis.foreign_config import Foreign
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import FITS, Remedy
 from tightfit.display import Displayed
@@ -29,6 +30,10 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     """config, log (its printed keys), script, or empty."""
     unplayed_because: str = ""
     """A key of the words' table `unplayed`, where nothing was played."""
+    framework: str | None = None
+    """The program that made the log, a table of frameworks.toml; None where it is not known."""
+    foreign: Foreign | None = None
+    """The configuration of another program that was given."""
     config_names: tuple[str, ...] = ()
     """Names of the configuration as given on the command line, for the commands to paste."""
     max_iters: int | None = None
@@ -43,6 +48,17 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
         """The first remedy, if it fits."""
         return self.remedies[0] if self.remedies and self.remedies[0].verdict == FITS else None
 
+    @property
+    def _kind_of_nothing(self) -> str | None:
+        """The kind of a failure that was survived."""
+        return self.reading.caught.kind if self.reading.caught else None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if the log is of a program that takes neither nanoGPT's keys nor tightfit's."""
+        is_other = self.foreign is not None or self.framework not in (None, "nanogpt")
+        return self.unplayed_because == "config" and is_other
+
     def __str__(self) -> str:
         from tightfit.diagnosis.render import render
 
@@ -56,8 +72,10 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
         facts = msgspec.convert(self.facts, ExplanationJson, from_attributes=True) if self.facts else ExplanationJson()
         return replace(
             facts,
+            status=self.reading.status,
+            kind=facts.kind if self.facts else self._kind_of_nothing,
             culprit=self.culprit,
-            causes=tuple(replace(each, sentence=said.cause(each)) for each in self.causes),
+            causes=tuple(map(said.told, self.causes)),
             remedies=tuple(
                 RemedyJson(
                     code=each.code,
@@ -70,6 +88,8 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
                     title=said.title(each),
                     sentence=said.reason(each),
                     paste=said.paste(each),
+                    page=each.page,
+                    applicability=each.applicability or ("exact" if each.exact else "changes_result"),
                 )
                 for each in self.remedies
             ),
@@ -89,6 +109,8 @@ class RemedyJson(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     sentence: str
     paste: tuple[str, ...]
+    page: str
+    applicability: str
 
 
 class ExplanationJson(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +119,8 @@ class ExplanationJson(msgspec.Struct, frozen=True, kw_only=True):
     `Facts` describes the fields that come from the log.
     """
 
+    status: str | None = None
+    """How the run ended: a key of the table `status` in oomlog/codes.toml."""
     kind: str | None = None
     torch_format: str | None = None
     requested_bytes: int | None = None

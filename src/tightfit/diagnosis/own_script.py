@@ -6,16 +6,29 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
+from tightfit.diagnosis.advice import advice
 from tightfit.diagnosis.causes import causes_of, play_fits
 from tightfit.diagnosis.culprit import culprit_of_play
+from tightfit.diagnosis.evidence import evidence_of
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.outcome import Outcome, outcome_of_findings
 from tightfit.diagnosis.plays import EXPANDABLE
-from tightfit.diagnosis.remedies import UNCHECKED, USUAL_SHARE, Option, Remedy, judged, ranked, unplayed
+from tightfit.diagnosis.remedies import (
+    UNCHECKED,
+    USUAL_SHARE,
+    Option,
+    Remedy,
+    close_others,
+    expandable_segments,
+    judged,
+    ranked,
+)
 from tightfit.errors import ConfigError
 from tightfit.gpus import find_gpu
+from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
+from tightfit.oomlog.run_facts import RunFacts
 from tightfit.simulation.client import Progress, Simulator
 from tightfit.simulation.dry_run import dryrun_script
 from tightfit.vgpu.records import Settings
@@ -73,7 +86,7 @@ class OwnScript:
             return replace(plain, causes=(play_fits(outcome),))
         culprit = culprit_of_play(facts, outcome, of_script=True)
         with Simulator(workers=1, progress=self._progress) as self._simulator:
-            remedies = list(self._remedies(unplayed(facts, of_device=True), outcome))
+            remedies = list(self._remedies(_general(facts, plain.reading.run), outcome))
         self._simulator = None
         return replace(
             plain,
@@ -89,7 +102,7 @@ class OwnScript:
         if smaller is not None:
             yield smaller
         left_open = {each.code: each for each in general if each.verdict == UNCHECKED and each.code in _UNCHANGED}
-        judged_otherwise = {*left_open, *(["split_general"] if smaller else [])}
+        judged_otherwise = {*left_open, *(["split_general", "split_logged"] if smaller else [])}
         yield from (each for each in general if each.code not in judged_otherwise)
         if alone := left_open.get("close_others"):
             after = self.play(self.arguments, used_bytes=0)
@@ -125,6 +138,13 @@ class OwnScript:
             paste=(" ".join(f"{option}={number}" for option, number in changes.items()),),
             change=Option(name=name, size=value // parts, value=value),
         )
+
+
+def _general(facts: Facts, run: RunFacts) -> list[Remedy]:
+    """Return the general advice, with what the figures leave open: a play decides it."""
+    found = advice(facts, evidence_of(facts, run))
+    known = {each.code for each in found}
+    return [*found, *(each for each in (expandable_segments(facts), close_others(facts)) if each.code not in known)]
 
 
 def _argument(arguments: Sequence[str], name: re.Pattern[str]) -> tuple[str, int] | None:

@@ -10,6 +10,7 @@ import msgspec
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.ownership import ownership
 
 FITS, FITS_SLOWLY, UNCHECKED = "fits", "fits_slowly", "unchecked"
 DOES_NOT_FIT, NO_EFFECT, NOT_MEMORY = "does_not_fit", "no_effect", "not_memory"
@@ -68,6 +69,15 @@ class Option(Change, frozen=True, kw_only=True):
     """Its present value."""
 
 
+class Resized(Change, frozen=True, kw_only=True):
+    """A smaller batch with more accumulation, from the numbers that a log prints."""
+
+    size: int
+    passes: int
+    batch: int
+    accumulation: int
+
+
 class HostRun(Change, frozen=True, kw_only=True):
     step_s: float
     all_s: float
@@ -118,6 +128,10 @@ class Remedy(msgspec.Struct, frozen=True, kw_only=True):
     """Predicted: 0.05 is 5% more time a step; None is not estimated."""
     paste: tuple[str, ...] = ()
     """Lines for the configuration, the program or the shell."""
+    page: str = ""
+    """The page of documentation that the lines stand on; empty where there is none."""
+    applicability: str = ""
+    """exact, changes_result, needs_hardware or to_be_checked; empty where `exact` says it."""
     change: Change = NO_CHANGE
     figures: Figures = _NO_FIGURES
 
@@ -189,17 +203,6 @@ def figures_of(outcome: Outcome, room_bytes: int, *, batch_size: int | None = No
     )
 
 
-def unplayed(facts: Facts, *, of_device: bool) -> tuple[Remedy, ...]:
-    """Return remedies that the log's figures decide, and general advice, unchecked."""
-    if not of_device:
-        return (Remedy(code=f"kind_{facts.kind}", verdict=UNCHECKED, reason="general", label=LIKELY, exact=None),)
-    codes = ["split_general", "chunked_general", "checkpointing_general"]
-    if any(each.function == "estimate_loss" for each in facts.frames):
-        codes.insert(1, "release_logits")
-    general = [_unchecked(code, "no_configuration") for code in codes]
-    return ranked([*general, expandable_segments(facts), empty_cache(facts), close_others(facts)])
-
-
 def _unchecked(code: str, reason: str, figures: Figures = _NO_FIGURES) -> Remedy:
     return Remedy(code=code, verdict=UNCHECKED, reason=reason, label=LIKELY, paste=to_paste(code), figures=figures)
 
@@ -238,17 +241,22 @@ def _cache_figures(facts: Facts) -> Figures:
 
 def close_others(facts: Facts) -> Remedy:
     """Judge closing other programs: their memory and the free memory together must hold the request."""
-    code, others, free, requested = "close_others", facts.others_bytes, facts.free_bytes, facts.requested_bytes
-    if others is None or free is None or requested is None:
+    code, free, requested = "close_others", facts.free_bytes, facts.requested_bytes
+    found = ownership(facts)
+    is_told = facts.others_bytes is not None or facts.not_reserved_bytes is not None
+    if free is None or requested is None or not is_told:
         return _unchecked(code, "unstated")
-    if others == 0:
-        return Remedy(code=code, verdict=NO_EFFECT, reason="no_others", label=MEASURED)
-    enough = free + others >= requested
+    if found.others is None:
+        label = MEASURED if facts.others_bytes is not None else LIKELY
+        return Remedy(code=code, verdict=NO_EFFECT, reason="no_others", label=label)
+    others = found.others.low if found.is_estimated else found.others.bytes
+    enough = found.decides or free + others >= requested
+    process = facts.process_bytes or facts.reserved_bytes or 0
     return Remedy(
         code=code,
         verdict=UNCHECKED if enough else DOES_NOT_FIT,
         reason="others_might_do" if enough else "others_too_little",
-        label=MEASURED,
+        label=LIKELY if found.is_estimated else MEASURED,
         saved_bytes=others,
         paste=to_paste(code),
         figures=Figures(
@@ -256,7 +264,7 @@ def close_others(facts: Facts) -> Remedy:
             free_bytes=free,
             requested_bytes=requested,
             room_bytes=free + others,
-            need_bytes=(facts.process_bytes or 0) + requested,
+            need_bytes=process + requested,
             total_bytes=facts.total_bytes,
         ),
     )

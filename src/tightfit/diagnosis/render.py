@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tightfit.diagnosis.cause_records import COMPUTED
+from tightfit.diagnosis.kind_sentences import nothing_lines
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, FITS_SLOWLY, NO_EFFECT, NOT_MEMORY, UNCHECKED, Remedy
 from tightfit.diagnosis.statements import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
 from tightfit.system.wrapping import wrap
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _MARKS = {FITS: "✓", FITS_SLOWLY: "✓", UNCHECKED: "?", DOES_NOT_FIT: "✗", NO_EFFECT: "✗", NOT_MEMORY: "-"}
+_SHOWN = 5
+"""Fixes that are shown unless all are asked for."""
 _NO_CHANGE = 0.005
 """A slowdown that rounds to 0%."""
 
@@ -23,7 +27,7 @@ def render(explanation: "Explanation", words: Words, verbose: bool = False, widt
     if explanation.facts is None:
         if explanation.played == "script":
             return _plain(words("problem", "not_failed"))
-        return _plain(words("nothing", explanation.reading.kind_of_nothing or "nothing"))
+        return _plain("\n".join("\n".join(wrap(line, width)) for line in nothing_lines(explanation.reading, words)))
     said = Sentences(explanation, words)
     sections = [
         ("problem", list(problem_lines(explanation, words))),
@@ -56,37 +60,58 @@ def _indented(line: str, width: int) -> str:
 
 
 def _causes(explanation: "Explanation", said: Sentences, words: Words) -> list[str]:
+    told = map(said.told, explanation.causes)
     return [
-        words("units", "bullet", number=number, text=said.cause(cause), label=words("labels", cause.label))
-        for number, cause in enumerate(explanation.causes, 1)
+        words(
+            "units",
+            "bullet",
+            number=number,
+            text=each.sentence,
+            label=words("labels", each.label),
+            code=each.stable_code,
+        )
+        for number, each in enumerate(told, 1)
     ]
 
 
 def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: bool) -> Iterator[str]:
     yield from assumption_lines(explanation, words)
-    for remedy in explanation.remedies:
+    shown = explanation.remedies if verbose else shown_remedies(explanation)
+    for remedy in shown:
         yield from _fix(remedy, said, words, verbose=verbose)
+    if left := len(explanation.remedies) - len(shown):
+        yield words("assumed", "more_fixes", count=left)
     if verbose:
         for what in explanation.not_modelled:
             yield words("assumed", "not_modelled", what=what)
 
 
+def shown_remedies(explanation: "Explanation") -> tuple[Remedy, ...]:
+    """Return the remedies that are shown by default: at most five, without those that do not help if others may."""
+    may_help = tuple(each for each in explanation.remedies if each.verdict in (FITS, FITS_SLOWLY, UNCHECKED))
+    return (may_help or explanation.remedies)[:_SHOWN]
+
+
 def _fix(remedy: Remedy, said: Sentences, words: Words, *, verbose: bool) -> Iterator[str]:
-    in_full = verbose or remedy.verdict == FITS
+    in_full = verbose or remedy.verdict in (FITS, UNCHECKED)
     text = f"{_MARKS[remedy.verdict]} {said.title(remedy)}: {words('verdicts', remedy.verdict)}"
     if remedy.reason not in ("no_configuration", "general"):
         text += words("units", "clause") + said.reason(remedy)
     if in_full:
-        notes = [*_effects(remedy, words), words("labels", remedy.label)]
-        text += f" [{words('units', 'separator').join(notes)}]"
+        notes = [*_effects(remedy, words), *([] if remedy.label == COMPUTED else [words("labels", remedy.label)])]
+        text += f" [{words('units', 'separator').join(notes)}]" if notes else ""
     yield text
     if in_full:
         yield from (f"      {line}" for line in said.paste(remedy))
+    if verbose and remedy.page:
+        yield f"      # {remedy.page}"
 
 
 def _effects(remedy: Remedy, words: Words) -> Iterator[str]:
     """Yield exact or lossy, the bytes saved, and the slowdown."""
-    if remedy.exact is not None:
+    if remedy.applicability and remedy.exact is None:
+        yield words("effects", remedy.applicability)
+    elif remedy.exact is not None:
         yield words("effects", "exact" if remedy.exact else "lossy")
     if remedy.verdict != FITS:
         return

@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
+from tightfit.diagnosis import kind_sentences
 from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
+from tightfit.diagnosis.foreign_config import Foreign
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import Remedy, SplitBatch
+from tightfit.diagnosis.stable_codes import stable_code
+from tightfit.diagnosis.usual_models import model_of
 from tightfit.oomlog.facts import Facts
 from tightfit.units import format_bytes
 from tightfit.wording.diagnosis import Words
@@ -17,7 +21,9 @@ from tightfit.wording.diagnosis import Words
 if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
 
-_SHOWN_GUESSES = 5
+
+_GIVEN = ("batch_size", "accumulation", "length", "world_size", "zero_stage")
+"""Quantities of another program's configuration that are repeated, in this order."""
 
 
 class Sentences:
@@ -25,18 +31,22 @@ class Sentences:
 
     def __init__(self, explanation: "Explanation", words: Words) -> None:
         self.config = " ".join(explanation.config_names) or "config.py"
-        self._words = words
+        self._words, self._facts = words, explanation.facts
 
     def cause(self, cause: Cause) -> str:
-        table, _, kind = cause.code.partition("_")
-        if table == "kind":
-            return self._words("kind_causes", kind)
+        table = cause.code.partition("_")[0]
+        if table == "kind" and self._facts is not None:
+            return kind_sentences.said("cause", self._facts, self._words)
         return self._words("causes", cause.code, **asdict(cause))
 
+    def told(self, cause: Cause) -> Cause:
+        """Return a cause with its sentence and its stable code."""
+        return replace(cause, sentence=self.cause(cause), stable_code=stable_code(cause.code))
+
     def title(self, remedy: Remedy) -> str:
-        table, _, kind = remedy.code.partition("_")
-        if table == "kind":
-            return self._words("kind_advice", kind)
+        table = remedy.code.partition("_")[0]
+        if table == "kind" and self._facts is not None:
+            return kind_sentences.fix_said(remedy.code, self._facts, self._words)
         return self._words("remedies", remedy.code, **asdict(remedy.change))
 
     def reason(self, remedy: Remedy) -> str:
@@ -65,16 +75,18 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
             yield f"    {frame.source}"
     elif culprit is not None and culprit.source:
         yield f"    {culprit.source}"
+    yield from kind_sentences.follows_lines(explanation.reading, words)
     if count := explanation.reading.others_count:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
 
 
 def _problem(facts: Facts, words: Words) -> str:
     if not is_of_device(facts):
-        return words("kinds", facts.kind)
+        return kind_sentences.said("problem", facts, words)
     requested, free, total = facts.requested_bytes, facts.free_bytes, facts.total_bytes
     if requested is None:
-        return words("problem", "figures_missing")
+        cut = "class_without_message" in facts.notes
+        return words("problem", "message_missing" if cut else "figures_missing")
     if free is None or total is None:
         return words("problem", "request_only", requested=requested)
     short, phase = facts.short_by_bytes, facts.phase
@@ -83,18 +95,7 @@ def _problem(facts: Facts, words: Words) -> str:
 
 
 def _culprit(culprit: Culprit, words: Words) -> Iterator[str]:
-    key = "plain"
-    if culprit.label != SIMULATED:
-        key = "guess"
-    elif not culprit.shape:
-        key = "shapeless"
-    elif culprit.iteration is not None:
-        key = "eval"
-    elif culprit.step is not None:
-        key = "step"
-    first = culprit.guesses[0] if culprit.guesses else None
-    known = asdict(culprit) | {"batch": first.batch if first else None, "block": first.block if first else None}
-    yield f"[{words('labels', culprit.label)}] " + words("culprit", key, **known)
+    yield f"[{words('labels', culprit.label)}] " + words("culprit", _key_of(culprit), **asdict(culprit))
     if culprit.label != SIMULATED:
         return
     different = words("units", "separator").join(_compared(each, words) for each in culprit.disagreements)
@@ -110,6 +111,15 @@ def _culprit(culprit: Culprit, words: Words) -> Iterator[str]:
         yield words("culprit", "differs_slightly", compared=different)
 
 
+def _key_of(culprit: Culprit) -> str:
+    """Return the key of the sentence that names the tensor."""
+    if culprit.label != SIMULATED:
+        return f"{culprit.evidence}_sized" if culprit.evidence == "line" and culprit.shape else culprit.evidence
+    if not culprit.shape:
+        return "shapeless"
+    return "eval" if culprit.iteration is not None else "step" if culprit.step is not None else "plain"
+
+
 def _compared(each: Compared, words: Words) -> str:
     if each.what == "phase":
         return words("culprit", "compared_phase", log=each.log, play=each.play)
@@ -118,8 +128,10 @@ def _compared(each: Compared, words: Words) -> str:
 
 def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     """Yield assumptions of the verdicts: the card and the configuration, where nobody named them."""
+    if explanation.foreign is not None:
+        yield from _foreign_lines(explanation, explanation.foreign, words)
     if explanation.unplayed_because:
-        yield words("unplayed", explanation.unplayed_because)
+        yield words("unplayed", explanation.unplayed_because + ("_elsewhere" if explanation.is_elsewhere else ""))
     card = explanation.card
     if explanation.played and card is not None and card.how_named == "assumed":
         yield words("assumed", "card", name=card.name, total=card.total_bytes)
@@ -127,11 +139,31 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield words("assumed", "log")
 
 
+def _foreign_lines(explanation: "Explanation", foreign: Foreign, words: Words) -> Iterator[str]:
+    """Yield what was read of another program's configuration, and what is missing."""
+    run, model = explanation.reading.run, model_of(explanation.reading.run)
+    values = [words("given", name, value=run.numbers[name]) for name in _GIVEN if name in run.numbers]
+    values += [words("given", "model", value=model.name)] if model is not None and model.name else []
+    program = words.name("programs", foreign.program)
+    if values:
+        yield words("assumed", "read_as", program=program, values=words("units", "separator").join(values))
+    else:
+        yield words("assumed", "nothing_read", program=program)
+    if model is None:
+        yield words("assumed", "model_unknown")
+
+
 def expected_lines(explanation: "Explanation", said: Sentences, words: Words) -> Iterator[str]:
     """Yield the result of the best fix, and how to check it."""
     best, card, max_iters = explanation.best, explanation.card, explanation.max_iters
     if best is None:
-        yield words("expected", _without_fix(explanation))
+        facts = explanation.facts
+        other = facts is not None and not is_of_device(facts)
+        yield (
+            kind_sentences.expected_said(facts, words)
+            if other and facts
+            else words("expected", _without_fix(explanation))
+        )
         return
     yield words("expected", "fits", title=said.title(best), device=best.device_bytes, room=best.figures.room_bytes)
     if isinstance(best.change, SplitBatch):
@@ -148,13 +180,10 @@ def expected_lines(explanation: "Explanation", said: Sentences, words: Words) ->
 
 def _without_fix(explanation: "Explanation") -> str:
     """Return the key of the sentence for an explanation in which no fix is known to help."""
-    assert explanation.facts is not None
-    if not is_of_device(explanation.facts):
-        return "other_kind"
     if any(each.code == "play_fits" for each in explanation.causes):
         return "configuration_fits"
     keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}
-    return keys.get(explanation.played, "unchecked")
+    return keys.get(explanation.played, "unchecked_elsewhere" if explanation.is_elsewhere else "unchecked")
 
 
 def _command(card: Card, config_names: tuple[str, ...], best: Remedy) -> str:
@@ -202,5 +231,3 @@ def arithmetic_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     if culprit.compared:
         compared = words("units", "separator").join(_compared(each, words) for each in culprit.compared)
         yield words("arithmetic", "compared", compared=compared)
-    for guess in culprit.guesses[:_SHOWN_GUESSES]:
-        yield words("arithmetic", "guess", **asdict(guess))

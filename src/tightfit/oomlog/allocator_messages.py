@@ -11,52 +11,63 @@ from tightfit.oomlog.message import SIZE, Message
 
 REACH = 2500
 """Characters, without white space, that one message may span; a list of a hundred processes needs as many."""
-HEAD_WORDS = ("Triedtoallocate", "totalcapac", "hasatotalcapac", "MPSbackend", "Allocationondevice")
-"""Words of which every head has one."""
+HEAD_WORDS = ("toallocate", "tallocate", "totalcapac", "hasatotalcapac", "mpsbackend", "allocationondevice")
+"""Words, in small letters, of which every head has one."""
 HEAD = re.compile(
     r"(?:(?P<backend>CUDA|HIP|XPU|NPU|MUSA|MLU|GCU|HPU|SDAA|MACA|PrivateUse1)out|(?P<bare>Out))ofmemory[.:,]*"
-    rf"Triedtoallocate(?:(?P<size>{SIZE})|(?P<huge>morethan1EB(?:memory)?))"
+    rf"Triedt?o?allocate(?:(?P<size>{SIZE})|(?P<huge>morethan1EB(?:memory)?))"
     rf"|MPSbackendoutofmemory\(MPSallocated:(?P<mps>{SIZE})"
-    rf"|(?:blockwithsizelargerthan4GB!)?Triedtoallocate(?P<tail>{SIZE})\.?(?=\(?[GN]PU\d*(?:;|hasatotal))"
+    rf"|(?:blockwithsizelargerthan4GB!)?Triedt?o?allocate(?P<tail>{SIZE})\.?(?=[^A-Za-z\d]{{0,3}}(?:[GN]PU\d*(?:;|hasatotal|total|free)|total|free))"
     rf"|\((?P<unit>[GN]PU)(?P<index>\d{{1,4}});(?={SIZE}totalcapacity)"
     r"|GPU#?\d{0,4}hasatotalcapac(?:i?)tyof"
     r"|Allocationondevice(?P<device>\d{0,4})wouldexceedallowedmemory\.?(?:\(outofmemory\))?"
-    r"|OutOfMemoryError:Allocationondevice(?!\d{1,4}would|would)(?P<cut>)"
+    r"|(?:OutOfMemoryError|ExceptionMessage):\**Allocationondevice(?!\d{1,4}would|would)(?P<cut>)",
+    re.IGNORECASE,
 )
 _OLD = re.compile(
     rf"(?<=[;(,])(?P<size>{SIZE})(?P<name>totalcapacity|alreadyallocated|currentactive|free|allowed|cached|"
     r"reservedintotalbyPyTorch)[;)]"
-    r"|(?P<unit>[GN]PU)(?P<index>\d{1,4});"
+    r"|(?P<unit>[GN]PU)(?P<index>\d{1,4});",
+    re.IGNORECASE,
 )
 _OLD_NAMES = {
     "totalcapacity": "total_bytes",
     "alreadyallocated": "allocated_bytes",
     "free": "free_bytes",
     "allowed": "allowed_bytes",
-    "reservedintotalbyPyTorch": "reserved_bytes",
+    "reservedintotalbypytorch": "reserved_bytes",
     "cached": "unallocated_bytes",  # PyTorch 0.4.1 to 1.3 print amount_cached - amount_allocated
 }
 _NEW = re.compile(
     rf"GPU#?(?P<index>\d{{0,4}})hasatotal(?P<word>capaci?ty)of(?P<total>{SIZE})"
-    rf"|ofwhich(?P<free>{SIZE})isfree"
-    rf"|Process(?P<pid>\d{{1,10}})has(?P<theirs>{SIZE})memoryinuse"
-    rf"|thisprocesshas(?P<process>{SIZE})memoryinuse"
+    rf"|ofwhich(?P<free>{SIZE})(?:isfree)?"
+    rf"|Process(?P<pid>\d{{1,10}})has(?P<theirs>{SIZE})(?:memoryinuse)?"
+    rf"|thisprocesshas(?P<process>{SIZE})(?:memoryinuse)?"
     rf"|(?<=[.\s])(?P<allowed>{SIZE})allowed;"
-    rf"|Oftheallocatedmemory(?P<allocated>{SIZE})isallocatedbyPyTorch"
+    rf"|Oftheallocatedmemory(?P<allocated>{SIZE})(?:isallocatedbyPyTorch)?"
     rf"|with(?P<private_pool>{SIZE})allocatedinprivatepools"
     rf"|and(?P<unallocated>{SIZE})isreservedbyPyTorchbutunallocated"
     r"|(?P<advice>trysetting)(?P<setting>max_split_size_mb|PYTORCH_(?:(?:CUDA|HIP)_)?ALLOC_CONF)?"
-    r"|(?P<site>docs\.pytorch\.org|optimizing-memory-usage)"
+    r"|(?P<site>docs\.pytorch\.org|optimizing-memory-usage)",
+    re.IGNORECASE,
 )
 _ASYNC = re.compile(
     rf"Currentlyallocated:(?P<allocated>{SIZE})|Requested:(?P<requested>{SIZE})|Devicelimit:(?P<total>{SIZE})"
-    rf"|Free\(accordingtoCUDA\):(?P<free>{SIZE})|PyTorchlimit\(setbyuser-suppliedmemoryfraction\):(?P<allowed>{SIZE})"
+    rf"|Free\(accordingtoCUDA\):(?P<free>{SIZE})|PyTorchlimit\(setbyuser-suppliedmemoryfraction\):(?P<allowed>{SIZE})",
+    re.IGNORECASE,
 )
 # Metal counts only this process's buffers, so its other allocations are of this process, too.
 _MPS = re.compile(
-    rf"otherallocations:(?P<outside_pytorch>{SIZE})|maxallowed:(?P<allowed>{SIZE})|Triedtoallocate(?P<requested>{SIZE})"
+    rf"otherallocations:(?P<outside_pytorch>{SIZE})|maxallowed:(?P<allowed>{SIZE})|Triedt?o?allocate(?P<requested>{SIZE})",
+    re.IGNORECASE,
 )
-BACKENDS = {"CUDA": "cuda", "HIP": "hip", "XPU": "xpu", "NPU": "npu", "MPSbackend": "mps"}
+_BACKENDS = {"cuda": "cuda", "hip": "hip", "xpu": "xpu", "npu": "npu", "mpsbackend": "mps"}
+
+
+def backend_kind(backend: str | None) -> str:
+    """Return the kind of failure of a backend by the name in its message; None if the message names none."""
+    known = _BACKENDS.get((backend or "").lower())
+    return f"{known}_out_of_memory" if known else "device_out_of_memory"
 
 
 def allocator_message(text: str, head: re.Match[str]) -> Message:
@@ -76,10 +87,12 @@ def allocator_message(text: str, head: re.Match[str]) -> Message:
         message.note("request_beyond_1eb")
     # A head that is itself the beginning of the sentence on the device is read again, for its figures.
     begin = head.end() if size or head["huge"] else head.start()
-    if text.find("hasatotalcapac", begin, min(begin + 120, stop)) >= 0:
+    if "hasatotalcapac" in text[begin : min(begin + 120, stop)].lower():
         _new_sentences(message, text, begin, stop)
     else:
         _old_parenthesis(message, text, begin, stop)
+    if "total_bytes" not in message.figures:
+        _loose_figures(message, text, begin, stop)
     if head["bare"]:
         message.torch_format = "T9"
     return message
@@ -89,7 +102,7 @@ def _async_message(text: str, head: re.Match[str], stop: int) -> Message:
     """Read a message of cudaMallocAsync."""
     message = Message("cuda_async", head.start(), head.end())
     if head["cut"] is not None:
-        message.exception, message.start = "torch.OutOfMemoryError", head.start() + len("OutOfMemoryError:")
+        message.exception, message.start = "torch.OutOfMemoryError", head.start() + head[0].lower().index("allocation")
     message.device_index = int(head["device"]) if head["device"] else None
     _collect(message, _ASYNC, text, stop)
     return message
@@ -98,21 +111,22 @@ def _async_message(text: str, head: re.Match[str], stop: int) -> Message:
 def _kind(head: re.Match[str]) -> str:
     backend = head["backend"]
     if backend or head["bare"]:
-        return f"{BACKENDS[backend]}_out_of_memory" if backend in BACKENDS else "device_out_of_memory"
+        return backend_kind(backend)
     # The first words are missing; only CUDA's users leave them out.
     if "thansize4GB" in head[0] or "largerthan4GB" in head[0]:
         return "xpu_out_of_memory"
-    return "npu_out_of_memory" if head["unit"] == "NPU" else "cuda_out_of_memory"
+    return "npu_out_of_memory" if (head["unit"] or "").upper() == "NPU" else "cuda_out_of_memory"
 
 
 def _stop(position: int, text: str) -> int:
     """Return the place where the next message begins, or the farthest that one may reach."""
-    stop = min(len(text), position + REACH)
-    for anchor in HEAD_WORDS:
+    ahead = text[position : position + REACH].lower()
+    stop = len(ahead)
+    for anchor in ("triedtoallocate", *HEAD_WORDS[2:]):
         # Each format has a second part that is found by itself where the first is missing.
-        at = text.find(anchor, position + (120 if "total" in anchor else 0), stop)
+        at = ahead.find(anchor, 120 if "total" in anchor else 0, stop)
         stop = at if at >= 0 else stop
-    return stop
+    return position + stop
 
 
 def _collect(message: Message, pattern: re.Pattern[str], text: str, stop: int) -> None:
@@ -130,13 +144,13 @@ def _old_parenthesis(message: Message, text: str, begin: int, stop: int) -> None
         if match["index"]:
             if message.device_index is None:
                 message.device_index = int(match["index"])
-            if match["unit"] == "NPU" and message.kind == "device_out_of_memory":
+            if match["unit"].upper() == "NPU" and message.kind == "device_out_of_memory":
                 message.kind = "npu_out_of_memory"
         else:
-            name = match["name"]
+            name = match["name"].lower()
             if name == "cached":
                 message.torch_format = "T1"
-            elif name == "reservedintotalbyPyTorch" and message.torch_format is None:
+            elif name == "reservedintotalbypytorch" and message.torch_format is None:
                 message.torch_format = "T2"
             if name in _OLD_NAMES:
                 message.take(_OLD_NAMES[name], match["size"])
@@ -145,8 +159,25 @@ def _old_parenthesis(message: Message, text: str, begin: int, stop: int) -> None
             if text.startswith("Ifreservedmemory", match.end()):
                 message.torch_format = "T3"
             break
+    _cut_figure(message, text, stop)
     if "total_bytes" not in message.figures or not {"reserved_bytes", "unallocated_bytes"} & set(message.figures):
         message.note("message_cut")
+
+
+_ORDER = ("total_bytes", "allocated_bytes", "free_bytes")
+"""Figures of the parenthesis in its order; what follows depends on the version."""
+_CUT_FIGURE = re.compile(rf"[;(,]({SIZE})$", re.IGNORECASE)
+
+
+def _cut_figure(message: Message, text: str, stop: int) -> None:
+    """Read the last figure of a parenthesis that was cut off before the figure's name."""
+    if stop < len(text) or message.kind not in ("cuda_out_of_memory", "hip_out_of_memory"):
+        return
+    match = _CUT_FIGURE.match(text, max(message.end - 1, 0))
+    name = next((name for name in _ORDER if name not in message.figures), None)
+    if match and name:
+        message.take(name, match[1])
+        message.end = match.end()
 
 
 def _new_sentences(message: Message, text: str, begin: int, stop: int) -> None:
@@ -186,10 +217,53 @@ def _new_sentences(message: Message, text: str, begin: int, stop: int) -> None:
         message.note("other_process_memory_unknown")
 
 
+_LABELS = {
+    "requested_bytes": "triedt?o?allocate|requested|request",
+    "total_bytes": "totalcapaci?ty(?:of)?|totalmemory|total|capacity",
+    "free_bytes": "ofwhich|free(?:memory)?|available",
+    "allocated_bytes": "ofthe(?:allocated)?memory|alreadyallocated|allocated",
+    "unallocated_bytes": "unallocated|reservedbut(?:unallocated)?",
+    "reserved_bytes": "reserved(?:intotal)?(?:bypytorch)?|cached",
+    "process_bytes": "thisprocess(?:has|uses|memory)?|processmemory|inuse|used",
+}
+"""Words beside a figure in a message that a person shortened, or that a picture's reader spelled its own way."""
+_BEFORE = re.compile(
+    "(?:" + "|".join(f"(?P<{name}>{words})" for name, words in _LABELS.items()) + r")[:=~≈(is]{0,4}$", re.IGNORECASE
+)
+_BEHIND = re.compile(
+    r"(?:"
+    r"(?P<total_bytes>totalcap|total(?!ly)|capac)|(?P<allocated_bytes>alread|allocated(?!but))"
+    r"|(?P<unallocated_bytes>(?:is)?reservedbypytorchbutun|(?:reservedbut)?unallocated)"
+    r"|(?P<reserved_bytes>reserved(?!b)|reservedintotal|cached)|(?P<free_bytes>(?:is)?free|available)"
+    r"|(?P<process_bytes>(?:memory)?inuse|used)|(?P<allowed_bytes>allowed))",
+    re.IGNORECASE,
+)
+_A_SIZE = re.compile(SIZE, re.IGNORECASE)
+_LOOSE = 450
+"""Characters behind a message's head in which its figures are looked for."""
+
+
+def _loose_figures(message: Message, text: str, begin: int, stop: int) -> None:
+    """Read figures whose words stand right before or behind them, in any order."""
+    found: dict[str, str] = {}
+    end = message.end
+    for match in _A_SIZE.finditer(text, begin, min(stop, begin + _LOOSE)):
+        label = _BEFORE.search(text, max(match.start() - 40, 0), match.start()) or _BEHIND.match(text, match.end())
+        if label and label.lastgroup:
+            found.setdefault(label.lastgroup, match[0])
+            end = max(end, match.end(), label.end())
+    if {"total_bytes", "free_bytes"} & found.keys():
+        for name, size in found.items():
+            message.take(name, size)
+        message.end = end
+        if "total_bytes" in message.figures and "message_cut" in message.notes:
+            message.notes.remove("message_cut")
+
+
 def _version(word: str, setting: str, new_site: bool, private: bool) -> str:
-    if word == "capacty" or setting == "max_split_size_mb":
+    if word.lower() == "capacty" or setting.lower() == "max_split_size_mb":
         return "T4"
-    if setting == "PYTORCH_ALLOC_CONF":
+    if setting.upper() == "PYTORCH_ALLOC_CONF":
         return "T7"
     if new_site:
         return "T8"
@@ -206,7 +280,7 @@ def date(message: Message, text: str) -> None:
         message.torch_format = "T3" if "total_bytes" in message.figures else message.torch_format
     if message.torch_format is None and "requested_bytes" in message.figures:
         # PyTorch 2.3.0 on GPU 0: the index was a byte of value 0, which ends the text.
-        cut = re.match(r"\.GPU#?(?![\d\s(;])", text[message.end : message.end + 6])
+        cut = re.match(r"(?i)\.GPU#?(?![\d\s(;])", text[message.end : message.end + 6])
         if cut:
             message.torch_format = "T5b"
             message.note("device_unstated")

@@ -11,8 +11,14 @@ import msgspec
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
 
-CONSEQUENCES = frozenset({"dataloader_killed", "host_killed"})
-"""Kinds that often follow another failure rather than being the first."""
+FIGURES = frozenset(
+    f"{name}_bytes"
+    for name in (
+        *("requested", "total", "free", "process", "allocated", "unallocated", "reserved", "private_pool"),
+        *("allowed", "others", "outside_pytorch"),
+    )
+)
+"""Figures that a message may state."""
 
 _FACTORS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 _ABSURD = 2**63
@@ -100,6 +106,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Notes in codes.toml."""
     pid: int | None = None
     """The process that was killed, where the message says so."""
+    details: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """Values as printed that the sentences on this kind repeat, by name."""
+    own_pid: int | None = None
+    """The number of the listed process that is this one, where the message does not say so."""
     repeats: int = 1
     """Number of times that the log holds this failure of this rank."""
 
@@ -121,8 +131,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def process_bytes(self) -> int | None:
-        """Bytes of this process on the device, with its context."""
-        return self._bytes("process_bytes")
+        """Bytes of this process on the device, with its context; None if the driver printed no true figure."""
+        found = self._bytes("process_bytes")
+        return None if found is None or found >= _ABSURD else found
 
     @property
     def allocated_bytes(self) -> int | None:

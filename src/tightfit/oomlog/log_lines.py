@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
-from tightfit.oomlog.log_text import Line, clean, lines_of, part
+from tightfit.oomlog.log_text import Line, clean, lines_of, lower, part
 from tightfit.oomlog.message import Message
 
 BEFORE = 2**17
@@ -27,6 +27,8 @@ _LINE_BOUND = re.compile(
     r"|nohup))|^(?:已杀死|已终止|強制終了)\s*$)"
     r"|(?P<memory>^[\s`*>]*MemoryError\s*:?\s*$)"
 )
+_MARKS = ("#", "//", "*", "|", ";", "--")
+"""Marks of comments and quotations, which may be the whole prefix of a line."""
 _BEGINNING = re.compile(
     r"(?:[\w.]{0,40}(?:Error|Exception): ?)?(?:CUDA|HIP|XPU|NPU|MPS backend) out of mem|GPU \d{0,3} has a total"
     r"|Tried to allocate"
@@ -34,22 +36,27 @@ _BEGINNING = re.compile(
 
 
 @functools.cache
-def _triggers() -> dict[str, list[str]]:
-    """Read the words, by a part that they share."""
+def _triggers() -> dict[str, dict[str, list[str]]]:
+    """Read the words, by the table and a part that they share."""
     return tomllib.loads(files("tightfit.oomlog").joinpath("triggers.toml").read_text(encoding="utf-8"))
 
 
-def regions_of(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a text in which a message may start, from line starts, in order and without overlap."""
+def regions_of(text: str, *, at_end: bool = True) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a text in which a message may start, from line starts, in order and without overlap.
+
+    `at_end` is False for a piece that is neither the first nor the last of its log.
+    """
     buckets: set[int] = set()
-    for shared, words in _triggers().items():
-        if shared not in text:
+    lowered = lower(text)
+    tables = _triggers()
+    for shared, words in [*tables["always"].items(), *(tables["ends"].items() if at_end else ())]:
+        if shared not in lowered:
             continue
         for word in words:
-            at = text.find(word)
+            at = lowered.find(word)
             while at >= 0:
                 buckets.add(at // _BUCKET)
-                at = text.find(word, (at // _BUCKET + 1) * _BUCKET)
+                at = lowered.find(word, (at // _BUCKET + 1) * _BUCKET)
     start = end = -1
     for bucket in sorted(buckets):
         # A message may start on the two lines before, if it was wrapped before the word that was found.
@@ -163,9 +170,9 @@ def _strange_prefix(lines: list[str]) -> str:
     """Return the prefix that a logger unknown to `part` puts before each line, with its digits masked."""
     for one, two in pairwise(lines):
         match = _BEGINNING.search(one)
-        if match and match.start() >= 3 and len(two) > match.start():
+        if match and match.start() and len(two) > match.start():
             mask = _mask(one[: match.start()])
-            if mask == _mask(two[: match.start()]) and mask.strip(" >"):
+            if mask == _mask(two[: match.start()]) and (mask.strip(" >") if len(mask) > 2 else mask.strip() in _MARKS):
                 return mask
     return ""
 

@@ -4,7 +4,6 @@ The log is read once, in pieces. Plain searches for a few words decide which lin
 lines are cleaned, parted by rank, and joined without white space for `messages`.
 """
 
-import re
 from bisect import bisect_right
 from typing import IO
 
@@ -12,14 +11,19 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
-from tightfit.oomlog.facts import CONSEQUENCES, Facts, with_arithmetic
+from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
+from tightfit.oomlog.kinds import consequences, memory_of, status_of
+from tightfit.oomlog.last_words import last_words
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
-from tightfit.oomlog.log_text import is_text, lines_of, part, pieces
+from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
+from tightfit.oomlog.ownership import own_process
 from tightfit.oomlog.printed import READ, Printed, printed_in
+from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
-from tightfit.oomlog.tracebacks import TraceFrame, frames_of, phase_of
+from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, phase_of
+from tightfit.units import GIB, MIB
 
 _AFTER = 2 * REACH
 """Characters looked at of what comes next."""
@@ -33,9 +37,14 @@ _BUDGET = 25_000
 """Lines that are looked at closely, before the last piece; logs that consist of nothing else are sampled."""
 _PROGRESS = ("it/s]", "s/it]", ": loss ", "loss=", "loss: ", "'loss':", "train loss")
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
+_WIDE_LINE = 120
+"""Columns before a message, from which on a progress bar or another line stands before it."""
+_NOTEBOOK_LINES = 1000
+"""Lines between the head of a notebook's traceback, which names the class, and its message."""
+_HEAD, _TAIL = 28_000, 16_000
+"""Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
-_ENDED = re.compile(r"^[\s>]*((?:[A-Za-z_][\w.]{0,80})(?:Error|Exception|Interrupt|Exit)\b[^\n]{0,300})")
 
 
 class Other(Struct, frozen=True, kw_only=True):
@@ -61,12 +70,22 @@ class LogReading(Struct, frozen=True, kw_only=True):
     others_count: int = 0
     """Other failures, without mentions."""
     context: Printed = Printed()
+    run: RunFacts = RunFacts()
+    """What the program prints about its run; of a long log, by its beginning and its end."""
     kind_of_nothing: str | None = None
-    """Reason for no failure: empty, binary, caught, warning, document, code, other_error or nothing."""
+    """Reason for no failure: a table `nothing` in wording/kinds names them, and binary."""
     evidence: str = ""
     """The line that decided for `kind_of_nothing`, shortened."""
     caught: Facts | None = None
     """The last out of memory that the program survived, if nothing failed."""
+
+    went_on: bool = False
+    """True if the log shows progress after an out of memory that was caught."""
+
+    @property
+    def status(self) -> str:
+        """A key of the table `status` in codes.toml."""
+        return status_of(self.failure.kind if self.failure else None, self.kind_of_nothing)
 
 
 class _Record(Struct):
@@ -111,6 +130,7 @@ class _Scan:
 
     def look_at(self, before: str, text: str, after: str, *, last: bool = False) -> None:
         """Read the messages that start in `text`."""
+        at_end = last or not self._size
         self._size += len(text)
         if len(self._head) < READ:
             self._head += text[: READ - len(self._head)]
@@ -120,7 +140,7 @@ class _Scan:
             self._stacks = min(self._stacks, _STACKS * 3 // 4)
             self._ending = before[-4000:] + text[-20_000:]
         behind = 0
-        for start, end in regions_of(text):
+        for start, end in regions_of(text, at_end=at_end):
             self._go_on(text[behind:start])
             behind = max(behind, end)
             if (self._budget <= 0 and not last) or len(self.records) >= _MOST:
@@ -132,7 +152,8 @@ class _Scan:
 
     def _go_on(self, text: str) -> None:
         """Look in `text`, which follows a failure, for progress that shows it was survived, or for another run."""
-        record = next((each for each in reversed(self.records) if each.standing is Standing.FAILURE), None)
+        happened = (Standing.FAILURE, Standing.CAUGHT)
+        record = next((each for each in reversed(self.records) if each.standing in happened), None)
         if record is None or record.closed or record.progress > 50 or not text:
             return
         starts = [at for at in map(text.find, _RUN_START) if at >= 0]
@@ -181,21 +202,32 @@ class _Scan:
         if stand is Standing.FAILURE and any(goes_on(later.line.body) for later in following):
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
+        before: list[str] = []
         if stand is Standing.FAILURE and self._stacks < _STACKS:
             self._stacks += 1
-            frames = frames_of(stream.before(index, earlier))
+            before = stream.before(index, earlier)
+            frames = frames_of(before) or frames_behind(
+                [each.line.body for each in stream.entries[index + 1 : index + 40]]
+            )
         words = stream.words(message, index, column, finish)
-        self._add(_facts(message, entry, words, frames), stand, entry.line.body)
+        said = entry.line.body[max(column - 60, 0) :] if message.kind == "program_words" else ""
+        body = entry.line.body[max(column - 80, 0) :] if column > _WIDE_LINE else entry.line.body
+        self._add(_facts(message, entry, words, frames, before, said), stand, body)
 
     def _add(self, facts: Facts, stand: Standing, body: str) -> None:
         """Keep a failure, or count it as a repetition."""
         for record in reversed(self.records[-60:]):
-            if record.standing is stand and not record.survived and _is_same(record.facts, facts):
+            over = record.survived and stand is not Standing.CAUGHT
+            if record.standing is stand and not over and _is_same(record.facts, facts):
                 known = record.facts
                 better = facts if facts.frames and not known.frames else known
+                if not known.figures and facts.figures:  # the first says only that it failed
+                    known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
+                elif _complete_each_other(known, facts):
+                    known = _joined(known, facts)
                 record.facts = replace(
                     known,
-                    repeats=known.repeats + 1,
+                    repeats=record.facts.repeats + 1,
                     frames=better.frames,
                     phase=better.phase,
                     exception=known.exception or facts.exception,
@@ -207,14 +239,19 @@ class _Scan:
     def reading(self) -> LogReading:
         failures = [record for record in self.records if record.standing is Standing.FAILURE]
         chosen = _choose(failures) or next((each for each in self.records if each.standing is Standing.REPORT), None)
+        chosen = chosen or self._failed_afterwards()
         rest = [record for record in self.records if record is not chosen]
         others = tuple(map(_other, rest[:100]))
-        count = self.uncounted + sum(each.standing in (Standing.FAILURE, Standing.CAUGHT) for each in rest)
+        count = self.uncounted + sum(map(_counts, rest))
         context = printed_in("\n".join(lines_of(self._head)))
+        run = run_facts_in("\n".join(lines_of(self._both_ends()))) if failures or chosen else RunFacts()
         if chosen:
-            return LogReading(failure=chosen.facts, others=others, others_count=count, context=context)
+            return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
-        caught = [each.facts for each in self.records if each.standing is Standing.CAUGHT or each.survived]
+        if nothing in ("incomplete", "memory_words"):
+            failure = self._unnamed(nothing, evidence)
+            return LogReading(failure=failure, others=others, others_count=count, context=context)
+        caught = [each for each in self.records if each.standing is Standing.CAUGHT or each.survived]
         return LogReading(
             failure=None,
             others=others,
@@ -222,8 +259,25 @@ class _Scan:
             context=context,
             kind_of_nothing=nothing,
             evidence=evidence,
-            caught=caught[-1] if caught else None,
+            caught=caught[-1].facts if caught else None,
+            went_on=any(each.progress for each in caught),
         )
+
+    def _both_ends(self) -> str:
+        if self._size <= _HEAD + _TAIL:
+            return self._head
+        return self._head[:_HEAD] + "\n" + self._ending[-_TAIL:]
+
+    def _failed_afterwards(self) -> _Record | None:
+        """Return an out of memory that the program handled, if it shows no progress after it and ends with an error."""
+        handled = [each for each in self.records if each.standing is Standing.CAUGHT and not each.survived]
+        last = last_words(lines_of(self._ending)[-400:]) if handled else None
+        record = handled[-1] if handled else None
+        if record is None or last is None or last[1][:60] in record.body or record.progress:
+            return None
+        details = dict(record.facts.details) | {"afterwards": " ".join(last[1].split())}
+        notes = (*record.facts.notes, "failed_afterwards")
+        return _with_facts(record, replace(record.facts, notes=notes, details=details))
 
     def _nothing(self) -> tuple[str, str]:
         if not self._head.strip():
@@ -231,13 +285,28 @@ class _Scan:
         for record in reversed(self.records):
             if record.survived or record.standing is Standing.CAUGHT:
                 return "caught", record.body
-        for line in reversed(lines_of(self._ending)[-400:]):
-            match = _ENDED.match(part(line).body)
-            if match and "Warning" not in match[1]:
-                return "other_error", match[1]
+        if (last := last_words(lines_of(self._ending)[-400:])) is not None:
+            return last
         for record in self.records:
             return record.standing.value, record.body
         return "nothing" if is_text(self._head) else "binary", ""
+
+    def _unnamed(self, kind: str, evidence: str) -> Facts:
+        """Return the facts of a failure that no format names: its last words, and its traceback."""
+        lines = [part(line).body for line in lines_of(self._ending)[-400:]]
+        frames = frames_of(lines)
+        details = {"said": evidence} if evidence else {}
+        return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)
+
+
+def _with_facts(record: _Record, facts: Facts) -> _Record:
+    """Return a failure with other facts."""
+    return _Record(facts, Standing.FAILURE, record.body, record.progress, record.closed)
+
+
+def _counts(record: _Record) -> bool:
+    """Return True for a failure beside the chosen one, and not for a launcher's report of it."""
+    return record.standing in (Standing.FAILURE, Standing.CAUGHT) and memory_of(record.facts.kind) != "unshown"
 
 
 def _other(record: _Record) -> Other:
@@ -253,11 +322,19 @@ def _other(record: _Record) -> Other:
     )
 
 
-def _facts(message: Message, entry: Entry, words: str, frames: tuple[TraceFrame, ...]) -> Facts:
-    """Return the facts of a message, with its words as printed and the frames before it."""
+def _facts(
+    message: Message, entry: Entry, words: str, frames: tuple[TraceFrame, ...], before: list[str], said: str
+) -> Facts:
+    """Return the facts of a message, with its words as printed, and the frames and lines before it."""
+    own = own_process(message.other_processes, message.figures)
+    if own is not None and (figure := Figure.printed(f"{own.bytes} bytes")) is not None:
+        rounding = 5 * MIB if own.bytes >= GIB else MIB // 100
+        near = replace(figure, low=own.bytes - rounding, high=own.bytes + rounding, stated=False)
+        message.figures = {**message.figures, "process_bytes": near}
     figures, notes = with_arithmetic(message.figures)
     if message.kind == "cuda_out_of_memory" and (message.torch_format or "") >= "T4":
-        silent = "process_bytes" not in figures and "message_cut" not in message.notes
+        silent = own is not None or "process_bytes" not in figures
+        silent = silent and "message_cut" not in message.notes
         notes += ["process_memory_unstated"] if silent else []
     return Facts(
         kind=message.kind,
@@ -266,23 +343,27 @@ def _facts(message: Message, entry: Entry, words: str, frames: tuple[TraceFrame,
         device_index=message.device_index,
         other_processes=tuple(message.other_processes),
         rank=entry.line.rank if entry.line.rank is not None else entry.rank,
-        phase=phase_of(frames),
+        phase=phase_of(frames, before),
         frames=frames,
         exception=message.exception,
         message=words,
         line=entry.number,
         notes=tuple(dict.fromkeys(notes + message.notes)),
         pid=message.pid,
+        own_pid=own.pid if own else None,
+        details=message.details | ({"said": " ".join(clean(said).split())[:200]} if said else {}),
     )
 
 
 def _choose(failures: list[_Record]) -> _Record | None:
     """Return the first failure that ended the run; one that cannot be a consequence, if there is one."""
     fatal = [record for record in failures if not record.survived]
-    if not fatal:
-        return None
-    roots = [record for record in fatal if record.facts.kind not in CONSEQUENCES]
-    return (roots or fatal)[0]
+    order = consequences()
+
+    def place(record: _Record) -> int:
+        return 1 + order.index(record.facts.kind) if record.facts.kind in order else 0
+
+    return min(fatal, key=place, default=None)
 
 
 def _is_same(one: Facts, two: Facts) -> bool:
@@ -291,14 +372,42 @@ def _is_same(one: Facts, two: Facts) -> bool:
         return False
     if one.kind != two.kind:
         return False
+    if "class_without_message" in one.notes and one.rank == two.rank:  # a notebook's head, far above the message
+        return two.line - one.line <= _NOTEBOOK_LINES
     stated = {name: figure for name, figure in two.figures.items() if figure.stated}
     if stated and any(one.figures.get(name) == figure for name, figure in stated.items()):
         return all(one.figures.get(name, figure) == figure for name, figure in stated.items()) and (
             one.device_index == two.device_index or None in (one.device_index, two.device_index)
         )
     if stated and any(figure.stated for figure in one.figures.values()):
-        return False
-    return two.line - one.line <= 60 or two.kind in CONSEQUENCES
+        return _complete_each_other(one, two)
+    return two.line - one.line <= 60 or two.kind in consequences()
+
+
+_APART = 3
+"""Lines between two pieces of one message that somebody put in another order."""
+
+
+def _complete_each_other(one: Facts, two: Facts) -> bool:
+    """Return True if one message states the request and the next one the card, or the other way round."""
+    names = [{name for name, figure in each.figures.items() if figure.stated} for each in (one, two)]
+    asks = ["requested_bytes" in each for each in names]
+    has_card = ["total_bytes" in each for each in names]
+    near = 0 <= two.line - one.line <= _APART
+    return near and not names[0] & names[1] and asks in ([True, False], [False, True]) and has_card == asks[::-1]
+
+
+def _joined(one: Facts, two: Facts) -> Facts:
+    """Return the facts of two pieces of one message."""
+    stated = {name: figure for each in (one, two) for name, figure in each.figures.items() if figure.stated}
+    figures, notes = with_arithmetic(stated)
+    return replace(
+        one,
+        figures=figures,
+        notes=tuple(dict.fromkeys([*notes, *(note for note in one.notes if note != "message_cut")])),
+        device_index=one.device_index if one.device_index is not None else two.device_index,
+        message=f"{one.message} {two.message}",
+    )
 
 
 def _later(one: Facts, two: Facts) -> str | None:

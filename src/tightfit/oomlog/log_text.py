@@ -31,8 +31,11 @@ _ESCAPED = re.compile(r"\\n(?:  |Traceback|[A-Za-z_.]{1,60}Error|\\n|\[rank)|Err
 
 
 def pieces(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
-    """Yield the text in pieces that end with a line, or are PIECE long; memory never holds more than a few."""
-    rest = ""
+    """Yield the text in pieces that end with a line, or are PIECE long; memory never holds more than a few.
+
+    The last piece is no smaller than the others, so that it holds the end of a log with the lines before it.
+    """
+    rest = waiting = ""
     for text in _decoded(source):
         if "\x00" in text:  # UTF-16 read as something else, or a cut file
             text = text.replace("\x00", "")
@@ -44,10 +47,11 @@ def pieces(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
             if len(rest) < 4 * PIECE:
                 continue
             cut = len(rest)
-        yield rest[:cut]
-        rest = rest[cut:]
-    if rest:
-        yield rest
+        if waiting:
+            yield waiting
+        waiting, rest = rest[:cut], rest[cut:]
+    if waiting or rest:
+        yield waiting + rest
 
 
 def _decoded(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
@@ -90,6 +94,12 @@ def is_text(start: str) -> bool:
     (True, False)
     """
     return 20 * len(_UNPRINTED.findall(start)) <= len(start)
+
+
+def lower(text: str) -> str:
+    """Return `text` in small letters, with every character at its place."""
+    lowered = text.lower()
+    return lowered if len(lowered) == len(text) else "".join(each.lower()[:1] for each in text)
 
 
 def clean(text: str) -> str:

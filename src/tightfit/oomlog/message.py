@@ -4,8 +4,8 @@ from msgspec import Struct
 
 from tightfit.oomlog.facts import Figure, OtherProcess
 
-SIZE = r"\d{1,20}(?:\.\d{0,6})?(?:bytes?|[KMGTPE]i?B)"
-"""Pattern of a printed size, without white space."""
+SIZE = r"\d{1,20}(?:\.\d{0,6})?(?:bytes?|[KMGTPE]i?(?:B(?!y)|Bytes?|(?=\.\.|…|$)))"
+"""Pattern of a printed size, without white space; a cut text may end within its unit."""
 
 
 class Message(Struct):
@@ -22,6 +22,10 @@ class Message(Struct):
     other_processes: list[OtherProcess] = []
     notes: list[str] = []
     pid: int | None = None
+    details: dict[str, str] = {}
+    """Values by name that its sentences repeat as printed: a tensor's shape, a share of the card."""
+    is_sure: bool = False
+    """True if its words mean nothing else, so that a sentence with them reports a failure."""
 
     @property
     def states_figures(self) -> bool:

@@ -1,7 +1,7 @@
 """Every out-of-memory message in text from which all white space was removed.
 
 Terminals, mailers and loggers break messages anywhere, in the middle of words and numbers, and indent what follows.
-Without white space all those breaks are gone, and no format is ambiguous without it.
+Without white space all those breaks are gone, and no format is ambiguous without it. Letter case does not count.
 """
 
 import functools
@@ -9,27 +9,56 @@ import re
 import tomllib
 from collections.abc import Iterator
 from importlib.resources import files
+from math import prod
 
-from tightfit.oomlog.allocator_messages import BACKENDS, HEAD, HEAD_WORDS, allocator_message, date
-from tightfit.oomlog.facts import Figure
+import msgspec
+
+from tightfit.oomlog.allocator_messages import HEAD, HEAD_WORDS, allocator_message, backend_kind, date
+from tightfit.oomlog.facts import FIGURES, Figure
+from tightfit.oomlog.log_text import lower
 from tightfit.oomlog.message import SIZE, Message
 
 _CLASS = re.compile(r"([A-Za-z_][\w.]{0,80}(?:Error|Exception|Warning|OutOfResources)):(?:[\w ]{0,40}:)?$")
 _PLAIN = re.compile(
-    r"(?:(?P<backend>CUDA|HIP|XPU|NPU|MPSbackend)outofmemory|torch(?:\.cuda)?\.OutOfMemoryError(?P<bare>))"
+    r"(?:(?P<backend>CUDA|HIP|XPU|NPU|MPSbackend)outofmemory"
+    r"|(?P<bare>torch(?:\.cuda)?\.OutOfMemoryError|(?<![\w.])OutOfMemoryError(?=Traceback\(mostrecent)))",
+    re.IGNORECASE,
 )
 _CAUSE_UNSTATED = frozenset({"dataloader_killed", "expandable_segments_assert"})
 """Kinds whose messages never name memory."""
+_LARGEST = 2**44
+"""16 TiB: far beyond any card and nearly any host, so a larger request is a mistake in its size."""
+
+
+class _Format(msgspec.Struct, frozen=True):
+    """An entry of `formats.toml`."""
+
+    kind: str
+    anchor: str
+    pattern: str
+    sure: bool = False
+    """True if the words have no other meaning in a sentence."""
 
 
 @functools.cache
-def _formats() -> tuple[tuple[str, str, re.Pattern[str]], ...]:
-    """Read kind, words and pattern of each format in `formats.toml`."""
+def _formats() -> tuple[tuple[str, _Format], ...]:
+    """Read `formats.toml`: the anchor of each format in small letters, and the format."""
     text = files("tightfit.oomlog").joinpath("formats.toml").read_text(encoding="utf-8")
-    return tuple(
-        (each["kind"], each["anchor"], re.compile(each["pattern"].replace("{SIZE}", SIZE)))
-        for each in tomllib.loads(text)["format"]
-    )
+    found = msgspec.convert(tomllib.loads(text)["format"], list[_Format])
+    return tuple((each.anchor.lower(), each) for each in found)
+
+
+@functools.cache
+def _pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern when a text first has its anchor."""
+    return re.compile(pattern.replace("{SIZE}", SIZE), re.IGNORECASE)
+
+
+@functools.cache
+def element_bytes() -> dict[str, int]:
+    """Read bytes of one element by the dtype's name, from `codes.toml`."""
+    text = files("tightfit.oomlog").joinpath("codes.toml").read_text(encoding="utf-8")
+    return msgspec.convert(tomllib.loads(text)["element_bytes"], dict[str, int])
 
 
 def messages_in(squeezed: str) -> Iterator[Message]:
@@ -43,6 +72,11 @@ def messages_in(squeezed: str) -> Iterator[Message]:
             date(message, squeezed)
         elif message.torch_format not in ("T0", "T9"):
             message.torch_format = None
+        requested = message.figures.get("requested_bytes")
+        if "request_beyond_1eb" in message.notes or (requested is not None and requested.low > _LARGEST):
+            message.kind = "impossible_size"
+        if "ignoringthischoice" in lower(squeezed[message.end : message.end + 400]):
+            message.kind = "autotune_choice"
         yield message
         position = max(message.end, position + 1)
 
@@ -52,18 +86,19 @@ class _Search:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._heads = _Finder(HEAD, HEAD_WORDS, text, 50, 150)
-        self._plains = _Finder(_PLAIN, ("outofmemory", "OutOfMemoryError"), text, 30, 30)
+        lowered = lower(text)
+        self._heads = _Finder(HEAD, HEAD_WORDS, text, lowered, 50, 150)
+        self._plains = _Finder(_PLAIN, ("outofmemory",), text, lowered, 30, 50)
         self._others = [
-            (kind, _Finder(pattern, (anchor,), text, 230, 400))
-            for kind, anchor, pattern in _formats()
-            if anchor in text
+            (each, _Finder(_pattern(each.pattern), (anchor,), text, lowered, 230, 500))
+            for anchor, each in _formats()
+            if anchor in lowered
         ]
 
     def next(self, position: int) -> Message | None:
         """Return the first message that starts at or behind `position`."""
         head, plain = self._heads.at(position), self._plains.at(position)
-        kind, other = self._other(position)
+        form, other = self._other(position)
         near = min((found for found in (head, other, plain) if found), key=lambda found: found.start(), default=None)
         if near is None:
             return None
@@ -71,22 +106,24 @@ class _Search:
             near = next((more for more in (head, other) if more and more.start() <= plain.end() + 1), near)
         if near is head:
             return allocator_message(self._text, near)
-        return _other_message(kind, near) if near is other else _plain_message(near)
+        return _other_message(form, near) if near is other and form else _plain_message(near)
 
-    def _other(self, position: int) -> tuple[str, re.Match[str] | None]:
-        kind, nearest = "", None
-        for name, finder in self._others:
+    def _other(self, position: int) -> tuple[_Format | None, re.Match[str] | None]:
+        form, nearest = None, None
+        for each, finder in self._others:
             match = finder.at(position)
             if match and (nearest is None or match.start() < nearest.start()):
-                kind, nearest = name, match
-        return kind, nearest
+                form, nearest = each, match
+        return form, nearest
 
 
 class _Finder:
     """The next match of a pattern, searched forward only, and only around words that each match has."""
 
-    def __init__(self, pattern: re.Pattern[str], anchors: tuple[str, ...], text: str, back: int, on: int) -> None:
-        self._pattern, self._text, self._back, self._on = pattern, text, back, on
+    def __init__(
+        self, pattern: re.Pattern[str], anchors: tuple[str, ...], text: str, lowered: str, back: int, on: int
+    ) -> None:
+        self._pattern, self._text, self._lowered, self._back, self._on = pattern, text, lowered, back, on
         self._anchors = dict.fromkeys(anchors, -1)
         self._found: re.Match[str] | None = None
 
@@ -101,7 +138,7 @@ class _Finder:
         while self._anchors:
             for anchor, known in list(self._anchors.items()):
                 if known < at:
-                    self._anchors[anchor] = self._text.find(anchor, at)
+                    self._anchors[anchor] = self._lowered.find(anchor, at)
                     if self._anchors[anchor] < 0:
                         del self._anchors[anchor]
             near = min(self._anchors.values(), default=None)
@@ -120,32 +157,51 @@ def _plain_message(found: re.Match[str]) -> Message:
         message = Message("cuda_out_of_memory", found.start(), found.end(), exception=found[0])
         message.note("class_without_message")
         return message
-    kind = f"{BACKENDS[found['backend']]}_out_of_memory" if found["backend"] else "device_out_of_memory"
-    message = Message(kind, found.start(), found.end())
+    message = Message(backend_kind(found["backend"]), found.start(), found.end())
     message.note("message_cut")
     return message
 
 
-def _other_message(kind: str, found: re.Match[str]) -> Message:
-    message = Message(kind, found.start(), found.end())
+def _other_message(form: _Format, found: re.Match[str]) -> Message:
+    message = Message(form.kind, found.start(), found.end(), is_sure=form.sure)
     groups = {name: text for name, text in found.groupdict().items() if text is not None}
-    if "size" in groups:
-        message.take("requested_bytes", groups["size"])
+    _take_request(message, groups)
     if "t0" in groups:
         message.torch_format = "T0"
     if "device" in groups:
         message.device_index = int(groups["device"])
-    if "floor" in groups:  # printed with integer division
-        low = int(groups["floor"]) * 2**30
-        message.figures["requested_bytes"] = Figure(bytes=low, low=low, high=low + 2**30 - 1)
-    if groups.get("what") == "sharedmemory":
+    if groups.get("what", "").lower() == "sharedmemory":
         message.take("requested_bytes", f"{groups['need']} bytes")
         if "limit" in groups:
             message.take("allowed_bytes", f"{groups['limit']} bytes")
-    if "unsure" in groups or kind in _CAUSE_UNSTATED:
+    if "unsure" in groups or form.kind in _CAUSE_UNSTATED:
         message.note("cause_unstated")
     if groups.get("pid", "").isdigit():
         message.pid = int(groups["pid"])
     if "rss" in groups:
         message.take("process_bytes", groups["rss"])
+    for name, text in groups.items():
+        figure, _, unit = name.partition("__")
+        if f"{figure}_bytes" in FIGURES:
+            message.take(f"{figure}_bytes", f"{text.replace(',', '')} {unit}" if unit else text)
+        elif name not in _NOT_REPEATED:
+            message.details[name] = text[:200]
     return message
+
+
+_NOT_REPEATED = frozenset({"size", "floor", "bytes", "t0", "device", "what", "need", "limit", "unsure", "pid", "rss"})
+
+
+def _take_request(message: Message, groups: dict[str, str]) -> None:
+    """Keep the size of the request: a number of bytes, a printed size, whole GB, or a tensor's shape and dtype."""
+    if "bytes" in groups:
+        message.take("requested_bytes", f"{groups['bytes'].replace(',', '')} bytes")
+    if "size" in groups:
+        message.take("requested_bytes", groups["size"])
+    if "floor" in groups:  # printed with integer division
+        low = int(groups["floor"]) * 2**30
+        message.figures["requested_bytes"] = Figure(bytes=low, low=low, high=low + 2**30 - 1)
+    each = element_bytes().get(groups.get("dtype", "").lower())
+    if each is not None and "requested_bytes" not in message.figures:
+        sizes = [int(size) for size in groups.get("shape", "").split(",") if size]
+        message.take("requested_bytes", f"{each * prod(sizes)} bytes")

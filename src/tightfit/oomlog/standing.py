@@ -6,6 +6,7 @@ import tomllib
 from enum import Enum
 from importlib.resources import files
 
+from tightfit.oomlog.kinds import is_of_allocator, memory_of
 from tightfit.oomlog.log_text import Line
 from tightfit.oomlog.message import Message
 
@@ -24,6 +25,8 @@ class Standing(Enum):
     """Advice, a title, an example."""
     CODE = "code"
     """A line of a program that names the message."""
+    HARMLESS = "harmless"
+    """A notice that a part of the program did without the memory."""
 
 
 PATIENCE = 300
@@ -87,20 +90,22 @@ def standing(message: Message, line: Line, column: int, end: int, *, short_log: 
         return Standing.WARNING
     if _is_code(message, line, before, after):
         return Standing.CODE
+    if memory_of(message.kind) == "harmless":
+        return Standing.HARMLESS
     if line.level in ("debug", "info", "warning") and not (leads and named) and message.kind != "nccl":
         return Standing.CAUGHT
     mine = _has("first_person", bare)
-    if _has("caught", bare) and not mine:
+    if (_has("caught", bare) and not mine) or _has("fallback", after[:80]):
         return Standing.CAUGHT
     if message.states_figures or message.kind in ("cuda_async", "nvml_assert"):
         return (
             Standing.DOCUMENT if not leads and not _has("asking", bare) and _has("strict", bare) else Standing.FAILURE
         )
-    if message.kind.endswith("out_of_memory") and "request_beyond_1eb" not in message.notes:
+    if is_of_allocator(message.kind) or message.kind == "program_words":
         return _of_plain_words(message, before, after, leads=leads, mine=mine, short_log=short_log)
     if leads and (named or _TAIL.match(after) or line.level == "error"):
         return Standing.FAILURE
-    if message.kind in _SPEAKS_FOR_ITSELF and not _has("strict", bare):
+    if (message.is_sure or message.kind in _SPEAKS_FOR_ITSELF) and not _has("strict", bare):
         return Standing.FAILURE
     if (
         _has("conditional", bare) or (not named and not bare.rstrip().endswith(":") and _has("conditional", after))
@@ -131,7 +136,7 @@ def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, m
     """Judge `CUDA out of memory` and nothing else: words that everybody also uses in sentences."""
     ends = bool(_TAIL.match(after)) or after.lstrip(". ").startswith("Tried to")
     if "class_without_message" in message.notes:
-        if leads and ends:
+        if (leads and (ends or after.lstrip().startswith("Traceback"))) or _has("labels", before):
             return Standing.FAILURE
         return Standing.REPORT if mine and not _has("conditional", before) else Standing.CODE
     errs = bool(message.exception) or bool(re.search(r"\b[Ee]rror:? *$|\bERROR:? *$", before))

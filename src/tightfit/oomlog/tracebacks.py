@@ -23,6 +23,11 @@ class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
     """The line of code, if the traceback shows it."""
 
     @property
+    def is_cell(self) -> bool:
+        """True for a cell of a notebook."""
+        return self.file.startswith(("cell ", "<ipython"))
+
+    @property
     def is_library(self) -> bool:
         """True if the file belongs to an installed package or to Python rather than to the user."""
         path = self.file.replace("\\", "/")
@@ -36,6 +41,7 @@ _NOTEBOOK = re.compile(
 )
 _CELL = re.compile(r"(?:Input In|Cell In) ?\[(\d{1,6})\],? (?:line (\d{1,8})|in )")
 _ARROW = re.compile(r"-+> *(\d{1,8})[ |]?(.*)")
+_NUMBERED = re.compile(r" *\d{1,6}(?: |$)")
 _CARETS = re.compile(r"[\s^~]+")
 
 
@@ -54,6 +60,12 @@ def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     if start < 0 and found:  # the head was cut off, or is far away: only what stands close together
         return tuple(found[-60:])
     return tuple(found)
+
+
+def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
+    """Return the frames that a person pasted behind a message, up to the next traceback or message."""
+    ends = (at for at, line in enumerate(lines) if "most recent call last" in line or "out of memory" in line.lower())
+    return tuple(_frames(lines[: next(ends, len(lines))]))
 
 
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
@@ -77,6 +89,8 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
             if waiting and waiting.line is not None:
                 yield waiting
             waiting = notebook
+        elif waiting and waiting.is_cell and _NUMBERED.match(line):
+            continue  # IPython prints the lines around the failing one, which has an arrow
         elif waiting and waiting.line is not None and line.strip() and not _CARETS.fullmatch(line):
             yield replace(waiting, source=line.strip()[:400])
             waiting = None
@@ -103,46 +117,73 @@ def _notebook(line: str) -> TraceFrame | None:
 
 @functools.cache
 def _signs() -> dict[str, dict[str, re.Pattern[str]]]:
-    """Read `phases.toml`: `calls` or `functions`, and of each the phases."""
+    """Read `phases.toml`: `calls`, `functions`, `files` or `lines`, and of each the phases."""
     tables = tomllib.loads(files("tightfit.oomlog").joinpath("phases.toml").read_text(encoding="utf-8"))
     return {
         kind: {phase: re.compile("|".join(signs)) for phase, signs in table.items()} for kind, table in tables.items()
     }
 
 
-def phase_of(frames: Sequence[TraceFrame]) -> str | None:
+class _Stack:
+    """Signs of a phase on a stack."""
+
+    def __init__(self, frames: Sequence[TraceFrame]) -> None:
+        self._names = {frame.function.rsplit(".", 1)[-1] for frame in frames}
+        self._code = "\n".join(frame.source or "" for frame in frames)
+        self._paths = "\n".join(f"{frame.file}:{frame.function}".replace("\\", "/") for frame in frames)
+
+    def called(self, phase: str) -> bool:
+        return phase in _signs()["calls"] and bool(_signs()["calls"][phase].search(self._code))
+
+    def entered(self, phase: str) -> bool:
+        functions = _signs()["functions"].get(phase)
+        return functions is not None and any(map(functions.fullmatch, self._names))
+
+    def named(self, phase: str) -> bool:
+        """Return True if a function on the stack is one that the calls of a phase name."""
+        return any(_signs()["calls"][phase].search(f"{name}(") for name in self._names)
+
+    def in_files(self, phase: str) -> bool:
+        """Return True for a file, or a function of a file, that only this phase runs."""
+        found = _signs()["files"].get(phase)
+        return found is not None and bool(found.search(self._paths))
+
+
+def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | None:
     """Return the phase of training that a stack is in, or None if no frame shows it.
 
-    Saving, resuming, sampling and evaluation come first, because they run the model for another purpose. In a
-    training step, the last part that was entered names the phase.
+    Saving, loading, serving, sampling and evaluation come first, because they run the model for another purpose. In a
+    training step, the last part that was entered names the phase. Without a stack, the last of the `lines` before the
+    message that a program prints at the start of a phase does.
     """
-    calls, functions = _signs()["calls"], _signs()["functions"]
-    names = {frame.function.rsplit(".", 1)[-1] for frame in frames}
-    code = "\n".join(frame.source or "" for frame in frames)
-    paths = [frame.file.replace("\\", "/") for frame in frames]
-
-    def called(phase: str) -> bool:
-        return bool(calls[phase].search(code))
-
-    def entered(phase: str) -> bool:
-        return any(map(functions[phase].fullmatch, names))
-
-    def runs(phase: str) -> bool:
-        return called(phase) or any(calls[phase].search(f"{name}(") for name in names)
-
-    def in_files(*parts: str) -> bool:
-        return any(part in path for path in paths for part in parts)
-
-    tests: dict[str, Callable[[], bool]] = {
-        "save": lambda: runs("save"),
-        "resume": lambda: runs("resume"),
-        "sample": lambda: entered("sample") or called("sample"),
-        "eval": lambda: entered("eval") or called("eval"),
-        "optimizer": lambda: called("optimizer") or in_files("torch/optim/"),
-        "backward": lambda: called("backward") or entered("backward"),
-        "compile": lambda: entered("compile") and in_files("torch/_", "triton/"),
-        "loss": lambda: runs("loss"),
-        "forward": lambda: entered("forward"),
-        "setup": lambda: called("setup") or entered("setup"),
+    stack = _Stack(frames)
+    of_stack: dict[str, Callable[[], bool]] = {
+        "autotune": lambda: stack.in_files("autotune"),
+        "warmup": lambda: stack.called("warmup") or stack.entered("warmup") or stack.in_files("warmup"),
+        "save": lambda: stack.called("save") or stack.named("save") or stack.in_files("save"),
+        "resume": lambda: stack.called("resume") or stack.named("resume"),
+        "load": lambda: stack.called("load") or stack.entered("load") or stack.in_files("load"),
+        "eval": lambda: stack.entered("eval") or stack.called("eval"),
+        "gather": lambda: stack.entered("gather") or stack.in_files("gather"),
+        "sample": lambda: stack.entered("sample") or stack.called("sample") or stack.in_files("sample"),
+        "optimizer": lambda: stack.called("optimizer") or stack.in_files("optimizer"),
+        "backward": lambda: stack.called("backward") or stack.entered("backward"),
+        "compile": lambda: stack.entered("compile") and stack.in_files("compile"),
+        "loss": lambda: stack.called("loss") or stack.named("loss"),
+        "forward": lambda: stack.entered("forward"),
+        "setup": lambda: stack.called("setup") or stack.entered("setup"),
     }
-    return next((phase for phase, shows in tests.items() if shows()), None)
+    found = next((phase for phase, shows in of_stack.items() if shows()), None) if frames else None
+    return found or _phase_of_lines(lines)
+
+
+_LINES_BEFORE = 60
+"""Lines before a message that are searched for the start of a phase."""
+
+
+def _phase_of_lines(lines: Sequence[str]) -> str | None:
+    for line in reversed(lines[-_LINES_BEFORE:]):
+        for phase, words in _signs()["lines"].items():
+            if words.search(line):
+                return None if phase == "step" else phase
+    return None

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tightfit.diagnosis.cause_records import MEASURED, SIMULATED
 from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.kind_sentences import nothing_lines
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
 from tightfit.diagnosis.statements import (
     Sentences,
@@ -51,7 +52,8 @@ def explanation_page(found: Explanation, t: Words) -> Page:
 
 def _nothing_failed(found: Explanation, said: Told, t: Words) -> Page:
     kind = found.reading.kind_of_nothing or "nothing"
-    verdict = said("problem", "not_failed") if found.played == "script" else said("nothing", kind)
+    lines = [said("problem", "not_failed")] if found.played == "script" else nothing_lines(found.reading, said)
+    verdict = " ".join(lines)
     return Page(title=t("explanation", "nothing"), verdict=verdict, is_bad=kind == "other_error")
 
 

@@ -12,8 +12,9 @@ _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
 
 
 class Words(wording.Words):
-    """More formats: `duration` (26 days), `shape` ((65536, 50304)), `change` (+5%), and `named-TABLE`, the word for a
-    value in that table. An unknown value is a question mark. Only a list with a sentence for its entries is joined.
+    """More formats: `duration` (26 days), `shape` ((65536, 50304)), `product` (4096 x 11008), `change` (+5%), and
+    `named-TABLE`, the word for a value in that table. An unknown value is a question mark. Only a list with a sentence
+    for its entries is joined.
     """
 
     separator = ("units", "separator")
@@ -23,6 +24,7 @@ class Words(wording.Words):
         self.formats |= {
             "duration": self._duration,
             "shape": lambda shape: f"({', '.join(map(str, shape))})",
+            "product": lambda shape: " x ".join(map(str, shape)),
             "change": lambda change: f"{change:+.0%}",
         }
 

@@ -1,0 +1,198 @@
+"""Everything in a log that shows which tensor did not fit, the strongest first.
+
+A printed shape; a tensor's printed name; the failing line's operator; the sizes of the printed model with its batch
+and length. A request's size alone never names a tensor: others of the same model could have it.
+"""
+
+from collections.abc import Iterator
+from math import prod
+
+import msgspec
+
+from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
+from tightfit.diagnosis.model_budget import Budget, budget_of
+from tightfit.diagnosis.tensor_fits import (
+    ELEMENT_BYTES,
+    FOUR_BIT,
+    Fit,
+    Range,
+    all_fits,
+    range_of,
+    shards,
+    usual_weights,
+    weights,
+)
+from tightfit.diagnosis.usual_models import Model, all_models, model_of
+from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.run_facts import PrintedShape, RunFacts
+from tightfit.units import GIB
+
+_LARGE = 2 * GIB
+_OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "named_parameter", "dequantized_weight")
+"""Tensors of one parameter's shape."""
+_OF_LOGITS = ("logits", "float_logits", "loss_of_logits")
+_VOCABULARIES = {"nanochat": 65536, "nanogpt": 50304}
+"""Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
+
+
+_TRAINERS = frozenset(
+    {
+        "llama_factory",
+        "axolotl",
+        "trl",
+        "transformers_trainer",
+        "torchtune",
+        "litgpt",
+        "torchtitan",
+        "deepspeed",
+        "fsdp",
+    }
+)
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What a log shows of the failed tensor and of its model."""
+
+    run: RunFacts
+    model: Model | None = None
+    within: Range | None = None
+    """Bytes of the tensors that make the request; None if it is not stated."""
+    line: LineKind | None = None
+    shape: PrintedShape | None = None
+    """A printed shape whose bytes make the request."""
+    fits: tuple[Fit, ...] = ()
+    """Tensors of the shown kind, or of the known model, that make the request."""
+    is_complete: bool = False
+    """True if batch, length and model are known, so that `fits` holds every kind of tensor."""
+    is_all_parameters: bool = False
+    """True if the request is as large as all parameters together, or as the printed share of each rank."""
+    vocabulary: int | None = None
+    budget: Budget | None = None
+
+    @property
+    def framework(self) -> str | None:
+        return self.run.framework
+
+    @property
+    def tensor(self) -> str | None:
+        """The kind of tensor that the log shows, or None."""
+        if self.shape is not None:
+            return self.line.tensor if self.line else "printed_tensor"
+        if self.run.tensor_name:
+            return "named_parameter"
+        if self.line is not None:
+            return self.line.tensor
+        if self.is_all_parameters:
+            return "shard"
+        kinds = {fit.tensor for fit in self.fits} if self.is_complete else set()
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @property
+    def grows(self) -> str | None:
+        """Quantity that the failed tensor grows with, or None."""
+        if self.run.tensor_name and self.shape is None:
+            return "saving" if "training_ended" in self.run.signs or "fsdp" in self.run.signs else "model"
+        if self.line is not None:
+            return self.line.grows
+        if self.shape is not None:
+            return "batch" if len(self.shape.shape) > 2 else None
+        return _GROWS.get(self.tensor or "")
+
+    @property
+    def fit(self) -> Fit | None:
+        """The only shape that makes the request, or None."""
+        return self.fits[0] if len(self.fits) == 1 else None
+
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """Tokens of logits in float32, and in 16 bits, that make the request."""
+        if self.tensor not in _OF_LOGITS or not self.vocabulary or self.within is None or self.within.is_small:
+            return None
+        middle = (self.within.low + self.within.high) // 2
+        return middle // (self.vocabulary * 4), middle // (self.vocabulary * 2)
+
+    def gathers_on_first_card(self, facts: Facts) -> bool:
+        """Return True if DataParallel gathers the outputs of all cards on the card that failed."""
+        return "data_parallel" in self.run.signs and not facts.device_index
+
+    @property
+    def trains(self) -> bool:
+        """True if the log is of a program that trains."""
+        return bool(_TRAINERS & set(self.run.frameworks)) or "deepspeed" in self.run.signs
+
+    @property
+    def batch_is_one(self) -> bool:
+        return self.run.numbers.get("batch_size") == 1 or "batch_at_floor" in self.run.signs
+
+
+_GROWS = {
+    "weight": "model",
+    "shard": "state",
+    "logits": "logits",
+    "attention_scores": "attention",
+    "mlp_activation": "batch",
+    "hidden_states": "batch",
+}
+
+
+def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
+    """Return the evidence in a log."""
+    figure = facts.figures.get("requested_bytes")
+    within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
+    model, line = model_of(run), line_kind(facts.frames) or _line_alone(facts, run)
+    shape = _printed_shape(run, within) if within else None
+    found = Evidence(
+        run=run,
+        model=model,
+        within=within,
+        line=line,
+        shape=shape,
+        vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or ""),
+        budget=budget_of(facts, run, model),
+    )
+    if within is None or within.is_small or shape is not None:
+        return found
+    fits, is_complete = _fits(found, within)
+    if (
+        not fits
+        and found.tensor is None
+        and model is not None
+        and facts.phase in (None, "backward", "optimizer", "setup")
+    ):
+        fits = tuple(_whole(model, run, within))
+        return msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits))
+    return msgspec.structs.replace(found, fits=fits, is_complete=is_complete)
+
+
+def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:
+    """Return the kind of a line of code that the report quotes without its traceback."""
+    frame = line_before_message(run.text) if not facts.frames else None
+    return line_kind([frame]) if frame else None
+
+
+def _printed_shape(run: RunFacts, within: Range) -> PrintedShape | None:
+    for printed in run.shapes:
+        size = ELEMENT_BYTES.get(printed.dtype or "float32", 4)
+        if within.holds(prod(printed.shape) * size):
+            return printed
+    return None
+
+
+def _whole(model: Model, run: RunFacts, within: Range) -> Iterator[Fit]:
+    """Yield a flat tensor of all parameters; only of large models, where hardly any other tensor is as large."""
+    if within.low > _LARGE:
+        known = {1, run.numbers.get("world_size")}
+        yield from (fit for fit in shards(model, run, within) if fit.ranks in known)
+
+
+def _fits(found: Evidence, within: Range) -> tuple[tuple[Fit, ...], bool]:
+    """Return the tensors that make the request, and True if every kind of tensor was looked at."""
+    model, run, tensor = found.model, found.run, found.tensor
+    if tensor in _OF_PARAMETERS:
+        if "four_bit" in run.signs:
+            return weights([model] if model and model.hidden else all_models(), within, FOUR_BIT), False
+        return (weights([model], within) if model and model.hidden else usual_weights(within)), False
+    if tensor is not None or model is None:
+        return (), False
+    is_complete = bool(model.hidden and model.parameters and {"batch_size", "length"} <= run.numbers.keys())
+    return (all_fits(model, run, within), True) if is_complete else ((), False)

@@ -1,0 +1,137 @@
+"""Causes by the evidence for the failed tensor, and by the memory that the model alone takes."""
+
+from collections.abc import Iterator
+
+from tightfit.diagnosis.cause_records import (
+    COMPUTED,
+    Cause,
+    FirstAxis,
+    LogitTokens,
+    ModelBudget,
+    PrintedBatch,
+    Request,
+    Shard,
+    ShardShare,
+    SizedWeight,
+    SizedWeights,
+    SmallRequest,
+)
+from tightfit.diagnosis.culprit import Culprit
+from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.model_budget import Budget
+from tightfit.oomlog.facts import Facts
+from tightfit.units import MIB
+
+_SHOWN_MODELS = 3
+
+
+def causes_of_evidence(
+    facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str
+) -> tuple[Cause, ...]:
+    """Return the causes of a failure that was not played, or whose play fits."""
+    budget = _of_budget(evidence.budget) if evidence.budget else None
+    exceeds = budget is not None and evidence.budget is not None and evidence.budget.exceeds
+    tensor = list(_of_tensor(facts, culprit, evidence, unplayed_because))
+    found = [budget, *tensor] if exceeds else [*tensor, budget]
+    return tuple(each for each in [*found, *_of_run(facts, evidence)] if each is not None)
+
+
+def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
+    """Yield what the failed tensor grows with, and the tensors that have its size; or that its size does not tell."""
+    requested = facts.requested_bytes
+    if evidence.grows is not None:
+        yield Request(code=f"grows_{evidence.grows}", requested_bytes=requested)
+    yield from _of_sizes(requested, evidence)
+    if culprit is not None and evidence.shape is not None and culprit.shape[0] > 1 and evidence.grows == "batch":
+        first, whole = culprit.shape[0], culprit.bytes
+        yield FirstAxis(code="first_axis", label=COMPUTED, axis=first, one_bytes=whole // first)
+    if evidence.within is not None and evidence.within.is_small:
+        high = evidence.within.high
+        code = "smallest_request" if high <= MIB else "small_request"
+        yield SmallRequest(code=code, requested_bytes=requested, tensor_high=high)
+    elif culprit is None and evidence.within is not None:
+        untold = _not_told(facts, evidence, unplayed_because)
+        if untold:
+            yield Request(code=untold, requested_bytes=requested)
+
+
+def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | None:
+    """Return the code of the sentence that the size does not tell the tensor, and what would."""
+    if unplayed_because == "card":
+        return "tensor_not_told_without_gpu"
+    if unplayed_because != "config":  # a play that fits already names the next step
+        return None
+    if facts.phase == "backward":
+        return "tensor_not_told_in_backward"
+    return "tensor_not_told" if evidence.framework in (None, "nanogpt") else "tensor_not_told_elsewhere"
+
+
+def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
+    """Yield tensors that have the request's size, where the log shows their kind."""
+    run, fits, tokens = evidence.run, evidence.fits, evidence.tokens
+    weights = tuple(
+        SizedWeight(shape=fit.shape, dtype=fit.dtype, bytes=fit.bytes, models=", ".join(fit.models[:_SHOWN_MODELS]))
+        for fit in fits
+        if fit.tensor == "weight"
+    )
+    if weights and not evidence.is_complete:
+        yield SizedWeights(code="weights_of_size", label=COMPUTED, requested_bytes=requested, weights=weights)
+    shares = tuple(
+        ShardShare(ranks=fit.ranks or 1, dtype=fit.dtype, bytes=fit.bytes) for fit in fits if fit.tensor == "shard"
+    )
+    model = evidence.model
+    if shares and evidence.tensor == "shard" and model is not None and model.parameters:
+        yield Shard(
+            code="shard_of_size",
+            label=COMPUTED,
+            requested_bytes=requested,
+            parameters=model.parameters,
+            of=_name(model.name),
+            shares=shares,
+        )
+    if tokens and evidence.vocabulary:
+        yield LogitTokens(
+            code="tokens_of_size",
+            label=COMPUTED,
+            requested_bytes=requested,
+            vocab_size=evidence.vocabulary,
+            of=_name(model.name if model else run.framework or ""),
+            float_tokens=tokens[0],
+            half_tokens=tokens[1],
+        )
+
+
+def _of_budget(budget: Budget) -> Cause | None:
+    if budget.exceeds:
+        code = f"budget_{budget.what}_divided" if budget.is_divided else f"budget_{budget.what}"
+    elif budget.what == "training" and budget.may_exceed and not budget.is_divided:
+        code = "budget_may_exceed"
+    else:
+        return None
+    return ModelBudget(
+        code=code,
+        label=COMPUTED,
+        of=_name(budget.model),
+        parameters=budget.parameters,
+        low_bytes=budget.low_bytes,
+        high_bytes=budget.high_bytes,
+        low_each=budget.low_each,
+        high_each=budget.high_each,
+        total_bytes=budget.total_bytes,
+        ranks=budget.ranks,
+    )
+
+
+def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield what else the log prints of the run: a batch that cannot shrink, DataParallel."""
+    if "training_ended" in evidence.run.signs and evidence.grows in (None, "saving"):
+        yield Cause(code="training_ended")
+    if evidence.gathers_on_first_card(facts):
+        batch_size = evidence.run.numbers.get("batch_size")
+        yield PrintedBatch(code="data_parallel" if batch_size else "data_parallel_gathers", batch_size=batch_size)
+    if evidence.batch_is_one:
+        yield Cause(code="batch_at_floor")
+
+
+def _name(model: str) -> str:
+    return model.replace("_", " ")

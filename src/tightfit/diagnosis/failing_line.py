@@ -1,0 +1,104 @@
+"""The kind of tensor that the failing line allocates, by the line's code, its file and its function (lines.toml)."""
+
+import functools
+import re
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+
+import msgspec
+
+from tightfit.oomlog.tracebacks import TraceFrame
+
+_CODE = re.compile(r"\w ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
+_DEPTH = 8
+"""Innermost frames that are looked at: further out, a line calls too much to show what was allocated."""
+
+
+class LineKind(msgspec.Struct, frozen=True, kw_only=True):
+    """The kind of tensor that a line allocates."""
+
+    tensor: str
+    """A table of lines.toml."""
+    grows: str
+    """What the tensor grows with: model, state, batch, logits, attention, outputs, saving, cache, cards, ..."""
+    frame: TraceFrame
+    """The frame that shows it."""
+    is_named: bool
+    """True if the line leaves no doubt which kind of tensor it is."""
+
+
+class _Kind(msgspec.Struct, frozen=True, kw_only=True):
+    tensor: str
+    grows: str
+    code: re.Pattern[str] | None
+    files: re.Pattern[str] | None
+    functions: re.Pattern[str] | None
+    alone: re.Pattern[str] | None
+    is_named: bool
+
+    def shown_by(self, frame: TraceFrame) -> bool:
+        if not frame.file:
+            alone = self.alone or (self.code if self.files is None else None)
+            return alone is not None and bool(alone.search(frame.source or ""))
+        if self.files is not None and not self.files.search(frame.file.replace("\\", "/")):
+            return False
+        if frame.source and self.code is not None and self.code.search(frame.source):
+            return True
+        return self.functions is not None and bool(self.functions.fullmatch(frame.function.rsplit(".", 1)[-1]))
+
+
+@functools.cache
+def kinds_of_lines() -> tuple[_Kind, ...]:
+    """Read lines.toml."""
+    tables = tomllib.loads(files("tightfit.diagnosis").joinpath("lines.toml").read_text(encoding="utf-8"))
+
+    def pattern(table: dict[str, str | list[str]], name: str) -> re.Pattern[str] | None:
+        return re.compile("|".join(table[name])) if name in table else None
+
+    return tuple(
+        _Kind(
+            tensor=tensor,
+            grows=str(table["grows"]),
+            code=pattern(table, "code"),
+            files=pattern(table, "files"),
+            functions=pattern(table, "functions"),
+            alone=pattern(table, "alone"),
+            is_named=table.get("named", True),
+        )
+        for tensor, table in tables.items()
+    )
+
+
+def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
+    """Return the kind of tensor that the innermost telling frame shows; None if no frame does.
+
+    A backward pass runs inside autograd's engine: the frames do not show the operator.
+    """
+    inner = list(reversed(frames[-_DEPTH:]))
+    if inner and _is_engine(inner):
+        return None
+    for frame in inner:
+        for kind in kinds_of_lines():
+            if kind.shown_by(frame):
+                return LineKind(tensor=kind.tensor, grows=kind.grows, frame=frame, is_named=kind.is_named)
+    return None
+
+
+def line_before_message(text: str) -> TraceFrame | None:
+    """Return the line of code that stands before the message of a report without a traceback."""
+    lines = text[: text.find("ried to allocate")].splitlines()[:-1] if "ried to allocate" in text else []
+    for line in reversed([each.strip(" `>|\t") for each in lines[-4:]]):
+        if _CODE.search(line):
+            return TraceFrame(file="", line=None, function="", source=line[:400])
+    return None
+
+
+def _is_engine(inner: Sequence[TraceFrame]) -> bool:
+    """Return True if autograd's engine is the innermost frame."""
+    innermost = inner[0]
+    return (
+        "run_backward" in (innermost.source or "")
+        or "run_backward" in innermost.function
+        or ("autograd" in innermost.file and "backward" in innermost.function and "function.py" not in innermost.file)
+    )

@@ -1,0 +1,53 @@
+"""The lines to paste for a remedy, in the words of the program that the user runs (frameworks.toml)."""
+
+import functools
+import string
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+import msgspec
+
+_LAST = "pytorch"
+
+
+class Pasted(msgspec.Struct, frozen=True, kw_only=True):
+    """Lines to paste, and the page of documentation that they stand on."""
+
+    lines: tuple[str, ...]
+    page: str = ""
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, dict[str, str | list[str]] | list[str]]]:
+    return tomllib.loads(files("tightfit.diagnosis").joinpath("frameworks.toml").read_text(encoding="utf-8"))
+
+
+def frameworks() -> tuple[str, ...]:
+    """Return the programs that have words of their own."""
+    return tuple(_tables())
+
+
+def pasted(code: str, program: Sequence[str], values: Mapping[str, int | str]) -> Pasted | None:
+    """Return a remedy's lines in the words of the first of the programs that has some, with `values` filled in.
+
+    >>> pasted("split_general", ["transformers_trainer"], {"size": 1, "passes": 400}).lines
+    ('per_device_train_batch_size=1', 'gradient_accumulation_steps=400')
+    """
+    for name in _chain(program):
+        entry = _tables()[name].get(code)
+        if isinstance(entry, dict):
+            lines = tuple(string.Formatter().vformat(line, (), values) for line in entry["lines"])
+            return Pasted(lines=lines, page=str(entry["page"]))
+    return None
+
+
+def _chain(program: Sequence[str]) -> list[str]:
+    """Return the tables to look in: the outermost program's, and those that it is like.
+
+    A program without PyTorch's words, JAX or TensorFlow, ends at its own.
+    """
+    tables = _tables()
+    first = next((name for name in program if name in tables), _LAST)
+    like = tables[first].get("like", [])
+    return [first, *(like if isinstance(like, list) else [])]

@@ -1,0 +1,134 @@
+"""Failures that no tensor of PyTorch explains: their sentences and their fixes, by kind."""
+
+import functools
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tightfit.diagnosis.cause_records import LIKELY, MEASURED
+from tightfit.diagnosis.remedies import UNCHECKED, Remedy
+from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
+from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.kinds import memory_of
+from tightfit.oomlog.log_reader import LogReading
+from tightfit.wording import kinds as wording
+
+if TYPE_CHECKING:
+    from tightfit.wording.diagnosis import Words
+
+_DTYPES = {"float": "float32", "double": "float64", "half": "float16"}
+"""TensorFlow's own names, and those that people know."""
+
+
+class _Fixes(msgspec.Struct, frozen=True):
+    """Tables of `kind_fixes.toml`."""
+
+    fixes: dict[str, list[str]]
+    paste: dict[str, list[str]]
+
+
+@functools.cache
+def _table() -> _Fixes:
+    text = files("tightfit.diagnosis").joinpath("kind_fixes.toml").read_text(encoding="utf-8")
+    return msgspec.convert(tomllib.loads(text), _Fixes)
+
+
+def is_known(kind: str) -> bool:
+    """Return True for a kind whose fixes are in `kind_fixes.toml`; the others have one piece of advice each."""
+    return kind in _table().fixes or any(key.startswith(f"{kind}__") for key in _table().fixes)
+
+
+def values_of(facts: Facts) -> dict[str, object]:
+    """Return the values that sentences on a failure may name: its figures, what follows from them, its details."""
+    found: dict[str, object] = {
+        name.removesuffix("_bytes"): figure.bytes for name, figure in facts.figures.items() if figure.bytes < 2**63
+    }
+    found |= {name: text for name, text in facts.details.items() if name not in found}
+    if facts.short_by_bytes is not None:
+        found["short"] = facts.short_by_bytes
+    if shape := facts.details.get("shape"):
+        found["shape"] = f"({', '.join(shape.split(','))})"
+    found["dtype"] = _DTYPES.get(facts.details.get("dtype", ""), facts.details.get("dtype", ""))
+    if facts.total_bytes and facts.free_bytes is not None:
+        found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
+        found.setdefault("others", facts.total_bytes - facts.free_bytes)
+    return found
+
+
+def _key(keys: Mapping[str, object], kind: str, known: Mapping[str, object]) -> str | None:
+    """Return the first key `kind__name` whose name is known, else `kind` if it is one."""
+    named = (key for key in keys if key.startswith(f"{kind}__") and key.partition("__")[2] in known)
+    return next(named, kind if kind in keys else None)
+
+
+def said(table: str, facts: Facts, words: "Words") -> str:
+    """Return the sentence of a failure in the table `problem` or `cause`."""
+    sentences, known = wording.words(words.language), values_of(facts)
+    if (key := _key(sentences.table(table), facts.kind, known)) is not None:
+        return sentences(table, key, **known)
+    return words({"problem": "kinds", "cause": "kind_causes"}[table], facts.kind)
+
+
+def label_of(facts: Facts) -> str:
+    """Return the evidence of a kind's cause: measured where the message itself names it."""
+    if "cause_unstated" in facts.notes:
+        return LIKELY
+    known = (key.partition("__") for key in wording.words("en").table("cause") if key.startswith(f"{facts.kind}__"))
+    by_figures = any(name in values_of(facts) for _, _, name in known)
+    return MEASURED if by_figures or memory_of(facts.kind) in ("host", "none") else LIKELY
+
+
+def fix_said(code: str, facts: Facts, words: "Words") -> str:
+    """Return the words of a fix whose code begins with `kind_`."""
+    name = code.removeprefix("kind_")
+    sentences = wording.words(words.language)
+    if sentences.has("fix", name):
+        return sentences("fix", name, **values_of(facts))
+    return words("kind_advice", name)
+
+
+def expected_said(facts: Facts, words: "Words") -> str:
+    """Return the sentence on what the fixes of a kind give."""
+    return wording.words(words.language)("expected", memory_of(facts.kind))
+
+
+def fixes_of(facts: Facts) -> tuple[Remedy, ...]:
+    """Return the fixes of a failure that no tensor on a device caused."""
+    known = values_of(facts)
+    key = _key(_table().fixes, facts.kind, known)
+    codes = _table().fixes[key] if key else [facts.kind]
+    return tuple(
+        Remedy(
+            code=f"kind_{code}",
+            verdict=UNCHECKED,
+            reason="general",
+            label=LIKELY,
+            exact=None,
+            paste=tuple(line.format(**known) for line in _table().paste.get(code, ())),
+        )
+        for code in codes
+    )
+
+
+def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
+    """Yield the sentences on a log without a failure."""
+    sentences, kind = wording.words(words.language), reading.kind_of_nothing or "nothing"
+    kind = "caught_at_end" if kind == "caught" and not reading.went_on else kind
+    yield sentences("nothing", kind, evidence=" ".join(reading.evidence.split())[:200])
+    if reading.caught is not None:
+        decisive = (cause for cause in causes_of_figures(reading.caught) if cause.code in DECISIVE)
+        yield from (words("causes", cause.code, **msgspec.structs.asdict(cause)) for cause in decisive)
+    if sentences.has("nothing", f"{kind}_hint"):
+        yield sentences("nothing", f"{kind}_hint")
+
+
+def follows_lines(reading: LogReading, words: "Words") -> Iterator[str]:
+    """Yield sentences on what else the log shows that only follows from the failure."""
+    sentences = wording.words(words.language)
+    if reading.failure is not None and "failed_afterwards" in reading.failure.notes:
+        yield sentences("follows", "failed_afterwards", afterwards=reading.failure.details["afterwards"])
+    kinds = dict.fromkeys(each.kind for each in reading.others if each.standing == "failure")
+    yield from (sentences("follows", kind) for kind in kinds if sentences.has("follows", kind))

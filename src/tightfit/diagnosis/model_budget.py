@@ -1,0 +1,92 @@
+"""Memory that a model takes before any batch: weights, gradients and the optimizer's state, by arithmetic."""
+
+import msgspec
+
+from tightfit.diagnosis.usual_models import Model
+from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.run_facts import RunFacts
+
+_WEIGHT, _QUANTIZED = 2.0, 0.5
+"""Bytes of a parameter in 16 bits, and in 4 bits."""
+_LEAST_STATE, _MOST_STATE = 8, 16
+"""Bytes of a parameter in training with AdamW: 2 (weight) + 2 (gradient) + 2 + 2 (moments), all in 16 bits, up to
+2 + 2 + 4 (float32 master) + 4 + 4, which is also 4 + 4 + 4 + 4 in float32."""
+_SMALL_STATE = {"8bit": 6, "adafactor": 4, "lomo": 2, "galore": 4, "sgd": 4, "muon": 6, "lion": 6, "adagrad": 6}
+"""At least as many bytes of a parameter with other optimizers."""
+_WITHOUT_TRAINING = ("sample", "compile")
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes before any batch, beside the card's."""
+
+    model: str
+    parameters: int
+    low_bytes: int
+    """At least: everything in 16 bits."""
+    high_bytes: int
+    """At most: float32 state."""
+    low_each: float
+    """Bytes of a parameter, at least."""
+    high_each: float
+    total_bytes: int
+    what: str
+    """weights or training."""
+    is_divided: bool
+    """True if the log shows that ZeRO or FSDP divides it among cards, in a way that it does not print."""
+    ranks: int = 1
+    """Cards among which it is divided, as printed."""
+
+    @property
+    def exceeds(self) -> bool:
+        """True if the least of it is more than the card has."""
+        return self.low_bytes > self.total_bytes
+
+    @property
+    def may_exceed(self) -> bool:
+        return self.high_bytes > self.total_bytes
+
+
+def budget_of(facts: Facts, run: RunFacts, model: Model | None) -> Budget | None:
+    """Return the memory that the model alone takes; None where its size, the card or its training is not known."""
+    parameters = model.parameters if model else None
+    if model is None or not parameters or not facts.total_bytes:
+        return None
+    if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
+        each = _QUANTIZED if "qlora" in run.signs else _WEIGHT
+        return _budget(model, parameters, facts.total_bytes, each, each, "weights", run)
+    if not _trains(facts, run):
+        return _budget(model, parameters, facts.total_bytes, _WEIGHT, _WEIGHT, "weights", run)
+    optimizer = run.texts.get("optimizer", "").lower()
+    small = next((size for word, size in _SMALL_STATE.items() if word in optimizer), None)
+    low, high = (small, small) if small else (_LEAST_STATE, _MOST_STATE)
+    return _budget(model, parameters, facts.total_bytes, low, high, "training", run)
+
+
+def _trains(facts: Facts, run: RunFacts) -> bool:
+    """Return True if the log shows a training of all parameters."""
+    if facts.phase in ("backward", "optimizer"):
+        return True
+    trainable, parameters = run.numbers.get("trainable"), run.numbers.get("parameters")
+    if trainable and parameters:
+        return trainable > parameters // 2
+    return "batch_size" in run.numbers and any(
+        name in run.frameworks for name in ("transformers_trainer", "llama_factory", "axolotl", "deepspeed", "fsdp")
+    )
+
+
+def _budget(model: Model, parameters: int, total: int, low: float, high: float, what: str, run: RunFacts) -> Budget:
+    stage, world = run.numbers.get("zero_stage"), run.numbers.get("world_size")
+    divides = bool(run.signs & {"deepspeed", "fsdp"})
+    ranks = world if divides and stage == 3 and world else 1
+    return Budget(
+        model=model.name,
+        parameters=parameters,
+        low_bytes=round(parameters * low / ranks),
+        high_bytes=round(parameters * high / ranks),
+        low_each=low,
+        high_each=high,
+        total_bytes=total,
+        what=what,
+        is_divided=divides and ranks == 1,
+        ranks=ranks,
+    )

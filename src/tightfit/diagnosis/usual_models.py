@@ -1,0 +1,144 @@
+"""Sizes of usual models, from their public configurations, and the model that a log names or describes."""
+
+import csv
+import functools
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+
+import msgspec
+
+from tightfit.oomlog.run_facts import RunFacts
+
+_SEPARATORS = re.compile(r"[\s_./:]+")
+_BETWEEN_WORDS, _INSIDE = re.compile(r"[\s/:\"'`(]+"), re.compile(r"[_.]")
+_ALONE = "(?<!"
+"""Beginning of the patterns of names that other names end with: t5-base, which is not flan-t5-base."""
+_LEAST_PARAMETERS = 1_000_000
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes of one model; a size that is unknown is None."""
+
+    name: str
+    family: str = ""
+    kind: str = ""
+    """causal, encoder, seq2seq, vision, convolutional or diffusion."""
+    parameters: int | None = None
+    hidden: int | None = None
+    inner: int | None = None
+    """Channels inside an MLP."""
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    vocabulary: int | None = None
+    gated: bool = False
+    """True if the MLP has a gate: three matrices instead of two."""
+    tied: bool = False
+    """True if the embedding and the output layer are one matrix."""
+    printed: bool = False
+    """True if the log prints the sizes."""
+
+    def matrices(self) -> Iterator[tuple[int, ...]]:
+        """Yield the shape of each kind of large weight."""
+        hidden, inner = self.hidden, self.inner
+        if self.vocabulary and hidden:
+            yield self.vocabulary, hidden
+        if hidden and inner:
+            yield from ((inner, hidden), (hidden, inner))
+            if self.gated and self.family == "phi3":  # gate_up_proj
+                yield 2 * inner, hidden
+        if hidden and self.heads and self.head_dim:
+            rows = self.heads * self.head_dim
+            yield rows, hidden
+            if rows != hidden:
+                yield hidden, rows
+            if self.kv_heads and self.kv_heads != self.heads:
+                yield self.kv_heads * self.head_dim, hidden
+
+    @property
+    def counted(self) -> int | None:
+        """Parameters of the large matrices of a decoder, where nothing states them."""
+        hidden, inner, layers = self.hidden, self.inner, self.layers
+        if not (hidden and inner and layers and self.vocabulary and self.heads and self.head_dim):
+            return None
+        rows, keys = self.heads * self.head_dim, (self.kv_heads or self.heads) * self.head_dim
+        attention = 2 * hidden * rows + 2 * hidden * keys
+        mlp = (3 if self.gated else 2) * hidden * inner
+        return layers * (attention + mlp) + (1 if self.tied else 2) * self.vocabulary * hidden
+
+
+@functools.cache
+def usual_models() -> tuple[tuple[re.Pattern[str], Model], ...]:
+    """Return each model with the pattern of its names."""
+    found = []
+    with files("tightfit.diagnosis").joinpath("usual_models.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            given = {name: value for name, value in row.items() if value and name not in ("pattern", "source")}
+            found.append((re.compile(row["pattern"]), msgspec.convert(given, Model, strict=False)))
+    return tuple(found)
+
+
+def all_models() -> Iterator[Model]:
+    """Return the models of the table."""
+    return (model for _, model in usual_models())
+
+
+def model_of(run: RunFacts) -> Model | None:
+    """Return the model of a run: by its printed sizes, the key that names it, or the only name in the text."""
+    named = _named(run.texts.get("model", ""))
+    if named is None:
+        in_text = {model.name: model for model in _all_named(run.text)}
+        named = next(iter(in_text.values())) if len(in_text) == 1 else None
+    printed = _printed(run)
+    if printed is not None and not (named and named.hidden == printed.hidden):
+        return printed
+    return named
+
+
+def _named(text: str) -> Model | None:
+    return next(_all_named(text), None)
+
+
+def _all_named(text: str) -> Iterator[Model]:
+    joined = _SEPARATORS.sub("-", text.lower())
+    apart = _INSIDE.sub("-", _BETWEEN_WORDS.sub(" ", text.lower()))
+    for pattern, model in usual_models():
+        if pattern.search(apart if pattern.pattern.startswith(_ALONE) else joined):
+            yield model
+
+
+def _printed(run: RunFacts) -> Model | None:
+    """Return the model whose sizes the log prints."""
+    numbers = run.numbers
+    hidden, parameters = numbers.get("hidden"), numbers.get("parameters")
+    if not (hidden and (numbers.get("inner") or numbers.get("vocabulary"))):
+        return Model(name="", parameters=parameters, printed=True) if _is_count(parameters) else None
+    heads = numbers.get("heads")
+    model = Model(
+        name=run.texts.get("model", ""),
+        kind="causal",
+        parameters=parameters if _is_count(parameters) else None,
+        hidden=hidden,
+        inner=numbers.get("inner"),
+        layers=numbers.get("layers"),
+        heads=heads,
+        kv_heads=numbers.get("kv_heads") or heads,
+        head_dim=hidden // heads if heads else None,
+        vocabulary=numbers.get("vocabulary"),
+        gated=bool(re.search(r"silu|swiglu|[Ll]lama|[Qq]wen|[Mm]istral|[Gg]emma", run.text)),
+        printed=True,
+    )
+    alike = [
+        usual
+        for _, usual in usual_models()
+        if (usual.hidden, usual.inner, usual.vocabulary) == (model.hidden, model.inner, model.vocabulary)
+    ]
+    if len(alike) == 1 and model.layers in (None, alike[0].layers):
+        return msgspec.structs.replace(alike[0], printed=True)
+    return model
+
+
+def _is_count(parameters: int | None) -> bool:
+    return bool(parameters and parameters >= _LEAST_PARAMETERS)

@@ -1,0 +1,153 @@
+"""Whose memory fills the card: causes and fixes by the message's own figures, those that decide first."""
+
+from collections.abc import Iterator
+
+from tightfit.diagnosis.cause_records import (
+    LIKELY,
+    Cache,
+    Cause,
+    Limit,
+    MoreFree,
+    OtherProcesses,
+    OutsidePyTorch,
+    OwnProcess,
+    OwnRanks,
+    PrivatePools,
+    Request,
+    Spilled,
+)
+from tightfit.diagnosis.remedies import UNCHECKED, Figures, Remedy, to_paste
+from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.ownership import ownership
+
+_LARGE_CACHE = 0.05
+"""Share of the card above which the cache's fragments are taken for the cause; every run has a few per cent."""
+_SMALL_REST = 2**29
+"""Bytes up to which what is neither free nor allocated is no more than a CUDA context."""
+DECISIVE = frozenset(
+    {
+        *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide"),
+        *("others_estimated_decide", "cache_decides"),
+    }
+)
+"""Codes of causes that come before any tensor: without them the request would have fit, or no fix of a batch helps."""
+
+
+_OTHERS = {
+    False: {"decide": "others_decide", "too": "others_too", "open": "others_open"},
+    True: {
+        "decide": "others_estimated_decide",
+        "too": "others_estimated_too",
+        "open": "others_estimated_open",
+    },
+}
+"""Codes of other programs' memory: as printed, or less a context of unknown size."""
+
+
+def causes_of_figures(facts: Facts) -> Iterator[Cause]:
+    """Yield the causes that the message's figures show, those of `DECISIVE` first."""
+    found = [*_of_card(facts), *_of_others(facts), *_of_cache(facts), *_of_own(facts)]
+    yield from sorted(found, key=lambda cause: cause.code not in DECISIVE)
+
+
+def _of_card(facts: Facts) -> Iterator[Cause]:
+    requested, total, free = (facts.figures.get(f"{name}_bytes") for name in ("requested", "total", "free"))
+    if requested is not None and total is not None and requested.low > total.high:
+        yield Request(code="larger_than_card", requested_bytes=requested.bytes)
+    if "spills_to_host" in facts.notes and facts.total_bytes:
+        held = max(facts.reserved_bytes or 0, facts.allocated_bytes or 0, facts.process_bytes or 0)
+        yield Spilled(
+            code="spills_to_host",
+            held_bytes=held,
+            total_bytes=facts.total_bytes,
+            spilled_bytes=held - facts.total_bytes,
+        )
+    if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
+        is_cause = requested is not None and free is not None and free.low >= requested.high
+        yield Limit(
+            code="limit_decides" if is_cause else "limited",
+            allowed_bytes=facts.allowed_bytes,
+            free_bytes=facts.free_bytes,
+        )
+    elif "more_free_than_requested" in facts.notes and not ownership(facts).decides:
+        yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
+
+
+def _of_others(facts: Facts) -> Iterator[Cause]:
+    found, total, need = ownership(facts), facts.total_bytes or 0, facts.figures.get("requested_bytes")
+    if found.ranks:
+        yield OwnRanks(
+            code="own_ranks_decide" if found.decides else "own_ranks",
+            label=LIKELY,
+            count=len(found.ranks),
+            each_bytes=found.ranks[0].bytes,
+            all_bytes=found.ranks_bytes,
+        )
+        return
+    if found.others is None:
+        return
+    free = facts.figures.get("free_bytes")
+    hopeless = free is not None and need is not None and free.high + found.others.high < need.low
+    code = _OTHERS[found.is_estimated]["decide" if found.decides else "too" if hopeless else "open"]
+    yield OtherProcesses(
+        code=code,
+        label=LIKELY if found.is_estimated else "measured",
+        others_bytes=found.others.low if found.is_estimated else found.others.bytes,
+        total_bytes=total,
+        outside_bytes=facts.not_reserved_bytes,
+        need_bytes=(facts.process_bytes or facts.reserved_bytes or 0) + (facts.requested_bytes or 0),
+    )
+
+
+def _of_cache(facts: Facts) -> Iterator[Cause]:
+    """Yield the cache, unless other memory than the cache's pieces stopped the request."""
+    cache_bytes, would_do = facts.cache_bytes, facts.cache_would_do
+    if not cache_bytes or {"spills_to_host", "more_free_than_requested"} & set(facts.notes):
+        return
+    is_large = cache_bytes > _LARGE_CACHE * (facts.total_bytes or cache_bytes)
+    large = "cache_decides" if is_large else "cache_fragmented"
+    yield Cache(
+        code=large if would_do else "cache_little" if would_do is False else "cache_open",
+        cache_bytes=cache_bytes,
+        short_by_bytes=facts.short_by_bytes,
+        requested_bytes=facts.requested_bytes,
+    )
+
+
+def _of_own(facts: Facts) -> Iterator[Cause]:
+    """Yield this process's own memory: its number, its pools, its context."""
+    printed = facts.figures.get("process_bytes")
+    if printed is not None and printed.bytes >= 2**63:
+        yield Cause(code="process_unknown")
+    if facts.own_pid is not None and facts.process_bytes is not None and ownership(facts).others is None:
+        yield OwnProcess(code="own_process_alone", pid=facts.own_pid, process_bytes=facts.process_bytes)
+    total, free, allocated = facts.total_bytes, facts.free_bytes, facts.allocated_bytes
+    if facts.kind == "cuda_async" and total and free is not None and allocated:
+        rest = total - free - allocated
+        if rest > _SMALL_REST:
+            yield OutsidePyTorch(code="async_rest", outside_bytes=rest, low_bytes=rest, high_bytes=rest)
+    if facts.private_pool_bytes:
+        yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
+    outside = facts.figures.get("outside_pytorch_bytes")
+    if outside is not None and outside.high > 0 and facts.own_pid is None:
+        yield OutsidePyTorch(
+            code="outside", outside_bytes=outside.bytes, low_bytes=outside.low, high_bytes=outside.high
+        )
+
+
+def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
+    """Yield fixes of the decisive causes that are neither about other programs nor about the cache."""
+    codes = {cause.code for cause in causes_of_figures(facts)}
+    if "limit_decides" in codes:
+        yield Remedy(
+            code="raise_fraction",
+            verdict=UNCHECKED,
+            reason="limit_is_cause",
+            label="measured",
+            paste=to_paste("raise_fraction"),
+            figures=Figures(free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes),
+        )
+    if codes & {"own_ranks", "own_ranks_decide"}:
+        yield Remedy(
+            code="set_device", verdict=UNCHECKED, reason="ranks_share_card", label=LIKELY, paste=to_paste("set_device")
+        )

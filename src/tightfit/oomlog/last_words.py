@@ -1,0 +1,67 @@
+"""The last words of a log in which no format of a failure was found: an error, or a traceback that was cut off."""
+
+import re
+from collections.abc import Sequence
+
+from tightfit.oomlog.log_text import part
+
+_ENDED = re.compile(r"^[\s>]*((?:[A-Za-z_][\w.]{0,80})?(?:Error|Exception|Interrupt|Exit)\b[^\n]{0,300})")
+_LAST_LINE = re.compile(r"[A-Za-z_][\w.]{2,80}(?:: .*)?$")
+"""The line that ends a traceback, whatever the class is called."""
+_HEAD = re.compile(r"(?:(?P<named>[\w.]{3,80})\s{2,})?Traceback \(most recent call last\)")
+_FRAME = re.compile(
+    r'\s*File "[^"\n]{1,500}", line \d+|\s*(?:Cell In|Input In) ?\[|\s*-+> ?\d+'
+    r"|[~/.\w<\\:-]{1,300}\.py(?::\d+|,? in )|[\s^~]+$"
+)
+_OF_CODE = re.compile(
+    r"(?:\w+\.)*(?:Attribute|Type|Import|ModuleNotFound|Key|Name|Syntax|Indentation|Index|FileNotFound|NotImplemented)Error"
+)
+"""Mistakes in a program, which may name an attribute or an option that has memory in its name."""
+_MEMORY = re.compile(
+    r"\b(?:out of|insufficient|not enough|exceed\w*|lack of|low on|more|run\w* out of|too (?:much|little))"
+    r" [\w -]{0,25}memory\b|\bOOM\b|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
+    r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
+    re.IGNORECASE,
+)
+
+_FAILS = re.compile(
+    r"\b(?:ERROR|FATAL|PANIC|[Ff]atal(?: error)?|[Ii]nternal error|Error|[Pp]anic)(?:\[\w+\])? ?: ?[A-Za-z'\"(\[/]"
+    r"|\b[Ff]ail(?:ed|ure)? to (?:alloc|reserve|map)|\b(?:cannot|could not|unable to) alloc"
+)
+"""Signs of a failure in a line that is no exception's; a metric called error has a number behind it."""
+
+
+def last_words(lines: Sequence[str]) -> tuple[str, str] | None:
+    """Return `other_error`, `memory_words` or `incomplete` with the line that shows it; None for no sign of a failure.
+
+    >>> last_words(["Traceback (most recent call last):", "KeyError: 3"])
+    ('other_error', 'KeyError: 3')
+    """
+    bodies = [part(line).body for line in lines]
+    if (cut := _cut_traceback(bodies)) is not None:
+        return "incomplete", cut
+    for body in reversed(bodies):
+        match = _ENDED.match(body)
+        if match and "Warning" not in match[1]:
+            of_memory = _MEMORY.search(match[1]) and not _OF_CODE.match(match[1])
+            return "memory_words" if of_memory else "other_error", match[1]
+    for line in reversed(lines):
+        parted = part(line)
+        if (parted.level == "error" or _FAILS.search(line)) and parted.body.strip():
+            return "memory_words" if _MEMORY.search(parted.body) else "other_error", parted.body.strip()[:300]
+    return None
+
+
+def _cut_traceback(bodies: Sequence[str]) -> str | None:
+    """Return the class that a notebook's head names, or an empty text, if the last traceback lacks its last line."""
+    named, start = "", None
+    for at in range(len(bodies) - 1, -1, -1):
+        if head := _HEAD.search(bodies[at]):
+            named, start = head["named"] or "", at + 1
+            break
+    after = [body for body in bodies[start or 0 :] if body.strip()]
+    if start is None:
+        return "" if len(after) >= 2 and _FRAME.match(after[-2]) and after[-1].startswith("    ") else None
+    if any(_LAST_LINE.match(body) and not _FRAME.match(body) for body in after):
+        return None
+    return named

@@ -1,0 +1,94 @@
+"""Whose memory fills the card: this process's, that of other ranks of the same job, or strangers'."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import msgspec
+
+from tightfit.oomlog.facts import Facts, Figure, OtherProcess
+from tightfit.units import GIB, MIB
+
+LEAST_CONTEXT, MOST_CONTEXT = 100 * MIB, GIB // 2
+_DECIDES = GIB
+"""Bytes of a process outside of PyTorch's allocator, its CUDA context: 0.3 to 0.5 GiB on the cards measured, and less
+on old ones. Libraries with buffers of their own (NCCL, TensorRT) add to it."""
+_SURELY_OTHERS = GIB
+"""Bytes that are neither free nor PyTorch's from which on not all of them can be this process's context; with fewer,
+libraries of this process explain them as well as other programs do."""
+_FARTHEST = 3 * GIB
+"""Bytes outside of PyTorch's allocator above which a listed process is not taken for this one."""
+_NEIGHBOURS = 64
+"""Distance between the numbers of processes that one launcher started one after another."""
+_ALIKE = 0.02
+"""Share by which the sizes of equal ranks differ."""
+
+
+def own_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]) -> OtherProcess | None:
+    """Return the listed process that is this one, in a container where the message cannot tell; None if two may be.
+
+    It holds what PyTorch reserved, and a context.
+    """
+    allocated = figures.get("allocated_bytes")
+    if "process_bytes" in figures or allocated is None:
+        return None
+    cache = figures.get("unallocated_bytes")
+    reserved = figures.get("reserved_bytes") or (allocated + cache if cache else allocated)
+    fitting = [
+        each
+        for each in processes
+        if reserved.low + LEAST_CONTEXT <= each.bytes + _rounding(each) and each.bytes <= reserved.high + _FARTHEST
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _rounding(process: OtherProcess) -> int:
+    return 50 * MIB if process.bytes >= GIB else MIB // 100
+
+
+class Ownership(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of the card that is not this process's."""
+
+    others: Figure | None = None
+    """Bytes of others; None if the message does not tell, or they are within its rounding."""
+    is_estimated: bool = False
+    """True if this process's context, of unknown size, was taken off."""
+    ranks: tuple[OtherProcess, ...] = ()
+    """Others that look like ranks of the same job: equal sizes, neighbouring numbers."""
+    decides: bool = False
+    """True if the request fits without the others."""
+
+    @property
+    def ranks_bytes(self) -> int:
+        return sum(each.bytes for each in self.ranks)
+
+
+def ownership(facts: Facts) -> Ownership:
+    """Return whose memory fills the card, as far as the figures tell."""
+    others, is_estimated = facts.figures.get("others_bytes"), False
+    if others is None and facts.kind in ("cuda_out_of_memory", "hip_out_of_memory"):
+        outside = facts.figures.get("not_reserved_bytes")
+        outside = outside if outside is not None and outside.low >= _SURELY_OTHERS else None
+        is_estimated = outside is not None
+        others = outside and Figure(
+            bytes=max(outside.bytes - MOST_CONTEXT, 0),
+            low=max(outside.low - MOST_CONTEXT, 0),
+            high=max(outside.high - LEAST_CONTEXT, 0),
+            stated=False,
+        )
+    if others is None or not others.low or facts.total_bytes is None or others.low < 0.01 * facts.total_bytes:
+        return Ownership(ranks=_ranks(facts) if others is None else ())
+    free, need = facts.figures.get("free_bytes"), facts.figures.get("requested_bytes")
+    decides = free is not None and need is not None and free.low + others.low >= need.high
+    # Libraries and NCCL of this process itself are in an estimate: a small one decides nothing.
+    decides = decides and (not is_estimated or others.low >= max(_DECIDES, facts.total_bytes // 20))
+    return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), decides=decides)
+
+
+def _ranks(facts: Facts) -> tuple[OtherProcess, ...]:
+    """Return the other processes that look like ranks of this process's job."""
+    strangers = [each for each in facts.other_processes if each.pid != facts.own_pid and each.bytes < 2**63]
+    numbers = sorted([*(each.pid for each in strangers), *([facts.own_pid] if facts.own_pid else [])])
+    if len(numbers) < 3 or any(two - one > _NEIGHBOURS for one, two in pairwise(numbers)):
+        return ()
+    least, most = (choose(each.bytes for each in strangers) for choose in (min, max))
+    return tuple(strangers) if most - least <= _ALIKE * most + MIB else ()

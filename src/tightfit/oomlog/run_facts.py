@@ -1,0 +1,147 @@
+"""Facts that a run of any program prints about itself: batch, length, model, precision, ranks, the program's name."""
+
+import functools
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+
+import msgspec
+
+_MOST = 10**12
+_OPEN, _ESCAPES, _LETTERS = (
+    re.compile(r"[(\[?|*]"),
+    re.compile(r"\\\w(?:\{[\d,]+\}|\+)?|\{[\d,]+\}"),
+    re.compile(r"[A-Za-z_]{2,}"),
+)
+"""Signs of a pattern that is not plain, its escapes, and its words."""
+_SHAPE = re.compile(
+    r"empty_strided_(?:cuda|xpu|cpu)?\w{0,8}\(\((\d[\d, ]{0,80}?),?\), \([^)\n]{0,120}\),? ?(?:torch\.(\w{4,12}))?"
+    r"|torch\.(?:empty|zeros|ones|rand|randn|full)\(\(?\[?(\d{1,12}(?:, ?\d{1,12}){0,6})\]?\)?[^\n]{0,80}?"
+    r"(?:dtype=torch\.(\w{4,12}))?\)"
+)
+_TENSOR_NAME = re.compile(r"tensor with name ([\w.]{1,200})")
+_MODEL_CLASS = re.compile(r"transformers/models/(\w{2,30})/modeling_")
+
+
+class PrintedShape(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor's sizes in a line of code or of a message."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a log prints of the run, whatever program made it; an absent value is None or empty."""
+
+    numbers: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """The last number printed for each quantity in run_keys.toml: batch_size, accumulation, length, ..."""
+    names: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """The name under which each of these was printed, with its dashes: --per_device_train_batch_size."""
+    texts: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """model, optimizer, dtype, as printed."""
+    signs: frozenset[str] = frozenset()
+    """lora, qlora, data_parallel, ...: the table `signs`."""
+    frameworks: tuple[str, ...] = ()
+    """Programs that the log shows, the outermost first."""
+    shapes: tuple[PrintedShape, ...] = ()
+    """Shapes of tensors in lines of code, the last first."""
+    tensor_name: str | None = None
+    """A parameter that the message names."""
+    family: str | None = None
+    """The family of models by the library's file in the traceback: llama, qwen2, t5."""
+    text: str = ""
+    """The text that was read, for names of models in prose."""
+
+    @property
+    def framework(self) -> str | None:
+        return self.frameworks[0] if self.frameworks else None
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads(files("tightfit.oomlog").joinpath("run_keys.toml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
+    """Return the pattern of all names of a table, and the quantity of each name."""
+    quantity_of = {_plain(name): quantity for quantity, names in _tables()[table].items() for name in names}
+    names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
+    value = r"(\d{1,12})(?![\w.])" if table == "numbers" else r"([\w./:~@-]{2,200})"
+    found = rf"(?<![\w.-])(--?)?[\"']?({names})[\"']?(?:[ \t]?[=:][ \t]?|(?<=\w)[ \t])[\"']?{value}"
+    return re.compile(found), quantity_of
+
+
+def known_names() -> frozenset[str]:
+    """Return the names under which programs print or take what decides a run's memory."""
+    return frozenset(_keys("numbers")[1]) | frozenset(_keys("texts")[1])
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "_")
+
+
+@functools.cache
+def _patterns(table: str) -> dict[str, re.Pattern[str]]:
+    return {name: re.compile("|".join(signs)) for name, signs in _tables()[table].items()}
+
+
+def _found(table: str, text: str) -> Iterator[str]:
+    """Yield the names of a table that the text shows; a search for plain words comes first, being many times faster."""
+    for name, sign in _patterns(table).items():
+        words = _plain_words(table)[name]
+        if (not words or any(word in text for word in words)) and sign.search(text):
+            yield name
+
+
+@functools.cache
+def _plain_words(table: str) -> dict[str, tuple[str, ...]]:
+    """Return for each name words of which a text must have one; none where a pattern is not plain enough."""
+    found = {}
+    for name, signs in _tables()[table].items():
+        words = [_LETTERS.findall(_ESCAPES.sub(" ", sign)) if not _OPEN.search(sign) else [] for sign in signs]
+        found[name] = tuple(max(each, key=len) for each in words) if all(words) else ()
+    return found
+
+
+def run_facts_in(text: str) -> RunFacts:
+    """Read clean text: the beginning of a log, and its end."""
+    numbers, names = dict(_sentences(text)), {}
+    for dashes, name, value in _keys("numbers")[0].findall(text):
+        quantity = _keys("numbers")[1][_plain(name)]
+        if 0 < int(value) < _MOST:
+            numbers[quantity] = int(value)
+            names[quantity] = dashes + name
+    texts: dict[str, str] = {}
+    for dashes, name, value in _keys("texts")[0].findall(text):
+        quantity = _keys("texts")[1][_plain(name)]
+        if name != "model" or dashes or "/" in value or any(each.isdigit() for each in value):
+            texts.setdefault(quantity, value)
+    named = _TENSOR_NAME.search(text)
+    family = _MODEL_CLASS.findall(text)
+    return RunFacts(
+        numbers=numbers,
+        names=names,
+        texts=texts,
+        signs=frozenset(_found("signs", text)),
+        frameworks=tuple(_found("frameworks", text)),
+        shapes=tuple(_shapes(text)),
+        tensor_name=named[1] if named else None,
+        family=family[-1] if family else None,
+        text=text,
+    )
+
+
+def _sentences(text: str) -> Iterator[tuple[str, int]]:
+    for quantity, pattern in _patterns("sentences").items():
+        for match in pattern.finditer(text):
+            value = int(next(filter(None, match.groups())).replace(",", "") or 0)
+            if 0 < value < _MOST:
+                yield quantity, value
+
+
+def _shapes(text: str) -> Iterator[PrintedShape]:
+    for match in reversed(list(_SHAPE.finditer(text))[-50:]):
+        sizes = tuple(int(each) for each in (match[1] or match[3]).split(",") if each.strip())
+        yield PrintedShape(shape=sizes, dtype=match[2] or match[4])
