@@ -44,7 +44,7 @@ def _dry_run(folder: Path, script: str) -> str:
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return run.stderr
+    return "\n".join(line for line in run.stderr.splitlines() if not line.startswith("tightfit: "))  # progress
 
 
 def test_dynamo_is_not_loaded_without_need(tmp_path: Path) -> None:

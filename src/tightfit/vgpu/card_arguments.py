@@ -20,7 +20,8 @@ def described_gpu(
     check_bytes("memory_bytes", memory_bytes)
     check_bytes("used_bytes", used_bytes)
     check_capability(capability)
-    gpu, notes = resolve_gpu(name, memory_bytes=memory_bytes, capability=capability)
+    pair = None if capability is None else (capability[0], capability[1])  # a list, from a file, counts too
+    gpu, notes = resolve_gpu(name, memory_bytes=memory_bytes, capability=pair)
     total = memory_bytes or gpu.planning_bytes
     if used_bytes >= total:
         raise ConfigError(say("vgpu.card_arguments.all_used", used=used_bytes, total=total, name=gpu.name))
