@@ -293,7 +293,7 @@ def test_without_a_configuration_the_figures_judge_what_they_can():
 def test_a_small_request_tells_nothing():
     found = explain(STORY.replace("6.14 GiB", "20.00 MiB").replace("2.68 GiB", "10.00 MiB"))
     assert found.culprit is None
-    assert [each.code for each in found.causes[:2]] == ["others_decide", "small_request"]
+    assert "small_request" in [each.code for each in found.causes]
     assert "cannot be told" in render(found, words("en"))
     assert "over 1 MiB and under 10 MiB, or over 18 MiB and up to 20.00 MiB" in " ".join(
         render(found, words("en")).split()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tightfit.diagnosis.causes import is_of_device
+from tightfit.diagnosis.stable_codes import page_of, stable_code, stable_codes
 from tightfit.errors import ConfigError
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
@@ -51,6 +52,9 @@ def test_every_sentence_is_used(key: str):
     if table in ("kinds", "kind_causes", "kind_advice"):
         assert name in KINDS
         assert not is_of_device(Facts(kind=name))
+        return
+    if table in ("code_titles", "code_pages"):
+        assert name in stable_codes()
         return
     if table == "phases":
         return
@@ -148,3 +152,24 @@ def test_every_kind_of_line_is_worded():
     categories = words("en").table("categories")
     assert LINES.keys() <= categories.keys()
     assert {each["grows"] for each in LINES.values()} <= ADVICE["fixes"].keys()
+
+
+def test_every_cause_and_every_kind_has_a_code_with_its_page():
+    causes = {name for name in words("en").table("causes") if not name.endswith("_one")}
+    assert {stable_code(name) for name in causes} | {stable_code(f"kind_{kind}") for kind in KINDS} <= set(
+        stable_codes()
+    )
+    assert "TF-505" in stable_codes()
+    for language in LANGUAGES:
+        for code in stable_codes():
+            title, page = page_of(code.lower(), language).split("\n\n")
+            assert title.startswith(f"{code}: ")
+            assert page.endswith((".", "。"))
+    with pytest.raises(ConfigError, match="'TF-1' is not a code"):
+        page_of("TF-1", "en")
+
+
+def test_the_documentation_has_the_page_of_every_code():
+    pages = "\n\n".join("## " + page_of(code, "en") for code in stable_codes())
+    document = (SOURCE.parents[1] / "docs" / "codes.md").read_text(encoding="utf-8")
+    assert document.endswith(f"\n\n{pages}\n")

@@ -10,7 +10,7 @@ from tightfit.cli.exits import OK, as_json
 from tightfit.cli.parser import Parser
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
-from tightfit.wording import say
+from tightfit.wording import chosen_language, say
 
 
 def parser() -> Parser:
@@ -28,12 +28,18 @@ def parser() -> Parser:
     found.option("--gpu", say("explain.cmd_explain.gpu"))
     found.option("--script", say("explain.cmd_explain.script"))
     found.option("--html", say("explain.cmd_explain.html"))
+    found.option("--code", say("explain.cmd_explain.code"))
     found.flag("--verbose", say("explain.cmd_explain.verbose"))
     found.flag("--json", say("explain.cmd_explain.json"))
     return found
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    if options.code:
+        from tightfit.diagnosis.stable_codes import page_of
+
+        print(page_of(options.code, chosen_language(options.lang)))
+        return OK
     rest, script_arguments = _cut(list(words))
     configs: list[str] = options.config
     keys, logs = _keys_and_logs(rest)
@@ -42,7 +48,10 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if script_arguments and not options.script:
         raise ConfigError(say("explain.cmd_explain.arguments_of_no_script"))
     config = None
-    if configs or keys:
+    from tightfit.diagnosis.foreign_config import foreign_in
+
+    foreign = foreign_in(configs, keys)
+    if foreign is None and (configs or keys):
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
     if options.html:
         from tightfit.report.page import check_folder
@@ -58,6 +67,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         script=options.script,
         arguments=script_arguments,
         config_names=[*configs, *keys],
+        foreign=foreign,
     )
     if options.html:
         from tightfit.report.html import explanation_report

@@ -27,6 +27,8 @@ from tightfit.oomlog.facts import Facts
 _PICTURES = frozenset(
     {"ultralytics", "mmdet", "timm", "diffusers", "kohya", "detectron2", "dreambooth_extension", "webui", "comfyui"}
 )
+_WITHOUT_BATCH = ("gaussian_splatting", "comfyui", "webui")
+"""Programs that have no batch to make smaller."""
 _LARGE_CACHE = 0.05
 """Share of the card above which the cache's fragments are taken for the first cause."""
 _SHOWN_CURES = 4
@@ -50,7 +52,9 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     if evidence.framework in ("jax", "tensorflow"):
         return ranked(cures)
     others, segments = close_others(facts), expandable_segments(facts)
-    first = [*fixes_of_figures(facts), *([others] if others.reason == "others_might_do" else [])]
+    first = list(fixes_of_figures(facts))
+    if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
+        first.append(others)
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
     if segments.reason == "cache_might_do" and "more_free_than_requested" not in facts.notes:
         is_large = (facts.cache_bytes or 0) > _LARGE_CACHE * (facts.total_bytes or 0)
@@ -70,8 +74,8 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     """Yield the lists of advice.toml that fit this failure, the most fitting first."""
     budget, grows = evidence.budget, evidence.grows
     if budget is not None and budget.exceeds:
-        yield "training" if budget.what == "training" else "model"
-    trains = budget is not None and budget.what == "training"
+        yield "training" if budget.what == "training" or evidence.trains else "model"
+    trains = evidence.trains or (budget is not None and budget.what == "training")
     if evidence.gathers_on_first_card(facts):
         yield "cards"
     if grows is not None:
@@ -85,14 +89,16 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
 
 
 def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
-    run, keeps_nothing = evidence.run, facts.phase in ("eval", "sample")
+    run, keeps_nothing, program = evidence.run, facts.phase in ("eval", "sample"), evidence.framework
+    is_known = program not in (None, "nanogpt")
     done = {
-        "split_general": evidence.batch_is_one or (keeps_nothing and evidence.framework not in (None, "nanogpt")),
+        "split_general": evidence.batch_is_one or program in _WITHOUT_BATCH or (keeps_nothing and is_known),
         "checkpointing_general": keeps_nothing or "checkpointing" in run.signs,
         "fused_attention": "flash" in run.signs,
         "lora": bool(run.signs & {"lora", "qlora"}),
-        "qlora": "qlora" in run.signs,
-        "quantized_weights": "qlora" in run.signs,
+        "qlora": bool(run.signs & {"qlora", "four_bit"}),
+        "quantized_weights": bool(run.signs & {"qlora", "four_bit"}),
+        "smaller_weights": bool(run.signs & {"qlora", "four_bit"}),
         "shard": run.numbers.get("zero_stage") == 3,
         "half_precision": any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
         "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower(),
@@ -100,13 +106,12 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     }
     if done.get(code, False):
         return False
-    program = run.frameworks
     if code == "smaller_inputs":
         return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
-    if code == "shorter_length" and _PICTURES & set(program[:1]):
+    if code == "shorter_length" and program in _PICTURES:
         return False
     needs_words = code in _tables()["needs_words"]["codes"]
-    return not needs_words or pasted(code, program, _values(evidence)) is not None
+    return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
 
 
 def _remedy(code: str, evidence: Evidence) -> Remedy:

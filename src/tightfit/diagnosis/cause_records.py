@@ -11,6 +11,8 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     """A key of the words' table `causes`."""
+    stable_code: str = ""
+    """TF-101, ...; empty until it is printed."""
     label: str = MEASURED
     """measured (from the log), simulated or likely."""
     sentence: str = ""
@@ -177,6 +179,8 @@ class OtherProcesses(Cause, frozen=True, kw_only=True):
     total_bytes: int
     outside_bytes: int | None = None
     """Bytes that are neither free nor PyTorch's."""
+    need_bytes: int | None = None
+    """This process with the request."""
 
 
 class Cache(Cause, frozen=True, kw_only=True):

@@ -72,7 +72,7 @@ def causes_of(
     shown = causes_of_evidence(facts, culprit, evidence, unplayed_because) if evidence is not None else ()
     figures = list(causes_of_figures(facts))
     decisive = [each for each in figures if each.code in DECISIVE]
-    budget = [each for each in shown if each.code.startswith("budget_")]
+    budget = [each for each in shown if each.code.startswith("budget_") and each.code != "budget_may_exceed"]
     rest = [each for each in shown if each not in budget]
     found = [*budget, *decisive, *found, *rest, *figures[len(decisive) :], *_of_hints(printed)]
     return tuple(found) or (Cause(code="unstated"),)

@@ -144,6 +144,17 @@ def _compared(facts: Facts, failure: Failure) -> Iterator[Compared]:
         yield Compared(what="phase", log=facts.phase, play=failure.phase, agrees=agrees)
 
 
+def _kind_of(evidence: Evidence) -> str:
+    """Return shape, name, line, model or parameters: a key of the words' table `culprit`."""
+    if evidence.shape is not None:
+        return "shape"
+    if evidence.run.tensor_name:
+        return "name"
+    if evidence.line is not None:
+        return "line"
+    return "parameters" if evidence.is_all_parameters else "model"
+
+
 def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:
     """Return the tensor that the log itself shows; None where only the request's size is known."""
     tensor, line, printed = evidence.tensor, evidence.line, evidence.shape
@@ -154,8 +165,8 @@ def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:
     dtype = printed.dtype or "float32" if printed else known.dtype if known else None
     shape = printed.shape if printed else known.shape if known else ()
     return Culprit(
-        label=LIKELY if evidence.is_complete else MEASURED,
-        evidence="shape" if printed else "name" if evidence.run.tensor_name else "line" if line else "model",
+        label=LIKELY if evidence.is_complete or evidence.is_all_parameters else MEASURED,
+        evidence=_kind_of(evidence),
         tensor=tensor,
         name=evidence.run.tensor_name if printed is None else None,
         shape=shape,

@@ -4,22 +4,50 @@ A printed shape; a tensor's printed name; the failing line's operator; the sizes
 and length. A request's size alone never names a tensor: others of the same model could have it.
 """
 
+from collections.abc import Iterator
 from math import prod
 
 import msgspec
 
-from tightfit.diagnosis.budget import Budget, budget_of
-from tightfit.diagnosis.failing_line import LineKind, line_kind
-from tightfit.diagnosis.tensor_fits import ELEMENT_BYTES, Fit, Range, all_fits, range_of, usual_weights, weights
-from tightfit.diagnosis.usual_models import Model, model_of
+from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
+from tightfit.diagnosis.model_budget import Budget, budget_of
+from tightfit.diagnosis.tensor_fits import (
+    ELEMENT_BYTES,
+    FOUR_BIT,
+    Fit,
+    Range,
+    all_fits,
+    range_of,
+    shards,
+    usual_weights,
+    weights,
+)
+from tightfit.diagnosis.usual_models import Model, all_models, model_of
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
+from tightfit.units import GIB
 
+_LARGE = 2 * GIB
 _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "named_parameter", "dequantized_weight")
 """Tensors of one parameter's shape."""
 _OF_LOGITS = ("logits", "float_logits", "loss_of_logits")
 _VOCABULARIES = {"nanochat": 65536, "nanogpt": 50304}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
+
+
+_TRAINERS = frozenset(
+    {
+        "llama_factory",
+        "axolotl",
+        "trl",
+        "transformers_trainer",
+        "torchtune",
+        "litgpt",
+        "torchtitan",
+        "deepspeed",
+        "fsdp",
+    }
+)
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +64,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """Tensors of the shown kind, or of the known model, that make the request."""
     is_complete: bool = False
     """True if batch, length and model are known, so that `fits` holds every kind of tensor."""
+    is_all_parameters: bool = False
+    """True if the request is as large as all parameters together, or as the printed share of each rank."""
     vocabulary: int | None = None
     budget: Budget | None = None
 
@@ -52,6 +82,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return "named_parameter"
         if self.line is not None:
             return self.line.tensor
+        if self.is_all_parameters:
+            return "shard"
         kinds = {fit.tensor for fit in self.fits} if self.is_complete else set()
         return kinds.pop() if len(kinds) == 1 else None
 
@@ -84,6 +116,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return "data_parallel" in self.run.signs and not facts.device_index
 
     @property
+    def trains(self) -> bool:
+        """True if the log is of a program that trains."""
+        return bool(_TRAINERS & set(self.run.frameworks)) or "deepspeed" in self.run.signs
+
+    @property
     def batch_is_one(self) -> bool:
         return self.run.numbers.get("batch_size") == 1 or "batch_at_floor" in self.run.signs
 
@@ -102,7 +139,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     """Return the evidence in a log."""
     figure = facts.figures.get("requested_bytes")
     within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
-    model, line = model_of(run), line_kind(facts.frames)
+    model, line = model_of(run), line_kind(facts.frames) or _line_alone(facts, run)
     shape = _printed_shape(run, within) if within else None
     found = Evidence(
         run=run,
@@ -116,7 +153,21 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     if within is None or within.is_small or shape is not None:
         return found
     fits, is_complete = _fits(found, within)
+    if (
+        not fits
+        and found.tensor is None
+        and model is not None
+        and facts.phase in (None, "backward", "optimizer", "setup")
+    ):
+        fits = tuple(_whole(model, run, within))
+        return msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits))
     return msgspec.structs.replace(found, fits=fits, is_complete=is_complete)
+
+
+def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:
+    """Return the kind of a line of code that the report quotes without its traceback."""
+    frame = line_before_message(run.text) if not facts.frames else None
+    return line_kind([frame]) if frame else None
 
 
 def _printed_shape(run: RunFacts, within: Range) -> PrintedShape | None:
@@ -127,10 +178,19 @@ def _printed_shape(run: RunFacts, within: Range) -> PrintedShape | None:
     return None
 
 
+def _whole(model: Model, run: RunFacts, within: Range) -> Iterator[Fit]:
+    """Yield a flat tensor of all parameters; only of large models, where hardly any other tensor is as large."""
+    if within.low > _LARGE:
+        known = {1, run.numbers.get("world_size")}
+        yield from (fit for fit in shards(model, run, within) if fit.ranks in known)
+
+
 def _fits(found: Evidence, within: Range) -> tuple[tuple[Fit, ...], bool]:
     """Return the tensors that make the request, and True if every kind of tensor was looked at."""
     model, run, tensor = found.model, found.run, found.tensor
     if tensor in _OF_PARAMETERS:
+        if "four_bit" in run.signs:
+            return weights([model] if model and model.hidden else all_models(), within, FOUR_BIT), False
         return (weights([model], within) if model and model.hidden else usual_weights(within)), False
     if tensor is not None or model is None:
         return (), False

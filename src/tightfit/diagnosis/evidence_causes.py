@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from tightfit.diagnosis.budget import Budget
 from tightfit.diagnosis.cause_records import (
     COMPUTED,
     Cause,
@@ -19,6 +18,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.model_budget import Budget
 from tightfit.oomlog.facts import Facts
 from tightfit.units import MIB
 
@@ -127,7 +127,8 @@ def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if "training_ended" in evidence.run.signs and evidence.grows in (None, "saving"):
         yield Cause(code="training_ended")
     if evidence.gathers_on_first_card(facts):
-        yield PrintedBatch(code="data_parallel", batch_size=evidence.run.numbers.get("batch_size"))
+        batch_size = evidence.run.numbers.get("batch_size")
+        yield PrintedBatch(code="data_parallel" if batch_size else "data_parallel_gathers", batch_size=batch_size)
     if evidence.batch_is_one:
         yield Cause(code="batch_at_floor")
 

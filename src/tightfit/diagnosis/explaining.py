@@ -16,6 +16,7 @@ from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.foreign_config import Foreign, with_foreign
 from tightfit.diagnosis.kinds import fixes_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
@@ -48,11 +49,13 @@ def explain(
     arguments: Sequence[str] = (),
     config_names: Sequence[str] = (),
     workers: int = 2,
+    foreign: Foreign | None = None,
 ) -> Explanation:
     """Explain a failure: a log's text, its path (a Path, not a string), an open file, or a `.pickle` memory snapshot.
 
     With `config`, or keys that the log prints, the run is played on a virtual card of the log's size, and so is every
-    remedy; with `script` and its `arguments` that script is. `gpu` names the card. Raises TightfitError for a file,
+    remedy; with `script` and its `arguments` that script is. `gpu` names the card. `foreign` is a configuration of
+    another program, whose values count like those that the log prints. Raises TightfitError for a file,
     card or script that cannot be used; a log in which nothing failed is an answer.
     """
     started = time.monotonic()
@@ -60,7 +63,9 @@ def explain(
     if script is not None and config is not None:
         raise ConfigError(say("explain.explaining.two_runs"))
     reading = _read(source)
-    facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang)
+    if foreign is not None:
+        reading = replace(reading, run=with_foreign(reading.run, foreign))
+    facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang, foreign=foreign)
     if script is not None:
         found = _with_script(plain, gpu, script, arguments)
     elif facts is None:
@@ -116,7 +121,8 @@ def _of_device(
     """Explain memory that ran out on a device: by plays if the configuration and the card are known."""
     printed, evidence = plain.reading.context, evidence_of(facts, plain.reading.run)
     played = "config" if config is not None else "log"
-    config = config if config is not None else _printed_config(printed, evidence)
+    if config is None and plain.foreign is None:
+        config = _printed_config(printed, evidence)
     card = card_of(facts, printed, gpu)
     if config is None or card is None:
         return _unplayed(plain, facts, card, "config" if config is None else "card", evidence)

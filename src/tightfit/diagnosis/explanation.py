@@ -5,6 +5,7 @@ from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import Cause
 from tightfit.diagnosis.culprit import Culprit
+from tightfit.diagnosis.foreign_config import Foreign
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import FITS, Remedy
 from tightfit.oomlog.facts import Facts, OtherProcess
@@ -30,6 +31,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """A key of the words' table `unplayed`, where nothing was played."""
     framework: str | None = None
     """The program that made the log, a table of frameworks.toml; None where it is not known."""
+    foreign: Foreign | None = None
+    """The configuration of another program that was given."""
     config_names: tuple[str, ...] = ()
     """Names of the configuration as given on the command line, for the commands to paste."""
     max_iters: int | None = None
@@ -52,7 +55,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_elsewhere(self) -> bool:
         """True if the log is of a program that takes neither nanoGPT's keys nor tightfit's."""
-        return self.unplayed_because == "config" and self.framework not in (None, "nanogpt")
+        is_other = self.foreign is not None or self.framework not in (None, "nanogpt")
+        return self.unplayed_because == "config" and is_other
 
     def __str__(self) -> str:
         from tightfit.diagnosis.render import render
@@ -70,7 +74,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             status=self.reading.status,
             kind=facts.kind if self.facts else self._kind_of_nothing,
             culprit=self.culprit,
-            causes=tuple(replace(each, sentence=said.cause(each)) for each in self.causes),
+            causes=tuple(map(said.told, self.causes)),
             remedies=tuple(
                 RemedyJson(
                     code=each.code,

@@ -10,6 +10,7 @@ import msgspec
 
 from tightfit.oomlog.tracebacks import TraceFrame
 
+_CODE = re.compile(r"\w ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
 _DEPTH = 8
 """Innermost frames that are looked at: further out, a line calls too much to show what was allocated."""
 
@@ -33,9 +34,13 @@ class _Kind(msgspec.Struct, frozen=True, kw_only=True):
     code: re.Pattern[str] | None
     files: re.Pattern[str] | None
     functions: re.Pattern[str] | None
+    alone: re.Pattern[str] | None
     is_named: bool
 
     def shown_by(self, frame: TraceFrame) -> bool:
+        if not frame.file:
+            alone = self.alone or (self.code if self.files is None else None)
+            return alone is not None and bool(alone.search(frame.source or ""))
         if self.files is not None and not self.files.search(frame.file.replace("\\", "/")):
             return False
         if frame.source and self.code is not None and self.code.search(frame.source):
@@ -58,6 +63,7 @@ def kinds_of_lines() -> tuple[_Kind, ...]:
             code=pattern(table, "code"),
             files=pattern(table, "files"),
             functions=pattern(table, "functions"),
+            alone=pattern(table, "alone"),
             is_named=table.get("named", True),
         )
         for tensor, table in tables.items()
@@ -76,6 +82,15 @@ def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
         for kind in kinds_of_lines():
             if kind.shown_by(frame):
                 return LineKind(tensor=kind.tensor, grows=kind.grows, frame=frame, is_named=kind.is_named)
+    return None
+
+
+def line_before_message(text: str) -> TraceFrame | None:
+    """Return the line of code that stands before the message of a report without a traceback."""
+    lines = text[: text.find("ried to allocate")].splitlines()[:-1] if "ried to allocate" in text else []
+    for line in reversed([each.strip(" `>|\t") for each in lines[-4:]]):
+        if _CODE.search(line):
+            return TraceFrame(file="", line=None, function="", source=line[:400])
     return None
 
 

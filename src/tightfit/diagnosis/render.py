@@ -60,9 +60,17 @@ def _indented(line: str, width: int) -> str:
 
 
 def _causes(explanation: "Explanation", said: Sentences, words: Words) -> list[str]:
+    told = map(said.told, explanation.causes)
     return [
-        words("units", "bullet", number=number, text=said.cause(cause), label=words("labels", cause.label))
-        for number, cause in enumerate(explanation.causes, 1)
+        words(
+            "units",
+            "bullet",
+            number=number,
+            text=each.sentence,
+            label=words("labels", each.label),
+            code=each.stable_code,
+        )
+        for number, each in enumerate(told, 1)
     ]
 
 

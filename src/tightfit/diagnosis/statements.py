@@ -3,20 +3,27 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from tightfit.diagnosis import kinds
 from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
+from tightfit.diagnosis.foreign_config import Foreign
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import Remedy, SplitBatch
+from tightfit.diagnosis.stable_codes import stable_code
+from tightfit.diagnosis.usual_models import model_of
 from tightfit.oomlog.facts import Facts
 from tightfit.units import format_bytes
 from tightfit.wording.diagnosis import Words
 
 if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
+
+
+_GIVEN = ("batch_size", "accumulation", "length", "world_size", "zero_stage")
+"""Quantities of another program's configuration that are repeated, in this order."""
 
 
 class Sentences:
@@ -31,6 +38,10 @@ class Sentences:
         if table == "kind" and self._facts is not None:
             return kinds.said("cause", self._facts, self._words)
         return self._words("causes", cause.code, **asdict(cause))
+
+    def told(self, cause: Cause) -> Cause:
+        """Return a cause with its sentence and its stable code."""
+        return replace(cause, sentence=self.cause(cause), stable_code=stable_code(cause.code))
 
     def title(self, remedy: Remedy) -> str:
         table = remedy.code.partition("_")[0]
@@ -117,6 +128,8 @@ def _compared(each: Compared, words: Words) -> str:
 
 def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     """Yield assumptions of the verdicts: the card and the configuration, where nobody named them."""
+    if explanation.foreign is not None:
+        yield from _foreign_lines(explanation, explanation.foreign, words)
     if explanation.unplayed_because:
         yield words("unplayed", explanation.unplayed_because + ("_elsewhere" if explanation.is_elsewhere else ""))
     card = explanation.card
@@ -124,6 +137,20 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield words("assumed", "card", name=card.name, total=card.total_bytes)
     if explanation.played == "log":
         yield words("assumed", "log")
+
+
+def _foreign_lines(explanation: "Explanation", foreign: Foreign, words: Words) -> Iterator[str]:
+    """Yield what was read of another program's configuration, and what is missing."""
+    run, model = explanation.reading.run, model_of(explanation.reading.run)
+    values = [words("given", name, value=run.numbers[name]) for name in _GIVEN if name in run.numbers]
+    values += [words("given", "model", value=model.name)] if model is not None and model.name else []
+    program = words.name("programs", foreign.program)
+    if values:
+        yield words("assumed", "read_as", program=program, values=words("units", "separator").join(values))
+    else:
+        yield words("assumed", "nothing_read", program=program)
+    if model is None:
+        yield words("assumed", "model_unknown")
 
 
 def expected_lines(explanation: "Explanation", said: Sentences, words: Words) -> Iterator[str]:

@@ -4,18 +4,19 @@ PyTorch's allocator asks the device for 2 MiB on behalf of anything up to 1 MiB,
 next multiple of 2 MiB above (c10/core/AllocatorConfig.h), so a printed request stands for a range of sizes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 import msgspec
 
-from tightfit.diagnosis.usual_models import Model, usual_models
+from tightfit.diagnosis.usual_models import Model, all_models
 from tightfit.oomlog.facts import Figure
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.units import MIB
 
 ELEMENTS = {"bfloat16/float16": 2, "float32": 4}
 """Bytes of a number; bfloat16 and float16 are not told apart by a size."""
+FOUR_BIT = {"4 bits": 0.5}
 ELEMENT_BYTES = {**ELEMENTS, "bfloat16": 2, "float16": 2, "half": 2, "float": 4, "float64": 8, "int64": 8, "uint8": 1}
 SMALL = {2 * MIB: (1, MIB), 20 * MIB: (MIB + 1, 10 * MIB - 1)}
 """Tensor bytes that such a request may stand for; 20 MiB are also asked for by 18 to 20 MiB."""
@@ -64,35 +65,35 @@ def range_of(requested: Figure) -> Range:
     return Range(low=first - _ROUND + 1, high=last)
 
 
-def weights(models: Iterable[Model], within: Range) -> tuple[Fit, ...]:
+def weights(models: Iterable[Model], within: Range, elements: Mapping[str, float] = ELEMENTS) -> tuple[Fit, ...]:
     """Return the weights of some models that make the request; a shape of several models is one fit."""
     found: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for model in models:
         for shape in dict.fromkeys(tuple(sorted(each)) for each in model.matrices()):
-            for dtype, size in ELEMENTS.items():
-                if within.holds(prod(shape) * size):
+            for dtype, size in elements.items():
+                if within.holds(round(prod(shape) * size)):
                     found.setdefault((shape, dtype), []).append(model.name)
     return tuple(
-        Fit(tensor="weight", shape=shape, dtype=dtype, bytes=prod(shape) * ELEMENTS[dtype], models=tuple(names))
+        Fit(tensor="weight", shape=shape, dtype=dtype, bytes=round(prod(shape) * elements[dtype]), models=tuple(names))
         for (shape, dtype), names in found.items()
     )
 
 
 def usual_weights(within: Range) -> tuple[Fit, ...]:
     """Return the weights of all usual models that make the request."""
-    return weights((model for _, model in usual_models()), within)
+    return weights(all_models(), within)
 
 
 def all_fits(model: Model, run: RunFacts, within: Range) -> tuple[Fit, ...]:
     """Return every kind of tensor of a run that makes the request; its batch and length are known."""
     batch, length = run.numbers.get("batch_size"), run.numbers.get("length")
-    found = [*weights([model], within), *_shards(model, run, within)]
+    found = [*weights([model], within), *shards(model, run, within)]
     if batch and length and model.hidden:
         found += _of_tokens(model, batch, length, within)
     return tuple(found)
 
 
-def _shards(model: Model, run: RunFacts, within: Range) -> Iterator[Fit]:
+def shards(model: Model, run: RunFacts, within: Range) -> Iterator[Fit]:
     """Yield flat shares of all parameters: whole, or divided among ranks by ZeRO or FSDP."""
     parameters, world = model.parameters, run.numbers.get("world_size")
     if not parameters:

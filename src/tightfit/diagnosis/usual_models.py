@@ -11,6 +11,9 @@ import msgspec
 from tightfit.oomlog.run_facts import RunFacts
 
 _SEPARATORS = re.compile(r"[\s_./:]+")
+_BETWEEN_WORDS, _INSIDE = re.compile(r"[\s/:\"'`(]+"), re.compile(r"[_.]")
+_ALONE = "(?<!"
+"""Beginning of the patterns of names that other names end with: t5-base, which is not flan-t5-base."""
 _LEAST_PARAMETERS = 1_000_000
 
 
@@ -77,6 +80,11 @@ def usual_models() -> tuple[tuple[re.Pattern[str], Model], ...]:
     return tuple(found)
 
 
+def all_models() -> Iterator[Model]:
+    """Return the models of the table."""
+    return (model for _, model in usual_models())
+
+
 def model_of(run: RunFacts) -> Model | None:
     """Return the model of a run: by its printed sizes, the key that names it, or the only name in the text."""
     named = _named(run.texts.get("model", ""))
@@ -94,8 +102,11 @@ def _named(text: str) -> Model | None:
 
 
 def _all_named(text: str) -> Iterator[Model]:
-    plain = _SEPARATORS.sub("-", text[-60_000:].lower())
-    return (model for pattern, model in usual_models() if pattern.search(plain))
+    joined = _SEPARATORS.sub("-", text.lower())
+    apart = _INSIDE.sub("-", _BETWEEN_WORDS.sub(" ", text.lower()))
+    for pattern, model in usual_models():
+        if pattern.search(apart if pattern.pattern.startswith(_ALONE) else joined):
+            yield model
 
 
 def _printed(run: RunFacts) -> Model | None:

@@ -95,6 +95,7 @@ def _of_others(facts: Facts) -> Iterator[Cause]:
         others_bytes=found.others.low if found.is_estimated else found.others.bytes,
         total_bytes=total,
         outside_bytes=facts.not_reserved_bytes,
+        need_bytes=(facts.process_bytes or facts.reserved_bytes or 0) + (facts.requested_bytes or 0),
     )
 
 

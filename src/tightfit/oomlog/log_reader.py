@@ -41,7 +41,7 @@ _WIDE_LINE = 120
 """Columns before a message, from which on a progress bar or another line stands before it."""
 _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
-_HEAD, _TAIL = 40_000, 24_000
+_HEAD, _TAIL = 28_000, 16_000
 """Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
@@ -244,8 +244,8 @@ class _Scan:
         others = tuple(map(_other, rest[:100]))
         count = self.uncounted + sum(map(_counts, rest))
         context = printed_in("\n".join(lines_of(self._head)))
+        run = run_facts_in("\n".join(lines_of(self._both_ends()))) if failures or chosen else RunFacts()
         if chosen:
-            run = run_facts_in("\n".join(lines_of(self._both_ends())))
             return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
         if nothing in ("incomplete", "memory_words"):

@@ -1,0 +1,181 @@
+# ruff: noqa: E501 - messages and configurations stand here as they are printed
+"""The tables behind an explanation: models, kinds of lines, sizes of requests, words of programs."""
+
+from pathlib import Path
+
+import pytest
+
+from tightfit.cli.main import main
+from tightfit.diagnosis.failing_line import line_kind
+from tightfit.diagnosis.framework_words import frameworks, pasted
+from tightfit.diagnosis.tensor_fits import range_of, usual_weights
+from tightfit.diagnosis.usual_models import model_of, usual_models
+from tightfit.oomlog.facts import Figure
+from tightfit.oomlog.run_facts import run_facts_in
+from tightfit.oomlog.tracebacks import TraceFrame
+from tightfit.units import MIB
+
+DECODERS = [model for _, model in usual_models() if model.kind == "causal"]
+
+
+@pytest.mark.parametrize("model", DECODERS, ids=[model.name for model in DECODERS])
+def test_the_large_matrices_of_a_decoder_are_nearly_all_of_its_parameters(model):
+    """What is missing are norms and biases, and learned positions in GPT-2."""
+    assert model.counted == pytest.approx(model.parameters, rel=0.008)
+    assert model.counted < model.parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "Llama 2 7B"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama 3 8B"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5 7B"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "Mistral 7B v0.3"),
+        ("openai-community/gpt2", "GPT-2"),
+        ("gpt2-xl", "GPT-2 XL"),
+        ("google-t5/t5-base", "T5 base"),
+        ("flan-t5-base", None),
+        ("distilgpt2", None),
+        ("xlm-roberta-large", None),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+    ],
+)
+def test_a_model_is_known_by_its_name(name: str, found: str | None):
+    model = model_of(run_facts_in(f"python train.py --model_name_or_path {name} --epochs 3"))
+    assert (model.name if model else None) == found
+
+
+def test_two_models_in_a_text_are_none():
+    assert model_of(run_facts_in("llama-2-7b works, llama-2-13b does not")) is None
+    model = model_of(run_facts_in("llama-2-13b does not fit"))
+    assert model is not None
+    assert model.parameters == 13_015_864_320
+
+
+def test_a_request_stands_for_a_range_of_sizes():
+    for text, low, high in (("136.00 MiB", 134 * MIB + 1, 136 * MIB), ("20.00 MiB", MIB + 1, 20 * MIB)):
+        figure = Figure.printed(text)
+        assert figure is not None
+        assert (range_of(figure).low, range_of(figure).high) == (low, high)
+    assert range_of(Figure(bytes=2 * MIB, low=2 * MIB - 5000, high=2 * MIB + 5000)).is_small
+
+
+def test_weights_of_a_size():
+    figure = Figure.printed("86.00 MiB")
+    assert figure is not None
+    found = {(fit.shape, fit.dtype): fit.models for fit in usual_weights(range_of(figure))}
+    assert "Llama 2 7B" in found[(4096, 11008), "bfloat16/float16"]
+    assert "Qwen2.5 3B" in found[(2048, 11008), "float32"]
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "source", "tensor"),
+    [
+        ("/x/torch/nn/modules/module.py", "convert", "return t.to(", "converted_weight"),
+        ("/x/torch/optim/adam.py", "_init_group", "state['exp_avg_sq'] = torch.zeros_like(", "optimizer_moment"),
+        ("/x/torch/optim/adamw.py", "_multi_tensor_adamw", "torch._foreach_sqrt(x)", "optimizer_temporary"),
+        ("/x/torch/serialization.py", "_cuda", "return obj.cuda(device)", "checkpoint_loaded"),
+        ("/x/torch/nn/parallel/comm.py", "gather", "return torch._C._gather(tensors, dim)", "gathered_outputs"),
+        ("/x/torch/nn/modules/conv.py", "_conv_forward", "return F.conv3d(", "convolution"),
+        ("/x/model.py", "forward", "attn = q @ k.transpose(-2, -1)", "attention_scores"),
+        ("/x/model.py", "forward", "logits = self.lm_head(x)", "logits"),
+        ("/x/train.py", "<module>", "model = model.to(device)", "moved_model"),
+        ("/x/train.py", "<module>", "total = a + b", None),
+        ("/x/torch/autograd/graph.py", "_engine_run_backward", "return Variable._execution_engine.run_backward(", None),
+    ],
+)
+def test_a_line_shows_its_kind_of_tensor(file: str, function: str, source: str, tensor: str | None):
+    frames = [
+        TraceFrame(file="/x/main.py", line=3, function="<module>", source="main()"),
+        TraceFrame(file=file, line=10, function=function, source=source),
+    ]
+    found = line_kind(frames)
+    assert (found.tensor if found else None) == tensor
+
+
+def test_every_program_divides_its_batch_in_words_of_its_own():
+    without_batch = {"comfyui", "webui", "gaussian_splatting", "vllm", "transformers", "ray", "fsdp"}
+    for program in set(frameworks()) - without_batch - {"unsloth", "trl", "pytorch", "dreambooth_extension"}:
+        found = pasted("split_general", [program], {"size": 2, "passes": 8, "half": 512})
+        assert found is not None
+        assert "{" not in "".join(found.lines), program
+        assert found.page or program == "jax", program
+    assert pasted("split_general", ["jax"], {"size": 2, "passes": 8, "half": 4}) is not None
+    assert pasted("expandable_segments", ["jax"], {}) is None, "PyTorch's setting is not JAX's"
+
+
+# Configurations of other programs
+
+LOG = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 136.00 MiB. GPU 3 has a total capacity of 39.39 GiB of "
+    "which 101.06 MiB is free.\n"
+)
+AXOLOTL = (
+    "base_model: meta-llama/Llama-3.1-8B\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\nsequence_len: 8192\n"
+)
+DEEPSPEED = '{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}\n'
+ARGUMENTS = "per_device_train_batch_size = 4\ngradient_accumulation_steps = 100\n"
+MODEL = (
+    '{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 13824, "vocab_size": 152064}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says", "says_ja"),
+    [
+        (
+            "axolotl.yaml",
+            AXOLOTL,
+            ["read as axolotl's: batch 2, accumulation 4, 8192 tokens, Llama 3 8B", "59.83 GiB", "adapter: qlora"],
+            ["「axolotl の設定」として読みました", "バッチ 2、勾配累積 4、8192 トークン"],
+        ),
+        (
+            "ds.json",
+            DEEPSPEED,
+            [
+                "read as DeepSpeed's: batch 4, ZeRO stage 3",
+                "The model is not known",
+                '"train_micro_batch_size_per_gpu": 1',
+            ],
+            ["「DeepSpeed の設定」として読みました", "モデルが不明"],
+        ),
+        (
+            "arguments.py",
+            ARGUMENTS,
+            ["Hugging Face's TrainingArguments: batch 4, accumulation 100", "gradient_accumulation_steps=400"],
+            ["Hugging Face の TrainingArguments」として読みました"],
+        ),
+        ("config.json", MODEL, ["a model's config.json: Qwen2.5 14B"], ["「モデルの config.json」として読みました"]),
+    ],
+)
+def test_a_configuration_of_another_program_is_read_and_not_played(
+    name: str, text: str, says: list[str], says_ja: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    log, config = tmp_path / "oom.log", tmp_path / name
+    log.write_text(LOG)
+    config.write_text(text)
+    for language, parts in (("en", says), ("ja", says_ja)):
+        assert main(["explain", str(log), "--config", str(config), f"--lang={language}", "--verbose"]) == 0
+        printed = "".join(capsys.readouterr().out.split())
+        for part in parts:
+            assert "".join(part.split()) in printed
+        assert "GPT-2" not in printed
+
+
+def test_keys_of_another_program_are_read_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = tmp_path / "oom.log"
+    log.write_text(LOG)
+    keys = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=100"]
+    assert main(["explain", str(log), *keys, "--lang=en"]) == 0
+    assert "per_device_train_batch_size=1\n      gradient_accumulation_steps=400" in capsys.readouterr().out
+
+
+def test_a_code_has_its_page_on_the_command_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["explain", "--code", "TF-105", "--lang=en"]) == 0
+    assert capsys.readouterr().out.startswith("TF-105: outputs of an evaluation kept on the card")
+    assert main(["explain", "--code=TF-999", "--lang=en"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "tightfit: 'TF-999' is not a code; codes are written TF-101 and stand behind each cause\n"
+    )
