@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -29,10 +30,11 @@ from tightfit.gpus import find_gpu
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.run_facts import RunFacts
-from tightfit.simulation.client import Simulator
-from tightfit.simulation.dry_run import dryrun_script
 from tightfit.vgpu.records import Settings
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from tightfit.simulation.client import Simulator
 
 _UNCHANGED = ("close_others", "expandable_segments")
 """Remedies that leave the script as it is."""
@@ -73,6 +75,8 @@ class OwnScript:
             capability=card.capability if find_gpu(card.name) is None else None,
             timeout_s=timeout_s,
         )
+        from tightfit.simulation.dry_run import dryrun_script
+
         return outcome_of_findings(dryrun_script(self.script, arguments, settings, environ, simulator=self._simulator))
 
     def explained(self, plain: Explanation, outcome: Outcome) -> Explanation:
@@ -84,6 +88,8 @@ class OwnScript:
         if facts is None or outcome.failure is None:
             return replace(plain, causes=(play_fits(outcome),))
         culprit = culprit_of_play(facts, outcome, of_script=True)
+        from tightfit.simulation.client import Simulator
+
         with Simulator(workers=1) as self._simulator:
             remedies = list(self._remedies(_general(facts, plain.reading.run), outcome))
         self._simulator = None

@@ -10,7 +10,6 @@ from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.outcome import PLAYED_STEPS, Outcome
 from tightfit.models.shape import flops_per_token, parameter_count, vocabulary_of
-from tightfit.simulation.client import Simulator
 from tightfit.simulation.requests import Failed, LoopPlay, LoopRequest, LoopSettings, StepRequest, StepTrace
 
 _SEEN_PASSES = 3
@@ -80,6 +79,8 @@ class Stage:
     """One card on which variants are played; close it after use."""
 
     def __init__(self, card: Card, *, workers: int = 2) -> None:
+        from tightfit.simulation.client import Simulator  # a log alone needs none, and it takes long to import
+
         self._card, self._simulator = card, Simulator(workers=workers)
         self.failed: dict[str, str] = {}
         """Reason for each play that could not be made, by its name."""
