@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from tightfit.diagnosis import kinds
+from tightfit.diagnosis import other_kinds as kinds
 from tightfit.diagnosis.cause_records import (
     SIMULATED,
     CategoryBytes,

@@ -17,8 +17,8 @@ from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
-from tightfit.diagnosis.kinds import fixes_of
 from tightfit.diagnosis.named_card import Card, card_of
+from tightfit.diagnosis.other_kinds import fixes_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.plays import Plays

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict, replace
 
-from tightfit.diagnosis import kinds
+from tightfit.diagnosis import other_kinds as kinds
 from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
