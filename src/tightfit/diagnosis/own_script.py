@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -30,11 +29,10 @@ from tightfit.gpus import find_gpu
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.run_facts import RunFacts
+from tightfit.simulation.client import Progress, Simulator
+from tightfit.simulation.dry_run import dryrun_script
 from tightfit.vgpu.records import Settings
 from tightfit.wording import say
-
-if TYPE_CHECKING:
-    from tightfit.simulation.client import Simulator
 
 _UNCHANGED = ("close_others", "expandable_segments")
 """Remedies that leave the script as it is."""
@@ -53,7 +51,8 @@ def read_failure(outcome: Outcome) -> LogReading:
 class OwnScript:
     """A script with its arguments on one card."""
 
-    def __init__(self, card: Card, script: str, arguments: Sequence[str]) -> None:
+    def __init__(self, card: Card, script: str, arguments: Sequence[str], *, progress: Progress | None = None) -> None:
+        self._progress = progress
         self.card, self.script, self.arguments = card, script, list(arguments)
         self._simulator: Simulator | None = None
 
@@ -75,8 +74,6 @@ class OwnScript:
             capability=card.capability if find_gpu(card.name) is None else None,
             timeout_s=timeout_s,
         )
-        from tightfit.simulation.dry_run import dryrun_script
-
         return outcome_of_findings(dryrun_script(self.script, arguments, settings, environ, simulator=self._simulator))
 
     def explained(self, plain: Explanation, outcome: Outcome) -> Explanation:
@@ -88,9 +85,7 @@ class OwnScript:
         if facts is None or outcome.failure is None:
             return replace(plain, causes=(play_fits(outcome),))
         culprit = culprit_of_play(facts, outcome, of_script=True)
-        from tightfit.simulation.client import Simulator
-
-        with Simulator(workers=1) as self._simulator:
+        with Simulator(workers=1, progress=self._progress) as self._simulator:
             remedies = list(self._remedies(_general(facts, plain.reading.run), outcome))
         self._simulator = None
         return replace(
@@ -153,8 +148,12 @@ def _general(facts: Facts, run: RunFacts) -> list[Remedy]:
 
 
 def _argument(arguments: Sequence[str], name: re.Pattern[str]) -> tuple[str, int] | None:
-    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`."""
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`.
+
+    >>> _argument(["--bs", "8"], _BATCH), _argument(["--batch_size=8"], _BATCH), _argument([], _BATCH)
+    (('--bs', 8), ('--batch_size', 8), None)
+    """
+    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value = value if equals else after
         if name.fullmatch(option) and value.isdecimal() and (int(value) > 1 or name is _ACCUMULATION):

@@ -10,6 +10,7 @@ from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.outcome import PLAYED_STEPS, Outcome
 from tightfit.models.shape import flops_per_token, parameter_count, vocabulary_of
+from tightfit.simulation.client import Progress, Simulator
 from tightfit.simulation.requests import Failed, LoopPlay, LoopRequest, LoopSettings, StepRequest, StepTrace
 
 _SEEN_PASSES = 3
@@ -78,10 +79,8 @@ def variant_of(config: TrainConfig, card: Card) -> Variant:
 class Stage:
     """One card on which variants are played; close it after use."""
 
-    def __init__(self, card: Card, *, workers: int = 2) -> None:
-        from tightfit.simulation.client import Simulator  # a log alone needs none, and it takes long to import
-
-        self._card, self._simulator = card, Simulator(workers=workers)
+    def __init__(self, card: Card, *, workers: int = 2, progress: Progress | None = None) -> None:
+        self._card, self._simulator = card, Simulator(workers=workers, progress=progress)
         self.failed: dict[str, str] = {}
         """Reason for each play that could not be made, by its name."""
 
