@@ -10,6 +10,7 @@ import pytest
 from tightfit.diagnosis.explaining import explain
 from tightfit.diagnosis.explanation import ExplanationJson
 from tightfit.diagnosis.render import render
+from tightfit.report.html import explanation_report
 from tightfit.wording.diagnosis import words
 
 FIGURES = ("requested_bytes", "free_bytes", "total_bytes", "process_bytes", "device_index")
@@ -75,3 +76,22 @@ def test_status_kind_and_figures(case: Case):
     assert case.first_cause is None or codes[0] == case.first_cause, codes
     assert not set(codes) & set(case.never_causes)
     assert case.first_fix is None or found.remedies[0].code == case.first_fix
+
+
+ESCAPES = "\x1b[31m\x1b]0;owned\x07\x9b2J\u202e"
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        f"RuntimeError: CUDA OOM: {ESCAPES}<b>lower</b> the batch",
+        f"KeyError: '{ESCAPES}<b>x</b>'",
+        f"WARNING {ESCAPES}<b>CUDA</b> OutOfMemoryError in TaskAlignedAssigner, using CPU",
+        f"mylib.ArenaError: could not allocate {ESCAPES}<b>workspace</b>",
+    ],
+)
+def test_a_logs_own_words_bring_no_control_codes_and_no_tags(log: str):
+    found = explain(log)
+    text = render(found, words("en"), verbose=True)
+    assert not any((ord(each) < 32 and each != "\n") or each in "\x7f\x9b\u202e" for each in text)
+    assert "<b>" not in explanation_report(found)

@@ -4,6 +4,7 @@ The formats and the versions that print them: c10/cuda/CUDACachingAllocator.cpp 
 like a figure holds that figure.
 """
 
+import functools
 import re
 
 from tightfit.oomlog.facts import Figure, OtherProcess
@@ -227,16 +228,21 @@ _LABELS = {
     "process_bytes": "thisprocess(?:has|uses|memory)?|processmemory|inuse|used",
 }
 """Words beside a figure in a message that a person shortened, or that a picture's reader spelled its own way."""
-_BEFORE = re.compile(
-    "(?:" + "|".join(f"(?P<{name}>{words})" for name, words in _LABELS.items()) + r")[:=~≈(is]{0,4}$", re.IGNORECASE
-)
-_BEHIND = re.compile(
+
+
+@functools.cache
+def _labels() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Compile the words that stand before a figure, and those behind one."""
+    before = "(?:" + "|".join(f"(?P<{name}>{words})" for name, words in _LABELS.items()) + r")[:=~≈(is]{0,4}$"
+    return re.compile(before, re.IGNORECASE), re.compile(_BEHIND, re.IGNORECASE)
+
+
+_BEHIND = (
     r"(?:"
     r"(?P<total_bytes>totalcap|total(?!ly)|capac)|(?P<allocated_bytes>alread|allocated(?!but))"
     r"|(?P<unallocated_bytes>(?:is)?reservedbypytorchbutun|(?:reservedbut)?unallocated)"
     r"|(?P<reserved_bytes>reserved(?!b)|reservedintotal|cached)|(?P<free_bytes>(?:is)?free|available)"
-    r"|(?P<process_bytes>(?:memory)?inuse|used)|(?P<allowed_bytes>allowed))",
-    re.IGNORECASE,
+    r"|(?P<process_bytes>(?:memory)?inuse|used)|(?P<allowed_bytes>allowed))"
 )
 _A_SIZE = re.compile(SIZE, re.IGNORECASE)
 _LOOSE = 450
@@ -247,8 +253,9 @@ def _loose_figures(message: Message, text: str, begin: int, stop: int) -> None:
     """Read figures whose words stand right before or behind them, in any order."""
     found: dict[str, str] = {}
     end = message.end
+    before, behind = _labels()
     for match in _A_SIZE.finditer(text, begin, min(stop, begin + _LOOSE)):
-        label = _BEFORE.search(text, max(match.start() - 40, 0), match.start()) or _BEHIND.match(text, match.end())
+        label = before.search(text, max(match.start() - 40, 0), match.start()) or behind.match(text, match.end())
         if label and label.lastgroup:
             found.setdefault(label.lastgroup, match[0])
             end = max(end, match.end(), label.end())

@@ -24,6 +24,9 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 
+_LACK = re.compile(r"\b(?:insufficient|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b", re.IGNORECASE)
+_NEAR = 20
+"""Last lines of a log, in which a lack of memory is looked for before an error is called another one."""
 _FAILS = re.compile(
     r"\b(?:ERROR|FATAL|PANIC|[Ff]atal(?: error)?|[Ii]nternal error|Error|[Pp]anic)(?:\[\w+\])? ?: ?[A-Za-z'\"(\[/]"
     r"|\b[Ff]ail(?:ed|ure)? to (?:alloc|reserve|map)|\b(?:cannot|could not|unable to) alloc"
@@ -31,8 +34,10 @@ _FAILS = re.compile(
 """Signs of a failure in a line that is no exception's; a metric called error has a number behind it."""
 
 
-def last_words(lines: Sequence[str]) -> tuple[str, str] | None:
+def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple[str, str] | None:
     """Return `other_error`, `memory_words` or `incomplete` with the line that shows it; None for no sign of a failure.
+
+    An error is not called another one where one of the last lines, `with_lines_before`, names a lack of memory.
 
     >>> last_words(["Traceback (most recent call last):", "KeyError: 3"])
     ('other_error', 'KeyError: 3')
@@ -43,8 +48,12 @@ def last_words(lines: Sequence[str]) -> tuple[str, str] | None:
     for body in reversed(bodies):
         match = _ENDED.match(body)
         if match and "Warning" not in match[1]:
-            of_memory = _MEMORY.search(match[1]) and not _OF_CODE.match(match[1])
-            return "memory_words" if of_memory else "other_error", match[1]
+            if _OF_CODE.match(match[1]):
+                return "other_error", match[1]
+            if _MEMORY.search(match[1]):
+                return "memory_words", match[1]
+            near = next((each for each in reversed(bodies[-_NEAR:]) if with_lines_before and _LACK.search(each)), None)
+            return ("memory_words", near.strip()[:300]) if near else ("other_error", match[1])
     for line in reversed(lines):
         parted = part(line)
         if (parted.level == "error" or _FAILS.search(line)) and parted.body.strip():

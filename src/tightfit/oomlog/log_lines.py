@@ -41,24 +41,40 @@ def _triggers() -> dict[str, dict[str, list[str]]]:
     return tomllib.loads(files("tightfit.oomlog").joinpath("triggers.toml").read_text(encoding="utf-8"))
 
 
+_BACK, _ON = 32, 32
+"""Characters before and behind a shared part in which its words are looked for; none is longer."""
+_KEPT = 4096
+"""Surroundings of a shared part that are remembered as none of its words: most logs repeat a few."""
+
+
+def _buckets_of(lowered: str, *, at_end: bool) -> set[int]:
+    """Return the pieces of `_BUCKET` characters that hold a word of `triggers.toml`."""
+    buckets: set[int] = set()
+    tables = _triggers()
+    for shared, words in [*tables["always"].items(), *(tables["ends"].items() if at_end else ())]:
+        others: set[str] = set()
+        at = lowered.find(shared)
+        while at >= 0:
+            bucket = at // _BUCKET
+            around = lowered[max(at - _BACK, 0) : at + _ON]
+            is_new = bucket not in buckets and around not in others
+            if is_new and not any(word in around for word in words):
+                if len(others) < _KEPT:
+                    others.add(around)
+                is_new = False
+            if is_new:
+                buckets.add(bucket)
+            at = lowered.find(shared, (bucket + 1) * _BUCKET if bucket in buckets else at + 1)
+    return buckets
+
+
 def regions_of(text: str, *, at_end: bool = True) -> Iterator[tuple[int, int]]:
     """Yield the parts of a text in which a message may start, from line starts, in order and without overlap.
 
     `at_end` is False for a piece that is neither the first nor the last of its log.
     """
-    buckets: set[int] = set()
-    lowered = lower(text)
-    tables = _triggers()
-    for shared, words in [*tables["always"].items(), *(tables["ends"].items() if at_end else ())]:
-        if shared not in lowered:
-            continue
-        for word in words:
-            at = lowered.find(word)
-            while at >= 0:
-                buckets.add(at // _BUCKET)
-                at = lowered.find(word, (at // _BUCKET + 1) * _BUCKET)
     start = end = -1
-    for bucket in sorted(buckets):
+    for bucket in sorted(_buckets_of(lower(text), at_end=at_end)):
         # A message may start on the two lines before, if it was wrapped before the word that was found.
         begin = max(text.rfind("\n", 0, max(bucket * _BUCKET - 300, 0)) + 1, bucket * _BUCKET - 1500, 0)
         if begin > end:

@@ -271,7 +271,7 @@ class _Scan:
     def _failed_afterwards(self) -> _Record | None:
         """Return an out of memory that the program handled, if it shows no progress after it and ends with an error."""
         handled = [each for each in self.records if each.standing is Standing.CAUGHT and not each.survived]
-        last = last_words(lines_of(self._ending)[-400:]) if handled else None
+        last = last_words(lines_of(self._ending)[-400:], with_lines_before=False) if handled else None
         record = handled[-1] if handled else None
         if record is None or last is None or last[1][:60] in record.body or record.progress:
             return None

@@ -9,12 +9,13 @@ from tightfit.oomlog.facts import Facts, Figure, OtherProcess
 from tightfit.units import GIB, MIB
 
 LEAST_CONTEXT, MOST_CONTEXT = 100 * MIB, GIB // 2
-_DECIDES = GIB
 """Bytes of a process outside of PyTorch's allocator, its CUDA context: 0.3 to 0.5 GiB on the cards measured, and less
 on old ones. Libraries with buffers of their own (NCCL, TensorRT) add to it."""
 _SURELY_OTHERS = GIB
 """Bytes that are neither free nor PyTorch's from which on not all of them can be this process's context; with fewer,
 libraries of this process explain them as well as other programs do."""
+_DECIDES = GIB
+"""Bytes of an estimate from which on others may be the cause; and a twentieth of the card."""
 _FARTHEST = 3 * GIB
 """Bytes outside of PyTorch's allocator above which a listed process is not taken for this one."""
 _NEIGHBOURS = 64

@@ -101,7 +101,7 @@ def standing(message: Message, line: Line, column: int, end: int, *, short_log: 
         return (
             Standing.DOCUMENT if not leads and not _has("asking", bare) and _has("strict", bare) else Standing.FAILURE
         )
-    if is_of_allocator(message.kind) or message.kind == "program_words":
+    if (is_of_allocator(message.kind) and not message.is_sure) or message.kind == "program_words":
         return _of_plain_words(message, before, after, leads=leads, mine=mine, short_log=short_log)
     if leads and (named or _TAIL.match(after) or line.level == "error"):
         return Standing.FAILURE
