@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,11 +24,25 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check .venv/transformers-4.51
+test: check suite
+
+.PHONY: suite dist
+suite: .venv/installed .venv/transformers-4.51
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+dist: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 slow: .venv/installed
 	$(BIN)/pytest -m slow
 
+docs: .venv/installed
+	@! grep -q PLACEHOLDER docs/demo.txt || { echo "docs/demo.txt is a placeholder: make demo > docs/demo.txt"; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo build/site/index.html
+
 clean:
-	rm -rf .venv out out-* data
+	rm -rf .venv out out-* data build/site

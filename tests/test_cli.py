@@ -1,12 +1,14 @@
 """The command line: hostile and mistaken input, help, the public face, and which room may import which."""
 
 import ast
+import itertools
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from runs import arguments, environment, here, make_dataset, process
 
 import tightfit
+from tightfit.cli import progress
 from tightfit.cli.cmd_schema import RECORDS
 from tightfit.cli.main import commands
 
@@ -89,20 +92,16 @@ class TestNothingIsExecuted:
         refusal([*arguments(out_dir, data_dir), str(config)], out_dir=out_dir)
         assert not planted.exists()
 
-    @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
     @pytest.mark.parametrize(
-        ("command", "real"),
+        ("command", "form", "real"),
         [
-            ("resume", False),
-            ("resume", True),
-            ("path", False),
-            ("sample", False),
-            ("convert", False),
-            ("convert", True),
+            *itertools.product(("resume", "path", "sample", "convert"), ("zip", "legacy", "plain pickle"), (False,)),
+            ("resume", "zip", True),
+            ("convert", "plain pickle", True),
         ],
     )
     def test_a_checkpoint_that_would_run_code(
-        self, out_dir: Path, tmp_path: Path, data_dir: Path, form: str, command: str, real: bool
+        self, out_dir: Path, tmp_path: Path, data_dir: Path, command: str, form: str, real: bool
     ) -> None:
         planted = tmp_path / "planted"
         good = torch.load(out_dir / "ckpt.pt", weights_only=True)
@@ -450,7 +449,7 @@ class TestPublicFace:
 
 
 FLOORS = [
-    ("errors", "units"),
+    ("errors", "units", "display"),
     ("wording",),
     ("storage", "config", "gpus"),
     ("allocator", "kernels", "models", "data"),
@@ -582,3 +581,27 @@ class TestOneParser:
         found = json.loads(here(["schema", "plan"]).out)
         assert found["$defs"]["PlanRow"]["properties"]["peak_bytes"] == {"type": "integer"}
         assert "best" in found["$defs"]["PlanRecord"]["required"]
+
+
+# Progress
+
+
+def test_progress_is_a_line_now_and_then_where_no_terminal_is(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST_S", 0.02)
+    monkeypatch.setattr(progress, "EVERY_S", 0.02)
+    told = iter(lambda: capsys.readouterr().err, "never")
+    with progress.shown("reading") as shown:
+        first = next(text for text in told if text)
+        shown.stage("playing")
+        shown.count(1, 3)
+        next(text for text in told if "1 of 3 done" in text)
+    assert re.match(r"tightfit: reading \(\d+ s\)\n", first)
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert not capsys.readouterr().err, "it ends with the block"
+
+
+def test_progress_of_a_short_command_is_not_shown(capsys) -> None:
+    with progress.shown("reading"):
+        pass
+    assert not capsys.readouterr().err

@@ -535,3 +535,25 @@ def test_our_files_hold_nanogpts_values(name, differs):
     if name == "finetune_shakespeare":
         assert re.fullmatch(r"ft-\d+\.\d+", found.pop("wandb_run_name"))
     assert (found, resolved.warnings) == (differs, ())
+
+
+def test_where_there_is_no_such_file_ours_is_read_and_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    resolved = read_config(TrainConfig, ["configs/train_stdlib.py"])
+    assert resolved.config.dataset == "stdlib"
+    assert resolved.sources["dataset"] == "configs/train_stdlib.py:3"
+    assert resolved.warnings == (
+        "configs/train_stdlib.py is not in this folder: reading the one that comes with tightfit, "
+        f"{CONFIGS / 'train_stdlib.py'}",
+    )
+    assert "did you mean configs/train_stdlib.py?" in refused("configs/train_stdlb.py")
+    for other in ("train_stdlib.py", "configs/../configs/train_stdlib.py", "other/configs/train_stdlib.py"):
+        assert "there is no file" in refused(other)
+
+
+def test_a_file_that_is_there_comes_before_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "train_stdlib.py").write_text("dataset = 'mine'")
+    resolved = read_config(TrainConfig, ["configs/train_stdlib.py"])
+    assert (resolved.config.dataset, resolved.warnings) == ("mine", ())

@@ -475,6 +475,7 @@ def test_a_folder_holds_out_whole_files_and_counts_what_it_skips(tmp_path: Path)
     assert (other.folder / "val.bin").read_bytes() != (result.folder / "val.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_standard_library_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
     result = prepare("stdlib", data_dir=tmp_path)

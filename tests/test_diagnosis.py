@@ -208,6 +208,7 @@ def test_json_has_the_agreed_keys_and_exact_figures(narrow: Explanation):
     assert all(each["sentence"] and each["verdict"] in VERDICTS for each in found["remedies"])
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_no_matter_of_the_evaluation():
     deep = {"n_layer": 7, "n_head": 12, "n_embd": 768, "vocab_size": 512, "dtype": "bfloat16", "batch_size": 64}
     message = STORY.replace("6.14 GiB", "192.00 MiB").replace("2.68 GiB is free", "100.00 MiB is free")
@@ -438,7 +439,7 @@ for _ in range(2):
 
 
 @pytest.mark.parametrize(("arguments", "pasted", "exact"), [
-    (["--batch-size=32768"], "--batch-size=2048", False),
+    pytest.param(["--batch-size=32768"], "--batch-size=2048", False, marks=pytest.mark.slow),
     (["--batch-size", "32768", "--accum", "2"], "--batch-size=2048 --accum=32", True),
 ])  # fmt: skip
 def test_a_dry_run_ends_with_its_explanation(

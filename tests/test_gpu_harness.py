@@ -264,6 +264,7 @@ def test_requests_that_one_side_lacks_are_named():
     assert replay.compare_requests(whole, whole) == (replay.Comparison(5, 5, 5, ""), "")
 
 
+@pytest.mark.slow
 def test_a_dry_trace_is_recorded_once_and_replays(tmp_path):
     traces.record([CAPPED], tmp_path, dry=True)
     traces.record([CAPPED], tmp_path, dry=True)
@@ -329,6 +330,7 @@ for step in range(4):
 """
 
 
+@pytest.mark.slow
 def test_dry_speed_runs_whole_programs_in_turn(tmp_path):
     theirs = tmp_path / "nanoGPT"
     theirs.mkdir()
@@ -346,6 +348,7 @@ def test_dry_speed_runs_whole_programs_in_turn(tmp_path):
     assert (limits["gpu"], limits["bfloat16_tflops"]) == ("NVIDIA H200", "")
 
 
+@pytest.mark.slow
 def test_a_dry_fit_measures_the_plan_and_the_advice_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny = TrainConfig(

@@ -243,6 +243,7 @@ def test_liger_says_what_it_needs() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ for torch.compile")
 @pytest.mark.filterwarnings("ignore:.*(script_method|should not be instantiated):DeprecationWarning")
+@pytest.mark.slow
 def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks of two tiles and two slabs, in one graph."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 8 * 131 * 4)

@@ -280,7 +280,7 @@ def test_mutated_logs_never_raise():
     logs = [surround(write(form, rng).text, rng) for form in FORMS for surround in SURROUNDINGS]
     alphabet = "\x00\x1b[]()\n\r\t\\\"'{}<>&;:%0123456789.GiBMKe \u3042\ud800"
     begun = time.monotonic()
-    for _ in range(10_000):
+    for _ in range(2_500):
         text = rng.choice(logs)
         for _ in range(rng.randrange(1, 5)):
             at, to = sorted((rng.randrange(len(text) + 1), rng.randrange(len(text) + 1)))
@@ -297,16 +297,16 @@ def test_mutated_logs_never_raise():
         reading = read_log(text if rng.random() < 0.5 else text.encode("utf-8", "surrogatepass"))
         for figure in reading.failure.figures.values() if reading.failure else ():
             assert 0 <= figure.low <= figure.bytes <= figure.high
-    assert time.monotonic() - begun < 300  # about 15 s alone
+    assert time.monotonic() - begun < 100  # about 4 s alone
 
 
 def test_noise_never_raises():
     rng = random.Random(8)
     for size in (0, 1, 2, 3, 100, 10_000, 300_000):
         read_log(rng.randbytes(size))
-    read_log("CUDA out of memory. Tried to allocate " * 20_000)
-    read_log("(GPU 0; 1.00 GiB total capacity;" * 20_000)
-    read_log("GPU 0 has a total capacity of " * 20_000 + "9" * 100_000)
+    read_log("CUDA out of memory. Tried to allocate " * 5_000)
+    read_log("(GPU 0; 1.00 GiB total capacity;" * 5_000)
+    read_log("GPU 0 has a total capacity of " * 5_000 + "9" * 100_000)
     read_log('\\n  File "a", line 1, in f' * 20_000)
 
 

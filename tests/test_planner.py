@@ -70,10 +70,11 @@ class TestStory:
         assert seconds == sorted(seconds, reverse=True)
 
     def test_a_fixed_micro_batch_is_obeyed_or_refused(self) -> None:
-        obeyed = plan_of(*self.CONFIG, "--micro_batch=2").choice.best
+        config = (*self.CONFIG, "--n_layer=2")
+        obeyed = plan_of(*config, "--micro_batch=2").choice.best
         assert obeyed is not None
         assert obeyed.plan.micro_batch == 2
-        refused = plan_of(*self.CONFIG, "--micro_batch=48", "--loss=full", "--activation_checkpointing=0").choice
+        refused = plan_of(*config, "--micro_batch=48", "--loss=full", "--activation_checkpointing=0").choice
         assert refused.best is None
 
     def test_a_real_card_took_more_than_the_plan_lets_it(self) -> None:
@@ -96,6 +97,7 @@ class TestCompiled:
         assert best.plan.compile
         return best.plan
 
+    @pytest.mark.slow
     def test_where_memory_is_short_it_keeps_a_share_of_what_backward_needs(self) -> None:
         plan = self.plan()
         assert plan.activation_checkpointing == 0
@@ -110,8 +112,9 @@ class TestCompiled:
         assert plan.micro_batch == 4
 
 
+@pytest.mark.slow
 def test_too_large_a_model_is_refused_with_the_numbers() -> None:
-    width, layers = 6400, 4
+    width, layers = 6400, 2
     model = (f"--n_layer={layers}", "--n_head=50", f"--n_embd={width}", "--vocab_size=50304", "--batch_size=1")
     result = plan_of(*model, "--compile=False", "--offload=none", used=0)
     assert result.choice.best is None
@@ -149,6 +152,7 @@ class TestReliefs:
         assert "optimizer state" not in best.categories
         assert best.categories["parameters"] < 80 * MIB, "64 MiB of embeddings, and two bytes of each block's weight"
 
+    @pytest.mark.slow
     def test_a_lossy_change_is_named_and_made_only_if_allowed(self) -> None:
         refused = self._plan("--offload=none")
         assert refused.choice.best is None
@@ -228,6 +232,7 @@ class TestOnTheHost:
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
         )
 
+    @pytest.mark.slow
     def test_it_trains_within_a_limit_that_stops_what_was_asked(self, tmp_path: Path) -> None:
         limit = 1400 * MIB
         literal = self._train(tmp_path, "--fit=off", "--recover=False", limit=limit)

@@ -444,6 +444,7 @@ def test_hostile_text_stays_text(show: Any, tmp_path: Path) -> None:
     assert evil in shown.text("#timeline .panel")
 
 
+@pytest.mark.slow
 def test_huge_inputs_open_at_once(show: Any, tmp_path: Path) -> None:
     count = 1_000_000
     timeline = a_timeline(count)

@@ -18,11 +18,29 @@ import pytest
 from tightfit.config import TrainConfig
 from tightfit.simulation import cache
 from tightfit.simulation.client import Simulator, run_once
+from tightfit.simulation.dry_run import dryrun_script
 from tightfit.simulation.requests import Ask, Failed, HostRates, HostRequest, Reply, StepRequest, StepTrace
 from tightfit.simulation.wire import Frames, send
+from tightfit.vgpu.records import Settings
 
 MODEL = ["--n_layer=2", "--n_embd=128", "--n_head=2", "--vocab_size=8192", "--compile=True"]
-PLAN = ["plan", "--gpu=RTX 3060 12GB", *MODEL]
+ROOT = Path(__file__).parents[1]
+TIGHTFIT = ("-m", "tightfit")
+PLAN = (*TIGHTFIT, "plan", "--gpu=RTX 3060 12GB", *MODEL)
+THREE_STEPS = """
+import torch
+layer = torch.nn.Linear(4, 4, device="cuda")
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+for _ in range(3):
+    layer(torch.ones(2, 4, device="cuda")).sum().backward()
+    optimizer.step()
+"""
+STARTS_ANOTHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open({started!r}, "w").close()
+time.sleep(100)
+"""
 RATES = HostRates(flops={"float32": 1e11}, bandwidth=1e10, base_bytes={"resident": 1})
 TINY = TrainConfig(
     n_layer=1, n_head=1, n_embd=64, block_size=64, vocab_size=512, batch_size=2, micro_batch=1, device="cuda",
@@ -59,20 +77,40 @@ def wait_until_gone(mark: str, seconds: float = 10) -> list[psutil.Process]:
     return left
 
 
-def killed_after(delay_s: float, sign: signal.Signals, folder: Path, mark: str) -> None:
+def wait_for(moment: float | Path) -> None:
+    if not isinstance(moment, Path):
+        return time.sleep(moment)
+    deadline = time.monotonic() + 60
+    while not moment.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert moment.exists(), "the script did not begin"
+
+
+def killed_after(
+    moment: float | Path,
+    sign: signal.Signals,
+    folder: Path,
+    mark: str,
+    words: tuple[str, ...] = PLAN,
+    *,
+    group: bool = False,
+) -> None:
+    """Kill a command after so many seconds, or once a file is there; fail if it leaves a process or a file behind."""
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)
     environ = {**os.environ, "XDG_CACHE_HOME": str(folder / mark), "TMPDIR": str(temporary), "TIGHTFIT_TEST_MARK": mark}
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(
-        [sys.executable, "-m", "tightfit", *PLAN],
+        [sys.executable, *words],
         env=environ,
+        cwd=ROOT,
+        start_new_session=True,
         stdout=quiet,
         stderr=quiet,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
-    time.sleep(delay_s)
-    process.send_signal(sign)
+    wait_for(moment)
+    (os.killpg if group else os.kill)(process.pid, sign)
     process.wait(10)
     assert wait_until_gone(mark) == []
     assert [each.name for each in temporary.iterdir() if not each.name.startswith("torchinductor")] == []
@@ -85,6 +123,20 @@ class TestEnd:
 
     def test_an_interrupted_one_neither(self, tmp_path: Path) -> None:
         killed_after(5.0, signal.SIGINT, tmp_path, f"{os.getpid()}-interrupted")
+
+    @pytest.mark.parametrize("group", [False, True])
+    def test_an_interrupted_demo_neither(self, group: bool, tmp_path: Path) -> None:
+        killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-demo", ("benchmarks/demo.py",), group=group)
+
+    def test_an_interrupted_explanation_neither(self, tmp_path: Path) -> None:
+        words = ("explain", "benchmarks/story.log", "--config=configs/train_openwebtext.py")
+        killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-explain", (*TIGHTFIT, *words), group=True)
+
+    def test_an_interrupted_dry_run_takes_along_what_its_script_started(self, tmp_path: Path) -> None:
+        script, started = tmp_path / "script.py", tmp_path / "started"
+        script.write_text(STARTS_ANOTHER.format(started=str(started)))
+        words = (*TIGHTFIT, "dryrun", "--gpu=RTX 4090", str(script))
+        killed_after(started, signal.SIGINT, tmp_path, f"{os.getpid()}-dryrun", words, group=True)
 
     @pytest.mark.slow
     def test_twenty_random_moments(self, tmp_path: Path) -> None:
@@ -120,15 +172,21 @@ class TestPlays:
     def test_answers_come_in_the_order_of_the_questions_and_are_remembered(self, home: Path) -> None:
         requests = [request(TrainConfig(**{**vars(TINY), "n_layer": layers})) for layers in (3, 1, 2)]
         seen: list[tuple[int, int]] = []
-        with Simulator() as simulator:
-            found = simulator.play(requests, progress=lambda done, of: seen.append((done, of)))
+        with Simulator(progress=lambda done, of: seen.append((done, of))) as simulator:
+            found = simulator.play(requests)
             assert simulator.played == 3
-        assert seen == [(1, 3), (2, 3), (3, 3)]
+        assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
         peaks = [each.allocated_bytes for each in found if isinstance(each, StepTrace)]
         assert peaks[1] < peaks[2] < peaks[0]
         with Simulator() as simulator:
             assert simulator.play(requests) == found
             assert simulator.played == 0
+
+    def test_steps_of_a_script_are_heard_of_while_it_plays(self, tmp_path: Path) -> None:
+        script, seen = tmp_path / "script.py", list[int]()
+        script.write_text(THREE_STEPS)
+        found = dryrun_script(str(script), [], Settings(gpu="RTX 4090"), on_step=seen.append)
+        assert (found.outcome, seen) == ("fits", [1, 2, 3])
 
     def test_what_cannot_be_played_says_why(self, home: Path) -> None:
         with Simulator() as simulator:

@@ -139,6 +139,7 @@ class TestEveryCard:
         assert rows[name].step_s == pytest.approx(best.step_s(512), rel=0.05)
         assert rows[name].micro_batch == pytest.approx(best.plan.micro_batch, rel=0.15)
 
+    @pytest.mark.slow
     def test_a_step_of_few_sequences_is_not_promised_to_a_card_that_lacks_the_memory(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

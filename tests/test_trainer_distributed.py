@@ -49,6 +49,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
 
 
 class TestTorchrun:
+    @pytest.mark.slow
     def test_one_process(self, alone: Path, tmp_path: Path, data_dir: Path) -> None:
         done = ended(torchrun(1, ["-m", "tightfit", *arguments(tmp_path, data_dir, **KEYS)]))
         assert done.code == 0, done.err
@@ -87,6 +88,7 @@ class TestTorchrun:
             assert done.out.count(f"process {rank} evaluated 96 tokens") == 6
         assert len(re.findall(r"^iter 0:", done.out, re.M)) == 1
 
+    @pytest.mark.slow
     def test_four_processes(self, alone: Path, tmp_path: Path, data_dir: Path) -> None:
         done = ended(torchrun(4, ["-m", "tightfit", *arguments(tmp_path, data_dir, **KEYS)]))
         assert done.code == 0, done.err
@@ -95,6 +97,7 @@ class TestTorchrun:
     @pytest.mark.parametrize(
         "how", ["SIGTERM to torchrun", pytest.param("Ctrl-C in its terminal", marks=pytest.mark.slow)]
     )
+    @pytest.mark.slow
     def test_seven_sequences_over_two_processes_stopped_and_resumed(
         self, tmp_path: Path, data_dir: Path, how: str
     ) -> None:

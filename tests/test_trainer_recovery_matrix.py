@@ -97,7 +97,7 @@ def test_every_phase(compare: Any, phase: str, shrinks: bool) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("number", range(1, 13, 3))
+@pytest.mark.parametrize("number", [1, 7])
 def test_the_update_at_each_of_its_operators(compare: Any, optimizer: str, number: int) -> None:
     got = compare(at("optimizer", *range(number, 100, 37)), optimizer=optimizer, max_iters=4, lr_decay_iters=4)
     assert got.failed
@@ -105,13 +105,13 @@ def test_the_update_at_each_of_its_operators(compare: Any, optimizer: str, numbe
 
 @pytest.mark.parametrize(("optimizer", "dropout"), [("fused", 0.1), ("single", 0.0)])
 def test_random_operators(compare: Any, dropout: float, optimizer: str) -> None:
-    got = compare(at_random(5, 300), optimizer=optimizer, dropout=dropout, max_iters=25, lr_decay_iters=25)
-    assert len(got.failed) >= 8
+    got = compare(at_random(5, 300), optimizer=optimizer, dropout=dropout, max_iters=12, lr_decay_iters=12)
+    assert len(got.failed) >= 4
 
 
 def test_random_operators_and_smaller_settings(compare: Any) -> None:
-    got = compare(at_random(6, 300, spared=6000), shrinks=True, max_iters=25, lr_decay_iters=25)
-    assert len(got.failed) >= 5
+    got = compare(at_random(6, 300, spared=6000), shrinks=True, max_iters=12, lr_decay_iters=12)
+    assert len(got.failed) >= 2
     assert "micro_batch 4 -> 2" in got.printed
 
 

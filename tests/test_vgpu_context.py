@@ -4,21 +4,15 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
+from warm import in_process
 
 import tightfit
 from tightfit.errors import ConfigError, DeviceError
 from tightfit.units import MIB
-
-
-def in_process(text: str) -> str:
-    """What a program prints; a process of its own, because a virtual GPU stays."""
-    program = [sys.executable, "-c", textwrap.dedent(text)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_torch_says_what_the_card_would() -> None:
@@ -170,8 +164,8 @@ def test_a_process_has_one() -> None:
 
 
 def test_what_cannot_be_run() -> None:
-    with pytest.raises(ConfigError, match="cannot be imported by another process"):
-        tightfit.dryrun(lambda: None, gpu="A100")
+    with pytest.raises(ConfigError, match=r"cannot be sent to another process .*lock"):
+        tightfit.dryrun(lambda lock: None, threading.Lock(), gpu="A100")
     with pytest.raises(ConfigError, match=r"missing\.py is not a file"):
         tightfit.dryrun("missing.py", gpu="A100")
     with pytest.raises(DeviceError, match="Voodoo 2"):
@@ -202,11 +196,11 @@ def test_pinned_memory_is_had_without_a_driver() -> None:
 @pytest.mark.parametrize(
     ("last_line", "code"),
     [
-        pytest.param("pass", 0, id="end"),
+        pytest.param("pass", 0, id="end", marks=pytest.mark.slow),
         pytest.param("raise ValueError('the script failed')", 1, id="exception"),
-        pytest.param("sys.exit(3)", 3, id="sys.exit"),
+        pytest.param("sys.exit(3)", 3, id="sys.exit", marks=pytest.mark.slow),
         pytest.param("    sys.exit(3)", 3, id="sys.exit on the device"),
-        pytest.param("    torch.empty(1 << 40, device='cuda')", 1, id="out of memory"),
+        pytest.param("    torch.empty(1 << 40, device='cuda')", 1, id="out of memory", marks=pytest.mark.slow),
     ],
 )
 def test_interpreter_exits_normally(last_line: str, code: int, tmp_path: Path) -> None:

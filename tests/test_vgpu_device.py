@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from test_vgpu_context import in_process
+from warm import in_process
 
 from tightfit import dryrun
 from tightfit.units import MIB

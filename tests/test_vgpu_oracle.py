@@ -53,12 +53,16 @@ def _is_slow(configuration: Configuration) -> bool:
     [pytest.param(each, id=each.name, marks=[pytest.mark.slow] if _is_slow(each) else []) for each in CONFIGURATIONS],
 )
 def test_a_step_takes_what_was_predicted(configuration: Configuration) -> None:
-    if configuration.compiled:
-        expected, seen = _in_a_process_of_its_own(configuration.name)
-    else:
-        expected, seen = predicted(configuration), measured(configuration)
+    expected, seen = both(configuration)
     # Some operators of the host take a few bytes within: at most 1 KiB here, 0.006%.
     assert expected == pytest.approx(seen - UNSEEN.get(configuration.name, 0), abs=1024)
+
+
+def both(configuration: Configuration) -> tuple[int, int]:
+    """Return predicted and measured bytes."""
+    if configuration.compiled:
+        return _in_a_process_of_its_own(configuration.name)
+    return predicted(configuration), measured(configuration)
 
 
 def _in_a_process_of_its_own(name: str) -> tuple[int, int]:

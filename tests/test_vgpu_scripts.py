@@ -77,6 +77,7 @@ def test_trainer_peak_is_plausible(trainer_peak: int) -> None:
     assert 16 * GPT2_PARAMETERS + 2 * logits < trainer_peak < 16 * GPT2_PARAMETERS + 4 * logits + 4 * per_layer
 
 
+@pytest.mark.slow
 def test_trainer_checkpointing_needs_less(trainer_peak: int, tmp_path: Path) -> None:
     found = dryrun(tmp_path, "hf_trainer.py", "--gradient-checkpointing")
     assert found["outcome"] == "fits"

@@ -15,7 +15,12 @@ import torch
 
 from tightfit.allocator.caching import CachingAllocator, OutOfMemory
 from tightfit.errors import ConfigError, DataError
-from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS, timeline_picture
+from tightfit.report.timeline_picture import (
+    CATEGORY_COLOURS,
+    DARK_CATEGORY_COLOURS,
+    PHASE_COLOURS,
+    timeline_picture,
+)
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.records import CATEGORIES, FailedRequest, Phase, Timeline
@@ -205,13 +210,13 @@ def pixels(path) -> np.ndarray:
     return (imread(path)[..., :3] * 255).round().astype(int)
 
 
-def text_of(data: Timeline, card: str = "", outcome: str = "") -> str:
+def text_of(data: Timeline, card: str = "", outcome: str = "", place: str = "") -> str:
     """All words of a picture, from the figure itself: a file has them as curves."""
     from matplotlib.text import Text
 
     from tightfit.report.timeline_picture import _figure
 
-    return "\n".join(each.get_text() for each in _figure(data, card, outcome).findobj(Text))
+    return "\n".join(each.get_text() for each in _figure(data, card, outcome, place=place).findobj(Text))
 
 
 def share(image: np.ndarray, colour: str) -> float:
@@ -231,11 +236,20 @@ def test_png_has_the_colours_of_what_is_in_memory(data, tmp_path):
     timeline_picture(data, path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     image = pixels(path)
-    assert image.shape == (870, 1650, 3)
+    assert image.shape == (902, 1660, 3)
     for category in ("parameters", "optimizer state", "gradients", "activations", "logits"):
         assert share(image, CATEGORY_COLOURS[category]) > 0.001, category
     assert share(image, CATEGORY_COLOURS["cast copies"]) == 0, "there are none"
     assert share(image, PHASE_COLOURS["forward"]) > 0.001
+
+
+def test_a_dark_picture_has_a_dark_page(data, tmp_path):
+    timeline_picture(data, tmp_path / "light.png")
+    timeline_picture(data, tmp_path / "dark.png", dark=True)
+    light, dark = pixels(tmp_path / "light.png"), pixels(tmp_path / "dark.png")
+    assert light.mean() > 150 > 90 > dark.mean()
+    assert share(dark, "#FFFFFF") == 0
+    assert share(dark, DARK_CATEGORY_COLOURS["logits"]) > 0.001
 
 
 def test_svg_is_valid_and_has_no_date(data, tmp_path):
@@ -279,6 +293,7 @@ def test_words_of_a_failure():
     assert "out of memory: asked for 600.00 MiB,\n324.00 MiB free on the device" in text
     assert "logits   500.00 MiB" in text
     assert "does not fit" in text
+    assert "free on the device\nat model.py:186" in text_of(data, outcome="out_of_memory", place="model.py:186")
     assert "824.00 MiB for PyTorch, of 1.00 GiB (100.00 MiB used by others)" in text
     assert "peak, in" in text_of(data, outcome="fits"), "the script caught it"
 

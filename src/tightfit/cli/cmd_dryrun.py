@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
+from tightfit.cli.progress import shown
 from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
 from tightfit.vgpu.records import Findings, Settings
@@ -42,7 +43,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(say("cli.dryrun.bad_picture", file=options.timeline))
     from tightfit.simulation.dry_run import dryrun_script
 
-    found = dryrun_script(options.script, options.arguments, settings_of(options))
+    settings = settings_of(options)
+    names = {"script": options.script, "gpu": options.gpu}
+    with shown(say("cli.progress.playing", **names), bar=False) as progress:
+
+        def tell(steps: int) -> None:
+            progress.stage(say("cli.progress.stepped", **names, steps=steps))
+
+        found = dryrun_script(options.script, options.arguments, settings, on_step=tell)
     _write_pictures(found, options)
     if options.json:
         print(as_json(found))
@@ -68,9 +76,11 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def _write_pictures(found: Findings, options: argparse.Namespace) -> None:
     if options.timeline and found.timeline:
+        from tightfit.report.tensor_texts import place_text
         from tightfit.report.timeline_picture import timeline_picture
 
-        timeline_picture(found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome)
+        place = place_text(found.failure) if found.failure else ""
+        timeline_picture(found.timeline, options.timeline, card=found.gpu.name, outcome=found.outcome, place=place)
     if options.html:
         from tightfit.report.html import findings_report
         from tightfit.report.page import write
@@ -89,4 +99,6 @@ def _show(found: Findings, options: argparse.Namespace) -> None:
         from tightfit.cli.explained import text_for_terminal
         from tightfit.diagnosis.explaining import explain_dryrun
 
-        print(f"\n{text_for_terminal(explain_dryrun(found, options.script, options.arguments, lang=options.lang))}")
+        with shown(say("cli.progress.checking", script=options.script, gpu=found.gpu.name), bar=False):
+            explanation = explain_dryrun(found, options.script, options.arguments, lang=options.lang)
+        print(f"\n{text_for_terminal(explanation)}")

@@ -8,6 +8,7 @@ from typing import IO
 
 from tightfit.cli.exits import OK, as_json
 from tightfit.cli.parser import Parser
+from tightfit.cli.progress import shown
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
 from tightfit.wording import chosen_language, say
@@ -57,18 +58,22 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         from tightfit.report.page import check_folder
 
         check_folder(options.html)
-    from tightfit.diagnosis.explaining import explain
+    source = _source(logs, optional=bool(options.script))
+    with shown(say("cli.progress.explaining"), bar=not options.script) as progress:
+        from tightfit.diagnosis.explaining import explain
 
-    found = explain(
-        _source(logs, optional=bool(options.script)),
-        config=config,
-        lang=options.lang,
-        gpu=options.gpu,
-        script=options.script,
-        arguments=script_arguments,
-        config_names=[*configs, *keys],
-        foreign=foreign,
-    )
+        found = explain(
+            source,
+            config=config,
+            lang=options.lang,
+            gpu=options.gpu,
+            script=options.script,
+            arguments=script_arguments,
+            config_names=[*configs, *keys],
+            foreign=foreign,
+            log=progress.stage,
+            progress=progress.count,
+        )
     if options.html:
         from tightfit.report.html import explanation_report
         from tightfit.report.page import write

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
+from tightfit.cli.progress import Progress, shown
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.config.sizes import parse_bytes
 from tightfit.wording import say
@@ -41,47 +42,48 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     resolved = read_config(TrainConfig, rest, warn=lambda line: print(line, file=sys.stderr))
     if options.html:
         check_folder(options.html)
-    page, record, code = _survey(resolved, options) if options.all_gpus else _plan(resolved, options)
+    with shown(say("cli.progress.planning")) as progress:
+        answer = _survey if options.all_gpus else _plan
+        page, record, code = answer(resolved, options, progress)
     if options.html:
         write(render(page, lang=options.lang), options.html)
     print(as_json(record) if options.json else page_text(page))
     return code
 
 
-def _survey(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple["Page", object, int]:
+def _survey(
+    resolved: Resolved[TrainConfig], options: argparse.Namespace, progress: Progress
+) -> tuple["Page", object, int]:
     from tightfit.planner.survey import every_card
     from tightfit.report.plan_page import cards_page
     from tightfit.wording.report import words
 
-    rows = every_card(resolved, log=_progress)
+    rows = every_card(resolved, log=progress.stage, progress=progress.count)
     return cards_page(rows, words(options.lang)), rows, OK
 
 
-def _plan(resolved: Resolved[TrainConfig], options: argparse.Namespace) -> tuple["Page", object, int]:
+def _plan(
+    resolved: Resolved[TrainConfig], options: argparse.Namespace, progress: Progress
+) -> tuple["Page", object, int]:
     from tightfit.planner.plan_record import plan_record
     from tightfit.planner.planning import make_plan
     from tightfit.report.plan_page import plan_page
     from tightfit.wording.report import words
 
-    result = make_plan(resolved, _where(resolved.config, options), log=_progress)
+    where = _where(resolved.config, options, progress)
+    result = make_plan(resolved, where, log=progress.stage, progress=progress.count)
     code = OK if result.choice.best else FAILED
     return plan_page(result, words(options.lang)), plan_record(result), code
 
 
-def _where(config: TrainConfig, options: argparse.Namespace) -> "Where":
-    from tightfit.planner.planning import card_here, named_card, this_host
+def _where(config: TrainConfig, options: argparse.Namespace, progress: Progress) -> "Where":
+    from tightfit.planner.planning import where_to_plan
 
-    memory = parse_bytes(options.memory) if options.memory else None
-    if options.gpu:
-        return named_card(
-            options.gpu,
-            memory_bytes=memory,
-            used_by_others_bytes=parse_bytes(options.used),
-            capability=capability(options.capability),
-        )
-    return (None if config.device == "cpu" else card_here(limit_bytes=memory)) or this_host(memory)
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr)
+    return where_to_plan(
+        config,
+        options.gpu,
+        memory_bytes=parse_bytes(options.memory) if options.memory else None,
+        used_bytes=parse_bytes(options.used),
+        capability=capability(options.capability),
+        log=progress.stage,
+    )

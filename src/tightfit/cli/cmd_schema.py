@@ -12,6 +12,7 @@ from tightfit.cli.parser import Parser
 from tightfit.wording import say
 
 RECORDS = {
+    "cache": ("tightfit.simulation.cache", "CacheState"),
     "doctor": ("tightfit.system.doctor", "Diagnosis"),
     "dryrun": ("tightfit.vgpu.records", "Findings"),
     "explain": ("tightfit.diagnosis.explanation", "ExplanationJson"),

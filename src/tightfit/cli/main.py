@@ -1,10 +1,12 @@
 """`tightfit COMMAND ...`: find the command, run it, and turn its errors into one sentence and an exit code."""
 
+import contextlib
 import difflib
 import importlib
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from tightfit.cli.exits import FAILED, INTERRUPTED, OK, OUR_ERROR
@@ -26,6 +28,7 @@ def commands() -> dict[str, str]:
         "report": say("cli.command.report"),
         "explain": say("cli.command.explain"),
         "convert": say("cli.command.convert"),
+        "cache": say("cli.command.cache"),
         "schema": say("cli.command.schema"),
         "completion": say("cli.command.completion"),
     }
@@ -71,14 +74,37 @@ def _run(words: list[str]) -> int:
         print(f"tightfit {version('tightfit')}")
         return OK
     name, *rest = words
-    command = command_module(name)
-    parser = command.parser()
-    if name in _EXPLAINS_KEYS and any(word in ("-h", "--help") for word in rest):
-        parser.epilog = f"{parser.epilog}\n\n{say('cli.main.keys')}\n{keys_help(parser.takes_keys)}"
-    options, others = parser.read(rest)
-    options.lang = speak(options.lang or leading or users)
-    code: int = command.run(options, others)
+    with _missing_package_named(name):
+        command = command_module(name)
+        parser = command.parser()
+        if name in _EXPLAINS_KEYS and any(word in ("-h", "--help") for word in rest):
+            parser.epilog = f"{parser.epilog}\n\n{say('cli.main.keys')}\n{keys_help(parser.takes_keys)}"
+        options, others = parser.read(rest)
+        options.lang = speak(options.lang or leading or users)
+        code: int = command.run(options, others)
     return code
+
+
+_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
+"""Distributions of packages that are imported under another name."""
+
+
+@contextlib.contextmanager
+def _missing_package_named(command: str) -> Iterator[None]:
+    """Name a package that tightfit depends on and that is not installed, and the command that installs all of those."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from importlib.metadata import distributions, requires
+
+        module = (error.name or "").partition(".")[0]
+        package = _DISTRIBUTIONS.get(module, module)
+        needed = {re.split(r"[^\w.-]", each)[0]: each for each in requires("tightfit") or () if ";" not in each}
+        if package not in needed:
+            raise
+        missing = [f"'{each}'" for name, each in needed.items() if name == package or not any(distributions(name=name))]
+        message = say("cli.main.missing", command=command, package=package, missing=" ".join(missing))
+        raise TightfitError(message) from None
 
 
 _EXPLAINS_KEYS = ("train", "sample")

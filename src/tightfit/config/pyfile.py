@@ -89,8 +89,14 @@ class PyFile:
 
 
 def read_pyfile(path: str, known: Mapping[str, Value]) -> PyFile:
-    """Read the keys of `known` that the file assigns; its expressions may use a key before it is set."""
-    source = _read_text(path)
+    """Read the keys of `known` that the file assigns; its expressions may use a key before it is set.
+
+    Where there is no `configs/NAME.py`, the one that comes with tightfit is read, and a warning names it.
+    """
+    notes = []
+    source = _read_text(own := _own_file(path) or path)
+    if own != path:
+        notes.append(say("config.pyfile.own", path=path, own=own))
     tree = _parse(path, source)
     evaluator = _Evaluator(path, source, known)
     try:
@@ -99,7 +105,7 @@ def read_pyfile(path: str, known: Mapping[str, Value]) -> PyFile:
         raise ConfigError(say("config.pyfile.too_deep", path=path)) from None
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
-    values, notes = {}, []
+    values = {}
     for name, assigned in evaluator.assigned.items():
         if name in known:
             values[name] = assigned
@@ -115,6 +121,20 @@ def _unknown(where: str, name: str, keys: list[str]) -> str:
     near = difflib.get_close_matches(name, keys, n=1)
     hint = say("config.pyfile.nearest_key", near=near[0]) if near else ""
     return say("config.pyfile.ignored", where=where, name=name, hint=hint)
+
+
+def _own_file(path: str) -> str | None:
+    """Return the file to read in place of a missing `configs/NAME.py`; None where tightfit has none of that name."""
+    wanted = Path(path)
+    if wanted.parts != ("configs", wanted.name) or wanted.suffix != ".py" or wanted.exists():
+        return None
+    return next((str(file) for file in own_configs() if file.name == wanted.name), None)
+
+
+def own_configs() -> list[Path]:
+    """List the configurations that come with tightfit: in the installed package, else in the checkout."""
+    package = Path(__file__).parents[1]
+    return next(filter(None, (sorted((root / "configs").glob("*.py")) for root in (package, package.parents[1]))), [])
 
 
 def _read_text(path: str) -> str:
@@ -138,7 +158,8 @@ def _read_text(path: str) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    found = {file.name: file for folder in (Path("configs"), path.parent) for file in folder.glob("*.py")}
+    found = {file.name: Path("configs", file.name) for file in own_configs()}
+    found |= {file.name: file for folder in (Path("configs"), path.parent) for file in folder.glob("*.py")}
     near = difflib.get_close_matches(path.name, sorted(found), n=1)
     return say("config.pyfile.did_you_mean", near=found[near[0]]) if near else say("config.pyfile.give_file")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from tightfit.diagnosis import kinds
+from tightfit.diagnosis import kind_sentences
 from tightfit.diagnosis.cause_records import (
     SIMULATED,
     CategoryBytes,
@@ -61,7 +61,7 @@ def causes_of(
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        return (OtherKind(code=f"kind_{facts.kind}", label=kinds.label_of(facts), pid=facts.pid),)
+        return (OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid),)
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):
         found.append(play_fits(base))

@@ -1,10 +1,11 @@
 """From a log, and a configuration or a script where there is one, to the explanation of its failure."""
 
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, TypeGuard
 
 from msgspec.structs import replace
 
@@ -17,7 +18,7 @@ from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
-from tightfit.diagnosis.kinds import fixes_of
+from tightfit.diagnosis.kind_sentences import fixes_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
@@ -29,9 +30,14 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
+from tightfit.vgpu.card_arguments import check_name
 from tightfit.vgpu.records import Findings
-from tightfit.wording import say
-from tightfit.wording.diagnosis import words
+from tightfit.wording import chosen_language, say
+
+_MAY_BE_PATH = re.compile(r"[^\n\0]{1,1024}")
+_LOG_NAME = re.compile(r"\S+\.(log|txt|out|err|pickle)")
+if TYPE_CHECKING:
+    from tightfit.simulation.client import Progress
 
 _SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
 """Keys of which a log of nanoGPT must print at least one for its run to be played."""
@@ -40,26 +46,33 @@ _NANOGPTS_OWN = _SHAPING - {"batch_size", "vocab_size", "compile"}
 
 
 def explain(
-    source: str | bytes | os.PathLike[str] | IO[bytes] | None,
+    source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None,
     *,
     config: TrainConfig | None = None,
-    lang: str = "en",
+    lang: str | None = None,
     gpu: str | None = None,
     script: str | None = None,
     arguments: Sequence[str] = (),
     config_names: Sequence[str] = (),
     workers: int = 2,
+    log: Callable[[str], object] = lambda text: None,
+    progress: "Progress | None" = None,
     foreign: Foreign | None = None,
 ) -> Explanation:
-    """Explain a failure: a log's text, its path (a Path, not a string), an open file, or a `.pickle` memory snapshot.
+    """Explain a failure from a log's text, its path, an open file, or the path of a `.pickle` memory snapshot.
 
     With `config`, or keys that the log prints, the run is played on a virtual card of the log's size, and so is every
     remedy; with `script` and its `arguments` that script is. `gpu` names the card. `foreign` is a configuration of
-    another program, whose values count like those that the log prints. Raises TightfitError for a file,
-    card or script that cannot be used; a log in which nothing failed is an answer.
+    another program, whose values count like those that the log prints. Raises TightfitError for a file, card or
+    script that cannot be used; a log in which nothing failed is an answer. `log` gets a line when plays begin,
+    `progress` hears of those done.
     """
     started = time.monotonic()
-    words(lang)  # an unknown language is refused before anything is played
+    lang = chosen_language(lang)  # an unknown one is refused before anything is played
+    if not _is_log(source) and (source is not None or script is None):
+        raise ConfigError(say("explain.explaining.no_source", value=source))
+    if gpu is not None:
+        check_name(gpu)
     if script is not None and config is not None:
         raise ConfigError(say("explain.explaining.two_runs"))
     reading = _read(source)
@@ -67,14 +80,14 @@ def explain(
         reading = replace(reading, run=with_foreign(reading.run, foreign))
     facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang, foreign=foreign)
     if script is not None:
-        found = _with_script(plain, gpu, script, arguments)
+        found = _with_script(plain, gpu, script, arguments, log, progress)
     elif facts is None:
         found = plain
     elif not is_of_device(facts):
         causes = causes_of(facts, reading.context)
         found = replace(plain, causes=causes, remedies=fixes_of(facts))
     else:
-        found = _of_device(plain, facts, config, gpu, workers)
+        found = _of_device(plain, facts, config, gpu, workers, log, progress)
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
 
 
@@ -90,10 +103,10 @@ def explain_dryrun(findings: Findings, script: str, arguments: Sequence[str] = (
     return replace(found, seconds=time.monotonic() - started)
 
 
-def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReading:
+def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None) -> LogReading:
     if source is None:
         return LogReading(failure=None, kind_of_nothing="empty")
-    if not isinstance(source, os.PathLike):
+    if not isinstance(source, os.PathLike) and not _names_file(source):
         return _text_only(read_log(source))
     path = Path(source)
     try:
@@ -107,6 +120,17 @@ def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | None) -> LogReadi
         raise ConfigError(say("explain.explaining.unreadable", path=path, reason=reason)) from None
 
 
+def _is_log(source: object) -> bool:
+    return isinstance(source, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(source, "read")
+
+
+def _names_file(source: str | bytes | IO[bytes] | IO[str]) -> TypeGuard[str]:
+    """Return True for a text that is one line and names a file, or looks as if it should."""
+    if not isinstance(source, str) or not _MAY_BE_PATH.fullmatch(source):
+        return False
+    return bool(_LOG_NAME.fullmatch(source)) or os.path.isfile(source)
+
+
 def _text_only(reading: LogReading, path: Path | None = None) -> LogReading:
     if reading.kind_of_nothing != "binary":
         return reading
@@ -116,7 +140,13 @@ def _text_only(reading: LogReading, path: Path | None = None) -> LogReading:
 
 
 def _of_device(
-    plain: Explanation, facts: Facts, config: TrainConfig | None, gpu: str | None, workers: int
+    plain: Explanation,
+    facts: Facts,
+    config: TrainConfig | None,
+    gpu: str | None,
+    workers: int,
+    log: Callable[[str], object],
+    progress: "Progress | None",
 ) -> Explanation:
     """Explain memory that ran out on a device: by plays if the configuration and the card are known."""
     printed, evidence = plain.reading.context, evidence_of(facts, plain.reading.run)
@@ -126,7 +156,8 @@ def _of_device(
     card = card_of(facts, printed, gpu)
     if config is None or card is None:
         return _unplayed(plain, facts, card, "config" if config is None else "card", evidence)
-    with Stage(card, workers=workers) as stage:
+    log(say("explain.explaining.playing", gpu=card.name))
+    with Stage(card, workers=workers, progress=progress) as stage:
         plays = Plays(facts, card, variant_of(config, card))
         plays.play(stage)
     culprit = culprit_of_play(facts, plays.base) or culprit_of_evidence(facts, evidence)
@@ -180,14 +211,23 @@ def _printed_config(printed: Printed, evidence: Evidence) -> TrainConfig | None:
         return None
 
 
-def _with_script(plain: Explanation, gpu: str | None, script: str, arguments: Sequence[str]) -> Explanation:
+def _with_script(
+    plain: Explanation,
+    gpu: str | None,
+    script: str,
+    arguments: Sequence[str],
+    log: Callable[[str], object],
+    progress: "Progress | None",
+) -> Explanation:
     """Explain by playing the user's own script on the card of the log, or on `gpu`."""
     card = card_of(plain.facts or Facts(kind="cuda_out_of_memory"), plain.reading.context, gpu)
     if card is None:
         raise ConfigError(say("explain.explaining.no_card"))
-    own = OwnScript(card, script, arguments)
+    own = OwnScript(card, script, arguments, progress=progress)
+    log(say("explain.explaining.playing_script", script=script, gpu=card.name))
     outcome = own.play(own.arguments)
     if plain.facts is None and outcome.failure is not None:
         reading = read_failure(outcome)
         plain = replace(plain, facts=reading.failure, reading=reading)
+    log(say("explain.explaining.checking", script=script, gpu=card.name))
     return own.explained(plain, outcome)

@@ -8,13 +8,14 @@ from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.foreign_config import Foreign
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import FITS, Remedy
+from tightfit.display import Displayed
 from tightfit.oomlog.facts import Facts, OtherProcess
 from tightfit.oomlog.log_reader import LogReading
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.wording.diagnosis import words
 
 
-class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     """The failure, its tensor, its causes and its remedies."""
 
     facts: Facts | None

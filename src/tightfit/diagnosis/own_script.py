@@ -34,7 +34,7 @@ from tightfit.vgpu.records import Settings
 from tightfit.wording import say
 
 if TYPE_CHECKING:
-    from tightfit.simulation.client import Simulator
+    from tightfit.simulation.client import Progress, Simulator
 
 _UNCHANGED = ("close_others", "expandable_segments")
 """Remedies that leave the script as it is."""
@@ -53,7 +53,10 @@ def read_failure(outcome: Outcome) -> LogReading:
 class OwnScript:
     """A script with its arguments on one card."""
 
-    def __init__(self, card: Card, script: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, card: Card, script: str, arguments: Sequence[str], *, progress: "Progress | None" = None
+    ) -> None:
+        self._progress = progress
         self.card, self.script, self.arguments = card, script, list(arguments)
         self._simulator: Simulator | None = None
 
@@ -90,7 +93,7 @@ class OwnScript:
         culprit = culprit_of_play(facts, outcome, of_script=True)
         from tightfit.simulation.client import Simulator
 
-        with Simulator(workers=1) as self._simulator:
+        with Simulator(workers=1, progress=self._progress) as self._simulator:
             remedies = list(self._remedies(_general(facts, plain.reading.run), outcome))
         self._simulator = None
         return replace(
@@ -153,8 +156,12 @@ def _general(facts: Facts, run: RunFacts) -> list[Remedy]:
 
 
 def _argument(arguments: Sequence[str], name: re.Pattern[str]) -> tuple[str, int] | None:
-    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`."""
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`.
+
+    >>> _argument(["--bs", "8"], _BATCH), _argument(["--batch_size=8"], _BATCH), _argument([], _BATCH)
+    (('--bs', 8), ('--batch_size', 8), None)
+    """
+    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value = value if equals else after
         if name.fullmatch(option) and value.isdecimal() and (int(value) > 1 or name is _ACCUMULATION):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict, replace
 
-from tightfit.diagnosis import kinds
+from tightfit.diagnosis import kind_sentences
 from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
@@ -36,7 +36,7 @@ class Sentences:
     def cause(self, cause: Cause) -> str:
         table = cause.code.partition("_")[0]
         if table == "kind" and self._facts is not None:
-            return kinds.said("cause", self._facts, self._words)
+            return kind_sentences.said("cause", self._facts, self._words)
         return self._words("causes", cause.code, **asdict(cause))
 
     def told(self, cause: Cause) -> Cause:
@@ -46,7 +46,7 @@ class Sentences:
     def title(self, remedy: Remedy) -> str:
         table = remedy.code.partition("_")[0]
         if table == "kind" and self._facts is not None:
-            return kinds.fix_said(remedy.code, self._facts, self._words)
+            return kind_sentences.fix_said(remedy.code, self._facts, self._words)
         return self._words("remedies", remedy.code, **asdict(remedy.change))
 
     def reason(self, remedy: Remedy) -> str:
@@ -75,14 +75,14 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
             yield f"    {frame.source}"
     elif culprit is not None and culprit.source:
         yield f"    {culprit.source}"
-    yield from kinds.follows_lines(explanation.reading, words)
+    yield from kind_sentences.follows_lines(explanation.reading, words)
     if count := explanation.reading.others_count:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
 
 
 def _problem(facts: Facts, words: Words) -> str:
     if not is_of_device(facts):
-        return kinds.said("problem", facts, words)
+        return kind_sentences.said("problem", facts, words)
     requested, free, total = facts.requested_bytes, facts.free_bytes, facts.total_bytes
     if requested is None:
         cut = "class_without_message" in facts.notes
@@ -159,7 +159,11 @@ def expected_lines(explanation: "Explanation", said: Sentences, words: Words) ->
     if best is None:
         facts = explanation.facts
         other = facts is not None and not is_of_device(facts)
-        yield kinds.expected_said(facts, words) if other and facts else words("expected", _without_fix(explanation))
+        yield (
+            kind_sentences.expected_said(facts, words)
+            if other and facts
+            else words("expected", _without_fix(explanation))
+        )
         return
     yield words("expected", "fits", title=said.title(best), device=best.device_bytes, room=best.figures.room_bytes)
     if isinstance(best.change, SplitBatch):

@@ -101,7 +101,7 @@ class _Record(Struct):
         return self.progress >= _SURVIVED
 
 
-def read_log(source: str | bytes | IO[bytes]) -> LogReading:
+def read_log(source: str | bytes | IO[bytes] | IO[str]) -> LogReading:
     """Read a log, or a pasted message with anything around it; never raises, whatever the text is."""
     scan = _Scan()
     before, current = "", ""

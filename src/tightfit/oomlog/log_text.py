@@ -30,7 +30,7 @@ _WIDE = str.maketrans("（）；：，．＝\xa0\u3000│┃║", "();:,.=     "
 _ESCAPED = re.compile(r"\\n(?:  |Traceback|[A-Za-z_.]{1,60}Error|\\n|\[rank)|Error: .{0,400}?\\n")
 
 
-def pieces(source: str | bytes | IO[bytes]) -> Iterator[str]:
+def pieces(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
     """Yield the text in pieces that end with a line, or are PIECE long; memory never holds more than a few.
 
     The last piece is no smaller than the others, so that it holds the end of a log with the lines before it.
@@ -54,7 +54,7 @@ def pieces(source: str | bytes | IO[bytes]) -> Iterator[str]:
         yield waiting + rest
 
 
-def _decoded(source: str | bytes | IO[bytes]) -> Iterator[str]:
+def _decoded(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
     if isinstance(source, str):
         for start in range(0, len(source), PIECE):
             yield source[start : start + PIECE]
@@ -68,7 +68,7 @@ def _decoded(source: str | bytes | IO[bytes]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def _raw(source: bytes | IO[bytes]) -> Iterator[bytes]:
+def _raw(source: bytes | IO[bytes] | IO[str]) -> Iterator[bytes]:
     if isinstance(source, bytes | bytearray | memoryview):
         for start in range(0, len(source), PIECE):
             yield bytes(source[start : start + PIECE])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
+from tightfit.display import Displayed
 from tightfit.errors import DeviceError, TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
@@ -17,12 +18,13 @@ from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, reliefs
 from tightfit.planner.predict import Predictor, Target
 from tightfit.planner.search import Choice, Task, choose
 from tightfit.simulation.cache import recall, remember
-from tightfit.simulation.client import Simulator, run_once
+from tightfit.simulation.client import Progress, Simulator, run_once
 from tightfit.simulation.requests import Failed, HostRates, HostRequest
 from tightfit.simulation.speed import rates_of
 from tightfit.system import gpu_memory, host_memory, spills_to_host
 from tightfit.system.cpuinfo import processor_name
 from tightfit.system.nvml import GpuMemory
+from tightfit.vgpu.card_arguments import check_bytes, described_gpu
 from tightfit.wording import say
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
@@ -49,8 +51,8 @@ class Where:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PlanResult(Displayed):
     """Plan for one device, with the choice behind it."""
 
     config: TrainConfig
@@ -70,10 +72,11 @@ def make_plan(
     *,
     processes: int = 1,
     log: Callable[[str], object] = lambda text: None,
+    progress: Progress | None = None,
 ) -> PlanResult:
     """Return the fastest plan that fits `where`, for one of `processes` that share the effective batch.
 
-    Nothing runs on the device. DeviceError where the virtual one does not work.
+    `progress` hears of the traces done. Nothing runs on the device. DeviceError where the virtual one does not work.
     """
     started = time.perf_counter()
     config = with_shape(resolved.config)
@@ -82,7 +85,7 @@ def make_plan(
     target = Target(gpu=where.gpu, known=where.known, share=share, environ=environ, host=host)
     on = replace(config, device="cpu" if on_host else "cuda")
     asked = Resolved(on, resolved.sources, resolved.warnings)
-    with Simulator() as simulator:
+    with Simulator(progress=progress) as simulator:
         task = Task(
             resolved=asked,
             predictor=Predictor(on, target, simulator),
@@ -131,8 +134,26 @@ def named_card(
     capability: tuple[int, int] | None = None,
 ) -> Where:
     """Return a card by its name, as if it were here. DeviceError for an unknown one."""
-    gpu, notes = resolve_gpu(text, memory_bytes=memory_bytes, capability=capability)
+    gpu, notes = described_gpu(text, memory_bytes=memory_bytes, used_bytes=used_by_others_bytes, capability=capability)
     return _on_card(gpu, notes, memory_bytes, used_by_others_bytes, is_here=False)
+
+
+def where_to_plan(
+    config: TrainConfig,
+    gpu: str | None,
+    *,
+    memory_bytes: int | None = None,
+    used_bytes: int = 0,
+    capability: tuple[int, int] | None = None,
+    log: Callable[[str], object] = lambda text: None,
+) -> Where:
+    """Return the card that `gpu` names; without a name the one that is here, or else the processor."""
+    if gpu is not None:
+        return named_card(gpu, memory_bytes=memory_bytes, used_by_others_bytes=used_bytes, capability=capability)
+    check_bytes("memory_bytes", memory_bytes)
+    check_bytes("used_bytes", used_bytes)
+    here = None if config.device == "cpu" else card_here(limit_bytes=memory_bytes)
+    return here or this_host(memory_bytes, log=log)
 
 
 def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None:
@@ -175,8 +196,9 @@ def _on_card(gpu: GPU, notes: Iterable[str], total: int | None, used_by_others: 
     )
 
 
-def this_host(memory_bytes: int | None = None) -> Where:
+def this_host(memory_bytes: int | None = None, *, log: Callable[[str], object] = lambda text: None) -> Where:
     """Return this machine's processor, with `memory_bytes` or the tightest limit of a process started here."""
+    log(say("planner.planning.measuring"))
     host, base = host_memory(), measured_host().base_bytes
     resident = base["resident"]
     own = host.used_by_this_process_bytes

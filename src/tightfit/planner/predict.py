@@ -10,7 +10,7 @@ from tightfit.config import TrainConfig
 from tightfit.errors import DeviceError
 from tightfit.gpus import GPU
 from tightfit.planner.candidates import Plan
-from tightfit.simulation.client import Progress, Simulator
+from tightfit.simulation.client import Simulator
 from tightfit.simulation.requests import Failed, HostRates, StepRequest, StepTrace
 from tightfit.simulation.speed import Rates, Work, host_rates, rates_of
 from tightfit.wording import say
@@ -88,14 +88,12 @@ class Predictor:
         """Load the compiler while plans that need none are traced."""
         self._simulator.will_compile = expected
 
-    def predict(
-        self, plans: Sequence[Plan], *, whole: bool = True, progress: Progress | None = None
-    ) -> list[Prediction]:
+    def predict(self, plans: Sequence[Plan], *, whole: bool = True) -> list[Prediction]:
         """Predict `plans`, in their order: all phases of a run, or the steps alone.
 
         DeviceError where the virtual device does not work.
         """
-        traces = self._simulator.play([self._request(plan, whole) for plan in plans], progress=progress)
+        traces = self._simulator.play([self._request(plan, whole) for plan in plans])
         return [self._prediction(plan, trace) for plan, trace in zip(plans, traces, strict=True)]
 
     def _prediction(self, plan: Plan, trace: StepTrace | Failed) -> Prediction:

@@ -11,7 +11,7 @@ from tightfit.planner.lines import Line, compiled_line, line_through
 from tightfit.planner.planning import ALLOCATOR, EXPANDABLE, can_compile, with_shape
 from tightfit.planner.predict import Prediction, Predictor, Target
 from tightfit.planner.search import SMALL_BATCH
-from tightfit.simulation.client import Simulator
+from tightfit.simulation.client import Progress, Simulator
 from tightfit.simulation.speed import rates_of
 from tightfit.wording import say
 
@@ -41,14 +41,19 @@ class CardRow:
     tokens_per_s: float | None
 
 
-def every_card(resolved: Resolved[TrainConfig], *, log: Callable[[str], object] = lambda text: None) -> list[CardRow]:
+def every_card(
+    resolved: Resolved[TrainConfig],
+    *,
+    log: Callable[[str], object] = lambda text: None,
+    progress: Progress | None = None,
+) -> list[CardRow]:
     """Return a row for every card of the table, the smallest first."""
     config = replace(with_shape(resolved.config), device="cuda")
     by_capability: dict[tuple[int, int], list[GPU]] = {}
     for gpu in all_gpus():
         by_capability.setdefault(gpu.capability, []).append(gpu)
     rows, compiled = [], dict[bool, tuple[Prediction, Prediction]]()
-    with Simulator() as simulator:
+    with Simulator(progress=progress) as simulator:
         simulator.will_compile = config.compile is not False
         for number, (capability, cards) in enumerate(sorted(by_capability.items()), 1):
             dotted = "{}.{}".format(*capability)

@@ -18,14 +18,15 @@ def dryrun_page(found: Findings, t: Words) -> Page:
     sections += [_phases(found, t), _remarks(found, t), _never_modelled(found, t)]
     return Page(
         title=t("dryrun", "title", gpu=found.gpu.name),
-        verdict=_verdict(found, t),
+        verdict=verdict_of(found, t),
         is_bad=found.outcome != "fits",
         facts=_facts(found, t),
         sections=[section for section in sections if section is not None],
     )
 
 
-def _verdict(found: Findings, t: Words) -> str:
+def verdict_of(found: Findings, t: Words) -> str:
+    """Return the outcome with the card, and what is left of it."""
     gpu, as_played = found.gpu, found.outcome == "fits" and found.not_played
     return t(
         "outcome",

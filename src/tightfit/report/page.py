@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -21,22 +22,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tightfit.errors import DataError, DoesNotFit
-from tightfit.report.sections import Page
-from tightfit.report.timeline_picture import CATEGORY_COLOURS, PHASE_COLOURS
+from tightfit.report.sections import Page, Section
+from tightfit.report.timeline_picture import CATEGORY_COLOURS, DARK_CATEGORY_COLOURS, PHASE_COLOURS
 from tightfit.storage import write_aside
 from tightfit.wording import say
 from tightfit.wording.report import words
 
 _CHARTS = "uplot-1.6.32"
-_DARK = {
-    "parameters": "#7B74D6",
-    "logits": "#D0598F",
-    "inputs": "#4FA866",
-    "workspace": "#C277BF",
-    "activations": "#C9BA66",
-    "other": "#8A8A8A",
-}
-"""Where a category's colour is too dark, or too bright, on a dark page."""
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 """Characters that would mean something to HTML, or end a line of JavaScript; in JSON they only occur in strings."""
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -51,7 +43,6 @@ def render(page: Page, *, lang: str) -> str:
     if any(each.code or each.advice for each in page.sections):
         scripts.append(_asset("templates/copy.js"))
     licence = _asset(f"vendor/{_CHARTS}/LICENSE")
-    dark = {**CATEGORY_COLOURS, **_DARK}
     html = _environment().get_template("page.html").render(
         page=page,
         lang=lang,
@@ -65,10 +56,35 @@ def render(page: Page, *, lang: str) -> str:
         licence=licence,
         styles=Markup(_asset(f"vendor/{_CHARTS}/uPlot.min.css") + _asset("templates/page.css")),
         light_colours={_slug(name): colour for name, colour in CATEGORY_COLOURS.items()},
-        dark_colours={_slug(name): colour for name, colour in dark.items()},
+        dark_colours={_slug(name): colour for name, colour in DARK_CATEGORY_COLOURS.items()},
         phase_colours={_slug(name): colour for name, colour in PHASE_COLOURS.items()},
     )  # fmt: skip
-    return html.encode("utf-8", "replace").decode()  # a lone surrogate, as in a file name that is not UTF-8
+    return _encodable(html)
+
+
+def fragment(page: Page, sections: Sequence[Section], *, unfolded: Collection[str], lang: str) -> str:
+    """Return these sections of a page for a notebook.
+
+    Notebooks remove scripts and style sheets and have a theme of their own, so all style is inline, text takes the
+    theme's colours, and bars stand on a light strip. JupyterLab's sanitizer lets every tag and property here pass.
+    """
+    template = _environment().get_template("notebook.html")
+    return _encodable(
+        template.render(page=page, sections=sections, unfolded=unfolded, lang=lang, colours=_light_colours())
+    )
+
+
+def _encodable(html: str) -> str:
+    """Replace a lone surrogate, as in a file name that is not UTF-8."""
+    return html.encode("utf-8", "replace").decode()
+
+
+@cache
+def _light_colours() -> dict[str, str]:
+    """Return the style sheet's colours for light pages, by custom property."""
+    root = _asset("templates/page.css").partition("}")[0]
+    named = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6});", root))
+    return named | {f"--c-{_slug(name)}": colour for name, colour in CATEGORY_COLOURS.items()}
 
 
 def write(html: str, path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,7 @@
 """A tensor, its place and its line of source, as short text."""
 
 import linecache
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -30,8 +31,18 @@ def source_line(each: Place) -> str:
 @cache
 def _short_path(file: str) -> str:
     """Shorten a path to the part that tells files apart: a page may be sent to others."""
+    if cell := _cell(file):
+        return cell
     path = Path(file)
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(Path(*path.parts[-3:]))
+
+
+def _cell(file: str) -> str:
+    """Return a notebook's cell, `Cell In[3]`, for the file name that IPython gives it; empty for any other file."""
+    if (ipython := sys.modules.get("IPython")) is None or (shell := ipython.get_ipython()) is None:
+        return ""
+    named = getattr(shell.compile, "format_code_name", None)  # IPython 7 has none
+    return " ".join(named(file) or ()) if named else ""

@@ -8,20 +8,39 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
+from tightfit.errors import DataError
 from tightfit.simulation.requests import A, Request, decode_answer
 from tightfit.storage import cache_folder, locked, write_aside
+from tightfit.wording import say
 
 _MOST_BYTES = 256 * 2**20
 """Bytes that all answers together may take; the oldest go first. One takes 5 to 60 KiB."""
 _LOOKS_ONE_IN = 32
 """Writes for each look at the folder's size."""
+_OWN_NAME = re.compile(r"[0-9a-f]{32}\.json|\.[0-9a-f]{32}\.json\.\d+\.\d+\.writing")
+"""Names of answers, and of parts that a killed process left."""
+
+
+class CacheState(msgspec.Struct, frozen=True, kw_only=True):
+    """The cache on disk, as `tightfit cache --json` prints it."""
+
+    folder: str | None
+    """Folder of the answers; None where this user has no home, so that nothing is kept."""
+    files: int
+    """Files of answers, and of parts that a killed process left."""
+    bytes: int
+    most_bytes: int
+    """Size above which the answers used longest ago are deleted."""
+    removed_files: int = 0
+    """Files that `tightfit cache clear` deleted."""
+    freed_bytes: int = 0
 
 
 def recall(request: Request[A]) -> A | None:
@@ -62,12 +81,50 @@ def prune(folder: Path, most_bytes: int = _MOST_BYTES) -> None:
             total -= stat.st_size
 
 
-def _file(request: Request[msgspec.Struct]) -> Path | None:
+def read_cache() -> CacheState:
+    """Count the answers on disk. DataError for a folder that cannot be read."""
+    sizes, folder = [size for _, size in _own_files()], _answers_folder()
+    where = str(folder) if folder else None
+    return CacheState(folder=where, files=len(sizes), bytes=sum(sizes), most_bytes=_MOST_BYTES)
+
+
+def clear_cache() -> CacheState:
+    """Delete the answers, and no other file; processes that use them play again. DataError for one that stays."""
+    freed = []
+    for file, size in _own_files():
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(say("simulation.cache.not_removed", path=file, reason=error.strerror)) from None
+        freed.append(size)
+    return msgspec.structs.replace(read_cache(), removed_files=len(freed), freed_bytes=sum(freed))
+
+
+def _own_files() -> list[tuple[Path, int]]:
+    folder, found = _answers_folder(), []
+    try:
+        for file in sorted(folder.iterdir()) if folder and folder.is_dir() else ():
+            if _OWN_NAME.fullmatch(file.name):
+                with contextlib.suppress(FileNotFoundError):  # another process pruned it, or finished its part
+                    found.append((file, file.lstat().st_size))
+    except OSError as error:
+        raise DataError(say("simulation.cache.unreadable", path=folder, reason=error.strerror)) from None
+    return found
+
+
+def _answers_folder() -> Path | None:
     folder = cache_folder()
+    return folder and folder / "answers"
+
+
+def _file(request: Request[msgspec.Struct]) -> Path | None:
+    from importlib.metadata import version  # imports email: only for those who play
+
+    folder = _answers_folder()
     if folder is None:
         return None
     key = msgspec.json.encode(request, order="sorted") + version("torch").encode() + _package_hash()
-    return folder / "answers" / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
+    return folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
 
 
 @cache

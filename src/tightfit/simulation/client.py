@@ -1,5 +1,6 @@
 """The service's client: starts the server at the first question, remembers answers, ends everything at once."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -7,12 +8,15 @@ import select
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, cast
 
 import msgspec
+import psutil
 
 from tightfit.errors import DeviceError
 from tightfit.simulation.cache import recall, remember
@@ -34,8 +38,8 @@ Progress = Callable[[int, int], object]
 class Simulator:
     """Answers requests by playing them on the virtual GPU, two or more at a time. To be closed."""
 
-    def __init__(self, *, workers: int | None = None) -> None:
-        self._workers = workers or min(4, os.cpu_count() or 1)
+    def __init__(self, *, workers: int | None = None, progress: Progress | None = None) -> None:
+        self._workers, self._progress = workers or min(4, os.cpu_count() or 1), progress
         self.will_compile = False
         """Load the compiler when the server starts: a play that needs it is expected."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,7 +55,7 @@ class Simulator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and self._process is not None and sys.platform == "linux":
-            self._process.kill()  # Ctrl-C is not to wait for torch to load; the kernel ends the plays with the server
+            _kill(self._process)  # Ctrl-C is not to wait for torch to load
         self.close()
 
     def close(self) -> None:
@@ -65,7 +69,7 @@ class Simulator:
                 self._process.wait()
             self._process = self._connection = None
 
-    def play(self, requests: Sequence[Request[A]], *, progress: Progress | None = None) -> list[A | Failed]:
+    def play(self, requests: Sequence[Request[A]]) -> list[A | Failed]:
         """Return the answer to each request, in their order, or `Failed`. Put the longest first.
 
         DeviceError if the server does not answer for ten minutes.
@@ -76,6 +80,7 @@ class Simulator:
                 answers[number] = found
         missing = [number for number in range(len(requests)) if number not in answers]
         self.played += len(missing)
+        self._report(len(answers), len(requests))
         for reply in self._asked({number: requests[number] for number in missing}):
             request = requests[reply.number]
             if reply.failed is None:
@@ -84,9 +89,12 @@ class Simulator:
                     remember(request, answer)
             else:
                 answers[reply.number] = reply.failed
-            if progress:
-                progress(len(answers), len(requests))
+            self._report(len(answers), len(requests))
         return [answers[number] for number in range(len(requests))]
+
+    def _report(self, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(done, total)
 
     def _asked(self, requests: Mapping[int, Request[A]]) -> Iterator[Reply]:
         """Replies to `requests`, as they come; each request has one."""
@@ -125,9 +133,16 @@ class Simulator:
 
 
 def run_once(
-    request: Request[A], *, timeout_s: float | None = None, environ: Mapping[str, str] | None = None
+    request: Request[A],
+    *,
+    timeout_s: float | None = None,
+    environ: Mapping[str, str] | None = None,
+    on_step: Callable[[int], object] = lambda steps: None,
 ) -> A | Failed:
-    """Answer one request in a process of its own, on this machine's real devices, or return `Failed`."""
+    """Answer one request in a process of its own, on this machine's real devices, or return `Failed`.
+
+    `on_step` hears how many optimizer steps a script has done.
+    """
     process, connection = _start_server("once", environ=dict(os.environ if environ is None else environ))
     deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
     try:
@@ -138,6 +153,9 @@ def run_once(
             ready, _, _ = select.select([connection], [], [], 0.0 if has_ended else _POLL_S)
             data = connection.recv(_CHUNK) if ready else b""
             for reply in frames.feed(data):
+                if reply.steps:
+                    on_step(reply.steps)
+                    continue
                 return reply.failed or decode_answer(request, reply.answer)
             if not data and (ready or has_ended):
                 return Failed(error=say("simulation.client.no_answer", code=process.wait()))
@@ -146,14 +164,39 @@ def run_once(
         return Failed(error=say("simulation.client.no_answer", code=process.wait()))
     finally:
         connection.close()
-        process.kill()
+        _kill(process)
         process.wait()
 
 
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a server with its plays and what their scripts started, which nothing else would end."""
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in started:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+
+
 def _start_server(*mode: str, environ: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", socket.socket]:
-    """Start `python -m tightfit.simulation.server`; it ends when the socket does, or this process."""
+    """Start `python -m tightfit.simulation.server`; it ends when the socket does, or this process.
+
+    ModuleNotFoundError where torch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
     ours, theirs = socket.socketpair()
     words = [sys.executable, "-m", "tightfit.simulation.server", str(theirs.fileno()), *mode]
     with theirs:
+        environ = _with_this_package(environ)
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),))
     return process, ours
+
+
+def _with_this_package(environ: Mapping[str, str]) -> dict[str, str]:
+    """Let the server import this very package where only this process's sys.path has it, as in a notebook's clone."""
+    root = str(Path(__file__).parents[2])
+    if root in map(sysconfig.get_path, ("purelib", "platlib")):
+        return dict(environ)
+    return {**environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))}

@@ -1,35 +1,52 @@
 """Dry runs of scripts and functions, each in a process of its own: its changes to torch never touch this one's."""
 
+import io
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 
 from msgspec.structs import replace
 
 from tightfit.errors import ConfigError, DeviceError, TightfitError
 from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, ScriptRequest, sent
+from tightfit.vgpu.card_arguments import described_gpu
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
 
+_CALL = """\
+import pickle
+with open({path!r}, "rb") as file:
+    function, arguments = pickle.load(file)
+function(*arguments)
+"""
+
 
 def dryrun_script(
-    script: str,
+    script: str | os.PathLike[str],
     arguments: Sequence[str],
     settings: Settings,
     environ: Mapping[str, str] | None = None,
     *,
     simulator: Simulator | None = None,
+    on_step: Callable[[int], object] = lambda steps: None,
 ) -> Findings:
     """Play a script on a virtual GPU, in `environ` instead of this process's environment.
 
-    It runs in a new process, or in a fork of `simulator`'s, which starts at once. Raises this package's errors for an
+    It runs in a new process, or in a fork of `simulator`'s, which starts at once; in a new one `on_step` hears of the
+    optimizer steps done. Raises this package's errors for an
     unknown card or script, DeviceError if the process left no result.
     """
+    if not isinstance(script, str | os.PathLike):
+        raise ConfigError(say("simulation.dry_run.no_program", value=script))
+    script = os.fspath(script)
     if not Path(script).is_file():
         raise ConfigError(say("vgpu.script.no_file", script=script))
+    _refuse_unknown_card(settings)
     environ = {**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""}
     request = ScriptRequest(
         script=sent(script),
@@ -38,22 +55,61 @@ def dryrun_script(
         environ={sent(name): sent(value) for name, value in environ.items()},
         folder=sent(os.getcwd()),
     )
-    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ)
+    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ, on_step=on_step)
     if isinstance(answer, Findings):
         return answer
     raise _error_of(answer)
 
 
-def dryrun_function(function: Callable[[], object], settings: Settings) -> Findings:
-    """Play a function that another process can import. ConfigError for one that it cannot."""
-    place = f"{function.__module__}:{function.__qualname__}"
-    if function.__module__ == "__main__" or "<" in function.__qualname__:
-        raise ConfigError(say("simulation.dry_run.not_importable", place=place))
+def dryrun_function(function: Callable[..., object], arguments: Sequence[object], settings: Settings) -> Findings:
+    """Play a call in a process of its own.
+
+    A function that the process can import goes by its name, any other by its code, as those of a notebook.
+    ConfigError for one that cannot be sent.
+    """
+    _refuse_unknown_card(settings)
+    place = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+    try:
+        call = _pickled((function, tuple(arguments)))
+    except (TypeError, pickle.PicklingError) as error:
+        raise ConfigError(say("simulation.dry_run.not_sent", place=place, reason=error)) from None
     with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
-        script = Path(folder, "call.py")
-        script.write_text(f"import {function.__module__} as module\nmodule.{function.__qualname__}()\n")
+        script, pickled = Path(folder, "call.py"), Path(folder, "call.pickle")
+        pickled.write_bytes(call)
+        script.write_text(_CALL.format(path=str(pickled)), encoding="utf-8")
         paths = os.pathsep.join([*filter(None, sys.path), os.getcwd()])
         return dryrun_script(str(script), [], settings, environ={**os.environ, "PYTHONPATH": paths})
+
+
+def _pickled(call: tuple[object, ...]) -> bytes:
+    """Pickle with code by value, as cloudpickle does, and with the names of its files, by which findings tell lines."""
+    import cloudpickle
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def reducer_override(self, value: object) -> object:
+            if isinstance(value, CodeType):
+                build, parts = self.dispatch_table[CodeType](value)
+                return code_of_file, (build, parts, value.co_filename)
+            return super().reducer_override(value)
+
+    data = io.BytesIO()
+    Pickler(data).dump(call)
+    return data.getvalue()
+
+
+def code_of_file(build: Callable[..., CodeType], parts: Sequence[object], file: str) -> CodeType:
+    """Build a code object as of `file`; pickles name this function."""
+    return build(*parts).replace(co_filename=file)
+
+
+def _refuse_unknown_card(settings: Settings) -> None:
+    """Raise DeviceError or ConfigError before a process is started."""
+    described_gpu(
+        settings.gpu,
+        memory_bytes=settings.memory_bytes,
+        used_bytes=settings.used_bytes,
+        capability=settings.capability,
+    )
 
 
 def _error_of(failed: Failed) -> TightfitError:

@@ -224,6 +224,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     answer: msgspec.Raw = msgspec.Raw(b"null")
     """JSON of the record that answers; null if the play failed."""
     failed: Failed | None = None
+    steps: int = 0
+    """Above 0 in a message before the outcome: optimizer steps played so far."""
 
 
 _ANSWERS: dict[type, type[msgspec.Struct]] = {

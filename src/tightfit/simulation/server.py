@@ -17,7 +17,8 @@ import socket
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import msgspec
 
@@ -97,8 +98,13 @@ def _serve_once(connection: socket.socket) -> None:
             if isinstance(ask.request, ScriptRequest):
                 _load(("tightfit.vgpu.script",))
                 gc.freeze()
-            send(connection, _reply(ask))
+            send(connection, _reply(ask, partial(_tell_steps, connection)))
             return
+
+
+def _tell_steps(connection: socket.socket, steps: int) -> None:
+    with contextlib.suppress(OSError):  # the client has gone, and the kernel ends this process
+        send(connection, Reply(number=0, steps=steps))
 
 
 class Server:
@@ -240,10 +246,10 @@ def _load(modules: Iterable[str]) -> None:
     gc.enable()
 
 
-def _reply(ask: Ask) -> Reply:
+def _reply(ask: Ask, on_step: Callable[[int], object] = lambda steps: None) -> Reply:
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
     try:
-        return Reply(number=ask.number, answer=msgspec.Raw(_encoded(_answer(ask.request))))
+        return Reply(number=ask.number, answer=msgspec.Raw(_encoded(_answer(ask.request, on_step))))
     except TightfitError as error:
         failed = Failed(error=str(error), traceback=traceback.format_exc(), exit_code=error.exit_code)
         return Reply(number=ask.number, failed=failed)
@@ -280,7 +286,7 @@ def _enter(request: ScriptRequest) -> None:
     sys.path[1:1] = [path for path in paths if path not in sys.path]
 
 
-def _answer(request: AnyRequest) -> msgspec.Struct:
+def _answer(request: AnyRequest, on_step: Callable[[int], object]) -> msgspec.Struct:
     """Play one request. Each kind has its own imports."""
     match request:
         case StepRequest():
@@ -297,7 +303,8 @@ def _answer(request: AnyRequest) -> msgspec.Struct:
             _enter(request)
             snapshot = request.settings.snapshot
             settings = msgspec.structs.replace(request.settings, snapshot=snapshot and received(snapshot))
-            return run_script(received(request.script), [received(each) for each in request.arguments], settings)
+            arguments = [received(each) for each in request.arguments]
+            return run_script(received(request.script), arguments, settings, on_step=on_step)
         case HostRequest():
             from tightfit.simulation.processor import measure_host
 

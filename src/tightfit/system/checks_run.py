@@ -4,9 +4,9 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tightfit.config import PRETRAINED, TrainConfig
-from tightfit.data import Dataset, open_dataset
 from tightfit.errors import DataError
 from tightfit.models.shape import (
     CHECKPOINT_BYTES,
@@ -19,6 +19,9 @@ from tightfit.storage import BEST
 from tightfit.system.checks import Check, Fact
 from tightfit.system.machine import Machine, space
 from tightfit.system.nvml import GpuMemory
+
+if TYPE_CHECKING:
+    from tightfit.data import Dataset
 
 _HEAD_MULTIPLE = 8
 """FlashAttention's kernels pad narrower heads to a multiple of 8."""
@@ -45,11 +48,13 @@ def known_parameters(config: TrainConfig, vocab_size: int | None = None) -> int 
     return parameter_count(replace(config, vocab_size=config.vocab_size or vocab_size or 0))
 
 
-def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> tuple[Dataset | None, Check]:
+def _dataset(config: TrainConfig, prepares_itself: Collection[str]) -> "tuple[Dataset | None, Check]":
     folder = Path(config.data_dir) / config.dataset
     facts: dict[str, Fact] = {"folder": str(folder), "dataset": config.dataset}
     if config.dataset in prepares_itself and not (folder / "train.bin").exists():
         return None, Check(name="dataset", outcome="made_by_train", status="ok", facts=facts)
+    from tightfit.data import open_dataset  # numpy: only for those who name a run
+
     try:
         dataset = open_dataset(config.dataset, config.data_dir)
         dataset.validate(block_size=config.block_size, vocab_size=config.vocab_size or None)

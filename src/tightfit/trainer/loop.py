@@ -19,6 +19,7 @@ from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
 from tightfit.storage import BEST, LAST
+from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.atomic import reset_scaler
 from tightfit.trainer.checkpoint import Checkpoint
@@ -157,12 +158,13 @@ class _Run:
         """Let the C library keep freed memory if there is room for it; else return it, as a plan was predicted.
 
         Kept memory is fragmented: GPT-2 124M would hold 150 MiB more. So models with over 1 GiB of float32
-        parameters, gradients and moments do not keep it.
+        parameters, gradients and moments do not keep it, and no model does where less than 1 GiB is left.
         """
         if self.hardware.device.type != "cpu":
             return
-        has_room = self.model.count_parameters() * 16 <= GIB and not (fallback and fallback.is_tight)
-        if not (has_room and set_process_malloc(keep=True)) and fallback is not None:
+        has_room = self.model.count_parameters() * 16 <= GIB and host_memory().budget_bytes >= GIB
+        keeps = has_room and not (fallback and fallback.is_tight) and set_process_malloc(keep=True)
+        if not keeps:
             set_process_malloc(keep=False)
 
     def _begin(self, shape: GPTConfig, fallback: Fallback | None) -> None:

@@ -3,6 +3,8 @@
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from tightfit.units import format_bytes
+from tightfit.vgpu.card_arguments import described_gpu
 from tightfit.vgpu.records import Findings, Settings
 
 if TYPE_CHECKING:
@@ -13,8 +15,8 @@ class VirtualGPU:
     """`with VirtualGPU("RTX 3060 12GB") as gpu:` runs the lines within on a card that is not there.
 
     From then on this process has no real GPU. Read `gpu.findings()` during or after it; memory runs out with
-    torch.OutOfMemoryError where the card's would. Raises DeviceError for an unknown card, and if the process already
-    uses a real GPU or another virtual one.
+    torch.OutOfMemoryError where the card's would. Raises TightfitError for an unknown card or a wrong value, and if the
+    process already uses a real GPU or another virtual one.
     """
 
     def __init__(
@@ -32,8 +34,6 @@ class VirtualGPU:
         timeline: bool = False,
     ) -> None:
         """Keywords as of `tightfit.dryrun`."""
-        from tightfit.vgpu.session import VirtualSession  # imports torch
-
         settings = Settings(
             gpu=gpu,
             memory_bytes=memory_bytes,
@@ -46,7 +46,13 @@ class VirtualGPU:
             snapshot=snapshot,
             timeline=timeline,
         )
+        described_gpu(gpu, memory_bytes=memory_bytes, used_bytes=used_bytes, capability=capability)
+        from tightfit.vgpu.session import VirtualSession  # imports torch
+
         self._session = VirtualSession(settings)
+
+    def __repr__(self) -> str:
+        return f"<VirtualGPU: {self._session.gpu.name}, {format_bytes(self.allocator.total_bytes)}>"
 
     def __enter__(self) -> "VirtualGPU":
         self._active = self._session.active()

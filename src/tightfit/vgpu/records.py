@@ -9,7 +9,9 @@ from typing import Literal, TypedDict, get_args
 
 import msgspec
 
+from tightfit.display import Displayed
 from tightfit.errors import ConfigError, DataError
+from tightfit.vgpu.card_arguments import check_bytes, check_capability, is_whole
 from tightfit.wording import say
 
 Phase = Literal["setup", "eval", "forward", "loss", "backward", "optimizer", "save", "resume", "sample", "compile"]
@@ -51,10 +53,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Add the data of a timeline picture to the findings."""
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
+        for name in ("memory_bytes", "used_bytes", "context_bytes"):
+            check_bytes(name, getattr(self, name))
+        check_capability(self.capability)
+        if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
             raise ConfigError(say("vgpu.records.steps", steps=self.steps))
-        if self.timeout_s is not None and self.timeout_s <= 0:
-            raise ConfigError(say("vgpu.records.timeout", seconds=f"{self.timeout_s:g}"))
+        if self.timeout_s is not None and not (isinstance(self.timeout_s, int | float) and self.timeout_s > 0):
+            raise ConfigError(say("vgpu.records.timeout", seconds=self.timeout_s))
+        if self.snapshot is not None and not isinstance(self.snapshot, str):
+            raise ConfigError(say("vgpu.records.snapshot", value=self.snapshot))
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,7 +217,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
         return next((each.phase for each in reversed(self.phases) if each.event <= event), "")
 
 
-class Findings(msgspec.Struct, frozen=True, kw_only=True):
+class Findings(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     """Outcome of a dry run."""
 
     outcome: Literal["fits", "out_of_memory", "error"]

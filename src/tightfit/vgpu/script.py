@@ -6,7 +6,7 @@ import runpy
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tightfit.errors import ConfigError
@@ -20,8 +20,14 @@ _LONGEST_ERROR = 2000
 """Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
 
 
-def run_script(script: str, arguments: Sequence[str], settings: Settings) -> Findings:
-    """Play a script with its arguments. ConfigError if it is not there.
+def run_script(
+    script: str,
+    arguments: Sequence[str],
+    settings: Settings,
+    *,
+    on_step: Callable[[int], object] = lambda steps: None,
+) -> Findings:
+    """Play a script with its arguments; `on_step` hears of its optimizer steps. ConfigError if it is not there.
 
     The script's own output goes to standard error, where a person sees it and a machine's reader does not.
     """
@@ -30,6 +36,7 @@ def run_script(script: str, arguments: Sequence[str], settings: Settings) -> Fin
         raise ConfigError(say("vgpu.script.no_file", script=script))
     started = time.monotonic()
     session = VirtualSession(settings)
+    session.on_step = on_step
     sys.argv = [script, *arguments]
     sys.path[0:0] = [str(path.resolve().parent)]
     error: BaseException | None = None

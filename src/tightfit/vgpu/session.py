@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -46,6 +46,8 @@ class VirtualSession:
             context_bytes=self._context_bytes(),
             settings=AllocatorSettings.from_environment(os.environ if environ is None else environ),
         )
+        self.on_step: Callable[[int], object] = lambda steps: None
+        """Called with the optimizer steps done after each of them."""
         self.phases = Phases(self._after_step)
         self.device = VirtualDevice(_card(self.gpu), self.allocator, self.phases)
         TraceLog.attach(self.device.recorder)
@@ -115,6 +117,7 @@ class VirtualSession:
 
     def _after_step(self) -> None:
         self.device.roles.mark_all()
+        self.on_step(self.phases.steps)
         self._stopping.after_step(self.phases.steps, self.notes)
 
 

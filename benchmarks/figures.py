@@ -1,0 +1,333 @@
+"""Every figure of the README and the documentation, from the rows that stand behind it.
+
+usage: python -m benchmarks.figures README.md
+
+It writes the README's table anew; pages of the documentation are filled in when the site is built (docs/hooks.py).
+"""
+
+import csv
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+Row = dict[str, str]
+Row3 = tuple[str, str, str]
+
+DISTURBED = {("124m-4x256", "1", "compare-medium-4x256.csv")}
+"""Size, repeat and file of pairs that are left out: another program slowed nanoGPT in it."""
+SIZES = {
+    "small": "4 layers x 128, block 64, batch 12",
+    "medium": "6 x 384, block 256, batch 16",
+    "124m-4x256": "GPT-2 124M, 4 x 256",
+    "124m-2x1024": "GPT-2 124M, 2 x 1024",
+}
+TOOLS = {
+    "transformers-epoch": "transformers {transformers_version}, `auto_find_batch_size`",
+    "accelerate-docs": "accelerate {accelerate_version}, `find_executable_batch_size`, model inside",
+    "accelerate-example": "accelerate {accelerate_version}, the same, model outside",
+    "lightning": "Lightning {lightning_version}, batch size finder before `fit`",
+    "tightfit": "`tightfit train`",
+}
+RANDOM_STATE_BYTES = 5056
+"""Random state of the host that a recomputed block with dropout keeps, which no operator takes."""
+
+
+def rows(path: str) -> list[Row]:
+    with open(ROOT / path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    r"""Return a table in Markdown.
+
+    >>> print(table(["a", "b"], [[1, "x"]]))
+    | a | b |
+    |---|---|
+    | 1 | x |
+    """
+    lines = [header, ["---"] * len(header), *body]
+    return (
+        "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+        .replace("| --- ", "|---")
+        .replace("|--- |", "|---|")
+        .replace("--- |", "---|")
+    )
+
+
+def percent(value: float, *, sign: bool = False) -> str:
+    """Return a share in per cent, with two digits that count.
+
+    >>> percent(0.000931), percent(-0.104783, sign=True)
+    ('0.09%', '-10.5%')
+    """
+    digits = 1 if abs(value) >= 0.01 else 2
+    return f"{100 * value:{'+' if sign else ''}.{digits}f}%"
+
+
+class Errors:
+    """Relative errors of predictions: how many, the median of their sizes, the worst and the next."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        self.values = sorted(values, key=abs)
+        self.count = len(self.values)
+        self.median = percent(statistics.median(map(abs, self.values)))
+        self.worst = percent(self.values[-1], sign=True)
+        self.next = percent(abs(self.values[-2]))
+
+
+def card() -> Errors:
+    """Reserved memory on a real RTX 3060."""
+    return Errors(float(row["error"]) for row in rows("benchmarks/virtual/results/rtx3060.csv"))
+
+
+def xmem() -> Errors:
+    """xMem's own predictions of the same rows."""
+    wanted = {_key(row) for row in rows("benchmarks/virtual/results/rtx3060.csv")}
+    found: dict[Row3, float] = {}
+    for row in rows("tests/rtx3060_measured.csv"):
+        if _key(row) in wanted and row["real_oom"] == "False":
+            found.setdefault(_key(row), int(row["xmem_bytes"]) / int(row["ground_bytes"]) - 1)
+    return Errors(found.values())
+
+
+def _key(row: Row) -> Row3:
+    """Model, optimizer and batch, as both files have them."""
+    model = "cerebras" if "erebras" in row["model"] else row["model"].rpartition("/")[2]
+    return model, row["optimizer"], row["batch_size"]
+
+
+def step_time(is_set: bool) -> Errors:
+    """Time of a step, of runs that a constant of the model was set on, or of the others."""
+    return Errors(
+        float(row["modelled_ms"]) / float(row["published_ms"]) - 1
+        for row in rows("benchmarks/plan/results/speed.csv")
+        if row["set_on_it"] == ("yes" if is_set else "no")
+    )
+
+
+def process_peak() -> Errors:
+    """Peak of a training process under limits of the kernel."""
+    return Errors(
+        int(row["predicted_mib"]) / int(row["measured_mib"]) - 1
+        for row in rows("benchmarks/fit_host/results/limits.csv")
+        if row["outcome"] == "trained"
+    )
+
+
+def host_step() -> dict[str, object]:
+    """Bytes of a step on the host: rows, the median, the worst, how many it has, and the most of the others."""
+    found = [
+        int(row["predicted_bytes"]) - int(row["measured_bytes"])
+        for row in rows("benchmarks/virtual/results/oracle.csv")
+    ]
+    states = [each for each in found if each <= -2 * RANDOM_STATE_BYTES]
+    return {
+        "count": len(found),
+        "median": f"{statistics.median(map(abs, found)):.0f} bytes",
+        "worst": f"{min(found) / 1024:+.0f} KiB",
+        "states": len(states),
+        "others": f"{max(abs(each) for each in found if each not in states):,} bytes",
+    }
+
+
+def processor() -> str:
+    """Table of whole programs in turn on a processor."""
+    body = []
+    for size, name in SIZES.items():
+        pairs = _pairs(size, lambda file: file != "compare-zen4.csv")
+        slow = [float(one["step_ms"]) for one, _ in pairs]
+        fast = [float(other["step_ms"]) for _, other in pairs]
+        memory = [int(other["peak_bytes"]) / int(one["peak_bytes"]) for one, other in pairs]
+        body.append(
+            [
+                name,
+                len(pairs),
+                _span(slow),
+                _span(fast),
+                f"{statistics.median(slow) / statistics.median(fast):.1f}x",
+                f"{statistics.median(memory):.2f}x",
+            ]
+        )
+    return table(["model, batch", "pairs", "nanoGPT ms a step", "tightfit ms a step", "speed", "peak memory"], body)
+
+
+def older_processor() -> dict[str, str]:
+    """How many times as fast as nanoGPT on an EPYC of the Zen 4 generation, by size: the least and the most."""
+    found = {}
+    for size in SIZES:
+        pairs = _pairs(size, lambda file: file == "compare-zen4.csv")
+        ratios = sorted(float(one["step_ms"]) / float(other["step_ms"]) for one, other in pairs)
+        if ratios:
+            ends = dict.fromkeys((f"{ratios[0]:.1f}x", f"{ratios[-1]:.1f}x"))
+            found[size.replace("-", "_")] = " to ".join(ends) + (f" ({len(ratios)} pairs)" if len(ratios) > 1 else "")
+    return found
+
+
+def disturbed() -> str:
+    """Milliseconds of nanoGPT's steps in the pair that is left out."""
+    ((size, repeat, file),) = DISTURBED
+    found = [row for row in rows(f"benchmarks/cpu/results/{file}") if (row["size"], row["repeat"]) == (size, repeat)]
+    return _span([float(row["step_ms"]) for row in found if row["program"] == "nanogpt"])
+
+
+def _pairs(size: str, chosen: Callable[[str], bool]) -> list[tuple[Row, Row]]:
+    found = []
+    for path in sorted((BENCHMARKS / "cpu" / "results").glob("compare-*.csv")):
+        if not chosen(path.name):
+            continue
+        lines = [row for row in rows(str(path.relative_to(ROOT))) if row["size"] == size]
+        for one, other in zip(lines[::2], lines[1::2], strict=True):
+            if (size, one["repeat"], path.name) not in DISTURBED:
+                found.append((one, other))
+    return found
+
+
+def _span(values: Sequence[float]) -> str:
+    ends = dict.fromkeys(f"{each:.1f}" if each < 100 else f"{each:.0f}" for each in (min(values), max(values)))
+    return " to ".join(ends)
+
+
+def recovery(failure: str) -> str:
+    """Table of what an error leaves of a run, by tool."""
+    body = []
+    found = {row["tool"]: row for row in rows("benchmarks/recovery/results/compare.csv") if row["failure"] == failure}
+    for tool, name in TOOLS.items():
+        row = found[tool]
+        survived = row["survived"] == "True"
+        body.append([name.format(**row), *(_outcome(row) if survived else ["the run ended", "", "", ""])])
+    return table(
+        ["tool", "step counter", "trained on twice", "effective batch", "final parameters, off an undisturbed run"],
+        body,
+    )
+
+
+def _outcome(row: Row) -> list[str]:
+    counter = "restarted" if row["counter_restarted"] == "True" else "went on"
+    lost = f", {row['steps_lost']} steps lost" if int(row["steps_lost"]) else ""
+    twice = f"{row['trained_twice']} of {row['sequences']} sequences" if int(row["trained_twice"]) else "none"
+    before, after = row["effective_batch_before"], row["effective_batch_after"]
+    difference = float(row["max_abs_difference"])
+    return [
+        counter + lost,
+        twice,
+        before if before == after else f"{before} → {after}",
+        f"{difference:.1e}" if difference else "none, bit for bit",
+    ]
+
+
+def speeds() -> str:
+    """Table of published times of a step against the model's."""
+    keys = ["gpu", "script", "published_ms", "modelled_ms", "difference", "set_on_it"]
+    return table(
+        ["card", "script", "published ms", "modelled ms", "difference", "a constant was set on it"],
+        [
+            [f"`{row[key]}`" if key == "script" else row[key] for key in keys]
+            for row in rows("benchmarks/plan/results/speed.csv")
+        ],
+    )
+
+
+def limits() -> str:
+    """Table of trainings under limits of the kernel."""
+    found = rows("benchmarks/fit_host/results/limits.csv")
+    nanogpt = {row["limit_gib"]: row["outcome"] for row in found if row["program"] == "nanoGPT"}
+    return table(
+        ["limit", "micro-batch", "predicted", "measured", "difference", "nanoGPT's train.py"],
+        [
+            [
+                f"{float(row['limit_gib']):g} GiB",
+                row["micro_batch"],
+                f"{row['predicted_mib']} MiB",
+                f"{row['measured_mib']} MiB",
+                row["difference"],
+                nanogpt[row["limit_gib"]],
+            ]
+            for row in found
+            if row["program"] == "tightfit"
+        ],
+    )
+
+
+def card_rows() -> str:
+    """Table of all rows of the RTX 3060."""
+    gib = 2**30
+    return table(
+        ["model", "optimizer", "batch", "measured GiB", "predicted GiB", "error"],
+        [
+            [
+                row["model"],
+                row["optimizer"],
+                row["batch_size"],
+                f"{int(row['measured_bytes']) / gib:.2f}",
+                f"{int(row['predicted_bytes']) / gib:.2f}",
+                f"{float(row['error']):+.2%}",
+            ]
+            for row in rows("benchmarks/virtual/results/rtx3060.csv")
+        ],
+    )
+
+
+def reported() -> str:
+    """Table of errors that users reported."""
+    return table(
+        ["reported in", "asked for", "allocated", "predicted: asked for", "allocated"],
+        [
+            [row["source"], *(f"{row[key]} GiB" for key in list(row)[3:])]
+            for row in rows("benchmarks/virtual/results/messages.csv")
+        ],
+    )
+
+
+def how_true() -> str:
+    """The README's table."""
+    one, other, host, peak = card(), step_time(False), host_step(), process_peak()
+    return table(
+        ["predicted, against", "rows", "median error", "worst miss"],
+        [
+            ["memory reserved on a real RTX 3060, measured by xMem's authors", one.count, one.median, one.worst],
+            ["memory of a step on the host, PyTorch's profiler", host["count"], host["median"], host["worst"]],
+            ["peak of a training process under limits of the kernel", peak.count, peak.median, peak.worst],
+            ["time of a GPT-2 step in published runs", other.count, other.median, other.worst],
+        ],
+    )
+
+
+def figures() -> dict[str, object]:
+    """All of it, by the name that a page has for it."""
+    return {
+        "card": card(),
+        "xmem": xmem(),
+        "speed_set": step_time(True),
+        "speed_other": step_time(False),
+        "peak": process_peak(),
+        "host": host_step(),
+        "processor": processor(),
+        "older": older_processor(),
+        "disturbed": disturbed(),
+        "recovery": recovery,
+        "speeds": speeds(),
+        "limits": limits(),
+        "card_rows": card_rows(),
+        "reported": reported(),
+        "how_true": how_true(),
+        "cards": len(rows("src/tightfit/gpus.csv")),
+    }
+
+
+def with_table(text: str) -> str:
+    """Return the README with its table written anew."""
+    return re.sub(
+        r"(<!-- written by benchmarks/figures.py -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{how_true()}\n{found[2]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
