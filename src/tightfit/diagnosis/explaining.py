@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TypeGuard
+from typing import IO, TYPE_CHECKING, TypeGuard
 
 from msgspec.structs import replace
 
@@ -30,13 +30,15 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
-from tightfit.simulation.client import Progress
 from tightfit.vgpu.card_arguments import check_name
 from tightfit.vgpu.records import Findings
 from tightfit.wording import chosen_language, say
 
 _MAY_BE_PATH = re.compile(r"[^\n\0]{1,1024}")
 _LOG_NAME = re.compile(r"\S+\.(log|txt|out|err|pickle)")
+if TYPE_CHECKING:
+    from tightfit.simulation.client import Progress
+
 _SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
 """Keys of which a log of nanoGPT must print at least one for its run to be played."""
 _NANOGPTS_OWN = _SHAPING - {"batch_size", "vocab_size", "compile"}
@@ -54,7 +56,7 @@ def explain(
     config_names: Sequence[str] = (),
     workers: int = 2,
     log: Callable[[str], object] = lambda text: None,
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
     foreign: Foreign | None = None,
 ) -> Explanation:
     """Explain a failure from a log's text, its path, an open file, or the path of a `.pickle` memory snapshot.
@@ -144,7 +146,7 @@ def _of_device(
     gpu: str | None,
     workers: int,
     log: Callable[[str], object],
-    progress: Progress | None,
+    progress: "Progress | None",
 ) -> Explanation:
     """Explain memory that ran out on a device: by plays if the configuration and the card are known."""
     printed, evidence = plain.reading.context, evidence_of(facts, plain.reading.run)
@@ -215,7 +217,7 @@ def _with_script(
     script: str,
     arguments: Sequence[str],
     log: Callable[[str], object],
-    progress: Progress | None,
+    progress: "Progress | None",
 ) -> Explanation:
     """Explain by playing the user's own script on the card of the log, or on `gpu`."""
     card = card_of(plain.facts or Facts(kind="cuda_out_of_memory"), plain.reading.context, gpu)

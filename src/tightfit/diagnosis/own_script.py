@@ -29,10 +29,11 @@ from tightfit.gpus import find_gpu
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.run_facts import RunFacts
-from tightfit.simulation.client import Progress, Simulator
-from tightfit.simulation.dry_run import dryrun_script
 from tightfit.vgpu.records import Settings
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from tightfit.simulation.client import Progress, Simulator
 
 _UNCHANGED = ("close_others", "expandable_segments")
 """Remedies that leave the script as it is."""
@@ -51,7 +52,9 @@ def read_failure(outcome: Outcome) -> LogReading:
 class OwnScript:
     """A script with its arguments on one card."""
 
-    def __init__(self, card: Card, script: str, arguments: Sequence[str], *, progress: Progress | None = None) -> None:
+    def __init__(
+        self, card: Card, script: str, arguments: Sequence[str], *, progress: "Progress | None" = None
+    ) -> None:
         self._progress = progress
         self.card, self.script, self.arguments = card, script, list(arguments)
         self._simulator: Simulator | None = None
@@ -85,6 +88,8 @@ class OwnScript:
         if facts is None or outcome.failure is None:
             return replace(plain, causes=(play_fits(outcome),))
         culprit = culprit_of_play(facts, outcome, of_script=True)
+        from tightfit.simulation.client import Simulator
+
         with Simulator(workers=1, progress=self._progress) as self._simulator:
             remedies = list(self._remedies(_general(facts, plain.reading.run), outcome))
         self._simulator = None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -10,8 +11,10 @@ from tightfit.config import PRETRAINED, TrainConfig
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.outcome import PLAYED_STEPS, Outcome
 from tightfit.models.shape import flops_per_token, parameter_count, vocabulary_of
-from tightfit.simulation.client import Progress, Simulator
 from tightfit.simulation.requests import Failed, LoopPlay, LoopRequest, LoopSettings, StepRequest, StepTrace
+
+if TYPE_CHECKING:
+    from tightfit.simulation.client import Progress
 
 _SEEN_PASSES = 3
 """Passes of a step that are played; further ones take no more memory."""
@@ -79,7 +82,9 @@ def variant_of(config: TrainConfig, card: Card) -> Variant:
 class Stage:
     """One card on which variants are played; close it after use."""
 
-    def __init__(self, card: Card, *, workers: int = 2, progress: Progress | None = None) -> None:
+    def __init__(self, card: Card, *, workers: int = 2, progress: "Progress | None" = None) -> None:
+        from tightfit.simulation.client import Simulator  # a log alone needs none, and it takes long to import
+
         self._card, self._simulator = card, Simulator(workers=workers, progress=progress)
         self.failed: dict[str, str] = {}
         """Reason for each play that could not be made, by its name."""
