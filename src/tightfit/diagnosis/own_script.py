@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -77,6 +78,8 @@ class OwnScript:
             capability=card.capability if find_gpu(card.name) is None else None,
             timeout_s=timeout_s,
         )
+        from tightfit.simulation.dry_run import dryrun_script
+
         return outcome_of_findings(dryrun_script(self.script, arguments, settings, environ, simulator=self._simulator))
 
     def explained(self, plain: Explanation, outcome: Outcome) -> Explanation:
