@@ -449,7 +449,7 @@ class TestPublicFace:
 
 
 FLOORS = [
-    ("errors", "units", "display"),
+    ("errors", "units", "display", "tables"),
     ("wording",),
     ("storage", "config", "gpus"),
     ("allocator", "kernels", "models", "data"),

@@ -1,9 +1,7 @@
 """The remedies for a failure that was not played: those that cure this case first, in the user's own words."""
 
 import functools
-import tomllib
 from collections.abc import Iterator
-from importlib.resources import files
 
 from msgspec.structs import replace
 
@@ -23,6 +21,7 @@ from tightfit.diagnosis.remedies import (
 )
 from tightfit.diagnosis.whose import fixes_of_figures
 from tightfit.oomlog.facts import Facts
+from tightfit.tables import read_table
 
 _PICTURES = frozenset(
     {"ultralytics", "mmdet", "timm", "diffusers", "kohya", "detectron2", "dreambooth_extension", "webui", "comfyui"}
@@ -38,7 +37,7 @@ _PARTS = 4
 
 @functools.cache
 def _tables() -> dict[str, dict[str, str | list[str]]]:
-    return tomllib.loads(files("tightfit.diagnosis").joinpath("advice.toml").read_text(encoding="utf-8"))
+    return read_table("tightfit.diagnosis", "advice.toml", dict[str, dict[str, str | list[str]]])
 
 
 def applicability(code: str) -> str:

@@ -1,14 +1,12 @@
 """The tensor of the failing request: from a play that fails like the log, or from what the log itself shows."""
 
 from collections.abc import Iterator, Mapping
-from math import prod
 
 import msgspec
 
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.outcome import Outcome
-from tightfit.diagnosis.tensor_fits import ELEMENT_BYTES
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
@@ -171,7 +169,7 @@ def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:
         name=evidence.run.tensor_name if printed is None else None,
         shape=shape,
         dtype=dtype,
-        bytes=prod(shape) * ELEMENT_BYTES[dtype] if dtype in ELEMENT_BYTES else known.bytes if known else 0,
+        bytes=printed.bytes if printed else known.bytes if known else 0,
         phase=facts.phase,
         file=frame.file if frame else None,
         line=frame.line if frame else None,

@@ -5,14 +5,12 @@ and length. A request's size alone never names a tensor: others of the same mode
 """
 
 from collections.abc import Iterator
-from math import prod
 
 import msgspec
 
 from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
 from tightfit.diagnosis.model_budget import Budget, budget_of
 from tightfit.diagnosis.tensor_fits import (
-    ELEMENT_BYTES,
     FOUR_BIT,
     Fit,
     Range,
@@ -23,6 +21,7 @@ from tightfit.diagnosis.tensor_fits import (
     weights,
 )
 from tightfit.diagnosis.usual_models import Model, all_models, model_of
+from tightfit.models.shape import PADDED_VOCAB
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.units import GIB
@@ -31,7 +30,7 @@ _LARGE = 2 * GIB
 _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "named_parameter", "dequantized_weight")
 """Tensors of one parameter's shape."""
 _OF_LOGITS = ("logits", "float_logits", "loss_of_logits")
-_VOCABULARIES = {"nanochat": 65536, "nanogpt": 50304}
+_VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
 
 
@@ -172,8 +171,7 @@ def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:
 
 def _printed_shape(run: RunFacts, within: Range) -> PrintedShape | None:
     for printed in run.shapes:
-        size = ELEMENT_BYTES.get(printed.dtype or "float32", 4)
-        if within.holds(prod(printed.shape) * size):
+        if within.holds(printed.bytes):
             return printed
     return None
 

@@ -2,13 +2,12 @@
 
 import functools
 import re
-import tomllib
 from collections.abc import Sequence
-from importlib.resources import files
 
 import msgspec
 
 from tightfit.oomlog.tracebacks import TraceFrame
+from tightfit.tables import read_table
 
 _CODE = re.compile(r"\w ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
 _DEPTH = 8
@@ -26,6 +25,17 @@ class LineKind(msgspec.Struct, frozen=True, kw_only=True):
     """The frame that shows it."""
     is_named: bool
     """True if the line leaves no doubt which kind of tensor it is."""
+
+
+class _Table(msgspec.Struct, frozen=True, kw_only=True):
+    """A table of lines.toml."""
+
+    grows: str
+    code: list[str] = []
+    files: list[str] = []
+    functions: list[str] = []
+    alone: list[str] = []
+    named: bool = True
 
 
 class _Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,20 +61,20 @@ class _Kind(msgspec.Struct, frozen=True, kw_only=True):
 @functools.cache
 def kinds_of_lines() -> tuple[_Kind, ...]:
     """Read lines.toml."""
-    tables = tomllib.loads(files("tightfit.diagnosis").joinpath("lines.toml").read_text(encoding="utf-8"))
+    tables = read_table("tightfit.diagnosis", "lines.toml", dict[str, _Table])
 
-    def pattern(table: dict[str, str | list[str]], name: str) -> re.Pattern[str] | None:
-        return re.compile("|".join(table[name])) if name in table else None
+    def pattern(signs: list[str]) -> re.Pattern[str] | None:
+        return re.compile("|".join(signs)) if signs else None
 
     return tuple(
         _Kind(
             tensor=tensor,
-            grows=str(table["grows"]),
-            code=pattern(table, "code"),
-            files=pattern(table, "files"),
-            functions=pattern(table, "functions"),
-            alone=pattern(table, "alone"),
-            is_named=table.get("named", True),
+            grows=table.grows,
+            code=pattern(table.code),
+            files=pattern(table.files),
+            functions=pattern(table.functions),
+            alone=pattern(table.alone),
+            is_named=table.named,
         )
         for tensor, table in tables.items()
     )

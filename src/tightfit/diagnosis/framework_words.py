@@ -2,11 +2,11 @@
 
 import functools
 import string
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 
 import msgspec
+
+from tightfit.tables import read_table
 
 _LAST = "pytorch"
 
@@ -18,9 +18,13 @@ class Pasted(msgspec.Struct, frozen=True, kw_only=True):
     page: str = ""
 
 
+_Words = dict[str, dict[str, str | list[str]] | list[str]]
+"""Words of one program: of each remedy its `lines` and `page`, and `like`, the programs to look in next."""
+
+
 @functools.cache
-def _tables() -> dict[str, dict[str, dict[str, str | list[str]] | list[str]]]:
-    return tomllib.loads(files("tightfit.diagnosis").joinpath("frameworks.toml").read_text(encoding="utf-8"))
+def _tables() -> dict[str, _Words]:
+    return read_table("tightfit.diagnosis", "frameworks.toml", dict[str, _Words])
 
 
 def frameworks() -> tuple[str, ...]:

@@ -1,9 +1,7 @@
 """Failures that no tensor of PyTorch explains: their sentences and their fixes, by kind."""
 
 import functools
-import tomllib
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +12,7 @@ from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.log_reader import LogReading
+from tightfit.tables import read_table
 from tightfit.wording import kinds as wording
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ class _Fixes(msgspec.Struct, frozen=True):
 
 @functools.cache
 def _table() -> _Fixes:
-    text = files("tightfit.diagnosis").joinpath("kind_fixes.toml").read_text(encoding="utf-8")
-    return msgspec.convert(tomllib.loads(text), _Fixes)
+    return read_table("tightfit.diagnosis", "kind_fixes.toml", _Fixes)
 
 
 def is_known(kind: str) -> bool:

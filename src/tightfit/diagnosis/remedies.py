@@ -1,9 +1,7 @@
 """Remedies: the advice that people give for a failure, each with a verdict; here by the log's figures alone."""
 
 import functools
-import tomllib
 from collections.abc import Sequence
-from importlib.resources import files
 
 import msgspec
 
@@ -11,6 +9,7 @@ from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import ownership
+from tightfit.tables import read_table
 
 FITS, FITS_SLOWLY, UNCHECKED = "fits", "fits_slowly", "unchecked"
 DOES_NOT_FIT, NO_EFFECT, NOT_MEMORY = "does_not_fit", "no_effect", "not_memory"
@@ -149,7 +148,7 @@ def ranked(remedies: Sequence[Remedy]) -> tuple[Remedy, ...]:
 @functools.cache
 def _pastes() -> dict[str, dict[str, list[str]]]:
     """Read the lines to paste, by framework and remedy."""
-    return tomllib.loads(files("tightfit.diagnosis").joinpath("pastes.toml").read_text(encoding="utf-8"))
+    return read_table("tightfit.diagnosis", "pastes.toml", dict[str, dict[str, list[str]]])
 
 
 def to_paste(code: str, framework: str = "nanogpt", /, **values: int | str) -> tuple[str, ...]:

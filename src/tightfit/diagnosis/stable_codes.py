@@ -1,13 +1,12 @@
 """Stable codes of causes, like a compiler's: TF-101 means the same in every version (stable_codes.toml)."""
 
 import functools
-import tomllib
-from importlib.resources import files
 
 import msgspec
 
 from tightfit.errors import ConfigError
 from tightfit.oomlog.kinds import memory_of
+from tightfit.tables import read_table
 from tightfit.wording import say
 from tightfit.wording.diagnosis import words
 
@@ -21,8 +20,7 @@ class _Table(msgspec.Struct, frozen=True):
 
 @functools.cache
 def _table() -> _Table:
-    text = files("tightfit.diagnosis").joinpath("stable_codes.toml").read_text(encoding="utf-8")
-    return msgspec.convert(tomllib.loads(text), _Table)
+    return read_table("tightfit.diagnosis", "stable_codes.toml", _Table)
 
 
 @functools.cache

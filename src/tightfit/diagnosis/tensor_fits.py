@@ -17,7 +17,6 @@ from tightfit.units import MIB
 ELEMENTS = {"bfloat16/float16": 2, "float32": 4}
 """Bytes of a number; bfloat16 and float16 are not told apart by a size."""
 FOUR_BIT = {"4 bits": 0.5}
-ELEMENT_BYTES = {**ELEMENTS, "bfloat16": 2, "float16": 2, "half": 2, "float": 4, "float64": 8, "int64": 8, "uint8": 1}
 SMALL = {2 * MIB: (1, MIB), 20 * MIB: (MIB + 1, 10 * MIB - 1)}
 """Tensor bytes that such a request may stand for; 20 MiB are also asked for by 18 to 20 MiB."""
 _ROUND = 2 * MIB

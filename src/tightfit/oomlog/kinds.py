@@ -1,10 +1,10 @@
 """Kinds of failure: the memory that ran out, and the status of a log with such a failure."""
 
 import functools
-import tomllib
-from importlib.resources import files
 
 import msgspec
+
+from tightfit.tables import read_table
 
 
 class _Codes(msgspec.Struct, frozen=True):
@@ -16,8 +16,7 @@ class _Codes(msgspec.Struct, frozen=True):
 
 @functools.cache
 def _codes() -> _Codes:
-    text = files("tightfit.oomlog").joinpath("codes.toml").read_text(encoding="utf-8")
-    return msgspec.convert(tomllib.loads(text), _Codes)
+    return read_table("tightfit.oomlog", "codes.toml", _Codes)
 
 
 @functools.cache

@@ -2,9 +2,7 @@
 
 import functools
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from itertools import pairwise
 
 import msgspec
@@ -13,6 +11,7 @@ from msgspec.structs import replace
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.log_text import Line, clean, lines_of, lower, part
 from tightfit.oomlog.message import Message
+from tightfit.tables import read_table
 
 BEFORE = 2**17
 """Characters kept before a message, for its traceback."""
@@ -38,7 +37,7 @@ _BEGINNING = re.compile(
 @functools.cache
 def _triggers() -> dict[str, dict[str, list[str]]]:
     """Read the words, by the table and a part that they share."""
-    return tomllib.loads(files("tightfit.oomlog").joinpath("triggers.toml").read_text(encoding="utf-8"))
+    return read_table("tightfit.oomlog", "triggers.toml", dict[str, dict[str, list[str]]])
 
 
 _BACK, _ON = 32, 32

@@ -6,17 +6,17 @@ Without white space all those breaks are gone, and no format is ambiguous withou
 
 import functools
 import re
-import tomllib
 from collections.abc import Iterator
-from importlib.resources import files
 from math import prod
 
 import msgspec
 
 from tightfit.oomlog.allocator_messages import HEAD, HEAD_WORDS, allocator_message, backend_kind, date
+from tightfit.oomlog.dtypes import ELEMENT_BYTES
 from tightfit.oomlog.facts import FIGURES, Figure
 from tightfit.oomlog.log_text import lower
 from tightfit.oomlog.message import SIZE, Message
+from tightfit.tables import read_table
 
 _CLASS = re.compile(r"([A-Za-z_][\w.]{0,80}(?:Error|Exception|Warning|OutOfResources)):(?:[\w ]{0,40}:)?$")
 _PLAIN = re.compile(
@@ -43,22 +43,14 @@ class _Format(msgspec.Struct, frozen=True):
 @functools.cache
 def _formats() -> tuple[tuple[str, _Format], ...]:
     """Read `formats.toml`: the anchor of each format in small letters, and the format."""
-    text = files("tightfit.oomlog").joinpath("formats.toml").read_text(encoding="utf-8")
-    found = msgspec.convert(tomllib.loads(text)["format"], list[_Format])
-    return tuple((each.anchor.lower(), each) for each in found)
+    found = read_table("tightfit.oomlog", "formats.toml", dict[str, list[_Format]])
+    return tuple((each.anchor.lower(), each) for each in found["format"])
 
 
 @functools.cache
 def _pattern(pattern: str) -> re.Pattern[str]:
     """Compile a pattern when a text first has its anchor."""
     return re.compile(pattern.replace("{SIZE}", SIZE), re.IGNORECASE)
-
-
-@functools.cache
-def element_bytes() -> dict[str, int]:
-    """Read bytes of one element by the dtype's name, from `codes.toml`."""
-    text = files("tightfit.oomlog").joinpath("codes.toml").read_text(encoding="utf-8")
-    return msgspec.convert(tomllib.loads(text)["element_bytes"], dict[str, int])
 
 
 def messages_in(squeezed: str) -> Iterator[Message]:
@@ -201,7 +193,7 @@ def _take_request(message: Message, groups: dict[str, str]) -> None:
     if "floor" in groups:  # printed with integer division
         low = int(groups["floor"]) * 2**30
         message.figures["requested_bytes"] = Figure(bytes=low, low=low, high=low + 2**30 - 1)
-    each = element_bytes().get(groups.get("dtype", "").lower())
+    each = ELEMENT_BYTES.get(groups.get("dtype", "").lower())
     if each is not None and "requested_bytes" not in message.figures:
         sizes = [int(size) for size in groups.get("shape", "").split(",") if size]
         message.take("requested_bytes", f"{each * prod(sizes)} bytes")

@@ -1,12 +1,14 @@
 """Facts that a run of any program prints about itself: batch, length, model, precision, ranks, the program's name."""
 
 import functools
+import math
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 
 import msgspec
+
+from tightfit.oomlog.dtypes import ELEMENT_BYTES
+from tightfit.tables import read_table
 
 _MOST = 10**12
 _OPEN, _ESCAPES, _LETTERS = (
@@ -29,6 +31,15 @@ class PrintedShape(msgspec.Struct, frozen=True, kw_only=True):
 
     shape: tuple[int, ...]
     dtype: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor; of float32, PyTorch's usual dtype, where none is printed.
+
+        >>> PrintedShape(shape=(2, 3), dtype="int16").bytes, PrintedShape(shape=(2, 3)).bytes
+        (12, 24)
+        """
+        return math.prod(self.shape) * ELEMENT_BYTES.get(self.dtype or "float32", 4)
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +71,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 @functools.cache
 def _tables() -> dict[str, dict[str, list[str]]]:
-    return tomllib.loads(files("tightfit.oomlog").joinpath("run_keys.toml").read_text(encoding="utf-8"))
+    return read_table("tightfit.oomlog", "run_keys.toml", dict[str, dict[str, list[str]]])
 
 
 @functools.cache

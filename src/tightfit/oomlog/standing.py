@@ -2,13 +2,12 @@
 
 import functools
 import re
-import tomllib
 from enum import Enum
-from importlib.resources import files
 
 from tightfit.oomlog.kinds import is_of_allocator, memory_of
 from tightfit.oomlog.log_text import Line
 from tightfit.oomlog.message import Message
+from tightfit.tables import read_table
 
 
 class Standing(Enum):
@@ -52,7 +51,7 @@ _WORDS = re.compile(r"[A-Za-z][a-z']+ +[A-Za-z']+ +[A-Za-z']+")
 
 @functools.cache
 def _tables() -> dict[str, dict[str, list[str]]]:
-    return tomllib.loads(files("tightfit.oomlog").joinpath("standing.toml").read_text(encoding="utf-8"))
+    return read_table("tightfit.oomlog", "standing.toml", dict[str, dict[str, list[str]]])
 
 
 @functools.cache

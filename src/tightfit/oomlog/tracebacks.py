@@ -2,12 +2,12 @@
 
 import functools
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from importlib.resources import files
 
 import msgspec
 from msgspec.structs import replace
+
+from tightfit.tables import read_table
 
 
 class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +118,7 @@ def _notebook(line: str) -> TraceFrame | None:
 @functools.cache
 def _signs() -> dict[str, dict[str, re.Pattern[str]]]:
     """Read `phases.toml`: `calls`, `functions`, `files` or `lines`, and of each the phases."""
-    tables = tomllib.loads(files("tightfit.oomlog").joinpath("phases.toml").read_text(encoding="utf-8"))
+    tables = read_table("tightfit.oomlog", "phases.toml", dict[str, dict[str, list[str]]])
     return {
         kind: {phase: re.compile("|".join(signs)) for phase, signs in table.items()} for kind, table in tables.items()
     }
