@@ -19,7 +19,7 @@ from tightfit.diagnosis.remedies import (
     expandable_segments,
     ranked,
 )
-from tightfit.diagnosis.whose import fixes_of_figures
+from tightfit.diagnosis.whose import cache_is_large, fixes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.tables import read_table
 
@@ -28,8 +28,6 @@ _PICTURES = frozenset(
 )
 _WITHOUT_BATCH = ("gaussian_splatting", "comfyui", "webui")
 """Programs that have no batch to make smaller."""
-_LARGE_CACHE = 0.05
-"""Share of the card above which the cache's fragments are taken for the first cause."""
 _SHOWN_CURES = 4
 _PARTS = 4
 """Passes into which a printed batch is divided: 64 x 1 becomes 16 x 4."""
@@ -56,8 +54,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
         first.append(others)
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
     if segments.reason == "cache_might_do" and "more_free_than_requested" not in facts.notes:
-        is_large = (facts.cache_bytes or 0) > _LARGE_CACHE * (facts.total_bytes or 0)
-        cures.insert(0 if is_large else min(len(cures), _SHOWN_CURES), segments)
+        cures.insert(0 if cache_is_large(facts) else min(len(cures), _SHOWN_CURES), segments)
     elif segments.verdict == DOES_NOT_FIT:
         last.insert(0, segments)
     return ranked([*first, *cures, *last, empty_cache(facts)])

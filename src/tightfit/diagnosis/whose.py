@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from tightfit.diagnosis.cause_records import (
     LIKELY,
+    MEASURED,
     Cache,
     Cause,
     Limit,
@@ -91,7 +92,7 @@ def _of_others(facts: Facts) -> Iterator[Cause]:
     code = _OTHERS[found.is_estimated]["decide" if found.decides else "too" if hopeless else "open"]
     yield OtherProcesses(
         code=code,
-        label=LIKELY if found.is_estimated else "measured",
+        label=LIKELY if found.is_estimated else MEASURED,
         others_bytes=found.others.low if found.is_estimated else found.others.bytes,
         total_bytes=total,
         outside_bytes=facts.not_reserved_bytes,
@@ -104,14 +105,19 @@ def _of_cache(facts: Facts) -> Iterator[Cause]:
     cache_bytes, would_do = facts.cache_bytes, facts.cache_would_do
     if not cache_bytes or {"spills_to_host", "more_free_than_requested"} & set(facts.notes):
         return
-    is_large = cache_bytes > _LARGE_CACHE * (facts.total_bytes or cache_bytes)
-    large = "cache_decides" if is_large else "cache_fragmented"
+    large = "cache_decides" if cache_is_large(facts) else "cache_fragmented"
     yield Cache(
         code=large if would_do else "cache_little" if would_do is False else "cache_open",
         cache_bytes=cache_bytes,
         short_by_bytes=facts.short_by_bytes,
         requested_bytes=facts.requested_bytes,
     )
+
+
+def cache_is_large(facts: Facts) -> bool:
+    """Return True if the cache's fragments are more than any run has: they are taken for the first cause."""
+    cache_bytes = facts.cache_bytes or 0
+    return cache_bytes > _LARGE_CACHE * (facts.total_bytes or cache_bytes)
 
 
 def _of_own(facts: Facts) -> Iterator[Cause]:
@@ -143,7 +149,7 @@ def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
             code="raise_fraction",
             verdict=UNCHECKED,
             reason="limit_is_cause",
-            label="measured",
+            label=MEASURED,
             paste=to_paste("raise_fraction"),
             figures=Figures(free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes),
         )
