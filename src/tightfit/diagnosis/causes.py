@@ -69,12 +69,13 @@ def causes_of(
         found += _of_tensor(culprit, run)
         if run is not None:
             found += _of_run(culprit, run, None if train is base else train)
-    shown = causes_of_evidence(facts, culprit, evidence, unplayed_because) if evidence is not None else ()
+    first: list[Cause] = []
+    rest: list[Cause] = []
+    if evidence is not None:
+        first, rest = causes_of_evidence(facts, culprit, evidence, unplayed_because)
     figures = list(causes_of_figures(facts))
     decisive = [each for each in figures if each.code in DECISIVE]
-    budget = [each for each in shown if each.code.startswith("budget_") and each.code != "budget_may_exceed"]
-    rest = [each for each in shown if each not in budget]
-    found = [*budget, *decisive, *found, *rest, *figures[len(decisive) :], *_of_hints(printed)]
+    found = [*first, *decisive, *found, *rest, *figures[len(decisive) :], *_of_hints(printed)]
     return tuple(found) or (Cause(code="unstated"),)
 
 

@@ -27,13 +27,16 @@ _SHOWN_MODELS = 3
 
 def causes_of_evidence(
     facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str
-) -> tuple[Cause, ...]:
-    """Return the causes of a failure that was not played, or whose play fits."""
-    budget = _of_budget(evidence.budget) if evidence.budget else None
-    exceeds = budget is not None and evidence.budget is not None and evidence.budget.exceeds
-    tensor = list(_of_tensor(facts, culprit, evidence, unplayed_because))
-    found = [budget, *tensor] if exceeds else [*tensor, budget]
-    return tuple(each for each in [*found, *_of_run(facts, evidence)] if each is not None)
+) -> tuple[list[Cause], list[Cause]]:
+    """Return the causes of a failure that was not played, or whose play fits: that the model alone is too large, if
+    it is, which comes before all others; and the rest.
+    """
+    tensor = [*_of_tensor(facts, culprit, evidence, unplayed_because)]
+    budget = [*_of_budget(evidence.budget)] if evidence.budget else []
+    run = [*_of_run(facts, evidence)]
+    if evidence.budget is not None and evidence.budget.exceeds:
+        return budget, [*tensor, *run]
+    return [], [*tensor, *budget, *run]
 
 
 def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
@@ -101,14 +104,14 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
         )
 
 
-def _of_budget(budget: Budget) -> Cause | None:
+def _of_budget(budget: Budget) -> Iterator[Cause]:
     if budget.exceeds:
         code = f"budget_{budget.what}_divided" if budget.is_divided else f"budget_{budget.what}"
     elif budget.what == "training" and budget.may_exceed and not budget.is_divided:
         code = "budget_may_exceed"
     else:
-        return None
-    return ModelBudget(
+        return
+    yield ModelBudget(
         code=code,
         label=COMPUTED,
         of=_name(budget.model),
