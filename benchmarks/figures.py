@@ -49,13 +49,11 @@ def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     |---|---|
     | 1 | x |
     """
-    lines = [header, ["---"] * len(header), *body]
-    return (
-        "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-        .replace("| --- ", "|---")
-        .replace("|--- |", "|---|")
-        .replace("--- |", "---|")
-    )
+
+    def line(cells: Sequence[object]) -> str:
+        return f"| {' | '.join(map(str, cells))} |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, body)])
 
 
 def percent(value: float, *, sign: bool = False) -> str:

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """Return what is asked of the virtual GPU. ConfigError for a size that cannot be read."""
+    """Return the settings of the virtual GPU. ConfigError for a size that cannot be read."""
     return Settings(
         gpu=options.gpu,
         memory_bytes=parse_bytes(options.memory) if options.memory else None,

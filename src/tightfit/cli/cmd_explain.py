@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from tightfit.cli.exits import OK, as_json
 from tightfit.cli.parser import Parser
@@ -12,6 +12,9 @@ from tightfit.cli.progress import shown
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
 from tightfit.wording import chosen_language, say
+
+if TYPE_CHECKING:
+    from tightfit.diagnosis.explanation import Explanation
 
 
 def parser() -> Parser:
@@ -41,6 +44,22 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
         print(page_of(options.code, chosen_language(options.lang)))
         return OK
+    found = _explained(options, words)
+    if options.html:
+        from tightfit.report.html import explanation_report
+        from tightfit.report.page import write
+
+        write(explanation_report(found), options.html)
+    if options.json:
+        print(as_json(found.to_json()))
+    else:
+        from tightfit.cli.explained import text_for_terminal
+
+        print(text_for_terminal(found, verbose=options.verbose))
+    return OK
+
+
+def _explained(options: argparse.Namespace, words: Sequence[str]) -> "Explanation":
     rest, script_arguments = _cut(list(words))
     configs: list[str] = options.config
     keys, logs = _keys_and_logs(rest)
@@ -62,7 +81,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     with shown(say("cli.progress.explaining"), bar=not options.script) as progress:
         from tightfit.diagnosis.explaining import explain
 
-        found = explain(
+        return explain(
             source,
             config=config,
             lang=options.lang,
@@ -74,18 +93,6 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             log=progress.stage,
             progress=progress.count,
         )
-    if options.html:
-        from tightfit.report.html import explanation_report
-        from tightfit.report.page import write
-
-        write(explanation_report(found), options.html)
-    if options.json:
-        print(as_json(found.to_json()))
-    else:
-        from tightfit.cli.explained import text_for_terminal
-
-        print(text_for_terminal(found, verbose=options.verbose))
-    return OK
 
 
 def _source(logs: list[str], *, optional: bool) -> Path | IO[bytes] | None:

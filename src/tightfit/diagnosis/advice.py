@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import COMPUTED
 from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures
 from tightfit.diagnosis.framework_words import Pasted, pasted
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
@@ -19,7 +20,6 @@ from tightfit.diagnosis.remedies import (
     expandable_segments,
     ranked,
 )
-from tightfit.diagnosis.whose import cache_is_large, fixes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.tables import read_table
 
@@ -144,7 +144,7 @@ def _divided(evidence: Evidence) -> tuple[int | None, int | None, int | None]:
 
 
 def _values(evidence: Evidence) -> dict[str, int | str]:
-    """Return what the lines of frameworks.toml fill in."""
+    """Return the values to fill into the lines of frameworks.toml."""
     _, size, passes = _divided(evidence)
     length = evidence.run.numbers.get("length")
     return {

@@ -19,9 +19,9 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.evidence_causes import causes_of_evidence
+from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
-from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.printed import Printed
 

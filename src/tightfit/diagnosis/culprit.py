@@ -1,4 +1,4 @@
-"""The tensor of the failing request: from a play that fails like the log, or from what the log itself shows."""
+"""The tensor of the failing request: from a play that fails like the log, or from the log itself."""
 
 from collections.abc import Iterator, Mapping
 

@@ -50,7 +50,7 @@ _TRAINERS = frozenset(
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """What a log shows of the failed tensor and of its model."""
+    """Signs in a log of the failed tensor and of its model."""
 
     run: RunFacts
     model: Model | None = None

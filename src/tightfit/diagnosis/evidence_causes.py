@@ -40,7 +40,7 @@ def causes_of_evidence(
 
 
 def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
-    """Yield what the failed tensor grows with, and the tensors that have its size; or that its size does not tell."""
+    """Yield the quantity that the tensor grows with, and tensors of its size; or that the size does not tell."""
     requested = facts.requested_bytes
     if evidence.grows is not None:
         yield Request(code=f"grows_{evidence.grows}", requested_bytes=requested)

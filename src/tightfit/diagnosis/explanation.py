@@ -120,7 +120,7 @@ class ExplanationJson(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     status: str | None = None
-    """How the run ended: a key of the table `status` in oomlog/codes.toml."""
+    """End of the run: a key of the table `status` in oomlog/codes.toml."""
     kind: str | None = None
     torch_format: str | None = None
     requested_bytes: int | None = None

@@ -20,7 +20,7 @@ class LineKind(msgspec.Struct, frozen=True, kw_only=True):
     tensor: str
     """A table of lines.toml."""
     grows: str
-    """What the tensor grows with: model, state, batch, logits, attention, outputs, saving, cache, cards, ..."""
+    """Quantity that the tensor grows with: model, state, batch, logits, attention, outputs, saving, cache, ..."""
     frame: TraceFrame
     """The frame that shows it."""
     is_named: bool

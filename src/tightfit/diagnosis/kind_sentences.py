@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
+from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
-from tightfit.diagnosis.whose import DECISIVE, causes_of_figures
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.log_reader import LogReading
@@ -89,7 +89,7 @@ def fix_said(code: str, facts: Facts, words: "Words") -> str:
 
 
 def expected_said(facts: Facts, words: "Words") -> str:
-    """Return the sentence on what the fixes of a kind give."""
+    """Return the sentence on the expected result of a kind's fixes."""
     return wording.words(words.language)("expected", memory_of(facts.kind))
 
 

@@ -38,7 +38,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def exceeds(self) -> bool:
-        """True if the least of it is more than the card has."""
+        """True if even the low estimate is more than the card has."""
         return self.low_bytes > self.total_bytes
 
     @property

@@ -149,7 +149,7 @@ class OwnScript:
 
 
 def _general(facts: Facts, run: RunFacts) -> list[Remedy]:
-    """Return the general advice, with what the figures leave open: a play decides it."""
+    """Return the general advice, and the two remedies that only a play can judge where the figures do not."""
     found = advice(facts, evidence_of(facts, run))
     known = {each.code for each in found}
     return [*found, *(each for each in (expandable_segments(facts), close_others(facts)) if each.code not in known)]

@@ -46,7 +46,7 @@ def stable_code(cause: str) -> str:
 
 
 def page_of(code: str, language: str) -> str:
-    """Return the page of a code: its title, what it means and what to do. ConfigError for a code that is none."""
+    """Return the page of a code: title, meaning and advice. ConfigError for an unknown code."""
     name, said = code.upper(), words(language)
     if name not in stable_codes():
         raise ConfigError(say("explain.stable_codes.unknown", code=code, first=stable_codes()[0]))

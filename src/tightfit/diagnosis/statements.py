@@ -140,7 +140,7 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
 
 
 def _foreign_lines(explanation: "Explanation", foreign: Foreign, words: Words) -> Iterator[str]:
-    """Yield what was read of another program's configuration, and what is missing."""
+    """Yield the values read from another program's configuration, and the missing ones."""
     run, model = explanation.reading.run, model_of(explanation.reading.run)
     values = [words("given", name, value=run.numbers[name]) for name in _GIVEN if name in run.numbers]
     values += [words("given", "model", value=model.name)] if model is not None and model.name else []

@@ -110,7 +110,7 @@ def _all_named(text: str) -> Iterator[Model]:
 
 
 def _printed(run: RunFacts) -> Model | None:
-    """Return the model whose sizes the log prints."""
+    """Return a model of the sizes that the log prints."""
     numbers = run.numbers
     hidden, parameters = numbers.get("hidden"), numbers.get("parameters")
     if not (hidden and (numbers.get("inner") or numbers.get("vocabulary"))):

@@ -250,7 +250,7 @@ _LOOSE = 450
 
 
 def _loose_figures(message: Message, text: str, begin: int, stop: int) -> None:
-    """Read figures whose words stand right before or behind them, in any order."""
+    """Read figures with a label right before or behind them, in any order."""
     found: dict[str, str] = {}
     end = message.end
     before, behind = _labels()

@@ -71,7 +71,7 @@ class LogReading(Struct, frozen=True, kw_only=True):
     """Other failures, without mentions."""
     context: Printed = Printed()
     run: RunFacts = RunFacts()
-    """What the program prints about its run; of a long log, by its beginning and its end."""
+    """Facts that the program prints about its run; of a long log, from its beginning and its end."""
     kind_of_nothing: str | None = None
     """Reason for no failure: a table `nothing` in wording/kinds names them, and binary."""
     evidence: str = ""

@@ -1,4 +1,4 @@
-"""Whose memory fills the card: this process's, that of other ranks of the same job, or strangers'."""
+"""Owners of the card's memory: this process, other ranks of the same job, or other programs."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -64,7 +64,7 @@ class Ownership(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ownership(facts: Facts) -> Ownership:
-    """Return whose memory fills the card, as far as the figures tell."""
+    """Return the owners of the card's memory, as far as the figures tell."""
     others, is_estimated = facts.figures.get("others_bytes"), False
     if others is None and facts.kind in ("cuda_out_of_memory", "hip_out_of_memory"):
         outside = facts.figures.get("not_reserved_bytes")

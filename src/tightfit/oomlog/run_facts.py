@@ -43,7 +43,7 @@ class PrintedShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a log prints of the run, whatever program made it; an absent value is None or empty."""
+    """Values that a log prints about the run, for any program; an absent value is None or empty."""
 
     numbers: Mapping[str, int] = msgspec.field(default_factory=dict)
     """The last number printed for each quantity in run_keys.toml: batch_size, accumulation, length, ..."""

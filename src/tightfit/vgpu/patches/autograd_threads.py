@@ -27,18 +27,14 @@ def _rest() -> None:
     deadline = time.monotonic() + _LONGEST_WAIT_S
     looks = 0
     while looks < _LOOKS_AT_REST and time.monotonic() < deadline:
-        looks = looks + 1 if not _working_threads() else 0
+        looks = 0 if any(map(_is_at_work, _THREADS.iterdir())) else looks + 1
         time.sleep(_LOOK_EVERY_S)  # releases the interpreter's lock, for a thread that waits for it
 
 
-def _working_threads() -> list[str]:
-    return [state for state in map(_state, _THREADS.iterdir()) if state not in ("S", "")]
-
-
-def _state(thread: Path) -> str:
-    """The letter that stands for the state of one of autograd's threads; "" of another thread."""
+def _is_at_work(thread: Path) -> bool:
+    """Return True for a thread of autograd's that does not sleep."""
     try:
         name, _, rest = (thread / "stat").read_text(errors="replace").partition("(")[2].rpartition(")")
-    except OSError:
-        return ""
-    return rest.split()[0] if name.startswith(_NAME) else ""
+    except OSError:  # it has ended
+        return False
+    return name.startswith(_NAME) and rest.split()[0] != "S"

@@ -1,4 +1,4 @@
-"""Whose memory fills the card: causes and fixes by the message's own figures, those that decide first."""
+"""Causes and fixes by the message's own figures: others' memory, the cache, limits. Decisive ones come first."""
 
 from collections.abc import Iterator
 
