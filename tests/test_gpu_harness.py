@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.gpu import calibrate, fit, hidden, processes, replay, report, speed, tracefile, traces
+from benchmarks.gpu.card import read_message
+from benchmarks.gpu.grid import EVERYTHING, Case, grid
+from benchmarks.gpu.probes import probes
+from tightfit.config import TrainConfig
+from tightfit.errors import ConfigError, DataError, DeviceError
+from tightfit.kernels import operators as kernels
+from tightfit.units import MIB
 
-from benchmarks.gpu import calibrate, fit, hidden, processes, replay, report, speed, tracefile, traces  # noqa: E402
-from benchmarks.gpu.card import read_message  # noqa: E402
-from benchmarks.gpu.grid import EVERYTHING, Case, grid  # noqa: E402
-from benchmarks.gpu.probes import probes  # noqa: E402
-from tightfit.config import TrainConfig  # noqa: E402
-from tightfit.errors import ConfigError, DataError, DeviceError  # noqa: E402
-from tightfit.kernels import operators as kernels  # noqa: E402
-from tightfit.units import MIB  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 TINY = Case(size="tiny", vocab=512, block=32, steps=2)
 CAPPED = Case(size="tiny", vocab=512, block=32, steps=2, act_as="45MiB", others="5MiB", do=EVERYTHING)
