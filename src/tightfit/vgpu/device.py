@@ -501,6 +501,9 @@ class VirtualDeviceMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Iterable[type], args: Arguments = (), kwargs: Options | None = None
     ) -> Argument:
+        for each in types:
+            if _is_wrapper(each):
+                return NotImplemented  # its own dispatch comes back here with the tensors that it is made of
         return self._device.run(func, args, kwargs or {})
 
     @classmethod
@@ -512,6 +515,16 @@ class VirtualDeviceMode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Let Dynamo trace this mode: hiding it wraps every operator, and only `torch.compile` needs that."""
         return False
+
+
+@cache
+def _is_wrapper(kind: type) -> bool:
+    """Return True for a tensor class that takes operators apart itself, such as DTensor."""
+    return (
+        not issubclass(kind, FakeTensor)
+        and issubclass(kind, Tensor)
+        and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+    )
 
 
 @cache

@@ -63,30 +63,36 @@ def _install_modules(device: VirtualDevice) -> None:
 
 
 def _install_data() -> None:
-    """Let `parameter.data = value` move the parameter to wherever the value is."""
+    """Let `tensor.data = value` move the tensor to wherever the value is."""
 
-    def get_data(parameter: Tensor) -> Tensor:
-        data: Tensor = _DATA.__get__(parameter)
+    def get_data(tensor: Tensor) -> Tensor:
+        data: Tensor = _DATA.__get__(tensor)
         return data
 
-    def set_data(tensor: Tensor, value: Tensor) -> None:
-        """A large parameter is a fake tensor already on the host; other tensors stay where they are."""
-        if isinstance(tensor, nn.Parameter):
-            _become(tensor, value)
-        else:
-            _DATA.__set__(tensor, value)
-
-    assign(nn.Parameter, data=property(get_data, _become))
-    assign(FakeTensor, data=property(get_data, set_data))
+    assign(torch.Tensor, data=property(get_data, _become))
 
 
-def _become(parameter: Tensor, value: Tensor) -> None:
-    """Let a parameter hold `value`, on whichever device that is."""
-    fake = isinstance(parameter, FakeTensor) or isinstance(value, FakeTensor)
-    if fake or not torch._has_compatible_shallow_copy_type(parameter, value):  # from "meta" to the host, say
-        backend.exchange(parameter, nn.Parameter(value.detach(), parameter.requires_grad))
-    else:
-        _DATA.__set__(parameter, value)
+def _become(tensor: Tensor, value: Tensor) -> None:
+    """Let a tensor hold `value`, on whichever device that is."""
+    if _can_hold(tensor, value):
+        _DATA.__set__(tensor, value)
+        return
+    gradient = tensor.grad if tensor.is_leaf else None
+    made = nn.Parameter(value.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value.detach()
+    backend.exchange(tensor, made)
+    if not isinstance(tensor, nn.Parameter):
+        tensor.requires_grad_(made.requires_grad)
+    if gradient is not None and gradient.device == tensor.device and gradient.shape == tensor.shape:
+        tensor.grad = gradient
+
+
+def _can_hold(tensor: Tensor, value: Tensor) -> bool:
+    """Return True if torch's own assignment works: it keeps the kind of tensor, and with it the device of a fake one."""
+    if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
+        return tensor.fake_device == value.fake_device and tensor.layout == value.layout
+    if isinstance(tensor, FakeTensor) or isinstance(value, FakeTensor):
+        return False
+    return torch._has_compatible_shallow_copy_type(tensor, value)  # False from "meta" to the host, say
 
 
 def _install_storages(device: VirtualDevice) -> None:
