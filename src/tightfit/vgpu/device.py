@@ -78,6 +78,10 @@ class VirtualDevice:
         self.not_modelled: list[str] = []
         """Features that this run used and the virtual GPU does not follow."""
         self.out_of_time = False
+        self.count = 1
+        """Cards that the script finds; this process has the first, or the one of its local rank."""
+        self.capture_stream = 0
+        """Stream on which a CUDA graph is being captured, by this thread or autograd's; 0 if none is."""
         self.observer: Observer | None = None
         self.compiled_line: tuple[Frame, ...] = ()
         """The user's lines that the running part of a compiled graph comes from."""
@@ -120,6 +124,7 @@ class VirtualDevice:
                 return self._without_data(func, args, kwargs)
         device = kwargs.get("device")
         if isinstance(device, torch.device) and device.type == "cuda":
+            self.check_ordinal(device.index)
             return self.execute(func, args, {**kwargs, "device": self.where})
         if _has_fake(args) or (kwargs and _has_fake(kwargs.values())):
             return self.execute(func, args, kwargs)
@@ -278,6 +283,12 @@ class VirtualDevice:
         self._guarded(self.recorder.take, allocation)
         return allocation
 
+    def take_raw(self, nbytes: int) -> Allocation:
+        """Take memory for a script that asks the allocator itself."""
+        allocation = self._allocation(nbytes, "caching_allocator_alloc", self.phases.now(), "other")
+        self._guarded(self.recorder.take, allocation)
+        return allocation
+
     def take_workspaces(self, func: OpOverload, args: Arguments, kwargs: Options, phase: Phase | None = None) -> None:
         """Take the memory that a library keeps from its first call on, for an operator that is about to run."""
         if self._is_host:
@@ -352,7 +363,12 @@ class VirtualDevice:
 
     @property
     def current_stream(self) -> int:
-        return getattr(self.stream, "number", 0)
+        return self.capture_stream or getattr(self.stream, "number", 0)
+
+    def check_ordinal(self, index: int | None) -> None:
+        """Fail as CUDA does where the script names a card that is not there."""
+        if index is not None and not 0 <= index < self.count:
+            raise torch.AcceleratorError("CUDA error: invalid device ordinal")
 
     def _frames(self, phase: Phase) -> tuple[Frame, ...]:
         if self.compiled_line:
@@ -397,6 +413,7 @@ class VirtualDevice:
         if dtype is not None:
             kwargs["dtype"] = dtype
         if target == "cuda":
+            self.check_ordinal(None if device is None else device.index)
             if isinstance(source, FakeTensor):
                 return self.execute(func, (source,), {**kwargs, "device": self.where})
             with self.fake.lock:

@@ -137,7 +137,7 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
         return f"tensor(<no data>, device='{tensor.device}', dtype={tensor.dtype}, shape={shape})"
 
     def formatted(tensor: Tensor, spec: str) -> str:
-        return usual_format(torch.full((), device.values.scalar(tensor)), spec) if tensor.dim() == 0 else str(tensor)
+        return usual_format(torch.full((), device.values.scalar(tensor), device="cpu"), spec) if tensor.dim() == 0 else str(tensor)
 
     assign(
         FakeTensor,
@@ -149,9 +149,29 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
         pin_memory=lambda tensor, *args: tensor,
         __format__=formatted,
         __deepcopy__=_deep_copy,
+        __reduce_ex__=_reduce,
         record_stream=lambda tensor, stream: device.record_stream(tensor, stream.stream_id),
     )
     assign(torch.Tensor, pin_memory=lambda tensor, *args: tensor)
+
+
+def _reduce(tensor: Tensor, protocol: object) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
+    """Let pickle and copy make a tensor of the same kind; there is no data to keep."""
+    where = str(tensor.device)
+    kind = isinstance(tensor, nn.Parameter)
+    return _rebuild, (tuple(tensor.shape), tensor.stride(), tensor.dtype, where, tensor.requires_grad, kind)
+
+
+def _rebuild(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    requires_grad: bool,
+    is_parameter: bool,
+) -> Tensor:
+    made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return nn.Parameter(made, requires_grad) if is_parameter else made.requires_grad_(requires_grad)
 
 
 def _deep_copy(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
