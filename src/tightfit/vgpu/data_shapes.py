@@ -234,7 +234,20 @@ def _bincount(
     return device.make(func, (source,), (length,), dtype)
 
 
+def _pack(device: Device, func: OpOverload, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Drop the padding of sequences (PackedSequence.cpp). Their lengths are on the host."""
+    batch, longest = padded.shape[:2] if batch_first else (padded.shape[1], padded.shape[0])
+    true = device.values.exactly(lengths)
+    if true is None:
+        device.count_made_up(_MADE_UP)
+    known = [longest] * batch if true is None else [int(each) for each in true.tolist()]
+    alive = [sum(each > step for each in known) for step in range(max(known))]
+    data = device.make(func, (padded, lengths), (sum(known), *padded.shape[2:]), padded.dtype)
+    return data, torch.tensor(alive, dtype=torch.int64, device="cpu")
+
+
 HANDLERS: dict[OpOverload, Handler] = {
+    aten._pack_padded_sequence.default: _pack,
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _masked_select,
     aten.index.Tensor: _index,

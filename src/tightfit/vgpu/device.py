@@ -239,13 +239,19 @@ class VirtualDevice:
 
     def _track(self, out: Argument, func: OpOverload, args: Arguments, phase: Phase) -> None:
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            # A sparse tensor has no storage of its own: its indices and values were results before.
-            if (
-                isinstance(tensor, FakeTensor)
-                and tensor.fake_device.type == self.where.type
-                and tensor.layout == torch.strided
-            ):
-                self._guarded(self.recorder.track, self._describe(tensor, func, args, phase), tensor)
+            if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.where.type:
+                continue
+            for part in (tensor,) if tensor.layout == torch.strided else self._parts(tensor):
+                self._guarded(self.recorder.track, self._describe(part, func, args, phase), part)
+
+    def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """List the tensors that a sparse one is made of; it has no storage of its own."""
+        with self.fake:
+            if tensor.layout == torch.sparse_coo:
+                return tensor._indices(), tensor._values()
+            if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+                return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+            return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
     def _describe(self, tensor: Tensor, func: OpOverload, args: Arguments, phase: Phase) -> Callable[[int], Allocation]:
         def describe(nbytes: int) -> Allocation:
@@ -429,6 +435,8 @@ class VirtualDevice:
 
     def _upload(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
         """Return a copy of a host tensor on the device."""
+        if source.layout != torch.strided:
+            return self._upload_sparse(source, func, dtype)
         phase = self.phases.now()
         with self.fake:
             out = torch.empty_strided(source.shape, _dense_strides(source), dtype=dtype, device=self.where)
@@ -437,6 +445,22 @@ class VirtualDevice:
             self.recorder.mark(out, "inputs")
         self.values.learn(out, source)
         return out
+
+    def _upload_sparse(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
+        values = self._upload(source._values() if source.layout == torch.sparse_coo else source.values(), func, dtype)
+        if source.layout == torch.sparse_coo:
+            indices = self._upload(source._indices(), func, torch.int64)
+            with self.fake:
+                return torch.sparse_coo_tensor(
+                    indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
+                )
+        by_row = source.layout in (torch.sparse_csr, torch.sparse_bsr)
+        outer, inner = (source.crow_indices(), source.col_indices()) if by_row else (source.ccol_indices(), source.row_indices())
+        places = [self._upload(each, func, each.dtype) for each in (outer, inner)]
+        with self.fake:
+            return torch.sparse_compressed_tensor(
+                *places, values, source.shape, layout=source.layout, check_invariants=False
+            )
 
     def _copy_into(self, func: OpOverload, target: Tensor, source: Tensor, *rest: Argument) -> Argument:
         args = (target, source, *rest)
@@ -489,6 +513,13 @@ class _SharedFakeMode(FakeTensorMode):
     @in_kernel_invocation.setter
     def in_kernel_invocation(self, value: bool) -> None:
         self._thread.in_kernel = value
+
+    def create_symbolic_nested_int(self, *, nt_tensor_id: int | None = None) -> torch.SymInt:
+        """Return the length of a ragged dimension; torch's own is a symbol of a graph that is being traced."""
+        number = self.nt_tensor_id_counter if nt_tensor_id is None else nt_tensor_id
+        self.nt_tensor_id_counter = max(self.nt_tensor_id_counter, number + 1)
+        nested: torch.SymInt = torch._C._get_nested_int(number, 1)
+        return nested
 
     def __enter__(self) -> Self:
         self.lock.acquire()
@@ -566,6 +597,8 @@ def _has_fake(values: Iterable[Argument]) -> bool:
 def _on_card(args: Arguments, kwargs: Options) -> bool:
     """Return False if all fake tensors are in host memory, where a script may keep some."""
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    if any(tensor.layout is not torch.strided for tensor in found):
+        return False  # the memory of sparse kernels is not known
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
 
 

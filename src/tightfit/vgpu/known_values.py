@@ -146,6 +146,8 @@ class Values:
     def follow(self, func: OpOverload, args: Arguments, kwargs: Options, out: Argument) -> None:
         """Keep what operator `func` reveals of its result `out`; a write makes its target unknown."""
         traits = _traits(func)
+        if isinstance(out, Tensor) and out.layout is not torch.strided:
+            return
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
         if traits.writes:
             self._follow_writes(func, args, kwargs, traits)
@@ -208,7 +210,7 @@ class Values:
         written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in traits.writes]
         results, made_up = self._of_writes(func, args, kwargs, traits, written) or (None, False)
         for place, target in enumerate(written):
-            if isinstance(target, FakeTensor) and results:
+            if isinstance(target, FakeTensor) and results and target.layout is torch.strided:
                 self._write(target, results[place], made_up)
             else:
                 self._forget_all(target)
@@ -320,6 +322,8 @@ class Values:
         """Return the fact of a tensor; with `invent`, make one up (and keep it) for a single element."""
         if not isinstance(tensor, FakeTensor):
             return Fact(tensor.detach().reshape(())) if tensor.numel() == 1 else None
+        if tensor.layout is not torch.strided:
+            return None
         storage = tensor.untyped_storage()
         fact = self._known.get(storage)
         if fact is not None and fact.value.dtype == tensor.dtype:
@@ -338,7 +342,7 @@ class Values:
 
     def learn(self, tensor: Tensor, source: Tensor) -> None:
         """Keep the values of `tensor`, which is a copy of the host's `source`."""
-        if not 0 < source.numel() <= _LOOKED_AT or not (_is_small(source) or _is_uniform(source)):
+        if source.layout is not torch.strided or not 0 < source.numel() <= _LOOKED_AT or not (_is_small(source) or _is_uniform(source)):
             return
         fact = _stored(source.detach().to(tensor.dtype), tensor, made_up=False)
         if fact is not None:
@@ -349,7 +353,7 @@ class Values:
 
     def _forget_all(self, tensors: Argument) -> None:
         for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
-            if isinstance(tensor, FakeTensor):
+            if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 self.forget(tensor.untyped_storage())
 
     # Answers

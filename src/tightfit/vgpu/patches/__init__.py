@@ -3,6 +3,7 @@
 import os
 
 from tightfit.gpus import GPU
+from tightfit.vgpu import recurrent, shape_functions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, process_groups
 from tightfit.vgpu.patches.files import FileGuard
@@ -22,6 +23,8 @@ def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
     backend.enable()
     processes = process_groups.prepare_environment(os.environ)
     cuda_api.install(device, gpu, count=processes)
+    shape_functions.install(device)
+    recurrent.install(device)
     process_groups.install()
     if processes > 1:
         device.note(say("vgpu.patches.nccl"))

@@ -153,7 +153,8 @@ def _install_libraries(allocator: CachingAllocator) -> None:
         ),
     )
     assign(torch.backends.cuda, is_built=lambda: True)
-    assign(torch.backends.cudnn, is_available=lambda: True, version=lambda: 91002)
+    cudnn = torch.backends.cudnn
+    assign(cudnn, cudnn.__dict__.get("m", cudnn), is_available=lambda: True, version=lambda: 91002, _init=lambda: True)
     if torch.version.cuda is None:
         torch.version.cuda = "13.0"
 

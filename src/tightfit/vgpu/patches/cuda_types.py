@@ -56,9 +56,7 @@ def install() -> None:
     usual_type: Callable[..., Tensor | str] = torch.Tensor.type
     usual_default: Callable[[object], None] = torch.set_default_tensor_type
 
-    def type_of(
-        tensor: Tensor, dtype: object = None, non_blocking: bool = False, **options: object
-    ) -> Tensor | str:
+    def type_of(tensor: Tensor, dtype: object = None, non_blocking: bool = False, **options: object) -> Tensor | str:
         """Do as `tensor.type(dtype)`, also for types of the device."""
         wanted = types.get(dtype) if isinstance(dtype, str) else dtype
         if isinstance(wanted, VirtualType):

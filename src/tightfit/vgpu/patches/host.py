@@ -28,6 +28,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     """Patch this process for good."""
     _install_modules(device)
     _install_data()
+    _install_ragged()
     _install_storages(device)
     _install_fake_tensors(device)
     _install_threads(device)
@@ -60,6 +61,18 @@ def _install_modules(device: VirtualDevice) -> None:
         return module
 
     assign(nn.Module, _apply=apply)
+
+
+def _install_ragged() -> None:
+    """Let `nested.to("cuda")` find the ragged length of a host tensor, which torch looks for in fake tensors alone."""
+
+    def length_of(offsets: Tensor) -> torch.SymInt:
+        from torch.nested._internal.nested_tensor import get_tensor_symint
+
+        length: Callable[..., torch.SymInt] = get_tensor_symint
+        return length(offsets)
+
+    assign(torch.Tensor, nested_int_memo=property(length_of))
 
 
 def _install_data() -> None:
@@ -137,7 +150,11 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
         return f"tensor(<no data>, device='{tensor.device}', dtype={tensor.dtype}, shape={shape})"
 
     def formatted(tensor: Tensor, spec: str) -> str:
-        return usual_format(torch.full((), device.values.scalar(tensor), device="cpu"), spec) if tensor.dim() == 0 else str(tensor)
+        return (
+            usual_format(torch.full((), device.values.scalar(tensor), device="cpu"), spec)
+            if tensor.dim() == 0
+            else str(tensor)
+        )
 
     assign(
         FakeTensor,
