@@ -12,14 +12,21 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import FrameType, TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.library import _impls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,12 +38,13 @@ from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.data_shapes import HANDLERS
-from tightfit.vgpu.frames import Frame, user_frames
+from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.records import Category, Phase
 from tightfit.vgpu.roles import Roles
+from tightfit.wording import say
 
 aten = torch.ops.aten
 
@@ -50,6 +58,9 @@ _FACTORIES = {
     *(packet.default for packet in (aten.empty_strided, aten.zeros, aten.ones, aten.full, aten.randn, aten.rand)),
 }
 _attention: Callable[..., Argument] = attention
+_UNKNOWN_SHAPE = (DynamicOutputShapeException, DataDependentOutputException, UnsupportedOperatorException)
+_KEYS_OF_THE_CARD = ("CUDA", "CompositeExplicitAutograd")
+"""Dispatch keys under which a script's own operator may have a kernel in Python for the card."""
 _PACKAGES_OF_CUSTOM_OPERATORS = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional")
 
 
@@ -173,8 +184,7 @@ class VirtualDevice:
                 if what == "outputs":
                     break
                 self._live_through(what, number, taken, func, phase)
-            with self.fake:
-                out: Argument = func(*args, **kwargs)
+            out = self._result(func, args, kwargs, phase)
             if func is aten.add.Tensor and phase == "backward" and (first := _engine_adds(args, kwargs)) is not None:
                 assert isinstance(out, Tensor)
                 self.recorder.track_accumulation(out, first, self._describe(out, func, args, phase))
@@ -191,6 +201,17 @@ class VirtualDevice:
         if self.observer is not None and (kernel := kernel_of(func, args, kwargs, out)) is not None:
             self.observer(kernel)
         return out
+
+    def _result(self, func: OpOverload, args: Arguments, kwargs: Options, phase: Phase) -> Argument:
+        """Return a result without data. NotImplementedError, in one sentence, where nobody knows its shape."""
+        try:
+            with self.fake:
+                return func(*args, **kwargs)
+        except (NotImplementedError, *_UNKNOWN_SHAPE):
+            line = users_line(self._frames(phase))
+            place = say("vgpu.device.place", file=line.file, line=line.line) if line else ""
+            key = "vgpu.device.own_operator_unknown" if func.namespace == "aten" else "vgpu.device.operator_unknown"
+            raise NotImplementedError(say(key, name=func._schema.name, place=place)) from None
 
     # Memory
 
@@ -490,9 +511,10 @@ class VirtualDevice:
 
         for definition in OPDEFS.values():
             if definition._opoverload is func:
-                body: Callable[..., Argument] = definition._init_fn
-                return body
-        return None
+                by_device: dict[str | None, Callable[..., Argument]] = definition._backend_fns
+                return by_device.get("cuda", definition._init_fn)
+        key = next((key for key in _KEYS_OF_THE_CARD if f"{func.namespace}/{_name(func)}/{key}" in _impls), None)
+        return None if key is None else partial(func._op_dk, getattr(torch._C.DispatchKey, key))
 
 
 class _SharedFakeMode(FakeTensorMode):
@@ -563,6 +585,11 @@ class VirtualDeviceMode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Let Dynamo trace this mode: hiding it wraps every operator, and only `torch.compile` needs that."""
         return False
+
+
+def _name(func: OpOverload) -> str:
+    name = func._schema.name.partition("::")[2]
+    return f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name
 
 
 @cache

@@ -163,7 +163,9 @@ def _run_on_host(
     where = next((each.fake_device for each in fakes), torch.device("cpu"))
     given: dict[int, FakeTensor] = {}
     with fake:
-        places = {id(each): each._indices().shape for each in fakes if each.layout == torch.sparse_coo}
+        places = {
+            id(each): (*each._indices().shape, each.is_coalesced()) for each in fakes if each.layout == torch.sparse_coo
+        }
 
     def on_host(value: object) -> object:
         if isinstance(value, torch.device):
@@ -211,15 +213,15 @@ def _bytes_on_host(tensor: Tensor) -> int:
     return tensor._nnz() * tensor.element_size() * (1 + tensor.dim())
 
 
-def _zeros(fake: Tensor, places: torch.Size | None) -> Tensor:
-    """Make zeros like a tensor without data; a sparse one has a different place for each value, in `places`' shape."""
+def _zeros(fake: Tensor, places: tuple[int, int, bool] | None) -> Tensor:
+    """Make zeros like a tensor without data; a sparse one has as many different `places`."""
     if places is None:
         return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="cpu").zero_()
-    dims, count = places
+    dims, count, coalesced = places
     sizes = fake.shape[:dims]
     number = torch.arange(count, device="cpu") % max(1, math.prod(sizes))
     indices = torch.stack(torch.unravel_index(number, sizes)) if sizes else number.new_empty((0, len(number)))
     values = torch.zeros((count, *fake.shape[dims:]), dtype=fake.dtype, device="cpu")
     return torch.sparse_coo_tensor(
-        indices, values, fake.shape, is_coalesced=fake.is_coalesced() or None, check_invariants=False
+        indices, values, fake.shape, is_coalesced=coalesced or None, check_invariants=False
     )
