@@ -234,7 +234,9 @@ def _bincount(
     return device.make(func, (source,), (length,), dtype)
 
 
-def _pack(device: Device, func: OpOverload, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+def _pack(
+    device: Device, func: OpOverload, padded: Tensor, lengths: Tensor, batch_first: bool
+) -> tuple[Tensor, Tensor]:
     """Drop the padding of sequences (PackedSequence.cpp). Their lengths are on the host."""
     batch, longest = padded.shape[:2] if batch_first else (padded.shape[1], padded.shape[0])
     true = device.values.exactly(lengths)

@@ -476,7 +476,8 @@ class VirtualDevice:
                     indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
                 )
         by_row = source.layout in (torch.sparse_csr, torch.sparse_bsr)
-        outer, inner = (source.crow_indices(), source.col_indices()) if by_row else (source.ccol_indices(), source.row_indices())
+        outer = source.crow_indices() if by_row else source.ccol_indices()
+        inner = source.col_indices() if by_row else source.row_indices()
         places = [self._upload(each, func, each.dtype) for each in (outer, inner)]
         with self.fake:
             return torch.sparse_compressed_tensor(

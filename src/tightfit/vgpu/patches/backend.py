@@ -217,10 +217,12 @@ def _slots(tensor: Tensor) -> set[str]:
     return {name for name in copyreg._slotnames(type(tensor)) if not name.startswith("__")}  # type: ignore[attr-defined]
 
 
+_MEMOS = ("nonzero", "item", "unique", "unique_consecutive", "nested_int")
 _OF_FAKE_TENSORS = frozenset(
-    "_fake_device fake_device fake_mode constant pytype dispatch_keys real_tensor _is_param _debug_trace "
-    "_nonzero_memo _nonzero_memo_vc _nonzero_memo_epoch _item_memo _item_memo_vc _item_memo_epoch _unique_memo "
-    "_unique_memo_vc _unique_memo_epoch _unique_consecutive_memo _unique_consecutive_memo_vc "
-    "_unique_consecutive_memo_epoch _nested_int_memo _nested_int_memo_vc _nested_int_memo_epoch".split()
+    (
+        *("_fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "real_tensor", "_is_param"),
+        *(f"_{name}_memo{part}" for name in _MEMOS for part in ("", "_vc", "_epoch")),
+        "_debug_trace",
+    )
 )
 """Attributes that torch gives a fake tensor."""

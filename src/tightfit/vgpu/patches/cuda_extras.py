@@ -1,4 +1,4 @@
-"""Seldom used parts of `torch.cuda` on the virtual GPU: NVTX, NCCL, memory pools, tunable products, copies of DataParallel."""
+"""Seldom used parts of `torch.cuda` on the virtual GPU: NVTX, NCCL, memory pools, tuned products, DataParallel."""
 
 import contextlib
 import itertools

@@ -1,5 +1,6 @@
 """The host's side of a script: torch's dealings with real files, parameters and threads, made safe for a dry run."""
 
+import functools
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,11 +30,30 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_modules(device)
     _install_data()
     _install_ragged()
+    _install_validity(device)
     _install_storages(device)
     _install_fake_tensors(device)
     _install_threads(device)
     _install_compile(device, properties)
     _install_attention(device)
+
+
+def _install_validity(device: VirtualDevice) -> None:
+    """Take the samples and parameters of a distribution as valid where nobody computed them."""
+    from torch.distributions import constraints
+
+    def assuming(check: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(check)
+        def checked(constraint: object, value: Tensor) -> Tensor:
+            valid = check(constraint, value)
+            device.values.assume(valid, True)
+            return valid
+
+        return checked
+
+    for kind in vars(constraints).values():
+        if isinstance(kind, type) and issubclass(kind, constraints.Constraint) and "check" in vars(kind):
+            assign(kind, check=assuming(vars(kind)["check"]))
 
 
 def _install_modules(device: VirtualDevice) -> None:
