@@ -5,7 +5,7 @@ import os
 from tightfit.gpus import GPU
 from tightfit.vgpu import recurrent, shape_functions
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, process_groups
+from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, nvml, process_groups
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.wording import say
 
@@ -23,6 +23,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
     backend.enable()
     processes = process_groups.prepare_environment(os.environ)
     cuda_api.install(device, gpu, count=processes)
+    nvml.install(device, cuda_api.properties(gpu, device.recorder.allocator.total_bytes))
     shape_functions.install(device)
     recurrent.install(device)
     process_groups.install()

@@ -138,19 +138,23 @@ def _install_libraries(allocator: CachingAllocator) -> None:
     """Answer for the CUDA runtime, NVML, cuBLAS and cuDNN."""
     for name in ("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"):
         assign(torch.cuda, **{name: lambda device=None: 0})
+    runtime = SimpleNamespace(
+        cudaMemGetInfo=lambda index: allocator.mem_get_info(),
+        cudaError=_CudaError,
+        cudaProfilerStart=lambda: 0,
+        cudaProfilerStop=lambda: 0,
+        cudaHostRegister=lambda *args: 0,
+        cudaHostUnregister=lambda *args: 0,
+        cudaGetErrorString=lambda code: "no error",
+    )
     assign(
         torch.cuda,
         device_memory_used=lambda device=None: allocator.total_bytes - allocator.mem_get_info()[0],
-        list_gpu_processes=lambda device=None: "GPU:0\nno processes are running",
-        cudart=lambda: SimpleNamespace(
-            cudaMemGetInfo=lambda index: allocator.mem_get_info(),
-            cudaError=_CudaError,
-            cudaProfilerStart=lambda: 0,
-            cudaProfilerStop=lambda: 0,
-            cudaHostRegister=lambda *args: 0,
-            cudaHostUnregister=lambda *args: 0,
-            cudaGetErrorString=lambda code: "no error",
-        ),
+        cudart=lambda: runtime,
+        _cudart=runtime,
+    )
+    assign(
+        torch.cuda, torch.cuda.memory, list_gpu_processes=lambda device=None: "GPU:0\nno processes are running"
     )
     assign(torch.backends.cuda, is_built=lambda: True)
     cudnn = torch.backends.cudnn

@@ -126,7 +126,6 @@ def _install_tunable() -> None:
     settings: dict[str, Any] = {  # of four types
         "is_enabled": False,
         "tuning_is_enabled": True,
-        "record_untuned_is_enabled": False,
         "get_max_tuning_duration": 30,
         "get_max_tuning_iterations": 100,
         "get_filename": "tunableop_results.csv",
@@ -135,7 +134,6 @@ def _install_tunable() -> None:
     setters = {
         "enable": "is_enabled",
         "tuning_enable": "tuning_is_enabled",
-        "record_untuned_enable": "record_untuned_is_enabled",
         "set_max_tuning_duration": "get_max_tuning_duration",
         "set_max_tuning_iterations": "get_max_tuning_iterations",
         "set_filename": "get_filename",
@@ -145,8 +143,11 @@ def _install_tunable() -> None:
         assign(torch._C, **{f"_cuda_tunableop_{name}": lambda name=name: settings[name]})
     for name, kept in setters.items():
         assign(torch._C, **{f"_cuda_tunableop_{name}": lambda value, *_, kept=kept: settings.update({kept: value})})
+    untuned = {"on": False}
     assign(
         torch._C,
+        _cuda_record_untuned_enable=lambda value: untuned.update(on=value),
+        _cuda_record_untuned_is_enabled=lambda: untuned["on"],
         _cuda_tunableop_get_results=tuple,
         _cuda_tunableop_get_validators=tuple,
         _cuda_tunableop_read_file=lambda filename: False,

@@ -49,10 +49,28 @@ class VirtualType:
         return f"torch.cuda.{self.__name__}"
 
 
+class VirtualStorageType:
+    """A legacy storage type of the device, such as torch.cuda.FloatStorage."""
+
+    def __init__(self, usual: type, dtype: torch.dtype) -> None:
+        self.__name__, self.__module__, self.dtype, self._usual = usual.__name__, "torch.cuda", dtype, usual
+
+    def __call__(self, size: int = 0, **_: object) -> torch.TypedStorage:
+        storage = torch.empty(size, dtype=self.dtype, device="cuda").untyped_storage()
+        return torch.TypedStorage(wrap_storage=storage, dtype=self.dtype, _internal=True)
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, torch.TypedStorage) and value.dtype == self.dtype and value.device.type != "cpu"
+
+
 def install() -> None:
     """Patch this process for good."""
     types = {f"torch.cuda.{name}Tensor": VirtualType(name, dtype) for name, dtype in _DTYPES.items()}
     assign(torch.cuda, **{f"{name}Tensor": types[f"torch.cuda.{name}Tensor"] for name in _DTYPES})
+    for name, dtype in {**_DTYPES, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}.items():
+        usual = getattr(torch.cuda, f"{name}Storage", None)
+        if usual is not None:
+            assign(torch.cuda, **{f"{name}Storage": VirtualStorageType(usual, dtype)})
     usual_type: Callable[..., Tensor | str] = torch.Tensor.type
     usual_default: Callable[[object], None] = torch.set_default_tensor_type
 
