@@ -1,5 +1,6 @@
 """Phase of a running script, recognized by its calls of torch."""
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.records import Phase
 
 _LOSS_OPERATORS = frozenset(
@@ -52,6 +54,7 @@ class Phases:
         self._outside: Phase = "setup"
         """Phase of operators outside all modules; it follows the course of a step."""
         self.steps = 0
+        self._has_optimizer = False
         self.vocabulary = 0
         """Rows of the largest embedding so far: tensors with so many columns are logits."""
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -59,8 +62,30 @@ class Phases:
 
     def install(self) -> None:
         self._hook()
+        self._count_backward()
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
+
+    def _count_backward(self) -> None:
+        """Take each backward pass of a script without an optimizer of torch's as a step."""
+        backward: Callable[..., object] = torch.autograd.backward
+        init: Callable[..., None] = torch.optim.Optimizer.__init__
+
+        @functools.wraps(backward)
+        def counted(*args: object, **kwargs: object) -> None:
+            backward(*args, **kwargs)
+            if not self._has_optimizer and not _in_backward():
+                self.steps += 1
+                self._on_step()
+
+        @functools.wraps(init)
+        def made(optimizer: torch.optim.Optimizer, *args: object, **kwargs: object) -> None:
+            if not self._has_optimizer:
+                self._has_optimizer, self.steps = True, 0
+            init(optimizer, *args, **kwargs)
+
+        assign(torch.autograd, backward=counted)
+        assign(torch.optim.Optimizer, __init__=made)
 
     def _hook(self) -> None:
         self._handles = (
@@ -92,7 +117,7 @@ class Phases:
     def now(self, operator: str = "") -> Phase:
         """Return the phase of an operator that is about to run."""
         if _in_backward():
-            self._outside = "optimizer"
+            self._outside = "optimizer" if self.modules or self.steps else self._outside  # else a warm-up
             return "backward"
         course = self._course
         if course.named:

@@ -75,7 +75,9 @@ def _install_ctc(lengths: Callable[[Argument], list[int] | None]) -> None:
     ) -> Argument:
         count = input_lengths.numel()
         inputs = lengths(input_lengths) or [log_probs.shape[0]] * count
-        labels = lengths(target_lengths) or [targets.shape[-1] if targets.dim() == 2 else targets.numel() // count] * count
+        labels = (
+            lengths(target_lengths) or [targets.shape[-1] if targets.dim() == 2 else targets.numel() // count] * count
+        )
         loss: Argument = aten.ctc_loss.IntList(log_probs, targets, inputs, labels, *rest)
         return loss
 
@@ -222,6 +224,4 @@ def _zeros(fake: Tensor, places: tuple[int, int, bool] | None) -> Tensor:
     number = torch.arange(count, device="cpu") % max(1, math.prod(sizes))
     indices = torch.stack(torch.unravel_index(number, sizes)) if sizes else number.new_empty((0, len(number)))
     values = torch.zeros((count, *fake.shape[dims:]), dtype=fake.dtype, device="cpu")
-    return torch.sparse_coo_tensor(
-        indices, values, fake.shape, is_coalesced=coalesced or None, check_invariants=False
-    )
+    return torch.sparse_coo_tensor(indices, values, fake.shape, is_coalesced=coalesced or None, check_invariants=False)

@@ -153,9 +153,7 @@ def _install_libraries(allocator: CachingAllocator) -> None:
         cudart=lambda: runtime,
         _cudart=runtime,
     )
-    assign(
-        torch.cuda, torch.cuda.memory, list_gpu_processes=lambda device=None: "GPU:0\nno processes are running"
-    )
+    assign(torch.cuda, torch.cuda.memory, list_gpu_processes=lambda device=None: "GPU:0\nno processes are running")
     assign(torch.backends.cuda, is_built=lambda: True)
     cudnn = torch.backends.cudnn
     assign(cudnn, cudnn.__dict__.get("m", cudnn), is_available=lambda: True, version=lambda: 91002, _init=lambda: True)

@@ -1,9 +1,8 @@
 """Streams, events and random generators of `torch.cuda` on the virtual GPU."""
 
-import contextlib
 import ctypes
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace, TracebackType
 
@@ -154,14 +153,23 @@ def _install_streams(virtual: VirtualDevice) -> None:
         if stream is not None:
             virtual.stream.now, virtual.stream.number = stream, stream.stream_id
 
-    @contextlib.contextmanager
-    def on_stream(stream: VirtualStream | None) -> Iterator[VirtualStream | None]:
-        before = current_stream()
-        set_stream(stream)
-        try:
-            yield stream
-        finally:
-            set_stream(before)
+    class StreamContext:
+        """Makes a stream the current one for the lines within."""
+
+        def __init__(self, stream: VirtualStream | None) -> None:
+            self.stream = stream
+            self._before: list[VirtualStream] = []
+
+        def __enter__(self) -> VirtualStream | None:
+            self._before.append(current_stream())
+            set_stream(self.stream)
+            return self.stream
+
+        def __exit__(self, *error: object) -> None:
+            set_stream(self._before.pop())
+
+    def on_stream(stream: VirtualStream | None) -> StreamContext:
+        return StreamContext(stream)
 
     def stream_from_external(data_ptr: int, device: Where = None) -> VirtualStream:
         return VirtualExternalStream(data_ptr, device)
@@ -176,7 +184,7 @@ def _install_streams(virtual: VirtualDevice) -> None:
         default_stream=default_stream,
         get_stream_from_external=stream_from_external,
         stream=on_stream,
-        StreamContext=on_stream,
+        StreamContext=StreamContext,
     )
     # The compiled ones ask the device guard, whose answer is not initialized memory: "Unknown device: 96".
     # Functions of their own: Dynamo refuses one function under two names.

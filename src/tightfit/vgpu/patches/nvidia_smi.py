@@ -77,14 +77,20 @@ def table(card):
     print(time.strftime("%a %b %e %H:%M:%S %Y"), rule, sep="\n")
     head = f" NVIDIA-SMI {card['driver']:<22} Driver Version: {card['driver']:<14} CUDA Version: {card['cuda']}"
     print(f"|{head:<{WIDTH}}|", thin, sep="\n")
-    print(f"|{' GPU  Name                 Persistence-M':<41}|{' Bus-Id          Disp.A':<24}|{' Volatile Uncorr. ECC':<22}|")
-    print(f"|{' Fan  Temp   Perf          Pwr:Usage/Cap':<41}|{'           Memory-Usage':<24}|{' GPU-Util  Compute M.':<22}|")
+    print(
+        f"|{' GPU  Name                 Persistence-M':<41}|{' Bus-Id          Disp.A':<24}|{' Volatile Uncorr. ECC':<22}|"
+    )
+    print(
+        f"|{' Fan  Temp   Perf          Pwr:Usage/Cap':<41}|{'           Memory-Usage':<24}|{' GPU-Util  Compute M.':<22}|"
+    )
     print(thick)
     for index in range(card["count"]):
         name = f"{index:>4}  {card['name']:.26}"
         print(f"|{name:<37} On |{f'   00000000:{index + 1:02X}:00.0 Off':<24}|{'N/A':>21} |")
         usage = f"{card['used']}MiB / {card['total']:>6}MiB"
-        print(f"|{'  0%   40C    P2              30W /  350W':<41}|{usage:>23} |{'0%      Default':>21} |", thin, sep="\n")
+        print(
+            f"|{'  0%   40C    P2              30W /  350W':<41}|{usage:>23} |{'0%      Default':>21} |", thin, sep="\n"
+        )
     print("", rule, f"|{' Processes:':<{WIDTH}}|", sep="\n")
     print(f"|{'  GPU   GI   CI              PID   Type   Process name                        GPU Memory':<{WIDTH}}|")
     print("|" + "=" * WIDTH + "|")

@@ -6,14 +6,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.patches.on_import import after_import
 
 _DRIVER, _CUDA = "580.95.05", 13000
 """A driver that torch's wheels for CUDA 13 run with."""
@@ -26,35 +26,8 @@ _MODULE = "pynvml"
 def install(device: VirtualDevice, card: SimpleNamespace) -> None:
     """Patch this process for good."""
     answers = _answers(device, card)
-    present = sys.modules.get(_MODULE)
-    if present is None:
-        sys.meta_path.insert(0, _Finder(answers))
-    else:
-        assign(present, **answers)
+    after_import(_MODULE, lambda module: assign(module, **answers))
     _install_program(device, card)
-
-
-class _Finder:
-    """Finds `pynvml`, installed or not, with the virtual card's answers."""
-
-    def __init__(self, answers: dict[str, object]) -> None:
-        self._answers = answers
-
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        return PathFinder.find_spec(name) and ModuleSpec(name, self)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run the installed module, then put the answers over its functions."""
-        spec = PathFinder.find_spec(module.__name__)
-        assert spec is not None
-        assert spec.loader is not None
-        spec.loader.exec_module(module)
-        assign(module, **self._answers)
 
 
 def _answers(device: VirtualDevice, card: SimpleNamespace) -> dict[str, object]:
