@@ -103,7 +103,7 @@ def _choices_of_ctc() -> list[OpOverload]:
 
 
 def _never(fake: FakeTensorMode, func: OpOverload, *_: Argument) -> bool:
-    """cuDNN's CTC takes targets of int32 on the host, all inputs of full length; PyTorch's own kernel takes the rest."""
+    """Return False: cuDNN takes targets of int32 on the host alone, and PyTorch's own kernel takes the rest."""
     return False
 
 
@@ -158,7 +158,7 @@ def _like_first_with_mask(
 def _run_on_host(
     fake: FakeTensorMode, func: OpOverload, flat_args: Sequence[object], spec: TreeSpec, error: RuntimeError
 ) -> Argument:
-    """Find the results' shapes by the host's kernel on zeros. Raises `error` if there is none, or too much to compute."""
+    """Find the results' shapes by the host's kernel on zeros; raise `error` without one or with too much to do."""
     fakes = [each for each in flat_args if isinstance(each, FakeTensor)]
     if torch.Tag.inplace_view in func.tags or sum(map(_bytes_on_host, fakes)) > _MOST_BYTES:
         raise error

@@ -38,24 +38,24 @@ class _Nvtx:
         self._depth = 0
         self._numbers = itertools.count(1)
 
-    def rangePushA(self, msg: str) -> int:  # noqa: N802  # NVTX's own names
+    def rangePushA(self, msg: str) -> int:  # NVTX's own names
         self._depth += 1
         return self._depth - 1
 
-    def rangePop(self) -> int:  # noqa: N802
+    def rangePop(self) -> int:
         self._depth -= 1
         return self._depth
 
-    def rangeStartA(self, msg: str) -> int:  # noqa: N802
+    def rangeStartA(self, msg: str) -> int:
         return next(self._numbers)
 
-    def rangeEnd(self, range_id: int) -> None: ...  # noqa: N802
-    def markA(self, msg: str) -> None: ...  # noqa: N802
+    def rangeEnd(self, range_id: int) -> None: ...
+    def markA(self, msg: str) -> None: ...
 
-    def deviceRangeStart(self, msg: str, stream: int = 0) -> object:  # noqa: N802
+    def deviceRangeStart(self, msg: str, stream: int = 0) -> object:
         return next(self._numbers)
 
-    def deviceRangeEnd(self, range_handle: object, stream: int = 0) -> None: ...  # noqa: N802
+    def deviceRangeEnd(self, range_handle: object, stream: int = 0) -> None: ...
 
 
 def _launch_written_kernel(

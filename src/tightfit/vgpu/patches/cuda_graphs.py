@@ -1,4 +1,4 @@
-"""`torch.cuda.CUDAGraph` on the virtual GPU: what runs during a capture takes its memory from the graph's private pool."""
+"""`torch.cuda.CUDAGraph` on the virtual GPU: a capture takes its memory from the graph's private pool."""
 
 from contextlib import AbstractContextManager
 

@@ -81,7 +81,7 @@ def install() -> None:
             return tensor.to("cuda", wanted.dtype, non_blocking=non_blocking)
         if dtype is None:
             return usual_type(tensor)
-        if isinstance(dtype, str) and tensor.is_cuda or isinstance(dtype, type):
+        if (isinstance(dtype, str) and tensor.is_cuda) or isinstance(dtype, type):
             name = str(dtype) if isinstance(dtype, str) else f"torch.{dtype.__name__}"
             plain = _DTYPES.get(name.removeprefix("torch.").removesuffix("Tensor"))
             if plain is not None:

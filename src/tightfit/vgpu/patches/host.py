@@ -120,7 +120,7 @@ def _become(tensor: Tensor, value: Tensor) -> None:
 
 
 def _can_hold(tensor: Tensor, value: Tensor) -> bool:
-    """Return True if torch's own assignment works: it keeps the kind of tensor, and with it the device of a fake one."""
+    """Return True if torch's own assignment works, which keeps the kind of tensor and the device of a fake one."""
     if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
         return tensor.fake_device == value.fake_device and tensor.layout == value.layout
     if isinstance(tensor, FakeTensor) or isinstance(value, FakeTensor):

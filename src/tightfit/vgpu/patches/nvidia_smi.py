@@ -9,6 +9,10 @@ import sys
 import time
 
 WIDTH = 89
+HEADS = (
+    (" GPU  Name                 Persistence-M", " Bus-Id          Disp.A", " Volatile Uncorr. ECC"),
+    (" Fan  Temp   Perf          Pwr:Usage/Cap", "           Memory-Usage", " GPU-Util  Compute M."),
+)
 UNITS = {"memory": "MiB", "utilization": "%", "power": "W", "clocks": "MHz", "fan": "%"}
 
 
@@ -77,12 +81,8 @@ def table(card):
     print(time.strftime("%a %b %e %H:%M:%S %Y"), rule, sep="\n")
     head = f" NVIDIA-SMI {card['driver']:<22} Driver Version: {card['driver']:<14} CUDA Version: {card['cuda']}"
     print(f"|{head:<{WIDTH}}|", thin, sep="\n")
-    print(
-        f"|{' GPU  Name                 Persistence-M':<41}|{' Bus-Id          Disp.A':<24}|{' Volatile Uncorr. ECC':<22}|"
-    )
-    print(
-        f"|{' Fan  Temp   Perf          Pwr:Usage/Cap':<41}|{'           Memory-Usage':<24}|{' GPU-Util  Compute M.':<22}|"
-    )
+    for left, middle, right in HEADS:
+        print(f"|{left:<41}|{middle:<24}|{right:<22}|")
     print(thick)
     for index in range(card["count"]):
         name = f"{index:>4}  {card['name']:.26}"

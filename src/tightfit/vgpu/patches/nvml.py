@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.on_import import after_import

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import ClassVar
 
 Change = Callable[[ModuleType], None]
 
@@ -21,7 +22,7 @@ def after_import(name: str, change: Change) -> None:
 
 
 class _Finder:
-    waiting: dict[str, Change] = {}
+    waiting: ClassVar[dict[str, Change]] = {}
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> object:
         change = self.waiting.get(name)

@@ -1,4 +1,4 @@
-"""A script's own Triton kernels on the virtual GPU: they are launched without computing, so that their outputs are unknown.
+"""A script's own Triton kernels on the virtual GPU: launched without computing, with unknown outputs.
 
 A kernel takes no memory of the caching allocator. What its caller allocates for it is a tensor like any other.
 """
