@@ -1,4 +1,4 @@
-"""Play torch's own operator samples on the virtual GPU, and compare shapes, dtypes and strides with the processor's run.
+"""Play torch's own operator samples on the virtual GPU; compare shapes, dtypes and strides with the processor's run.
 
     python benchmarks/virtual/operator_sweep.py --out operators.csv [--samples 2] [--only linalg]
 
@@ -81,6 +81,8 @@ def outcome(run: Callable[..., list[Layout]], op: Callable[..., Any], sample: An
         text = str(error)
         return ("refused" if "virtual GPU" in text or "register" in text else "crashed"), text
     except Exception as error:
+        if "to be on cpu" in str(error):  # an argument that a card takes from the host, and the sweep has moved
+            return "", ""
         return "crashed", f"{type(error).__name__}: {error}"
 
 

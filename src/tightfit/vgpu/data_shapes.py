@@ -68,11 +68,8 @@ def _places(device: Device, mask: Tensor) -> Tensor:
 
 
 def _masked_select(device: Device, func: OpOverload, source: Tensor, mask: Tensor) -> Tensor:
-    true = device.values.exactly(mask)
     with device.fake:
         spread: Tensor = aten.broadcast_tensors([source, mask])[1]
-    if true is not None and isinstance(mask, FakeTensor):
-        device.values.learn(spread, true.expand(spread.shape))
     return device.make(func, (source, mask), (_places(device, spread).shape[0],), source.dtype)
 
 

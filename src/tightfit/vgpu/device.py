@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -206,7 +206,8 @@ class VirtualDevice:
         """Return a result without data. NotImplementedError, in one sentence, where nobody knows its shape."""
         try:
             with self.fake:
-                return func(*args, **kwargs)
+                out: Argument = func(*args, **kwargs)
+                return out
         except (NotImplementedError, *_UNKNOWN_SHAPE):
             line = users_line(self._frames(phase))
             place = say("vgpu.device.place", file=line.file, line=line.line) if line else ""
@@ -480,9 +481,8 @@ class VirtualDevice:
         inner = source.col_indices() if by_row else source.row_indices()
         places = [self._upload(each, func, each.dtype) for each in (outer, inner)]
         with self.fake:
-            return torch.sparse_compressed_tensor(
-                *places, values, source.shape, layout=source.layout, check_invariants=False
-            )
+            make: Callable[..., Tensor] = torch.sparse_compressed_tensor
+            return make(*places, values, source.shape, layout=source.layout, check_invariants=False)
 
     def _copy_into(self, func: OpOverload, target: Tensor, source: Tensor, *rest: Argument) -> Argument:
         args = (target, source, *rest)
@@ -513,7 +513,8 @@ class VirtualDevice:
         for definition in OPDEFS.values():
             if definition._opoverload is func:
                 by_device: dict[str | None, Callable[..., Argument]] = definition._backend_fns
-                return by_device.get("cuda", definition._init_fn)
+                body: Callable[..., Argument] = by_device.get("cuda", definition._init_fn)
+                return body
         key = next((key for key in _KEYS_OF_THE_CARD if f"{func.namespace}/{_name(func)}/{key}" in _impls), None)
         return None if key is None else partial(func._op_dk, getattr(torch._C.DispatchKey, key))
 
@@ -574,7 +575,9 @@ class VirtualDeviceMode(TorchDispatchMode):
     ) -> Argument:
         for each in types:
             if _is_wrapper(each):
-                return NotImplemented  # its own dispatch comes back here with the tensors that it is made of
+                return cast(
+                    "Argument", NotImplemented
+                )  # its own dispatch comes back here with the tensors that it is made of
         return self._device.run(func, args, kwargs or {})
 
     @classmethod

@@ -173,7 +173,7 @@ class Values:
         for tensor, result in zip(out, results, strict=False):
             if not isinstance(tensor, Tensor) or not isinstance(result, Tensor):
                 continue
-            fact = _stored(result, tensor, made_up)
+            fact = _stored(result, tensor, made_up) if result.shape == tensor.shape else None
             if fact is not None:
                 self._known[tensor.untyped_storage()] = fact
 

@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -57,7 +58,7 @@ def install(device: VirtualDevice) -> None:
 
 
 def _runner(device: VirtualDevice, func: OpOverload, mode: int, packed: bool) -> Callable[..., Argument]:
-    def run(data: Tensor, *args: Argument) -> Argument:
+    def run(data: Tensor, *args: Any) -> Argument:  # the operator's own arguments
         sizes, args = (args[0], args[1:]) if packed else (None, args)
         hidden, weights, *rest = args
         if not torch.backends.cudnn.enabled or data.dtype not in (torch.float16, torch.float32, torch.float64):
@@ -69,15 +70,15 @@ def _runner(device: VirtualDevice, func: OpOverload, mode: int, packed: bool) ->
     return run
 
 
-def _joined(sizes: Argument, args: Sequence[Argument]) -> Sequence[Argument]:
+def _joined(sizes: Tensor | None, args: Sequence[Argument]) -> Sequence[Argument]:
     return args if sizes is None else (sizes, *args)
 
 
 def _run(
     mode: int,
     data: Tensor,
-    sizes: Argument,
-    hidden: Argument,
+    sizes: Tensor | None,
+    hidden: Tensor | Sequence[Tensor],
     weights: Weights,
     has_biases: bool,
     layers: int,
@@ -87,8 +88,7 @@ def _run(
     batch_first: bool = False,
 ) -> Argument:
     """Call cuDNN's operator as `_cudnn_impl` does; autocast casts the weights into a new buffer."""
-    h, c = (hidden[0], hidden[1]) if mode == _LSTM else (hidden, None)
-    assert isinstance(h, Tensor)
+    h, c = (hidden, None) if isinstance(hidden, Tensor) else (hidden[0], hidden[1])
     buffer = None
     if torch.is_autocast_enabled("cuda") and data.dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cuda")
@@ -101,7 +101,7 @@ def _run(
     batch_sizes = [] if sizes is None else sizes.tolist()
     out: tuple[Tensor, ...] = torch._cudnn_rnn(
         data,
-        weights,
+        list(weights),
         each,
         buffer,
         h,
@@ -176,7 +176,7 @@ def _backward(
     hx: Tensor,
     cx: Tensor | None,
     output: Tensor,
-    *rest: Argument,
+    *rest: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
     """Return the gradients; those of the weights lie in one buffer."""
     mask = rest[-1]

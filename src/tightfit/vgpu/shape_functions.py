@@ -90,7 +90,7 @@ def _lengths_of(device: VirtualDevice) -> Callable[[Argument], list[int] | None]
     def lengths(given: Argument) -> list[int] | None:
         """Return lengths that are known; None for those that nobody computed."""
         if not isinstance(given, Tensor):
-            return list(given)
+            return [int(each) for each in given] if isinstance(given, (list, tuple)) else None
         known = device.values.exactly(given)
         return None if known is None else [int(each) for each in known.flatten().tolist()]
 
@@ -185,10 +185,9 @@ def _run_on_host(
             return given[id(value)]
         if value.layout == torch.sparse_coo:
             indices, values = as_fake(value._indices()), as_fake(value._values())
+            make: Callable[..., Tensor] = torch.sparse_coo_tensor
             with fake:
-                return torch.sparse_coo_tensor(
-                    indices, values, value.shape, is_coalesced=value.is_coalesced(), check_invariants=False
-                )
+                return make(indices, values, value.shape, is_coalesced=value.is_coalesced(), check_invariants=False)
         if value.layout != torch.strided or value.untyped_storage()._cdata in storages:
             raise error  # a view of an argument, whose fake would not be one
         with fake:
@@ -202,7 +201,8 @@ def _run_on_host(
             out = func(*args, **kwargs)
         except (RuntimeError, IndexError, ValueError):
             raise error from None
-    return tree_map(as_fake, out)
+    fakes_of_results: Argument = tree_map(as_fake, out)
+    return fakes_of_results
 
 
 def _has_storage(value: object) -> TypeGuard[Tensor]:

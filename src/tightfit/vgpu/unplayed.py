@@ -10,6 +10,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_package, user_frames
+from tightfit.vgpu.patches.assign import assign
 
 _HARMLESS_CALLS = (
     "print len range min max sum str int float bool round abs format join append extend update items keys values get "
@@ -29,8 +30,8 @@ class LineWatch:
 
     def __init__(self) -> None:
         self._ran: dict[CodeType, set[int]] = {}
-        self._leaving: dict[CodeType, dict[int, int]] = {}
-        """For functions with a loop to leave: the line where it begins, and the line to go on with."""
+        self._leaving: dict[CodeType, Loop] = {}
+        """Functions with a loop to leave before its next iteration."""
         self.is_on = False
 
     def start(self, frame: FrameType | None) -> None:
@@ -83,7 +84,7 @@ class LineWatch:
             around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
             free = [loop for loop in around if not any(loop.first <= line <= loop.last for line in lines)]
             if free and free[0].after:
-                self._leaving[code] = {free[0].first: free[0].after}
+                self._leaving[code] = free[0]
                 left = True
             if len(free) < len(around):
                 break
@@ -94,11 +95,14 @@ class LineWatch:
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         self._ran[frame.f_code].add(frame.f_lineno)
-        loops = self._leaving.get(frame.f_code)
-        if loops and event == "line" and frame.f_lineno in loops:
+        loop = self._leaving.get(frame.f_code)
+        if loop is not None and event == "line" and frame.f_lineno == loop.first:
             del self._leaving[frame.f_code]
             with contextlib.suppress(ValueError):  # a line that cannot be reached from here
-                frame.f_lineno = loops[frame.f_lineno]
+                # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
+                # that keeps most of what is left behind, here the loop's iterator.
+                assign(frame, f_lineno=loop.by_way_of)
+                assign(frame, f_lineno=loop.after)
         return self._line
 
 
@@ -115,7 +119,12 @@ class Loop(NamedTuple):
     first: int
     last: int
     after: int
-    """Line of the statement that follows in the same block; 0 without one."""
+    """Line of the statement that follows in the same block; 0 without one, or without a way there."""
+    by_way_of: int
+    """Line of a statement in the same block that has no block of its own."""
+
+
+_PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.ImportFrom, ast.Return, ast.Delete)
 
 
 @cache
@@ -134,7 +143,8 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
                 continue
             if isinstance(statement, (ast.For, ast.While)):
                 last = statement.end_lineno or statement.lineno
-                found.append(Loop(statement.lineno, last, following.lineno if following else 0))
+                plain = next((each.lineno for each in block if isinstance(each, _PLAIN)), 0)
+                found.append(Loop(statement.lineno, last, following.lineno if following and plain else 0, plain))
             blocks += _blocks(statement)
     return tuple(found)
 

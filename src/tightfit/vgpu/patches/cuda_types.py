@@ -72,7 +72,7 @@ def install() -> None:
         if usual is not None:
             assign(torch.cuda, **{f"{name}Storage": VirtualStorageType(usual, dtype)})
     usual_type: Callable[..., Tensor | str] = torch.Tensor.type
-    usual_default: Callable[[object], None] = torch.set_default_tensor_type
+    usual_default: Callable[..., None] = torch.set_default_tensor_type
 
     def type_of(tensor: Tensor, dtype: object = None, non_blocking: bool = False, **options: object) -> Tensor | str:
         """Do as `tensor.type(dtype)`, also for types of the device."""

@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
+Card = dict[str, Any]  # facts of two types
 WIDTH = 89
 HEADS = (
     (" GPU  Name                 Persistence-M", " Bus-Id          Disp.A", " Volatile Uncorr. ECC"),
@@ -16,9 +18,9 @@ HEADS = (
 UNITS = {"memory": "MiB", "utilization": "%", "power": "W", "clocks": "MHz", "fan": "%"}
 
 
-def answer(field, card, index):
+def answer(field: str, card: Card, index: int) -> str | int | None:
     """Return one field of --query-gpu without its unit, or None if this card has none of that name."""
-    plain = {
+    plain: dict[str, str | int] = {
         "timestamp": time.strftime("%Y/%m/%d %H:%M:%S.000"),
         "driver_version": card["driver"],
         "count": card["count"],
@@ -54,7 +56,7 @@ def answer(field, card, index):
     return plain.get(field)
 
 
-def query(fields, layout, card, rows):
+def query(fields: list[str], layout: str, card: Card, rows: int) -> int:
     if "noheader" not in layout:
         print(", ".join(name + (f" [{unit}]" if (unit := unit_of(name)) else "") for name in fields))
     for index in range(rows):
@@ -70,11 +72,11 @@ def query(fields, layout, card, rows):
     return 0
 
 
-def unit_of(field):
+def unit_of(field: str) -> str:
     return "MiB" if field.startswith("used_") else UNITS.get(field.partition(".")[0], "")
 
 
-def table(card):
+def table(card: Card) -> int:
     rule = "+" + "-" * WIDTH + "+"
     thick = "|" + "=" * 41 + "+" + "=" * 24 + "+" + "=" * 22 + "|"
     thin = "+" + "-" * 41 + "+" + "-" * 24 + "+" + "-" * 22 + "+"
@@ -99,17 +101,21 @@ def table(card):
     return 0
 
 
-def main(words):
+def main(words: list[str]) -> int:
     text = os.environ.get("TIGHTFIT_VIRTUAL_CARD")
     if not text:
         print("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.")
         return 9
     card = json.loads(text)
-    options = dict(word.lstrip("-").partition("=")[::2] for word in words if word.startswith("-"))
+    options: dict[str, str] = {}
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        name, has_value, value = word.partition("=")
+        if name.startswith("-"):
+            options[name.lstrip("-")] = value if has_value else following
     layout = options.get("format", "")
     for name, rows in (("query-gpu", card["count"]), ("query-compute-apps", 1)):
         if name in options:
-            chosen = options.get("id", options.get("i", ""))
+            chosen = str(options.get("id", options.get("i", "")))
             rows = 1 if chosen.isdigit() else rows
             return query([field.strip() for field in options[name].split(",")], layout, card, rows)
     if "L" in options or "list-gpus" in options:

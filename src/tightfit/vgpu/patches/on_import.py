@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import ClassVar
@@ -21,10 +21,12 @@ def after_import(name: str, change: Change) -> None:
     _Finder.waiting[name] = change
 
 
-class _Finder:
+class _Finder(MetaPathFinder):
     waiting: ClassVar[dict[str, Change]] = {}
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> object:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         change = self.waiting.get(name)
         if change is None:
             return None

@@ -4,6 +4,7 @@ A kernel takes no memory of the caching allocator. What its caller allocates for
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -79,9 +80,7 @@ class _Driver:
         )
 
     def get_current_target(self) -> Any:  # triton's GPUTarget
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self._capability, 32)
+        return import_module("triton.backends.compiler").GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0
