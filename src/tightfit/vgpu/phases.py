@@ -1,6 +1,5 @@
 """Phase of a running script, recognized by its calls of torch."""
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.records import Phase
 
 _LOSS_OPERATORS = frozenset(
@@ -62,30 +60,19 @@ class Phases:
 
     def install(self) -> None:
         self._hook()
-        self._count_backward()
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
 
-    def _count_backward(self) -> None:
-        """Take each backward pass of a script without an optimizer of torch's as a step."""
-        backward: Callable[..., object] = torch.autograd.backward
-        init: Callable[..., None] = torch.optim.Optimizer.__init__
+    def made_optimizer(self) -> None:
+        """Count only optimizer steps from now on: the script has one of torch's."""
+        if not self._has_optimizer:
+            self._has_optimizer, self.steps = True, 0
 
-        @functools.wraps(backward)
-        def counted(*args: object, **kwargs: object) -> None:
-            backward(*args, **kwargs)
-            if not self._has_optimizer and not _in_backward():
-                self.steps += 1
-                self._on_step()
-
-        @functools.wraps(init)
-        def made(optimizer: torch.optim.Optimizer, *args: object, **kwargs: object) -> None:
-            if not self._has_optimizer:
-                self._has_optimizer, self.steps = True, 0
-            init(optimizer, *args, **kwargs)
-
-        assign(torch.autograd, backward=counted)
-        assign(torch.optim.Optimizer, __init__=made)
+    def after_backward(self) -> None:
+        """Take a backward pass of a script without an optimizer of torch's as a step."""
+        if not self._has_optimizer and not _in_backward():
+            self.steps += 1
+            self._on_step()
 
     def _hook(self) -> None:
         self._handles = (

@@ -10,7 +10,6 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_package, user_frames
-from tightfit.vgpu.patches.assign import assign
 
 _HARMLESS_CALLS = (
     "print len range min max sum str int float bool round abs format join append extend update items keys values get "
@@ -101,8 +100,8 @@ class LineWatch:
             with contextlib.suppress(ValueError):  # a line that cannot be reached from here
                 # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
                 # that keeps most of what is left behind, here the loop's iterator.
-                assign(frame, f_lineno=loop.by_way_of)
-                assign(frame, f_lineno=loop.after)
+                _JUMP(frame, loop.by_way_of)
+                _JUMP(frame, loop.after)
         return self._line
 
 
@@ -124,6 +123,8 @@ class Loop(NamedTuple):
     """Line of a statement in the same block that has no block of its own."""
 
 
+_JUMP = FrameType.__dict__["f_lineno"].__set__
+"""Sets a frame's next line, which Python lets trace functions do alone."""
 _PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.ImportFrom, ast.Return, ast.Delete)
 
 

@@ -31,11 +31,31 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_data()
     _install_ragged()
     _install_validity(device)
+    _install_steps(device)
     _install_storages(device)
     _install_fake_tensors(device)
     _install_threads(device)
     _install_compile(device, properties)
     _install_attention(device)
+
+
+def _install_steps(device: VirtualDevice) -> None:
+    """Tell of each backward pass, and of the script's optimizers."""
+    backward: Callable[..., object] = torch.autograd.backward
+    init: Callable[..., None] = torch.optim.Optimizer.__init__
+
+    @functools.wraps(backward)
+    def counted(*args: object, **kwargs: object) -> None:
+        backward(*args, **kwargs)
+        device.phases.after_backward()
+
+    @functools.wraps(init)
+    def made(optimizer: torch.optim.Optimizer, *args: object, **kwargs: object) -> None:
+        device.phases.made_optimizer()
+        init(optimizer, *args, **kwargs)
+
+    assign(torch.autograd, backward=counted)
+    assign(torch.optim.Optimizer, __init__=made)
 
 
 def _install_validity(device: VirtualDevice) -> None:
