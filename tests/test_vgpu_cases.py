@@ -1,10 +1,12 @@
 """What programs do on a card runs on the virtual one: many features in one process."""
 
+import csv
 import functools
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,21 @@ SHARDED = """
 def test_shards_of_buffers_of_meta_models_and_of_fsdp1() -> None:
     local, whole = map(int, run_on_card(SHARDED, WORLD_SIZE="2").split())
     assert local == whole // 2
+
+
+@pytest.mark.slow
+def test_torchs_own_operator_samples_are_played_or_refused(tmp_path: Path) -> None:
+    pytest.importorskip("expecttest")  # torch's samples need it
+    sweep = Path(__file__).parents[1] / "benchmarks" / "virtual" / "operator_sweep.py"
+    words = [sys.executable, str(sweep), "--out", str(tmp_path / "operators.csv"), "--samples", "1"]
+    subprocess.run(words, check=False, capture_output=True)
+    with (tmp_path / "operators.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    outcomes = Counter(row["outcome"] for row in rows)
+    assert len(rows) > 2000
+    assert outcomes["equal"] > 0.97 * len(rows)
+    assert outcomes["differs"] <= 6  # statistics of normalisation, in another shape or type on a card
+    assert outcomes["crashed"] <= 2, [row for row in rows if row["outcome"] == "crashed"]
 
 
 LONG_TRAINING = """

@@ -141,6 +141,12 @@ def _unique2(
     return _unique(device, func, args, (source.numel(),), return_inverse, return_counts)
 
 
+def _unique1(
+    device: Device, func: OpOverload, source: Tensor, sorted: bool = True, return_inverse: bool = False
+) -> tuple[Tensor, ...]:
+    return _unique(device, func, (source, sorted, return_inverse), (source.numel(),), return_inverse, False)[:2]
+
+
 def _unique_consecutive(
     device: Device,
     func: OpOverload,
@@ -255,6 +261,7 @@ HANDLERS: dict[OpOverload, Handler] = {
     aten.index_put_.default: _index,
     aten._index_put_impl_.default: _index,
     aten._unsafe_index_put.default: _index,
+    aten._unique.default: _unique1,
     aten._unique2.default: _unique2,
     aten.unique_consecutive.default: _unique_consecutive,
     aten.unique_dim.default: _unique_dim,

@@ -209,10 +209,14 @@ class VirtualDevice:
                 out: Argument = func(*args, **kwargs)
                 return out
         except (NotImplementedError, *_UNKNOWN_SHAPE):
-            line = users_line(self._frames(phase))
-            place = say("vgpu.device.place", file=line.file, line=line.line) if line else ""
-            key = "vgpu.device.own_operator_unknown" if func.namespace == "aten" else "vgpu.device.operator_unknown"
-            raise NotImplementedError(say(key, name=func._schema.name, place=place)) from None
+            raise self.unknown(func, phase) from None
+
+    def unknown(self, func: OpOverload, phase: Phase) -> NotImplementedError:
+        """Return the error of an operator that cannot be played, in one sentence."""
+        line = users_line(self._frames(phase))
+        place = say("vgpu.device.place", file=line.file, line=line.line) if line else ""
+        key = "vgpu.device.own_operator_unknown" if func.namespace == "aten" else "vgpu.device.operator_unknown"
+        return NotImplementedError(say(key, name=func._schema.name, place=place))
 
     # Memory
 
@@ -578,7 +582,12 @@ class VirtualDeviceMode(TorchDispatchMode):
                 return cast(
                     "Argument", NotImplemented
                 )  # its own dispatch comes back here with the tensors that it is made of
-        return self._device.run(func, args, kwargs or {})
+        try:
+            return self._device.run(func, args, kwargs or {})
+        except NotImplementedError as error:
+            if "from the 'CUDA' backend" not in str(error):
+                raise
+        raise self._device.unknown(func, self._device.phases.now())
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
