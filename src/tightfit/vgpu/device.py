@@ -215,8 +215,10 @@ class VirtualDevice:
         """Return the error of an operator that cannot be played, in one sentence."""
         line = users_line(self._frames(phase))
         place = say("vgpu.device.place", file=line.file, line=line.line) if line else ""
-        key = "vgpu.device.own_operator_unknown" if func.namespace == "aten" else "vgpu.device.operator_unknown"
-        return NotImplementedError(say(key, name=func._schema.name, place=place))
+        name = func._schema.name
+        if func.namespace == "aten":
+            return NotImplementedError(say("vgpu.device.own_operator_unknown", name=name, place=place))
+        return NotImplementedError(say("vgpu.device.operator_unknown", name=name, place=place))
 
     # Memory
 
