@@ -581,9 +581,12 @@ class VirtualDeviceMode(TorchDispatchMode):
     ) -> Argument:
         for each in types:
             if _is_wrapper(each):
-                return cast(
-                    "Argument", NotImplemented
-                )  # its own dispatch comes back here with the tensors that it is made of
+                # Its own dispatch comes back here with the tensors that it is made of.
+                return cast("Argument", NotImplemented)
+        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if traced is not None and traced is not self._device.fake:  # DTensor asks for the shapes of whole tensors
+            shape_only: Argument = func(*args, **(kwargs or {}))
+            return shape_only
         try:
             return self._device.run(func, args, kwargs or {})
         except NotImplementedError as error:

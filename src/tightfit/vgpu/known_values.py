@@ -5,10 +5,10 @@ numbers and flags from the host (lengths, positions, masks). Operators on known 
 their results are known. A library that asks "is every entry of this mask one?" gets the true answer, and takes the same
 path as on a card.
 
-All other answers are made up, so that they hold together: a fraction is one half, a whole number is 0 (random ones are
-in the middle of their range), tensors that nobody computed are equal to each other and to no special number, a flag is
+All other answers are made up, so that they hold together: a fraction is one half, a loss is 10, a whole number is 0
+(random ones are in the middle of their range), tensors that nobody computed are equal to each other and to no special number, a flag is
 not raised, a mask with counted elements is true everywhere, and nothing is infinite. So the smallest value is not above
-the largest one, and a loss that stays at one half does not look like a measured one. The same tensor gives the same
+the largest one, and a loss that never changes does not look like a measured one. The same tensor gives the same
 answer twice, and all results of made-up values are marked. Every made-up answer is counted by the line that asked.
 """
 
@@ -33,6 +33,9 @@ Scalar = bool | int | float
 
 _FRACTION = 0.5
 """Made up for a float: within [0, 1), as probabilities, pixels and random numbers are, and not 0, to divide by."""
+_LOSS = 10.0
+"""Made up for a single number that has a gradient to pass on: as high as an untrained model's loss, so that training
+"until the loss is low" goes on. It stays the same, so that it does not look measured."""
 _TOLERANCE = 1e-2
 """A difference that a script compares with less is taken as smaller: it checks that something holds."""
 
@@ -338,7 +341,9 @@ class Values:
             return fact
         if not invent or tensor.numel() != 1:
             return None
-        fact = Fact(torch.tensor(self._invented(tensor.dtype), dtype=tensor.dtype, device="cpu"), made_up=True)
+        is_loss = tensor.requires_grad and not tensor.is_leaf and tensor.is_floating_point()
+        number = _LOSS if is_loss else self._invented(tensor.dtype)
+        fact = Fact(torch.tensor(number, dtype=tensor.dtype, device="cpu"), made_up=True)
         if _covers(tensor):
             self._known[storage] = fact
         return fact
