@@ -5,10 +5,10 @@ numbers and flags from the host (lengths, positions, masks). Operators on known 
 their results are known. A library that asks "is every entry of this mask one?" gets the true answer, and takes the same
 path as on a card.
 
-All other answers are made up, so that they hold together: a fraction is one half, a loss is 10, a whole number is 0
-(random ones are in the middle of their range), tensors that nobody computed are equal to each other and to no special number, a flag is
-not raised, a mask with counted elements is true everywhere, and nothing is infinite. So the smallest value is not above
-the largest one, and a loss that never changes does not look like a measured one. The same tensor gives the same
+All other answers are made up, so that they hold together. A fraction is one half, a loss is 10, a whole number is 0
+(random ones are in the middle of their range). Tensors that nobody computed are equal to each other and to no special
+number. A flag is not raised, a mask with counted elements is true everywhere, and nothing is infinite. So the smallest
+value is not above the largest one, and a loss that never changes does not look measured. The same tensor gives the same
 answer twice, and all results of made-up values are marked. Every made-up answer is counted by the line that asked.
 """
 

@@ -53,12 +53,14 @@ class Phases:
         """Phase of operators outside all modules; it follows the course of a step."""
         self.steps = 0
         self._has_optimizer = False
+        self._is_installed = False  # until then, backward passes are the self-test's
         self.vocabulary = 0
         """Rows of the largest embedding so far: tensors with so many columns are logits."""
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     def install(self) -> None:
+        self._is_installed = True
         self._hook()
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
@@ -70,7 +72,7 @@ class Phases:
 
     def after_backward(self) -> None:
         """Take a backward pass of a script without an optimizer of torch's as a step."""
-        if not self._has_optimizer and not _in_backward():
+        if self._is_installed and not self._has_optimizer and not _in_backward():
             self.steps += 1
             self._on_step()
 

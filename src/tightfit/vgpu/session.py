@@ -98,7 +98,6 @@ class VirtualSession:
             self._files = patches.install(self.device, self.gpu)
             backend.self_test()
             self.phases.install()
-            self.phases.steps = 0  # without the self-test's
             VirtualSession._running = self
         elif VirtualSession._running is not self:
             raise DeviceError(say("vgpu.session.one_card", card=VirtualSession._running.gpu.name))
