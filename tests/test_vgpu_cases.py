@@ -130,6 +130,25 @@ def test_repeating_steps_are_left_for_the_evaluation(tmp_path: Path) -> None:
     assert found["steps"] < 10
 
 
+COMPILED_FOR_SEVERAL = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("nccl")
+model = DistributedDataParallel(torch.compile(torch.nn.Linear(64, 64).cuda()), device_ids=[0])
+with torch.no_grad():
+    model(torch.zeros(8, 64, device="cuda"))
+"""
+
+
+def test_a_compiled_model_stays_compiled_under_ddp(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "train.py").write_text(COMPILED_FOR_SEVERAL)
+    found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"], environ={**os.environ, "WORLD_SIZE": "2"})
+    assert found["outcome"] == "fits"
+    assert not [each for each in found["not_modelled"] if "compile" in each]
+
+
 def test_steps_without_an_optimizer_repeat_too(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PLAIN_TRAINING)
     found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"])

@@ -202,7 +202,7 @@ def _unique(
         answers = func(true, *args[1:])
         shapes = [tuple(answer.shape) for answer in answers]
     dtypes = (source.dtype, torch.int64, torch.int64)
-    out = tuple(device.make(func, args, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    out = tuple(device.make(func, args, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False))
     for tensor, answer in zip(out, answers, strict=False):
         device.values.learn(tensor, answer)
     return out

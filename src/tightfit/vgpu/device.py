@@ -614,8 +614,8 @@ def _name(func: OpOverload) -> str:
 def _is_wrapper(kind: type) -> bool:
     """Return True for a tensor class that takes operators apart itself, such as DTensor."""
     return (
-        not issubclass(kind, FakeTensor)
-        and issubclass(kind, Tensor)
+        issubclass(kind, Tensor)
+        and kind.__module__ not in (FakeTensor.__module__, "torch._subclasses.functional_tensor")  # those of a compiler
         and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
     )
 
