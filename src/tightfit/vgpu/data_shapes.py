@@ -68,11 +68,8 @@ def _places(device: Device, mask: Tensor) -> Tensor:
 
 
 def _masked_select(device: Device, func: OpOverload, source: Tensor, mask: Tensor) -> Tensor:
-    true = device.values.exactly(mask)
     with device.fake:
         spread: Tensor = aten.broadcast_tensors([source, mask])[1]
-    if true is not None and isinstance(mask, FakeTensor):
-        device.values.learn(spread, true.expand(spread.shape))
     return device.make(func, (source, mask), (_places(device, spread).shape[0],), source.dtype)
 
 
@@ -144,6 +141,12 @@ def _unique2(
     return _unique(device, func, args, (source.numel(),), return_inverse, return_counts)
 
 
+def _unique1(
+    device: Device, func: OpOverload, source: Tensor, sorted: bool = True, return_inverse: bool = False
+) -> tuple[Tensor, ...]:
+    return _unique(device, func, (source, sorted, return_inverse), (source.numel(),), return_inverse, False)[:2]
+
+
 def _unique_consecutive(
     device: Device,
     func: OpOverload,
@@ -199,7 +202,7 @@ def _unique(
         answers = func(true, *args[1:])
         shapes = [tuple(answer.shape) for answer in answers]
     dtypes = (source.dtype, torch.int64, torch.int64)
-    out = tuple(device.make(func, args, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    out = tuple(device.make(func, args, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False))
     for tensor, answer in zip(out, answers, strict=False):
         device.values.learn(tensor, answer)
     return out
@@ -234,7 +237,22 @@ def _bincount(
     return device.make(func, (source,), (length,), dtype)
 
 
+def _pack(
+    device: Device, func: OpOverload, padded: Tensor, lengths: Tensor, batch_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Drop the padding of sequences (PackedSequence.cpp). Their lengths are on the host."""
+    batch, longest = padded.shape[:2] if batch_first else (padded.shape[1], padded.shape[0])
+    true = device.values.exactly(lengths)
+    if true is None:
+        device.count_made_up(_MADE_UP)
+    known = [longest] * batch if true is None else [int(each) for each in true.tolist()]
+    alive = [sum(each > step for each in known) for step in range(max(known))]
+    data = device.make(func, (padded, lengths), (sum(known), *padded.shape[2:]), padded.dtype)
+    return data, torch.tensor(alive, dtype=torch.int64, device="cpu")
+
+
 HANDLERS: dict[OpOverload, Handler] = {
+    aten._pack_padded_sequence.default: _pack,
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _masked_select,
     aten.index.Tensor: _index,
@@ -243,6 +261,7 @@ HANDLERS: dict[OpOverload, Handler] = {
     aten.index_put_.default: _index,
     aten._index_put_impl_.default: _index,
     aten._unsafe_index_put.default: _index,
+    aten._unique.default: _unique1,
     aten._unique2.default: _unique2,
     aten.unique_consecutive.default: _unique_consecutive,
     aten.unique_dim.default: _unique_dim,

@@ -12,14 +12,21 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.library import _impls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,12 +38,13 @@ from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.data_shapes import HANDLERS
-from tightfit.vgpu.frames import Frame, user_frames
+from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.records import Category, Phase
 from tightfit.vgpu.roles import Roles
+from tightfit.wording import say
 
 aten = torch.ops.aten
 
@@ -50,6 +58,9 @@ _FACTORIES = {
     *(packet.default for packet in (aten.empty_strided, aten.zeros, aten.ones, aten.full, aten.randn, aten.rand)),
 }
 _attention: Callable[..., Argument] = attention
+_UNKNOWN_SHAPE = (DynamicOutputShapeException, DataDependentOutputException, UnsupportedOperatorException)
+_KEYS_OF_THE_CARD = ("CUDA", "CompositeExplicitAutograd")
+"""Dispatch keys under which a script's own operator may have a kernel in Python for the card."""
 _PACKAGES_OF_CUSTOM_OPERATORS = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional")
 
 
@@ -78,6 +89,10 @@ class VirtualDevice:
         self.not_modelled: list[str] = []
         """Features that this run used and the virtual GPU does not follow."""
         self.out_of_time = False
+        self.count = 1
+        """Cards that the script finds; this process has the first, or the one of its local rank."""
+        self.capture_stream = 0
+        """Stream on which a CUDA graph is being captured, by this thread or autograd's; 0 if none is."""
         self.observer: Observer | None = None
         self.compiled_line: tuple[Frame, ...] = ()
         """The user's lines that the running part of a compiled graph comes from."""
@@ -120,6 +135,7 @@ class VirtualDevice:
                 return self._without_data(func, args, kwargs)
         device = kwargs.get("device")
         if isinstance(device, torch.device) and device.type == "cuda":
+            self.check_ordinal(device.index)
             return self.execute(func, args, {**kwargs, "device": self.where})
         if _has_fake(args) or (kwargs and _has_fake(kwargs.values())):
             return self.execute(func, args, kwargs)
@@ -168,8 +184,7 @@ class VirtualDevice:
                 if what == "outputs":
                     break
                 self._live_through(what, number, taken, func, phase)
-            with self.fake:
-                out: Argument = func(*args, **kwargs)
+            out = self._result(func, args, kwargs, phase)
             if func is aten.add.Tensor and phase == "backward" and (first := _engine_adds(args, kwargs)) is not None:
                 assert isinstance(out, Tensor)
                 self.recorder.track_accumulation(out, first, self._describe(out, func, args, phase))
@@ -186,6 +201,24 @@ class VirtualDevice:
         if self.observer is not None and (kernel := kernel_of(func, args, kwargs, out)) is not None:
             self.observer(kernel)
         return out
+
+    def _result(self, func: OpOverload, args: Arguments, kwargs: Options, phase: Phase) -> Argument:
+        """Return a result without data. NotImplementedError, in one sentence, where nobody knows its shape."""
+        try:
+            with self.fake:
+                out: Argument = func(*args, **kwargs)
+                return out
+        except (NotImplementedError, *_UNKNOWN_SHAPE):
+            raise self.unknown(func, phase) from None
+
+    def unknown(self, func: OpOverload, phase: Phase) -> NotImplementedError:
+        """Return the error of an operator that cannot be played, in one sentence."""
+        line = users_line(self._frames(phase))
+        place = say("vgpu.device.place", file=line.file, line=line.line) if line else ""
+        name = func._schema.name
+        if func.namespace == "aten":
+            return NotImplementedError(say("vgpu.device.own_operator_unknown", name=name, place=place))
+        return NotImplementedError(say("vgpu.device.operator_unknown", name=name, place=place))
 
     # Memory
 
@@ -234,13 +267,19 @@ class VirtualDevice:
 
     def _track(self, out: Argument, func: OpOverload, args: Arguments, phase: Phase) -> None:
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            # A sparse tensor has no storage of its own: its indices and values were results before.
-            if (
-                isinstance(tensor, FakeTensor)
-                and tensor.fake_device.type == self.where.type
-                and tensor.layout == torch.strided
-            ):
-                self._guarded(self.recorder.track, self._describe(tensor, func, args, phase), tensor)
+            if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.where.type:
+                continue
+            for part in (tensor,) if tensor.layout == torch.strided else self._parts(tensor):
+                self._guarded(self.recorder.track, self._describe(part, func, args, phase), part)
+
+    def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """List the tensors that a sparse one is made of; it has no storage of its own."""
+        with self.fake:
+            if tensor.layout == torch.sparse_coo:
+                return tensor._indices(), tensor._values()
+            if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+                return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+            return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
     def _describe(self, tensor: Tensor, func: OpOverload, args: Arguments, phase: Phase) -> Callable[[int], Allocation]:
         def describe(nbytes: int) -> Allocation:
@@ -275,6 +314,12 @@ class VirtualDevice:
 
     def _take_hidden(self, nbytes: int, func: OpOverload, phase: Phase) -> Allocation:
         allocation = self._allocation(nbytes, func._schema.name, phase)
+        self._guarded(self.recorder.take, allocation)
+        return allocation
+
+    def take_raw(self, nbytes: int) -> Allocation:
+        """Take memory for a script that asks the allocator itself."""
+        allocation = self._allocation(nbytes, "caching_allocator_alloc", self.phases.now(), "other")
         self._guarded(self.recorder.take, allocation)
         return allocation
 
@@ -352,7 +397,12 @@ class VirtualDevice:
 
     @property
     def current_stream(self) -> int:
-        return getattr(self.stream, "number", 0)
+        return self.capture_stream or getattr(self.stream, "number", 0)
+
+    def check_ordinal(self, index: int | None) -> None:
+        """Fail as CUDA does where the script names a card that is not there."""
+        if index is not None and not 0 <= index < self.count:
+            raise torch.AcceleratorError("CUDA error: invalid device ordinal")
 
     def _frames(self, phase: Phase) -> tuple[Frame, ...]:
         if self.compiled_line:
@@ -397,6 +447,7 @@ class VirtualDevice:
         if dtype is not None:
             kwargs["dtype"] = dtype
         if target == "cuda":
+            self.check_ordinal(None if device is None else device.index)
             if isinstance(source, FakeTensor):
                 return self.execute(func, (source,), {**kwargs, "device": self.where})
             with self.fake.lock:
@@ -412,6 +463,8 @@ class VirtualDevice:
 
     def _upload(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
         """Return a copy of a host tensor on the device."""
+        if source.layout != torch.strided:
+            return self._upload_sparse(source, func, dtype)
         phase = self.phases.now()
         with self.fake:
             out = torch.empty_strided(source.shape, _dense_strides(source), dtype=dtype, device=self.where)
@@ -420,6 +473,22 @@ class VirtualDevice:
             self.recorder.mark(out, "inputs")
         self.values.learn(out, source)
         return out
+
+    def _upload_sparse(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
+        values = self._upload(source._values() if source.layout == torch.sparse_coo else source.values(), func, dtype)
+        if source.layout == torch.sparse_coo:
+            indices = self._upload(source._indices(), func, torch.int64)
+            with self.fake:
+                return torch.sparse_coo_tensor(
+                    indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
+                )
+        by_row = source.layout in (torch.sparse_csr, torch.sparse_bsr)
+        outer = source.crow_indices() if by_row else source.ccol_indices()
+        inner = source.col_indices() if by_row else source.row_indices()
+        places = [self._upload(each, func, each.dtype) for each in (outer, inner)]
+        with self.fake:
+            make: Callable[..., Tensor] = torch.sparse_compressed_tensor
+            return make(*places, values, source.shape, layout=source.layout, check_invariants=False)
 
     def _copy_into(self, func: OpOverload, target: Tensor, source: Tensor, *rest: Argument) -> Argument:
         args = (target, source, *rest)
@@ -449,9 +518,11 @@ class VirtualDevice:
 
         for definition in OPDEFS.values():
             if definition._opoverload is func:
-                body: Callable[..., Argument] = definition._init_fn
+                by_device: dict[str | None, Callable[..., Argument]] = definition._backend_fns
+                body: Callable[..., Argument] = by_device.get("cuda", definition._init_fn)
                 return body
-        return None
+        key = next((key for key in _KEYS_OF_THE_CARD if f"{func.namespace}/{_name(func)}/{key}" in _impls), None)
+        return None if key is None else partial(func._op_dk, getattr(torch._C.DispatchKey, key))
 
 
 class _SharedFakeMode(FakeTensorMode):
@@ -472,6 +543,13 @@ class _SharedFakeMode(FakeTensorMode):
     @in_kernel_invocation.setter
     def in_kernel_invocation(self, value: bool) -> None:
         self._thread.in_kernel = value
+
+    def create_symbolic_nested_int(self, *, nt_tensor_id: int | None = None) -> torch.SymInt:
+        """Return the length of a ragged dimension; torch's own is a symbol of a graph that is being traced."""
+        number = self.nt_tensor_id_counter if nt_tensor_id is None else nt_tensor_id
+        self.nt_tensor_id_counter = max(self.nt_tensor_id_counter, number + 1)
+        nested: torch.SymInt = torch._C._get_nested_int(number, 1)
+        return nested
 
     def __enter__(self) -> Self:
         self.lock.acquire()
@@ -501,7 +579,20 @@ class VirtualDeviceMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Iterable[type], args: Arguments = (), kwargs: Options | None = None
     ) -> Argument:
-        return self._device.run(func, args, kwargs or {})
+        for each in types:
+            if _is_wrapper(each):
+                # Its own dispatch comes back here with the tensors that it is made of.
+                return cast("Argument", NotImplemented)
+        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if traced is not None and traced is not self._device.fake:  # DTensor asks for the shapes of whole tensors
+            shape_only: Argument = func(*args, **(kwargs or {}))
+            return shape_only
+        try:
+            return self._device.run(func, args, kwargs or {})
+        except NotImplementedError as error:
+            if "from the 'CUDA' backend" not in str(error):
+                raise
+        raise self._device.unknown(func, self._device.phases.now())
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -512,6 +603,21 @@ class VirtualDeviceMode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Let Dynamo trace this mode: hiding it wraps every operator, and only `torch.compile` needs that."""
         return False
+
+
+def _name(func: OpOverload) -> str:
+    name = func._schema.name.partition("::")[2]
+    return f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name
+
+
+@cache
+def _is_wrapper(kind: type) -> bool:
+    """Return True for a tensor class that takes operators apart itself, such as DTensor."""
+    return (
+        issubclass(kind, Tensor)
+        and kind.__module__ not in (FakeTensor.__module__, "torch._subclasses.functional_tensor")  # those of a compiler
+        and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+    )
 
 
 @cache
@@ -536,6 +642,8 @@ def _has_fake(values: Iterable[Argument]) -> bool:
 def _on_card(args: Arguments, kwargs: Options) -> bool:
     """Return False if all fake tensors are in host memory, where a script may keep some."""
     found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    if any(tensor.layout is not torch.strided for tensor in found):
+        return False  # the memory of sparse kernels is not known
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
 
 

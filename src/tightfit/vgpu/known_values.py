@@ -5,9 +5,11 @@ numbers and flags from the host (lengths, positions, masks). Operators on known 
 their results are known. A library that asks "is every entry of this mask one?" gets the true answer, and takes the same
 path as on a card.
 
-All other answers are made up: a loss falls slowly, a flag is not raised, a mask with counted elements is true
-everywhere, and nothing is infinite. The same tensor gives the same answer twice, and all results of made-up values are
-marked. Every made-up answer is counted by the line that asked.
+All other answers are made up, so that they hold together. A fraction is one half, a loss is 10, a whole number is 0
+(random ones are in the middle of their range). Tensors that nobody computed are equal to each other and to no special
+number. A flag is not raised, a mask with counted elements is true everywhere, and nothing is infinite. So the smallest
+value is not above the largest one, and a loss that never changes does not look measured. The same tensor gives the same
+answer twice, and all results of made-up values are marked. Every made-up answer is counted by the line that asked.
 """
 
 import math
@@ -29,8 +31,13 @@ from tightfit.vgpu.frames import Frame, user_frames, users_line
 
 Scalar = bool | int | float
 
-_FIRST_LOSS, _LAST_LOSS, _FALL = 10.0, 0.5, 0.97
-"""Floats that a script reads start like a language model's first loss and fall towards `_LAST_LOSS`, never below."""
+_FRACTION = 0.5
+"""Made up for a float: within [0, 1), as probabilities, pixels and random numbers are, and not 0, to divide by."""
+_LOSS = 10.0
+"""Made up for a single number that has a gradient to pass on: as high as an untrained model's loss, so that training
+"until the loss is low" goes on. It stays the same, so that it does not look measured."""
+_TOLERANCE = 1e-2
+"""A difference that a script compares with less is taken as smaller: it checks that something holds."""
 
 _WHOLE_NUMBERS, _FRACTIONS = 1 << 16, 256
 """Elements up to which a tensor's single values are followed, by type: masks, positions and lengths decide what a
@@ -73,6 +80,8 @@ _KEPT = {
     *(packet.default for packet in (aten.amax, aten.amin, aten.max, aten.min, aten.mean)),
     *(packet.default for packet in (aten._to_copy, aten.repeat, aten.flip)),
     aten.mean.dim,
+    aten._is_all_true.default,
+    aten._is_any_true.default,
 }
 """Operators whose result has the same value everywhere if their argument has."""
 
@@ -138,7 +147,6 @@ class Values:
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[torch.UntypedStorage, Fact] = WeakKeyDictionary()
-        self._floats_read = 0
         self.made_up: Counter[tuple[Frame | None, str]] = Counter()
 
     # Operators
@@ -146,6 +154,8 @@ class Values:
     def follow(self, func: OpOverload, args: Arguments, kwargs: Options, out: Argument) -> None:
         """Keep what operator `func` reveals of its result `out`; a write makes its target unknown."""
         traits = _traits(func)
+        if isinstance(out, Tensor) and out.layout is not torch.strided:
+            return
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
         if traits.writes:
             self._follow_writes(func, args, kwargs, traits)
@@ -166,7 +176,7 @@ class Values:
         for tensor, result in zip(out, results, strict=False):
             if not isinstance(tensor, Tensor) or not isinstance(result, Tensor):
                 continue
-            fact = _stored(result, tensor, made_up)
+            fact = _stored(result, tensor, made_up) if result.shape == tensor.shape else None
             if fact is not None:
                 self._known[tensor.untyped_storage()] = fact
 
@@ -175,9 +185,10 @@ class Values:
     ) -> Fact | None:
         filled = _filled_with(func, args)
         if filled is not None:
-            return Fact(torch.tensor(filled, dtype=out.dtype))
+            return Fact(torch.tensor(filled, dtype=out.dtype, device="cpu"))
         if traits.is_random:
-            return None
+            drawn = _drawn(func, args)
+            return None if drawn is None else Fact(torch.tensor(drawn, dtype=out.dtype, device="cpu"), made_up=True)
         invent = out.numel() == 1 and (traits.is_pointwise or func in _KEPT or func in _COUNTS)
         facts = self._facts(_tensors(args, kwargs), invent)
         if facts is None:
@@ -208,7 +219,7 @@ class Values:
         written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in traits.writes]
         results, made_up = self._of_writes(func, args, kwargs, traits, written) or (None, False)
         for place, target in enumerate(written):
-            if isinstance(target, FakeTensor) and results:
+            if isinstance(target, FakeTensor) and results and target.layout is torch.strided:
                 self._write(target, results[place], made_up)
             else:
                 self._forget_all(target)
@@ -247,7 +258,9 @@ class Values:
         target = written[0]
         filled = _filled_with(func, args)
         if filled is not None and isinstance(target, Tensor):
-            return [torch.tensor(filled, dtype=target.dtype)], False
+            return [torch.tensor(filled, dtype=target.dtype, device="cpu")], False
+        if traits.is_random and isinstance(target, Tensor) and (drawn := _drawn(func, args)) is not None:
+            return [torch.tensor(drawn, dtype=target.dtype, device="cpu")], True
         if func in _COPIES:
             return self._of_copy(*args)
         fakes = [tensor for tensor in written if isinstance(tensor, FakeTensor)]
@@ -320,28 +333,41 @@ class Values:
         """Return the fact of a tensor; with `invent`, make one up (and keep it) for a single element."""
         if not isinstance(tensor, FakeTensor):
             return Fact(tensor.detach().reshape(())) if tensor.numel() == 1 else None
+        if tensor.layout is not torch.strided:
+            return None
         storage = tensor.untyped_storage()
         fact = self._known.get(storage)
         if fact is not None and fact.value.dtype == tensor.dtype:
             return fact
         if not invent or tensor.numel() != 1:
             return None
-        fact = Fact(torch.tensor(self._invented(tensor.dtype), dtype=tensor.dtype), made_up=True)
+        is_loss = tensor.requires_grad and not tensor.is_leaf and tensor.is_floating_point()
+        number = _LOSS if is_loss else self._invented(tensor.dtype)
+        fact = Fact(torch.tensor(number, dtype=tensor.dtype, device="cpu"), made_up=True)
         if _covers(tensor):
             self._known[storage] = fact
         return fact
 
-    def _invented(self, dtype: torch.dtype) -> Scalar:
+    @staticmethod
+    def _invented(dtype: torch.dtype) -> Scalar:
         if dtype.is_floating_point or dtype.is_complex:
-            return _LAST_LOSS + (_FIRST_LOSS - _LAST_LOSS) * math.pow(_FALL, self._floats_read)
+            return _FRACTION
         return False if dtype == torch.bool else 0
 
     def learn(self, tensor: Tensor, source: Tensor) -> None:
         """Keep the values of `tensor`, which is a copy of the host's `source`."""
-        if not 0 < source.numel() <= _LOOKED_AT or not (_is_small(source) or _is_uniform(source)):
+        if source.layout is not torch.strided or not 0 < source.numel() <= _LOOKED_AT:
+            return
+        if not (_is_small(source) or _is_uniform(source)):
             return
         fact = _stored(source.detach().to(tensor.dtype), tensor, made_up=False)
         if fact is not None:
+            self._known[tensor.untyped_storage()] = fact
+
+    def assume(self, tensor: Tensor, value: Scalar) -> None:
+        """Make up that all elements of a tensor without data have a value; what is known stays."""
+        if isinstance(tensor, FakeTensor) and self.exactly(tensor) is None and _covers(tensor):
+            fact = Fact(torch.tensor(value, dtype=tensor.dtype, device="cpu"), made_up=True)
             self._known[tensor.untyped_storage()] = fact
 
     def forget(self, storage: torch.UntypedStorage) -> None:
@@ -349,7 +375,7 @@ class Values:
 
     def _forget_all(self, tensors: Argument) -> None:
         for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
-            if isinstance(tensor, FakeTensor):
+            if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 self.forget(tensor.untyped_storage())
 
     # Answers
@@ -367,7 +393,6 @@ class Values:
         assert fact is not None, "item() is asked of tensors with one element"
         if fact.made_up:
             self.count("a value read from the device")
-            self._floats_read += fact.value.is_floating_point()
         return fact.seen_by(tensor).item()
 
     def on_host(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -375,7 +400,6 @@ class Values:
         fact = self._fact(tensor, invent=True)
         if fact is None or fact.made_up:
             self.count("a tensor copied to the host")
-            self._floats_read += tensor.numel() == 1 and tensor.is_floating_point()
         if fact is None or (fact.is_uniform and not fact.value):
             return lazy_zeros(tuple(tensor.shape), dtype)
         return fact.seen_by(tensor).to(dtype).clone(memory_format=torch.contiguous_format)
@@ -397,7 +421,7 @@ def _filled_with(func: OpOverload, args: Arguments) -> Argument:
 def _of_unknown(func: OpOverload, args: Arguments, out: Tensor) -> Fact | None:
     """Make up an operator's result when its arguments are unknown."""
     value = _assumed(func, args[0], args[1] if len(args) > 1 else None, out)
-    return None if value is None else Fact(torch.tensor(value, dtype=out.dtype), made_up=True)
+    return None if value is None else Fact(torch.tensor(value, dtype=out.dtype, device="cpu"), made_up=True)
 
 
 def _assumed(func: OpOverload, source: Argument, other: Argument, out: Tensor) -> Scalar | None:
@@ -410,9 +434,60 @@ def _assumed(func: OpOverload, source: Argument, other: Argument, out: Tensor) -
             return source.numel() // max(1, out.numel())
     if source is other and func in (aten.eq.Tensor, aten.ne.Tensor):  # torch.isfinite and isnan compare so
         return func is aten.eq.Tensor
-    if out.dtype == torch.bool and isinstance(other, float) and math.isinf(other):
-        return bool(func(torch.zeros(()), other))
+    if func in _ALL:
+        return True  # a script checks that all of something is valid
+    if func in _OF_TENSORS:
+        return _OF_TENSORS[func]
+    if func in _OF_NUMBERS and isinstance(source, Tensor) and isinstance(other, (int, float)):
+        return _compared(func, source.dtype, other)
     return None
+
+
+def _compared(func: OpOverload, dtype: torch.dtype, other: float) -> bool:
+    """Compare a tensor that nobody computed with a number."""
+    if func in _EQUAL:
+        return func is aten.ne.Scalar
+    if 0 < other < _TOLERANCE and func in (aten.lt.Scalar, aten.le.Scalar):
+        return True
+    value = _FRACTION if dtype.is_floating_point else 1
+    return bool(func(torch.tensor(value, device="cpu"), other))
+
+
+def _drawn(func: OpOverload, args: Arguments) -> Scalar | None:
+    """Return a number that a random operator may draw; None where any number will do."""
+    if func in _COINS:
+        return 1
+    place = _RANGES.get(func)
+    if place is None:
+        return None
+    given = [each for each in args[place:] if isinstance(each, (int, float))]
+    low, high = (0, given[0]) if len(given) == 1 else given[:2]
+    return (low + high) // 2
+
+
+_COINS = {aten.bernoulli.default, aten.bernoulli.p, aten.bernoulli_.float, aten.bernoulli_.Tensor}
+_RANGES: dict[OpOverload, int] = {
+    aten.randint.default: 0,
+    aten.randint.low: 0,
+    aten.randint_like.default: 1,
+    aten.randint_like.low_dtype: 1,
+    aten.random_.to: 1,
+    getattr(aten.random_, "from"): 1,
+}
+"""Position of the first number of a range from which an operator draws whole numbers; without two, it starts at 0."""
+_ALL = {aten.all.default, aten.all.dim, aten.all.dims, aten._is_all_true.default}
+_EQUAL = {aten.eq.Scalar, aten.ne.Scalar}
+_OF_NUMBERS = {*_EQUAL, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar}
+_OF_TENSORS: dict[OpOverload, bool] = {
+    aten.eq.Tensor: True,
+    aten.ne.Tensor: False,
+    aten.le.Tensor: True,
+    aten.ge.Tensor: True,
+    aten.lt.Tensor: False,
+    aten.gt.Tensor: False,
+    aten.isclose.default: True,
+}
+"""Comparisons of tensors that nobody computed."""
 
 
 def _seen_by(tensor: Tensor, fact: Fact) -> Tensor:
@@ -437,7 +512,7 @@ def _stored(data: Tensor, tensor: Tensor, made_up: bool) -> Fact | None:
     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
     if elements > _limit(tensor.dtype):
         return None
-    storage = torch.zeros(elements, dtype=data.dtype)
+    storage = torch.zeros(elements, dtype=data.dtype, device="cpu")
     storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).copy_(data)
     return Fact(storage, made_up)
 
@@ -470,5 +545,5 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < 1 << 16:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -52,15 +52,29 @@ class Phases:
         self._outside: Phase = "setup"
         """Phase of operators outside all modules; it follows the course of a step."""
         self.steps = 0
+        self._has_optimizer = False
+        self._is_installed = False  # until then, backward passes are the self-test's
         self.vocabulary = 0
         """Rows of the largest embedding so far: tensors with so many columns are logits."""
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     def install(self) -> None:
+        self._is_installed = True
         self._hook()
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
+
+    def made_optimizer(self) -> None:
+        """Count only optimizer steps from now on: the script has one of torch's."""
+        if not self._has_optimizer:
+            self._has_optimizer, self.steps = True, 0
+
+    def after_backward(self) -> None:
+        """Take a backward pass of a script without an optimizer of torch's as a step."""
+        if self._is_installed and not self._has_optimizer and not _in_backward():
+            self.steps += 1
+            self._on_step()
 
     def _hook(self) -> None:
         self._handles = (
@@ -92,7 +106,7 @@ class Phases:
     def now(self, operator: str = "") -> Phase:
         """Return the phase of an operator that is about to run."""
         if _in_backward():
-            self._outside = "optimizer"
+            self._outside = "optimizer" if self.modules or self.steps else self._outside  # else a warm-up
             return "backward"
         course = self._course
         if course.named:

@@ -254,6 +254,6 @@ class Recorder:
 
     def mark(self, tensor: Tensor, category: Category) -> None:
         """Set the category that a tensor turned out to have."""
-        allocation = self.of_storage(tensor)
+        allocation = self.of_storage(tensor) if tensor.layout == torch.strided else None
         if allocation is not None:
             allocation.category = category

@@ -96,8 +96,8 @@ class VirtualSession:
         """Put the device into this process's torch, once. DeviceError if another one is there."""
         if VirtualSession._running is None:
             self._files = patches.install(self.device, self.gpu)
-            self.phases.install()
             backend.self_test()
+            self.phases.install()
             VirtualSession._running = self
         elif VirtualSession._running is not self:
             raise DeviceError(say("vgpu.session.one_card", card=VirtualSession._running.gpu.name))

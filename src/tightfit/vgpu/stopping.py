@@ -64,6 +64,12 @@ class Stopping:
         self._unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
         if self._stable < _STABLE_STEPS:
             return
+        if self._unplayed and self._lines.leave_loops(frame, self._unplayed):
+            note = say("vgpu.stopping.jumped", first=steps - self._stable, last=steps)
+            if note not in notes:
+                notes.append(note)
+            self._stable = 0
+            return
         self._repeats_since = self._repeats_since or time.monotonic()
         if self._unplayed and time.monotonic() - self._repeats_since < _PLAY_ON_S:
             return

@@ -1,12 +1,13 @@
 """Lines of the script's training loop that an early stop would leave unplayed, although they may allocate."""
 
 import ast
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_package, user_frames
 
@@ -28,6 +29,8 @@ class LineWatch:
 
     def __init__(self) -> None:
         self._ran: dict[CodeType, set[int]] = {}
+        self._leaving: dict[CodeType, Loop] = {}
+        """Functions with a loop to leave before its next iteration."""
         self.is_on = False
 
     def start(self, frame: FrameType | None) -> None:
@@ -66,11 +69,39 @@ class LineWatch:
             found += [Frame(code.co_filename, line, code.co_qualname) for line in missed]
         return list(dict.fromkeys(found))
 
+    def leave_loops(self, frame: FrameType | None, unplayed: Iterable[Frame]) -> bool:
+        """Leave the loops around `frame` before their next iteration, where all `unplayed` lines are outside them.
+
+        Return True if there is such a loop. Works as a debugger's jump does.
+        """
+        if not self.is_on:
+            return False
+        left = False
+        for each in own_frames(frame):
+            code = each.f_code
+            lines = tuple(place.line for place in unplayed if place.file == code.co_filename)
+            around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
+            free = [loop for loop in around if not any(loop.first <= line <= loop.last for line in lines)]
+            if free and free[0].after:
+                self._leaving[code] = free[0]
+                left = True
+            if len(free) < len(around):
+                break
+        return left
+
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
         return self._line if frame.f_code in self._ran else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         self._ran[frame.f_code].add(frame.f_lineno)
+        loop = self._leaving.get(frame.f_code)
+        if loop is not None and event == "line" and frame.f_lineno == loop.first:
+            del self._leaving[frame.f_code]
+            with contextlib.suppress(ValueError):  # a line that cannot be reached from here
+                # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
+                # that keeps most of what is left behind, here the loop's iterator.
+                _JUMP(frame, loop.by_way_of)
+                _JUMP(frame, loop.after)
         return self._line
 
 
@@ -81,6 +112,42 @@ def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
         if own and own[0][:2] == (frame.f_code.co_filename, frame.f_lineno) and not is_package(own[0]):
             yield frame
         frame = frame.f_back
+
+
+class Loop(NamedTuple):
+    first: int
+    last: int
+    after: int
+    """Line of the statement that follows in the same block; 0 without one, or without a way there."""
+    by_way_of: int
+    """Line of a statement in the same block that has no block of its own."""
+
+
+_JUMP = FrameType.__dict__["f_lineno"].__set__
+"""Sets a frame's next line, which Python lets trace functions do alone."""
+_PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.ImportFrom, ast.Return, ast.Delete)
+
+
+@cache
+def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...]:
+    """Find the loops around a line of a function, outermost first."""
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    blocks = [tree.body if name == "<module>" else _function(tree, first, name)]
+    found = []
+    while blocks:
+        block = blocks.pop()
+        for statement, following in zip(block, [*block, None][1:], strict=True):
+            if not statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+                continue
+            if isinstance(statement, (ast.For, ast.While)):
+                last = statement.end_lineno or statement.lineno
+                plain = next((each.lineno for each in block if isinstance(each, _PLAIN)), 0)
+                found.append(Loop(statement.lineno, last, following.lineno if following and plain else 0, plain))
+            blocks += _blocks(statement)
+    return tuple(found)
 
 
 @cache

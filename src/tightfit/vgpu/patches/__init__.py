@@ -3,8 +3,9 @@
 import os
 
 from tightfit.gpus import GPU
+from tightfit.vgpu import recurrent, shape_functions
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, process_groups
+from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, nvml, process_groups, triton_kernels
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.wording import say
 
@@ -22,10 +23,15 @@ def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
     backend.enable()
     processes = process_groups.prepare_environment(os.environ)
     cuda_api.install(device, gpu, count=processes)
+    card = cuda_api.properties(gpu, device.recorder.allocator.total_bytes)
+    nvml.install(device, card)
+    triton_kernels.install(device, card)
+    shape_functions.install(device)
+    recurrent.install(device)
     process_groups.install()
     if processes > 1:
         device.note(say("vgpu.patches.nccl"))
     checkpoints.install(device, files)
     files.install()
-    host.install(device, cuda_api.properties(gpu, device.recorder.allocator.total_bytes))
+    host.install(device, card)
     return files

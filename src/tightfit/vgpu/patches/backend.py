@@ -8,6 +8,7 @@ It needs three parts of torch, which `self_test` checks:
 3. the names below `torch._C` by which `torch.cuda` reaches its compiled half, which `patches.cuda_api` answers.
 """
 
+import copyreg
 import ctypes
 import importlib
 import os
@@ -196,13 +197,32 @@ class _NoTensor:
 
 
 def exchange(one: Tensor, other: Tensor) -> None:
-    """Swap the contents of two Python tensors, which stay the same objects.
+    """Swap the contents of two Python tensors, which stay the same objects; `one` keeps the attributes it was given.
 
     Does as `torch.utils.swap_tensors`, without its check that nobody else holds the tensors: tied weights have two
     holders.
     """
-    for name in ("__class__", "__dict__"):
-        mine, theirs = getattr(one, name), getattr(other, name)
+    given = {name: value for name, value in one.__dict__.items() if name not in _OF_FAKE_TENSORS}
+    for name in ("__class__", "__dict__", *sorted(_slots(one) | _slots(other))):
+        mine, theirs = getattr(one, name, None), getattr(other, name, None)
         setattr(one, name, theirs)
         setattr(other, name, mine)
     torch._C._swap_tensor_impl(one, other)
+    for name, value in given.items():
+        one.__dict__.setdefault(name, value)
+
+
+def _slots(tensor: Tensor) -> set[str]:
+    """Names of a tensor's contents outside its dictionary: those of DTensor are its shard and its placement."""
+    return {name for name in copyreg._slotnames(type(tensor)) if not name.startswith("__")}  # type: ignore[attr-defined]
+
+
+_MEMOS = ("nonzero", "item", "unique", "unique_consecutive", "nested_int")
+_OF_FAKE_TENSORS = frozenset(
+    (
+        *("_fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "real_tensor", "_is_param"),
+        *(f"_{name}_memo{part}" for name in _MEMOS for part in ("", "_vc", "_epoch")),
+        "_debug_trace",
+    )
+)
+"""Attributes that torch gives a fake tensor."""

@@ -1,18 +1,22 @@
 """`torch.cuda` on the virtual GPU: its Python half, and the compiled half that this asks."""
 
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from torch.cuda._utils import _get_device_index
 
 from tightfit.allocator.caching import CachingAllocator
 from tightfit.gpus import GPU
 from tightfit.kernels.card import max_threads_per_sm
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import cuda_streams
+from tightfit.vgpu.patches import cuda_extras, cuda_graphs, cuda_streams, cuda_types
 from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.recorder import Allocation
 from tightfit.vgpu.snapshot import Snapshot, snapshot_of
 
+Where = torch.device | str | int | None
 Nested = dict[str, "int | Nested"]
 """Figures of `torch.cuda.memory_stats` by the parts of their names."""
 
@@ -64,14 +68,30 @@ def properties(gpu: GPU, total_bytes: int) -> SimpleNamespace:
 def install(device: VirtualDevice, gpu: GPU, count: int = 1) -> None:
     """Answer for `count` cards of this kind; this process uses the first, or the one of its local rank."""
     allocator = device.recorder.allocator
-    _install_compiled_devices(gpu, count)
+    device.count = count
+    _install_compiled_devices(device, gpu, count)
     _install_compiled_memory(device, allocator)
-    _install_devices(properties(gpu, allocator.total_bytes), gpu, count)
+    _install_devices(device, properties(gpu, allocator.total_bytes), gpu)
     _install_libraries(allocator)
     cuda_streams.install(device)
+    cuda_graphs.install(device)
+    cuda_extras.install(device)
+    cuda_types.install()
 
 
-def _install_devices(card: SimpleNamespace, gpu: GPU, count: int) -> None:
+def _install_devices(device: VirtualDevice, card: SimpleNamespace, gpu: GPU) -> None:
+    count = device.count
+
+    def properties_of(device: Where = None) -> SimpleNamespace:
+        if not 0 <= _get_device_index(device, optional=True) < count:
+            raise AssertionError("Invalid device id")
+        return card
+
+    virtual = device
+
+    def set_device(device: Where) -> None:
+        virtual.check_ordinal(_get_device_index(device))
+
     assign(
         torch.cuda,
         _initialized=True,
@@ -81,62 +101,84 @@ def _install_devices(card: SimpleNamespace, gpu: GPU, count: int) -> None:
         _queued_calls=[],
         _is_compiled=lambda: True,
         is_available=lambda: True,
-        _exchange_device=lambda index: 0,
-        _maybe_exchange_device=lambda index: 0,
-        set_device=lambda device: None,
+        _exchange_device=_exchange(virtual),
+        _maybe_exchange_device=_exchange(virtual),
+        set_device=set_device,
         current_device=lambda: 0,
         device_count=lambda: count,
         _device_count_nvml=lambda: count,
         is_bf16_supported=lambda including_emulation=True: including_emulation or gpu.capability >= (8, 0),
         is_tf32_supported=lambda: gpu.capability >= (8, 0),
-        get_device_properties=lambda device=None: card,
-        _get_device_properties=lambda device: card,
-        get_device_capability=lambda device=None: gpu.capability,
-        get_device_name=lambda device=None: card.name,
+        get_device_properties=properties_of,
+        _get_device_properties=properties_of,
+        get_device_capability=lambda device=None: (properties_of(device).major, properties_of(device).minor),
+        get_device_name=lambda device=None: properties_of(device).name,
         get_arch_list=lambda: [card.gcnArchName],
-        can_device_access_peer=lambda device, peer: True,
+        can_device_access_peer=lambda device, peer_device: True,
     )
+
+
+def _exchange(device: VirtualDevice) -> Callable[[int], int]:
+    def exchange(index: int) -> int:
+        """Make a card the current one, and return the index of the one before; -1 changes nothing."""
+        if index >= 0:
+            device.check_ordinal(index)
+        return 0
+
+    return exchange
+
+
+class _CudaError(int):
+    """A status of the CUDA runtime: it is always this one."""
+
+    success = 0
 
 
 def _install_libraries(allocator: CachingAllocator) -> None:
     """Answer for the CUDA runtime, NVML, cuBLAS and cuDNN."""
     for name in ("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"):
         assign(torch.cuda, **{name: lambda device=None: 0})
+    runtime = SimpleNamespace(
+        cudaMemGetInfo=lambda index: allocator.mem_get_info(),
+        cudaError=_CudaError,
+        cudaProfilerStart=lambda: 0,
+        cudaProfilerStop=lambda: 0,
+        cudaHostRegister=lambda *args: 0,
+        cudaHostUnregister=lambda *args: 0,
+        cudaGetErrorString=lambda code: "no error",
+    )
     assign(
         torch.cuda,
         device_memory_used=lambda device=None: allocator.total_bytes - allocator.mem_get_info()[0],
-        list_gpu_processes=lambda device=None: "GPU:0\nno processes are running",
-        cudart=lambda: SimpleNamespace(
-            cudaMemGetInfo=lambda index: allocator.mem_get_info(),
-            cudaError=SimpleNamespace(success=0),
-            cudaProfilerStart=lambda: 0,
-            cudaProfilerStop=lambda: 0,
-            cudaHostRegister=lambda *args: 0,
-            cudaHostUnregister=lambda *args: 0,
-            cudaGetErrorString=lambda code: "no error",
-        ),
+        cudart=lambda: runtime,
+        _cudart=runtime,
     )
+    assign(torch.cuda, torch.cuda.memory, list_gpu_processes=lambda device=None: "GPU:0\nno processes are running")
     assign(torch.backends.cuda, is_built=lambda: True)
-    assign(torch.backends.cudnn, is_available=lambda: True, version=lambda: 91002)
+    cudnn = torch.backends.cudnn
+    assign(cudnn, cudnn.__dict__.get("m", cudnn), is_available=lambda: True, version=lambda: 91002, _init=lambda: True)
     if torch.version.cuda is None:
         torch.version.cuda = "13.0"
 
 
-def _install_compiled_devices(gpu: GPU, count: int) -> None:
+def _install_compiled_devices(device: VirtualDevice, gpu: GPU, count: int) -> None:
     assign(
         torch._C,
         _cuda_getDeviceCount=lambda: count,
         _cuda_getDevice=lambda: 0,
-        _cuda_setDevice=lambda index: None,
-        _cuda_exchangeDevice=lambda index: 0,
-        _cuda_maybeExchangeDevice=lambda index: 0,
+        _cuda_setDevice=device.check_ordinal,
+        _cuda_exchangeDevice=_exchange(device),
+        _cuda_maybeExchangeDevice=_exchange(device),
+        _cuda_canDeviceAccessPeer=lambda device, peer: True,
+        _cuda_getCompiledVersion=lambda: 13000,
         _cuda_init=lambda: None,
         _cuda_getArchFlags=lambda: f"sm_{gpu.capability[0]}{gpu.capability[1]}",
         _cuda_ipc_collect=lambda: None,
-        _cuda_isCurrentStreamCapturing=lambda: False,
+        _cuda_isCurrentStreamCapturing=lambda: device.capture_stream > 0,
         _cuda_get_sync_debug_mode=lambda: 0,
         _cuda_set_sync_debug_mode=lambda mode: None,
         _cuda_getCurrentBlasHandle=lambda: 0,
+        _cuda_getCurrentSolverHandle=lambda: 0,
         _get_accelerator=lambda check=None: torch.device("cuda"),
     )
     if not hasattr(torch._C, "_cuda_CUDAAllocator_AllocatorState"):  # imported where torch.cuda is there
@@ -152,8 +194,10 @@ class _Memory:
 
     def __init__(self, device: VirtualDevice, allocator: CachingAllocator) -> None:
         self._device, self._allocator = device, allocator
+        self._raw: dict[int, Allocation] = {}
 
     def stats(self, index: int) -> Nested:
+        self._device.check_ordinal(index)
         nested: Nested = {}
         for key, value in self._allocator.memory_stats().items():
             *path, last = key.split(".")
@@ -168,6 +212,16 @@ class _Memory:
     def snapshot(self, *_: object) -> Snapshot:
         with self._device.recorder.exclusive():
             return snapshot_of(self._device.recorder)
+
+    def allocate(self, size: int, stream: int = 0) -> int:
+        """Take memory that belongs to no tensor, and return its address."""
+        allocation = self._device.take_raw(size)
+        assert allocation.block is not None
+        self._raw[allocation.block.address] = allocation
+        return allocation.block.address
+
+    def delete(self, address: int) -> None:
+        self._device.recorder.give(self._raw.pop(address))
 
     def synchronize(self, *_: object) -> None:
         with self._device.recorder.exclusive():
@@ -184,6 +238,9 @@ def _install_compiled_memory(device: VirtualDevice, allocator: CachingAllocator)
         torch._C,
         _cuda_synchronize=memory.synchronize,
         _cuda_memoryStats=memory.stats,
+        _cuda_cudaCachingAllocator_raw_alloc=memory.allocate,
+        _cuda_cudaCachingAllocator_raw_delete=memory.delete,
+        _cuda_cudaCachingAllocator_enable=lambda value: None,
         _cuda_emptyCache=memory.empty_cache,
         _cuda_resetPeakMemoryStats=lambda index: device.reset_peak_stats(),
         _cuda_resetAccumulatedMemoryStats=lambda index: allocator.reset_accumulated_stats(),

@@ -1,8 +1,8 @@
 """Streams, events and random generators of `torch.cuda` on the virtual GPU."""
 
-import contextlib
+import ctypes
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace, TracebackType
 
@@ -25,11 +25,25 @@ class VirtualStream:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, device: Where = None, priority: int = 0, *, stream_id: int | None = None, **_: object) -> None:
+    def __init__(
+        self,
+        device: Where = None,
+        priority: int = 0,
+        *,
+        stream_id: int | None = None,
+        stream_ptr: int | None = None,
+        **_: object,
+    ) -> None:
         self.stream_id = next(self._numbers) if stream_id is None else stream_id
-        self.cuda_stream = self.stream_id
+        self.cuda_stream = self.stream_id if stream_ptr is None else stream_ptr
+        self.native_handle = self.cuda_stream
         self.device_index, self.device_type, self.priority = 0, 1, priority
         self.device = torch.device("cuda", 0)
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Lowest and highest priority."""
+        return 0, -5
 
     def wait_event(self, event: object) -> None: ...
     def wait_stream(self, stream: object) -> None: ...
@@ -44,11 +58,18 @@ class VirtualStream:
     def is_capturing(self) -> bool:
         return False
 
+    @property
+    def _as_parameter_(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.cuda_stream)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VirtualStream) and other.stream_id == self.stream_id
 
     def __hash__(self) -> int:
         return hash(self.stream_id)
+
+    def __repr__(self) -> str:
+        return f"<torch.cuda.Stream device=cuda:0 cuda_stream={self.cuda_stream:#x}>"
 
     def __enter__(self) -> "VirtualStream":
         on_stream: Callable[[VirtualStream], AbstractContextManager[object]] = torch.cuda.__dict__["stream"]
@@ -62,11 +83,34 @@ class VirtualStream:
         self._context.__exit__(kind, error, trace)
 
 
+class VirtualExternalStream(VirtualStream):
+    """A stream that another library made: its address tells it apart."""
+
+    def __init__(self, stream_ptr: int, device: Where = None, **_: object) -> None:
+        super().__init__(device, stream_id=stream_ptr, stream_ptr=stream_ptr)
+
+
 class VirtualEvent:
     """An event of the virtual card, which has always happened."""
 
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, **_: object) -> None:
+    def __init__(
+        self,
+        enable_timing: bool = False,
+        blocking: bool = False,
+        interprocess: bool = False,
+        external: bool = False,
+        **_: object,
+    ) -> None:
         self.device = torch.device("cuda", 0)
+        self.event_id = self.cuda_event = id(self)
+        self.enable_timing, self.blocking = enable_timing, blocking
+
+    @classmethod
+    def from_ipc_handle(cls, device: Where, handle: bytes) -> "VirtualEvent":
+        return cls()
+
+    def ipc_handle(self) -> bytes:
+        return bytes(64)
 
     def record(self, stream: object = None) -> None: ...
     def wait(self, stream: object = None) -> None: ...
@@ -75,7 +119,7 @@ class VirtualEvent:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: object) -> float:
+    def elapsed_time(self, end_event: object) -> float:
         """Milliseconds; nothing was computed, so no time passed."""
         return 1e-3
 
@@ -96,57 +140,77 @@ class VirtualGenerator(torch.Generator):
         return self._device
 
 
-def _install_streams(device: VirtualDevice) -> None:
+def _install_streams(virtual: VirtualDevice) -> None:
     default = VirtualStream(stream_id=0)
 
-    def current_stream(where: Where = None) -> VirtualStream:
-        return getattr(device.stream, "now", default)
+    def current_stream(device: Where = None) -> VirtualStream:
+        return getattr(virtual.stream, "now", default)
+
+    def default_stream(device: Where = None) -> VirtualStream:
+        return default
 
     def set_stream(stream: VirtualStream | None) -> None:
         if stream is not None:
-            device.stream.now, device.stream.number = stream, stream.stream_id
+            virtual.stream.now, virtual.stream.number = stream, stream.stream_id
 
-    @contextlib.contextmanager
-    def on_stream(stream: VirtualStream | None) -> Iterator[VirtualStream | None]:
-        before = current_stream()
-        set_stream(stream)
-        try:
-            yield stream
-        finally:
-            set_stream(before)
+    class StreamContext:
+        """Makes a stream the current one for the lines within."""
+
+        def __init__(self, stream: VirtualStream | None) -> None:
+            self.stream = stream
+            self._before: list[VirtualStream] = []
+
+        def __enter__(self) -> VirtualStream | None:
+            self._before.append(current_stream())
+            set_stream(self.stream)
+            return self.stream
+
+        def __exit__(self, *error: object) -> None:
+            set_stream(self._before.pop())
+
+    def on_stream(stream: VirtualStream | None) -> StreamContext:
+        return StreamContext(stream)
+
+    def stream_from_external(data_ptr: int, device: Where = None) -> VirtualStream:
+        return VirtualExternalStream(data_ptr, device)
 
     assign(torch.cuda, torch.cuda.streams, Stream=VirtualStream, Event=VirtualEvent)
+    assign(torch.cuda, torch.cuda.streams, ExternalStream=VirtualExternalStream)
+    assign(torch, Stream=VirtualStream, Event=VirtualEvent)
     assign(
         torch.cuda,
-        ExternalStream=VirtualStream,
         current_stream=current_stream,
         set_stream=set_stream,
-        default_stream=lambda where=None: default,
+        default_stream=default_stream,
+        get_stream_from_external=stream_from_external,
         stream=on_stream,
-        is_current_stream_capturing=lambda: False,
+        StreamContext=StreamContext,
     )
     # The compiled ones ask the device guard, whose answer is not initialized memory: "Unknown device: 96".
     # Functions of their own: Dynamo refuses one function under two names.
     assign(
         torch.accelerator,
-        current_stream=lambda where=None, /: current_stream(where),
+        current_stream=lambda device=None, /: current_stream(device),
         set_stream=lambda stream, /: set_stream(stream),
     )
 
 
 def _install_random() -> None:
     states: dict[str, torch.Tensor] = {}
+    seeds = SimpleNamespace(value=0)
 
     def get_state(device: Where = "cuda") -> torch.Tensor:
-        return states.get("now", torch.zeros(16, dtype=torch.uint8)).clone()
+        return states["now"].clone() if "now" in states else torch.zeros(16, dtype=torch.uint8, device="cpu")
 
-    def set_state(state: torch.Tensor, device: Where = "cuda") -> None:
-        states["now"] = state.clone()
+    def set_state(new_state: torch.Tensor, device: Where = "cuda") -> None:
+        states["now"] = new_state.clone()
 
-    seed = SimpleNamespace(value=0)
+    def set_states(new_states: Iterable[torch.Tensor]) -> None:
+        for state in new_states:
+            set_state(state)
 
-    def manual_seed(value: int) -> None:
-        seed.value = int(value)
+    def manual_seed(seed: int) -> None:
+        seeds.value = int(seed)
 
     assign(
         torch.cuda,
@@ -154,11 +218,12 @@ def _install_random() -> None:
         get_rng_state=get_state,
         set_rng_state=set_state,
         get_rng_state_all=lambda: [get_state()],
-        set_rng_state_all=lambda all_states: set_state(next(iter(all_states), torch.zeros(16, dtype=torch.uint8))),
+        set_rng_state_all=set_states,
         manual_seed=manual_seed,
-        manual_seed_all=manual_seed,
+        manual_seed_all=lambda seed: manual_seed(seed),
         seed=lambda: None,
         seed_all=lambda: None,
-        initial_seed=lambda: seed.value,
+        initial_seed=lambda: seeds.value,
     )
     assign(torch, Generator=VirtualGenerator)
+    assign(torch.cuda, default_generators=(VirtualGenerator("cuda"),))

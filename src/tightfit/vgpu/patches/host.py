@@ -1,5 +1,6 @@
 """The host's side of a script: torch's dealings with real files, parameters and threads, made safe for a dry run."""
 
+import functools
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,11 +29,51 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     """Patch this process for good."""
     _install_modules(device)
     _install_data()
+    _install_ragged()
+    _install_validity(device)
+    _install_steps(device)
     _install_storages(device)
     _install_fake_tensors(device)
     _install_threads(device)
     _install_compile(device, properties)
     _install_attention(device)
+
+
+def _install_steps(device: VirtualDevice) -> None:
+    """Tell of each backward pass, and of the script's optimizers."""
+    backward: Callable[..., object] = torch.autograd.backward
+    init: Callable[..., None] = torch.optim.Optimizer.__init__
+
+    @functools.wraps(backward)
+    def counted(*args: object, **kwargs: object) -> None:
+        backward(*args, **kwargs)
+        device.phases.after_backward()
+
+    @functools.wraps(init)
+    def made(optimizer: torch.optim.Optimizer, *args: object, **kwargs: object) -> None:
+        device.phases.made_optimizer()
+        init(optimizer, *args, **kwargs)
+
+    assign(torch.autograd, backward=counted)
+    assign(torch.optim.Optimizer, __init__=made)
+
+
+def _install_validity(device: VirtualDevice) -> None:
+    """Take the samples and parameters of a distribution as valid where nobody computed them."""
+    from torch.distributions import constraints
+
+    def assuming(check: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(check)
+        def checked(constraint: object, value: Tensor) -> Tensor:
+            valid = check(constraint, value)
+            device.values.assume(valid, True)
+            return valid
+
+        return checked
+
+    for kind in vars(constraints).values():
+        if isinstance(kind, type) and issubclass(kind, constraints.Constraint) and "check" in vars(kind):
+            assign(kind, check=assuming(vars(kind)["check"]))
 
 
 def _install_modules(device: VirtualDevice) -> None:
@@ -62,31 +103,49 @@ def _install_modules(device: VirtualDevice) -> None:
     assign(nn.Module, _apply=apply)
 
 
-def _install_data() -> None:
-    """Let `parameter.data = value` move the parameter to wherever the value is."""
+def _install_ragged() -> None:
+    """Let `nested.to("cuda")` find the ragged length of a host tensor, which torch looks for in fake tensors alone."""
 
-    def get_data(parameter: Tensor) -> Tensor:
-        data: Tensor = _DATA.__get__(parameter)
+    def length_of(offsets: Tensor) -> torch.SymInt:
+        from torch.nested._internal.nested_tensor import get_tensor_symint
+
+        length: Callable[..., torch.SymInt] = get_tensor_symint
+        return length(offsets)
+
+    assign(torch.Tensor, nested_int_memo=property(length_of))
+
+
+def _install_data() -> None:
+    """Let `tensor.data = value` move the tensor to wherever the value is."""
+
+    def get_data(tensor: Tensor) -> Tensor:
+        data: Tensor = _DATA.__get__(tensor)
         return data
 
-    def set_data(tensor: Tensor, value: Tensor) -> None:
-        """A large parameter is a fake tensor already on the host; other tensors stay where they are."""
-        if isinstance(tensor, nn.Parameter):
-            _become(tensor, value)
-        else:
-            _DATA.__set__(tensor, value)
-
-    assign(nn.Parameter, data=property(get_data, _become))
-    assign(FakeTensor, data=property(get_data, set_data))
+    assign(torch.Tensor, data=property(get_data, _become))
 
 
-def _become(parameter: Tensor, value: Tensor) -> None:
-    """Let a parameter hold `value`, on whichever device that is."""
-    fake = isinstance(parameter, FakeTensor) or isinstance(value, FakeTensor)
-    if fake or not torch._has_compatible_shallow_copy_type(parameter, value):  # from "meta" to the host, say
-        backend.exchange(parameter, nn.Parameter(value.detach(), parameter.requires_grad))
-    else:
-        _DATA.__set__(parameter, value)
+def _become(tensor: Tensor, value: Tensor) -> None:
+    """Let a tensor hold `value`, on whichever device that is."""
+    if _can_hold(tensor, value):
+        _DATA.__set__(tensor, value)
+        return
+    gradient = tensor.grad if tensor.is_leaf else None
+    made = nn.Parameter(value.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value.detach()
+    backend.exchange(tensor, made)
+    if not isinstance(tensor, nn.Parameter):
+        tensor.requires_grad_(made.requires_grad)
+    if gradient is not None and gradient.device == tensor.device and gradient.shape == tensor.shape:
+        tensor.grad = gradient
+
+
+def _can_hold(tensor: Tensor, value: Tensor) -> bool:
+    """Return True if torch's own assignment works, which keeps the kind of tensor and the device of a fake one."""
+    if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
+        return tensor.fake_device == value.fake_device and tensor.layout == value.layout
+    if isinstance(tensor, FakeTensor) or isinstance(value, FakeTensor):
+        return False
+    return torch._has_compatible_shallow_copy_type(tensor, value)  # False from "meta" to the host, say
 
 
 def _install_storages(device: VirtualDevice) -> None:
@@ -131,7 +190,11 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
         return f"tensor(<no data>, device='{tensor.device}', dtype={tensor.dtype}, shape={shape})"
 
     def formatted(tensor: Tensor, spec: str) -> str:
-        return usual_format(torch.full((), device.values.scalar(tensor)), spec) if tensor.dim() == 0 else str(tensor)
+        return (
+            usual_format(torch.full((), device.values.scalar(tensor), device="cpu"), spec)
+            if tensor.dim() == 0
+            else str(tensor)
+        )
 
     assign(
         FakeTensor,
@@ -143,9 +206,29 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
         pin_memory=lambda tensor, *args: tensor,
         __format__=formatted,
         __deepcopy__=_deep_copy,
+        __reduce_ex__=_reduce,
         record_stream=lambda tensor, stream: device.record_stream(tensor, stream.stream_id),
     )
     assign(torch.Tensor, pin_memory=lambda tensor, *args: tensor)
+
+
+def _reduce(tensor: Tensor, protocol: object) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
+    """Let pickle and copy make a tensor of the same kind; there is no data to keep."""
+    where = str(tensor.device)
+    kind = isinstance(tensor, nn.Parameter)
+    return _rebuild, (tuple(tensor.shape), tensor.stride(), tensor.dtype, where, tensor.requires_grad, kind)
+
+
+def _rebuild(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    requires_grad: bool,
+    is_parameter: bool,
+) -> Tensor:
+    made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return nn.Parameter(made, requires_grad) if is_parameter else made.requires_grad_(requires_grad)
 
 
 def _deep_copy(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:

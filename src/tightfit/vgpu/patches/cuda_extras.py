@@ -1,0 +1,198 @@
+"""Seldom used parts of `torch.cuda` on the virtual GPU: NVTX, NCCL, memory pools, tuned products, DataParallel."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.allocator.caching import PoolId
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches.assign import assign
+
+_NCCL_VERSION = (2, 27, 5)
+"""The version that torch's wheels of 2.9 to 2.13 bring along."""
+
+
+def install(device: VirtualDevice) -> None:
+    """Patch this process for good."""
+    assign(torch.cuda.nvtx, _nvtx=_Nvtx())
+    assign(
+        torch._C,
+        _cuda_sleep=lambda cycles: None,
+        _cuda_jiterator_compile_and_launch_kernel=_launch_written_kernel,
+        _activate_gpu_trace=lambda: None,
+    )
+    _install_nccl()
+    _install_pools(device)
+    _install_tunable()
+    _install_copies()
+
+
+class _Nvtx:
+    """Ranges for a profiler that does not run."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._numbers = itertools.count(1)
+
+    def rangePushA(self, msg: str) -> int:  # NVTX's own names
+        self._depth += 1
+        return self._depth - 1
+
+    def rangePop(self) -> int:
+        self._depth -= 1
+        return self._depth
+
+    def rangeStartA(self, msg: str) -> int:
+        return next(self._numbers)
+
+    def rangeEnd(self, range_id: int) -> None: ...
+    def markA(self, msg: str) -> None: ...
+
+    def deviceRangeStart(self, msg: str, stream: int = 0) -> object:
+        return next(self._numbers)
+
+    def deviceRangeEnd(self, range_handle: object, stream: int = 0) -> None: ...
+
+
+def _launch_written_kernel(
+    code: str, name: str, returns_tuple: bool, outputs: int, tensors: Sequence[Tensor], options: object
+) -> Tensor | tuple[Tensor, ...]:
+    """Make the outputs of a `torch.cuda.jiterator` kernel, one element for each of its broadcast inputs."""
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    made = tuple(torch.empty(shape, dtype=tensors[0].dtype, device="cuda") for _ in range(outputs))
+    return made if returns_tuple else made[0]
+
+
+def _install_nccl() -> None:
+    """Answer collectives over the cards of this process, of which it has one."""
+    major, minor, patch = _NCCL_VERSION
+
+    def nothing(*_: object, **__: object) -> None: ...
+
+    assign(
+        torch._C,
+        _nccl_version=lambda: major << 32 | minor << 16 | patch,
+        _nccl_version_suffix=lambda: b"",
+        _nccl_unique_id=lambda: bytes(128),
+        _nccl_init_rank=lambda num_ranks, uid, rank: object(),
+        _nccl_all_reduce=nothing,
+        _nccl_reduce=nothing,
+        _nccl_broadcast=nothing,
+        _nccl_all_gather=nothing,
+        _nccl_reduce_scatter=nothing,
+    )
+
+
+def _install_pools(device: VirtualDevice) -> None:
+    recorder = device.recorder
+
+    class MemPool:
+        """A private pool of the device's memory, which is released when this object goes."""
+
+        def __init__(self, allocator: object = None, use_on_oom: bool = False, no_split: bool = False) -> None:
+            self.allocator = allocator
+            with recorder.exclusive():
+                self.id = recorder.allocator.create_pool()
+                recorder.allocator.retain_pool(self.id)
+
+        def use_count(self) -> int:
+            return 1
+
+        def snapshot(self, include_traces: bool = True) -> object:
+            return torch.cuda.memory_snapshot()
+
+        def __del__(self) -> None:
+            with recorder.exclusive():
+                recorder.allocator.release_pool(self.id)
+
+    @contextlib.contextmanager
+    def use_mem_pool(pool: MemPool, device: object = None) -> Iterator[None]:
+        before: PoolId | None = recorder.pool
+        recorder.pool = pool.id
+        try:
+            yield
+        finally:
+            recorder.pool = before
+
+    assign(torch.cuda, torch.cuda.memory, MemPool=MemPool, use_mem_pool=use_mem_pool)
+
+
+def _install_tunable() -> None:
+    """Keep the settings of tuned matrix products, which then run as usual."""
+    settings: dict[str, Any] = {  # of four types
+        "is_enabled": False,
+        "tuning_is_enabled": True,
+        "get_max_tuning_duration": 30,
+        "get_max_tuning_iterations": 100,
+        "get_filename": "tunableop_results.csv",
+        "get_rotating_buffer_size": 0,
+    }
+    setters = {
+        "enable": "is_enabled",
+        "tuning_enable": "tuning_is_enabled",
+        "set_max_tuning_duration": "get_max_tuning_duration",
+        "set_max_tuning_iterations": "get_max_tuning_iterations",
+        "set_filename": "get_filename",
+        "set_rotating_buffer_size": "get_rotating_buffer_size",
+    }
+    for name in settings:
+        assign(torch._C, **{f"_cuda_tunableop_{name}": lambda name=name: settings[name]})
+    for name, kept in setters.items():
+        assign(torch._C, **{f"_cuda_tunableop_{name}": lambda value, *_, kept=kept: settings.update({kept: value})})
+    untuned = {"on": False}
+    assign(
+        torch._C,
+        _cuda_record_untuned_enable=lambda value: untuned.update(on=value),
+        _cuda_record_untuned_is_enabled=lambda: untuned["on"],
+        _cuda_tunableop_get_results=tuple,
+        _cuda_tunableop_get_validators=tuple,
+        _cuda_tunableop_read_file=lambda filename: False,
+        _cuda_tunableop_set_numerical_check_tolerances=lambda *_: None,
+    )
+
+
+def _install_copies() -> None:
+    """Copy between cards for DataParallel, as torch/csrc/cuda/comm.cpp does; a tensor that lies there already stays."""
+
+    def place(index: int) -> torch.device:
+        return torch.device("cpu") if index < 0 else torch.device("cuda", index)
+
+    def scatter(
+        tensor: Tensor, devices: Sequence[int], chunk_sizes: Sequence[int] | None, dim: int, streams: object
+    ) -> list[Tensor]:
+        parts = tensor.chunk(len(devices), dim) if chunk_sizes is None else tensor.split(list(chunk_sizes), dim)
+        return [part.to(place(index), non_blocking=True) for part, index in zip(parts, devices, strict=False)]
+
+    def scatter_out(tensor: Tensor, out: Sequence[Tensor], dim: int, streams: object) -> list[Tensor]:
+        sizes = [each.shape[dim] for each in out]
+        return [each.copy_(part) for each, part in zip(out, tensor.split(sizes, dim), strict=True)]
+
+    def broadcast(tensor: Tensor, devices: Sequence[int]) -> list[Tensor]:
+        return [tensor.to(place(index), non_blocking=True) for index in devices]
+
+    def broadcast_out(tensor: Tensor, out: Sequence[Tensor]) -> list[Tensor]:
+        return [each.copy_(tensor) for each in out]
+
+    def broadcast_coalesced(tensors: Sequence[Tensor], devices: Sequence[int], buffer: int) -> list[list[Tensor]]:
+        return [[tensor.to(place(index), non_blocking=True) for tensor in tensors] for index in devices]
+
+    def gather(tensors: Sequence[Tensor], dim: int, destination: int | None) -> Tensor:
+        return torch.cat([tensor.to(place(destination or 0)) for tensor in tensors], dim)
+
+    def gather_out(tensors: Sequence[Tensor], out: Tensor, dim: int) -> Tensor:
+        return out.copy_(torch.cat([tensor.to(out.device) for tensor in tensors], dim))
+
+    assign(
+        torch._C,
+        _scatter=scatter,
+        _scatter_out=scatter_out,
+        _broadcast=broadcast,
+        _broadcast_out=broadcast_out,
+        _broadcast_coalesced=broadcast_coalesced,
+        _gather=gather,
+        _gather_out=gather_out,
+    )

@@ -1,0 +1,120 @@
+"""Old names of `torch.cuda` on the virtual GPU: tensor types such as `torch.cuda.FloatTensor`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils import _device
+
+from tightfit.vgpu.patches.assign import assign
+
+_DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Byte": torch.uint8,
+    "Char": torch.int8,
+    "Short": torch.int16,
+    "Int": torch.int32,
+    "Long": torch.int64,
+    "Bool": torch.bool,
+}
+
+
+class VirtualType:
+    """A legacy tensor type of the device, such as torch.cuda.FloatTensor: makes tensors and knows its own."""
+
+    is_cuda, is_sparse, layout = True, False, torch.strided
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.__name__, self.__module__, self.dtype = f"{name}Tensor", "torch.cuda", dtype
+
+    def __call__(self, *sizes_or_data: object, device: object = "cuda") -> Tensor:
+        if len(sizes_or_data) == 1 and not isinstance(sizes_or_data[0], (int, torch.Size)):
+            if isinstance(sizes_or_data[0], Tensor):
+                return sizes_or_data[0].to("cuda", self.dtype)
+            return torch.tensor(sizes_or_data[0], dtype=self.dtype, device="cuda")
+        shape = sizes_or_data[0] if sizes_or_data and isinstance(sizes_or_data[0], torch.Size) else sizes_or_data
+        empty: Callable[..., Tensor] = torch.empty
+        return empty(shape or (0,), dtype=self.dtype, device="cuda")
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, Tensor) and value.is_cuda and value.dtype == self.dtype
+
+    def __repr__(self) -> str:
+        return f"<class 'torch.cuda.{self.__name__}'>"
+
+    def __str__(self) -> str:
+        return f"torch.cuda.{self.__name__}"
+
+
+class VirtualStorageType:
+    """A legacy storage type of the device, such as torch.cuda.FloatStorage."""
+
+    def __init__(self, usual: type, dtype: torch.dtype) -> None:
+        self.__name__, self.__module__, self.dtype, self._usual = usual.__name__, "torch.cuda", dtype, usual
+
+    def __call__(self, size: int = 0, **_: object) -> torch.TypedStorage:
+        storage = torch.empty(size, dtype=self.dtype, device="cuda").untyped_storage()
+        return torch.TypedStorage(wrap_storage=storage, dtype=self.dtype, _internal=True)
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, torch.TypedStorage) and value.dtype == self.dtype and value.device.type != "cpu"
+
+
+def install() -> None:
+    """Patch this process for good."""
+    types = {f"torch.cuda.{name}Tensor": VirtualType(name, dtype) for name, dtype in _DTYPES.items()}
+    assign(torch.cuda, **{f"{name}Tensor": types[f"torch.cuda.{name}Tensor"] for name in _DTYPES})
+    for name, dtype in {**_DTYPES, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}.items():
+        usual = getattr(torch.cuda, f"{name}Storage", None)
+        if usual is not None:
+            assign(torch.cuda, **{f"{name}Storage": VirtualStorageType(usual, dtype)})
+    usual_type: Callable[..., Tensor | str] = torch.Tensor.type
+    usual_default: Callable[..., None] = torch.set_default_tensor_type
+
+    def type_of(tensor: Tensor, dtype: object = None, non_blocking: bool = False, **options: object) -> Tensor | str:
+        """Do as `tensor.type(dtype)`, also for types of the device."""
+        wanted = types.get(dtype) if isinstance(dtype, str) else dtype
+        if isinstance(wanted, VirtualType):
+            return tensor.to("cuda", wanted.dtype, non_blocking=non_blocking)
+        if dtype is None:
+            return usual_type(tensor)
+        if (isinstance(dtype, str) and tensor.is_cuda) or isinstance(dtype, type):
+            name = str(dtype) if isinstance(dtype, str) else f"torch.{dtype.__name__}"
+            plain = _DTYPES.get(name.removeprefix("torch.").removesuffix("Tensor"))
+            if plain is not None:
+                return tensor.to("cpu", plain)
+        return usual_type(tensor, dtype, non_blocking=non_blocking)
+
+    def set_default_tensor_type(kind: object) -> None:
+        wanted = types.get(kind) if isinstance(kind, str) else kind
+        if isinstance(wanted, VirtualType):
+            torch.set_default_dtype(wanted.dtype)
+            torch.set_default_device("cuda")
+        else:
+            usual_default(kind)
+
+    assign(torch.Tensor, type=type_of)
+    assign(torch, set_default_tensor_type=set_default_tensor_type)
+    _install_pinned_data()
+
+
+def _install_pinned_data() -> None:
+    """Let `torch.tensor(data, pin_memory=True)` work without a driver; other factories reach the dispatch mode."""
+    _device._device_constructors()  # torch keeps a list of these functions, which a default device is for
+
+    usual: Callable[..., Tensor] = torch.tensor
+
+    def tensor(data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
+        return usual(data, **options)
+
+    tensor.__doc__ = torch.tensor.__doc__
+    usual_new: Callable[..., Tensor] = torch.Tensor.new_tensor
+
+    def new_tensor(like: Tensor, data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
+        return usual_new(like, data, **options)
+
+    assign(torch, tensor=tensor)
+    assign(torch.Tensor, new_tensor=new_tensor)

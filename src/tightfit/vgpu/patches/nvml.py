@@ -1,0 +1,126 @@
+"""`pynvml` and `nvidia-smi` on the virtual GPU: both tell of the virtual card instead of looking for a driver."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.patches.on_import import after_import
+
+_DRIVER, _CUDA = "580.95.05", 13000
+"""A driver that torch's wheels for CUDA 13 run with."""
+_CARD = "TIGHTFIT_VIRTUAL_CARD"
+"""Environment variable in which a child process finds the card."""
+_SPAWNS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "os.fork", "pty.spawn")
+_MODULE = "pynvml"
+
+
+def install(device: VirtualDevice, card: SimpleNamespace) -> None:
+    """Patch this process for good."""
+    answers = _answers(device, card)
+    after_import(_MODULE, lambda module: assign(module, **answers))
+    _install_program(device, card)
+
+
+def _answers(device: VirtualDevice, card: SimpleNamespace) -> dict[str, object]:
+    """Return NVML's functions by name."""
+    allocator = device.recorder.allocator
+
+    def memory(handle: int, version: object = None) -> SimpleNamespace:
+        free, total = allocator.mem_get_info()
+        return SimpleNamespace(total=total, free=free, used=total - free, reserved=0, version=version)
+
+    def by_index(index: int) -> int:
+        if not 0 <= index < device.count:
+            error: Callable[[int], Exception] = sys.modules[_MODULE].__dict__["NVMLError"]
+            raise error(2)  # NVML_ERROR_INVALID_ARGUMENT
+        return index
+
+    def processes(handle: int) -> list[SimpleNamespace]:
+        used = allocator.context_bytes + allocator.reserved_bytes
+        return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=used, gpuInstanceId=0, computeInstanceId=0)]
+
+    fixed: dict[str, object] = {
+        "SystemGetDriverVersion": _DRIVER,
+        "SystemGetNVMLVersion": f"13.{_DRIVER}",
+        "SystemGetCudaDriverVersion": _CUDA,
+        "SystemGetCudaDriverVersion_v2": _CUDA,
+        "DeviceGetName": card.name,
+        "DeviceGetUUID": f"GPU-{card.uuid}",
+        "DeviceGetCudaComputeCapability": (card.major, card.minor),
+        "DeviceGetUtilizationRates": SimpleNamespace(gpu=0, memory=0),
+        "DeviceGetTemperature": 40,
+        "DeviceGetTemperatureV": 40,
+        "DeviceGetPowerUsage": 30_000,
+        "DeviceGetEnforcedPowerLimit": 350_000,
+        "DeviceGetPowerManagementLimit": 350_000,
+        "DeviceGetTotalEnergyConsumption": 0,
+        "DeviceGetFanSpeed": 0,
+        "DeviceGetClockInfo": card.clock_rate // 1000,
+        "DeviceGetMaxClockInfo": card.clock_rate // 1000,
+        "DeviceGetMinorNumber": 0,
+        "DeviceGetComputeMode": 0,
+        "DeviceGetPersistenceMode": 1,
+        "DeviceGetGraphicsRunningProcesses": [],
+        "DeviceGetPciInfo": SimpleNamespace(busId="00000000:01:00.0", domain=0, bus=1, device=0),
+    }
+    answers: dict[str, object] = {f"nvml{name}": _always(value) for name, value in fixed.items()}
+    answers.update(
+        nvmlInit=lambda: None,
+        nvmlInitWithFlags=lambda flags: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: device.count,
+        nvmlDeviceGetHandleByIndex=by_index,
+        nvmlDeviceGetHandleByUUID=lambda uuid: 0,
+        nvmlDeviceGetHandleByPciBusId=lambda bus: 0,
+        nvmlDeviceGetIndex=lambda handle: handle,
+        nvmlDeviceGetMemoryInfo=memory,
+        nvmlDeviceGetComputeRunningProcesses=processes,
+        nvmlDeviceGetComputeRunningProcesses_v2=processes,
+        nvmlDeviceGetComputeRunningProcesses_v3=processes,
+    )
+    return answers
+
+
+def _always(value: object) -> Callable[..., object]:
+    return lambda *_, **__: value
+
+
+def _install_program(device: VirtualDevice, card: SimpleNamespace) -> None:
+    """Put a program named nvidia-smi first in the path, and the card into the environment of children."""
+    folder = Path(tempfile.mkdtemp(prefix="tightfit-nvidia-smi-"))
+    program = folder / "nvidia-smi"
+    body = Path(__file__).with_name("nvidia_smi.py")
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{body}" "$@"\n')
+    program.chmod(0o755)
+    os.environ["PATH"] = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
+    device.at_end.append(lambda: shutil.rmtree(folder, ignore_errors=True))
+    allocator = device.recorder.allocator
+
+    def tell(event: str, arguments: object) -> None:
+        if event in _SPAWNS:
+            free, total = allocator.mem_get_info()
+            told = {
+                "name": card.name,
+                "uuid": f"GPU-{card.uuid}",
+                "compute_cap": f"{card.major}.{card.minor}",
+                "driver": _DRIVER,
+                "cuda": f"{_CUDA // 1000}.{_CUDA % 1000 // 10}",
+                "count": device.count,
+                "total": total >> 20,
+                "free": free >> 20,
+                "used": (total - free) >> 20,
+                "pid": os.getpid(),
+                "process": os.path.basename(sys.executable),
+            }
+            with contextlib.suppress(OSError, ValueError):
+                os.environ[_CARD] = json.dumps(told)
+
+    sys.addaudithook(tell)

@@ -1,0 +1,227 @@
+"""Shapes of results that torch's fake tensors do not know: operators of CUDA without a kernel for "meta".
+
+Operators that are not listed here run once on the host, on zeros, which shows the shapes of their results.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, library
+from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_impls import op_implementations_dict
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+
+from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.patches.backend import KEPT
+
+aten = torch.ops.aten
+
+_MOST_BYTES = 2 * 2**30
+"""Of the arguments of an operator that runs on the host for its shapes."""
+
+
+def install(device: VirtualDevice) -> None:
+    """Let torch's fake tensors know these operators, in this process for good."""
+    assign(fake_tensor, run_fallback_kernel=_run_on_host)
+    lengths = _lengths_of(device)
+
+    def ctc_loss(
+        fake: FakeTensorMode,
+        func: OpOverload,
+        log_probs: Tensor,
+        targets: Tensor,
+        input_lengths: Argument,
+        target_lengths: Argument,
+        *_: Argument,
+        **__: Argument,
+    ) -> tuple[Tensor, Tensor]:
+        """LossCTC.cu: a loss for each sample, and alphas for each position of it."""
+        batch = log_probs.shape[1] if log_probs.dim() == 3 else 1
+        known = lengths(target_lengths)
+        longest = max(known) if known else targets.shape[-1]
+        with fake:
+            loss = log_probs.new_empty((batch,))
+            return loss, log_probs.new_empty((batch, log_probs.shape[0], 2 * longest + 1))
+
+    _install_ctc(lengths)
+    op_implementations_dict.update(
+        {
+            aten._ctc_loss.default: ctc_loss,
+            aten._ctc_loss.Tensor: ctc_loss,
+            aten._ctc_loss_backward.default: _ctc_backward,
+            aten._ctc_loss_backward.Tensor: _ctc_backward,
+            **dict.fromkeys(_choices_of_ctc(), _never),
+            aten._thnn_fused_lstm_cell.default: _lstm_cell,
+            aten._thnn_fused_gru_cell.default: _gru_cell,
+            aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
+            **dict.fromkeys(_LIKE_FIRST_WITH_MASK, _like_first_with_mask),
+        }
+    )
+
+
+def _install_ctc(lengths: Callable[[Argument], list[int] | None]) -> None:
+    """Read the lengths on the host first, as `ctc_loss` does for tensors of a card (LossCTC.cpp)."""
+    operators = library.Library("aten", "IMPL")
+
+    def ctc_loss(
+        log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, *rest: Argument
+    ) -> Argument:
+        count = input_lengths.numel()
+        inputs = lengths(input_lengths) or [log_probs.shape[0]] * count
+        labels = (
+            lengths(target_lengths) or [targets.shape[-1] if targets.dim() == 2 else targets.numel() // count] * count
+        )
+        loss: Argument = aten.ctc_loss.IntList(log_probs, targets, inputs, labels, *rest)
+        return loss
+
+    for key in ("AutogradCUDA", "CUDA"):
+        operators.impl("ctc_loss.Tensor", ctc_loss, key, allow_override=True)
+    KEPT.append(operators)
+
+
+def _lengths_of(device: VirtualDevice) -> Callable[[Argument], list[int] | None]:
+    def lengths(given: Argument) -> list[int] | None:
+        """Return lengths that are known; None for those that nobody computed."""
+        if not isinstance(given, Tensor):
+            return [int(each) for each in given] if isinstance(given, (list, tuple)) else None
+        known = device.values.exactly(given)
+        return None if known is None else [int(each) for each in known.flatten().tolist()]
+
+    return lengths
+
+
+def _choices_of_ctc() -> list[OpOverload]:
+    packets = (getattr(aten, f"_use_{library}_ctc_loss", None) for library in ("cudnn", "miopen"))
+    return [getattr(packet, name) for packet in packets if packet is not None for name in packet.overloads()]
+
+
+def _never(fake: FakeTensorMode, func: OpOverload, *_: Argument) -> bool:
+    """Return False: cuDNN takes targets of int32 on the host alone, and PyTorch's own kernel takes the rest."""
+    return False
+
+
+def _ctc_backward(
+    fake: FakeTensorMode, func: OpOverload, grad: Tensor, log_probs: Tensor, *_: Argument, **__: Argument
+) -> Tensor:
+    with fake:
+        return log_probs.new_empty(log_probs.shape)
+
+
+def _lstm_cell(
+    fake: FakeTensorMode, func: OpOverload, input_gates: Tensor, hidden_gates: Tensor, cx: Tensor, *_: Argument
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RNN.cu: the four gates stay for backward. torch's own function asks for biases."""
+    with fake:
+        return cx.new_empty(cx.shape), cx.new_empty(cx.shape), input_gates.new_empty(input_gates.shape)
+
+
+def _gru_cell(
+    fake: FakeTensorMode, func: OpOverload, input_gates: Tensor, hidden_gates: Tensor, hx: Tensor, *_: Argument
+) -> tuple[Tensor, Tensor]:
+    """RNN.cu: five values of each cell stay for backward."""
+    with fake:
+        return hx.new_empty(hx.shape), hx.new_empty((hx.shape[0], hx.shape[1] * 5))
+
+
+def _gru_cell_backward(
+    fake: FakeTensorMode, func: OpOverload, grad_hy: Tensor, workspace: Tensor, has_bias: bool
+) -> tuple[Tensor | None, ...]:
+    batch, width = workspace.shape[0], workspace.shape[1] // 5 * 3
+    with fake:
+        gates = [workspace.new_empty((batch, width)) for _ in range(2)]
+        biases = [workspace.new_empty((width,)) if has_bias else None for _ in range(2)]
+        return (*gates, grad_hy.new_empty(grad_hy.shape), *biases)
+
+
+_LIKE_FIRST_WITH_MASK = [
+    aten.fake_quantize_per_tensor_affine_cachemask.default,
+    aten.fake_quantize_per_channel_affine_cachemask.default,
+    aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default,
+]
+
+
+def _like_first_with_mask(
+    fake: FakeTensorMode, func: OpOverload, source: Tensor, *_: Argument, **__: Argument
+) -> tuple[Tensor, Tensor]:
+    """FakeQuantizeCore.cu: the rounded values, and a mask of those that were in range."""
+    with fake:
+        return torch.empty_like(source), torch.empty_like(source, dtype=torch.bool)
+
+
+def _run_on_host(
+    fake: FakeTensorMode, func: OpOverload, flat_args: Sequence[object], spec: TreeSpec, error: RuntimeError
+) -> Argument:
+    """Find the results' shapes by the host's kernel on zeros; raise `error` without one or with too much to do."""
+    fakes = [each for each in flat_args if isinstance(each, FakeTensor)]
+    if torch.Tag.inplace_view in func.tags or sum(map(_bytes_on_host, fakes)) > _MOST_BYTES:
+        raise error
+    where = next((each.fake_device for each in fakes), torch.device("cpu"))
+    given: dict[int, FakeTensor] = {}
+    with fake:
+        places = {
+            id(each): (*each._indices().shape, each.is_coalesced()) for each in fakes if each.layout == torch.sparse_coo
+        }
+
+    def on_host(value: object) -> object:
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
+        if not isinstance(value, FakeTensor):
+            return value
+        zeros = _zeros(value, places.get(id(value)))
+        given[id(zeros)] = value
+        return zeros
+
+    def as_fake(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in given:
+            return given[id(value)]
+        if value.layout == torch.sparse_coo:
+            indices, values = as_fake(value._indices()), as_fake(value._values())
+            make: Callable[..., Tensor] = torch.sparse_coo_tensor
+            with fake:
+                return make(indices, values, value.shape, is_coalesced=value.is_coalesced(), check_invariants=False)
+        if value.layout != torch.strided or value.untyped_storage()._cdata in storages:
+            raise error  # a view of an argument, whose fake would not be one
+        with fake:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=where)
+
+    with no_dispatch():
+        hosts = [on_host(each) for each in flat_args]
+        storages = {each.untyped_storage()._cdata for each in hosts if _has_storage(each)}
+        args, kwargs = tree_unflatten(hosts, spec)
+        try:
+            out = func(*args, **kwargs)
+        except (RuntimeError, IndexError, ValueError):
+            raise error from None
+    fakes_of_results: Argument = tree_map(as_fake, out)
+    return fakes_of_results
+
+
+def _has_storage(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _bytes_on_host(tensor: Tensor) -> int:
+    if tensor.layout == torch.strided:
+        return tensor.numel() * tensor.element_size()
+    return tensor._nnz() * tensor.element_size() * (1 + tensor.dim())
+
+
+def _zeros(fake: Tensor, places: tuple[int, int, bool] | None) -> Tensor:
+    """Make zeros like a tensor without data; a sparse one has as many different `places`."""
+    if places is None:
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="cpu").zero_()
+    dims, count, coalesced = places
+    sizes = fake.shape[:dims]
+    number = torch.arange(count, device="cpu") % max(1, math.prod(sizes))
+    indices = torch.stack(torch.unravel_index(number, sizes)) if sizes else number.new_empty((0, len(number)))
+    values = torch.zeros((count, *fake.shape[dims:]), dtype=fake.dtype, device="cpu")
+    return torch.sparse_coo_tensor(indices, values, fake.shape, is_coalesced=coalesced or None, check_invariants=False)

@@ -1,0 +1,242 @@
+"""What programs do on a card, one function each; prints a JSON object of the failures by name."""
+
+import copy
+import json
+import pickle
+import subprocess
+import traceback
+
+import torch
+import torch.distributions as distributions
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+MIB = 2**20
+
+
+def error_of(kind, call):
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def data_of_anything():
+    plain = torch.ones(4)
+    plain.data = plain.to("cuda")
+    assert plain.device.type == "cuda"
+    assert (plain[None] + 1).shape == (1, 4)
+    layer = nn.Linear(8, 8).cuda()
+    layer.weight.grad, layer.weight.mark = torch.zeros_like(layer.weight), "kept"
+    layer.weight.data = torch.zeros(8, 8, device="cuda")
+    assert layer.weight.grad is not None
+    assert layer.weight.mark == "kept"
+    layer.weight.data = layer.weight.data.cpu()
+    assert layer.weight.device.type == "cpu"
+
+
+def streams_and_events():
+    side = torch.cuda.Stream(device="cuda", priority=-1)
+    torch.cuda.current_stream(device=torch.device("cuda")).wait_stream(side)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(side):
+        start.record(stream=side)
+        assert torch.cuda.current_stream() == side
+    end.record()
+    assert start.elapsed_time(end_event=end) > 0
+    assert torch.cuda.default_stream(device=0) != side
+    assert isinstance(torch.cuda.stream(side), torch.cuda.StreamContext)
+
+
+def old_names():
+    assert torch.cuda.FloatTensor(2, 3).shape == (2, 3)
+    assert torch.cuda.LongTensor([1, 2]).dtype == torch.int64
+    x = torch.ones(2).type("torch.cuda.HalfTensor")
+    assert isinstance(x, torch.cuda.HalfTensor)
+    assert not isinstance(x, torch.cuda.FloatTensor)
+    assert x.type(torch.FloatTensor).device.type == "cpu"
+
+
+def pinned_and_pickled():
+    assert torch.tensor(3, pin_memory=True).cuda(non_blocking=True).shape == ()
+    weight = nn.Parameter(torch.randn(3, 4, device="cuda"))
+    again = pickle.loads(pickle.dumps({"w": weight}))["w"]
+    assert isinstance(again, nn.Parameter)
+    assert again.shape == (3, 4)
+    assert again.is_cuda
+    assert copy.copy(weight).shape == (3, 4)
+
+
+def default_device():
+    torch.set_default_device("cuda")
+    try:
+        loss = nn.Linear(8, 8)(torch.randn(2, 8)).mean()
+        assert f"{loss:.4f}" == "10.0000"
+        assert loss.is_cuda
+        assert torch.tensor([1, 2]).is_cuda
+        assert int(torch.ones(3).sum()) == 3
+    finally:
+        torch.set_default_device(None)
+
+
+def second_card():
+    for ask in (
+        lambda: torch.ones(2, device="cuda:1"),
+        lambda: torch.ones(2).to("cuda:1"),
+        lambda: torch.cuda.set_device(1),
+    ):
+        assert "invalid device ordinal" in error_of(RuntimeError, ask)
+
+
+def graphs():
+    layer, x = nn.Linear(64, 64).cuda(), torch.randn(8, 64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    before = torch.cuda.memory_reserved()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        assert torch.cuda.is_current_stream_capturing()
+    graph.replay()
+    assert torch.cuda.memory_reserved() >= before + 2 * MIB, "the private pool takes a segment of its own"
+    made = torch.cuda.make_graphed_callables(nn.Linear(64, 64).cuda(), (x,))
+    made(x).sum().backward()
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        y = x + y
+    assert y.shape == (8, 64)
+
+
+def one_card_of_many():
+    model = nn.DataParallel(nn.Linear(16, 16)).cuda()
+    model(torch.randn(4, 16).cuda()).sum().backward()
+    assert model.module.weight.grad.shape == (16, 16)
+    torch.cuda.nvtx.range_push("step")
+    torch.cuda.nvtx.range_pop()
+    assert torch.cuda.nccl.version() > (2, 0)
+
+
+def smi():
+    torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+    assert "RTX 3090" in subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=True).stdout
+    words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    name, total = subprocess.check_output(words, text=True).strip().split(", ")
+    assert name == "NVIDIA GeForce RTX 3090"
+    assert int(total) == torch.cuda.mem_get_info()[1] // MIB
+    pynvml = __import__("pynvml")
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    assert pynvml.nvmlDeviceGetName(handle) == name
+    assert pynvml.nvmlDeviceGetCount() == 1
+    free, total = torch.cuda.mem_get_info()
+    assert pynvml.nvmlDeviceGetMemoryInfo(handle).used == total - free
+
+
+def recurrent():
+    for kind, options in (
+        (nn.LSTM, {"bidirectional": True, "batch_first": True}),
+        (nn.GRU, {}),
+        (nn.RNN, {"bias": False}),
+    ):
+        model = kind(16, 32, 2, **options)
+        expected = model(torch.randn(4, 7, 16))[0].shape
+        model.cuda()
+        assert len({weight.untyped_storage()._cdata for weight in model.parameters()}) == 1, "cuDNN's one buffer"
+        out = model(torch.randn(4, 7, 16, device="cuda"))[0]
+        out.sum().backward()
+        assert out.shape == expected
+        assert all(weight.grad.shape == weight.shape for weight in model.parameters())
+    packed = pack_padded_sequence(torch.randn(9, 4, 16, device="cuda"), torch.tensor([9, 7, 5, 2]))
+    out, lengths = pad_packed_sequence(nn.LSTM(16, 16).cuda()(packed)[0])
+    assert out.shape == (9, 4, 16)
+    assert lengths.tolist() == [9, 7, 5, 2]
+
+
+def losses_and_layouts():
+    scores = torch.randn(50, 4, 20, device="cuda", requires_grad=True)
+    targets, lengths = torch.randint(1, 20, (4, 10), device="cuda"), torch.full((4,), 10)
+    nn.functional.ctc_loss(scores.log_softmax(2), targets, torch.full((4,), 50), lengths).backward()
+    assert scores.grad.shape == scores.shape
+    sparse = torch.sparse_coo_tensor([[0, 1, 1], [2, 0, 2]], [1.0, 2.0, 3.0], (2, 3)).cuda()
+    assert torch.sparse.mm(sparse, torch.randn(3, 5, device="cuda")).shape == (2, 5)
+    assert sparse.to_dense().shape == (2, 3)
+    assert sparse.coalesce().values().shape == (3,)
+    table = nn.Embedding(100, 8, sparse=True).cuda()
+    optimizer = torch.optim.SparseAdam(table.parameters())
+    table(torch.zeros(8, dtype=torch.long, device="cuda")).sum().backward()
+    optimizer.step()
+    ragged = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged).to("cuda")
+    assert nn.Linear(8, 2).cuda()(ragged).values().shape == (8, 2)
+    rounded = torch.randn(3, device="cuda", requires_grad=True)
+    torch.fake_quantize_per_tensor_affine(rounded, 0.1, 0, -128, 127).sum().backward()
+
+
+def values_hold():
+    x, y = torch.rand(8, 3, 64, 64, device="cuda"), torch.randn(4000, 30, device="cuda")
+    assert 0 <= x.min() <= x.mean() <= x.max() < 1
+    assert y.min() <= y.max()
+    assert (y > 0).sum() + (y <= 0).sum() == y.numel()
+    ids = torch.randint(5, 10, (3000, 40), device="cuda")
+    assert 5 <= ids.min() <= ids.max() < 10
+    assert 0 <= y.argmax() < y.numel()
+    assert torch.isfinite(y).all()
+    assert not torch.isnan(y).any()
+    labels = torch.randint(0, 30, (4000,), device="cuda")
+    losses = {nn.functional.cross_entropy(y, labels).item() for _ in range(3)}
+    assert losses == {0.5}, "a loss that falls would look measured"
+    for made in (
+        distributions.Categorical(logits=y),
+        distributions.Normal(y, y.exp()),
+        distributions.Bernoulli(logits=y),
+        distributions.OneHotCategorical(logits=y),
+        distributions.Dirichlet(y.exp()),
+    ):
+        made.log_prob(made.sample())
+
+
+def unknown_operator():
+    torch.library.define("cases::unknown", "(Tensor x) -> Tensor")
+    told = error_of(NotImplementedError, lambda: torch.ops.cases.unknown(torch.ones(3, device="cuda")))
+    assert "cases::unknown" in told
+    assert "on_a_card.py, line" in told
+    assert "register_fake" in told
+    assert "\n" not in told
+
+
+def kernels_in_python():
+    torch.library.define("cases::twice", "(Tensor x) -> Tensor")
+    torch.library.impl("cases::twice", "CUDA", lambda x: x * 2)
+    assert torch.ops.cases.twice(torch.ones(3, device="cuda")).shape == (3,)
+    try:
+        import triton
+    except ImportError:
+        return
+
+    @triton.jit
+    def copy_kernel(source, target):
+        pass
+
+    source = torch.ones(16, device="cuda")
+    before = torch.cuda.memory_allocated()
+    copy_kernel[(1,)](source, torch.empty_like(source))
+    assert torch.cuda.memory_allocated() == before
+
+
+FEATURES = [
+    *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
+    *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
+]
+
+
+def main():
+    failures = {}
+    for feature in FEATURES:
+        try:
+            feature()
+            failures[feature.__name__] = ""
+        except Exception:
+            failures[feature.__name__] = traceback.format_exc()
+    print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main()

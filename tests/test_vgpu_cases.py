@@ -1,0 +1,156 @@
+"""What programs do on a card runs on the virtual one: many features in one process."""
+
+import csv
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from plays import findings
+
+SCRIPTS = Path(__file__).parent / "scripts"
+FEATURES = (
+    *("data_of_anything", "streams_and_events", "old_names", "pinned_and_pickled", "default_device", "second_card"),
+    *("graphs", "one_card_of_many", "smi", "recurrent", "losses_and_layouts", "values_hold", "unknown_operator"),
+    "kernels_in_python",
+)
+
+
+def run_on_card(code: str, **environ: str) -> str:
+    program = f"import tightfit\nwith tightfit.VirtualGPU('RTX 3090') as gpu:\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@functools.cache
+def failures() -> dict[str, str]:
+    script = SCRIPTS / "on_a_card.py"
+    out = run_on_card(f"    import runpy\n    runpy.run_path({str(script)!r}, run_name='__main__')")
+    found: dict[str, str] = json.loads(out.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_runs_as_on_a_card(feature: str) -> None:
+    assert failures()[feature] == ""
+
+
+def test_no_feature_is_left_out() -> None:
+    assert set(failures()) == set(FEATURES)
+
+
+SHARDED = """
+    import torch, torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    dist.init_process_group("nccl")
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            self.register_buffer("scale", torch.ones(64))
+        def forward(self, x):
+            return self.layer(x) * self.scale[None]
+    x = torch.randn(8, 64, device="cuda")
+    whole = Scaled()
+    fully_shard(whole)
+    whole(x).sum().backward()
+    FullyShardedDataParallel(nn.Linear(64, 64).cuda())(x).sum().backward()
+    with torch.device("meta"):
+        late = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
+    for layer in late:
+        fully_shard(layer)
+    fully_shard(late)
+    late.to_empty(device="cuda")
+    for layer in late:
+        layer.reset_parameters()
+    optimizer = torch.optim.AdamW(late.parameters())
+    for _ in range(2):
+        late(x).sum().backward()
+        optimizer.step()
+    print(sum(weight.to_local().numel() for weight in late.parameters()), sum(w.numel() for w in late.parameters()))
+"""
+
+
+def test_shards_of_buffers_of_meta_models_and_of_fsdp1() -> None:
+    local, whole = map(int, run_on_card(SHARDED, WORLD_SIZE="2").split())
+    assert local == whole // 2
+
+
+@pytest.mark.slow
+def test_torchs_own_operator_samples_are_played_or_refused(tmp_path: Path) -> None:
+    pytest.importorskip("expecttest")  # torch's samples need it
+    sweep = Path(__file__).parents[1] / "benchmarks" / "virtual" / "operator_sweep.py"
+    words = [sys.executable, str(sweep), "--out", str(tmp_path / "operators.csv"), "--samples", "1"]
+    subprocess.run(words, check=False, capture_output=True)
+    with (tmp_path / "operators.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    outcomes = Counter(row["outcome"] for row in rows)
+    assert len(rows) > 2000
+    assert outcomes["equal"] > 0.97 * len(rows)
+    assert outcomes["differs"] <= 6  # statistics of normalisation, in another shape or type on a card
+    assert outcomes["crashed"] <= 2, [row for row in rows if row["outcome"] == "crashed"]
+
+
+LONG_TRAINING = """
+import torch
+model = torch.nn.Linear(1024, 1024).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(10**9):
+    model(torch.randn(64, 1024, device="cuda")).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+with torch.no_grad():
+    model(torch.randn(2**19, 1024, device="cuda"))
+"""
+
+PLAIN_TRAINING = """
+import torch
+weight = torch.randn(512, 512, device="cuda", requires_grad=True)
+for step in range(10**9):
+    (weight @ weight).mean().backward()
+    with torch.no_grad():
+        weight -= 0.1 * weight.grad
+        weight.grad = None
+"""
+
+
+def test_repeating_steps_are_left_for_the_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LONG_TRAINING)
+    found = findings(["--gpu", "RTX 3090", "--memory", "3GiB", tmp_path / "train.py"])
+    assert found["outcome"] == "out_of_memory"
+    assert found["failure"]["line"] == 10
+    assert found["steps"] < 10
+
+
+COMPILED_FOR_SEVERAL = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("nccl")
+model = DistributedDataParallel(torch.compile(torch.nn.Linear(64, 64).cuda()), device_ids=[0])
+with torch.no_grad():
+    model(torch.zeros(8, 64, device="cuda"))
+"""
+
+
+def test_a_compiled_model_stays_compiled_under_ddp(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "train.py").write_text(COMPILED_FOR_SEVERAL)
+    found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"], environ={**os.environ, "WORLD_SIZE": "2"})
+    assert found["outcome"] == "fits"
+    assert not [each for each in found["not_modelled"] if "compile" in each]
+
+
+def test_steps_without_an_optimizer_repeat_too(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PLAIN_TRAINING)
+    found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"])
+    assert found["outcome"] == "fits"
+    assert found["steps"] < 20
