@@ -3,6 +3,7 @@
 It works in any Python 3, also in one without tightfit, in which the process may not train for real unnoticed.
 """
 
+import importlib
 import os
 import sys
 
@@ -13,7 +14,7 @@ def _next_hook() -> None:
     others = [path for path in sys.path if os.path.abspath(path or ".") != here]
     ours, sys.path[:] = sys.modules.pop("sitecustomize", None), others
     try:
-        import sitecustomize  # type: ignore[import-not-found]  # noqa: F401
+        importlib.import_module("sitecustomize")
     except ImportError:
         if ours is not None:
             sys.modules["sitecustomize"] = ours
