@@ -162,7 +162,7 @@ class _Builder:
         room = max(_LEAST_ROOM, host_memory().budget_bytes // 2)
         _mount("tmpfs", _BASE, "tmpfs", 0, f"mode=755,size={room}")
         os.chdir(_BASE)
-        for name in ("old", "new", "upper", "work"):
+        for name in ("old", "new", "upper", "scratch"):
             os.mkdir(name)
         _pivot_root(".", "old")
         os.chdir("/")
@@ -251,15 +251,15 @@ class _Builder:
         """Mount a copy-on-write layer over `place`; where the file system does not allow it, the folder read-only."""
         name = str(len(self._places))
         os.mkdir(f"/upper/{name}")
-        os.mkdir(f"/work/{name}")
+        os.mkdir(f"/scratch/{name}")
         try:
             _take_rights(f"/old{place}", f"/upper/{name}")
             below = os.open(f"/old{place}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            _mount_overlay(below, f"/upper/{name}", f"/work/{name}", f"/new{place}", self._owner)
+            _mount_overlay(below, f"/upper/{name}", f"/scratch/{name}", f"/new{place}", self._owner)
             self._places[name] = place, below
         except OSError:
             os.rmdir(f"/upper/{name}")
-            shutil.rmtree(f"/work/{name}")
+            shutil.rmtree(f"/scratch/{name}")
             self._bind(place, recursive=True, read_only=True)
 
     def _bind(self, place: str, *, recursive: bool = False, read_only: bool = False) -> None:
