@@ -178,7 +178,7 @@ class TestWithoutView:
         if not (child := os.fork()):
             answer = b""
             try:
-                restrict_writes([str(tmp_path / "here")])
+                restrict_writes([str(tmp_path / "here"), "/dev"])
                 (tmp_path / "here" / "new").write_text("new")
                 subprocess.run(["touch", tmp_path / "there" / "new"], stderr=subprocess.DEVNULL, check=False)
                 answer = b"restricted"
@@ -187,6 +187,7 @@ class TestWithoutView:
             finally:
                 os.write(writing, answer)
                 os._exit(0)
+        os.close(writing)
         os.waitpid(child, 0)
         if (answer := os.read(reading, 100)) != b"restricted":
             pytest.skip(f"no Landlock here: {answer.decode()}")
