@@ -14,12 +14,46 @@ from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
 
 
-def parser() -> Parser:
-    found = Parser(
+class _CommandParser(Parser):
+    """Parser of options before a command of any form: `train.py ...`, `-m pkg.train ...`, `torchrun ... train.py`."""
+
+    def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        own, command = self._split(list(words))
+        misplaced = [each for each in command if each.partition("=")[0] == "--gpu"]
+        if misplaced and not any(each.partition("=")[0] in ("--gpu", "-h", "--help") for each in own):
+            raise ConfigError(say("cli.dryrun.misplaced", option=misplaced[0], script=command[0]))
+        options, rest = super().read(own)
+        if not command:
+            raise ConfigError(say("vgpu.command.empty"))
+        options.script, *options.arguments = command
+        return options, rest
+
+    def _split(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """Split words into our options and the command, which begins at `--`, `-m` or the first other word."""
+        place = 0
+        while place < len(words):
+            word = words[place]
+            if word == "--":
+                return words[:place], words[place + 1 :]
+            if word == "-m" or not word.startswith("-"):
+                break
+            action = self._option_string_actions.get(word)
+            place += 2 if action is not None and action.nargs is None else 1
+        return words[:place], words[place:]
+
+    def names(self) -> set[str]:
+        return set(self._option_string_actions)
+
+
+def parser() -> _CommandParser:
+    found = _CommandParser(
         "dryrun",
         say("cli.dryrun.about"),
         usage=say("cli.dryrun.usage"),
-        examples=['tightfit dryrun --gpu "RTX 3060" --used 2GiB train.py --batch_size=64'],
+        examples=[
+            'tightfit dryrun --gpu "RTX 3060" --used 2GiB train.py --batch_size=64',
+            "tightfit dryrun --gpu A100 -- torchrun --nproc_per_node=8 train.py",
+        ],
     )
     found.add_argument("--gpu", required=True, help=say("cli.dryrun.gpu"))
     found.option("--memory", say("cli.dryrun.memory"))
@@ -28,12 +62,14 @@ def parser() -> Parser:
     found.option("--capability", say("cli.option.capability"))
     found.add_argument("--steps", type=int, help=say("cli.dryrun.steps"))
     found.add_argument("--timeout", type=float, help=say("cli.dryrun.timeout"))
+    found.add_argument("--rank", type=int, default=0, help=say("cli.dryrun.rank"))
+    found.flag("--network", say("cli.dryrun.network"))
     found.option("--snapshot", say("cli.dryrun.snapshot"))
     found.option("--timeline", say("cli.dryrun.timeline"))
     found.option("--html", say("cli.dryrun.html"))
     found.add_argument("--no-explain", dest="explain", action="store_false", help=say("cli.dryrun.no_explain"))
     found.flag("--json", say("cli.option.json"))
-    found.add_argument("script", help=say("cli.dryrun.script"))
+    found.add_argument("script", nargs="?", help=say("cli.dryrun.script"))
     found.add_argument("arguments", nargs=argparse.REMAINDER, help=say("cli.dryrun.arguments"))
     return found
 
@@ -69,9 +105,17 @@ def settings_of(options: argparse.Namespace) -> Settings:
         capability=capability(options.capability),
         steps=options.steps,
         timeout_s=options.timeout,
+        network=options.network,
+        rank=options.rank,
         timeline=bool(options.timeline or options.html),
         snapshot=os.path.abspath(options.snapshot) if options.snapshot else None,
     )
+
+
+def _taken_by_script(options: argparse.Namespace) -> str:
+    """Return our options that stand after the script, which got them."""
+    names = parser().names()
+    return " ".join(each for each in options.arguments if each.startswith("--") and each.partition("=")[0] in names)
 
 
 def _write_pictures(found: Findings, options: argparse.Namespace) -> None:
@@ -95,6 +139,8 @@ def _show(found: Findings, options: argparse.Namespace) -> None:
 
     sys.stderr.flush()
     print(page_text(dryrun_page(found, words(options.lang))), flush=True)
+    if found.outcome == "error" and (taken := _taken_by_script(options)):
+        print(f"\n{say('cli.dryrun.taken', options=taken, script=options.script)}")
     if found.failure and options.explain:
         from tightfit.cli.explained import text_for_terminal
         from tightfit.diagnosis.explaining import explain_dryrun

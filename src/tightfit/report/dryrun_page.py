@@ -28,7 +28,7 @@ def dryrun_page(found: Findings, t: Words) -> Page:
 def verdict_of(found: Findings, t: Words) -> str:
     """Return the outcome with the card, and what is left of it."""
     gpu, as_played = found.gpu, found.outcome == "fits" and found.not_played
-    return t(
+    verdict = t(
         "outcome",
         "fits_as_played" if as_played else found.outcome,
         card=t(
@@ -42,6 +42,8 @@ def verdict_of(found: Findings, t: Words) -> str:
         left=format_bytes(found.free_bytes),
         reason=found.stopped_because,
     )
+    processes = [each.file for each in found.not_played if not each.line]
+    return " ".join([verdict, *(t("outcome", "process_not_played", command=each) for each in processes)])
 
 
 def _facts(found: Findings, t: Words) -> list[tuple[str, str, str]]:
@@ -143,7 +145,7 @@ def _remarks(found: Findings, t: Words) -> Section:
         points.append(t("dryrun", "caught", count=found.caught_failures))
     if times := sum(each.times for each in found.made_up_values):
         points.append(t("dryrun", "made_up", count=f"{times:,}", place=place_text(found.made_up_values[0])))
-    points += [t("dryrun", "not_played", place=place_text(each)) for each in found.not_played]
+    points += [t("dryrun", "not_played", place=place_text(each)) for each in found.not_played if each.line]
     points += [t("dryrun", "not_written", path=path) for path in dict.fromkeys(found.not_written)]
     points += [t("dryrun", "not_modelled", what=what) for what in found.not_modelled]
     points += found.notes

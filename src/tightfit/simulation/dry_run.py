@@ -15,6 +15,7 @@ from tightfit.errors import ConfigError, DeviceError, TightfitError
 from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, ScriptRequest, sent
 from tightfit.vgpu.card_arguments import described_gpu
+from tightfit.vgpu.command_line import check_command
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
 
@@ -44,8 +45,7 @@ def dryrun_script(
     if not isinstance(script, str | os.PathLike):
         raise ConfigError(say("simulation.dry_run.no_program", value=script))
     script = os.fspath(script)
-    if not Path(script).is_file():
-        raise ConfigError(say("vgpu.script.no_file", script=script))
+    check_command([script, *arguments], rank=settings.rank, environ=environ)
     _refuse_unknown_card(settings)
     environ = {**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""}
     request = ScriptRequest(

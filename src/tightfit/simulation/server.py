@@ -23,6 +23,7 @@ from functools import partial
 import msgspec
 
 from tightfit.errors import TightfitError
+from tightfit.simulation.protection import Protection, protect
 from tightfit.simulation.requests import (
     AnyRequest,
     Ask,
@@ -36,6 +37,7 @@ from tightfit.simulation.requests import (
     received,
 )
 from tightfit.simulation.wire import Frames, send
+from tightfit.vgpu.records import Findings
 from tightfit.wording import say
 
 _TRACING = (
@@ -95,10 +97,13 @@ def _serve_once(connection: socket.socket) -> None:
     while data := connection.recv(_CHUNK):
         for ask in frames.feed(data):
             os.dup2(2, 1)  # output of the play goes where a person reads it, and no program expects an answer
+            protection = None
             if isinstance(ask.request, ScriptRequest):
+                protection = _protected(ask.request)
+                os.chdir(received(ask.request.folder))  # before a module remembers it
                 _load(("tightfit.vgpu.script",))
                 gc.freeze()
-            send(connection, _reply(ask, partial(_tell_steps, connection)))
+            send(connection, _reply(ask, protection, partial(_tell_steps, connection)))
             return
 
 
@@ -185,7 +190,8 @@ class Server:
             output = 2 if isinstance(ask.request, ScriptRequest) else null
             for source, stream in ((null, 0), (output, 1), (output, 2)):
                 os.dup2(source, stream)
-            answer = msgspec.json.encode(_reply(ask))
+            protection = _protected(ask.request) if isinstance(ask.request, ScriptRequest) else None
+            answer = msgspec.json.encode(_reply(ask, protection))
             while answer:
                 answer = answer[os.write(writing, answer) :]
         finally:
@@ -246,10 +252,13 @@ def _load(modules: Iterable[str]) -> None:
     gc.enable()
 
 
-def _reply(ask: Ask, on_step: Callable[[int], object] = lambda steps: None) -> Reply:
+def _reply(
+    ask: Ask, protection: Protection | None = None, on_step: Callable[[int], object] = lambda steps: None
+) -> Reply:
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
     try:
-        return Reply(number=ask.number, answer=msgspec.Raw(_encoded(_answer(ask.request, on_step))))
+        answer = _answer(ask.request, protection, on_step)
+        return Reply(number=ask.number, answer=msgspec.Raw(_encoded(answer)))
     except TightfitError as error:
         failed = Failed(error=str(error), traceback=traceback.format_exc(), exit_code=error.exit_code)
         return Reply(number=ask.number, failed=failed)
@@ -282,11 +291,53 @@ def _enter(request: ScriptRequest) -> None:
     os.environ.clear()
     os.environ.update({received(name): received(value) for name, value in request.environ.items()})
     os.chdir(received(request.folder))
+    if processes := sys.modules.get("multiprocessing.process"):
+        processes.__dict__["ORIGINAL_DIR"] = os.getcwd()  # by which it finds the script again
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[1:1] = [path for path in paths if path not in sys.path]
 
 
-def _answer(request: AnyRequest, on_step: Callable[[int], object]) -> msgspec.Struct:
+def _protected(request: ScriptRequest) -> Protection:
+    words = [received(each) for each in (request.script, *request.arguments)]
+    environ = {received(name): received(value) for name, value in request.environ.items()}
+    snapshot = request.settings.snapshot
+    return protect(
+        words,
+        environ,
+        received(request.folder),
+        network=request.settings.network,
+        outside=[received(snapshot)] if snapshot else [],
+    )
+
+
+def _play_script(request: ScriptRequest, protection: Protection, on_step: Callable[[int], object]) -> Findings:
+    from tightfit.vgpu.command_line import read_command
+    from tightfit.vgpu.script import run_program
+
+    _enter(request)
+    for name, value in protection.environ.items():
+        os.environ.setdefault(name, value)
+    snapshot = request.settings.snapshot
+    settings = msgspec.structs.replace(request.settings, snapshot=snapshot and received(snapshot))
+    words = [received(each) for each in (request.script, *request.arguments)]
+    program = read_command(words, rank=settings.rank)
+    found = run_program(
+        program,
+        settings,
+        in_view=protection.view is not None,
+        has_network=protection.has_network,
+        on_step=on_step,
+    )
+    protection.carry_out()
+    return msgspec.structs.replace(
+        found,
+        protection=protection.kind,
+        notes=[protection.note, *found.notes],
+        not_written=[*found.not_written, *protection.changed(besides=found.not_written)],
+    )
+
+
+def _answer(request: AnyRequest, protection: Protection | None, on_step: Callable[[int], object]) -> msgspec.Struct:
     """Play one request. Each kind has its own imports."""
     match request:
         case StepRequest():
@@ -298,13 +349,8 @@ def _answer(request: AnyRequest, on_step: Callable[[int], object]) -> msgspec.St
 
             return play_loop(request)
         case ScriptRequest():
-            from tightfit.vgpu.script import run_script
-
-            _enter(request)
-            snapshot = request.settings.snapshot
-            settings = msgspec.structs.replace(request.settings, snapshot=snapshot and received(snapshot))
-            arguments = [received(each) for each in request.arguments]
-            return run_script(received(request.script), arguments, settings, on_step=on_step)
+            assert protection is not None
+            return _play_script(request, protection, on_step)
         case HostRequest():
             from tightfit.simulation.processor import measure_host
 

@@ -51,6 +51,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """File for PyTorch's memory snapshot of the end."""
     timeline: bool = False
     """Add the data of a timeline picture to the findings."""
+    network: bool = False
+    """Give the script a network; without namespaces it has one anyway."""
+    rank: int = 0
+    """Process of a distributed run that is played."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "used_bytes", "context_bytes"):
@@ -58,6 +62,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         check_capability(self.capability)
         if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
             raise ConfigError(say("vgpu.records.steps", steps=self.steps))
+        if not is_whole(self.rank) or self.rank < 0:
+            raise ConfigError(say("vgpu.records.rank", rank=self.rank))
         if self.timeout_s is not None and not (isinstance(self.timeout_s, int | float) and self.timeout_s > 0):
             raise ConfigError(say("vgpu.records.timeout", seconds=self.timeout_s))
         if self.snapshot is not None and not isinstance(self.snapshot, str):
@@ -245,6 +251,9 @@ class Findings(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     not_modelled: list[str]
     never_modelled: list[str]
     notes: list[str]
+    protection: Literal["view", "landlock", "patches"] = "patches"
+    """Guard of the user's files: a private view of the file system, or patches of Python's own functions, with
+    Landlock's refusal of writes elsewhere or without."""
     seconds: float = 0.0
     timeline: Timeline | None = None
 

@@ -1,16 +1,29 @@
-"""Run a script on the virtual GPU as `python script.py` would, and return the findings."""
+"""Run a program on the virtual GPU as Python would, and return the findings."""
 
 import contextlib
+import errno
+import importlib
+import importlib.util
 import os
 import runpy
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tightfit.errors import ConfigError
+from msgspec.structs import replace
+
+from tightfit.errors import ConfigError, DeviceError
+from tightfit.vgpu.child import Part
+from tightfit.vgpu.children import Children
+from tightfit.vgpu.command_line import Program
 from tightfit.vgpu.findings import findings_of
+from tightfit.vgpu.notebooks import notebook_script
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.vgpu.session import VirtualSession
@@ -18,42 +31,196 @@ from tightfit.wording import say
 
 _LONGEST_ERROR = 2000
 """Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
+_LISTED_LINES = 5
+_NETWORK_NAMES = (
+    "gaierror herror URLError ConnectionError ConnectError ConnectTimeout NewConnectionError NameResolutionError "
+    "MaxRetryError OfflineModeIsEnabled LocalEntryNotFoundError OfflineModeEnabled ClientConnectorError"
+)
+_NETWORK_ERRORS = frozenset(_NETWORK_NAMES.split())
+"""Errors of the standard library, requests, httpx, urllib3, huggingface_hub and datasets for want of a network."""
 
 
-def run_script(
-    script: str,
-    arguments: Sequence[str],
+def run_script(script: str, arguments: Sequence[str], settings: Settings) -> Findings:
+    """Play a script with its arguments. ConfigError if it is not there."""
+    return run_program(Program(kind="script", target=script, arguments=tuple(arguments)), settings)
+
+
+def run_program(
+    program: Program,
     settings: Settings,
     *,
+    in_view: bool = False,
+    has_network: bool = True,
     on_step: Callable[[int], object] = lambda steps: None,
 ) -> Findings:
-    """Play a script with its arguments; `on_step` hears of its optimizer steps. ConfigError if it is not there.
+    """Play a program. ConfigError if it is not there.
 
-    The script's own output goes to standard error, where a person sees it and a machine's reader does not.
+    Its own output goes to standard error, where a person sees it and a machine's reader does not.
+    `in_view`: the user's files are kept by a private view, so that other programs may run, too. `on_step` hears of the
+    program's optimizer steps.
     """
-    path = Path(script)
-    if not path.is_file():
-        raise ConfigError(say("vgpu.script.no_file", script=script))
+    _set_environment(program, settings)
+    if program.kind == "other" and not in_view:
+        raise ConfigError(say("vgpu.command.needs_view", command=program.target))
     started = time.monotonic()
-    session = VirtualSession(settings)
-    session.on_step = on_step
-    sys.argv = [script, *arguments]
-    sys.path[0:0] = [str(path.resolve().parent)]
-    error: BaseException | None = None
-    with contextlib.redirect_stdout(sys.stderr), session.active():
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except EnoughSeen:
-            pass
-        except SystemExit as end:
-            error = end if end.code not in (None, 0) else None
-        except BaseException as failure:  # the script's own, whatever it is: the findings name it
-            error = failure
-            _print_traceback(failure)
-    return findings_of(session, error, seconds=time.monotonic() - started)
+    children = Children(
+        settings, guards_files=not in_view, snapshot=settings.snapshot if program.kind == "other" else None
+    )
+    with children, _prepared(program) as (run, notes):
+        if run is None:
+            return _only_children(program, children, started)
+        session = VirtualSession(settings, guards_files=not in_view)
+        session.notes[:0] = notes
+        session.on_step = on_step
+        with contextlib.redirect_stdout(sys.stderr), session.active(), children.watched(session):
+            error = _run(run, program)
+        found = findings_of(session, error, seconds=time.monotonic() - started)
+        if error is not None and in_view and (limit := _limit_of_view(error, has_network)):
+            found = replace(found, stopped_because=f"{found.stopped_because}; {limit}")
+        return children.joined(found)
 
 
-def _print_traceback(error: BaseException) -> None:
+def play_in_child(program: Program, part: Part) -> int:
+    """Play a program that a launcher would start, in the process of the launcher; return its exit code."""
+    _set_environment(program, part.settings)
+    with _prepared(program) as (run, notes):
+        if run is None:
+            return subprocess.run([program.target, *program.arguments], check=False).returncode
+        part.start(notes)
+        error = _run(run, program)
+        if error is not None:
+            part.fail(error)
+        part.finish()
+    return 0 if error is None else 1
+
+
+def _run(run: Callable[[], object], program: Program) -> BaseException | None:
+    """Run a program to its end; return the error that ended it."""
+    if cards := program.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards  # for the script: torch has looked for cards already
+    try:
+        run()
+    except EnoughSeen:
+        pass
+    except SystemExit as end:
+        return end if end.code not in (None, 0) else None
+    except BaseException as failure:  # the script's own, whatever it is: the findings name it
+        print_traceback(failure)
+        return failure
+    return None
+
+
+def _limit_of_view(error: BaseException, has_network: bool) -> str:
+    """Return a sentence about the limit of the private view that an error comes from, or nothing."""
+    if not has_network and _wants_network(error):
+        return say("vgpu.findings.no_network")
+    match error:
+        case OSError(errno=errno.ENOSPC):
+            return say("vgpu.findings.no_room")
+        case OSError(errno=errno.EOVERFLOW):
+            return say("vgpu.findings.other_owner")
+    return ""
+
+
+def _wants_network(error: BaseException) -> bool:
+    """Return True if an error, or one that led to it, is that of a missing network."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        if type(cause).__name__ in _NETWORK_ERRORS or "Network is unreachable" in str(cause):
+            return True
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _set_environment(program: Program, settings: Settings) -> None:
+    os.environ.update({name: value for name, value in program.environ.items() if name != "CUDA_VISIBLE_DEVICES"})
+    size = os.environ.get("WORLD_SIZE", "1")
+    if settings.rank and size.isdecimal() and int(size) > 1:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        os.environ["RANK"], os.environ["LOCAL_RANK"] = str(settings.rank), str(settings.rank % local_size)
+
+
+@contextlib.contextmanager
+def _prepared(program: Program) -> Iterator[tuple[Callable[[], object] | None, list[str]]]:
+    """Set `sys.argv` and `sys.path` as Python would; yield the call that runs the program, and remarks."""
+    target, notes = program.target, list(program.notes)
+    sys.argv = [target, *program.arguments]
+    match program.kind:
+        case "other":
+            yield None, notes
+        case "module":
+            sys.path.insert(0, os.getcwd())
+            _check_module(target)
+            yield (lambda: runpy.run_module(target, run_name="__main__", alter_sys=True)), notes
+        case "code":
+            sys.argv[0] = "-c"
+            sys.path.insert(0, os.getcwd())
+            yield (lambda: _run_code(target)), notes
+        case "entry_point":
+            name, _, place = target.partition("=")
+            sys.argv[0] = shutil.which(name) or name
+            yield (lambda: _call(place)), notes
+        case "notebook":
+            with _notebook(Path(target)) as (script, skipped):
+                yield (lambda: runpy.run_path(script, run_name="__main__")), [*notes, *skipped]
+        case _:
+            if not os.path.isfile(target):
+                raise ConfigError(say("vgpu.script.no_file", script=target))
+            sys.path.insert(0, str(Path(target).resolve().parent))
+            yield (lambda: runpy.run_path(target, run_name="__main__")), notes
+
+
+def _check_module(name: str) -> None:
+    try:
+        is_there = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        is_there = False
+    if not is_there:
+        raise ConfigError(say("vgpu.command.no_module", module=name, folder=os.getcwd()))
+
+
+def _run_code(code: str) -> None:
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    exec(compile(code, "<string>", "exec"), main.__dict__)  # as `python -c` does
+
+
+def _call(place: str) -> None:
+    """Call an entry point as its console script does."""
+    module, _, name = place.partition(":")
+    function: object = importlib.import_module(module.strip())
+    for part in name.partition("[")[0].strip().split("."):
+        function = getattr(function, part)
+    assert callable(function)
+    sys.exit(function())
+
+
+@contextlib.contextmanager
+def _notebook(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Write a notebook's cells as a script, and go to its folder as Jupyter does."""
+    text, lines = notebook_script(path)
+    with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
+        script = Path(folder, f"{path.name}.py")
+        script.write_text(f"def display(*values): print(*values)\n{text}", encoding="utf-8")
+        os.chdir(path.resolve().parent)
+        sys.path.insert(0, os.getcwd())
+        os.environ.setdefault("MPLBACKEND", "agg")
+        listed = "; ".join(lines[:_LISTED_LINES])
+        yield str(script), [say("vgpu.command.magics", count=len(lines), lines=listed)] if lines else []
+
+
+def _only_children(program: Program, children: Children, started: float) -> Findings:
+    """Run a shell script or another program; the Python programs that it starts are played."""
+    done = subprocess.run([program.target, *program.arguments], env=children.environ(), check=False)
+    found = children.found()
+    if found is None:
+        raise DeviceError(say("vgpu.command.nothing_played", command=program.target, code=done.returncode))
+    return replace(found, notes=[*program.notes, *found.notes], seconds=round(time.monotonic() - started, 3))
+
+
+def print_traceback(error: BaseException) -> None:
     """Print the traceback without our frames and torch's dispatch below, as it would look on a real card."""
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frames = traceback.extract_tb(error.__traceback__)

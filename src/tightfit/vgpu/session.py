@@ -30,12 +30,23 @@ class VirtualSession:
 
     _running: "VirtualSession | None" = None
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        environ: Mapping[str, str] | None = None,
+        *,
+        guards_files: bool = True,
+        is_tested: bool = False,
+    ) -> None:
         """`environ` has the settings of the allocator, instead of this process's environment.
+
+        `guards_files`: keep the user's files by patches of Python's functions. `is_tested`: another process of the
+        play has tested this torch.
 
         DeviceError for an unknown card.
         """
         self.settings = settings
+        self._guards_files, self._is_tested = guards_files, is_tested
         lazy_dynamo.keep_dynamo_out()
         self.gpu, self.notes = resolve_gpu(
             settings.gpu, memory_bytes=settings.memory_bytes, capability=settings.capability
@@ -95,8 +106,11 @@ class VirtualSession:
     def _take_over(self) -> None:
         """Put the device into this process's torch, once. DeviceError if another one is there."""
         if VirtualSession._running is None:
-            self._files = patches.install(self.device, self.gpu)
-            backend.self_test()
+            self._files = patches.install(
+                self.device, self.gpu, guards_files=self._guards_files, rank=self.settings.rank
+            )
+            if not self._is_tested:
+                backend.self_test(in_fork=not self._guards_files)
             self.phases.install()
             VirtualSession._running = self
         elif VirtualSession._running is not self:

@@ -10,13 +10,15 @@ from tightfit.vgpu.patches.files import FileGuard
 from tightfit.wording import say
 
 
-def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
+def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool = True, rank: int = 0) -> FileGuard:
     """Make this process's CUDA device a virtual `gpu` for good, and return the guard that keeps its files.
 
+    `rank` is the process of a distributed run that is played.
+    The guard does nothing where `guards_files` is False, as something else keeps the files.
     Without a `gpu`, for a trace of training on the processor, only fake tensors change. DeviceError where this torch
     cannot be patched.
     """
-    files = FileGuard(device.not_written)
+    files = FileGuard(device.not_written, is_needed=guards_files)
     if gpu is None:
         backend.answer_for_fake_tensors()
         return files
@@ -28,7 +30,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None) -> FileGuard:
     triton_kernels.install(device, card)
     shape_functions.install(device)
     recurrent.install(device)
-    process_groups.install()
+    process_groups.install(rank)
     if processes > 1:
         device.note(say("vgpu.patches.nccl"))
     checkpoints.install(device, files)

@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,28 +69,57 @@ def enable() -> None:
     _enabled = True
 
 
-def self_test() -> None:
-    """Train a virtual tensor for a step. DeviceError, naming the missing part, if that fails."""
-    try:
-        missing = _missing_part()
-    except (RuntimeError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        missing = say("vgpu.backend.training_step", kind=type(error).__name__, error=f"{first:.200}")
+def self_test(*, in_fork: bool = False) -> None:
+    """Train a virtual tensor for a step. DeviceError, naming the missing part, if that fails.
+
+    `in_fork`: run the backward pass in a child, as a process that trained cannot fork another one that trains.
+    """
+    missing = _failure_of(lambda: _missing_part(in_fork=in_fork))
     if missing:
         raise DeviceError(say("vgpu.backend.does_not_work", version=torch.__version__, missing=missing))
 
 
-def _missing_part() -> str | None:
+def _failure_of(test: Callable[[], str]) -> str:
+    """Return what a test of torch finds missing, or the error that it ends with."""
+    try:
+        return test()
+    except (RuntimeError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        return say("vgpu.backend.training_step", kind=type(error).__name__, error=f"{first:.200}")
+
+
+def _missing_part(*, in_fork: bool) -> str:
     with FakeTensorMode(allow_non_fake_inputs=True):
         weight = nn.Parameter(torch.zeros(4, 4, device="cuda"))
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = (torch.zeros(2, 4).to("cuda") @ weight).sum()
-        loss.backward()
+        missing = _asked_of_fork(lambda: _backward(loss, weight)) if in_fork else _backward(loss, weight)
     if weight.device != torch.device("cuda", 0):
         return say("vgpu.backend.device_of_copy")
+    return missing or ("" if loss.dtype in (torch.float32, torch.bfloat16) else say("vgpu.backend.autocast"))
+
+
+def _backward(loss: Tensor, weight: Tensor) -> str:
+    loss.backward()
     if weight.grad is None or weight.grad.device.type != "cuda":
         return say("vgpu.backend.gradient")
-    return None if loss.dtype in (torch.float32, torch.bfloat16) else say("vgpu.backend.autocast")
+    return ""
+
+
+def _asked_of_fork(question: Callable[[], str]) -> str:
+    """Return a child's answer to a question about torch."""
+    reading, writing = os.pipe()
+    if child := os.fork():
+        os.close(writing)
+        with open(reading, encoding="utf-8") as answer:
+            found = answer.read()
+        os.waitpid(child, 0)
+        return found.removesuffix("\0") if found.endswith("\0") else say("vgpu.backend.no_answer")
+    try:
+        with open(writing, "w", encoding="utf-8") as answer:
+            answer.write(_failure_of(question) + "\0")
+    finally:
+        os._exit(0)
 
 
 def _install_guard() -> None:

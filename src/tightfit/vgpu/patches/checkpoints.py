@@ -51,8 +51,18 @@ class _Checkpoints:
             if isinstance(file, (str, os.PathLike)):
                 self._places[os.path.realpath(file)] = len(self._saved) - 1
                 self._guard.checkpoints.add(os.path.realpath(file))
+                if not self._guard.is_needed:
+                    self._write_stand_in(file)
             else:
                 file.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
+
+    def _write_stand_in(self, file: str | os.PathLike[str]) -> None:
+        """Write the file itself, as scripts look for it; nothing of it stays."""
+        folder = os.path.dirname(os.fspath(file))
+        if folder and not os.path.isdir(folder):
+            raise RuntimeError(f"Parent directory {folder} does not exist.")
+        with open(file, "wb") as opened:
+            opened.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
 
     def load(self, file: File, map_location: object = None, *args: object, **kwargs: object) -> object:
         """Load a checkpoint of this run or a real file, and move its tensors to the device if asked to."""

@@ -62,9 +62,10 @@ _TARGETS = ("truncate", "chmod", "chown", "utime", "setxattr", "removexattr")
 class FileGuard:
     """Tells the user's files from those that the run made, by their time of birth, and keeps the former."""
 
-    def __init__(self, not_written: list[str]) -> None:
+    def __init__(self, not_written: list[str], *, is_needed: bool = True) -> None:
         self._not_written = not_written
-        self._started = _time_after_all_files()
+        self.is_needed = is_needed
+        self._started = _time_after_all_files() if is_needed else 0.0
         self._active = False
         self._open: Callable[..., IO[str] | IO[bytes]] = builtins.open
         self._os_open: Callable[..., int] = os.open
@@ -80,7 +81,9 @@ class FileGuard:
         """Where the script wanted to save."""
 
     def install(self) -> None:
-        """Patch Python's functions of this process for good."""
+        """Patch Python's functions of this process for good, if they need to be."""
+        if not self.is_needed:
+            return
         assign(builtins, io, open=self.open)
         assign(os, open=self.os_open, mkdir=self.mkdir)
         for name in _ENTRIES.keys() | _TARGETS:
@@ -98,12 +101,13 @@ class FileGuard:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Guard the old files, in all threads, while the lines within run."""
-        self._active = True
+        self._active = self.is_needed
         try:
             yield
         finally:
             self._active = False
-            self._remove_leftovers()
+            if self.is_needed:
+                self._remove_leftovers()
 
     def open(self, file: Path, mode: str = "r", *args: object, **kwargs: object) -> IO[str] | IO[bytes]:
         """Open as `builtins.open` does; writes to an old file go elsewhere."""

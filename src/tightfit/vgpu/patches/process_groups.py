@@ -1,20 +1,22 @@
-"""Several cards: this process is rank 0 of a run without its other processes.
+"""Several cards: this process is one rank of a run without its other processes.
 
 torch's own fake process group answers every collective at once. DDP and FSDP2 take their memory on this card (buckets,
 gathered and scattered shards) as in a real run. NCCL's memory outside PyTorch's allocator is not modelled.
 """
 
 import os
-from collections.abc import Callable, MutableMapping
+import sys
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.phases import EnoughSeen
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> int:
-    """Set torchrun's variables for rank 0 where WORLD_SIZE is given; return the number of processes."""
+    """Set torchrun's variables, for rank 0 unless RANK is given, where WORLD_SIZE is; return that size."""
     try:
         processes = int(environ.get("WORLD_SIZE", "1"))
     except ValueError:
@@ -38,20 +40,35 @@ class _Silent:
         return lambda *args, **kwargs: None
 
 
-def install() -> None:
-    """Answer process groups of this process without others. Import after the virtual device is on."""
+def install(rank: int = 0) -> None:
+    """Answer process groups of this process without others. Import after the virtual device is on.
+
+    `rank` is the one that is played; a process that names itself another one ends where it joins the group.
+    """
     import torch.distributed as distributed
     from torch.nn.parallel import DistributedDataParallel
 
     if not distributed.is_available():
         return
+    played = rank
     usual_group, usual_ddp = distributed.init_process_group, DistributedDataParallel.__init__
 
-    def init_process_group(backend: object = None, *args: object, world_size: int = 1, **kwargs: object) -> None:
+    def init_process_group(
+        backend: object = None,
+        init_method: object = None,
+        timeout: object = None,
+        world_size: int = -1,
+        rank: int = -1,
+        *args: object,
+        **kwargs: object,
+    ) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        size = int(os.environ.get("WORLD_SIZE", world_size))
-        usual_group("fake", store=FakeStore(), rank=0, world_size=size)
+        size = world_size if world_size > 0 else int(os.environ.get("WORLD_SIZE", 1))
+        own = rank if rank >= 0 else int(os.environ.get("RANK", 0))
+        if own != played % size:
+            raise EnoughSeen(f"rank {own}")
+        usual_group("fake", store=FakeStore(), rank=own, world_size=size)
 
     def in_place(state: object, bucket: "torch._C._distributed_c10d.GradBucket") -> "torch.futures.Future[Tensor]":
         """Write the sum of a bucket over all processes into it, as NCCL does."""
@@ -69,3 +86,16 @@ def install() -> None:
 
     assign(distributed, distributed.distributed_c10d, init_process_group=init_process_group)
     assign(DistributedDataParallel, __init__=init_ddp)
+    _install_spawn(rank)
+
+
+def _install_spawn(rank: int) -> None:
+    """Let `torch.multiprocessing.spawn` play one of its processes, in this one."""
+    import torch.multiprocessing as processes
+
+    def spawn(
+        fn: Callable[..., object], args: Sequence[object] = (), nprocs: int = 1, *others: object, **kwargs: object
+    ) -> None:
+        fn(rank % max(1, nprocs), *args)
+
+    assign(processes, sys.modules["torch.multiprocessing.spawn"], spawn=spawn)

@@ -1,0 +1,202 @@
+"""The side of a process that a played script starts: it plays, too, from the moment that it loads torch."""
+
+import atexit
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
+
+from tightfit.vgpu.play_folder import ChildSettings, held_by_others, watch
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from tightfit.vgpu.session import VirtualSession
+
+_OURS = ("tightfit.simulation.server", "tightfit/simulation/server.py")
+_COMPILE_WORKER = ("torch._inductor.compile_worker", "torch/_inductor/compile_worker")
+_WORKER_LOOP = "_worker_loop"
+"""Function of a DataLoader's worker: it prepares data on the host."""
+
+
+def attach(folder: str) -> None:
+    """Play this process if it is one of a script's that trains."""
+    words = list(sys.orig_argv[1:])
+    if any(mark in word for word in words for mark in (*_OURS, *_COMPILE_WORKER)):
+        return
+    if "--multiprocessing-fork" in words:
+        follow_processes(lambda: Part(Path(folder)))
+    elif _is_launcher(words):
+        _play_launched(Path(folder), words)
+    else:
+        follow_processes(lambda: Part(Path(folder)))
+        sys.meta_path.insert(0, _AfterTorch(Part(Path(folder))))
+
+
+def _is_launcher(words: Sequence[str]) -> bool:
+    from tightfit.vgpu.command_line import launcher_of
+
+    return bool(words) and bool(launcher_of(["python", *words])[0] or launcher_of(words)[0])
+
+
+def _play_launched(folder: Path, words: Sequence[str]) -> None:
+    """Play what a launcher would start, in this process, and end it."""
+    from tightfit.errors import TightfitError
+    from tightfit.vgpu.command_line import launcher_of, read_command
+    from tightfit.vgpu.script import play_in_child
+
+    command = ["python", *words] if launcher_of(["python", *words])[0] else list(words)
+    part = Part(folder)
+    code = 0
+    try:
+        program = read_command(command, rank=part.settings.rank)
+        code = play_in_child(program, part)
+    except TightfitError as error:
+        print(f"tightfit: {error}", file=sys.stderr)
+        part.lose(str(error))
+        code = 2
+    end_process(code)
+
+
+class _AfterTorch(importlib.abc.MetaPathFinder):
+    """Starts the virtual GPU once `import torch` is done."""
+
+    def __init__(self, part: "Part") -> None:
+        self._part = part
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._part.start)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads a module as its own loader does, and calls a function then."""
+
+    def __init__(self, usual: importlib.abc.Loader, then: Callable[[], None]) -> None:
+        self._usual, self._then = usual, then
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._usual.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = self._usual
+        self._usual.exec_module(module)
+        self._then()
+
+
+class Part:
+    """This process's part of a play."""
+
+    def __init__(self, folder: Path) -> None:
+        asked = msgspec.json.decode((folder / "settings.json").read_bytes(), type=ChildSettings)
+        used = asked.settings.used_bytes + held_by_others(folder)
+        self.settings = msgspec.structs.replace(asked.settings, used_bytes=used)
+        self.guards_files, self._folder = asked.guards_files, folder
+        self._session: VirtualSession | None = None
+        self._active: AbstractContextManager[object] | None = None
+        self._error: BaseException | None = None
+        self._started = time.monotonic()
+
+    def start(self, notes: Sequence[str] = ()) -> None:
+        """Put the virtual GPU into this process's torch until the process ends."""
+        from tightfit.vgpu.session import VirtualSession
+
+        self._mark("started", " ".join(sys.orig_argv))
+        self._session = session = VirtualSession(self.settings, guards_files=self.guards_files, is_tested=True)
+        session.notes[:0] = notes
+        self._active = session.active()
+        self._active.__enter__()
+        watch(session.allocator, self._folder)
+        sys.excepthook = self._end_by_error
+        atexit.register(self.finish)
+
+    def _mark(self, kind: str, text: str) -> None:
+        (self._folder / f"{os.getpid()}.{kind}").write_text(text)
+
+    def lose(self, reason: str) -> None:
+        """Note that this process was not played."""
+        self._mark("unplayed", f"{' '.join(sys.orig_argv)} ({reason})")
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+
+    def _end_by_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        from tightfit.vgpu.phases import EnoughSeen
+        from tightfit.vgpu.script import print_traceback
+
+        if isinstance(error, EnoughSeen):
+            self.finish()
+            end_process(0)  # Python would end with 1
+        self.fail(error)
+        print_traceback(error)
+
+    def finish(self) -> None:
+        """Write this process's findings."""
+        session, active = self._session, self._active
+        if session is None or active is None:
+            return
+        from tightfit.vgpu.findings import findings_of
+
+        self._session = self._active = None
+        active.__exit__(None, None, None)
+        found = findings_of(session, self._error, seconds=time.monotonic() - self._started)
+        (self._folder / f"{os.getpid()}.json").write_bytes(msgspec.json.encode(found))
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process as Python does at the end of a script."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def follow_processes(part_of: Callable[[], Part]) -> None:
+    """Play the processes of `multiprocessing`, except those that only prepare data."""
+    import multiprocessing.process as processes
+
+    usual = processes.BaseProcess._bootstrap  # type: ignore[attr-defined]
+
+    def bootstrap(process: processes.BaseProcess, *args: object, **kwargs: object) -> int:
+        run = process.run
+        target = getattr(process, "_target", None)
+        if getattr(target, "__name__", "") != _WORKER_LOOP:
+            setattr(process, "run", lambda: _run_played(run, part_of()))  # noqa: B010
+        code: int = usual(process, *args, **kwargs)
+        return code
+
+    setattr(processes.BaseProcess, "_bootstrap", bootstrap)  # noqa: B010
+
+
+def _run_played(run: Callable[[], None], part: Part) -> None:
+    from tightfit.vgpu.phases import EnoughSeen
+
+    if "torch" not in sys.modules:
+        sys.meta_path.insert(0, _AfterTorch(part))
+    else:
+        part.start()
+    try:
+        run()
+    except EnoughSeen:
+        pass
+    except BaseException as error:
+        part.fail(error)
+        raise
+    finally:
+        part.finish()

@@ -1,0 +1,147 @@
+"""Processes that a script starts: those of Python are played on the same card, and the rest is reported.
+
+A folder belongs to the play. Each process that plays writes its findings there, and the bytes of the card that it
+holds while it starts another one.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+from msgspec.structs import replace
+
+from tightfit.vgpu.findings import findings_of
+from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.phases import EnoughSeen
+from tightfit.vgpu.play_folder import VARIABLE, ChildSettings, watch
+from tightfit.vgpu.records import Findings, Place, Settings
+from tightfit.vgpu.session import VirtualSession
+from tightfit.wording import say
+
+_HOOK = str(Path(__file__).parent / "child_hook")
+_LONGEST_COMMAND = 120
+
+
+class Children:
+    """The processes of one play. To be closed."""
+
+    def __init__(self, settings: Settings, *, guards_files: bool, snapshot: str | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="tightfit-play-"))
+        (self.folder / "root").write_text(str(Path(__file__).parents[2]))
+        asked = ChildSettings(settings=replace(settings, snapshot=snapshot), guards_files=guards_files)
+        (self.folder / "settings.json").write_bytes(msgspec.json.encode(asked))
+        os.environ.update(self.environ())
+
+    def __enter__(self) -> "Children":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def environ(self, given: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return an environment in which a Python process finds this play."""
+        found = dict(os.environ if given is None else given)
+        paths = [_HOOK, *(path for path in found.get("PYTHONPATH", "").split(os.pathsep) if path and path != _HOOK)]
+        return {**found, VARIABLE: str(self.folder), "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+
+    @contextlib.contextmanager
+    def watched(self, session: VirtualSession) -> Iterator[None]:
+        """Follow the processes that the lines within start."""
+        watch(session.allocator, self.folder)
+        _keep_variables(self)
+        _follow_forks(session, self.folder)
+        yield
+
+    def joined(self, own: Findings) -> Findings:
+        """Return the findings of the process that decides, with remarks about the others."""
+        found = self._findings()
+        best = max([own, *found], key=_weight)
+        remarks = [say("vgpu.children.decides")] if best is not own else []
+        remarks += [say("vgpu.children.played", count=len(found))] if found else []
+        return self._with_unplayed(replace(best, notes=[*remarks, *best.notes], seconds=own.seconds))
+
+    def found(self) -> Findings | None:
+        """Return the findings of the process that decides, without one of our own; None if none was played."""
+        found = self._findings()
+        return self._with_unplayed(max(found, key=_weight)) if found else None
+
+    def _findings(self) -> list[Findings]:
+        files = sorted(self.folder.glob("*.json"))
+        return [msgspec.json.decode(file.read_bytes(), type=Findings) for file in files if file.stem.isdecimal()]
+
+    def _with_unplayed(self, found: Findings) -> Findings:
+        lost = [each for each in self.folder.glob("*.started") if not each.with_suffix(".json").exists()]
+        commands = [each.read_text() for each in [*self.folder.glob("*.unplayed"), *lost]]
+        if not commands:
+            return found
+        sentences = [say("vgpu.children.unplayed", command=each[:_LONGEST_COMMAND]) for each in commands]
+        places = [Place(file=each[:_LONGEST_COMMAND], line=0) for each in commands]
+        return replace(found, notes=[*sentences, *found.notes], not_played=[*places, *found.not_played])
+
+
+def _keep_variables(children: Children) -> None:
+    """Add our variables where a script gives a process an environment of its own."""
+    usual: Callable[..., None] = subprocess.Popen.__init__
+
+    def start(process: "subprocess.Popen[bytes]", *args: object, **kwargs: object) -> None:
+        env = kwargs.get("env")
+        if isinstance(env, Mapping) and VARIABLE not in env:
+            kwargs["env"] = children.environ({str(name): str(value) for name, value in env.items()})
+        usual(process, *args, **kwargs)
+
+    assign(subprocess.Popen, __init__=start)
+
+
+def _follow_forks(session: VirtualSession, folder: Path) -> None:
+    """Let the forks of `multiprocessing` leave their findings, too."""
+    import multiprocessing.process as processes
+
+    usual = processes.BaseProcess._bootstrap  # type: ignore[attr-defined]
+    recorder = session.device.recorder
+
+    def bootstrap(process: processes.BaseProcess, *args: object, **kwargs: object) -> int:
+        run, before = process.run, len(recorder.events)
+
+        def run_followed() -> None:
+            error: BaseException | None = None
+            try:
+                run()
+            except EnoughSeen:
+                pass
+            except BaseException as failure:
+                error = failure
+                raise
+            finally:
+                _leave(session, folder, error, before)
+
+        assign(process, run=run_followed)
+        code: int = usual(process, *args, **kwargs)
+        return code
+
+    assign(processes.BaseProcess, _bootstrap=bootstrap)
+
+
+def _leave(session: VirtualSession, folder: Path, error: BaseException | None, before: int) -> None:
+    """Write the findings of a fork that used the card. CUDA refuses that to forks of a process that uses it."""
+    if len(session.device.recorder.events) == before:
+        return
+    if before:
+        (folder / f"{os.getpid()}.unplayed").write_text(say("vgpu.children.forked"))
+        return
+    session.device.recorder.settle()
+    (folder / f"{os.getpid()}.json").write_bytes(msgspec.json.encode(findings_of(session, error)))
+
+
+def _weight(found: Findings) -> tuple[int, int, int]:
+    """Order of findings by what they mean for the whole: the worst outcome of those that used the card decides."""
+    used = found.peak.allocated_bytes > 0 or found.failure is not None
+    worst = ("fits", "error", "out_of_memory").index(found.outcome)
+    return worst, int(used), found.gpu.used_by_others_bytes + found.peak.device_bytes

@@ -1,0 +1,64 @@
+"""Processes that a script starts play on the same card, or the report says that they did not."""
+
+from pathlib import Path
+
+import pytest
+from plays import played
+
+from tightfit.system.private_view import why_there_is_no_view
+from tightfit.vgpu.records import Findings
+
+REASON = why_there_is_no_view()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no private view here: {REASON}")
+MIB = 2**20
+CHILD = "import torch\nkept = torch.ones(1 << 20, device='cuda')\n"
+
+
+def play(folder: Path, code: str, *command: str) -> Findings:
+    (folder / "child.py").write_text(CHILD)
+    (folder / "script.py").write_text(code)
+    return played(["--gpu", "T4", *(command or ("script.py",))], folder=folder)
+
+
+def test_a_child_by_subprocess_is_beside_its_parent(tmp_path: Path) -> None:
+    code = "import subprocess, sys, torch\nkept = torch.ones(1 << 28, device='cuda')\n"
+    found = play(tmp_path, f"{code}subprocess.run([sys.executable, 'child.py'], env={{'A': 'b'}}, check=True)\n")
+    assert found.peak.allocated_bytes == 4 * MIB
+    assert found.gpu.used_by_others_bytes > 1024 * MIB
+    assert any("played on the same card: 1 process" in note for note in found.notes)
+
+
+@pytest.mark.slow  # a process that loads torch
+def test_a_child_that_is_out_of_memory_decides(tmp_path: Path) -> None:
+    command = "import torch; torch.ones(1 << 33, device='cuda')"
+    found = play(tmp_path, f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {command!r}])\n")
+    assert found.outcome == "out_of_memory"
+
+
+def test_a_child_that_keeps_our_hook_out_is_said(tmp_path: Path) -> None:
+    found = play(tmp_path, "import subprocess, sys\nsubprocess.run([sys.executable, '-I', '-c', 'pass'])\n")
+    assert any("NOT PLAYED" in note and "-I -c pass" in note for note in found.notes)
+    assert found.not_played
+
+
+def test_forks_of_multiprocessing_play(tmp_path: Path) -> None:
+    code = "import multiprocessing as mp, torch\ndef work(): global kept; kept = torch.ones(1 << 20, device='cuda')\n"
+    found = play(tmp_path, f"{code}p = mp.get_context('fork').Process(target=work)\np.start(); p.join()\n")
+    assert (found.outcome, found.peak.allocated_bytes) == ("fits", 4 * MIB)
+
+
+def test_spawned_ranks_are_one(tmp_path: Path) -> None:
+    code = "import torch, torch.distributed as dist\ndef work(rank, size):\n"
+    code += "    dist.init_process_group('nccl', rank=rank, world_size=size)\n    assert dist.get_world_size() == 4\n"
+    code += "    torch.ones(1 << 20, device=rank)\n"
+    found = play(tmp_path, f"{code}torch.multiprocessing.spawn(work, (4,), nprocs=4)\n")
+    assert (found.outcome, found.peak.allocated_bytes) == ("fits", 4 * MIB)
+
+
+@pytest.mark.slow  # a process that loads torch
+def test_a_shell_script_plays_what_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text("mkdir out && cd out\ntorchrun --nproc_per_node=2 ../script.py\n")
+    code = "import os, torch\nassert os.environ['WORLD_SIZE'] == '2'\nkept = torch.ones(1 << 20, device='cuda')\n"
+    found = play(tmp_path, code, "bash", "run.sh")
+    assert (found.outcome, found.peak.allocated_bytes) == ("fits", 4 * MIB)
+    assert not (tmp_path / "out").exists()
