@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from tightfit.cli.exits import OK, as_json
+from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser
 from tightfit.cli.progress import shown
 from tightfit.config import TrainConfig, read_config
@@ -25,6 +25,7 @@ def parser() -> Parser:
         examples=[
             "tightfit explain oom.log --config configs/train_openwebtext.py",
             "tightfit explain oom.log --script train.py -- --batch_size=64",
+            "tightfit explain oom.log --config llama3_sft.yaml --fix --write",
         ],
         takes_keys=TrainConfig,
     )
@@ -33,6 +34,8 @@ def parser() -> Parser:
     found.option("--script", say("explain.cmd_explain.script"))
     found.option("--html", say("explain.cmd_explain.html"))
     found.option("--code", say("explain.cmd_explain.code"))
+    found.flag("--fix", say("explain.cmd_explain.fix"))
+    found.flag("--write", say("explain.cmd_explain.write"))
     found.flag("--verbose", say("explain.cmd_explain.verbose"))
     found.flag("--json", say("explain.cmd_explain.json"))
     return found
@@ -44,18 +47,51 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
         print(page_of(options.code, chosen_language(options.lang)))
         return OK
+    _check_fix(options)
     found = _explained(options, words)
     if options.html:
         from tightfit.report.html import explanation_report
         from tightfit.report.page import write
 
         write(explanation_report(found), options.html)
+    if options.fix:
+        return _fix(found, options.config[-1], write=options.write)
     if options.json:
         print(as_json(found.to_json()))
     else:
         from tightfit.cli.explained import text_for_terminal
 
         print(text_for_terminal(found, verbose=options.verbose))
+    return OK
+
+
+def _check_fix(options: argparse.Namespace) -> None:
+    if options.write and not options.fix:
+        raise ConfigError(say("explain.cmd_explain.write_needs_fix"))
+    if options.fix and not options.config:
+        raise ConfigError(say("explain.cmd_explain.fix_needs_config"))
+    if options.fix and options.json:
+        raise ConfigError(say("explain.cmd_explain.fix_or_json"))
+
+
+def _fix(found: "Explanation", path: str, *, write: bool) -> int:
+    """Print the first fix that is a change of the file alone as a diff, and make it if `write`."""
+    from tightfit.diagnosis.config_fix import config_fix
+    from tightfit.storage import write_aside
+
+    try:
+        fix = config_fix(found, path)
+        if fix is None:
+            print(say("explain.cmd_explain.no_fix", path=path), file=sys.stderr)
+            return FAILED
+        print(say("explain.cmd_explain.fixed_by", title=fix.title, effects=fix.effects), file=sys.stderr, flush=True)
+        print(fix.diff, end="", flush=True)
+        if write:
+            write_aside(Path(path), fix.after)
+            print(say("explain.cmd_explain.written", path=path), file=sys.stderr)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(say("explain.cmd_explain.not_changed", path=path, reason=reason)) from None
     return OK
 
 

@@ -98,7 +98,7 @@ def _fix(remedy: Remedy, said: Sentences, words: Words, *, verbose: bool) -> Ite
     if remedy.reason not in ("no_configuration", "general"):
         text += words("units", "clause") + said.reason(remedy)
     if in_full:
-        notes = [*_effects(remedy, words), *([] if remedy.label == COMPUTED else [words("labels", remedy.label)])]
+        notes = [*effects(remedy, words), *([] if remedy.label == COMPUTED else [words("labels", remedy.label)])]
         text += f" [{words('units', 'separator').join(notes)}]" if notes else ""
     yield text
     if in_full:
@@ -107,7 +107,7 @@ def _fix(remedy: Remedy, said: Sentences, words: Words, *, verbose: bool) -> Ite
         yield f"      # {remedy.page}"
 
 
-def _effects(remedy: Remedy, words: Words) -> Iterator[str]:
+def effects(remedy: Remedy, words: Words) -> Iterator[str]:
     """Yield exact or lossy, the bytes saved, and the slowdown."""
     if remedy.applicability and remedy.exact is None:
         yield words("effects", remedy.applicability)
