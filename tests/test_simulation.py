@@ -37,8 +37,7 @@ for _ in range(3):
 """
 STARTS_ANOTHER = """
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-open({started!r}, "w").close()
+subprocess.Popen(["sleep", "{seconds}"])
 time.sleep(100)
 """
 RATES = HostRates(flops={"float32": 1e11}, bandwidth=1e10, base_bytes={"resident": 1})
@@ -77,17 +76,21 @@ def wait_until_gone(mark: str, seconds: float = 10) -> list[psutil.Process]:
     return left
 
 
-def wait_for(moment: float | Path) -> None:
-    if not isinstance(moment, Path):
+def wait_for(moment: float | str) -> None:
+    if not isinstance(moment, str):
         return time.sleep(moment)
     deadline = time.monotonic() + 60
-    while not moment.exists() and time.monotonic() < deadline:
+    while not (begun := is_running(moment)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert moment.exists(), "the script did not begin"
+    assert begun, "the script did not begin"
+
+
+def is_running(command: str) -> bool:
+    return any(" ".join(each.info["cmdline"] or ()) == command for each in psutil.process_iter(["cmdline"]))
 
 
 def killed_after(
-    moment: float | Path,
+    moment: float | str,
     sign: signal.Signals,
     folder: Path,
     mark: str,
@@ -95,7 +98,7 @@ def killed_after(
     *,
     group: bool = False,
 ) -> None:
-    """Kill a command after so many seconds, or once a file is there; fail if it leaves a process or a file behind."""
+    """Kill a command after so many seconds, or once it started another; nothing may be left behind."""
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)
     environ = {**os.environ, "XDG_CACHE_HOME": str(folder / mark), "TMPDIR": str(temporary), "TIGHTFIT_TEST_MARK": mark}
@@ -133,10 +136,10 @@ class TestEnd:
         killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-explain", (*TIGHTFIT, *words), group=True)
 
     def test_an_interrupted_dry_run_takes_along_what_its_script_started(self, tmp_path: Path) -> None:
-        script, started = tmp_path / "script.py", tmp_path / "started"
-        script.write_text(STARTS_ANOTHER.format(started=str(started)))
+        script, seconds = tmp_path / "script.py", f"100.{os.getpid()}"
+        script.write_text(STARTS_ANOTHER.format(seconds=seconds))
         words = (*TIGHTFIT, "dryrun", "--gpu=RTX 4090", str(script))
-        killed_after(started, signal.SIGINT, tmp_path, f"{os.getpid()}-dryrun", words, group=True)
+        killed_after(f"sleep {seconds}", signal.SIGINT, tmp_path, f"{os.getpid()}-dryrun", words, group=True)
 
     @pytest.mark.slow
     def test_twenty_random_moments(self, tmp_path: Path) -> None:

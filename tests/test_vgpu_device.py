@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from plays import played
 from warm import in_process
 
 from tightfit import dryrun
@@ -241,3 +242,23 @@ raise AssertionError("not ended")
     found = dryrun(str(script), gpu="RTX 3060 12GB")
     assert found.outcome == "fits"
     assert found.stopped_because.startswith("steps 2 to 4 made the same allocations")
+
+
+def test_a_step_in_a_function_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = tmp_path / "function.py"
+    script.write_text("""import gc, torch
+gc.disable()
+model = torch.nn.Linear(1024, 1024, device="cuda")
+optimizer = torch.optim.SGD(model.parameters())
+def step():
+    activations = model(torch.ones(4096, 1024, device="cuda"))
+    activations.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+held = set()
+for _ in range(3):
+    step()
+    held.add(torch.cuda.memory_allocated())
+assert len(held) == 1, held
+""")
+    assert played(["--gpu", "RTX 3060 12GB", script]).outcome == "fits"

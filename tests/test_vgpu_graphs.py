@@ -1,5 +1,6 @@
 """Private pools of CUDA graphs, and memory that several streams use: small scripts, their figures worked by hand."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,22 @@ found.append(held())
 """
 
 
-def _found(folder: Path, script: str, **names: Any) -> list[int]:
-    result = folder / "found.txt"
-    result.unlink(missing_ok=True)  # a dry run does not write over what was there before
-    lines = [f"{name} = {value!r}" for name, value in names.items()]
-    end = f"open({str(result)!r}, 'w').write(' '.join(map(str, found)))"
-    (folder / "script.py").write_text("\n".join([*lines, script, end]))
-    outcome = dryrun(str(folder / "script.py"), gpu="A100")
-    assert outcome.outcome == "fits"
-    return [int(word) for word in result.read_text().split()]
+Found = Callable[..., list[int]]
+
+
+@pytest.fixture
+def found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Found:
+    """Plays a script on an A100 and returns its list `found`; its names are given by keyword."""
+
+    def play(script: str, **names: Any) -> list[int]:
+        lines = [f"{name} = {value!r}" for name, value in names.items()]
+        (tmp_path / "script.py").write_text("\n".join([*lines, script, "print('found:', *found)"]))
+        outcome = dryrun(str(tmp_path / "script.py"), gpu="A100")
+        assert outcome.outcome == "fits"
+        [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("found: ")]
+        return [int(word) for word in line.split()[1:]]
+
+    return play
 
 
 @pytest.mark.parametrize(
@@ -61,16 +69,16 @@ def _found(folder: Path, script: str, **names: Any) -> list[int]:
         ("reduce-overhead", [16, 32, 32, 32, 16, 48]),
     ],
 )
-def test_a_pool_keeps_what_a_graph_used(tmp_path: Path, mode: str, expected: list[int]) -> None:
-    assert _found(tmp_path, HEAD + EVALUATION, MODE=mode) == expected
+def test_a_pool_keeps_what_a_graph_used(found: Found, mode: str, expected: list[int]) -> None:
+    assert found(HEAD + EVALUATION, MODE=mode) == expected
 
 
-def test_a_result_of_a_graph_does_not_survive_the_next_call(tmp_path: Path) -> None:
+def test_a_result_of_a_graph_does_not_survive_the_next_call(found: Found) -> None:
     keep = "kept = []\nwith torch.no_grad():\n    for _ in range(4): kept.append(function(x)); found.append(held())"
-    assert _found(tmp_path, HEAD + keep, MODE="default") == [16, 32, 48, 64, 80]
-    assert _found(tmp_path, HEAD + keep, MODE="reduce-overhead") == [16, 32, 32, 32, 32]
+    assert found(HEAD + keep, MODE="default") == [16, 32, 48, 64, 80]
+    assert found(HEAD + keep, MODE="reduce-overhead") == [16, 32, 32, 32, 32]
 
 
 @pytest.mark.parametrize(("record", "expected"), [(False, 64), (True, 128)])
-def test_memory_that_another_stream_uses_is_not_reused_at_once(tmp_path: Path, record: bool, expected: int) -> None:
-    assert _found(tmp_path, STREAMS, RECORD=record) == [expected]
+def test_memory_that_another_stream_uses_is_not_reused_at_once(found: Found, record: bool, expected: int) -> None:
+    assert found(STREAMS, RECORD=record) == [expected]

@@ -69,7 +69,8 @@ def environment(*, virtual: bool = False) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    return {**found, "OMP_NUM_THREADS": "1"} if virtual else found
+    # Its files are to be read, so it does not work on a view of its own.
+    return {**found, "OMP_NUM_THREADS": "1", "TIGHTFIT_DRYRUN_FILES": "patches"} if virtual else found
 
 
 def run(

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -21,52 +22,13 @@ if TYPE_CHECKING:
 
     from tightfit.vgpu.session import VirtualSession
 
-_OURS = ("tightfit.simulation.server", "tightfit/simulation/server.py")
-_COMPILE_WORKER = ("torch._inductor.compile_worker", "torch/_inductor/compile_worker")
+_LONGEST_ERROR = 2000
+"""Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
 _WORKER_LOOP = "_worker_loop"
 """Function of a DataLoader's worker: it prepares data on the host."""
 
 
-def attach(folder: str) -> None:
-    """Play this process if it is one of a script's that trains."""
-    words = list(sys.orig_argv[1:])
-    if any(mark in word for word in words for mark in (*_OURS, *_COMPILE_WORKER)):
-        return
-    if "--multiprocessing-fork" in words:
-        follow_processes(lambda: Part(Path(folder)))
-    elif _is_launcher(words):
-        _play_launched(Path(folder), words)
-    else:
-        follow_processes(lambda: Part(Path(folder)))
-        sys.meta_path.insert(0, _AfterTorch(Part(Path(folder))))
-
-
-def _is_launcher(words: Sequence[str]) -> bool:
-    from tightfit.vgpu.command_line import launcher_of
-
-    return bool(words) and bool(launcher_of(["python", *words])[0] or launcher_of(words)[0])
-
-
-def _play_launched(folder: Path, words: Sequence[str]) -> None:
-    """Play what a launcher would start, in this process, and end it."""
-    from tightfit.errors import TightfitError
-    from tightfit.vgpu.command_line import launcher_of, read_command
-    from tightfit.vgpu.script import play_in_child
-
-    command = ["python", *words] if launcher_of(["python", *words])[0] else list(words)
-    part = Part(folder)
-    code = 0
-    try:
-        program = read_command(command, rank=part.settings.rank)
-        code = play_in_child(program, part)
-    except TightfitError as error:
-        print(f"tightfit: {error}", file=sys.stderr)
-        part.lose(str(error))
-        code = 2
-    end_process(code)
-
-
-class _AfterTorch(importlib.abc.MetaPathFinder):
+class AfterTorch(importlib.abc.MetaPathFinder):
     """Starts the virtual GPU once `import torch` is done."""
 
     def __init__(self, part: "Part") -> None:
@@ -138,7 +100,6 @@ class Part:
 
     def _end_by_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         from tightfit.vgpu.phases import EnoughSeen
-        from tightfit.vgpu.script import print_traceback
 
         if isinstance(error, EnoughSeen):
             self.finish()
@@ -188,7 +149,7 @@ def _run_played(run: Callable[[], None], part: Part) -> None:
     from tightfit.vgpu.phases import EnoughSeen
 
     if "torch" not in sys.modules:
-        sys.meta_path.insert(0, _AfterTorch(part))
+        sys.meta_path.insert(0, AfterTorch(part))
     else:
         part.start()
     try:
@@ -200,3 +161,16 @@ def _run_played(run: Callable[[], None], part: Part) -> None:
         raise
     finally:
         part.finish()
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print the traceback without our frames and torch's dispatch below, as it would look on a real card."""
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.StackSummary.from_list(
+        frame for frame in frames if not frame.filename.startswith((ours, "<frozen runpy>"))
+    )
+    print("Traceback (most recent call last):", file=sys.stderr)
+    print("".join(frames.format()), end="", file=sys.stderr)
+    text = "".join(traceback.format_exception_only(error))
+    print(text if len(text) < _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ...", file=sys.stderr)

@@ -52,7 +52,7 @@ class Phases:
         self._outside: Phase = "setup"
         """Phase of operators outside all modules; it follows the course of a step."""
         self.steps = 0
-        self._has_optimizer = False
+        self.has_optimizer = False
         self._is_installed = False  # until then, backward passes are the self-test's
         self.vocabulary = 0
         """Rows of the largest embedding so far: tensors with so many columns are logits."""
@@ -67,12 +67,12 @@ class Phases:
 
     def made_optimizer(self) -> None:
         """Count only optimizer steps from now on: the script has one of torch's."""
-        if not self._has_optimizer:
-            self._has_optimizer, self.steps = True, 0
+        if not self.has_optimizer:
+            self.has_optimizer, self.steps = True, 0
 
     def after_backward(self) -> None:
         """Take a backward pass of a script without an optimizer of torch's as a step."""
-        if self._is_installed and not self._has_optimizer and not _in_backward():
+        if self._is_installed and not self.has_optimizer and not _in_backward():
             self.steps += 1
             self._on_step()
 

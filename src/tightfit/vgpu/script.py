@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from tightfit.errors import ConfigError, DeviceError
-from tightfit.vgpu.child import Part
+from tightfit.vgpu.child import Part, print_traceback
 from tightfit.vgpu.children import Children
 from tightfit.vgpu.command_line import Program
 from tightfit.vgpu.findings import findings_of
@@ -29,8 +28,6 @@ from tightfit.vgpu.records import Findings, Settings
 from tightfit.vgpu.session import VirtualSession
 from tightfit.wording import say
 
-_LONGEST_ERROR = 2000
-"""Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
 _LISTED_LINES = 5
 _NETWORK_NAMES = (
     "gaierror herror URLError ConnectionError ConnectError ConnectTimeout NewConnectionError NameResolutionError "
@@ -218,16 +215,3 @@ def _only_children(program: Program, children: Children, started: float) -> Find
     if found is None:
         raise DeviceError(say("vgpu.command.nothing_played", command=program.target, code=done.returncode))
     return replace(found, notes=[*program.notes, *found.notes], seconds=round(time.monotonic() - started, 3))
-
-
-def print_traceback(error: BaseException) -> None:
-    """Print the traceback without our frames and torch's dispatch below, as it would look on a real card."""
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = traceback.StackSummary.from_list(
-        frame for frame in frames if not frame.filename.startswith((ours, "<frozen runpy>"))
-    )
-    print("Traceback (most recent call last):", file=sys.stderr)
-    print("".join(frames.format()), end="", file=sys.stderr)
-    text = "".join(traceback.format_exception_only(error))
-    print(text if len(text) < _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ...", file=sys.stderr)

@@ -132,7 +132,7 @@ class VirtualSession:
     def _after_step(self) -> None:
         self.device.roles.mark_all()
         self.on_step(self.phases.steps)
-        self._stopping.after_step(self.phases.steps, self.notes)
+        self._stopping.after_step(self.phases.steps, self.notes, has_optimizer=self.phases.has_optimizer)
 
 
 def _card(gpu: GPU) -> Card:

@@ -7,11 +7,13 @@ from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.records import Settings
-from tightfit.vgpu.unplayed import LineWatch
+from tightfit.vgpu.unplayed import LineWatch, is_in_loop, own_frames
 from tightfit.wording import say
 
 _STABLE_STEPS = 2
 """Steps in a row that must have allocated exactly as the step before."""
+_STABLE_BACKWARDS = 10
+"""The same of backward passes without an optimizer of torch's, which may also be measurements of different things."""
 _PLAY_ON_S = 20.0
 """Seconds that repeating steps play on for lines of the loop, or after it, that did not run yet."""
 _LISTED_UNPLAYED = 10
@@ -35,7 +37,7 @@ class Stopping:
         self._read_allocations = 0
         self._unplayed: list[Frame] = []
 
-    def after_step(self, steps: int, notes: list[str]) -> None:
+    def after_step(self, steps: int, notes: list[str], *, has_optimizer: bool) -> None:
         """Decide if another step could differ; add to `notes` what an early end leaves open."""
         recorder = self._recorder
         pattern = self._pattern()
@@ -46,7 +48,7 @@ class Stopping:
             if steps >= self._settings.steps:
                 self._end(say("vgpu.stopping.steps_done", steps=steps))
         elif self._settings.until_stable:
-            self._end_if_stable(steps, notes)
+            self._end_if_stable(steps, notes, has_optimizer=has_optimizer)
 
     def out_of_time(self) -> None:
         """Note that the time limit has passed; the device ends the script at the next operator."""
@@ -56,13 +58,15 @@ class Stopping:
     def close(self) -> None:
         self._lines.stop()
 
-    def _end_if_stable(self, steps: int, notes: list[str]) -> None:
+    def _end_if_stable(self, steps: int, notes: list[str], *, has_optimizer: bool) -> None:
         """End when steps repeat and every line that may allocate ran, or when playing on took too long."""
-        frame = sys._getframe()
+        frame = sys._getframe(1)  # a frame that holds itself would keep the script's tensors until Python collects
         self._lines.start(frame)
         self._lines.follow(frame)
         self._unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
-        if self._stable < _STABLE_STEPS:
+        if self._stable < (_STABLE_STEPS if has_optimizer else _STABLE_BACKWARDS):
+            return
+        if not has_optimizer and not any(map(is_in_loop, own_frames(frame))):
             return
         if self._unplayed and self._lines.leave_loops(frame, self._unplayed):
             note = say("vgpu.stopping.jumped", first=steps - self._stable, last=steps)

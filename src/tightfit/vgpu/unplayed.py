@@ -114,6 +114,12 @@ def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def is_in_loop(frame: FrameType) -> bool:
+    """Return True if a function is at a line within a `for` or `while` statement of its own."""
+    code = frame.f_code
+    return bool(loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno))
+
+
 class Loop(NamedTuple):
     first: int
     last: int

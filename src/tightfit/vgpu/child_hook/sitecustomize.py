@@ -39,7 +39,7 @@ def _start(folder: str) -> None:
             root = file.read()
         sys.path.insert(0, root)
         try:
-            from tightfit.vgpu.child import attach
+            from tightfit.vgpu.attach import attach
         finally:
             sys.path.remove(root)
             sys.path.append(root)

@@ -5,7 +5,7 @@ import os
 from tightfit.gpus import GPU
 from tightfit.vgpu import recurrent, shape_functions
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, nvml, process_groups, triton_kernels
+from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, nvml_module, process_groups, triton_kernels
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.wording import say
 
@@ -26,7 +26,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
     processes = process_groups.prepare_environment(os.environ)
     cuda_api.install(device, gpu, count=processes)
     card = cuda_api.properties(gpu, device.recorder.allocator.total_bytes)
-    nvml.install(device, card)
+    nvml_module.install(device, card)
     triton_kernels.install(device, card)
     shape_functions.install(device)
     recurrent.install(device)

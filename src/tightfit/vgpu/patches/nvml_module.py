@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ _DRIVER, _CUDA = "580.95.05", 13000
 """A driver that torch's wheels for CUDA 13 run with."""
 _CARD = "TIGHTFIT_VIRTUAL_CARD"
 """Environment variable in which a child process finds the card."""
+_PROGRAMS = str(Path(__file__).with_name("bin"))
 _SPAWNS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "os.fork", "pty.spawn")
 _MODULE = "pynvml"
 
@@ -95,13 +94,8 @@ def _always(value: object) -> Callable[..., object]:
 
 def _install_program(device: VirtualDevice, card: SimpleNamespace) -> None:
     """Put a program named nvidia-smi first in the path, and the card into the environment of children."""
-    folder = Path(tempfile.mkdtemp(prefix="tightfit-nvidia-smi-"))
-    program = folder / "nvidia-smi"
-    body = Path(__file__).with_name("nvidia_smi.py")
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{body}" "$@"\n')
-    program.chmod(0o755)
-    os.environ["PATH"] = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
-    device.at_end.append(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["PATH"] = os.pathsep.join([_PROGRAMS, os.environ.get("PATH", os.defpath)])
+    os.environ["TIGHTFIT_PYTHON"] = sys.executable
     allocator = device.recorder.allocator
 
     def tell(event: str, arguments: object) -> None:
