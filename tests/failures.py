@@ -9,7 +9,7 @@ import random
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,22 @@ def _phase(frame: Any) -> str:
 def at(phase: str, *numbers: int) -> Failing:
     """Fails at these operators of a phase, counted over the whole run."""
     return Failing(lambda number, _name, its: its == phase and number in numbers)
+
+
+def once_in_each(phases: Iterable[str], *, spared: int = 1000) -> Failing:
+    """Fails once in each phase, but not again within the next `spared` operators, more than a tiny step."""
+    left, since = set(phases), spared
+
+    def chooses(_number: int, _name: str, phase: str) -> bool:
+        nonlocal since
+        since += 1
+        if phase not in left or since < spared:
+            return False
+        left.discard(phase)
+        since = 0
+        return True
+
+    return Failing(chooses)
 
 
 def at_random(seed: int, one_in: int, *, spared: int = 1500, allocating_only: bool = False) -> Failing:

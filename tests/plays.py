@@ -7,10 +7,13 @@ import contextlib
 import functools
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from tightfit.cli import cmd_dryrun
 from tightfit.simulation.client import Simulator
@@ -40,3 +43,18 @@ def findings(
 ) -> dict[str, Any]:
     """What `--json` prints of them."""
     return json.loads(msgspec.json.encode(played(words, folder=folder, environ=environ)))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def one_server(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let all simulators of this process use one server: its start takes seconds."""
+    with Simulator() as kept:
+        start = Simulator._start
+
+        def shared(asking: Simulator) -> socket.socket:
+            kept.will_compile = kept.will_compile or asking.will_compile
+            connection, asking._replies = start(kept), kept._replies
+            return connection
+
+        patch.setattr(Simulator, "_start", shared)
+        yield

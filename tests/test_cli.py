@@ -338,6 +338,7 @@ class TestConvert:
 
 
 class TestPrepare:
+    @pytest.mark.slow
     def test_then_train_then_sample(self, tmp_path: Path) -> None:
         """The commands one after the other, in one real process each, as a user starts them."""
         (tmp_path / "text.txt").write_text("abcdefgh. " * 800)

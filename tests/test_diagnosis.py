@@ -170,6 +170,7 @@ def narrow(cache) -> Explanation:
     return explain(SURROUNDED, config=TrainConfig(**SMALL, compile=False))
 
 
+@pytest.mark.slow
 def test_a_play_that_differs_shows_both(narrow: Explanation):
     culprit = narrow.culprit
     assert culprit is not None

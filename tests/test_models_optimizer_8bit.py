@@ -175,6 +175,7 @@ def _is_in_512_byte_blocks(found: Prediction, sizes: list[int]) -> bool:
     return found.categories["optimizer state"] in (sum(sizes), sum(-(-size // 512) * 512 for size in sizes))
 
 
+@pytest.mark.slow
 def test_a_dry_run_knows_its_state(tmp_path: Path) -> None:
     """Two moments of 1024 x 1024 codes, 4096 float32 scales and a map of 256 float32 each."""
     script = tmp_path / "script.py"

@@ -70,7 +70,7 @@ class TestStory:
         assert seconds == sorted(seconds, reverse=True)
 
     def test_a_fixed_micro_batch_is_obeyed_or_refused(self) -> None:
-        config = (*self.CONFIG, "--n_layer=2")
+        config = (*self.CONFIG, "--n_layer=1")
         obeyed = plan_of(*config, "--micro_batch=2").choice.best
         assert obeyed is not None
         assert obeyed.plan.micro_batch == 2
@@ -141,6 +141,7 @@ class TestReliefs:
     def _plan(self, *arguments: str) -> PlanResult:
         return plan_of(*self.MODEL, "--compile=False", *arguments, memory=self.MEMORY, used=0)
 
+    @pytest.mark.slow
     def test_the_optimizer_goes_to_the_host_where_nothing_else_fits(self) -> None:
         result = self._plan()
         best = result.choice.best
@@ -248,8 +249,10 @@ class TestOnTheHost:
         assert "out of memory" not in fitted.stdout  # the plan held: nothing had to be recovered
         assert "step 1: " in fitted.stdout
 
+    @pytest.mark.slow
     def test_what_cannot_fit_is_said_before_anything_starts(self, tmp_path: Path) -> None:
-        done = self._train(tmp_path, "--memory=300MiB", limit=8 * GIB)
+        small = ("--n_layer=1", "--n_embd=64", "--vocab_size=512")
+        done = self._train(tmp_path, "--memory=300MiB", *small, limit=8 * GIB)
         assert done.returncode == 1
         assert "NOTHING FITS" in done.stderr
         assert "Traceback" not in done.stderr

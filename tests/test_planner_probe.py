@@ -34,6 +34,7 @@ def config(data_dir: Path, dataset: str = "tiny") -> TrainConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_measured_seconds_take_the_place_of_predicted_ones(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     offered = [prediction(1), prediction(3)]

@@ -18,6 +18,7 @@ PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774
 """As transformers' GPT2LMHeadModel.num_parameters() counts them."""
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_the_weights_that_the_run_starts_from(own_cache: Path) -> None:
     resolved = read_config(TrainConfig, ["--init_from=gpt2", "--compile=False", "--n_layer=2", "--n_embd=24"])
     best = make_plan(resolved, named_card("RTX 4090")).choice.best

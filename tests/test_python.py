@@ -343,6 +343,7 @@ print("torch" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_a_running_loop_and_a_thread(own_cache: Path, tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(tiny=TINY))

@@ -338,6 +338,7 @@ def test_nobody_is_kept_out(show: Any, run: str, dry: str, explanations: dict[st
             assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
 
 
+@pytest.mark.slow
 def test_a_phone_shows_all_of_it(show: Any, run: str, dry: str, explanations: dict[str, str]) -> None:
     for html in (*explanations.values(), plan_report(a_plan()), plan_report(a_plan(), lang="ja"), run, dry):
         shown = show(html, width=360, has_touch=True, is_mobile=True, device_scale_factor=2)
@@ -401,6 +402,7 @@ def test_without_scripts_the_tables_remain(show: Any, run: str) -> None:
     assert shown.page.locator("#loss table").count() == 1
 
 
+@pytest.mark.slow
 def test_the_smallest_inputs(show: Any, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "metrics.jsonl").write_text(

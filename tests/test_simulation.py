@@ -127,7 +127,7 @@ class TestEnd:
     def test_an_interrupted_one_neither(self, tmp_path: Path) -> None:
         killed_after(5.0, signal.SIGINT, tmp_path, f"{os.getpid()}-interrupted")
 
-    @pytest.mark.parametrize("group", [False, True])
+    @pytest.mark.parametrize("group", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_an_interrupted_demo_neither(self, group: bool, tmp_path: Path) -> None:
         killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-demo", ("benchmarks/demo.py",), group=group)
 

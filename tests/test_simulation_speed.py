@@ -126,6 +126,7 @@ class TestEveryCard:
         found = every_card(read_config(TrainConfig, [*self.MODEL, *words]))
         return {row.gpu: row for row in found}
 
+    @pytest.mark.slow
     def test_it_says_what_a_plan_for_a_card_says(self) -> None:
         rows = self.rows()
         assert set(rows) == set(self.CARDS)

@@ -171,6 +171,7 @@ class TestExactResume:
         assert column(tmp_path / "whole", "loss") == column(tmp_path / "parts", "loss")
         assert list(column(tmp_path / "parts", "val_loss")) == [0, 8, 12]
 
+    @pytest.mark.slow
     def test_real_processes_stopped_by_real_signals(self, tmp_path: Path, data_dir: Path) -> None:
         keys = {"max_iters": 150, "lr_decay_iters": 150, "dropout": 0.1, "log_interval": 1}
         unbroken = saved_run(tmp_path / "unbroken", data_dir, **keys)

@@ -122,6 +122,7 @@ class TestTorchrun:
         assert done.code == 0, done.err
         assert_close(expected, stopped)
 
+    @pytest.mark.slow
     def test_fewer_sequences_than_processes_are_refused(self, tmp_path: Path, data_dir: Path) -> None:
         keys = {"batch_size": 1, "gradient_accumulation_steps": 1}
         done = ended(torchrun(2, ["-m", "tightfit", *arguments(tmp_path / "out", data_dir, **keys)]))

@@ -120,6 +120,7 @@ class TestActivations:
             predictor = Predictor(TrainConfig(**self.KEYS, device="cuda"), target, simulator)
             return predictor.predict([replace(each, offload=offload) for offload in offloads])
 
+    @pytest.mark.slow
     def test_a_card_holds_one_blocks_input_instead_of_all(self, own_cache: None) -> None:
         plain, moved = self._least("none", "activations")
         saved = plain.allocated_bytes - moved.allocated_bytes

@@ -344,7 +344,14 @@ class TestRuns:
         (event,) = [row for row in rows(tmp_path) if "event" in row]
         assert (event["event"], event["before"]["micro_batch"], event["after"]["micro_batch"]) == ("pressure", 4, 2)
 
-    @pytest.mark.parametrize(("fails_at", "is_supervised", "code"), [(5, False, 1), (5, True, 75), (0, True, 1)])
+    @pytest.mark.parametrize(
+        ("fails_at", "is_supervised", "code"),
+        [
+            (5, True, 75),
+            pytest.param(5, False, 1, marks=pytest.mark.slow),
+            pytest.param(0, True, 1, marks=pytest.mark.slow),
+        ],
+    )
     def test_nothing_smaller_ends_in_one_sentence_with_the_state_saved(
         self,
         tmp_path: Path,
@@ -530,6 +537,7 @@ def _living_floats() -> int:
 
 
 class TestRealAllocations:
+    @pytest.mark.slow
     def test_a_lowered_limit(self, tmp_path: Path, data_dir: Path) -> None:
         """The C library really refuses: once until the error is noticed, and once until the end of the run."""
         program = textwrap.dedent("""\
@@ -616,7 +624,7 @@ def _python(words: list[str], timeout: float = 100) -> "subprocess.CompletedProc
 
 
 class TestTwoProcesses:
-    @pytest.mark.parametrize("trials", [4, pytest.param(100, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("trials", [1, pytest.param(100, marks=pytest.mark.slow)])
     def test_one_fails_at_random_and_nobody_hangs(self, tmp_path: Path, data_dir: Path, trials: int) -> None:
         program = [str(Path(__file__).parent / "failing_pair.py"), str(tmp_path), str(data_dir), str(trials)]
         running = torchrun(2, program)

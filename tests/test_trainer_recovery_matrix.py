@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from failures import Failing, Same, Trained, at, at_random, trained
+from failures import Failing, Same, Trained, at, at_random, once_in_each, trained
 from runs import column, newest, rows, tensors
 from torch import nn
 
@@ -88,6 +88,14 @@ def compare(undisturbed: Any, tmp_path: Path, data_dir: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("shrinks", [False, True], ids=["split kept", "split changed"])
+def test_errors_in_all_phases_of_one_run(compare: Any, shrinks: bool) -> None:
+    got = compare(once_in_each(PHASES), shrinks=shrinks)
+    assert {phase for phase, _ in got.failed} == set(PHASES)
+    assert got.printed.count("(11.77 MiB refused)") == len(PHASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shrinks", [False, True], ids=["split kept", "split changed"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_phase(compare: Any, phase: str, shrinks: bool) -> None:
     got = compare(at(phase, 3, 14), shrinks=shrinks)
@@ -104,6 +112,7 @@ def test_the_update_at_each_of_its_operators(compare: Any, optimizer: str, numbe
 
 
 @pytest.mark.parametrize(("optimizer", "dropout"), [("fused", 0.1), ("single", 0.0)])
+@pytest.mark.slow
 def test_random_operators(compare: Any, dropout: float, optimizer: str) -> None:
     got = compare(at_random(5, 300), optimizer=optimizer, dropout=dropout, max_iters=12, lr_decay_iters=12)
     assert len(got.failed) >= 4

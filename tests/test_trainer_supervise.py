@@ -99,7 +99,7 @@ class TestRealProcesses:
         for name, tensor in tensors(newest(tmp_path / "plain")).items():
             torch.testing.assert_close(tensors(newest(path))[name], tensor, rtol=1e-3, atol=2e-5)
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
     def test_a_signal_is_passed_on_once_and_the_child_saves(
         self, tmp_path: Path, data_dir: Path, number: signal.Signals
     ) -> None:

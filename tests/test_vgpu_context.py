@@ -197,7 +197,7 @@ def test_pinned_memory_is_had_without_a_driver() -> None:
     ("last_line", "code"),
     [
         pytest.param("pass", 0, id="end", marks=pytest.mark.slow),
-        pytest.param("raise ValueError('the script failed')", 1, id="exception"),
+        pytest.param("raise ValueError('the script failed')", 1, id="exception", marks=pytest.mark.slow),
         pytest.param("sys.exit(3)", 3, id="sys.exit", marks=pytest.mark.slow),
         pytest.param("    sys.exit(3)", 3, id="sys.exit on the device"),
         pytest.param("    torch.empty(1 << 40, device='cuda')", 1, id="out of memory", marks=pytest.mark.slow),

@@ -138,6 +138,7 @@ class TestTraining:
         assert dryrun("--gpu", "RTX 3060 12GB", "--memory", enough, *words)["outcome"] == "fits"
         assert dryrun("--gpu", "RTX 3060 12GB", "--memory", less, *words)["outcome"] == "out_of_memory"
 
+    @pytest.mark.slow
     def test_compiled_training_needs_less_than_eager(self) -> None:
         pytest.importorskip("triton")
         words = ["--gpu", "RTX 4090", LOOP, *SMALL, "--batch_size=64", "--n_layer=1"]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EAGER = """
 import sys, torch
 model = torch.nn.Linear(64, 64).cuda()
@@ -53,5 +55,6 @@ def test_dynamo_is_not_loaded_without_need(tmp_path: Path) -> None:
     assert "loaded" not in said
 
 
+@pytest.mark.slow
 def test_dynamo_is_there_for_a_script_that_asks(tmp_path: Path) -> None:
     assert "1 torch._dynamo" in _dry_run(tmp_path, ASKS)

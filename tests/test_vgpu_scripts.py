@@ -82,6 +82,7 @@ def trainer_peak(tmp_path_factory: pytest.TempPathFactory) -> int:
     return int(found["peak"]["allocated_bytes"])
 
 
+@pytest.mark.slow
 def test_trainer_peak_is_plausible(trainer_peak: int) -> None:
     logits = TOKENS * 8000 * 4
     per_layer = TOKENS * 256 * 4 * 40  # 34 bytes an activation in half precision are 17 numbers; GELU in parts is more
@@ -203,6 +204,7 @@ def test_convnet(tmp_path: Path) -> None:
     assert line_of("convnet.py", "torch.isnan(loss)") in counted(found, "convnet.py")
 
 
+@pytest.mark.slow
 def test_convnet_resumes(tmp_path: Path) -> None:
     """From a checkpoint that a real run on the host wrote."""
     real = f"""
