@@ -471,7 +471,7 @@ class TestDryRun:
             "logits",
             "kernels of Triton",
             "something rare",
-            "4 answers were made up",
+            "4 answers made up",
             "a note",
             "not written: out/ckpt.pt",
             "deep/down/model.py:7",

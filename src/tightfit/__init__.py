@@ -117,14 +117,18 @@ def dryrun(
     steps: int | None = None,
     until_stable: bool = True,
     timeout_s: float | None = None,
+    rank: int = 0,
+    network: bool = False,
     snapshot: "str | PathLike[str] | None" = None,
     timeline: bool = False,
 ) -> Findings:
-    """Play a training script or a function on a virtual GPU: its memory, or the line where it fails.
+    """Play a training script, a command or a function on a virtual GPU: its memory, or the line where it fails.
 
     It runs in a process of its own, so that this one's torch stays as it is; `arguments` are those of the script's
-    command line, or of the function. `memory_bytes`: the card's total as its driver reports it; `used_bytes`: held by
-    other programs; `context_bytes`: outside PyTorch's allocator; `capability`: of a card that the table lacks; `steps`,
+    command line, or of the function: `dryrun("torchrun", "--nproc_per_node=8", "train.py", gpu="A100")` plays the
+    process `rank` of eight. On Linux it writes to a private view of the files, and has no network unless `network`.
+    `memory_bytes`: the card's total as its driver reports it; `used_bytes`: held by other programs;
+    `context_bytes`: outside PyTorch's allocator; `capability`: of a card that the table lacks; `steps`,
     `until_stable` (when steps repeat), `timeout_s`: where to stop; `snapshot`: file for PyTorch's memory snapshot;
     `timeline`: add memory over time. Raises TightfitError for an unknown card, a missing script or a wrong value.
 
@@ -154,6 +158,8 @@ def dryrun(
         steps=steps,
         until_stable=until_stable,
         timeout_s=timeout_s,
+        rank=rank,
+        network=network,
         snapshot=os.fspath(snapshot) if isinstance(snapshot, os.PathLike) else snapshot,
         timeline=timeline,
     )

@@ -30,6 +30,7 @@ def parser() -> Parser:
         takes_keys=TrainConfig,
     )
     found.add_argument("--config", action="append", default=[], help=say("explain.cmd_explain.config"))
+    found.option("--model", say("explain.cmd_explain.model"))
     found.option("--gpu", say("explain.cmd_explain.gpu"))
     found.option("--script", say("explain.cmd_explain.script"))
     found.option("--html", say("explain.cmd_explain.html"))
@@ -104,9 +105,13 @@ def _explained(options: argparse.Namespace, words: Sequence[str]) -> "Explanatio
     if script_arguments and not options.script:
         raise ConfigError(say("explain.cmd_explain.arguments_of_no_script"))
     config = None
-    from tightfit.diagnosis.foreign_config import foreign_in
+    from tightfit.diagnosis.foreign_config import foreign_in, with_model
 
     foreign = foreign_in(configs, keys)
+    if options.model:
+        if foreign is None and (configs or keys):
+            raise ConfigError(say("explain.cmd_explain.model_of_a_play", model=options.model))
+        foreign = with_model(foreign, options.model)
     if foreign is None and (configs or keys):
         config = read_config(TrainConfig, [*configs, *keys], warn=lambda line: print(line, file=sys.stderr)).config
     if options.html:

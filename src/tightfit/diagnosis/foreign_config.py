@@ -3,6 +3,7 @@
 They are not played: a play needs the program itself. Their values count like those that a log prints.
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,10 @@ import msgspec
 
 from tightfit.config import TrainConfig
 from tightfit.config.schema import defaults
+from tightfit.diagnosis.usual_models import all_models, named_in
+from tightfit.errors import ConfigError
 from tightfit.oomlog.run_facts import RunFacts, known_names, run_facts_in
+from tightfit.wording import say
 
 _MOST = 1_000_000
 """Characters of a file that are read."""
@@ -26,6 +30,7 @@ _PROGRAMS = {
 }
 """Keys of which one shows the program that a file is for; the first program counts."""
 _NANOGPTS = frozenset({"n_layer", "n_head", "n_embd", "block_size", "init_from", "eval_iters"})
+_EXAMPLES = ("Llama 3.1 8B", "Qwen2.5 7B")
 _KEY = re.compile(r"^[\s{,]*[\"']?([A-Za-z_]\w{1,60})[\"']?\s*[:=]", re.MULTILINE)
 _INNER = re.compile(r"[\"']([A-Za-z_]\w{1,60})[\"']\s*:")
 
@@ -56,6 +61,25 @@ def with_foreign(run: RunFacts, given: Foreign) -> RunFacts:
     program = () if given.program == "model_config" else (given.program,)
     others = tuple(name for name in both.frameworks if name not in program)
     return msgspec.structs.replace(both, frameworks=(*program, *others))
+
+
+def with_model(given: Foreign | None, model: str) -> Foreign:
+    """Add a model to another program's configuration: by its name, its config.json or the folder of that.
+
+    ConfigError if it is none of them.
+    """
+    path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
+    if path.is_file():
+        text = _read(str(path)) or ""
+        if _program(text) != "model_config":
+            raise ConfigError(say("explain.foreign_config.no_model_in", path=path))
+    elif next(named_in(model), None) is not None:
+        text = f"model_name_or_path: {model}"
+    else:
+        near = difflib.get_close_matches(model, [each.name for each in all_models()], n=3, cutoff=0.3)
+        raise ConfigError(say("explain.foreign_config.unknown_model", model=model, near=", ".join(near or _EXAMPLES)))
+    program = given.program if given else "model_config"
+    return Foreign(program=program, text=text + "\n" + given.text if given else text)
 
 
 def _read(path: str) -> str | None:

@@ -89,7 +89,7 @@ def model_of(run: RunFacts) -> Model | None:
     """Return the model of a run: by its printed sizes, the key that names it, or the only name in the text."""
     named = _named(run.texts.get("model", ""))
     if named is None:
-        in_text = {model.name: model for model in _all_named(run.text)}
+        in_text = {model.name: model for model in named_in(run.text)}
         named = next(iter(in_text.values())) if len(in_text) == 1 else None
     printed = _printed(run)
     if printed is not None and not (named and named.hidden == printed.hidden):
@@ -98,10 +98,11 @@ def model_of(run: RunFacts) -> Model | None:
 
 
 def _named(text: str) -> Model | None:
-    return next(_all_named(text), None)
+    return next(named_in(text), None)
 
 
-def _all_named(text: str) -> Iterator[Model]:
+def named_in(text: str) -> Iterator[Model]:
+    """Yield the models that a text names."""
     joined = _SEPARATORS.sub("-", text.lower())
     apart = _INSIDE.sub("-", _BETWEEN_WORDS.sub(" ", text.lower()))
     for pattern, model in usual_models():

@@ -1,4 +1,4 @@
-"""`tightfit explain --fix`: the change of a configuration file, as a diff and in the file."""
+"""Configurations and models of other programs: what `tightfit explain` reads from them and changes in them."""
 
 import json
 import subprocess
@@ -95,3 +95,34 @@ def test_a_key_that_is_not_there_is_added_to_json():
     assert explain("--config", "ds.json", "--fix", "--write") == 0
     after = json.loads(Path("ds.json").read_text())
     assert after == {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4}
+
+
+QWEN = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "vocab_size": 151936,
+}
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "qwen", "qwen/config.json"])
+def test_a_model_is_given_by_its_name_or_its_folder(model: str, capsys: pytest.CaptureFixture[str]):
+    Path("qwen").mkdir()
+    Path("qwen/config.json").write_text(json.dumps(QWEN))
+    assert explain("--model", model) == 0
+    assert "Qwen3 8B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["--model=Lama 3 8B"], "nor a model whose sizes are known, such as Llama 3 8B"),
+        (["--model=oom.log"], "oom.log describes no model"),
+        (["--model=Qwen3-8B", "--n_layer=2"], "the configuration of tightfit train has its own model"),
+    ],
+)
+def test_what_is_no_model_is_one_sentence(words: list[str], rule: str, capsys: pytest.CaptureFixture[str]):
+    assert explain(*words) == 2
+    assert rule in capsys.readouterr().err
