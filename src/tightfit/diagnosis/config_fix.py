@@ -29,7 +29,7 @@ class ConfigFix(msgspec.Struct, frozen=True, kw_only=True):
     remedy: Remedy
     title: str
     effects: str
-    """What it does to the result and the time, in words."""
+    """Its effects on the result and the time, in words."""
     before: str
     after: str
 

@@ -1,4 +1,4 @@
-"""What a dry run protects on this machine, and from what: the strongest way that its kernel allows."""
+"""Protection of the user's files from a played script, in the strongest way that this kernel allows."""
 
 import os
 import shutil
@@ -23,11 +23,11 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "of
 
 @dataclass(frozen=True)
 class Protection:
-    """The way in which this process keeps what was there."""
+    """The way in which this process keeps the files that were there before."""
 
     kind: Literal["view", "landlock", "patches"]
     note: str
-    """A sentence about what is protected, and what is not."""
+    """A sentence for the user: which files are protected, and which are not."""
     view: View | None = None
     outside: Mapping[str, int] = field(default_factory=dict)
     """Descriptor of the folder of each file that the dry run itself is to write."""

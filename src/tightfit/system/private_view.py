@@ -1,7 +1,7 @@
 """A private, copy-on-write view of the file system for one process and its children, by Linux's namespaces.
 
-Every path stays what it was. What is written goes to a file system in memory that the kernel drops with the last
-process of the view, also after SIGKILL. An ordinary user gets it where the kernel allows user namespaces.
+All paths stay the same. Written data goes to a file system in memory, which the kernel drops with the last process
+of the view, also after SIGKILL. An ordinary user gets it where the kernel allows user namespaces.
 """
 
 import ctypes
@@ -56,9 +56,9 @@ class View:
     """A view that this process is in."""
 
     layers: int
-    """Descriptor of the folder with what was written, one folder for each mount."""
+    """Descriptor of the folder with the written files, one folder for each mount."""
     places: dict[str, tuple[str, int]]
-    """Path of each mount, and the descriptor of what is below it, by the name of its folder."""
+    """Path of each mount, and the descriptor of the old folder under it, by the name of its folder of written files."""
     read_only: tuple[str, ...]
     """Paths that no copy-on-write mount could be made for: writes are refused."""
     room_bytes: int
@@ -204,7 +204,7 @@ class _Builder:
     def _cover_own(self, wanted: str) -> None:
         """Give the folders of this user on the way to `wanted` layers of their own below another user's folder.
 
-        A layer copies the folders above a new file, and cannot copy one whose owner has no number in the namespace.
+        A layer copies the folders above a new file, except a folder that belongs to a user without a number in the view.
         """
         covered = {place for place, _ in self._places.values()}
         above = [str(each) for each in (*reversed(Path(wanted).parents), Path(wanted))]
@@ -342,7 +342,7 @@ def _can_mount() -> bool:
 
 
 def _drop_capabilities() -> None:
-    """Take off what a user namespace gives its maker: files that may not be written stay so."""
+    """Give up the rights that a user namespace gives its maker, so that protected files stay protected."""
     header = struct.pack("Ii", _CAPABILITIES_V3, 0)
     _checked(_libc().capset(header, bytes(24)), "capset")
 

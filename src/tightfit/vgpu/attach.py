@@ -1,4 +1,4 @@
-"""What a Python process that a played script starts does first: Python's start hook calls `attach`."""
+"""First steps of a Python process that a played script starts: Python's start hook calls `attach`."""
 
 import sys
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def _is_launcher(words: Sequence[str]) -> bool:
 
 
 def _play_launched(folder: Path, words: Sequence[str]) -> None:
-    """Play what a launcher would start, in this process, and end it."""
+    """Play the program of a launcher in this process, and end the process."""
     from tightfit.errors import TightfitError
     from tightfit.vgpu.command_line import launcher_of, read_command
     from tightfit.vgpu.script import play_in_child

@@ -156,10 +156,9 @@ def _run_played(run: Callable[[], None], part: Part) -> None:
         run()
     except EnoughSeen:
         pass
-    except BaseException as error:
-        part.fail(error)
-        raise
     finally:
+        if (error := sys.exception()) is not None:
+            part.fail(error)
         part.finish()
 
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -111,16 +112,12 @@ def _follow_forks(session: VirtualSession, folder: Path) -> None:
         run, before = process.run, len(recorder.events)
 
         def run_followed() -> None:
-            error: BaseException | None = None
             try:
                 run()
             except EnoughSeen:
                 pass
-            except BaseException as failure:
-                error = failure
-                raise
             finally:
-                _leave(session, folder, error, before)
+                _leave(session, folder, sys.exception(), before)
 
         assign(process, run=run_followed)
         code: int = usual(process, *args, **kwargs)
@@ -141,7 +138,7 @@ def _leave(session: VirtualSession, folder: Path, error: BaseException | None, b
 
 
 def _weight(found: Findings) -> tuple[int, int, int]:
-    """Order of findings by what they mean for the whole: the worst outcome of those that used the card decides."""
+    """Return a key that sorts findings: the worst outcome of the processes that used the card decides."""
     used = found.peak.allocated_bytes > 0 or found.failure is not None
     worst = ("fits", "error", "out_of_memory").index(found.outcome)
     return worst, int(used), found.gpu.used_by_others_bytes + found.peak.device_bytes

@@ -1,4 +1,4 @@
-"""The command line that starts a training: what it runs, and what its launcher would set for one of its processes.
+"""The command line of a training: its program, and the variables that its launcher would set for one process.
 
 `torchrun`, `accelerate launch`, `deepspeed` and `fabric run` are understood from their arguments and not run.
 """
@@ -47,7 +47,7 @@ _SHEBANG = re.compile(rb"#!\s*\S*?/?(?:env\s+(?:-S\s+)?)?(\S+)")
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process of a command runs."""
+    """The program of one process of a command."""
 
     kind: Kind
     target: str
@@ -56,11 +56,11 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     environ: dict[str, str] = {}
     """Variables set in front of the command or by its launcher."""
     notes: tuple[str, ...] = ()
-    """Sentences about what was assumed."""
+    """Sentences about assumptions."""
 
 
 def read_command(words: Sequence[str], *, rank: int = 0, environ: Mapping[str, str] | None = None) -> Program:
-    """Return what the process of a rank runs. ConfigError for a command that cannot be understood."""
+    """Return the program of the process with a rank. ConfigError for a command that cannot be understood."""
     environ = os.environ if environ is None else environ
     words, given = _assignments(words)
     if not words:

@@ -365,7 +365,7 @@ class Values:
             self._known[tensor.untyped_storage()] = fact
 
     def assume(self, tensor: Tensor, value: Scalar) -> None:
-        """Make up that all elements of a tensor without data have a value; what is known stays."""
+        """Make up one value for all elements of a tensor without data; known values stay."""
         if isinstance(tensor, FakeTensor) and self.exactly(tensor) is None and _covers(tensor):
             fact = Fact(torch.tensor(value, dtype=tensor.dtype, device="cpu"), made_up=True)
             self._known[tensor.untyped_storage()] = fact

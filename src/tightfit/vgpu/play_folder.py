@@ -41,7 +41,7 @@ def watch(allocator: "CachingAllocator", folder: Path) -> None:
 
 
 def _ignores_variables(arguments: Sequence[object]) -> str:
-    """Return a Python command whose options keep our hook out, or nothing."""
+    """Return a Python command with options that keep our hook out, or nothing."""
     words = arguments[1]
     if not isinstance(words, (list, tuple)) or not words:
         return ""

@@ -160,7 +160,7 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
 def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[int, int], ...]:
     """Find the first and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
 
-    A branch of the loop whose condition the loop does not change can never be taken, so it does not count.
+    A branch does not count if the loop never changes its condition, as it can never be taken.
     Error handling and functions that print or measure do not count either.
     """
     try:

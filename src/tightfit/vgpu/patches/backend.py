@@ -80,7 +80,7 @@ def self_test(*, in_fork: bool = False) -> None:
 
 
 def _failure_of(test: Callable[[], str]) -> str:
-    """Return what a test of torch finds missing, or the error that it ends with."""
+    """Return the part of torch that a test finds missing, or the test's error."""
     try:
         return test()
     except (RuntimeError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:

@@ -32,7 +32,7 @@ def install(device: VirtualDevice, card: SimpleNamespace) -> None:
 
 def _launcher(device: VirtualDevice) -> Callable[..., object]:
     def run(kernel: object, *args: object, grid: object = None, warmup: bool = False, **kwargs: object) -> _Compiled:
-        """Do as a launch: check where the tensors are, and forget what was known of them."""
+        """Act as a launch: check where the tensors are, and forget their known values."""
         for position, value in enumerate((*args, *kwargs.values())):
             if isinstance(value, FakeTensor) and value.fake_device.type != "cpu":
                 device.values.forget(value.untyped_storage())
