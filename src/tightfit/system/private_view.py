@@ -204,7 +204,7 @@ class _Builder:
     def _cover_own(self, wanted: str) -> None:
         """Give the folders of this user on the way to `wanted` layers of their own below another user's folder.
 
-        A layer copies the folders above a new file, except a folder that belongs to a user without a number in the view.
+        A layer copies the folders above a new file, except those of a user without a number in the namespace.
         """
         covered = {place for place, _ in self._places.values()}
         above = [str(each) for each in (*reversed(Path(wanted).parents), Path(wanted))]
