@@ -201,12 +201,13 @@ def squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def _columns(text: str) -> list[int]:
+@functools.lru_cache(maxsize=2)  # a line may hold thousands of messages
+def _columns(text: str) -> tuple[int, ...]:
     """Return the columns of all characters but spaces, and the end."""
-    return [column for column, character in enumerate(text) if not character.isspace()] + [len(text)]
+    return (*(column for column, character in enumerate(text) if not character.isspace()), len(text))
 
 
-def _at(columns: list[int], count: int) -> int:
+def _at(columns: Sequence[int], count: int) -> int:
     return columns[min(max(count, 0), len(columns) - 1)]
 
 

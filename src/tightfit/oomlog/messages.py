@@ -6,7 +6,9 @@ Without white space all those breaks are gone, and no format is ambiguous withou
 
 import functools
 import re
+from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from math import prod
 
 import msgspec
@@ -51,6 +53,10 @@ def _formats() -> tuple[tuple[str, _Format], ...]:
 def _pattern(pattern: str) -> re.Pattern[str]:
     """Compile a pattern when a text first has its anchor."""
     return re.compile(pattern.replace("{SIZE}", SIZE), re.IGNORECASE)
+
+
+_LONGEST_RUN = 100
+"""Words around which one search looks."""
 
 
 def messages_in(squeezed: str) -> Iterator[Message]:
@@ -117,6 +123,10 @@ class _Finder:
     ) -> None:
         self._pattern, self._text, self._lowered, self._back, self._on = pattern, text, lowered, back, on
         self._anchors = dict.fromkeys(anchors, -1)
+        self._ahead: deque[int] = deque()
+        """Places of words that were found and not passed yet, in order."""
+        self._known = 0
+        """All words before this place were found."""
         self._found: re.Match[str] | None = None
 
     def at(self, position: int) -> re.Match[str] | None:
@@ -127,20 +137,42 @@ class _Finder:
 
     def _search(self, position: int) -> re.Match[str] | None:
         at = position
-        while self._anchors:
+        while run := self._run(at):
+            at = run[-1] + 1
+            # One search around them all: nearly always there is no match.
+            first = self._pattern.search(self._text, max(position, run[0] - self._back), run[-1] + self._on)
+            for near in run if first else ():
+                found = self._pattern.search(self._text, max(position, near - self._back), near + self._on)
+                if found:
+                    return found
+        return None
+
+    def _run(self, at: int) -> list[int]:
+        """Return the places of the next words at or behind `at` that stand close together."""
+        while self._ahead and self._ahead[0] < at:
+            self._ahead.popleft()
+        run: list[int] = []
+        for place in chain(tuple(self._ahead), self._more(at)):
+            if (run and place > run[-1] + self._on) or len(run) == _LONGEST_RUN:
+                break
+            run.append(place)
+        return run
+
+    def _more(self, at: int) -> Iterator[int]:
+        """Find words that were not found before, and keep their places."""
+        while True:
+            start = max(at, self._known)
             for anchor, known in list(self._anchors.items()):
-                if known < at:
-                    self._anchors[anchor] = self._lowered.find(anchor, at)
+                if known < start:
+                    self._anchors[anchor] = self._lowered.find(anchor, start)
                     if self._anchors[anchor] < 0:
                         del self._anchors[anchor]
-            near = min(self._anchors.values(), default=None)
-            if near is None:
-                return None
-            found = self._pattern.search(self._text, max(position, near - self._back), near + self._on)
-            if found:
-                return found
-            at = near + 1
-        return None
+            if not self._anchors:
+                return
+            place = min(self._anchors.values())
+            self._known = place + 1
+            self._ahead.append(place)
+            yield place
 
 
 def _plain_message(found: re.Match[str]) -> Message:
