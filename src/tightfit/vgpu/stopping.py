@@ -15,7 +15,9 @@ _STABLE_STEPS = 2
 _STABLE_BACKWARDS = 10
 """The same of backward passes without an optimizer of torch's, which may also be measurements of different things."""
 _PLAY_ON_S = 20.0
-"""Seconds that repeating steps play on for lines of the loop, or after it, that did not run yet."""
+"""Seconds of the processor that repeating steps play on for lines of the loop, or after it, that did not run yet."""
+_WAIT_ON_S = 120.0
+"""The same by the clock, for a script that waits, or a busy machine."""
 _LISTED_UNPLAYED = 10
 
 
@@ -32,7 +34,8 @@ class Stopping:
         self._peak_before = (0, 0)
         self._stable = 0
         self._lines = LineWatch()
-        self._repeats_since: float | None = None
+        self._repeats_since: tuple[float, float] | None = None
+        """Seconds of the processor and of the clock."""
         self._allocating: set[Frame] = set()
         self._read_allocations = 0
         self._unplayed: list[Frame] = []
@@ -74,8 +77,9 @@ class Stopping:
                 notes.append(note)
             self._stable = 0
             return
-        self._repeats_since = self._repeats_since or time.monotonic()
-        if self._unplayed and time.monotonic() - self._repeats_since < _PLAY_ON_S:
+        now = time.process_time(), time.monotonic()
+        begun = self._repeats_since = self._repeats_since or now
+        if self._unplayed and now[0] - begun[0] < _PLAY_ON_S and now[1] - begun[1] < _WAIT_ON_S:
             return
         self.not_played = self._unplayed
         if "eval" not in self._recorder.phase_peaks:
