@@ -441,7 +441,7 @@ for _ in range(2):
 
 @pytest.mark.parametrize(("arguments", "pasted", "exact"), [
     pytest.param(["--batch-size=32768"], "--batch-size=2048", False, marks=pytest.mark.slow),
-    (["--batch-size", "32768", "--accum", "2"], "--batch-size=2048 --accum=32", True),
+    pytest.param(["--batch-size", "32768", "--accum", "2"], "--batch-size=2048 --accum=32", True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_dry_run_ends_with_its_explanation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], pasted: str, exact: bool

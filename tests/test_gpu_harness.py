@@ -71,6 +71,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_dry_row_has_both_sides_and_no_error(calibrated):
     plain, capped = calibrate.read(calibrated)
     assert (plain["id"], plain["measured_outcome"], plain["predicted_outcome"]) == (TINY.id, "fits", "fits")
@@ -92,6 +93,7 @@ def test_a_dry_row_has_both_sides_and_no_error(calibrated):
     assert "40.00 MiB allowed" in capped["measured_message"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped_and_stops_in_time(calibrated, capsys):
     before = calibrated.read_text()
     assert calibrate.calibrate([TINY, CAPPED], calibrated, dry=True) == 0
@@ -107,6 +109,7 @@ def test_a_case_that_reaches_no_card_ends_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "calibrate.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_row_does_not_stand_for_a_measured_one(calibrated, tmp_path, monkeypatch):
     path = tmp_path / "calibrate.csv"
     calibrate.write(path, calibrate.read(calibrated)[:1])
@@ -142,6 +145,7 @@ def test_predicting_again_needs_the_torch_of_the_rows(tmp_path):
         calibrate.predict_again(path, jobs=1)
 
 
+@pytest.mark.slow
 def test_predicting_again_keeps_what_was_measured(calibrated, tmp_path):
     path = tmp_path / "calibrate.csv"
     row = calibrate.read(calibrated)[0]

@@ -58,7 +58,9 @@ class TestEffectiveBatch:
             {"micro_batch": 12},  # 12 + 12 + 8
             {"micro_batch": 1},
             {"batch_size": 16, "gradient_accumulation_steps": 2, "eval_iters": 4},
-            {"batch_size": 1, "gradient_accumulation_steps": 32, "eval_iters": 64},
+            pytest.param(
+                {"batch_size": 1, "gradient_accumulation_steps": 32, "eval_iters": 64}, marks=pytest.mark.slow
+            ),
             {"micro_batch": 12, "loss": "chunked", "activation_checkpointing": 2},
         ],
         ids=lambda split: ",".join(f"{key}={value}" for key, value in split.items()),

@@ -7,7 +7,7 @@ from kill_trials import trials
 
 
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
-    counts = trials(2, tmp_path, seed=4, max_iters=80, lr_decay_iters=80)
+    counts = trials(2, tmp_path, seed=4, max_iters=60, lr_decay_iters=60)
     assert counts["kills"] == 2
     assert counts["chains equal to the unbroken run"] == counts["chains"] >= 1
     assert counts["resumed"] >= 1

@@ -147,6 +147,7 @@ class TestTraining:
         assert not [each for each in compiled["not_modelled"] if "compile" in each]
         assert 0.4 < compiled["peak"]["allocated_bytes"] / eager["peak"]["allocated_bytes"] < 0.95
 
+    @pytest.mark.slow
     def test_blocks_that_are_recomputed_can_be_compiled(self, tmp_path: Path) -> None:
         pytest.importorskip("triton")
         script = tmp_path / "recompute.py"

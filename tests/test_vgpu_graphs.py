@@ -76,6 +76,7 @@ def test_a_pool_keeps_what_a_graph_used(found: Found, mode: str, expected: list[
     assert found(HEAD + EVALUATION, MODE=mode) == expected
 
 
+@pytest.mark.slow
 def test_a_result_of_a_graph_does_not_survive_the_next_call(found: Found) -> None:
     keep = "kept = []\nwith torch.no_grad():\n    for _ in range(4): kept.append(function(x)); found.append(held())"
     assert found(HEAD + keep, MODE="default") == [16, 32, 48, 64, 80]
