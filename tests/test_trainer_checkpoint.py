@@ -38,7 +38,7 @@ from tightfit.data import open_dataset
 from tightfit.data.batches import Batches
 from tightfit.errors import CheckpointError, DoesNotFit
 from tightfit.models.model import GPT, GPTConfig
-from tightfit.storage import METRICS
+from tightfit.storage import LOCK, METRICS, OWNER, owning
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.checkpoint import Checkpoint, load, load_newest, save
 from tightfit.trainer.hardware import native_bfloat16
@@ -315,7 +315,7 @@ class TestStartFromFile:
 
 class TestSave:
     def test_the_one_before_is_kept_and_nothing_else(self, copy: Path) -> None:
-        assert {path.name for path in copy.iterdir()} == {"ckpt.pt", "ckpt.prev.pt", METRICS}
+        assert {path.name for path in copy.iterdir()} == {"ckpt.pt", "ckpt.prev.pt", METRICS, LOCK}
         steps = [torch.load(copy / name, weights_only=True)["iter_num"] for name in ("ckpt.pt", "ckpt.prev.pt")]
         assert steps == [12, 8]
 
@@ -368,7 +368,9 @@ class TestSave:
         (copy / ".previous.moving").mkdir()
         (copy / "ckpt.pt").rename(copy / ".previous.moving" / "ckpt.pt")
         successful(arguments(copy, data_dir, max_iters=1))
-        assert {path.name for path in (copy / "previous").iterdir()} == {path.name for path in finished.iterdir()}
+        assert {path.name for path in (copy / "previous").iterdir()} == {path.name for path in finished.iterdir()} - {
+            LOCK
+        }
         assert not (copy / ".previous.moving").exists()
 
 
@@ -648,3 +650,18 @@ def _fill(path: Path, *, leave: int) -> None:
                 size += file.write(bytes(4096))
         assert shutil.disk_usage(path.parent).free == 0
         file.truncate(max(0, size - leave))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, data_dir: Path) -> None:
+    out_dir = tmp_path / "out"
+    with owning(out_dir):
+        for init_from in ("scratch", "resume"):
+            done = here(arguments(out_dir, data_dir, init_from=init_from))
+            assert done.code == 2
+            assert (
+                f"tightfit: out_dir={out_dir} belongs to a run that is still going (process {os.getpid()}" in done.err
+            )
+    assert [each.name for each in out_dir.iterdir()] == [LOCK]
+    (out_dir / OWNER).write_text("[]")  # of a process that died: its lock died with it
+    assert here(arguments(out_dir, data_dir, max_iters=2)).code == 0
+    assert not (out_dir / OWNER).exists()

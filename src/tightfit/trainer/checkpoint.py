@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tightfit.errors import CheckpointError, ConfigError, DoesNotFit
 from tightfit.models.conversion import check_state, strip_prefix
 from tightfit.models.model import GPTConfig
-from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, previous, sync_file, writing
+from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, owner_of, owning, previous, sync_file, writing
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
 from tightfit.wording import say
 
@@ -51,6 +51,21 @@ class Checkpoint:
     evaluated: bool = False
     """True if the evaluation due at this step has been made."""
     path: Path | None = None
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it, so that no other run writes there; ConfigError if one does or it cannot be made."""
+    with contextlib.ExitStack() as held:
+        with folder_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(owning(folder))
+            except BlockingIOError:
+                owner = owner_of(folder)
+                by = say("trainer.checkpoint.taken_by", owner=owner) if owner else ""
+                raise ConfigError(say("trainer.checkpoint.taken", folder=folder, by=by)) from None
+        yield
 
 
 @contextlib.contextmanager

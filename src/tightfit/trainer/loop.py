@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
@@ -18,7 +19,7 @@ from tightfit.errors import ConfigError, DoesNotFit
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
-from tightfit.storage import BEST, LAST
+from tightfit.storage import BEST, LAST, without_temporary_folder
 from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.atomic import reset_scaler
@@ -61,15 +62,15 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
     world = world_of_environment()
     hardware = choose_hardware(config, local_rank=world.local_rank, local_size=world.local_size)
     _refuse(config, world)
+    os.environ.update(without_temporary_folder())
     set_process_options(hardware, activation_memory_budget=config.activation_memory_budget)
     if config.recover and hardware.device.type == "cpu":
         set_process_warnings()
     with process_group(world, config.backend, hardware.device):
         reporter = Reporter(is_main=world.is_main)
-        try:
-            return _Run(resolved, world, hardware, reporter, fallback).execute()
-        finally:
-            reporter.close()
+        with ExitStack() as at_end:
+            at_end.callback(reporter.close)
+            return _Run(resolved, world, hardware, reporter, fallback, at_end).execute()
 
 
 def _refuse(config: TrainConfig, world: World) -> None:
@@ -108,14 +109,17 @@ class _Run:
         hardware: Hardware,
         reporter: Reporter,
         fallback: Fallback | None,
+        at_end: ExitStack,
     ) -> None:
-        config = resolved.config
+        config, self._at_end = resolved.config, at_end
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
         self.folder = Path(config.out_dir)
         self.lossy = {key: getattr(config, key) for key in LOSSY_KEYS if resolved.sources[key] == "plan"}
         """Keys that a plan set although they change the result; a process that takes over must not choose them anew."""
         for key, value, source in describe(resolved):
             reporter.log(f"{key} = {value!r} ({source})")
+        if world.is_main and config.init_from == "resume" and self.folder.is_dir():
+            self._take_folder()
         self.recovery = Recovery(world, hardware.device, reporter.log, reporter.event, enabled=config.recover)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
@@ -217,8 +221,8 @@ class _Run:
             return self._result()
         if world.is_main:
             with ckpt.folder_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
                 if config.init_from != "resume":
+                    self._take_folder()
                     ckpt.set_aside(self.folder, log=self.reporter.log)
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
         with handling_signals((signal.SIGINT, signal.SIGTERM), self._stop, once=True):
@@ -235,6 +239,11 @@ class _Run:
         if result.stopped_by is None and config.sample_at_end and world.is_main:
             self.recovery.tried("sample", self._sample, alone=True)
         return result
+
+    def _take_folder(self) -> None:
+        """Hold `out_dir` until the end of the run."""
+        if not self.config.eval_only:
+            self._at_end.enter_context(ckpt.own_folder(self.folder))
 
     def _stop(self, number: signal.Signals) -> None:
         """Ask for a stop after the current step; a second signal has its usual effect."""

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -20,7 +20,7 @@ import msgspec
 
 from tightfit.config import TrainConfig
 from tightfit.config.schema import Setting
-from tightfit.storage import write_aside
+from tightfit.storage import has_temporary_folder, write_aside
 from tightfit.trainer.fallback import Settings
 from tightfit.trainer.signals import handling_signals
 from tightfit.wording import say
@@ -29,6 +29,7 @@ BEYOND_SAVING = 75
 """Exit code of a process that a new one can replace: EX_TEMPFAIL of BSD's sysexits.h."""
 STATUS = "TIGHTFIT_STATUS"
 """Environment variable with the path of a supervised run's status file; a run that has it has a supervisor."""
+_STATUS_FILE = "status.json"
 MOST_RESTARTS = 3
 """Restarts without a newer checkpoint before the parent gives up."""
 LONG_RUN = 1000
@@ -70,8 +71,8 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[s
     added: list[str] = []
     lossy: dict[str, Setting] = {}
     restarts, saved = 0, -1
-    with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
-        path = Path(folder) / "status.json"
+    with _status_folder(config) as folder:
+        path = Path(folder) / _STATUS_FILE
         while True:
             sys.stdout.flush()
             code = _run_child([*arguments, *added], path)
@@ -88,6 +89,17 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[s
                 log(say("trainer.supervise.gives_up", cause=_cause(code), times=restarts))
                 return _exit_code(code)
             log(_restart(code, saved, added))
+
+
+@contextlib.contextmanager
+def _status_folder(config: TrainConfig) -> Iterator[str]:
+    """Yield a temporary folder; `out_dir` where the machine has no place for one."""
+    if has_temporary_folder():
+        with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
+            yield folder
+    else:
+        yield config.out_dir
+        (Path(config.out_dir) / _STATUS_FILE).unlink(missing_ok=True)
 
 
 def _restart(code: int, saved: int, added: Sequence[str]) -> str:
