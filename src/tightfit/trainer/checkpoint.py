@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tightfit.errors import CheckpointError, ConfigError, DoesNotFit
+from tightfit.errors import CannotSave, CheckpointError, ConfigError, DoesNotFit
 from tightfit.models.conversion import check_state, strip_prefix
 from tightfit.models.model import GPTConfig
 from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, owner_of, owning, previous, sync_file, writing
@@ -30,8 +30,6 @@ from tightfit.wording import say
 
 _FORMAT = 1
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_SUCH_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +68,14 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_errors(folder: Path) -> Iterator[None]:
-    """Raise DoesNotFit for a full disk, ConfigError for a folder that cannot be made or written."""
+    """Raise DoesNotFit for a full disk, ConfigError for a folder that cannot be made, read or written."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise DoesNotFit(say("trainer.checkpoint.full_disk", folder=folder)) from None
-        if error.errno in _FORBIDDEN + _NO_SUCH_FOLDER:
-            raise ConfigError(say("trainer.checkpoint.wrong_folder", folder=folder, reason=error.strerror)) from None
-        raise
+        reason = error.strerror or error
+        raise ConfigError(say("trainer.checkpoint.wrong_folder", folder=folder, reason=reason)) from None
 
 
 def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
@@ -98,10 +95,11 @@ def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
         log(say("trainer.checkpoint.set_aside", folder=folder, previous=before))
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST) -> None:
-    """Write `name` in `folder` atomically and keep the one before it; DoesNotFit if the disk is full.
+def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST, is_last: bool = False) -> None:
+    """Write `name` in `folder` atomically and keep the one before it.
 
-    Whatever happens here, the last good checkpoint stays.
+    DoesNotFit if the disk is full, CannotSave for any other error of the disk. Whatever happens here, the last good
+    checkpoint stays. The one before it is given up if that makes enough room, or if this save `is_last`.
     """
     content = {
         "model": dict(checkpoint.model),
@@ -112,23 +110,51 @@ def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST) -> None:
         "config": dict(checkpoint.config),
         "tightfit": {"format": _FORMAT, "scaler": checkpoint.scaler, "evaluated": checkpoint.evaluated},
     }
-    path = folder / name
+    size = _tensor_bytes(content.values())
     try:
+        _write(folder / name, content, size)
+    except DoesNotFit:
+        if not _makes_room(folder, size, anyway=is_last):
+            raise
+        _write(folder / name, content, size)
+    if name == BEST:  # the resume points are older now
+        for stale in (LAST, previous(LAST)):
+            with contextlib.suppress(OSError):  # a resume takes the latest step
+                (folder / stale).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Mapping[str, object], size: int) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have moved it
         with writing(path, durable=True) as part:
             with part.open("wb") as file:
                 torch.save(content, file)
             sync_file(part)  # before the one before it is given up
-            if path.exists():
-                _replace_link(path, folder / previous(name))
+            if path.is_file():
+                _replace_link(path, path.with_name(previous(path.name)))
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as a RuntimeError and keeps the OSError as its cause or context
-        if any(isinstance(each, OSError) and each.errno in FULL_DISK for each in error_chain(error)):
-            size = _tensor_bytes(content.values())
+        found = [each for each in error_chain(error) if isinstance(each, OSError)]
+        if not found or is_out_of_memory(error):
+            raise
+        if any(each.errno in FULL_DISK for each in found):
             raise DoesNotFit(say("trainer.checkpoint.no_room", path=path, size=size)) from None
-        raise
-    if name == BEST:  # the resume points are older now
-        for stale in (LAST, previous(LAST)):
-            (folder / stale).unlink(missing_ok=True)
+        reason = found[0].strerror or str(found[0])
+        raise CannotSave(say("trainer.checkpoint.not_written", path=path, reason=reason)) from None
+
+
+def _makes_room(folder: Path, size: int, *, anyway: bool) -> bool:
+    """Delete the predecessors of checkpoints, unless that would not be enough; return True if any was deleted."""
+    try:
+        old = {folder / previous(name) for name in (BEST, LAST) if (folder / name).is_file()}
+        sizes = {path: path.stat().st_size for path in old if path.is_file()}
+        if not anyway and shutil.disk_usage(folder).free + sum(sizes.values()) < size:
+            return False
+        for path in sizes:
+            path.unlink()
+    except OSError:
+        return False
+    return bool(sizes)
 
 
 def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:

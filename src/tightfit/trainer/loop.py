@@ -15,7 +15,7 @@ import torch
 from tightfit.config import LOSSY_KEYS, Resolved, SampleConfig, TrainConfig, batch_split, describe, to_dict
 from tightfit.data import open_dataset
 from tightfit.data.batches import Batches, Purpose
-from tightfit.errors import ConfigError, DoesNotFit
+from tightfit.errors import ConfigError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
@@ -34,6 +34,7 @@ from tightfit.trainer.out_of_memory import set_process_warnings
 from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery
 from tightfit.trainer.resident import memory_use, set_process_malloc
 from tightfit.trainer.sample import sample_text
+from tightfit.trainer.saving import Saver
 from tightfit.trainer.setup import build_model, build_state, data_order_changes, model_config, starting_point
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
@@ -121,6 +122,7 @@ class _Run:
         if world.is_main and config.init_from == "resume" and self.folder.is_dir():
             self._take_folder()
         self.recovery = Recovery(world, hardware.device, reporter.log, reporter.event, enabled=config.recover)
+        self.saver = Saver(self.folder, self._write_checkpoint, reporter.log)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.stopped_by: signal.Signals | None = None
@@ -133,7 +135,7 @@ class _Run:
             same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":
             self._resume(start)
-        self.first_step = self.saved_step = self.recovery.step = self.step
+        self.first_step = self.saver.saved_step = self.recovery.step = self.step
         self._begin(shape, fallback)
 
     def _starting_point(self) -> Checkpoint | None:
@@ -260,7 +262,7 @@ class _Run:
                     self._save_after_evaluation()
                 watch.restart(self.step)
             if self.world.any(self.stopped_by is not None, self.hardware.device):
-                self._save(LAST, last_chance=True)
+                self._save(LAST, is_last=True)
                 self.stopped_by = self.stopped_by or signal.SIGTERM
                 saved = say("trainer.loop.saved", step=self.step, folder=self.folder)
                 self.reporter.log(f"{self.stopped_by.name}: {saved}")
@@ -272,7 +274,9 @@ class _Run:
             if (self.step - 1) % config.log_interval == 0:
                 self._log(result, watch)
             self.recovery.step_done()
-            if config.save_interval and self.step % config.save_interval == 0:
+            if self.reporter.reader_has_gone:  # as a shell's `| head` ends other programs, but nothing is lost
+                self.stopped_by = self.stopped_by or getattr(signal, "SIGPIPE", signal.SIGTERM)
+            if self.saver.is_due() or (config.save_interval and self.step % config.save_interval == 0):
                 self._save(LAST)
 
     def _train_step(self) -> StepResult:
@@ -328,19 +332,19 @@ class _Run:
         elif self.step >= self.config.max_iters:
             self._save(LAST)
 
-    def _save(self, name: str, *, last_chance: bool = False) -> None:
-        """Save a checkpoint; log a full disk unless this was the last chance. The last good checkpoint stays."""
+    def _save(self, name: str, *, is_last: bool = False) -> None:
+        """Save a checkpoint, at the end of the run with all means. The last good checkpoint stays."""
         if not self.world.is_main:
             return
-        try:
-            self.recovery.tried("save", partial(self._write_checkpoint, name), alone=True)
-        except DoesNotFit as error:
-            if last_chance or self.step >= self.config.max_iters:
-                raise
-            self.reporter.log(say("trainer.loop.goes_on", error=error))
+        save = self.saver.save_last if is_last or self.step >= self.config.max_iters else self.saver.save
+        save(name, self.step)
         self._report_status()
 
-    def _write_checkpoint(self, name: str) -> None:
+    def _write_checkpoint(self, folder: Path, name: str, *, is_last: bool) -> None:
+        write = partial(self._write_state, folder, name, is_last=is_last)
+        self.recovery.tried("save", write, alone=True)
+
+    def _write_state(self, folder: Path, name: str, *, is_last: bool) -> None:
         offload = self.state.offload
         content = Checkpoint(
             model_config=self.model.config,
@@ -352,20 +356,19 @@ class _Run:
             scaler=self.state.scaler.state_dict(),
             evaluated=self.evaluated,
         )
-        ckpt.save(self.folder, content, name=name)
-        self.saved_step = self.step
+        ckpt.save(folder, content, name=name, is_last=is_last)
 
     def _save_before_the_end(self) -> None:
         """Save the steps since the last checkpoint, before a run ends that no longer fits."""
-        if self.step > max(self.first_step, self.saved_step):
-            self._save(LAST, last_chance=True)
+        if self.step > max(self.first_step, self.saver.saved_step):
+            self._save(LAST, is_last=True)
             self.reporter.log(say("trainer.loop.saved", step=self.step, folder=self.folder))
 
     def _report_status(self) -> None:
         """Write the state for the supervisor, if there is one."""
         if self.world.is_main:
             status = Status(
-                saved_step=self.saved_step,
+                saved_step=self.saver.saved_step,
                 n_layer=self.model.config.n_layer,
                 activation_memory_budget=self.config.activation_memory_budget,
                 lossy=self.lossy,
