@@ -1,6 +1,7 @@
-"""Saves in folders that are taken, moved, full or broken: nothing is lost, and nothing ends in a traceback."""
+"""Saves and resumes where folders, files or losses are broken: nothing is lost, and nothing ends in a traceback."""
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import arguments, column, command, environment, here
+import torch
+from runs import arguments, column, command, environment, here, make_dataset, tensors
 
+from tightfit.errors import CheckpointError
+from tightfit.foreign import reads_in_bounds
 from tightfit.storage import LOCK, OWNER, owning
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer import saving
-from tightfit.trainer.checkpoint import load_newest
+from tightfit.trainer.checkpoint import load, load_newest
 from tightfit.trainer.metrics import Reporter
 
 
@@ -130,3 +134,103 @@ def test_a_pipe_without_a_reader_ends_the_run_saved(tmp_path: Path, data_dir: Pa
     assert run.stderr.read() == ""
     run.stderr.close()
     assert load_newest(tmp_path, log=pytest.fail).step > 2
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """The checkpoint of a run of three steps."""
+    folder = tmp_path_factory.mktemp("small")
+    assert here(arguments(folder, data_dir, max_iters=3, n_layer=1, fit="off")).code == 0
+    return folder / "ckpt.pt"
+
+
+def _directory_bits(small: Path, tmp_path: Path, *, every: int) -> None:
+    """Flip bits of the zip directory: the checkpoint is refused as damaged, or read as it was."""
+    good, expected, path = small.read_bytes(), tensors(small), tmp_path / "flipped.pt"
+    start = good.index(b"PK\x01\x02")
+    for bit in range(0, 8 * (len(good) - start), every):
+        flipped = bytearray(good)
+        flipped[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = load(path)
+        except CheckpointError:
+            continue
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.model.items())
+
+
+def test_bits_of_a_zip_directory(small: Path, tmp_path: Path) -> None:
+    _directory_bits(small, tmp_path, every=211)
+
+
+@pytest.mark.slow
+def test_every_bit_of_a_zip_directory(small: Path, tmp_path: Path) -> None:
+    _directory_bits(small, tmp_path, every=1)
+
+
+def test_a_small_file_that_claims_many_weights(small: Path, tmp_path: Path) -> None:
+    content = torch.load(small, weights_only=True)
+    content["model_args"] |= {"vocab_size": 2**18, "n_embd": 2**18}
+    content["model"] = {name: torch.zeros(1).expand(2**18, 2**18) for name in content["model"]}
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"its tensors claim .* it was not read"):
+        load(tmp_path / "ckpt.pt")
+
+
+def test_a_pickle_that_would_never_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tightfit.foreign.PICKLE_S", 1)
+    nested = b"\x80\x02}" + b")" + b"2\x86" * 60 + b"K\x01s."  # a key (t, t) of depth 60: its hash takes 2**60 steps
+    assert not reads_in_bounds(nested)
+    assert not reads_in_bounds(b"\x80\x02]r\xff\xff\xff\x7f.")  # a memo of 2**31 entries
+    assert reads_in_bounds(b"\x80\x02}.")
+    assert reads_in_bounds(b"no pickle")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_sampling_from_weights_that_are_no_numbers(small: Path, tmp_path: Path, value: float, data_dir: Path) -> None:
+    content = torch.load(small, weights_only=True)
+    content["model"]["transformer.wpe.weight"][0, 0] = value
+    torch.save(content, tmp_path / "ckpt.pt")
+    done = here(["sample", f"--out_dir={tmp_path}", f"--data_dir={data_dir}", "--device=cpu", "--num_samples=1"])
+    assert done.code == 2
+    assert f"{tmp_path}/ckpt.pt cannot be used: transformer.wpe.weight holds nan or inf" in done.err
+
+
+def test_a_resume_with_another_text_context_or_vocabulary(tmp_path: Path, data_dir: Path) -> None:
+    data, out_dir = tmp_path / "data", tmp_path / "out"
+    make_dataset(data / "tiny")
+    assert here(arguments(out_dir, data, max_iters=2, fit="off")).code == 0
+    resumed = {"init_from": "resume", "max_iters": 3, "fit": "off"}
+    shorter = here(arguments(out_dir, data, block_size=8, **resumed))
+    assert shorter.code == 2
+    assert "block_size=8 is smaller than the 16 of" in shorter.err
+    shutil.rmtree(data)
+    make_dataset(data / "tiny", seed=1)
+    other = here(arguments(out_dir, data, **resumed))
+    assert other.code == 2
+    assert f"{data}/tiny/train.bin is not the text that {out_dir}/ckpt.pt was trained on" in other.err
+    meta = data / "tiny" / "meta.json"
+    meta.write_text(meta.read_text().replace('"vocab_size": 64', '"vocab_size": 99'))
+    larger = here(arguments(out_dir, data, **resumed))
+    assert larger.code == 2
+    assert "has 99 ids, but the model of" in larger.err
+
+
+@pytest.mark.parametrize("on_nan", ["warn", "skip", "stop"])
+def test_a_loss_of_nan(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, on_nan: str) -> None:
+    """The loss of step 3 is nan."""
+    from tightfit.trainer import step as steps
+
+    usual, calls = steps._backward, iter(range(100))
+
+    def backward(*given: Any) -> torch.Tensor:
+        total = usual(*given)
+        return total * math.nan if next(calls) == 3 else total
+
+    monkeypatch.setattr(steps, "_backward", backward)
+    done = here(arguments(tmp_path, data_dir, on_nan=on_nan, max_iters=6, fit="off", log_interval=6))
+    found = [line for line in (done.out + done.err).splitlines() if "the loss is nan or inf" in line]
+    assert len(found) == 1
+    assert found[0].removeprefix("tightfit: ").startswith("step 3: ")
+    assert done.code == (on_nan == "stop")
+    assert load_newest(tmp_path, log=pytest.fail).step == (3 if on_nan == "stop" else 6)

@@ -22,13 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.errors import CannotSave, CheckpointError, ConfigError, DoesNotFit
+from tightfit.foreign import DAMAGE, reads_in_bounds
 from tightfit.models.conversion import check_state, strip_prefix
 from tightfit.models.model import GPTConfig
 from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, owner_of, owning, previous, sync_file, writing
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
+from tightfit.units import MIB
 from tightfit.wording import say
 
 _FORMAT = 1
+_MOST_PICKLE_BYTES = 32 * MIB
+"""Size of the pickle in a checkpoint, without its numbers; GPT-2 XL's with AdamW's state is 0.6 MiB."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,6 +52,8 @@ class Checkpoint:
     scaler: Mapping[str, object] | None = None
     evaluated: bool = False
     """True if the evaluation due at this step has been made."""
+    data: Mapping[str, object] = field(default_factory=dict)
+    """Digests of the token files, by split; those of a file are not checked."""
     path: Path | None = None
 
 
@@ -108,7 +114,12 @@ def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST, is_last: boo
         "iter_num": checkpoint.step,
         "best_val_loss": checkpoint.best_val_loss,
         "config": dict(checkpoint.config),
-        "tightfit": {"format": _FORMAT, "scaler": checkpoint.scaler, "evaluated": checkpoint.evaluated},
+        "tightfit": {
+            "format": _FORMAT,
+            "scaler": checkpoint.scaler,
+            "evaluated": checkpoint.evaluated,
+            "data": dict(checkpoint.data),
+        },
     }
     size = _tensor_bytes(content.values())
     try:
@@ -198,15 +209,22 @@ def load(path: Path) -> Checkpoint:
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols other than torch's
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return _checked(path, content, found.st_size)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error).upper():
             raise CheckpointError(say("trainer.checkpoint.unsafe", path=path)) from None
         raise CheckpointError(_damaged(path)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError) as error:
+    except DAMAGE as error:
         if is_out_of_memory(error):  # the file may be good, and the checkpoint before it would repeat steps
             raise
         raise CheckpointError(_damaged(path)) from None
-    return _checked(path, content)
+
+
+def refuse_not_finite(saved: Checkpoint) -> None:
+    """CheckpointError if a weight is not a finite number."""
+    for name, tensor in saved.model.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(say("trainer.checkpoint.not_finite", path=saved.path, name=name))
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -217,7 +235,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
             tensor.copy_(saved[name])
 
 
-def _checked(path: Path, content: object) -> Checkpoint:
+def _checked(path: Path, content: object, size: int) -> Checkpoint:
     needed = {"model": Mapping, "model_args": Mapping, "iter_num": int}
     if not isinstance(content, Mapping):
         raise CheckpointError(say("trainer.checkpoint.no_dictionary", path=path, kind=type(content).__name__))
@@ -226,6 +244,7 @@ def _checked(path: Path, content: object) -> Checkpoint:
             raise CheckpointError(say("trainer.checkpoint.lacks_key", path=path, key=key))
     if not 0 <= content["iter_num"] < 2**63:
         raise CheckpointError(say("trainer.checkpoint.wrong_step", path=path))
+    _refuse_more_than_stored(path, content.values(), size)
     config = GPTConfig.from_nanogpt(content["model_args"])
     own = content.get("tightfit")
     own = own if isinstance(own, Mapping) else {}
@@ -237,7 +256,7 @@ def _checked(path: Path, content: object) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     stored = content.get("config")
-    optimizer, scaler = content.get("optimizer"), own.get("scaler")
+    optimizer, scaler, data = content.get("optimizer"), own.get("scaler"), own.get("data")
     return Checkpoint(
         model_config=config,
         model=weights,
@@ -247,8 +266,16 @@ def _checked(path: Path, content: object) -> Checkpoint:
         config=stored if isinstance(stored, Mapping) else {},
         scaler=scaler if isinstance(scaler, Mapping) else None,
         evaluated=bool(own.get("evaluated", False)),
+        data=data if isinstance(data, Mapping) else {},
         path=path,
     )
+
+
+def _refuse_more_than_stored(path: Path, values: Iterable[object], size: int) -> None:
+    """Refuse tensors that claim more bytes than the file has: views that repeat a few stored numbers."""
+    claimed = _tensor_bytes(values)
+    if claimed > 4 * size:  # tied weights are stored once, and a vocabulary may be all of a tiny model
+        raise CheckpointError(say("trainer.checkpoint.claims", path=path, claimed=claimed, size=size))
 
 
 def _best_val_loss(path: Path, value: object) -> float:
@@ -269,15 +296,27 @@ def _is_checked_archive(path: Path, size: int, changed_ns: int) -> bool:
     """
     try:
         if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:  # torch's old format: four pickles, and then the numbers
+                _refuse_endless(path, file.read(_MOST_PICKLE_BYTES), streams=4)
             return False
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise CheckpointError(say("trainer.checkpoint.compressed", path=path))
             if archive.testzip() is not None:
                 raise CheckpointError(_damaged(path))
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError):
+            for record in archive.infolist():
+                if record.filename.endswith(".pkl"):
+                    _refuse_endless(path, archive.read(record) if record.file_size <= _MOST_PICKLE_BYTES else None)
+    except DAMAGE as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(_damaged(path)) from None
     return True
+
+
+def _refuse_endless(path: Path, pickled: bytes | None, *, streams: int = 1) -> None:
+    if pickled is None or not reads_in_bounds(pickled, streams=streams):
+        raise CheckpointError(say("trainer.checkpoint.endless", path=path))
 
 
 def _damaged(path: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from tightfit.config import LOSSY_KEYS, Resolved, SampleConfig, TrainConfig, batch_split, describe, to_dict
 from tightfit.data import open_dataset
 from tightfit.data.batches import Batches, Purpose
-from tightfit.errors import ConfigError
+from tightfit.errors import ConfigError, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
@@ -35,7 +35,14 @@ from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery
 from tightfit.trainer.resident import memory_use, set_process_malloc
 from tightfit.trainer.sample import sample_text
 from tightfit.trainer.saving import Saver
-from tightfit.trainer.setup import build_model, build_state, data_order_changes, model_config, starting_point
+from tightfit.trainer.setup import (
+    build_model,
+    build_state,
+    data_order_changes,
+    model_config,
+    refuse_other_run,
+    starting_point,
+)
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
 from tightfit.trainer.supervise import STATUS, Status, report_status
@@ -52,6 +59,12 @@ class RunResult:
     best_val_loss: float
     stopped_by: signal.Signals | None = None
     """The signal that ended it early, after saving."""
+
+
+class NotFinite(TightfitError):
+    """A loss of nan or inf, in a run that is to stop there; the parameters are those before that step."""
+
+    exit_code = 1
 
 
 def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> RunResult:
@@ -126,6 +139,8 @@ class _Run:
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.stopped_by: signal.Signals | None = None
+        self._unread: list[tuple[int, torch.Tensor]] = []
+        self._is_not_finite = False
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
         start = self.recovery.tried(beginning, self._starting_point)
         shape = self._shape(start)
@@ -140,6 +155,8 @@ class _Run:
 
     def _starting_point(self) -> Checkpoint | None:
         start = starting_point(self.config.init_from, self.config.out_dir, log=self.reporter.log)
+        if start is not None and self.config.init_from == "resume" and self.world.is_main:
+            refuse_other_run(self.config, start, self.dataset)
         self.recovery.agree()
         return start
 
@@ -156,6 +173,7 @@ class _Run:
         shape = model_config(self.config, start, self.dataset, log=self.reporter.log)
         if self.world.is_main:
             self.dataset.validate(block_size=shape.block_size, vocab_size=shape.vocab_size)
+            self.digests = {file.path.stem: file.digest() for file in (self.dataset.train, self.dataset.val)}
         for reason in self.hardware.reasons:
             self.reporter.log(reason)
         return shape
@@ -230,6 +248,9 @@ class _Run:
         with handling_signals((signal.SIGINT, signal.SIGTERM), self._stop, once=True):
             try:
                 result = self._loop()
+            except NotFinite:
+                self._save_before_the_end()
+                raise
             except OutOfMemory as error:
                 self._save_before_the_end()
                 if error.of_all:  # torchrun ends the others' saving when one process ends
@@ -271,6 +292,7 @@ class _Run:
                 return self._result()
             result = self.recovery.tried("forward", self._train_step, undo=self._undo_step)
             self.step, self.evaluated = self.step + 1, False
+            self._report_not_finite(result)
             if (self.step - 1) % config.log_interval == 0:
                 self._log(result, watch)
             self.recovery.step_done()
@@ -278,6 +300,17 @@ class _Run:
                 self.stopped_by = self.stopped_by or getattr(signal, "SIGPIPE", signal.SIGTERM)
             if self.saver.is_due() or (config.save_interval and self.step % config.save_interval == 0):
                 self._save(LAST)
+
+    def _report_not_finite(self, result: StepResult) -> None:
+        """Log the first of several steps with a loss that is not finite: at once, or at the next line on a device."""
+        self._unread.append((self.step - 1, result.loss))
+        if self.hardware.device.type != "cpu" and (self.step - 1) % self.config.log_interval:
+            return
+        unread, self._unread = self._unread, []
+        bad = [step for step, loss in unread if not math.isfinite(float(loss))]
+        if bad and self.config.on_nan == "warn" and not self._is_not_finite:
+            self.reporter.log(say("trainer.loop.nan", step=bad[0]))
+        self._is_not_finite = bool(bad)
 
     def _train_step(self) -> StepResult:
         config, step = self.config, self.step
@@ -291,7 +324,20 @@ class _Run:
             seed_of_pass=(lambda number: dropout_seed(config.seed, step, self.feed.passes[number].start))
             if config.dropout
             else None,
+            accepts=self._accepts,
         )
+
+    def _accepts(self, result: StepResult) -> bool:
+        """Return False for a step without a finite loss that is to be skipped; NotFinite for one to stop at."""
+        if self.config.on_nan == "warn":  # reported when the loss is read: waiting for it here would cost time
+            return True
+        finite = bool(torch.isfinite(result.loss))
+        if not self.world.any(not finite, self.hardware.device):
+            return True
+        if self.config.on_nan == "stop":
+            raise NotFinite(say("trainer.loop.stops_at_nan", step=self.step, saved=self.folder))
+        self.reporter.log(say("trainer.loop.skips_nan", step=self.step))
+        return False
 
     def _undo_step(self) -> None:
         """Drop everything a step leaves before its update: gradients, the scaler's notes, data read ahead."""
@@ -355,6 +401,7 @@ class _Run:
             config=to_dict(self.config),
             scaler=self.state.scaler.state_dict(),
             evaluated=self.evaluated,
+            data=self.digests,
         )
         ckpt.save(folder, content, name=name, is_last=is_last)
 
