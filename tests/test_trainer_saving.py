@@ -234,3 +234,40 @@ def test_a_loss_of_nan(tmp_path: Path, data_dir: Path, monkeypatch: pytest.Monke
     assert found[0].removeprefix("tightfit: ").startswith("step 3: ")
     assert done.code == (on_nan == "stop")
     assert load_newest(tmp_path, log=pytest.fail).step == (3 if on_nan == "stop" else 6)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_memory_that_runs_out_between_steps(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], place: str
+) -> None:
+    usual = getattr(Reporter, place)
+
+    def fails(self: Reporter, step: int, *others: Any) -> None:
+        if step >= 4:
+            raise kind("out of memory")
+        usual(self, step, *others)
+
+    monkeypatch.setattr(Reporter, place, fails)
+    done = here(arguments(tmp_path, data_dir, max_iters=6, eval_interval=5, fit="off"))
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert load_newest(tmp_path, log=pytest.fail).step == 5
+
+
+def test_a_closed_terminal_loses_nothing(tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after_steps(monkeypatch, {3: lambda: signal.raise_signal(signal.SIGHUP)})
+    done = here(arguments(tmp_path, data_dir, fit="off"))
+    assert (done.code, done.err) == (128 + signal.SIGHUP, "")
+    assert load_newest(tmp_path, log=pytest.fail).step == 4
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        after_steps(monkeypatch, {3: lambda: signal.raise_signal(signal.SIGHUP)})
+        assert here(arguments(tmp_path, data_dir, fit="off")).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -30,8 +30,14 @@ from tightfit.trainer.fallback import Fallback, Halving, Phase, Settings
 from tightfit.trainer.feed import Feed
 from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_options
 from tightfit.trainer.metrics import Reporter, Stopwatch
-from tightfit.trainer.out_of_memory import set_process_warnings
-from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery
+from tightfit.trainer.out_of_memory import (
+    Kind,
+    is_out_of_memory,
+    release_frames,
+    release_memory,
+    set_process_warnings,
+)
+from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery, last_line
 from tightfit.trainer.resident import memory_use, set_process_malloc
 from tightfit.trainer.sample import sample_text
 from tightfit.trainer.saving import Saver
@@ -45,7 +51,7 @@ from tightfit.trainer.setup import (
 )
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
-from tightfit.trainer.supervise import STATUS, Status, report_status
+from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
 from tightfit.units import GIB
 from tightfit.wording import say
 
@@ -208,10 +214,14 @@ class _Run:
             loss=config.loss,
             checkpointed_blocks=config.activation_checkpointing,
         )
+        before = learnt()
+        self.wanted = before.wanted if before else self.settings
         self._split_step()
         if fallback is not None and (peak := fallback.predicted_peak_bytes) is not None:
             self.reporter.event(self.step, PlanEvent(predicted_peak_bytes=peak, **asdict(self.settings)))
-        self.recovery.watch(self, fallback or Halving(shape.n_layer, len(share), self.settings))
+        if before or fallback is None:
+            fallback = Halving(shape.n_layer, len(share), self.wanted)
+        self.recovery.watch(self, fallback, failed=before.failed if before else None)
         begins = say(
             "trainer.loop.begins",
             parameters=self.model.count_parameters(),
@@ -245,23 +255,36 @@ class _Run:
                     self._take_folder()
                     ckpt.set_aside(self.folder, log=self.reporter.log)
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
-        with handling_signals((signal.SIGINT, signal.SIGTERM), self._stop, once=True):
+        with handling_signals(_ending_signals(), self._stop, once=True):
             try:
                 result = self._loop()
             except NotFinite:
                 self._save_before_the_end()
                 raise
             except OutOfMemory as error:
-                self._save_before_the_end()
-                if error.of_all:  # torchrun ends the others' saving when one process ends
-                    world.any(False, self.hardware.device)
-                if self.step > self.first_step and STATUS in os.environ:
-                    # It did fit: a new process has the memory lost to fragments and the compilers' leftovers.
-                    raise BeyondSaving(say("trainer.loop.room_in_new_process", error=error)) from error
-                raise
+                self._end_without_memory(error)
+            except (MemoryError, RuntimeError, OSError) as error:  # between two steps: in a log, in metrics
+                if not config.recover or is_out_of_memory(error) is not Kind.RECOVERABLE:
+                    raise
+                message = last_line(error)
+                release_frames(error)
+                release_memory(self.hardware.device)
+                found = OutOfMemory(say("trainer.loop.between_steps", step=self.step, reason=message))
+                found.message, found.settings = message, self.settings
+                self._end_without_memory(found)
         if result.stopped_by is None and config.sample_at_end and world.is_main:
             self.recovery.tried("sample", self._sample, alone=True)
         return result
+
+    def _end_without_memory(self, error: OutOfMemory) -> NoReturn:
+        """Save, and raise `error`, or leave the rest of the run to a new process of the supervisor."""
+        self._save_before_the_end()
+        if error.of_all:  # torchrun ends the others' saving when one process ends
+            self.world.any(False, self.hardware.device)
+        if self.step > self.first_step and STATUS in os.environ:
+            # It did fit: a new process has the memory lost to fragments and the compilers' leftovers.
+            raise BeyondSaving(say("trainer.loop.room_in_new_process", error=error)) from error
+        raise error
 
     def _take_folder(self) -> None:
         """Hold `out_dir` until the end of the run."""
@@ -420,6 +443,7 @@ class _Run:
                 activation_memory_budget=self.config.activation_memory_budget,
                 lossy=self.lossy,
                 settings=self.settings,
+                wanted=self.wanted,
             )
             report_status(status)
 
@@ -456,6 +480,13 @@ class _Run:
 
     def _result(self) -> RunResult:
         return RunResult(self.step, self.best_val_loss, self.stopped_by)
+
+
+def _ending_signals() -> list[signal.Signals]:
+    """Return the signals that end a run after its step; not SIGHUP where `nohup` made it ignored."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    return found if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [*found, hangup]
 
 
 def _as_floats(result: StepResult) -> dict[str, float]:
