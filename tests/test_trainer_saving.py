@@ -3,9 +3,12 @@
 import errno
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from tightfit.errors import CheckpointError
 from tightfit.foreign import reads_in_bounds
 from tightfit.storage import LOCK, OWNER, owning
 from tightfit.trainer import checkpoint as ckpt
-from tightfit.trainer import saving
+from tightfit.trainer import saving, watchdog
 from tightfit.trainer.checkpoint import load, load_newest
 from tightfit.trainer.metrics import Reporter
 
@@ -271,3 +274,50 @@ def test_under_nohup_a_closed_terminal_changes_nothing(
         assert here(arguments(tmp_path, data_dir, fit="off")).code == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_step_that_hangs_is_noticed_with_every_threads_stack(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "LEAST_S", 0.1)
+    lines: list[str] = []
+    found = watchdog.Watchdog(lines.append, ends=False)
+    for number in range(3):
+        with found.step(number):
+            time.sleep(0.01)
+    assert lines == []
+    with found.step(3):
+        deadline = time.monotonic() + 20
+        while not lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+    found.close()
+    assert len(lines) == 1
+    assert re.match(r"step 3 has taken \d+ s and hangs \(usually 0\.\d s; the limit is 20 times that", lines[0])
+    stacks = capfd.readouterr().err
+    assert "test_trainer_saving.py" in stacks
+    assert stacks.count("hread 0x") >= 2
+
+
+def test_a_run_that_hangs_is_started_again(tmp_path: Path, data_dir: Path) -> None:
+    """A real supervisor, and a step that sleeps in the first process only."""
+    program = (
+        "import os, sys, time\nfrom tightfit.trainer import loop, watchdog\n"
+        "watchdog.LEAST_S, watchdog.POLL_S = 0.5, 0.05\nusual = loop._Run._train_step\n"
+        "def step(self):\n    if self.step == 5 and self.first_step == 0: time.sleep(60)\n    return usual(self)\n"
+        "loop._Run._train_step = step\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nif 'train' in sys.orig_argv and 'TIGHTFIT_STATUS' in __import__('os').environ:\n"
+        f"    exec({program!r})\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    words = command(arguments(tmp_path / "out", data_dir, save_interval=2, max_iters=8, fit="off", supervise=True))
+    done = subprocess.run(
+        words, env={**environment(), "PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 5 has taken" in done.stdout
+    assert "starting again from step 4 with --init_from=resume\n" in done.stdout
+    assert "in step" in done.stderr
+    assert load_newest(tmp_path / "out", log=pytest.fail).step == 8

@@ -181,6 +181,12 @@ class TestDecisions:
         assert "memory is short;" not in told[2]
         assert "4 times with nothing newer saved, so it will happen again" in told[-1]
 
+    def test_a_step_that_hangs_starts_again_with_the_same_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        code, told = self.ended(monkeypatch, [(module.HUNG, saved(40)), (module.HUNG, saved(50)), (0, None)])
+        assert code == 0
+        assert [each for each in told if isinstance(each, list)] == [["x.py"], *[["x.py", "--init_from=resume"]] * 2]
+        assert told[2].startswith("a step of the training process hung; the stack of each thread is printed above; ")
+
     def test_a_restarted_process_knows_what_the_first_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         half = replace(SETTINGS, micro_batch=2)
         endings = iter([(-9, saved(10, wanted=SETTINGS)), (-9, saved(20, settings=half, wanted=SETTINGS)), (0, None)])
@@ -261,7 +267,7 @@ class TestDecisions:
     def test_when_it_is_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.delenv(STATUS, raising=False)
-        monkeypatch.setattr(module, "_is_a_file", lambda stream: True)
+        monkeypatch.setattr(module, "is_a_file", lambda stream: True)
         assert wants_supervision(TrainConfig(max_iters=1000))
         assert not wants_supervision(TrainConfig(max_iters=999))
         assert wants_supervision(TrainConfig(max_iters=999, supervise=True))

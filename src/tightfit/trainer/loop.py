@@ -52,6 +52,7 @@ from tightfit.trainer.setup import (
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
 from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
+from tightfit.trainer.watchdog import Watchdog
 from tightfit.units import GIB
 from tightfit.wording import say
 
@@ -255,6 +256,8 @@ class _Run:
                     self._take_folder()
                     ckpt.set_aside(self.folder, log=self.reporter.log)
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
+        self.watchdog = Watchdog(self.reporter.log, ends=STATUS in os.environ)
+        self._at_end.callback(self.watchdog.close)
         with handling_signals(_ending_signals(), self._stop, once=True):
             try:
                 result = self._loop()
@@ -313,7 +316,8 @@ class _Run:
                 return self._result()
             if last:
                 return self._result()
-            result = self.recovery.tried("forward", self._train_step, undo=self._undo_step)
+            with self.watchdog.step(self.step):
+                result = self.recovery.tried("forward", self._train_step, undo=self._undo_step)
             self.step, self.evaluated = self.step + 1, False
             self._report_not_finite(result)
             if (self.step - 1) % config.log_interval == 0:

@@ -27,6 +27,8 @@ from tightfit.wording import say
 
 BEYOND_SAVING = 75
 """Exit code of a process that a new one can replace: EX_TEMPFAIL of BSD's sysexits.h."""
+HUNG = 76
+"""Exit code of a process whose step hung; a new one starts from the last state with the same settings."""
 LEARNT = "TIGHTFIT_LEARNT"
 STATUS = "TIGHTFIT_STATUS"
 """Environment variable with the path of a supervised run's status file; a run that has it has a supervisor."""
@@ -83,7 +85,7 @@ def wants_supervision(config: TrainConfig) -> bool:
     if config.supervise is True:
         return True
     is_long = config.max_iters >= LONG_RUN and not config.eval_only
-    return is_long and "RANK" not in os.environ and _is_a_file(sys.stdout) and _is_a_file(sys.stderr)
+    return is_long and "RANK" not in os.environ and is_a_file(sys.stdout) and is_a_file(sys.stderr)
 
 
 def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[str], object] = print) -> int:
@@ -110,9 +112,10 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[s
                 known = Learnt(wanted=status.wanted or status.settings, failed=status.settings)
                 os.environ[LEARNT] = msgspec.json.encode(known).decode()
                 lossy |= status.lossy  # a child that got them as options has none of its own
-                added = overrides(msgspec.structs.replace(status, lossy=lossy))
+                less = overrides(msgspec.structs.replace(status, lossy=lossy))
+                added = _from_last_state(added, less) if code == HUNG else less
             if restarts > MOST_RESTARTS:
-                if -code in _CRASHES:
+                if code == HUNG or -code in _CRASHES:
                     log(say("trainer.supervise.crashes", cause=_cause(code), times=restarts))
                 else:
                     log(say("trainer.supervise.gives_up", cause=_cause(code), times=restarts))
@@ -162,9 +165,15 @@ def overrides(status: Status) -> list[str]:
     return words
 
 
+def _from_last_state(added: Sequence[str], less: Sequence[str]) -> list[str]:
+    """Keep the options so far, and resume if `less`, the options for less memory, would."""
+    resume = "--init_from=resume"
+    return [*added, resume] if resume in less and resume not in added else list(added)
+
+
 def can_be_replaced(code: int) -> bool:
     """Return True if a child that ended with `code` may restart; a signal's number counts as negative."""
-    return code == BEYOND_SAVING or -code in _KILLED
+    return code in (BEYOND_SAVING, HUNG) or -code in _KILLED
 
 
 def report_status(status: Status) -> None:
@@ -210,6 +219,8 @@ def _exit_code(code: int) -> int:
 
 
 def _cause(code: int) -> str:
+    if code == HUNG:
+        return say("trainer.supervise.hung")
     if code == BEYOND_SAVING:
         return say("trainer.supervise.could_not_continue")
     name = signal.Signals(-code).name
@@ -218,7 +229,7 @@ def _cause(code: int) -> str:
     return say("trainer.supervise.killed", signal=name)
 
 
-def _is_a_file(stream: TextIO) -> bool:
+def is_a_file(stream: TextIO) -> bool:
     """Return True for the process's own output; a stream that a caller captures would lack the child's."""
     try:
         return stream.fileno() in (1, 2)
