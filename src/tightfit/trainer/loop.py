@@ -47,6 +47,7 @@ from tightfit.trainer.setup import (
     data_order_changes,
     model_config,
     refuse_other_run,
+    refuse_other_text,
     starting_point,
 )
 from tightfit.trainer.signals import handling_signals
@@ -180,6 +181,8 @@ class _Run:
         shape = model_config(self.config, start, self.dataset, log=self.reporter.log)
         if self.world.is_main:
             self.dataset.validate(block_size=shape.block_size, vocab_size=shape.vocab_size)
+            if start is not None and self.config.init_from == "resume":
+                refuse_other_text(self.config, start, self.dataset)
             self.digests = {file.path.stem: file.digest() for file in (self.dataset.train, self.dataset.val)}
         for reason in self.hardware.reasons:
             self.reporter.log(reason)

@@ -165,20 +165,21 @@ def _refuse_without_compiler(config: TrainConfig, hardware: Hardware) -> None:
 
 
 def refuse_other_run(config: TrainConfig, start: Checkpoint, dataset: Dataset) -> None:
-    """ConfigError if a resumed run would go on with another text, a shorter context or a vocabulary that is too small.
-
-    A run that goes on elsewhere starts anew from the weights.
-    """
-    own, saved = start.model_config, start.config
+    """ConfigError if a resumed run would go on with a shorter context, or with a vocabulary that is too small."""
+    own = start.model_config
     if config.block_size < own.block_size and start.optimizer is not None:
         sizes = {"asked": config.block_size, "size": own.block_size}
         raise ConfigError(say("trainer.setup.shorter", path=start.path, **sizes))
     if dataset.vocab_size and dataset.vocab_size > own.vocab_size:
         sizes = {"asked": dataset.vocab_size, "size": own.vocab_size}
         raise ConfigError(say("trainer.setup.vocabulary", path=start.path, folder=dataset.folder, **sizes))
+
+
+def refuse_other_text(config: TrainConfig, start: Checkpoint, dataset: Dataset) -> None:
+    """ConfigError if the dataset of this name now holds another text than the one that the run was trained on."""
     for file in (dataset.train, dataset.val):
         known = start.data.get(file.path.stem)
-        if known is not None and saved.get("dataset") == config.dataset and known != file.digest():
+        if known is not None and start.config.get("dataset") == config.dataset and known != file.digest():
             raise ConfigError(say("trainer.setup.other_text", file=file.path, path=start.path))
 
 
