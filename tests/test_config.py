@@ -557,3 +557,10 @@ def test_a_file_that_is_there_comes_before_ours(tmp_path, monkeypatch):
     (tmp_path / "configs" / "train_stdlib.py").write_text("dataset = 'mine'")
     resolved = read_config(TrainConfig, ["configs/train_stdlib.py"])
     assert (resolved.config.dataset, resolved.warnings) == ("mine", ())
+
+
+@pytest.mark.parametrize("key", ["supervise", "compile", "recover"])
+def test_on_and_off_are_flags_too(key: str) -> None:
+    for words, value in ((["off"], False), (["on"], True)):
+        assert getattr(read_config(TrainConfig, [f"--{key}={words[0]}"]).config, key) is value
+        assert getattr(read_config(TrainConfig, [f"--{key}", *words]).config, key) is value

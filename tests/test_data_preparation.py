@@ -763,6 +763,7 @@ def test_a_full_disk_is_one_error_and_the_dataset_stays(small_disk: Path, tmp_pa
         "input": tmp_path / "rows.jsonl",
         "data_dir": small_disk,
         "tokenizer": "bytes",
+        "overwrite": True,
     }
     with pytest.raises(DoesNotFit, match=r"no room to write in .*untouched\. Make room and run the same command"):
         prepare("job", **arguments)
@@ -807,3 +808,39 @@ def test_progress_counts_up_to_the_whole_input(tmp_path: Path, monkeypatch: pyte
 def test_importing_the_room_imports_no_torch_and_no_tokenizer_library() -> None:
     code = "import sys, tightfit.data; print({'torch', 'tiktoken', 'tokenizers', 'pyarrow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("place", ["file.txt", "/proc", "/dev/null", "file.txt/below"])
+def test_a_data_dir_that_cannot_be(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file.txt").write_text("text " * 100)
+    folder = tmp_path / place  # an absolute place stays itself
+    with pytest.raises(DataError, match=r"may not be written \(.*\); choose another --data_dir"):
+        prepare("name", input=tmp_path / "file.txt", data_dir=folder, tokenizer="bytes")
+
+
+def test_a_dataset_of_another_input_is_replaced_only_when_told(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.txt").write_text(name * 1000)
+    given: dict[str, Any] = {"data_dir": tmp_path, "tokenizer": "bytes"}
+    first = contents(prepare("data", input=tmp_path / "one.txt", **given).folder)
+    with pytest.raises(DataError, match=r"holds a dataset made from .*one\.txt, another input; .* --overwrite"):
+        prepare("data", input=tmp_path / "other.txt", **given)
+    assert contents(tmp_path / "data") == first
+    (tmp_path / "one.txt").write_text("grown" * 2000)
+    assert prepare("data", input=tmp_path / "one.txt", **given).train_tokens == 9000
+    assert prepare("data", input=tmp_path / "other.txt", **given, overwrite=True).train_tokens == 4500
+
+
+@pytest.mark.parametrize("form", ["[]", "{}", '{"job": 1}', '{"shards": "x"}', "1", "[" * 5000, '[{"a": 1}]'])
+def test_a_journal_of_another_shape(tmp_path: Path, form: str) -> None:
+    (tmp_path / "text.txt").write_text("text " * 1000)
+    work = tmp_path / "data" / ".prepare"
+    work.mkdir(parents=True)
+    (work / "journal.json").write_text(form)
+    given: dict[str, Any] = {"input": tmp_path / "text.txt", "data_dir": tmp_path, "tokenizer": "bytes"}
+    before = contents(prepare("data", **given).folder)
+    work.mkdir()
+    (work / "publish.json").write_text(form)
+    with pytest.raises(DataError, match=r"publish\.json is not what tightfit writes there; delete"):
+        prepare("data", **given)
+    assert {name: data for name, data in contents(tmp_path / "data").items() if name in before} == before

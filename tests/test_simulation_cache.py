@@ -102,3 +102,14 @@ def test_another_word_is_refused() -> None:
     done = here(["cache", "clean"])
     assert done.code == 2
     assert "invalid choice: 'clean'" in done.err
+
+
+@pytest.mark.parametrize("form", ["{}", "[]", "null", "1", '"x"', "[" * 5000, '{"a":' * 5000, "of another", "unsigned"])
+def test_a_file_that_this_package_did_not_write_is_ignored(answers: Path, form: str) -> None:
+    one, another = (cache._file(HostRequest(processor=processor)) for processor in ("one", "another"))
+    assert one is not None
+    assert another is not None
+    emptied = msgspec.json.encode(HostRates(flops={}, bandwidth=0, base_bytes={})).decode()
+    one.write_text({"of another": another.read_text(), "unsigned": emptied}.get(form, form))
+    assert cache.recall(HostRequest(processor="one")) is None
+    assert cache.recall(HostRequest(processor="another")) == RATES

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tightfit
 from tightfit.config import Resolved, TrainConfig
 from tightfit.models.model import GPT, GPTConfig
+from tightfit.storage import LOCK
 from tightfit.trainer import hardware as hardware_module
 from tightfit.trainer import loop
 from tightfit.trainer.hardware import choose_hardware, native_bfloat16
@@ -166,7 +167,7 @@ class TestWhen:
 
     def test_a_new_run_in_a_used_folder_moves_the_old_files(self, tmp_path: Path, data_dir: Path) -> None:
         run(tmp_path, data_dir)
-        old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != LOCK}
         printed = run(tmp_path, data_dir, max_iters=3, seed=5)
         assert f"{tmp_path} holds an earlier run; its files are now in {tmp_path / 'previous'}" in printed
         assert {path.name: path.read_bytes() for path in (tmp_path / "previous").iterdir()} == old

@@ -173,6 +173,39 @@ class TestDecisions:
         assert "ended by SIGKILL" in told[-1]
         assert sum(isinstance(each, list) for each in told) == MOST_RESTARTS + 1
 
+    @pytest.mark.parametrize(("number", "fault"), [(11, "segmentation fault"), (6, "abort"), (7, "bus error")])
+    def test_a_crash_is_called_what_it_is(self, monkeypatch: pytest.MonkeyPatch, number: int, fault: str) -> None:
+        code, told = self.ended(monkeypatch, [(-number, saved(40))] * (MOST_RESTARTS + 1))
+        assert code == 128 + number
+        assert f"crashed ({fault}, {signal.Signals(number).name})" in told[2]
+        assert "memory is short;" not in told[2]
+        assert "4 times with nothing newer saved, so it will happen again" in told[-1]
+
+    def test_a_step_that_hangs_starts_again_with_the_same_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        code, told = self.ended(monkeypatch, [(module.HUNG, saved(40)), (module.HUNG, saved(50)), (0, None)])
+        assert code == 0
+        assert [each for each in told if isinstance(each, list)] == [["x.py"], *[["x.py", "--init_from=resume"]] * 2]
+        assert told[2].startswith("a step of the training process hung; the stack of each thread is printed above; ")
+
+    def test_a_restarted_process_knows_what_the_first_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        half = replace(SETTINGS, micro_batch=2)
+        endings = iter([(-9, saved(10, wanted=SETTINGS)), (-9, saved(20, settings=half, wanted=SETTINGS)), (0, None)])
+        found = []
+
+        def run_child(words: list[str], status: Path) -> int:
+            found.append(module.learnt())
+            code, last = next(endings)
+            if last is not None:
+                monkeypatch.setenv(STATUS, str(status))
+                report_status(last)
+            return code
+
+        monkeypatch.setattr(module, "_run_child", run_child)
+        supervise(["x.py"], TrainConfig(), log=lambda line: None)
+        learnt = [module.Learnt(wanted=SETTINGS, failed=failed) for failed in (SETTINGS, half)]
+        assert found == [None, *learnt]
+        assert module.learnt() is None
+
     def test_progress_allows_more_restarts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ends: list[tuple[int, Status | None]] = [(-9, saved(step)) for step in range(10, 100, 10)]
         code, told = self.ended(monkeypatch, [*ends, (0, saved(100))])
@@ -234,7 +267,7 @@ class TestDecisions:
     def test_when_it_is_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.delenv(STATUS, raising=False)
-        monkeypatch.setattr(module, "_is_a_file", lambda stream: True)
+        monkeypatch.setattr(module, "is_a_file", lambda stream: True)
         assert wants_supervision(TrainConfig(max_iters=1000))
         assert not wants_supervision(TrainConfig(max_iters=999))
         assert wants_supervision(TrainConfig(max_iters=999, supervise=True))

@@ -23,6 +23,12 @@ class DeviceError(TightfitError):
     """A device or number format that this machine or this build of torch does not have."""
 
 
+class CannotSave(TightfitError):
+    """A state that could not be written to disk."""
+
+    exit_code = 1
+
+
 class DoesNotFit(TightfitError):
     """A run that needs more memory, host memory or disk than there is."""
 

@@ -7,12 +7,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 METRICS, PLAN, CONFIG = "metrics.jsonl", "plan.json", "config.json"
 """Files in a run's folder: its metrics, the plan made for it, its configuration."""
 EXPLANATION = "explanation.txt"
 """Written where a run ended for want of memory."""
 BEST, LAST = "ckpt.pt", "last.pt"
 """Checkpoints by nanoGPT's rule (after an evaluation), and at any other step."""
+LOCK, OWNER = ".lock", ".owner.json"
+"""In a run's folder while a run writes there: the lock, and who holds it."""
 PREVIOUS = "previous"
 """Folder in a run's folder for the files of the run that a new one replaced."""
 
@@ -98,6 +102,61 @@ def cache_folder() -> Path | None:
     except RuntimeError:  # of newer versions; older ones leave "~"
         return None
     return None if folder.parts[0] == "~" else folder
+
+
+def has_temporary_folder() -> bool:
+    """Return False on a machine where nothing at all can be written."""
+    import tempfile
+
+    try:
+        return bool(tempfile.gettempdir())
+    except FileNotFoundError:
+        return False
+
+
+def without_temporary_folder() -> dict[str, str]:
+    """Return the variables that let torch be imported where nothing can be written; none where something can."""
+    # torch._dynamo makes this folder at import: an existing one is left as it is
+    return {} if has_temporary_folder() else {"TORCHINDUCTOR_CACHE_DIR": os.sep}
+
+
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that holds a folder."""
+
+    process: int
+    user: str
+    host: str
+    since: str
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Return the process that holds `folder`, as it wrote itself down; None if that cannot be read."""
+    try:
+        return msgspec.json.decode((folder / OWNER).read_bytes(), type=Owner)
+    except (OSError, msgspec.MsgspecError, RecursionError):
+        return None
+
+
+@contextlib.contextmanager
+def owning(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; BlockingIOError if another has it. A process that died holds nothing."""
+    import datetime
+    import getpass
+    import socket
+
+    with locked(folder / LOCK, wait=False):
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError, ModuleNotFoundError):  # a container's number without a name
+            user = str(os.getuid()) if hasattr(os, "getuid") else "?"
+        now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+        own = Owner(process=os.getpid(), user=user, host=socket.gethostname(), since=now)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            write_aside(folder / OWNER, msgspec.json.encode(own))
+        try:
+            yield
+        finally:
+            _unlink(folder / OWNER)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,9 @@ from tightfit.data.recipes import NAMES
 from tightfit.data.tokenizers import TOKENIZERS
 from tightfit.wording import say
 
+_SHORT_VALIDATION = 1024
+"""The default block_size: evaluating needs more tokens than it has."""
+
 
 def parser() -> Parser:
     found = Parser(
@@ -31,6 +34,7 @@ def parser() -> Parser:
     found.add_argument("--field", default="text", help=say("cli.prepare.field"))
     found.add_argument("--errors", default="strict", help=say("cli.prepare.errors"))
     found.add_argument("--workers", type=int, help=say("cli.prepare.workers"))
+    found.flag("--overwrite", say("cli.prepare.overwrite"))
     return found
 
 
@@ -54,4 +58,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
         made = prepare(options.name, progress=show, **given)
     print(say("cli.prepare.made", made=made))
+    if made.val_tokens <= _SHORT_VALIDATION:
+        print(say("cli.prepare.short", made=made, most=made.val_tokens - 1))
     return OK

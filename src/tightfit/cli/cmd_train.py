@@ -1,6 +1,7 @@
 """`tightfit train`."""
 
 import argparse
+import faulthandler
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tightfit.cli.exits import FAILED, OK
 from tightfit.cli.parser import Parser
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import TightfitError
-from tightfit.trainer.supervise import supervise, wants_supervision
+from tightfit.trainer.supervise import is_a_file, supervise, wants_supervision
 from tightfit.wording import say
 
 PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
@@ -46,6 +47,8 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
         return code
     if wants_supervision(resolved.config):
         return supervise(arguments, resolved.config)
+    if is_a_file(sys.stderr):
+        faulthandler.enable()  # a crash of a library leaves the stack of each thread
     os.environ.setdefault(*_SPIN)
     fallback = None
     if resolved.config.fit == "auto" and not resolved.config.eval_only:

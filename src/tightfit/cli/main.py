@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib
+import io
 import re
 import sys
 import traceback
@@ -37,6 +38,8 @@ def commands() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit code: 0 done, 1 does not fit or would fail, 2 the user's mistake, 3 our own error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold any bytes
     with language_kept():
         return _exit_code(words)
 

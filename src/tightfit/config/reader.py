@@ -16,7 +16,7 @@ from tightfit.errors import ConfigError
 from tightfit.wording import say
 
 COMMAND_LINE = "command line"
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_WORDS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
 
 @dataclass(frozen=True)

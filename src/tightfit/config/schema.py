@@ -96,6 +96,7 @@ _RULES: dict[str, _Rule] = {
     "backend": _one_of("auto", "nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl"),
     "loss": _one_of("auto", "chunked", "full", "liger"),
     "fit": _one_of("auto", "off"),
+    "on_nan": _one_of("stop", "skip", "warn"),
     "probe": _one_of("auto", "on", "off"),
     "optimizer": _one_of("adamw", "adamw_8bit"),
     "offload": _one_of("none", "optimizer", "activations", "optimizer,activations"),
@@ -287,6 +288,8 @@ class TrainConfig(Schema):
     """Memory that the run may use: auto for all that is free, or a size such as 8GiB."""
     recover: bool = True
     """Continues with a smaller plan after an out-of-memory error."""
+    on_nan: str = "warn"
+    """Reaction to a loss of nan or inf: warn (train on, as nanoGPT), skip (drop that step's update) or stop."""
     supervise: bool | str = "auto"
     """Has another process restart the run if the system kills it; auto: from 1000 steps on."""
 

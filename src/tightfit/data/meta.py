@@ -23,9 +23,10 @@ DTYPES = {"uint16": 2, "uint32": 4}
 MAX_META_BYTES = 32 * MIB
 """All of Unicode as a character vocabulary takes 24 MB as meta.pkl, 13 MB as meta.json."""
 MAX_CONTAINERS = 100_000
-"""Dicts, lists and tuples in a meta.pkl; nanoGPT writes 3. A dict is 1 byte there, 64 in memory."""
+"""Dicts and lists in a meta.pkl; nanoGPT writes 3. A dict is 1 byte there, 64 in memory."""
 
-_CONTAINERS = {"EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_CONTAINERS = {"EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST"}
+"""No tuples: as keys, nested ones take hours to hash, and nanoGPT writes none."""
 _MEMO_BY_INDEX = {"PUT", "BINPUT", "LONG_BINPUT"}
 _VALUES = """
     PROTO FRAME STOP MARK MEMOIZE GET BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS NONE NEWTRUE NEWFALSE
@@ -184,6 +185,8 @@ def _check_operations(data: bytes) -> None:
         if operation.name in _REFUSED_BY_NAME:
             return  # the unpickler stops there too, and can say the name
         if operation.name not in _PLAIN:
+            raise ValueError(say("data.meta.operation", name=operation.name))
+        if isinstance(argument, int) and argument.bit_length() > 64:  # as keys, many of them can share one hash
             raise ValueError(say("data.meta.operation", name=operation.name))
         containers += operation.name in _CONTAINERS
         if containers > MAX_CONTAINERS:

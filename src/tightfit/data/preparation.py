@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tightfit.data.meta import DTYPES, FORMAT, Meta, dtype_for, nanogpt_meta
+from tightfit.data.meta import DTYPES, FORMAT, Meta, dtype_for, nanogpt_meta, read_meta
 from tightfit.data.recipes import Options, Paths, Recipe, bpe_vocab_size, resolve
 from tightfit.data.sources import Piece, Source, Split
 from tightfit.data.tokenizers import Bpe, Bytes, Characters, Gpt2, Tokenizer, Uint32
@@ -89,12 +89,14 @@ def prepare(
     field: str = "text",
     errors: str = "strict",
     workers: int | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PrepareResult:
     """Make `<data_dir>/<name>` from shakespeare_char, shakespeare, openwebtext, stdlib, or the user's files.
 
     `Options` explains the choices. DataError if the text is missing or unreadable, DoesNotFit if the disk is full.
-    An earlier dataset of that name stays until the new one is complete.
+    An earlier dataset of that name stays until the new one is complete; one from another input is replaced only with
+    `overwrite`.
     """
     started = time.monotonic()
     options = Options(
@@ -111,6 +113,8 @@ def prepare(
         recipe.folder.mkdir(parents=True, exist_ok=True)
     with locked(recipe.folder), disk_errors(recipe.folder):
         finish_publishing(recipe.folder)
+        if not overwrite:
+            _refuse_another_input(recipe)
         try:
             made, journal, resumed = _write(recipe, options, progress or _silent)
         except DataError:
@@ -129,6 +133,19 @@ def prepare(
         resumed=resumed,
         seconds=time.monotonic() - started,
     )
+
+
+def _refuse_another_input(recipe: Recipe) -> None:
+    """DataError if the folder holds a dataset that was made from another text."""
+    try:
+        meta = read_meta(recipe.folder)
+    except DataError:  # a broken one is no loss
+        return
+    now, before = recipe.source.describe(), meta.source if meta else {}
+    if not isinstance(before, dict) or not {"kind", "path"} <= before.keys():
+        return
+    if (before["kind"], os.path.abspath(before["path"])) != (now.get("kind"), os.path.abspath(now.get("path", ""))):
+        raise DataError(say("data.workfolder.another_input", folder=recipe.folder, path=before["path"]))
 
 
 def _silent(done_bytes: int, total_bytes: int | None, tokens: int) -> None:

@@ -135,6 +135,7 @@ class Files:
         return {
             "kind": "files",
             "name": self.name,
+            "path": str(self.root),
             "files": len(self.files),
             "skipped": self.skipped,
             "bytes": self.total_bytes,

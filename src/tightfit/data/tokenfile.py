@@ -2,11 +2,12 @@
 
 import contextlib
 import difflib
-import json
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +21,16 @@ Ids = npt.NDArray[np.uint16 | np.uint32]
 
 SCAN_TOKENS = 2**24
 """Ids that a scan reads at a time: 32 MiB of uint16, so memory stays small for any file."""
+
+
+class _Scan(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a scan, and the file as it was then."""
+
+    size: int
+    mtime_ns: int
+    dtype: str
+    largest_id: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -75,21 +86,38 @@ class TokenFile:
             raise DataError(say("data.tokenfile.large_id", path=self.path, id=largest, **sizes))
 
     def largest_id(self) -> int:
-        """Return the largest id. One scan finds it; a file next to the tokens keeps it until they change."""
+        """Return the largest id."""
+        return self._scanned().largest_id
+
+    def digest(self) -> str:
+        """Return a digest of the ids, which tells texts apart."""
+        return self._scanned().digest
+
+    def _scanned(self) -> "_Scan":
+        """Scan the file once; a file next to the tokens keeps the result until they change."""
         status = self.path.stat()
-        key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "dtype": self.dtype}
         remembered = self.path.with_name(f"{self.path.name}.checked.json")
         try:
-            found = json.loads(remembered.read_text())
-            if isinstance(found, dict) and found.items() >= key.items() and isinstance(found["largest_id"], int):
-                return found["largest_id"]
-        except (OSError, ValueError, KeyError):
-            pass  # absent or unreadable: scan
-        ids = self.array()
-        largest = max(int(ids[i : i + SCAN_TOKENS].max()) for i in range(0, self.tokens, SCAN_TOKENS))
+            found = msgspec.json.decode(remembered.read_bytes(), type=_Scan)
+            if (found.size, found.mtime_ns, found.dtype) == (status.st_size, status.st_mtime_ns, self.dtype):
+                return found
+        except (OSError, msgspec.MsgspecError, RecursionError):
+            pass  # absent, or not written by this version: scan
+        ids, largest, digest = self.array(), 0, hashlib.blake2b(digest_size=16)
+        for start in range(0, self.tokens, SCAN_TOKENS):
+            part = ids[start : start + SCAN_TOKENS]
+            largest = max(largest, int(part.max()))
+            digest.update(part.tobytes())
+        scan = _Scan(
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            dtype=self.dtype,
+            largest_id=largest,
+            digest=digest.hexdigest(),
+        )
         with contextlib.suppress(OSError):  # a read-only folder or a full disk: scan again next time
-            write_aside(remembered, json.dumps({**key, "largest_id": largest}))
-        return largest
+            write_aside(remembered, msgspec.json.encode(scan))
+        return scan
 
     def _wrong_length(self, expected: int) -> str:
         path, size, dtype = self.path, self.tokens * DTYPES[self.dtype], self.dtype

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -56,11 +57,11 @@ class Journal:
 def open_journal(work: Path, job: str) -> Journal:
     """Open the journal of this job; start an empty work folder if the journal there belongs to another job."""
     try:
-        journal = Journal(**json.loads((work / _JOURNAL).read_bytes()))
+        journal = msgspec.json.decode((work / _JOURNAL).read_bytes(), type=Journal)
         held = [(work / f"{split}.bin").stat().st_size // DTYPES[journal.dtype] for split in ("train", "val")]
         if journal.job == job and held[0] >= journal.train and held[1] >= journal.val:
             return journal
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, msgspec.MsgspecError, RecursionError, KeyError):
         pass  # absent, or not written by this version
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -72,8 +73,8 @@ def open_journal(work: Path, job: str) -> Journal:
 def discard_unstarted(folder: Path) -> None:
     """Remove the work folder if nothing is journaled there yet, then the dataset's folder if it is empty."""
     work = folder / WORK_FOLDER
-    with contextlib.suppress(OSError, ValueError):
-        if not json.loads((work / _JOURNAL).read_bytes())["shards"]:
+    with contextlib.suppress(OSError, msgspec.MsgspecError, RecursionError):
+        if not msgspec.json.decode((work / _JOURNAL).read_bytes(), type=Journal).shards:
             shutil.rmtree(work)
         folder.rmdir()  # refuses if there is anything in it
 
@@ -118,7 +119,12 @@ def finish_publishing(folder: Path) -> None:
     if not publishing(folder):
         return
     work = folder / WORK_FOLDER
-    names = json.loads((work / _MARKER).read_bytes())
+    try:
+        names = msgspec.json.decode((work / _MARKER).read_bytes(), type=list[str])
+    except (msgspec.MsgspecError, RecursionError):
+        names = []
+    if "meta.json" not in names:  # `publish` writes it always; without it everything would count as stale
+        raise DataError(say("data.workfolder.strange_marker", path=work / _MARKER, work=work))
     for stale in set(_FILES) - set(names):
         (folder / stale).unlink(missing_ok=True)
     for name in _FILES:
@@ -150,15 +156,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Raise DoesNotFit for a full disk, quota or file-size limit, and DataError for a forbidden folder."""
+    """Raise DoesNotFit for a full disk, quota or file-size limit, and DataError for a folder that cannot be used."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            path = error.filename or folder
-            raise DataError(say("data.workfolder.forbidden", path=path, reason=error.strerror)) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+            path = error.filename or folder
+            raise DataError(say("data.workfolder.forbidden", path=path, reason=error.strerror or error)) from None
         work = folder / WORK_FOLDER
         kept = sum(path.stat().st_size for path in work.glob("*") if path.is_file())
         free, reason = shutil.disk_usage(folder).free, error.strerror

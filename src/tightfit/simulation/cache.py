@@ -43,14 +43,24 @@ class CacheState(msgspec.Struct, frozen=True, kw_only=True):
     freed_bytes: int = 0
 
 
+class _Remembered(msgspec.Struct, frozen=True):
+    """An answer and the digest of the question and the answer: a file that anything else wrote is not believed."""
+
+    digest: str
+    answer: msgspec.Raw
+
+
 def recall(request: Request[A]) -> A | None:
     """Return the remembered answer, or None."""
     file = _file(request)
     if file is None:
         return None
     try:
-        answer = decode_answer(request, file.read_bytes())
-    except (OSError, msgspec.MsgspecError):
+        found = msgspec.json.decode(file.read_bytes(), type=_Remembered)
+        if found.digest != _digest(file, bytes(found.answer)):
+            return None
+        answer = decode_answer(request, found.answer)
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return None
     with contextlib.suppress(OSError):
         os.utime(file)  # the oldest go first, by their last use
@@ -63,10 +73,15 @@ def remember(request: Request[msgspec.Struct], answer: msgspec.Struct) -> None:
     if file is None:
         return
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(file, msgspec.json.encode(answer))
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data = msgspec.json.encode(answer)
+        write_aside(file, msgspec.json.encode(_Remembered(_digest(file, data), msgspec.Raw(data))))
         if random.randrange(_LOOKS_ONE_IN) == 0:
             prune(file.parent)
+
+
+def _digest(file: Path, answer: bytes) -> str:
+    return hashlib.sha256(file.name.encode() + answer).hexdigest()
 
 
 def prune(folder: Path, most_bytes: int = _MOST_BYTES) -> None:

@@ -22,6 +22,7 @@ from tightfit.errors import DeviceError
 from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.requests import AnyRequest, Ask, Failed, Reply, Request, decode_answer
 from tightfit.simulation.wire import Frames, send
+from tightfit.storage import has_temporary_folder, without_temporary_folder
 from tightfit.wording import say
 
 _TIMEOUT_S = 600
@@ -101,6 +102,8 @@ class Simulator:
         waiting = set(requests)
         if not waiting:
             return
+        if any(each.compiles for each in requests.values()) and not has_temporary_folder():
+            raise DeviceError(say("simulation.client.nowhere_to_compile"))
         try:
             connection = self._start()
             for number, request in requests.items():
@@ -124,7 +127,7 @@ class Simulator:
 
     def _start(self) -> socket.socket:
         if self._connection is None:
-            hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **without_temporary_folder()}
             options = ["compiler"] if self.will_compile and importlib.util.find_spec("triton") else []
             words = [str(self._workers), *options]
             self._process, self._connection = _start_server(*words, environ={**os.environ, **hidden})
@@ -143,7 +146,9 @@ def run_once(
 
     `on_step` hears how many optimizer steps a script has done.
     """
-    process, connection = _start_server("once", environ=dict(os.environ if environ is None else environ))
+    process, connection = _start_server(
+        "once", environ={**(os.environ if environ is None else environ), **without_temporary_folder()}
+    )
     deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
     try:
         send(connection, Ask(number=0, request=cast(AnyRequest, request)))

@@ -21,17 +21,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tightfit.errors import CheckpointError, ConfigError, DoesNotFit
+from tightfit.errors import CannotSave, CheckpointError, ConfigError, DoesNotFit
+from tightfit.foreign import DAMAGE, reads_in_bounds
 from tightfit.models.conversion import check_state, strip_prefix
 from tightfit.models.model import GPTConfig
-from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, previous, sync_file, writing
+from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, owner_of, owning, previous, sync_file, writing
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
+from tightfit.units import MIB
 from tightfit.wording import say
 
 _FORMAT = 1
+_MOST_PICKLE_BYTES = 32 * MIB
+"""Size of the pickle in a checkpoint, without its numbers; GPT-2 XL's with AdamW's state is 0.6 MiB."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_SUCH_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +52,36 @@ class Checkpoint:
     scaler: Mapping[str, object] | None = None
     evaluated: bool = False
     """True if the evaluation due at this step has been made."""
+    data: Mapping[str, object] = field(default_factory=dict)
+    """Digests of the token files, by split; those of a file are not checked."""
     path: Path | None = None
 
 
 @contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it, so that no other run writes there; ConfigError if one does or it cannot be made."""
+    with contextlib.ExitStack() as held:
+        with folder_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(owning(folder))
+            except BlockingIOError:
+                owner = owner_of(folder)
+                by = say("trainer.checkpoint.taken_by", owner=owner) if owner else ""
+                raise ConfigError(say("trainer.checkpoint.taken", folder=folder, by=by)) from None
+        yield
+
+
+@contextlib.contextmanager
 def folder_errors(folder: Path) -> Iterator[None]:
-    """Raise DoesNotFit for a full disk, ConfigError for a folder that cannot be made or written."""
+    """Raise DoesNotFit for a full disk, ConfigError for a folder that cannot be made, read or written."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise DoesNotFit(say("trainer.checkpoint.full_disk", folder=folder)) from None
-        if error.errno in _FORBIDDEN + _NO_SUCH_FOLDER:
-            raise ConfigError(say("trainer.checkpoint.wrong_folder", folder=folder, reason=error.strerror)) from None
-        raise
+        reason = error.strerror or error
+        raise ConfigError(say("trainer.checkpoint.wrong_folder", folder=folder, reason=reason)) from None
 
 
 def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
@@ -83,10 +101,11 @@ def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
         log(say("trainer.checkpoint.set_aside", folder=folder, previous=before))
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST) -> None:
-    """Write `name` in `folder` atomically and keep the one before it; DoesNotFit if the disk is full.
+def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST, is_last: bool = False) -> None:
+    """Write `name` in `folder` atomically and keep the one before it.
 
-    Whatever happens here, the last good checkpoint stays.
+    DoesNotFit if the disk is full, CannotSave for any other error of the disk. Whatever happens here, the last good
+    checkpoint stays. The one before it is given up if that makes enough room, or if this save `is_last`.
     """
     content = {
         "model": dict(checkpoint.model),
@@ -95,25 +114,58 @@ def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST) -> None:
         "iter_num": checkpoint.step,
         "best_val_loss": checkpoint.best_val_loss,
         "config": dict(checkpoint.config),
-        "tightfit": {"format": _FORMAT, "scaler": checkpoint.scaler, "evaluated": checkpoint.evaluated},
+        "tightfit": {
+            "format": _FORMAT,
+            "scaler": checkpoint.scaler,
+            "evaluated": checkpoint.evaluated,
+            "data": dict(checkpoint.data),
+        },
     }
-    path = folder / name
+    size = _tensor_bytes(content.values())
     try:
+        _write(folder / name, content, size)
+    except DoesNotFit:
+        if not _makes_room(folder, size, anyway=is_last):
+            raise
+        _write(folder / name, content, size)
+    if name == BEST:  # the resume points are older now
+        for stale in (LAST, previous(LAST)):
+            with contextlib.suppress(OSError):  # a resume takes the latest step
+                (folder / stale).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Mapping[str, object], size: int) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have moved it
         with writing(path, durable=True) as part:
             with part.open("wb") as file:
                 torch.save(content, file)
             sync_file(part)  # before the one before it is given up
-            if path.exists():
-                _replace_link(path, folder / previous(name))
+            if path.is_file():
+                _replace_link(path, path.with_name(previous(path.name)))
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as a RuntimeError and keeps the OSError as its cause or context
-        if any(isinstance(each, OSError) and each.errno in FULL_DISK for each in error_chain(error)):
-            size = _tensor_bytes(content.values())
+        found = [each for each in error_chain(error) if isinstance(each, OSError)]
+        if not found or is_out_of_memory(error):
+            raise
+        if any(each.errno in FULL_DISK for each in found):
             raise DoesNotFit(say("trainer.checkpoint.no_room", path=path, size=size)) from None
-        raise
-    if name == BEST:  # the resume points are older now
-        for stale in (LAST, previous(LAST)):
-            (folder / stale).unlink(missing_ok=True)
+        reason = found[0].strerror or str(found[0])
+        raise CannotSave(say("trainer.checkpoint.not_written", path=path, reason=reason)) from None
+
+
+def _makes_room(folder: Path, size: int, *, anyway: bool) -> bool:
+    """Delete the predecessors of checkpoints, unless that would not be enough; return True if any was deleted."""
+    try:
+        old = {folder / previous(name) for name in (BEST, LAST) if (folder / name).is_file()}
+        sizes = {path: path.stat().st_size for path in old if path.is_file()}
+        if not anyway and shutil.disk_usage(folder).free + sum(sizes.values()) < size:
+            return False
+        for path in sizes:
+            path.unlink()
+    except OSError:
+        return False
+    return bool(sizes)
 
 
 def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
@@ -157,15 +209,22 @@ def load(path: Path) -> Checkpoint:
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols other than torch's
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return _checked(path, content, found.st_size)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error).upper():
             raise CheckpointError(say("trainer.checkpoint.unsafe", path=path)) from None
         raise CheckpointError(_damaged(path)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError) as error:
+    except DAMAGE as error:
         if is_out_of_memory(error):  # the file may be good, and the checkpoint before it would repeat steps
             raise
         raise CheckpointError(_damaged(path)) from None
-    return _checked(path, content)
+
+
+def refuse_not_finite(saved: Checkpoint) -> None:
+    """CheckpointError if a weight is not a finite number."""
+    for name, tensor in saved.model.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(say("trainer.checkpoint.not_finite", path=saved.path, name=name))
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -176,7 +235,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
             tensor.copy_(saved[name])
 
 
-def _checked(path: Path, content: object) -> Checkpoint:
+def _checked(path: Path, content: object, size: int) -> Checkpoint:
     needed = {"model": Mapping, "model_args": Mapping, "iter_num": int}
     if not isinstance(content, Mapping):
         raise CheckpointError(say("trainer.checkpoint.no_dictionary", path=path, kind=type(content).__name__))
@@ -185,6 +244,7 @@ def _checked(path: Path, content: object) -> Checkpoint:
             raise CheckpointError(say("trainer.checkpoint.lacks_key", path=path, key=key))
     if not 0 <= content["iter_num"] < 2**63:
         raise CheckpointError(say("trainer.checkpoint.wrong_step", path=path))
+    _refuse_more_than_stored(path, content.values(), size)
     config = GPTConfig.from_nanogpt(content["model_args"])
     own = content.get("tightfit")
     own = own if isinstance(own, Mapping) else {}
@@ -196,7 +256,7 @@ def _checked(path: Path, content: object) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     stored = content.get("config")
-    optimizer, scaler = content.get("optimizer"), own.get("scaler")
+    optimizer, scaler, data = content.get("optimizer"), own.get("scaler"), own.get("data")
     return Checkpoint(
         model_config=config,
         model=weights,
@@ -206,8 +266,16 @@ def _checked(path: Path, content: object) -> Checkpoint:
         config=stored if isinstance(stored, Mapping) else {},
         scaler=scaler if isinstance(scaler, Mapping) else None,
         evaluated=bool(own.get("evaluated", False)),
+        data=data if isinstance(data, Mapping) else {},
         path=path,
     )
+
+
+def _refuse_more_than_stored(path: Path, values: Iterable[object], size: int) -> None:
+    """Refuse tensors that claim more bytes than the file has: views that repeat a few stored numbers."""
+    claimed = _tensor_bytes(values)
+    if claimed > 4 * size:  # tied weights are stored once, and a vocabulary may be all of a tiny model
+        raise CheckpointError(say("trainer.checkpoint.claims", path=path, claimed=claimed, size=size))
 
 
 def _best_val_loss(path: Path, value: object) -> float:
@@ -228,15 +296,27 @@ def _is_checked_archive(path: Path, size: int, changed_ns: int) -> bool:
     """
     try:
         if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:  # torch's old format: four pickles, and then the numbers
+                _refuse_endless(path, file.read(_MOST_PICKLE_BYTES), streams=4)
             return False
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise CheckpointError(say("trainer.checkpoint.compressed", path=path))
             if archive.testzip() is not None:
                 raise CheckpointError(_damaged(path))
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError):
+            for record in archive.infolist():
+                if record.filename.endswith(".pkl"):
+                    _refuse_endless(path, archive.read(record) if record.file_size <= _MOST_PICKLE_BYTES else None)
+    except DAMAGE as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(_damaged(path)) from None
     return True
+
+
+def _refuse_endless(path: Path, pickled: bytes | None, *, streams: int = 1) -> None:
+    if pickled is None or not reads_in_bounds(pickled, streams=streams):
+        raise CheckpointError(say("trainer.checkpoint.endless", path=path))
 
 
 def _damaged(path: Path) -> str:

@@ -3,22 +3,23 @@
 import math
 import os
 import signal
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
 from tightfit.config import LOSSY_KEYS, Resolved, SampleConfig, TrainConfig, batch_split, describe, to_dict
 from tightfit.data import open_dataset
 from tightfit.data.batches import Batches, Purpose
-from tightfit.errors import ConfigError, DoesNotFit
+from tightfit.errors import ConfigError, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
-from tightfit.storage import BEST, LAST
+from tightfit.storage import BEST, LAST, without_temporary_folder
 from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.atomic import reset_scaler
@@ -29,14 +30,30 @@ from tightfit.trainer.fallback import Fallback, Halving, Phase, Settings
 from tightfit.trainer.feed import Feed
 from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_options
 from tightfit.trainer.metrics import Reporter, Stopwatch
-from tightfit.trainer.out_of_memory import set_process_warnings
-from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery
+from tightfit.trainer.out_of_memory import (
+    Kind,
+    is_out_of_memory,
+    release_frames,
+    release_memory,
+    set_process_warnings,
+)
+from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery, last_line
 from tightfit.trainer.resident import memory_use, set_process_malloc
 from tightfit.trainer.sample import sample_text
-from tightfit.trainer.setup import build_model, build_state, data_order_changes, model_config, starting_point
+from tightfit.trainer.saving import Saver
+from tightfit.trainer.setup import (
+    build_model,
+    build_state,
+    data_order_changes,
+    model_config,
+    refuse_other_run,
+    refuse_other_text,
+    starting_point,
+)
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
-from tightfit.trainer.supervise import STATUS, Status, report_status
+from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
+from tightfit.trainer.watchdog import Watchdog
 from tightfit.units import GIB
 from tightfit.wording import say
 
@@ -52,6 +69,12 @@ class RunResult:
     """The signal that ended it early, after saving."""
 
 
+class NotFinite(TightfitError):
+    """A loss of nan or inf, in a run that is to stop there; the parameters are those before that step."""
+
+    exit_code = 1
+
+
 def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> RunResult:
     """Train as configured. If the run cannot be done, raise one of this package's errors; nothing is lost.
 
@@ -61,15 +84,15 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
     world = world_of_environment()
     hardware = choose_hardware(config, local_rank=world.local_rank, local_size=world.local_size)
     _refuse(config, world)
+    os.environ.update(without_temporary_folder())
     set_process_options(hardware, activation_memory_budget=config.activation_memory_budget)
     if config.recover and hardware.device.type == "cpu":
         set_process_warnings()
     with process_group(world, config.backend, hardware.device):
         reporter = Reporter(is_main=world.is_main)
-        try:
-            return _Run(resolved, world, hardware, reporter, fallback).execute()
-        finally:
-            reporter.close()
+        with ExitStack() as at_end:
+            at_end.callback(reporter.close)
+            return _Run(resolved, world, hardware, reporter, fallback, at_end).execute()
 
 
 def _refuse(config: TrainConfig, world: World) -> None:
@@ -108,18 +131,24 @@ class _Run:
         hardware: Hardware,
         reporter: Reporter,
         fallback: Fallback | None,
+        at_end: ExitStack,
     ) -> None:
-        config = resolved.config
+        config, self._at_end = resolved.config, at_end
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
         self.folder = Path(config.out_dir)
         self.lossy = {key: getattr(config, key) for key in LOSSY_KEYS if resolved.sources[key] == "plan"}
         """Keys that a plan set although they change the result; a process that takes over must not choose them anew."""
         for key, value, source in describe(resolved):
             reporter.log(f"{key} = {value!r} ({source})")
+        if world.is_main and config.init_from == "resume" and self.folder.is_dir():
+            self._take_folder()
         self.recovery = Recovery(world, hardware.device, reporter.log, reporter.event, enabled=config.recover)
+        self.saver = Saver(self.folder, self._write_checkpoint, reporter.log)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.stopped_by: signal.Signals | None = None
+        self._unread: list[tuple[int, torch.Tensor]] = []
+        self._is_not_finite = False
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
         start = self.recovery.tried(beginning, self._starting_point)
         shape = self._shape(start)
@@ -129,11 +158,13 @@ class _Run:
             same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":
             self._resume(start)
-        self.first_step = self.saved_step = self.recovery.step = self.step
+        self.first_step = self.saver.saved_step = self.recovery.step = self.step
         self._begin(shape, fallback)
 
     def _starting_point(self) -> Checkpoint | None:
         start = starting_point(self.config.init_from, self.config.out_dir, log=self.reporter.log)
+        if start is not None and self.config.init_from == "resume" and self.world.is_main:
+            refuse_other_run(self.config, start, self.dataset)
         self.recovery.agree()
         return start
 
@@ -150,6 +181,9 @@ class _Run:
         shape = model_config(self.config, start, self.dataset, log=self.reporter.log)
         if self.world.is_main:
             self.dataset.validate(block_size=shape.block_size, vocab_size=shape.vocab_size)
+            if start is not None and self.config.init_from == "resume":
+                refuse_other_text(self.config, start, self.dataset)
+            self.digests = {file.path.stem: file.digest() for file in (self.dataset.train, self.dataset.val)}
         for reason in self.hardware.reasons:
             self.reporter.log(reason)
         return shape
@@ -184,10 +218,14 @@ class _Run:
             loss=config.loss,
             checkpointed_blocks=config.activation_checkpointing,
         )
+        before = learnt()
+        self.wanted = before.wanted if before else self.settings
         self._split_step()
         if fallback is not None and (peak := fallback.predicted_peak_bytes) is not None:
             self.reporter.event(self.step, PlanEvent(predicted_peak_bytes=peak, **asdict(self.settings)))
-        self.recovery.watch(self, fallback or Halving(shape.n_layer, len(share), self.settings))
+        if before or fallback is None:
+            fallback = Halving(shape.n_layer, len(share), self.wanted)
+        self.recovery.watch(self, fallback, failed=before.failed if before else None)
         begins = say(
             "trainer.loop.begins",
             parameters=self.model.count_parameters(),
@@ -217,24 +255,47 @@ class _Run:
             return self._result()
         if world.is_main:
             with ckpt.folder_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
                 if config.init_from != "resume":
+                    self._take_folder()
                     ckpt.set_aside(self.folder, log=self.reporter.log)
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
-        with handling_signals((signal.SIGINT, signal.SIGTERM), self._stop, once=True):
+        self.watchdog = Watchdog(self.reporter.log, ends=STATUS in os.environ)
+        self._at_end.callback(self.watchdog.close)
+        with handling_signals(_ending_signals(), self._stop, once=True):
             try:
                 result = self._loop()
-            except OutOfMemory as error:
+            except NotFinite:
                 self._save_before_the_end()
-                if error.of_all:  # torchrun ends the others' saving when one process ends
-                    world.any(False, self.hardware.device)
-                if self.step > self.first_step and STATUS in os.environ:
-                    # It did fit: a new process has the memory lost to fragments and the compilers' leftovers.
-                    raise BeyondSaving(say("trainer.loop.room_in_new_process", error=error)) from error
                 raise
+            except OutOfMemory as error:
+                self._end_without_memory(error)
+            except (MemoryError, RuntimeError, OSError) as error:  # between two steps: in a log, in metrics
+                if not config.recover or is_out_of_memory(error) is not Kind.RECOVERABLE:
+                    raise
+                message = last_line(error)
+                release_frames(error)
+                release_memory(self.hardware.device)
+                found = OutOfMemory(say("trainer.loop.between_steps", step=self.step, reason=message))
+                found.message, found.settings = message, self.settings
+                self._end_without_memory(found)
         if result.stopped_by is None and config.sample_at_end and world.is_main:
             self.recovery.tried("sample", self._sample, alone=True)
         return result
+
+    def _end_without_memory(self, error: OutOfMemory) -> NoReturn:
+        """Save, and raise `error`, or leave the rest of the run to a new process of the supervisor."""
+        self._save_before_the_end()
+        if error.of_all:  # torchrun ends the others' saving when one process ends
+            self.world.any(False, self.hardware.device)
+        if self.step > self.first_step and STATUS in os.environ:
+            # It did fit: a new process has the memory lost to fragments and the compilers' leftovers.
+            raise BeyondSaving(say("trainer.loop.room_in_new_process", error=error)) from error
+        raise error
+
+    def _take_folder(self) -> None:
+        """Hold `out_dir` until the end of the run."""
+        if not self.config.eval_only:
+            self._at_end.enter_context(ckpt.own_folder(self.folder))
 
     def _stop(self, number: signal.Signals) -> None:
         """Ask for a stop after the current step; a second signal has its usual effect."""
@@ -251,20 +312,35 @@ class _Run:
                     self._save_after_evaluation()
                 watch.restart(self.step)
             if self.world.any(self.stopped_by is not None, self.hardware.device):
-                self._save(LAST, last_chance=True)
+                self._save(LAST, is_last=True)
                 self.stopped_by = self.stopped_by or signal.SIGTERM
                 saved = say("trainer.loop.saved", step=self.step, folder=self.folder)
                 self.reporter.log(f"{self.stopped_by.name}: {saved}")
                 return self._result()
             if last:
                 return self._result()
-            result = self.recovery.tried("forward", self._train_step, undo=self._undo_step)
+            with self.watchdog.step(self.step):
+                result = self.recovery.tried("forward", self._train_step, undo=self._undo_step)
             self.step, self.evaluated = self.step + 1, False
+            self._report_not_finite(result)
             if (self.step - 1) % config.log_interval == 0:
                 self._log(result, watch)
             self.recovery.step_done()
-            if config.save_interval and self.step % config.save_interval == 0:
+            if self.reporter.reader_has_gone:  # as a shell's `| head` ends other programs, but nothing is lost
+                self.stopped_by = self.stopped_by or getattr(signal, "SIGPIPE", signal.SIGTERM)
+            if self.saver.is_due() or (config.save_interval and self.step % config.save_interval == 0):
                 self._save(LAST)
+
+    def _report_not_finite(self, result: StepResult) -> None:
+        """Log the first of several steps with a loss that is not finite: at once, or at the next line on a device."""
+        self._unread.append((self.step - 1, result.loss))
+        if self.hardware.device.type != "cpu" and (self.step - 1) % self.config.log_interval:
+            return
+        unread, self._unread = self._unread, []
+        bad = [step for step, loss in unread if not math.isfinite(float(loss))]
+        if bad and self.config.on_nan == "warn" and not self._is_not_finite:
+            self.reporter.log(say("trainer.loop.nan", step=bad[0]))
+        self._is_not_finite = bool(bad)
 
     def _train_step(self) -> StepResult:
         config, step = self.config, self.step
@@ -278,7 +354,20 @@ class _Run:
             seed_of_pass=(lambda number: dropout_seed(config.seed, step, self.feed.passes[number].start))
             if config.dropout
             else None,
+            accepts=self._accepts,
         )
+
+    def _accepts(self, result: StepResult) -> bool:
+        """Return False for a step without a finite loss that is to be skipped; NotFinite for one to stop at."""
+        if self.config.on_nan == "warn":  # reported when the loss is read: waiting for it here would cost time
+            return True
+        finite = bool(torch.isfinite(result.loss))
+        if not self.world.any(not finite, self.hardware.device):
+            return True
+        if self.config.on_nan == "stop":
+            raise NotFinite(say("trainer.loop.stops_at_nan", step=self.step, saved=self.folder))
+        self.reporter.log(say("trainer.loop.skips_nan", step=self.step))
+        return False
 
     def _undo_step(self) -> None:
         """Drop everything a step leaves before its update: gradients, the scaler's notes, data read ahead."""
@@ -319,19 +408,19 @@ class _Run:
         elif self.step >= self.config.max_iters:
             self._save(LAST)
 
-    def _save(self, name: str, *, last_chance: bool = False) -> None:
-        """Save a checkpoint; log a full disk unless this was the last chance. The last good checkpoint stays."""
+    def _save(self, name: str, *, is_last: bool = False) -> None:
+        """Save a checkpoint, at the end of the run with all means. The last good checkpoint stays."""
         if not self.world.is_main:
             return
-        try:
-            self.recovery.tried("save", partial(self._write_checkpoint, name), alone=True)
-        except DoesNotFit as error:
-            if last_chance or self.step >= self.config.max_iters:
-                raise
-            self.reporter.log(say("trainer.loop.goes_on", error=error))
+        save = self.saver.save_last if is_last or self.step >= self.config.max_iters else self.saver.save
+        save(name, self.step)
         self._report_status()
 
-    def _write_checkpoint(self, name: str) -> None:
+    def _write_checkpoint(self, folder: Path, name: str, *, is_last: bool) -> None:
+        write = partial(self._write_state, folder, name, is_last=is_last)
+        self.recovery.tried("save", write, alone=True)
+
+    def _write_state(self, folder: Path, name: str, *, is_last: bool) -> None:
         offload = self.state.offload
         content = Checkpoint(
             model_config=self.model.config,
@@ -342,25 +431,26 @@ class _Run:
             config=to_dict(self.config),
             scaler=self.state.scaler.state_dict(),
             evaluated=self.evaluated,
+            data=self.digests,
         )
-        ckpt.save(self.folder, content, name=name)
-        self.saved_step = self.step
+        ckpt.save(folder, content, name=name, is_last=is_last)
 
     def _save_before_the_end(self) -> None:
         """Save the steps since the last checkpoint, before a run ends that no longer fits."""
-        if self.step > max(self.first_step, self.saved_step):
-            self._save(LAST, last_chance=True)
+        if self.step > max(self.first_step, self.saver.saved_step):
+            self._save(LAST, is_last=True)
             self.reporter.log(say("trainer.loop.saved", step=self.step, folder=self.folder))
 
     def _report_status(self) -> None:
         """Write the state for the supervisor, if there is one."""
         if self.world.is_main:
             status = Status(
-                saved_step=self.saved_step,
+                saved_step=self.saver.saved_step,
                 n_layer=self.model.config.n_layer,
                 activation_memory_budget=self.config.activation_memory_budget,
                 lossy=self.lossy,
                 settings=self.settings,
+                wanted=self.wanted,
             )
             report_status(status)
 
@@ -397,6 +487,13 @@ class _Run:
 
     def _result(self) -> RunResult:
         return RunResult(self.step, self.best_val_loss, self.stopped_by)
+
+
+def _ending_signals() -> list[signal.Signals]:
+    """Return the signals that end a run after its step; not SIGHUP where `nohup` made it ignored."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    return found if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [*found, hangup]
 
 
 def _as_floats(result: StepResult) -> dict[str, float]:

@@ -1,11 +1,18 @@
 """Report a run while it runs: lines or a progress bar for people, `metrics.jsonl` and loggers for machines."""
 
+import contextlib
+import errno
 import importlib
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 from rich.console import Console
@@ -21,14 +28,31 @@ from rich.progress import (
 from tightfit.config import TrainConfig, to_dict
 from tightfit.errors import ConfigError
 from tightfit.storage import METRICS, writing
-from tightfit.trainer.checkpoint import FULL_DISK
 from tightfit.trainer.events import Event
 from tightfit.trainer.resident import MemoryUse
 from tightfit.units import format_bytes, format_count
 from tightfit.wording import say
 
-Sink = Callable[[int, Mapping[str, float]], object]
-"""Takes a step and its numbers."""
+
+@dataclass
+class Sink:
+    """A writer of metrics. One that fails is left out from then on; the run goes on."""
+
+    name: str
+    write: Callable[[int, Mapping[str, float]], object]
+    close: Callable[[], object]
+    errors: tuple[type[Exception], ...] = (OSError,)
+    """Errors that its library raises for a disk or a network that fails."""
+    works: bool = True
+
+    def tried(self, act: Callable[[], object], log: Callable[[str], object]) -> None:
+        if not self.works:
+            return
+        try:
+            act()
+        except self.errors as error:
+            self.works = False
+            log(say("trainer.metrics.sink_failed", name=self.name, reason=str(error) or type(error).__name__))
 
 
 class JsonLines:
@@ -65,10 +89,8 @@ class JsonLines:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        if error.errno not in FULL_DISK:
-            raise error
         if self._complete:
-            self._log(say("trainer.metrics.disk_is_full", path=self.path))
+            self._log(say("trainer.metrics.loses_lines", path=self.path, reason=error.strerror or error))
         self._complete = False
 
 
@@ -83,38 +105,53 @@ def _is_before(line: str, step: int, evaluated: bool) -> bool:
         return False  # the cut last line of a killed run
 
 
-def _tensorboard(folder: Path, first_step: int, at_end: ExitStack) -> Sink:
+def _tensorboard(folder: Path, first_step: int) -> Sink:
     try:
         tensorboard = importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         raise ConfigError(say("trainer.metrics.no_tensorboard")) from None
     writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-    at_end.callback(writer.close)
-    return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return Sink("TensorBoard", write, writer.close)
 
 
-def _weights_and_biases(config: TrainConfig, at_end: ExitStack) -> Sink:
+def _weights_and_biases(config: TrainConfig) -> Sink:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise ConfigError(say("trainer.metrics.no_wandb")) from None
     names = {"project": config.wandb_project, "name": config.wandb_run_name}
     run = wandb.init(**names, config=to_dict(config), dir=config.out_dir)
-    at_end.callback(run.finish)
-    return lambda step, values: wandb.log({"iter": step, **values}, step=step)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        wandb.log({"iter": step, **values}, step=step)
+
+    return Sink("Weights & Biases", write, run.finish, (OSError, wandb.Error))
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Leave it to the reporter: rich's own way ends the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Reporter:
     """Prints a run as it goes and writes its metrics; silent in all processes but the main one."""
 
     def __init__(self, *, is_main: bool = True) -> None:
-        self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._console = _Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._is_main = is_main
         self._sinks: list[Sink] = []
         self._at_end = ExitStack()
         self._lines: JsonLines | None = None
         self._early: list[tuple[int, Event]] = []
         self._progress: Progress | None = None
+        self.reader_has_gone = False
+        """True once the reader of a pipe that we print to has ended."""
 
     def start(self, config: TrainConfig, *, first_step: int, evaluated: bool) -> None:
         """Open the sinks and draw the bar; training begins at `first_step`, which may be `evaluated` already."""
@@ -123,13 +160,12 @@ class Reporter:
         folder = Path(config.out_dir)
         self._lines = JsonLines(folder, from_step=first_step, evaluated=evaluated, log=self.log)
         self._at_end.callback(self._lines.close)
-        self._sinks.append(self._lines.write)
         for step, event in self._early:
             self._lines.write_event(step, event)
         if config.tensorboard_log:
-            self._sinks.append(_tensorboard(folder, first_step, self._at_end))
+            self._open(_tensorboard(folder, first_step))
         if config.wandb_log:
-            self._sinks.append(_weights_and_biases(config, self._at_end))
+            self._open(_weights_and_biases(config))
         if self._console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=20),
@@ -142,11 +178,32 @@ class Reporter:
             )
             self._task = self._progress.add_task("", total=config.max_iters, completed=first_step, numbers="")
             self._progress.start()
-            self._at_end.callback(self._progress.stop)
+            self._at_end.callback(self._stop_progress, self._progress)
+
+    def _open(self, sink: Sink) -> None:
+        self._sinks.append(sink)
+        self._at_end.callback(sink.tried, sink.close, self.log)
+
+    def _stop_progress(self, progress: Progress) -> None:
+        try:
+            progress.stop()
+        except OSError as error:
+            self._print_no_more(error)
 
     def log(self, line: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        self._console.print(line, markup=False)
+        """Print a line, above the progress bar if there is one; where nobody can read it any more the run goes on."""
+        try:
+            self._console.print(line, markup=False)
+        except OSError as error:
+            self._print_no_more(error)
+
+    def _print_no_more(self, error: OSError) -> None:
+        """Write to nowhere from now on: the terminal is gone, the reader of the pipe has ended, or the disk is full."""
+        self._console.quiet = True
+        self.reader_has_gone = error.errno == errno.EPIPE
+        if sys.stdout is sys.__stdout__:
+            with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):
+                os.dup2(nowhere.fileno(), 1)
 
     def step(self, step: int, values: Mapping[str, float], memory: MemoryUse) -> None:
         """Report a training step; `values` as written to metrics.jsonl: loss, ms, tokens_per_s, perhaps mfu."""
@@ -176,8 +233,10 @@ class Reporter:
         self._at_end.close()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._lines is not None:
+            self._lines.write(step, values)
         for sink in self._sinks:
-            sink(step, values)
+            sink.tried(partial(sink.write, step, values), self.log)
 
 
 class Stopwatch:

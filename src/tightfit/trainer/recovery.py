@@ -119,9 +119,11 @@ class Recovery(Guard):
         if self.enabled and self.world.size > 1:
             self._flag = torch.zeros(1, device=self.world.flag_device(self.device))
 
-    def watch(self, run: Adjustable, fallback: Fallback) -> None:
-        """Allow the settings of `run` to change from now on."""
+    def watch(self, run: Adjustable, fallback: Fallback, *, failed: Settings | None = None) -> None:
+        """Allow the settings of `run` to change from now on; `failed` are those that ended the process before."""
         self.run, self.fallback = run, fallback
+        if failed is not None:
+            self._growth.failed(failed, "forward", free_bytes(self.device))
 
     def guard(self, state: StepState) -> None:
         """Guard the steps of `state` from now on."""

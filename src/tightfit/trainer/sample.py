@@ -12,7 +12,7 @@ from tightfit.data import Dataset, Tokenizer, load_tokenizer, read_meta
 from tightfit.errors import ConfigError, DataError
 from tightfit.models.attention import KeyValueCache
 from tightfit.models.model import GPT, GPT2_VOCAB
-from tightfit.trainer.checkpoint import Checkpoint, load_best, restore_model
+from tightfit.trainer.checkpoint import Checkpoint, load_best, refuse_not_finite, restore_model
 from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_options
 from tightfit.trainer.setup import Log, starting_point
 from tightfit.wording import say
@@ -81,6 +81,7 @@ def samples(config: SampleConfig, *, log: Log) -> Iterator[str]:
         else starting_point(config.init_from, config.out_dir, log=log)
     )
     assert start is not None, "SampleConfig refuses scratch"
+    refuse_not_finite(start)
     model = GPT.on_device(start.model_config, hardware.device)
     restore_model(model, start.model)
     model.eval()

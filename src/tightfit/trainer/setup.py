@@ -164,6 +164,25 @@ def _refuse_without_compiler(config: TrainConfig, hardware: Hardware) -> None:
         raise ConfigError(say("trainer.setup.budget_needs_compile", budget=config.activation_memory_budget))
 
 
+def refuse_other_run(config: TrainConfig, start: Checkpoint, dataset: Dataset) -> None:
+    """ConfigError if a resumed run would go on with a shorter context, or with a vocabulary that is too small."""
+    own = start.model_config
+    if config.block_size < own.block_size and start.optimizer is not None:
+        sizes = {"asked": config.block_size, "size": own.block_size}
+        raise ConfigError(say("trainer.setup.shorter", path=start.path, **sizes))
+    if dataset.vocab_size and dataset.vocab_size > own.vocab_size:
+        sizes = {"asked": dataset.vocab_size, "size": own.vocab_size}
+        raise ConfigError(say("trainer.setup.vocabulary", path=start.path, folder=dataset.folder, **sizes))
+
+
+def refuse_other_text(config: TrainConfig, start: Checkpoint, dataset: Dataset) -> None:
+    """ConfigError if the dataset of this name now holds another text than the one that the run was trained on."""
+    for file in (dataset.train, dataset.val):
+        known = start.data.get(file.path.stem)
+        if known is not None and start.config.get("dataset") == config.dataset and known != file.digest():
+            raise ConfigError(say("trainer.setup.other_text", file=file.path, path=start.path))
+
+
 def data_order_changes(config: TrainConfig, start: Checkpoint) -> list[str]:
     """List the keys that decide each step's sequences and differ from the saved run's, as "key was -> now"."""
     saved = start.config

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tightfit.models.optimizer import set_learning_rate
-from tightfit.trainer.atomic import Update
+from tightfit.trainer.atomic import Update, reset_scaler
 from tightfit.trainer.fallback import Phase
 from tightfit.trainer.offload import Offload
 
@@ -71,11 +71,13 @@ def optimizer_step(
     learning_rate: float,
     grad_clip: float,
     seed_of_pass: Callable[[int], int] | None = None,
+    accepts: Callable[[StepResult], bool] = lambda result: True,
 ) -> StepResult:
     """Update the parameters with the mean gradient over `tokens` target tokens, those of all processes together.
 
     `micro_batches` yields `passes` of them, of any sizes. Each counts by its tokens, so another split of the batch
-    changes the result only by rounding. `seed_of_pass` gives the seed of each pass's dropout, set for the process.
+    changes the result only by rounding. `seed_of_pass` gives the seed of each pass's dropout, set for the process. A
+    step whose result is not accepted changes nothing.
     """
     set_learning_rate(state.optimizer, learning_rate)
     total = _backward(state, micro_batches, passes, state.processes / tokens, seed_of_pass)
@@ -89,6 +91,11 @@ def optimizer_step(
         norm = nn.utils.clip_grad_norm_(held, grad_clip)
     result = StepResult(total / state.processes, norm)
     state.guard.agree()  # until here only gradients were written: a step that fails is undone by dropping them
+    if not accepts(result):
+        state.optimizer.zero_grad(set_to_none=True)
+        state.model.zero_grad(set_to_none=True)  # of weights whose optimizer is on the host
+        reset_scaler(state.optimizer, state.scaler)
+        return result
     state.guard.write(state)
     if state.offload:
         state.offload.return_weights()

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -27,8 +27,12 @@ from tightfit.wording import say
 
 BEYOND_SAVING = 75
 """Exit code of a process that a new one can replace: EX_TEMPFAIL of BSD's sysexits.h."""
+HUNG = 76
+"""Exit code of a process whose step hung; a new one starts from the last state with the same settings."""
+LEARNT = "TIGHTFIT_LEARNT"
 STATUS = "TIGHTFIT_STATUS"
 """Environment variable with the path of a supervised run's status file; a run that has it has a supervisor."""
+_STATUS_BYTES = 1 << 16
 MOST_RESTARTS = 3
 """Restarts without a newer checkpoint before the parent gives up."""
 LONG_RUN = 1000
@@ -36,6 +40,12 @@ LONG_RUN = 1000
 _KILLED = (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, getattr(signal, "SIGBUS", signal.SIGKILL))
 """Signals of memory shortage: the system's killer; std::bad_alloc that nothing caught; a library that wrote to memory
 it did not get (oneDNN's assembler does); a page that the system cannot supply."""
+_CRASHES = {
+    int(signal.SIGSEGV): "segmentation fault",
+    int(signal.SIGABRT): "abort",
+    int(getattr(signal, "SIGBUS", signal.SIGABRT)): "bus error",
+}
+"""Faults of a program or a library; a shortage of memory is only one of their causes."""
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
@@ -49,6 +59,23 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     lossy: dict[str, Setting]
     """Keys that a plan set although they change the result; a restart must not choose them anew."""
     settings: Settings
+    wanted: Settings | None = None
+    """Settings that the first process began with, to which a run may grow back."""
+
+
+class Learnt(msgspec.Struct, frozen=True, kw_only=True):
+    """Knowledge of the processes before this one, in the environment variable `LEARNT`."""
+
+    wanted: Settings
+    failed: Settings
+
+
+def learnt() -> Learnt | None:
+    """Return what a restarted process is to know; None in a first process."""
+    try:
+        return msgspec.json.decode(os.environ[LEARNT], type=Learnt)
+    except (KeyError, msgspec.MsgspecError):
+        return None
 
 
 def wants_supervision(config: TrainConfig) -> bool:
@@ -58,7 +85,7 @@ def wants_supervision(config: TrainConfig) -> bool:
     if config.supervise is True:
         return True
     is_long = config.max_iters >= LONG_RUN and not config.eval_only
-    return is_long and "RANK" not in os.environ and _is_a_file(sys.stdout) and _is_a_file(sys.stderr)
+    return is_long and "RANK" not in os.environ and is_a_file(sys.stdout) and is_a_file(sys.stderr)
 
 
 def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[str], object] = print) -> int:
@@ -70,8 +97,8 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[s
     added: list[str] = []
     lossy: dict[str, Setting] = {}
     restarts, saved = 0, -1
-    with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
-        path = Path(folder) / "status.json"
+    with _status_file() as path, contextlib.ExitStack() as at_end:
+        at_end.callback(os.environ.pop, LEARNT, None)
         while True:
             sys.stdout.flush()
             code = _run_child([*arguments, *added], path)
@@ -82,12 +109,32 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[s
             if status is not None:
                 if status.saved_step > saved:
                     restarts, saved = 1, status.saved_step
+                known = Learnt(wanted=status.wanted or status.settings, failed=status.settings)
+                os.environ[LEARNT] = msgspec.json.encode(known).decode()
                 lossy |= status.lossy  # a child that got them as options has none of its own
-                added = overrides(msgspec.structs.replace(status, lossy=lossy))
+                less = overrides(msgspec.structs.replace(status, lossy=lossy))
+                added = _from_last_state(added, less) if code == HUNG else less
             if restarts > MOST_RESTARTS:
-                log(say("trainer.supervise.gives_up", cause=_cause(code), times=restarts))
+                if code == HUNG or -code in _CRASHES:
+                    log(say("trainer.supervise.crashes", cause=_cause(code), times=restarts))
+                else:
+                    log(say("trainer.supervise.gives_up", cause=_cause(code), times=restarts))
                 return _exit_code(code)
             log(_restart(code, saved, added))
+
+
+@contextlib.contextmanager
+def _status_file() -> Iterator[Path]:
+    """Yield a file for the child's status: on Linux one in memory, which ends with this process however that ends."""
+    if sys.platform == "linux":
+        descriptor = os.memfd_create("tightfit-status")
+        try:
+            yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
+            yield Path(folder) / "status.json"
 
 
 def _restart(code: int, saved: int, added: Sequence[str]) -> str:
@@ -118,16 +165,27 @@ def overrides(status: Status) -> list[str]:
     return words
 
 
+def _from_last_state(added: Sequence[str], less: Sequence[str]) -> list[str]:
+    """Keep the options so far, and resume if `less`, the options for less memory, would."""
+    resume = "--init_from=resume"
+    return [*added, resume] if resume in less and resume not in added else list(added)
+
+
 def can_be_replaced(code: int) -> bool:
     """Return True if a child that ended with `code` may restart; a signal's number counts as negative."""
-    return code == BEYOND_SAVING or -code in _KILLED
+    return code in (BEYOND_SAVING, HUNG) or -code in _KILLED
 
 
 def report_status(status: Status) -> None:
     """Write the status for the supervisor, if there is one; a reader finds the old status or the new one."""
     if path := os.environ.get(STATUS):
         with contextlib.suppress(OSError):  # the supervisor is gone, or its disk is full: a restart would know less
-            write_aside(Path(path), msgspec.json.encode(status))
+            data = msgspec.json.encode(status)
+            if path.startswith("/proc/"):
+                with open(path, "r+b", buffering=0) as file:
+                    file.write(data.ljust(_STATUS_BYTES))  # one call: spaces take the place of a longer status
+            else:
+                write_aside(Path(path), data)
 
 
 def read_status(path: Path) -> Status | None:
@@ -161,12 +219,17 @@ def _exit_code(code: int) -> int:
 
 
 def _cause(code: int) -> str:
+    if code == HUNG:
+        return say("trainer.supervise.hung")
     if code == BEYOND_SAVING:
         return say("trainer.supervise.could_not_continue")
-    return say("trainer.supervise.killed", signal=signal.Signals(-code).name)
+    name = signal.Signals(-code).name
+    if -code in _CRASHES:
+        return say("trainer.supervise.crashed", signal=name, fault=_CRASHES[-code])
+    return say("trainer.supervise.killed", signal=name)
 
 
-def _is_a_file(stream: TextIO) -> bool:
+def is_a_file(stream: TextIO) -> bool:
     """Return True for the process's own output; a stream that a caller captures would lack the child's."""
     try:
         return stream.fileno() in (1, 2)
