@@ -36,6 +36,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_steps(device)
     _install_storages(device)
     _install_fake_tensors(device)
+    _install_parameters()
     _install_threads(device)
     _install_compile(device, properties)
     _install_torchscript(device)
@@ -213,6 +214,18 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
         record_stream=lambda tensor, stream: device.record_stream(tensor, stream.stream_id),
     )
     assign(torch.Tensor, pin_memory=lambda tensor, *args: tensor)
+
+
+def _install_parameters() -> None:
+    """Let `type(parameter)(data)` make a parameter, as libraries do that fill a model weight by weight."""
+    usual: Callable[..., Tensor] = FakeTensor.__new__
+
+    def make(kind: type[Tensor], *args: object, **options: object) -> Tensor:
+        if len(args) == 1 and isinstance(args[0], Tensor) and set(options) <= {"requires_grad"}:
+            return nn.Parameter(args[0], bool(options.get("requires_grad", True)))
+        return usual(kind, *args, **options)
+
+    assign(FakeTensor, __new__=make)
 
 
 def _reduce(tensor: Tensor, protocol: object) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
