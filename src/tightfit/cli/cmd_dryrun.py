@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(say("cli.dryrun.bad_picture", file=options.timeline))
     from tightfit.simulation.dry_run import dryrun_script
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end, too, gets what was seen
     settings = settings_of(options)
     names = {"script": options.script, "gpu": options.gpu}
     with shown(say("cli.progress.playing", **names), bar=False) as progress:

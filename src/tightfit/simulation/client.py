@@ -23,12 +23,15 @@ from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.requests import AnyRequest, Ask, Failed, Reply, Request, decode_answer
 from tightfit.simulation.wire import Frames, send
 from tightfit.storage import has_temporary_folder, without_temporary_folder
+from tightfit.vgpu.records import END_SIGNAL
 from tightfit.wording import say
 
 _TIMEOUT_S = 600
 """Seconds without any answer before the client gives up."""
 _ENDING_S = 2
 """Seconds that the server gets to end its plays; then the kernel ends them with it."""
+_LAST_WORDS_S = 20
+"""Seconds that an interrupted play gets to answer with what it saw."""
 _CHUNK = 1 << 16
 _POLL_S = 0.5
 A = TypeVar("A", bound=msgspec.Struct)
@@ -144,7 +147,7 @@ def run_once(
 ) -> A | Failed:
     """Answer one request in a process of its own, on this machine's real devices, or return `Failed`.
 
-    `on_step` hears how many optimizer steps a script has done.
+    `on_step` hears how many optimizer steps a script has done. Ctrl-C lets a play answer with what it saw.
     """
     process, connection = _start_server(
         "once", environ={**(os.environ if environ is None else environ), **without_temporary_folder()}
@@ -155,7 +158,14 @@ def run_once(
         frames = Frames(Reply)
         while time.monotonic() < deadline:
             has_ended = process.poll() is not None  # a child of the play may hold the socket open after it
-            ready, _, _ = select.select([connection], [], [], 0.0 if has_ended else _POLL_S)
+            try:
+                ready, _, _ = select.select([connection], [], [], 0.0 if has_ended else _POLL_S)
+            except KeyboardInterrupt:
+                if deadline != math.inf:
+                    raise
+                deadline = time.monotonic() + _LAST_WORDS_S
+                process.send_signal(END_SIGNAL)
+                continue
             data = connection.recv(_CHUNK) if ready else b""
             for reply in frames.feed(data):
                 if reply.steps:
@@ -163,7 +173,12 @@ def run_once(
                     continue
                 return reply.failed or decode_answer(request, reply.answer)
             if not data and (ready or has_ended):
-                return Failed(error=say("simulation.client.no_answer", code=process.wait()))
+                code = process.wait()
+                if code == -END_SIGNAL:  # it had not begun to play
+                    raise KeyboardInterrupt
+                return Failed(error=say("simulation.client.no_answer", code=code))
+        if timeout_s is None:
+            raise KeyboardInterrupt
         return Failed(error=say("simulation.client.too_slow", seconds=f"{timeout_s:.0f}"))
     except ConnectionError:
         return Failed(error=say("simulation.client.no_answer", code=process.wait()))

@@ -3,6 +3,7 @@
 `tightfit dryrun --json` prints `Findings`; `tightfit schema dryrun` prints the JSON schema.
 """
 
+import signal
 from bisect import bisect_right
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
@@ -26,6 +27,8 @@ Category = Literal[
     "workspace",
     "other",
 ]
+END_SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGTERM)
+"""Signal to a process that plays: it answers with what it saw so far. Scripts use others for themselves."""
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 

@@ -1,9 +1,12 @@
 """One virtual GPU in this process, from the patches of torch to the end of the script."""
 
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
@@ -17,12 +20,14 @@ from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.patches import backend, lazy_dynamo
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.vgpu.phases import EnoughSeen, Phases
-from tightfit.vgpu.records import Settings
+from tightfit.vgpu.records import END_SIGNAL, Settings
 from tightfit.vgpu.snapshot import TraceLog, write_snapshot
 from tightfit.vgpu.stopping import Stopping
 from tightfit.wording import say
 
 _DEFAULT_CUDA = (13, 0)
+_PATIENCE_S = 3.0
+"""Seconds that a script without operators has before it is ended where it is."""
 
 
 class VirtualSession:
@@ -63,6 +68,7 @@ class VirtualSession:
         self.device = VirtualDevice(_card(self.gpu), self.allocator, self.phases)
         TraceLog.attach(self.device.recorder)
         self._stopping = Stopping(settings, self.device.recorder)
+        self._has_ended = False
         self._files: FileGuard
 
     def _context_bytes(self) -> int:
@@ -87,12 +93,14 @@ class VirtualSession:
         """Run the lines within on the device; EnoughSeen ends them early."""
         self._take_over()
         timer = self._start_timer()
+        self._listen()
         try:
             with self._files.watching(), self.device.mode():
                 yield self
         except EnoughSeen:
             pass
         finally:
+            self._has_ended = True
             self._stopping.close()
             if timer is not None:
                 timer.cancel()
@@ -120,14 +128,36 @@ class VirtualSession:
         if self.settings.timeout_s is None:
             return None
 
-        def late() -> None:
-            self._stopping.out_of_time()
-            self.device.out_of_time = True
-
-        timer = threading.Timer(self.settings.timeout_s, late)
+        main = threading.main_thread().ident
+        timer = threading.Timer(
+            self.settings.timeout_s, lambda: self._cut_short(sys._current_frames().get(main or 0), interrupted=False)
+        )
         timer.daemon = True
         timer.start()
         return timer
+
+    def _listen(self) -> None:
+        """End the play when the process that waits for it sends a signal."""
+        if threading.current_thread() is not threading.main_thread() or self._has_ended:
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._has_ended:
+                return
+            if self.device.out_of_time:
+                raise EnoughSeen
+            self._cut_short(frame, interrupted=True)
+
+        signal.signal(END_SIGNAL, handle)
+
+    def _cut_short(self, frame: FrameType | None, *, interrupted: bool) -> None:
+        """End the script at its next operator, or where it is if it runs none."""
+        self._stopping.cut_short(frame, interrupted=interrupted)
+        self.device.out_of_time = True
+        again = threading.Timer(_PATIENCE_S, lambda: os.kill(os.getpid(), END_SIGNAL))
+        again.daemon = True
+        if signal.getsignal(END_SIGNAL) not in (signal.SIG_DFL, None):
+            again.start()
 
     def _after_step(self) -> None:
         self.device.roles.mark_all()

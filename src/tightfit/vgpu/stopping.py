@@ -2,8 +2,9 @@
 
 import sys
 import time
+from types import FrameType
 
-from tightfit.vgpu.frames import Frame
+from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.records import Settings
@@ -53,10 +54,16 @@ class Stopping:
         elif self._settings.until_stable:
             self._end_if_stable(steps, notes, has_optimizer=has_optimizer)
 
-    def out_of_time(self) -> None:
-        """Note that the time limit has passed; the device ends the script at the next operator."""
-        self.reason = say("vgpu.stopping.out_of_time", seconds=f"{self._settings.timeout_s:g}")
-        self.not_played = self._unplayed
+    def cut_short(self, frame: FrameType | None, *, interrupted: bool) -> None:
+        """Note that the time limit has passed, or that somebody ended the play, while the script was at `frame`.
+
+        The device ends the script at the next operator.
+        """
+        seconds = f"{self._settings.timeout_s:g}" if self._settings.timeout_s else ""
+        reason = say("vgpu.stopping.out_of_time", seconds=seconds)
+        self.reason = say("vgpu.stopping.interrupted") if interrupted else reason
+        line = users_line(user_frames(frame))
+        self.not_played = self._unplayed or ([line] if line else [])
 
     def close(self) -> None:
         self._lines.stop()

@@ -15,13 +15,15 @@ _HARMLESS_CALLS = (
     "print len range min max sum str int float bool round abs format join append extend update items keys values get "
     "isinstance hasattr getattr time perf_counter monotonic strftime now exit open write flush close makedirs remove "
     "mkdir exists dump dumps info debug warning error log add_scalar set_postfix set_description add_argument item "
-    "state_dict save synchronize barrier destroy_process_group get_rank empty_cache manual_seed set_epoch collect "
+    "state_dict synchronize barrier destroy_process_group get_rank empty_cache manual_seed set_epoch collect "
     "max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_summary tolist finish "
     "reset_peak_memory_stats get_last_lr perf_counter_ns sleep system basename dirname upper lower strip split "
     "get_world_size"
 )
 """Calls by name that print, record or measure: they take no device memory."""
 _HARMLESS = frozenset(_HARMLESS_CALLS.split())
+_SAVES = frozenset(("torch.save", "np.save", "numpy.save", "plt.savefig"))
+"""Calls that write what is there; a library's own `save` may gather a model on the card first."""
 
 
 class LineWatch:
@@ -220,8 +222,11 @@ def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[in
 
 def _may_allocate(node: ast.AST) -> bool:
     calls = (each.func for each in ast.walk(node) if isinstance(each, ast.Call))
-    names = (each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in calls)
-    return any(name not in _HARMLESS for name in names)
+    return any(_name_of(each) not in _HARMLESS and ast.unparse(each) not in _SAVES for each in calls)
+
+
+def _name_of(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def _may_change(test: ast.expr, changing: set[str]) -> bool:

@@ -1,6 +1,7 @@
 """The host's side of a script: torch's dealings with real files, parameters and threads, made safe for a dry run."""
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, inductor
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
+from tightfit.wording import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +36,10 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_steps(device)
     _install_storages(device)
     _install_fake_tensors(device)
+    _install_parameters()
     _install_threads(device)
     _install_compile(device, properties)
+    _install_torchscript(device)
     _install_attention(device)
 
 
@@ -212,6 +216,18 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
     assign(torch.Tensor, pin_memory=lambda tensor, *args: tensor)
 
 
+def _install_parameters() -> None:
+    """Let `type(parameter)(data)` make a parameter, as libraries do that fill a model weight by weight."""
+    usual: Callable[..., Tensor] = FakeTensor.__new__
+
+    def make(kind: type[Tensor], *args: object, **options: object) -> Tensor:
+        if len(args) == 1 and isinstance(args[0], Tensor) and set(options) <= {"requires_grad"}:
+            return nn.Parameter(args[0], bool(options.get("requires_grad", True)))
+        return usual(kind, *args, **options)
+
+    assign(FakeTensor, __new__=make)
+
+
 def _reduce(tensor: Tensor, protocol: object) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
     """Let pickle and copy make a tensor of the same kind; there is no data to keep."""
     where = str(tensor.device)
@@ -275,6 +291,22 @@ def _install_compile(device: VirtualDevice, properties: SimpleNamespace) -> None
 
     assign(torch, compile=compiler.compile)
     assign(nn.Module, compile=compile_module)
+
+
+def _install_torchscript(device: VirtualDevice) -> None:
+    """Play scripted and traced code as the Python that it comes from: TorchScript's own interpreter wants a driver."""
+    torch.jit._state.disable()
+
+    def noted(usual: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(usual)
+        def as_python(*args: object, **options: object) -> object:
+            if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch":
+                device.note(say("vgpu.patches.torchscript"))
+            return usual(*args, **options)
+
+        return as_python
+
+    assign(torch.jit, script=noted(torch.jit.script), trace=noted(torch.jit.trace))
 
 
 def _install_attention(device: VirtualDevice) -> None:
