@@ -121,6 +121,7 @@ def dryrun(
     network: bool = False,
     snapshot: "str | PathLike[str] | None" = None,
     timeline: bool = False,
+    torch: str | None = None,
 ) -> Findings:
     """Play a training script, a command or a function on a virtual GPU: its memory, or the line where it fails.
 
@@ -130,7 +131,7 @@ def dryrun(
     `memory_bytes`: the card's total as its driver reports it; `used_bytes`: held by other programs;
     `context_bytes`: outside PyTorch's allocator; `capability`: of a card that the table lacks; `steps`,
     `until_stable` (when steps repeat), `timeout_s`: where to stop; `snapshot`: file for PyTorch's memory snapshot;
-    `timeline`: add memory over time. Raises TightfitError for an unknown card, a missing script or a wrong value.
+    `timeline`: add memory over time; `torch`: the version on the card, such as "2.8". Raises TightfitError for an unknown card, a missing script or a wrong value.
 
     >>> def step(batch):
     ...     import torch
@@ -162,6 +163,7 @@ def dryrun(
         network=network,
         snapshot=os.fspath(snapshot) if isinstance(snapshot, os.PathLike) else snapshot,
         timeline=timeline,
+        torch=torch,
     )
     if callable(what):
         return dryrun_function(what, arguments, settings)

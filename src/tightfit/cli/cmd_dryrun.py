@@ -61,6 +61,7 @@ def parser() -> _CommandParser:
     found.add_argument("--used", default="0", help=say("cli.option.used"))
     found.option("--context", say("cli.dryrun.context"))
     found.option("--capability", say("cli.option.capability"))
+    found.option("--torch", say("cli.dryrun.torch"))
     found.add_argument("--steps", type=int, help=say("cli.dryrun.steps"))
     found.add_argument("--timeout", type=float, help=say("cli.dryrun.timeout"))
     found.add_argument("--rank", type=int, default=0, help=say("cli.dryrun.rank"))
@@ -109,6 +110,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         timeout_s=options.timeout,
         network=options.network,
         rank=options.rank,
+        torch=options.torch,
         timeline=bool(options.timeline or options.html),
         snapshot=os.path.abspath(options.snapshot) if options.snapshot else None,
     )

@@ -1,8 +1,12 @@
 """The card that a caller describes, and checks of the description. No torch."""
 
+import re
+
 from tightfit.errors import ConfigError
 from tightfit.gpus import GPU, resolve_gpu
 from tightfit.wording import say
+
+_TORCH = re.compile(r"2\.(?P<minor>\d{1,2})(\.\w+)*(\+cu(?P<cuda>\d{3}))?$")
 
 
 def described_gpu(
@@ -44,6 +48,24 @@ def check_capability(value: object) -> None:
     """Raise ConfigError unless `value` is None or a pair of numbers."""
     if value is not None and not (isinstance(value, tuple | list) and len(value) == 2 and all(map(is_whole, value))):
         raise ConfigError(say("vgpu.card_arguments.capability", value=value))
+
+
+def check_torch(value: object) -> None:
+    """Raise ConfigError unless `value` is None or a version of torch 2."""
+    if value is not None and not (isinstance(value, str) and _TORCH.match(value)):
+        raise ConfigError(say("vgpu.card_arguments.torch", value=value))
+
+
+def torch_versions(text: str) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """Return the version of torch in a checked text, and of CUDA if the text names it.
+
+    >>> torch_versions("2.6.0+cu124"), torch_versions("2.10")
+    (((2, 6), (12, 4)), ((2, 10), None))
+    """
+    found = _TORCH.match(text)
+    assert found
+    cuda = found["cuda"]
+    return (2, int(found["minor"])), (int(cuda[:2]), int(cuda[2:])) if cuda else None
 
 
 def is_whole(value: object) -> bool:

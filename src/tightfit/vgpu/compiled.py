@@ -92,6 +92,8 @@ class Compiler:
             with self.running(None):
                 return compiled(*args, **kwargs)
 
+        if "_torchdynamo_wrapper_id" in call.__dict__:  # by which Dynamo tells a wrapper of its own when it compiles one
+            call.__dict__["_torchdynamo_wrapper_id"] = id(call)
         return call
 
     def _prepare(self) -> bool:

@@ -32,6 +32,7 @@ class VirtualGPU:
         timeout_s: float | None = None,
         snapshot: str | None = None,
         timeline: bool = False,
+        torch: str | None = None,
     ) -> None:
         """Keywords as of `tightfit.dryrun`."""
         settings = Settings(
@@ -45,6 +46,7 @@ class VirtualGPU:
             timeout_s=timeout_s,
             snapshot=snapshot,
             timeline=timeline,
+            torch=torch,
         )
         described_gpu(gpu, memory_bytes=memory_bytes, used_bytes=used_bytes, capability=capability)
         from tightfit.vgpu.session import VirtualSession  # imports torch

@@ -12,7 +12,7 @@ import msgspec
 
 from tightfit.display import Displayed
 from tightfit.errors import ConfigError, DataError
-from tightfit.vgpu.card_arguments import check_bytes, check_capability, is_whole
+from tightfit.vgpu.card_arguments import check_bytes, check_capability, check_torch, is_whole
 from tightfit.wording import say
 
 Phase = Literal["setup", "eval", "forward", "loss", "backward", "optimizer", "save", "resume", "sample", "compile"]
@@ -58,11 +58,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Give the script a network; without namespaces it has one anyway."""
     rank: int = 0
     """Process of a distributed run that is played."""
+    torch: str | None = None
+    """Version of torch on the card, such as 2.8 or 2.6.0+cu124, where it differs from the installed one."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "used_bytes", "context_bytes"):
             check_bytes(name, getattr(self, name))
         check_capability(self.capability)
+        check_torch(self.torch)
         if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
             raise ConfigError(say("vgpu.records.steps", steps=self.steps))
         if not is_whole(self.rank) or self.rank < 0:

@@ -15,6 +15,7 @@ from tightfit.errors import DeviceError
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
 from tightfit.kernels.card import Card
 from tightfit.vgpu import patches
+from tightfit.vgpu.card_arguments import torch_versions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.patches import backend, lazy_dynamo
@@ -25,9 +26,17 @@ from tightfit.vgpu.snapshot import TraceLog, write_snapshot
 from tightfit.vgpu.stopping import Stopping
 from tightfit.wording import say
 
-_DEFAULT_CUDA = (13, 0)
 _PATIENCE_S = 3.0
 """Seconds that a script without operators has before it is ended where it is."""
+_DEFAULT_CUDA = (
+    ((2, 11), (13, 0)),
+    ((2, 8), (12, 8)),
+    ((2, 7), (12, 6)),
+    ((2, 5), (12, 4)),
+    ((2, 1), (12, 1)),
+    ((2, 0), (11, 7)),
+)
+"""CUDA of torch's wheels on PyPI, by the first version of torch that has it (RELEASE.md, release compatibility matrix)."""
 
 
 class VirtualSession:
@@ -65,7 +74,7 @@ class VirtualSession:
         self.on_step: Callable[[int], object] = lambda steps: None
         """Called with the optimizer steps done after each of them."""
         self.phases = Phases(self._after_step)
-        self.device = VirtualDevice(_card(self.gpu), self.allocator, self.phases)
+        self.device = VirtualDevice(_card(self.gpu, settings.torch), self.allocator, self.phases)
         TraceLog.attach(self.device.recorder)
         self._stopping = Stopping(settings, self.device.recorder)
         self._has_ended = False
@@ -165,16 +174,17 @@ class VirtualSession:
         self._stopping.after_step(self.phases.steps, self.notes, has_optimizer=self.phases.has_optimizer)
 
 
-def _card(gpu: GPU) -> Card:
+def _card(gpu: GPU, torch_text: str | None) -> Card:
+    """Describe the card to the kernels, with the torch that runs there: the installed one if `torch_text` is None."""
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    return Card(
-        capability=gpu.capability, sm_count=gpu.sm_count, torch_version=(major, minor), cuda_version=_cuda_version()
-    )
+    version, cuda = torch_versions(torch_text) if torch_text else ((major, minor), _build_cuda())
+    cuda = cuda or next(cuda for first, cuda in _DEFAULT_CUDA if version >= first)
+    return Card(capability=gpu.capability, sm_count=gpu.sm_count, torch_version=version, cuda_version=cuda)
 
 
-def _cuda_version() -> tuple[int, int]:
-    """Return this build's CUDA version; without CUDA, the default one of torch 2.11 to 2.15."""
+def _build_cuda() -> tuple[int, int] | None:
+    """Return the CUDA version of the installed torch, None for a build without CUDA."""
     if torch.version.cuda is None:
-        return _DEFAULT_CUDA
+        return None
     major, minor = torch.version.cuda.split(".")[:2]
     return int(major), int(minor)

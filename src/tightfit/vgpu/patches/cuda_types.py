@@ -102,19 +102,32 @@ def install() -> None:
 
 
 def _install_pinned_data() -> None:
-    """Let `torch.tensor(data, pin_memory=True)` work without a driver; other factories reach the dispatch mode."""
+    """Let `torch.tensor(data, device="cuda", pin_memory=True)` work without a driver, in every thread.
+
+    Other factories reach the dispatch mode. These make a host tensor first where `_set_only_lift_cpu_tensors` is set,
+    which holds for one thread: autograd's run a script's own backward functions.
+    """
     _device._device_constructors()  # torch keeps a list of these functions, which a default device is for
 
     usual: Callable[..., Tensor] = torch.tensor
 
     def tensor(data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
+        torch._C._set_only_lift_cpu_tensors(True)
         return usual(data, **options)
 
     tensor.__doc__ = torch.tensor.__doc__
     usual_new: Callable[..., Tensor] = torch.Tensor.new_tensor
 
     def new_tensor(like: Tensor, data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
+        torch._C._set_only_lift_cpu_tensors(True)
         return usual_new(like, data, **options)
 
-    assign(torch, tensor=tensor)
+    usual_as: Callable[..., Tensor] = torch.as_tensor
+
+    def as_tensor(data: object, *options: object, **named: object) -> Tensor:
+        torch._C._set_only_lift_cpu_tensors(True)
+        return usual_as(data, *options, **named)
+
+    as_tensor.__doc__ = torch.as_tensor.__doc__
+    assign(torch, tensor=tensor, as_tensor=as_tensor)
     assign(torch.Tensor, new_tensor=new_tensor)
