@@ -6,6 +6,7 @@ A tensor is known by its category, its shape and the text of its line, so lines 
 import json
 import linecache
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from tightfit.wording.report import words
 
 LOCK = "memory.lock.toml"
 _MOST_TENSORS = 20
+_LEAST_SHARE = 1000
+"""Tensors below this part of all are not kept."""
 _HEAD = """\
 # Memory on a virtual GPU, in bytes. `pytest --memory-update` and `tightfit check --update` write this file.
 """
@@ -116,7 +119,9 @@ def _tensors(held: Iterable[Held], root: Path) -> list[KeptTensor]:
     sums, counts = summed(held, key), dict[tuple[str, str, str, str], int]()
     for each in held:
         counts[key(each)] = counts.get(key(each), 0) + each.count
-    largest = sorted(sums.items(), key=lambda item: (-item[1], item[0]))[:_MOST_TENSORS]
+    least = sum(sums.values()) / _LEAST_SHARE
+    large = ((kind, nbytes) for kind, nbytes in sums.items() if nbytes >= least)
+    largest = sorted(large, key=lambda item: (-item[1], item[0]))[:_MOST_TENSORS]
     return [
         KeptTensor(bytes=nbytes, count=counts[kind], category=kind[0], shape=kind[1], place=kind[2], source=kind[3])
         for kind, nbytes in largest
@@ -230,7 +235,7 @@ def read_lock(path: Path) -> dict[str, Entry]:
 
 def write_lock(path: Path, entries: Mapping[str, Entry]) -> None:
     """Write baselines, sorted by name. DataError if the disk refuses."""
-    text = _HEAD + "".join(f"\n[{_text(name)}]\n{_toml(entries[name])}" for name in sorted(entries))
+    text = _HEAD + "".join(f"\n[{_key(name)}]\n{_toml(entries[name])}" for name in sorted(entries))
     try:
         write_aside(path, text.encode())
     except OSError as error:
@@ -241,7 +246,7 @@ def _toml(entry: Entry) -> str:
     lines = [f"{name} = {_text(getattr(entry, name))}" for name in ("gpu", "torch", "peak")]
     lines += [f"peak_bytes = {entry.peak_bytes}", f"allocated_bytes = {entry.allocated_bytes}"]
     lines += [f"phase = {_text(entry.phase)}"]
-    inside = ", ".join(f"{_text(name)} = {nbytes}" for name, nbytes in entry.categories.items())
+    inside = ", ".join(f"{_key(name)} = {nbytes}" for name, nbytes in entry.categories.items())
     lines.append(f"categories = {{ {inside} }}")
     tensors = "".join(f"    {_inline(each)},\n" for each in entry.tensors)
     return "\n".join([*lines, f"tensors = [\n{tensors}]\n"])
@@ -253,6 +258,10 @@ def _inline(each: KeptTensor) -> str:
         f"{name} = {value if isinstance(value, int) else _text(value)}" for name, value in fields.items()
     )
     return f"{{ {inside} }}"
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _text(name)
 
 
 def _text(value: str) -> str:
