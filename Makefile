@@ -24,11 +24,15 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check suite
+test: check suite memory
 
-.PHONY: suite dist
+.PHONY: suite memory dist
 suite: .venv/installed .venv/transformers-4.51
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Memory of the trainer and of three scripts, against memory.lock.toml; `tightfit check --update` writes that.
+memory: .venv/installed
+	$(BIN)/tightfit check memory.toml
 
 dist: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check build twine

@@ -20,6 +20,7 @@ class _CommandParser(Parser):
 
     def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         own, command = self._split(list(words))
+        own, compared = _compared(own, self.names())
         misplaced = [each for each in command if each.partition("=")[0] == "--gpu"]
         if misplaced and not any(each.partition("=")[0] in ("--gpu", "-h", "--help") for each in own):
             raise ConfigError(say("cli.dryrun.misplaced", option=misplaced[0], script=command[0]))
@@ -27,6 +28,9 @@ class _CommandParser(Parser):
         if not command:
             raise ConfigError(say("vgpu.command.empty"))
         options.script, *options.arguments = command
+        options.compare = compared
+        if not options.gpu and not options.all_gpus:
+            raise ConfigError(say("cli.parser.missing", names="--gpu", command=self.prog))
         return options, rest
 
     def _split(self, words: list[str]) -> tuple[list[str], list[str]]:
@@ -38,12 +42,34 @@ class _CommandParser(Parser):
                 return words[:place], words[place + 1 :]
             if word == "-m" or not word.startswith("-"):
                 break
+            if word == "--compare":
+                place += 1
+                while place < len(words) and _is_change(words[place], self.names()):
+                    place += 1
+                continue
             action = self._option_string_actions.get(word)
             place += 2 if action is not None and action.nargs is None else 1
         return words[:place], words[place:]
 
     def names(self) -> set[str]:
         return set(self._option_string_actions)
+
+
+def _is_change(word: str, names: set[str]) -> bool:
+    """Return True for a variant of --compare: words of an option or a setting, and not ours or the command."""
+    if word in ("--", "-m") or word.partition("=")[0] in names:
+        return False
+    return word.startswith("-") or "=" in word or " " in word or not word
+
+
+def _compared(words: list[str], names: set[str]) -> tuple[list[str], list[str] | None]:
+    """Take --compare and its variants out of our own words; argparse would read them as options."""
+    if "--compare" not in words:
+        return words, None
+    start = end = words.index("--compare") + 1
+    while end < len(words) and _is_change(words[end], names):
+        end += 1
+    return [*words[: start - 1], *words[end:]], words[start:end]
 
 
 def parser() -> _CommandParser:
@@ -56,7 +82,7 @@ def parser() -> _CommandParser:
             "tightfit dryrun --gpu A100 -- torchrun --nproc_per_node=8 train.py",
         ],
     )
-    found.add_argument("--gpu", required=True, help=say("cli.dryrun.gpu"))
+    found.option("--gpu", say("cli.dryrun.gpu"))
     found.option("--memory", say("cli.dryrun.memory"))
     found.add_argument("--used", default="0", help=say("cli.option.used"))
     found.option("--context", say("cli.dryrun.context"))
@@ -70,6 +96,10 @@ def parser() -> _CommandParser:
     found.option("--timeline", say("cli.dryrun.timeline"))
     found.option("--html", say("cli.dryrun.html"))
     found.add_argument("--no-explain", dest="explain", action="store_false", help=say("cli.dryrun.no_explain"))
+    found.option("--largest", say("cli.dryrun.largest"))
+    found.add_argument("--multiple", type=int, help=say("cli.dryrun.multiple"))
+    found.flag("--all-gpus", say("cli.dryrun.all_gpus"))
+    found.add_argument("--compare", nargs="+", metavar="CHANGE", help=say("cli.dryrun.compare"))
     found.flag("--json", say("cli.option.json"))
     found.add_argument("script", nargs="?", help=say("cli.dryrun.script"))
     found.add_argument("arguments", nargs=argparse.REMAINDER, help=say("cli.dryrun.arguments"))
@@ -79,6 +109,12 @@ def parser() -> _CommandParser:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
         raise ConfigError(say("cli.dryrun.bad_picture", file=options.timeline))
+    if options.largest or options.all_gpus or options.compare is not None:
+        from tightfit.cli.asked import answer
+
+        return answer(options, settings_of(options))
+    if options.multiple is not None:
+        raise ConfigError(say("cli.dryrun.multiple_of_what"))
     from tightfit.simulation.dry_run import dryrun_script
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end, too, gets what was seen
@@ -101,7 +137,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def settings_of(options: argparse.Namespace) -> Settings:
     """Return the settings of the virtual GPU. ConfigError for a size that cannot be read."""
     return Settings(
-        gpu=options.gpu,
+        gpu=options.gpu or "",
         memory_bytes=parse_bytes(options.memory) if options.memory else None,
         used_bytes=parse_bytes(options.used),
         context_bytes=parse_bytes(options.context) if options.context else None,

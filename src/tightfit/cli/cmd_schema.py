@@ -12,10 +12,14 @@ from tightfit.cli.parser import Parser
 from tightfit.wording import say
 
 RECORDS = {
+    "all_gpus": ("tightfit.questions.cards", "Cards"),
     "cache": ("tightfit.simulation.cache", "CacheState"),
+    "check": ("tightfit.questions.check", "CheckReport"),
+    "compare": ("tightfit.questions.compare", "Comparison"),
     "doctor": ("tightfit.system.doctor", "Diagnosis"),
     "dryrun": ("tightfit.vgpu.records", "Findings"),
     "explain": ("tightfit.diagnosis.explanation", "ExplanationJson"),
+    "largest": ("tightfit.questions.largest", "Largest"),
     "plan": ("tightfit.planner.plan_record", "PlanRecord"),
 }
 """Module and record that each command prints with --json."""

@@ -24,6 +24,7 @@ def commands() -> dict[str, str]:
         "sample": say("cli.command.sample"),
         "plan": say("cli.command.plan"),
         "dryrun": say("cli.command.dryrun"),
+        "check": say("cli.command.check"),
         "doctor": say("cli.command.doctor"),
         "watch": say("cli.command.watch"),
         "report": say("cli.command.report"),

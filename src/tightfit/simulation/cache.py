@@ -138,7 +138,7 @@ def _file(request: Request[msgspec.Struct]) -> Path | None:
     folder = _answers_folder()
     if folder is None:
         return None
-    key = msgspec.json.encode(request, order="sorted") + version("torch").encode() + _package_hash()
+    key = request.key() + version("torch").encode() + _package_hash()
     return folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
 
 

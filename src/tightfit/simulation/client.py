@@ -80,7 +80,7 @@ class Simulator:
         """
         answers: dict[int, A | Failed] = {}
         for number, request in enumerate(requests):
-            if request.is_remembered and (found := recall(request)) is not None:
+            if request.is_remembered and (found := recall(request)) is not None and request.still_holds(found):
                 answers[number] = found
         missing = [number for number in range(len(requests)) if number not in answers]
         self.played += len(missing)

@@ -1,11 +1,12 @@
 """Dry runs of scripts and functions, each in a process of its own: its changes to torch never touch this one's."""
 
+import contextlib
 import io
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 
 from tightfit.errors import ConfigError, DeviceError, TightfitError
 from tightfit.simulation.client import Simulator, run_once
-from tightfit.simulation.requests import Failed, ScriptRequest, sent
+from tightfit.simulation.requests import Failed, ScriptRequest, received, sent
 from tightfit.vgpu.card_arguments import described_gpu
 from tightfit.vgpu.command_line import check_command
 from tightfit.vgpu.records import Findings, Settings
@@ -42,23 +43,37 @@ def dryrun_script(
     optimizer steps done. Raises this package's errors for an
     unknown card or script, DeviceError if the process left no result.
     """
+    request = script_request(script, arguments, settings, environ)
+    environ = {received(name): received(value) for name, value in request.environ.items()}
+    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ, on_step=on_step)
+    if isinstance(answer, Findings):
+        return answer
+    raise error_of(answer)
+
+
+def script_request(
+    script: str | os.PathLike[str],
+    arguments: Sequence[str],
+    settings: Settings,
+    environ: Mapping[str, str] | None = None,
+    *,
+    replaced: Mapping[str, str] | None = None,
+) -> ScriptRequest:
+    """Return the request for a play of a script in this folder. Raises as `dryrun_script` does, before any play."""
     if not isinstance(script, str | os.PathLike):
         raise ConfigError(say("simulation.dry_run.no_program", value=script))
     script = os.fspath(script)
     check_command([script, *arguments], rank=settings.rank, environ=environ)
     _refuse_unknown_card(settings)
     environ = {**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""}
-    request = ScriptRequest(
+    return ScriptRequest(
         script=sent(script),
         arguments=tuple(map(sent, arguments)),
         settings=replace(settings, snapshot=settings.snapshot and sent(settings.snapshot)),
         environ={sent(name): sent(value) for name, value in environ.items()},
         folder=sent(os.getcwd()),
+        replaced={sent(os.path.abspath(path)): text for path, text in (replaced or {}).items()},
     )
-    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ, on_step=on_step)
-    if isinstance(answer, Findings):
-        return answer
-    raise _error_of(answer)
 
 
 def dryrun_function(function: Callable[..., object], arguments: Sequence[object], settings: Settings) -> Findings:
@@ -68,6 +83,15 @@ def dryrun_function(function: Callable[..., object], arguments: Sequence[object]
     ConfigError for one that cannot be sent.
     """
     _refuse_unknown_card(settings)
+    with function_script(function, arguments) as (script, environ):
+        return dryrun_script(script, [], settings, environ=environ)
+
+
+@contextlib.contextmanager
+def function_script(
+    function: Callable[..., object], arguments: Sequence[object]
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Write a script that makes the call; yield it with the environment to play it in. ConfigError as above."""
     place = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
     try:
         call = _pickled((function, tuple(arguments)))
@@ -78,7 +102,7 @@ def dryrun_function(function: Callable[..., object], arguments: Sequence[object]
         pickled.write_bytes(call)
         script.write_text(_CALL.format(path=str(pickled)), encoding="utf-8")
         paths = os.pathsep.join([*filter(None, sys.path), os.getcwd()])
-        return dryrun_script(str(script), [], settings, environ={**os.environ, "PYTHONPATH": paths})
+        yield str(script), {**os.environ, "PYTHONPATH": paths}
 
 
 def _pickled(call: tuple[object, ...]) -> bytes:
@@ -112,7 +136,8 @@ def _refuse_unknown_card(settings: Settings) -> None:
     )
 
 
-def _error_of(failed: Failed) -> TightfitError:
+def error_of(failed: Failed) -> TightfitError:
+    """Return the error of a play that could not be made."""
     if not failed.exit_code:
         return DeviceError(say("simulation.dry_run.no_result", reason=failed.error))
     error = TightfitError(failed.error)

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar, cast
 import msgspec
 
 from tightfit.config import TrainConfig
+from tightfit.simulation.details import CardSize, Detail, are_unchanged
 from tightfit.simulation.speed import KernelCount
 from tightfit.vgpu.records import Findings, Settings
 
@@ -29,6 +30,14 @@ class Request(msgspec.Struct, Generic[A], frozen=True, kw_only=True, tag_field="
     @property
     def is_remembered(self) -> bool:
         """True if the answer depends on nothing but the request, torch and this package."""
+        return True
+
+    def key(self) -> bytes:
+        """Return what the answer depends on."""
+        return msgspec.json.encode(self, order="sorted")
+
+    def still_holds(self, answer: msgspec.Struct) -> bool:
+        """Return True if a remembered answer is true today."""
         return True
 
 
@@ -141,10 +150,69 @@ class ScriptRequest(Request["Findings"], frozen=True, kw_only=True, tag="script"
     """Environment that the script finds."""
     folder: str
     """Working folder of the script."""
+    replaced: Mapping[str, str] = {}
+    """Text that the script finds in a file instead of its own; only where a private view keeps the file as it is."""
+    is_quiet: bool = False
+    """True if nobody reads what the script prints."""
 
     @property
     def is_remembered(self) -> bool:
         return False
+
+
+class DetailRequest(Request["Detail"], frozen=True, kw_only=True, tag="detail"):
+    """Somebody's own script, with the details that questions about it need."""
+
+    run: ScriptRequest
+    cards: tuple[CardSize, ...] = ()
+    """Cards on which the same run is judged, too."""
+    remember: bool = True
+    """False for a script that no later question asks about."""
+
+    @property
+    def is_remembered(self) -> bool:
+        return self.remember
+
+    def key(self) -> bytes:
+        """Leave out variables that differ from one terminal to the next."""
+        environ = {name: value for name, value in self.run.environ.items() if name not in _PASSING_VARIABLES}
+        run = msgspec.structs.replace(self.run, environ=environ)
+        return msgspec.json.encode(msgspec.structs.replace(self, run=run), order="sorted")
+
+    def still_holds(self, answer: msgspec.Struct) -> bool:
+        """Return True if the script, its imports and the files that it read are as they were."""
+        assert isinstance(answer, Detail)
+        return answer.findings.outcome != "error" and are_unchanged(answer.files)
+
+
+_PASSING_VARIABLES = frozenset(
+    {
+        *(
+            "_",
+            "COLUMNS",
+            "LINES",
+            "OLDPWD",
+            "PWD",
+            "SHLVL",
+            "TERM",
+            "TERM_PROGRAM",
+            "TERM_SESSION_ID",
+            "TIGHTFIT_LANG",
+        ),
+        *(
+            "SSH_AUTH_SOCK",
+            "SSH_CLIENT",
+            "SSH_CONNECTION",
+            "SSH_TTY",
+            "TMUX",
+            "TMUX_PANE",
+            "WINDOWID",
+            "XDG_SESSION_ID",
+        ),
+        *("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"),
+    }
+)
+"""Variables of a terminal, on which no memory depends."""
 
 
 def sent(text: str) -> str:
@@ -207,7 +275,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
     """Exit code of a user's mistake; 0 for any other failure."""
 
 
-AnyRequest = StepRequest | LoopRequest | ScriptRequest | HostRequest | TimingRequest
+AnyRequest = StepRequest | LoopRequest | ScriptRequest | DetailRequest | HostRequest | TimingRequest
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -232,6 +300,7 @@ _ANSWERS: dict[type, type[msgspec.Struct]] = {
     StepRequest: StepTrace,
     LoopRequest: LoopPlay,
     ScriptRequest: Findings,
+    DetailRequest: Detail,
     HostRequest: HostRates,
     TimingRequest: Timing,
 }

@@ -19,14 +19,16 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
-from tightfit.errors import TightfitError
+from tightfit.errors import DataError, TightfitError
 from tightfit.simulation.protection import Protection, protect
 from tightfit.simulation.requests import (
     AnyRequest,
     Ask,
+    DetailRequest,
     Failed,
     HostRequest,
     LoopRequest,
@@ -98,9 +100,9 @@ def _serve_once(connection: socket.socket) -> None:
         for ask in frames.feed(data):
             os.dup2(2, 1)  # output of the play goes where a person reads it, and no program expects an answer
             protection = None
-            if isinstance(ask.request, ScriptRequest):
-                protection = _protected(ask.request)
-                os.chdir(received(ask.request.folder))  # before a module remembers it
+            if script := _script_of(ask.request):
+                protection = _protected(script)
+                os.chdir(received(script.folder))  # before a module remembers it
                 _load(("tightfit.vgpu.script",))
                 gc.freeze()
             send(connection, _reply(ask, protection, partial(_tell_steps, connection)))
@@ -187,10 +189,11 @@ class Server:
             self._close_all()
             null = os.open(os.devnull, os.O_RDWR)
             # What a script prints is for the person who plays it; what libraries print in other plays is for nobody.
-            output = 2 if isinstance(ask.request, ScriptRequest) else null
+            script = _script_of(ask.request)
+            output = 2 if script and not script.is_quiet else null
             for source, stream in ((null, 0), (output, 1), (output, 2)):
                 os.dup2(source, stream)
-            protection = _protected(ask.request) if isinstance(ask.request, ScriptRequest) else None
+            protection = _protected(script) if script else None
             answer = msgspec.json.encode(_reply(ask, protection))
             while answer:
                 answer = answer[os.write(writing, answer) :]
@@ -297,6 +300,13 @@ def _enter(request: ScriptRequest) -> None:
     sys.path[1:1] = [path for path in paths if path not in sys.path]
 
 
+def _script_of(request: AnyRequest) -> ScriptRequest | None:
+    """Return the script that a request plays, if it plays one."""
+    if isinstance(request, DetailRequest):
+        return request.run
+    return request if isinstance(request, ScriptRequest) else None
+
+
 def _protected(request: ScriptRequest) -> Protection:
     words = [received(each) for each in (request.script, *request.arguments)]
     environ = {received(name): received(value) for name, value in request.environ.items()}
@@ -317,6 +327,7 @@ def _play_script(request: ScriptRequest, protection: Protection, on_step: Callab
     _enter(request)
     for name, value in protection.environ.items():
         os.environ.setdefault(name, value)
+    _replace_files(request, protection)
     snapshot = request.settings.snapshot
     settings = msgspec.structs.replace(request.settings, snapshot=snapshot and received(snapshot))
     words = [received(each) for each in (request.script, *request.arguments)]
@@ -333,8 +344,19 @@ def _play_script(request: ScriptRequest, protection: Protection, on_step: Callab
         found,
         protection=protection.kind,
         notes=[protection.note, *found.notes],
-        not_written=[*found.not_written, *protection.changed(besides=found.not_written)],
+        not_written=[
+            *found.not_written,
+            *protection.changed(besides=[*found.not_written, *map(received, request.replaced)]),
+        ],
     )
+
+
+def _replace_files(request: ScriptRequest, protection: Protection) -> None:
+    """Write the texts that a script is to find into the private view. DataError where there is none."""
+    if request.replaced and protection.view is None:
+        raise DataError(say("simulation.server.needs_view", file=next(map(received, request.replaced))))
+    for path, text in request.replaced.items():
+        Path(received(path)).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def _answer(request: AnyRequest, protection: Protection | None, on_step: Callable[[int], object]) -> msgspec.Struct:
@@ -351,6 +373,11 @@ def _answer(request: AnyRequest, protection: Protection | None, on_step: Callabl
         case ScriptRequest():
             assert protection is not None
             return _play_script(request, protection, on_step)
+        case DetailRequest():
+            from tightfit.simulation.detail_play import play_detail
+
+            assert protection is not None
+            return play_detail(request.cards, partial(_play_script, request.run, protection), on_step)
         case HostRequest():
             from tightfit.simulation.processor import measure_host
 

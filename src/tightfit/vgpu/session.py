@@ -43,6 +43,7 @@ class VirtualSession:
     """The virtual GPU of this process; there is one, and it stays until the process ends."""
 
     _running: "VirtualSession | None" = None
+    allocator_kind: type[CachingAllocator] = CachingAllocator
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class VirtualSession:
         self.gpu, self.notes = resolve_gpu(
             settings.gpu, memory_bytes=settings.memory_bytes, capability=settings.capability
         )
-        self.allocator = CachingAllocator(
+        self.allocator = self.allocator_kind(
             total_bytes=settings.memory_bytes or self.gpu.planning_bytes,
             used_by_others=settings.used_bytes,
             context_bytes=self._context_bytes(),
@@ -79,6 +80,11 @@ class VirtualSession:
         self._stopping = Stopping(settings, self.device.recorder)
         self._has_ended = False
         self._files: FileGuard
+
+    @classmethod
+    def running(cls) -> "VirtualSession | None":
+        """Return the virtual GPU of this process, if it has one."""
+        return cls._running
 
     def _context_bytes(self) -> int:
         if self.settings.context_bytes is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from tightfit.allocator.caching import CachingAllocator
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.on_import import after_import
@@ -100,7 +101,9 @@ def _install_program(device: VirtualDevice, card: SimpleNamespace) -> None:
 
     def tell(event: str, arguments: object) -> None:
         if event in _SPAWNS:
-            free, total = allocator.mem_get_info()
+            # Only nvidia-smi shows them to the program, which may then decide by them.
+            is_shown = "nvidia-smi" in str(arguments)
+            free, total = allocator.mem_get_info() if is_shown else CachingAllocator.mem_get_info(allocator)
             told = {
                 "name": card.name,
                 "uuid": f"GPU-{card.uuid}",

@@ -1,0 +1,66 @@
+"""The plays of a question: one warm service for all of them, and the answers of earlier questions remembered."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from tightfit.errors import ConfigError
+from tightfit.questions.knob import Variant
+from tightfit.simulation.client import Simulator
+from tightfit.simulation.details import CardSize, Detail
+from tightfit.simulation.dry_run import error_of, script_request
+from tightfit.simulation.requests import DetailRequest
+from tightfit.vgpu.records import Settings
+from tightfit.wording import say
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A command on a card, and the service that plays it."""
+
+    simulator: Simulator
+    settings: Settings
+    variant: Variant
+
+    @classmethod
+    def of(
+        cls,
+        simulator: Simulator,
+        settings: Settings,
+        words: Sequence[str],
+        environ: Mapping[str, str] | None = None,
+    ) -> "Asked":
+        return cls(simulator, settings, Variant(tuple(words), dict(os.environ if environ is None else environ)))
+
+    @property
+    def script(self) -> str:
+        return self.variant.words[0]
+
+    def request(
+        self, variant: Variant | None = None, *, settings: Settings | None = None, cards: Sequence[CardSize] = ()
+    ) -> DetailRequest:
+        """Return the request for one play. Raises this package's errors for an unknown card or script."""
+        variant = variant or self.variant
+        script, *arguments = variant.words
+        run = script_request(
+            script, arguments, settings or self.settings, variant.environ, replaced=dict(variant.replaced)
+        )
+        return DetailRequest(run=replace(run, is_quiet=True), cards=tuple(cards))
+
+    def play(self, requests: Sequence[DetailRequest]) -> list[Detail]:
+        """Return the details of each play. Raises the error of one that could not be made."""
+        details = []
+        for answer in self.simulator.play(requests):
+            if not isinstance(answer, Detail):
+                raise error_of(answer)
+            details.append(answer)
+        return details
+
+    def must_run(self, detail: Detail) -> Detail:
+        """Return it. ConfigError for a script that fails for another reason than memory."""
+        if detail.findings.outcome == "error":
+            reason = detail.findings.stopped_because
+            raise ConfigError(say("questions.asking.failed", script=self.script, reason=reason))
+        return detail

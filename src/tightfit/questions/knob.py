@@ -1,0 +1,207 @@
+"""A value of a command that a question changes: an argument, a variable, or a key of a configuration file."""
+
+import ast
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from tightfit.errors import ConfigError
+from tightfit.wording import say
+
+_FILES = (".yaml", ".yml", ".json", ".toml")
+_BATCH = re.compile(r"(.*[._])?((micro|mini)_?)?(batch(_?size)?|bs|batch_size_per_.*)")
+ACCUMULATION = re.compile(r"(.*[._])?((gradient|grad)_?)?accum(ulation)?(_?steps|_?iter)?|accumulate_grad_batches")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A command, its variables and the texts of its files."""
+
+    words: tuple[str, ...]
+    environ: Mapping[str, str]
+    replaced: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A value of a command, and the place where it stands."""
+
+    name: str
+    """Name as the command writes it."""
+    kind: Literal["argument", "environment", "file", "added"]
+    value: str | None
+    """Text as given; None where the script's default holds and is not known."""
+    place: int = -1
+    """Index of the word with it."""
+    file: str = ""
+    span: tuple[int, int] = (0, 0)
+
+    @property
+    def number(self) -> int | None:
+        """The value as a whole number above 0, if it is one."""
+        return int(self.value) if self.value and self.value.isdecimal() and int(self.value) > 0 else None
+
+    def set(self, variant: Variant, value: object) -> Variant:
+        """Return the variant with another value."""
+        words = list(variant.words)
+        if self.kind == "environment":
+            return replace(variant, environ={**variant.environ, self.name: str(value)})
+        if self.kind == "file":
+            text = variant.replaced.get(self.file) or _read(self.file)
+            start, end = self.span
+            return replace(variant, replaced={**variant.replaced, self.file: f"{text[:start]}{value}{text[end:]}"})
+        if self.kind == "added":
+            words.append(f"{self.name}={value}")
+        else:
+            option, equals, _ = words[self.place].partition("=")
+            words[self.place] = f"{option}={value}" if equals else str(value)
+        return replace(variant, words=tuple(words))
+
+
+def find_knob(variant: Variant, name: str) -> Knob:
+    """Return the value called `name`; one that the command does not give is added to its end.
+
+    ConfigError for a name that several keys of a file have.
+    """
+    bare = _plain(name)
+    if not bare or not re.fullmatch(r"[\w.]+", bare):
+        raise ConfigError(say("questions.knob.no_name", name=name))
+    found = _in_words(variant.words, bare) or _in_environment(variant.environ, name.strip())
+    return found or _in_files(variant.words, bare) or _added(variant.words, bare)
+
+
+def accumulation_of(variant: Variant) -> int | None:
+    """Return the passes of a step that the command, its files or its script name; None if nothing names them."""
+    for place, word in enumerate(variant.words):
+        name, equals, value = word.partition("=")
+        value = value if equals else "".join(variant.words[place + 1 : place + 2])
+        if ACCUMULATION.fullmatch(_plain(name)) and value.isdecimal() and int(value) > 0:
+            return int(value)
+    for text in map(_read, _scripts(variant.words)):
+        for key, number in _defaults(text):
+            if ACCUMULATION.fullmatch(_plain(key)):
+                return number
+    return None
+
+
+def is_batch(name: str) -> bool:
+    """Return True for the name of a batch size.
+
+    >>> [is_batch(each) for each in ("--per_device_train_batch_size", "bs", "data.batch_size", "block_size")]
+    [True, True, True, False]
+    """
+    plain = re.sub(r"(per_device_|per_gpu_)?(train_)?", "", _plain(name), count=1)
+    return _BATCH.fullmatch(plain) is not None
+
+
+def _plain(name: str) -> str:
+    return name.strip().lstrip("-+").replace("-", "_")
+
+
+def _in_words(words: Sequence[str], bare: str) -> Knob | None:
+    for place in reversed(range(len(words))):
+        option, equals, value = words[place].partition("=")
+        if _plain(option) != bare:
+            continue
+        if equals:
+            return Knob(option, "argument", value, place)
+        if option.startswith("-") and place + 1 < len(words):
+            return Knob(option, "argument", words[place + 1], place + 1)
+    return None
+
+
+def _in_environment(environ: Mapping[str, str], name: str) -> Knob | None:
+    return Knob(name, "environment", environ[name]) if name in environ else None
+
+
+def _in_files(words: Sequence[str], bare: str) -> Knob | None:
+    for word in words:
+        path = word.rpartition("=")[2]
+        if path.endswith(_FILES) and os.path.isfile(path):
+            spans = list(_keys(_read(path), bare))
+            if len(spans) > 1:
+                raise ConfigError(say("questions.knob.several", name=bare, file=path, count=len(spans)))
+            for key, value, span in spans:
+                return Knob(key, "file", value, file=path, span=span)
+    return None
+
+
+def _keys(text: str, bare: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """Yield the keys of YAML, JSON or TOML whose path ends with `bare`, with their values and the places of those."""
+    path: list[tuple[int, str]] = []
+    key = re.compile(r'^([ \t]*(?:- )?)(?:"([\w.-]+)"|([\w.-]+))[ \t]*[:=][ \t]*("?)([^\s",#{\[]*)', re.MULTILINE)
+    table = ""
+    for found in re.finditer(r"^\[([\w.-]+)\]|" + key.pattern, text, re.MULTILINE):
+        if found[1] is not None:
+            table = found[1].replace("-", "_")
+            continue
+        indent = len(found[2])
+        path = [each for each in path if each[0] < indent]
+        name = found[3] or found[4]
+        whole = ".".join(filter(None, [table, *(part for _, part in path), name.replace("-", "_")]))
+        if found[6] and (whole == bare or whole.endswith(f".{bare}")):
+            yield name, found[6], found.span(6)
+        path.append((indent, name.replace("-", "_")))
+
+
+def _added(words: Sequence[str], bare: str) -> Knob:
+    """Return an option in the form that the script's text shows, with the default that stands there."""
+    form, value = f"--{bare}", None
+    for text in map(_read, _scripts(words)):
+        if "hydra" in text and f"--{bare}" not in text:
+            form = bare
+        elif f"--{bare.replace('_', '-')}" in text:
+            form = f"--{bare.replace('_', '-')}"
+        value = next((str(number) for name, number in _defaults(text) if _plain(name) == bare), value)
+    return Knob(form, "added", value)
+
+
+def _scripts(words: Sequence[str]) -> list[str]:
+    """Return the Python files of a command, the last one first: a configuration stands behind its script."""
+    return [word for word in reversed(words) if word.endswith(".py") and os.path.isfile(word)]
+
+
+def _defaults(text: str) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers that a script gives its names, and its options' defaults."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+            ):
+                if (number := _product(value)) is not None:
+                    yield name, number
+            case ast.Dict(keys=keys, values=values):
+                for key, value in zip(keys, values, strict=True):
+                    number = _product(value)
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str) and number is not None:
+                        yield key.value, number
+            case ast.Call(func=ast.Attribute(attr="add_argument" | "option"), args=names, keywords=keywords):
+                default = next((each.value for each in keywords if each.arg == "default"), None)
+                if default is not None and (number := _product(default)) is not None:
+                    texts = (each.value for each in names if isinstance(each, ast.Constant))
+                    yield from ((text, number) for text in texts if isinstance(text, str))
+
+
+def _product(value: ast.expr) -> int | None:
+    """Return a whole number above 0, or a product of such, as `5 * 8`."""
+    match value:
+        case ast.Constant(value=bool()):
+            return None
+        case ast.Constant(value=int(number)) if number > 0:
+            return number
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            one, other = _product(left), _product(right)
+            return one * other if one and other else None
+    return None
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="surrogateescape")

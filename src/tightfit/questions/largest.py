@@ -1,0 +1,213 @@
+"""The largest value of an argument that fits: bisection, helped by the straight line that memory follows."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from tightfit.errors import ConfigError
+from tightfit.questions.asking import Asked
+from tightfit.questions.knob import accumulation_of, find_knob, is_batch
+from tightfit.simulation.details import Detail
+from tightfit.vgpu.records import VirtualCard
+from tightfit.wording import say
+
+_FIXED = ("parameters", "optimizer state")
+"""Categories that do not grow with a batch."""
+_FAR = 0.9
+"""Share of a value at which another one shows the slope of memory."""
+_START = 8
+_MOST = 2**24
+_MOST_ROUNDS = 60
+Play = Callable[[Sequence[int]], list[Detail]]
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One value that was played."""
+
+    value: int
+    outcome: str
+    """fits, out_of_memory or error."""
+    device_bytes: int
+    """Peak of the process; where it failed, with the request that failed."""
+    reason: str
+    """Why the play ended."""
+
+
+class Largest(msgspec.Struct, frozen=True, kw_only=True):
+    """The largest value that fits, as `tightfit dryrun --largest --json` prints it."""
+
+    name: str
+    place: str
+    """argument, environment, file, or added to the command."""
+    gpu: VirtualCard
+    largest: int | None
+    """None if not even the smallest value fits."""
+    next_value: int | None
+    """The next larger value, which was played and does not fit; None if none was found."""
+    next_outcome: str | None
+    multiple: int
+    device_bytes: int | None
+    """Peak with the largest value."""
+    free_bytes: int | None
+    effective_batch: int | None
+    """Samples of an optimizer step: batch, passes and processes; None for a value that is no batch size."""
+    accumulation: int | None
+    processes: int
+    command: list[str]
+    """Words to run it with."""
+    trials: list[Trial]
+    plays: int
+    """Plays that were made; others were remembered."""
+    seconds: float
+
+
+def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
+    """Find the largest multiple that fits. ConfigError for a value on which no memory depends."""
+    if multiple < 1:
+        raise ConfigError(say("questions.largest.multiple", multiple=multiple))
+    started, played = time.monotonic(), asked.simulator.played
+    knob = find_knob(asked.variant, name)
+    if knob.kind in ("argument", "environment") and knob.number is None:
+        raise ConfigError(say("questions.largest.no_number", name=knob.name, value=knob.value))
+
+    def play(values: Sequence[int]) -> list[Detail]:
+        return asked.play([asked.request(knob.set(asked.variant, value)) for value in values])
+
+    start = _rounded(knob.number or _START, multiple)
+    search = Search(asked.script, knob.name, play, multiple)
+    fits, fails = search.run(start)
+    best = search.tried.get(fits) if fits else None
+    known = best or search.tried[fails or start]
+    size = int(asked.variant.environ.get("WORLD_SIZE", "1") or 1)
+    passes = accumulation_of(asked.variant) if is_batch(knob.name) else None
+    return Largest(
+        name=knob.name,
+        place=knob.kind,
+        gpu=known.findings.gpu,
+        largest=fits or None,
+        next_value=fails,
+        next_outcome=search.tried[fails].findings.outcome if fails else None,
+        multiple=multiple,
+        device_bytes=best.findings.peak.device_bytes if best else None,
+        free_bytes=best.findings.free_bytes if best else None,
+        effective_batch=fits * (passes or 1) * size if fits and is_batch(knob.name) else None,
+        accumulation=passes,
+        processes=size,
+        command=list(knob.set(asked.variant, fits).words) if fits else [],
+        trials=[_trial(value, search.tried[value]) for value in sorted(search.tried)],
+        plays=asked.simulator.played - played,
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+class Search:
+    """Finds two neighbouring values of which the larger one does not fit."""
+
+    def __init__(self, script: str, name: str, play: Play, step: int) -> None:
+        self._script, self._name, self._play, self._step = script, name, play, step
+        self.tried: dict[int, Detail] = {}
+
+    def run(self, start: int) -> tuple[int, int | None]:
+        """Return the largest value that fits, 0 if none does, and the next larger one; None if all fit."""
+        self._try([start])
+        first = self.tried[start].findings
+        if first.outcome == "error":
+            reason = first.stopped_because
+            raise ConfigError(
+                say("questions.largest.failed", script=self._script, name=self._name, value=start, reason=reason)
+            )
+        for _ in range(_MOST_ROUNDS):
+            fits, fails = self._bracket()
+            if fails is not None and fails - fits <= self._step:
+                return fits, fails
+            if fits >= _MOST:
+                return fits, None
+            self._try(self._candidates(fits, fails))
+            self._check_dependence()
+        return self._bracket()
+
+    def _try(self, values: Sequence[int]) -> None:
+        new = [value for value in values if value not in self.tried]
+        self.tried.update(zip(new, self._play(new), strict=True))
+
+    def _bracket(self) -> tuple[int, int | None]:
+        """More batch never needs less memory, so one value each decides for all below and above it."""
+        fails = min((value for value, each in self.tried.items() if each.findings.outcome != "fits"), default=None)
+        fitting = [value for value, each in self.tried.items() if each.findings.outcome == "fits"]
+        return max((value for value in fitting if fails is None or value < fails), default=0), fails
+
+    def _candidates(self, fits: int, fails: int | None) -> list[int]:
+        """Return the guess and its neighbour: if the lines are right, they are the answer."""
+        step, fitting = self._step, self._fitting()
+        if not fitting:
+            assert fails is not None
+            return [_rounded(fails // 2, step)]
+        top = _MOST if fails is None else fails - step
+        if len(fitting) == 1:
+            guess = self._second_guess(fits)
+            guess = guess if fails is None else min(guess, (fits + fails) // 2)
+            return [min(max(_rounded(guess, step), fits + step), top)]
+        guess = self._guess(fits, top)
+        if fails is not None:  # where a guess was too large, smaller ones lie ever further from it
+            failed = sum(each.findings.outcome != "fits" for each in self.tried.values())
+            guess = min(guess, max(fails - step * 2**failed, (fits + fails) // 2))
+        guess = min(max(_rounded(guess, step), fits + step), top)
+        return [guess, guess + step] if guess < top else [guess]
+
+    def _fitting(self) -> list[int]:
+        return sorted(value for value, each in self.tried.items() if each.findings.outcome == "fits")
+
+    def _second_guess(self, fits: int) -> int:
+        """Return a value near the end from one play: everything but the model grows with the value, at most."""
+        found = self.tried[fits].findings
+        fixed = sum(found.categories.get(name, 0) for name in _FIXED)
+        growing = max(nbytes - fixed for nbytes in found.phases.values()) if found.phases else 0
+        if growing <= 0:
+            return 2 * fits
+        return max(2 * fits, fits + int(found.free_bytes * fits / growing)) if found.free_bytes > growing else fits + 1
+
+    def _guess(self, fits: int, top: int) -> int:
+        """Return the value at which the first phase reaches the card's memory: each follows a line of its own."""
+        fitting = self._fitting()
+        last = self.tried[fits].findings
+        # Memory grows in steps, so two near neighbours would show one of those and not the slope.
+        far = [value for value in fitting if value <= _FAR * fits] or fitting[:1]
+        before = self.tried[far[-1]].findings
+        cached = last.peak.device_bytes - last.peak.allocated_bytes
+        room = last.peak.device_bytes + last.free_bytes - cached
+        ends = [top]
+        for phase, nbytes in last.phases.items():
+            slope = (nbytes - before.phases.get(phase, nbytes)) / (fits - far[-1])
+            if slope > 0:
+                ends.append(fits + int((room - nbytes) / slope))
+        return min(ends) if len(ends) > 1 else 2 * fits
+
+    def _check_dependence(self) -> None:
+        """ConfigError if twice the value and more takes exactly the same memory."""
+        values = sorted(value for value, each in self.tried.items() if each.findings.outcome == "fits")
+        if len(values) < 2 or len(values) < len(self.tried) or values[-1] < 2 * values[0]:
+            return
+        peaks = {self.tried[value].findings.peak for value in values}
+        if len(peaks) == 1:
+            (peak,) = peaks
+            raise ConfigError(
+                say(
+                    "questions.largest.independent",
+                    script=self._script,
+                    name=self._name,
+                    low=values[0],
+                    high=values[-1],
+                    size=peak.device_bytes,
+                )
+            )
+
+
+def _rounded(value: int, multiple: int) -> int:
+    """Round down to a multiple above 0."""
+    return max(multiple, value // multiple * multiple)
+
+
+def _trial(value: int, detail: Detail) -> Trial:
+    found = detail.findings
+    return Trial(value=value, outcome=found.outcome, device_bytes=found.needed_bytes, reason=found.stopped_because)

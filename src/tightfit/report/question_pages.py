@@ -1,0 +1,231 @@
+"""The sections of answers to questions about a script: largest value, cards, variants."""
+
+import shlex
+from collections.abc import Sequence
+
+from tightfit.questions.cards import CardRow, Cards
+from tightfit.questions.compare import Comparison, LineRow
+from tightfit.questions.largest import Largest, Trial
+from tightfit.report.sections import Page, Section, Table
+from tightfit.report.tensor_texts import place_text
+from tightfit.units import format_bytes, format_duration
+from tightfit.vgpu.records import Origin, VirtualCard
+from tightfit.wording import say
+from tightfit.wording.report import Words
+
+
+def largest_page(found: Largest, t: Words) -> Page:
+    """Lay out the largest value that fits."""
+    rows = [[str(each.value), format_bytes(each.device_bytes), _trial(each)] for each in found.trials]
+    columns = [say("questions.largest_page.value"), say("questions.largest_page.bytes")]
+    columns.append(say("questions.largest_page.outcome"))
+    title = say("questions.largest_page.trials")
+    cost = say("questions.largest_page.cost", plays=found.plays, seconds=found.seconds)
+    sections = [
+        Section(
+            id="trials",
+            title=title,
+            paragraphs=[cost],
+            tables=[Table(caption=title, columns=columns, rows=rows, numbers=frozenset({0, 1}), is_headed=True)],
+        )
+    ]
+    if found.command:
+        heading = say("questions.largest_page.command")
+        sections.insert(0, Section(id="command", title=heading, code=shlex.join(found.command)))
+    return Page(
+        title=say("questions.largest_page.title", name=found.name),
+        verdict=_largest_verdict(found, t),
+        is_bad=found.largest is None,
+        facts=_largest_facts(found),
+        sections=sections,
+    )
+
+
+def _largest_verdict(found: Largest, t: Words) -> str:
+    fields = {"name": found.name.lstrip("-"), "card": card_text(found.gpu, t)}
+    if found.largest is None:
+        return say("questions.largest_page.none", **fields, value=found.trials[0].value)
+    if found.next_value is None:
+        return say("questions.largest_page.unlimited", **fields, value=found.largest)
+    return say("questions.largest_page.found", **fields, value=found.largest)
+
+
+def _largest_facts(found: Largest) -> list[tuple[str, str, str]]:
+    facts = []
+    if found.device_bytes is not None and found.free_bytes is not None:
+        left = say("questions.largest_page.left", free=found.free_bytes)
+        facts.append((say("questions.largest_page.peak"), format_bytes(found.device_bytes), left))
+    if found.effective_batch is not None:
+        remark = say("questions.largest_page.effective_alone")
+        if found.accumulation is not None:
+            passes = {"accumulation": found.accumulation, "processes": found.processes}
+            remark = say("questions.largest_page.effective_with", name=found.name.lstrip("-"), **passes)
+        facts.append((say("questions.largest_page.effective"), str(found.effective_batch), remark))
+    after = next((each for each in found.trials if each.value == found.next_value), None)
+    if after is not None and found.largest is not None:
+        facts.append((say("questions.largest_page.next"), "", _next(after)))
+    return facts
+
+
+def _next(after: Trial) -> str:
+    if after.outcome == "error":
+        return say("questions.largest_page.next_error", value=after.value, reason=after.reason)
+    return say("questions.largest_page.next_out_of_memory", value=after.value, size=after.device_bytes)
+
+
+def _trial(each: Trial) -> str:
+    if each.outcome == "error":
+        return say("questions.largest_page.error", reason=each.reason)
+    fits = each.outcome == "fits"
+    return say("questions.largest_page.fits" if fits else "questions.largest_page.out_of_memory")
+
+
+def script_cards_page(found: Cards, t: Words) -> Page:
+    """Lay out every card with the peak of a script on it."""
+    fitting = [row for row in found.rows if row.fits]
+    verdict = say("questions.cards_page.none")
+    if smallest := found.smallest:
+        counts = {"count": len(fitting), "all": len(found.rows)}
+        verdict = say("questions.cards_page.smallest", **counts, name=smallest.name)
+    caption = say("questions.cards_page.caption")
+    columns = [
+        say("questions.cards_page.card"),
+        say("questions.cards_page.memory"),
+        say("questions.cards_page.peak"),
+        say("questions.cards_page.left"),
+        say("questions.cards_page.outcome"),
+    ]
+    table = Table(
+        caption=caption,
+        columns=columns,
+        rows=[_card_row(row, t) for row in found.rows],
+        numbers=frozenset({1, 2, 3}),
+        is_headed=True,
+    )
+    replayed = sum(row.replayed for row in found.rows)
+    points = [say("questions.cards_page.played", plays=found.plays, seconds=found.seconds)]
+    if replayed:
+        points.insert(0, say("questions.cards_page.replayed", replayed=replayed, all=len(found.rows)))
+    return Page(
+        title=say("questions.cards_page.title", script=found.script),
+        verdict=verdict,
+        is_bad=not fitting,
+        sections=[
+            Section(id="cards", title=caption, tables=[table]),
+            Section(id="remarks", title=t("dryrun", "remarks"), points=points),
+        ],
+    )
+
+
+def _card_row(row: CardRow, t: Words) -> list[str]:
+    left = format_bytes(row.free_bytes) if row.fits else ""
+    return [row.name, format_bytes(row.total_bytes), format_bytes(row.device_bytes), left, _card_outcome(row, t)]
+
+
+def _card_outcome(row: CardRow, t: Words) -> str:
+    if row.error is not None:
+        return say("questions.cards_page.error", reason=row.error)
+    if row.fits or row.failure is None:
+        return say("questions.cards_page.fits")
+    phase = t.name("phase", row.failure.phase)
+    if not row.failure.file:
+        return say("questions.cards_page.fails_somewhere", phase=phase)
+    return say("questions.cards_page.fails", phase=phase, place=place_text(row.failure))
+
+
+def compare_page(found: Comparison, t: Words) -> Page:
+    """Lay out variants side by side."""
+    names = [side.change or say("questions.compare_page.as_is") for side in found.sides]
+    least = min(found.sides, key=lambda side: (side.outcome != "fits", side.device_bytes))
+    needs = {"card": card_text(found.gpu, t), "size": least.device_bytes}
+    if len({side.device_bytes for side in found.sides}) == 1:
+        verdict = say("questions.compare_page.equal", **needs)
+    else:
+        verdict = say("questions.compare_page.verdict", **needs, change=names[found.sides.index(least)])
+    notes = [say("questions.compare_page.cost", plays=found.plays, seconds=found.seconds)]
+    if any(side.outcome != "fits" for side in found.sides):
+        notes.insert(0, say("questions.compare_page.at_failure"))
+    return Page(
+        title=say("questions.compare_page.title", script=found.script),
+        verdict=verdict,
+        is_bad=all(side.outcome != "fits" for side in found.sides),
+        sections=[
+            _sides(found, names, t),
+            _compared_categories(found, names, t),
+            _compared_lines(found, names, t),
+            Section(id="remarks", title=t("dryrun", "remarks"), points=notes),
+        ],
+    )
+
+
+def _sides(found: Comparison, names: Sequence[str], t: Words) -> Section:
+    title, sides = say("questions.compare_page.summary"), found.sides
+    fitting = [side.outcome == "fits" for side in sides]
+    outcomes = [
+        say("questions.compare_page.fits" if fits else "questions.compare_page.out_of_memory") for fits in fitting
+    ]
+    unknown = say("questions.compare_page.unknown")
+    rows = [
+        [say("questions.compare_page.outcome"), *outcomes],
+        [say("questions.compare_page.peak"), *(format_bytes(side.device_bytes) for side in sides)],
+        [say("questions.compare_page.phase"), *(t.name("phase", side.phase) for side in sides)],
+        [say("questions.compare_page.left"), *(format_bytes(max(0, side.free_bytes)) for side in sides)],
+        [
+            say("questions.compare_page.step"),
+            *(_step_time(side.step.seconds) if side.step else unknown for side in sides),
+        ],
+    ]
+    return Section(id="sides", title=title, tables=[_side_table(title, names, rows)])
+
+
+def _step_time(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else format_duration(seconds)
+
+
+def _compared_categories(found: Comparison, names: Sequence[str], t: Words) -> Section:
+    title = say("questions.compare_page.categories")
+    rows = [[t.name("category", row.category), *_with_difference(row.bytes)] for row in found.categories]
+    return Section(
+        id="categories",
+        title=title,
+        tables=[_side_table(title, [*names, say("questions.compare_page.difference")], rows)],
+    )
+
+
+def _compared_lines(found: Comparison, names: Sequence[str], t: Words) -> Section:
+    title = say("questions.compare_page.lines")
+    rows = [[_line(row, t), *_with_difference(row.bytes)] for row in found.lines]
+    rows.append([say("questions.compare_page.same"), *_with_difference(found.other_bytes)])
+    return Section(
+        id="lines", title=title, tables=[_side_table(title, [*names, say("questions.compare_page.difference")], rows)]
+    )
+
+
+def _line(row: LineRow, t: Words) -> str:
+    origin = Origin(
+        file=row.file, line=row.line, function=row.function, shape=(), dtype="", operator="", category=row.category
+    )
+    return t("page", "separator").join(filter(None, [place_text(origin), t.name("category", row.category)]))
+
+
+def _with_difference(row: Sequence[int]) -> list[str]:
+    """Add the last value minus the first."""
+    change = row[-1] - row[0]
+    sign = "+" if change > 0 else "−" if change < 0 else ""
+    return [*map(format_bytes, row), f"{sign}{format_bytes(abs(change))}" if change else "0"]
+
+
+def _side_table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    numbers = frozenset(range(1, len(names) + 1))
+    return Table(caption=caption, columns=["", *names], rows=rows, numbers=numbers, is_headed=True)
+
+
+def card_text(gpu: VirtualCard, t: Words) -> str:
+    """Return the card's name and memory."""
+    return t(
+        "outcome",
+        "card_and_others" if gpu.used_by_others_bytes else "card",
+        name=gpu.name,
+        total=format_bytes(gpu.total_bytes),
+        others=format_bytes(gpu.used_by_others_bytes),
+    )

@@ -1,0 +1,195 @@
+"""The play of a script with its details. Runs in the process of the play."""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from tightfit.allocator.tape import Replayed, TapedAllocator, digest_of, replay
+from tightfit.simulation.details import (
+    CardOutcome,
+    CardSize,
+    Detail,
+    FailedAt,
+    FileState,
+    Held,
+    StepTime,
+    state_of,
+)
+from tightfit.simulation.speed import Meter, Work, rates_of
+from tightfit.vgpu.findings import by_category
+from tightfit.vgpu.recorder import Allocation
+from tightfit.vgpu.records import Findings
+from tightfit.vgpu.session import VirtualSession
+from tightfit.vgpu.snapshot import TraceLog
+
+_MOST_HELD = 400
+_MOST_FILES = 20_000
+_NO_FILES = ("/proc/", "/sys/", "/dev/")
+_WRITES = os.O_WRONLY | os.O_RDWR
+
+
+def play_detail(
+    cards: Sequence[CardSize], play: Callable[[Callable[[int], object]], Findings], on_step: Callable[[int], object]
+) -> Detail:
+    """Play, and read off the recorder what the findings leave out."""
+    VirtualSession.allocator_kind = TapedAllocator
+    files, clock = FilesRead(), Clock()
+    sys.addaudithook(files)
+
+    def stepped(steps: int) -> None:
+        clock(steps)
+        on_step(steps)
+
+    found = play(stepped)
+    session = VirtualSession.running()
+    if session is None:
+        return Detail(findings=found, held=[], files=files.states(), cards=[], tape="")
+    recorder, allocator = session.device.recorder, session.allocator
+    alive = recorder.alive_at(len(recorder.events) if found.failure else recorder.peak_event)
+    decides = found.categories == by_category(alive)
+    assert isinstance(allocator, TapedAllocator)
+    follows = decides and allocator.is_replayable and not found.caught_failures and found.outcome != "error"
+    return Detail(
+        findings=found,
+        held=_held(alive) if decides else [],
+        files=files.states(),
+        cards=[_outcome(session, allocator, found, card) for card in cards] if follows else [],
+        tape=digest_of(allocator.tape) if follows else "",
+        step=clock.step(session),
+    )
+
+
+class Clock:
+    """The kernels of each optimizer step after the first."""
+
+    def __init__(self) -> None:
+        self._meter, self._marks = Meter(), list[Work]()
+
+    def __call__(self, steps: int) -> None:
+        if not self._marks and (session := VirtualSession.running()):
+            session.device.observer = self._meter
+        self._marks.append(self._meter.read())
+
+    def step(self, session: VirtualSession) -> StepTime | None:
+        """Return the time of the shortest step: a longer one has an evaluation in it."""
+        if len(self._marks) < 2:
+            return None
+        compiled = "compile" in session.device.recorder.phase_peaks
+        rates = rates_of(session.gpu, compiled=compiled)
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        timed = [((work := after - before).seconds(rates), work.launches) for before, after in pairs]
+        seconds, kernels = min(timed)
+        return StepTime(seconds=seconds, kernels=kernels, compiled=compiled) if kernels else None
+
+
+class FilesRead:
+    """Audit hook that notes the files which a play opens to read, as they are then."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, FileState] = {}
+        self._skipped = (*_NO_FILES, *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")))
+        self._own = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+        self._torch = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+        self._packages = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event != "open" or len(self._found) > _MOST_FILES:
+            return
+        path, mode, flags = arguments
+        if not isinstance(path, str) or self._writes(mode, flags):
+            return
+        path = os.path.abspath(path)
+        if path not in self._found and self._counts(path) and not path.startswith(self._packages):
+            self._found[path] = state_of(path)
+
+    def states(self) -> list[FileState]:
+        """Return them with the modules that are loaded now."""
+        for module in list(sys.modules.values()):
+            path = getattr(module, "__file__", None)
+            if isinstance(path, str) and path not in self._found and self._counts(path):
+                self._found[path] = state_of(path)
+        # Files that the play made and removed are no part of the script.
+        return [each for path, each in sorted(self._found.items()) if each.size < 0 or os.path.exists(path)]
+
+    def _counts(self, path: str) -> bool:
+        """Return False for files that a change of Python, torch or this package changes."""
+        is_package = path.startswith(self._packages)
+        if path.startswith((self._own, self._torch)) or (path.startswith(self._skipped) and not is_package):
+            return False
+        return f"{os.sep}__pycache__{os.sep}" not in path and "tightfit-play-" not in path
+
+    @staticmethod
+    def _writes(mode: object, flags: object) -> bool:
+        if isinstance(mode, str):
+            return not mode.startswith("r") or "+" in mode
+        return isinstance(flags, int) and bool(flags & _WRITES)
+
+
+def _held(alive: Iterable[Allocation]) -> list[Held]:
+    """Sum equal tensors of one line."""
+    sums: dict[Held, tuple[int, int]] = {}
+    for each in alive:
+        kind = Held(**each.origin(), phase=each.phase, count=0, bytes=0)
+        count, nbytes = sums.get(kind, (0, 0))
+        sums[kind] = count + 1, nbytes + each.nbytes
+    made = [
+        Held(**{name: getattr(kind, name) for name in _ORIGIN}, phase=kind.phase, count=count, bytes=nbytes)
+        for kind, (count, nbytes) in sums.items()
+    ]
+    return sorted(made, key=lambda each: -each.bytes)[:_MOST_HELD]
+
+
+_ORIGIN = ("file", "line", "function", "shape", "dtype", "operator", "category")
+
+
+def _outcome(session: VirtualSession, allocator: TapedAllocator, found: Findings, card: CardSize) -> CardOutcome:
+    reserved = allocator.peak_reserved_bytes
+    limited = session.allocator.memory_fraction < 1
+    if found.failure is None and reserved <= card.room_bytes and not limited:
+        # The device never refused a request, so each got the same block as in the play.
+        return CardOutcome(
+            name=card.name, total_bytes=card.total_bytes, fits=True, device_bytes=card.context_bytes + reserved
+        )
+    played = replay(
+        allocator.tape,
+        total_bytes=card.total_bytes,
+        used_by_others=card.used_bytes,
+        context_bytes=card.context_bytes,
+        settings=allocator.settings,
+    )
+    return CardOutcome(
+        name=card.name,
+        total_bytes=card.total_bytes,
+        fits=played.error is None,
+        device_bytes=card.context_bytes + played.peak_reserved_bytes + _refused(played),
+        failure=_failed_at(session, played),
+    )
+
+
+def _refused(played: Replayed) -> int:
+    return played.error.requested_bytes if played.error else 0
+
+
+def _failed_at(session: VirtualSession, played: Replayed) -> FailedAt | None:
+    if played.error is None or played.failed_request is None:
+        return None
+    recorder = session.device.recorder
+    log = TraceLog.of(recorder)
+    assert log is not None
+    # Sums that took over a block made no request, so allocations alone do not count them.
+    requests = [recorder.allocations[recorder.events[each.event] - 1] for each in log if each.action == "alloc"]
+    if played.failed_request < len(requests):
+        allocation = requests[played.failed_request]
+    elif session.device.failure is not None:
+        allocation = session.device.failure[0]
+    else:
+        return None
+    return FailedAt(
+        **allocation.origin(),
+        phase=allocation.phase,
+        requested_bytes=played.error.tensor_bytes,
+        free_bytes=played.error.free_bytes,
+    )

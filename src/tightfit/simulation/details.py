@@ -1,0 +1,95 @@
+"""Details of a play: what a question about a script is answered from. Sizes in bytes; no torch."""
+
+import os
+
+import msgspec
+
+from tightfit.vgpu.records import Findings, Origin
+
+
+class CardSize(msgspec.Struct, frozen=True, kw_only=True):
+    """A card to replay a run's requests on."""
+
+    name: str
+    total_bytes: int
+    context_bytes: int
+    used_bytes: int = 0
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that PyTorch's allocator may reserve."""
+        return self.total_bytes - self.context_bytes - self.used_bytes
+
+
+class FailedAt(Origin, frozen=True, kw_only=True):
+    """The request that a card could not meet."""
+
+    phase: str
+    requested_bytes: int
+    free_bytes: int
+
+
+class CardOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """Outcome of the same run on one card."""
+
+    name: str
+    total_bytes: int
+    fits: bool
+    device_bytes: int
+    """Peak of the process on the card; where it fails, up to the failure and with the request that failed."""
+    failure: FailedAt | None = None
+
+
+class Held(Origin, frozen=True, kw_only=True):
+    """Tensors of one kind that one line holds at the peak."""
+
+    phase: str
+    count: int
+    bytes: int
+    """Of all of them."""
+
+
+class FileState(msgspec.Struct, frozen=True, array_like=True):
+    """A file that a play read, by which a change of it is noticed."""
+
+    path: str
+    size: int
+    """-1 for a file that was not there."""
+    mtime_ns: int
+
+
+class StepTime(msgspec.Struct, frozen=True, kw_only=True):
+    """Estimate of an optimizer step's time on the card."""
+
+    seconds: float
+    kernels: int
+    """Kernels launched in the step."""
+    compiled: bool
+
+
+class Detail(msgspec.Struct, frozen=True, kw_only=True):
+    """A play with its details."""
+
+    findings: Findings
+    held: list[Held]
+    """The largest first; empty where another process than the script's own decides."""
+    files: list[FileState]
+    cards: list[CardOutcome]
+    """Outcomes on the cards that were asked for, if they follow from this play."""
+    tape: str
+    """Digest of all requests to the allocator; empty if they may depend on the card's size."""
+    step: StepTime | None = None
+
+
+def state_of(path: str) -> FileState:
+    """Return a file's size and time of change now."""
+    try:
+        now = os.stat(path)
+    except (OSError, ValueError):
+        return FileState(path, -1, 0)
+    return FileState(path, now.st_size, now.st_mtime_ns)
+
+
+def are_unchanged(files: list[FileState]) -> bool:
+    """Return True if every file is as it was."""
+    return all(state_of(each.path) == each for each in files)

@@ -1,0 +1,244 @@
+"""Questions about a script: the largest value, every card, variants side by side, and what is remembered."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from plays import simulator
+from runs import here
+
+from tightfit.allocator.caching import OutOfMemory
+from tightfit.allocator.settings import AllocatorSettings
+from tightfit.allocator.tape import TapedAllocator, replay
+from tightfit.cli.cmd_dryrun import parser
+from tightfit.errors import ConfigError
+from tightfit.gpus import all_gpus
+from tightfit.questions.asking import Asked
+from tightfit.questions.cards import every_card
+from tightfit.questions.compare import compare, varied
+from tightfit.questions.knob import Variant, accumulation_of, find_knob
+from tightfit.questions.largest import largest
+from tightfit.units import GIB, MIB
+from tightfit.vgpu.records import Settings
+
+MODEL = """\
+from torch import nn
+LAYERS = 2
+def build(width):
+    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(LAYERS)])
+"""
+TRAIN = """\
+import argparse, os, torch
+from model import build
+parser = argparse.ArgumentParser()
+parser.add_argument("--batch-size", type=int, default=4)
+parser.add_argument("--accumulation", type=int, default=3)
+parser.add_argument("--width", type=int, default=1024)
+parser.add_argument("--ignored", type=int, default=1)
+args = parser.parse_args()
+model = build(args.width).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(4):
+    x = torch.randn(args.batch_size, 256, args.width, device="cuda")
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "train.py").write_text(TRAIN)
+    (folder / "model.py").write_text(MODEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def asked(*words: str, memory: int = GIB) -> Asked:
+    return Asked.of(simulator(), Settings(gpu="RTX 3060 12GB", memory_bytes=memory), ["train.py", *words])
+
+
+class TestLargest:
+    def test_its_neighbour_was_played_and_fails(self, folder: Path) -> None:
+        found = largest(asked(), "batch_size", multiple=8)
+        tried = {each.value: each.outcome for each in found.trials}
+        assert found.largest is not None
+        assert found.largest % 8 == 0
+        assert (found.next_value, found.next_outcome) == (found.largest + 8, "out_of_memory")
+        assert tried[found.largest] == "fits"
+        assert tried[found.largest + 8] == "out_of_memory"
+        assert found.effective_batch == found.largest * 3
+        assert found.command == ["train.py", f"--batch-size={found.largest}"]
+        assert found.plays == len(found.trials) <= 7
+
+    def test_asked_again_nothing_is_played_until_an_import_changes(self, folder: Path) -> None:
+        before = largest(asked(), "batch_size", multiple=8)
+        assert before.plays == 0
+        (folder / "model.py").write_text(MODEL.replace("LAYERS = 2", "LAYERS = 2  # as before"))
+        played = simulator().played
+        asked().play([asked().request()])
+        assert simulator().played == played + 1
+        (folder / "model.py").write_text(MODEL)
+
+    def test_a_value_without_effect_is_a_mistake(self, folder: Path) -> None:
+        with pytest.raises(ConfigError, match="does not depend on --ignored: 8 and"):
+            largest(asked("--width=64"), "ignored", multiple=8)
+
+
+class TestCards:
+    def test_a_replay_equals_a_play_of_its_own(self, folder: Path) -> None:
+        cards = [gpu for gpu in all_gpus() if gpu.name in ("GeForce RTX 3050 6GB", "GeForce RTX 3060 12GB")]
+        question = Asked.of(simulator(), Settings(gpu=""), ["train.py", "--batch-size=1100"])
+        found = every_card(question, cards)
+        assert [row.fits for row in found.rows] == [False, True]
+        assert all(row.replayed for row in found.rows)
+        small, large = found.rows
+        assert small.failure is not None
+        settings = Settings(gpu="RTX 3050 6GB")
+        (own,) = question.play([question.request(settings=settings)])
+        failure = own.findings.failure
+        assert failure is not None
+        assert (small.failure.line, small.failure.phase) == (failure.line, failure.phase)
+        assert (small.failure.requested_bytes, small.failure.free_bytes) == (failure.tensor_bytes, failure.free_bytes)
+        assert large.free_bytes == large.total_bytes - large.device_bytes > 0
+
+
+class TestCompare:
+    def test_categories_and_lines_that_differ(self, folder: Path) -> None:
+        found = compare(asked("--width=256"), ["--batch-size 8", "--batch-size=64"])
+        small, large = found.sides
+        assert small.device_bytes < large.device_bytes
+        assert small.step is not None
+        assert large.step is not None
+        assert small.step.seconds <= large.step.seconds
+        categories = {row.category: row.bytes for row in found.categories}
+        assert categories["parameters"][0] == categories["parameters"][1] == 2 * (256 * 256 + 256) * 4
+        assert categories["activations"][0] < categories["activations"][1]
+        text = (folder / "train.py").read_text().splitlines()
+        assert "model(x)" in text[found.lines[0].line - 1]
+
+    def test_one_variant_is_a_mistake(self) -> None:
+        with pytest.raises(ConfigError, match="needs two or more variants"):
+            compare(asked(), ["--batch-size=8"])
+
+
+class TestKnob:
+    @pytest.mark.parametrize(
+        ("words", "name", "after"),
+        [
+            (["train.py", "--bs", "8"], "bs", ["train.py", "--bs", "9"]),
+            (["train.py", "--batch_size=8"], "batch-size", ["train.py", "--batch_size=9"]),
+            (["train.py", "data.bs=8"], "data.bs", ["train.py", "data.bs=9"]),
+            (["BS=8", "python", "train.py"], "BS", ["BS=9", "python", "train.py"]),
+            (["other.py"], "batch_size", ["other.py", "--batch_size=9"]),
+        ],
+    )
+    def test_words(self, words: list[str], name: str, after: list[str], tmp_path: Path) -> None:
+        variant = Variant(tuple(words), {})
+        assert list(find_knob(variant, name).set(variant, 9).words) == after
+
+    def test_a_variable(self) -> None:
+        variant = Variant(("train.py",), {"BATCH": "4"})
+        assert find_knob(variant, "BATCH").set(variant, 9).environ == {"BATCH": "9"}
+
+    @pytest.mark.parametrize(
+        ("file", "text", "after"),
+        [
+            ("c.yaml", "train:\n  batch_size: 8  # of one card\nval:\n  batch_size: 2\n", "batch_size: 9  # of"),
+            ("c.json", '{"train": {\n  "batch_size": 8\n}}\n', '"batch_size": 9\n'),
+            ("c.toml", "[train]\nbatch_size = 8\n[val]\nbatch_size = 2\n", "batch_size = 9\n[val]"),
+        ],
+    )
+    def test_a_key_of_a_file(self, file: str, text: str, after: str, tmp_path: Path) -> None:
+        path = tmp_path / file
+        path.write_text(text)
+        variant = Variant(("train.py", f"--config={path}"), {})
+        name = "train.batch_size" if file != "c.json" else "batch_size"
+        knob = find_knob(variant, name)
+        assert knob.number == 8
+        assert after in knob.set(variant, 9).replaced[str(path)]
+        assert path.read_text() == text
+
+    def test_two_keys_of_a_name_are_a_mistake(self, tmp_path: Path) -> None:
+        path = tmp_path / "c.yaml"
+        path.write_text("train:\n  bs: 8\nval:\n  bs: 2\n")
+        with pytest.raises(ConfigError, match=r"2 keys of .* end in bs; name one with its path, such as train\.bs"):
+            find_knob(Variant(("train.py", str(path)), {}), "bs")
+
+    def test_accumulation_of_a_scripts_own_text(self, tmp_path: Path) -> None:
+        script = tmp_path / "train.py"
+        script.write_text("batch_size = 12\ngradient_accumulation_steps = 5 * 8\n")
+        assert accumulation_of(Variant((str(script),), {})) == 40
+        assert accumulation_of(Variant((str(script), "--gradient_accumulation_steps=2"), {})) == 2
+
+    def test_a_change_of_several_words(self) -> None:
+        variant = varied(Variant(("train.py", "--bs", "8", "--flag"), {}), "--bs 2 --compile=True")
+        assert variant.words == ("train.py", "--bs", "2", "--flag", "--compile=True")
+
+
+class TestTape:
+    def test_a_replay_on_the_same_device_repeats_the_run(self) -> None:
+        facts = {"total_bytes": GIB, "used_by_others": 0, "context_bytes": 100 * MIB}
+        taped = TapedAllocator(**facts)
+        blocks = [taped.malloc(size * MIB) for size in (3, 50, 7, 200)]
+        taped.free(blocks[1])
+        taped.record_stream(blocks[2], 1)
+        taped.free(blocks[2])
+        taped.synchronize()
+        taped.malloc(49 * MIB, stream=1)
+        taped.empty_cache()
+        with pytest.raises(OutOfMemory):
+            taped.malloc(GIB)
+        again = replay(taped.tape, **facts, settings=AllocatorSettings())
+        assert again.peak_reserved_bytes == taped.peak_reserved_bytes
+        assert again.failed_request == 5
+        assert replay(taped.tape, **{**facts, "total_bytes": 4 * GIB}, settings=AllocatorSettings()).error is None
+        assert (
+            replay(taped.tape, **{**facts, "total_bytes": GIB // 4}, settings=AllocatorSettings()).failed_request == 3
+        )
+
+    def test_a_program_that_reads_its_free_memory_is_not_replayed(self) -> None:
+        taped = TapedAllocator(total_bytes=GIB)
+        assert taped.is_replayable
+        taped.mem_get_info()
+        assert not taped.is_replayable
+
+
+class TestCommand:
+    def test_variants_end_where_the_command_begins(self) -> None:
+        options, _ = parser().read(["--gpu", "A100", "--compare", "--a=1", "b=2 --c", "train.py", "--json"])
+        assert (options.compare, options.script, options.arguments) == (["--a=1", "b=2 --c"], "train.py", ["--json"])
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["train.py"], "--gpu"),
+            (["--gpu=A100", "--multiple=8", "train.py"], "--multiple belongs to --largest"),
+            (["--all-gpus", "--gpu=A100", "train.py"], "--gpu does not go with --all-gpus"),
+            (["--gpu=A100", "--largest=bs", "--all-gpus", "train.py"], "are several questions"),
+            (["--gpu=A100", "--largest=bs", "--html=a.html", "train.py"], "--html does not go with --largest"),
+            (["--gpu=A100", "--largest=b s", "train.py"], "'b s' is no name"),
+            (["--gpu=A100", "--largest=batch_size", "--multiple=0", "train.py"], "must be at least 1, got 0"),
+            (["--gpu=A100", "--compare", "--a=1", "train.py"], "needs two or more variants"),
+            (["--gpu=A100", "--compare", "--a='1", "--a=2", "train.py"], "cannot be read as words"),
+        ],
+    )
+    def test_mistakes(self, words: list[str], says: str, folder: Path) -> None:
+        done = here(["dryrun", *words])
+        assert done.code == 2
+        assert says in done.err
+        assert done.err.count("\n") == 1
+
+    def test_the_answer_in_both_languages(self, folder: Path) -> None:
+        words = ["dryrun", "--gpu=RTX 3060 12GB", "--memory=1GiB", "--largest=batch_size", "--multiple=8"]
+        done = here([*words, "train.py"])
+        assert done.code == 0, done.err
+        assert "THAT FITS on GeForce RTX 3060 12GB" in done.out
+        assert "batch-size × 3 passes × 1 process" in done.out
+        japanese = here([*words, "--lang=ja", "train.py"])
+        assert "に収まる batch-size の最大値" in japanese.out
+        record = json.loads(here([*words, "--json", "train.py"]).out)
+        assert record["plays"] == 0
