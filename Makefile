@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow docs clean
+.PHONY: demo test check slow docs chaos clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -42,6 +42,11 @@ dist: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/pytest -m slow
+
+# An attack on training and preparing, with the seed 0: kills, signals, errors of the disk, small disks, limits, bits.
+MINUTES ?= 10
+chaos: .venv/installed
+	$(BIN)/python benchmarks/recovery/chaos.py --minutes $(MINUTES) --seed 0
 
 docs: .venv/installed
 	@! grep -q PLACEHOLDER docs/demo.txt || { echo "docs/demo.txt is a placeholder: make demo > docs/demo.txt"; exit 1; }

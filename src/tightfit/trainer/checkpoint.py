@@ -296,8 +296,11 @@ def _is_checked_archive(path: Path, size: int, changed_ns: int) -> bool:
     """
     try:
         if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:  # torch's old format: four pickles, and then the numbers
-                _refuse_endless(path, file.read(_MOST_PICKLE_BYTES), streams=4)
+            with path.open("rb") as file:
+                begins = file.read(_MOST_PICKLE_BYTES)
+            if begins.startswith(b"PK\x03\x04"):  # an archive without its end
+                raise CheckpointError(_damaged(path))
+            _refuse_endless(path, begins, streams=4)  # torch's old format: four pickles, and then the numbers
             return False
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):

@@ -30,6 +30,7 @@ BEYOND_SAVING = 75
 HUNG = 76
 """Exit code of a process whose step hung; a new one starts from the last state with the same settings."""
 LEARNT = "TIGHTFIT_LEARNT"
+"""Environment variable with the settings of the processes before this one."""
 STATUS = "TIGHTFIT_STATUS"
 """Environment variable with the path of a supervised run's status file; a run that has it has a supervisor."""
 _STATUS_BYTES = 1 << 16
@@ -109,8 +110,9 @@ def supervise(arguments: Sequence[str], config: TrainConfig, *, log: Callable[[s
             if status is not None:
                 if status.saved_step > saved:
                     restarts, saved = 1, status.saved_step
-                known = Learnt(wanted=status.wanted or status.settings, failed=status.settings)
-                os.environ[LEARNT] = msgspec.json.encode(known).decode()
+                if code != HUNG:
+                    known = Learnt(wanted=status.wanted or status.settings, failed=status.settings)
+                    os.environ[LEARNT] = msgspec.json.encode(known).decode()
                 lossy |= status.lossy  # a child that got them as options has none of its own
                 less = overrides(msgspec.structs.replace(status, lossy=lossy))
                 added = _from_last_state(added, less) if code == HUNG else less
