@@ -12,7 +12,7 @@ from tightfit.allocator.caching import OutOfMemory
 from tightfit.allocator.settings import AllocatorSettings
 from tightfit.allocator.tape import TapedAllocator, replay
 from tightfit.cli.cmd_dryrun import parser
-from tightfit.errors import ConfigError
+from tightfit.errors import ConfigError, TightfitError
 from tightfit.gpus import all_gpus
 from tightfit.questions.asking import Asked
 from tightfit.questions.cards import every_card
@@ -177,6 +177,23 @@ class TestKnob:
     def test_a_change_of_several_words(self) -> None:
         variant = varied(Variant(("train.py", "--bs", "8", "--flag"), {}), "--bs 2 --compile=True")
         assert variant.words == ("train.py", "--bs", "2", "--flag", "--compile=True")
+
+
+class TestFiles:
+    def test_the_script_finds_another_value_and_the_file_stays(self, folder: Path) -> None:
+        (folder / "rows.json").write_text('{\n  "rows": 4\n}\n')
+        (folder / "rows.py").write_text(
+            "import json, torch\nkept = torch.ones(json.load(open('rows.json'))['rows'], 1 << 20, device='cuda')\n"
+        )
+        question = Asked.of(simulator(), Settings(gpu="RTX 3060 12GB"), ["rows.py", "rows.json"])
+        variant = find_knob(question.variant, "rows").set(question.variant, 6)
+        try:
+            (detail,) = question.play([question.request(variant)])
+        except TightfitError as error:
+            assert "can only be replaced for a play in a private view" in str(error)  # noqa: PT017
+            pytest.skip("this machine allows no private view")
+        assert detail.findings.peak.allocated_bytes == 6 * 4 * MIB
+        assert '"rows": 4' in (folder / "rows.json").read_text()
 
 
 class TestTape:

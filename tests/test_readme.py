@@ -149,6 +149,36 @@ SHORTENED = {
         reason="plays the script for each fix; tests/test_diagnosis.py does",
         says="6.14 GiB were asked for and 2.68 GiB of 11.69 GiB were free",
     ),
+    f"{DRYRUN} --largest batch_size examples/gpt2.py": Run(
+        instead='tightfit dryrun --gpu "RTX 3060 12GB" --memory 1GiB --largest batch-size '
+        "tests/scripts/accelerate_loop.py",
+        reason="plays of GPT-2 take minutes; tests/test_questions.py asks all three questions of a small script",
+        says="THAT FITS on GeForce RTX 3060 12GB",
+        slow=True,
+    ),
+    "tightfit dryrun --all-gpus examples/gpt2.py --batch_size=4": Run(
+        instead="tightfit dryrun --all-gpus tests/scripts/accelerate_loop.py",
+        reason="plays of GPT-2 take minutes",
+        says="FITS on 70 of 70 cards",
+        slow=True,
+    ),
+    'tightfit dryrun --gpu "RTX 3060 12GB" --compare "--batch_size=2" "--batch_size=4" examples/gpt2.py': Run(
+        instead='tightfit dryrun --gpu "RTX 3060 12GB" --compare "--width=256" "--width=512" '
+        "tests/scripts/accelerate_loop.py",
+        reason="plays of GPT-2 take minutes",
+        says="--width=256 NEEDS LEAST",
+        slow=True,
+    ),
+    "tightfit check memory.toml --update": Run(
+        instead="tightfit check memory.toml --json --lang ja",
+        reason="the list of this page names a script of its reader; tests/test_questions_check.py writes baselines",
+        codes=(2,),
+    ),
+    "tightfit check memory.toml --junit memory.xml --summary memory.md": Run(
+        instead="tightfit check memory.toml --summary memory.md",
+        reason="the list of this page names a script of its reader; tests/test_questions_check.py has one",
+        codes=(2,),
+    ),
     "tightfit watch out-stdlib": Run(instead="tightfit watch out-stdlib --once", reason="endless", says="host memory"),
     'tightfit dryrun --gpu "RTX 3060 12GB" --memory 11.69GiB --used 1.97GiB --timeline story.svg train.py'
     " --dataset=openwebtext_local --batch_size=64 --gradient_accumulation_steps=1": Run(

@@ -7,7 +7,7 @@ import msgspec
 
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
-from tightfit.questions.knob import accumulation_of, find_knob, is_batch
+from tightfit.questions.knob import Knob, accumulation_of, find_knob, is_batch
 from tightfit.simulation.details import Detail
 from tightfit.vgpu.records import VirtualCard
 from tightfit.wording import say
@@ -40,6 +40,8 @@ class Largest(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     place: str
     """argument, environment, file, or added to the command."""
+    file: str
+    """Configuration file with the value; empty for other places."""
     gpu: VirtualCard
     largest: int | None
     """None if not even the smallest value fits."""
@@ -55,7 +57,7 @@ class Largest(msgspec.Struct, frozen=True, kw_only=True):
     accumulation: int | None
     processes: int
     command: list[str]
-    """Words to run it with."""
+    """Words to run it with; empty for a value in a file."""
     trials: list[Trial]
     plays: int
     """Plays that were made; others were remembered."""
@@ -84,6 +86,7 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
     return Largest(
         name=knob.name,
         place=knob.kind,
+        file=knob.file,
         gpu=known.findings.gpu,
         largest=fits or None,
         next_value=fails,
@@ -94,11 +97,18 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
         effective_batch=fits * (passes or 1) * size if fits and is_batch(knob.name) else None,
         accumulation=passes,
         processes=size,
-        command=list(knob.set(asked.variant, fits).words) if fits else [],
+        command=_command(asked, knob, fits),
         trials=[_trial(value, search.tried[value]) for value in sorted(search.tried)],
         plays=asked.simulator.played - played,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _command(asked: Asked, knob: Knob, value: int) -> list[str]:
+    if not value or knob.kind == "file":
+        return []
+    words = knob.set(asked.variant, value).words
+    return [f"{knob.name}={value}", *words] if knob.kind == "environment" else list(words)
 
 
 class Search:

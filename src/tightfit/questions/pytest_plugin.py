@@ -90,7 +90,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
         output[_WORKER_KEY] = msgspec.json.encode(tests.seen).decode()
     elif tests.updates and tests.seen:
-        tests.write()
+        try:
+            tests.write()
+        except TightfitError as error:
+            pytest.exit(f"tightfit: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.hookimpl(optionalhook=True)

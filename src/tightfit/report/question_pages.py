@@ -61,6 +61,9 @@ def _largest_facts(found: Largest) -> list[tuple[str, str, str]]:
             passes = {"accumulation": found.accumulation, "processes": found.processes}
             remark = say("questions.largest_page.effective_with", name=found.name.lstrip("-"), **passes)
         facts.append((say("questions.largest_page.effective"), str(found.effective_batch), remark))
+    if found.file and found.largest is not None:
+        key = f"{found.name}: {found.largest}"
+        facts.append((say("questions.largest_page.in_file", file=found.file), key, ""))
     after = next((each for each in found.trials if each.value == found.next_value), None)
     if after is not None and found.largest is not None:
         facts.append((say("questions.largest_page.next"), "", _next(after)))
