@@ -629,8 +629,8 @@ _WRITTEN_IN_PLACE: dict[OpOverload, tuple[OpOverload, tuple[str, ...]]] = {
     aten.put.default: (aten.put_.default, ("Take",)),
     aten.index_put.default: (aten.index_put_.default, ("Index",)),
 }
-"""Operators in the backward of others, which write into zeros of their own; under a dispatch mode alone, they write into
-a copy (`areAnyTensorSubclassLike` in FunctionsManual.cpp and TensorAdvancedIndexing.cpp)."""
+"""Operators in the backward of others. They write into zeros of their own, and into a copy under a dispatch mode only
+(`areAnyTensorSubclassLike` in FunctionsManual.cpp and TensorAdvancedIndexing.cpp)."""
 
 
 def _as_without_mode(func: OpOverload) -> OpOverload:
