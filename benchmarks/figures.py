@@ -32,6 +32,8 @@ TOOLS = {
     "lightning": "Lightning {lightning_version}, batch size finder before `fit`",
     "tightfit": "`tightfit train`",
 }
+NEAR = 0.01
+"""Share that counts as close."""
 RANDOM_STATE_BYTES = 5056
 """Random state of the host that a recomputed block with dropout keeps, which no operator takes."""
 
@@ -74,7 +76,7 @@ class Errors:
         self.count = len(self.values)
         self.median = percent(statistics.median(map(abs, self.values)))
         self.worst = percent(self.values[-1], sign=True)
-        self.next = percent(abs(self.values[-2]))
+        self.next = percent(abs(self.values[-2])) if self.count > 1 else ""
 
 
 def card() -> Errors:
@@ -96,6 +98,62 @@ def _key(row: Row) -> Row3:
     """Model, optimizer and batch, as both files have them."""
     model = "cerebras" if "erebras" in row["model"] else row["model"].rpartition("/")[2]
     return model, row["optimizer"], row["batch_size"]
+
+
+def public_rows() -> list[Row]:
+    """Public measurements of real cards that were played, without those set aside for the reason in their note."""
+    found = rows("benchmarks/virtual/results/public.csv")
+    return [row for row in found if row["error"] and not row["set_aside"]]
+
+
+def public() -> dict[str, object]:
+    """Predicted memory against public measurements of real cards: rows, errors, and what was not played."""
+    found = rows("benchmarks/virtual/results/public.csv")
+    played = public_rows()
+    errors = Errors(float(row["error"]) for row in played)
+    return {
+        "rows": len(found),
+        "count": errors.count,
+        "median": errors.median,
+        "worst": errors.worst,
+        "exact": sum(row["measured_bytes"] == row["predicted_bytes"] for row in played),
+        "near": sum(abs(float(row["error"])) <= NEAR for row in played),
+        "set_aside": sum(bool(row["set_aside"]) for row in found),
+        "not_played": sum(not row["error"] and not row["set_aside"] for row in found),
+    }
+
+
+def public_sources() -> str:
+    """Table of public measurements by their source."""
+    body = []
+    played = public_rows()
+    for source in dict.fromkeys(row["source"].partition("@")[0].partition(" ")[0] for row in played):
+        own = [row for row in played if row["source"].startswith(source)]
+        errors = Errors(float(row["error"]) for row in own)
+        near = sum(abs(float(row["error"])) <= NEAR for row in own)
+        cards = ", ".join(dict.fromkeys(row["card"].removeprefix("NVIDIA ") for row in own))
+        body.append([source, cards, errors.count, near, errors.median, errors.worst])
+    return table(["measured by", "cards", "rows", "within 1%", "median error", "worst miss"], body)
+
+
+def public_misses() -> str:
+    """Table of public measurements that were missed by more than 1%."""
+    return table(
+        ["script", "arguments", "card", "measured", "predicted", "error", "note"],
+        [
+            [
+                row["script"],
+                f"`{row['args']}`",
+                row["card"],
+                f"{int(row['measured_bytes']):,}",
+                f"{int(row['predicted_bytes']):,}",
+                f"{float(row['error']):+.2%}",
+                row["note"],
+            ]
+            for row in public_rows()
+            if abs(float(row["error"])) > NEAR
+        ],
+    )
 
 
 def step_time(is_set: bool) -> Errors:
@@ -282,11 +340,13 @@ def reported() -> str:
 
 def how_true() -> str:
     """The README's table."""
-    one, other, host, peak = card(), step_time(False), host_step(), process_peak()
+    one, other, host, peak, others = card(), step_time(False), host_step(), process_peak(), public()
+    cards = "memory on A100, H100, B200, RTX 3090 and 4090, measured by others"
     return table(
         ["predicted, against", "rows", "median error", "worst miss"],
         [
             ["memory reserved on a real RTX 3060, measured by xMem's authors", one.count, one.median, one.worst],
+            [cards, others["count"], others["median"], others["worst"]],
             ["memory of a step on the host, PyTorch's profiler", host["count"], host["median"], host["worst"]],
             ["peak of a training process under limits of the kernel", peak.count, peak.median, peak.worst],
             ["time of a GPT-2 step in published runs", other.count, other.median, other.worst],
@@ -310,6 +370,9 @@ def figures() -> dict[str, object]:
         "speeds": speeds(),
         "limits": limits(),
         "card_rows": card_rows(),
+        "public": public(),
+        "public_sources": public_sources(),
+        "public_misses": public_misses(),
         "reported": reported(),
         "how_true": how_true(),
         "cards": len(rows("src/tightfit/gpus.csv")),

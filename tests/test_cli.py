@@ -559,6 +559,7 @@ class TestOneParser:
             (["convert", "a", "b", "c"], "c is one word too many; tightfit convert --help lists the options"),
             (["convert"], "source, target is missing; tightfit convert --help shows an example"),
             (["dryrun", "x.py"], "--gpu is missing; tightfit dryrun --help shows an example"),
+            (["dryrun", "--gpu=T4", "--torch=1.13", "x.py"], "torch takes a version of torch 2, such as 2.8"),
             (["watch", "--interval=often"], "--interval: invalid float value: 'often'; tightfit watch --help explains"),
         ],
     )

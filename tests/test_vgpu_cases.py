@@ -154,3 +154,13 @@ def test_steps_without_an_optimizer_repeat_too(tmp_path: Path) -> None:
     found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"])
     assert found["outcome"] == "fits"
     assert found["steps"] < 20
+
+
+def test_a_function_is_compiled_twice(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "import torch\nf = lambda x: x.sin() + 1\nfor _ in range(2):\n    f = torch.compile(f)\n"
+        "    f(torch.ones(3, device='cuda'))\n"
+    )
+    assert findings(["--gpu", "T4", script])["outcome"] == "fits"

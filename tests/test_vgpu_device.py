@@ -262,3 +262,71 @@ for _ in range(3):
 assert len(held) == 1, held
 """)
     assert played(["--gpu", "RTX 3060 12GB", script]).outcome == "fits"
+
+
+# Values and operators that only a dispatch mode would change
+
+
+def test_autograd_writes_into_zeros_in_place_as_on_a_card() -> None:
+    """The torch implementation of sparsemax on an RTX 3090: 10.25 tensors of its input's size at the peak, and 36 KiB.
+
+    Measured by Liger-Kernel's authors (82.03515625 MiB, 2048 x 1024 float32). Under a dispatch mode, torch would take
+    one more tensor in the backward of sort.
+    """
+    printed = on_card("""
+def sparsemax(x):
+    ordered, places = torch.sort(x, dim=1, descending=True)
+    sums = torch.cumsum(ordered, dim=1)
+    steps = torch.arange(1, x.size(1) + 1, device="cuda", dtype=x.dtype).view(1, -1)
+    bound = 1 + steps * ordered
+    support = bound > sums
+    count = support.sum(dim=1, keepdim=True).clamp(min=1)
+    total = (ordered * support).sum(dim=1, keepdim=True)
+    tau = (total - 1) / count
+    return torch.clamp(x - tau, min=0)
+x = torch.randn(2048, 1024, device="cuda")
+upstream = torch.randn_like(x)
+x.requires_grad_(True)
+for _ in range(2):
+    torch.cuda.reset_peak_memory_stats()
+    y = sparsemax(x)
+    y.backward(upstream, retain_graph=True)
+    del y
+print(torch.cuda.max_memory_allocated())
+weights = torch.randn(4, 256, 4096, device="cuda", requires_grad=True)
+chosen = torch.zeros(4, 256, 1, dtype=torch.int64, device="cuda")
+loss = weights.gather(-1, chosen).sum()
+before = held()
+torch.cuda.reset_peak_memory_stats()
+loss.backward()
+print(torch.cuda.max_memory_allocated() / 2**20 - before < 17)  # one tensor of 16 MiB, not two
+""")
+    assert printed == ["86020096", "True"]
+
+
+def test_tensors_can_be_made_and_compared_within_a_backward_function() -> None:
+    printed = on_card("""
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+    @staticmethod
+    def backward(ctx, grad):
+        made = torch.tensor(1.0, device=grad.device), torch.as_tensor([1.0], device="cuda"), grad.new_tensor([1.0])
+        print({each.device.type for each in made}, torch.equal(grad, made[0]))
+        return 2 * grad
+x = torch.ones((), device="cuda", requires_grad=True)
+Double.apply(x).backward()  # its gradient is 1
+Double.apply(x).backward(torch.randn_like(x))
+""")
+    assert printed == ["{'cuda'} True", "{'cuda'} False"]
+
+
+def test_the_torch_on_the_card_decides_about_workspaces() -> None:
+    """Blackwell's cuBLAS workspace is Hopper's from torch 2.12 on."""
+    script = 'x = torch.ones(8, 8, device="cuda"); x @ x; print(held())'
+    blackwell = CARD.replace('"RTX 3060 12GB"', '"RTX 5090"')
+    for version, mib in (("2.8.0+cu128", 8.125), ("2.12", 32)):
+        chosen = blackwell.replace("context_bytes=0", f"context_bytes=0, torch={version!r}")
+        (printed,) = in_process(chosen + script).splitlines()
+        assert float(printed) - mib < 0.01

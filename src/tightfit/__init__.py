@@ -131,7 +131,8 @@ def dryrun(
     `memory_bytes`: the card's total as its driver reports it; `used_bytes`: held by other programs;
     `context_bytes`: outside PyTorch's allocator; `capability`: of a card that the table lacks; `steps`,
     `until_stable` (when steps repeat), `timeout_s`: where to stop; `snapshot`: file for PyTorch's memory snapshot;
-    `timeline`: add memory over time; `torch`: the version on the card, such as "2.8". Raises TightfitError for an unknown card, a missing script or a wrong value.
+    `timeline`: add memory over time; `torch`: the version on the card, such as "2.8". Raises TightfitError
+    for an unknown card, a missing script or a wrong value.
 
     >>> def step(batch):
     ...     import torch

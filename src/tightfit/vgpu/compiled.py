@@ -92,7 +92,9 @@ class Compiler:
             with self.running(None):
                 return compiled(*args, **kwargs)
 
-        if "_torchdynamo_wrapper_id" in call.__dict__:  # by which Dynamo tells a wrapper of its own when it compiles one
+        if (
+            "_torchdynamo_wrapper_id" in call.__dict__
+        ):  # by which Dynamo tells a wrapper of its own when it compiles one
             call.__dict__["_torchdynamo_wrapper_id"] = id(call)
         return call
 

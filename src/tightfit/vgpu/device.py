@@ -169,6 +169,8 @@ class VirtualDevice:
 
     def _launch(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
         """Run an operator that is one step of the card; one thread at a time is in here."""
+        if func in _WRITTEN_IN_PLACE:
+            func = _as_without_mode(func)
         handler = HANDLERS.get(func)
         if handler is not None and (answer := handler(self, func, *args, **kwargs)) is not None:
             return answer
@@ -615,6 +617,27 @@ class VirtualDeviceMode(TorchDispatchMode):
 def _name(func: OpOverload) -> str:
     name = func._schema.name.partition("::")[2]
     return f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name
+
+
+_WRITTEN_IN_PLACE: dict[OpOverload, tuple[OpOverload, tuple[str, ...]]] = {
+    aten.scatter.src: (
+        aten.scatter_.src,
+        ("Sort", "Topk", "Max", "Min", "Median", "Nanmedian", "Kthvalue", "Mode"),
+    ),
+    aten.scatter_add.default: (aten.scatter_add_.default, ("Gather", "Cummax", "Cummin")),
+    aten.masked_scatter.default: (aten.masked_scatter_.default, ("MaskedSelect",)),
+    aten.put.default: (aten.put_.default, ("Take",)),
+    aten.index_put.default: (aten.index_put_.default, ("Index",)),
+}
+"""Operators in the backward of others. They write into zeros of their own, and into a copy under a dispatch mode only
+(`areAnyTensorSubclassLike` in FunctionsManual.cpp and TensorAdvancedIndexing.cpp)."""
+
+
+def _as_without_mode(func: OpOverload) -> OpOverload:
+    """Return the operator that autograd calls on a card in place of `func`."""
+    in_place, of = _WRITTEN_IN_PLACE[func]
+    node = torch._C._current_autograd_node()
+    return in_place if node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in of else func
 
 
 @cache

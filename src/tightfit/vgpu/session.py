@@ -36,7 +36,7 @@ _DEFAULT_CUDA = (
     ((2, 1), (12, 1)),
     ((2, 0), (11, 7)),
 )
-"""CUDA of torch's wheels on PyPI, by the first version of torch that has it (RELEASE.md, release compatibility matrix)."""
+"""CUDA of torch's wheels on PyPI, by the first version of torch that has it (compatibility matrix in RELEASE.md)."""
 
 
 class VirtualSession:

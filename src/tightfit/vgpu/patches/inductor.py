@@ -25,7 +25,6 @@ def install(device: VirtualDevice, properties: SimpleNamespace, running: Running
 
 def hide_mode_from_dynamo() -> None:
     """Let Dynamo pass over the virtual device's dispatch mode instead of tracing it."""
-    import_module("torch._dynamo.trace_rules").add("tightfit")  # a function of ours that a traced one calls
     hide = import_module("torch._compile")._disable_dynamo
     assign(VirtualDeviceMode, __torch_dispatch__=hide(VirtualDeviceMode.__torch_dispatch__, recursive=True))
 
