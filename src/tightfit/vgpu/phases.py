@@ -52,6 +52,12 @@ class Phases:
         self._outside: Phase = "setup"
         """Phase of operators outside all modules; it follows the course of a step."""
         self.steps = 0
+        self.trained = 0
+        """Forward passes with gradients, and optimizer steps."""
+        self.evaluated = 0
+        """Forward passes without."""
+        self.after_evaluation: Callable[[], None] | None = None
+        """Called after each of these, in the script's own thread."""
         self.has_optimizer = False
         self._is_installed = False  # until then, backward passes are the self-test's
         self.vocabulary = 0
@@ -135,7 +141,13 @@ class Phases:
 
     def _after_forward(self, module: nn.Module | None, args: object, output: object) -> None:
         if not _in_backward():
-            self._course.depth = max(0, self._course.depth - 1)
+            course = self._course
+            course.depth = max(0, course.depth - 1)
+            if not course.depth:
+                self.trained += course.with_grad
+                self.evaluated += not course.with_grad
+                if not course.with_grad and self.after_evaluation is not None:
+                    self.after_evaluation()
             if self.after_forward is not None and module is not None:
                 self.after_forward(module)
 
@@ -148,6 +160,7 @@ class Phases:
         if not self._course.steps_open:
             self._outside = "forward"
             self.steps += 1
+            self.trained += 1
             self._on_step()
 
 

@@ -135,6 +135,8 @@ class VirtualSession:
             if not self._is_tested:
                 backend.self_test(in_fork=not self._guards_files)
             self.phases.install()
+            if self.settings.until_stable:
+                self._stopping.evaluations(self.phases, self.notes)
             VirtualSession._running = self
         elif VirtualSession._running is not self:
             raise DeviceError(say("vgpu.session.one_card", card=VirtualSession._running.gpu.name))

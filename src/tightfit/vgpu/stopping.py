@@ -4,8 +4,9 @@ import sys
 import time
 from types import FrameType
 
+from tightfit.vgpu.evaluations import Evaluations
 from tightfit.vgpu.frames import Frame, user_frames, users_line
-from tightfit.vgpu.phases import EnoughSeen
+from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.records import Settings
 from tightfit.vgpu.unplayed import LineWatch, is_in_loop, own_frames
@@ -53,6 +54,12 @@ class Stopping:
                 self._end(say("vgpu.stopping.steps_done", steps=steps))
         elif self._settings.until_stable:
             self._end_if_stable(steps, notes, has_optimizer=has_optimizer)
+
+    def evaluations(self, phases: Phases, notes: list[str]) -> None:
+        """Shorten evaluations, too, from now on."""
+        found = Evaluations(self._recorder, phases, self._lines, notes)
+        phases.after_evaluation = found.after_forward
+        found.install()
 
     def cut_short(self, frame: FrameType | None, *, interrupted: bool) -> None:
         """Note that the time limit has passed, or that somebody ended the play, while the script was at `frame`.

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -91,6 +92,14 @@ class LineWatch:
                 break
         return left
 
+    def leave(self, code: CodeType, loop: "Loop") -> None:
+        """Leave one loop of a running function before its next iteration."""
+        self._leaving[code] = loop
+
+    def ran(self, code: CodeType) -> set[int]:
+        """Lines of a followed function that ran."""
+        return self._ran.get(code, set())
+
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
         return self._line if frame.f_code in self._ran else None
 
@@ -122,6 +131,15 @@ def is_in_loop(frame: FrameType) -> bool:
     return bool(loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno))
 
 
+def innermost_loop(frame: FrameType) -> "Loop | None":
+    """Return the `for` loop of its own that a function is in, unless it is a generator, whose reader counts on it."""
+    code = frame.f_code
+    if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+        return None
+    around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno)
+    return around[-1] if around and around[-1].counts else None
+
+
 class Loop(NamedTuple):
     first: int
     last: int
@@ -129,6 +147,8 @@ class Loop(NamedTuple):
     """Line of the statement that follows in the same block; 0 without one, or without a way there."""
     by_way_of: int
     """Line of a statement in the same block that has no block of its own."""
+    counts: bool = False
+    """True for `for`, whose end does not depend on what its body does."""
 
 
 _JUMP = FrameType.__dict__["f_lineno"].__set__
@@ -153,7 +173,8 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
             if isinstance(statement, (ast.For, ast.While)):
                 last = statement.end_lineno or statement.lineno
                 plain = next((each.lineno for each in block if isinstance(each, _PLAIN)), 0)
-                found.append(Loop(statement.lineno, last, following.lineno if following and plain else 0, plain))
+                after = following.lineno if following and plain else 0
+                found.append(Loop(statement.lineno, last, after, plain, isinstance(statement, ast.For)))
             blocks += _blocks(statement)
     return tuple(found)
 
@@ -179,6 +200,18 @@ def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[
     end = (loop.end_lineno or line) if loop is not None else line
     found |= {each for each in _calls(body, None) if each[0] > end}
     return tuple(sorted(found))
+
+
+@cache
+def calls_of_loop(file: str, first: int, name: str, loop_line: int) -> tuple[tuple[int, int], ...]:
+    """Find the first and last lines of calls that may allocate in the loop that starts at a line."""
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    body = tree.body if name == "<module>" else _function(tree, first, name)
+    loops = (each for each in _statements(body) if isinstance(each, ast.For) and each.lineno == loop_line)
+    return tuple(found for loop in loops for found in _calls(loop.body, _stored(loop) | _attributes(tree)))
 
 
 def _function(tree: ast.Module, first: int, name: str) -> list[ast.stmt]:

@@ -1,0 +1,117 @@
+"""Long loops without gradients: iterations that repeat are left out, and the last batch still comes."""
+
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+
+from tightfit.vgpu.frames import Frame
+from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.phases import Phases
+from tightfit.vgpu.recorder import Recorder
+from tightfit.vgpu.unplayed import LineWatch, calls_of_loop, innermost_loop, own_frames
+from tightfit.wording import say
+
+_REPEATS = 3
+"""Iterations in a row that must have allocated as the one before, and left nothing."""
+_BLOCK = 512
+
+
+class Repetition:
+    """Follows one place of a loop: True from `repeats` when its iterations allocate the same and leave nothing."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder, self._mark = recorder, len(recorder.events)
+        self._pattern: tuple[int, ...] = ()
+        self._peak = recorder.allocator.peak_reserved_bytes
+        self.count = 0
+
+    def repeats(self) -> bool:
+        events, allocations = self._recorder.events, self._recorder.allocations
+        pattern = tuple(
+            -(-allocations[abs(number) - 1].nbytes // _BLOCK) * (1 if number > 0 else -1)
+            for number in events[self._mark :]
+        )
+        peak = self._recorder.allocator.peak_reserved_bytes
+        same = bool(pattern) and not sum(pattern) and (pattern, peak) == (self._pattern, self._peak)
+        self.count = self.count + 1 if same else 0
+        self._mark, self._pattern, self._peak = len(events), pattern, peak
+        return self.count >= _REPEATS
+
+
+class Evaluations:
+    """Shortens loops of forward passes without gradients, by leaving a `for` statement or ending a DataLoader's epoch.
+
+    A loop with lines that may allocate and never ran is left alone.
+    """
+
+    def __init__(self, recorder: Recorder, phases: Phases, lines: LineWatch, notes: list[str]) -> None:
+        self._recorder, self._phases, self._lines, self._notes = recorder, phases, lines, notes
+        self._places: dict[tuple[CodeType, int], Repetition] = {}
+        self._loop: tuple[CodeType, int, int] | None = None
+
+    def after_forward(self) -> None:
+        """Look at the user's innermost loop around a forward pass that has ended."""
+        frame = next(own_frames(sys._getframe(1)), None)
+        loop = frame and innermost_loop(frame)
+        if frame is None or loop is None or not loop.after:
+            return
+        here = (frame.f_code, loop.first, self._phases.trained)
+        if here != self._loop:
+            self._places.clear()
+            self._loop = here
+        place = self._places.get((frame.f_code, frame.f_lineno))
+        if place is None:
+            self._places[frame.f_code, frame.f_lineno] = Repetition(self._recorder)
+            return
+        repeats = place.repeats()
+        if place.count == 1:
+            self._lines.start(frame)
+            self._lines.follow(frame)
+        if repeats and not self._missed(frame, loop.first):
+            self._lines.leave(frame.f_code, loop)
+            self._tell(frame)
+            self._loop = None
+
+    def _missed(self, frame: FrameType, first: int) -> bool:
+        code = frame.f_code
+        ran = self._lines.ran(code)
+        lines = calls_of_loop(code.co_filename, code.co_firstlineno, code.co_name, first)
+        return any(ran.isdisjoint(range(line, last + 1)) for line, last in lines)
+
+    def _tell(self, frame: FrameType | None) -> None:
+        place = next(own_frames(frame), None)
+        if place is not None:
+            where = Frame(place.f_code.co_filename, place.f_lineno, place.f_code.co_qualname)
+            note = say("vgpu.evaluations.left_out", file=where.file, line=where.line)
+            if note not in self._notes:
+                self._notes.append(note)
+
+    def install(self) -> None:
+        """Let DataLoaders go on to their last batch when an evaluation's batches repeat."""
+        from torch.utils.data import dataloader
+
+        usual: Callable[..., object] = dataloader._BaseDataLoaderIter.__next__
+        followed: dict[int, tuple[int, int, Repetition]] = {}
+
+        def following(batches: "dataloader._BaseDataLoaderIter") -> object:
+            trained, evaluated = self._phases.trained, self._phases.evaluated
+            before = followed.get(id(batches))
+            if before is None or before[0] != trained or before[1] == evaluated or not batches._num_yielded:
+                followed[id(batches)] = (trained, evaluated, Repetition(self._recorder))
+            else:
+                followed[id(batches)] = (trained, evaluated, before[2])
+                if before[2].repeats() and batches._dataset_kind == dataloader._DatasetKind.Map:
+                    self._to_last(batches)
+            return usual(batches)
+
+        assign(dataloader._BaseDataLoaderIter, __next__=following)
+
+    def _to_last(self, batches: object) -> None:
+        """Let the batches that are left be the last one alone."""
+        left: Iterator[object] = getattr(batches, "_sampler_iter", iter(()))
+        skipped = deque(enumerate(left, 1), maxlen=1)
+        assign(batches, _sampler_iter=itertools.chain(each for _, each in skipped))
+        if skipped and skipped[0][0] > 1:
+            self._tell(sys._getframe(2))

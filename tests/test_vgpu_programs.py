@@ -1,0 +1,133 @@
+"""What public training programs do beside training runs as on a card, and long evaluations are cut short."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from plays import findings
+
+LIBRARIES = """
+import torch
+from torch import nn
+
+@torch.jit.script
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.tensor([1.0]).to(x.device)
+
+layer = nn.Linear(300, 300)
+kind = type(layer.weight)  # as libraries do that fill a model weight by weight
+frozen = kind(torch.ones(300, 300), requires_grad=False).to("cuda")
+weight = kind(torch.ones(300, 300, device="cuda"))
+assert isinstance(weight, nn.Parameter) and weight.requires_grad
+assert frozen.is_cuda and not frozen.requires_grad
+layer._parameters["weight"] = weight
+layer.cuda()
+shifted(layer(torch.ones(2, 300, device="cuda"))).sum().backward()
+assert weight.grad.shape == (300, 300)
+"""
+EVALUATIONS = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+model = torch.nn.Linear(8, 8).cuda()
+data = TensorDataset(torch.randn(16 * 60 + 5, 8))
+counted, sizes, kept = [], [], []
+
+@torch.no_grad()
+def estimate():
+    losses = torch.zeros(900)
+    for k in range(900):
+        losses[k] = model(torch.randn(16, 8, device="cuda")).mean().item()
+        counted.append(k)
+    return losses.mean()
+
+@torch.no_grad()
+def rare():
+    for k in range(20):
+        out = model(torch.randn(16, 8, device="cuda"))
+        if k == 15:
+            large = out.repeat(1 << 16, 1)
+    return large
+
+@torch.no_grad()
+def evaluate():
+    for (batch,) in DataLoader(data, 16):
+        model(batch.cuda())
+        sizes.append(len(batch))
+
+@torch.no_grad()
+def predict():
+    for (batch,) in DataLoader(data, 16):
+        kept.append(model(batch.cuda()))
+    return torch.cat(kept)
+
+estimate(), evaluate()
+assert predict().shape == (16 * 60 + 5, 8)
+assert rare().shape == (16 << 16, 8)
+assert len(counted) < 20, counted
+assert len(sizes) < 20 and sizes[-1] == 5, sizes
+"""
+SAVING = """
+import torch
+
+class Checkpointer:
+    def save(self, model):
+        return torch.cat([each.flatten().repeat(100) for each in model.parameters()])
+
+model = torch.nn.Linear(256, 256, bias=False).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for step in range(1000):
+    model(torch.ones(4, 256, device="cuda")).sum().backward()
+    optimizer.step()
+Checkpointer().save(model)
+"""
+WAITING = """
+import time, torch
+torch.nn.Linear(8, 8).cuda()(torch.ones(1, 8, device="cuda")).sum().backward()
+print("waiting", flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+
+def written(folder: Path, code: str) -> Path:
+    script = folder / "program.py"
+    script.write_text(code)
+    return script
+
+
+def test_scripted_functions_and_parameters_made_by_their_type_run(tmp_path: Path) -> None:
+    found = findings(["--gpu", "A100", written(tmp_path, LIBRARIES)])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert any("TorchScript" in each for each in found["not_modelled"])
+
+
+def test_a_long_evaluation_is_cut_short_where_its_iterations_repeat(tmp_path: Path) -> None:
+    found = findings(["--gpu", "A100", written(tmp_path, EVALUATIONS)])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["peak"]["allocated_bytes"] >= (16 << 16) * 8 * 4, "the rare line was left out"
+    assert sum("without gradients" in each for each in found["notes"]) == 2
+
+
+def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:
+    found = findings(["--gpu", "A100", written(tmp_path, SAVING)])
+    assert found["outcome"] == "fits"
+    assert found["steps"] < 20
+    assert found["peak"]["allocated_bytes"] >= 2 * 256 * 256 * 4 * 100
+
+
+def test_an_interrupted_play_tells_what_it_saw(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tightfit", "--lang", "en", "dryrun", "--gpu", "A100", "--no-explain"]
+    play = subprocess.Popen(
+        [*command, str(written(tmp_path, WAITING))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert play.stderr is not None
+    for line in play.stderr:
+        if "waiting" in line:
+            break
+    play.send_signal(signal.SIGTERM)
+    out, _ = play.communicate(timeout=60)
+    assert out.startswith("FITS AS FAR AS IT WAS PLAYED"), out
+    assert "it was interrupted" in out
+    assert "program.py:6" in out
