@@ -28,7 +28,7 @@ test: check suite memory
 
 .PHONY: suite memory dist
 suite: .venv/installed .venv/transformers-4.51
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n auto --dist worksteal
 
 # Memory of the trainer and of three scripts, against memory.lock.toml; `tightfit check --update` writes that.
 memory: .venv/installed

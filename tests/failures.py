@@ -29,7 +29,7 @@ MESSAGE = (
     f"{REFUSED} bytes. Error code 12 (Cannot allocate memory)"
 )
 _PHASES = {
-    "_write_checkpoint": "save",
+    "_write_state": "save",
     "_sample": "sample",
     "_evaluation_sums": "eval",
     "write": "optimizer",

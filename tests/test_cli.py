@@ -459,7 +459,7 @@ FLOORS = [
     ("oomlog", "trainer"),
     ("simulation",),
     ("planner",),
-    ("diagnosis",),
+    ("diagnosis", "questions"),
     ("report",),
     ("cli",),
 ]

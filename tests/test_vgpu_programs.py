@@ -1,5 +1,6 @@
 """What public training programs do beside training runs as on a card, and long evaluations are cut short."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -130,4 +131,4 @@ def test_an_interrupted_play_tells_what_it_saw(tmp_path: Path) -> None:
     out, _ = play.communicate(timeout=60)
     assert out.startswith("FITS AS FAR AS IT WAS PLAYED"), out
     assert "it was interrupted" in out
-    assert "program.py:6" in out
+    assert re.search(r"program\.py:[56]\b", out), out
