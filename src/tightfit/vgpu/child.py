@@ -19,6 +19,7 @@ from tightfit.vgpu.play_folder import ChildSettings, held_by_others, watch
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+    from multiprocessing.process import BaseProcess
 
     from tightfit.vgpu.session import VirtualSession
 
@@ -130,15 +131,23 @@ def end_process(code: int) -> NoReturn:
 
 def follow_processes(part_of: Callable[[], Part]) -> None:
     """Play the processes of `multiprocessing`, except those that only prepare data."""
+
+    def played(process: "BaseProcess") -> Callable[[], None]:
+        run, target = process.run, getattr(process, "_target", None)
+        is_worker = getattr(target, "__name__", "") == _WORKER_LOOP
+        return run if is_worker else lambda: _run_played(run, part_of())
+
+    wrap_processes(played)
+
+
+def wrap_processes(wrapped: Callable[["BaseProcess"], Callable[[], None]]) -> None:
+    """Let each process of `multiprocessing` run what `wrapped` returns for it, instead of its own `run`."""
     import multiprocessing.process as processes
 
     usual = processes.BaseProcess._bootstrap  # type: ignore[attr-defined]
 
-    def bootstrap(process: processes.BaseProcess, *args: object, **kwargs: object) -> int:
-        run = process.run
-        target = getattr(process, "_target", None)
-        if getattr(target, "__name__", "") != _WORKER_LOOP:
-            setattr(process, "run", lambda: _run_played(run, part_of()))  # noqa: B010
+    def bootstrap(process: "BaseProcess", *args: object, **kwargs: object) -> int:
+        setattr(process, "run", wrapped(process))  # noqa: B010
         code: int = usual(process, *args, **kwargs)
         return code
 

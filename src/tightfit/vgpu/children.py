@@ -13,10 +13,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
 
+from tightfit.vgpu.child import wrap_processes
 from tightfit.vgpu.findings import findings_of
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
@@ -24,6 +26,9 @@ from tightfit.vgpu.play_folder import VARIABLE, ChildSettings, watch
 from tightfit.vgpu.records import Findings, Place, Settings
 from tightfit.vgpu.session import VirtualSession
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 _HOOK = str(Path(__file__).parent / "child_hook")
 _LONGEST_COMMAND = 120
@@ -103,13 +108,9 @@ def _keep_variables(children: Children) -> None:
 
 def _follow_forks(session: VirtualSession, folder: Path) -> None:
     """Let the forks of `multiprocessing` leave their findings, too."""
-    import multiprocessing.process as processes
 
-    usual = processes.BaseProcess._bootstrap  # type: ignore[attr-defined]
-    recorder = session.device.recorder
-
-    def bootstrap(process: processes.BaseProcess, *args: object, **kwargs: object) -> int:
-        run, before = process.run, len(recorder.events)
+    def followed(process: "BaseProcess") -> Callable[[], None]:
+        run, before = process.run, len(session.device.recorder.events)
 
         def run_followed() -> None:
             try:
@@ -119,11 +120,9 @@ def _follow_forks(session: VirtualSession, folder: Path) -> None:
             finally:
                 _leave(session, folder, sys.exception(), before)
 
-        assign(process, run=run_followed)
-        code: int = usual(process, *args, **kwargs)
-        return code
+        return run_followed
 
-    assign(processes.BaseProcess, _bootstrap=bootstrap)
+    wrap_processes(followed)
 
 
 def _leave(session: VirtualSession, folder: Path, error: BaseException | None, before: int) -> None:

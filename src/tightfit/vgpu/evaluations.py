@@ -28,15 +28,12 @@ class Repetition:
         self.count = 0
 
     def repeats(self) -> bool:
-        events, allocations = self._recorder.events, self._recorder.allocations
-        pattern = tuple(
-            -(-allocations[abs(number) - 1].nbytes // _BLOCK) * (1 if number > 0 else -1)
-            for number in events[self._mark :]
-        )
+        sizes = self._recorder.sizes_since(self._mark)
+        pattern = tuple(size // _BLOCK if size < 0 else -(-size // _BLOCK) for size in sizes)  # away from 0
         peak = self._recorder.allocator.peak_reserved_bytes
         same = bool(pattern) and not sum(pattern) and (pattern, peak) == (self._pattern, self._peak)
         self.count = self.count + 1 if same else 0
-        self._mark, self._pattern, self._peak = len(events), pattern, peak
+        self._mark, self._pattern, self._peak = len(self._recorder.events), pattern, peak
         return self.count >= _REPEATS
 
 

@@ -252,6 +252,12 @@ class Recorder:
                 alive.pop(-number, None)
         return list(alive.values())
 
+    def sizes_since(self, event: int) -> Iterator[int]:
+        """Yield the bytes of each event from number `event` on, negative for a release."""
+        for number in self.events[event:]:
+            nbytes = self.allocations[abs(number) - 1].nbytes
+            yield nbytes if number > 0 else -nbytes
+
     def mark(self, tensor: Tensor, category: Category) -> None:
         """Set the category that a tensor turned out to have."""
         allocation = self.of_storage(tensor) if tensor.layout == torch.strided else None

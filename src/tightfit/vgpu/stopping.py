@@ -113,10 +113,6 @@ class Stopping:
 
     def _pattern(self) -> tuple[int, ...]:
         """Return the step's allocations and releases by size; which tensors they were does not matter."""
-        events, allocations = self._recorder.events, self._recorder.allocations
-        pattern = tuple(
-            allocations[number - 1].nbytes if number > 0 else -allocations[-number - 1].nbytes
-            for number in events[self._mark :]
-        )
-        self._mark = len(events)
+        pattern = tuple(self._recorder.sizes_since(self._mark))
+        self._mark = len(self._recorder.events)
         return pattern
