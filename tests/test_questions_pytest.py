@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from runs import environment
 
 from tightfit.questions.baseline import Entry, KeptTensor, difference, in_words, read_lock, write_lock
@@ -129,16 +130,7 @@ class TestLock:
 
     def test_another_torch_is_named(self) -> None:
         entry = entry_with()
-        other = Entry(
-            gpu="A",
-            torch="2.14",
-            peak="",
-            peak_bytes=20,
-            allocated_bytes=9,
-            phase="eval",
-            categories={"logits": 9},
-            tensors=[],
-        )
+        other = replace(entry, torch="2.14", peak="", peak_bytes=20, allocated_bytes=9, categories={"logits": 9})
         said = in_words(difference(entry, other))
         assert said[1] == "  the baseline is of torch 2.13, this run of torch 2.14"
         assert said[2] == "  logits: 8 bytes before, 9 bytes now"

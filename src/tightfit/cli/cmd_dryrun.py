@@ -43,9 +43,7 @@ class _CommandParser(Parser):
             if word == "-m" or not word.startswith("-"):
                 break
             if word == "--compare":
-                place += 1
-                while place < len(words) and _is_change(words[place], self.names()):
-                    place += 1
+                place = _end_of_changes(words, place + 1, self.names())
                 continue
             action = self._option_string_actions.get(word)
             place += 2 if action is not None and action.nargs is None else 1
@@ -62,13 +60,19 @@ def _is_change(word: str, names: set[str]) -> bool:
     return word.startswith("-") or "=" in word or " " in word or not word
 
 
+def _end_of_changes(words: Sequence[str], place: int, names: set[str]) -> int:
+    """Return the place behind the variants that begin at `place`."""
+    while place < len(words) and _is_change(words[place], names):
+        place += 1
+    return place
+
+
 def _compared(words: list[str], names: set[str]) -> tuple[list[str], list[str] | None]:
     """Take --compare and its variants out of our own words; argparse would read them as options."""
     if "--compare" not in words:
         return words, None
-    start = end = words.index("--compare") + 1
-    while end < len(words) and _is_change(words[end], names):
-        end += 1
+    start = words.index("--compare") + 1
+    end = _end_of_changes(words, start, names)
     return [*words[: start - 1], *words[end:]], words[start:end]
 
 

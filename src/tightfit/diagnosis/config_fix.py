@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 
 from tightfit.diagnosis.explanation import Explanation
-from tightfit.diagnosis.remedies import Remedy
 from tightfit.diagnosis.render import effects, shown_remedies
 from tightfit.diagnosis.statements import Sentences
 from tightfit.wording.diagnosis import words
@@ -26,7 +25,6 @@ class ConfigFix(msgspec.Struct, frozen=True, kw_only=True):
     """A changed configuration file."""
 
     path: str
-    remedy: Remedy
     title: str
     effects: str
     """Its effects on the result and the time, in words."""
@@ -55,7 +53,7 @@ def config_fix(found: Explanation, path: str) -> ConfigFix | None:
         if settings and after is not None and after != before:
             title = Sentences(found, told).title(remedy)
             notes = told("units", "separator").join(effects(remedy, told))
-            return ConfigFix(path=path, remedy=remedy, title=title, effects=notes, before=before, after=after)
+            return ConfigFix(path=path, title=title, effects=notes, before=before, after=after)
     return None
 
 

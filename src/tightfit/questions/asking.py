@@ -16,6 +16,34 @@ from tightfit.vgpu.records import Settings
 from tightfit.wording import say
 
 
+def detail_request(
+    words: Sequence[str],
+    settings: Settings,
+    environ: Mapping[str, str] | None = None,
+    *,
+    replaced: Mapping[str, str] | None = None,
+    cards: Sequence[CardSize] = (),
+    remember: bool = True,
+) -> DetailRequest:
+    """Return the request for a quiet play of a command in this folder.
+
+    Raises this package's errors for an unknown card or script.
+    """
+    script, *arguments = words or [""]
+    run = script_request(script, arguments, settings, environ, replaced=replaced)
+    return DetailRequest(run=replace(run, is_quiet=True), cards=tuple(cards), remember=remember)
+
+
+def details_of(simulator: Simulator, requests: Sequence[DetailRequest]) -> list[Detail]:
+    """Return the details of each play. Raises the error of one that could not be made."""
+    details = []
+    for answer in simulator.play(requests):
+        if not isinstance(answer, Detail):
+            raise error_of(answer)
+        details.append(answer)
+    return details
+
+
 @dataclass(frozen=True)
 class Asked:
     """A command on a card, and the service that plays it."""
@@ -43,20 +71,13 @@ class Asked:
     ) -> DetailRequest:
         """Return the request for one play. Raises this package's errors for an unknown card or script."""
         variant = variant or self.variant
-        script, *arguments = variant.words
-        run = script_request(
-            script, arguments, settings or self.settings, variant.environ, replaced=dict(variant.replaced)
+        return detail_request(
+            variant.words, settings or self.settings, variant.environ, replaced=variant.replaced, cards=cards
         )
-        return DetailRequest(run=replace(run, is_quiet=True), cards=tuple(cards))
 
     def play(self, requests: Sequence[DetailRequest]) -> list[Detail]:
         """Return the details of each play. Raises the error of one that could not be made."""
-        details = []
-        for answer in self.simulator.play(requests):
-            if not isinstance(answer, Detail):
-                raise error_of(answer)
-            details.append(answer)
-        return details
+        return details_of(self.simulator, requests)
 
     def must_run(self, detail: Detail) -> Detail:
         """Return it. ConfigError for a script that fails for another reason than memory."""

@@ -8,13 +8,13 @@ import linecache
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from tightfit.errors import DataError
-from tightfit.questions.compare import summed
 from tightfit.simulation.details import Detail, Held
 from tightfit.storage import write_aside
 from tightfit.units import format_bytes
@@ -111,14 +111,11 @@ def entry_of(detail: Detail, root: Path) -> Entry:
 
 
 def _tensors(held: Iterable[Held], root: Path) -> list[KeptTensor]:
-    held = list(held)
-
-    def key(each: Held) -> tuple[str, str, str, str]:
-        return each.category, _shape(each), _place(each, root), _source(each, root)
-
-    sums, counts = summed(held, key), dict[tuple[str, str, str, str], int]()
+    sums, counts = Counter[tuple[str, str, str, str]](), Counter[tuple[str, str, str, str]]()
     for each in held:
-        counts[key(each)] = counts.get(key(each), 0) + each.count
+        kind = each.category, _shape(each), _place(each, root), _source(each, root)
+        sums[kind] += each.bytes
+        counts[kind] += each.count
     least = sum(sums.values()) / _LEAST_SHARE
     large = ((kind, nbytes) for kind, nbytes in sums.items() if nbytes >= least)
     largest = sorted(large, key=lambda item: (-item[1], item[0]))[:_MOST_TENSORS]

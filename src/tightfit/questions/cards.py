@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from tightfit.gpus import GPU, all_gpus, context_bytes
 from tightfit.questions.asking import Asked
@@ -122,7 +122,7 @@ def _replayed(family: list[GPU], detail: Detail) -> list[CardRow]:
     used = detail.findings.gpu.used_by_others_bytes
     return [
         CardRow(
-            **{name: getattr(each, name) for name in CardOutcome.__struct_fields__},
+            **asdict(each),
             capability=capability[each.name],
             free_bytes=each.total_bytes - used - each.device_bytes,
             replayed=True,
@@ -149,13 +149,9 @@ def _own_row(gpu: GPU, found: Findings) -> CardRow:
         total_bytes=found.gpu.total_bytes,
         fits=found.outcome == "fits",
         device_bytes=found.needed_bytes,
-        failure=FailedAt(
-            **{name: getattr(failure, name) for name in FailedAt.__struct_fields__},
-        )
-        if failure
-        else None,
+        failure=msgspec.convert(failure, FailedAt, from_attributes=True) if failure else None,
         capability=_dotted(gpu),
-        free_bytes=found.gpu.total_bytes - found.gpu.used_by_others_bytes - found.needed_bytes,
+        free_bytes=found.left_bytes,
         replayed=False,
         error=found.stopped_because if found.outcome == "error" else None,
     )

@@ -1,6 +1,6 @@
 """Scripts of a TOML file, each held against its baseline and its limit: `tightfit check`."""
 
-import os
+import contextlib
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from msgspec.structs import replace
 
 from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError, DataError
+from tightfit.questions.asking import detail_request, details_of
 from tightfit.questions.baseline import LOCK, Entry, entry_of, read_lock, write_lock
 from tightfit.questions.verdict import problems_of
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.details import Detail
-from tightfit.simulation.dry_run import error_of, script_request
 from tightfit.simulation.requests import DetailRequest
 from tightfit.storage import write_aside
 from tightfit.units import format_bytes
@@ -87,32 +87,26 @@ def check(path: Path, simulator: Simulator, *, update: bool) -> CheckReport:
     scripts = read_scripts(path)
     root, lock = path.absolute().parent, path.absolute().parent / LOCK
     baseline = read_lock(lock)
-    answers = simulator.play([_request(each, root) for each in scripts.values()])
+    with contextlib.chdir(root):
+        requests = [_request(each) for each in scripts.values()]
+    details = details_of(simulator, requests)
     entries: dict[str, Entry] = {}
     rows = []
-    for (name, script), answer in zip(scripts.items(), answers, strict=True):
-        if not isinstance(answer, Detail):
-            raise error_of(answer)
+    for (name, script), detail in zip(scripts.items(), details, strict=True):
         before = baseline.get(name)
-        rows.append(_checked(name, script, answer, None if update else before, root))
-        if answer.findings.outcome == "fits":
-            entries[name] = entry_of(answer, root)
+        rows.append(_checked(name, script, detail, None if update else before, root))
+        if detail.findings.outcome == "fits":
+            entries[name] = entry_of(detail, root)
     if update:
         write_lock(lock, {**baseline, **entries})
     return CheckReport(scripts=rows, written=str(lock) if update else None)
 
 
-def _request(script: Script, root: Path) -> DetailRequest:
-    before = os.getcwd()
-    os.chdir(root)
+def _request(script: Script) -> DetailRequest:
     try:
-        words = shlex.split(script.command)
-        run = script_request(words[0] if words else "", words[1:], script.settings())
+        return detail_request(shlex.split(script.command), script.settings())
     except ValueError as error:
         raise ConfigError(say("questions.compare.unreadable", change=script.command, reason=error)) from None
-    finally:
-        os.chdir(before)
-    return DetailRequest(run=replace(run, is_quiet=True))
 
 
 def _checked(name: str, script: Script, detail: Detail, before: Entry | None, root: Path) -> Checked:

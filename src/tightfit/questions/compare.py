@@ -122,7 +122,7 @@ def _side(change: str, detail: Detail) -> Side:
         change=change,
         outcome=found.outcome,
         device_bytes=found.needed_bytes,
-        free_bytes=found.gpu.total_bytes - found.gpu.used_by_others_bytes - found.needed_bytes,
+        free_bytes=found.left_bytes,
         phase=found.failure.phase if found.failure else found.peak.phase,
         reason=found.stopped_because,
         step=detail.step,

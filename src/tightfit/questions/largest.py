@@ -144,8 +144,7 @@ class Search:
     def _bracket(self) -> tuple[int, int | None]:
         """More batch never needs less memory, so one value each decides for all below and above it."""
         fails = min((value for value, each in self.tried.items() if each.findings.outcome != "fits"), default=None)
-        fitting = [value for value, each in self.tried.items() if each.findings.outcome == "fits"]
-        return max((value for value in fitting if fails is None or value < fails), default=0), fails
+        return max((value for value in self._fitting() if fails is None or value < fails), default=0), fails
 
     def _candidates(self, fits: int, fails: int | None) -> list[int]:
         """Return the guess and its neighbour: if the lines are right, they are the answer."""
@@ -195,7 +194,7 @@ class Search:
 
     def _check_dependence(self) -> None:
         """ConfigError if twice the value and more takes exactly the same memory."""
-        values = sorted(value for value, each in self.tried.items() if each.findings.outcome == "fits")
+        values = self._fitting()
         if len(values) < 2 or len(values) < len(self.tried) or values[-1] < 2 * values[0]:
             return
         peaks = {self.tried[value].findings.peak for value in values}

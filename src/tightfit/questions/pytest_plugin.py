@@ -135,21 +135,14 @@ class MemoryTests:
 
     def play(self, script: str, arguments: Sequence[str], settings: "Settings", environ: Any = None) -> "Detail":
         """Play a script by the session's one service. Raises the error of a play that could not be made."""
-        from msgspec.structs import replace
-
+        from tightfit.questions.asking import detail_request, details_of
         from tightfit.simulation.client import Simulator
-        from tightfit.simulation.details import Detail
-        from tightfit.simulation.dry_run import error_of, script_request
-        from tightfit.simulation.requests import DetailRequest
 
         if self._simulator is None:
             self._simulator = Simulator(workers=1)
-        run = script_request(script, arguments, settings, environ)
-        request = DetailRequest(run=replace(run, is_quiet=True), remember=environ is None)
-        (answer,) = self._simulator.play([request])
-        if not isinstance(answer, Detail):
-            raise error_of(answer)
-        return answer
+        request = detail_request([script, *arguments], settings, environ, remember=environ is None)
+        (detail,) = details_of(self._simulator, [request])
+        return detail
 
     def write(self) -> None:
         from tightfit.questions.baseline import write_lock

@@ -8,7 +8,7 @@ from tightfit.report.sections import Page, Section, Segment, Table
 from tightfit.report.tensor_texts import place_text, shape_text, source_line
 from tightfit.report.timeline_chart import timeline_section
 from tightfit.units import format_bytes
-from tightfit.vgpu.records import Findings
+from tightfit.vgpu.records import Findings, VirtualCard
 from tightfit.wording.report import Words
 
 
@@ -27,23 +27,28 @@ def dryrun_page(found: Findings, t: Words) -> Page:
 
 def verdict_of(found: Findings, t: Words) -> str:
     """Return the outcome with the card, and what is left of it."""
-    gpu, as_played = found.gpu, found.outcome == "fits" and found.not_played
+    as_played = found.outcome == "fits" and found.not_played
     verdict = t(
         "outcome",
         "fits_as_played" if as_played else found.outcome,
-        card=t(
-            "outcome",
-            "card_and_others" if gpu.used_by_others_bytes else "card",
-            name=gpu.name,
-            total=format_bytes(gpu.total_bytes),
-            others=format_bytes(gpu.used_by_others_bytes),
-        ),
+        card=card_text(found.gpu, t),
         device=format_bytes(found.peak.device_bytes),
         left=format_bytes(found.free_bytes),
         reason=found.stopped_because,
     )
     processes = [each.file for each in found.not_played if not each.line]
     return " ".join([verdict, *(t("outcome", "process_not_played", command=each) for each in processes)])
+
+
+def card_text(gpu: VirtualCard, t: Words) -> str:
+    """Return the card's name and memory."""
+    return t(
+        "outcome",
+        "card_and_others" if gpu.used_by_others_bytes else "card",
+        name=gpu.name,
+        total=format_bytes(gpu.total_bytes),
+        others=format_bytes(gpu.used_by_others_bytes),
+    )
 
 
 def _facts(found: Findings, t: Words) -> list[tuple[str, str, str]]:

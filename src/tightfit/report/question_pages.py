@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from tightfit.questions.cards import CardRow, Cards
 from tightfit.questions.compare import Comparison, LineRow
 from tightfit.questions.largest import Largest, Trial
+from tightfit.report.dryrun_page import card_text
 from tightfit.report.sections import Page, Section, Table
 from tightfit.report.tensor_texts import place_text
 from tightfit.units import format_bytes, format_duration
-from tightfit.vgpu.records import Origin, VirtualCard
+from tightfit.vgpu.records import Origin
 from tightfit.wording import say
 from tightfit.wording.report import Words
 
@@ -221,14 +222,3 @@ def _with_difference(row: Sequence[int]) -> list[str]:
 def _side_table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     numbers = frozenset(range(1, len(names) + 1))
     return Table(caption=caption, columns=["", *names], rows=rows, numbers=numbers, is_headed=True)
-
-
-def card_text(gpu: VirtualCard, t: Words) -> str:
-    """Return the card's name and memory."""
-    return t(
-        "outcome",
-        "card_and_others" if gpu.used_by_others_bytes else "card",
-        name=gpu.name,
-        total=format_bytes(gpu.total_bytes),
-        others=format_bytes(gpu.used_by_others_bytes),
-    )

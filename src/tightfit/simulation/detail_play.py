@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from msgspec.structs import replace
 
 from tightfit.allocator.tape import Replayed, TapedAllocator, digest_of, replay
 from tightfit.simulation.details import (
@@ -135,19 +136,13 @@ def _held(alive: Iterable[Allocation]) -> list[Held]:
         kind = Held(**each.origin(), phase=each.phase, count=0, bytes=0)
         count, nbytes = sums.get(kind, (0, 0))
         sums[kind] = count + 1, nbytes + each.nbytes
-    made = [
-        Held(**{name: getattr(kind, name) for name in _ORIGIN}, phase=kind.phase, count=count, bytes=nbytes)
-        for kind, (count, nbytes) in sums.items()
-    ]
+    made = [replace(kind, count=count, bytes=nbytes) for kind, (count, nbytes) in sums.items()]
     return sorted(made, key=lambda each: -each.bytes)[:_MOST_HELD]
-
-
-_ORIGIN = ("file", "line", "function", "shape", "dtype", "operator", "category")
 
 
 def _outcome(session: VirtualSession, allocator: TapedAllocator, found: Findings, card: CardSize) -> CardOutcome:
     reserved = allocator.peak_reserved_bytes
-    limited = session.allocator.memory_fraction < 1
+    limited = allocator.memory_fraction < 1
     if found.failure is None and reserved <= card.room_bytes and not limited:
         # The device never refused a request, so each got the same block as in the play.
         return CardOutcome(

@@ -185,33 +185,11 @@ class DetailRequest(Request["Detail"], frozen=True, kw_only=True, tag="detail"):
         return answer.findings.outcome != "error" and are_unchanged(answer.files)
 
 
-_PASSING_VARIABLES = frozenset(
-    {
-        *(
-            "_",
-            "COLUMNS",
-            "LINES",
-            "OLDPWD",
-            "PWD",
-            "SHLVL",
-            "TERM",
-            "TERM_PROGRAM",
-            "TERM_SESSION_ID",
-            "TIGHTFIT_LANG",
-        ),
-        *(
-            "SSH_AUTH_SOCK",
-            "SSH_CLIENT",
-            "SSH_CONNECTION",
-            "SSH_TTY",
-            "TMUX",
-            "TMUX_PANE",
-            "WINDOWID",
-            "XDG_SESSION_ID",
-        ),
-        *("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"),
-    }
+_OF_A_TERMINAL = (
+    "_ COLUMNS LINES OLDPWD PWD SHLVL TERM TERM_PROGRAM TERM_SESSION_ID TIGHTFIT_LANG SSH_AUTH_SOCK SSH_CLIENT "
+    "SSH_CONNECTION SSH_TTY TMUX TMUX_PANE WINDOWID XDG_SESSION_ID PYTEST_CURRENT_TEST PYTEST_XDIST_WORKER"
 )
+_PASSING_VARIABLES = frozenset(_OF_A_TERMINAL.split())
 """Variables of a terminal, on which no memory depends."""
 
 

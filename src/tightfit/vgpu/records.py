@@ -275,6 +275,11 @@ class Findings(Displayed, msgspec.Struct, frozen=True, kw_only=True):
             return self.peak.device_bytes
         return self.failure.process_bytes + self.failure.requested_bytes
 
+    @property
+    def left_bytes(self) -> int:
+        """Bytes of the card that `needed_bytes` leave; negative where they are too many."""
+        return self.gpu.total_bytes - self.gpu.used_by_others_bytes - self.needed_bytes
+
 
 def read_findings(path: Path) -> Findings:
     """Read a file that `tightfit dryrun --json` printed. DataError for any other."""
