@@ -150,9 +150,9 @@ SHORTENED = {
         says="6.14 GiB were asked for and 2.68 GiB of 11.69 GiB were free",
     ),
     f"{DRYRUN} --largest batch_size examples/gpt2.py": Run(
-        instead='tightfit dryrun --gpu "RTX 3060 12GB" --memory 1GiB --largest batch-size '
-        "tests/scripts/accelerate_loop.py",
-        reason="plays of GPT-2 take minutes; tests/test_questions.py asks all three questions of a small script",
+        instead='tightfit dryrun --gpu "RTX 3060 12GB" --memory 1GiB --largest width tests/scripts/accelerate_loop.py',
+        reason="plays of GPT-2 take minutes, as do large batches that a DataLoader collects sample by sample; "
+        "tests/test_questions.py asks all three questions of a small script",
         says="THAT FITS on GeForce RTX 3060 12GB",
         slow=True,
     ),

@@ -101,8 +101,9 @@ def _install_program(device: VirtualDevice, card: SimpleNamespace) -> None:
 
     def tell(event: str, arguments: object) -> None:
         if event in _SPAWNS:
-            # Only nvidia-smi shows them to the program, which may then decide by them.
-            is_shown = "nvidia-smi" in str(arguments)
+            # Only nvidia-smi shows them to the program, which may then decide by them. A query of the name does not.
+            words = str(arguments)
+            is_shown = "nvidia-smi" in words and ("--query" not in words or "memory" in words)
             free, total = allocator.mem_get_info() if is_shown else CachingAllocator.mem_get_info(allocator)
             told = {
                 "name": card.name,
