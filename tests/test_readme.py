@@ -162,6 +162,13 @@ SHORTENED = {
         says="FITS on 70 of 70 cards",
         slow=True,
     ),
+    f"{DRYRUN.replace(' --used 2GiB', '')} --suggest examples/gpt2.py": Run(
+        instead='tightfit dryrun --gpu "RTX 3060 12GB" --memory 8GiB --suggest '
+        "tests/scripts/transformers_loop.py distilgpt2 AdamW 48",
+        reason="plays of GPT-2 take minutes; tests/test_questions_suggest.py applies what is suggested",
+        says="+model.gradient_checkpointing_enable()",
+        slow=True,
+    ),
     'tightfit dryrun --gpu "RTX 3060 12GB" --compare "--batch_size=2" "--batch_size=4" examples/gpt2.py': Run(
         instead='tightfit dryrun --gpu "RTX 3060 12GB" --compare "--width=256" "--width=512" '
         "tests/scripts/accelerate_loop.py",

@@ -1,10 +1,10 @@
-"""Questions of `tightfit dryrun`: --largest, --all-gpus, --compare."""
+"""Questions of `tightfit dryrun`: --largest, --all-gpus, --compare, --suggest."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tightfit.cli.exits import FAILED, OK, as_json
-from tightfit.cli.progress import shown
+from tightfit.cli.progress import Progress, shown
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
 from tightfit.report.sections import Page
@@ -23,7 +23,7 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     text = say("cli.progress.asking", script=options.script, question=question)
     with shown(text) as progress, Simulator(progress=progress.count) as simulator:
         asked = Asked.of(simulator, settings, [options.script, *options.arguments])
-        record, page, fits = _ANSWERS[question](asked, options)
+        record, page, fits = _ANSWERS[question](asked, options, progress)
     if options.json:
         print(as_json(record))
     else:
@@ -37,7 +37,12 @@ Answer = tuple[object, Callable[[Words], Page], bool]
 
 
 def _question(options: argparse.Namespace) -> str:
-    given = {"--largest": options.largest, "--all-gpus": options.all_gpus, "--compare": options.compare is not None}
+    given = {
+        "--largest": options.largest,
+        "--all-gpus": options.all_gpus,
+        "--compare": options.compare is not None,
+        "--suggest": options.suggest,
+    }
     asked = [name for name, value in given.items() if value]
     if len(asked) > 1:
         raise ConfigError(say("cli.dryrun.one_question", options=", ".join(asked)))
@@ -52,7 +57,7 @@ def _question(options: argparse.Namespace) -> str:
     return question
 
 
-def _largest(asked: Asked, options: argparse.Namespace) -> Answer:
+def _largest(asked: Asked, options: argparse.Namespace, progress: Progress) -> Answer:
     from tightfit.questions.largest import largest
     from tightfit.report.question_pages import largest_page
 
@@ -60,7 +65,7 @@ def _largest(asked: Asked, options: argparse.Namespace) -> Answer:
     return found, lambda t: largest_page(found, t), found.largest is not None
 
 
-def _all_gpus(asked: Asked, options: argparse.Namespace) -> Answer:
+def _all_gpus(asked: Asked, options: argparse.Namespace, progress: Progress) -> Answer:
     from tightfit.questions.cards import every_card
     from tightfit.report.question_pages import script_cards_page
 
@@ -68,7 +73,7 @@ def _all_gpus(asked: Asked, options: argparse.Namespace) -> Answer:
     return found, lambda t: script_cards_page(found, t), found.smallest is not None
 
 
-def _compare(asked: Asked, options: argparse.Namespace) -> Answer:
+def _compare(asked: Asked, options: argparse.Namespace, progress: Progress) -> Answer:
     from tightfit.questions.compare import compare
     from tightfit.report.question_pages import compare_page
 
@@ -76,8 +81,22 @@ def _compare(asked: Asked, options: argparse.Namespace) -> Answer:
     return found, lambda t: compare_page(found, t), any(side.outcome == "fits" for side in found.sides)
 
 
-_ANSWERS: dict[str, Callable[[Asked, argparse.Namespace], Answer]] = {
+def _suggest(asked: Asked, options: argparse.Namespace, progress: Progress) -> Answer:
+    from tightfit.questions.suggest import suggest
+    from tightfit.report.suggest_page import suggest_page, titles
+
+    def tell(codes: Sequence[str]) -> None:
+        several = say("cli.progress.several", count=len(codes))
+        changes = titles(codes, words(options.lang)) if len(codes) == 1 else several
+        progress.stage(say("cli.progress.suggesting", script=asked.script, changes=changes))
+
+    found = suggest(asked, tell=tell)
+    return found, lambda t: suggest_page(found, t), found.fits or bool(found.suggestions)
+
+
+_ANSWERS: dict[str, Callable[[Asked, argparse.Namespace, Progress], Answer]] = {
     "--largest": _largest,
     "--all-gpus": _all_gpus,
     "--compare": _compare,
+    "--suggest": _suggest,
 }

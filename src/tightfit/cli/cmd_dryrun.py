@@ -104,6 +104,7 @@ def parser() -> _CommandParser:
     found.add_argument("--multiple", type=int, help=say("cli.dryrun.multiple"))
     found.flag("--all-gpus", say("cli.dryrun.all_gpus"))
     found.add_argument("--compare", nargs="+", metavar="CHANGE", help=say("cli.dryrun.compare"))
+    found.flag("--suggest", say("cli.dryrun.suggest"))
     found.flag("--json", say("cli.option.json"))
     found.add_argument("script", nargs="?", help=say("cli.dryrun.script"))
     found.add_argument("arguments", nargs=argparse.REMAINDER, help=say("cli.dryrun.arguments"))
@@ -113,7 +114,7 @@ def parser() -> _CommandParser:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
         raise ConfigError(say("cli.dryrun.bad_picture", file=options.timeline))
-    if options.largest or options.all_gpus or options.compare is not None:
+    if options.largest or options.all_gpus or options.suggest or options.compare is not None:
         from tightfit.cli.asked import answer
 
         return answer(options, settings_of(options))

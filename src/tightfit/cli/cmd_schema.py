@@ -16,6 +16,7 @@ RECORDS = {
     "cache": ("tightfit.simulation.cache", "CacheState"),
     "check": ("tightfit.questions.check", "CheckReport"),
     "compare": ("tightfit.questions.compare", "Comparison"),
+    "suggest": ("tightfit.questions.suggest", "Suggestions"),
     "doctor": ("tightfit.system.doctor", "Diagnosis"),
     "dryrun": ("tightfit.vgpu.records", "Findings"),
     "explain": ("tightfit.diagnosis.explanation", "ExplanationJson"),

@@ -50,7 +50,7 @@ class Knob:
         if self.kind == "environment":
             return replace(variant, environ={**variant.environ, self.name: str(value)})
         if self.kind == "file":
-            text = variant.replaced.get(self.file) or _read(self.file)
+            text = text_of(variant, self.file)
             start, end = self.span
             return replace(variant, replaced={**variant.replaced, self.file: f"{text[:start]}{value}{text[end:]}"})
         if self.kind == "added":
@@ -70,7 +70,7 @@ def find_knob(variant: Variant, name: str) -> Knob:
     if not bare or not re.fullmatch(r"[\w.]+", bare):
         raise ConfigError(say("questions.knob.no_name", name=name))
     found = _in_words(variant.words, bare) or _in_environment(variant.environ, name.strip())
-    return found or _in_files(variant.words, bare) or _added(variant.words, bare)
+    return found or _in_files(variant, bare) or _added(variant.words, bare)
 
 
 def accumulation_of(variant: Variant) -> int | None:
@@ -80,7 +80,7 @@ def accumulation_of(variant: Variant) -> int | None:
         value = value if equals else "".join(variant.words[place + 1 : place + 2])
         if ACCUMULATION.fullmatch(_plain(name)) and value.isdecimal() and int(value) > 0:
             return int(value)
-    for text in map(_read, _scripts(variant.words)):
+    for text in map(read_text, _scripts(variant.words)):
         for key, number in _defaults(text):
             if ACCUMULATION.fullmatch(_plain(key)):
                 return number
@@ -117,11 +117,11 @@ def _in_environment(environ: Mapping[str, str], name: str) -> Knob | None:
     return Knob(name, "environment", environ[name]) if name in environ else None
 
 
-def _in_files(words: Sequence[str], bare: str) -> Knob | None:
-    for word in words:
+def _in_files(variant: Variant, bare: str) -> Knob | None:
+    for word in variant.words:
         path = word.rpartition("=")[2]
         if path.endswith(_FILES) and os.path.isfile(path):
-            spans = list(_keys(_read(path), bare))
+            spans = list(_keys(text_of(variant, path), bare))
             if len(spans) > 1:
                 raise ConfigError(say("questions.knob.several", name=bare, file=path, count=len(spans)))
             for key, value, span in spans:
@@ -150,7 +150,7 @@ def _keys(text: str, bare: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
 def _added(words: Sequence[str], bare: str) -> Knob:
     """Return an option in the form that the script's text shows, with the default that stands there."""
     form, value = f"--{bare}", None
-    for text in map(_read, _scripts(words)):
+    for text in map(read_text, _scripts(words)):
         if "hydra" in text and f"--{bare}" not in text:
             form = bare
         elif f"--{bare.replace('_', '-')}" in text:
@@ -203,5 +203,12 @@ def _product(value: ast.expr) -> int | None:
     return None
 
 
-def _read(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+def text_of(variant: Variant, path: str) -> str:
+    """Return the text of a file as the variant has it."""
+    text = variant.replaced.get(path)
+    return read_text(path) if text is None else text
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file, with its own line ends; bytes that are no text come back as they were."""
+    return Path(path).read_bytes().decode("utf-8", "surrogateescape")

@@ -176,13 +176,14 @@ def _sides(found: Comparison, names: Sequence[str], t: Words) -> Section:
         [say("questions.compare_page.left"), *(format_bytes(max(0, side.free_bytes)) for side in sides)],
         [
             say("questions.compare_page.step"),
-            *(_step_time(side.step.seconds) if side.step else unknown for side in sides),
+            *(step_time(side.step.seconds) if side.step else unknown for side in sides),
         ],
     ]
     return Section(id="sides", title=title, tables=[_side_table(title, names, rows)])
 
 
-def _step_time(seconds: float) -> str:
+def step_time(seconds: float) -> str:
+    """Return the time of a step as text, of which milliseconds matter below a second."""
     return f"{1000 * seconds:.1f} ms" if seconds < 1 else format_duration(seconds)
 
 
