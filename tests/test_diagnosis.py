@@ -223,6 +223,7 @@ def test_a_step_that_fails_is_no_matter_of_the_evaluation():
     assert {"held", "others_too"} & {each.code for each in found.causes}
 
 
+@pytest.mark.slow
 def test_a_configuration_that_fits_is_said_to():
     found = explain(STORY, config=TrainConfig(**(SMALL | {"batch_size": 1}), compile=False))
     assert found.causes[0].code == "play_fits"

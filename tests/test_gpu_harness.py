@@ -305,6 +305,7 @@ def test_every_operator_of_the_table_has_a_probe():
     assert {f"aten::{probe.operator}" for probe in probes()} == set(kernels.ROWS)
 
 
+@pytest.mark.slow
 def test_dry_probes_say_what_the_table_says():
     rows = hidden.probe(["sum", "_softmax_backward_data"], dry=True)
     assert not [row for row in rows if row["measured_error"] or row["table_error"] or row["difference_bytes"] != ""]

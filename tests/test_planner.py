@@ -69,6 +69,7 @@ class TestStory:
             seconds.append(best.step_s(64))
         assert seconds == sorted(seconds, reverse=True)
 
+    @pytest.mark.slow
     def test_a_fixed_micro_batch_is_obeyed_or_refused(self) -> None:
         config = (*self.CONFIG, "--n_layer=1")
         obeyed = plan_of(*config, "--micro_batch=2").choice.best

@@ -151,6 +151,7 @@ class TestEveryCard:
         assert not row.fits
         assert row.needs_bytes > 600 * MIB
 
+    @pytest.mark.slow
     def test_a_micro_batch_that_was_set_is_obeyed(self) -> None:
         free, fixed = (self.rows(*words)["NVIDIA A100-SXM4-40GB"] for words in ((), ("--micro_batch=2",)))
         assert fixed.micro_batch == 2

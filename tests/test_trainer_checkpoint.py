@@ -122,7 +122,7 @@ class TestExactResume:
         assert_same_end(unbroken, stopped)
 
     @pytest.mark.parametrize("keys", VARIANTS)
-    @pytest.mark.parametrize("crash_at", [3, 6, 11])
+    @pytest.mark.parametrize("crash_at", [3, 6, pytest.param(11, marks=pytest.mark.slow)])
     def test_crashed_after_a_save_of_save_interval(
         self, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], crash_at: int
     ) -> None:

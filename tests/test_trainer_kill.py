@@ -6,6 +6,7 @@ import pytest
 from kill_trials import trials
 
 
+@pytest.mark.slow
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
     counts = trials(2, tmp_path, seed=4, max_iters=60, lr_decay_iters=60)
     assert counts["kills"] == 2

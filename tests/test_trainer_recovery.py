@@ -498,6 +498,7 @@ class TestRuns:
         trained(tmp_path / "plain", data_dir)
         assert column(tmp_path, "loss") == column(tmp_path / "plain", "loss")
 
+    @pytest.mark.slow
     def test_no_activation_outlives_its_step(self, tmp_path: Path, data_dir: Path) -> None:
         """At the moment of the retry no more storages live than at the end of an ordinary step."""
         counts: list[tuple[bool, int]] = []

@@ -87,7 +87,9 @@ def compare(undisturbed: Any, tmp_path: Path, data_dir: Path, monkeypatch: pytes
     return compared
 
 
-@pytest.mark.parametrize("shrinks", [False, True], ids=["split kept", "split changed"])
+@pytest.mark.parametrize(
+    "shrinks", [pytest.param(False, id="split kept", marks=pytest.mark.slow), pytest.param(True, id="split changed")]
+)
 def test_errors_in_all_phases_of_one_run(compare: Any, shrinks: bool) -> None:
     got = compare(once_in_each(PHASES), shrinks=shrinks)
     assert {phase for phase, _ in got.failed} == set(PHASES)
@@ -105,7 +107,7 @@ def test_every_phase(compare: Any, phase: str, shrinks: bool) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("number", [1, 7])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_the_update_at_each_of_its_operators(compare: Any, optimizer: str, number: int) -> None:
     got = compare(at("optimizer", *range(number, 100, 37)), optimizer=optimizer, max_iters=4, lr_decay_iters=4)
     assert got.failed

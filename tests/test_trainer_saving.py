@@ -299,6 +299,7 @@ def test_a_step_that_hangs_is_noticed_with_every_threads_stack(
     assert stacks.count("hread 0x") >= 2
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_started_again(tmp_path: Path, data_dir: Path) -> None:
     """A real supervisor, and a step that sleeps in the first process only."""
     program = (

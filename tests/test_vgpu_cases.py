@@ -141,6 +141,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_model_stays_compiled_under_ddp(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     (tmp_path / "train.py").write_text(COMPILED_FOR_SEVERAL)
@@ -156,6 +157,7 @@ def test_steps_without_an_optimizer_repeat_too(tmp_path: Path) -> None:
     assert found["steps"] < 20
 
 
+@pytest.mark.slow
 def test_a_function_is_compiled_twice(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     script = tmp_path / "twice.py"

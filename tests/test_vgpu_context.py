@@ -227,6 +227,7 @@ def test_interpreter_exits_normally(last_line: str, code: int, tmp_path: Path) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' states from /proc")
+@pytest.mark.slow
 def test_exit_waits_for_the_threads_of_autograd() -> None:
     """A thread of that name is still at work when the program ends: without the wait, its last line never comes."""
     said = in_process("""

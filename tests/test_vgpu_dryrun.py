@@ -131,6 +131,7 @@ class TestTraining:
         assert found["stopped_because"] == "2 seconds had passed"
         assert found["outcome"] == "fits"
 
+    @pytest.mark.slow
     def test_what_fits_a_card_fits_a_larger_one(self) -> None:
         words = [LOOP, *SMALL, "--batch_size=64", "--block_size=256", "--vocab_size=16384", "--n_layer=1"]
         needed = dryrun("--gpu", "RTX 3090", *words)["peak"]["device_bytes"]
@@ -209,6 +210,7 @@ class TestSeveralCards:
     def _four(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "4")
 
+    @pytest.mark.slow
     def test_ddp_holds_buckets_beside_the_gradients(self, monkeypatch: pytest.MonkeyPatch) -> None:
         words = ["--gpu", "A100", SCRIPTS / "several_cards.py", "ddp"]
         four = dryrun(*words, code=0)

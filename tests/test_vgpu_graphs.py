@@ -69,7 +69,7 @@ def found(tmp_path: Path) -> Found:
         pytest.param("default", [16, 32, 32, 32, 16, 16], marks=pytest.mark.slow),
         # The last result is taken back when the function is called again, so one is held; the copy of the input, which
         # the graph reads, is only held while it runs, but the pool keeps both of 16 MiB for itself.
-        ("reduce-overhead", [16, 32, 32, 32, 16, 48]),
+        pytest.param("reduce-overhead", [16, 32, 32, 32, 16, 48], marks=pytest.mark.slow),
     ],
 )
 def test_a_pool_keeps_what_a_graph_used(found: Found, mode: str, expected: list[int]) -> None:

@@ -49,6 +49,7 @@ def _dry_run(folder: Path, script: str) -> str:
     return "\n".join(line for line in run.stderr.splitlines() if not line.startswith("tightfit: "))  # progress
 
 
+@pytest.mark.slow
 def test_dynamo_is_not_loaded_without_need(tmp_path: Path) -> None:
     said = _dry_run(tmp_path, EAGER)
     assert "out" in said

@@ -64,6 +64,7 @@ def assert_monotone(peaks: dict[tuple[int, ...], int]) -> None:
         assert peaks[key] <= peaks[(*key[:3], 0)], f"checkpointing needs more: {key}"
 
 
+@pytest.mark.slow
 def test_a_small_grid() -> None:
     assert_monotone(grid((1, 4), (1, 3), (64,)))
 

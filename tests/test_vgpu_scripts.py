@@ -105,6 +105,7 @@ def test_trainer_bf16_needs_less(trainer_peak: int, tmp_path: Path) -> None:
     assert found["categories"]["parameters"] == 4 * GPT2_PARAMETERS
 
 
+@pytest.mark.slow
 def test_trainer_evaluates_and_saves(trainer_peak: int, tmp_path: Path) -> None:
     found = dryrun(tmp_path, "hf_trainer.py", steps=100)
     assert found["outcome"] == "fits"
@@ -150,6 +151,7 @@ def test_trainer_resumes(tmp_path: Path) -> None:
 # accelerate
 
 
+@pytest.mark.slow
 def test_accelerate(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     found = dryrun(tmp_path, "accelerate_loop.py", "--mixed-precision", "fp16", steps=100)
@@ -166,6 +168,7 @@ def test_accelerate(tmp_path: Path) -> None:
 # Lightning
 
 
+@pytest.mark.slow
 def test_lightning(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     found = dryrun(tmp_path, "lightning_loop.py", "--precision", "16-mixed", steps=100)
@@ -192,6 +195,7 @@ FIRST_LAYER = 64 * 32 * 32 * 2
 """Bytes of one image after the first convolution, in half precision."""
 
 
+@pytest.mark.slow
 def test_convnet(tmp_path: Path) -> None:
     found = dryrun(tmp_path, "convnet.py", steps=100)
     assert found["outcome"] == "fits"
@@ -254,6 +258,7 @@ def test_forum_user(tmp_path: Path) -> None:
         assert line_of("forum_user.py", text) in lines
 
 
+@pytest.mark.slow
 def test_forum_user_retries_with_half_the_batch(tmp_path: Path) -> None:
     found = dryrun(tmp_path, "forum_user.py", "--batch-size", "400000", steps=2)
     assert (found["outcome"], found["steps"]) == ("fits", 2)
@@ -329,7 +334,12 @@ def test_no_file_from_before_is_changed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["io.FileIO('latest.pt', 'w')", "early_replace('new.pt', 'ckpt.pt')", "posix.truncate('ckpt.pt', 0)"]
+    "line",
+    [
+        pytest.param("io.FileIO('latest.pt', 'w')", marks=pytest.mark.slow),
+        pytest.param("early_replace('new.pt', 'ckpt.pt')", marks=pytest.mark.slow),
+        "posix.truncate('ckpt.pt', 0)",
+    ],
 )
 def test_what_cannot_be_replaced_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "ckpt.pt").write_text("old")
@@ -354,6 +364,7 @@ def test_names_that_are_no_text_arrive_as_they_are(tmp_path: Path) -> None:
     assert found["largest"][0]["file"].endswith("sc\\udcff.py")
 
 
+@pytest.mark.slow
 def test_a_file_saved_just_before_is_from_before(tmp_path: Path) -> None:
     """Plays of a warm process start within milliseconds: 20 of them on files that were made at that moment."""
     script = tmp_path / "script.py"
