@@ -1,6 +1,7 @@
 """Files that outlive a process: whole or absent, under known names, in known folders. Imports no torch and no room."""
 
 import contextlib
+import difflib
 import errno
 import os
 import threading
@@ -67,6 +68,12 @@ def write_aside(path: Path, data: bytes | str, *, durable: bool = False) -> None
     """Write the whole file, text as UTF-8: a reader finds the old content or the new, and several may write at once."""
     with writing(path, durable=durable, shared=True) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def as_diff(path: str, before: str, after: str) -> str:
+    """Return the change of a text file as a unified diff, which `patch` takes."""
+    lines = difflib.unified_diff(before.splitlines(keepends=True), after.splitlines(keepends=True), path, path)
+    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
 
 
 def sync_file(path: Path) -> None:

@@ -1,7 +1,6 @@
 """A remedy as a change of the configuration file that was given."""
 
 import ast
-import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import msgspec
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.render import effects, shown_remedies
 from tightfit.diagnosis.statements import Sentences
+from tightfit.storage import as_diff
 from tightfit.wording.diagnosis import words
 
 Value = bool | int | float | str
@@ -34,10 +34,7 @@ class ConfigFix(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def diff(self) -> str:
         """The change as a unified diff, which `patch` takes."""
-        lines = difflib.unified_diff(
-            self.before.splitlines(keepends=True), self.after.splitlines(keepends=True), self.path, self.path
-        )
-        return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+        return as_diff(self.path, self.before, self.after)
 
 
 def config_fix(found: Explanation, path: str) -> ConfigFix | None:

@@ -1,6 +1,5 @@
 """What to change in a script that does not fit: each change is played, and what fits is shown with its diff."""
 
-import difflib
 import os
 import re
 import sysconfig
@@ -16,6 +15,7 @@ from tightfit.questions.asking import Asked
 from tightfit.questions.edits import KINDS, Kind
 from tightfit.questions.knob import Knob, Variant, find_knob, read_text, text_of
 from tightfit.simulation.details import Detail, StepTime
+from tightfit.storage import as_diff
 from tightfit.vgpu.records import Settings, VirtualCard
 
 _BATCHES = (
@@ -342,6 +342,4 @@ def _readable(files: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _diff(path: str, after: str) -> str:
     name = os.path.relpath(path)
     name = os.path.abspath(path) if name.startswith("..") else name
-    before = read_text(path)
-    lines = difflib.unified_diff(before.splitlines(keepends=True), after.splitlines(keepends=True), name, name)
-    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+    return as_diff(name, read_text(path), after)

@@ -195,7 +195,7 @@ class Recovery(Guard):
                 update = update or Update(state.optimizer, state.scaler)
                 update.go_on()
                 return
-            except Exception as error:  # of any class, as in `tried`: an 8-bit update is compiled
+            except (RuntimeError, MemoryError) as error:  # an 8-bit update is compiled, and Dynamo's errors are these
                 if is_out_of_memory(error) is not Kind.RECOVERABLE:
                     raise
                 if tries == MOST_TRIES - 1:
