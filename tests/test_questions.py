@@ -12,12 +12,12 @@ from tightfit.allocator.caching import OutOfMemory
 from tightfit.allocator.settings import AllocatorSettings
 from tightfit.allocator.tape import TapedAllocator, replay
 from tightfit.cli.cmd_dryrun import parser
+from tightfit.config.knob import Variant, accumulation_of, find_knob
 from tightfit.errors import ConfigError, TightfitError
 from tightfit.gpus import all_gpus
 from tightfit.questions.asking import Asked
 from tightfit.questions.cards import every_card
 from tightfit.questions.compare import compare, varied
-from tightfit.questions.knob import Variant, accumulation_of, find_knob
 from tightfit.questions.largest import largest
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.records import Settings

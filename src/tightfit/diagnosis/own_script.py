@@ -1,12 +1,12 @@
 """A user's own script: played on the card, and again with each remedy that needs no knowledge of its code."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from tightfit.config.knob import Variant, is_accumulation, is_batch, number_in_words
 from tightfit.diagnosis.advice import advice
 from tightfit.diagnosis.causes import causes_of, play_fits
 from tightfit.diagnosis.culprit import culprit_of_play
@@ -40,8 +40,6 @@ _UNCHANGED = ("close_others", "expandable_segments")
 """Remedies that leave the script as it is."""
 _PATIENCE_S = 60.0
 """Seconds given to the play with a smaller batch, which may take many more passes."""
-_BATCH = re.compile(r"--(?:per[_-]device[_-]train[_-]|train[_-]|micro[_-]?|mini[_-]?)?(?:batch[_-]?size|batch|bs)")
-_ACCUMULATION = re.compile(r"--(?:gradient[_-]|grad[_-])?(?:accumulation|accum)(?:[_-]steps)?")
 
 
 def read_failure(outcome: Outcome) -> LogReading:
@@ -126,15 +124,18 @@ class OwnScript:
 
     def _smaller_batch(self, before: Outcome) -> Remedy | None:
         """Judge a sixteenth of the batch size that the arguments name, with as many more passes if they name them."""
-        found = _argument(self.arguments, _BATCH)
-        if found is None:
+        run = Variant(tuple(self.arguments), os.environ)
+        batch = number_in_words(run.words, is_batch)
+        value = batch.number if batch else None
+        if batch is None or value is None or value == 1:
             return None
-        (name, value), accumulation = found, _argument(self.arguments, _ACCUMULATION)
         parts = min(USUAL_SHARE, value)
-        changes = {name: value // parts}
-        if accumulation:
-            changes[accumulation[0]] = accumulation[1] * parts
-        after = self.play(_with_arguments(self.arguments, changes), timeout_s=_PATIENCE_S)
+        run, passes = batch.set(run, value // parts), number_in_words(run.words, is_accumulation)
+        changes = {batch.name: value // parts}
+        if passes is not None and passes.number is not None:
+            changes[passes.name] = passes.number * parts
+            run = passes.set(run, passes.number * parts)
+        after = self.play(run.words, timeout_s=_PATIENCE_S)
         if after.error or (after.fits and not after.steps):
             return None  # it could not be judged
         return judged(
@@ -142,9 +143,9 @@ class OwnScript:
             after,
             before=before,
             room_bytes=self.card.room_bytes,
-            exact=accumulation is not None,
+            exact=len(changes) == 2,
             paste=(" ".join(f"{option}={number}" for option, number in changes.items()),),
-            change=Option(name=name, size=value // parts, value=value),
+            change=Option(name=batch.name, size=value // parts, value=value),
         )
 
 
@@ -153,29 +154,3 @@ def _general(facts: Facts, run: RunFacts) -> list[Remedy]:
     found = advice(facts, evidence_of(facts, run))
     known = {each.code for each in found}
     return [*found, *(each for each in (expandable_segments(facts), close_others(facts)) if each.code not in known)]
-
-
-def _argument(arguments: Sequence[str], name: re.Pattern[str]) -> tuple[str, int] | None:
-    """Return the option of that name and its whole number above 1, given as `--name=8` or `--name 8`.
-
-    >>> _argument(["--bs", "8"], _BATCH), _argument(["--batch_size=8"], _BATCH), _argument([], _BATCH)
-    (('--bs', 8), ('--batch_size', 8), None)
-    """
-    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
-        option, equals, value = word.partition("=")
-        value = value if equals else after
-        if name.fullmatch(option) and value.isdecimal() and (int(value) > 1 or name is _ACCUMULATION):
-            return option, int(value)
-    return None
-
-
-def _with_arguments(arguments: Sequence[str], changes: Mapping[str, int]) -> list[str]:
-    """Return the arguments with other numbers for some options, in the form in which each was given."""
-    words = list(arguments)
-    for number, word in enumerate(words):
-        option, equals, _ = word.partition("=")
-        if option in changes and equals:
-            words[number] = f"{option}={changes[option]}"
-        elif option in changes:
-            words[number + 1] = str(changes[option])
-    return words

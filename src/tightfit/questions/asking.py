@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from tightfit.config.knob import Variant
 from tightfit.errors import ConfigError
-from tightfit.questions.knob import Variant
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.details import CardSize, Detail
 from tightfit.simulation.dry_run import error_of, script_request

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import msgspec
 
+from tightfit.config.knob import Variant, find_knob
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
-from tightfit.questions.knob import Variant, find_knob
 from tightfit.simulation.details import Detail, Held, StepTime
 from tightfit.units import MIB
 from tightfit.vgpu.records import CATEGORIES, Place, VirtualCard

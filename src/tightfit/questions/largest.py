@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from tightfit.config.knob import Knob, accumulation_of, find_knob, is_batch
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
-from tightfit.questions.knob import Knob, accumulation_of, find_knob, is_batch
 from tightfit.simulation.details import Detail
 from tightfit.vgpu.records import VirtualCard
 from tightfit.wording import say

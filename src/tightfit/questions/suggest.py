@@ -11,9 +11,18 @@ from pathlib import Path
 
 import msgspec
 
+from tightfit.config.knob import (
+    Knob,
+    Variant,
+    find_knob,
+    is_accumulation,
+    is_batch,
+    number_in_words,
+    read_text,
+    text_of,
+)
 from tightfit.questions.asking import Asked
 from tightfit.questions.edits import KINDS, Kind
-from tightfit.questions.knob import Knob, Variant, find_knob, read_text, text_of
 from tightfit.simulation.details import Detail, StepTime
 from tightfit.storage import as_diff
 from tightfit.vgpu.records import Settings, VirtualCard
@@ -128,7 +137,7 @@ class Workshop:
     def smaller(self, kinds: Sequence[Kind] = ()) -> Iterator[Change]:
         """Yield smaller and smaller batches of the same step, where the script names its batch size."""
         base = self.changed(kinds)
-        batch = self._knob(base.variant, _BATCHES)
+        batch = self._knob(base.variant, is_batch, _BATCHES)
         if batch is None or batch.number is None:
             return
         for parts in (2**power for power in range(1, 20)):
@@ -136,7 +145,7 @@ class Workshop:
                 return
             values = {batch.name.lstrip("-"): batch.number // parts}
             variant = batch.set(base.variant, batch.number // parts)
-            passes = self._knob(variant, _PASSES)
+            passes = self._knob(variant, is_accumulation, _PASSES)
             if passes is not None and passes.number is not None:
                 values[passes.name.lstrip("-")] = passes.number * parts
                 variant = passes.set(variant, passes.number * parts)
@@ -160,9 +169,10 @@ class Workshop:
         changed = {path: after for path, text in texts.items() if (after := kind.apply(text)) is not None}
         return with_fields(variant, replaced={**variant.replaced, **changed}) if changed else None
 
-    def _knob(self, variant: Variant, names: Sequence[str]) -> Knob | None:
-        """Return the place of a number that has one of the names, if its value is known."""
-        return next(filter(None, (self._knob_of(variant, name) for name in names)), None)
+    def _knob(self, variant: Variant, is_wanted: Callable[[str], bool], names: Sequence[str]) -> Knob | None:
+        """Return the place of a number: in the command, else in a file or a script under one of the names."""
+        given = number_in_words(variant.words, is_wanted)
+        return given or next(filter(None, (self._knob_of(variant, name) for name in names)), None)
 
     def _knob_of(self, variant: Variant, name: str) -> Knob | None:
         knob = find_knob(variant, name)

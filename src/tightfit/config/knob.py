@@ -3,7 +3,7 @@
 import ast
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,8 @@ from tightfit.wording import say
 
 _FILES = (".yaml", ".yml", ".json", ".toml")
 _BATCH = re.compile(r"(.*[._])?((micro|mini)_?)?(batch(_?size)?|bs|batch_size_per_.*)")
-ACCUMULATION = re.compile(r"(.*[._])?((gradient|grad)_?)?accum(ulation)?(_?steps|_?iter)?|accumulate_grad_batches")
+_NOT_TRAINING = re.compile(r"eval|test|valid|val_|generation|sample")
+_ACCUMULATION = re.compile(r"(.*[._])?((gradient|grad)_?)?accum(ulation)?(_?steps|_?iter)?|accumulate_grad_batches")
 
 
 @dataclass(frozen=True)
@@ -68,33 +69,45 @@ def find_knob(variant: Variant, name: str) -> Knob:
     """
     bare = _plain(name)
     if not bare or not re.fullmatch(r"[\w.]+", bare):
-        raise ConfigError(say("questions.knob.no_name", name=name))
+        raise ConfigError(say("config.knob.no_name", name=name))
     found = _in_words(variant.words, bare) or _in_environment(variant.environ, name.strip())
     return found or _in_files(variant, bare) or _added(variant.words, bare)
 
 
+def number_in_words(words: Sequence[str], is_wanted: Callable[[str], bool]) -> Knob | None:
+    """Return the first argument with a whole number above 0 and a name that is wanted.
+
+    >>> number_in_words(["--lr", "1", "--bs", "8"], is_batch)
+    Knob(name='--bs', kind='argument', value='8', place=3, file='', span=(0, 0))
+    """
+    named = (_in_words(words, _plain(word.partition("=")[0])) for word in words if is_wanted(word.partition("=")[0]))
+    return next((knob for knob in named if knob is not None and knob.number is not None), None)
+
+
 def accumulation_of(variant: Variant) -> int | None:
     """Return the passes of a step that the command, its files or its script name; None if nothing names them."""
-    for place, word in enumerate(variant.words):
-        name, equals, value = word.partition("=")
-        value = value if equals else "".join(variant.words[place + 1 : place + 2])
-        if ACCUMULATION.fullmatch(_plain(name)) and value.isdecimal() and int(value) > 0:
-            return int(value)
+    if (knob := number_in_words(variant.words, is_accumulation)) is not None:
+        return knob.number
     for text in map(read_text, _scripts(variant.words)):
         for key, number in _defaults(text):
-            if ACCUMULATION.fullmatch(_plain(key)):
+            if is_accumulation(key):
                 return number
     return None
+
+
+def is_accumulation(name: str) -> bool:
+    """Return True for the name of the passes of a step."""
+    return _ACCUMULATION.fullmatch(_plain(name)) is not None
 
 
 def is_batch(name: str) -> bool:
     """Return True for the name of a batch size.
 
-    >>> [is_batch(each) for each in ("--per_device_train_batch_size", "bs", "data.batch_size", "block_size")]
+    >>> [is_batch(each) for each in ("--per_device_train_batch_size", "bs", "data.batch_size", "eval_batch_size")]
     [True, True, True, False]
     """
     plain = re.sub(r"(per_device_|per_gpu_)?(train_)?", "", _plain(name), count=1)
-    return _BATCH.fullmatch(plain) is not None
+    return _BATCH.fullmatch(plain) is not None and _NOT_TRAINING.search(plain) is None
 
 
 def _plain(name: str) -> str:
@@ -123,7 +136,7 @@ def _in_files(variant: Variant, bare: str) -> Knob | None:
         if path.endswith(_FILES) and os.path.isfile(path):
             spans = list(_keys(text_of(variant, path), bare))
             if len(spans) > 1:
-                raise ConfigError(say("questions.knob.several", name=bare, file=path, count=len(spans)))
+                raise ConfigError(say("config.knob.several", name=bare, file=path, count=len(spans)))
             for key, value, span in spans:
                 return Knob(key, "file", value, file=path, span=span)
     return None
