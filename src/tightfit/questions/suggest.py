@@ -115,6 +115,8 @@ class Change:
     values: Mapping[str, int]
     is_exact: bool = True
     costs_time: bool = False
+    one_pass: Variant | None = None
+    """The same with as many passes a step as before: enough to see whether it may fit."""
 
 
 class Workshop:
@@ -144,13 +146,13 @@ class Workshop:
             if batch.number % parts:
                 return
             values = {batch.name.lstrip("-"): batch.number // parts}
-            variant = batch.set(base.variant, batch.number // parts)
+            variant = one_pass = batch.set(base.variant, batch.number // parts)
             passes = self._knob(variant, is_accumulation, _PASSES)
             if passes is not None and passes.number is not None:
                 values[passes.name.lstrip("-")] = passes.number * parts
                 variant = passes.set(variant, passes.number * parts)
             is_exact = base.is_exact and len(values) == 2
-            yield Change((*base.codes, "batch"), variant, values, is_exact, base.costs_time)
+            yield Change((*base.codes, "batch"), variant, values, is_exact, base.costs_time, one_pass)
 
     def expandable(self) -> Change | None:
         """Return the run with the allocator's setting against fragments; None if it has one already."""
@@ -324,7 +326,8 @@ class Search:
 
     def _played(self, change: Change, settings: Settings) -> Detail:
         self._tell(change.codes)
-        (detail,) = self._asked.play([self._asked.request(change.variant, settings=settings)])
+        variant = change.one_pass if settings is self._short and change.one_pass else change.variant
+        (detail,) = self._asked.play([self._asked.request(variant, settings=settings)])
         return detail
 
     def _has_part_of(self, kinds: Sequence[Kind]) -> bool:
