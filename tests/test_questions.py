@@ -1,10 +1,11 @@
 """Questions about a script: the largest value, every card, variants side by side, and what is remembered."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from plays import simulator
 from runs import here
 
@@ -18,7 +19,8 @@ from tightfit.gpus import all_gpus
 from tightfit.questions.asking import Asked
 from tightfit.questions.cards import every_card
 from tightfit.questions.compare import compare, varied
-from tightfit.questions.largest import largest
+from tightfit.questions.largest import Search, largest
+from tightfit.simulation.details import Detail
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.records import Settings
 
@@ -73,6 +75,32 @@ class TestLargest:
         assert found.effective_batch == found.largest * 3
         assert found.command == ["train.py", f"--batch-size={found.largest}"]
         assert found.plays == len(found.trials) <= 7
+
+    @pytest.mark.parametrize(
+        "needed",
+        [
+            lambda value: 50_000 * value + 10**6,
+            lambda value: 50_000 * (value // 50 * 50),
+            lambda value: 50_000 * value + 10**7 * (value * 7919 % 97) // 97,
+            lambda value: 3 * value**2 + 20_000 * value,
+            lambda value: 16 * value**2 // (20 * MIB) * 20 * MIB + MIB,
+        ],
+        ids=["line", "steps", "noise", "square", "segments"],
+    )
+    def test_whatever_memory_follows_few_plays_are_made(self, folder: Path, needed: Callable[[int], int]) -> None:
+        (one,) = asked().play([asked().request()])
+
+        def at(value: int) -> Detail:
+            nbytes = needed(value)
+            peak = replace(one.findings.peak, device_bytes=nbytes, allocated_bytes=96 * nbytes // 100)
+            outcome = "fits" if nbytes <= one.findings.gpu.total_bytes else "out_of_memory"
+            return replace(one, findings=replace(one.findings, outcome=outcome, peak=peak, phases={"forward": nbytes}))
+
+        search = Search("train.py", "rows", lambda values: list(map(at, values)), 1)
+        fits, fails = search.run(1024)
+        assert fails == fits + 1
+        assert (at(fits).findings.outcome, at(fails).findings.outcome) == ("fits", "out_of_memory")
+        assert len(search.tried) <= 30
 
     def test_asked_again_nothing_is_played_until_an_import_changes(self, folder: Path) -> None:
         before = largest(asked(), "batch_size", multiple=8)

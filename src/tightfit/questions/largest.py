@@ -19,6 +19,10 @@ _FAR = 0.9
 _START = 8
 _MOST = 2**24
 _MOST_ROUNDS = 60
+_MOST_BELOW = 5
+"""Rounds in which all guesses may fit, before larger steps lead beyond the end."""
+_MOST_SLOW = 2
+"""Guesses that may leave more than half of the open range, before it is halved."""
 Play = Callable[[Sequence[int]], list[Detail]]
 
 
@@ -117,6 +121,8 @@ class Search:
     def __init__(self, script: str, name: str, play: Play, step: int) -> None:
         self._script, self._name, self._play, self._step = script, name, play, step
         self.tried: dict[int, Detail] = {}
+        self._width, self._slow = 0, 0
+        """Width of the open range before, and guesses that left more than half of it."""
 
     def run(self, start: int) -> tuple[int, int | None]:
         """Return the largest value that fits, 0 if none does, and the next larger one; None if all fit."""
@@ -127,15 +133,26 @@ class Search:
             raise ConfigError(
                 say("questions.largest.failed", script=self._script, name=self._name, value=start, reason=reason)
             )
-        for _ in range(_MOST_ROUNDS):
+        for number in range(_MOST_ROUNDS):
             fits, fails = self._bracket()
             if fails is not None and fails - fits <= self._step:
                 return fits, fails
             if fits >= _MOST:
                 return fits, None
-            self._try(self._candidates(fits, fails))
+            self._try(self._values(number, fits, fails))
             self._check_dependence()
         return self._bracket()
+
+    def _values(self, number: int, fits: int, fails: int | None) -> list[int]:
+        """Return what to play in a round: guesses by the line, unless these come closer by too little each."""
+        if fails is None:
+            beyond = _rounded(fits + max(fits // 8, self._step), self._step)
+            return [beyond] if number >= _MOST_BELOW else self._candidates(fits, fails)
+        self._slow += 0 < self._width < 2 * (fails - fits)
+        self._width = fails - fits
+        if self._slow >= _MOST_SLOW and fits:
+            return [_rounded((fits + fails) // 2, self._step)]
+        return self._candidates(fits, fails)
 
     def _try(self, values: Sequence[int]) -> None:
         new = [value for value in values if value not in self.tried]
