@@ -253,12 +253,11 @@ class Search:
         for together in ([kind for kind in exact if not kind.costs_time], exact):
             if len(together) > 1 and not self._has_part_of(together):
                 self._try_together(together)
-        if not self.fitting:
-            self._try(workshop.smaller(exact))
-        if not self.fitting:
-            self._try_together(kinds)
-        if not self.fitting:
-            self._try(workshop.smaller(kinds))
+        for last in filter(None, dict.fromkeys((tuple(exact), tuple(kinds)))):
+            if not self.fitting and last != tuple(exact):
+                self._try_together(last)
+            if not self.fitting:
+                self._try(workshop.smaller(last))
         self.fitting.sort(key=lambda each: (not each[0].is_exact, each[0].costs_time, len(each[0].codes)))
 
     def suggestion(self, change: Change, detail: Detail) -> Suggestion:
