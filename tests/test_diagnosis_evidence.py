@@ -95,7 +95,7 @@ def test_a_line_shows_its_kind_of_tensor(file: str, function: str, source: str, 
 
 
 def test_every_program_divides_its_batch_in_words_of_its_own():
-    without_batch = {"comfyui", "webui", "gaussian_splatting", "vllm", "transformers", "ray", "fsdp"}
+    without_batch = {"comfyui", "webui", "gaussian_splatting", "vllm", "sglang", "transformers", "ray", "fsdp"}
     for program in set(frameworks()) - without_batch - {"unsloth", "trl", "pytorch", "dreambooth_extension"}:
         found = pasted("split_general", [program], {"size": 2, "passes": 8, "half": 512})
         assert found is not None

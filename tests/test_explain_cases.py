@@ -62,6 +62,8 @@ def test_what_is_concluded(case: dict):
         assert (found.culprit.tensor if found.culprit else "") == case["culprit"]
     if "kind" in case:
         assert (found.facts.kind if found.facts else "") == case["kind"]
+    if "status" in case:
+        assert found.to_json().status == case["status"]
     if "first" in case:
         assert found.causes[0].code == case["first"]
     if "fixes" in case:

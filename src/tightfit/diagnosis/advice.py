@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace
 
-from tightfit.diagnosis.cause_records import COMPUTED
+from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures
 from tightfit.diagnosis.framework_words import Pasted, pasted
@@ -19,8 +19,11 @@ from tightfit.diagnosis.remedies import (
     empty_cache,
     expandable_segments,
     ranked,
+    to_paste,
 )
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.ownership import had_room, ownership
+from tightfit.oomlog.run_facts import PrintedShape
 from tightfit.tables import read_table
 
 _PICTURES = frozenset(
@@ -28,7 +31,13 @@ _PICTURES = frozenset(
 )
 _WITHOUT_BATCH = ("gaussian_splatting", "comfyui", "webui")
 """Programs that have no batch to make smaller."""
+_APPLICATIONS = frozenset({"comfyui", "webui", "vllm", "sglang", "ultralytics", "kohya", "dreambooth_extension"})
+"""Programs that their users do not write: only their own options are a fix."""
+_ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
+"""Remedies that stand on libraries for CUDA."""
 _SHOWN_CURES = 4
+_OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
+"""Kinds of tensors with fixes of their own."""
 _PARTS = 4
 """Passes into which a printed batch is divided: 64 x 1 becomes 16 x 4."""
 
@@ -45,19 +54,34 @@ def applicability(code: str) -> str:
 
 def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     """Return the remedies, those that cure this case first; a measured verdict that one does not help is kept."""
-    cures = [_remedy(code, evidence) for code in _codes(facts, evidence)]
+    cures = [_remedy(code, facts, evidence) for code in _codes(facts, evidence)]
     if evidence.framework in ("jax", "tensorflow"):
         return ranked(cures)
     others, segments = close_others(facts), expandable_segments(facts)
     first = list(fixes_of_figures(facts))
+    if had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
+        cures = []
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
-        first.append(others)
+        # A small estimate may be all this process's own libraries.
+        decides = others.label == MEASURED or ownership(facts).decides
+        first, cures = (
+            ([*first, others], cures) if decides else (first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]])
+        )
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
     if segments.reason == "cache_might_do" and "more_free_than_requested" not in facts.notes:
         cures.insert(0 if cache_is_large(facts) else min(len(cures), _SHOWN_CURES), segments)
     elif segments.verdict == DOES_NOT_FIT:
         last.insert(0, segments)
+    if facts.kind == "mps_out_of_memory":
+        return ranked([*first, *cures, _watermark()])
     return ranked([*first, *cures, *last, empty_cache(facts)])
+
+
+def _watermark() -> Remedy:
+    """Return the remedy that lifts PyTorch's own limit on a Mac."""
+    return Remedy(
+        code="mps_watermark", verdict=UNCHECKED, reason="mps_watermark", label=LIKELY, paste=to_paste("mps_watermark")
+    )
 
 
 def _codes(facts: Facts, evidence: Evidence) -> list[str]:
@@ -74,8 +98,13 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     trains = evidence.trains or (budget is not None and budget.what == "training")
     if evidence.gathers_on_first_card(facts):
         yield "cards"
+    if evidence.tensor in _OWN_LISTS:
+        yield evidence.tensor
+        if evidence.tensor == "gathered_parameters":
+            return
     if grows is not None:
-        yield "training" if grows == "model" and trains else grows
+        to_train = "weights_to_train" if facts.phase in ("load", "setup") else "training"
+        yield to_train if grows == "model" and trains else grows
         yield from ["eval"] if facts.phase == "eval" else []
         return
     if facts.phase in _tables()["fixes"]:
@@ -91,12 +120,15 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "split_general": evidence.batch_is_one or program in _WITHOUT_BATCH or (keeps_nothing and is_known),
         "checkpointing_general": keeps_nothing or "checkpointing" in run.signs,
         "fused_attention": "flash" in run.signs,
+        "offload": facts.phase == "sample" and program not in _PICTURES,
         "lora": bool(run.signs & {"lora", "qlora"}),
         "qlora": bool(run.signs & {"qlora", "four_bit"}),
         "quantized_weights": bool(run.signs & {"qlora", "four_bit"}),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit"}),
-        "shard": run.numbers.get("zero_stage") == 3,
-        "half_precision": any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
+        "shard": run.numbers.get("zero_stage") == 3 or _gathers(facts, "stage3", "partition"),
+        "chunked_general": program == "unsloth",  # its own loss is in chunks
+        "half_precision": _is_half(evidence.shape)
+        or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
         "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower(),
         "release_logits": not any(each.function == "estimate_loss" for each in facts.frames),
     }
@@ -106,12 +138,31 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
     if code == "shorter_length" and program in _PICTURES:
         return False
-    needs_words = code in _tables()["needs_words"]["codes"]
+    if facts.kind == "mps_out_of_memory" and code in _ON_CUDA_ONLY:
+        return False
+    needs_words = code in _tables()["needs_words"]["codes"] or program in _APPLICATIONS
     return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
 
 
-def _remedy(code: str, evidence: Evidence) -> Remedy:
+def _gathers(facts: Facts, *files: str) -> bool:
+    """Return True if the traceback goes through ZeRO's files for stage 3."""
+    return any(
+        "deepspeed/runtime/zero" in each.file and any(word in each.file for word in files) for each in facts.frames
+    )
+
+
+def _is_half(shape: PrintedShape | None) -> bool:
+    return shape is not None and shape.dtype in ("bfloat16", "float16", "half")
+
+
+_MPS_AUTOCAST = Pasted(
+    lines=("with torch.autocast('mps', dtype=torch.float16):",), page="https://docs.pytorch.org/docs/stable/amp.html"
+)
+
+
+def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     words = _own_option(code, evidence) or pasted(code, evidence.run.frameworks, _values(evidence))
+    words = _MPS_AUTOCAST if code == "half_precision" and facts.kind == "mps_out_of_memory" else words
     effect = applicability(code)
     remedy = Remedy(
         code=code,

@@ -29,7 +29,7 @@ from tightfit.units import GIB
 _LARGE = 2 * GIB
 _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "named_parameter", "dequantized_weight")
 """Tensors of one parameter's shape."""
-_OF_LOGITS = ("logits", "float_logits", "loss_of_logits")
+_OF_LOGITS = ("logits", "float_outputs", "float_logits", "loss_of_logits")
 _VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
 

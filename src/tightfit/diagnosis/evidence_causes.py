@@ -20,6 +20,7 @@ from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.ownership import had_room
 from tightfit.units import MIB
 
 _SHOWN_MODELS = 3
@@ -50,7 +51,12 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
         yield FirstAxis(code="first_axis", label=COMPUTED, axis=first, one_bytes=whole // first)
     if evidence.within is not None and evidence.within.is_small:
         high = evidence.within.high
-        code = "smallest_request" if high <= MIB else "small_request"
+        codes = (
+            ("smallest_request_free", "small_request_free")
+            if had_room(facts)
+            else ("smallest_request", "small_request")
+        )
+        code = codes[high > MIB] if culprit is None or had_room(facts) else "small_request_of_kind"
         yield SmallRequest(code=code, requested_bytes=requested, tensor_high=high)
     elif culprit is None and evidence.within is not None:
         untold = _not_told(facts, evidence, unplayed_because)

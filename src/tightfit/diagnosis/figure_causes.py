@@ -19,7 +19,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.remedies import UNCHECKED, Figures, Remedy, to_paste
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.ownership import ownership
+from tightfit.oomlog.ownership import had_room, ownership
 
 _LARGE_CACHE = 0.05
 """Share of the card above which the cache's fragments are taken for the cause; every run has a few per cent."""
@@ -65,8 +65,9 @@ def _of_card(facts: Facts) -> Iterator[Cause]:
         )
     if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
         is_cause = requested is not None and free is not None and free.low >= requested.high
+        usual = "limited_by_ratio" if facts.kind == "mps_out_of_memory" else "limited"
         yield Limit(
-            code="limit_decides" if is_cause else "limited",
+            code="limit_decides" if is_cause else usual,
             allowed_bytes=facts.allowed_bytes,
             free_bytes=facts.free_bytes,
         )
@@ -137,19 +138,23 @@ def _of_own(facts: Facts) -> Iterator[Cause]:
     outside = facts.figures.get("outside_pytorch_bytes")
     if outside is not None and outside.high > 0 and facts.own_pid is None:
         yield OutsidePyTorch(
-            code="outside", outside_bytes=outside.bytes, low_bytes=outside.low, high_bytes=outside.high
+            code="outside_on_mps" if facts.kind == "mps_out_of_memory" else "outside",
+            outside_bytes=outside.bytes,
+            low_bytes=outside.low,
+            high_bytes=outside.high,
         )
 
 
 def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
     """Yield fixes of the decisive causes that are neither about other programs nor about the cache."""
     codes = {cause.code for cause in causes_of_figures(facts)}
-    if "limit_decides" in codes:
+    if "limit_decides" in codes or ("more_free_than_requested" in codes and had_room(facts)):
+        is_cause = "limit_decides" in codes
         yield Remedy(
             code="raise_fraction",
             verdict=UNCHECKED,
-            reason="limit_is_cause",
-            label=MEASURED,
+            reason="limit_is_cause" if is_cause else "limit_may_be",
+            label=MEASURED if is_cause else LIKELY,
             paste=to_paste("raise_fraction"),
             figures=Figures(free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes),
         )

@@ -8,7 +8,7 @@ import msgspec
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.ownership import ownership
+from tightfit.oomlog.ownership import had_room, ownership
 from tightfit.tables import read_table
 
 FITS, FITS_SLOWLY, UNCHECKED = "fits", "fits_slowly", "unchecked"
@@ -245,6 +245,9 @@ def close_others(facts: Facts) -> Remedy:
     is_told = facts.others_bytes is not None or facts.not_reserved_bytes is not None
     if free is None or requested is None or not is_told:
         return _unchecked(code, "unstated")
+    if had_room(facts):
+        figures = Figures(free_bytes=free, requested_bytes=requested)
+        return Remedy(code=code, verdict=NO_EFFECT, reason="enough_was_free", label=MEASURED, figures=figures)
     if found.others is None:
         label = MEASURED if facts.others_bytes is not None else LIKELY
         return Remedy(code=code, verdict=NO_EFFECT, reason="no_others", label=label)

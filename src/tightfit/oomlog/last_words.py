@@ -29,6 +29,7 @@ _NEAR = 20
 """Last lines of a log, in which a lack of memory is looked for before an error is called another one."""
 _FAILS = re.compile(
     r"\b(?:ERROR|FATAL|PANIC|[Ff]atal(?: error)?|[Ii]nternal error|Error|[Pp]anic)(?:\[\w+\])? ?: ?[A-Za-z'\"(\[/]"
+    r"|\[E:onnxruntime|\bC(?:UDA|UDNN|UBLAS)(?:_FE)? failure \d{1,5}\b|\[ONNXRuntimeError\]"
     r"|\b[Ff]ail(?:ed|ure)? to (?:alloc|reserve|map)|\b(?:cannot|could not|unable to) alloc"
 )
 """Signs of a failure in a line that is no exception's; a metric called error has a number behind it."""

@@ -60,6 +60,10 @@ class Other(Struct, frozen=True, kw_only=True):
     repeats: int
 
 
+_UNSHOWN = frozenset({"handle", "left"})
+"""Details of messages that have several possible reasons."""
+
+
 class LogReading(Struct, frozen=True, kw_only=True):
     """The failure that a log shows, or the reason why it shows none."""
 
@@ -85,6 +89,8 @@ class LogReading(Struct, frozen=True, kw_only=True):
     @property
     def status(self) -> str:
         """A key of the table `status` in codes.toml."""
+        if self.failure is not None and _UNSHOWN & self.failure.details.keys():
+            return "cause_not_shown"
         return status_of(self.failure.kind if self.failure else None, self.kind_of_nothing)
 
 

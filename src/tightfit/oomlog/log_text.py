@@ -119,11 +119,17 @@ def clean(text: str) -> str:
     return text.translate(_WIDE) if not text.isascii() else text
 
 
+_LINK = re.compile(r"\[([^\]\n]{1,400})\]\(https?://[^)\s]{1,400}\)")
+"""A link of Markdown; Colab makes one of each file's name in a traceback."""
+
+
 def lines_of(text: str) -> list[str]:
     """Return the clean lines of a piece of log; a line that holds escaped ones, like in JSON, is taken apart."""
     lines: list[str] = []
     for raw in text.split("\n"):
         for line in (raw,) if raw.isascii() and raw.isprintable() and "&" not in raw else clean(raw).split("\n"):
+            if "](http" in line:
+                line = _LINK.sub(r"\1", line)
             if "**" in line:
                 line = _BOLD.sub("", line)
             if "\\n" in line and _ESCAPED.search(line[:200_000]):

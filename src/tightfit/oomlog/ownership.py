@@ -27,18 +27,23 @@ _ALIKE = 0.02
 def own_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]) -> OtherProcess | None:
     """Return the listed process that is this one, in a container where the message cannot tell; None if two may be.
 
-    It holds what PyTorch reserved, and a context.
+    It holds what PyTorch reserved, and a context. A process that does not fit the card beside that is this one, too,
+    however much libraries and NCCL add to it.
     """
     allocated = figures.get("allocated_bytes")
     if "process_bytes" in figures or allocated is None:
         return None
     cache = figures.get("unallocated_bytes")
     reserved = figures.get("reserved_bytes") or (allocated + cache if cache else allocated)
-    fitting = [
-        each
-        for each in processes
-        if reserved.low + LEAST_CONTEXT <= each.bytes + _rounding(each) and each.bytes <= reserved.high + _FARTHEST
-    ]
+    total = figures.get("total_bytes")
+
+    def holds_it(each: OtherProcess) -> bool:
+        is_alone = total is not None and each.bytes - _rounding(each) + reserved.low > total.high >= each.bytes
+        return reserved.low + LEAST_CONTEXT <= each.bytes + _rounding(each) and (
+            is_alone or each.bytes <= reserved.high + _FARTHEST
+        )
+
+    fitting = list(filter(holds_it, processes))
     return fitting[0] if len(fitting) == 1 else None
 
 
@@ -79,10 +84,20 @@ def ownership(facts: Facts) -> Ownership:
     if others is None or not others.low or facts.total_bytes is None or others.low < 0.01 * facts.total_bytes:
         return Ownership(ranks=_ranks(facts) if others is None else ())
     free, need = facts.figures.get("free_bytes"), facts.figures.get("requested_bytes")
-    decides = free is not None and need is not None and free.low + others.low >= need.high
+    decides = free is not None and need is not None and free.low + others.low >= need.high and not had_room(facts)
     # Libraries and NCCL of this process itself are in an estimate: a small one decides nothing.
     decides = decides and (not is_estimated or others.low >= max(_DECIDES, facts.total_bytes // 20))
     return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), decides=decides)
+
+
+_FULL = 0.02
+"""Share of the card below which what is free may have been freed while the message was written."""
+
+
+def had_room(facts: Facts) -> bool:
+    """Return True if the card had room for the request, so that neither others nor its size stopped it."""
+    free, total = facts.figures.get("free_bytes"), facts.total_bytes or 0
+    return "more_free_than_requested" in facts.notes and free is not None and free.low > _FULL * total
 
 
 def _ranks(facts: Facts) -> tuple[OtherProcess, ...]:

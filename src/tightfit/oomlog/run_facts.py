@@ -79,8 +79,8 @@ def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     """Return the pattern of all names of a table, and the quantity of each name."""
     quantity_of = {_plain(name): quantity for quantity, names in _tables()[table].items() for name in names}
     names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
-    value = r"(\d{1,12})(?![\w.])" if table == "numbers" else r"([\w./:~@-]{2,200})"
-    found = rf"(?<![\w.-])(--?)?[\"']?({names})[\"']?(?:[ \t]?[=:][ \t]?|(?<=\w)[ \t])[\"']?{value}"
+    value = r"(\d{1,12})(?![\w./%])" if table == "numbers" else r"([\w./:~@-]{2,200})"
+    found = rf"(?<![\w.-])(--?)?[\"']?({names})[\"']?([ \t]?[=:][ \t]?|(?<=\w)[ \t])[\"']?{value}"
     return re.compile(found), quantity_of
 
 
@@ -119,13 +119,15 @@ def _plain_words(table: str) -> dict[str, tuple[str, ...]]:
 def run_facts_in(text: str) -> RunFacts:
     """Read clean text: the beginning of a log, and its end."""
     numbers, names = dict(_sentences(text)), {}
-    for dashes, name, value in _keys("numbers")[0].findall(text):
+    for dashes, name, sign, value in _keys("numbers")[0].findall(text):
+        if not (dashes or sign.strip() or "_" in name):  # `batch 12` counts batches
+            continue
         quantity = _keys("numbers")[1][_plain(name)]
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
             names[quantity] = dashes + name
     texts: dict[str, str] = {}
-    for dashes, name, value in _keys("texts")[0].findall(text):
+    for dashes, name, _, value in _keys("texts")[0].findall(text):
         quantity = _keys("texts")[1][_plain(name)]
         if name != "model" or dashes or "/" in value or any(each.isdigit() for each in value):
             texts.setdefault(quantity, value)

@@ -41,6 +41,9 @@ _NOTEBOOK = re.compile(
 )
 _CELL = re.compile(r"(?:Input In|Cell In) ?\[(\d{1,6})\],? (?:line (\d{1,8})|in )")
 _ARROW = re.compile(r"-+> *(\d{1,8})[ |]?(.*)")
+_RICH = re.compile(r"[│|] (?P<file>\S.{0,400}?):(?P<line>\d{1,8}) in (?P<function>[\w.<>]{1,200}) *[│|]?$")
+_RICH_CODE = re.compile(r"[│|] ❱ *(?P<line>\d{1,8}) (?P<source>.*?) *[│|]?$")
+"""Rich's tracebacks: a frame's head, and its line of code in a box."""
 _NUMBERED = re.compile(r" *\d{1,6}(?: |$)")
 _CARETS = re.compile(r"[\s^~]+")
 
@@ -77,6 +80,16 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
                 yield waiting
             function = (match[3] or "<module>").strip()
             waiting = TraceFrame(file=match[1], line=int(match[2]), function=function)
+            continue
+        if rich := _RICH.match(line.strip()):
+            if waiting and waiting.line is not None:
+                yield waiting
+            waiting = TraceFrame(file=rich["file"], line=int(rich["line"]), function=rich["function"])
+            continue
+        if waiting and line.lstrip().startswith(("│", "|")):
+            if code := _RICH_CODE.match(line.strip()):
+                yield replace(waiting, source=code["source"].strip(" │")[:400] or None)
+                waiting = None
             continue
         arrow = _ARROW.match(line.strip())
         if arrow:
@@ -161,7 +174,7 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
         "autotune": lambda: stack.in_files("autotune"),
         "warmup": lambda: stack.called("warmup") or stack.entered("warmup") or stack.in_files("warmup"),
         "save": lambda: stack.called("save") or stack.named("save") or stack.in_files("save"),
-        "resume": lambda: stack.called("resume") or stack.named("resume"),
+        "resume": lambda: (stack.called("resume") or stack.named("resume")) and not stack.entered("load"),
         "load": lambda: stack.called("load") or stack.entered("load") or stack.in_files("load"),
         "eval": lambda: stack.entered("eval") or stack.called("eval"),
         "gather": lambda: stack.entered("gather") or stack.in_files("gather"),
