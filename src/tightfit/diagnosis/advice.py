@@ -38,6 +38,13 @@ _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weig
 _SHOWN_CURES = 4
 _OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
 """Kinds of tensors with fixes of their own."""
+_ONE_PASS = frozenset(
+    {
+        *("llama_factory", "axolotl", "transformers_trainer", "trl", "unsloth", "deepspeed"),
+        *("lightning", "diffusers", "kohya"),
+    }
+)
+"""Programs that accumulate nothing unless told to."""
 _PARTS = 4
 """Passes into which a printed batch is divided: 64 x 1 becomes 16 x 4."""
 
@@ -98,6 +105,9 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     trains = evidence.trains or (budget is not None and budget.what == "training")
     if evidence.gathers_on_first_card(facts):
         yield "cards"
+    if evidence.infers and facts.phase in (None, "forward") and grows is None:
+        yield "sample"
+        return
     if evidence.tensor in _OWN_LISTS:
         yield evidence.tensor
         if evidence.tensor == "gathered_parameters":
@@ -114,18 +124,20 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
 
 
 def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
-    run, keeps_nothing, program = evidence.run, facts.phase in ("eval", "sample"), evidence.framework
+    run, keeps_nothing, program = evidence.run, _keeps_nothing(facts, evidence), evidence.framework
     is_known = program not in (None, "nanogpt")
     done = {
-        "split_general": evidence.batch_is_one or program in _WITHOUT_BATCH or (keeps_nothing and is_known),
+        "split_general": evidence.batch_is_one
+        or program in _WITHOUT_BATCH
+        or (keeps_nothing and (is_known or evidence.infers)),
         "checkpointing_general": keeps_nothing or "checkpointing" in run.signs,
         "fused_attention": "flash" in run.signs,
-        "offload": facts.phase == "sample" and program not in _PICTURES,
+        "offload": keeps_nothing and facts.phase != "eval" and program not in _PICTURES,
         "lora": bool(run.signs & {"lora", "qlora"}),
         "qlora": bool(run.signs & {"qlora", "four_bit"}),
         "quantized_weights": bool(run.signs & {"qlora", "four_bit"}),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit"}),
-        "shard": run.numbers.get("zero_stage") == 3 or _gathers(facts, "stage3", "partition"),
+        "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters",
         "chunked_general": program == "unsloth",  # its own loss is in chunks
         "half_precision": _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
@@ -144,11 +156,9 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
 
 
-def _gathers(facts: Facts, *files: str) -> bool:
-    """Return True if the traceback goes through ZeRO's files for stage 3."""
-    return any(
-        "deepspeed/runtime/zero" in each.file and any(word in each.file for word in files) for each in facts.frames
-    )
+def _keeps_nothing(facts: Facts, evidence: Evidence) -> bool:
+    """Return True if the program keeps no activations for a backward pass."""
+    return facts.phase in ("eval", "sample") or (evidence.infers and facts.phase in (None, "forward"))
 
 
 def _is_half(shape: PrintedShape | None) -> bool:
@@ -176,13 +186,17 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     )
     batch, size, passes = _divided(evidence)
     if code == "split_general" and batch and size and passes:
-        change = Resized(size=size, passes=passes, batch=batch, accumulation=_accumulation(evidence))
-        return replace(remedy, code="split_logged", reason="split_general", change=change)
+        accumulation = _accumulation(evidence)
+        change = Resized(size=size, passes=passes, batch=batch, accumulation=accumulation or 1, parts=batch // size)
+        code = "split_logged" if accumulation else "split_in_parts"
+        return replace(remedy, code=code, reason="split_general", change=change)
     return remedy
 
 
-def _accumulation(evidence: Evidence) -> int:
-    return evidence.run.numbers.get("accumulation", 1)
+def _accumulation(evidence: Evidence) -> int | None:
+    """Return the printed accumulation, or the usual 1 of a program that is known to have it; None if unknown."""
+    usual = 1 if evidence.framework in _ONE_PASS else None
+    return evidence.run.numbers.get("accumulation", usual)
 
 
 def _divided(evidence: Evidence) -> tuple[int | None, int | None, int | None]:
@@ -191,16 +205,18 @@ def _divided(evidence: Evidence) -> tuple[int | None, int | None, int | None]:
     if not batch or batch < 2 or "data_parallel" in evidence.run.signs:
         return None, None, None
     size = max(each for each in range(1, max(batch // _PARTS, 1) + 1) if batch % each == 0)
-    return batch, size, batch // size * _accumulation(evidence)
+    return batch, size, batch // size * (_accumulation(evidence) or 1)
 
 
 def _values(evidence: Evidence) -> dict[str, int | str]:
     """Return the values to fill into the lines of frameworks.toml."""
-    _, size, passes = _divided(evidence)
+    batch, size, passes = _divided(evidence)
     length = evidence.run.numbers.get("length")
     return {
         "size": size or "BATCH/4",
-        "passes": passes or "4*ACCUMULATION",
+        "passes": passes
+        if passes and _accumulation(evidence)
+        else f"{batch // size if batch and size else 4}*ACCUMULATION",
         "half": length // 2 if length else "HALF",
     }
 

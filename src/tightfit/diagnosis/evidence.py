@@ -120,6 +120,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return bool(_TRAINERS & set(self.run.frameworks)) or "deepspeed" in self.run.signs
 
     @property
+    def infers(self) -> bool:
+        """True if the log is of a program that uses a trained model, and shows no sign of training."""
+        return "inference" in self.run.signs and "training" not in self.run.signs and not self.trains
+
+    @property
     def batch_is_one(self) -> bool:
         return self.run.numbers.get("batch_size") == 1 or "batch_at_floor" in self.run.signs
 

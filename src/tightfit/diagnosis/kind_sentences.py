@@ -1,6 +1,7 @@
 """Failures that no tensor of PyTorch explains: their sentences and their fixes, by kind."""
 
 import functools
+import string
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,10 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["short"] = facts.short_by_bytes
     if shape := facts.details.get("shape"):
         found["shape"] = f"({', '.join(shape.split(','))})"
-    found["dtype"] = _DTYPES.get(facts.details.get("dtype", ""), facts.details.get("dtype", ""))
+    if dtype := facts.details.get("dtype"):
+        found["dtype"] = _DTYPES.get(dtype, dtype)
+    elif shape:
+        found["unsized"] = True
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)
@@ -59,7 +63,14 @@ def values_of(facts: Facts) -> dict[str, object]:
 def _key(keys: Mapping[str, object], kind: str, known: Mapping[str, object]) -> str | None:
     """Return the first key `kind__name` whose name is known, else `kind` if it is one."""
     named = (key for key in keys if key.startswith(f"{kind}__") and key.partition("__")[2] in known)
-    return next(named, kind if kind in keys else None)
+    sayable = (key for key in named if _fields(keys[key]) <= known.keys())
+    return next(sayable, kind if kind in keys else None)
+
+
+def _fields(sentence: object) -> set[str]:
+    """Return the names that a sentence fills in; none for a list of fixes."""
+    parsed = string.Formatter().parse(sentence) if isinstance(sentence, str) else ()
+    return {name for _, name, _, _ in parsed if name}
 
 
 def said(table: str, facts: Facts, words: "Words") -> str:

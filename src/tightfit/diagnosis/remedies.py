@@ -75,6 +75,7 @@ class Resized(Change, frozen=True, kw_only=True):
     passes: int
     batch: int
     accumulation: int
+    parts: int
 
 
 class HostRun(Change, frozen=True, kw_only=True):

@@ -132,15 +132,16 @@ def run_facts_in(text: str) -> RunFacts:
         if name != "model" or dashes or "/" in value or any(each.isdigit() for each in value):
             texts.setdefault(quantity, value)
     named = _TENSOR_NAME.search(text)
-    family = _MODEL_CLASS.findall(text)
+    paths = text.replace("\\", "/") if "\\" in text else text
+    family = _MODEL_CLASS.findall(paths)
     return RunFacts(
         numbers=numbers,
         names=names,
         texts=texts,
         signs=frozenset(_found("signs", text)),
-        frameworks=tuple(_found("frameworks", text)),
+        frameworks=tuple(_found("frameworks", paths)),
         shapes=tuple(_shapes(text)),
-        tensor_name=named[1] if named else None,
+        tensor_name=named[1].rstrip(".") if named else None,
         family=family[-1] if family else None,
         text=text,
     )

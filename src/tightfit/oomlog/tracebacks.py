@@ -41,9 +41,9 @@ _NOTEBOOK = re.compile(
 )
 _CELL = re.compile(r"(?:Input In|Cell In) ?\[(\d{1,6})\],? (?:line (\d{1,8})|in )")
 _ARROW = re.compile(r"-+> *(\d{1,8})[ |]?(.*)")
-_RICH = re.compile(r"[│|] (?P<file>\S.{0,400}?):(?P<line>\d{1,8}) in (?P<function>[\w.<>]{1,200}) *[│|]?$")
-_RICH_CODE = re.compile(r"[│|] ❱ *(?P<line>\d{1,8}) (?P<source>.*?) *[│|]?$")
-"""Rich's tracebacks: a frame's head, and its line of code in a box."""
+_RICH = re.compile(r"(?P<file>\S.{0,400}?\.py):(?P<line>\d{1,8}) in (?P<function>[\w.<>]{1,200})$")
+_RICH_CODE = re.compile(r"❱ *(?P<line>\d{1,8}) +(?P<source>.*)")
+"""Rich's tracebacks, whose box was cleaned away: a frame's head, and its line of code."""
 _NUMBERED = re.compile(r" *\d{1,6}(?: |$)")
 _CARETS = re.compile(r"[\s^~]+")
 
@@ -73,6 +73,7 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
 
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
     waiting: TraceFrame | None = None
+    boxed = False
     for line in lines:
         match = _FRAME.search(line)
         if match:
@@ -84,12 +85,12 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
         if rich := _RICH.match(line.strip()):
             if waiting and waiting.line is not None:
                 yield waiting
-            waiting = TraceFrame(file=rich["file"], line=int(rich["line"]), function=rich["function"])
+            waiting, boxed = TraceFrame(file=rich["file"], line=int(rich["line"]), function=rich["function"]), True
             continue
-        if waiting and line.lstrip().startswith(("│", "|")):
+        if waiting and boxed:
             if code := _RICH_CODE.match(line.strip()):
-                yield replace(waiting, source=code["source"].strip(" │")[:400] or None)
-                waiting = None
+                yield replace(waiting, source=code["source"].strip()[:400] or None)
+                waiting, boxed = None, False
             continue
         arrow = _ARROW.match(line.strip())
         if arrow:
