@@ -41,7 +41,7 @@ _OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
 _ONE_PASS = frozenset(
     {
         *("llama_factory", "axolotl", "transformers_trainer", "trl", "unsloth", "deepspeed"),
-        *("lightning", "diffusers", "kohya"),
+        *("lightning", "diffusers", "kohya", "grpo"),
     }
 )
 """Programs that accumulate nothing unless told to."""
@@ -138,7 +138,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "quantized_weights": bool(run.signs & {"qlora", "four_bit"}),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit"}),
         "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters",
-        "chunked_general": program == "unsloth",  # its own loss is in chunks
+        "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
         "half_precision": _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
         "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower(),

@@ -26,6 +26,11 @@ class OtherKind(Cause, frozen=True, kw_only=True):
     """The process that was killed, where the log names it."""
 
 
+class FillsCard(Cause, frozen=True, kw_only=True):
+    held_bytes: int
+    total_bytes: int
+
+
 class PlayFits(Cause, frozen=True, kw_only=True):
     device_bytes: int
 

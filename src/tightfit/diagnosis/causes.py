@@ -7,6 +7,7 @@ from tightfit.diagnosis.cause_records import (
     SIMULATED,
     CategoryBytes,
     Cause,
+    FillsCard,
     FullLogits,
     Held,
     LogitsBound,
@@ -76,7 +77,15 @@ def causes_of(
     figures = list(causes_of_figures(facts))
     decisive = [each for each in figures if each.code in DECISIVE]
     found = [*first, *decisive, *found, *rest, *figures[len(decisive) :], *_of_hints(printed)]
-    return tuple(found) or (Cause(code="unstated"),)
+    return tuple(found) or (_of_little(facts),)
+
+
+def _of_little(facts: Facts) -> Cause:
+    """Return the one cause of a message that shows no other."""
+    held, total = facts.process_bytes or facts.allocated_bytes, facts.total_bytes
+    if held and total and held > total // 2:
+        return FillsCard(code="fills_card", held_bytes=held, total_bytes=total)
+    return Cause(code="unstated" if facts.requested_bytes is None else "request_alone")
 
 
 def play_fits(played: Outcome) -> Cause:

@@ -39,6 +39,7 @@ _TRAINERS = frozenset(
         "llama_factory",
         "axolotl",
         "trl",
+        "grpo",
         "transformers_trainer",
         "torchtune",
         "litgpt",

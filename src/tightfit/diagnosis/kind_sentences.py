@@ -54,6 +54,8 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["dtype"] = _DTYPES.get(dtype, dtype)
     elif shape:
         found["unsized"] = True
+    if facts.phase == "eval" and any("transformers/trainer" in frame.file.replace("\\", "/") for frame in facts.frames):
+        found["predictions"] = True
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)

@@ -44,7 +44,7 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
     ('other_error', 'KeyError: 3')
     """
     bodies = [part(line).body for line in lines]
-    if (cut := _cut_traceback(bodies)) is not None:
+    if (cut := _cut_traceback(bodies)) is not None and not any(_names_memory(body) for body in bodies):
         return "incomplete", cut
     for body in reversed(bodies):
         match = _ENDED.match(body)
@@ -60,6 +60,12 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
         if (parted.level == "error" or _FAILS.search(line)) and parted.body.strip():
             return "memory_words" if _MEMORY.search(parted.body) else "other_error", parted.body.strip()[:300]
     return None
+
+
+def _names_memory(body: str) -> bool:
+    """Return True for the last line of a traceback that names memory: another rank's traceback may be cut off."""
+    match = _ENDED.match(body)
+    return bool(match and "Warning" not in match[1] and not _OF_CODE.match(match[1]) and _MEMORY.search(match[1]))
 
 
 def _cut_traceback(bodies: Sequence[str]) -> str | None:
