@@ -67,7 +67,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     others, segments = close_others(facts), expandable_segments(facts)
     first = list(fixes_of_figures(facts))
     if had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
-        cures = []
+        cures, first = [], [] if evidence.framework in _APPLICATIONS else first
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
         decides = others.label == MEASURED or ownership(facts).decides
@@ -132,7 +132,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or (keeps_nothing and (is_known or evidence.infers)),
         "checkpointing_general": keeps_nothing or "checkpointing" in run.signs,
         "fused_attention": "flash" in run.signs,
-        "offload": keeps_nothing and facts.phase != "eval" and program not in _PICTURES,
+        "offload": _has_no_offload(facts, evidence),
         "lora": bool(run.signs & {"lora", "qlora"}),
         "qlora": bool(run.signs & {"qlora", "four_bit"}),
         "quantized_weights": bool(run.signs & {"qlora", "four_bit"}),
@@ -159,6 +159,14 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
 def _keeps_nothing(facts: Facts, evidence: Evidence) -> bool:
     """Return True if the program keeps no activations for a backward pass."""
     return facts.phase in ("eval", "sample") or (evidence.infers and facts.phase in (None, "forward"))
+
+
+def _has_no_offload(facts: Facts, evidence: Evidence) -> bool:
+    """Return True where a program's words for offloading are about another part of its work."""
+    loads = facts.phase in ("load", "setup") and not evidence.trains
+    if (_keeps_nothing(facts, evidence) and facts.phase != "eval") or loads:
+        return evidence.framework not in _PICTURES
+    return evidence.framework == "diffusers"
 
 
 def _is_half(shape: PrintedShape | None) -> bool:

@@ -50,6 +50,10 @@ _TRAINERS = frozenset(
 )
 
 
+_SERVES = frozenset({"webui", "comfyui", "vllm", "sglang"})
+"""Programs that only use trained models."""
+
+
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """Signs in a log of the failed tensor and of its model."""
 
@@ -123,6 +127,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def infers(self) -> bool:
         """True if the log is of a program that uses a trained model, and shows no sign of training."""
+        if self.framework in _SERVES:
+            return True
         return "inference" in self.run.signs and "training" not in self.run.signs and not self.trains
 
     @property
