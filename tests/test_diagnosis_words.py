@@ -75,8 +75,8 @@ def _is_formed(table: str, name: str) -> bool:
         return name.removesuffix("_divided") in ("budget_weights", "budget_training")
     if table == "effects":
         return name in ADVICE["applicability"].values() or name == "to_be_checked"
-    if name.endswith(("_elsewhere", "_sized")):
-        return f'"{re.sub("_(elsewhere|sized)$", "", name)}"' in CODE
+    if name.endswith(("_elsewhere", "_sized", "_unnamed")):
+        return f'"{re.sub("_(elsewhere|sized|unnamed)$", "", name)}"' in CODE
     return table == "causes" and name.startswith("hint_") and f'"{name.removeprefix("hint_")}"' in CODE
 
 

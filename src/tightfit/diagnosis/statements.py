@@ -131,7 +131,9 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     if explanation.foreign is not None:
         yield from _foreign_lines(explanation, explanation.foreign, words)
     if explanation.unplayed_because:
-        yield words("unplayed", explanation.unplayed_because + ("_elsewhere" if explanation.is_elsewhere else ""))
+        unnamed = explanation.unplayed_because == "config" and explanation.framework is None
+        suffix = "_elsewhere" if explanation.is_elsewhere else "_unnamed" if unnamed else ""
+        yield words("unplayed", explanation.unplayed_because + suffix)
     card = explanation.card
     if explanation.played and card is not None and card.how_named == "assumed":
         yield words("assumed", "card", name=card.name, total=card.total_bytes)
@@ -183,7 +185,9 @@ def _without_fix(explanation: "Explanation") -> str:
     if any(each.code == "play_fits" for each in explanation.causes):
         return "configuration_fits"
     keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}
-    return keys.get(explanation.played, "unchecked_elsewhere" if explanation.is_elsewhere else "unchecked")
+    is_nanogpt = explanation.framework == "nanogpt" and not explanation.is_elsewhere
+    has_no_card = explanation.unplayed_because == "card"
+    return keys.get(explanation.played, "unchecked" if is_nanogpt or has_no_card else "unchecked_elsewhere")
 
 
 def _command(card: Card, config_names: tuple[str, ...], best: Remedy) -> str:
