@@ -119,6 +119,8 @@ def clean(text: str) -> str:
     return text.translate(_WIDE) if not text.isascii() else text
 
 
+_RANKS = re.compile(r" (?=\[rank\d{1,6}\]:)")
+"""The place between two lines of ranks that a paste joined."""
 _LINK = re.compile(r"\[([^\]\n]{1,400})\]\(https?://[^)\s]{1,400}\)")
 """A link of Markdown; Colab makes one of each file's name in a traceback."""
 
@@ -130,6 +132,9 @@ def lines_of(text: str) -> list[str]:
         for line in (raw,) if raw.isascii() and raw.isprintable() and "&" not in raw else clean(raw).split("\n"):
             if "](http" in line:
                 line = _LINK.sub(r"\1", line)
+            if line.count("[rank") > 1:
+                lines += _RANKS.split(line[:200_000])
+                continue
             if "**" in line:
                 line = _BOLD.sub("", line)
             if "\\n" in line and _ESCAPED.search(line[:200_000]):

@@ -73,7 +73,8 @@ def messages_in(squeezed: str) -> Iterator[Message]:
         requested = message.figures.get("requested_bytes")
         if "request_beyond_1eb" in message.notes or (requested is not None and requested.low > _LARGEST):
             message.kind = "impossible_size"
-        if "ignoringthischoice" in lower(squeezed[message.end : message.end + 400]):
+        after = lower(squeezed[message.end : message.end + 400])
+        if "ignoringthischoice" in after or "forbenchmarkchoice" in after[:120]:
             message.kind = "autotune_choice"
         yield message
         position = max(message.end, position + 1)
