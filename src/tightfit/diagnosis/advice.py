@@ -139,7 +139,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "smaller_weights": bool(run.signs & {"qlora", "four_bit"}),
         "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters",
         "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
-        "half_precision": _is_half(evidence.shape)
+        "half_precision": "half" in run.signs
+        or _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
         "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower(),
         "release_logits": not any(each.function == "estimate_loss" for each in facts.frames),

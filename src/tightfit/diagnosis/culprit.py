@@ -162,6 +162,8 @@ def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:
     known = evidence.fit if evidence.model is not None else None
     dtype = printed.dtype or "float32" if printed else known.dtype if known else None
     shape = printed.shape if printed else known.shape if known else ()
+    if tensor == "weight" and facts.phase == "backward":
+        tensor = "weight_gradient"
     return Culprit(
         label=LIKELY if evidence.is_complete or evidence.is_all_parameters else MEASURED,
         evidence=_kind_of(evidence),

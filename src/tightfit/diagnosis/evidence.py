@@ -89,7 +89,18 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         if self.is_all_parameters:
             return "shard"
         kinds = {fit.tensor for fit in self.fits} if self.is_complete else set()
-        return kinds.pop() if len(kinds) == 1 else None
+        return kinds.pop() if len(kinds) == 1 and all(map(self._is_telling, self.fits)) else None
+
+    def _is_telling(self, fit: Fit) -> bool:
+        """Return True if a tensor's size alone is a sign of it: not if some number of tokens always makes the size.
+
+        DeepSpeed and FSDP have buckets of any size; most attention keeps no scores.
+        """
+        numbers = self.run.numbers
+        if fit.tensor == "weight":
+            return not {"deepspeed", "fsdp"} & self.run.signs
+        whole = numbers.get("batch_size", 0) * numbers.get("length", 0)
+        return fit.tensor == "shard" or (fit.tensor != "attention_scores" and fit.shape[0] == whole)
 
     @property
     def grows(self) -> str | None:

@@ -70,6 +70,8 @@ def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | 
         return "tensor_not_told_without_gpu"
     if unplayed_because != "config":  # a play that fits already names the next step
         return None
+    if evidence.is_complete:
+        return "tensor_not_told_by_sizes"
     if facts.phase == "backward":
         return "tensor_not_told_in_backward"
     return "tensor_not_told" if evidence.framework in (None, "nanogpt") else "tensor_not_told_elsewhere"
