@@ -11,7 +11,12 @@ from tightfit.vgpu.records import Findings
 REASON = why_there_is_no_view()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no private view here: {REASON}")
 MIB = 2**20
-CHILD = "import torch\nkept = torch.ones(1 << 20, device='cuda')\n"
+CHILD = """
+import importlib.util
+assert importlib.util.find_spec("torch"), "as libraries ask before they import it"
+import torch
+kept = torch.ones(1 << 20, device='cuda')
+"""
 
 
 def play(folder: Path, code: str, *command: str) -> Findings:

@@ -33,18 +33,26 @@ class AfterTorch(importlib.abc.MetaPathFinder):
     """Starts the virtual GPU once `import torch` is done."""
 
     def __init__(self, part: "Part") -> None:
-        self._part = part
+        self._part, self._is_looking = part, False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "torch":
+        """Find torch with our loader, each time: libraries ask whether it is installed before they import it."""
+        if name != "torch" or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("torch")
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec("torch")
+        finally:
+            self._is_looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._part.start)
+            spec.loader = _Loader(spec.loader, self._loaded)
         return spec
+
+    def _loaded(self) -> None:
+        sys.meta_path.remove(self)
+        self._part.start()
 
 
 class _Loader(importlib.abc.Loader):
@@ -58,7 +66,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
-        module.__spec__.loader = self._usual
+        module.__spec__.loader = module.__loader__ = self._usual
         self._usual.exec_module(module)
         self._then()
 

@@ -58,6 +58,8 @@ class Phases:
         """Forward passes without."""
         self.after_evaluation: Callable[[], None] | None = None
         """Called after each of these, in the script's own thread."""
+        self.compiled_calls = 0
+        """Calls of compiled modules and functions that are running."""
         self.has_optimizer = False
         self._is_installed = False  # until then, backward passes are the self-test's
         self.vocabulary = 0
@@ -90,15 +92,22 @@ class Phases:
 
     @contextmanager
     def compiled_call(self, module: nn.Module | None) -> Iterator[None]:
-        """Take our hooks off for one call of a compiled module or function: Dynamo would trace them and fail."""
-        for handle in self._handles:
-            handle.remove()
+        """Take our hooks off for one call of a compiled module or function: Dynamo would trace them and fail.
+
+        Calls within others, also in other threads, leave them off until the last one ends.
+        """
+        if not self.compiled_calls:
+            for handle in self._handles:
+                handle.remove()
+        self.compiled_calls += 1
         self._before_forward(module, ())
         try:
             yield
         finally:
             self._after_forward(module, (), ())
-            self._hook()
+            self.compiled_calls -= 1
+            if not self.compiled_calls:
+                self._hook()
 
     @contextmanager
     def named(self, phase: Phase) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """When a script has shown enough: after the steps asked for, or when steps repeat and nothing is left to play."""
 
+import itertools
 import sys
 import time
+from collections import deque
 from types import FrameType
 
 from tightfit.vgpu.evaluations import Evaluations
@@ -12,10 +14,13 @@ from tightfit.vgpu.records import Settings
 from tightfit.vgpu.unplayed import LineWatch, is_in_loop, own_frames
 from tightfit.wording import say
 
-_STABLE_STEPS = 2
-"""Steps in a row that must have allocated exactly as the step before."""
+_STABLE_ROUNDS = 2
+"""Rounds that must have allocated exactly as the round before."""
+_LONGEST_ROUND = 8
+"""Steps in a round: a script with several optimizers has one for each of them."""
 _STABLE_BACKWARDS = 10
-"""The same of backward passes without an optimizer of torch's, which may also be measurements of different things."""
+"""Backward passes, without an optimizer of torch's, that must have: they may also be measurements of different things.
+"""
 _PLAY_ON_S = 20.0
 """Seconds of the processor that repeating steps play on for lines of the loop, or after it, that did not run yet."""
 _WAIT_ON_S = 120.0
@@ -32,9 +37,10 @@ class Stopping:
         self.not_played: list[Frame] = []
         """Lines that an early stop left out, although they may allocate."""
         self._mark = 0
-        self._last_pattern: tuple[int, ...] = ()
-        self._peak_before = (0, 0)
-        self._stable = 0
+        self._last: deque[tuple[tuple[int, ...], int, int]] = deque(maxlen=_LONGEST_ROUND)
+        """Latest steps, the last one first: their allocations and the peaks after them."""
+        self._equal = [0] * _LONGEST_ROUND
+        """For a round of 1, 2, ... steps: steps in a row that were equal to the one a round before."""
         self._lines = LineWatch()
         self._repeats_since: tuple[float, float] | None = None
         """Seconds of the processor and of the clock."""
@@ -45,10 +51,10 @@ class Stopping:
     def after_step(self, steps: int, notes: list[str], *, has_optimizer: bool) -> None:
         """Decide if another step could differ; add to `notes` what an early end leaves open."""
         recorder = self._recorder
-        pattern = self._pattern()
-        peak = (recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
-        self._stable = self._stable + 1 if (pattern, peak) == (self._last_pattern, self._peak_before) else 0
-        self._last_pattern, self._peak_before = pattern, peak
+        step = (self._pattern(), recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
+        earlier = itertools.zip_longest(self._last, self._equal)
+        self._equal = [count + 1 if step == before else 0 for before, count in earlier]
+        self._last.appendleft(step)
         if self._settings.steps is not None:
             if steps >= self._settings.steps:
                 self._end(say("vgpu.stopping.steps_done", steps=steps))
@@ -81,15 +87,16 @@ class Stopping:
         self._lines.start(frame)
         self._lines.follow(frame)
         self._unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
-        if self._stable < (_STABLE_STEPS if has_optimizer else _STABLE_BACKWARDS):
+        first = self._repeats_from(steps, has_optimizer=has_optimizer)
+        if first is None:
             return
         if not has_optimizer and not any(map(is_in_loop, own_frames(frame))):
             return
         if self._unplayed and self._lines.leave_loops(frame, self._unplayed):
-            note = say("vgpu.stopping.jumped", first=steps - self._stable, last=steps)
+            note = say("vgpu.stopping.jumped", first=first, last=steps)
             if note not in notes:
                 notes.append(note)
-            self._stable = 0
+            self._equal = [0] * _LONGEST_ROUND
             return
         now = time.process_time(), time.monotonic()
         begun = self._repeats_since = self._repeats_since or now
@@ -98,7 +105,14 @@ class Stopping:
         self.not_played = self._unplayed
         if "eval" not in self._recorder.phase_peaks:
             notes.append(say("vgpu.stopping.no_evaluation"))
-        self._end(say("vgpu.stopping.repeats", first=steps - self._stable, last=steps))
+        self._end(say("vgpu.stopping.repeats", first=first, last=steps))
+
+    def _repeats_from(self, steps: int, *, has_optimizer: bool) -> int | None:
+        """Return the first of the steps that repeat now, in the shortest round; None if they do not."""
+        if not has_optimizer:
+            return steps - self._equal[0] if self._equal[0] >= _STABLE_BACKWARDS else None
+        rounds = enumerate(self._equal, start=1)
+        return next((steps - count - size + 1 for size, count in rounds if count >= _STABLE_ROUNDS * size), None)
 
     def _allocating_lines(self) -> set[Frame]:
         """Return the user's lines that allocated so far; each call reads only the allocations made since the last."""
