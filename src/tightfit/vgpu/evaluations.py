@@ -2,8 +2,10 @@
 
 import itertools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from types import CodeType, FrameType
 
 from tightfit.vgpu.frames import Frame
@@ -47,6 +49,8 @@ class Evaluations:
         self._recorder, self._phases, self._lines, self._notes = recorder, phases, lines, notes
         self._places: dict[tuple[CodeType, int], Repetition] = {}
         self._loop: tuple[CodeType, int, int] | None = None
+        self._latest: weakref.ref[object] = weakref.ref(self)
+        """Batches of the DataLoader that was asked last."""
 
     def after_forward(self) -> None:
         """Look at the user's innermost loop around a forward pass that has ended."""
@@ -93,22 +97,29 @@ class Evaluations:
         followed: dict[int, tuple[int, int, Repetition]] = {}
 
         def following(batches: "dataloader._BaseDataLoaderIter") -> object:
+            self._latest = weakref.ref(batches)
             trained, evaluated = self._phases.trained, self._phases.evaluated
             before = followed.get(id(batches))
             if before is None or before[0] != trained or before[1] == evaluated or not batches._num_yielded:
                 followed[id(batches)] = (trained, evaluated, Repetition(self._recorder))
             else:
                 followed[id(batches)] = (trained, evaluated, before[2])
-                if before[2].repeats() and batches._dataset_kind == dataloader._DatasetKind.Map:
-                    self._to_last(batches)
+                if before[2].repeats() and self._to_last(batches):
+                    self._tell(sys._getframe(1))
             return usual(batches)
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)
 
-    def _to_last(self, batches: object) -> None:
-        """Let the batches that are left be the last one alone."""
+    def end_epoch(self) -> bool:
+        """Let the DataLoader that was asked last go on to its last batch; return True if that leaves any out."""
+        return self._to_last(self._latest())
+
+    def _to_last(self, batches: object) -> bool:
+        """Let the batches that are left be the last one alone; return True if there were others."""
+        kinds = import_module("torch.utils.data.dataloader")._DatasetKind
+        if getattr(batches, "_dataset_kind", None) != kinds.Map:
+            return False
         left: Iterator[object] = getattr(batches, "_sampler_iter", iter(()))
         skipped = deque(enumerate(left, 1), maxlen=1)
         assign(batches, _sampler_iter=itertools.chain(each for _, each in skipped))
-        if skipped and skipped[0][0] > 1:
-            self._tell(sys._getframe(2))
+        return bool(skipped) and skipped[0][0] > 1

@@ -56,6 +56,7 @@ class Phases:
         """Forward passes with gradients, and optimizer steps."""
         self.evaluated = 0
         """Forward passes without."""
+        self.backwards = 0
         self.after_evaluation: Callable[[], None] | None = None
         """Called after each of these, in the script's own thread."""
         self.compiled_calls = 0
@@ -79,7 +80,8 @@ class Phases:
             self.has_optimizer, self.steps = True, 0
 
     def after_backward(self) -> None:
-        """Take a backward pass of a script without an optimizer of torch's as a step."""
+        """Count a backward pass; take that of a script without an optimizer of torch's as a step."""
+        self.backwards += 1
         if self._is_installed and not self.has_optimizer and not _in_backward():
             self.steps += 1
             self._on_step()

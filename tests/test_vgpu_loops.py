@@ -1,0 +1,74 @@
+"""Loops whose steps repeat are shortened: what comes after them plays, and what may be missing is listed."""
+
+import os
+from pathlib import Path
+
+import pytest
+from plays import findings
+
+EPOCHS = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+data = TensorDataset(torch.randn(16 * 60000 + 5, 8))
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.Adam(model.parameters())
+sizes = []
+
+def train():
+    for (batch,) in DataLoader(data, 16):
+        model(batch.cuda()).sum().backward()
+        optimizer.step(), optimizer.zero_grad()
+        sizes.append(len(batch))
+
+for epoch in range(50):
+    train()
+    torch.ones(1 << 26, device="cuda")
+torch.ones(1 << 27, device="cuda")
+assert sizes.count(5) == 2 and len(sizes) < 20, sizes
+"""
+PACKAGE = """
+import torch
+
+def fit(model, optimizer, batches):
+    for number in range(batches):
+        model(torch.ones(4, 8, device="cuda")).sum().backward()
+        optimizer.step()
+        if number == 900_000:
+            evaluate(model)
+    return model
+
+def evaluate(model):
+    return torch.ones(1 << 28, device="cuda")
+"""
+USER = """
+import torch
+import trainer
+
+model = torch.nn.Linear(8, 8).cuda()
+trainer.fit(model, torch.optim.SGD(model.parameters()), 1_000_000)
+torch.ones(1 << 27, device="cuda")
+"""
+
+
+def test_an_epoch_goes_on_to_its_last_batch(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(EPOCHS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["stopped_because"] == "the script ended"
+    assert not found["not_played"]
+    assert found["peak"]["allocated_bytes"] >= 4 << 27
+
+
+@pytest.mark.slow  # repeating steps play on for 20 seconds of the processor
+def test_a_packages_loop_is_left_and_listed(tmp_path: Path) -> None:
+    """Lines of a package that never ran may be an evaluation every so many steps, or nothing at all."""
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    (package / "trainer.py").write_text(PACKAGE)
+    (tmp_path / "train.py").write_text(USER)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"], environ={**os.environ, "PYTHONPATH": str(package)})
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert [(Path(each["file"]).name, each["line"]) for each in found["not_played"]] == [("trainer.py", 5)]
+    assert found["peak"]["allocated_bytes"] >= 4 << 27
+    assert any("every so many steps" in each for each in found["notes"])
