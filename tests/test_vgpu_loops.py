@@ -51,6 +51,33 @@ torch.ones(1 << 27, device="cuda")
 """
 
 
+SAMPLING = """
+import torch
+
+def sample(model, times):
+    steps = []
+    for time in range(times):
+        with torch.no_grad():
+            model(torch.ones(4, 8, device="cuda"))
+        steps.append(time)
+    return steps
+"""
+SAMPLER = """
+import torch
+import sampler
+assert len(sampler.sample(torch.nn.Linear(8, 8).cuda(), 100_000)) < 20
+"""
+
+
+def test_a_packages_loop_of_forward_passes_is_shortened(tmp_path: Path) -> None:
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    (package / "sampler.py").write_text(SAMPLING)
+    (tmp_path / "train.py").write_text(SAMPLER)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"], environ={**os.environ, "PYTHONPATH": str(package)})
+    assert found["outcome"] == "fits", found["stopped_because"]
+
+
 def test_an_epoch_goes_on_to_its_last_batch(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(EPOCHS)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])

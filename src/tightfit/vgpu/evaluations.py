@@ -12,7 +12,7 @@ from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
-from tightfit.vgpu.unplayed import LineWatch, calls_of_loop, innermost_loop, own_frames
+from tightfit.vgpu.unplayed import LineWatch, calls_of_loop, counted_frames, innermost_loop, own_frames
 from tightfit.wording import say
 
 _REPEATS = 3
@@ -53,9 +53,9 @@ class Evaluations:
         """Batches of the DataLoader that was asked last."""
 
     def after_forward(self) -> None:
-        """Look at the user's innermost loop around a forward pass that has ended."""
-        frame = next(own_frames(sys._getframe(1)), None)
-        loop = frame and innermost_loop(frame)
+        """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
+        around = ((each, innermost_loop(each), is_package) for each, is_package in counted_frames(sys._getframe(1)))
+        frame, loop, _ = next((each for each in around if each[1] or not each[2]), (None, None, True))
         if frame is None or loop is None or not loop.after:
             return
         here = (frame.f_code, loop.first, self._phases.trained)

@@ -109,14 +109,14 @@ class LineWatch:
 
     def training_loop(self, frame: FrameType | None) -> "TrainingLoop | None":
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
-        for each, _ in _counted_frames(frame):
+        for each, _ in counted_frames(frame):
             for loop in self._training_loops(each.f_code, _loops_at(each))[-1:]:
                 return TrainingLoop(Frame(each.f_code.co_filename, loop.first, each.f_code.co_qualname), loop.last)
         return None
 
     def give_up_loop(self, frame: FrameType | None) -> bool:
         """Leave the innermost training loop that can be left and was not given up before; False without one."""
-        for each, _ in _counted_frames(frame):
+        for each, _ in counted_frames(frame):
             code = each.f_code
             for loop in reversed(self._training_loops(code, _loops_at(each))):
                 if loop.after and (code, loop) not in self._given_up:
@@ -174,15 +174,15 @@ class LineWatch:
 
 def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
     """Yield running frames of the user's own files, innermost first."""
-    return (each for each, is_packages in _counted_frames(frame) if not is_packages)
+    return (each for each, is_packages in counted_frames(frame) if not is_packages)
 
 
 def package_frames(frame: FrameType | None) -> Iterator[FrameType]:
     """Yield running frames of installed packages other than torch, innermost first."""
-    return (each for each, is_packages in _counted_frames(frame) if is_packages)
+    return (each for each, is_packages in counted_frames(frame) if is_packages)
 
 
-def _counted_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, bool]]:
+def counted_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, bool]]:
     """Yield running frames without torch's and ours, each with True if it is a package's."""
     while frame is not None:
         if is_counted(frame):

@@ -7,6 +7,7 @@ from tightfit.vgpu import recurrent, shape_functions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import (
     backend,
+    bitsandbytes_library,
     checkpoints,
     cuda_api,
     host,
@@ -39,6 +40,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
     triton_kernels.install(device, card)
     shape_functions.install(device)
     torchvision_operators.install()
+    bitsandbytes_library.install()
     recurrent.install(device)
     process_groups.install(rank)
     if processes > 1:

@@ -1,0 +1,45 @@
+"""What libraries bring of their own runs on the virtual card: kinds of parameters, and a library of kernels."""
+
+from pathlib import Path
+
+from plays import findings
+
+QUANTIZED = """
+import ctypes
+import torch
+from bitsandbytes import cextension
+
+class Packed(torch.nn.Parameter):  # as 4-bit weights are
+    def __new__(cls, data, requires_grad=False, scale=None):
+        made = torch.Tensor._make_subclass(cls, data, requires_grad)
+        made.scale, made.data = scale, data
+        return made
+
+    def cuda(self, device=None):
+        source = super().cuda(device)
+        packed = torch.empty(self.numel() // 2, dtype=torch.uint8, device="cuda")
+        cextension.lib.cquantize(ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(packed.data_ptr()))
+        self.data, self.scale = packed, torch.ones(16, device="cuda")
+        return self
+
+layer = torch.nn.Linear(1024, 1024, bias=False)
+layer.weight = Packed(layer.weight.data)
+layer.cuda()
+weight = layer.weight
+assert isinstance(weight, Packed) and isinstance(weight, torch.nn.Parameter) and weight.scale.shape == (16,)
+assert weight.is_cuda and weight.dtype == torch.uint8 and not weight.requires_grad
+assert torch.cuda.memory_allocated() == 1024 * 512 + 512, "packed, and the scales"
+address = cextension.lib.cget_managed_ptr(ctypes.c_size_t(8))
+ctypes.c_int64.from_address(address).value = 1
+"""
+
+
+def test_packed_weights_are_quantized_on_the_card(tmp_path: Path) -> None:
+    """By a library of kernels that must not run: bitsandbytes' own, here a package of the test."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes/__init__.py").write_text("")
+    (tmp_path / "bitsandbytes/cextension.py").write_text("lib = None\n")
+    (tmp_path / "train.py").write_text(QUANTIZED)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["peak"]["allocated_bytes"] == 1024 * 1024 * 4 + 1024 * 512 + 512
