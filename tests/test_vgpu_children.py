@@ -33,6 +33,29 @@ def test_a_child_by_subprocess_is_beside_its_parent(tmp_path: Path) -> None:
     assert any("played on the same card: 1 process" in note for note in found.notes)
 
 
+@pytest.mark.slow  # a process that loads torch, and waits
+def test_a_child_answers_within_the_time_limit_of_all(tmp_path: Path) -> None:
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, 'child.py', 'waits'], check=True)\n"
+    (tmp_path / "script.py").write_text(code)
+    waits = "import sys, time\nwhile 'waits' in sys.argv:\n    time.sleep(0.1)\n    kept + 1\n"
+    (tmp_path / "child.py").write_text(CHILD + waits)
+    found = played(["--gpu", "T4", "--timeout", "40", "script.py"], folder=tmp_path)
+    assert found.outcome == "fits"
+    assert found.peak.allocated_bytes in (4 * MIB, 8 * MIB)
+    assert found.not_played
+
+
+@pytest.mark.slow  # a process that loads torch, and waits
+def test_a_child_that_is_left_behind_answers(tmp_path: Path) -> None:
+    waits = "import os, time\nopen('begun', 'w').close()\nwhile True:\n    time.sleep(0.1)\n    kept + 1\n"
+    code = "import os, subprocess, sys, time\nsubprocess.Popen([sys.executable, 'child.py'])\n"
+    (tmp_path / "script.py").write_text(f"{code}while not os.path.exists('begun'):\n    time.sleep(0.1)\n")
+    (tmp_path / "child.py").write_text(CHILD + waits)
+    found = played(["--gpu", "T4", "script.py"], folder=tmp_path)
+    assert found.outcome == "fits"
+    assert found.peak.allocated_bytes in (4 * MIB, 8 * MIB)
+
+
 @pytest.mark.slow  # a process that loads torch
 def test_a_child_that_is_out_of_memory_decides(tmp_path: Path) -> None:
     command = "import torch; torch.ones(1 << 33, device='cuda')"

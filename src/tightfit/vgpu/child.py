@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LONGEST_ERROR = 2000
 """Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
+_EARLIER_S = 3.0
+"""Seconds before the play's time limit at which a process of it ends: the one that started it may kill it then."""
 _WORKER_LOOP = "_worker_loop"
 """Function of a DataLoader's worker: it prepares data on the host."""
 
@@ -77,7 +79,8 @@ class Part:
     def __init__(self, folder: Path) -> None:
         asked = msgspec.json.decode((folder / "settings.json").read_bytes(), type=ChildSettings)
         used = asked.settings.used_bytes + held_by_others(folder)
-        self.settings = msgspec.structs.replace(asked.settings, used_bytes=used)
+        left = None if asked.ends_at is None else max(1.0, round(asked.ends_at - time.time() - _EARLIER_S))
+        self.settings = msgspec.structs.replace(asked.settings, used_bytes=used, timeout_s=left)
         self.guards_files, self._folder = asked.guards_files, folder
         self._session: VirtualSession | None = None
         self._active: AbstractContextManager[object] | None = None
