@@ -43,3 +43,20 @@ def test_packed_weights_are_quantized_on_the_card(tmp_path: Path) -> None:
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert found["outcome"] == "fits", found["stopped_because"]
     assert found["peak"]["allocated_bytes"] == 1024 * 1024 * 4 + 1024 * 512 + 512
+
+
+SAMPLES = """
+import torch
+weight = torch.empty(64, 64, device="cuda")
+torch.nn.init.trunc_normal_(weight, std=0.02, a=-0.06, b=0.06)  # torch draws again what is out of bounds
+torch.nn.init.trunc_normal_(weight, a=2.0, b=3.0)
+drawn = torch.empty(64, device="cuda").normal_(5.0, 0.1)
+assert not ((drawn < 4.5) | (drawn > 5.5)).any()
+assert torch.distributed.is_nccl_available()
+"""
+
+
+def test_samples_out_of_bounds_are_not_drawn_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SAMPLES)
+    found = findings(["--gpu", "A100", "--timeout", "30", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
