@@ -51,6 +51,22 @@ torch.ones(1 << 27, device="cuda")
 """
 
 
+ENDLESS = """
+import torch
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+step = 0
+while True:
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad.mul_(1)
+    optimizer.step()
+    step += 1
+    if step == 1_000_000:
+        break
+torch.ones(1 << 27, device="cuda")
+assert step < 20
+"""
 SAMPLING = """
 import torch
 
@@ -67,6 +83,13 @@ import torch
 import sampler
 assert len(sampler.sample(torch.nn.Linear(8, 8).cuda(), 100_000)) < 20
 """
+
+
+def test_an_endless_loop_is_left(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(ENDLESS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert found["peak"]["allocated_bytes"] >= 4 << 27
 
 
 def test_a_packages_loop_of_forward_passes_is_shortened(tmp_path: Path) -> None:

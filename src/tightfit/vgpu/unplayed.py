@@ -37,7 +37,9 @@ class LineWatch:
         """`backwards` counts the script's backward passes so far."""
         self._backwards = backwards
         self._heads: dict[CodeType, dict[int, int]] = {}
-        """Backward passes at the latest iteration of each loop, by the loop's first line."""
+        """First lines of loops by the lines at which their iterations begin."""
+        self._begun: dict[tuple[CodeType, int], int] = {}
+        """Backward passes when each loop's latest iteration began."""
         self._training: set[tuple[CodeType, int]] = set()
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._ran: dict[CodeType, set[int]] = {}
@@ -59,8 +61,7 @@ class LineWatch:
             code = each.f_code
             if code not in self._ran:
                 self._ran[code] = {each.f_lineno}
-                lines = loop_lines(code.co_filename, code.co_firstlineno, code.co_name)
-                self._heads[code] = dict.fromkeys(lines, -1)
+                self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
             each.f_trace = self._line
 
     def stop(self) -> None:
@@ -151,12 +152,15 @@ class LineWatch:
         return self._line if frame.f_code in self._ran else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
-        self._ran[frame.f_code].add(frame.f_lineno)
-        if event == "line" and frame.f_lineno in self._heads[frame.f_code]:
-            self._at_head(frame.f_code, frame.f_lineno)
-        loop = self._leaving.get(frame.f_code)
-        if loop is not None and event == "line" and frame.f_lineno == loop.first:
-            del self._leaving[frame.f_code]
+        code = frame.f_code
+        self._ran[code].add(frame.f_lineno)
+        first = self._heads[code].get(frame.f_lineno) if event == "line" else None
+        if first is None:
+            return self._line
+        self._iterates(code, first)
+        loop = self._leaving.get(code)
+        if loop is not None and first == loop.first:
+            del self._leaving[code]
             with contextlib.suppress(ValueError):  # a line that cannot be reached from here
                 # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
                 # that keeps most of what is left behind, here the loop's iterator.
@@ -164,12 +168,12 @@ class LineWatch:
                 _JUMP(frame, loop.after)
         return self._line
 
-    def _at_head(self, code: CodeType, line: int) -> None:
+    def _iterates(self, code: CodeType, first: int) -> None:
         """Note that an iteration of a loop begins."""
-        now, before = self._backwards(), self._heads[code][line]
-        self._heads[code][line] = now
-        if 0 <= before < now:
-            self._training.add((code, line))
+        now = self._backwards()
+        if self._begun.get((code, first), now) < now:
+            self._training.add((code, first))
+        self._begun[code, first] = now
 
 
 def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
@@ -254,11 +258,14 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
 
 
 @cache
-def loop_lines(file: str, first: int, name: str) -> frozenset[int]:
-    """Find the lines at which the iterations of a function's loops begin."""
-    return frozenset(
-        each.lineno for each in _statements(_body(file, first, name)) if isinstance(each, (ast.For, ast.While))
-    )
+def loop_heads(file: str, first: int, name: str) -> dict[int, int]:
+    """Map the lines at which the iterations of a function's loops begin to the first lines of the loops.
+
+    Python does not come back to the line of `while True`, but to the one below.
+    """
+    loops = [each for each in _statements(_body(file, first, name)) if isinstance(each, (ast.For, ast.While))]
+    endless = (each for each in loops if isinstance(each, ast.While) and isinstance(each.test, ast.Constant))
+    return {each.body[0].lineno: each.lineno for each in endless} | {each.lineno: each.lineno for each in loops}
 
 
 @cache
