@@ -79,8 +79,8 @@ class Part:
     def __init__(self, folder: Path) -> None:
         asked = msgspec.json.decode((folder / "settings.json").read_bytes(), type=ChildSettings)
         used = asked.settings.used_bytes + held_by_others(folder)
-        left = None if asked.ends_at is None else max(1.0, round(asked.ends_at - time.time() - _EARLIER_S))
-        self.settings = msgspec.structs.replace(asked.settings, used_bytes=used, timeout_s=left)
+        self.settings = msgspec.structs.replace(asked.settings, used_bytes=used)
+        self._ends_at = asked.ends_at
         self.guards_files, self._folder = asked.guards_files, folder
         self._session: VirtualSession | None = None
         self._active: AbstractContextManager[object] | None = None
@@ -92,7 +92,9 @@ class Part:
         from tightfit.vgpu.session import VirtualSession
 
         self._mark("started", " ".join(sys.orig_argv))
-        self._session = session = VirtualSession(self.settings, guards_files=self.guards_files, is_tested=True)
+        left = None if self._ends_at is None else max(1.0, round(self._ends_at - time.time() - _EARLIER_S))
+        settings = msgspec.structs.replace(self.settings, timeout_s=left)
+        self._session = session = VirtualSession(settings, guards_files=self.guards_files, is_tested=True)
         session.notes[:0] = notes
         self._active = session.active()
         self._active.__enter__()
