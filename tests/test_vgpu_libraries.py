@@ -60,3 +60,22 @@ def test_samples_out_of_bounds_are_not_drawn_for_ever(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SAMPLES)
     found = findings(["--gpu", "A100", "--timeout", "30", tmp_path / "train.py"])
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+
+
+LISTS = """
+import torch
+losses = [torch.ones(4, device="cuda").sum() for _ in range(3)]
+mean = torch.tensor(losses).mean()
+assert mean.device.type == "cpu" and mean.dtype == torch.float32
+with torch.device("cuda"):
+    pairs = torch.tensor([[losses[0], 1.0], (2, losses[1])])
+assert pairs.is_cuda and pairs.shape == (2, 2)
+halves = torch.as_tensor([each.bfloat16() for each in losses], device="cuda")
+assert halves.dtype == torch.bfloat16 and losses[0].new_tensor([losses[1]]).is_cuda
+"""
+
+
+def test_lists_of_the_cards_numbers_become_tensors(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LISTS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
