@@ -51,6 +51,32 @@ torch.ones(1 << 27, device="cuda")
 """
 
 
+KEPT_SAMPLER = """
+import torch
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+class Forever(Sampler):
+    def __iter__(self):
+        while True:
+            yield from range(16 * 400)
+
+    def __len__(self):
+        return 16 * 400
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+batches = iter(DataLoader(TensorDataset(torch.randn(16 * 400, 8)), 16, sampler=Forever()))
+numbers = []
+for step in range(100_000):
+    (batch,) = next(batches)
+    model(batch.cuda()).sum().backward()
+    optimizer.step()
+    numbers.append(step)
+for _ in range(500):
+    next(batches)
+torch.ones(1 << 27, device="cuda")
+assert len(numbers) < 30
+"""
 ENDLESS = """
 import torch
 model = torch.nn.Linear(8, 8).cuda()
@@ -85,8 +111,9 @@ assert len(sampler.sample(torch.nn.Linear(8, 8).cuda(), 100_000)) < 20
 """
 
 
-def test_an_endless_loop_is_left(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(ENDLESS)
+@pytest.mark.parametrize("code", [ENDLESS, KEPT_SAMPLER], ids=["loop", "sampler"])
+def test_endless_ones_are_left(code: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(code)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert found["peak"]["allocated_bytes"] >= 4 << 27

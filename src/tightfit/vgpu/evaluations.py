@@ -115,11 +115,22 @@ class Evaluations:
         return self._to_last(self._latest())
 
     def _to_last(self, batches: object) -> bool:
-        """Let the batches that are left be the last one alone; return True if there were others."""
-        kinds = import_module("torch.utils.data.dataloader")._DatasetKind
-        if getattr(batches, "_dataset_kind", None) != kinds.Map:
+        """Let the batches of the epoch that are left be the last one alone; return True if there were others.
+
+        The sampler may go on after the epoch: some loaders keep one for all epochs.
+        """
+        dataloader = import_module("torch.utils.data.dataloader")
+        if (
+            not isinstance(batches, dataloader._BaseDataLoaderIter)
+            or batches._dataset_kind != dataloader._DatasetKind.Map
+        ):
             return False
-        left: Iterator[object] = getattr(batches, "_sampler_iter", iter(()))
-        skipped = deque(enumerate(left, 1), maxlen=1)
-        assign(batches, _sampler_iter=itertools.chain(each for _, each in skipped))
-        return bool(skipped) and skipped[0][0] > 1
+        try:
+            length = len(batches._index_sampler)
+        except TypeError:
+            return False
+        sent: int = getattr(batches, "_send_idx", batches._num_yielded)
+        left: Iterator[object] = batches._sampler_iter
+        skipped = deque(itertools.islice(left, -sent % max(length, 1)), maxlen=1)
+        assign(batches, _sampler_iter=itertools.chain(skipped, left))
+        return -sent % max(length, 1) > 1
