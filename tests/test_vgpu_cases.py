@@ -150,6 +150,25 @@ def test_steps_of_several_optimizers_repeat_in_rounds(tmp_path: Path) -> None:
     assert not found["not_played"]
 
 
+IN_BACKWARD = """
+import torch
+model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(6))).cuda()
+for weight in model.parameters():
+    optimizer = torch.optim.SGD([weight])
+    weight.register_post_accumulate_grad_hook(lambda weight, optimizer=optimizer: optimizer.step())
+for step in range(3):
+    model(torch.ones(4, 64, device="cuda")).sum().backward()
+torch.ones(1 << 28, device="cuda")
+"""
+
+
+def test_steps_within_a_backward_pass_are_no_rounds(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(IN_BACKWARD)
+    found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"])
+    assert found["stopped_because"] == "the script ended"
+    assert found["peak"]["allocated_bytes"] >= 1 << 30
+
+
 COMPILED_FOR_SEVERAL = """
 import torch
 import torch.distributed as dist

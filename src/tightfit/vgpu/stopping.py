@@ -42,7 +42,10 @@ class Stopping:
         """Latest steps, the last one first: their allocations and the peaks after them."""
         self._equal = [0] * _LONGEST_ROUND
         """For a round of 1, 2, ... steps: steps in a row that were equal to the one a round before."""
-        self._lines = LineWatch(lambda: phases.backwards + phases.trained - phases.steps)
+        self._passes = lambda: phases.backwards + phases.trained - phases.steps
+        self._passes_after = deque([0], maxlen=_LONGEST_ROUND + 1)
+        """Forward and backward passes after each of the latest steps, the last one first."""
+        self._lines = LineWatch(self._passes)
         self._phases = phases
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
@@ -61,6 +64,7 @@ class Stopping:
         earlier = itertools.zip_longest(self._last, self._equal)
         self._equal = [count + 1 if step == before else 0 for before, count in earlier]
         self._last.appendleft(step)
+        self._passes_after.appendleft(self._passes())
         if self._settings.steps is not None:
             if steps >= self._settings.steps:
                 self._end(say("vgpu.stopping.steps_done", steps=steps))
@@ -144,8 +148,12 @@ class Stopping:
         """Return the first of the steps that repeat now, in the shortest round; None if they do not."""
         if not has_optimizer:
             return steps - self._equal[0] if self._equal[0] >= _STABLE_BACKWARDS else None
-        rounds = enumerate(self._equal, start=1)
-        return next((steps - count - size + 1 for size, count in rounds if count >= _STABLE_ROUNDS * size), None)
+        passes = self._passes_after
+        for size, count in enumerate(self._equal, start=1):
+            # Without a pass in it, it is the parameters of one step that are alike, each with an optimizer of its own.
+            if count >= _STABLE_ROUNDS * size and passes[0] > passes[size]:
+                return steps - count - size + 1
+        return None
 
     def _allocating_lines(self) -> set[Frame]:
         """Return the user's lines that allocated so far; each call reads only the allocations made since the last."""
