@@ -42,11 +42,10 @@ class Stopping:
         """Latest steps, the last one first: their allocations and the peaks after them."""
         self._equal = [0] * _LONGEST_ROUND
         """For a round of 1, 2, ... steps: steps in a row that were equal to the one a round before."""
-        self._passes = lambda: phases.backwards + phases.trained - phases.steps
         self._passes_after = deque([0], maxlen=_LONGEST_ROUND + 1)
         """Forward and backward passes after each of the latest steps, the last one first."""
-        self._lines = LineWatch(self._passes)
         self._phases = phases
+        self._lines = LineWatch(self._passes)
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
         self._given_up: list[Frame] = []
@@ -56,6 +55,10 @@ class Stopping:
         self._allocating: set[Frame] = set()
         self._read_allocations = 0
         self._unplayed: list[Frame] = []
+
+    def _passes(self) -> int:
+        """Forward passes with gradients and backward passes so far."""
+        return self._phases.backwards + self._phases.trained - self._phases.steps
 
     def after_step(self, steps: int, *, has_optimizer: bool) -> None:
         """Decide if another step could differ."""
@@ -151,7 +154,8 @@ class Stopping:
         passes = self._passes_after
         for size, count in enumerate(self._equal, start=1):
             # Without a pass in it, it is the parameters of one step that are alike, each with an optimizer of its own.
-            if count >= _STABLE_ROUNDS * size and passes[0] > passes[size]:
+            # A script without modules that calls torch.autograd.grad has no passes that are counted.
+            if count >= _STABLE_ROUNDS * size and (passes[0] > passes[size] or not passes[0]):
                 return steps - count - size + 1
         return None
 
