@@ -99,6 +99,18 @@ def test_torchs_own_operator_samples_are_played_or_refused(tmp_path: Path) -> No
     assert outcomes["crashed"] <= 2, [row for row in rows if row["outcome"] == "crashed"]
 
 
+TWO_OPTIMIZERS = """
+import torch
+first = torch.nn.Linear(256, 128, bias=False).cuda()
+second = torch.nn.Linear(128, 64, bias=False).cuda()
+optimizers = [torch.optim.SGD(first.parameters()), torch.optim.Adam(second.parameters())]
+for step in range(100_000):
+    second(first(torch.ones(4, 256, device="cuda"))).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+torch.ones(1 << 28, device="cuda")
+"""
 LONG_TRAINING = """
 import torch
 model = torch.nn.Linear(1024, 1024).cuda()
@@ -130,14 +142,44 @@ def test_repeating_steps_are_left_for_the_evaluation(tmp_path: Path) -> None:
     assert found["steps"] < 10
 
 
+def test_steps_of_several_optimizers_repeat_in_rounds(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TWO_OPTIMIZERS)
+    found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"])
+    assert found["peak"]["allocated_bytes"] >= 1 << 30
+    assert found["steps"] < 20
+    assert not found["not_played"]
+
+
+IN_BACKWARD = """
+import torch
+model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(6))).cuda()
+for weight in model.parameters():
+    optimizer = torch.optim.SGD([weight])
+    weight.register_post_accumulate_grad_hook(lambda weight, optimizer=optimizer: optimizer.step())
+for step in range(3):
+    model(torch.ones(4, 64, device="cuda")).sum().backward()
+torch.ones(1 << 28, device="cuda")
+"""
+
+
+def test_steps_within_a_backward_pass_are_no_rounds(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(IN_BACKWARD)
+    found = findings(["--gpu", "RTX 3090", tmp_path / "train.py"])
+    assert found["stopped_because"] == "the script ended"
+    assert found["peak"]["allocated_bytes"] >= 1 << 30
+
+
 COMPILED_FOR_SEVERAL = """
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 dist.init_process_group("nccl")
-model = DistributedDataParallel(torch.compile(torch.nn.Linear(64, 64).cuda()), device_ids=[0])
-with torch.no_grad():
-    model(torch.zeros(8, 64, device="cuda"))
+hooks = len(torch.nn.modules.module._global_forward_hooks)
+layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3)))
+model = DistributedDataParallel(torch.compile(layers.cuda()), device_ids=[0], bucket_cap_mb=1)
+for _ in range(2):  # a graph for each of the gradients' buckets
+    model(torch.zeros(8, 512, device="cuda")).sum().backward()
+    assert len(torch.nn.modules.module._global_forward_hooks) == hooks, "one that is left is compiled next time"
 """
 
 

@@ -11,7 +11,12 @@ from tightfit.vgpu.records import Findings
 REASON = why_there_is_no_view()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no private view here: {REASON}")
 MIB = 2**20
-CHILD = "import torch\nkept = torch.ones(1 << 20, device='cuda')\n"
+CHILD = """
+import importlib.util
+assert importlib.util.find_spec("torch"), "as libraries ask before they import it"
+import torch
+kept = torch.ones(1 << 20, device='cuda')
+"""
 
 
 def play(folder: Path, code: str, *command: str) -> Findings:
@@ -26,6 +31,29 @@ def test_a_child_by_subprocess_is_beside_its_parent(tmp_path: Path) -> None:
     assert found.peak.allocated_bytes == 4 * MIB
     assert found.gpu.used_by_others_bytes > 1024 * MIB
     assert any("played on the same card: 1 process" in note for note in found.notes)
+
+
+@pytest.mark.slow  # a process that loads torch, and waits
+def test_a_child_answers_within_the_time_limit_of_all(tmp_path: Path) -> None:
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, 'child.py', 'waits'], check=True)\n"
+    (tmp_path / "script.py").write_text(code)
+    waits = "import sys, time\nwhile 'waits' in sys.argv:\n    time.sleep(0.1)\n    kept + 1\n"
+    (tmp_path / "child.py").write_text(CHILD + waits)
+    found = played(["--gpu", "T4", "--timeout", "40", "script.py"], folder=tmp_path)
+    assert found.outcome == "fits"
+    assert found.peak.allocated_bytes in (4 * MIB, 8 * MIB)
+    assert found.not_played
+
+
+@pytest.mark.slow  # a process that loads torch, and waits
+def test_a_child_that_is_left_behind_answers(tmp_path: Path) -> None:
+    waits = "import os, time\nopen('begun', 'w').close()\nwhile True:\n    time.sleep(0.1)\n    kept + 1\n"
+    code = "import os, subprocess, sys, time\nsubprocess.Popen([sys.executable, 'child.py'])\n"
+    (tmp_path / "script.py").write_text(f"{code}while not os.path.exists('begun'):\n    time.sleep(0.1)\n")
+    (tmp_path / "child.py").write_text(CHILD + waits)
+    found = played(["--gpu", "T4", "script.py"], folder=tmp_path)
+    assert found.outcome == "fits"
+    assert found.peak.allocated_bytes in (4 * MIB, 8 * MIB)
 
 
 @pytest.mark.slow  # a process that loads torch

@@ -69,6 +69,18 @@ assert rare().shape == (16 << 16, 8)
 assert len(counted) < 20, counted
 assert len(sizes) < 20 and sizes[-1] == 5, sizes
 """
+DETECTION = """
+import torch
+from torchvision.ops import boxes
+
+data = torch.rand(1000, 4, device="cuda")
+torch.cuda.reset_peak_memory_stats()
+before = torch.cuda.memory_allocated()
+chosen = torch.ops.torchvision.nms(data, data[:, 0], 0.5)
+assert chosen.dtype == torch.int64 and 0 < len(chosen) <= 1000
+assert data[chosen].shape[1] == 4
+assert torch.cuda.max_memory_allocated() - before >= 1000 * 16 * 8, "a word for each box and 64 others"
+"""
 SAVING = """
 import torch
 
@@ -109,6 +121,18 @@ def test_a_long_evaluation_is_cut_short_where_its_iterations_repeat(tmp_path: Pa
     assert found["outcome"] == "fits", found["stopped_because"]
     assert found["peak"]["allocated_bytes"] >= (16 << 16) * 8 * 4, "the rare line was left out"
     assert sum("without gradients" in each for each in found["notes"]) == 2
+
+
+def test_boxes_are_suppressed(tmp_path: Path) -> None:
+    """By an operator that torchvision's own library defines; here a package of the test does."""
+    (tmp_path / "torchvision/ops").mkdir(parents=True)
+    (tmp_path / "torchvision/__init__.py").write_text(
+        "import torch\nlibrary = torch.library.Library('torchvision', 'DEF')\n"
+        "library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
+    )
+    (tmp_path / "torchvision/ops/boxes.py").write_text("")
+    found = findings(["--gpu", "A100", written(tmp_path, DETECTION)])
+    assert found["outcome"] == "fits", found["stopped_because"]
 
 
 def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:

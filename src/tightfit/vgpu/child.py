@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LONGEST_ERROR = 2000
 """Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
+_EARLIER_S = 3.0
+"""Seconds before the play's time limit at which a process of it ends: the one that started it may kill it then."""
 _WORKER_LOOP = "_worker_loop"
 """Function of a DataLoader's worker: it prepares data on the host."""
 
@@ -33,18 +35,26 @@ class AfterTorch(importlib.abc.MetaPathFinder):
     """Starts the virtual GPU once `import torch` is done."""
 
     def __init__(self, part: "Part") -> None:
-        self._part = part
+        self._part, self._is_looking = part, False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "torch":
+        """Find torch with our loader, each time: libraries ask whether it is installed before they import it."""
+        if name != "torch" or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("torch")
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec("torch")
+        finally:
+            self._is_looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._part.start)
+            spec.loader = _Loader(spec.loader, self._loaded)
         return spec
+
+    def _loaded(self) -> None:
+        sys.meta_path.remove(self)
+        self._part.start()
 
 
 class _Loader(importlib.abc.Loader):
@@ -58,7 +68,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
-        module.__spec__.loader = self._usual
+        module.__spec__.loader = module.__loader__ = self._usual
         self._usual.exec_module(module)
         self._then()
 
@@ -70,6 +80,7 @@ class Part:
         asked = msgspec.json.decode((folder / "settings.json").read_bytes(), type=ChildSettings)
         used = asked.settings.used_bytes + held_by_others(folder)
         self.settings = msgspec.structs.replace(asked.settings, used_bytes=used)
+        self._ends_at = asked.ends_at
         self.guards_files, self._folder = asked.guards_files, folder
         self._session: VirtualSession | None = None
         self._active: AbstractContextManager[object] | None = None
@@ -81,7 +92,9 @@ class Part:
         from tightfit.vgpu.session import VirtualSession
 
         self._mark("started", " ".join(sys.orig_argv))
-        self._session = session = VirtualSession(self.settings, guards_files=self.guards_files, is_tested=True)
+        left = None if self._ends_at is None else max(1.0, round(self._ends_at - time.time() - _EARLIER_S))
+        settings = msgspec.structs.replace(self.settings, timeout_s=left)
+        self._session = session = VirtualSession(settings, guards_files=self.guards_files, is_tested=True)
         session.notes[:0] = notes
         self._active = session.active()
         self._active.__enter__()

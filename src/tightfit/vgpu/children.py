@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from tightfit.vgpu.findings import findings_of
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.play_folder import VARIABLE, ChildSettings, watch
-from tightfit.vgpu.records import Findings, Place, Settings
+from tightfit.vgpu.records import END_SIGNAL, Findings, Place, Settings
 from tightfit.vgpu.session import VirtualSession
 from tightfit.wording import say
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _HOOK = str(Path(__file__).parent / "child_hook")
 _LONGEST_COMMAND = 120
+_LAST_WORDS_S = 6.0
+_POLL_S = 0.05
 
 
 class Children:
@@ -40,7 +43,8 @@ class Children:
     def __init__(self, settings: Settings, *, guards_files: bool, snapshot: str | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="tightfit-play-"))
         (self.folder / "root").write_text(str(Path(__file__).parents[2]))
-        asked = ChildSettings(settings=replace(settings, snapshot=snapshot), guards_files=guards_files)
+        ends_at = None if settings.timeout_s is None else time.time() + settings.timeout_s
+        asked = ChildSettings(settings=replace(settings, snapshot=snapshot), guards_files=guards_files, ends_at=ends_at)
         (self.folder / "settings.json").write_bytes(msgspec.json.encode(asked))
         os.environ.update(self.environ())
 
@@ -67,7 +71,8 @@ class Children:
         yield
 
     def joined(self, own: Findings) -> Findings:
-        """Return the findings of the process that decides, with remarks about the others."""
+        """Return the findings of the process that decides, with remarks about the others. Those that run are ended."""
+        self._end_running()
         found = self._findings()
         best = max([own, *found], key=_weight)
         remarks = [say("vgpu.children.decides")] if best is not own else []
@@ -78,6 +83,20 @@ class Children:
         """Return the findings of the process that decides, without one of our own; None if none was played."""
         found = self._findings()
         return self._with_unplayed(max(found, key=_weight)) if found else None
+
+    def _end_running(self) -> None:
+        """Let processes that still play leave what they saw."""
+        until, asked = time.monotonic() + _LAST_WORDS_S, set[str]()
+        while (running := self._running()) and time.monotonic() < until:
+            for number in running - asked:
+                with contextlib.suppress(OSError):
+                    os.kill(int(number), END_SIGNAL)
+            asked |= running
+            time.sleep(_POLL_S)
+
+    def _running(self) -> set[str]:
+        marks = (each for each in self.folder.glob("*.started") if not each.with_suffix(".json").exists())
+        return {each.stem for each in marks if os.path.exists(f"/proc/{each.stem}")}
 
     def _findings(self) -> list[Findings]:
         files = sorted(self.folder.glob("*.json"))

@@ -645,7 +645,8 @@ def _is_wrapper(kind: type) -> bool:
     """Return True for a tensor class that takes operators apart itself, such as DTensor."""
     return (
         issubclass(kind, Tensor)
-        and kind.__module__ not in (FakeTensor.__module__, "torch._subclasses.functional_tensor")  # those of a compiler
+        and not issubclass(kind, FakeTensor)
+        and kind.__module__ != "torch._subclasses.functional_tensor"  # a compiler's
         and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
     )
 

@@ -2,15 +2,17 @@
 
 import itertools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from types import CodeType, FrameType
 
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
-from tightfit.vgpu.unplayed import LineWatch, calls_of_loop, innermost_loop, own_frames
+from tightfit.vgpu.unplayed import LineWatch, calls_of_loop, counted_frames, innermost_loop, own_frames
 from tightfit.wording import say
 
 _REPEATS = 3
@@ -47,11 +49,13 @@ class Evaluations:
         self._recorder, self._phases, self._lines, self._notes = recorder, phases, lines, notes
         self._places: dict[tuple[CodeType, int], Repetition] = {}
         self._loop: tuple[CodeType, int, int] | None = None
+        self._latest: weakref.ref[object] = weakref.ref(self)
+        """Batches of the DataLoader that was asked last."""
 
     def after_forward(self) -> None:
-        """Look at the user's innermost loop around a forward pass that has ended."""
-        frame = next(own_frames(sys._getframe(1)), None)
-        loop = frame and innermost_loop(frame)
+        """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
+        around = ((each, innermost_loop(each), is_package) for each, is_package in counted_frames(sys._getframe(1)))
+        frame, loop, _ = next((each for each in around if each[1] or not each[2]), (None, None, True))
         if frame is None or loop is None or not loop.after:
             return
         here = (frame.f_code, loop.first, self._phases.trained)
@@ -93,22 +97,40 @@ class Evaluations:
         followed: dict[int, tuple[int, int, Repetition]] = {}
 
         def following(batches: "dataloader._BaseDataLoaderIter") -> object:
+            self._latest = weakref.ref(batches)
             trained, evaluated = self._phases.trained, self._phases.evaluated
             before = followed.get(id(batches))
             if before is None or before[0] != trained or before[1] == evaluated or not batches._num_yielded:
                 followed[id(batches)] = (trained, evaluated, Repetition(self._recorder))
             else:
                 followed[id(batches)] = (trained, evaluated, before[2])
-                if before[2].repeats() and batches._dataset_kind == dataloader._DatasetKind.Map:
-                    self._to_last(batches)
+                if before[2].repeats() and self._to_last(batches):
+                    self._tell(sys._getframe(1))
             return usual(batches)
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)
 
-    def _to_last(self, batches: object) -> None:
-        """Let the batches that are left be the last one alone."""
-        left: Iterator[object] = getattr(batches, "_sampler_iter", iter(()))
-        skipped = deque(enumerate(left, 1), maxlen=1)
-        assign(batches, _sampler_iter=itertools.chain(each for _, each in skipped))
-        if skipped and skipped[0][0] > 1:
-            self._tell(sys._getframe(2))
+    def end_epoch(self) -> bool:
+        """Let the DataLoader that was asked last go on to its last batch; return True if that leaves any out."""
+        return self._to_last(self._latest())
+
+    def _to_last(self, batches: object) -> bool:
+        """Let the batches of the epoch that are left be the last one alone; return True if there were others.
+
+        The sampler may go on after the epoch: some loaders keep one for all epochs.
+        """
+        dataloader = import_module("torch.utils.data.dataloader")
+        if (
+            not isinstance(batches, dataloader._BaseDataLoaderIter)
+            or batches._dataset_kind != dataloader._DatasetKind.Map
+        ):
+            return False
+        try:
+            length = len(batches._index_sampler)
+        except TypeError:
+            return False
+        sent: int = getattr(batches, "_send_idx", batches._num_yielded)
+        left: Iterator[object] = batches._sampler_iter
+        skipped = deque(itertools.islice(left, -sent % max(length, 1)), maxlen=1)
+        assign(batches, _sampler_iter=itertools.chain(skipped, left))
+        return -sent % max(length, 1) > 1

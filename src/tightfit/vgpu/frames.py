@@ -47,6 +47,11 @@ def user_frames(start: FrameType | None, limit: int = MAX_FRAMES) -> tuple[Frame
     return tuple(found)
 
 
+def is_counted(frame: FrameType) -> bool:
+    """Return True if a running frame is neither torch's nor ours nor the standard library's."""
+    return _counts(frame.f_code)
+
+
 def is_package(frame: Frame) -> bool:
     """Return True if a frame is in an installed package, rather than in the user's own files."""
     return _is_packages_file(frame.file)
@@ -54,7 +59,9 @@ def is_package(frame: Frame) -> bool:
 
 @cache
 def _is_packages_file(file: str) -> bool:
-    return os.path.realpath(file).startswith(_SITE)
+    """Return True for a file of this Python's packages, or of others that a `.pth` file or PYTHONPATH adds."""
+    name = os.path.realpath(file)
+    return name.startswith(_SITE) or f"{os.sep}site-packages{os.sep}" in name
 
 
 def users_line(frames: tuple[Frame, ...]) -> Frame | None:

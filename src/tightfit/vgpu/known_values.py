@@ -457,6 +457,10 @@ def _drawn(func: OpOverload, args: Arguments) -> Scalar | None:
     """Return a number that a random operator may draw; None where any number will do."""
     if func in _COINS:
         return 1
+    if func is aten.normal_.default:  # half a deviation from the mean: samples that are too far off are drawn anew
+        mean = args[1] if len(args) > 1 else 0.0
+        deviation = args[2] if len(args) > 2 else 1.0
+        return mean + deviation / 2 if isinstance(mean, float | int) and isinstance(deviation, float | int) else None
     place = _RANGES.get(func)
     if place is None:
         return None

@@ -56,8 +56,11 @@ class Phases:
         """Forward passes with gradients, and optimizer steps."""
         self.evaluated = 0
         """Forward passes without."""
+        self.backwards = 0
         self.after_evaluation: Callable[[], None] | None = None
         """Called after each of these, in the script's own thread."""
+        self.compiled_calls = 0
+        """Calls of compiled modules and functions that are running."""
         self.has_optimizer = False
         self._is_installed = False  # until then, backward passes are the self-test's
         self.vocabulary = 0
@@ -77,7 +80,8 @@ class Phases:
             self.has_optimizer, self.steps = True, 0
 
     def after_backward(self) -> None:
-        """Take a backward pass of a script without an optimizer of torch's as a step."""
+        """Count a backward pass; take that of a script without an optimizer of torch's as a step."""
+        self.backwards += 1
         if self._is_installed and not self.has_optimizer and not _in_backward():
             self.steps += 1
             self._on_step()
@@ -90,15 +94,22 @@ class Phases:
 
     @contextmanager
     def compiled_call(self, module: nn.Module | None) -> Iterator[None]:
-        """Take our hooks off for one call of a compiled module or function: Dynamo would trace them and fail."""
-        for handle in self._handles:
-            handle.remove()
+        """Take our hooks off for one call of a compiled module or function: Dynamo would trace them and fail.
+
+        Calls within others, also in other threads, leave them off until the last one ends.
+        """
+        if not self.compiled_calls:
+            for handle in self._handles:
+                handle.remove()
+        self.compiled_calls += 1
         self._before_forward(module, ())
         try:
             yield
         finally:
             self._after_forward(module, (), ())
-            self._hook()
+            self.compiled_calls -= 1
+            if not self.compiled_calls:
+                self._hook()
 
     @contextmanager
     def named(self, phase: Phase) -> Iterator[None]:

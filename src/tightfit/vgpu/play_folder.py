@@ -23,6 +23,8 @@ class ChildSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     settings: Settings
     guards_files: bool
+    ends_at: float | None = None
+    """Time of day at which the play's time limit has passed."""
 
 
 def watch(allocator: "CachingAllocator", folder: Path) -> None:

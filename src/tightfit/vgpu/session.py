@@ -77,7 +77,7 @@ class VirtualSession:
         self.phases = Phases(self._after_step)
         self.device = VirtualDevice(_card(self.gpu, settings.torch), self.allocator, self.phases)
         TraceLog.attach(self.device.recorder)
-        self._stopping = Stopping(settings, self.device.recorder)
+        self._stopping = Stopping(settings, self.device.recorder, self.phases, self.notes)
         self._has_ended = False
         self._files: FileGuard
 
@@ -136,7 +136,7 @@ class VirtualSession:
                 backend.self_test(in_fork=not self._guards_files)
             self.phases.install()
             if self.settings.until_stable:
-                self._stopping.evaluations(self.phases, self.notes)
+                self._stopping.shorten_evaluations()
             VirtualSession._running = self
         elif VirtualSession._running is not self:
             raise DeviceError(say("vgpu.session.one_card", card=VirtualSession._running.gpu.name))
@@ -179,7 +179,7 @@ class VirtualSession:
     def _after_step(self) -> None:
         self.device.roles.mark_all()
         self.on_step(self.phases.steps)
-        self._stopping.after_step(self.phases.steps, self.notes, has_optimizer=self.phases.has_optimizer)
+        self._stopping.after_step(self.phases.steps, has_optimizer=self.phases.has_optimizer)
 
 
 def _card(gpu: GPU, torch_text: str | None) -> Card:

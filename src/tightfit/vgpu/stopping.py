@@ -1,21 +1,26 @@
 """When a script has shown enough: after the steps asked for, or when steps repeat and nothing is left to play."""
 
+import itertools
 import sys
 import time
+from collections import deque
 from types import FrameType
 
 from tightfit.vgpu.evaluations import Evaluations
-from tightfit.vgpu.frames import Frame, user_frames, users_line
+from tightfit.vgpu.frames import Frame, is_package, user_frames, users_line
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.records import Settings
-from tightfit.vgpu.unplayed import LineWatch, is_in_loop, own_frames
+from tightfit.vgpu.unplayed import LineWatch, TrainingLoop, is_in_loop, own_frames
 from tightfit.wording import say
 
-_STABLE_STEPS = 2
-"""Steps in a row that must have allocated exactly as the step before."""
+_STABLE_ROUNDS = 2
+"""Rounds that must have allocated exactly as the round before."""
+_LONGEST_ROUND = 8
+"""Steps in a round: a script with several optimizers has one for each of them."""
 _STABLE_BACKWARDS = 10
-"""The same of backward passes without an optimizer of torch's, which may also be measurements of different things."""
+"""Backward passes, without an optimizer of torch's, that must have: they may also be measurements of different things.
+"""
 _PLAY_ON_S = 20.0
 """Seconds of the processor that repeating steps play on for lines of the loop, or after it, that did not run yet."""
 _WAIT_ON_S = 120.0
@@ -26,40 +31,53 @@ _LISTED_UNPLAYED = 10
 class Stopping:
     """Compares each optimizer step with the one before, and ends the script by EnoughSeen."""
 
-    def __init__(self, settings: Settings, recorder: Recorder) -> None:
-        self._settings, self._recorder = settings, recorder
+    def __init__(self, settings: Settings, recorder: Recorder, phases: Phases, notes: list[str]) -> None:
+        """`notes` gets what jumps and an early end leave open."""
+        self._settings, self._recorder, self._notes = settings, recorder, notes
         self.reason = say("vgpu.stopping.ended")
         self.not_played: list[Frame] = []
         """Lines that an early stop left out, although they may allocate."""
         self._mark = 0
-        self._last_pattern: tuple[int, ...] = ()
-        self._peak_before = (0, 0)
-        self._stable = 0
-        self._lines = LineWatch()
+        self._last: deque[tuple[tuple[int, ...], int, int]] = deque(maxlen=_LONGEST_ROUND)
+        """Latest steps, the last one first: their allocations and the peaks after them."""
+        self._equal = [0] * _LONGEST_ROUND
+        """For a round of 1, 2, ... steps: steps in a row that were equal to the one a round before."""
+        self._passes_after = deque([0], maxlen=_LONGEST_ROUND + 1)
+        """Forward and backward passes after each of the latest steps, the last one first."""
+        self._phases = phases
+        self._lines = LineWatch(self._passes)
+        self._evaluations = Evaluations(recorder, phases, self._lines, notes)
+        self._ended_epoch = False
+        self._given_up: list[Frame] = []
+        """Lines that may allocate, of loops that repeated for too long."""
         self._repeats_since: tuple[float, float] | None = None
         """Seconds of the processor and of the clock."""
         self._allocating: set[Frame] = set()
         self._read_allocations = 0
         self._unplayed: list[Frame] = []
 
-    def after_step(self, steps: int, notes: list[str], *, has_optimizer: bool) -> None:
-        """Decide if another step could differ; add to `notes` what an early end leaves open."""
+    def _passes(self) -> int:
+        """Forward passes with gradients and backward passes so far."""
+        return self._phases.backwards + self._phases.trained - self._phases.steps
+
+    def after_step(self, steps: int, *, has_optimizer: bool) -> None:
+        """Decide if another step could differ."""
         recorder = self._recorder
-        pattern = self._pattern()
-        peak = (recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
-        self._stable = self._stable + 1 if (pattern, peak) == (self._last_pattern, self._peak_before) else 0
-        self._last_pattern, self._peak_before = pattern, peak
+        step = (self._pattern(), recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
+        earlier = itertools.zip_longest(self._last, self._equal)
+        self._equal = [count + 1 if step == before else 0 for before, count in earlier]
+        self._last.appendleft(step)
+        self._passes_after.appendleft(self._passes())
         if self._settings.steps is not None:
             if steps >= self._settings.steps:
                 self._end(say("vgpu.stopping.steps_done", steps=steps))
         elif self._settings.until_stable:
-            self._end_if_stable(steps, notes, has_optimizer=has_optimizer)
+            self._end_if_stable(steps, has_optimizer=has_optimizer)
 
-    def evaluations(self, phases: Phases, notes: list[str]) -> None:
+    def shorten_evaluations(self) -> None:
         """Shorten evaluations, too, from now on."""
-        found = Evaluations(self._recorder, phases, self._lines, notes)
-        phases.after_evaluation = found.after_forward
-        found.install()
+        self._phases.after_evaluation = self._evaluations.after_forward
+        self._evaluations.install()
 
     def cut_short(self, frame: FrameType | None, *, interrupted: bool) -> None:
         """Note that the time limit has passed, or that somebody ended the play, while the script was at `frame`.
@@ -73,32 +91,73 @@ class Stopping:
         self.not_played = self._unplayed or ([line] if line else [])
 
     def close(self) -> None:
+        self.not_played += self._lines.unplayed_of(self._given_up)
         self._lines.stop()
 
-    def _end_if_stable(self, steps: int, notes: list[str], *, has_optimizer: bool) -> None:
+    def _end_if_stable(self, steps: int, *, has_optimizer: bool) -> None:
         """End when steps repeat and every line that may allocate ran, or when playing on took too long."""
         frame = sys._getframe(1)  # a frame that holds itself would keep the script's tensors until Python collects
         self._lines.start(frame)
         self._lines.follow(frame)
-        self._unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
-        if self._stable < (_STABLE_STEPS if has_optimizer else _STABLE_BACKWARDS):
+        unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
+        self._unplayed = [each for each in unplayed if each not in self._given_up]
+        first = self._repeats_from(steps, has_optimizer=has_optimizer)
+        if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
-        if not has_optimizer and not any(map(is_in_loop, own_frames(frame))):
-            return
-        if self._unplayed and self._lines.leave_loops(frame, self._unplayed):
-            note = say("vgpu.stopping.jumped", first=steps - self._stable, last=steps)
-            if note not in notes:
-                notes.append(note)
-            self._stable = 0
-            return
+        loop = self._lines.training_loop(frame)
+        if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
+            self._unplayed.append(loop.place)  # nobody knows what a package does only in some of its iterations
         now = time.process_time(), time.monotonic()
         begun = self._repeats_since = self._repeats_since or now
-        if self._unplayed and now[0] - begun[0] < _PLAY_ON_S and now[1] - begun[1] < _WAIT_ON_S:
-            return
-        self.not_played = self._unplayed
-        if "eval" not in self._recorder.phase_peaks:
-            notes.append(say("vgpu.stopping.no_evaluation"))
-        self._end(say("vgpu.stopping.repeats", first=steps - self._stable, last=steps))
+        is_late = now[0] - begun[0] >= _PLAY_ON_S or now[1] - begun[1] >= _WAIT_ON_S
+        more = bool(self._unplayed or self._given_up)
+        if more and (self._leaves_loops(frame, loop) or (is_late and self._gives_up(frame, loop))):
+            self._note(say("vgpu.stopping.jumped", first=first, last=steps))
+            self._equal = [0] * _LONGEST_ROUND
+        elif is_late or not self._unplayed:
+            self.not_played = self._unplayed
+            if "eval" not in self._recorder.phase_peaks:
+                self._note(say("vgpu.stopping.no_evaluation"))
+            self._end(say("vgpu.stopping.repeats", first=first, last=steps))
+
+    def _leaves_loops(self, frame: FrameType, loop: TrainingLoop | None) -> bool:
+        """Leave training loops whose lines all ran: by the last batch of their DataLoader, or by a jump."""
+        if loop is None or is_package(loop.place) or any(map(loop.has, self._unplayed)):
+            return False
+        if self._ended_epoch:
+            is_left = self._lines.leave_loops(frame, self._unplayed)
+            return self._evaluations.end_epoch() or is_left
+        self._ended_epoch = self._evaluations.end_epoch()
+        return self._ended_epoch or self._lines.leave_loops(frame, self._unplayed)
+
+    def _gives_up(self, frame: FrameType, loop: TrainingLoop | None) -> bool:
+        """Leave a training loop although lines of it did not run, for the sake of what comes after it."""
+        if loop is None:
+            return False
+        if not self._ended_epoch and self._evaluations.end_epoch():
+            self._ended_epoch = True
+        elif not self._lines.give_up_loop(frame):
+            return False
+        self._given_up += filter(loop.has, self._unplayed)
+        if is_package(loop.place):
+            self._note(say("vgpu.stopping.package_loop", file=loop.place.file, line=loop.place.line))
+        return True
+
+    def _note(self, note: str) -> None:
+        if note not in self._notes:
+            self._notes.append(note)
+
+    def _repeats_from(self, steps: int, *, has_optimizer: bool) -> int | None:
+        """Return the first of the steps that repeat now, in the shortest round; None if they do not."""
+        if not has_optimizer:
+            return steps - self._equal[0] if self._equal[0] >= _STABLE_BACKWARDS else None
+        passes = self._passes_after
+        for size, count in enumerate(self._equal, start=1):
+            # Without a pass in it, it is the parameters of one step that are alike, each with an optimizer of its own.
+            # A script without modules that calls torch.autograd.grad has no passes that are counted.
+            if count >= _STABLE_ROUNDS * size and (passes[0] > passes[size] or not passes[0]):
+                return steps - count - size + 1
+        return None
 
     def _allocating_lines(self) -> set[Frame]:
         """Return the user's lines that allocated so far; each call reads only the allocations made since the last."""

@@ -4,13 +4,13 @@ import ast
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from tightfit.vgpu.frames import Frame, is_package, user_frames
+from tightfit.vgpu.frames import Frame, is_counted, is_package
 
 _HARMLESS_CALLS = (
     "print len range min max sum str int float bool round abs format join append extend update items keys values get "
@@ -27,11 +27,23 @@ _SAVES = frozenset(("torch.save", "np.save", "numpy.save", "plt.savefig"))
 """Calls that write what is there; a library's own `save` may gather a model on the card first."""
 
 
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
 class LineWatch:
     """Follows which lines of the functions around an optimizer step ran, by Python's own tracing."""
 
-    def __init__(self) -> None:
+    def __init__(self, backwards: Callable[[], int]) -> None:
+        """`backwards` counts the script's backward passes so far."""
+        self._backwards = backwards
+        self._heads: dict[CodeType, dict[int, int]] = {}
+        """First lines of loops by the lines at which their iterations begin."""
+        self._begun: dict[tuple[CodeType, int], int] = {}
+        """Backward passes when each loop's latest iteration began."""
+        self._training: set[tuple[CodeType, int]] = set()
+        """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._ran: dict[CodeType, set[int]] = {}
+        self._given_up: set[tuple[CodeType, Loop]] = set()
         self._leaving: dict[CodeType, Loop] = {}
         """Functions with a loop to leave before its next iteration."""
         self.is_on = False
@@ -45,9 +57,11 @@ class LineWatch:
         sys.settrace(self._called)
 
     def follow(self, frame: FrameType | None) -> None:
-        for each in own_frames(frame):
-            if each.f_code not in self._ran:
-                self._ran[each.f_code] = {each.f_lineno}
+        for each in (*own_frames(frame), *package_frames(frame)):
+            code = each.f_code
+            if code not in self._ran:
+                self._ran[code] = {each.f_lineno}
+                self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
             each.f_trace = self._line
 
     def stop(self) -> None:
@@ -73,24 +87,58 @@ class LineWatch:
         return list(dict.fromkeys(found))
 
     def leave_loops(self, frame: FrameType | None, unplayed: Iterable[Frame]) -> bool:
-        """Leave the loops around `frame` before their next iteration, where all `unplayed` lines are outside them.
+        """Leave the training loops around `frame` before their next iteration, if all `unplayed` lines are outside.
 
         Return True if there is such a loop. Works as a debugger's jump does.
         """
         if not self.is_on:
             return False
-        left = False
+        left = trains = False
         for each in own_frames(frame):
             code = each.f_code
             lines = tuple(place.line for place in unplayed if place.file == code.co_filename)
-            around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
-            free = [loop for loop in around if not any(loop.first <= line <= loop.last for line in lines)]
+            around = _loops_at(each)
+            training = around if trains else self._training_loops(code, around)
+            free = [loop for loop in training if not any(loop.first <= line <= loop.last for line in lines)]
             if free and free[0].after:
                 self._leaving[code] = free[0]
                 left = True
-            if len(free) < len(around):
+            if len(free) < len(training):
                 break
+            trains = trains or bool(training)
         return left
+
+    def training_loop(self, frame: FrameType | None) -> "TrainingLoop | None":
+        """Return the innermost training loop around `frame`, in the user's files or in a package."""
+        for each, _ in counted_frames(frame):
+            for loop in self._training_loops(each.f_code, _loops_at(each))[-1:]:
+                return TrainingLoop(Frame(each.f_code.co_filename, loop.first, each.f_code.co_qualname), loop.last)
+        return None
+
+    def give_up_loop(self, frame: FrameType | None) -> bool:
+        """Leave the innermost training loop that can be left and was not given up before; False without one."""
+        for each, _ in counted_frames(frame):
+            code = each.f_code
+            for loop in reversed(self._training_loops(code, _loops_at(each))):
+                if loop.after and (code, loop) not in self._given_up:
+                    self._given_up.add((code, loop))
+                    self._leaving[code] = loop
+                    return True
+        return False
+
+    def unplayed_of(self, places: Iterable[Frame]) -> list[Frame]:
+        """List those of the lines that did not run since; a package's loop was not played to its end."""
+        ran = {(code.co_filename, line) for code, lines in self._ran.items() for line in lines}
+        return [place for place in places if is_package(place) or (place.file, place.line) not in ran]
+
+    def _training_loops(self, code: CodeType, around: Sequence["Loop"]) -> Sequence["Loop"]:
+        """Return those of the loops around a line, outermost first, that have backward passes in an iteration."""
+        if code.co_flags & _SUSPENDS:
+            return ()
+        innermost = max(
+            (place for place, loop in enumerate(around) if (code, loop.first) in self._training), default=-1
+        )
+        return around[: innermost + 1]
 
     def leave(self, code: CodeType, loop: "Loop") -> None:
         """Leave one loop of a running function before its next iteration."""
@@ -104,10 +152,15 @@ class LineWatch:
         return self._line if frame.f_code in self._ran else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
-        self._ran[frame.f_code].add(frame.f_lineno)
-        loop = self._leaving.get(frame.f_code)
-        if loop is not None and event == "line" and frame.f_lineno == loop.first:
-            del self._leaving[frame.f_code]
+        code = frame.f_code
+        self._ran[code].add(frame.f_lineno)
+        first = self._heads[code].get(frame.f_lineno) if event == "line" else None
+        if first is None:
+            return self._line
+        self._iterates(code, first)
+        loop = self._leaving.get(code)
+        if loop is not None and first == loop.first:
+            del self._leaving[code]
             with contextlib.suppress(ValueError):  # a line that cannot be reached from here
                 # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
                 # that keeps most of what is left behind, here the loop's iterator.
@@ -115,28 +168,47 @@ class LineWatch:
                 _JUMP(frame, loop.after)
         return self._line
 
+    def _iterates(self, code: CodeType, first: int) -> None:
+        """Note that an iteration of a loop begins."""
+        now = self._backwards()
+        if self._begun.get((code, first), now) < now:
+            self._training.add((code, first))
+        self._begun[code, first] = now
+
 
 def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
     """Yield running frames of the user's own files, innermost first."""
+    return (each for each, is_packages in counted_frames(frame) if not is_packages)
+
+
+def package_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield running frames of installed packages other than torch, innermost first."""
+    return (each for each, is_packages in counted_frames(frame) if is_packages)
+
+
+def counted_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, bool]]:
+    """Yield running frames without torch's and ours, each with True if it is a package's."""
     while frame is not None:
-        own = user_frames(frame, 1)
-        if own and own[0][:2] == (frame.f_code.co_filename, frame.f_lineno) and not is_package(own[0]):
-            yield frame
+        if is_counted(frame):
+            yield frame, is_package(Frame(frame.f_code.co_filename, frame.f_lineno, ""))
         frame = frame.f_back
+
+
+def _loops_at(frame: FrameType) -> tuple["Loop", ...]:
+    code = frame.f_code
+    return loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno)
 
 
 def is_in_loop(frame: FrameType) -> bool:
     """Return True if a function is at a line within a `for` or `while` statement of its own."""
-    code = frame.f_code
-    return bool(loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno))
+    return bool(_loops_at(frame))
 
 
 def innermost_loop(frame: FrameType) -> "Loop | None":
     """Return the `for` loop of its own that a function is in, unless it is a generator, whose reader counts on it."""
-    code = frame.f_code
-    if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+    if frame.f_code.co_flags & _SUSPENDS:
         return None
-    around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno)
+    around = _loops_at(frame)
     return around[-1] if around and around[-1].counts else None
 
 
@@ -151,6 +223,16 @@ class Loop(NamedTuple):
     """True for `for`, whose end does not depend on what its body does."""
 
 
+class TrainingLoop(NamedTuple):
+    """A loop with backward passes in its iterations."""
+
+    place: Frame
+    last: int
+
+    def has(self, line: Frame) -> bool:
+        return line.file == self.place.file and self.place.line <= line.line <= self.last
+
+
 _JUMP = FrameType.__dict__["f_lineno"].__set__
 """Sets a frame's next line, which Python lets trace functions do alone."""
 _PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.ImportFrom, ast.Return, ast.Delete)
@@ -159,11 +241,7 @@ _PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.Im
 @cache
 def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...]:
     """Find the loops around a line of a function, outermost first."""
-    try:
-        tree = ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ()
-    blocks = [tree.body if name == "<module>" else _function(tree, first, name)]
+    blocks = [_body(file, first, name)]
     found = []
     while blocks:
         block = blocks.pop()
@@ -180,22 +258,29 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
 
 
 @cache
+def loop_heads(file: str, first: int, name: str) -> dict[int, int]:
+    """Map the lines at which the iterations of a function's loops begin to the first lines of the loops.
+
+    Python does not come back to the line of `while True`, but to the one below.
+    """
+    loops = [each for each in _statements(_body(file, first, name)) if isinstance(each, (ast.For, ast.While))]
+    endless = (each for each in loops if isinstance(each, ast.While) and isinstance(each.test, ast.Constant))
+    return {each.body[0].lineno: each.lineno for each in endless} | {each.lineno: each.lineno for each in loops}
+
+
+@cache
 def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[int, int], ...]:
     """Find the first and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
 
     A branch does not count if the loop never changes its condition, as it can never be taken.
     Error handling and functions that print or measure do not count either.
     """
-    try:
-        tree = ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ()
-    body = tree.body if name == "<module>" else _function(tree, first, name)
+    body = _body(file, first, name)
     around = [each for each in _statements(body) if each.lineno <= line <= (each.end_lineno or each.lineno)]
     loop = next((each for each in around if isinstance(each, (ast.For, ast.AsyncFor, ast.While))), None)
     found: set[tuple[int, int]] = set()
     if loop is not None:
-        changing = _stored(loop) | _attributes(tree)
+        changing = _stored(loop) | _attributes(_tree(file))
         found |= set(_calls(loop.body, changing))
     end = (loop.end_lineno or line) if loop is not None else line
     found |= {each for each in _calls(body, None) if each[0] > end}
@@ -205,17 +290,27 @@ def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[
 @cache
 def calls_of_loop(file: str, first: int, name: str, loop_line: int) -> tuple[tuple[int, int], ...]:
     """Find the first and last lines of calls that may allocate in the loop that starts at a line."""
+    loops = (
+        each for each in _statements(_body(file, first, name)) if isinstance(each, ast.For) and each.lineno == loop_line
+    )
+    return tuple(found for loop in loops for found in _calls(loop.body, _stored(loop) | _attributes(_tree(file))))
+
+
+@cache
+def _tree(file: str) -> ast.Module:
+    """Parse a file; one that is not there or is no Python is empty."""
     try:
-        tree = ast.parse(Path(file).read_bytes())
+        return ast.parse(Path(file).read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return ()
-    body = tree.body if name == "<module>" else _function(tree, first, name)
-    loops = (each for each in _statements(body) if isinstance(each, ast.For) and each.lineno == loop_line)
-    return tuple(found for loop in loops for found in _calls(loop.body, _stored(loop) | _attributes(tree)))
+        return ast.Module(body=[], type_ignores=[])
 
 
-def _function(tree: ast.Module, first: int, name: str) -> list[ast.stmt]:
-    for node in ast.walk(tree):
+@cache
+def _body(file: str, first: int, name: str) -> list[ast.stmt]:
+    """Return the statements of a function, or of the module."""
+    if name == "<module>":
+        return _tree(file).body
+    for node in ast.walk(_tree(file)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
             starts = {node.lineno, *(each.lineno for each in node.decorator_list)}
             if first in starts:

@@ -5,7 +5,17 @@ import os
 from tightfit.gpus import GPU
 from tightfit.vgpu import recurrent, shape_functions
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, checkpoints, cuda_api, host, nvml_module, process_groups, triton_kernels
+from tightfit.vgpu.patches import (
+    backend,
+    bitsandbytes_library,
+    checkpoints,
+    cuda_api,
+    host,
+    nvml_module,
+    process_groups,
+    torchvision_operators,
+    triton_kernels,
+)
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.wording import say
 
@@ -29,6 +39,8 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
     nvml_module.install(device, card)
     triton_kernels.install(device, card)
     shape_functions.install(device)
+    torchvision_operators.install()
+    bitsandbytes_library.install()
     recurrent.install(device)
     process_groups.install(rank)
     if processes > 1:

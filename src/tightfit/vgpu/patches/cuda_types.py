@@ -1,9 +1,11 @@
 """Old names of `torch.cuda` on the virtual GPU: tensor types such as `torch.cuda.FloatTensor`."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _device
 
 from tightfit.vgpu.patches.assign import assign
@@ -113,21 +115,37 @@ def _install_pinned_data() -> None:
 
     def tensor(data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
         torch._C._set_only_lift_cpu_tensors(True)
-        return usual(data, **options)
+        return _of_read(usual, data, **options)
 
     tensor.__doc__ = torch.tensor.__doc__
     usual_new: Callable[..., Tensor] = torch.Tensor.new_tensor
 
     def new_tensor(like: Tensor, data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
         torch._C._set_only_lift_cpu_tensors(True)
-        return usual_new(like, data, **options)
+        return _of_read(functools.partial(usual_new, like), data, **options)
 
     usual_as: Callable[..., Tensor] = torch.as_tensor
 
     def as_tensor(data: object, *options: object, **named: object) -> Tensor:
         torch._C._set_only_lift_cpu_tensors(True)
-        return usual_as(data, *options, **named)
+        return _of_read(usual_as, data, *options, **named)
 
     as_tensor.__doc__ = torch.as_tensor.__doc__
     assign(torch, tensor=tensor, as_tensor=as_tensor)
     assign(torch.Tensor, new_tensor=new_tensor)
+
+
+def _of_read(make: Callable[..., Tensor], data: object, *options: object, **named: object) -> Tensor:
+    """Make a tensor of numbers, among which there may be tensors of the card: torch reads those without a mode."""
+    try:
+        return make(data, *options, **named)
+    except NotImplementedError:
+        return make(_read(data), *options, **named)
+
+
+def _read(data: object) -> object:
+    """Return nested sequences with host tensors in place of the card's."""
+    if isinstance(data, FakeTensor):
+        numbers = torch.tensor(data.tolist() if data.dim() else data.item(), dtype=data.dtype, device="cpu")
+        return numbers if data.dim() == 0 else list(numbers)
+    return [_read(each) for each in data] if isinstance(data, list | tuple) else data

@@ -15,7 +15,7 @@ from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.temporaries import Argument
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, inductor
+from tightfit.vgpu.patches import backend, inductor, tensor_kinds
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.wording import say
@@ -37,6 +37,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_storages(device)
     _install_fake_tensors(device)
     _install_parameters()
+    tensor_kinds.install()
     _install_threads(device)
     _install_compile(device, properties)
     _install_torchscript(device)
@@ -135,7 +136,12 @@ def _become(tensor: Tensor, value: Tensor) -> None:
         _DATA.__set__(tensor, value)
         return
     gradient = tensor.grad if tensor.is_leaf else None
-    made = nn.Parameter(value.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value.detach()
+    if tensor_kinds.is_own_kind(tensor):
+        made = tensor_kinds.same_kind(tensor, value)
+    elif isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(value.detach(), tensor.requires_grad)
+    else:
+        made = value.detach()
     backend.exchange(tensor, made)
     if not isinstance(tensor, nn.Parameter):
         tensor.requires_grad_(made.requires_grad)

@@ -9,6 +9,7 @@ from torch import nn
 
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.phases import Phases
 from tightfit.wording import say
 
 Running = Callable[[nn.Module | None], AbstractContextManager[None]]
@@ -20,7 +21,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace, running: Running
     _answer_for_card(device, properties)
     _answer_for_triton()
     _answer_for_measurements(device)
-    _wrap_modules(running)
+    _wrap_modules(device.phases, running)
 
 
 def hide_mode_from_dynamo() -> None:
@@ -91,15 +92,19 @@ def _answer_for_measurements(device: VirtualDevice) -> None:
     )
 
 
-def _wrap_modules(running: Running) -> None:
+def _wrap_modules(phases: Phases, running: Running) -> None:
     """Count calls of a compiled module as one forward pass."""
-    compiled_modules = import_module("torch._dynamo.eval_frame").OptimizedModule
+    dynamo = import_module("torch._dynamo.eval_frame")
+    compiled_modules = dynamo.OptimizedModule
     usual: Callable[..., object] = compiled_modules.__call__
 
     def call(module: nn.Module, *args: object, **kwargs: object) -> object:
+        if phases.compiled_calls:  # Dynamo's own, too: it makes one of each graph that it splits for DDP's buckets
+            return usual(module, *args, **kwargs)
         original = module._orig_mod
         assert isinstance(original, nn.Module)
         with running(original):
             return usual(module, *args, **kwargs)
 
+    dynamo.skip_code(call.__code__)  # or Dynamo compiles it where a compiled function calls it
     assign(compiled_modules, __call__=call)

@@ -1,0 +1,81 @@
+"""What libraries bring of their own runs on the virtual card: kinds of parameters, and a library of kernels."""
+
+from pathlib import Path
+
+from plays import findings
+
+QUANTIZED = """
+import ctypes
+import torch
+from bitsandbytes import cextension
+
+class Packed(torch.nn.Parameter):  # as 4-bit weights are
+    def __new__(cls, data, requires_grad=False, scale=None):
+        made = torch.Tensor._make_subclass(cls, data, requires_grad)
+        made.scale, made.data = scale, data
+        return made
+
+    def cuda(self, device=None):
+        source = super().cuda(device)
+        packed = torch.empty(self.numel() // 2, dtype=torch.uint8, device="cuda")
+        cextension.lib.cquantize(ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(packed.data_ptr()))
+        self.data, self.scale = packed, torch.ones(16, device="cuda")
+        return self
+
+layer = torch.nn.Linear(1024, 1024, bias=False)
+layer.weight = Packed(layer.weight.data)
+layer.cuda()
+weight = layer.weight
+assert isinstance(weight, Packed) and isinstance(weight, torch.nn.Parameter) and weight.scale.shape == (16,)
+assert weight.is_cuda and weight.dtype == torch.uint8 and not weight.requires_grad
+assert torch.cuda.memory_allocated() == 1024 * 512 + 512, "packed, and the scales"
+address = cextension.lib.cget_managed_ptr(ctypes.c_size_t(8))
+ctypes.c_int64.from_address(address).value = 1
+"""
+
+
+def test_packed_weights_are_quantized_on_the_card(tmp_path: Path) -> None:
+    """By a library of kernels that must not run: bitsandbytes' own, here a package of the test."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes/__init__.py").write_text("")
+    (tmp_path / "bitsandbytes/cextension.py").write_text("lib = None\n")
+    (tmp_path / "train.py").write_text(QUANTIZED)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["peak"]["allocated_bytes"] == 1024 * 1024 * 4 + 1024 * 512 + 512
+
+
+SAMPLES = """
+import torch
+weight = torch.empty(64, 64, device="cuda")
+torch.nn.init.trunc_normal_(weight, std=0.02, a=-0.06, b=0.06)  # torch draws again what is out of bounds
+torch.nn.init.trunc_normal_(weight, a=2.0, b=3.0)
+drawn = torch.empty(64, device="cuda").normal_(5.0, 0.1)
+assert not ((drawn < 4.5) | (drawn > 5.5)).any()
+assert torch.distributed.is_nccl_available()
+"""
+
+
+def test_samples_out_of_bounds_are_not_drawn_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SAMPLES)
+    found = findings(["--gpu", "A100", "--timeout", "30", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+
+
+LISTS = """
+import torch
+losses = [torch.ones(4, device="cuda").sum() for _ in range(3)]
+mean = torch.tensor(losses).mean()
+assert mean.device.type == "cpu" and mean.dtype == torch.float32
+with torch.device("cuda"):
+    pairs = torch.tensor([[losses[0], 1.0], (2, losses[1])])
+assert pairs.is_cuda and pairs.shape == (2, 2)
+halves = torch.as_tensor([each.bfloat16() for each in losses], device="cuda")
+assert halves.dtype == torch.bfloat16 and losses[0].new_tensor([losses[1]]).is_cuda
+"""
+
+
+def test_lists_of_the_cards_numbers_become_tensors(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LISTS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]

@@ -1,0 +1,151 @@
+"""Loops whose steps repeat are shortened: what comes after them plays, and what may be missing is listed."""
+
+import os
+from pathlib import Path
+
+import pytest
+from plays import findings
+
+EPOCHS = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+data = TensorDataset(torch.randn(16 * 60000 + 5, 8))
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.Adam(model.parameters())
+sizes = []
+
+def train():
+    for (batch,) in DataLoader(data, 16):
+        model(batch.cuda()).sum().backward()
+        optimizer.step(), optimizer.zero_grad()
+        sizes.append(len(batch))
+
+for epoch in range(50):
+    train()
+    torch.ones(1 << 26, device="cuda")
+torch.ones(1 << 27, device="cuda")
+assert sizes.count(5) == 2 and len(sizes) < 20, sizes
+"""
+PACKAGE = """
+import torch
+
+def fit(model, optimizer, batches):
+    for number in range(batches):
+        model(torch.ones(4, 8, device="cuda")).sum().backward()
+        optimizer.step()
+        if number == 900_000:
+            evaluate(model)
+    return model
+
+def evaluate(model):
+    return torch.ones(1 << 28, device="cuda")
+"""
+USER = """
+import torch
+import trainer
+
+model = torch.nn.Linear(8, 8).cuda()
+trainer.fit(model, torch.optim.SGD(model.parameters()), 1_000_000)
+torch.ones(1 << 27, device="cuda")
+"""
+
+
+KEPT_SAMPLER = """
+import torch
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+class Forever(Sampler):
+    def __iter__(self):
+        while True:
+            yield from range(16 * 400)
+
+    def __len__(self):
+        return 16 * 400
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+batches = iter(DataLoader(TensorDataset(torch.randn(16 * 400, 8)), 16, sampler=Forever()))
+numbers = []
+for step in range(100_000):
+    (batch,) = next(batches)
+    model(batch.cuda()).sum().backward()
+    optimizer.step()
+    numbers.append(step)
+for _ in range(500):
+    next(batches)
+torch.ones(1 << 27, device="cuda")
+assert len(numbers) < 30
+"""
+ENDLESS = """
+import torch
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+step = 0
+while True:
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad.mul_(1)
+    optimizer.step()
+    step += 1
+    if step == 1_000_000:
+        break
+torch.ones(1 << 27, device="cuda")
+assert step < 20
+"""
+SAMPLING = """
+import torch
+
+def sample(model, times):
+    steps = []
+    for time in range(times):
+        with torch.no_grad():
+            model(torch.ones(4, 8, device="cuda"))
+        steps.append(time)
+    return steps
+"""
+SAMPLER = """
+import torch
+import sampler
+assert len(sampler.sample(torch.nn.Linear(8, 8).cuda(), 100_000)) < 20
+"""
+
+
+@pytest.mark.parametrize("code", [ENDLESS, KEPT_SAMPLER], ids=["loop", "sampler"])
+def test_endless_ones_are_left(code: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(code)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert found["peak"]["allocated_bytes"] >= 4 << 27
+
+
+def test_a_packages_loop_of_forward_passes_is_shortened(tmp_path: Path) -> None:
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    (package / "sampler.py").write_text(SAMPLING)
+    (tmp_path / "train.py").write_text(SAMPLER)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"], environ={**os.environ, "PYTHONPATH": str(package)})
+    assert found["outcome"] == "fits", found["stopped_because"]
+
+
+def test_an_epoch_goes_on_to_its_last_batch(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(EPOCHS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["stopped_because"] == "the script ended"
+    assert not found["not_played"]
+    assert found["peak"]["allocated_bytes"] >= 4 << 27
+
+
+@pytest.mark.slow  # repeating steps play on for 20 seconds of the processor
+def test_a_packages_loop_is_left_and_listed(tmp_path: Path) -> None:
+    """Lines of a package that never ran may be an evaluation every so many steps, or nothing at all."""
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    (package / "trainer.py").write_text(PACKAGE)
+    (tmp_path / "train.py").write_text(USER)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"], environ={**os.environ, "PYTHONPATH": str(package)})
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert [(Path(each["file"]).name, each["line"]) for each in found["not_played"]] == [("trainer.py", 5)]
+    assert found["peak"]["allocated_bytes"] >= 4 << 27
+    assert any("every so many steps" in each for each in found["notes"])
