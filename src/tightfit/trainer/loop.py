@@ -3,22 +3,24 @@
 import math
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
+from torch import Tensor
 
 from tightfit.config import LOSSY_KEYS, Resolved, SampleConfig, TrainConfig, batch_split, describe, to_dict
 from tightfit.data import open_dataset
 from tightfit.data.batches import Batches, Purpose
-from tightfit.errors import ConfigError, TightfitError
+from tightfit.errors import CannotSave, ConfigError, DoesNotFit, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
-from tightfit.models.optimizer import plain_state
+from tightfit.models.optimizer import SavedOptimizer, plain_state
 from tightfit.storage import BEST, LAST, without_temporary_folder
 from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
@@ -43,6 +45,7 @@ from tightfit.trainer.sample import sample_text
 from tightfit.trainer.saving import Saver
 from tightfit.trainer.setup import (
     build_model,
+    build_shards,
     build_state,
     data_order_changes,
     model_config,
@@ -56,6 +59,9 @@ from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
 from tightfit.trainer.watchdog import Watchdog
 from tightfit.units import GIB
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,20 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
 
 
 def _refuse(config: TrainConfig, world: World) -> None:
+    if config.shard != "none" and "RANK" not in os.environ:
+        raise ConfigError(say("trainer.loop.shard_alone", shard=config.shard))
     if config.effective_batch < world.size:
         raise ConfigError(say("trainer.loop.too_many_processes", batch=config.effective_batch, processes=world.size))
     if config.offloads("optimizer") and world.size > 1:
         raise ConfigError(say("trainer.loop.offload_alone", offload=config.offload, processes=world.size))
     if config.offloads("activations") and not config.activation_checkpointing:
         raise ConfigError(say("trainer.loop.nothing_to_offload"))
+
+
+def _mesh(world: World, device: torch.device) -> "DeviceMesh":
+    from tightfit.trainer.sharding import shard_mesh  # FSDP2 takes more than a second to import
+
+    return shard_mesh(world, device)
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
@@ -142,19 +156,26 @@ class _Run:
             reporter.log(f"{key} = {value!r} ({source})")
         if world.is_main and config.init_from == "resume" and self.folder.is_dir():
             self._take_folder()
-        self.recovery = Recovery(world, hardware.device, reporter.log, reporter.event, enabled=config.recover)
+        sharded = config.shard != "none" and world.size > 1
+        self.mesh = _mesh(world, hardware.device) if sharded else None
+        self.recovery = Recovery(
+            world, hardware.device, reporter.log, reporter.event, enabled=config.recover, sharded=sharded
+        )
         self.saver = Saver(self.folder, self._write_checkpoint, reporter.log)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.stopped_by: signal.Signals | None = None
-        self._unread: list[tuple[int, torch.Tensor]] = []
+        self._unread: list[tuple[int, Tensor]] = []
+        self._gathered: Checkpoint | None = None
+        """The state to write, where it was gathered from several processes."""
+        self.digests: Mapping[str, object] = {}
         self._is_not_finite = False
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
         start = self.recovery.tried(beginning, self._starting_point)
         shape = self._shape(start)
         self.model, self.state = self.recovery.tried(beginning, partial(self._build, shape, start))
         self._set_process_malloc(fallback)
-        if world.size > 1 and config.recover:
+        if world.size > 1 and config.recover and not sharded:
             same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":
             self._resume(start)
@@ -170,8 +191,9 @@ class _Run:
 
     def _build(self, shape: GPTConfig, start: Checkpoint | None) -> tuple[GPT, StepState]:
         torch.manual_seed(self.config.seed)
-        model = build_model(self.config, shape, start, self.hardware.device)
-        state = build_state(self.config, model, start, self.hardware, self.world)
+        shards = build_shards(self.config, shape, start, self.hardware, self.mesh) if self.mesh else None
+        model = shards.model if shards else build_model(self.config, shape, start, self.hardware.device)
+        state = build_state(self.config, model, start, self.hardware, self.world, shards)
         self.recovery.guard(state)
         self.recovery.agree()
         return model, state
@@ -208,7 +230,12 @@ class _Run:
         self.tokens_per_step = config.effective_batch * shape.block_size
         share = world.share(config.effective_batch)
         self.feed = Feed(
-            self.batches, self.hardware.device, share=share, steps=config.max_iters, prefetch=config.prefetch
+            self.batches,
+            self.hardware.device,
+            share=share,
+            steps=config.max_iters,
+            prefetch=config.prefetch,
+            in_step_with=world.size if self.state.shards else 1,
         )
         split = batch_split(config, world.size)
         self.eval_sequences = split.eval_sequences
@@ -278,13 +305,16 @@ class _Run:
                 found = OutOfMemory(say("trainer.loop.between_steps", step=self.step, reason=message))
                 found.message, found.settings = message, self.settings
                 self._end_without_memory(found)
-        if result.stopped_by is None and config.sample_at_end and world.is_main:
+        if result.stopped_by is None and config.sample_at_end and self.state.shards:
+            self.recovery.tried("sample", self._sample, undo=self._undo_pass)
+        elif result.stopped_by is None and config.sample_at_end and world.is_main:
             self.recovery.tried("sample", self._sample, alone=True)
         return result
 
     def _end_without_memory(self, error: OutOfMemory) -> NoReturn:
         """Save, and raise `error`, or leave the rest of the run to a new process of the supervisor."""
-        self._save_before_the_end()
+        if error.of_all or not self.state.shards:  # a model in shards takes all of them to save
+            self._save_before_the_end()
         if error.of_all:  # torchrun ends the others' saving when one process ends
             self.world.any(False, self.hardware.device)
         if self.step > self.first_step and STATUS in os.environ:
@@ -328,8 +358,13 @@ class _Run:
             self.recovery.step_done()
             if self.reporter.reader_has_gone:  # as a shell's `| head` ends other programs, but nothing is lost
                 self.stopped_by = self.stopped_by or getattr(signal, "SIGPIPE", signal.SIGTERM)
-            if self.saver.is_due() or (config.save_interval and self.step % config.save_interval == 0):
+            if self._save_is_due() or (config.save_interval and self.step % config.save_interval == 0):
                 self._save(LAST)
+
+    def _save_is_due(self) -> bool:
+        """Return True if the main process's last save failed and is to be tried again; the shards' owners all do it."""
+        due = self.saver.is_due()
+        return self.world.any(due, self.hardware.device) if self.state.shards else due
 
     def _report_not_finite(self, result: StepResult) -> None:
         """Log the first of several steps with a loss that is not finite: at once, or at the next line on a device."""
@@ -372,13 +407,21 @@ class _Run:
     def _undo_step(self) -> None:
         """Drop everything a step leaves before its update: gradients, the scaler's notes, data read ahead."""
         self.state.optimizer.zero_grad(set_to_none=True)
+        self._undo_pass()
         self.model.zero_grad(set_to_none=True)  # of weights whose optimizer is on the host
         reset_scaler(self.state.optimizer, self.state.scaler)
         self.feed.restart(self.step)
 
+    def _undo_pass(self) -> None:
+        """Drop what a forward or backward pass left half done; only a model in shards keeps any of it."""
+        if self.state.shards:
+            self.model = self.state.model = self.state.shards.rebuild()
+            self.state.shards.sums_each_pass = True
+
     def _evaluate(self) -> bool:
         """Print and keep the mean losses of both splits; return False if a signal cut the evaluation short."""
-        sums = self.world.sum(self.recovery.tried("eval", self._evaluation_sums), self.hardware.device)
+        found = self.recovery.tried("eval", self._evaluation_sums, undo=self._undo_pass)
+        sums = self.world.sum(found, self.hardware.device)
         if self.world.any(self.stopped_by is not None, self.hardware.device):
             return False
         losses = {"train": sums[0] / sums[1], "val": sums[2] / sums[3]}
@@ -394,10 +437,17 @@ class _Run:
         sums: list[float] = []
         purposes: tuple[Purpose, ...] = ("evaluate train", "evaluate val")
         for purpose in purposes:
-            wanted = self.feed.of_evaluation(purpose, self.step, share, self.settings.eval_micro_batch)
-            sums += evaluation_loss(self.state, takewhile(lambda _: self.stopped_by is None, wanted))
+            wanted = self.feed.of_evaluation(
+                purpose, self.step, share, self.settings.eval_micro_batch, sequences=self.eval_sequences
+            )
+            sums += evaluation_loss(self.state, takewhile(lambda _: not self._stops(), wanted))
         self.recovery.agree()
         return sums
+
+    def _stops(self) -> bool:
+        """Return True after a signal that ends the run; processes that share a model stop at the same pass."""
+        stops = self.stopped_by is not None
+        return self.recovery.agree(stops=stops) if self.state.shards else stops
 
     def _save_after_evaluation(self) -> None:
         """Save by nanoGPT's rule, and always at the end of a run."""
@@ -410,22 +460,57 @@ class _Run:
 
     def _save(self, name: str, *, is_last: bool = False) -> None:
         """Save a checkpoint, at the end of the run with all means. The last good checkpoint stays."""
-        if not self.world.is_main:
-            return
+        if self.state.shards:
+            self._save_shards(name, is_last=is_last)
+        elif self.world.is_main:
+            self._save_content(name, is_last=is_last)
+
+    def _save_content(self, name: str, *, is_last: bool) -> None:
         save = self.saver.save_last if is_last or self.step >= self.config.max_iters else self.saver.save
         save(name, self.step)
         self._report_status()
+
+    def _save_shards(self, name: str, *, is_last: bool) -> None:
+        """Gather the state in the main process, which writes it; all processes do this, and end alike."""
+        failed: str | None = None
+        self._gathered = self.recovery.tried("save", self._gather)
+        if self.world.is_main:
+            try:
+                self._save_content(name, is_last=is_last)
+            except (CannotSave, DoesNotFit) as error:
+                failed = str(error)
+        self._gathered = None
+        self.saver.saved_step, failed = self.world.from_main((self.saver.saved_step, failed))
+        if failed:
+            raise CannotSave(failed)
+
+    def _gather(self) -> Checkpoint:
+        shards = self.state.shards
+        assert shards, "only a model in shards has to be gathered"
+        whole = partial(shards.whole, world=self.world)
+        model = {name: whole(tensor) for name, tensor in shards.parameters()}
+        model["lm_head.weight"] = model["transformer.wte.weight"]
+        content = self._content(model, plain_state(self.state.optimizer, whole))
+        self.recovery.agree()
+        return content
 
     def _write_checkpoint(self, folder: Path, name: str, *, is_last: bool) -> None:
         write = partial(self._write_state, folder, name, is_last=is_last)
         self.recovery.tried("save", write, alone=True)
 
     def _write_state(self, folder: Path, name: str, *, is_last: bool) -> None:
-        offload = self.state.offload
-        content = Checkpoint(
+        content = self._gathered
+        if content is None:
+            offload = self.state.offload
+            weights = offload.full_weights(self.model) if offload else self.model.state_dict()
+            content = self._content(weights, plain_state(self.state.optimizer))
+        ckpt.save(folder, content, name=name, is_last=is_last)
+
+    def _content(self, weights: Mapping[str, Tensor], optimizer: SavedOptimizer) -> Checkpoint:
+        return Checkpoint(
             model_config=self.model.config,
-            model=offload.full_weights(self.model) if offload else self.model.state_dict(),
-            optimizer=plain_state(self.state.optimizer),
+            model=weights,
+            optimizer=optimizer,
             step=self.step,
             best_val_loss=self.best_val_loss,
             config=to_dict(self.config),
@@ -433,7 +518,6 @@ class _Run:
             evaluated=self.evaluated,
             data=self.digests,
         )
-        ckpt.save(folder, content, name=name, is_last=is_last)
 
     def _save_before_the_end(self) -> None:
         """Save the steps since the last checkpoint, before a run ends that no longer fits."""
@@ -483,7 +567,10 @@ class _Run:
     def _sample(self) -> None:
         config = self.config
         wanted = SampleConfig(start=config.start, max_new_tokens=config.sample_at_end, seed=config.seed)
-        self.reporter.log(sample_text(self.model, self.dataset, wanted, self.hardware))
+        text = sample_text(self.model, self.dataset, wanted, self.hardware)
+        if self.state.shards:  # all draw the same text, since each has a part of the model
+            self.recovery.agree()
+        self.reporter.log(text)
 
     def _result(self) -> RunResult:
         return RunResult(self.step, self.best_val_loss, self.stopped_by)

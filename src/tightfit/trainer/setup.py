@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tightfit.config import PRETRAINED, TrainConfig
@@ -25,6 +25,11 @@ from tightfit.trainer.hardware import DTYPES, Hardware, compile_obstacle
 from tightfit.trainer.offload import Offload
 from tightfit.trainer.step import StepState
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from tightfit.trainer.sharding import Shards
 
 Log = Callable[[str], object]
 """Takes one line that a person reads."""
@@ -105,6 +110,30 @@ def build_model(config: TrainConfig, shape: GPTConfig, start: Checkpoint | None,
     return model
 
 
+def build_shards(
+    config: TrainConfig, shape: GPTConfig, start: Checkpoint | None, hardware: Hardware, mesh: "DeviceMesh"
+) -> "Shards":
+    """Build this process's part of the model on its device: never the whole, there or on the host.
+
+    New weights are those of `build_model`: each process draws every number from the same seed, one parameter at a time,
+    and keeps its part. Saved ones are mapped from the file, and each process reads its own rows.
+    """
+    from tightfit.trainer.sharding import Shards
+
+    def build() -> GPT:
+        with torch.device("meta"):
+            return GPT(shape, **model_options(config)).to(DTYPES[config.param_dtype])
+
+    def whole(name: str, size: torch.Size) -> Tensor:
+        if start is None:
+            return shards.model.init_parameter(name, torch.empty(size))
+        return start.model[name][: size[0]]  # fewer positions than saved
+
+    shards = Shards(build, mesh, hardware.dtype, compile_mode=config.mode if hardware.compile else None)
+    shards.fill(hardware.device, whole)
+    return shards
+
+
 class ModelOptions(TypedDict):
     """The keywords of GPT's constructor."""
 
@@ -123,7 +152,12 @@ def model_options(config: TrainConfig) -> ModelOptions:
 
 
 def build_state(
-    config: TrainConfig, model: GPT, start: Checkpoint | None, hardware: Hardware, world: World
+    config: TrainConfig,
+    model: GPT,
+    start: Checkpoint | None,
+    hardware: Hardware,
+    world: World,
+    shards: "Shards | None" = None,
 ) -> StepState:
     """Build the optimizer and scaler as they were saved; compile and wrap the model as the run needs it."""
     _refuse_without_compiler(config, hardware)
@@ -137,13 +171,14 @@ def build_state(
     )
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     if start is not None and start.optimizer is not None:
-        restore_state(optimizer, start.optimizer, start.path)
+        restore_state(optimizer, start.optimizer, start.path, shards.place if shards else Tensor.copy_)
         if start.scaler:
             scaler.load_state_dict(dict(start.scaler))
-    if hardware.compile:
+    if hardware.compile and not shards:
         model.compile_parts(config.mode)
     called: nn.Module = model
-    averages = world.size > 1 and not config.recover  # else trainer.recovery sums gradients, when all have theirs
+    # FSDP2 sums gradients, or with `recover` trainer.recovery does, when all processes have theirs
+    averages = world.size > 1 and not config.recover and not shards
     if averages:
         ids = [hardware.device.index] if hardware.device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=ids)
@@ -154,6 +189,7 @@ def build_state(
         autocast=hardware.autocast,
         processes=world.size if averages else 1,
         offload=offload,
+        shards=shards,
     )
 
 

@@ -1,0 +1,149 @@
+"""Models spread over processes with FSDP2: real torchrun runs on gloo give the losses of one process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Done, arguments, column, here, torchrun
+from torch import distributed
+from torch.distributed.tensor import DTensor
+
+from tightfit.config import TrainConfig
+from tightfit.errors import ConfigError
+from tightfit.models.model import GPT, GPTConfig
+from tightfit.trainer.distributed import World
+from tightfit.trainer.hardware import Hardware
+from tightfit.trainer.setup import build_shards
+from tightfit.trainer.sharding import shard_mesh
+
+CPU = torch.device("cpu")
+
+UNEVEN = {"n_embd": 30, "block_size": 3, "bias": True, "batch_size": 7, "gradient_accumulation_steps": 2}
+"""No axis divides by the processes, one has fewer rows than there are processes, and so do shares of a step."""
+SPLIT = {"micro_batch": 2, "eval_interval": 6, "eval_iters": 3}
+LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
+
+
+def sharded(processes: int, out_dir: Path, data_dir: Path, **keys: object) -> Done:
+    running = torchrun(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, shard="full", fit="off", **keys)])
+    out, err = running.communicate(timeout=120)
+    return Done(running.returncode, out, err)
+
+
+def alone(out_dir: Path, data_dir: Path, **keys: object) -> Path:
+    done = here(arguments(out_dir, data_dir, **keys))
+    assert done.code == 0, done.err
+    return out_dir
+
+
+def assert_close(one: Path, other: Path) -> None:
+    for name in LOSSES:
+        expected = column(one, name)
+        assert expected
+        assert column(other, name) == pytest.approx(expected, rel=1e-5), name
+
+
+class TestLosses:
+    def test_two_processes_as_one(self, tmp_path: Path, data_dir: Path) -> None:
+        """With accumulation in 4 passes each, recomputed blocks, a chunked loss and a sample at the end."""
+        keys = UNEVEN | SPLIT | {"max_iters": 5, "lr_decay_iters": 5}
+        done = sharded(
+            2,
+            tmp_path / "two",
+            data_dir,
+            **keys,
+            activation_checkpointing=1,
+            loss="chunked",
+            sample_at_end=4,
+        )
+        assert done.code == 0, done.err
+        assert_close(alone(tmp_path / "one", data_dir, **keys), tmp_path / "two")
+        assert "as 4 x 2 sequences of 3 on each of 2 processes" in done.out
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("checkpointing", [0, 2])
+    @pytest.mark.parametrize("processes", [2, 4])
+    def test_fifty_steps(self, tmp_path: Path, data_dir: Path, processes: int, checkpointing: int) -> None:
+        keys = UNEVEN | SPLIT | {"max_iters": 50, "lr_decay_iters": 50}
+        done = sharded(processes, tmp_path / "many", data_dir, **keys, activation_checkpointing=checkpointing)
+        assert done.code == 0, done.err
+        assert_close(alone(tmp_path / "one", data_dir, **keys), tmp_path / "many")
+
+    @pytest.mark.slow
+    def test_resumed_by_other_numbers_of_processes(self, tmp_path: Path, data_dir: Path) -> None:
+        """2, then 4, then 1 process; the file in between is that of any other run."""
+        keys = UNEVEN | SPLIT | {"max_iters": 18, "lr_decay_iters": 18}
+        expected = alone(tmp_path / "one", data_dir, **keys)
+        run = tmp_path / "run"
+        assert sharded(2, run, data_dir, **keys | {"max_iters": 6}).code == 0
+        assert sharded(4, run, data_dir, **keys | {"max_iters": 12}, init_from="resume").code == 0
+        done = here(arguments(run, data_dir, **keys, init_from="resume"))
+        assert done.code == 0, done.err
+        assert_close(expected, run)
+
+
+class TestRefused:
+    def test_without_torchrun(self, tmp_path: Path, data_dir: Path) -> None:
+        done = here(arguments(tmp_path / "out", data_dir, shard="full"))
+        assert done.code == 2
+        assert "shard=full spreads the model over several processes, but this run has one; start it with torchrun" in (
+            done.err
+        )
+        assert "Traceback" not in done.err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("key", "value", "sentence"),
+        [
+            ("offload", "optimizer", "shard=full and offload=optimizer do not work together; set one of them to none"),
+            ("optimizer", "adamw_8bit", "shard=full works with optimizer=adamw only, got adamw_8bit"),
+            ("mode", "reduce-overhead", "shard=full cannot be recorded in CUDA graphs, which mode=reduce-overhead"),
+            ("shard", "half", "shard must be one of none, full"),
+        ],
+    )
+    def test_with_other_keys(self, key: str, value: str, sentence: str) -> None:
+        keys: dict[str, str] = {"shard": "full"} | {key: value}
+        with pytest.raises(ConfigError, match=sentence):
+            TrainConfig(**keys)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+class TestPrecision:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_are_those_of_autocast(self, dtype: torch.dtype) -> None:
+        """Block matrices are gathered in bfloat16, sums and layer norms stay float32: bit for bit the same gradients.
+
+        Without biases: autocast on the processor sums a bias's gradient in float32, a gathered one gets bfloat16.
+        """
+        hardware = Hardware(device=CPU, dtype=dtype, compile=False, reasons=())
+        shape = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
+        config = TrainConfig(shard="full", device="cpu")
+        shards = build_shards(config, shape, None, hardware, shard_mesh(World(), CPU))
+        torch.manual_seed(0)
+        ids = torch.randint(64, (4, 17))
+        plain = GPT(shape)
+        plain.load_state_dict({name: value.to_local() for name, value in shards.model.state_dict().items()})
+        for model in (plain, shards.model):
+            for _ in range(2):
+                shards.begin_pass(is_last=False)
+                with hardware.autocast():
+                    loss = model(ids[:, :-1], ids[:, 1:])
+                loss.backward()
+            shards.begin_pass(is_last=True)
+            with hardware.autocast():
+                loss = model(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+        found = {name: parameter.grad for name, parameter in shards.parameters()}
+        for name, parameter in plain.named_parameters():
+            grad = found[name]
+            assert isinstance(grad, DTensor)
+            assert parameter.grad is not None
+            assert torch.equal(grad.to_local(), parameter.grad), name
