@@ -70,18 +70,6 @@ class TestLosses:
         assert done.code == 0, done.err
         assert_close(alone(tmp_path / "one", data_dir, **keys), tmp_path / "many")
 
-    @pytest.mark.slow
-    def test_resumed_by_other_numbers_of_processes(self, tmp_path: Path, data_dir: Path) -> None:
-        """2, then 4, then 1 process; the file in between is that of any other run."""
-        keys = UNEVEN | SPLIT | {"max_iters": 18, "lr_decay_iters": 18}
-        expected = alone(tmp_path / "one", data_dir, **keys)
-        run = tmp_path / "run"
-        assert sharded(2, run, data_dir, **keys | {"max_iters": 6}).code == 0
-        assert sharded(4, run, data_dir, **keys | {"max_iters": 12}, init_from="resume").code == 0
-        done = here(arguments(run, data_dir, **keys, init_from="resume"))
-        assert done.code == 0, done.err
-        assert_close(expected, run)
-
 
 class TestRefused:
     def test_without_torchrun(self, tmp_path: Path, data_dir: Path) -> None:

@@ -31,8 +31,19 @@ def previous(name: str) -> str:
     return name.removesuffix(".pt") + ".prev.pt"
 
 
+def folder_of(name: str) -> str:
+    """Name of the folder that stands for the checkpoint `name` of a run of several processes.
+
+    >>> folder_of(BEST)
+    'ckpt.dcp'
+    """
+    return name.removesuffix(".pt") + ".dcp"
+
+
 CHECKPOINTS = (BEST, LAST, previous(BEST), previous(LAST))
 """All checkpoints that a run may leave in its folder."""
+MARKER = "tightfit.json"
+"""File in such a folder, written last."""
 
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 """Errors of file systems and folders that cannot be synced; the files in them can."""

@@ -104,13 +104,11 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
     return {name: getattr(tensor, name) for name in names}
 
 
-def plain_state(optimizer: torch.optim.Optimizer, whole: Callable[[Tensor], Tensor] | None = None) -> SavedOptimizer:
-    """Return a `state_dict` with each 8-bit moment as a mapping of its parts; `whole` gathers what is spread."""
+def plain_state(optimizer: torch.optim.Optimizer, *, in_shards: bool = False) -> SavedOptimizer:
+    """Return a `state_dict` with each 8-bit moment as a mapping of its parts; moments in shards stay so."""
     saved = optimizer.state_dict()
-    state = {
-        number: {k: whole(v) if whole and isinstance(v, Tensor) else _plain(v) for k, v in each.items()}
-        for number, each in saved["state"].items()
-    }
+    plain = (lambda value: value) if in_shards else _plain
+    state = {number: {k: plain(v) for k, v in each.items()} for number, each in saved["state"].items()}
     groups = [{k: float(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in saved["param_groups"]]
     return {"state": state, "param_groups": groups}
 

@@ -64,6 +64,14 @@ class World:
         dist.all_gather_object(found, value)
         return next((each for each in found if each is not None), None)
 
+    def all(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        found = [value] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def from_main(self, value: T) -> T:
         """Return the main process's `value` in every process."""
         if self.size == 1:

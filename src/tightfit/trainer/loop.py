@@ -17,7 +17,7 @@ from torch import Tensor
 from tightfit.config import LOSSY_KEYS, Resolved, SampleConfig, TrainConfig, batch_split, describe, to_dict
 from tightfit.data import open_dataset
 from tightfit.data.batches import Batches, Purpose
-from tightfit.errors import CannotSave, ConfigError, DoesNotFit, TightfitError
+from tightfit.errors import ConfigError, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import SavedOptimizer, plain_state
@@ -161,13 +161,12 @@ class _Run:
         self.recovery = Recovery(
             world, hardware.device, reporter.log, reporter.event, enabled=config.recover, sharded=sharded
         )
-        self.saver = Saver(self.folder, self._write_checkpoint, reporter.log)
+        agreed = self.world.from_main if sharded else None
+        self.saver = Saver(self.folder, self._write_checkpoint, reporter.log, agreed=agreed)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.stopped_by: signal.Signals | None = None
         self._unread: list[tuple[int, Tensor]] = []
-        self._gathered: Checkpoint | None = None
-        """The state to write, where it was gathered from several processes."""
         self.digests: Mapping[str, object] = {}
         self._is_not_finite = False
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
@@ -362,7 +361,7 @@ class _Run:
                 self._save(LAST)
 
     def _save_is_due(self) -> bool:
-        """Return True if the main process's last save failed and is to be tried again; the shards' owners all do it."""
+        """Return True if a save failed and it is time for the next try; processes that save together agree on it."""
         due = self.saver.is_due()
         return self.world.any(due, self.hardware.device) if self.state.shards else due
 
@@ -460,51 +459,33 @@ class _Run:
 
     def _save(self, name: str, *, is_last: bool = False) -> None:
         """Save a checkpoint, at the end of the run with all means. The last good checkpoint stays."""
-        if self.state.shards:
-            self._save_shards(name, is_last=is_last)
-        elif self.world.is_main:
-            self._save_content(name, is_last=is_last)
-
-    def _save_content(self, name: str, *, is_last: bool) -> None:
+        if not self.world.is_main and not self.state.shards:
+            return
         save = self.saver.save_last if is_last or self.step >= self.config.max_iters else self.saver.save
         save(name, self.step)
         self._report_status()
 
-    def _save_shards(self, name: str, *, is_last: bool) -> None:
-        """Gather the state in the main process, which writes it; all processes do this, and end alike."""
-        failed: str | None = None
-        self._gathered = self.recovery.tried("save", self._gather)
-        if self.world.is_main:
-            try:
-                self._save_content(name, is_last=is_last)
-            except (CannotSave, DoesNotFit) as error:
-                failed = str(error)
-        self._gathered = None
-        self.saver.saved_step, failed = self.world.from_main((self.saver.saved_step, failed))
-        if failed:
-            raise CannotSave(failed)
-
-    def _gather(self) -> Checkpoint:
-        shards = self.state.shards
-        assert shards, "only a model in shards has to be gathered"
-        whole = partial(shards.whole, world=self.world)
-        model = {name: whole(tensor) for name, tensor in shards.parameters()}
-        model["lm_head.weight"] = model["transformer.wte.weight"]
-        content = self._content(model, plain_state(self.state.optimizer, whole))
-        self.recovery.agree()
-        return content
-
     def _write_checkpoint(self, folder: Path, name: str, *, is_last: bool) -> None:
         write = partial(self._write_state, folder, name, is_last=is_last)
-        self.recovery.tried("save", write, alone=True)
+        self.recovery.tried("save", write, alone=not self.state.shards)
 
     def _write_state(self, folder: Path, name: str, *, is_last: bool) -> None:
-        content = self._gathered
-        if content is None:
-            offload = self.state.offload
-            weights = offload.full_weights(self.model) if offload else self.model.state_dict()
-            content = self._content(weights, plain_state(self.state.optimizer))
-        ckpt.save(folder, content, name=name, is_last=is_last)
+        if self.state.shards:
+            self._write_parts(folder, name, is_last=is_last)
+            return
+        offload = self.state.offload
+        weights = offload.full_weights(self.model) if offload else self.model.state_dict()
+        ckpt.save(folder, self._content(weights, plain_state(self.state.optimizer)), name=name, is_last=is_last)
+
+    def _write_parts(self, folder: Path, name: str, *, is_last: bool) -> None:
+        from tightfit.trainer.parts import save_parts  # DCP takes a second to import
+
+        shards = self.state.shards
+        assert shards, "only a model in shards is saved in parts"
+        content = self._content(dict(shards.parameters()), plain_state(self.state.optimizer, in_shards=True))
+        self.recovery.agree()
+        save_parts(folder, content, self.world, name=name, is_last=is_last)
+        self.recovery.agree()
 
     def _content(self, weights: Mapping[str, Tensor], optimizer: SavedOptimizer) -> Checkpoint:
         return Checkpoint(

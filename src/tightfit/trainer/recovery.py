@@ -45,6 +45,8 @@ MOST_TRIES = 4
 """Tries of the same settings in one step where nothing smaller is left: others' memory comes and goes."""
 WAIT_S = 0.5
 """Seconds before the first retry of the same settings; doubles with each further retry."""
+_FAILS = float(2**20)
+"""A process that failed adds so much to the processes' common sum, one that stops adds 1; more than processes are."""
 _SETTINGS_MATTER: tuple[Phase, ...] = ("eval", "forward", "loss", "backward", "compile")
 """Phases in which smaller settings need less. In the others releasing memory comes first."""
 
@@ -119,7 +121,7 @@ class Recovery(Guard):
         if self.enabled and self.device.type == "cpu":
             self._reserve = Reserve()
         if (self.enabled or self.sharded) and self.world.size > 1:
-            self._flag = torch.zeros(2, device=self.world.flag_device(self.device))
+            self._flag = torch.zeros(1, device=self.world.flag_device(self.device))
 
     def watch(self, run: Adjustable, fallback: Fallback, *, failed: Settings | None = None) -> None:
         """Allow the settings of `run` to change from now on; `failed` are those that ended the process before."""
@@ -339,13 +341,14 @@ class Recovery(Guard):
         raise BeyondSaving(say("trainer.recovery.half_updated", step=self.step))
 
     def _signal(self, *, failed: bool, stops: bool = False) -> tuple[bool, bool]:
-        """Return whether any process failed and whether any stops; allocates nothing on a device."""
+        """Return whether any process failed and whether any stops; allocates nothing."""
         if self._flag is None:
             return failed, stops
         try:
-            self._flag[0], self._flag[1] = float(failed), float(stops)
+            self._flag.fill_(_FAILS if failed else float(stops))
             torch.distributed.all_reduce(self._flag)
-            return self._flag[0].item() > 0, self._flag[1].item() > 0
+            total = self._flag.item()
+            return total >= _FAILS, total % _FAILS > 0
         except (RuntimeError, MemoryError) as error:  # the others go on: going back alone would leave them waiting
             raise BeyondSaving(say("trainer.recovery.no_agreement", step=self.step, reason=error)) from error
 

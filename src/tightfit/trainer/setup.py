@@ -16,8 +16,9 @@ from tightfit.errors import ConfigError, DeviceError
 from tightfit.models.conversion import fetch_pretrained, pretrained_shape
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
-from tightfit.models.optimizer import build_optimizer, restore_state
+from tightfit.models.optimizer import build_optimizer, plain_state, restore_state
 from tightfit.models.shape import PADDED_VOCAB
+from tightfit.storage import MARKER
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.checkpoint import Checkpoint
 from tightfit.trainer.distributed import World
@@ -58,7 +59,8 @@ def starting_shape(init_from: str, out_dir: str) -> GPTConfig | None:
 
 
 def _is_checkpoint(init_from: str) -> bool:
-    return init_from not in PRETRAINED and (Path(init_from).suffix == ".pt" or Path(init_from).is_file())
+    path = Path(init_from)
+    return init_from not in PRETRAINED and (path.suffix == ".pt" or path.is_file() or (path / MARKER).is_file())
 
 
 def model_config(config: TrainConfig, start: Checkpoint | None, dataset: Dataset, *, log: Log) -> GPTConfig:
@@ -116,7 +118,8 @@ def build_shards(
     """Build this process's part of the model on its device: never the whole, there or on the host.
 
     New weights are those of `build_model`: each process draws every number from the same seed, one parameter at a time,
-    and keeps its part. Saved ones are mapped from the file, and each process reads its own rows.
+    and keeps its part. Saved ones are mapped from the file, and each process reads its own rows. Those that several
+    processes saved wait for `build_state`.
     """
     from tightfit.trainer.sharding import Shards
 
@@ -124,14 +127,21 @@ def build_shards(
         with torch.device("meta"):
             return GPT(shape, **model_options(config)).to(DTYPES[config.param_dtype])
 
-    def whole(name: str, size: torch.Size) -> Tensor:
-        if start is None:
-            return shards.model.init_parameter(name, torch.empty(size))
-        return start.model[name][: size[0]]  # fewer positions than saved
-
     shards = Shards(build, mesh, hardware.dtype, compile_mode=config.mode if hardware.compile else None)
-    shards.fill(hardware.device, whole)
+    shards.allocate(hardware.device)
+    if start is not None and _is_whole_run_in_parts(start):
+        return shards
+    for name, parameter in shards.parameters():
+        if start is None:
+            whole = shards.model.init_parameter(name, torch.empty(parameter.shape))
+        else:
+            whole = start.model[name][: parameter.shape[0]]  # fewer positions than saved
+        shards.place(parameter, whole)
     return shards
+
+
+def _is_whole_run_in_parts(start: Checkpoint) -> bool:
+    return start.optimizer is not None and start.path is not None and start.path.is_dir()
 
 
 class ModelOptions(TypedDict):
@@ -171,7 +181,12 @@ def build_state(
     )
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     if start is not None and start.optimizer is not None:
-        restore_state(optimizer, start.optimizer, start.path, shards.place if shards else Tensor.copy_)
+        if shards and _is_whole_run_in_parts(start):
+            from tightfit.trainer.parts import read_parts
+
+            read_parts(start, dict(shards.parameters()), plain_state(optimizer, in_shards=True))
+        else:
+            restore_state(optimizer, start.optimizer, start.path, shards.place if shards else Tensor.copy_)
         if start.scaler:
             scaler.load_state_dict(dict(start.scaler))
     if hardware.compile and not shards:

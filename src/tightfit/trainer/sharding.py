@@ -12,6 +12,7 @@ on all of them or on none. What a failed pass leaves in FSDP2's modules (gathere
 states) is not repaired: `rebuild` makes new modules around the same shards and drops the old ones.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,8 @@ _reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distrib
 
 def shard_mesh(world: World, device: torch.device) -> DeviceMesh:
     """Return the processes of a run in one line; all processes call this together."""
+    # A linear layer returns a view, which is only added to the residual stream, and never changed in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
 
 
@@ -72,13 +75,10 @@ class Shards:
             model.compile_parts(self.compile_mode, around_hooks=False)
         return model
 
-    @torch.no_grad()
-    def fill(self, device: torch.device, whole: Callable[[str, torch.Size], Tensor]) -> None:
-        """Allocate this process's parts, and fill them from `whole`, one parameter at a time, in the model's order."""
+    def allocate(self, device: torch.device) -> None:
+        """Allocate this process's parts, with their values not yet set."""
         self.model.to_empty(device=device)
         self._parameters = dict(self.model.named_parameters())
-        for name, parameter in self._parameters.items():
-            self.place(parameter, whole(name, parameter.shape))
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return each parameter of this process, by its name in the model."""
@@ -121,23 +121,6 @@ class Shards:
             local.copy_(whole[first : first + local.shape[0]])
         else:
             tensor.copy_(whole)
-
-    @torch.no_grad()
-    def whole(self, tensor: Tensor, world: World) -> Tensor:
-        """Return all of `tensor` in the main process's host memory; in the others an empty tensor."""
-        if not isinstance(tensor, DTensor):
-            return tensor
-        local, rows, shape = tensor.to_local(), self._rows(tensor), tensor.shape[1:]
-        device = world.flag_device(local.device)
-        part = torch.zeros((rows, *shape), dtype=local.dtype, device=device)
-        part[: local.shape[0]] = local
-        count = world.size if world.is_main else 0
-        parts = torch.empty((count * rows, *shape), dtype=local.dtype, device=device)
-        self.agree()
-        distributed.gather(part, list(parts.split(rows)) if world.is_main else None, dst=0)
-        whole = parts[: tensor.shape[0]]
-        # In memory of its own: with a view a file would get the rows beyond it, too.
-        return (whole if parts.shape[0] == whole.shape[0] else whole.clone()).cpu()
 
     def _rows(self, tensor: DTensor) -> int:
         """Rows of each part but the last ones, which may have fewer."""
