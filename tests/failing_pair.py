@@ -38,9 +38,11 @@ def main() -> None:
     for number in range(trials):
         draw = random.Random(number)
         fails, shrinks = draw.choice([(0,), (1,), (0, 1)]), draw.random() < 0.5
-        # an evaluation of a model in shards takes several times as many operators
-        spared = 3000 if keys["shard"] == "none" else 12_000
-        failing = at_random(2 * number + rank, 150, spared=spared, allocating_only=True)
+        if keys["shard"] == "none":
+            failing = at_random(2 * number + rank, 150, spared=3000, allocating_only=True)
+        else:  # steps and evaluations take several times as many operators; each trial fails in some of the phases
+            phases = draw.sample(("setup", "forward", "loss", "backward", "eval", "optimizer", "save"), 3)
+            failing = at_random(2 * number + rank, 100, spared=8000, allocating_only=True, phases=phases)
         path = out / f"trial{number}"
         chosen = failing if rank in fails else Failing(lambda number, name, phase: False)
         got = trained(path, data, chosen, fallback=None if shrinks else Same(), **keys)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError
 from tightfit.models.model import GPT, GPTConfig
+from tightfit.trainer import loop
 from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import Hardware
 from tightfit.trainer.setup import build_shards
@@ -26,7 +27,7 @@ LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
 
 
 def sharded(processes: int, out_dir: Path, data_dir: Path, **keys: object) -> Done:
-    running = torchrun(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, shard="full", fit="off", **keys)])
+    running = torchrun(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, **{"shard": "full"} | keys)])
     out, err = running.communicate(timeout=120)
     return Done(running.returncode, out, err)
 
@@ -62,11 +63,23 @@ class TestLosses:
         assert "as 4 x 2 sequences of 3 on each of 2 processes" in done.out
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("checkpointing", [0, 2])
-    @pytest.mark.parametrize("processes", [2, 4])
-    def test_fifty_steps(self, tmp_path: Path, data_dir: Path, processes: int, checkpointing: int) -> None:
+    @pytest.mark.parametrize(
+        ("processes", "shard", "checkpointing"),
+        [
+            (2, "full", 0),
+            (2, "full", 2),
+            (4, "full", 0),
+            (4, "full", 2),
+            (3, "full", 1),
+            (2, "optimizer", 1),
+            (4, "hybrid", 1),
+            (2, "auto", 0),
+        ],
+    )
+    def test_fifty_steps(self, tmp_path: Path, data_dir: Path, processes: int, shard: str, checkpointing: int) -> None:
         keys = UNEVEN | SPLIT | {"max_iters": 50, "lr_decay_iters": 50}
-        done = sharded(processes, tmp_path / "many", data_dir, **keys, activation_checkpointing=checkpointing)
+        own = {"shard": shard, "shard_size": 2 if shard == "hybrid" else 0, "activation_checkpointing": checkpointing}
+        done = sharded(processes, tmp_path / "many", data_dir, **keys, **own)
         assert done.code == 0, done.err
         assert_close(alone(tmp_path / "one", data_dir, **keys), tmp_path / "many")
 
@@ -81,17 +94,31 @@ class TestRefused:
         assert "Traceback" not in done.err
         assert not (tmp_path / "out").exists()
 
+    def test_copies_that_do_not_divide_the_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RANK", "0")
+        sentence = (
+            "shard=hybrid with 2 processes to a copy of the model needs a multiple of 2 processes, but this run has 3"
+        )
+        with pytest.raises(ConfigError, match=sentence):
+            loop._refuse(TrainConfig(shard="hybrid", shard_size=2), World(0, 3))
+
+    def test_a_plan(self) -> None:
+        done = here(["plan", "--gpu=RTX 4090", "--shard=full"])
+        assert done.code == 2
+        assert "plans are for a whole model on each card, but shard=full spreads it over several" in done.err
+
     @pytest.mark.parametrize(
         ("key", "value", "sentence"),
         [
             ("offload", "optimizer", "shard=full and offload=optimizer do not work together; set one of them to none"),
             ("optimizer", "adamw_8bit", "shard=full works with optimizer=adamw only, got adamw_8bit"),
             ("mode", "reduce-overhead", "shard=full cannot be recorded in CUDA graphs, which mode=reduce-overhead"),
-            ("shard", "half", "shard must be one of none, full"),
+            ("shard", "half", "shard must be one of none, optimizer, full, hybrid, auto"),
+            ("shard_size", 2, "shard_size=2 is for shard=hybrid, but this run has shard=full"),
         ],
     )
-    def test_with_other_keys(self, key: str, value: str, sentence: str) -> None:
-        keys: dict[str, str] = {"shard": "full"} | {key: value}
+    def test_with_other_keys(self, key: str, value: str | int, sentence: str) -> None:
+        keys: dict[str, str | int] = {"shard": "full"} | {key: value}
         with pytest.raises(ConfigError, match=sentence):
             TrainConfig(**keys)  # type: ignore[arg-type]
 
@@ -114,7 +141,7 @@ class TestPrecision:
         hardware = Hardware(device=CPU, dtype=dtype, compile=False, reasons=())
         shape = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
         config = TrainConfig(shard="full", device="cpu")
-        shards = build_shards(config, shape, None, hardware, shard_mesh(World(), CPU))
+        shards = build_shards(config, shape, None, hardware, shard_mesh(World(), CPU, 1))
         torch.manual_seed(0)
         ids = torch.randint(64, (4, 17))
         plain = GPT(shape)

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -34,6 +34,7 @@ from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_opt
 from tightfit.trainer.metrics import Reporter, Stopwatch
 from tightfit.trainer.out_of_memory import (
     Kind,
+    free_bytes,
     is_out_of_memory,
     release_frames,
     release_memory,
@@ -51,7 +52,9 @@ from tightfit.trainer.setup import (
     model_config,
     refuse_other_run,
     refuse_other_text,
+    sharding_that_fits,
     starting_point,
+    state_bytes,
 )
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
@@ -104,6 +107,8 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
 def _refuse(config: TrainConfig, world: World) -> None:
     if config.shard != "none" and "RANK" not in os.environ:
         raise ConfigError(say("trainer.loop.shard_alone", shard=config.shard))
+    if config.shard == "hybrid" and world.size % (size := config.shard_size or world.local_size):
+        raise ConfigError(say("trainer.loop.shard_size", size=size, processes=world.size))
     if config.effective_batch < world.size:
         raise ConfigError(say("trainer.loop.too_many_processes", batch=config.effective_batch, processes=world.size))
     if config.offloads("optimizer") and world.size > 1:
@@ -112,10 +117,14 @@ def _refuse(config: TrainConfig, world: World) -> None:
         raise ConfigError(say("trainer.loop.nothing_to_offload"))
 
 
-def _mesh(world: World, device: torch.device) -> "DeviceMesh":
+def _mesh(config: TrainConfig, world: World, device: torch.device) -> "DeviceMesh | None":
+    """Return the processes over which the model is spread, None if each has a copy; all processes call this."""
+    if config.shard == "none" or world.size == 1:
+        return None
     from tightfit.trainer.sharding import shard_mesh  # FSDP2 takes more than a second to import
 
-    return shard_mesh(world, device)
+    is_hybrid = config.shard == "hybrid"
+    return shard_mesh(world, device, (config.shard_size or world.local_size) if is_hybrid else world.size)
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
@@ -157,12 +166,10 @@ class _Run:
         if world.is_main and config.init_from == "resume" and self.folder.is_dir():
             self._take_folder()
         sharded = config.shard != "none" and world.size > 1
-        self.mesh = _mesh(world, hardware.device) if sharded else None
         self.recovery = Recovery(
             world, hardware.device, reporter.log, reporter.event, enabled=config.recover, sharded=sharded
         )
-        agreed = self.world.from_main if sharded else None
-        self.saver = Saver(self.folder, self._write_checkpoint, reporter.log, agreed=agreed)
+        self.saver = Saver(self.folder, self._write_checkpoint, reporter.log)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.stopped_by: signal.Signals | None = None
@@ -172,14 +179,34 @@ class _Run:
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
         start = self.recovery.tried(beginning, self._starting_point)
         shape = self._shape(start)
+        self._choose_sharding(shape)
         self.model, self.state = self.recovery.tried(beginning, partial(self._build, shape, start))
         self._set_process_malloc(fallback)
-        if world.size > 1 and config.recover and not sharded:
+        if self.state.shards:
+            self.state.shards.same_weights()
+        elif world.size > 1 and config.recover:
             same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":
             self._resume(start)
         self.first_step = self.saver.saved_step = self.recovery.step = self.step
         self._begin(shape, fallback)
+
+    def _choose_sharding(self, shape: GPTConfig) -> None:
+        """Choose where the configuration leaves it open, and connect the processes accordingly."""
+        config, world = self.config, self.world
+        if config.shard == "auto":
+            need = state_bytes(shape)
+            frees = [each for each in world.all(free_bytes(self.hardware.device)) if each is not None]
+            free = min(frees, default=None)
+            if free is not None and self.hardware.device.type == "cpu":
+                free //= world.local_size  # the processes of a machine share its memory
+            shard = sharding_that_fits(need, free, world) if world.size > 1 else "none"
+            self.config = replace(config, shard=shard)
+            room = say("trainer.loop.shard_room", free=free) if free is not None else ""
+            self.reporter.log(say("trainer.loop.shard_chosen", shard=shard, need=need, room=room))
+        self.mesh = _mesh(self.config, world, self.hardware.device)
+        if self.mesh:
+            self.saver.agreed = world.from_main
 
     def _starting_point(self) -> Checkpoint | None:
         start = starting_point(self.config.init_from, self.config.out_dir, log=self.reporter.log)

@@ -127,7 +127,8 @@ def build_shards(
         with torch.device("meta"):
             return GPT(shape, **model_options(config)).to(DTYPES[config.param_dtype])
 
-    shards = Shards(build, mesh, hardware.dtype, compile_mode=config.mode if hardware.compile else None)
+    keeps, mode = config.shard == "optimizer", config.mode if hardware.compile else None
+    shards = Shards(build, mesh, hardware.dtype, keeps_weights=keeps, compile_mode=mode)
     shards.allocate(hardware.device)
     if start is not None and _is_whole_run_in_parts(start):
         return shards
@@ -138,6 +139,25 @@ def build_shards(
             whole = start.model[name][: parameter.shape[0]]  # fewer positions than saved
         shards.place(parameter, whole)
     return shards
+
+
+def state_bytes(shape: GPTConfig) -> int:
+    """Bytes of weights, gradients and moments in float32, of a model that is not spread."""
+    with torch.device("meta"):
+        return 16 * GPT(shape).count_parameters()
+
+
+def sharding_that_fits(state: int, free: int | None, world: World) -> str:
+    """Return the sharding with the least exchange whose part of `state` bytes leaves half of `free` to activations.
+
+    >>> two_machines = World(rank=0, size=16, local_rank=0, local_size=8)
+    >>> [sharding_that_fits(gib, 20, two_machines) for gib in (8, 60, 100)]
+    ['none', 'hybrid', 'full']
+    """
+    if free is None or 2 * state <= free:
+        return "none"
+    fits_in_machine = 2 * state <= free * world.local_size
+    return "hybrid" if fits_in_machine and world.local_size < world.size else "full"
 
 
 def _is_whole_run_in_parts(start: Checkpoint) -> bool:

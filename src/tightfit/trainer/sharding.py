@@ -30,11 +30,14 @@ _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
 
-def shard_mesh(world: World, device: torch.device) -> DeviceMesh:
-    """Return the processes of a run in one line; all processes call this together."""
+def shard_mesh(world: World, device: torch.device, shard_size: int) -> DeviceMesh:
+    """Return the processes of a run as rows of `shard_size` that share a copy of the model; all call this together."""
     # A linear layer returns a view, which is only added to the residual stream, and never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    if shard_size == world.size:
+        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    copies = world.size // shard_size
+    return init_device_mesh(device.type, (copies, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 @dataclass
@@ -46,6 +49,9 @@ class Shards:
     mesh: DeviceMesh
     dtype: torch.dtype
     """Dtype of matrix products under autocast."""
+    keeps_weights: bool = False
+    """True: gathered weights stay until the end of a step, as ZeRO-2 has them (Rajbhandari et al. 2020, arXiv
+    1910.02054): one gathering a step. False: for a block's passes only, as ZeRO-3."""
     compile_mode: str | None = None
     """torch.compile's mode; None: not compiled."""
     agree: Callable[[], object] = lambda: None
@@ -63,7 +69,8 @@ class Shards:
         model = self.build()
         low = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer["h"]:
-            fully_shard([block.attn, block.mlp], mesh=self.mesh, mp_policy=low)
+            parts = [block.attn, block.mlp]
+            fully_shard(parts, mesh=self.mesh, mp_policy=low, reshard_after_forward=not self.keeps_weights)
         fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -96,10 +103,22 @@ class Shards:
     def begin_pass(self, *, is_last: bool) -> None:
         """Sum the gradients over processes in this pass if it is the last one of a step, or if each is to."""
         self.model.set_requires_gradient_sync(is_last or self.sums_each_pass)  # type: ignore[operator]
+        if self.keeps_weights:
+            self.model.set_reshard_after_backward(is_last)  # type: ignore[operator]
 
     def end_evaluation(self) -> None:
-        """Drop the gathered weights that the root keeps for a backward pass."""
-        self.model.reshard()  # type: ignore[operator]
+        """Drop the gathered weights that were kept for a backward pass."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @torch.no_grad()
+    def same_weights(self) -> None:
+        """Copy the weights of the first copy of the model to all others, as `trainer.distributed.same_weights`."""
+        if self.mesh.ndim == 2:
+            for parameter in self._parameters.values():
+                assert isinstance(parameter, DTensor)
+                distributed.broadcast(parameter.to_local(), group=self.mesh.get_group("replicate"), group_src=0)
 
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
