@@ -72,6 +72,8 @@ def _phase(frame: Any) -> str:
         name, file = frame.f_code.co_name, frame.f_code.co_filename
         if name == "tried" and file.endswith("recovery.py"):
             return found
+        if file.endswith("distributed_c10d.py"):
+            return ""  # within an exchange, where an error ends the run
         if name in _PHASES and found in ("", "loss") and ("tightfit" in file or name in _OF_TORCH):
             found = _PHASES[name] if not found or name == "_evaluation_sums" else found
         frame = frame.f_back

@@ -4,6 +4,8 @@ import errno
 import os
 import pickle
 import shutil
+import socket
+import textwrap
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from runs import arguments, here
+from runs import arguments, here, torchrun
 from test_trainer_shard import SPLIT, UNEVEN, alone, assert_close, sharded
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -192,6 +194,72 @@ class TestConvert:
 
 @pytest.mark.slow
 class TestRuns:
+    def test_an_error_within_an_exchange_ends_both(self, tmp_path: Path, data_dir: Path) -> None:
+        """The other one already waits for what this one cannot send: going back would hang them."""
+        program = tmp_path / "program.py"
+        program.write_text(
+            textwrap.dedent("""\
+            import os, sys
+            from torch import distributed
+            from tightfit.cli.main import main
+            from tightfit.trainer import parts
+
+            usual = distributed.all_gather_object
+
+            def fails(found, value):
+                if os.environ["RANK"] == "1" and isinstance(value, dict) and "__1_0.distcp" in value:
+                    raise RuntimeError("CUDA out of memory. Tried to allocate 2 bytes")
+                usual(found, value)
+
+            distributed.all_gather_object = fails
+            sys.exit(main())
+            """)
+        )
+        keys = UNEVEN | SPLIT | {"shard": "full", "fit": "off"}
+        running = torchrun(2, [str(program), *arguments(tmp_path / "out", data_dir, **keys)])
+        out, err = running.communicate(timeout=90)
+        assert running.returncode != 0
+        assert "the processes could not save together (CUDA out of memory. Tried to allocate 2 bytes)" in err
+        assert "step 6: train loss" in out
+
+    @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+    def test_torchrun_restarts_a_run_where_it_was(self, tmp_path: Path, data_dir: Path, how: str) -> None:
+        """One process is lost at step 8: the other notices and ends, and torchrun starts both again.
+
+        Of a process that only stops nothing arrives: the watchdog ends the wait, here after 5 s, and names it.
+        """
+        program = tmp_path / "program.py"
+        program.write_text(
+            textwrap.dedent("""\
+            import os, signal, sys
+            from tightfit.cli.main import main
+            from tightfit.trainer import loop, watchdog
+
+            watchdog.LEAST_S = watchdog.FIRST_S = 5.0
+            usual = loop._Run._train_step
+
+            def step(run):
+                if run.step == 8 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    os.kill(os.getpid(), signal.HOW)
+                return usual(run)
+
+            loop._Run._train_step = step
+            sys.exit(main())
+            """).replace("HOW", how)
+        )
+        keys = UNEVEN | SPLIT | {"max_iters": 12, "lr_decay_iters": 12}
+        out_dir = tmp_path / "out"
+        words = ["--max-restarts=1", str(program), *arguments(out_dir, data_dir, **keys, shard="full")]
+        running = torchrun(2, words)
+        out, err = running.communicate(timeout=150)
+        assert running.returncode == 0, err
+        assert f"torchrun started this run's processes again: resuming it from {out_dir}" in out
+        assert f"resuming {out_dir}/ckpt.dcp at step 6" in out
+        if how == "SIGSTOP":
+            assert "step 8 has taken 5 s and hangs" in out
+            assert f"no sign of life from process 1 on {socket.gethostname()}; all processes end" in err
+        assert_close(alone(tmp_path / "one", data_dir, **keys), out_dir)
+
     def test_resumed_by_as_many_bit_for_bit(self, tmp_path: Path, data_dir: Path) -> None:
         keys = UNEVEN | SPLIT | {"max_iters": 12, "lr_decay_iters": 12}
         run, unbroken = tmp_path / "run", tmp_path / "unbroken"

@@ -18,6 +18,8 @@ BEST, LAST = "ckpt.pt", "last.pt"
 """Checkpoints by nanoGPT's rule (after an evaluation), and at any other step."""
 LOCK, OWNER = ".lock", ".owner.json"
 """In a run's folder while a run writes there: the lock, and who holds it."""
+AGENTS = ".agents.json"
+"""In the folder of a run that torchrun started: its agents, by which a restarted process knows the run as its own."""
 PREVIOUS = "previous"
 """Folder in a run's folder for the files of the run that a new one replaced."""
 

@@ -205,13 +205,18 @@ def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
 
 def load_best(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
     """Load `ckpt.pt`, the best model where `always_save_checkpoint` is off; if it is damaged, the newest undamaged."""
-    if not _checkpoints(folder, CHECKPOINTS):
+    if not has_checkpoint(folder):
         raise CheckpointError(say("trainer.checkpoint.none_in_folder", folder=folder))
     try:
         best = [load(path) for path in _checkpoints(folder, (BEST,))]
     except CheckpointError:
         best = []
     return max(best, key=lambda saved: saved.step) if best else load_newest(folder, log=log)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return True if the folder holds a checkpoint, whether damaged or not."""
+    return bool(_checkpoints(folder, CHECKPOINTS))
 
 
 def _checkpoints(folder: Path, names: Iterable[str]) -> list[Path]:

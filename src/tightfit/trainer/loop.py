@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -21,12 +22,19 @@ from tightfit.errors import ConfigError, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import SavedOptimizer, plain_state
-from tightfit.storage import BEST, LAST, without_temporary_folder
+from tightfit.storage import AGENTS, BEST, LAST, without_temporary_folder, write_aside
 from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.atomic import reset_scaler
 from tightfit.trainer.checkpoint import Checkpoint
-from tightfit.trainer.distributed import World, process_group, same_weights, world_of_environment
+from tightfit.trainer.distributed import (
+    World,
+    agents,
+    process_group,
+    same_weights,
+    was_started_by,
+    world_of_environment,
+)
 from tightfit.trainer.events import PlanEvent
 from tightfit.trainer.fallback import Fallback, Halving, Phase, Settings
 from tightfit.trainer.feed import Feed
@@ -59,7 +67,7 @@ from tightfit.trainer.setup import (
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
 from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
-from tightfit.trainer.watchdog import Watchdog
+from tightfit.trainer.watchdog import Pulse, Watchdog
 from tightfit.units import GIB
 from tightfit.wording import say
 
@@ -101,6 +109,7 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
         reporter = Reporter(is_main=world.is_main)
         with ExitStack() as at_end:
             at_end.callback(reporter.close)
+            resolved = _restarted(resolved, world, reporter)
             return _Run(resolved, world, hardware, reporter, fallback, at_end).execute()
 
 
@@ -115,6 +124,16 @@ def _refuse(config: TrainConfig, world: World) -> None:
         raise ConfigError(say("trainer.loop.offload_alone", offload=config.offload, processes=world.size))
     if config.offloads("activations") and not config.activation_checkpointing:
         raise ConfigError(say("trainer.loop.nothing_to_offload"))
+
+
+def _restarted(resolved: Resolved[TrainConfig], world: World, reporter: Reporter) -> Resolved[TrainConfig]:
+    """Resume the run if torchrun restarted its processes: with their own arguments they would begin it anew."""
+    config, folder, now = resolved.config, Path(resolved.config.out_dir), agents(world)
+    goes_on = world.is_main and was_started_by(folder, now) and ckpt.has_checkpoint(folder)
+    if config.init_from == "resume" or config.eval_only or not world.from_main(goes_on):
+        return resolved
+    reporter.log(say("trainer.loop.restarted", folder=folder))
+    return replace(resolved, config=replace(config, init_from="resume"))
 
 
 def _mesh(config: TrainConfig, world: World, device: torch.device) -> "DeviceMesh | None":
@@ -158,7 +177,7 @@ class _Run:
     ) -> None:
         config, self._at_end = resolved.config, at_end
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
-        self.folder = Path(config.out_dir)
+        self.folder, self.agents = Path(config.out_dir), agents(world)
         self.lossy = {key: getattr(config, key) for key in LOSSY_KEYS if resolved.sources[key] == "plan"}
         """Keys that a plan set although they change the result; a process that takes over must not choose them anew."""
         for key, value, source in describe(resolved):
@@ -311,8 +330,13 @@ class _Run:
                 if config.init_from != "resume":
                     self._take_folder()
                     ckpt.set_aside(self.folder, log=self.reporter.log)
+                if (now := self.agents).names:
+                    write_aside(self.folder / AGENTS, msgspec.json.encode(now))
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
-        self.watchdog = Watchdog(self.reporter.log, ends=STATUS in os.environ)
+        shares = self.state.shards is not None and "MASTER_PORT" in os.environ
+        pulse = Pulse(world) if shares else None
+        # torchrun waits for all of its processes: one that stopped would keep the others waiting
+        self.watchdog = Watchdog(self.reporter.log, ends=STATUS in os.environ or shares, pulse=pulse)
         self._at_end.callback(self.watchdog.close)
         with handling_signals(_ending_signals(), self._stop, once=True):
             try:

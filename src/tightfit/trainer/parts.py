@@ -40,6 +40,7 @@ from tightfit.storage import BEST, LAST, MARKER, folder_of, previous, sync_folde
 from tightfit.trainer.checkpoint import FULL_DISK, Checkpoint
 from tightfit.trainer.distributed import World
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
+from tightfit.trainer.recovery import BeyondSaving
 from tightfit.units import MIB
 from tightfit.wording import say
 
@@ -209,10 +210,10 @@ def _write(place: Path, content: Checkpoint, world: World) -> None:
     _agreed(place, world, result)
     try:
         writer = _Writer(work)
-        with warnings.catch_warnings(action="ignore"):
+        with _exchanging(), warnings.catch_warnings(action="ignore"):
             save(dict(_tensors(content)), storage_writer=writer)
         result = _sums(work, world.rank)
-    except (OSError, RuntimeError, MemoryError, CheckpointException) as error:
+    except (OSError, MemoryError, CheckpointException) as error:
         result = _failure(writer.error if writer and writer.error else error)
     parts, result = _agreed(place, world, result), {}
     try:
@@ -252,7 +253,8 @@ def _failure(error: BaseException) -> _Failure:
 
 def _agreed(place: Path, world: World, result: dict[str, Part] | _Failure) -> dict[str, Part]:
     """Return the parts of all processes; raise the gravest error of any in all of them."""
-    results = world.all(result)
+    with _exchanging():
+        results = world.all(result)
     failures = {each.kind: each.reason for each in results if isinstance(each, _Failure)}
     if "memory" in failures:
         raise MemoryError(failures["memory"])
@@ -261,6 +263,15 @@ def _agreed(place: Path, world: World, result: dict[str, Part] | _Failure) -> di
     if failures:
         raise CannotSave(say("trainer.checkpoint.not_written", path=place, reason=failures["disk"]))
     return {name: part for each in results if not isinstance(each, _Failure) for name, part in each.items()}
+
+
+@contextlib.contextmanager
+def _exchanging() -> Iterator[None]:
+    """BeyondSaving for an error within an exchange: going back would leave the other processes waiting in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise BeyondSaving(say("trainer.parts.exchange_failed", reason=error)) from error
 
 
 def _publish(work: Path, place: Path, marker: Marker) -> None:

@@ -12,8 +12,9 @@ on all of them or on none. What a failed pass leaves in FSDP2's modules (gathere
 states) is not repaired: `rebuild` makes new modules around the same shards and drops the old ones.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from tightfit.models.model import GPT
 from tightfit.trainer.distributed import World
+from tightfit.trainer.recovery import BeyondSaving
+from tightfit.wording import say
 
 # Newer names of the same functions; the older ones warn.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -126,7 +129,8 @@ class Shards:
         gradients = [p.grad.to_local() for p in self._parameters.values() if isinstance(p.grad, DTensor)]
         square = nn.utils.get_total_norm(gradients).square()
         self.agree()
-        distributed.all_reduce(square, group=self.mesh.get_group("shard"))
+        with _exchanging():
+            distributed.all_reduce(square, group=self.mesh.get_group("shard"))
         norm = square.sqrt()
         torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))  # as torch's clip_grad_norm_
         return norm
@@ -163,7 +167,8 @@ class _AgreedAllGather(_Allocates):
         self, output_tensor: Tensor, input_tensor: Tensor, group: distributed.ProcessGroup, async_op: bool = False
     ) -> distributed.Work | None:
         self._shards.agree()
-        work: distributed.Work | None = _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        with _exchanging():
+            work: distributed.Work | None = _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         return work
 
 
@@ -179,7 +184,17 @@ class _AgreedReduceScatter(_Allocates):
         async_op: bool = False,
     ) -> distributed.Work | None:
         self._shards.agree()
-        work: distributed.Work | None = _reduce_scatter(
-            output_tensor, input_tensor, group=group, op=op, async_op=async_op
-        )
+        with _exchanging():
+            work: distributed.Work | None = _reduce_scatter(
+                output_tensor, input_tensor, group=group, op=op, async_op=async_op
+            )
         return work
+
+
+@contextlib.contextmanager
+def _exchanging() -> Iterator[None]:
+    """BeyondSaving for an error within a collective: another process ended, or is still waiting in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise BeyondSaving(say("trainer.sharding.exchange_failed", reason=error)) from error
