@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from failures import MESSAGE
 from runs import Done, arguments, column, here, torchrun
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tightfit.config import TrainConfig
 from tightfit.errors import ConfigError
@@ -16,7 +19,7 @@ from tightfit.trainer import loop
 from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import Hardware
 from tightfit.trainer.setup import build_shards
-from tightfit.trainer.sharding import shard_mesh
+from tightfit.trainer.sharding import Shards, shard_mesh
 
 CPU = torch.device("cpu")
 
@@ -130,6 +133,28 @@ def group_of_one() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def shards_in(dtype: torch.dtype) -> Shards:
+    hardware = Hardware(device=CPU, dtype=dtype, compile=False, reasons=())
+    shape = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
+    torch.manual_seed(0)
+    return build_shards(TrainConfig(shard="full", device="cpu"), shape, None, hardware, shard_mesh(World(), CPU, 1))
+
+
+def run_passes(model: nn.Module, shards: Shards, passes: int = 3) -> None:
+    """Add up the gradients of some passes, each of another batch."""
+    ids = torch.randint(64, (passes, 4, 17), generator=torch.Generator().manual_seed(1))
+    for number in range(passes):
+        shards.begin_pass(is_last=number == passes - 1)
+        with torch.autocast("cpu", dtype=shards.dtype, enabled=shards.dtype != torch.float32):
+            loss = model(ids[number, :, :-1], ids[number, :, 1:])
+        loss.backward()
+
+
+def gradients(shards: Shards) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in shards.parameters()}
+    return {name: grad.to_local() for name, grad in found.items() if isinstance(grad, DTensor)}
+
+
 @pytest.mark.usefixtures("group_of_one")
 class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,27 +163,59 @@ class TestPrecision:
 
         Without biases: autocast on the processor sums a bias's gradient in float32, a gathered one gets bfloat16.
         """
-        hardware = Hardware(device=CPU, dtype=dtype, compile=False, reasons=())
-        shape = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
-        config = TrainConfig(shard="full", device="cpu")
-        shards = build_shards(config, shape, None, hardware, shard_mesh(World(), CPU, 1))
-        torch.manual_seed(0)
-        ids = torch.randint(64, (4, 17))
-        plain = GPT(shape)
+        shards = shards_in(dtype)
+        plain = GPT(shards.model.config)
         plain.load_state_dict({name: value.to_local() for name, value in shards.model.state_dict().items()})
         for model in (plain, shards.model):
-            for _ in range(2):
-                shards.begin_pass(is_last=False)
-                with hardware.autocast():
-                    loss = model(ids[:, :-1], ids[:, 1:])
-                loss.backward()
-            shards.begin_pass(is_last=True)
-            with hardware.autocast():
-                loss = model(ids[:, :-1], ids[:, 1:])
-            loss.backward()
-        found = {name: parameter.grad for name, parameter in shards.parameters()}
+            run_passes(model, shards)
+        found = gradients(shards)
         for name, parameter in plain.named_parameters():
-            grad = found[name]
-            assert isinstance(grad, DTensor)
             assert parameter.grad is not None
-            assert torch.equal(grad.to_local(), parameter.grad), name
+            assert torch.equal(found[name], parameter.grad), name
+
+    def test_first_weights_are_those_of_one_process(self) -> None:
+        shards = shards_in(torch.float32)
+        torch.manual_seed(0)
+        plain = GPT.on_device(shards.model.config, CPU).init_weights()
+        for name, parameter in shards.parameters():
+            assert isinstance(parameter, DTensor)
+            assert torch.equal(parameter.to_local(), plain.get_parameter(name)), name
+
+
+@pytest.mark.usefixtures("group_of_one")
+class TestRebuilding:
+    @pytest.mark.parametrize("at", range(300, 900, 90))
+    def test_nothing_is_left_of_a_pass_that_failed(self, at: int) -> None:
+        """An error at some operator of three passes, forward or backward: the same passes then give the same sums."""
+        shards = shards_in(torch.float32)
+        run_passes(shards.model, shards)
+        expected = gradients(shards)
+        assert len(expected) == 15
+        before = dict(shards.parameters())
+        shards.model.zero_grad(set_to_none=True)
+        with pytest.raises(RuntimeError, match="can't allocate"), FailsAt(at):
+            run_passes(shards.model, shards)
+        shards.model.zero_grad(set_to_none=True)
+        old = shards.model
+        assert shards.rebuild() is not old
+        assert all(parameter is before[name] for name, parameter in shards.model.named_parameters())
+        for _, parameter in shards.parameters():
+            parameter.grad = None
+        run_passes(shards.model, shards)
+        found = gradients(shards)
+        for name, grad in expected.items():
+            assert torch.equal(found[name], grad), name
+
+
+class FailsAt(TorchDispatchMode):
+    """Raises before the operator of this number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._left = number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise RuntimeError(MESSAGE)
+        return func(*args, **(kwargs or {}))

@@ -264,7 +264,9 @@ class _Run:
         if self.hardware.device.type != "cpu":
             return
         has_room = self.model.count_parameters() * 16 <= GIB and host_memory().budget_bytes >= GIB
-        keeps = has_room and not (fallback and fallback.is_tight) and set_process_malloc(keep=True)
+        # a model in shards allocates and frees its gathered weights all the time, and is there to save memory
+        keeps = has_room and not self.state.shards and not (fallback and fallback.is_tight)
+        keeps = keeps and set_process_malloc(keep=True)
         if not keeps:
             set_process_malloc(keep=False)
 
