@@ -22,7 +22,7 @@ from tightfit.errors import CannotSave, CheckpointError, DoesNotFit
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer, plain_state
 from tightfit.storage import BEST, LAST, MARKER
-from tightfit.trainer.checkpoint import Checkpoint, load, load_best, load_newest
+from tightfit.trainer.checkpoint import Checkpoint, load, load_best, load_newest, set_aside
 from tightfit.trainer.checkpoint import save as save_file
 from tightfit.trainer.distributed import World
 from tightfit.trainer.parts import Marker, in_memory, save_parts
@@ -119,6 +119,32 @@ class TestDamage:
         saved(tmp_path, 3)
         assert load(tmp_path / "ckpt.prev.dcp").step == 2
         assert load(tmp_path / "ckpt.dcp").step == 3
+
+    def test_a_kill_before_the_renames_loses_nothing(
+        self, tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not even if the next save fails at once: the complete folder is put in its place first."""
+        saved(tmp_path / "other", 2)
+        saved(tmp_path, 1)
+        (tmp_path / "other" / "ckpt.dcp").rename(tmp_path / ".ckpt.dcp.writing")
+        assert load_newest(tmp_path, log=log.append).step == 2
+
+        def write(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(FileSystemWriter, "write_data", write)
+        with pytest.raises(CannotSave):
+            saved(tmp_path, 3)
+        assert load(tmp_path / "ckpt.dcp").step == 2
+        assert load(tmp_path / "ckpt.prev.dcp").step == 1
+
+    def test_a_new_run_puts_all_of_it_aside(self, tmp_path: Path, log: list[str]) -> None:
+        saved(tmp_path, 1)
+        saved(tmp_path, 2, name=LAST)
+        (tmp_path / "last.dcp").rename(tmp_path / ".last.dcp.writing")
+        set_aside(tmp_path, log=log.append)
+        assert [path.name for path in tmp_path.iterdir()] == ["previous"]
+        assert load_newest(tmp_path / "previous", log=log.append).step == 2
 
     def test_a_kill_while_parts_are_written_leaves_the_one_before(self, tmp_path: Path, log: list[str]) -> None:
         saved(tmp_path, 1)

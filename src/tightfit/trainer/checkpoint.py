@@ -103,7 +103,8 @@ def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
     A run that ended before it saved anything replaces nothing. The next run finishes a move that was cut short.
     """
     before, moving = folder / PREVIOUS, folder / f".{PREVIOUS}.moving"
-    checkpoints = (*CHECKPOINTS, *map(folder_of, CHECKPOINTS))
+    unfinished = [f".{folder_of(name)}.writing" for name in CHECKPOINTS]
+    checkpoints = (*CHECKPOINTS, *map(folder_of, CHECKPOINTS), *unfinished)
     left = [folder / name for name in (*checkpoints, METRICS) if (folder / name).exists()]
     if any(path.name in checkpoints for path in left):
         moving.mkdir(exist_ok=True)
@@ -226,11 +227,9 @@ def _checkpoints(folder: Path, names: Iterable[str]) -> list[Path]:
         if (folder / name).is_file():
             found.append(folder / name)
         places = (folder / folder_of(name), folder / f".{folder_of(name)}.writing")
-        # A folder that was killed between its last two renames has its marker, and waits under the other name.
-        there = [place for place in places if (place / MARKER).is_file()] or [
-            place for place in places[:1] if place.is_dir()
-        ]
-        found += there
+        # A save that was killed before its last rename has its marker, and waits under the other name.
+        complete = [place for place in places if (place / MARKER).is_file()]
+        found += complete or [place for place in places[:1] if place.is_dir()]
     return found
 
 

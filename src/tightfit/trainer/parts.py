@@ -278,6 +278,10 @@ def _publish(work: Path, place: Path, marker: Marker) -> None:
     """Write the marker, and put the folder in the place of the one before, which becomes the predecessor."""
     write_aside(work / MARKER, msgspec.json.encode(marker), durable=True)
     sync_folder(work)
+    _move(work, place)
+
+
+def _move(work: Path, place: Path) -> None:
     if place.exists():
         _remove(_before(place))
         place.rename(_before(place))
@@ -286,9 +290,9 @@ def _publish(work: Path, place: Path, marker: Marker) -> None:
 
 
 def _finish_move(place: Path) -> None:
-    """Finish a save that was killed between its two renames."""
-    if not place.exists() and (_beside(place) / MARKER).is_file():
-        _beside(place).rename(place)
+    """Finish a save that was killed after its marker was written."""
+    if (_beside(place) / MARKER).is_file():
+        _move(_beside(place), place)
 
 
 def _before(place: Path) -> Path:
