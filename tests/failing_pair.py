@@ -1,6 +1,6 @@
 """Two processes under torchrun train again and again; in each run one of them runs out of memory at random operators.
 
-    torchrun --nproc_per_node=2 tests/failing_pair.py OUT_FOLDER DATA_FOLDER TRIALS
+    torchrun --nproc_per_node=2 tests/failing_pair.py OUT_FOLDER DATA_FOLDER TRIALS [SHARD]
 
 Each run must give the losses of one without errors. Whoever starts this ends it if it hangs.
 """
@@ -33,14 +33,19 @@ def main() -> None:
     out, data, trials = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     rank, failures = int(os.environ["RANK"]), 0
     loop.process_group = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]  # one for all runs
-    trained(out / "plain", data, recover=False, **KEYS)
+    keys = KEYS | {"shard": sys.argv[4] if len(sys.argv) > 4 else "none"}
+    trained(out / "plain", data, recover=False, **keys)
     for number in range(trials):
         draw = random.Random(number)
         fails, shrinks = draw.choice([(0,), (1,), (0, 1)]), draw.random() < 0.5
-        failing = at_random(2 * number + rank, 150, spared=3000, allocating_only=True)
+        if keys["shard"] == "none":
+            failing = at_random(2 * number + rank, 150, spared=3000, allocating_only=True)
+        else:  # steps and evaluations take several times as many operators; each trial fails in some of the phases
+            phases = draw.sample(("setup", "forward", "loss", "backward", "eval", "optimizer", "save"), 3)
+            failing = at_random(2 * number + rank, 100, spared=8000, allocating_only=True, phases=phases)
         path = out / f"trial{number}"
         chosen = failing if rank in fails else Failing(lambda number, name, phase: False)
-        got = trained(path, data, chosen, fallback=None if shrinks else Same(), **KEYS)
+        got = trained(path, data, chosen, fallback=None if shrinks else Same(), **keys)
         failures += len(got.failed)
         if rank == 0:
             compare(out / "plain", path)

@@ -72,6 +72,8 @@ def _phase(frame: Any) -> str:
         name, file = frame.f_code.co_name, frame.f_code.co_filename
         if name == "tried" and file.endswith("recovery.py"):
             return found
+        if file.endswith("distributed_c10d.py"):
+            return ""  # within an exchange, where an error ends the run
         if name in _PHASES and found in ("", "loss") and ("tightfit" in file or name in _OF_TORCH):
             found = _PHASES[name] if not found or name == "_evaluation_sums" else found
         frame = frame.f_back
@@ -99,20 +101,23 @@ def once_in_each(phases: Iterable[str], *, spared: int = 1000) -> Failing:
     return Failing(chooses)
 
 
-def at_random(seed: int, one_in: int, *, spared: int = 1500, allocating_only: bool = False) -> Failing:
+def at_random(
+    seed: int, one_in: int, *, spared: int = 1500, allocating_only: bool = False, phases: Iterable[str] = ()
+) -> Failing:
     """Fails before one in so many operators, but not again within the next `spared`, about two tiny steps.
 
     `allocating_only` leaves alone those that read or write what exists: with two processes an error that no allocator
-    could raise, between a sum over both and its result, ends the run instead of being survived.
+    could raise, between a sum over both and its result, ends the run instead of being survived. `phases`: only there.
     """
-    draw, since = random.Random(seed), spared
+    draw, since, only = random.Random(seed), spared, set(phases)
 
-    def chooses(_number: int, name: str, _phase: str) -> bool:
+    def chooses(_number: int, name: str, phase: str) -> bool:
         nonlocal since
         since += 1
         operator = name.split(".")[1]
         allocates = not (operator.endswith("_") or operator in _WITHOUT_MEMORY or name.startswith(("profiler", "c10d")))
-        fails = since > spared and (allocates or not allocating_only) and draw.randrange(one_in) == 0
+        allowed = (allocates or not allocating_only) and (not only or phase in only)
+        fails = since > spared and allowed and draw.randrange(one_in) == 0
         since = 0 if fails else since
         return fails
 

@@ -101,6 +101,12 @@ SHORTENED = {
         says="step 1: train loss",
         slow=True,
     ),
+    "torchrun --nproc_per_node=4 -m tightfit train configs/train_gpt2.py --shard=full": Run(
+        instead=f"torchrun --nproc_per_node=2 -m tightfit train configs/train_stdlib.py {ONE_STEP} --shard=full",
+        reason="GPT-2 on OpenWebText; tests/test_trainer_distributed.py runs four processes",
+        says="step 1: train loss",
+        slow=True,
+    ),
     f'tightfit plan {OPENWEBTEXT} --gpu "RTX 3060 12GB" --memory 11.69GiB --used 2GiB': Run(
         instead=f'tightfit plan {OPENWEBTEXT} --gpu "RTX 3060 12GB" --memory 11.69GiB --used 2GiB {PLAN}',
         reason="traces of GPT-2 take a minute",

@@ -625,12 +625,21 @@ def _python(words: list[str], timeout: float = 100) -> "subprocess.CompletedProc
 
 
 class TestTwoProcesses:
-    @pytest.mark.parametrize("trials", [1, pytest.param(100, marks=pytest.mark.slow)])
-    def test_one_fails_at_random_and_nobody_hangs(self, tmp_path: Path, data_dir: Path, trials: int) -> None:
-        program = [str(Path(__file__).parent / "failing_pair.py"), str(tmp_path), str(data_dir), str(trials)]
+    @pytest.mark.parametrize(
+        ("trials", "shard"),
+        [
+            (1, "none"),
+            pytest.param(100, "none", marks=pytest.mark.slow),
+            *(pytest.param(40, shard, marks=pytest.mark.slow) for shard in ("full", "optimizer")),
+        ],
+    )
+    def test_one_fails_at_random_and_nobody_hangs(
+        self, tmp_path: Path, data_dir: Path, trials: int, shard: str
+    ) -> None:
+        program = [str(Path(__file__).parent / "failing_pair.py"), str(tmp_path), str(data_dir), str(trials), shard]
         running = torchrun(2, program)
         try:
-            out, err = running.communicate(timeout=60 + 6 * trials)
+            out, err = running.communicate(timeout=60 + (6 if shard == "none" else 15) * trials)
         finally:
             if running.poll() is None:
                 os.killpg(running.pid, signal.SIGKILL)

@@ -18,6 +18,8 @@ BEST, LAST = "ckpt.pt", "last.pt"
 """Checkpoints by nanoGPT's rule (after an evaluation), and at any other step."""
 LOCK, OWNER = ".lock", ".owner.json"
 """In a run's folder while a run writes there: the lock, and who holds it."""
+AGENTS = ".agents.json"
+"""In the folder of a run that torchrun started: its agents, by which a restarted process knows the run as its own."""
 PREVIOUS = "previous"
 """Folder in a run's folder for the files of the run that a new one replaced."""
 
@@ -31,8 +33,19 @@ def previous(name: str) -> str:
     return name.removesuffix(".pt") + ".prev.pt"
 
 
+def folder_of(name: str) -> str:
+    """Name of the folder that stands for the checkpoint `name` of a run of several processes.
+
+    >>> folder_of(BEST)
+    'ckpt.dcp'
+    """
+    return name.removesuffix(".pt") + ".dcp"
+
+
 CHECKPOINTS = (BEST, LAST, previous(BEST), previous(LAST))
 """All checkpoints that a run may leave in its folder."""
+MARKER = "tightfit.json"
+"""File in such a folder, written last."""
 
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 """Errors of file systems and folders that cannot be synced; the files in them can."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from tightfit.cli.exits import OK
 from tightfit.cli.parser import Parser
 from tightfit.errors import CheckpointError
+from tightfit.storage import MARKER
 from tightfit.wording import say
 
 
@@ -28,7 +29,9 @@ def run(given: argparse.Namespace, rest: Sequence[str]) -> int:
     from tightfit.models.conversion import load_hugging_face, save_hugging_face
     from tightfit.trainer import checkpoint as ckpt
 
-    if given.source.is_dir():
+    if (given.source / MARKER).is_file():
+        _convert_parts(given.source, given.target)
+    elif given.source.is_dir():
         if given.target.suffix != ".pt":
             raise CheckpointError(say("cli.convert.not_pt", target=given.target, source=given.source))
         config, weights = load_hugging_face(given.source)
@@ -40,3 +43,17 @@ def run(given: argparse.Namespace, rest: Sequence[str]) -> int:
         save_hugging_face(given.target, saved.model_config, saved.model)
     print(f"{given.source} -> {given.target}")
     return OK
+
+
+def _convert_parts(source: Path, target: Path) -> None:
+    """Make a checkpoint file, with the state of the run, or a Hugging Face folder from what several processes saved."""
+    from tightfit.models.conversion import save_hugging_face
+    from tightfit.trainer import checkpoint as ckpt
+    from tightfit.trainer.parts import in_memory
+
+    saved = ckpt.load(source)
+    if target.suffix == ".pt":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        ckpt.save(target.parent, in_memory(saved), name=target.name)
+    else:
+        save_hugging_face(target, saved.model_config, saved.model)

@@ -21,6 +21,8 @@ LOSSY_KEYS = ("optimizer", "param_dtype", "block_size", "batch_size", "gradient_
 """Keys that such a change sets, also where they were given."""
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """torch.compile's modes that record CUDA graphs."""
+SHARDINGS = ("none", "optimizer", "full", "hybrid", "auto")
+"""Ways to spread a model over the processes of a run."""
 Setting: TypeAlias = bool | int | float | str
 """A key's value."""
 
@@ -84,7 +86,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "save_interval"), _NOT_NEGATIVE),
     **dict.fromkeys(("seed", "vocab_size", "sample_at_end", "prefetch"), _NOT_NEGATIVE),
     **dict.fromkeys(("micro_batch", "eval_micro_batch", "activation_checkpointing"), _NOT_NEGATIVE),
-    **dict.fromkeys(("weight_decay", "grad_clip", "min_lr"), _NOT_NEGATIVE),
+    **dict.fromkeys(("weight_decay", "grad_clip", "min_lr", "shard_size"), _NOT_NEGATIVE),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
     "activation_memory_budget": _Rule(lambda value: 0 <= value <= 1, "share"),
     **dict.fromkeys(("out_dir", "data_dir", "dataset", "start"), _NOT_EMPTY),
@@ -99,6 +101,7 @@ _RULES: dict[str, _Rule] = {
     "on_nan": _one_of("stop", "skip", "warn"),
     "probe": _one_of("auto", "on", "off"),
     "optimizer": _one_of("adamw", "adamw_8bit"),
+    "shard": _one_of(*SHARDINGS),
     "offload": _one_of("none", "optimizer", "activations", "optimizer,activations"),
     "param_dtype": _one_of("float32", "bfloat16"),
     "allow": _Rule(lambda value: set(_words(value)) <= set(LOSSY), "lossy", LOSSY),
@@ -274,6 +277,12 @@ class TrainConfig(Schema):
     recomputed blocks), or both as optimizer,activations."""
     param_dtype: str = "float32"
     """Number format of weights, gradients and moments: float32, or bfloat16, which is lossy."""
+    shard: str = "none"
+    """Spreads the model over torchrun's processes with FSDP2: none (each has a copy), optimizer (each has a part of the
+    moments and of summed gradients, and during a step all weights), full (a part of the weights, too), hybrid (full
+    among `shard_size` processes, and copies of that), or auto (none if a copy surely fits, else hybrid or full)."""
+    shard_size: int = 0
+    """Processes that share a copy of the model with shard=hybrid; 0: those of one machine."""
     seed: int = 1337
     """Seed of initialization, data order and dropout."""
 
@@ -317,6 +326,14 @@ class TrainConfig(Schema):
             yield say("config.schema.memory_budget", budget=self.activation_memory_budget)
         if self.offloads("optimizer") and self.optimizer != "adamw":
             yield say("config.schema.offload_8bit", optimizer=self.optimizer)
+        if self.shard != "none" and self.offload != "none":
+            yield say("config.schema.shard_offload", shard=self.shard, offload=self.offload)
+        if self.shard != "none" and self.optimizer != "adamw":
+            yield say("config.schema.shard_8bit", shard=self.shard, optimizer=self.optimizer)
+        if self.shard_size and self.shard != "hybrid":
+            yield say("config.schema.shard_size", size=self.shard_size, shard=self.shard)
+        if self.shard != "none" and self.mode in CUDA_GRAPH_MODES:
+            yield say("config.schema.shard_in_graphs", shard=self.shard, mode=self.mode)
         # CUDA graphs record all blocks as one, which copies to the host would break
         if self.offloads("activations") and self.mode in CUDA_GRAPH_MODES:
             yield say("config.schema.offload_in_graphs", mode=self.mode)

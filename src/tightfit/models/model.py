@@ -172,20 +172,28 @@ class GPT(nn.Module):
     def init_weights(self) -> "GPT":
         """GPT-2's initialisation: 0.02, and 0.02 / sqrt(2 n_layer) where a block adds to the residual stream."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                residual = name.endswith("c_proj.weight")
-                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
-            else:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+            self.init_parameter(name, parameter)
         return self
 
-    def compile_parts(self, mode: str = "default") -> None:
+    @torch.no_grad()
+    def init_parameter(self, name: str, tensor: Tensor) -> Tensor:
+        """Fill `tensor` with the first values of the parameter `name`."""
+        if tensor.dim() >= 2:
+            residual = name.endswith("c_proj.weight")
+            return tensor.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+        return tensor.fill_(0.0 if name.endswith(".bias") else 1.0)
+
+    def compile_parts(self, mode: str = "default", *, around_hooks: bool = True) -> None:
         """Compile the blocks, which all run the same code, and the loss; `mode` as of `torch.compile`.
 
         It is as fast as compiling the whole model, takes less memory and is ready in a third of the time. CUDA graphs
-        record all blocks together. A chunked loss is not compiled, because that would unroll it.
+        record all blocks together. A chunked loss is not compiled, because that would unroll it. Without `around_hooks`
+        hooks of attention and MLP, such as FSDP2's, run outside of compiled code.
         """
-        if mode in CUDA_GRAPH_MODES:
+        if not around_hooks:
+            for part in (part for block in self.transformer["h"] for part in (block.attn, block.mlp)):
+                part.forward = torch.compile(part.forward, mode=mode)
+        elif mode in CUDA_GRAPH_MODES:
             self._blocks = torch.compile(self._blocks, mode=mode)  # type: ignore[method-assign]
         else:
             for block in self.transformer["h"]:

@@ -104,19 +104,26 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
     return {name: getattr(tensor, name) for name in names}
 
 
-def plain_state(optimizer: torch.optim.Optimizer) -> SavedOptimizer:
-    """Return a `state_dict` with each 8-bit moment as a mapping of its parts."""
+def plain_state(optimizer: torch.optim.Optimizer, *, in_shards: bool = False) -> SavedOptimizer:
+    """Return a `state_dict` with each 8-bit moment as a mapping of its parts; moments in shards stay so."""
     saved = optimizer.state_dict()
-    state = {number: {k: _plain(v) for k, v in each.items()} for number, each in saved["state"].items()}
+    plain = (lambda value: value) if in_shards else _plain
+    state = {number: {k: plain(v) for k, v in each.items()} for number, each in saved["state"].items()}
     groups = [{k: float(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in saved["param_groups"]]
     return {"state": state, "param_groups": groups}
 
 
 @torch.no_grad()
-def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, object], source: object) -> None:
+def restore_state(
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, object],
+    source: object,
+    place: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
     """Copy moments into an optimizer with state, one tensor at a time: memory never holds them twice.
 
-    Moments of 8 bits become those of 32 and the other way round. CheckpointError if `saved` is of another model.
+    Moments of 8 bits become those of 32 and the other way round. `place` copies a whole tensor into the optimizer's.
+    CheckpointError if `saved` is of another model.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = saved.get("state")
@@ -126,7 +133,7 @@ def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, object],
         state = states[number]
         for key, tensor in optimizer.state[parameter].items():
             value = state.get(key) if isinstance(state, Mapping) else None
-            if not _copy(value, tensor):
+            if not _copy(value, tensor, place):
                 raise CheckpointError(say("models.optimizer.misshapen", source=source, key=key, number=number))
 
 
@@ -137,11 +144,11 @@ def _plain(value: Tensor | float) -> Saved:
     return parts.get("", parts)
 
 
-def _copy(value: object, tensor: Tensor) -> bool:
+def _copy(value: object, tensor: Tensor, place: Callable[[Tensor, Tensor], object]) -> bool:
     """Copy `value`, of either width, into `tensor`; return False if it does not fit."""
     if isinstance(value, int) and abs(value) < 2**63:  # the step, in checkpoints of older versions of torch
         value = torch.tensor(value)
-    own = parts_of(tensor)
+    own = {"": tensor} if place is not Tensor.copy_ else parts_of(tensor)
     if isinstance(value, Mapping):
         is_same = all(_is_plain(value.get(name), part.shape, part.dtype) for name, part in own.items())
         if is_same and torch.equal(value["qmap"], own["qmap"].cpu()):
@@ -152,7 +159,7 @@ def _copy(value: object, tensor: Tensor) -> bool:
     if not _is_plain(value, tensor.shape):
         return False
     if "" in own:
-        tensor.copy_(value)
+        place(tensor, value)
         return True
     host = tensor.to("cpu")  # narrowed there, where there is room for it
     host.copy_(value.float().contiguous())

@@ -44,6 +44,9 @@ def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object]) -> Fit
     start at all.
     """
     open_dataset(resolved.config.dataset, resolved.config.data_dir)
+    if resolved.config.shard != "none":
+        log(say("planner.fit.sharded", shard=resolved.config.shard))
+        return Fitted(resolved)
     config = with_shape(resolved.config)
     if config.offloads("activations") and may_recompute(resolved):  # only recomputed blocks can be offloaded
         resolved = _with_keys(resolved, {"activation_checkpointing": config.n_layer})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from tightfit.config import Resolved, TrainConfig, batch_split
 from tightfit.data import open_dataset
 from tightfit.display import Displayed
-from tightfit.errors import DeviceError, TightfitError
+from tightfit.errors import ConfigError, DeviceError, TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
 from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
 from tightfit.planner.budget import Budget, device_budget, host_budget
@@ -78,6 +78,8 @@ def make_plan(
 
     `progress` hears of the traces done. Nothing runs on the device. DeviceError where the virtual one does not work.
     """
+    if resolved.config.shard != "none":
+        raise ConfigError(say("planner.planning.sharded", shard=resolved.config.shard))
     started = time.perf_counter()
     config = with_shape(resolved.config)
     on_host, share, environ = where.gpu is None, batch_split(config, processes).share, _allocator_settings(where.gpu)

@@ -25,7 +25,20 @@ from tightfit.errors import CannotSave, CheckpointError, ConfigError, DoesNotFit
 from tightfit.foreign import DAMAGE, reads_in_bounds
 from tightfit.models.conversion import check_state, strip_prefix
 from tightfit.models.model import GPTConfig
-from tightfit.storage import BEST, CHECKPOINTS, LAST, METRICS, PREVIOUS, owner_of, owning, previous, sync_file, writing
+from tightfit.storage import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    MARKER,
+    METRICS,
+    PREVIOUS,
+    folder_of,
+    owner_of,
+    owning,
+    previous,
+    sync_file,
+    writing,
+)
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
 from tightfit.units import MIB
 from tightfit.wording import say
@@ -90,8 +103,10 @@ def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
     A run that ended before it saved anything replaces nothing. The next run finishes a move that was cut short.
     """
     before, moving = folder / PREVIOUS, folder / f".{PREVIOUS}.moving"
-    left = [folder / name for name in (*CHECKPOINTS, METRICS) if (folder / name).exists()]
-    if any(path.name in CHECKPOINTS for path in left):
+    unfinished = [f".{folder_of(name)}.writing" for name in CHECKPOINTS]
+    checkpoints = (*CHECKPOINTS, *map(folder_of, CHECKPOINTS), *unfinished)
+    left = [folder / name for name in (*checkpoints, METRICS) if (folder / name).exists()]
+    if any(path.name in checkpoints for path in left):
         moving.mkdir(exist_ok=True)
         for path in left:
             path.replace(moving / path.name)
@@ -132,6 +147,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST, is_last: boo
         for stale in (LAST, previous(LAST)):
             with contextlib.suppress(OSError):  # a resume takes the latest step
                 (folder / stale).unlink(missing_ok=True)
+            shutil.rmtree(folder / folder_of(stale), ignore_errors=True)
+    if (folder / previous(name)).is_file():  # two newer ones than those of a run of several processes
+        for stale in (name, previous(name)):
+            shutil.rmtree(folder / folder_of(stale), ignore_errors=True)
 
 
 def _write(path: Path, content: Mapping[str, object], size: int) -> None:
@@ -171,11 +190,9 @@ def _makes_room(folder: Path, size: int, *, anyway: bool) -> bool:
 def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
     """Load the undamaged checkpoint of the latest step and log each damaged one; CheckpointError if there is none."""
     found, broken = [], []
-    for name in CHECKPOINTS:
-        if not (folder / name).is_file():
-            continue
+    for path in _checkpoints(folder, CHECKPOINTS):
         try:
-            found.append(load(folder / name))
+            found.append(load(path))
         except CheckpointError as error:
             broken.append(str(error))
     if not found:
@@ -189,12 +206,31 @@ def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
 
 def load_best(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
     """Load `ckpt.pt`, the best model where `always_save_checkpoint` is off; if it is damaged, the newest undamaged."""
-    if not any((folder / name).is_file() for name in CHECKPOINTS):
+    if not has_checkpoint(folder):
         raise CheckpointError(say("trainer.checkpoint.none_in_folder", folder=folder))
     try:
-        return load(folder / BEST)
+        best = [load(path) for path in _checkpoints(folder, (BEST,))]
     except CheckpointError:
-        return load_newest(folder, log=log)
+        best = []
+    return max(best, key=lambda saved: saved.step) if best else load_newest(folder, log=log)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return True if the folder holds a checkpoint, whether damaged or not."""
+    return bool(_checkpoints(folder, CHECKPOINTS))
+
+
+def _checkpoints(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Return the files and folders that stand for these checkpoints."""
+    found: list[Path] = []
+    for name in names:
+        if (folder / name).is_file():
+            found.append(folder / name)
+        places = (folder / folder_of(name), folder / f".{folder_of(name)}.writing")
+        # A save that was killed before its last rename has its marker, and waits under the other name.
+        complete = [place for place in places if (place / MARKER).is_file()]
+        found += complete or [place for place in places[:1] if place.is_dir()]
+    return found
 
 
 def load(path: Path) -> Checkpoint:
@@ -202,6 +238,10 @@ def load(path: Path) -> Checkpoint:
 
     CheckpointError if it is missing, cut, altered, could run code, or holds something other than a GPT.
     """
+    if path.is_dir():
+        from tightfit.trainer.parts import load_parts  # DCP takes a second to import
+
+        return load_parts(path)
     if not path.is_file():
         raise CheckpointError(say("trainer.checkpoint.no_file", path=path, name=BEST))
     found = path.stat()

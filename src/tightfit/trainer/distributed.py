@@ -3,16 +3,22 @@
 import gc
 import importlib
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+import psutil
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from tightfit.errors import ConfigError
+from tightfit.storage import AGENTS
 from tightfit.wording import say
 
 T = TypeVar("T")
@@ -63,6 +69,14 @@ class World:
         found: list[T | None] = [None] * self.size
         dist.all_gather_object(found, value)
         return next((each for each in found if each is not None), None)
+
+    def all(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        found = [value] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def from_main(self, value: T) -> T:
         """Return the main process's `value` in every process."""
@@ -126,6 +140,30 @@ def world_of_environment() -> World:
     return World(rank, size, *local)
 
 
+class Agents(msgspec.Struct, frozen=True):
+    """The torchrun processes that started the processes of a run."""
+
+    names: list[str]
+
+
+def agents(world: World) -> Agents:
+    """Return the agents of all processes; none without torchrun. All processes call this together."""
+    name = None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = psutil.Process(os.getppid())
+        name = f"{socket.gethostname()} {parent.pid} {parent.create_time()}"
+    return Agents(sorted({each for each in world.all(name) if each}))
+
+
+def was_started_by(folder: Path, now: Agents) -> bool:
+    """Return True if one of these agents has started the run in `folder` before: it now restarts its processes."""
+    try:
+        before = msgspec.json.decode((folder / AGENTS).read_bytes(), type=Agents)
+    except (OSError, msgspec.MsgspecError):
+        return False
+    return not set(before.names).isdisjoint(now.names)
+
+
 @contextmanager
 def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
     """Connect the processes for the time of the run; do nothing for a single one. `backend` may be auto."""
@@ -139,7 +177,13 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     # At its import this module stores the default group in default arguments. Imported later, by DDP, it would keep the
     # group's threads until after the interpreter's end, where a thread that frees a tensor aborts.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group(chosen)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        dist.init_process_group(chosen)
+    else:  # torchrun's store may still hold the addresses of the processes before (torch 2.13)
+        store, rank, size = next(rendezvous("env://"))
+        prefixed = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+        dist.init_process_group(chosen, store=prefixed, rank=rank, world_size=size)
     try:
         yield
     finally:

@@ -3,14 +3,17 @@
 import math
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
+import msgspec
 import torch
+from torch import Tensor
 
 from tightfit.config import LOSSY_KEYS, Resolved, SampleConfig, TrainConfig, batch_split, describe, to_dict
 from tightfit.data import open_dataset
@@ -18,13 +21,20 @@ from tightfit.data.batches import Batches, Purpose
 from tightfit.errors import ConfigError, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
-from tightfit.models.optimizer import plain_state
-from tightfit.storage import BEST, LAST, without_temporary_folder
+from tightfit.models.optimizer import SavedOptimizer, plain_state
+from tightfit.storage import AGENTS, BEST, LAST, without_temporary_folder, write_aside
 from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.atomic import reset_scaler
 from tightfit.trainer.checkpoint import Checkpoint
-from tightfit.trainer.distributed import World, process_group, same_weights, world_of_environment
+from tightfit.trainer.distributed import (
+    World,
+    agents,
+    process_group,
+    same_weights,
+    was_started_by,
+    world_of_environment,
+)
 from tightfit.trainer.events import PlanEvent
 from tightfit.trainer.fallback import Fallback, Halving, Phase, Settings
 from tightfit.trainer.feed import Feed
@@ -32,6 +42,7 @@ from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_opt
 from tightfit.trainer.metrics import Reporter, Stopwatch
 from tightfit.trainer.out_of_memory import (
     Kind,
+    free_bytes,
     is_out_of_memory,
     release_frames,
     release_memory,
@@ -43,19 +54,25 @@ from tightfit.trainer.sample import sample_text
 from tightfit.trainer.saving import Saver
 from tightfit.trainer.setup import (
     build_model,
+    build_shards,
     build_state,
     data_order_changes,
     model_config,
     refuse_other_run,
     refuse_other_text,
+    sharding_that_fits,
     starting_point,
+    state_bytes,
 )
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
 from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
-from tightfit.trainer.watchdog import Watchdog
+from tightfit.trainer.watchdog import Pulse, Watchdog
 from tightfit.units import GIB
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -92,16 +109,41 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
         reporter = Reporter(is_main=world.is_main)
         with ExitStack() as at_end:
             at_end.callback(reporter.close)
+            resolved = _restarted(resolved, world, reporter)
             return _Run(resolved, world, hardware, reporter, fallback, at_end).execute()
 
 
 def _refuse(config: TrainConfig, world: World) -> None:
+    if config.shard != "none" and "RANK" not in os.environ:
+        raise ConfigError(say("trainer.loop.shard_alone", shard=config.shard))
+    if config.shard == "hybrid" and world.size % (size := config.shard_size or world.local_size):
+        raise ConfigError(say("trainer.loop.shard_size", size=size, processes=world.size))
     if config.effective_batch < world.size:
         raise ConfigError(say("trainer.loop.too_many_processes", batch=config.effective_batch, processes=world.size))
     if config.offloads("optimizer") and world.size > 1:
         raise ConfigError(say("trainer.loop.offload_alone", offload=config.offload, processes=world.size))
     if config.offloads("activations") and not config.activation_checkpointing:
         raise ConfigError(say("trainer.loop.nothing_to_offload"))
+
+
+def _restarted(resolved: Resolved[TrainConfig], world: World, reporter: Reporter) -> Resolved[TrainConfig]:
+    """Resume the run if torchrun restarted its processes: with their own arguments they would begin it anew."""
+    config, folder, now = resolved.config, Path(resolved.config.out_dir), agents(world)
+    goes_on = world.is_main and was_started_by(folder, now) and ckpt.has_checkpoint(folder)
+    if config.init_from == "resume" or config.eval_only or not world.from_main(goes_on):
+        return resolved
+    reporter.log(say("trainer.loop.restarted", folder=folder))
+    return replace(resolved, config=replace(config, init_from="resume"))
+
+
+def _mesh(config: TrainConfig, world: World, device: torch.device) -> "DeviceMesh | None":
+    """Return the processes over which the model is spread, None if each has a copy; all processes call this."""
+    if config.shard == "none" or world.size == 1:
+        return None
+    from tightfit.trainer.sharding import shard_mesh  # FSDP2 takes more than a second to import
+
+    is_hybrid = config.shard == "hybrid"
+    return shard_mesh(world, device, (config.shard_size or world.local_size) if is_hybrid else world.size)
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
@@ -135,31 +177,55 @@ class _Run:
     ) -> None:
         config, self._at_end = resolved.config, at_end
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
-        self.folder = Path(config.out_dir)
+        self.folder, self.agents = Path(config.out_dir), agents(world)
         self.lossy = {key: getattr(config, key) for key in LOSSY_KEYS if resolved.sources[key] == "plan"}
         """Keys that a plan set although they change the result; a process that takes over must not choose them anew."""
         for key, value, source in describe(resolved):
             reporter.log(f"{key} = {value!r} ({source})")
         if world.is_main and config.init_from == "resume" and self.folder.is_dir():
             self._take_folder()
-        self.recovery = Recovery(world, hardware.device, reporter.log, reporter.event, enabled=config.recover)
+        sharded = config.shard != "none" and world.size > 1
+        self.recovery = Recovery(
+            world, hardware.device, reporter.log, reporter.event, enabled=config.recover, sharded=sharded
+        )
         self.saver = Saver(self.folder, self._write_checkpoint, reporter.log)
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.step, self.best_val_loss, self.evaluated = 0, math.inf, False
         self.stopped_by: signal.Signals | None = None
-        self._unread: list[tuple[int, torch.Tensor]] = []
+        self._unread: list[tuple[int, Tensor]] = []
+        self.digests: Mapping[str, object] = {}
         self._is_not_finite = False
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
         start = self.recovery.tried(beginning, self._starting_point)
         shape = self._shape(start)
+        self._choose_sharding(shape)
         self.model, self.state = self.recovery.tried(beginning, partial(self._build, shape, start))
         self._set_process_malloc(fallback)
-        if world.size > 1 and config.recover:
+        if self.state.shards:
+            self.state.shards.same_weights()
+        elif world.size > 1 and config.recover:
             same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":
             self._resume(start)
         self.first_step = self.saver.saved_step = self.recovery.step = self.step
         self._begin(shape, fallback)
+
+    def _choose_sharding(self, shape: GPTConfig) -> None:
+        """Choose where the configuration leaves it open, and connect the processes accordingly."""
+        config, world = self.config, self.world
+        if config.shard == "auto":
+            need = state_bytes(shape)
+            frees = [each for each in world.all(free_bytes(self.hardware.device)) if each is not None]
+            free = min(frees, default=None)
+            if free is not None and self.hardware.device.type == "cpu":
+                free //= world.local_size  # the processes of a machine share its memory
+            shard = sharding_that_fits(need, free, world) if world.size > 1 else "none"
+            self.config = replace(config, shard=shard)
+            room = say("trainer.loop.shard_room", free=free) if free is not None else ""
+            self.reporter.log(say("trainer.loop.shard_chosen", shard=shard, need=need, room=room))
+        self.mesh = _mesh(self.config, world, self.hardware.device)
+        if self.mesh:
+            self.saver.agreed = world.from_main
 
     def _starting_point(self) -> Checkpoint | None:
         start = starting_point(self.config.init_from, self.config.out_dir, log=self.reporter.log)
@@ -170,8 +236,9 @@ class _Run:
 
     def _build(self, shape: GPTConfig, start: Checkpoint | None) -> tuple[GPT, StepState]:
         torch.manual_seed(self.config.seed)
-        model = build_model(self.config, shape, start, self.hardware.device)
-        state = build_state(self.config, model, start, self.hardware, self.world)
+        shards = build_shards(self.config, shape, start, self.hardware, self.mesh) if self.mesh else None
+        model = shards.model if shards else build_model(self.config, shape, start, self.hardware.device)
+        state = build_state(self.config, model, start, self.hardware, self.world, shards)
         self.recovery.guard(state)
         self.recovery.agree()
         return model, state
@@ -197,7 +264,9 @@ class _Run:
         if self.hardware.device.type != "cpu":
             return
         has_room = self.model.count_parameters() * 16 <= GIB and host_memory().budget_bytes >= GIB
-        keeps = has_room and not (fallback and fallback.is_tight) and set_process_malloc(keep=True)
+        # a model in shards allocates and frees its gathered weights all the time, and is there to save memory
+        keeps = has_room and not self.state.shards and not (fallback and fallback.is_tight)
+        keeps = keeps and set_process_malloc(keep=True)
         if not keeps:
             set_process_malloc(keep=False)
 
@@ -208,7 +277,12 @@ class _Run:
         self.tokens_per_step = config.effective_batch * shape.block_size
         share = world.share(config.effective_batch)
         self.feed = Feed(
-            self.batches, self.hardware.device, share=share, steps=config.max_iters, prefetch=config.prefetch
+            self.batches,
+            self.hardware.device,
+            share=share,
+            steps=config.max_iters,
+            prefetch=config.prefetch,
+            in_step_with=world.size if self.state.shards else 1,
         )
         split = batch_split(config, world.size)
         self.eval_sequences = split.eval_sequences
@@ -258,8 +332,13 @@ class _Run:
                 if config.init_from != "resume":
                     self._take_folder()
                     ckpt.set_aside(self.folder, log=self.reporter.log)
+                if (now := self.agents).names:
+                    write_aside(self.folder / AGENTS, msgspec.json.encode(now))
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
-        self.watchdog = Watchdog(self.reporter.log, ends=STATUS in os.environ)
+        shares = self.state.shards is not None and "MASTER_PORT" in os.environ
+        pulse = Pulse(world) if shares else None
+        # torchrun waits for all of its processes: one that stopped would keep the others waiting
+        self.watchdog = Watchdog(self.reporter.log, ends=STATUS in os.environ or shares, pulse=pulse)
         self._at_end.callback(self.watchdog.close)
         with handling_signals(_ending_signals(), self._stop, once=True):
             try:
@@ -278,13 +357,16 @@ class _Run:
                 found = OutOfMemory(say("trainer.loop.between_steps", step=self.step, reason=message))
                 found.message, found.settings = message, self.settings
                 self._end_without_memory(found)
-        if result.stopped_by is None and config.sample_at_end and world.is_main:
+        if result.stopped_by is None and config.sample_at_end and self.state.shards:
+            self.recovery.tried("sample", self._sample, undo=self._undo_pass)
+        elif result.stopped_by is None and config.sample_at_end and world.is_main:
             self.recovery.tried("sample", self._sample, alone=True)
         return result
 
     def _end_without_memory(self, error: OutOfMemory) -> NoReturn:
         """Save, and raise `error`, or leave the rest of the run to a new process of the supervisor."""
-        self._save_before_the_end()
+        if error.of_all or not self.state.shards:  # a model in shards takes all of them to save
+            self._save_before_the_end()
         if error.of_all:  # torchrun ends the others' saving when one process ends
             self.world.any(False, self.hardware.device)
         if self.step > self.first_step and STATUS in os.environ:
@@ -328,8 +410,13 @@ class _Run:
             self.recovery.step_done()
             if self.reporter.reader_has_gone:  # as a shell's `| head` ends other programs, but nothing is lost
                 self.stopped_by = self.stopped_by or getattr(signal, "SIGPIPE", signal.SIGTERM)
-            if self.saver.is_due() or (config.save_interval and self.step % config.save_interval == 0):
+            if self._save_is_due() or (config.save_interval and self.step % config.save_interval == 0):
                 self._save(LAST)
+
+    def _save_is_due(self) -> bool:
+        """Return True if a save failed and it is time for the next try; processes that save together agree on it."""
+        due = self.saver.is_due()
+        return self.world.any(due, self.hardware.device) if self.state.shards else due
 
     def _report_not_finite(self, result: StepResult) -> None:
         """Log the first of several steps with a loss that is not finite: at once, or at the next line on a device."""
@@ -372,13 +459,21 @@ class _Run:
     def _undo_step(self) -> None:
         """Drop everything a step leaves before its update: gradients, the scaler's notes, data read ahead."""
         self.state.optimizer.zero_grad(set_to_none=True)
+        self._undo_pass()
         self.model.zero_grad(set_to_none=True)  # of weights whose optimizer is on the host
         reset_scaler(self.state.optimizer, self.state.scaler)
         self.feed.restart(self.step)
 
+    def _undo_pass(self) -> None:
+        """Drop what a forward or backward pass left half done; only a model in shards keeps any of it."""
+        if self.state.shards:
+            self.model = self.state.model = self.state.shards.rebuild()
+            self.state.shards.sums_each_pass = True
+
     def _evaluate(self) -> bool:
         """Print and keep the mean losses of both splits; return False if a signal cut the evaluation short."""
-        sums = self.world.sum(self.recovery.tried("eval", self._evaluation_sums), self.hardware.device)
+        found = self.recovery.tried("eval", self._evaluation_sums, undo=self._undo_pass)
+        sums = self.world.sum(found, self.hardware.device)
         if self.world.any(self.stopped_by is not None, self.hardware.device):
             return False
         losses = {"train": sums[0] / sums[1], "val": sums[2] / sums[3]}
@@ -394,10 +489,17 @@ class _Run:
         sums: list[float] = []
         purposes: tuple[Purpose, ...] = ("evaluate train", "evaluate val")
         for purpose in purposes:
-            wanted = self.feed.of_evaluation(purpose, self.step, share, self.settings.eval_micro_batch)
-            sums += evaluation_loss(self.state, takewhile(lambda _: self.stopped_by is None, wanted))
+            wanted = self.feed.of_evaluation(
+                purpose, self.step, share, self.settings.eval_micro_batch, sequences=self.eval_sequences
+            )
+            sums += evaluation_loss(self.state, takewhile(lambda _: not self._stops(), wanted))
         self.recovery.agree()
         return sums
+
+    def _stops(self) -> bool:
+        """Return True after a signal that ends the run; processes that share a model stop at the same pass."""
+        stops = self.stopped_by is not None
+        return self.recovery.agree(stops=stops) if self.state.shards else stops
 
     def _save_after_evaluation(self) -> None:
         """Save by nanoGPT's rule, and always at the end of a run."""
@@ -410,7 +512,7 @@ class _Run:
 
     def _save(self, name: str, *, is_last: bool = False) -> None:
         """Save a checkpoint, at the end of the run with all means. The last good checkpoint stays."""
-        if not self.world.is_main:
+        if not self.world.is_main and not self.state.shards:
             return
         save = self.saver.save_last if is_last or self.step >= self.config.max_iters else self.saver.save
         save(name, self.step)
@@ -418,14 +520,31 @@ class _Run:
 
     def _write_checkpoint(self, folder: Path, name: str, *, is_last: bool) -> None:
         write = partial(self._write_state, folder, name, is_last=is_last)
-        self.recovery.tried("save", write, alone=True)
+        self.recovery.tried("save", write, alone=not self.state.shards)
 
     def _write_state(self, folder: Path, name: str, *, is_last: bool) -> None:
+        if self.state.shards:
+            self._write_parts(folder, name, is_last=is_last)
+            return
         offload = self.state.offload
-        content = Checkpoint(
+        weights = offload.full_weights(self.model) if offload else self.model.state_dict()
+        ckpt.save(folder, self._content(weights, plain_state(self.state.optimizer)), name=name, is_last=is_last)
+
+    def _write_parts(self, folder: Path, name: str, *, is_last: bool) -> None:
+        from tightfit.trainer.parts import save_parts  # DCP takes a second to import
+
+        shards = self.state.shards
+        assert shards, "only a model in shards is saved in parts"
+        content = self._content(dict(shards.parameters()), plain_state(self.state.optimizer, in_shards=True))
+        self.recovery.agree()
+        save_parts(folder, content, self.world, name=name, is_last=is_last)
+        self.recovery.agree()
+
+    def _content(self, weights: Mapping[str, Tensor], optimizer: SavedOptimizer) -> Checkpoint:
+        return Checkpoint(
             model_config=self.model.config,
-            model=offload.full_weights(self.model) if offload else self.model.state_dict(),
-            optimizer=plain_state(self.state.optimizer),
+            model=weights,
+            optimizer=optimizer,
             step=self.step,
             best_val_loss=self.best_val_loss,
             config=to_dict(self.config),
@@ -433,7 +552,6 @@ class _Run:
             evaluated=self.evaluated,
             data=self.digests,
         )
-        ckpt.save(folder, content, name=name, is_last=is_last)
 
     def _save_before_the_end(self) -> None:
         """Save the steps since the last checkpoint, before a run ends that no longer fits."""
@@ -483,7 +601,10 @@ class _Run:
     def _sample(self) -> None:
         config = self.config
         wanted = SampleConfig(start=config.start, max_new_tokens=config.sample_at_end, seed=config.seed)
-        self.reporter.log(sample_text(self.model, self.dataset, wanted, self.hardware))
+        text = sample_text(self.model, self.dataset, wanted, self.hardware)
+        if self.state.shards:  # all draw the same text, since each has a part of the model
+            self.recovery.agree()
+        self.reporter.log(text)
 
     def _result(self) -> RunResult:
         return RunResult(self.step, self.best_val_loss, self.stopped_by)

@@ -45,6 +45,8 @@ MOST_TRIES = 4
 """Tries of the same settings in one step where nothing smaller is left: others' memory comes and goes."""
 WAIT_S = 0.5
 """Seconds before the first retry of the same settings; doubles with each further retry."""
+_FAILS = float(2**20)
+"""A process that failed adds so much to the processes' common sum, one that stops adds 1; more than processes are."""
 _SETTINGS_MATTER: tuple[Phase, ...] = ("eval", "forward", "loss", "backward", "compile")
 """Phases in which smaller settings need less. In the others releasing memory comes first."""
 
@@ -99,6 +101,8 @@ class Recovery(Guard):
     log: Callable[[str], object]
     event: Callable[[int, Event], object]
     enabled: bool = True
+    sharded: bool = False
+    """True if the model is spread over the processes, which then have to agree even without `enabled`."""
     step: int = 0
     """The current step, for messages."""
     run: Adjustable | None = None
@@ -116,7 +120,7 @@ class Recovery(Guard):
     def __post_init__(self) -> None:
         if self.enabled and self.device.type == "cpu":
             self._reserve = Reserve()
-        if self.enabled and self.world.size > 1:
+        if (self.enabled or self.sharded) and self.world.size > 1:
             self._flag = torch.zeros(1, device=self.world.flag_device(self.device))
 
     def watch(self, run: Adjustable, fallback: Fallback, *, failed: Settings | None = None) -> None:
@@ -130,7 +134,9 @@ class Recovery(Guard):
         self.state = state
         if self.enabled:
             state.guard = self
-            if self.world.size > 1:
+            if state.shards:
+                state.shards.agree = self.agree
+            elif self.world.size > 1:
                 self._exchange = GradientExchange(state.model.parameters())
 
     def tried(
@@ -172,10 +178,14 @@ class Recovery(Guard):
             assert failure is not None, "some process failed"
             self._go_back(failure, time.perf_counter() - began, alone)
 
-    def agree(self) -> None:
-        """Return once all processes are here; raise if one of them failed before."""
-        if self._signal(failed=False):
+    def agree(self, *, stops: bool = False) -> bool:
+        """Return once all processes are here, True if one of them `stops`; raise if one of them failed before."""
+        if self._flag is None:
+            return stops
+        failed, stops = self._signal(failed=False, stops=stops)
+        if failed:
             raise _PeerFailed
+        return stops
 
     def exchange(self) -> None:
         """Sum the gradients over all processes; BeyondSaving if that fails."""
@@ -330,14 +340,15 @@ class Recovery(Guard):
             return
         raise BeyondSaving(say("trainer.recovery.half_updated", step=self.step))
 
-    def _signal(self, *, failed: bool) -> bool:
-        """Return True if any process failed; allocates nothing."""
+    def _signal(self, *, failed: bool, stops: bool = False) -> tuple[bool, bool]:
+        """Return whether any process failed and whether any stops; allocates nothing."""
         if self._flag is None:
-            return failed
+            return failed, stops
         try:
-            self._flag.fill_(float(failed))
+            self._flag.fill_(_FAILS if failed else float(stops))
             torch.distributed.all_reduce(self._flag)
-            return self._flag.item() > 0
+            total = self._flag.item()
+            return total >= _FAILS, total % _FAILS > 0
         except (RuntimeError, MemoryError) as error:  # the others go on: going back alone would leave them waiting
             raise BeyondSaving(say("trainer.recovery.no_agreement", step=self.step, reason=error)) from error
 

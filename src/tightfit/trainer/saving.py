@@ -31,6 +31,8 @@ class Saver:
     folder: Path
     write: Write
     log: Callable[[str], object]
+    agreed: Callable[[Path | None], Path | None] | None = None
+    """Return the main process's place to all processes, where all of them save together."""
     saved_step: int = 0
     """Step of the newest state that is on disk."""
     _retry_at: float | None = None
@@ -67,9 +69,10 @@ class Saver:
         if has_temporary_folder():
             parents.append(Path(tempfile.gettempdir()))
         for parent in parents:
-            try:
-                place = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.rescued-", dir=parent))
-            except OSError:
+            place = self._new_folder(parent)
+            if self.agreed is not None:
+                place = self.agreed(place)
+            if place is None:
                 continue
             try:
                 self.write(place, LAST, is_last=True)
@@ -78,3 +81,9 @@ class Saver:
                 continue
             return say("trainer.loop.rescued", step=step, place=place)
         return say("trainer.loop.lost", step=self.saved_step) if self.saved_step else say("trainer.loop.lost_all")
+
+    def _new_folder(self, parent: Path) -> Path | None:
+        try:
+            return Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.rescued-", dir=parent))
+        except OSError:
+            return None

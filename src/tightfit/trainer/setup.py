@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tightfit.config import PRETRAINED, TrainConfig
@@ -16,8 +16,9 @@ from tightfit.errors import ConfigError, DeviceError
 from tightfit.models.conversion import fetch_pretrained, pretrained_shape
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
-from tightfit.models.optimizer import build_optimizer, restore_state
+from tightfit.models.optimizer import build_optimizer, plain_state, restore_state
 from tightfit.models.shape import PADDED_VOCAB
+from tightfit.storage import MARKER
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.checkpoint import Checkpoint
 from tightfit.trainer.distributed import World
@@ -25,6 +26,11 @@ from tightfit.trainer.hardware import DTYPES, Hardware, compile_obstacle
 from tightfit.trainer.offload import Offload
 from tightfit.trainer.step import StepState
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from tightfit.trainer.sharding import Shards
 
 Log = Callable[[str], object]
 """Takes one line that a person reads."""
@@ -53,7 +59,8 @@ def starting_shape(init_from: str, out_dir: str) -> GPTConfig | None:
 
 
 def _is_checkpoint(init_from: str) -> bool:
-    return init_from not in PRETRAINED and (Path(init_from).suffix == ".pt" or Path(init_from).is_file())
+    path = Path(init_from)
+    return init_from not in PRETRAINED and (path.suffix == ".pt" or path.is_file() or (path / MARKER).is_file())
 
 
 def model_config(config: TrainConfig, start: Checkpoint | None, dataset: Dataset, *, log: Log) -> GPTConfig:
@@ -105,6 +112,58 @@ def build_model(config: TrainConfig, shape: GPTConfig, start: Checkpoint | None,
     return model
 
 
+def build_shards(
+    config: TrainConfig, shape: GPTConfig, start: Checkpoint | None, hardware: Hardware, mesh: "DeviceMesh"
+) -> "Shards":
+    """Build this process's part of the model on its device: never the whole, there or on the host.
+
+    New weights are those of `build_model`: each process draws every number from the same seed, one parameter at a time,
+    and keeps its part. Saved ones are mapped from the file, and each process reads its own rows. Those that several
+    processes saved wait for `build_state`.
+    """
+    from tightfit.trainer.sharding import Shards
+
+    def build() -> GPT:
+        with torch.device("meta"):
+            return GPT(shape, **model_options(config)).to(DTYPES[config.param_dtype])
+
+    keeps, mode = config.shard == "optimizer", config.mode if hardware.compile else None
+    shards = Shards(build, mesh, hardware.dtype, keeps_weights=keeps, compile_mode=mode)
+    shards.allocate(hardware.device)
+    if start is not None and _is_whole_run_in_parts(start):
+        return shards
+    for name, parameter in shards.parameters():
+        if start is None:
+            whole = shards.model.init_parameter(name, torch.empty(parameter.shape))
+        else:
+            whole = start.model[name][: parameter.shape[0]]  # fewer positions than saved
+        shards.place(parameter, whole)
+    return shards
+
+
+def state_bytes(shape: GPTConfig) -> int:
+    """Bytes of weights, gradients and moments in float32, of a model that is not spread."""
+    with torch.device("meta"):
+        return 16 * GPT(shape).count_parameters()
+
+
+def sharding_that_fits(state: int, free: int | None, world: World) -> str:
+    """Return the sharding with the least exchange whose part of `state` bytes leaves half of `free` to activations.
+
+    >>> two_machines = World(rank=0, size=16, local_rank=0, local_size=8)
+    >>> [sharding_that_fits(gib, 20, two_machines) for gib in (8, 60, 100)]
+    ['none', 'hybrid', 'full']
+    """
+    if free is None or 2 * state <= free:
+        return "none"
+    fits_in_machine = 2 * state <= free * world.local_size
+    return "hybrid" if fits_in_machine and world.local_size < world.size else "full"
+
+
+def _is_whole_run_in_parts(start: Checkpoint) -> bool:
+    return start.optimizer is not None and start.path is not None and start.path.is_dir()
+
+
 class ModelOptions(TypedDict):
     """The keywords of GPT's constructor."""
 
@@ -123,7 +182,12 @@ def model_options(config: TrainConfig) -> ModelOptions:
 
 
 def build_state(
-    config: TrainConfig, model: GPT, start: Checkpoint | None, hardware: Hardware, world: World
+    config: TrainConfig,
+    model: GPT,
+    start: Checkpoint | None,
+    hardware: Hardware,
+    world: World,
+    shards: "Shards | None" = None,
 ) -> StepState:
     """Build the optimizer and scaler as they were saved; compile and wrap the model as the run needs it."""
     _refuse_without_compiler(config, hardware)
@@ -137,13 +201,19 @@ def build_state(
     )
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     if start is not None and start.optimizer is not None:
-        restore_state(optimizer, start.optimizer, start.path)
+        if shards and _is_whole_run_in_parts(start):
+            from tightfit.trainer.parts import read_parts
+
+            read_parts(start, dict(shards.parameters()), plain_state(optimizer, in_shards=True))
+        else:
+            restore_state(optimizer, start.optimizer, start.path, shards.place if shards else Tensor.copy_)
         if start.scaler:
             scaler.load_state_dict(dict(start.scaler))
-    if hardware.compile:
+    if hardware.compile and not shards:
         model.compile_parts(config.mode)
     called: nn.Module = model
-    averages = world.size > 1 and not config.recover  # else trainer.recovery sums gradients, when all have theirs
+    # FSDP2 sums gradients, or with `recover` trainer.recovery does, when all processes have theirs
+    averages = world.size > 1 and not config.recover and not shards
     if averages:
         ids = [hardware.device.index] if hardware.device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=ids)
@@ -154,6 +224,7 @@ def build_state(
         autocast=hardware.autocast,
         processes=world.size if averages else 1,
         offload=offload,
+        shards=shards,
     )
 
 

@@ -7,15 +7,20 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tightfit.models.loss import IGNORED
 from tightfit.models.optimizer import set_learning_rate
 from tightfit.trainer.atomic import Update, reset_scaler
 from tightfit.trainer.fallback import Phase
 from tightfit.trainer.offload import Offload
+
+if TYPE_CHECKING:  # FSDP2 takes more than a second to import, and few runs need it
+    from tightfit.trainer.sharding import Shards
 
 MicroBatch = tuple[Tensor, Tensor]
 """Inputs and targets, (b, t) int64 on the device."""
@@ -24,11 +29,11 @@ MicroBatch = tuple[Tensor, Tensor]
 class Guard:
     """Hooks by which a run survives an error half way through a step (`trainer.recovery`); these do nothing extra."""
 
-    def agree(self) -> None:
+    def agree(self) -> object:
         """Return once all processes are here; raise if one of them failed before."""
 
     def exchange(self) -> None:
-        """Sum the gradients over all processes, unless DDP has done so in backward."""
+        """Sum the gradients over all processes, unless DDP or FSDP2 has done so in backward."""
 
     def write(self, state: "StepState") -> None:
         """Update the parameters; nothing can be undone afterwards."""
@@ -49,6 +54,8 @@ class StepState:
     """Processes over which DDP averages the gradients."""
     offload: Offload | None = None
     """The parts in host memory instead of the device's."""
+    shards: "Shards | None" = None
+    """The parts of a model that is spread over processes."""
     guard: Guard = field(default_factory=Guard)
     phase: Phase = "setup"
     """The current phase, for the handler of its errors."""
@@ -87,8 +94,7 @@ def optimizer_step(
     if grad_clip > 0.0 or state.scaler.is_enabled():
         state.scaler.unscale_(state.optimizer)
     if grad_clip > 0.0:
-        held = state.offload.masters.values() if state.offload else state.model.parameters()
-        norm = nn.utils.clip_grad_norm_(held, grad_clip)
+        norm = _clip(state, grad_clip)
     result = StepResult(total / state.processes, norm)
     state.guard.agree()  # until here only gradients were written: a step that fails is undone by dropping them
     if not accepts(result):
@@ -100,6 +106,13 @@ def optimizer_step(
     if state.offload:
         state.offload.return_weights()
     return result
+
+
+def _clip(state: StepState, limit: float) -> Tensor:
+    if state.shards:
+        return state.shards.clip(limit)
+    held = state.offload.masters.values() if state.offload else state.model.parameters()
+    return nn.utils.clip_grad_norm_(held, limit)
 
 
 def _backward(
@@ -115,6 +128,8 @@ def _backward(
     for number, (inputs, targets) in enumerate(micro_batches):
         if seed_of_pass is not None:
             torch.manual_seed(seed_of_pass(number))
+        if state.shards:
+            state.shards.begin_pass(is_last=number == passes - 1)
         with _synchronised(state.model, number == passes - 1):
             with state.autocast():
                 # a sum over all tokens; DDP divides it by the number of processes
@@ -134,13 +149,17 @@ def evaluation_loss(state: StepState, micro_batches: Iterable[MicroBatch]) -> tu
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
+    # FSDP2 would keep gathered weights made in inference mode, which no later training step could use.
+    without_gradients = torch.no_grad() if state.shards else torch.inference_mode()
     try:
-        with torch.inference_mode(), state.autocast():
+        with without_gradients, state.autocast():
             for inputs, targets in micro_batches:
                 total += float(model(inputs, targets))
-                tokens += targets.numel()
+                tokens += int((targets != IGNORED).sum()) if state.shards else targets.numel()
     finally:
         model.train(was_training)
+    if state.shards:
+        state.shards.end_evaluation()
     return total, tokens
 
 
