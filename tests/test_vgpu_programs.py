@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+import pytest
 from plays import findings
 
 LIBRARIES = """
@@ -142,7 +144,9 @@ def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:
     assert found["peak"]["allocated_bytes"] >= 2 * 256 * 256 * 4 * 100
 
 
-def test_an_interrupted_play_tells_what_it_saw(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_all", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_interrupted_play_tells_what_it_saw(to_all: bool, tmp_path: Path) -> None:
+    """Also where a batch system sends its signal to all processes of a job."""
     command = [sys.executable, "-m", "tightfit", "--lang", "en", "dryrun", "--gpu", "A100", "--no-explain"]
     play = subprocess.Popen(
         [*command, str(written(tmp_path, WAITING))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -151,7 +155,9 @@ def test_an_interrupted_play_tells_what_it_saw(tmp_path: Path) -> None:
     for line in play.stderr:
         if "waiting" in line:
             break
-    play.send_signal(signal.SIGTERM)
+    processes = psutil.Process(play.pid).children(recursive=True) if to_all else []
+    for each in (*processes, play):
+        each.send_signal(signal.SIGTERM)
     out, _ = play.communicate(timeout=60)
     assert out.startswith("FITS AS FAR AS IT WAS PLAYED"), out
     assert "it was interrupted" in out

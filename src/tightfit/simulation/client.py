@@ -210,7 +210,10 @@ def _start_server(*mode: str, environ: Mapping[str, str]) -> tuple["subprocess.P
     words = [sys.executable, "-m", "tightfit.simulation.server", str(theirs.fileno()), *mode]
     with theirs:
         environ = _with_this_package(environ)
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),))
+        # In a session of its own: what a terminal or `timeout` sends to all is for this process, which passes it on.
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),), start_new_session=True
+        )
     return process, ours
 
 

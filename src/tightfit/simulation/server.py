@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 
@@ -39,7 +40,7 @@ from tightfit.simulation.requests import (
     received,
 )
 from tightfit.simulation.wire import Frames, send
-from tightfit.vgpu.records import Findings
+from tightfit.vgpu.records import END_SIGNAL, Findings
 from tightfit.wording import say
 
 _TRACING = (
@@ -101,12 +102,25 @@ def _serve_once(connection: socket.socket) -> None:
             os.dup2(2, 1)  # output of the play goes where a person reads it, and no program expects an answer
             protection = None
             if script := _script_of(ask.request):
+                _end_at_terminate()
                 protection = _protected(script)
                 os.chdir(received(script.folder))  # before a module remembers it
                 _load(("tightfit.vgpu.script",))
                 gc.freeze()
             send(connection, _reply(ask, protection, partial(_tell_steps, connection)))
             return
+
+
+def _end_at_terminate() -> None:
+    """Let SIGTERM end a script's play as the client does; a batch system sends it to all processes of a job."""
+    own = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:  # a fork of the script's
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), END_SIGNAL if os.getpid() == own else number)
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def _tell_steps(connection: socket.socket, steps: int) -> None:
