@@ -42,10 +42,11 @@ from tightfit.models.model import GPT, GPTConfig
 from tightfit.storage import LOCK, METRICS
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer import saving
-from tightfit.trainer.checkpoint import Checkpoint, load, load_newest, save
+from tightfit.trainer.checkpoint import Checkpoint, save
 from tightfit.trainer.hardware import native_bfloat16
 from tightfit.trainer.loop import learning_rate_at
 from tightfit.trainer.metrics import Reporter
+from tightfit.trainer.stored import load, load_newest
 
 NANOGPT_KEYS = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
 NANOGPT_ARGS = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"}

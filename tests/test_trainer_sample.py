@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tightfit.errors import ConfigError
 from tightfit.models.model import GPT, GPTConfig
-from tightfit.trainer.checkpoint import load, save
+from tightfit.trainer.checkpoint import save
 from tightfit.trainer.sample import encode_prompt, generate
+from tightfit.trainer.stored import load
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from tightfit.foreign import reads_in_bounds
 from tightfit.storage import LOCK, OWNER, owning
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer import saving, watchdog
-from tightfit.trainer.checkpoint import load, load_newest
 from tightfit.trainer.metrics import Reporter
+from tightfit.trainer.stored import load, load_newest
 
 
 @pytest.fixture(autouse=True)

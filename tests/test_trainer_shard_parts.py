@@ -22,10 +22,11 @@ from tightfit.errors import CannotSave, CheckpointError, DoesNotFit
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer, plain_state
 from tightfit.storage import BEST, LAST, MARKER
-from tightfit.trainer.checkpoint import Checkpoint, load, load_best, load_newest, set_aside
+from tightfit.trainer.checkpoint import Checkpoint, set_aside
 from tightfit.trainer.checkpoint import save as save_file
 from tightfit.trainer.distributed import World
 from tightfit.trainer.parts import Marker, in_memory, save_parts
+from tightfit.trainer.stored import load, load_best, load_newest
 
 SHAPE = GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4)
 

@@ -129,7 +129,7 @@ class _Run:
         model = build_model(self.config, self.shape, None, torch.device("cpu"))
         optimizer = build_optimizer(model.parameters(), weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
         ckpt.save(folder, _content(self.config, model, optimizer))
-        return ckpt.load(folder / ckpt.BEST)
+        return ckpt.load_file(folder / ckpt.BEST)
 
     def _batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Random tokens, moved to the card as the trainer moves them."""

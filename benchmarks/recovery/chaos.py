@@ -31,7 +31,7 @@ from runs import arguments, assert_same_end, command, environment, here, make_da
 
 from tightfit.errors import TightfitError
 from tightfit.trainer import saving
-from tightfit.trainer.checkpoint import load, load_newest
+from tightfit.trainer.stored import load, load_newest
 
 Trials = Iterator[str | None]
 KEYS = {"max_iters": 60, "lr_decay_iters": 60, "eval_interval": 20, "save_interval": 3, "dropout": 0.1, "fit": "off"}

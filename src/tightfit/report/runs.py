@@ -164,7 +164,7 @@ def _config(folder: Path, events: Sequence[Mapping[str, Any]]) -> Mapping[str, A
         return read_object(folder / CONFIG)
     if not any(folder.glob("*.pt")):
         return {}
-    from tightfit.trainer.checkpoint import load_newest  # torch is imported only where a checkpoint is to be read
+    from tightfit.trainer.stored import load_newest  # torch is imported only where a checkpoint is to be read
 
     try:
         return load_newest(folder, log=lambda line: None).config

@@ -29,7 +29,6 @@ from tightfit.storage import (
     BEST,
     CHECKPOINTS,
     LAST,
-    MARKER,
     METRICS,
     PREVIOUS,
     folder_of,
@@ -187,61 +186,11 @@ def _makes_room(folder: Path, size: int, *, anyway: bool) -> bool:
     return bool(sizes)
 
 
-def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
-    """Load the undamaged checkpoint of the latest step and log each damaged one; CheckpointError if there is none."""
-    found, broken = [], []
-    for path in _checkpoints(folder, CHECKPOINTS):
-        try:
-            found.append(load(path))
-        except CheckpointError as error:
-            broken.append(str(error))
-    if not found:
-        reason = "; ".join(broken) or say("trainer.checkpoint.not_there", name=BEST)
-        raise CheckpointError(say("trainer.checkpoint.nothing_to_resume", folder=folder, reason=reason))
-    newest = max(found, key=lambda checkpoint: checkpoint.step)
-    for problem in broken:
-        log(say("trainer.checkpoint.using_another", problem=problem, path=newest.path, step=newest.step))
-    return newest
-
-
-def load_best(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
-    """Load `ckpt.pt`, the best model where `always_save_checkpoint` is off; if it is damaged, the newest undamaged."""
-    if not has_checkpoint(folder):
-        raise CheckpointError(say("trainer.checkpoint.none_in_folder", folder=folder))
-    try:
-        best = [load(path) for path in _checkpoints(folder, (BEST,))]
-    except CheckpointError:
-        best = []
-    return max(best, key=lambda saved: saved.step) if best else load_newest(folder, log=log)
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Return True if the folder holds a checkpoint, whether damaged or not."""
-    return bool(_checkpoints(folder, CHECKPOINTS))
-
-
-def _checkpoints(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Return the files and folders that stand for these checkpoints."""
-    found: list[Path] = []
-    for name in names:
-        if (folder / name).is_file():
-            found.append(folder / name)
-        places = (folder / folder_of(name), folder / f".{folder_of(name)}.writing")
-        # A save that was killed before its last rename has its marker, and waits under the other name.
-        complete = [place for place in places if (place / MARKER).is_file()]
-        found += complete or [place for place in places[:1] if place.is_dir()]
-    return found
-
-
-def load(path: Path) -> Checkpoint:
+def load_file(path: Path) -> Checkpoint:
     """Load a checkpoint of tightfit or nanoGPT on the CPU, its tensors mapped from the file until they are used.
 
     CheckpointError if it is missing, cut, altered, could run code, or holds something other than a GPT.
     """
-    if path.is_dir():
-        from tightfit.trainer.parts import load_parts  # DCP takes a second to import
-
-        return load_parts(path)
     if not path.is_file():
         raise CheckpointError(say("trainer.checkpoint.no_file", path=path, name=BEST))
     found = path.stat()

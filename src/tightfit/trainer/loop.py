@@ -66,6 +66,7 @@ from tightfit.trainer.setup import (
 )
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
+from tightfit.trainer.stored import has_checkpoint
 from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
 from tightfit.trainer.watchdog import Pulse, Watchdog
 from tightfit.units import GIB
@@ -129,7 +130,7 @@ def _refuse(config: TrainConfig, world: World) -> None:
 def _restarted(resolved: Resolved[TrainConfig], world: World, reporter: Reporter) -> Resolved[TrainConfig]:
     """Resume the run if torchrun restarted its processes: with their own arguments they would begin it anew."""
     config, folder, now = resolved.config, Path(resolved.config.out_dir), agents(world)
-    goes_on = world.is_main and was_started_by(folder, now) and ckpt.has_checkpoint(folder)
+    goes_on = world.is_main and was_started_by(folder, now) and has_checkpoint(folder)
     if config.init_from == "resume" or config.eval_only or not world.from_main(goes_on):
         return resolved
     reporter.log(say("trainer.loop.restarted", folder=folder))

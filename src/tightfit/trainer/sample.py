@@ -12,9 +12,10 @@ from tightfit.data import Dataset, Tokenizer, load_tokenizer, read_meta
 from tightfit.errors import ConfigError, DataError
 from tightfit.models.attention import KeyValueCache
 from tightfit.models.model import GPT, GPT2_VOCAB
-from tightfit.trainer.checkpoint import Checkpoint, load_best, refuse_not_finite, restore_model
+from tightfit.trainer.checkpoint import Checkpoint, refuse_not_finite, restore_model
 from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_options
 from tightfit.trainer.setup import Log, starting_point
+from tightfit.trainer.stored import load_best
 from tightfit.wording import say
 
 

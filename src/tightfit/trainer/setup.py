@@ -25,6 +25,7 @@ from tightfit.trainer.distributed import World
 from tightfit.trainer.hardware import DTYPES, Hardware, compile_obstacle
 from tightfit.trainer.offload import Offload
 from tightfit.trainer.step import StepState
+from tightfit.trainer.stored import load, load_newest
 from tightfit.wording import say
 
 if TYPE_CHECKING:
@@ -41,10 +42,10 @@ def starting_point(init_from: str, out_dir: str, *, log: Log) -> Checkpoint | No
     if init_from == "scratch":
         return None
     if init_from == "resume":
-        return ckpt.load_newest(Path(out_dir), log=log)
+        return load_newest(Path(out_dir), log=log)
     path = Path(init_from)
     if _is_checkpoint(init_from):
-        saved = ckpt.load(path)
+        saved = load(path)
         return replace(saved, step=0, best_val_loss=math.inf, optimizer=None, scaler=None, evaluated=False)
     config, weights = fetch_pretrained(init_from)
     return Checkpoint(model_config=config, model=weights, optimizer=None, step=0, best_val_loss=math.inf, path=path)
