@@ -73,6 +73,7 @@ def test_a_described_card_has_the_units_of_its_generation() -> None:
     assert rates_of(pascal, compiled=False).matmul["float16"] == pytest.approx(12.5e12 * 0.75)
 
 
+@pytest.mark.slow
 def test_a_plan_says_that_bfloat16_is_emulated(own_cache: None) -> None:
     words = ["--n_layer=1", "--n_head=1", "--n_embd=64", "--vocab_size=256", "--block_size=64", "--compile=False"]
     resolved = read_config(TrainConfig, [*words, "--dtype=bfloat16"])

@@ -692,6 +692,7 @@ class TestTwoProcesses:
         assert alone.tried("setup", work) == 7
         assert lines == ["step 0: out of memory in setup: memory released, settings as they were; it runs again"]
 
+    @pytest.mark.slow
     def test_the_same_error_again_and_again_is_the_end(self) -> None:
         alone = Recovery(World(), torch.device("cpu"), lambda line: None, lambda step, values: None)
         calls = []
