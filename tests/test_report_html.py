@@ -579,7 +579,11 @@ class TestExplanation:
     def test_less_known_is_less_said(self, lang: str) -> None:
         said = explain_words(lang)
         for log, words_, sections in (
-            (PLAIN_LOG, said("expected", "unchecked_elsewhere"), {"problem", "memory", "cause", "fixes", "expected", "arithmetic"}),
+            (
+                PLAIN_LOG,
+                said("expected", "unchecked_elsewhere"),
+                {"problem", "memory", "cause", "fixes", "expected", "arithmetic"},
+            ),
             ("torch.OutOfMemoryError: CUDA out of memory.", said("causes", "unstated"), {"problem", "cause", "fixes"}),
             ("step 10\nKilled\n", said("kinds", "host_killed"), {"problem", "cause", "fixes", "expected"}),
             ("iter 0: loss 3.0\n", kind_words(lang)("nothing", "nothing", evidence=""), set()),
