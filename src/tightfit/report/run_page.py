@@ -137,16 +137,7 @@ def _chart_section(
         if each.x
     ]
     steps = sorted({event["step"] for event in run.events})
-    notes = [
-        t("note", "spans", name=t("series", name), points=f"{each.points:,}", spans=f"{SPANS:,}")
-        for name, _, _, each in curves
-        if each.low
-    ]
-    notes += [
-        t("note", "not_finite", name=t("series", name), count=f"{each.not_finite:,}")
-        for name, _, _, each in curves
-        if each.not_finite
-    ]
+    notes = _curve_notes(curves, t)
     if not series:
         return Section(id=key, title=t(key, "title"), paragraphs=notes)
     if steps:
@@ -155,6 +146,21 @@ def _chart_section(
     spec = {"kind": "lines", "unit": unit, "x_name": t("page", "step"), "series": series, "marks": steps[-_MARKS:]}
     table = _steps_table(t("page", "at_steps", what=t(key, "title")), curves, t, shown)
     return Section(id=key, title=t(key, "title"), chart=Chart(spec=spec, summary=summary, notes=notes, table=table))
+
+
+def _curve_notes(curves: Sequence[tuple[str, str, str, Curve]], t: Words) -> list[str]:
+    """Say of which curves points were put together or left out."""
+    spans = [
+        t("note", "spans", name=t("series", name), points=f"{each.points:,}", spans=f"{SPANS:,}")
+        for name, _, _, each in curves
+        if each.low
+    ]
+    not_finite = [
+        t("note", "not_finite", name=t("series", name), count=f"{each.not_finite:,}")
+        for name, _, _, each in curves
+        if each.not_finite
+    ]
+    return [*spans, *not_finite]
 
 
 def _steps_table(caption: str, curves: Sequence[tuple[str, str, str, Curve]], t: Words, shown: Any) -> Table:

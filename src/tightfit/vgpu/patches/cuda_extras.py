@@ -155,33 +155,35 @@ def _install_tunable() -> None:
     )
 
 
+def _card(index: int) -> torch.device:
+    """Return a card by its number, of which a negative one is the host."""
+    return torch.device("cpu") if index < 0 else torch.device("cuda", index)
+
+
 def _install_copies() -> None:
     """Copy between cards for DataParallel, as torch/csrc/cuda/comm.cpp does; a tensor that lies there already stays."""
-
-    def place(index: int) -> torch.device:
-        return torch.device("cpu") if index < 0 else torch.device("cuda", index)
 
     def scatter(
         tensor: Tensor, devices: Sequence[int], chunk_sizes: Sequence[int] | None, dim: int, streams: object
     ) -> list[Tensor]:
         parts = tensor.chunk(len(devices), dim) if chunk_sizes is None else tensor.split(list(chunk_sizes), dim)
-        return [part.to(place(index), non_blocking=True) for part, index in zip(parts, devices, strict=False)]
+        return [part.to(_card(index), non_blocking=True) for part, index in zip(parts, devices, strict=False)]
 
     def scatter_out(tensor: Tensor, out: Sequence[Tensor], dim: int, streams: object) -> list[Tensor]:
         sizes = [each.shape[dim] for each in out]
         return [each.copy_(part) for each, part in zip(out, tensor.split(sizes, dim), strict=True)]
 
     def broadcast(tensor: Tensor, devices: Sequence[int]) -> list[Tensor]:
-        return [tensor.to(place(index), non_blocking=True) for index in devices]
+        return [tensor.to(_card(index), non_blocking=True) for index in devices]
 
     def broadcast_out(tensor: Tensor, out: Sequence[Tensor]) -> list[Tensor]:
         return [each.copy_(tensor) for each in out]
 
     def broadcast_coalesced(tensors: Sequence[Tensor], devices: Sequence[int], buffer: int) -> list[list[Tensor]]:
-        return [[tensor.to(place(index), non_blocking=True) for tensor in tensors] for index in devices]
+        return [[tensor.to(_card(index), non_blocking=True) for tensor in tensors] for index in devices]
 
     def gather(tensors: Sequence[Tensor], dim: int, destination: int | None) -> Tensor:
-        return torch.cat([tensor.to(place(destination or 0)) for tensor in tensors], dim)
+        return torch.cat([tensor.to(_card(destination or 0)) for tensor in tensors], dim)
 
     def gather_out(tensors: Sequence[Tensor], out: Tensor, dim: int) -> Tensor:
         return out.copy_(torch.cat([tensor.to(out.device) for tensor in tensors], dim))
