@@ -61,7 +61,7 @@ class Suggestion(msgspec.Struct, frozen=True, kw_only=True):
     """A change with which the script fits, as it was played."""
 
     changes: list[str]
-    """Kinds of changes, such as "checkpoint"; all of them together are needed."""
+    """Kinds of changes, such as "checkpoint", all of them together."""
     values: dict[str, int]
     """New numbers of arguments or keys."""
     is_exact: bool
@@ -281,30 +281,29 @@ class Search:
     def _try(self, changes: Iterable[Change]) -> None:
         """Keep the first change that fits."""
         for change in changes:
-            if self._fits(change, self._short) and self._keep(change):
+            if self._fits(change) and self._keep(change):
                 return
 
     def _try_together(self, kinds: Sequence[Kind]) -> None:
-        """Keep kinds that fit together, without those that are not needed for it."""
-        if not self._fits(self._workshop.changed(kinds), self._short):
+        """Keep kinds that fit together: without those that the first steps do not need, if it then fits to its end."""
+        if not self._fits(self._workshop.changed(kinds)):
             return
-        needed = self._needed(kinds, (), self._short)
-        if self._keep(self._workshop.changed(needed)) or len(needed) == len(kinds):
-            return
-        if self._fits(self._workshop.changed(kinds), self._asked.settings):  # some are needed only later in the run
-            self._keep(self._workshop.changed(self._needed(kinds, needed, self._asked.settings)))
+        needed = self._needed(kinds)
+        if not self._keep(self._workshop.changed(needed)) and len(needed) < len(kinds):
+            self._keep(self._workshop.changed(kinds))  # some are needed only later in the run
 
-    def _needed(self, kinds: Sequence[Kind], known: Sequence[Kind], settings: Settings) -> list[Kind]:
-        """Return the kinds without which it does not fit; of some that is known."""
+    def _needed(self, kinds: Sequence[Kind]) -> list[Kind]:
+        """Return the kinds without which the first steps do not fit."""
         needed = list(kinds)
         for kind in reversed(kinds):
             fewer = [each for each in needed if each is not kind]
-            if kind not in known and fewer and self._fits(self._workshop.changed(fewer), settings, is_attempt=True):
+            if fewer and self._fits(self._workshop.changed(fewer), is_attempt=True):
                 needed = fewer
         return needed
 
-    def _fits(self, change: Change, settings: Settings, *, is_attempt: bool = False) -> bool:
-        outcome = self._played(change, settings).findings.outcome
+    def _fits(self, change: Change, *, is_attempt: bool = False) -> bool:
+        """Play the first steps with a change; `is_attempt`: that it does not fit is nothing to tell."""
+        outcome = self._played(change, self._short).findings.outcome
         if outcome == "error":
             self._broken |= set(change.codes)
         if outcome != "fits" and not is_attempt:
