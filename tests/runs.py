@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import string
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tightfit.cli.main import main
@@ -111,11 +113,22 @@ def rows(out_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
+LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
+
+
 def column(out_dir: Path, name: str) -> dict[int, float]:
     """One quantity by step; fails if a step has it twice."""
     found = [(row["step"], row[name]) for row in rows(out_dir) if name in row]
     assert len(dict(found)) == len(found), f"{name} doubled: {[step for step, _ in found]}"
     return dict(found)
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Two runs have the same losses and norms, up to the order of sums."""
+    for name in LOSSES:
+        expected = column(one, name)
+        assert expected
+        assert column(other, name) == pytest.approx(expected, rel=1e-5), name
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -153,3 +166,14 @@ def torchrun(processes: int, program: list[str]) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
+
+
+def ended(running: "subprocess.Popen[str]") -> Done:
+    """Wait for a run of several processes; one that hangs is killed with all of them."""
+    try:
+        out, err = running.communicate(timeout=150)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.communicate()
+    return Done(running.returncode, out, err)

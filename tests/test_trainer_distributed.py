@@ -3,30 +3,18 @@
 import os
 import re
 import signal
-import subprocess
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from runs import Done, arguments, column, here, rows, torchrun
+from runs import arguments, assert_close, ended, here, rows, torchrun
 
 from tightfit.errors import ConfigError
 from tightfit.trainer.distributed import World, process_group, world_of_environment
 
 KEYS = {"batch_size": 4, "gradient_accumulation_steps": 2, "eval_interval": 6, "eval_iters": 3}
 SEVEN = {"batch_size": 7, "eval_interval": 20, "max_iters": 150, "lr_decay_iters": 150, "micro_batch": 3}
-LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
-
-
-def ended(running: "subprocess.Popen[str]") -> Done:
-    try:
-        out, err = running.communicate(timeout=90)
-    finally:
-        if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.communicate()
-    return Done(running.returncode, out, err)
 
 
 def single(out_dir: Path, data_dir: Path, **keys: object) -> Path:
@@ -34,13 +22,6 @@ def single(out_dir: Path, data_dir: Path, **keys: object) -> Path:
     done = here(arguments(out_dir, data_dir, **keys))
     assert (done.code, done.err) == (0, "")
     return out_dir
-
-
-def assert_close(one: Path, other: Path) -> None:
-    for name in LOSSES:
-        expected = column(one, name)
-        assert expected
-        assert column(other, name) == pytest.approx(expected, rel=1e-5), name
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from failures import MESSAGE
-from runs import Done, arguments, column, here, torchrun
+from runs import Done, arguments, assert_close, ended, here, torchrun
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,26 +26,16 @@ CPU = torch.device("cpu")
 UNEVEN = {"n_embd": 30, "block_size": 3, "bias": True, "batch_size": 7, "gradient_accumulation_steps": 2}
 """No axis divides by the processes, one has fewer rows than there are processes, and so do shares of a step."""
 SPLIT = {"micro_batch": 2, "eval_interval": 6, "eval_iters": 3}
-LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
 
 
 def sharded(processes: int, out_dir: Path, data_dir: Path, **keys: object) -> Done:
-    running = torchrun(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, **{"shard": "full"} | keys)])
-    out, err = running.communicate(timeout=120)
-    return Done(running.returncode, out, err)
+    return ended(torchrun(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, **{"shard": "full"} | keys)]))
 
 
 def alone(out_dir: Path, data_dir: Path, **keys: object) -> Path:
     done = here(arguments(out_dir, data_dir, **keys))
     assert done.code == 0, done.err
     return out_dir
-
-
-def assert_close(one: Path, other: Path) -> None:
-    for name in LOSSES:
-        expected = column(one, name)
-        assert expected
-        assert column(other, name) == pytest.approx(expected, rel=1e-5), name
 
 
 class TestLosses:

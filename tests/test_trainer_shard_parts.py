@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from runs import arguments, here, torchrun
+from runs import arguments, ended, here, torchrun
 from test_trainer_shard import SPLIT, UNEVEN, alone, assert_close, sharded
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -243,11 +243,10 @@ class TestRuns:
             """)
         )
         keys = UNEVEN | SPLIT | {"shard": "full", "fit": "off"}
-        running = torchrun(2, [str(program), *arguments(tmp_path / "out", data_dir, **keys)])
-        out, err = running.communicate(timeout=90)
-        assert running.returncode != 0
-        assert "the processes could not save together (CUDA out of memory. Tried to allocate 2 bytes)" in err
-        assert "step 6: train loss" in out
+        done = ended(torchrun(2, [str(program), *arguments(tmp_path / "out", data_dir, **keys)]))
+        assert done.code != 0
+        assert "the processes could not save together (CUDA out of memory. Tried to allocate 2 bytes)" in done.err
+        assert "step 6: train loss" in done.out
 
     @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
     def test_torchrun_restarts_a_run_where_it_was(self, tmp_path: Path, data_dir: Path, how: str) -> None:
@@ -277,14 +276,13 @@ class TestRuns:
         keys = UNEVEN | SPLIT | {"max_iters": 12, "lr_decay_iters": 12}
         out_dir = tmp_path / "out"
         words = ["--max-restarts=1", str(program), *arguments(out_dir, data_dir, **keys, shard="full")]
-        running = torchrun(2, words)
-        out, err = running.communicate(timeout=150)
-        assert running.returncode == 0, err
-        assert f"torchrun started this run's processes again: resuming it from {out_dir}" in out
-        assert f"resuming {out_dir}/ckpt.dcp at step 6" in out
+        done = ended(torchrun(2, words))
+        assert done.code == 0, done.err
+        assert f"torchrun started this run's processes again: resuming it from {out_dir}" in done.out
+        assert f"resuming {out_dir}/ckpt.dcp at step 6" in done.out
         if how == "SIGSTOP":
-            assert "step 8 has taken 5 s and hangs" in out
-            assert f"no sign of life from process 1 on {socket.gethostname()}; all processes end" in err
+            assert "step 8 has taken 5 s and hangs" in done.out
+            assert f"no sign of life from process 1 on {socket.gethostname()}; all processes end" in done.err
         assert_close(alone(tmp_path / "one", data_dir, **keys), out_dir)
 
     def test_resumed_by_as_many_bit_for_bit(self, tmp_path: Path, data_dir: Path) -> None:

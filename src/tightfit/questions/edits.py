@@ -95,12 +95,10 @@ def _detach(script: ScriptText) -> None:
         if _mentions(scope, _NO_GRAD):
             continue
         losses = {dotted(call.func.value) for call in calls(scope, "backward") if isinstance(call.func, ast.Attribute)}
+        numbers = set(_assigned_numbers(scope))
         for target, value in _kept(loop):
-            if (
-                value.id not in set(_assigned_numbers(scope))
-                and not losses & {target}
-                and (value.id in losses or "loss" in value.id)
-            ):
+            is_loss = value.id in losses or "loss" in value.id
+            if is_loss and value.id not in numbers and target not in losses:
                 script.replace(value, f"{value.id}.detach()")
 
 
@@ -146,12 +144,17 @@ def _zero_grad_first(script: ScriptText) -> None:
     for loop in loops(script.tree):
         body = loop.body
         zeroing = [each for each in body if isinstance(each, ast.Expr) and has_call(each.value, "zero_grad")]
-        backward = next((place for place, each in enumerate(body) if has_call(each, "backward")), None)
+        backward = _backward_in(body)
         if len(zeroing) != 1 or backward is None:
             continue
         place = body.index(zeroing[0])
         if 0 < place < backward and script.owns_its_lines(zeroing[0]) and script.owns_its_lines(body[0]):
             script.move(zeroing[0], body[0])
+
+
+def _backward_in(body: Statements) -> int | None:
+    """Return the first statement with a backward pass."""
+    return next((place for place, each in enumerate(body) if has_call(each, "backward")), None)
 
 
 def _delete(script: ScriptText) -> None:
@@ -202,10 +205,8 @@ def _last_read(scope: ast.AST, loop: ast.For | ast.While, name: str) -> int | No
     if any(name in names_read(each) for each in loop.body[:written]):
         return None
     reading = [place for place, each in enumerate(loop.body) if name in names_read(each)]
-    last = loop.body[max([written, *reading])]
-    if isinstance(last, ast.Return | ast.Continue | ast.Break):
-        return None
-    return loop.body.index(last)
+    last = max([written, *reading])
+    return None if isinstance(loop.body[last], ast.Return | ast.Continue | ast.Break) else last
 
 
 def _all_names(tree: ast.AST) -> set[str]:
@@ -296,7 +297,7 @@ def _autocast(script: ScriptText) -> None:
         return
     for loop in loops(script.tree):
         body = loop.body
-        backward = next((place for place, each in enumerate(body) if has_call(each, "backward")), None)
+        backward = _backward_in(body)
         forward = next(
             (place for place, each in enumerate(body) if isinstance(each, ast.Assign) and _calls_model(each)), None
         )

@@ -22,12 +22,14 @@ from tightfit.errors import ConfigError, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import SavedOptimizer, plain_state
+from tightfit.models.shape import parameter_count, state_bytes
 from tightfit.storage import AGENTS, BEST, LAST, without_temporary_folder, write_aside
 from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
 from tightfit.trainer.atomic import reset_scaler
 from tightfit.trainer.checkpoint import Checkpoint
 from tightfit.trainer.distributed import (
+    Agents,
     World,
     agents,
     process_group,
@@ -62,7 +64,6 @@ from tightfit.trainer.setup import (
     refuse_other_text,
     sharding_that_fits,
     starting_point,
-    state_bytes,
 )
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
@@ -110,8 +111,9 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
         reporter = Reporter(is_main=world.is_main)
         with ExitStack() as at_end:
             at_end.callback(reporter.close)
-            resolved = _restarted(resolved, world, reporter)
-            return _Run(resolved, world, hardware, reporter, fallback, at_end).execute()
+            started_by = agents(world)
+            resolved = _restarted(resolved, started_by, world, reporter)
+            return _Run(resolved, started_by, world, hardware, reporter, fallback, at_end).execute()
 
 
 def _refuse(config: TrainConfig, world: World) -> None:
@@ -127,10 +129,12 @@ def _refuse(config: TrainConfig, world: World) -> None:
         raise ConfigError(say("trainer.loop.nothing_to_offload"))
 
 
-def _restarted(resolved: Resolved[TrainConfig], world: World, reporter: Reporter) -> Resolved[TrainConfig]:
+def _restarted(
+    resolved: Resolved[TrainConfig], started_by: Agents, world: World, reporter: Reporter
+) -> Resolved[TrainConfig]:
     """Resume the run if torchrun restarted its processes: with their own arguments they would begin it anew."""
-    config, folder, now = resolved.config, Path(resolved.config.out_dir), agents(world)
-    goes_on = world.is_main and was_started_by(folder, now) and has_checkpoint(folder)
+    config, folder = resolved.config, Path(resolved.config.out_dir)
+    goes_on = world.is_main and was_started_by(folder, started_by) and has_checkpoint(folder)
     if config.init_from == "resume" or config.eval_only or not world.from_main(goes_on):
         return resolved
     reporter.log(say("trainer.loop.restarted", folder=folder))
@@ -170,6 +174,7 @@ class _Run:
     def __init__(
         self,
         resolved: Resolved[TrainConfig],
+        started_by: Agents,
         world: World,
         hardware: Hardware,
         reporter: Reporter,
@@ -178,7 +183,7 @@ class _Run:
     ) -> None:
         config, self._at_end = resolved.config, at_end
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
-        self.folder, self.agents = Path(config.out_dir), agents(world)
+        self.folder, self.agents = Path(config.out_dir), started_by
         self.lossy = {key: getattr(config, key) for key in LOSSY_KEYS if resolved.sources[key] == "plan"}
         """Keys that a plan set although they change the result; a process that takes over must not choose them anew."""
         for key, value, source in describe(resolved):
@@ -215,7 +220,7 @@ class _Run:
         """Choose where the configuration leaves it open, and connect the processes accordingly."""
         config, world = self.config, self.world
         if config.shard == "auto":
-            need = state_bytes(shape)
+            need = parameter_count(shape) * state_bytes(config)
             frees = [each for each in world.all(free_bytes(self.hardware.device)) if each is not None]
             free = min(frees, default=None)
             if free is not None and self.hardware.device.type == "cpu":

@@ -14,6 +14,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,7 @@ from tightfit.storage import BEST, LAST, MARKER, folder_of, previous, sync_folde
 from tightfit.trainer.checkpoint import FULL_DISK, Checkpoint
 from tightfit.trainer.distributed import World
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
-from tightfit.trainer.recovery import BeyondSaving
+from tightfit.trainer.recovery import exchanging
 from tightfit.units import MIB
 from tightfit.wording import say
 
@@ -265,13 +266,8 @@ def _agreed(place: Path, world: World, result: dict[str, Part] | _Failure) -> di
     return {name: part for each in results if not isinstance(each, _Failure) for name, part in each.items()}
 
 
-@contextlib.contextmanager
-def _exchanging() -> Iterator[None]:
-    """BeyondSaving for an error within an exchange: going back would leave the other processes waiting in it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        raise BeyondSaving(say("trainer.parts.exchange_failed", reason=error)) from error
+def _exchanging() -> AbstractContextManager[None]:
+    return exchanging(lambda error: say("trainer.parts.exchange_failed", reason=error))
 
 
 def _publish(work: Path, place: Path, marker: Marker) -> None:

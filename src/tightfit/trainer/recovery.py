@@ -12,8 +12,9 @@ settings. An error inside an exchange cannot be undone: the process ends, the ot
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -55,6 +56,15 @@ class BeyondSaving(TightfitError):
     """This process cannot continue, but a new one can, from the last checkpoint."""
 
     exit_code = BEYOND_SAVING
+
+
+@contextmanager
+def exchanging(told: Callable[[Exception], str]) -> Iterator[None]:
+    """BeyondSaving for an error within an exchange: going back would leave the other processes waiting in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise BeyondSaving(told(error)) from error
 
 
 class OutOfMemory(DoesNotFit):
@@ -191,10 +201,8 @@ class Recovery(Guard):
         """Sum the gradients over all processes; BeyondSaving if that fails."""
         if self._exchange is None:
             return
-        try:
+        with exchanging(lambda error: say("trainer.recovery.exchange_failed", step=self.step, reason=error)):
             self._exchange.run()
-        except (RuntimeError, MemoryError) as error:
-            raise BeyondSaving(say("trainer.recovery.exchange_failed", step=self.step, reason=error)) from error
 
     def write(self, state: StepState) -> None:
         """Update the parameters; continue after errors until the update is complete."""

@@ -142,12 +142,6 @@ def build_shards(
     return shards
 
 
-def state_bytes(shape: GPTConfig) -> int:
-    """Bytes of weights, gradients and moments in float32, of a model that is not spread."""
-    with torch.device("meta"):
-        return 16 * GPT(shape).count_parameters()
-
-
 def sharding_that_fits(state: int, free: int | None, world: World) -> str:
     """Return the sharding with the least exchange whose part of `state` bytes leaves half of `free` to activations.
 

@@ -13,9 +13,9 @@ states) is not repaired: `rebuild` makes new modules around the same shards and 
 `reset_iter_state`, of torch 2.13, keeps the gradients of earlier passes that were not yet summed.
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from tightfit.models.model import GPT
 from tightfit.trainer.distributed import World
-from tightfit.trainer.recovery import BeyondSaving
+from tightfit.trainer.recovery import exchanging
 from tightfit.wording import say
 
 # Newer names of the same functions; the older ones warn.
@@ -192,10 +192,5 @@ class _AgreedReduceScatter(_Allocates):
         return work
 
 
-@contextlib.contextmanager
-def _exchanging() -> Iterator[None]:
-    """BeyondSaving for an error within a collective: another process ended, or is still waiting in it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        raise BeyondSaving(say("trainer.sharding.exchange_failed", reason=error)) from error
+def _exchanging() -> AbstractContextManager[None]:
+    return exchanging(lambda error: say("trainer.sharding.exchange_failed", reason=error))
