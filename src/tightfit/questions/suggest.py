@@ -1,4 +1,4 @@
-"""What to change in a script that does not fit: each change is played, and what fits is shown with its diff."""
+"""Changes with which a script fits that does not: each is played, and those that fit are shown with their diffs."""
 
 import os
 import re
@@ -89,7 +89,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Suggestions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to change, as `tightfit dryrun --suggest --json` prints it."""
+    """The changes that were found, as `tightfit dryrun --suggest --json` prints them."""
 
     script: str
     gpu: VirtualCard

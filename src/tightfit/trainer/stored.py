@@ -1,4 +1,4 @@
-"""Which of a folder's checkpoints is loaded: each is one file, or a folder of parts."""
+"""Load a folder's newest or best checkpoint, be it one file or a folder of parts."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
