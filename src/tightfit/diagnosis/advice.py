@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures
+from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures, is_oversized
 from tightfit.diagnosis.framework_words import Pasted, pasted
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
@@ -103,6 +103,10 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     if budget is not None and budget.exceeds:
         yield "training" if budget.what == "training" or evidence.trains else "model"
     trains = evidence.trains or (budget is not None and budget.what == "training")
+    if is_oversized(facts):
+        yield from [grows] if grows in _OVERSIZED else []
+        yield "oversized"
+        return
     if evidence.gathers_on_first_card(facts):
         yield "cards"
     if evidence.infers and facts.phase in (None, "forward") and grows is None:
@@ -120,7 +124,11 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
     if facts.phase in (None, "forward", "loss", "backward", "compile", "setup", "optimizer"):
-        yield "unknown"
+        yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
+
+
+_OVERSIZED = frozenset({"logits", "attention", "pairs", "outputs"})
+"""Quantities that a tensor larger than the card may well grow with."""
 
 
 def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
@@ -129,7 +137,10 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     done = {
         "split_general": evidence.batch_is_one
         or program in _WITHOUT_BATCH
-        or (keeps_nothing and (is_known or evidence.infers)),
+        or (keeps_nothing and (is_known or evidence.infers))
+        or (is_oversized(facts) and not _batch_would_do(facts, evidence))
+        or evidence.is_of_unknown_purpose,
+        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose),
         "checkpointing_general": keeps_nothing or "checkpointing" in run.signs,
         "fused_attention": "flash" in run.signs,
         "offload": _has_no_offload(facts, evidence),
@@ -155,6 +166,16 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in _APPLICATIONS
     return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
+
+
+_ROOM = 0.8
+"""Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
+
+
+def _batch_would_do(facts: Facts, evidence: Evidence) -> bool:
+    """Return True if the request of one sequence of the printed batch, in proportion, has room on the card."""
+    batch = evidence.run.numbers.get("batch_size", 1)
+    return (facts.requested_bytes or 0) / batch < _ROOM * (facts.total_bytes or 0)
 
 
 def _keeps_nothing(facts: Facts, evidence: Evidence) -> bool:

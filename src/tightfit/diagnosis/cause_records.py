@@ -26,6 +26,14 @@ class OtherKind(Cause, frozen=True, kw_only=True):
     """The process that was killed, where the log names it."""
 
 
+class LineRequest(Cause, frozen=True, kw_only=True):
+    """A request that the innermost line of a traceback, or a quoted line, made."""
+
+    place: str
+    """`file:line`; empty for a line that is quoted alone."""
+    source: str
+
+
 class FillsCard(Cause, frozen=True, kw_only=True):
     held_bytes: int
     total_bytes: int

@@ -113,8 +113,15 @@ def _failing_line(facts: Facts, failure: Failure, *, of_script: bool) -> TraceFr
 
 
 def users_frame(facts: Facts) -> TraceFrame | None:
-    """Return the innermost frame of the log's traceback outside of libraries."""
-    return next((each for each in reversed(facts.frames) if not each.is_library), None)
+    """Return the innermost frame of the log's traceback outside of libraries, or else outside of PyTorch and Python."""
+    own = next((each for each in reversed(facts.frames) if not each.is_library), None)
+    return own or next((each for each in reversed(facts.frames) if _is_of_program(each)), None)
+
+
+def _is_of_program(frame: TraceFrame) -> bool:
+    """Return True for an installed package other than PyTorch."""
+    path = frame.file.replace("\\", "/")
+    return "-packages/" in path and not path.rsplit("-packages/", 1)[-1].startswith(("torch/", "accelerate/"))
 
 
 def _own(operator: str) -> int:

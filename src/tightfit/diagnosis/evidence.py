@@ -10,6 +10,7 @@ import msgspec
 
 from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
 from tightfit.diagnosis.model_budget import Budget, budget_of
+from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.diagnosis.tensor_fits import (
     FOUR_BIT,
     Fit,
@@ -50,6 +51,10 @@ _TRAINERS = frozenset(
 )
 
 
+_OF_ANY_PURPOSE = (None, "transformers", "accelerate")
+"""Programs that train as often as they do not; all others train."""
+_BARE, _BARE_LINES = 1000, 3
+"""Characters and lines below which a log without a traceback is a message alone; with its advice it has 700."""
 _SERVES = frozenset({"webui", "comfyui", "vllm", "sglang"})
 """Programs that only use trained models."""
 
@@ -72,6 +77,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """True if the request is as large as all parameters together, or as the printed share of each rank."""
     vocabulary: int | None = None
     budget: Budget | None = None
+    purpose: str | None = None
+    """training, inference, or None where the log does not show it."""
+    is_bare: bool = False
+    """True if the log is hardly more than the message: anybody's run, perhaps one of nanoGPT."""
 
     @property
     def framework(self) -> str | None:
@@ -138,9 +147,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def infers(self) -> bool:
         """True if the log is of a program that uses a trained model, and shows no sign of training."""
-        if self.framework in _SERVES:
-            return True
-        return "inference" in self.run.signs and "training" not in self.run.signs and not self.trains
+        return self.framework in _SERVES or (self.purpose == INFERENCE and not self.trains)
+
+    @property
+    def is_of_unknown_purpose(self) -> bool:
+        """True if a report of an unknown program shows neither a training nor the use of a trained model."""
+        is_shown = self.purpose is not None or self.infers or self.trains or "batch_size" in self.run.numbers
+        return not is_shown and self.framework in _OF_ANY_PURPOSE and not self.is_bare
 
     @property
     def batch_is_one(self) -> bool:
@@ -171,6 +184,8 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         shape=shape,
         vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or ""),
         budget=budget_of(facts, run, model),
+        purpose=purpose_of(facts, run),
+        is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text),
     )
     if within is None or within.is_small or shape is not None:
         return found
@@ -184,6 +199,10 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         fits = tuple(_whole(model, run, within))
         return msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits))
     return msgspec.structs.replace(found, fits=fits, is_complete=is_complete)
+
+
+def _is_one_message(text: str) -> bool:
+    return len(text) < _BARE and len([line for line in text.splitlines() if line.strip()]) < _BARE_LINES
 
 
 def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:

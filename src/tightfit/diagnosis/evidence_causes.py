@@ -6,6 +6,7 @@ from tightfit.diagnosis.cause_records import (
     COMPUTED,
     Cause,
     FirstAxis,
+    LineRequest,
     LogitTokens,
     ModelBudget,
     PrintedBatch,
@@ -43,7 +44,7 @@ def causes_of_evidence(
 def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
     """Yield the quantity that the tensor grows with, and tensors of its size; or that the size does not tell."""
     requested = facts.requested_bytes
-    if evidence.grows is not None:
+    if evidence.grows is not None and (evidence.line is None or evidence.line.is_named or evidence.shape is not None):
         yield Request(code=f"grows_{evidence.grows}", requested_bytes=requested)
     yield from _of_sizes(requested, evidence)
     if culprit is not None and evidence.shape is not None and culprit.shape[0] > 1 and evidence.grows == "batch":
@@ -59,9 +60,28 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
         code = codes[high > MIB] if culprit is None or had_room(facts) else "small_request_of_kind"
         yield SmallRequest(code=code, requested_bytes=requested, tensor_high=high)
     elif culprit is None and evidence.within is not None:
+        made_by = None if evidence.is_complete else _line_of(facts, evidence)
         untold = _not_told(facts, evidence, unplayed_because)
-        if untold:
+        if made_by is not None:
+            yield made_by
+        elif untold:
             yield Request(code=untold, requested_bytes=requested)
+
+
+_CALLS = ("forward_call(", "_call_impl(", "self.forward(", "run_backward(", "func(*", "fn(*", "(*args", "main()")
+"""Calls in which a traceback that somebody cut ends: the request is further inside."""
+
+
+def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
+    """Return the innermost line of the traceback, or the one that the report quotes; None where it may be cut."""
+    frame = facts.frames[-1] if facts.frames else evidence.line.frame if evidence.line else None
+    if frame is None or not frame.source or facts.phase == "backward" or any(call in frame.source for call in _CALLS):
+        return None
+    name = frame.file.replace("\\", "/").rsplit("/", 1)[-1]
+    place = f"{name}:{frame.line}" if frame.file and frame.line else name
+    return LineRequest(
+        code="tensor_of_line" if frame.file else "tensor_of_line_alone", place=place, source=frame.source[:200]
+    )
 
 
 def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | None:
@@ -74,7 +94,7 @@ def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | 
         return "tensor_not_told_by_sizes"
     if facts.phase == "backward":
         return "tensor_not_told_in_backward"
-    return "tensor_not_told" if evidence.framework in (None, "nanogpt") else "tensor_not_told_elsewhere"
+    return "tensor_not_told" if evidence.framework == "nanogpt" or evidence.is_bare else "tensor_not_told_elsewhere"
 
 
 def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:

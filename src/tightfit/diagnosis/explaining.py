@@ -194,6 +194,7 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
         remedies=advice(facts, evidence),
         unplayed_because=because,
         framework=evidence.framework,
+        is_bare=evidence.is_bare,
     )
 
 

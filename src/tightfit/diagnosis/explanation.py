@@ -32,6 +32,8 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     """A key of the words' table `unplayed`, where nothing was played."""
     framework: str | None = None
     """The program that made the log, a table of frameworks.toml; None where it is not known."""
+    is_bare: bool = False
+    """True if the log is hardly more than the message."""
     foreign: Foreign | None = None
     """The configuration of another program that was given."""
     config_names: tuple[str, ...] = ()
@@ -56,8 +58,13 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_elsewhere(self) -> bool:
         """True if the log is of a program that takes neither nanoGPT's keys nor tightfit's."""
-        is_other = self.foreign is not None or self.framework not in (None, "nanogpt")
+        is_other = self.foreign is not None or not (self.framework == "nanogpt" or self.is_bare)
         return self.unplayed_because == "config" and is_other
+
+    @property
+    def is_unnamed(self) -> bool:
+        """True if the log is a message alone, of any program."""
+        return self.unplayed_because == "config" and self.is_bare and self.framework is None
 
     def __str__(self) -> str:
         from tightfit.diagnosis.render import render

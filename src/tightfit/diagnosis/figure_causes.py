@@ -47,14 +47,21 @@ _OTHERS = {
 
 def causes_of_figures(facts: Facts) -> Iterator[Cause]:
     """Yield the causes that the message's figures show, those of `DECISIVE` first."""
-    found = [*_of_card(facts), *_of_others(facts), *_of_cache(facts), *_of_own(facts)]
+    rest = () if is_oversized(facts) else (*_of_others(facts), *_of_cache(facts))
+    found = [*_of_card(facts), *rest, *_of_own(facts)]
     yield from sorted(found, key=lambda cause: cause.code not in DECISIVE)
 
 
+def is_oversized(facts: Facts) -> bool:
+    """Return True if the request alone is larger than the card."""
+    requested, total = facts.figures.get("requested_bytes"), facts.figures.get("total_bytes")
+    return requested is not None and total is not None and requested.low > total.high
+
+
 def _of_card(facts: Facts) -> Iterator[Cause]:
-    requested, total, free = (facts.figures.get(f"{name}_bytes") for name in ("requested", "total", "free"))
-    if requested is not None and total is not None and requested.low > total.high:
-        yield Request(code="larger_than_card", requested_bytes=requested.bytes)
+    requested, free = facts.figures.get("requested_bytes"), facts.figures.get("free_bytes")
+    if is_oversized(facts):
+        yield Request(code="larger_than_card", requested_bytes=facts.requested_bytes)
     if "spills_to_host" in facts.notes and facts.total_bytes:
         held = max(facts.reserved_bytes or 0, facts.allocated_bytes or 0, facts.process_bytes or 0)
         yield Spilled(

@@ -131,8 +131,7 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     if explanation.foreign is not None:
         yield from _foreign_lines(explanation, explanation.foreign, words)
     if explanation.unplayed_because:
-        unnamed = explanation.unplayed_because == "config" and explanation.framework is None
-        suffix = "_elsewhere" if explanation.is_elsewhere else "_unnamed" if unnamed else ""
+        suffix = "_elsewhere" if explanation.is_elsewhere else "_unnamed" if explanation.is_unnamed else ""
         yield words("unplayed", explanation.unplayed_because + suffix)
     card = explanation.card
     if explanation.played and card is not None and card.how_named == "assumed":

@@ -18,13 +18,13 @@ _OF_CODE = re.compile(
 )
 """Mistakes in a program, which may name an attribute or an option that has memory in its name."""
 _MEMORY = re.compile(
-    r"\b(?:out of|insufficient|not enough|exceed\w*|lack of|low on|more|run\w* out of|too (?:much|little))"
+    r"\b(?:out of|insufficient|no enough|not enough|exceed\w*|lack of|low on|more|run\w* out of|too (?:much|little))"
     r" [\w -]{0,25}memory\b|\bOOM\b|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
     r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
     re.IGNORECASE,
 )
 
-_LACK = re.compile(r"\b(?:insufficient|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b", re.IGNORECASE)
+_LACK = re.compile(r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b", re.IGNORECASE)
 _NEAR = 20
 """Last lines of a log, in which a lack of memory is looked for before an error is called another one."""
 _FAILS = re.compile(
@@ -59,6 +59,35 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
         parted = part(line)
         if (parted.level == "error" or _FAILS.search(line)) and parted.body.strip():
             return "memory_words" if _MEMORY.search(parted.body) else "other_error", parted.body.strip()[:300]
+    return None
+
+
+_REPORTED = re.compile(
+    r"\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
+    r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b)"
+    r"|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)|\bout of vram\b|\bvram (?:oom|is full)"
+    r"|\bOOM\b(?! ?kill)|显存(?:不足|不够|溢出|爆)|爆显存|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
+    re.IGNORECASE,
+)
+"""A person's words for device memory that ran out."""
+_ADVICE = re.compile(
+    r"\b(?:how to|avoid\w*|prevent\w*|tips?|guide|faq|troubleshoot\w*|reduc\w+|handl\w+|fix(?:es|ed)?|if|may)\b"
+    r"|避|防|対処",
+    re.IGNORECASE,
+)
+_TITLE_LINES = 4
+"""Lines at a text's beginning in which a person says what happened."""
+
+
+def reported_in(lines: Sequence[str]) -> str | None:
+    """Return the line, among the first of a report, that says that device memory ran out; None if none does.
+
+    >>> reported_in(["# GPU out of memory", "", "It happens in the third epoch."])
+    'GPU out of memory'
+    """
+    for line in [each for each in lines if each.strip()][:_TITLE_LINES]:
+        if _REPORTED.search(line) and not _ADVICE.search(line):
+            return line.strip(" #*\t")[:200]
     return None
 
 

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
-from tightfit.oomlog.kinds import consequences, memory_of, status_of
-from tightfit.oomlog.last_words import last_words
+from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of, status_of
+from tightfit.oomlog.last_words import last_words, reported_in
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
@@ -209,7 +209,7 @@ class _Scan:
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
         before: list[str] = []
-        if stand is Standing.FAILURE and self._stacks < _STACKS:
+        if stand in (Standing.FAILURE, Standing.REPORT) and self._stacks < _STACKS:
             self._stacks += 1
             before = stream.before(index, earlier)
             frames = frames_of(before) or frames_behind(
@@ -236,6 +236,7 @@ class _Scan:
                     repeats=record.facts.repeats + 1,
                     frames=better.frames,
                     phase=better.phase,
+                    details={**known.details, **facts.details},
                     exception=known.exception or facts.exception,
                     torch_format=_later(known, facts),
                 )
@@ -254,7 +255,7 @@ class _Scan:
         if chosen:
             return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
-        if nothing in ("incomplete", "memory_words"):
+        if nothing in ("incomplete", "memory_words", "reported"):
             failure = self._unnamed(nothing, evidence)
             return LogReading(failure=failure, others=others, others_count=count, context=context)
         caught = [each for each in self.records if each.standing is Standing.CAUGHT or each.survived]
@@ -293,15 +294,24 @@ class _Scan:
                 return "caught", record.body
         if (last := last_words(lines_of(self._ending)[-400:])) is not None:
             return last
+        if (title := reported_in(lines_of(self._head[:4000]))) is not None and self._has_frames():
+            return "reported", title
         for record in self.records:
             return record.standing.value, record.body
         return "nothing" if is_text(self._head) else "binary", ""
+
+    def _has_frames(self) -> bool:
+        """Return True if a traceback, or a part of one, is in the end of the log."""
+        return bool(frames_of([part(line).body for line in lines_of(self._ending)[-400:]]))
 
     def _unnamed(self, kind: str, evidence: str) -> Facts:
         """Return the facts of a failure that no format names: its last words, and its traceback."""
         lines = [part(line).body for line in lines_of(self._ending)[-400:]]
         frames = frames_of(lines)
-        details = {"said": evidence} if evidence else {}
+        if kind == "reported":
+            kind, details = "program_words", {"reported": evidence}
+        else:
+            details = {"said": evidence} if evidence else {}
         return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)
 
 
@@ -357,8 +367,14 @@ def _facts(
         notes=tuple(dict.fromkeys(notes + message.notes)),
         pid=message.pid,
         own_pid=own.pid if own else None,
-        details=message.details | ({"said": " ".join(clean(said).split())[:200]} if said else {}),
+        details=message.details | (_said(said) if said else {}),
     )
+
+
+def _said(words: str) -> dict[str, str]:
+    """Return what a program says, or what the title of a report does."""
+    plain = " ".join(clean(words).split())[:200]
+    return {"reported": plain.lstrip("# ")} if plain.startswith("#") else {"said": plain}
 
 
 def _choose(failures: list[_Record]) -> _Record | None:
@@ -380,6 +396,8 @@ def _is_same(one: Facts, two: Facts) -> bool:
         return False
     if "class_without_message" in one.notes and one.rank == two.rank:  # a notebook's head, far above the message
         return two.line - one.line <= _NOTEBOOK_LINES
+    if not is_of_allocator(one.kind) and _overlap(one.figures.get(_REQUEST), two.figures.get(_REQUEST)):
+        return True  # one line prints the size, and another the shape
     stated = {name: figure for name, figure in two.figures.items() if figure.stated}
     if stated and any(one.figures.get(name) == figure for name, figure in stated.items()):
         return all(one.figures.get(name, figure) == figure for name, figure in stated.items()) and (
@@ -388,6 +406,13 @@ def _is_same(one: Facts, two: Facts) -> bool:
     if stated and any(figure.stated for figure in one.figures.values()):
         return _complete_each_other(one, two)
     return two.line - one.line <= 60 or two.kind in consequences()
+
+
+_REQUEST = "requested_bytes"
+
+
+def _overlap(one: Figure | None, two: Figure | None) -> bool:
+    return one is not None and two is not None and one.low <= two.high and two.low <= one.high
 
 
 _APART = 3

@@ -73,14 +73,14 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
 
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
     waiting: TraceFrame | None = None
-    boxed = False
+    boxed = numbered = False
     for line in lines:
         match = _FRAME.search(line)
         if match:
             if waiting:
                 yield waiting
             function = (match[3] or "<module>").strip()
-            waiting = TraceFrame(file=match[1], line=int(match[2]), function=function)
+            waiting, numbered = TraceFrame(file=match[1], line=int(match[2]), function=function), False
             continue
         if rich := _RICH.match(line.strip()):
             if waiting and waiting.line is not None:
@@ -102,8 +102,8 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
         if notebook:
             if waiting and waiting.line is not None:
                 yield waiting
-            waiting = notebook
-        elif waiting and waiting.is_cell and _NUMBERED.match(line):
+            waiting, numbered = notebook, True
+        elif waiting and numbered and _NUMBERED.match(line):
             continue  # IPython prints the lines around the failing one, which has an arrow
         elif waiting and waiting.line is not None and line.strip() and not _CARETS.fullmatch(line):
             yield replace(waiting, source=line.strip()[:400])

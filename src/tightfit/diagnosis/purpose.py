@@ -1,0 +1,53 @@
+"""The purpose of a failed run, by its traceback, its command and its words: training, or the use of a trained model."""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.run_facts import RunFacts
+from tightfit.oomlog.tracebacks import TraceFrame
+from tightfit.tables import read_table
+
+TRAINING, INFERENCE = "training", "inference"
+_PHASES = {"backward": TRAINING, "optimizer": TRAINING, "loss": TRAINING, "warmup": INFERENCE}
+"""Phases of one purpose only; an evaluation or a sample may be part of a training."""
+_COMMAND = re.compile(
+    r"(?:\bpython\d?(?:\.\d+)?|\btorchrun|\baccelerate launch|\bdeepspeed)\b[^\n]{0,200}?(\S{1,120}\.py)\b"
+)
+
+
+@functools.cache
+def _signs() -> dict[str, dict[str, re.Pattern[str]]]:
+    """Read `purposes.toml`: `frames`, `commands` or `words`, and of each the purposes."""
+    tables = read_table("tightfit.diagnosis", "purposes.toml", dict[str, dict[str, list[str]]])
+    return {
+        kind: {purpose: re.compile("|".join(signs), re.IGNORECASE) for purpose, signs in table.items()}
+        for kind, table in tables.items()
+    }
+
+
+def purpose_of(facts: Facts, run: RunFacts) -> str | None:
+    """Return TRAINING, INFERENCE, or None where the log does not show it; the surest sign decides."""
+    return (
+        _PHASES.get(facts.phase or "")
+        or _of_frames(facts.frames)
+        or _only("commands", "\n".join(match[1] for match in _COMMAND.finditer(run.text)))
+        or _only("words", run.text)
+    )
+
+
+def _of_frames(frames: Sequence[TraceFrame]) -> str | None:
+    for frame in reversed(frames):
+        if frame.is_library and "transformers/trainer" not in frame.file and "lightning" not in frame.file:
+            continue
+        found = _only("frames", f"{frame.file}:{frame.function.rsplit('.', 1)[-1]}".replace("\\", "/"))
+        if found:
+            return found
+    return None
+
+
+def _only(kind: str, text: str) -> str | None:
+    """Return the purpose that the text has signs of, if it has none of the other."""
+    found = [purpose for purpose, sign in _signs()[kind].items() if text and sign.search(text)]
+    return found[0] if len(found) == 1 else None
