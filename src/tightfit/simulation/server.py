@@ -59,6 +59,9 @@ _COMPILER = (
     "torch._inductor.codegen.triton",
     "torch._inductor.codegen.wrapper",
     "torch._inductor.codegen.cuda_combined_scheduling",
+    "torch._inductor.codegen.pallas",  # Inductor registers all its backends, and this one takes longest to load
+    "torch.distributed.tensor.experimental",
+    "sympy.tensor.tensor",
 )
 """What torch loads when something is compiled: two seconds of each fork."""
 _PR_SET_PDEATHSIG = 1
