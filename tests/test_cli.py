@@ -1,6 +1,7 @@
 """The command line: hostile and mistaken input, help, the public face, and which room may import which."""
 
 import ast
+import functools
 import itertools
 import json
 import os
@@ -473,6 +474,7 @@ MAY_NOT_SEE = {
 """Rooms that are below, and of which a room still knows nothing."""
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules of this package that a file imports anywhere, but for type checking."""
     found = set()

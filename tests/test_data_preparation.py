@@ -15,6 +15,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -473,6 +474,23 @@ def test_a_folder_holds_out_whole_files_and_counts_what_it_skips(tmp_path: Path)
     assert dataset.val.tokens == 8 * (len("# file 00\n" + "x = 1\n" * 30) + 1)
     other = prepare(source, data_dir=tmp_path / "e", tokenizer="characters", val_fraction=0.2, seed=1)
     assert (other.folder / "val.bin").read_bytes() != (result.folder / "val.bin").read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [(40, 6000, 6000), (6000, 6000), (4000,) * 3])
+def test_few_files_are_divided_so_that_validation_gets_its_share(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    source = tmp_path / "few"
+    source.mkdir()
+    texts = [f"{number}" * size for number, size in enumerate(sizes)]
+    for number, text in enumerate(texts):
+        (source / f"{number}.txt").write_text(text)
+    result = prepare(source, data_dir=tmp_path / "d", tokenizer="characters", block_size=1000)
+    assert result.val_tokens == pytest.approx(0.1 * sum(sizes), rel=0.02)
+    dataset = open_dataset("few", tmp_path / "d")
+    tokenizer = load_tokenizer(dataset.meta, dataset.folder)
+    train, val = (tokenizer.decode(file.array()).replace("\n", "") for file in (dataset.train, dataset.val))
+    assert Counter(train + val) == Counter("".join(texts)), "every character is in one of the splits"
+    with pytest.raises(DataError, match=r"holds no sequence of block_size=5,000; give more text"):
+        prepare(source, data_dir=tmp_path / "e", tokenizer="characters", block_size=5000)
 
 
 @pytest.mark.slow

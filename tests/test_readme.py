@@ -460,6 +460,7 @@ class TestReadme:
 
 
 class TestSite:
+    @pytest.mark.slow
     def test_it_builds_without_a_warning_and_loads_nothing_from_elsewhere(self, tmp_path: Path) -> None:
         pytest.importorskip("mkdocs", reason="the site needs pip install '.[docs]'")
         pytest.importorskip("material")

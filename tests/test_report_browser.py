@@ -446,6 +446,7 @@ def test_hostile_text_stays_text(show: Any, tmp_path: Path) -> None:
     assert evil in shown.text("#timeline .panel")
 
 
+@pytest.mark.slow
 def test_huge_inputs_open_at_once(show: Any, tmp_path: Path) -> None:
     count = 2_000  # as many moments as a dry run keeps
     timeline = a_timeline(count)

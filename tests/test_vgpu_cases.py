@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from plays import findings
+from warm import in_process
 
 SCRIPTS = Path(__file__).parent / "scripts"
 FEATURES = (
@@ -20,8 +21,11 @@ FEATURES = (
 )
 
 
+ON_CARD = "import tightfit\nwith tightfit.VirtualGPU('RTX 3090') as gpu:\n"
+
+
 def run_on_card(code: str, **environ: str) -> str:
-    program = f"import tightfit\nwith tightfit.VirtualGPU('RTX 3090') as gpu:\n{code}"
+    program = ON_CARD + code
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environ, capture_output=True, text=True, check=False
     )
@@ -32,7 +36,7 @@ def run_on_card(code: str, **environ: str) -> str:
 @functools.cache
 def failures() -> dict[str, str]:
     script = SCRIPTS / "on_a_card.py"
-    out = run_on_card(f"    import runpy\n    runpy.run_path({str(script)!r}, run_name='__main__')")
+    out = in_process(ON_CARD + f"    import runpy\n    runpy.run_path({str(script)!r}, run_name='__main__')")
     found: dict[str, str] = json.loads(out.splitlines()[-1])
     return found
 

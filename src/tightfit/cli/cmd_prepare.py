@@ -30,6 +30,7 @@ def parser() -> Parser:
     found.add_argument("--tokenizer", choices=TOKENIZERS, help=say("cli.prepare.tokenizer"))
     found.add_argument("--vocab_size", type=int, help=say("cli.prepare.vocab_size"))
     found.add_argument("--val_fraction", type=float, help=say("cli.prepare.val_fraction"))
+    found.add_argument("--block_size", type=int, help=say("cli.prepare.block_size"))
     found.add_argument("--seed", type=int, default=2357, help=say("cli.prepare.seed"))
     found.add_argument("--field", default="text", help=say("cli.prepare.field"))
     found.add_argument("--errors", default="strict", help=say("cli.prepare.errors"))

@@ -44,6 +44,8 @@ from tightfit.wording import say
 
 SHARD_CHARACTERS = 2**20
 SHARD_PIECES = 4096
+SPLIT_RULE = 2
+"""Version of the rule that chooses validation text: unfinished work of another one is not continued."""
 COMMIT_SECONDS = 5.0
 """Seconds between two fsyncs of the token files: the most work that a crash can lose."""
 TRAINING_BYTES = 32 * MIB
@@ -85,6 +87,7 @@ def prepare(
     tokenizer: str | None = None,
     vocab_size: int | None = None,
     val_fraction: float | None = None,
+    block_size: int | None = None,
     seed: int = 2357,
     field: str = "text",
     errors: str = "strict",
@@ -103,6 +106,7 @@ def prepare(
         tokenizer=tokenizer,
         vocab_size=vocab_size or bpe_vocab_size(str(name_or_path)),
         val_fraction=val_fraction,
+        block_size=block_size,
         seed=seed,
         field=field,
         errors=errors,
@@ -156,7 +160,7 @@ def _write(recipe: Recipe, options: Options, progress: Progress) -> tuple[Tokeni
     """Write all files of the dataset to the work folder and sync them."""
     source, work = recipe.source, recipe.folder / WORK_FOLDER
     identity = source.identity()
-    settings = [FORMAT, SHARD_CHARACTERS, SHARD_PIECES, identity, recipe.tokenizer, options.vocab_size]
+    settings = [FORMAT, SHARD_CHARACTERS, SHARD_PIECES, SPLIT_RULE, identity, recipe.tokenizer, options.vocab_size]
     settings += [options.val_fraction, options.seed, options.field, options.errors, source.describe()]
     job = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     journal = open_journal(work, job)
@@ -169,6 +173,8 @@ def _write(recipe: Recipe, options: Options, progress: Progress) -> tuple[Tokeni
     _encode_all(source, made, work, journal, options.workers, progress)
     if not journal.train or not journal.val:
         raise DataError(say("data.preparation.too_short", name=recipe.name, train=journal.train, val=journal.val))
+    if options.block_size and (shortest := min(journal.train, journal.val)) <= options.block_size:
+        raise DataError(say("data.preparation.shorter_than_block", tokens=shortest, block_size=options.block_size))
     if source.identity() != identity:
         raise DataError(say("data.preparation.changed", name=recipe.name))
     meta = Meta(

@@ -45,6 +45,8 @@ class Options:
     """Ids of a bpe vocabulary trained here; the others have theirs."""
     val_fraction: float | None = None
     """Share of characters (one text file) or documents for validation; None is the name's default."""
+    block_size: int | None = None
+    """Tokens of a sequence of the planned run: a split that holds none is refused. None asks for no length."""
     seed: int = 2357
     """Seed of the choice of validation documents; nanoGPT's."""
     field: str = "text"

@@ -88,20 +88,41 @@ class TextFile:
         return _digest([self.path], self.path.parent)
 
     def pieces(self) -> Iterator[Piece]:
-        characters = sum(len(text) for text, _ in read_text(self.path, self.errors))
-        marked = self._marked(int(characters * (1 - self.val_fraction)))
-        for split, group in groupby(marked, key=lambda chunk: chunk[0]):
-            for text, position, _ in cut((text, position) for _, text, position in group):
+        for split, chunks in _divided(self.path, self.errors, self.val_fraction):
+            for text, position, _ in cut(chunks):
                 yield Piece(text, split, False, position)
 
-    def _marked(self, train_characters: int) -> Iterator[tuple[Split, str, int]]:
-        left = train_characters
-        for text, position in read_text(self.path, self.errors):
-            if left:
-                yield "train", text[:left], position
-            if len(text) > left:
-                yield "val", text[left:], position
-            left = max(0, left - len(text))
+
+Chunks = Iterable[tuple[str, int]]
+"""Text with the bytes of input read up to its end."""
+
+
+def _divided(path: Path, errors: str, val_fraction: float) -> Iterator[tuple[Split, Chunks]]:
+    """Yield a text's first characters for training and its last ones for validation."""
+    characters = sum(len(text) for text, _ in read_text(path, errors))
+    marked = _marked(read_text(path, errors), int(characters * (1 - val_fraction)))
+    for split, group in groupby(marked, key=lambda chunk: chunk[0]):
+        yield split, ((text, position) for _, text, position in group)
+
+
+def _marked(chunks: Chunks, train_characters: int) -> Iterator[tuple[Split, str, int]]:
+    left = train_characters
+    for text, position in chunks:
+        if left:
+            yield "train", text[:left], position
+        if len(text) > left:
+            yield "val", text[left:], position
+        left = max(0, left - len(text))
+
+
+class _HeldOut(NamedTuple):
+    """Validation text among whole files."""
+
+    files: frozenset[Path]
+    divided: Path | None
+    """File whose end is for validation, too."""
+    val_fraction: float
+    """Share of the divided file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +134,7 @@ class Files:
     """Folder to which file names are relative, for their order and for the split."""
     files: tuple[Path, ...]
     val_fraction: float
-    """Validation share of rows and of the bytes of whole files; drawn by a hash of name, row and seed."""
+    """Validation share of rows, and of the bytes of text files; drawn by a hash of name, row and seed."""
     seed: int
     field: str = "text"
     """Key of a JSONL row, or column of a Parquet file, that holds the text."""
@@ -148,9 +169,8 @@ class Files:
         held_out = self._held_out()
         documents = rows = before = 0
         for path in self.files:
-            for row, chunks in enumerate(self._documents(path)):
+            for row, (split, chunks) in enumerate(self._documents(path, held_out)):
                 documents += 1
-                split: Split = "val" if path in held_out else "train"
                 if _has_rows(path):
                     split = self._split_of_row(f"{self._name(path)}:{row}", rows)
                     rows += 1
@@ -167,27 +187,33 @@ class Files:
         text = f"{self.seed}:{name}".encode("utf-8", "surrogateescape")
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
-    def _held_out(self) -> frozenset[Path]:
-        """Return whole files for validation, in order of hash, up to its share of bytes; at least one."""
+    def _held_out(self) -> _HeldOut:
+        """Return whole files in order of hash, up to the share of bytes; the end of the largest if they miss half."""
         sizes = {path: size for path in self.files if not _has_rows(path) and (size := path.stat().st_size)}
-        left = int(sum(sizes.values()) * self.val_fraction)
-        held: list[Path] = []
+        share = left = int(sum(sizes.values()) * self.val_fraction)
+        held = set[Path]()
         for path in sorted(sizes, key=lambda path: self._hash(self._name(path))):
             if sizes[path] <= left:
                 left -= sizes[path]
-                held.append(path)
-        return frozenset(held or (sorted(sizes, key=sizes.__getitem__)[:1] if len(sizes) > 1 else []))
+                held.add(path)
+        others = sizes.keys() - held
+        if 2 * left <= share or not others:
+            return _HeldOut(frozenset(held), None, 0.0)
+        largest = max(others, key=lambda path: (sizes[path], self._name(path)))
+        return _HeldOut(frozenset(held), largest, left / sizes[largest])
 
     def _split_of_row(self, name: str, number: int) -> Split:
         if number < 2:  # so that neither side is empty, however few there are
             return "val" if number else "train"
         return "val" if self._hash(name) < self.val_fraction * 2**64 else "train"
 
-    def _documents(self, path: Path) -> Iterator[Iterable[tuple[str, int]]]:
-        if not _has_rows(path):
-            return iter([read_text(path, self.errors)])
-        rows = ROW_READERS[path.suffix](path, self.field, self.errors)
-        return (in_chunks(text, position) for text, position in rows)
+    def _documents(self, path: Path, held_out: _HeldOut) -> Iterator[tuple[Split, Chunks]]:
+        if _has_rows(path):
+            rows = ROW_READERS[path.suffix](path, self.field, self.errors)
+            return (("train", in_chunks(text, position)) for text, position in rows)
+        if path == held_out.divided:
+            return _divided(path, self.errors, held_out.val_fraction)
+        return iter([("val" if path in held_out.files else "train", read_text(path, self.errors))])
 
 
 class _Row(TypedDict):
