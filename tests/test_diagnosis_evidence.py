@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tightfit.cli.main import main
+from tightfit.diagnosis.evidence import SERVES
 from tightfit.diagnosis.failing_line import line_kind
 from tightfit.diagnosis.framework_words import frameworks, pasted
 from tightfit.diagnosis.tensor_fits import range_of, usual_weights
@@ -95,8 +96,8 @@ def test_a_line_shows_its_kind_of_tensor(file: str, function: str, source: str, 
 
 
 def test_every_program_divides_its_batch_in_words_of_its_own():
-    without_batch = {"comfyui", "webui", "gaussian_splatting", "vllm", "sglang", "transformers", "ray", "fsdp"}
-    for program in set(frameworks()) - without_batch - {"unsloth", "trl", "pytorch", "dreambooth_extension"}:
+    without_batch = {"gaussian_splatting", "transformers", "ray", "fsdp", "dreambooth_extension"} | SERVES
+    for program in set(frameworks()) - without_batch - {"unsloth", "trl", "pytorch"}:
         found = pasted("split_general", [program], {"size": 2, "passes": 8, "half": 512})
         assert found is not None
         assert "{" not in "".join(found.lines), program

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures, is_oversized
-from tightfit.diagnosis.framework_words import Pasted, pasted
+from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
     NO_EFFECT,
@@ -27,11 +27,22 @@ from tightfit.oomlog.run_facts import PrintedShape
 from tightfit.tables import read_table
 
 _PICTURES = frozenset(
-    {"ultralytics", "mmdet", "timm", "diffusers", "kohya", "detectron2", "dreambooth_extension", "webui", "comfyui"}
+    {
+        *("ultralytics", "mmdet", "timm", "diffusers", "kohya", "detectron2", "dreambooth_extension", "webui"),
+        *("comfyui", "fooocus", "invokeai", "monai", "nerfstudio", "wan", "segment_anything", "realesrgan"),
+        *("open_clip", "nnunet"),
+    }
 )
-_WITHOUT_BATCH = ("gaussian_splatting", "comfyui", "webui")
+_TEXTS = frozenset({"textgen", "vllm", "sglang", "tensorrt_llm", "openrlhf", "verl", "whisper", "whisperx"})
+"""Programs without pictures, whose lengths have options of their own."""
+_WITHOUT_BATCH = ("gaussian_splatting", "comfyui", "webui", "fooocus", "invokeai", "wan")
 """Programs that have no batch to make smaller."""
-_APPLICATIONS = frozenset({"comfyui", "webui", "vllm", "sglang", "ultralytics", "kohya", "dreambooth_extension"})
+_APPLICATIONS = frozenset(
+    {
+        *("comfyui", "webui", "vllm", "sglang", "ultralytics", "kohya", "dreambooth_extension", "fooocus", "textgen"),
+        *("invokeai", "openrlhf", "verl", "whisperx", "whisper", "wan", "tensorrt_llm", "realesrgan"),
+    }
+)
 """Programs that their users do not write: only their own options are a fix."""
 _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
 """Remedies that stand on libraries for CUDA."""
@@ -94,6 +105,8 @@ def _watermark() -> Remedy:
 def _codes(facts: Facts, evidence: Evidence) -> list[str]:
     """Return the codes of remedies that this run can take, the surest first."""
     codes = [code for cause in _lists(facts, evidence) for code in _tables()["fixes"][cause]]
+    if facts.phase == "eval" and evidence.framework in frameworks():  # the program's own options come first
+        codes.sort(key=lambda code: not has_own(code, evidence.framework or ""))
     return [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence)]
 
 
@@ -124,6 +137,7 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
     if facts.phase in (None, "forward", "loss", "backward", "compile", "setup", "optimizer"):
+        yield from ["undivided"] if evidence.run.numbers.get("zero_stage") in (1, 2) and not evidence.infers else []
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
 
 
@@ -134,6 +148,7 @@ _OVERSIZED = frozenset({"logits", "attention", "pairs", "outputs"})
 def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     run, keeps_nothing, program = evidence.run, _keeps_nothing(facts, evidence), evidence.framework
     is_known = program not in (None, "nanogpt")
+    is_too_large = evidence.budget is not None and evidence.budget.exceeds
     done = {
         "split_general": evidence.batch_is_one
         or program in _WITHOUT_BATCH
@@ -146,13 +161,16 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "offload": _has_no_offload(facts, evidence),
         "lora": bool(run.signs & {"lora", "qlora"}),
         "qlora": bool(run.signs & {"qlora", "four_bit"}),
-        "quantized_weights": bool(run.signs & {"qlora", "four_bit"}),
-        "smaller_weights": bool(run.signs & {"qlora", "four_bit"}),
-        "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters",
+        "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"}),
+        "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"}),
+        "no_gradients": "no_grad" in run.signs,
+        "smaller_model": not (is_too_large and evidence.infers) and not has_own("smaller_model", program or ""),
+        "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters" or evidence.infers,
         "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
         "half_precision": "half" in run.signs
         or _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
+        "optimizer_foreach": not any("foreach" in f"{each.source} {each.function}" for each in facts.frames[-2:]),
         "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower(),
         "release_logits": not any(each.function == "estimate_loss" for each in facts.frames),
     }
@@ -161,6 +179,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     if code == "smaller_inputs":
         return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
     if code == "shorter_length" and program in _PICTURES:
+        return False
+    if code == "smaller_inputs" and program in _TEXTS:
         return False
     if facts.kind == "mps_out_of_memory" and code in _ON_CUDA_ONLY:
         return False
@@ -187,7 +207,7 @@ def _has_no_offload(facts: Facts, evidence: Evidence) -> bool:
     """Return True where a program's words for offloading are about another part of its work."""
     loads = facts.phase in ("load", "setup") and not evidence.trains
     if (_keeps_nothing(facts, evidence) and facts.phase != "eval") or loads:
-        return evidence.framework not in _PICTURES
+        return not has_own("offload", evidence.framework or "")
     return evidence.framework == "diffusers"
 
 

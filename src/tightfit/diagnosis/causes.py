@@ -46,7 +46,7 @@ _SHOWN_CATEGORIES = 3
 
 def is_of_device(facts: Facts) -> bool:
     """Return True if a tensor did not fit a device, so that a play can tell which."""
-    return facts.kind in _DEVICE_KINDS
+    return facts.kind in _DEVICE_KINDS or facts.torch_format == "T0"
 
 
 def causes_of(
@@ -76,7 +76,11 @@ def causes_of(
         first, rest = causes_of_evidence(facts, culprit, evidence, unplayed_because)
     figures = list(causes_of_figures(facts))
     decisive = [each for each in figures if each.code in DECISIVE]
-    found = [*first, *decisive, *found, *rest, *figures[len(decisive) :], *_of_hints(printed)]
+    others = figures[len(decisive) :]
+    if facts.kind == "mps_out_of_memory":  # PyTorch's own limit is what every such message is about
+        rest = [*others, *rest]
+        others = []
+    found = [*first, *decisive, *found, *rest, *others, *_of_hints(printed)]
     return tuple(found) or (_of_little(facts),)
 
 

@@ -47,6 +47,10 @@ _TRAINERS = frozenset(
         "torchtitan",
         "deepspeed",
         "fsdp",
+        "openrlhf",
+        "verl",
+        "swift",
+        "open_clip",
     }
 )
 
@@ -55,7 +59,12 @@ _OF_ANY_PURPOSE = (None, "transformers", "accelerate")
 """Programs that train as often as they do not; all others train."""
 _BARE, _BARE_LINES = 1000, 3
 """Characters and lines below which a log without a traceback is a message alone; with its advice it has 700."""
-_SERVES = frozenset({"webui", "comfyui", "vllm", "sglang"})
+SERVES = frozenset(
+    {
+        *("webui", "comfyui", "vllm", "sglang", "fooocus", "textgen", "invokeai", "whisperx", "whisper", "wan"),
+        *("tensorrt_llm", "esm", "realesrgan"),
+    }
+)
 """Programs that only use trained models."""
 
 
@@ -147,7 +156,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def infers(self) -> bool:
         """True if the log is of a program that uses a trained model, and shows no sign of training."""
-        return self.framework in _SERVES or (self.purpose == INFERENCE and not self.trains)
+        return self.framework in SERVES or (self.purpose == INFERENCE and not self.trains)
 
     @property
     def is_of_unknown_purpose(self) -> bool:

@@ -1,5 +1,6 @@
 """Causes by the evidence for the failed tensor, and by the memory that the model alone takes."""
 
+import re
 from collections.abc import Iterator
 
 from tightfit.diagnosis.cause_records import (
@@ -19,6 +20,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.failing_line import line_before_message
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room
@@ -68,13 +70,15 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
             yield Request(code=untold, requested_bytes=requested)
 
 
+_OF_PICTURES = re.compile(r"diffusion|unet|transformer_blocks|first_stage|decoder\.up")
+"""Names of parameters of models of pictures, which the table of language models does not hold."""
 _CALLS = ("forward_call(", "_call_impl(", "self.forward(", "run_backward(", "func(*", "fn(*", "(*args", "main()")
 """Calls in which a traceback that somebody cut ends: the request is further inside."""
 
 
 def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     """Return the innermost line of the traceback, or the one that the report quotes; None where it may be cut."""
-    frame = facts.frames[-1] if facts.frames else evidence.line.frame if evidence.line else None
+    frame = facts.frames[-1] if facts.frames else line_before_message(evidence.run.text)
     if frame is None or not frame.source or facts.phase == "backward" or any(call in frame.source for call in _CALLS):
         return None
     name = frame.file.replace("\\", "/").rsplit("/", 1)[-1]
@@ -105,7 +109,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
         for fit in fits
         if fit.tensor == "weight"
     )
-    if weights and not evidence.is_complete:
+    if weights and not evidence.is_complete and not _OF_PICTURES.search(run.tensor_name or ""):
         yield SizedWeights(code="weights_of_size", label=COMPUTED, requested_bytes=requested, weights=weights)
     shares = tuple(
         ShardShare(ranks=fit.ranks or 1, dtype=fit.dtype, bytes=fit.bytes) for fit in fits if fit.tensor == "shard"

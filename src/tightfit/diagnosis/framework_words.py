@@ -32,6 +32,11 @@ def frameworks() -> tuple[str, ...]:
     return tuple(_tables())
 
 
+def has_own(code: str, program: str) -> bool:
+    """Return True if a program has words of its own for a remedy."""
+    return code in _tables().get(program, {})
+
+
 def pasted(code: str, program: Sequence[str], values: Mapping[str, int | str]) -> Pasted | None:
     """Return a remedy's lines in the words of the first of the programs that has some, with `values` filled in.
 

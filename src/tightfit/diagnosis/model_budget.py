@@ -51,15 +51,23 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None) -> Budget | None
     parameters = model.parameters if model else None
     if model is None or not parameters or not facts.total_bytes:
         return None
+    stored = _stored(run)
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
-        each = _QUANTIZED if "qlora" in run.signs else _WEIGHT
+        each = _QUANTIZED if "qlora" in run.signs else stored
         return _budget(model, parameters, facts.total_bytes, each, each, "weights", run)
     if not _trains(facts, run):
-        return _budget(model, parameters, facts.total_bytes, _WEIGHT, _WEIGHT, "weights", run)
+        if "spread" in run.signs:  # over several cards, or a part of it on the host
+            return None
+        return _budget(model, parameters, facts.total_bytes, stored, stored, "weights", run)
     optimizer = run.texts.get("optimizer", "").lower()
     small = next((size for word, size in _SMALL_STATE.items() if word in optimizer), None)
     low, high = (small, small) if small else (_LEAST_STATE, _MOST_STATE)
     return _budget(model, parameters, facts.total_bytes, low, high, "training", run)
+
+
+def _stored(run: RunFacts) -> float:
+    """Return the bytes of a parameter in the format that the log names; 16 bits where it names none."""
+    return _QUANTIZED if "quantized_4" in run.signs else 1.0 if "quantized_8" in run.signs else _WEIGHT
 
 
 def _trains(facts: Facts, run: RunFacts) -> bool:

@@ -70,6 +70,9 @@ _REPORTED = re.compile(
     re.IGNORECASE,
 )
 """A person's words for device memory that ran out."""
+_REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", re.IGNORECASE)
+_OF_DEVICE = re.compile(r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|graphics card|nvidia)\b", re.IGNORECASE)
+"""Signs of a card in a report, with which memory that ran out is mostly the card's."""
 _ADVICE = re.compile(
     r"\b(?:how to|avoid\w*|prevent\w*|tips?|guide|faq|troubleshoot\w*|reduc\w+|handl\w+|fix(?:es|ed)?|if|may)\b"
     r"|避|防|対処",
@@ -85,10 +88,10 @@ def reported_in(lines: Sequence[str]) -> str | None:
     >>> reported_in(["# GPU out of memory", "", "It happens in the third epoch."])
     'GPU out of memory'
     """
-    for line in [each for each in lines if each.strip()][:_TITLE_LINES]:
-        if _REPORTED.search(line) and not _ADVICE.search(line):
-            return line.strip(" #*\t")[:200]
-    return None
+    first = [each for each in lines if each.strip()][:_TITLE_LINES]
+    words = _REPORTED if not any(map(_OF_DEVICE.search, lines)) else _REPORTED_ANYHOW
+    found = next((line for line in first if words.search(line) and not _ADVICE.search(line)), None)
+    return found.strip(" #*\t")[:200] if found else None
 
 
 def _names_memory(body: str) -> bool:

@@ -292,10 +292,12 @@ class _Scan:
         for record in reversed(self.records):
             if record.survived or record.standing is Standing.CAUGHT:
                 return "caught", record.body
-        if (last := last_words(lines_of(self._ending)[-400:])) is not None:
-            return last
-        if (title := reported_in(lines_of(self._head[:4000]))) is not None and self._has_frames():
+        last = last_words(lines_of(self._ending)[-400:])
+        title = reported_in(lines_of(self._head[:4000])) if last is None or last == ("incomplete", "") else None
+        if title is not None and self._has_frames():
             return "reported", title
+        if last is not None:
+            return last
         for record in self.records:
             return record.standing.value, record.body
         return "nothing" if is_text(self._head) else "binary", ""

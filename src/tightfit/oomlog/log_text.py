@@ -23,7 +23,7 @@ _UNPRINTED = re.compile(r"[\x01-\x06\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f]")
 """Control codes without those that logs have: bells, line ends, colours."""
 _RAW_INDEX = re.compile(r"GPU ([\x01-\x08\x0b\x0c\x0e-\x1f]) has a total")
 _UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
-_BOLD = re.compile(r"(?:(?<=\s)|^)\*\*(?=[\dA-Z])|(?<=[\dB.r])\*\*(?=[\s:,.;)]|$)")
+_BOLD = re.compile(r"(?:(?<=\s)|^)\*\*(?=[\dA-Z])|(?<=[\dB.r])\*\*(?=[\s:,.;)]|$)|(?<=[A-Z]{3})\*\*(?=[A-Z]{3})")
 """Markdown's, around figures and words; not Python's powers and keywords."""
 _WIDE = str.maketrans("（）；：，．＝\xa0\u3000│┃║", "();:,.=     ")
 """Translators' punctuation, spaces, and the frames that rich draws around tracebacks."""

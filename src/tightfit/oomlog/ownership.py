@@ -14,8 +14,9 @@ on old ones. Libraries with buffers of their own (NCCL, TensorRT) add to it."""
 _SURELY_OTHERS = GIB
 """Bytes that are neither free nor PyTorch's from which on not all of them can be this process's context; with fewer,
 libraries of this process explain them as well as other programs do."""
-_DECIDES = GIB
-"""Bytes of an estimate from which on others may be the cause; and a twentieth of the card."""
+_DECIDES, _SHARE = GIB, 12
+"""Bytes of an estimate from which on others may be the cause, and the part of the card: NCCL's buffers and graphs of
+a job on several cards take up to a sixteenth."""
 _FARTHEST = 3 * GIB
 """Bytes outside of PyTorch's allocator above which a listed process is not taken for this one."""
 _NEIGHBOURS = 64
@@ -86,7 +87,7 @@ def ownership(facts: Facts) -> Ownership:
     free, need = facts.figures.get("free_bytes"), facts.figures.get("requested_bytes")
     decides = free is not None and need is not None and free.low + others.low >= need.high and not had_room(facts)
     # Libraries and NCCL of this process itself are in an estimate: a small one decides nothing.
-    decides = decides and (not is_estimated or others.low >= max(_DECIDES, facts.total_bytes // 20))
+    decides = decides and (not is_estimated or others.low >= max(_DECIDES, facts.total_bytes // _SHARE))
     return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), decides=decides)
 
 

@@ -17,12 +17,14 @@ _OPEN, _ESCAPES, _LETTERS = (
     re.compile(r"[A-Za-z_]{2,}"),
 )
 """Signs of a pattern that is not plain, its escapes, and its words."""
+_OF_ONE_CARD = re.compile(r"micro|per_device|per_gpu|device_batch|local_batch")
+"""Names of the batch of one pass on one card; `train_batch_size` may be that of a step over all cards."""
 _SHAPE = re.compile(
     r"empty_strided_(?:cuda|xpu|cpu)?\w{0,8}\(\((\d[\d, ]{0,80}?),?\), \([^)\n]{0,120}\),? ?(?:torch\.(\w{4,12}))?"
     r"|torch\.(?:empty|zeros|ones|rand|randn|full)\(\(?\[?(\d{1,12}(?:, ?\d{1,12}){0,6})\]?\)?[^\n]{0,80}?"
     r"(?:dtype=torch\.(\w{4,12}))?\)"
 )
-_TENSOR_NAME = re.compile(r"tensor with name ([\w.]{1,200})")
+_TENSOR_NAME = re.compile(r"tensor with name ([\w.]{1,200})|([\w.]{3,200}\.(?:weight|bias)):? CUDA out of memory")
 _MODEL_CLASS = re.compile(r"transformers/models/(\w{2,30})/modeling_")
 
 
@@ -123,6 +125,9 @@ def run_facts_in(text: str) -> RunFacts:
         if not (dashes or sign.strip() or "_" in name):  # `batch 12` counts batches
             continue
         quantity = _keys("numbers")[1][_plain(name)]
+        known = names.get(quantity, "")
+        if quantity == "batch_size" and _OF_ONE_CARD.search(known) and not _OF_ONE_CARD.search(name):
+            continue
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
             names[quantity] = dashes + name
@@ -141,7 +146,7 @@ def run_facts_in(text: str) -> RunFacts:
         signs=frozenset(_found("signs", text)),
         frameworks=tuple(_found("frameworks", paths)),
         shapes=tuple(_shapes(text)),
-        tensor_name=named[1].rstrip(".") if named else None,
+        tensor_name=(named[1] or named[2]).rstrip(".") if named else None,
         family=family[-1] if family else None,
         text=text,
     )
