@@ -1,6 +1,7 @@
 """The remedies for a failure that was not played: those that cure this case first, in the user's own words."""
 
 import functools
+import re
 from collections.abc import Iterator
 
 from msgspec.structs import replace
@@ -23,7 +24,7 @@ from tightfit.diagnosis.remedies import (
 )
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, ownership
-from tightfit.oomlog.run_facts import PrintedShape
+from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.tables import read_table
 
 _PICTURES = frozenset(
@@ -78,7 +79,10 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     others, segments = close_others(facts), expandable_segments(facts)
     first = list(fixes_of_figures(facts))
     if had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
-        cures, first = [], [] if evidence.framework in _APPLICATIONS else first
+        first = [] if evidence.framework in _APPLICATIONS else first
+        if "windows" in evidence.run.signs:
+            first = [_remedy("windows_paging", facts, evidence), *first]
+        cures = []
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
         decides = others.label == MEASURED or ownership(facts).decides
@@ -150,6 +154,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     is_known = program not in (None, "nanogpt")
     is_too_large = evidence.budget is not None and evidence.budget.exceeds
     done = {
+        "vae_in_tiles": program in ("comfyui", "diffusers") and not _shows_vae(facts, run),
         "split_general": evidence.batch_is_one
         or program in _WITHOUT_BATCH
         or (keeps_nothing and (is_known or evidence.infers))
@@ -186,6 +191,18 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in _APPLICATIONS
     return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
+
+
+_VAE = re.compile(r"VAE ?(?:De|En)code|\bvae\b|[Aa]uto_?[Ee]ncoder")
+
+
+_VAE_NODE = re.compile(r"(?:executing|Node Type:\W*)\s*VAE")
+
+
+def _shows_vae(facts: Facts, run: RunFacts) -> bool:
+    """Return True unless the log shows that another part than the VAE failed."""
+    shown = " ".join(f"{each.file} {each.function} {each.source}" for each in facts.frames)
+    return bool(_VAE.search(shown) or _VAE_NODE.search(run.text)) if shown else bool(_VAE.search(run.text))
 
 
 _ROOM = 0.8

@@ -4,6 +4,7 @@ A printed shape; a tensor's printed name; the failing line's operator; the sizes
 and length. A request's size alone never names a tensor: others of the same model could have it.
 """
 
+import re
 from collections.abc import Iterator
 
 import msgspec
@@ -57,8 +58,9 @@ _TRAINERS = frozenset(
 
 _OF_ANY_PURPOSE = (None, "transformers", "accelerate")
 """Programs that train as often as they do not; all others train."""
-_BARE, _BARE_LINES = 1000, 3
-"""Characters and lines below which a log without a traceback is a message alone; with its advice it has 700."""
+_BARE = 60
+"""Characters besides the message and its advice, below which a log without a traceback is a message alone."""
+_ADVICE = re.compile(r"If reserved[^\n]*(?:\n[^\n]*?(?:ALLOC_CONF|fragmentation|Management|variables)[^\n]*){0,3}")
 SERVES = frozenset(
     {
         *("webui", "comfyui", "vllm", "sglang", "fooocus", "textgen", "invokeai", "whisperx", "whisper", "wan"),
@@ -194,7 +196,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or ""),
         budget=budget_of(facts, run, model),
         purpose=purpose_of(facts, run),
-        is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text),
+        is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text, facts.message),
     )
     if within is None or within.is_small or shape is not None:
         return found
@@ -210,8 +212,9 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     return msgspec.structs.replace(found, fits=fits, is_complete=is_complete)
 
 
-def _is_one_message(text: str) -> bool:
-    return len(text) < _BARE and len([line for line in text.splitlines() if line.strip()]) < _BARE_LINES
+def _is_one_message(text: str, message: str) -> bool:
+    """Return True if a log has hardly anything besides the message and PyTorch's advice behind it."""
+    return len("".join(_ADVICE.sub("", text).split())) - len("".join(message.split())) < _BARE
 
 
 def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:

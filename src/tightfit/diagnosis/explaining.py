@@ -18,7 +18,7 @@ from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
-from tightfit.diagnosis.kind_sentences import fixes_of
+from tightfit.diagnosis.kind_sentences import fixes_of, with_run
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
@@ -78,6 +78,8 @@ def explain(
     reading = _read(source)
     if foreign is not None:
         reading = replace(reading, run=with_foreign(reading.run, foreign))
+    if reading.failure is not None:
+        reading = replace(reading, failure=with_run(reading.failure, reading.run))
     facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang, foreign=foreign)
     if script is not None:
         found = _with_script(plain, gpu, script, arguments, log, progress)

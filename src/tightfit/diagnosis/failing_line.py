@@ -9,7 +9,7 @@ import msgspec
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.tables import read_table
 
-_CODE = re.compile(r"\w ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
+_CODE = re.compile(r"[\w\]] ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
 _DEPTH = 8
 """Innermost frames that are looked at: further out, a line calls too much to show what was allocated."""
 

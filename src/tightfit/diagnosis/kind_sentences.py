@@ -1,6 +1,7 @@
 """Failures that no tensor of PyTorch explains: their sentences and their fixes, by kind."""
 
 import functools
+import re
 import string
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from tightfit.diagnosis.remedies import UNCHECKED, Remedy
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.log_reader import LogReading
+from tightfit.oomlog.run_facts import RunFacts
 from tightfit.tables import read_table
 from tightfit.wording import kinds as wording
 
@@ -56,10 +58,23 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["unsized"] = True
     if facts.phase == "eval" and any("transformers/trainer" in frame.file.replace("\\", "/") for frame in facts.frames):
         found["predictions"] = True
+    if facts.phase == "setup" and facts.kind == "cuda_driver":
+        found["at_start"] = True
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)
     return found
+
+
+_HIGH_SHARE = re.compile(r"gpu[-_]memory[-_]utilization\W{1,3}(?:0?\.9[1-9]\d?|1\.0|1\b)")
+"""A share of the card above vLLM's own 0.9."""
+
+
+def with_run(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure with what the log prints of its run and its sentences need."""
+    if facts.kind == "vllm_no_cache_blocks" and _HIGH_SHARE.search(run.text):
+        return msgspec.structs.replace(facts, details={**facts.details, "share_is_high": "yes"})
+    return facts
 
 
 def _key(keys: Mapping[str, object], kind: str, known: Mapping[str, object]) -> str | None:

@@ -17,6 +17,7 @@ HEAD_WORDS = ("toallocate", "tallocate", "totalcapac", "hasatotalcapac", "mpsbac
 HEAD = re.compile(
     r"(?:(?P<backend>CUDA|HIP|XPU|NPU|MUSA|MLU|GCU|HPU|SDAA|MACA|PrivateUse1)out|(?P<bare>Out))ofmemory[.:,]*"
     rf"Triedt?o?allocate(?:(?P<size>{SIZE})|(?P<huge>morethan1EB(?:memory)?))"
+    rf"|OutOfMemoryError:?[`*]*(?=Triedt?o?allocate)(?P<named>)Triedt?o?allocate(?P<asked>{SIZE})"
     rf"|MPSbackendoutofmemory\(MPSallocated:(?P<mps>{SIZE})"
     rf"|(?:blockwithsizelargerthan4GB!)?Triedt?o?allocate(?P<tail>{SIZE})\.?(?=[^A-Za-z\d]{{0,3}}(?:[GN]PU\d*(?:;|hasatotal|total|free)|total|free))"
     rf"|\((?P<unit>[GN]PU)(?P<index>\d{{1,4}});(?={SIZE}totalcapacity)"
@@ -27,7 +28,7 @@ HEAD = re.compile(
 )
 _OLD = re.compile(
     rf"(?<=[;(,])(?P<size>{SIZE})(?P<name>totalcapacity|alreadyallocated|currentactive|free|allowed|cached|"
-    r"reservedintotalbyPyTorch)[;)]"
+    r"reservedintotalbyPyTorch)(?:[;)]|(?=(?-i:[A-Z#`*])|$))"
     r"|(?P<unit>[GN]PU)(?P<index>\d{1,4});",
     re.IGNORECASE,
 )
@@ -82,7 +83,7 @@ def allocator_message(text: str, head: re.Match[str]) -> Message:
     if head["device"] is not None or head["cut"] is not None:
         return _async_message(text, head, stop)
     message = Message(_kind(head), head.start(), head.end())
-    if size := head["size"] or head["tail"]:
+    if size := head["size"] or head["tail"] or head["asked"]:
         message.take("requested_bytes", size)
     elif head["huge"]:
         message.note("request_beyond_1eb")

@@ -94,6 +94,35 @@ def reported_in(lines: Sequence[str]) -> str | None:
     return found.strip(" #*\t")[:200] if found else None
 
 
+_ANYHOW = re.compile(
+    r"out[\s_-]{0,3}of[\s_-]{0,3}(?:(?:device|host|gpu|video|shared|cuda)[\s_-]{0,3})?mem|OutOf(?:Gpu|Device|Host)?Mem"
+    r"|\bOOM\b|bad[\s_]alloc|(?:can ?not|could not|unable to|fail(?:ed|ure)?(?: to)?|no more) ?alloc"
+    r"|alloc\w* (?:fail|error)|memory (?:exhausted|overflow|limit|allocation|is (?:full|not enough)|not enough)"
+    r"|(?:insufficient|not enough|no enough) .{0,20}memory|显存|内存不足|内存不够|メモリ(?:ー)?(?:が)?(?:不足|足り)",
+    re.IGNORECASE,
+)
+"""Words of any program, library or person for memory that ran out."""
+
+
+def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
+    """Return the last line that names a lack of memory, and True if it is a card's; the last resort of all.
+
+    >>> mentioned_in(["what():  sort failed: out of memory (CUDA)"])
+    ('what():  sort failed: out of memory (CUDA)', True)
+    """
+    for line in reversed(lines):
+        found = _ANYHOW.search(line)
+        if found and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT):
+            text = " ".join(line.split()).strip(" #*`")
+            is_device = bool(_OF_DEVICE.search(line) or "显存" in line)
+            return text[:300], is_device or any(map(_OF_DEVICE.search, lines))
+    return None
+
+
+_SHORT = 30
+"""Characters besides the words, up to which a line with an `if` or a `fix` is no advice."""
+
+
 def _names_memory(body: str) -> bool:
     """Return True for the last line of a traceback that names memory: another rank's traceback may be cut off."""
     match = _ENDED.match(body)

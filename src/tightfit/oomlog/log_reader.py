@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of, status_of
-from tightfit.oomlog.last_words import last_words, reported_in
+from tightfit.oomlog.last_words import last_words, mentioned_in, reported_in
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
@@ -43,6 +43,8 @@ _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
 _HEAD, _TAIL = 28_000, 16_000
 """Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
+_PROSE = 20_000
+"""Characters of a report, of which any line that names a lack of memory is taken as what failed."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
 
@@ -203,7 +205,8 @@ class _Scan:
     def _message(self, message: Message, stream: Stream, index: int, earlier: str) -> None:
         """Keep a message that starts on the line `index` of its stream."""
         entry, (column, finish) = stream.entries[index], stream.span(message, index)
-        stand = standing(message, entry.line, column, finish, short_log=self._size < PATIENCE)
+        is_title = entry.number == 1 and entry.line.body.startswith("# ")
+        stand = standing(message, entry.line, column, finish, short_log=self._size < PATIENCE, is_title=is_title)
         following = stream.entries[index + 1 : index + 13]
         if stand is Standing.FAILURE and any(goes_on(later.line.body) for later in following):
             stand = Standing.CAUGHT
@@ -255,7 +258,7 @@ class _Scan:
         if chosen:
             return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
-        if nothing in ("incomplete", "memory_words", "reported"):
+        if nothing in ("incomplete", "memory_words", "reported", "mentioned"):
             failure = self._unnamed(nothing, evidence)
             return LogReading(failure=failure, others=others, others_count=count, context=context)
         caught = [each for each in self.records if each.standing is Standing.CAUGHT or each.survived]
@@ -293,6 +296,8 @@ class _Scan:
             if record.survived or record.standing is Standing.CAUGHT:
                 return "caught", record.body
         last = last_words(lines_of(self._ending)[-400:])
+        if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
+            last = ("memory_words", last[1])
         title = reported_in(lines_of(self._head[:4000])) if last is None or last == ("incomplete", "") else None
         if title is not None and self._has_frames():
             return "reported", title
@@ -300,6 +305,8 @@ class _Scan:
             return last
         for record in self.records:
             return record.standing.value, record.body
+        if self._size < _PROSE and (mention := mentioned_in(lines_of(self._head))) is not None:
+            return ("mentioned" if mention[1] else "memory_words"), mention[0]
         return "nothing" if is_text(self._head) else "binary", ""
 
     def _has_frames(self) -> bool:
@@ -310,7 +317,7 @@ class _Scan:
         """Return the facts of a failure that no format names: its last words, and its traceback."""
         lines = [part(line).body for line in lines_of(self._ending)[-400:]]
         frames = frames_of(lines)
-        if kind == "reported":
+        if kind in ("reported", "mentioned"):
             kind, details = "program_words", {"reported": evidence}
         else:
             details = {"said": evidence} if evidence else {}
@@ -385,6 +392,8 @@ def _choose(failures: list[_Record]) -> _Record | None:
     order = consequences()
 
     def place(record: _Record) -> int:
+        if "not_oom" in record.facts.details:  # it denies what an exit code alone suggests
+            return 1
         return 1 + order.index(record.facts.kind) if record.facts.kind in order else 0
 
     return min(fatal, key=place, default=None)

@@ -85,13 +85,17 @@ def ownership(facts: Facts) -> Ownership:
     if others is None or not others.low or facts.total_bytes is None or others.low < 0.01 * facts.total_bytes:
         return Ownership(ranks=_ranks(facts) if others is None else ())
     free, need = facts.figures.get("free_bytes"), facts.figures.get("requested_bytes")
-    decides = free is not None and need is not None and free.low + others.low >= need.high and not had_room(facts)
+    decides = free is not None and need is not None and free.low + others.low >= need.high
+    if "more_free_than_requested" in facts.notes:
+        decides = decides and not had_room(facts) and others.low >= _MOST_OF_IT * facts.total_bytes
     # Libraries and NCCL of this process itself are in an estimate: a small one decides nothing.
     decides = decides and (not is_estimated or others.low >= max(_DECIDES, facts.total_bytes // _SHARE))
     return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), decides=decides)
 
 
-_FULL = 0.02
+_MOST_OF_IT = 0.25
+"""Share of the card that others hold at least, if they are to be the cause of a request that had room."""
+_FULL = 0.1
 """Share of the card below which what is free may have been freed while the message was written."""
 
 

@@ -76,9 +76,12 @@ def goes_on(line: str) -> bool:
     return bool(_beginnings().match(line))
 
 
-def standing(message: Message, line: Line, column: int, end: int, *, short_log: bool) -> Standing:
+def standing(
+    message: Message, line: Line, column: int, end: int, *, short_log: bool, is_title: bool = False
+) -> Standing:
     """Return the standing of a message from `column` to `end` in the line's body; `end` may lie behind it.
 
+    `is_title` is true for a report's first line, whose `#` marks a title and no comment.
     The class of the exception stands before the message, and belongs to `before`.
     """
     before, after = line.body[:column], line.body[end:] if end < len(line.body) else ""
@@ -87,7 +90,7 @@ def standing(message: Message, line: Line, column: int, end: int, *, short_log: 
     leads = not _DECORATION.sub("", bare, count=1).strip()
     if named.endswith("Warning") or (message.kind != "nccl" and _WARNS.search(before)):
         return Standing.WARNING
-    if _is_code(message, line, before, after):
+    if _is_code(message, line, before, after, is_title=is_title):
         return Standing.CODE
     if memory_of(message.kind) == "harmless":
         return Standing.HARMLESS
@@ -119,16 +122,25 @@ _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memo
 """Kinds whose words have no other meaning in a sentence."""
 
 
-def _is_code(message: Message, line: Line, before: str, after: str) -> bool:
+def _is_code(message: Message, line: Line, before: str, after: str, *, is_title: bool) -> bool:
     if _CODE.match(line.body) and ("(" in before or '"' in before or "'" in before or not message.states_figures):
-        return not (message.exception and line.body.lstrip().startswith(message.exception))
-    if _COMMENT.match(before) and not message.states_figures and not before.lstrip().startswith(("# [", "##")):
+        is_raised = message.exception and line.body.lstrip().startswith(message.exception)
+        return not is_raised and not _ends_code(message, before)
+    is_comment = _COMMENT.match(before) and not is_title and not before.lstrip().startswith(("# [", "##"))
+    if is_comment and not message.states_figures:
         return bool(_COMMENT.sub("", before, count=1).strip()) or bool(after.strip())
     if _IN_CODE.search(after[:60]) or _IN_CODE.search(before[-60:]):
         return True
     # An item of a list in a program; JSON's are left alone, where the message follows a key.
     body = line.body.strip()
     return body.endswith(('",', "',")) and body[:2].lstrip("frb")[:1] in ("'", '"') and '": "' not in body
+
+
+def _ends_code(message: Message, before: str) -> bool:
+    """Return True if the exception's name stands right before its message, behind a line of code that raised it."""
+    if message.exception is None or before.count('"') % 2:
+        return False
+    return before.rstrip().endswith(f"{message.exception}:")
 
 
 def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, mine: bool, short_log: bool) -> Standing:
