@@ -45,9 +45,12 @@ _APPLICATIONS = frozenset(
     }
 )
 """Programs that their users do not write: only their own options are a fix."""
+_NOT_CUDA = ("mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
 _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
 """Remedies that stand on libraries for CUDA."""
 _SHOWN_CURES = 4
+_OWN_CAUSES = frozenset({"loading", "saving", "outputs"})
+"""Quantities whose own cure comes before any other program's memory: it makes the request unnecessary."""
 _OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
 """Kinds of tensors with fixes of their own."""
 _ONE_PASS = frozenset(
@@ -86,12 +89,16 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
         decides = others.label == MEASURED or ownership(facts).decides
+        comes_first = decides and evidence.grows not in _OWN_CAUSES
         first, cures = (
-            ([*first, others], cures) if decides else (first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]])
+            ([*first, others], cures)
+            if comes_first
+            else (first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]])
         )
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
     if segments.reason == "cache_might_do" and "more_free_than_requested" not in facts.notes:
-        cures.insert(0 if cache_is_large(facts) else min(len(cures), _SHOWN_CURES), segments)
+        is_cause = cache_is_large(facts) and evidence.grows not in _OWN_CAUSES
+        cures.insert(0 if is_cause else min(len(cures), _SHOWN_CURES), segments)
     elif segments.verdict == DOES_NOT_FIT:
         last.insert(0, segments)
     if facts.kind == "mps_out_of_memory":
@@ -187,7 +194,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         return False
     if code == "smaller_inputs" and program in _TEXTS:
         return False
-    if facts.kind == "mps_out_of_memory" and code in _ON_CUDA_ONLY:
+    if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY:
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in _APPLICATIONS
     return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
@@ -232,14 +239,17 @@ def _is_half(shape: PrintedShape | None) -> bool:
     return shape is not None and shape.dtype in ("bfloat16", "float16", "half")
 
 
-_MPS_AUTOCAST = Pasted(
-    lines=("with torch.autocast('mps', dtype=torch.float16):",), page="https://docs.pytorch.org/docs/stable/amp.html"
-)
+def _autocast(device: str) -> Pasted:
+    """Return the line that turns half precision on for a device other than CUDA's."""
+    dtype = "float16" if device == "mps" else "bfloat16"
+    page = "https://docs.pytorch.org/docs/stable/amp.html"
+    return Pasted(lines=(f"with torch.autocast('{device}', dtype=torch.{dtype}):",), page=page)
 
 
 def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     words = _own_option(code, evidence) or pasted(code, evidence.run.frameworks, _values(evidence))
-    words = _MPS_AUTOCAST if code == "half_precision" and facts.kind == "mps_out_of_memory" else words
+    if code == "half_precision" and facts.kind in _NOT_CUDA:
+        words = _autocast(facts.kind.partition("_")[0])
     effect = applicability(code)
     remedy = Remedy(
         code=code,

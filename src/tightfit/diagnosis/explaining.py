@@ -23,6 +23,7 @@ from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.plays import Plays
+from tightfit.diagnosis.remedies import Remedy
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
@@ -87,7 +88,7 @@ def explain(
         found = plain
     elif not is_of_device(facts):
         causes = causes_of(facts, reading.context)
-        found = replace(plain, causes=causes, remedies=fixes_of(facts))
+        found = replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts))
     else:
         found = _of_device(plain, facts, config, gpu, workers, log, progress)
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
@@ -198,6 +199,19 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
         framework=evidence.framework,
         is_bare=evidence.is_bare,
     )
+
+
+_REST = "kind_rest_of_log"
+
+
+def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
+    """Return the fixes of a kind; of a report in a person's words, those in the words of the program that it names."""
+    found = fixes_of(facts)
+    evidence = evidence_of(facts, plain.reading.run)
+    if facts.kind != "program_words" or evidence.framework is None:
+        return found
+    rest = tuple(each for each in found if each.code == _REST)
+    return (*rest, *advice(facts, evidence)) or found
 
 
 def _printed_config(printed: Printed, evidence: Evidence) -> TrainConfig | None:

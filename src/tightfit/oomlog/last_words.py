@@ -108,7 +108,7 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
     """Return the last line that names a lack of memory, and True if it is a card's; the last resort of all.
 
     >>> mentioned_in(["what():  sort failed: out of memory (CUDA)"])
-    ('what():  sort failed: out of memory (CUDA)', True)
+    ('what(): sort failed: out of memory (CUDA)', True)
     """
     for line in reversed(lines):
         found = _ANYHOW.search(line)
@@ -116,6 +116,32 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
             text = " ".join(line.split()).strip(" #*`")
             is_device = bool(_OF_DEVICE.search(line) or "显存" in line)
             return text[:300], is_device or any(map(_OF_DEVICE.search, lines))
+    return None
+
+
+_RAM = re.compile(
+    r"\b(?:low|not enough|insufficient|out of|max\w* out(?: the)?|all(?: of)?(?: the)?)"
+    r" (?:(?:system|host|cpu|available) )*RAM\b"
+    r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)"
+)
+"""A person's words for the host's memory that ran out."""
+_KILLED = re.compile(
+    r"[\"'“`]killed[\"'”`.]|\b(?:was|gets?|got|is|being) killed\b|\bkilled by (?:the )?(?:system|kernel|os)\b",
+    re.IGNORECASE,
+)
+"""A person's words for a process that the kernel ended."""
+
+
+def host_words_in(lines: Sequence[str]) -> tuple[str, str] | None:
+    """Return the kind of failure of the host's memory that a person's words name, and the line.
+
+    >>> host_words_in(["It crashes due to low RAM."])
+    ('host_memory_error', 'It crashes due to low RAM.')
+    """
+    for kind, words in (("host_memory_error", _RAM), ("host_killed", _KILLED)):
+        for line in lines:
+            if words.search(line) and not (_ADVICE.search(line) and "VRAM" in line):
+                return kind, " ".join(line.split()).strip(" #*")[:300]
     return None
 
 

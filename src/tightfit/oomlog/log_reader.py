@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of, status_of
-from tightfit.oomlog.last_words import last_words, mentioned_in, reported_in
+from tightfit.oomlog.last_words import host_words_in, last_words, mentioned_in, reported_in
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
@@ -43,6 +43,8 @@ _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
 _HEAD, _TAIL = 28_000, 16_000
 """Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
+_TOLD = ("incomplete", "memory_words", "reported", "mentioned", "host_memory_error", "host_killed")
+"""Kinds of failures that no format names."""
 _PROSE = 20_000
 """Characters of a report, of which any line that names a lack of memory is taken as what failed."""
 _SURVIVED = 3
@@ -258,9 +260,10 @@ class _Scan:
         if chosen:
             return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
-        if nothing in ("incomplete", "memory_words", "reported", "mentioned"):
+        if nothing in _TOLD:
             failure = self._unnamed(nothing, evidence)
-            return LogReading(failure=failure, others=others, others_count=count, context=context)
+            run = run_facts_in("\n".join(lines_of(self._both_ends())))
+            return LogReading(failure=failure, others=others, others_count=count, context=context, run=run)
         caught = [each for each in self.records if each.standing is Standing.CAUGHT or each.survived]
         return LogReading(
             failure=None,
@@ -307,6 +310,8 @@ class _Scan:
             return record.standing.value, record.body
         if self._size < _PROSE and (mention := mentioned_in(lines_of(self._head))) is not None:
             return ("mentioned" if mention[1] else "memory_words"), mention[0]
+        if self._size < _PROSE and (told := host_words_in(lines_of(self._head))) is not None:
+            return told
         return "nothing" if is_text(self._head) else "binary", ""
 
     def _has_frames(self) -> bool:
@@ -319,6 +324,8 @@ class _Scan:
         frames = frames_of(lines)
         if kind in ("reported", "mentioned"):
             kind, details = "program_words", {"reported": evidence}
+        elif kind in ("host_memory_error", "host_killed"):
+            details = {"reported": evidence}
         else:
             details = {"said": evidence} if evidence else {}
         return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)
