@@ -131,9 +131,17 @@ class TestView:
             assert "without a network" in notes[0]
             self.played(tmp_path, f"socket.create_connection(('127.0.0.1', {port}))", "--network")
 
-    def test_a_download_without_a_network_names_the_option(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "import urllib.request\nurllib.request.urlopen('http://example.org/data')",
+            "raise FileNotFoundError(\"Module 'f1' doesn't exist on the Hugging Face Hub either.\")",
+        ],
+        ids=["downloaded", "hidden"],
+    )
+    def test_a_download_without_a_network_names_the_option(self, tmp_path: Path, code: str) -> None:
         script = tmp_path / "load.py"
-        script.write_text("import urllib.request\nurllib.request.urlopen('http://example.org/data')\n")
+        script.write_text(code)
         found = played(["--gpu", "T4", script], folder=tmp_path)
         assert found.outcome == "error"
         assert "--network" in found.stopped_because

@@ -31,10 +31,12 @@ from tightfit.wording import say
 _LISTED_LINES = 5
 _NETWORK_NAMES = (
     "gaierror herror URLError ConnectionError ConnectError ConnectTimeout NewConnectionError NameResolutionError "
-    "MaxRetryError OfflineModeIsEnabled LocalEntryNotFoundError OfflineModeEnabled ClientConnectorError"
+    "MaxRetryError OfflineModeIsEnabled LocalEntryNotFoundError OfflineModeEnabled ClientConnectorError CommError"
 )
 _NETWORK_ERRORS = frozenset(_NETWORK_NAMES.split())
-"""Errors of the standard library, requests, httpx, urllib3, huggingface_hub and datasets for want of a network."""
+"""Errors that the standard library, requests, httpx, urllib3, huggingface_hub, datasets and wandb raise offline."""
+_NETWORK_PLACES = ("Network is unreachable", "huggingface.co", "Hugging Face Hub")
+"""Texts of errors whose libraries hide the first one, as `evaluate.load` does."""
 
 
 def run_script(script: str, arguments: Sequence[str], settings: Settings) -> Findings:
@@ -124,7 +126,7 @@ def _wants_network(error: BaseException) -> bool:
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
-        if type(cause).__name__ in _NETWORK_ERRORS or "Network is unreachable" in str(cause):
+        if type(cause).__name__ in _NETWORK_ERRORS or any(place in str(cause) for place in _NETWORK_PLACES):
             return True
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
