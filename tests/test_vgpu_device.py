@@ -330,3 +330,49 @@ def test_the_torch_on_the_card_decides_about_workspaces() -> None:
         chosen = blackwell.replace("context_bytes=0", f"context_bytes=0, torch={version!r}")
         (printed,) = in_process(chosen + script).splitlines()
         assert float(printed) - mib < 0.01
+
+
+def test_a_call_that_is_made_again_gives_the_same_kind_of_result() -> None:
+    said = in_process("""
+        import tightfit
+        with tightfit.VirtualGPU("RTX 3090", context_bytes=0):
+            import torch
+            x = torch.ones(4, 6, device="cuda")
+            def layout(t):
+                return t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_inference(), t.requires_grad
+            calls = {
+                "made": lambda: x.exp(),
+                "several": lambda: torch.aminmax(x, dim=1),
+                "view": lambda: x[1:, 2],
+                "in place": lambda: x.add_(1),
+                "a list": lambda: torch._foreach_mul([x, x[0]], 2.0),
+                "in place on a list": lambda: torch._foreach_mul_([x, x[0]], 2.0),
+                "attention": lambda: torch.nn.functional.scaled_dot_product_attention(*[x.half().view(1, 1, 4, 6)] * 3),
+                "empty": lambda: x[:0].t(),
+                "another dtype": lambda: x.to(torch.float64) + 1,
+            }
+            for name, call in calls.items():
+                one, other = ([out] if isinstance(out, torch.Tensor) else out or [] for out in (call(), call()))
+                assert list(map(layout, one)) == list(map(layout, other)), name
+                for first, second in zip(one, other):
+                    shares = first.untyped_storage()._cdata == second.untyped_storage()._cdata
+                    assert shares == (name in ("view", "in place", "in place on a list", "empty")), name
+            assert x.add_(1) is x
+            with torch.inference_mode():
+                old, new = [x[0] for _ in range(2)], [x.clone()[0] for _ in range(2)]
+            print([t.is_inference() for t in old + new])
+            before = torch.cuda.memory_allocated()
+            kept = [x.exp() for _ in range(5)]
+            print((torch.cuda.memory_allocated() - before) // 512, "blocks")
+            w = torch.ones(6, 6, device="cuda", requires_grad=True)
+            for _ in range(2):
+                y = (x @ w).sigmoid()
+                y.sum().backward()
+                y = (x @ w).sigmoid()
+                y.data_ptr(), y.mul_(2)
+                try:
+                    y.sum().backward()
+                except RuntimeError as error:
+                    print("modified by an inplace operation" in str(error), w.grad.shape)
+    """)
+    assert said.splitlines() == ["[False, False, True, True]", "5 blocks", *["True torch.Size([6, 6])"] * 2]

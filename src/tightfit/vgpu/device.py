@@ -43,6 +43,7 @@ from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.records import Category, Phase
+from tightfit.vgpu.result_cache import ResultCache
 from tightfit.vgpu.roles import Roles
 from tightfit.wording import say
 
@@ -57,6 +58,7 @@ _FACTORIES = {
     aten.empty.memory_format,
     *(packet.default for packet in (aten.empty_strided, aten.zeros, aten.ones, aten.full, aten.randn, aten.rand)),
 }
+_DEVICE_OF = torch.ops.prim.device.default
 _attention: Callable[..., Argument] = attention
 _UNKNOWN_SHAPE = (DynamicOutputShapeException, DataDependentOutputException, UnsupportedOperatorException)
 _KEYS_OF_THE_CARD = ("CUDA", "CompositeExplicitAutograd")
@@ -74,6 +76,7 @@ class VirtualDevice:
         self.values = Values()
         self.phases = phases
         self.fake = _SharedFakeMode()
+        self._results = ResultCache(self.fake)
         self.where = torch.device(where)
         self.roles = Roles(self.recorder, phases, self.where)
         self._is_host = self.where.type == "cpu"
@@ -207,9 +210,7 @@ class VirtualDevice:
     def _result(self, func: OpOverload, args: Arguments, kwargs: Options, phase: Phase) -> Argument:
         """Return a result without data. NotImplementedError, in one sentence, where nobody knows its shape."""
         try:
-            with self.fake:
-                out: Argument = func(*args, **kwargs)
-                return out
+            return self._results.result(func, args, kwargs, partial(self._without_data, func, args, kwargs))
         except (NotImplementedError, *_UNKNOWN_SHAPE):
             raise self.unknown(func, phase) from None
 
@@ -585,6 +586,8 @@ class VirtualDeviceMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Iterable[type], args: Arguments = (), kwargs: Options | None = None
     ) -> Argument:
+        if func is _DEVICE_OF and type(args[0]) is FakeTensor:  # by far the most frequent question
+            return args[0].fake_device
         for each in types:
             if _is_wrapper(each):
                 # Its own dispatch comes back here with the tensors that it is made of.
