@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from plays import simulator
 
+from tightfit.config.knob import Variant
 from tightfit.questions.asking import Asked
 from tightfit.questions.edits import KINDS
-from tightfit.questions.suggest import suggest
+from tightfit.questions.suggest import Workshop, suggest
 from tightfit.units import MIB
 from tightfit.vgpu.records import Settings
 
@@ -186,3 +187,22 @@ class TestSearch:
         assert {"checkpoint", "delete", "fused"} < {name for each in found.tried for name in each.changes}
         assert [each.changes for each in found.suggestions] == [["fused", "checkpoint"]]
         assert "del out" not in found.suggestions[0].diff
+
+
+class TestWorkshop:
+    def test_a_program_of_training_arguments_gets_its_options(self, tmp_path: Path) -> None:
+        script = tmp_path / "run.py"
+        script.write_text(
+            "from transformers import AutoModel, HfArgumentParser, TrainingArguments\n"
+            "model = AutoModel.from_pretrained('x')\n"
+        )
+        (kind,) = [each for each in KINDS if each.code == "model_checkpoint"]
+        changed = Workshop(Variant(("run.py", "--bf16"), {}), [str(script)]).changed([kind]).variant
+        assert changed.words == ("run.py", "--bf16", "--gradient_checkpointing=True")
+        assert not changed.replaced
+        given = Workshop(Variant(("run.py", "--gradient_checkpointing"), {}), [str(script)])
+        assert kind not in given.kinds
+
+    def test_a_script_that_was_named_from_its_folder_is_one_file(self, folder: Path) -> None:
+        (detail,) = asked(10**9).play([asked(10**9).request()])
+        assert [each.path for each in detail.files if each.path.endswith("train.py")] == [str(folder / "train.py")]

@@ -43,6 +43,10 @@ class Kind:
     costs_time: bool
     rewrite: Callable[[ScriptText], None]
     """Collects the changes of one file."""
+    option: str = ""
+    """Option that does the same in a program whose options are Transformers' TrainingArguments."""
+    package: str = ""
+    """Package that the option needs."""
 
     def apply(self, text: str) -> str | None:
         """Return the changed text; None if the kind finds no place in it, or it is no Python."""
@@ -321,8 +325,21 @@ KINDS = (
     Kind("zero_grad_first", is_exact=True, costs_time=False, rewrite=_zero_grad_first),
     Kind("fused", is_exact=True, costs_time=False, rewrite=_fused),
     Kind("checkpoint", is_exact=True, costs_time=True, rewrite=_checkpoint),
-    Kind("model_checkpoint", is_exact=True, costs_time=True, rewrite=_model_checkpoint),
+    Kind(
+        "model_checkpoint",
+        is_exact=True,
+        costs_time=True,
+        rewrite=_model_checkpoint,
+        option="--gradient_checkpointing=True",
+    ),
     Kind("autocast", is_exact=False, costs_time=False, rewrite=_autocast),
-    Kind("8bit", is_exact=False, costs_time=False, rewrite=_8bit),
+    Kind(
+        "8bit",
+        is_exact=False,
+        costs_time=False,
+        rewrite=_8bit,
+        option="--optim=adamw_bnb_8bit",
+        package="bitsandbytes",
+    ),
 )
 """All kinds, the most harmless first."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -125,6 +126,7 @@ class Workshop:
     def __init__(self, variant: Variant, files: Sequence[str]) -> None:
         self._variant = variant
         self._texts = dict(_readable(files))
+        self._has_training_arguments = any("HfArgumentParser" in text for text in self._texts.values())
         self.kinds = [kind for kind in KINDS if self._rewritten(variant, kind) is not None]
 
     def changed(self, kinds: Sequence[Kind], variant: Variant | None = None) -> Change:
@@ -167,6 +169,13 @@ class Workshop:
         return "".join(_diff(path, text) for path, text in variant.replaced.items())
 
     def _rewritten(self, variant: Variant, kind: Kind) -> Variant | None:
+        """Make a change by its option, else in the files; None if there is no place for it."""
+        if kind.option and self._has_training_arguments:
+            name = kind.option.partition("=")[0]
+            is_there = any(word.partition("=")[0] == name for word in variant.words)
+            if is_there or (kind.package and find_spec(kind.package) is None):
+                return None
+            return with_fields(variant, words=(*variant.words, kind.option))
         texts = {path: variant.replaced.get(path, text) for path, text in self._texts.items()}
         changed = {path: after for path, text in texts.items() if (after := kind.apply(text)) is not None}
         return with_fields(variant, replaced={**variant.replaced, **changed}) if changed else None
@@ -182,7 +191,7 @@ class Workshop:
         whole = "".join(texts.values())
         if knob.number is not None and (knob.kind != "added" or _TAKES_ARGUMENTS.search(whole)):
             return knob
-        if "HfArgumentParser" in whole and name in _OF_TRANSFORMERS:
+        if self._has_training_arguments and name in _OF_TRANSFORMERS:
             return with_fields(knob, value=_OF_TRANSFORMERS[name])
         return next((each for path, text in texts.items() for each in _constants(path, text, name)), None)
 

@@ -110,7 +110,10 @@ class FilesRead:
         """Return them with the modules that are loaded now."""
         for module in list(sys.modules.values()):
             path = getattr(module, "__file__", None)
-            if isinstance(path, str) and path not in self._found and self._counts(path):
+            if not isinstance(path, str) or not os.path.exists(path):
+                continue
+            path = os.path.abspath(path)  # a script's own is as the command line has it
+            if path not in self._found and self._counts(path):
                 self._found[path] = state_of(path)
         # Files that the play made and removed are no part of the script.
         return [each for path, each in sorted(self._found.items()) if each.size < 0 or os.path.exists(path)]
