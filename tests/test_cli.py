@@ -455,6 +455,7 @@ FLOORS = [
     ("errors", "units", "display", "tables"),
     ("wording",),
     ("foreign", "storage", "config", "gpus"),
+    ("links",),
     ("allocator", "kernels", "models", "data"),
     ("vgpu", "system"),
     ("oomlog", "trainer"),
@@ -542,7 +543,7 @@ class TestArrows:
 
     def test_the_ground_needs_no_torch(self) -> None:
         for module, path in _modules().items():
-            rooms = ("", "errors", "units", "config", "gpus", "data", "allocator", "oomlog", "wording")
+            rooms = ("", "errors", "units", "config", "gpus", "links", "data", "allocator", "oomlog", "wording")
             if _room(module) in rooms or module == "tightfit.models.shape":
                 for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                     names = [name.name for name in node.names] if isinstance(node, ast.Import) else []

@@ -98,7 +98,7 @@ class TestRefused:
     def test_a_plan(self) -> None:
         done = here(["plan", "--gpu=RTX 4090", "--shard=full"])
         assert done.code == 2
-        assert "plans are for a whole model on each card, but shard=full spreads it over several" in done.err
+        assert "shard=full spreads a model over several cards; name how many, such as --cards=4" in done.err
 
     @pytest.mark.parametrize(
         ("key", "value", "sentence"),

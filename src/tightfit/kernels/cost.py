@@ -5,17 +5,17 @@ Every kernel reads its inputs and writes its outputs once. Views and empty tenso
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tightfit.kernels.launch import Kernel, Place
+from tightfit.kernels.launch import Exchange, Kernel, Place
 
 if TYPE_CHECKING:
-    from torch import FunctionSchema
+    from torch import FunctionSchema, ScriptObject
     from torch._ops import OpOverload
 
     from tightfit.kernels.temporaries import Argument
@@ -30,6 +30,16 @@ _NO_KERNEL = {
     "aten::lift_fresh",
     "aten::_unsafe_view",
 }
+_EXCHANGES: dict[str, Exchange] = {
+    "c10d::allreduce_": "all_reduce",
+    "c10d::allreduce_coalesced_": "all_reduce",
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::allgather_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::reduce_scatter_": "reduce_scatter",
+    "c10d::broadcast_": "broadcast",
+}
+"""Collectives by which cards train together."""
 _BY_INDEX = {"aten::gather", "aten::embedding", "aten::index_select", "aten::scatter_add_", "aten::nll_loss_forward"}
 """Operators that touch only the elements an index names: as many as the smaller of their tensors has."""
 
@@ -41,6 +51,8 @@ def kernel_of(
     schema = func._schema
     if schema.name in _NO_KERNEL or _is_view(schema):
         return None
+    if func.namespace == "c10d":
+        return _exchange(schema, args)
     tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if _has_storage(leaf)]
     formula = flop_registry.get(func._overloadpacket)
     flops = 0
@@ -55,6 +67,22 @@ def kernel_of(
         if schema.name == "aten::embedding":
             nbytes = 2 * _bytes(results)
     return Kernel(flops, nbytes, _dtype(tensors), "attention" in schema.name, _place(tensors))
+
+
+def _exchange(schema: "FunctionSchema", args: "Sequence[Argument]") -> Kernel | None:
+    """Return a collective between cards, with the bytes of the whole tensor; None for other uses of process groups."""
+    exchange = _EXCHANGES.get(schema.name)
+    tensors = [leaf for leaf in tree_leaves(args) if _has_storage(leaf)]
+    if exchange is None or not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
+        return None
+    from torch.distributed import ProcessGroup, get_process_group_ranks  # only where there are several cards
+
+    names = [argument.name for argument in schema.arguments]
+    group = ProcessGroup.unbox(cast("ScriptObject", args[names.index("process_group")]))
+    ranks = get_process_group_ranks(group)
+    nbytes = max(tensor.numel() * tensor.element_size() for tensor in tensors)
+    stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    return Kernel(0, nbytes, _dtype(tensors), exchange=exchange, ranks=len(ranks), stride=stride)
 
 
 def fused_kernel(tensors: Iterable[Tensor]) -> Kernel:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["device", "host", "link"]
+Exchange = Literal["", "all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Kernel:
     """True for fused attention, which does part of its work outside the matrix units."""
     place: Place = "device"
     """Place of its tensors; `link` for a copy between host and device."""
+    exchange: Exchange = ""
+    """Collective that it is, between cards."""
+    ranks: int = 1
+    """Cards that take part in it."""
+    stride: int = 1
+    """Distance of their ranks: that of nodes, if each is in another node."""
 
 
 Observer = Callable[[Kernel], None]

@@ -29,11 +29,15 @@ class Budget:
     """Source of the figures, for people."""
     reserved_bytes: int = 0
     """Addresses that this process holds and does not use, where the limit counts them."""
+    nccl_bytes: int = 0
+    """Bytes that NCCL takes at most where several cards train together."""
 
     @property
     def taken_bytes(self) -> int:
         """Bytes that no plan may take."""
-        return self.used_by_others_bytes + self.context_bytes + self.reserved_bytes + self.margin_bytes
+        return (
+            self.used_by_others_bytes + self.context_bytes + self.reserved_bytes + self.nccl_bytes + self.margin_bytes
+        )
 
     @property
     def bytes(self) -> int:

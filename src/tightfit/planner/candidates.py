@@ -44,6 +44,8 @@ class Plan:
     """Tokens in a sequence; 0: as requested. Fewer are lossy."""
     effective_batch: int = 0
     """Sequences per step over all devices, in one pass; 0: as requested, in several passes. Fewer are lossy."""
+    shard: str = "none"
+    """Spread of the model over several cards, as the configuration key `shard`."""
 
     @property
     def is_exact(self) -> bool:
@@ -122,7 +124,7 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
     found = [Relief(name="", keys={})]
     if is_open(resolved, "offload"):
         found += [each for each in offloads if _can_be_had(each, resolved)]
-    if may_use_8bit and config.optimizer == "adamw" and not config.offloads("optimizer"):
+    if may_use_8bit and config.shard == "none" and config.optimizer == "adamw" and not config.offloads("optimizer"):
         found.append(EIGHT_BIT)
     if config.effective_batch > 1:
         found.append(ONE_PASS)
@@ -139,6 +141,8 @@ def reliefs(resolved: Resolved[TrainConfig], *, offloads: Sequence[Relief], may_
 def _can_be_had(offload: Relief, resolved: Resolved[TrainConfig]) -> bool:
     """Return True if the configuration's other keys allow this offload."""
     config, what = resolved.config, offload.offloads
+    if config.shard != "none":
+        return False
     if "optimizer" in what and config.optimizer != "adamw":
         return False
     recomputes = may_recompute(resolved) or config.activation_checkpointing > 0

@@ -73,7 +73,22 @@ def line_through(points: list[Prediction]) -> Line:
         pass_start_s=max(0.0, few.pass_s - few.plan.micro_batch * pass_s),
         pass_s=pass_s,
         pass_s_per_block=more_s,
-        update_s=few.update_s,
+        # what an update waits for other cards depends on the backward pass that hides it
+        update_s=several.update_s if several.waiting_s else few.update_s,
+    )
+
+
+def shifted(line: Line, point: Prediction) -> Line:
+    """Move a line so that it goes through a trace of the same step in another sharding, with the same slopes.
+
+    A card computes the same at any sharding. Weights, gradients and waiting depend on no sequence.
+    """
+    size, blocks = point.plan.micro_batch, point.plan.activation_checkpointing
+    return replace(
+        line,
+        start=line.start + point.peak_bytes - line.peak(size, blocks),
+        pass_start_s=max(0.0, point.pass_s - size * (line.pass_s + blocks * line.pass_s_per_block)),
+        update_s=point.update_s,
     )
 
 

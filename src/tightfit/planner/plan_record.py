@@ -3,11 +3,12 @@
 import msgspec
 
 from tightfit.config import TrainConfig
+from tightfit.links import Link
 from tightfit.planner.candidates import KeyValue
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Choice
-from tightfit.planner.sentences import costs
+from tightfit.planner.sentences import costs, launch
 
 
 class BudgetRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +20,8 @@ class BudgetRecord(msgspec.Struct, frozen=True, kw_only=True):
     reserved_bytes: int
     margin_bytes: int
     bytes: int
+    nccl_bytes: int = 0
+    """Left for NCCL, on several cards."""
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +57,41 @@ class LossyRow(PlanRow, frozen=True, kw_only=True):
     """Cost of the change, as a clause."""
 
 
+class LinkRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A link of `links.csv`."""
+
+    name: str
+    bytes_per_s: float
+    source: str
+
+
+class ShardingRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to spread the model over several cards."""
+
+    shard: str
+    peak_bytes: int
+    """Peak of its fastest plan; where none fits, the least that a step needs."""
+    step_s: float | None
+    """None: nothing fits."""
+    is_traced: bool
+    """False: an estimate."""
+
+
+class CardsRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Cards that train together."""
+
+    nodes: int
+    per_node: int
+    link: LinkRow | None
+    network: LinkRow | None
+    has_peer_access: bool
+    waiting_s: float | None
+    """Seconds of the best plan's step, if it is of one pass, in which it waits for other cards."""
+    shardings: list[ShardingRow]
+    launch: str
+    """Command before `tightfit train`, on each node."""
+
+
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All of a plan."""
 
@@ -76,6 +114,8 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Traces made; the others were recalled from the cache."""
     seconds: float
     notes: list[str]
+    cards: CardsRecord | None = None
+    """None: one card, or the processor."""
 
 
 def plan_record(result: PlanResult) -> PlanRecord:
@@ -97,7 +137,29 @@ def plan_record(result: PlanResult) -> PlanRecord:
         traces=result.traced,
         seconds=result.seconds,
         notes=result.notes,
+        cards=_cards(result) if result.where.cards.count > 1 else None,
     )
+
+
+def _cards(result: PlanResult) -> CardsRecord:
+    cards, best = result.where.cards, result.choice.best
+    return CardsRecord(
+        nodes=cards.nodes,
+        per_node=cards.per_node,
+        link=_link(cards.link),
+        network=_link(cards.network),
+        has_peer_access=cards.has_peer_access,
+        waiting_s=best.waiting_s if best else None,
+        shardings=[
+            ShardingRow(shard=each.name, peak_bytes=each.peak_bytes, step_s=each.step_s, is_traced=each.is_traced)
+            for each in result.shardings
+        ],
+        launch=launch(result),
+    )
+
+
+def _link(link: Link | None) -> LinkRow | None:
+    return None if link is None else LinkRow(name=link.name, bytes_per_s=link.bytes_per_s, source=link.source)
 
 
 def _row(prediction: Prediction, share: int, *, fits: bool) -> PlanRow:

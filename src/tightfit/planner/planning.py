@@ -12,11 +12,14 @@ from tightfit.data import open_dataset
 from tightfit.display import Displayed
 from tightfit.errors import ConfigError, DeviceError, TightfitError
 from tightfit.gpus import GPU, all_gpus, resolve_gpu
+from tightfit.links import Cards, linked_cards, split_count
 from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
 from tightfit.planner.budget import Budget, device_budget, host_budget
 from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, reliefs
+from tightfit.planner.layers import may_extend
 from tightfit.planner.predict import Predictor, Target
 from tightfit.planner.search import Choice, Task, choose
+from tightfit.planner.shardings import Sharding, choose_sharding, open_shardings, with_sharding
 from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.client import Progress, Simulator, run_once
 from tightfit.simulation.requests import Failed, HostRates, HostRequest
@@ -49,6 +52,8 @@ class Where:
     is_here: bool = False
     """It is in this machine."""
     notes: tuple[str, ...] = ()
+    cards: Cards = field(default_factory=Cards)
+    """Cards of this kind that train together."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -64,6 +69,13 @@ class PlanResult(Displayed):
     traced: int
     """Traces made now; the others were recalled from the cache."""
     notes: list[str] = field(default_factory=list)
+    shardings: list[Sharding] = field(default_factory=list)
+    """Ways to spread the model over several cards, and how each does."""
+
+    @property
+    def is_extended(self) -> bool:
+        """True if memory was read off plays of fewer equal blocks."""
+        return self.where.cards.count > 1 and may_extend(self.config)
 
 
 def make_plan(
@@ -78,39 +90,78 @@ def make_plan(
 
     `progress` hears of the traces done. Nothing runs on the device. DeviceError where the virtual one does not work.
     """
-    if resolved.config.shard != "none":
+    cards = where.cards
+    if cards.count > 1:
+        processes = cards.count
+        _check_cards(resolved.config, cards)
+    elif resolved.config.shard not in ("none", "auto"):
         raise ConfigError(say("planner.planning.sharded", shard=resolved.config.shard))
     started = time.perf_counter()
     config = with_shape(resolved.config)
-    on_host, share, environ = where.gpu is None, batch_split(config, processes).share, _allocator_settings(where.gpu)
-    host = measured_host() if on_host else None
-    target = Target(gpu=where.gpu, known=where.known, share=share, environ=environ, host=host)
-    on = replace(config, device="cpu" if on_host else "cuda")
-    asked = Resolved(on, resolved.sources, resolved.warnings)
     with Simulator(progress=progress) as simulator:
-        task = Task(
-            resolved=asked,
-            predictor=Predictor(on, target, simulator),
+        simulator.will_shard = cards.count > 1
+        choice, shardings = _chosen(resolved, config, where, simulator, processes, log)
+    return PlanResult(
+        config=config,
+        where=where,
+        choice=choice,
+        environ=allocator_settings(where.gpu),
+        seconds=time.perf_counter() - started,
+        traced=simulator.played,
+        notes=[*where.notes, *_emulates(config, where.gpu)],
+        shardings=shardings,
+    )
+
+
+def _chosen(
+    resolved: Resolved[TrainConfig],
+    config: TrainConfig,
+    where: Where,
+    simulator: Simulator,
+    processes: int,
+    log: Callable[[str], object],
+) -> tuple[Choice, list[Sharding]]:
+    """Return the choice for one of `processes`, and on several cards how each sharding does."""
+    on_host, share, cards = where.gpu is None, batch_split(config, processes).share, where.cards
+    target = Target(
+        gpu=where.gpu,
+        known=where.known,
+        share=share,
+        environ=allocator_settings(where.gpu),
+        host=measured_host() if on_host else None,
+        cards=cards,
+    )
+    asked = Resolved(replace(config, device="cpu" if on_host else "cuda"), resolved.sources, resolved.warnings)
+    tasks = [
+        Task(
+            resolved=one,
+            predictor=Predictor(one.config, target, simulator),
             budget=where.budget,
             share=share,
             compiled=_compiles(config, where.gpu),
             on_host=on_host,
             processes=processes,
+            cards=cards,
             log=log,
         )
-        choice = choose(task, _reliefs(asked, where, processes))
-    return PlanResult(
-        config=config,
-        where=where,
-        choice=choice,
-        environ=environ,
-        seconds=time.perf_counter() - started,
-        traced=simulator.played,
-        notes=[*where.notes, *_emulates(config, where.gpu)],
-    )
+        for one in (with_sharding(asked, name) for name in open_shardings(asked, cards))
+    ]
+    if cards.count == 1:
+        return choose(tasks[0], _reliefs(tasks[0].resolved, where, processes)), []
+    return choose_sharding(tasks, lambda task: _reliefs(task.resolved, where, processes), log=log)
 
 
-def _allocator_settings(gpu: GPU | None) -> dict[str, str]:
+def _check_cards(config: TrainConfig, cards: Cards) -> None:
+    """Refuse a configuration that the trainer would refuse on these cards."""
+    if config.effective_batch < cards.count:
+        raise ConfigError(say("trainer.loop.too_many_processes", batch=config.effective_batch, processes=cards.count))
+    if config.shard == "hybrid" and cards.count % (size := config.shard_size or cards.per_node):
+        raise ConfigError(say("trainer.loop.shard_size", size=size, processes=cards.count))
+    if config.offloads("optimizer"):
+        raise ConfigError(say("trainer.loop.offload_alone", offload=config.offload, processes=cards.count))
+
+
+def allocator_settings(gpu: GPU | None) -> dict[str, str]:
     """Return the user's settings; without any, those that a plan for a card is made with."""
     environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
     if gpu and not environ and sys.platform == "linux" and not spills_to_host():
@@ -149,13 +200,26 @@ def where_to_plan(
     capability: tuple[int, int] | None = None,
     log: Callable[[str], object] = lambda text: None,
 ) -> Where:
-    """Return the card that `gpu` names; without a name the one that is here, or else the processor."""
+    """Return the card that `gpu` names; without a name the one that is here, or else the processor.
+
+    A count before the name, as in 4x RTX 4090 or 2x8x A100, makes it several cards with their usual links.
+    """
     if gpu is not None:
-        return named_card(gpu, memory_bytes=memory_bytes, used_by_others_bytes=used_bytes, capability=capability)
+        nodes, per_node, name = split_count(gpu)
+        where = named_card(name, memory_bytes=memory_bytes, used_by_others_bytes=used_bytes, capability=capability)
+        return with_cards(where, nodes, per_node) if nodes * per_node > 1 else where
     check_bytes("memory_bytes", memory_bytes)
     check_bytes("used_bytes", used_bytes)
     here = None if config.device == "cpu" else card_here(limit_bytes=memory_bytes)
     return here or this_host(memory_bytes, log=log)
+
+
+def with_cards(where: Where, nodes: int, per_node: int, *, link: str = "", network: str = "") -> Where:
+    """Return several of these cards, each with less memory by what NCCL takes. ConfigError for the processor."""
+    if where.gpu is None:
+        raise ConfigError(say("planner.planning.cards_of_processor"))
+    cards = linked_cards(where.gpu, nodes=nodes, per_node=per_node, link=link, network=network)
+    return replace(where, cards=cards, budget=replace(where.budget, nccl_bytes=cards.nccl_bytes))
 
 
 def card_here(index: int = 0, *, limit_bytes: int | None = None) -> Where | None:

@@ -6,13 +6,17 @@ A prediction is only ever of the plan itself: it was traced, on this torch, for 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from tightfit.config import TrainConfig
 from tightfit.errors import DeviceError
 from tightfit.gpus import GPU
+from tightfit.links import Cards
 from tightfit.planner.candidates import Plan
+from tightfit.planner.layers import PLAYED_LAYERS, extended, may_extend, with_layers
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.requests import Failed, HostRates, StepRequest, StepTrace
-from tightfit.simulation.speed import Rates, Work, host_rates, rates_of
+from tightfit.simulation.speed import Rates, Work, host_rates, rates_of, step_time
 from tightfit.wording import say
 
 _MEMORY_KEYS = (
@@ -21,6 +25,8 @@ _MEMORY_KEYS = (
     *("activation_checkpointing", "activation_memory_budget", "micro_batch", "eval_micro_batch"),
 )
 """Keys that decide, as they are, what a step takes."""
+_CARD_KEYS = ("shard", "shard_size", "recover")
+"""Keys that do so, besides, on several cards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +51,15 @@ class Prediction:
     pass_work: Work = field(default_factory=Work)
     """Kernels of a pass."""
     update_work: Work = field(default_factory=Work)
+    overlaps: bool = True
+    """Cards exchange while they compute."""
+    waiting_s: float = 0.0
+    """Seconds that one pass and the update wait for other cards."""
 
     def at(self, rates: Rates) -> "Prediction":
         """Return the prediction for a device that has these rates and the same kernels."""
-        return replace(self, pass_s=self.pass_work.seconds(rates), update_s=self.update_work.seconds(rates))
+        time = step_time(self.pass_work, self.update_work, rates, overlaps=self.overlaps)
+        return replace(self, pass_s=time.pass_s, update_s=time.update_s, waiting_s=time.waiting_s)
 
     def step_s(self, share: int) -> float:
         """Seconds of a step over `share` sequences."""
@@ -69,11 +80,13 @@ class Target:
     """The allocator's settings."""
     host: HostRates | None = None
     """This machine's own rates, for plans on the host."""
+    cards: Cards = field(default_factory=Cards)
+    """Cards that train together."""
 
     def rates(self, *, compiled: bool) -> Rates:
         """Return the device's operations and bytes a second."""
         if self.gpu is not None:
-            return rates_of(self.gpu, compiled=compiled)
+            return rates_of(self.gpu, compiled=compiled, cards=self.cards if self.cards.count > 1 else None)
         assert self.host is not None, "the host was measured"
         return host_rates(self.host.flops, self.host.bandwidth)
 
@@ -93,12 +106,23 @@ class Predictor:
 
         DeviceError where the virtual device does not work.
         """
-        traces = self._simulator.play([self._request(plan, whole) for plan in plans])
-        return [self._prediction(plan, trace) for plan, trace in zip(plans, traces, strict=True)]
+        requests = [self._requests(plan, whole) for plan in plans]
+        traces = iter(self._simulator.play([each for several in requests for each in several]))
+        found = []
+        for plan, several in zip(plans, requests, strict=True):
+            played = [_answered(next(traces)) for _ in several]
+            whole_trace = played[0] if len(played) == 1 else extended(played, self._config.n_layer)
+            found.append(self._prediction(plan, whole_trace))
+        return found
 
-    def _prediction(self, plan: Plan, trace: StepTrace | Failed) -> Prediction:
-        if isinstance(trace, Failed):
-            raise DeviceError(say("planner.predict.untraced", error=trace.error))
+    def _requests(self, plan: Plan, whole: bool) -> list[StepRequest]:
+        """Return the plays of a plan: its own, or, of a deep model on several cards, two of fewer equal blocks."""
+        request = self._request(plan, whole)
+        if self._target.cards.count == 1 or not may_extend(request.config):
+            return [request]
+        return [msgspec.structs.replace(request, config=with_layers(request.config, n)) for n in PLAYED_LAYERS]
+
+    def _prediction(self, plan: Plan, trace: StepTrace) -> Prediction:
         prediction = Prediction(
             plan=plan,
             peak_bytes=trace.reserved_bytes,
@@ -112,6 +136,7 @@ class Predictor:
             parameters=trace.parameters,
             pass_work=Work.of(trace.pass_kernels),
             update_work=Work.of(trace.update_kernels),
+            overlaps=plan.shard != "none" or not self._config.recover,
         )
         return prediction.at(self._target.rates(compiled=plan.compile))
 
@@ -121,11 +146,12 @@ class Predictor:
         # More passes than three take no more memory; the weights that a run starts from matter only in its setup.
         most = plan.micro_batch * 2 + (target.share % plan.micro_batch or plan.micro_batch)
         share = plan.micro_batch if plan.effective_batch else min(target.share, most)
-        gpu = target.gpu
+        gpu, cards = target.gpu, target.cards
+        keys = _MEMORY_KEYS + (_CARD_KEYS if cards.count > 1 else ())
         return StepRequest(
             whole=whole,
             config=TrainConfig(
-                **{key: getattr(config, key) for key in _MEMORY_KEYS},
+                **{key: getattr(config, key) for key in keys},
                 batch_size=share,
                 gradient_accumulation_steps=1,
                 init_from="scratch" if config.init_from == "scratch" else "resume",
@@ -137,4 +163,12 @@ class Predictor:
             gpu=gpu.name if gpu else "",
             capability=gpu.capability if gpu and not target.known else None,
             environ=target.environ,
+            cards=cards.count,
+            cards_per_node=cards.per_node,
         )
+
+
+def _answered(trace: StepTrace | Failed) -> StepTrace:
+    if isinstance(trace, Failed):
+        raise DeviceError(say("planner.predict.untraced", error=trace.error))
+    return trace

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from tightfit.config import Resolved, TrainConfig, batch_split
+from tightfit.links import Cards
 from tightfit.models.shape import parameter_count, state_bytes
 from tightfit.planner.budget import Budget
 from tightfit.planner.candidates import (
@@ -21,7 +22,8 @@ from tightfit.planner.candidates import (
     may_recompute,
     with_values,
 )
-from tightfit.planner.lines import Estimate, Line, compiled_line, line_through
+from tightfit.planner.layers import may_extend
+from tightfit.planner.lines import Estimate, Line, compiled_line, line_through, shifted
 from tightfit.planner.predict import Prediction, Predictor
 from tightfit.wording import say
 
@@ -30,6 +32,11 @@ SMALL_BATCH = 4
 _ATTEMPTS = 4
 _OFFERED = 3
 """Most plans traced in full."""
+
+
+SINGLE = Cards()
+GATHERED_BYTES = 2
+"""Of a weight that is gathered in autocast's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +76,23 @@ class Task:
     """Compiling is faster on this device, or the user asked for it."""
     on_host: bool
     processes: int = 1
+    cards: Cards = SINGLE
+    """Cards that train together."""
     log: Callable[[str], object] = lambda text: None
 
 
-def choose(task: Task, reliefs: list[Relief]) -> Choice:
-    """Return the choice with the first of `reliefs` that fits; lossy ones count if the configuration allows them."""
+def choose(task: Task, reliefs: list[Relief], started: "Search | None" = None) -> Choice:
+    """Return the choice with the first of `reliefs` that fits; lossy ones count if the configuration allows them.
+
+    `started` is the search without any relief, where it has begun.
+    """
     config, choice, request, least = task.resolved.config, None, None, None
     last_exact = [relief for relief in reliefs if relief.exact][-1]
     for relief in sorted(reliefs, key=lambda each: not _is_allowed(each, config)):
         if not _may_help(relief, task, least):
             continue
-        search = Search(task, relief)
-        needs = least_bytes(config, relief)
+        search = started if started and not relief.name else Search(task, relief)
+        needs = least_bytes(config, relief, cards=task.cards)
         if needs > task.budget.bytes and relief is not last_exact:
             task.log(say("planner.search.state", needs=needs))
             request = request or Estimate(plan=search.requested(), peak_bytes=needs, step_s=None)
@@ -114,21 +126,33 @@ def _may_help(relief: Relief, task: Task, least: Prediction | None) -> bool:
     return least.peak_bytes - inputs <= task.budget.bytes
 
 
-def least_bytes(config: TrainConfig, relief: Relief) -> int:
-    """Return the device memory that any step needs: weights, gradients and both moments."""
-    return state_bytes(with_values(config, relief.keys)) * parameter_count(config)
+def least_bytes(config: TrainConfig, relief: Relief, *, cards: Cards = SINGLE) -> int:
+    """Return the device memory that any step needs: weights, gradients and both moments, or a card's part of them.
+
+    With shard=optimizer also the gathered weights, at least in autocast's format.
+    """
+    whole = state_bytes(with_values(config, relief.keys)) * parameter_count(config)
+    if config.shard == "none" or cards.count == 1:
+        return whole
+    if config.shard == "hybrid":
+        return whole // (config.shard_size or cards.per_node)
+    gathered = GATHERED_BYTES * parameter_count(config) if config.shard == "optimizer" else 0
+    return whole // cards.count + gathered
 
 
 class Search:
     """Search with one relief; `run` returns the choice."""
 
-    def __init__(self, task: Task, relief: Relief) -> None:
+    def __init__(self, task: Task, relief: Relief, like: "Search | None" = None) -> None:
+        """Begin a search; `like` is one of another sharding of the same step, with its lines drawn."""
         resolved, config, share = task.resolved, task.resolved.config, task.share
         self._base = with_values(config, relief.keys)
         """Configuration with the relief's keys."""
         self._block_size = self._base.block_size if "block_size" in relief.keys else 0
         self._predictor, self._budget, self._share, self._log = task.predictor, task.budget, share, task.log
         self._compiled, self._config = task.compiled, config
+        self._is_deep = task.cards.count > 1 and may_extend(config)
+        """Played long enough that only the plan that promises most is played in full."""
         self._micro_batch = 0 if is_open(resolved, "micro_batch") else batch_split(config, share=share).micro_batch
         self._eval_micro_batch = 0 if is_open(resolved, "eval_micro_batch") else config.eval_micro_batch
         self._losses = ["full", "chunked"] if is_open(resolved, "loss") else [config.loss]
@@ -136,6 +160,13 @@ class Search:
             self._losses = ["chunked"]  # on the host the faster one, too; elsewhere there was no room for the other
         is_free = may_recompute(resolved)
         self._levels = checkpointing_levels(config.n_layer) if is_free else [config.activation_checkpointing]
+        self._like = like
+        if self._is_deep:
+            if is_free:
+                halves = 2 if config.n_layer % 2 == 0 else 1  # parts that fewer blocks can stand for
+                self._levels = [config.n_layer * part // halves for part in range(halves + 1)]
+            if is_open(resolved, "loss"):
+                self._losses = ["chunked"]  # all logits would save about 1% of a step's time
         moves_inputs = self._base.offloads("activations")
         self._one_pass, self._processes = relief is ONE_PASS, task.processes
         if is_free and (moves_inputs or self._one_pass):
@@ -147,13 +178,30 @@ class Search:
         self._with_levels = False
         """The lines know what recomputing saves."""
         self._traced: dict[Plan, Prediction] = {}
+        self._drawn: tuple[dict[str, Line], dict[str, Line]] | None = None
+
+    def promise(self) -> Estimate | None:
+        """Return the plan that the lines promise to be fastest; None where they promise that none fits."""
+        lines = self._all_lines()[1]
+        found = self._promising(lines, compiled=self._compiled)
+        if not found:
+            return None
+        plan, line = found[0], lines[found[0].loss]
+        blocks = plan.activation_checkpointing or round((1 - plan.activation_memory_budget) * self._config.n_layer)
+        step_s = line.step_s(plan.micro_batch, blocks, self._share)
+        return Estimate(plan=plan, peak_bytes=round(line.peak(plan.micro_batch, blocks)), step_s=step_s)
+
+    def _all_lines(self) -> tuple[dict[str, Line], dict[str, Line]]:
+        """Return the lines of uncompiled steps, and those of steps as they would run."""
+        if self._drawn is None:
+            plain = self._lines()
+            losses = {loss: compiled_line(self._config, loss, line) for loss, line in plain.items()}
+            self._drawn = plain, losses if self._compiled else plain
+        return self._drawn
 
     def run(self) -> Choice:
         """Return the choice, after a handful of traces."""
-        plain = self._lines()
-        lines = (
-            {loss: compiled_line(self._config, loss, line) for loss, line in plain.items()} if self._compiled else plain
-        )
+        plain, lines = self._all_lines()
         request = self._request(lines)
         found = self._fitting(lines, plain)
         # Compiling or not was decided before: by the user, or because it is faster on this card.
@@ -189,6 +237,8 @@ class Search:
         """Trace two or three steps of each loss, uncompiled: compiling takes longer."""
         least, small = min(self._levels), min(SMALL_BATCH, self._share)
         self._predictor.expect_compiled(self._compiled)
+        if self._is_deep:
+            return self._deep_lines(small)
         lines = self._traced_lines([(1, least), (small, least)], self._losses[:1])
         # A chunked loss makes room for more sequences, which helps where few fit; else it only takes longer.
         if self._most_sequences(lines) < small:
@@ -200,6 +250,17 @@ class Search:
             lines = self._traced_lines([(1, least), (small, least), (small, max(self._levels))], self._losses)
             self._with_levels = True
         return lines
+
+    def _deep_lines(self, small: int) -> dict[str, Line]:
+        """Draw a line with few plays: only one where another sharding's lines give the slopes."""
+        least, most, loss = min(self._levels), max(self._levels), self._losses[0]
+        self._with_levels = most > least
+        if self._like is not None and self._like._drawn is not None and loss in (drawn := self._like._drawn[0]):
+            self._log(say("planner.search.growth", steps=1))
+            (point,) = self._predictor.predict([self._plan(small, least, loss, compiled=False)], whole=False)
+            return {loss: shifted(drawn[loss], point)}
+        points = dict.fromkeys([(1, least), (small, least), (small, most)])
+        return self._traced_lines([*points, *([(1, least)] if len(points) < 2 else [])], [loss])
 
     def _most_sequences(self, lines: dict[str, Line]) -> int:
         """Return the largest micro-batch that any of these uncompiled lines allows, with nothing recomputed."""
@@ -222,7 +283,7 @@ class Search:
             self._compiled
         ):  # compiling takes longer than tracing: only the best; two without, where that is ours to choose
             wanted = wanted[:1]
-            if self._may_not_compile:
+            if self._may_not_compile and not self._is_deep:
                 wanted += self._promising(plain, compiled=False)[:2]
         if not wanted:
             return []
@@ -296,6 +357,7 @@ class Search:
             optimizer=self._base.optimizer,
             param_dtype=self._base.param_dtype,
             block_size=self._block_size,
+            shard=self._base.shard,
         )
         return self._sized(plan, size)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from tightfit.config import TrainConfig
 from tightfit.models.shape import OFFLOADED_BYTES
 from tightfit.planner.candidates import Plan
+from tightfit.planner.layers import PLAYED_LAYERS
 from tightfit.planner.lines import Estimate
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
@@ -47,6 +48,7 @@ def in_words(prediction: Prediction, share: int) -> str:
         *_recomputed(plan),
         say("planner.sentences.compiled" if plan.compile else "planner.sentences.not_compiled"),
         *_offloaded(plan, prediction.parameters),
+        *([say("planner.sentences.sharded", shard=plan.shard)] if plan.shard != "none" else []),
         *_lossy(plan),
     ]
     return say("planner.sentences.separator").join(parts)
@@ -86,8 +88,50 @@ def _lossy(plan: Plan) -> Iterator[str]:
 
 
 def device_name(result: PlanResult) -> str:
-    """Return the card's name, or the processor."""
-    return result.where.gpu.name if result.where.gpu else say("planner.sentences.processor")
+    """Return the card's name, with the number of cards if there are several, or the processor."""
+    gpu, cards = result.where.gpu, result.where.cards
+    if gpu is None:
+        return say("planner.sentences.processor")
+    if cards.nodes > 1:
+        return f"{cards.nodes} x {cards.per_node} x {gpu.name}"
+    return f"{cards.count} x {gpu.name}" if cards.count > 1 else gpu.name
+
+
+def about_cards(result: PlanResult) -> Iterator[str]:
+    """Explain the links between cards, the time that they cost, and NCCL's memory; nothing for one card."""
+    cards, best, budget = result.where.cards, result.choice.best, result.where.budget
+    if cards.link is None:
+        return
+    rate = round(cards.bytes_per_s(min(2, cards.per_node)) / 1e9, 1)
+    yield say(
+        "planner.sentences.link" if cards.has_peer_access else "planner.sentences.link_by_host",
+        link=cards.link.name,
+        rate=f"{rate:g}",
+        source=cards.link.source,
+    )
+    if (network := cards.network) is not None:
+        is_own = network.per == "card"
+        yield say(
+            "planner.sentences.network_of_card" if is_own else "planner.sentences.network_of_node",
+            network=network.name,
+            rate=f"{network.bytes_per_s / 1e9:g}",
+            source=network.source,
+        )
+    if best is not None:
+        yield say("planner.sentences.waiting", waiting=best.waiting_s, step=best.step_s(result.choice.share))
+    yield say("planner.sentences.nccl", nccl=budget.nccl_bytes)
+    if result.is_extended:
+        yield say(
+            "planner.sentences.extended", played=" and ".join(map(str, PLAYED_LAYERS)), layers=result.config.n_layer
+        )
+    yield say("planner.sentences.start", launch=launch(result))
+
+
+def launch(result: PlanResult) -> str:
+    """Return the command before `tightfit train` on each node of several cards."""
+    cards = result.where.cards
+    nodes = f" --nnodes={cards.nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" if cards.nodes > 1 else ""
+    return f"torchrun --nproc_per_node={cards.per_node}{nodes} -m tightfit train"
 
 
 def nothing_fits(result: PlanResult) -> list[str]:

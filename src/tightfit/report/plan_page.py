@@ -6,7 +6,7 @@ from tightfit.planner.budget import Budget
 from tightfit.planner.plan_record import PlanRow, plan_record
 from tightfit.planner.planning import PlanResult
 from tightfit.planner.predict import Prediction
-from tightfit.planner.sentences import about, device_name, in_words, nothing_fits
+from tightfit.planner.sentences import about, about_cards, device_name, in_words, nothing_fits
 from tightfit.planner.survey import CardRow
 from tightfit.report.bars import ALARM, CACHE, GOOD, MARGIN, OTHERS, OUTSIDE, Part, colour_of, parts_table
 from tightfit.report.sections import Page, Section, Segment, Table
@@ -27,6 +27,7 @@ def plan_page(result: PlanResult, t: Words) -> Page:
         Section(id="chosen", title=t("plan", "chosen"), code=_options(best)) if best else None,
         _request(result, t),
         _memory(result, t),
+        _shardings(result, t) if len(result.shardings) > 1 else None,
         _alternatives(result, rows, t) if len(rows) > 1 or not best else None,
         _details(result.where.budget.bytes, rows, t) if rows else None,
         Section(id="remarks", title=t("remarks", "title"), points=[*_remarks(result, t)]),
@@ -61,9 +62,10 @@ def _facts(result: PlanResult, t: Words) -> list[tuple[str, str, str]]:
 
 
 def _rate(result: PlanResult, prediction: Prediction) -> tuple[str, str]:
-    """Return tokens per second, and the time of a step."""
+    """Return tokens per second, of all cards together, and the time of a step."""
     seconds = prediction.step_s(result.choice.share)
-    tokens = result.choice.share * (prediction.plan.block_size or result.config.block_size)
+    sequences = result.config.effective_batch if result.where.cards.count > 1 else result.choice.share
+    tokens = sequences * (prediction.plan.block_size or result.config.block_size)
     return format_count(tokens / seconds), format_duration(seconds)
 
 
@@ -91,7 +93,8 @@ def _memory(result: PlanResult, t: Words) -> Section | None:
         return None
     title = t("plan", "memory" if result.where.gpu else "memory_of_machine")
     total = format_bytes(budget.total_bytes)
-    whole = t("plan", "device", name=device_name(result), total=total, budget=format_bytes(budget.bytes))
+    name = result.where.gpu.name if result.where.gpu else device_name(result)
+    whole = t("plan", "device", name=name, total=total, budget=format_bytes(budget.bytes))
     table = parts_table(title, [*_parts(budget, shown, t)], budget.total_bytes, t)
     return Section(id="memory", title=title, paragraphs=[whole], tables=[table])
 
@@ -99,10 +102,28 @@ def _memory(result: PlanResult, t: Words) -> Section | None:
 def _parts(budget: Budget, shown: Prediction, t: Words) -> Iterator[Part]:
     yield Part(t("bars", "others"), budget.used_by_others_bytes, OTHERS)
     yield Part(t("bars", "outside"), budget.context_bytes + budget.reserved_bytes, OUTSIDE)
+    yield Part(t("bars", "nccl"), budget.nccl_bytes, OUTSIDE)
     for name, nbytes in sorted(shown.categories.items(), key=lambda item: -item[1]):
         yield Part(t.name("category", name), nbytes, colour_of(name))
     yield Part(t("bars", "cache"), shown.peak_bytes - sum(shown.categories.values()), CACHE)
     yield Part(t("bars", "margin"), budget.margin_bytes, MARGIN)
+
+
+def _shardings(result: PlanResult, t: Words) -> Section:
+    title, budget, step = t("plan", "shardings"), result.where.budget.bytes, result.config.tokens_per_step
+    rows = [
+        [
+            each.name,
+            format_bytes(each.peak_bytes),
+            format_count(step / each.step_s) if each.step_s else "",
+            t("page", "yes" if each.step_s and each.peak_bytes <= budget else "no"),
+            t("plan", "sharding_traced" if each.is_traced else "sharding_estimated"),
+        ]
+        for each in result.shardings
+    ]
+    columns = ["--shard", *(t("plan_column", key) for key in ("peak_bytes", "rate", "fits", "how"))]
+    table = Table(caption=title, columns=columns, rows=rows, numbers=frozenset({1, 2}), is_headed=True)
+    return Section(id="shardings", title=title, tables=[table])
 
 
 def _alternatives(result: PlanResult, rows: Sequence[PlanRow], t: Words) -> Section:
@@ -155,6 +176,7 @@ def _remarks(result: PlanResult, t: Words) -> Iterator[str]:
     if budget.reserved_bytes:
         yield t("plan", "reserved", bytes=format_bytes(budget.reserved_bytes))
     yield from result.notes
+    yield from about_cards(result)
     for what in best.not_modelled if best else ():
         yield t("dryrun", "not_modelled", what=what)
     if result.environ:

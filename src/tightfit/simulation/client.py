@@ -46,6 +46,8 @@ class Simulator:
         self._workers, self._progress = workers or min(4, os.cpu_count() or 1), progress
         self.will_compile = False
         """Load the compiler when the server starts: a play that needs it is expected."""
+        self.will_shard = False
+        """Load what plays of several cards need when the server starts."""
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._replies = Frames(Reply)
@@ -132,6 +134,7 @@ class Simulator:
         if self._connection is None:
             hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **without_temporary_folder()}
             options = ["compiler"] if self.will_compile and importlib.util.find_spec("triton") else []
+            options += ["shards"] if self.will_shard else []
             words = [str(self._workers), *options]
             self._process, self._connection = _start_server(*words, environ={**os.environ, **hidden})
             self._replies = Frames(Reply)

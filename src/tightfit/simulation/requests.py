@@ -56,6 +56,9 @@ class StepRequest(Request["StepTrace"], frozen=True, kw_only=True, tag="step"):
     """Compute capability of a card that the table lacks."""
     environ: Mapping[str, str] = {}
     """Settings of the allocator."""
+    cards: int = 1
+    """Cards that train together; the first of them is played."""
+    cards_per_node: int = 1
 
     @property
     def compiles(self) -> bool:

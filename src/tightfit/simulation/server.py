@@ -52,6 +52,14 @@ _TRACING = (
     "torch.utils._device",
 )
 """What torch loads when a first tensor is traced: a second or more of each fork."""
+_SHARDING = (
+    "torch._dynamo",
+    "tightfit.trainer.recovery",
+    "tightfit.trainer.sharding",
+    "torch.nn.parallel.distributed",
+    "torch.testing._internal.distributed.fake_pg",
+)
+"""What plays of several cards load besides: a second or more of each fork."""
 _COMPILER = (
     "torch._dynamo.variables",
     "torch._inductor.compile_fx",
@@ -71,8 +79,8 @@ _CHUNK = 1 << 16
 def main() -> None:
     """Serve the socket with the number in the first argument.
 
-    The second is the number of plays at a time, or "once": one request, answered in this process. With "compiler" as
-    the third, the compiler is loaded before a request needs it.
+    The second is the number of plays at a time, or "once": one request, answered in this process. With "compiler"
+    after it, the compiler is loaded before a request needs it; with "shards", what plays of several cards need.
     """
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client gets Ctrl-C and ends this process
@@ -82,7 +90,7 @@ def main() -> None:
     if mode == "once":
         _serve_once(connection)
     else:
-        _load(_TRACING)
+        _load([*_TRACING, *(_SHARDING if "shards" in options else ())])
         server = Server(connection, workers=int(mode))
         if "compiler" in options:
             server.start_compiler()

@@ -13,6 +13,7 @@ import msgspec
 
 from tightfit.gpus import GPU
 from tightfit.kernels.launch import Kernel
+from tightfit.links import Cards
 
 MATMUL_SHARE, MEASURED_MATMUL_SHARE = 0.75, 0.9
 """Of the peak, and of a measured large product, that matrix products reach in a model."""
@@ -64,9 +65,14 @@ class Rates:
     """Per kernel."""
     has_host: bool = True
     """True if a host works beside the device; on the host itself everything is its own kernel."""
+    cards: Cards | None = None
+    """Cards that train together, for the time of their exchanges."""
 
     def seconds(self, kernel: Kernel) -> float:
         """Time of one kernel, wherever it runs."""
+        if kernel.exchange and self.cards is not None:
+            apart = kernel.stride >= self.cards.per_node
+            return self.cards.exchange_s(kernel.exchange, kernel.nbytes, kernel.ranks, between_nodes=apart)
         if kernel.place == "link":
             return kernel.nbytes / 2 / HOST_LINK  # what is read here is written there
         if kernel.place == "host" and self.has_host:
@@ -77,7 +83,7 @@ class Rates:
         return max(kernel.flops / rate, kernel.nbytes / bandwidth) + self.launch_s
 
 
-def rates_of(gpu: GPU, *, compiled: bool) -> Rates:
+def rates_of(gpu: GPU, *, compiled: bool, cards: Cards | None = None) -> Rates:
     """Rates of a card, by its peaks or, where one is published, by a measured matrix product."""
     float32 = gpu.peak_flops("float32") or UNKNOWN_TFLOPS / 2
     matmul = {
@@ -95,6 +101,7 @@ def rates_of(gpu: GPU, *, compiled: bool) -> Rates:
         bandwidth=(gpu.bandwidth_gbps * 1e9 if gpu.bandwidth_gbps else UNKNOWN_BANDWIDTH) * share,
         cache_bytes=gpu.cache_bytes or 0,
         host_s=HOST_COMPILED_S if compiled else HOST_EAGER_S,
+        cards=cards,
     )
 
 
@@ -154,6 +161,18 @@ class Work:
         on_device = sum(rates.seconds(kernel) * count for kernel, count in self.kernels.items())
         return max(0.0, on_device, self.launches * rates.host_s)
 
+    def exchanges(self) -> "Work":
+        """Return the exchanges between cards among these kernels."""
+        return Work(Counter({kernel: count for kernel, count in self.kernels.items() if kernel.exchange}))
+
+    def exchange_seconds(self, rates: Rates) -> float:
+        """Time of all exchanges, one after another."""
+        return max(0.0, sum(rates.seconds(kernel) * count for kernel, count in self.kernels.items()))
+
+    def largest_s(self, rates: Rates, exchange: str) -> float:
+        """Time of the longest exchange of one kind, 0 if there is none."""
+        return max((rates.seconds(kernel) for kernel in self.kernels if kernel.exchange == exchange), default=0.0)
+
     def counts(self) -> "tuple[KernelCount, ...]":
         """Kernels and how many of each, as they cross a process or a file."""
         return tuple(KernelCount(kernel=kernel, count=count) for kernel, count in self.kernels.items())
@@ -162,6 +181,44 @@ class Work:
     def of(cls, counts: "Iterable[KernelCount]") -> "Work":
         """Work that `counts` wrote down."""
         return cls(Counter({each.kernel: each.count for each in counts}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step's parts."""
+
+    pass_s: float
+    """One forward and backward pass."""
+    update_s: float
+    """Clipping and the optimizer, and the time that the last pass needs longer to exchange gradients."""
+    waiting_s: float = 0.0
+    """Exchanges in a step of one pass that no computation hides."""
+
+
+FORWARD_SHARE = 1 / 3
+"""Of a pass: backward has two matrix products for each one of forward."""
+
+
+def step_time(one_pass: Work, update: Work, rates: Rates, *, overlaps: bool = True) -> StepTime:
+    """Return the times of a pass and of an update.
+
+    Cards exchange while they compute, if `overlaps`: DDP and FSDP2 do, and a sum of complete gradients after backward
+    does not. Forward hides half of a pass's gatherings and backward the other half, with the sums of gradients that
+    the last pass adds. No computation hides the first gathering and the last sum.
+    """
+    gathered, summed = one_pass.exchanges(), update.exchanges()
+    if rates.cards is None or not (gathered.kernels or summed.kernels):
+        return StepTime(pass_s=one_pass.seconds(rates), update_s=update.seconds(rates))
+    compute, own = (one_pass - gathered).seconds(rates), (update - summed).seconds(rates)
+    gather_s, sum_s = gathered.exchange_seconds(rates), summed.exchange_seconds(rates)
+    if not overlaps:
+        return StepTime(pass_s=compute + gather_s, update_s=own + sum_s, waiting_s=gather_s + sum_s)
+    forward, backward = compute * FORWARD_SHARE, compute * (1 - FORWARD_SHARE)
+    first = gathered.largest_s(rates, "all_gather")
+    pass_s = max(forward, gather_s / 2) + max(backward, gather_s / 2) + first
+    longer = max(backward, gather_s / 2 + sum_s) - max(backward, gather_s / 2)
+    ends = sum(summed.largest_s(rates, kind) for kind in ("all_gather", "reduce_scatter", "all_reduce"))
+    return StepTime(pass_s=pass_s, update_s=own + longer + ends, waiting_s=pass_s - compute + longer + ends)
 
 
 class KernelCount(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import NoReturn, cast
 
 import msgspec
 import torch
@@ -62,6 +62,7 @@ from tightfit.trainer.setup import (
     model_config,
     refuse_other_run,
     refuse_other_text,
+    run_mesh,
     sharding_that_fits,
     starting_point,
 )
@@ -72,9 +73,6 @@ from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
 from tightfit.trainer.watchdog import Pulse, Watchdog
 from tightfit.units import GIB
 from tightfit.wording import say
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -139,16 +137,6 @@ def _restarted(
         return resolved
     reporter.log(say("trainer.loop.restarted", folder=folder))
     return replace(resolved, config=replace(config, init_from="resume"))
-
-
-def _mesh(config: TrainConfig, world: World, device: torch.device) -> "DeviceMesh | None":
-    """Return the processes over which the model is spread, None if each has a copy; all processes call this."""
-    if config.shard == "none" or world.size == 1:
-        return None
-    from tightfit.trainer.sharding import shard_mesh  # FSDP2 takes more than a second to import
-
-    is_hybrid = config.shard == "hybrid"
-    return shard_mesh(world, device, (config.shard_size or world.local_size) if is_hybrid else world.size)
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
@@ -229,7 +217,7 @@ class _Run:
             self.config = replace(config, shard=shard)
             room = say("trainer.loop.shard_room", free=free) if free is not None else ""
             self.reporter.log(say("trainer.loop.shard_chosen", shard=shard, need=need, room=room))
-        self.mesh = _mesh(self.config, world, self.hardware.device)
+        self.mesh = run_mesh(self.config, world, self.hardware.device)
         if self.mesh:
             self.saver.agreed = world.from_main
 

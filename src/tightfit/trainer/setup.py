@@ -122,15 +122,7 @@ def build_shards(
     and keeps its part. Saved ones are mapped from the file, and each process reads its own rows. Those that several
     processes saved wait for `build_state`.
     """
-    from tightfit.trainer.sharding import Shards
-
-    def build() -> GPT:
-        with torch.device("meta"):
-            return GPT(shape, **model_options(config)).to(DTYPES[config.param_dtype])
-
-    keeps, mode = config.shard == "optimizer", config.mode if hardware.compile else None
-    shards = Shards(build, mesh, hardware.dtype, keeps_weights=keeps, compile_mode=mode)
-    shards.allocate(hardware.device)
+    shards = empty_shards(config, shape, hardware, mesh)
     if start is not None and _is_whole_run_in_parts(start):
         return shards
     for name, parameter in shards.parameters():
@@ -140,6 +132,30 @@ def build_shards(
             whole = start.model[name][: parameter.shape[0]]  # fewer positions than saved
         shards.place(parameter, whole)
     return shards
+
+
+def empty_shards(config: TrainConfig, shape: GPTConfig, hardware: Hardware, mesh: "DeviceMesh") -> "Shards":
+    """Return this process's part of a model on its device, with values not yet set."""
+    from tightfit.trainer.sharding import Shards
+
+    def build() -> GPT:
+        with torch.device("meta"):
+            return GPT(shape, **model_options(config)).to(DTYPES[config.param_dtype])
+
+    keeps, mode = config.shard == "optimizer", config.mode if hardware.compile else None
+    shards = Shards(build, mesh, hardware.dtype, keeps_weights=keeps, compile_mode=mode)
+    shards.allocate(hardware.device)
+    return shards
+
+
+def run_mesh(config: TrainConfig, world: World, device: torch.device) -> "DeviceMesh | None":
+    """Return the processes over which the model is spread, None if each has a copy; all processes call this."""
+    if config.shard == "none" or world.size == 1:
+        return None
+    from tightfit.trainer.sharding import shard_mesh  # FSDP2 takes more than a second to import
+
+    is_hybrid = config.shard == "hybrid"
+    return shard_mesh(world, device, (config.shard_size or world.local_size) if is_hybrid else world.size)
 
 
 def sharding_that_fits(state: int, free: int | None, world: World) -> str:

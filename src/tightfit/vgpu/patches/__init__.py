@@ -42,7 +42,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
     torchvision_operators.install()
     bitsandbytes_library.install()
     recurrent.install(device)
-    process_groups.install(rank)
+    process_groups.install(device, rank)
     if processes > 1:
         device.note(say("vgpu.patches.nccl"))
     checkpoints.install(device, files)

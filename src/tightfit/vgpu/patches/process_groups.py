@@ -11,6 +11,8 @@ from collections.abc import Callable, MutableMapping, Sequence
 import torch
 from torch import Tensor
 
+from tightfit.kernels.launch import Kernel
+from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
 
@@ -40,7 +42,11 @@ class _Silent:
         return lambda *args, **kwargs: None
 
 
-def install(rank: int = 0) -> None:
+def _all_reduce(buffer: Tensor, ranks: int) -> Kernel:
+    return Kernel(0, buffer.nbytes, str(buffer.dtype).removeprefix("torch."), exchange="all_reduce", ranks=ranks)
+
+
+def install(device: VirtualDevice, rank: int = 0) -> None:
     """Answer process groups of this process without others. Import after the virtual device is on.
 
     `rank` is the one that is played; a process that names itself another one ends where it joins the group.
@@ -74,6 +80,8 @@ def install(rank: int = 0) -> None:
         """Write the sum of a bucket over all processes into it, as NCCL does."""
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
+        if device.observer is not None:
+            device.observer(_all_reduce(bucket.buffer(), distributed.get_world_size()))
         return done
 
     in_place.__annotations__ = {}  # DDP accepts none or its own types
