@@ -664,18 +664,23 @@ def _is_composite(func: OpOverload, device: str) -> bool:
     return func._can_decompose() and not has_kernel
 
 
-def _has_fake(values: Iterable[Argument]) -> bool:
+def _fakes(values: Iterable[Argument]) -> Iterator[FakeTensor]:
     for value in values:
         if isinstance(value, FakeTensor):
-            return True
-        if isinstance(value, (list, tuple)) and _has_fake(value):
-            return True
-    return False
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _fakes(value)
+
+
+def _has_fake(values: Iterable[Argument]) -> bool:
+    return next(_fakes(values), None) is not None
 
 
 def _on_card(args: Arguments, kwargs: Options) -> bool:
     """Return False if all fake tensors are in host memory, where a script may keep some."""
-    found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    found = list(_fakes(args))
+    if kwargs:
+        found += _fakes(kwargs.values())
     if any(tensor.layout is not torch.strided for tensor in found):
         return False  # the memory of sparse kernels is not known
     return not found or any(tensor.fake_device.type != "cpu" for tensor in found)

@@ -20,13 +20,27 @@ _LIBRARIES = tuple(
 _SITE = tuple({os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("purelib", "platlib")})
 MAX_FRAMES = 8
 _PRINTED = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-_is_users: dict[CodeType, bool] = {}
 
 
 class Frame(NamedTuple):
     file: str
     line: int
     function: str
+
+
+class _Code(NamedTuple):
+    """Facts about a code object, which stays alive with them: hashing it would take longer than the rest."""
+
+    code: CodeType
+    counts: bool
+    """True if it is neither torch's nor ours nor the standard library's."""
+    is_own: bool
+    """True if it is in the user's own files."""
+    frames: dict[int, Frame]
+    """By line."""
+
+
+_codes: dict[int, _Code] = {}
 
 
 def user_frames(start: FrameType | None, limit: int = MAX_FRAMES) -> tuple[Frame, ...]:
@@ -37,19 +51,20 @@ def user_frames(start: FrameType | None, limit: int = MAX_FRAMES) -> tuple[Frame
     found: list[Frame] = []
     frame, has_own = start, False
     while frame is not None and (len(found) < limit or not has_own):
-        code = frame.f_code
-        if _counts(code):
-            is_own = not _is_packages_file(code.co_filename)
-            if len(found) < limit or is_own:
-                found[limit - 1 :] = [Frame(code.co_filename, frame.f_lineno, code.co_qualname)]
-            has_own = has_own or is_own
+        code = _facts(frame.f_code)
+        if code.counts:
+            if len(found) < limit or code.is_own:
+                line = frame.f_lineno
+                known = code.frames.get(line) or _frame(code, line)
+                found[limit - 1 :] = [known]
+            has_own = has_own or code.is_own
         frame = frame.f_back
     return tuple(found)
 
 
 def is_counted(frame: FrameType) -> bool:
     """Return True if a running frame is neither torch's nor ours nor the standard library's."""
-    return _counts(frame.f_code)
+    return _facts(frame.f_code).counts
 
 
 def is_package(frame: Frame) -> bool:
@@ -69,11 +84,18 @@ def users_line(frames: tuple[Frame, ...]) -> Frame | None:
     return next((frame for frame in frames if not is_package(frame)), frames[0] if frames else None)
 
 
-def _counts(code: CodeType) -> bool:
-    known = _is_users.get(code)
+def _facts(code: CodeType) -> _Code:
+    known = _codes.get(id(code))
     if known is None:
-        known = _is_users[code] = not (code.co_filename.startswith("<") or _is_library(code.co_filename))
+        file = code.co_filename
+        counts = not (file.startswith("<") or _is_library(file))
+        known = _codes[id(code)] = _Code(code, counts, counts and not _is_packages_file(file), {})
     return known
+
+
+def _frame(code: _Code, line: int) -> Frame:
+    made = code.frames[line] = Frame(code.code.co_filename, line, code.code.co_qualname)
+    return made
 
 
 def _is_library(file: str) -> bool:
