@@ -149,3 +149,89 @@ def test_a_packages_loop_is_left_and_listed(tmp_path: Path) -> None:
     assert [(Path(each["file"]).name, each["line"]) for each in found["not_played"]] == [("trainer.py", 5)]
     assert found["peak"]["allocated_bytes"] >= 4 << 27
     assert any("every so many steps" in each for each in found["notes"])
+
+
+RARE = """
+import argparse
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+args = argparse.Namespace(evaluate_every=5000)
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+played = []
+
+def step(batch):
+    model(batch.cuda()).sum().backward()
+    optimizer.step()
+
+def peaks_at(gib):
+    torch.ones(gib << 28, device="cuda")
+    played.append(gib)
+
+class Run:
+    def __init__(self):
+        self.step = 0
+
+    def epochs(self):
+        loader = DataLoader(TensorDataset(torch.randn(16 * 500 + 5, 8)), 16)
+        sizes = []
+        for epoch in range(100):
+            for number, (batch,) in enumerate(loader):
+                step(batch)
+                self.step += 1
+                sizes.append(len(batch))
+                if self.step % 400 == 0:
+                    peaks_at(1)
+            if (epoch + 1) % 50 == 0:
+                peaks_at(2)
+        return sizes
+
+for number in range(100_000):
+    step(torch.ones(4, 8))
+    if (number + 1) % args.evaluate_every == 0 and number > 0:
+        peaks_at(3)
+total = 0
+while True:
+    step(torch.ones(4, 8))
+    total += 1
+    if total % 3000 == 0:
+        peaks_at(4)
+    if total > 10_000:
+        break
+sizes = Run().epochs()
+assert len(sizes) < 40 and 5 in sizes, sizes
+assert sorted(played) == [1, 2, 3, 4], played
+peaks_at(5)
+"""
+SWEEP = """
+import torch
+
+model = torch.nn.Linear(256, 256).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for batch_size in 1 << 16, 1 << 17, 1 << 18:
+    for _ in range(10_000):
+        model(torch.ones(batch_size, 256, device="cuda")).sum().backward()
+        optimizer.step()
+for batch_size in range(1 << 18, 4 << 18, 1 << 18):
+    for _ in range(10_000):
+        model(torch.ones(batch_size, 256, device="cuda")).sum().backward()
+        optimizer.step()
+"""
+
+
+def test_rare_iterations_are_played(tmp_path: Path) -> None:
+    """What a loop does every so many steps comes after a few of them, also once in many epochs."""
+    (tmp_path / "train.py").write_text(RARE)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert not found["not_played"]
+    assert found["steps"] < 80
+
+
+def test_each_size_of_a_sweep_is_played(tmp_path: Path) -> None:
+    """Iterations of an outer loop are left out only if those before were alike."""
+    (tmp_path / "train.py").write_text(SWEEP)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits"
+    assert found["peak"]["allocated_bytes"] >= 2 * (3 << 18) * 256 * 4

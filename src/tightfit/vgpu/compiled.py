@@ -87,10 +87,18 @@ class Compiler:
             yield
 
     def _without_hooks(self, compiled: Callable[P, R]) -> Callable[P, R]:
+        phases, is_step = self._device.phases, False
+
         @functools.wraps(compiled)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            nonlocal is_step
+            traced, counted = phases.compiled_steps, phases.steps
             with self.running(None):
-                return compiled(*args, **kwargs)
+                result = compiled(*args, **kwargs)
+            is_step = is_step or phases.compiled_steps > traced
+            if is_step and phases.steps == counted:
+                phases.after_compiled_step()
+            return result
 
         if (
             "_torchdynamo_wrapper_id" in call.__dict__

@@ -7,13 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import CodeType, FrameType
+from typing import TYPE_CHECKING
 
 from tightfit.vgpu.frames import Frame
+from tightfit.vgpu.loop_source import calls_of_loop
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
-from tightfit.vgpu.unplayed import LineWatch, calls_of_loop, counted_frames, innermost_loop, own_frames
+from tightfit.vgpu.unplayed import LineWatch, counted_frames, innermost_loop, own_frames
 from tightfit.wording import say
+
+if TYPE_CHECKING:
+    from torch.utils.data import dataloader
 
 _REPEATS = 3
 """Iterations in a row that must have allocated as the one before, and left nothing."""
@@ -51,6 +56,7 @@ class Evaluations:
         self._loop: tuple[CodeType, int, int] | None = None
         self._latest: weakref.ref[object] = weakref.ref(self)
         """Batches of the DataLoader that was asked last."""
+        self._ending: weakref.ref[object] | None = None
 
     def after_forward(self) -> None:
         """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
@@ -97,6 +103,8 @@ class Evaluations:
         followed: dict[int, tuple[int, int, Repetition]] = {}
 
         def following(batches: "dataloader._BaseDataLoaderIter") -> object:
+            if self._lines.is_passing and self._drops_next(batches):
+                return None
             self._latest = weakref.ref(batches)
             trained, evaluated = self._phases.trained, self._phases.evaluated
             before = followed.get(id(batches))
@@ -110,9 +118,28 @@ class Evaluations:
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)
 
+    def _drops_next(self, batches: "dataloader._BaseDataLoaderIter") -> bool:
+        """Take the next batch of an epoch away without loading it, unless it is the last one."""
+        dataloader = import_module("torch.utils.data.dataloader")
+        if batches._dataset_kind != dataloader._DatasetKind.Map:
+            return False
+        left = batches._sampler_iter
+        if not isinstance(left, _Ahead):
+            left = _Ahead(left)
+            assign(batches, _sampler_iter=left)
+        return left.drop()
+
     def end_epoch(self) -> bool:
         """Let the DataLoader that was asked last go on to its last batch; return True if that leaves any out."""
-        return self._to_last(self._latest())
+        batches = self._latest()
+        ends = self._to_last(batches)
+        if ends:
+            self._ending = weakref.ref(batches)
+        return ends
+
+    def is_ending(self) -> bool:
+        """Return True while that DataLoader is on its way to the last batch."""
+        return self._ending is not None and self._ending() is self._latest() is not None
 
     def _to_last(self, batches: object) -> bool:
         """Let the batches of the epoch that are left be the last one alone; return True if there were others.
@@ -134,3 +161,24 @@ class Evaluations:
         skipped = deque(itertools.islice(left, -sent % max(length, 1)), maxlen=1)
         assign(batches, _sampler_iter=itertools.chain(skipped, left))
         return -sent % max(length, 1) > 1
+
+
+class _Ahead:
+    """Batches of a sampler of which all but the last can be dropped."""
+
+    def __init__(self, left: Iterator[object]) -> None:
+        self._left, self._next = left, deque[object]()
+
+    def __iter__(self) -> "_Ahead":
+        return self
+
+    def __next__(self) -> object:
+        return self._next.popleft() if self._next else next(self._left)
+
+    def drop(self) -> bool:
+        """Drop the next batch; False if it is the last one or there is none."""
+        self._next.extend(itertools.islice(self._left, 2 - len(self._next)))
+        if len(self._next) < 2:
+            return False
+        self._next.popleft()
+        return True

@@ -61,6 +61,12 @@ class Phases:
         """Called after each of these, in the script's own thread."""
         self.compiled_calls = 0
         """Calls of compiled modules and functions that are running."""
+        self.compiled_steps = 0
+        """Optimizer steps that Dynamo compiled so far."""
+        self._has_stepped = False
+        """True if an optimizer stepped within the running backward pass."""
+        self.asked: set[str] = set()
+        """What a library's trainer shall do next: "evaluation", "end"."""
         self.has_optimizer = False
         self._is_installed = False  # until then, backward passes are the self-test's
         self.vocabulary = 0
@@ -71,8 +77,12 @@ class Phases:
     def install(self) -> None:
         self._is_installed = True
         self._hook()
-        register_optimizer_step_pre_hook(self._before_step)
-        register_optimizer_step_post_hook(self._after_step)
+
+    def is_asked(self, what: str) -> bool:
+        """Return True once for each time that a library's trainer was asked for this."""
+        is_asked = what in self.asked
+        self.asked.discard(what)
+        return is_asked
 
     def made_optimizer(self) -> None:
         """Count only optimizer steps from now on: the script has one of torch's."""
@@ -80,16 +90,18 @@ class Phases:
             self.has_optimizer, self.steps = True, 0
 
     def after_backward(self) -> None:
-        """Count a backward pass; take that of a script without an optimizer of torch's as a step."""
+        """Count a backward pass, also as a step if optimizers stepped in it or if there is none of torch's."""
         self.backwards += 1
-        if self._is_installed and not self.has_optimizer and not _in_backward():
-            self.steps += 1
-            self._on_step()
+        if self._is_installed and (not self.has_optimizer or self._has_stepped) and not _in_backward():
+            self._has_stepped = False
+            self._end_step()
 
     def _hook(self) -> None:
         self._handles = (
             nn.modules.module.register_module_forward_pre_hook(self._before_forward),
             nn.modules.module.register_module_forward_hook(self._after_forward, always_call=True),
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
         )
 
     @contextmanager
@@ -162,17 +174,29 @@ class Phases:
             if self.after_forward is not None and module is not None:
                 self.after_forward(module)
 
+    def after_compiled_step(self) -> None:
+        """Count an optimizer step within a compiled function, which calls no hooks."""
+        self._course.steps_open += 1
+        self._after_step()
+
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.optimizers.add(optimizer)
         self._course.steps_open += 1
 
     def _after_step(self, *_: object) -> None:
         self._course.steps_open -= 1
-        if not self._course.steps_open:
+        if self._course.steps_open:
+            return
+        if _in_backward():
+            self._has_stepped = True  # an optimizer for each parameter, in hooks: together they are one step
+        else:
             self._outside = "forward"
-            self.steps += 1
             self.trained += 1
-            self._on_step()
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self.steps += 1
+        self._on_step()
 
 
 def _in_backward() -> bool:

@@ -18,7 +18,7 @@ from tightfit.vgpu import patches
 from tightfit.vgpu.card_arguments import torch_versions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame
-from tightfit.vgpu.patches import backend, lazy_dynamo
+from tightfit.vgpu.patches import backend, lazy_dynamo, trainers
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.records import END_SIGNAL, Settings
@@ -137,6 +137,7 @@ class VirtualSession:
             self.phases.install()
             if self.settings.until_stable:
                 self._stopping.shorten_evaluations()
+                trainers.install(self.phases)
             VirtualSession._running = self
         elif VirtualSession._running is not self:
             raise DeviceError(say("vgpu.session.one_card", card=VirtualSession._running.gpu.name))

@@ -4,10 +4,12 @@ import itertools
 import sys
 import time
 from collections import deque
+from collections.abc import Hashable
 from types import FrameType
 
 from tightfit.vgpu.evaluations import Evaluations
 from tightfit.vgpu.frames import Frame, is_package, user_frames, users_line
+from tightfit.vgpu.patches import trainers
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.records import Settings
@@ -26,6 +28,8 @@ _PLAY_ON_S = 20.0
 _WAIT_ON_S = 120.0
 """The same by the clock, for a script that waits, or a busy machine."""
 _LISTED_UNPLAYED = 10
+_EPOCHS_OF_TRAINER = 2
+"""Epochs of a library's trainer that are played up to their last batch."""
 
 
 class Stopping:
@@ -48,6 +52,8 @@ class Stopping:
         self._lines = LineWatch(self._passes)
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
+        self._asked = 0
+        """Times that a library's trainer was asked to go on to something else."""
         self._given_up: list[Frame] = []
         """Lines that may allocate, of loops that repeated for too long."""
         self._repeats_since: tuple[float, float] | None = None
@@ -99,36 +105,78 @@ class Stopping:
         frame = sys._getframe(1)  # a frame that holds itself would keep the script's tensors until Python collects
         self._lines.start(frame)
         self._lines.follow(frame)
+        self._lines.after_step()
         unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
         self._unplayed = [each for each in unplayed if each not in self._given_up]
         first = self._repeats_from(steps, has_optimizer=has_optimizer)
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
         loop = self._lines.training_loop(frame)
+        if loop is not None and loop.place.file.endswith(trainers.FILES) and self._asks_trainer(frame, loop):
+            self._equal = [0] * _LONGEST_ROUND
+            return
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
             self._unplayed.append(loop.place)  # nobody knows what a package does only in some of its iterations
-        now = time.process_time(), time.monotonic()
-        begun = self._repeats_since = self._repeats_since or now
-        is_late = now[0] - begun[0] >= _PLAY_ON_S or now[1] - begun[1] >= _WAIT_ON_S
-        more = bool(self._unplayed or self._given_up)
-        if more and (self._leaves_loops(frame, loop) or (is_late and self._gives_up(frame, loop))):
+        state = self._state(steps - first + 1)
+        if self._lines.skip_ahead(frame, self._unplayed, state):
+            self._note(say("vgpu.stopping.skipped", first=first))
+            self._repeats_since = None
+        is_late = self._repeats_for_long()
+        differing = self._lines.differing(frame, state)
+        more = bool(self._unplayed or self._given_up or differing)
+        if more and (self._leaves_loops(frame, loop, state) or (is_late and self._gives_up(frame, loop))):
             self._note(say("vgpu.stopping.jumped", first=first, last=steps))
             self._equal = [0] * _LONGEST_ROUND
-        elif is_late or not self._unplayed:
-            self.not_played = self._unplayed
+        elif is_late or not (self._unplayed or differing):
+            self.not_played = self._unplayed or differing
             if "eval" not in self._recorder.phase_peaks:
                 self._note(say("vgpu.stopping.no_evaluation"))
             self._end(say("vgpu.stopping.repeats", first=first, last=steps))
 
-    def _leaves_loops(self, frame: FrameType, loop: TrainingLoop | None) -> bool:
+    def _repeats_for_long(self) -> bool:
+        """Return True when steps have repeated for as long as they may, since they did for the first time."""
+        now = time.process_time(), time.monotonic()
+        begun = self._repeats_since = self._repeats_since or now
+        return now[0] - begun[0] >= _PLAY_ON_S or now[1] - begun[1] >= _WAIT_ON_S
+
+    def _asks_trainer(self, frame: FrameType, loop: TrainingLoop) -> bool:
+        """Ask a library's trainer for an evaluation, then for the last batch of two epochs, then for its end.
+
+        Return False if the trainer goes on after all three.
+        """
+        if self._asked > _EPOCHS_OF_TRAINER + 1:  # it ended since then, and another training began
+            self._asked = 0
+        if "end" in self._phases.asked:
+            return False
+        self._asked += 1
+        if self._asked == 1:
+            self._phases.asked.add("evaluation")
+        elif self._asked <= _EPOCHS_OF_TRAINER + 1:
+            self._evaluations.end_epoch()
+        elif trainers.ends_when_asked(loop.place.file):
+            self._phases.asked.add("end")
+        elif not self._lines.give_up_loop(frame):
+            return False
+        self._note(say("vgpu.stopping.trainer", file=loop.place.file, line=loop.place.line))
+        return True
+
+    def _state(self, size: int) -> Hashable:
+        """Describe the steps that repeat: their allocations, and what is allocated if there is one step in a round."""
+        patterns = frozenset(step[0] for step, _ in zip(self._last, range(size), strict=False))
+        return patterns, self._recorder.allocator.allocated_bytes if len(patterns) == 1 else 0
+
+    def _leaves_loops(self, frame: FrameType, loop: TrainingLoop | None, state: Hashable) -> bool:
         """Leave training loops whose lines all ran: by the last batch of their DataLoader, or by a jump."""
         if loop is None or is_package(loop.place) or any(map(loop.has, self._unplayed)):
             return False
-        if self._ended_epoch:
-            is_left = self._lines.leave_loops(frame, self._unplayed)
-            return self._evaluations.end_epoch() or is_left
-        self._ended_epoch = self._evaluations.end_epoch()
-        return self._ended_epoch or self._lines.leave_loops(frame, self._unplayed)
+        ends = self._evaluations.end_epoch()
+        is_ending = self._evaluations.is_ending()
+        if not self._ended_epoch and ends:
+            self._lines.note_state(frame, state)
+        else:
+            ends = self._lines.leave_loops(frame, self._unplayed, state, epoch_ends=is_ending) or ends
+        self._ended_epoch = self._ended_epoch or is_ending
+        return ends
 
     def _gives_up(self, frame: FrameType, loop: TrainingLoop | None) -> bool:
         """Leave a training loop although lines of it did not run, for the sake of what comes after it."""

@@ -1,32 +1,22 @@
 """Lines of the script's training loop that an early stop would leave unplayed, although they may allocate."""
 
-import ast
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_counted, is_package
+from tightfit.vgpu.loop_source import Loop, loop_heads, loop_node, loops_around, reachable_calls
+from tightfit.vgpu.skipping import FAILURES, Skip, iterator_of, lines_in_reach
 
-_HARMLESS_CALLS = (
-    "print len range min max sum str int float bool round abs format join append extend update items keys values get "
-    "isinstance hasattr getattr time perf_counter monotonic strftime now exit open write flush close makedirs remove "
-    "mkdir exists dump dumps info debug warning error log add_scalar set_postfix set_description add_argument item "
-    "state_dict synchronize barrier destroy_process_group get_rank empty_cache manual_seed set_epoch collect "
-    "max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_summary tolist finish "
-    "reset_peak_memory_stats get_last_lr perf_counter_ns sleep system basename dirname upper lower strip split "
-    "get_world_size"
-)
-"""Calls by name that print, record or measure: they take no device memory."""
-_HARMLESS = frozenset(_HARMLESS_CALLS.split())
-_SAVES = frozenset(("torch.save", "np.save", "numpy.save", "plt.savefig"))
-"""Calls that write what is there; a library's own `save` may gather a model on the card first."""
-
-
+_SECONDS_TO_LEAVE = 3.0
+"""Time for taking away the items of a loop that nothing follows."""
+_JUMP = FrameType.__dict__["f_lineno"].__set__
+"""Sets a frame's next line, which Python lets trace functions do alone."""
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -44,8 +34,18 @@ class LineWatch:
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._ran: dict[CodeType, set[int]] = {}
         self._given_up: set[tuple[CodeType, Loop]] = set()
-        self._leaving: dict[CodeType, Loop] = {}
-        """Functions with a loop to leave before its next iteration."""
+        self._leaving: dict[CodeType, list[Loop]] = {}
+        """Loops of functions to leave before their next iteration."""
+        self._iterations: Counter[tuple[CodeType, int]] = Counter()
+        self._at_steps: deque[Counter[tuple[CodeType, int]]] = deque([Counter(), Counter()], maxlen=2)
+        """Iterations of each loop at the last two optimizer steps."""
+        self._states: dict[tuple[CodeType, int], tuple[int, Hashable, bool]] = {}
+        """For each outer loop the latest iteration in which steps repeated, how they did, and if the one before did so.
+        """
+        self._skips: dict[CodeType, tuple[Loop, Skip]] = {}
+        self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
+        self.is_passing = False
+        """True while iterations are passed over."""
         self.is_on = False
 
     def start(self, frame: FrameType | None) -> None:
@@ -63,6 +63,10 @@ class LineWatch:
                 self._ran[code] = {each.f_lineno}
                 self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
             each.f_trace = self._line
+
+    def after_step(self) -> None:
+        """Note how many iterations each loop had at an optimizer step."""
+        self._at_steps.append(self._iterations.copy())
 
     def stop(self) -> None:
         if self.is_on:
@@ -86,27 +90,100 @@ class LineWatch:
             found += [Frame(code.co_filename, line, code.co_qualname) for line in missed]
         return list(dict.fromkeys(found))
 
-    def leave_loops(self, frame: FrameType | None, unplayed: Iterable[Frame]) -> bool:
+    def leave_loops(
+        self, frame: FrameType | None, unplayed: Iterable[Frame], state: Hashable, *, epoch_ends: bool
+    ) -> bool:
         """Leave the training loops around `frame` before their next iteration, if all `unplayed` lines are outside.
 
-        Return True if there is such a loop. Works as a debugger's jump does.
+        Outer ones only if the steps of their last two iterations repeated with the same `state`; the innermost one
+        not if a DataLoader goes on to its last batch in it (`epoch_ends`). Return True if there is such a loop. Works
+        as a debugger's jump does.
         """
         if not self.is_on:
             return False
-        left = trains = False
-        for each in own_frames(frame):
+        alike = self.note_state(frame, state)
+        found: list[tuple[CodeType, Loop]] = []
+        for each, training in self._training_around(frame):
             code = each.f_code
             lines = tuple(place.line for place in unplayed if place.file == code.co_filename)
+            for loop in reversed(training):
+                has_unplayed = any(loop.first <= line <= loop.last for line in lines)
+                if has_unplayed or not alike.get((code, loop.first), True) or not (loop.after or loop.counts):
+                    break
+                found.append((code, loop))
+            else:
+                continue
+            break
+        if epoch_ends and found and found[0][1].has_items:
+            del found[0]
+        for code, loop in found:
+            self.leave(code, loop)
+        return bool(found)
+
+    def note_state(self, frame: FrameType | None, state: Hashable) -> dict[tuple[CodeType, int], bool]:
+        """Note how steps repeat in this iteration of the outer training loops; return if they did so in the one before.
+
+        A loop over a list that is written out is taken as one whose iterations differ.
+        """
+        alike = {}
+        inner = True
+        for each, training in self._training_around(frame):
+            for loop in reversed(training):
+                if inner:
+                    inner = False
+                    continue
+                place = (each.f_code, loop.first)
+                number = self._iterations[place]
+                before = self._states.get(place)
+                if before is None or before[0] != number:
+                    repeats = before is not None and before[:2] == (number - 1, state) and not loop.is_listed
+                    self._states[place] = (number, state, repeats)
+                alike[place] = self._states[place][2]
+        return alike
+
+    def differing(self, frame: FrameType | None, state: Hashable) -> list[Frame]:
+        """List the outer training loops around `frame` whose next iteration may differ from this one."""
+        alike = self.note_state(frame, state) if self.is_on else {}
+        return [
+            Frame(code.co_filename, first, code.co_qualname) for (code, first), repeats in alike.items() if not repeats
+        ]
+
+    def _training_around(self, frame: FrameType | None) -> Iterator[tuple[FrameType, Sequence[Loop]]]:
+        """Yield the user's running functions, innermost first, with their training loops, outermost first."""
+        trains = False
+        for each in own_frames(frame):
             around = _loops_at(each)
-            training = around if trains else self._training_loops(code, around)
-            free = [loop for loop in training if not any(loop.first <= line <= loop.last for line in lines)]
-            if free and free[0].after:
-                self._leaving[code] = free[0]
-                left = True
-            if len(free) < len(training):
-                break
+            training = around if trains else self._training_loops(each.f_code, around)
+            yield each, training
             trains = trains or bool(training)
-        return left
+
+    def skip_ahead(self, frame: FrameType | None, unplayed: Iterable[Frame], state: Hashable) -> bool:
+        """Pass over iterations of a training loop up to one that runs some of the `unplayed` lines.
+
+        Return True while that goes on.
+        """
+        if not self.is_on:
+            return False
+        if self._skips:
+            return True
+        alike = self.note_state(frame, state)
+        for each, training in self._training_around(frame):
+            code = each.f_code
+            lines = {place.line for place in unplayed if place.file == code.co_filename}
+            for loop in reversed(training):
+                if alike.get((code, loop.first), True) and self._start_skip(code, loop, lines):
+                    return True
+        return False
+
+    def _start_skip(self, code: CodeType, loop: Loop, lines: set[int]) -> bool:
+        node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, loop.first)
+        missing = frozenset() if node is None else frozenset(lines_in_reach(node, lines))
+        if node is None or not missing or (code, loop.first, missing) in self._tried or code.co_flags & _SUSPENDS:
+            return False
+        self._tried.add((code, loop.first, missing))
+        before, now = (at[code, loop.first] for at in self._at_steps)
+        self._skips[code] = loop, Skip(node, missing, self.ran(code), now - before)
+        return True
 
     def training_loop(self, frame: FrameType | None) -> "TrainingLoop | None":
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
@@ -122,7 +199,7 @@ class LineWatch:
             for loop in reversed(self._training_loops(code, _loops_at(each))):
                 if loop.after and (code, loop) not in self._given_up:
                     self._given_up.add((code, loop))
-                    self._leaving[code] = loop
+                    self.leave(code, loop)
                     return True
         return False
 
@@ -131,7 +208,7 @@ class LineWatch:
         ran = {(code.co_filename, line) for code, lines in self._ran.items() for line in lines}
         return [place for place in places if is_package(place) or (place.file, place.line) not in ran]
 
-    def _training_loops(self, code: CodeType, around: Sequence["Loop"]) -> Sequence["Loop"]:
+    def _training_loops(self, code: CodeType, around: Sequence[Loop]) -> Sequence[Loop]:
         """Return those of the loops around a line, outermost first, that have backward passes in an iteration."""
         if code.co_flags & _SUSPENDS:
             return ()
@@ -140,9 +217,11 @@ class LineWatch:
         )
         return around[: innermost + 1]
 
-    def leave(self, code: CodeType, loop: "Loop") -> None:
+    def leave(self, code: CodeType, loop: Loop) -> None:
         """Leave one loop of a running function before its next iteration."""
-        self._leaving[code] = loop
+        loops = self._leaving.setdefault(code, [])
+        if loop not in loops:
+            loops.append(loop)
 
     def ran(self, code: CodeType) -> set[int]:
         """Lines of a followed function that ran."""
@@ -158,18 +237,60 @@ class LineWatch:
         if first is None:
             return self._line
         self._iterates(code, first)
-        loop = self._leaving.get(code)
-        if loop is not None and first == loop.first:
-            del self._leaving[code]
+        loop = next((each for each in self._leaving.get(code, ()) if each.first == first), None)
+        if loop is not None:
+            self._leave_now(frame, loop)
+        elif code in self._skips and frame.f_lineno == self._skips[code][1].line:
+            self._skip(frame)
+        return self._line
+
+    def _leave_now(self, frame: FrameType, loop: Loop) -> None:
+        """Jump behind a loop at its line, or take all items away that are left if nothing follows it."""
+        items = None if loop.after else iterator_of(frame)
+        if not loop.after and items is None:  # the loop only begins
+            return
+        self._leaving[frame.f_code].remove(loop)
+        if loop.after:
             with contextlib.suppress(ValueError):  # a line that cannot be reached from here
                 # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
                 # that keeps most of what is left behind, here the loop's iterator.
                 _JUMP(frame, loop.by_way_of)
                 _JUMP(frame, loop.after)
-        return self._line
+            return
+        self.is_passing = True
+        until = time.monotonic() + _SECONDS_TO_LEAVE
+        try:
+            while time.monotonic() < until and self._takes(items):
+                pass
+        finally:
+            self.is_passing = False
+
+    def _takes(self, items: object) -> bool:
+        """Take one item of an iterator away; False if there is none."""
+        try:
+            return next(items, self) is not self  # type: ignore[call-overload]
+        except FAILURES:  # the script's own, which it raises again where the loop goes on
+            return False
+
+    def _skip(self, frame: FrameType) -> None:
+        """Pass over iterations of the loop that a function is at."""
+        loop, skip = self._skips[frame.f_code]
+        items = iterator_of(frame) if loop.counts else None
+
+        if loop.counts and items is None:
+            del self._skips[frame.f_code]
+            return
+        self.is_passing = True
+        try:
+            skip.at_head(frame, lambda: items is None or self._takes(items))
+        finally:
+            self.is_passing = False
+        if skip.is_over:
+            del self._skips[frame.f_code]
 
     def _iterates(self, code: CodeType, first: int) -> None:
         """Note that an iteration of a loop begins."""
+        self._iterations[code, first] += 1
         now = self._backwards()
         if self._begun.get((code, first), now) < now:
             self._training.add((code, first))
@@ -194,7 +315,7 @@ def counted_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, bool]]:
         frame = frame.f_back
 
 
-def _loops_at(frame: FrameType) -> tuple["Loop", ...]:
+def _loops_at(frame: FrameType) -> tuple[Loop, ...]:
     code = frame.f_code
     return loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno)
 
@@ -204,23 +325,12 @@ def is_in_loop(frame: FrameType) -> bool:
     return bool(_loops_at(frame))
 
 
-def innermost_loop(frame: FrameType) -> "Loop | None":
+def innermost_loop(frame: FrameType) -> Loop | None:
     """Return the `for` loop of its own that a function is in, unless it is a generator, whose reader counts on it."""
     if frame.f_code.co_flags & _SUSPENDS:
         return None
     around = _loops_at(frame)
     return around[-1] if around and around[-1].counts else None
-
-
-class Loop(NamedTuple):
-    first: int
-    last: int
-    after: int
-    """Line of the statement that follows in the same block; 0 without one, or without a way there."""
-    by_way_of: int
-    """Line of a statement in the same block that has no block of its own."""
-    counts: bool = False
-    """True for `for`, whose end does not depend on what its body does."""
 
 
 class TrainingLoop(NamedTuple):
@@ -231,152 +341,3 @@ class TrainingLoop(NamedTuple):
 
     def has(self, line: Frame) -> bool:
         return line.file == self.place.file and self.place.line <= line.line <= self.last
-
-
-_JUMP = FrameType.__dict__["f_lineno"].__set__
-"""Sets a frame's next line, which Python lets trace functions do alone."""
-_PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.ImportFrom, ast.Return, ast.Delete)
-
-
-@cache
-def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...]:
-    """Find the loops around a line of a function, outermost first."""
-    blocks = [_body(file, first, name)]
-    found = []
-    while blocks:
-        block = blocks.pop()
-        for statement, following in zip(block, [*block, None][1:], strict=True):
-            if not statement.lineno <= line <= (statement.end_lineno or statement.lineno):
-                continue
-            if isinstance(statement, (ast.For, ast.While)):
-                last = statement.end_lineno or statement.lineno
-                plain = next((each.lineno for each in block if isinstance(each, _PLAIN)), 0)
-                after = following.lineno if following and plain else 0
-                found.append(Loop(statement.lineno, last, after, plain, isinstance(statement, ast.For)))
-            blocks += _blocks(statement)
-    return tuple(found)
-
-
-@cache
-def loop_heads(file: str, first: int, name: str) -> dict[int, int]:
-    """Map the lines at which the iterations of a function's loops begin to the first lines of the loops.
-
-    Python does not come back to the line of `while True`, but to the one below.
-    """
-    loops = [each for each in _statements(_body(file, first, name)) if isinstance(each, (ast.For, ast.While))]
-    endless = (each for each in loops if isinstance(each, ast.While) and isinstance(each.test, ast.Constant))
-    return {each.body[0].lineno: each.lineno for each in endless} | {each.lineno: each.lineno for each in loops}
-
-
-@cache
-def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[int, int], ...]:
-    """Find the first and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
-
-    A branch does not count if the loop never changes its condition, as it can never be taken.
-    Error handling and functions that print or measure do not count either.
-    """
-    body = _body(file, first, name)
-    around = [each for each in _statements(body) if each.lineno <= line <= (each.end_lineno or each.lineno)]
-    loop = next((each for each in around if isinstance(each, (ast.For, ast.AsyncFor, ast.While))), None)
-    found: set[tuple[int, int]] = set()
-    if loop is not None:
-        changing = _stored(loop) | _attributes(_tree(file))
-        found |= set(_calls(loop.body, changing))
-    end = (loop.end_lineno or line) if loop is not None else line
-    found |= {each for each in _calls(body, None) if each[0] > end}
-    return tuple(sorted(found))
-
-
-@cache
-def calls_of_loop(file: str, first: int, name: str, loop_line: int) -> tuple[tuple[int, int], ...]:
-    """Find the first and last lines of calls that may allocate in the loop that starts at a line."""
-    loops = (
-        each for each in _statements(_body(file, first, name)) if isinstance(each, ast.For) and each.lineno == loop_line
-    )
-    return tuple(found for loop in loops for found in _calls(loop.body, _stored(loop) | _attributes(_tree(file))))
-
-
-@cache
-def _tree(file: str) -> ast.Module:
-    """Parse a file; one that is not there or is no Python is empty."""
-    try:
-        return ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ast.Module(body=[], type_ignores=[])
-
-
-@cache
-def _body(file: str, first: int, name: str) -> list[ast.stmt]:
-    """Return the statements of a function, or of the module."""
-    if name == "<module>":
-        return _tree(file).body
-    for node in ast.walk(_tree(file)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
-            starts = {node.lineno, *(each.lineno for each in node.decorator_list)}
-            if first in starts:
-                return node.body
-    return []
-
-
-def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
-    """List the bodies within a statement, without those of functions, classes and error handling."""
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return []
-    blocks = [getattr(statement, key, []) for key in ("body", "orelse", "finalbody")]
-    return blocks + [case.body for case in getattr(statement, "cases", [])]
-
-
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    for statement in body:
-        yield statement
-        for block in _blocks(statement):
-            yield from _statements(block)
-
-
-def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[int, int]]:
-    """Yield the lines of statements with calls that may allocate. A condition may depend on the names `changing`."""
-    for statement in body:
-        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Raise, ast.Assert)):
-            continue
-        heads = [each for each in ast.iter_child_nodes(statement) if isinstance(each, (ast.expr, ast.withitem))]
-        if any(_may_allocate(head) for head in heads):
-            ends = [head.end_lineno or 0 for head in heads if isinstance(head, ast.expr)]
-            yield statement.lineno, max([statement.lineno, *ends])
-        if isinstance(statement, ast.If) and changing is not None and not _may_change(statement.test, changing):
-            continue
-        for block in _blocks(statement):
-            yield from _calls(block, changing)
-
-
-def _may_allocate(node: ast.AST) -> bool:
-    calls = (each.func for each in ast.walk(node) if isinstance(each, ast.Call))
-    return any(_name_of(each) not in _HARMLESS and ast.unparse(each) not in _SAVES for each in calls)
-
-
-def _name_of(function: ast.expr) -> str:
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-
-
-def _may_change(test: ast.expr, changing: set[str]) -> bool:
-    names = {each.id for each in ast.walk(test) if isinstance(each, ast.Name)}
-    names |= {each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)}
-    return bool(names & changing) or any(isinstance(each, ast.Call) for each in ast.walk(test))
-
-
-def _stored(loop: ast.stmt) -> set[str]:
-    return {each.id for each in ast.walk(loop) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
-
-
-def _attributes(tree: ast.Module) -> set[str]:
-    """Collect the attributes that something other than `__init__` assigns."""
-    fixed = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
-        for inner in ast.walk(node)
-    }
-    return {
-        each.attr
-        for each in ast.walk(tree)
-        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and id(each) not in fixed
-    }

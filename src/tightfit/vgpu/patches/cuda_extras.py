@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,25 @@ def install(device: VirtualDevice) -> None:
         _cuda_sleep=lambda cycles: None,
         _cuda_jiterator_compile_and_launch_kernel=_launch_written_kernel,
         _activate_gpu_trace=lambda: None,
+        _cuda_attach_out_of_memory_observer=lambda observer: None,
+        _cuda_isHistoryEnabled=lambda: False,
+        **_benchmark_limit(),
     )
     _install_nccl()
     _install_pools(device)
     _install_tunable()
     _install_copies()
+
+
+def _benchmark_limit() -> dict[str, Callable[..., object]]:
+    """Keep how many algorithms cuDNN would try, which `torch.backends.cudnn.flags` reads and sets."""
+    limits = [10]
+    return {
+        "_cuda_get_cudnn_benchmark_limit": lambda: limits[-1],
+        "_cuda_set_cudnn_benchmark_limit": limits.append,
+        "_cuda_get_conv_benchmark_empty_cache": lambda: True,
+        "_cudnn_set_conv_benchmark_empty_cache": lambda empties: None,
+    }
 
 
 class _Nvtx:

@@ -299,16 +299,30 @@ def _install_compile(device: VirtualDevice, properties: SimpleNamespace) -> None
     assign(nn.Module, compile=compile_module)
 
 
+_DERIVATIVES = "torch._decomp.decompositions_for_jvp"
+
+
 def _install_torchscript(device: VirtualDevice) -> None:
-    """Play scripted and traced code as the Python that it comes from: TorchScript's own interpreter wants a driver."""
-    torch.jit._state.disable()
+    """Play scripted and traced code as the Python that it comes from: TorchScript's own interpreter wants a driver.
+
+    torch itself scripts the derivatives of forward mode, of which it only wants the graph.
+    """
+    state = torch.jit._state
+    state.disable()
 
     def noted(usual: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(usual)
         def as_python(*args: object, **options: object) -> object:
-            if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch":
-                device.note(say("vgpu.patches.torchscript"))
-            return usual(*args, **options)
+            asker = sys._getframe(1).f_globals.get("__name__", "")
+            if asker != _DERIVATIVES:
+                if asker.partition(".")[0] != "torch":
+                    device.note(say("vgpu.patches.torchscript"))
+                return usual(*args, **options)
+            state.enable()
+            try:
+                return usual(*args, **options)
+            finally:
+                state.disable()
 
         return as_python
 

@@ -22,6 +22,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace, running: Running
     _answer_for_triton()
     _answer_for_measurements(device)
     _wrap_modules(device.phases, running)
+    _make_states_on_card(device)
 
 
 def hide_mode_from_dynamo() -> None:
@@ -108,3 +109,18 @@ def _wrap_modules(phases: Phases, running: Running) -> None:
 
     dynamo.skip_code(call.__code__)  # or Dynamo compiles it where a compiled function calls it
     assign(compiled_modules, __call__=call)
+
+
+def _make_states_on_card(device: VirtualDevice) -> None:
+    """Let a compiled optimizer make its states on the card: Dynamo calls `_init_group` while it has all modes off."""
+    optimizers = import_module("torch._dynamo.variables.optimizer").OptimizerVariable
+    usual: Callable[..., object] = optimizers.call_method
+
+    def call_method(variable: object, translator: object, name: str, *rest: object) -> object:
+        if name != "_init_group":
+            return usual(variable, translator, name, *rest)
+        device.phases.compiled_steps += 1
+        with device.mode():
+            return usual(variable, translator, name, *rest)
+
+    assign(optimizers, call_method=call_method)

@@ -1,0 +1,210 @@
+"""Loops of a script's functions, read from their source: where they lead, and which of their lines may allocate."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_HARMLESS_CALLS = (
+    "print len range min max sum str int float bool round abs format join append extend update items keys values get "
+    "isinstance hasattr getattr time perf_counter monotonic strftime now exit open write flush close makedirs remove "
+    "mkdir exists dump dumps info debug warning error log add_scalar set_postfix set_description add_argument item "
+    "state_dict synchronize barrier destroy_process_group get_rank empty_cache manual_seed set_epoch collect "
+    "max_memory_allocated max_memory_reserved memory_allocated memory_reserved memory_summary tolist finish "
+    "reset_peak_memory_stats get_last_lr perf_counter_ns sleep system basename dirname upper lower strip split "
+    "get_world_size"
+)
+"""Calls by name that print, record or measure: they take no device memory."""
+_HARMLESS = frozenset(_HARMLESS_CALLS.split())
+_SAVES = frozenset(("torch.save", "np.save", "numpy.save", "plt.savefig"))
+"""Calls that write what is there; a library's own `save` may gather a model on the card first."""
+
+
+class Loop(NamedTuple):
+    first: int
+    last: int
+    after: int
+    """Line of the statement that follows in the same block; 0 without one, or without a way there."""
+    by_way_of: int
+    """Line of a statement in the same block that has no block of its own."""
+    counts: bool = False
+    """True for `for`, whose end does not depend on what its body does."""
+    is_listed: bool = False
+    """True for a `for` over a list that is written out."""
+    has_items: bool = False
+    """True for a `for` over anything but a `range(...)`."""
+
+
+_LISTED = (ast.Tuple, ast.List, ast.Set, ast.Dict)
+_PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.ImportFrom, ast.Return, ast.Delete)
+
+
+@cache
+def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...]:
+    """Find the loops around a line of a function, outermost first."""
+    blocks: list[tuple[list[ast.stmt], int]] = [(_body(file, first, name), 0)]
+    found = []
+    while blocks:
+        block, behind = blocks.pop()
+        for statement, following in zip(block, [*block, None][1:], strict=True):
+            if not statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+                continue
+            after = following.lineno if following else behind
+            if isinstance(statement, (ast.For, ast.While)):
+                plain = next((each.lineno for each in block if isinstance(each, _PLAIN)), 0 if following else after)
+                found.append(_loop(statement, after if plain else 0, plain))
+                # A jump to the line of a `for` would begin it anew.
+                after = statement.lineno if isinstance(statement, ast.While) else 0
+            elif not isinstance(statement, ast.If):
+                after = 0  # leaving a `with` or `try` would leave out its end
+            blocks += [(each, after) for each in _blocks(statement)]
+    return tuple(found)
+
+
+def _loop(statement: ast.For | ast.While, after: int, by_way_of: int) -> Loop:
+    last = statement.end_lineno or statement.lineno
+    if isinstance(statement, ast.While):
+        return Loop(statement.lineno, last, after, by_way_of)
+    is_range = isinstance(statement.iter, ast.Call) and ast.unparse(statement.iter.func) == "range"
+    is_listed = isinstance(statement.iter, _LISTED)
+    return Loop(statement.lineno, last, after, by_way_of, counts=True, is_listed=is_listed, has_items=not is_range)
+
+
+def _head(loop: ast.For | ast.While) -> int:
+    """Return the line at which a loop's next iteration begins."""
+    is_endless = isinstance(loop, ast.While) and isinstance(loop.test, ast.Constant)
+    return loop.body[0].lineno if is_endless else loop.lineno
+
+
+@cache
+def loop_node(file: str, first: int, name: str, loop_line: int) -> ast.For | ast.While | None:
+    """Return the loop that starts at a line of a function."""
+    statements = _statements(_body(file, first, name))
+    return next(
+        (each for each in statements if isinstance(each, (ast.For, ast.While)) and each.lineno == loop_line), None
+    )
+
+
+@cache
+def loop_heads(file: str, first: int, name: str) -> dict[int, int]:
+    """Map the lines at which the iterations of a function's loops begin to the first lines of the loops.
+
+    Python does not come back to the line of `while True`, but to the one below.
+    """
+    loops = (each for each in _statements(_body(file, first, name)) if isinstance(each, (ast.For, ast.While)))
+    return {_head(each): each.lineno for each in loops}
+
+
+@cache
+def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[int, int], ...]:
+    """Find the first and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
+
+    A branch does not count if the loop never changes its condition, as it can never be taken.
+    Error handling and functions that print or measure do not count either.
+    """
+    body = _body(file, first, name)
+    around = [each for each in _statements(body) if each.lineno <= line <= (each.end_lineno or each.lineno)]
+    loop = next((each for each in around if isinstance(each, (ast.For, ast.AsyncFor, ast.While))), None)
+    found: set[tuple[int, int]] = set()
+    if loop is not None:
+        changing = _stored(loop) | _attributes(_tree(file))
+        found |= set(_calls(loop.body, changing))
+    end = (loop.end_lineno or line) if loop is not None else line
+    found |= {each for each in _calls(body, None) if each[0] > end}
+    return tuple(sorted(found))
+
+
+@cache
+def calls_of_loop(file: str, first: int, name: str, loop_line: int) -> tuple[tuple[int, int], ...]:
+    """Find the first and last lines of calls that may allocate in the loop that starts at a line."""
+    loops = (
+        each for each in _statements(_body(file, first, name)) if isinstance(each, ast.For) and each.lineno == loop_line
+    )
+    return tuple(found for loop in loops for found in _calls(loop.body, _stored(loop) | _attributes(_tree(file))))
+
+
+@cache
+def _tree(file: str) -> ast.Module:
+    """Parse a file; one that is not there or is no Python is empty."""
+    try:
+        return ast.parse(Path(file).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module(body=[], type_ignores=[])
+
+
+@cache
+def _body(file: str, first: int, name: str) -> list[ast.stmt]:
+    """Return the statements of a function, or of the module."""
+    if name == "<module>":
+        return _tree(file).body
+    for node in ast.walk(_tree(file)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
+            starts = {node.lineno, *(each.lineno for each in node.decorator_list)}
+            if first in starts:
+                return node.body
+    return []
+
+
+def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
+    """List the bodies within a statement, without those of functions, classes and error handling."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return []
+    blocks = [getattr(statement, key, []) for key in ("body", "orelse", "finalbody")]
+    return blocks + [case.body for case in getattr(statement, "cases", [])]
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        yield statement
+        for block in _blocks(statement):
+            yield from _statements(block)
+
+
+def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[int, int]]:
+    """Yield the lines of statements with calls that may allocate. A condition may depend on the names `changing`."""
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Raise, ast.Assert)):
+            continue
+        heads = [each for each in ast.iter_child_nodes(statement) if isinstance(each, (ast.expr, ast.withitem))]
+        if any(_may_allocate(head) for head in heads):
+            ends = [head.end_lineno or 0 for head in heads if isinstance(head, ast.expr)]
+            yield statement.lineno, max([statement.lineno, *ends])
+        if isinstance(statement, ast.If) and changing is not None and not _may_change(statement.test, changing):
+            continue
+        for block in _blocks(statement):
+            yield from _calls(block, changing)
+
+
+def _may_allocate(node: ast.AST) -> bool:
+    calls = (each.func for each in ast.walk(node) if isinstance(each, ast.Call))
+    return any(_name_of(each) not in _HARMLESS and ast.unparse(each) not in _SAVES for each in calls)
+
+
+def _name_of(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _may_change(test: ast.expr, changing: set[str]) -> bool:
+    names = {each.id for each in ast.walk(test) if isinstance(each, ast.Name)}
+    names |= {each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)}
+    return bool(names & changing) or any(isinstance(each, ast.Call) for each in ast.walk(test))
+
+
+def _stored(loop: ast.stmt) -> set[str]:
+    return {each.id for each in ast.walk(loop) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+
+
+def _attributes(tree: ast.Module) -> set[str]:
+    """Collect the attributes that something other than `__init__` assigns."""
+    fixed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        for inner in ast.walk(node)
+    }
+    return {
+        each.attr
+        for each in ast.walk(tree)
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and id(each) not in fixed
+    }

@@ -1,0 +1,402 @@
+"""Iterations of a training loop that repeat pass without running, up to one that would run lines that never ran.
+
+`if step % 500 == 0: evaluate()` runs at step 500, which may be an hour away on the virtual card. The loop's counters
+and conditions are read from its source and followed; nothing of the script is called. A condition that depends on
+anything else counts as not met. One iteration runs first, to check that the counters were read correctly.
+"""
+
+import ast
+import contextlib
+import copy
+import ctypes
+import dis
+import operator
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import CodeType, FrameType
+
+from torch import Tensor
+
+_SECONDS = 10.0
+"""Time for passing over iterations of one loop, after which they run again."""
+_PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
+_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda one, other: one in other,
+    ast.NotIn: lambda one, other: one not in other,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.Not: operator.not_,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+_FRAME, _CODE, _STACK_TOP, _STACK, _POINTER = 24, 32 if sys.version_info < (3, 12) else 0, 64, 72, 8
+"""Where Python keeps a running function's frame, its code, the length of its stack and the stack, in bytes."""
+FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError),
+    ValueError,
+)
+"""Errors of a script's own expressions, which it raises again where it comes to them."""
+_IDENTITY = (ast.Is, ast.IsNot)
+_FUNCTIONS: dict[str, Callable[..., object]] = {
+    each.__name__: each for each in (len, int, float, bool, min, max, abs, round)
+}
+_METHODS = ("size", "numel", "dim", "get")
+_NUMBERS = (int, float, str, type(None))
+
+
+Unsure = frozenset[str]
+
+
+class _UnknownError(Exception):
+    """A value that only running the script would give."""
+
+
+class _Reader:
+    """Evaluates expressions of a running function without calling anything of the script's."""
+
+    def __init__(self, names: Mapping[str, object], others: Mapping[str, object], unsure: Unsure) -> None:
+        self._names, self._others, self._unsure = names, others, unsure
+        self.read: dict[str, object] = {}
+        """Values that were looked at, by their expressions."""
+
+    def _name(self, name: str) -> object:
+        value = self._names.get(name, self._others.get(name, _UnknownError))
+        if name in self._unsure or value is _UnknownError:
+            raise _UnknownError
+        self.read[name] = value
+        return value
+
+    def _attribute(self, node: ast.Attribute, holder: object) -> object:
+        text = ast.unparse(node)
+        if text in self._unsure or isinstance(holder, Tensor):
+            raise _UnknownError
+        try:
+            value: object = getattr(holder, node.attr)
+        except FAILURES:  # a property of the script's may raise anything
+            raise _UnknownError from None
+        self.read[text] = value
+        return value
+
+    def knows(self, node: ast.expr) -> bool:
+        """Return True if an expression has a value without the script."""
+        try:
+            self.value(node)
+        except _UnknownError:
+            return False
+        return True
+
+    def value(self, node: ast.expr) -> object:
+        """Return the value of an expression. _UnknownError if only the script could give it."""
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.Name(id=name):
+                return self._name(name)
+            case ast.Attribute():
+                return self._attribute(node, self.value(node.value))
+            case ast.BoolOp():
+                return self._any_or_all(node)
+            case ast.UnaryOp(op=op, operand=operand):
+                return _of(op, self.value(operand))
+            case ast.BinOp(left=left, op=op, right=right):
+                return _of(op, self.value(left), self.value(right))
+            case ast.Compare():
+                return self._comparison(node)
+            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
+                return [self.value(each) for each in parts]
+            case ast.Subscript(value=of, slice=key):
+                return _of(_ITEM, self.value(of), self.value(key))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+                return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
+            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS:
+                return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
+        raise _UnknownError
+
+    def _any_or_all(self, node: ast.BoolOp) -> object:
+        """Return what decides an `and` or `or`, although other parts of it may be unknown."""
+        decides = isinstance(node.op, ast.Or)
+        unknown = False
+        value: object = not decides
+        for each in node.values:
+            try:
+                value = self.value(each)
+            except _UnknownError:
+                unknown = True
+                continue
+            if bool(value) is decides:
+                return value
+        if unknown:
+            raise _UnknownError
+        return value
+
+    def _comparison(self, node: ast.Compare) -> bool:
+        one = self.value(node.left)
+        for op, right in zip(node.ops, node.comparators, strict=True):
+            other = self.value(right)
+            if not _of(op, one, other):
+                return False
+            one = other
+        return True
+
+
+_ITEM = ast.Subscript(ast.Name("", ast.Load()), ast.Name("", ast.Load()), ast.Load())
+
+
+def _of(op: ast.AST, *values: object) -> object:
+    if not isinstance(op, _IDENTITY) and not all(isinstance(each, _PLAIN) for each in values):
+        raise _UnknownError
+    if isinstance(op, ast.Subscript):
+        return _called(operator.getitem, values)
+    if type(op) not in _OPERATIONS:
+        raise _UnknownError
+    return _called(_OPERATIONS[type(op)], values)
+
+
+def _called(function: Callable[..., object] | None, values: Sequence[object]) -> object:
+    if function is None:
+        raise _UnknownError
+    try:
+        return function(*values)
+    except FAILURES:  # whatever the script would raise there
+        raise _UnknownError from None
+
+
+class _Reduced:
+    """An iteration of a loop, reduced to its counters and to the conditions that lead to lines that never ran."""
+
+    def __init__(self, reader: _Reader, missing: Collection[int], ran: Collection[int]) -> None:
+        self._reader, self._missing, self._ran = reader, missing, ran
+        self.unknown: set[int] = set()
+        """Lines of `missing` behind a condition that only the script could tell."""
+        self.counters: dict[str, ast.expr] = {}
+        """Expressions of the names and attributes that count, by their text."""
+
+    def body(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
+        kept: list[ast.stmt] = []
+        for statement in statements:
+            match statement:
+                case ast.If():
+                    kept += self._branch(statement)
+                case ast.With() | ast.AsyncWith() | ast.Try():
+                    kept += self.body(statement.body)
+                case ast.Break() | ast.Return() | ast.Raise():
+                    kept.append(_PLAY)
+                case ast.Continue():
+                    kept.append(_NEXT)
+                case (
+                    ast.AugAssign(target=ast.Name() | ast.Attribute() as target, value=value)
+                    | ast.Assign(targets=[ast.Name() | ast.Attribute() as target], value=value)
+                ) if self._is_count(target, value, isinstance(statement, ast.AugAssign)):
+                    text = ast.unparse(target)
+                    self.counters[text] = ast.parse(text, mode="eval").body
+                    kept.append(statement)
+        return kept
+
+    def _branch(self, statement: ast.If) -> list[ast.stmt]:
+        test = self._known(statement.test)
+        if test is None:
+            self.unknown |= {line for line in self._missing if _covers(statement, line)}
+            return self.body(statement.orelse) if statement.body[0].lineno not in self._ran else []
+        body, other = (self._taken(each) for each in (statement.body, statement.orelse))
+        return [ast.If(test, body or [ast.Pass()], other)] if body or other else []
+
+    def _taken(self, block: list[ast.stmt]) -> list[ast.stmt]:
+        is_missing = any(
+            _covers(each, line) for each in block if not isinstance(each, ast.If) for line in self._missing
+        )
+        return [_PLAY] if is_missing else self.body(block)
+
+    def _known(self, test: ast.expr) -> ast.expr | None:
+        """Return a condition without what only the script could tell; None if no part is known."""
+        if not isinstance(test, ast.BoolOp):
+            return test if self._reader.knows(test) else None
+        parts = [part for each in test.values if (part := self._known(each)) is not None]
+        return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
+
+    def _is_count(self, target: ast.Name | ast.Attribute, value: ast.expr, is_added: bool) -> bool:
+        try:
+            found = self._reader.value(value)
+            before = self._reader.value(target) if is_added else found
+        except _UnknownError:
+            return False
+        return isinstance(found, _NUMBERS) and isinstance(before, _NUMBERS)
+
+
+_PLAY = ast.parse("assert False").body[0]
+_NEXT = ast.parse("raise StopIteration").body[0]
+
+
+class Skip:
+    """Passes over the iterations of one loop of a running function."""
+
+    def __init__(self, node: ast.For | ast.While, missing: Collection[int], ran: Collection[int], steps: int) -> None:
+        """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step."""
+        self._node, self._missing, self._ran, self._steps = node, missing, ran, max(1, steps)
+        self._before: tuple[dict[str, object], dict[str, object]] | None = None
+        """The counters expected after the iteration that runs, and the values that its conditions read."""
+        self._unsure: Unsure = frozenset()
+        is_endless = isinstance(node, ast.While) and isinstance(node.test, ast.Constant)
+        self.line = node.body[0].lineno if is_endless else node.lineno
+        """Line at which every iteration begins."""
+        self.is_over = False
+        """True when the next iteration has to run, or nothing more can be passed."""
+
+    def at_head(self, frame: FrameType, advance: Callable[[], bool]) -> None:
+        """Pass over as many iterations as can be, at the line of the loop.
+
+        `advance` takes the next item of a `for` loop away; False if there is none.
+        """
+        names, others = frame.f_locals, frame.f_globals  # read once: Python writes what changes there back afterwards
+        if self._before is None:
+            self._before = self._expected(frame, names, others)
+            return
+        self._compare(*self._before, names, others)
+        code, reduced, _ = self._code(frame, names, others)
+        until = time.monotonic() + _SECONDS
+        is_counting = bool(reduced.counters) or isinstance(self._node, ast.For)
+        goes_on = is_counting and not set(self._missing) <= reduced.unknown
+        while goes_on and time.monotonic() < until:
+            before = self._values(reduced, names, others)
+            if not self._runs(code, names, others):
+                self._restore(before, reduced, names, others)
+                break
+            goes_on = sum(advance() for _ in range(self._steps)) == self._steps
+        self.is_over = True
+
+    def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object]) -> bool:
+        """Count the iterations of one optimizer step; False if one of them has to run."""
+        for _ in range(self._steps):
+            try:
+                exec(code, others, names)  # the script's own assignments and conditions, and nothing else of it
+            except StopIteration:
+                continue
+            except FAILURES:  # an iteration to run, or whatever the script would raise there
+                return False
+        return True
+
+    def _code(
+        self, frame: FrameType, names: dict[str, object], others: dict[str, object]
+    ) -> tuple[CodeType, _Reduced, dict[str, object]]:
+        reader = _Reader(names, others, self._unsure)
+        reduced = _Reduced(reader, self._missing, self._ran)
+        body = reduced.body(self._node.body)
+        if isinstance(self._node, ast.While):
+            body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))
+            reader.knows(self._node.test)
+        for name in sorted(_given(self._node) - self._unsure):
+            if type(names.get(name)) is int:
+                reduced.counters[name] = ast.Name(name, ast.Load())
+                body.insert(0, ast.AugAssign(ast.Name(name, ast.Store()), ast.Add(), ast.Constant(1)))
+        python = frame.f_code
+        local = {*python.co_varnames, *python.co_cellvars, *python.co_freevars}
+        shared = [
+            name for name in reduced.counters if names is not others and name.isidentifier() and name not in local
+        ]
+        if shared:
+            body.insert(0, ast.Global(shared))
+        module = ast.fix_missing_locations(ast.Module(copy.deepcopy(body), []))
+        return compile(module, "<loop>", "exec"), reduced, reader.read
+
+    def _values(self, reduced: _Reduced, names: dict[str, object], others: dict[str, object]) -> dict[str, object]:
+        reader = _Reader(names, others, frozenset())
+        return {text: reader.value(target) for text, target in reduced.counters.items()}
+
+    def _restore(
+        self, values: dict[str, object], reduced: _Reduced, names: dict[str, object], others: dict[str, object]
+    ) -> None:
+        reader = _Reader(names, others, frozenset())
+        for text, value in values.items():
+            target = reduced.counters[text]
+            if isinstance(target, ast.Attribute):
+                setattr(reader.value(target.value), target.attr, value)
+            elif text in names:
+                names[text] = value
+            else:
+                others[text] = value
+
+    def _expected(
+        self, frame: FrameType, names: dict[str, object], others: dict[str, object]
+    ) -> tuple[dict[str, object], dict[str, object]]:
+        """Return the counters expected after the next iteration, and the values that its conditions read."""
+        code, reduced, read = self._code(frame, names, others)
+        before = self._values(reduced, names, others)
+        with contextlib.suppress(StopIteration, *FAILURES):  # as above
+            exec(code, others, names)
+        expected = self._values(reduced, names, others)
+        self._restore(before, reduced, names, others)
+        return expected, {text: value for text, value in read.items() if isinstance(value, _NUMBERS)}
+
+    def _compare(
+        self,
+        expected: dict[str, object],
+        read: dict[str, object],
+        names: dict[str, object],
+        others: dict[str, object],
+    ) -> None:
+        """Trust no name that the iteration that ran changed otherwise than was read from its source."""
+        reader = _Reader(names, others, frozenset())
+        wrong = set()
+        for text, value in {**read, **expected}.items():
+            node = ast.parse(text, mode="eval").body
+            if not reader.knows(node) or reader.value(node) != value:
+                wrong.add(text)
+        self._unsure = frozenset(wrong)
+
+
+def _given(node: ast.For | ast.While) -> frozenset[str]:
+    """Names that a loop itself assigns."""
+    if isinstance(node, ast.While):
+        return frozenset()
+    return frozenset(each.id for each in ast.walk(node.target) if isinstance(each, ast.Name))
+
+
+def iterator_of(frame: FrameType) -> object:
+    """Return the iterator of a `for` loop at the start of an iteration; None elsewhere, and where Python hides it.
+
+    It is the last entry of the function's stack, which only the frame's memory shows (`_PyInterpreterFrame` in
+    pycore_frame.h of Python 3.11 to 3.13).
+    """
+    code = frame.f_code
+    place = frame.f_lasti
+    while code.co_code[place] == dis.EXTENDED_ARG:
+        place += 2
+    if sys.version_info >= (3, 14) or dis.opname[code.co_code[place]] not in ("FOR_ITER", "JUMP_BACKWARD"):
+        return None
+    running = ctypes.c_void_p.from_address(id(frame) + _FRAME).value
+    assert running is not None
+    if ctypes.c_void_p.from_address(running + _CODE).value != id(code):
+        return None
+    entries = ctypes.c_int.from_address(running + _STACK_TOP).value
+    last = ctypes.c_void_p.from_address(running + _STACK + _POINTER * (entries - 1)).value
+    found: object = ctypes.cast(last, ctypes.py_object).value if entries > 0 and last else None
+    return found if hasattr(found, "__next__") else None
+
+
+def lines_in_reach(node: ast.For | ast.While, lines: Collection[int]) -> set[int]:
+    """Return those of the lines that conditions of the loop's own body decide on, rather than loops within it."""
+    found: set[int] = set()
+    bodies = [node.body]
+    while bodies:
+        for statement in bodies.pop():
+            if isinstance(statement, ast.If):
+                found |= {line for line in lines if _covers(statement, line)}
+            elif isinstance(statement, (ast.With, ast.AsyncWith, ast.Try)):
+                bodies.append(statement.body)
+    return found
+
+
+def _covers(statement: ast.stmt, line: int) -> bool:
+    return statement.lineno <= line <= (statement.end_lineno or 0)

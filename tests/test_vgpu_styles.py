@@ -1,0 +1,117 @@
+"""Ways of training that loops and libraries differ in: where the optimizer steps, and what takes derivatives."""
+
+from pathlib import Path
+
+import pytest
+from plays import findings
+
+IN_BACKWARD = """
+import torch
+
+model = torch.nn.Sequential(*[torch.nn.Linear(256, 256, bias=False) for _ in range(12)]).cuda()
+optimizers = {each: torch.optim.Adam([each], foreach=False) for each in model.parameters()}
+
+def update(parameter):
+    optimizers[parameter].step()
+    optimizers[parameter].zero_grad()
+
+for parameter in model.parameters():
+    parameter.register_post_accumulate_grad_hook(update)
+done = []
+for step in range(100_000):
+    model(torch.ones(4, 256, device="cuda")).sum().backward()
+    done.append(step)
+torch.ones(1 << 26, device="cuda")
+assert len(done) < 20
+"""
+DERIVATIVES = """
+import torch
+from torch.func import hessian, jacfwd, jvp
+
+weight = torch.randn(32, 8, device="cuda")
+x = torch.randn(8, device="cuda")
+
+def function(x):
+    return torch.tanh(weight @ x)
+
+assert hessian(lambda x: function(x).sum())(x).shape == (8, 8)
+assert jacfwd(function)(x).shape == (32, 8)
+assert [each.shape for each in jvp(function, (x,), (torch.ones_like(x),))] == [(32,), (32,)]
+with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    torch.nn.Conv2d(3, 3, 3).cuda()(torch.ones(1, 3, 8, 8, device="cuda")).sum().backward()
+"""
+COMPILED_STEP = """
+import torch
+
+model = torch.nn.Linear(256, 256, bias=False).cuda()
+optimizer = torch.optim.Adam(model.parameters(), capturable=True)
+before = torch.cuda.memory_allocated()
+
+@torch.compile
+def step():
+    optimizer.step()
+
+done = []
+for number in range(100_000):
+    model(torch.ones(4, 256, device="cuda")).sum().backward()
+    step()
+    optimizer.zero_grad()
+    done.append(number)
+torch.ones(1 << 26, device="cuda")
+assert torch.cuda.memory_allocated() - before >= 2 * 256 * 256 * 4, "two states"
+assert len(done) < 20
+"""
+TRAINER = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        tokens = torch.randint(0, 100, (16,))
+        return {"input_ids": tokens, "labels": tokens}
+
+class Heard(TrainerCallback):
+    seen = []
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.seen.append("evaluate")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.seen.append("save")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.seen.append("epoch")
+
+arguments = TrainingArguments(
+    "out", num_train_epochs=50, per_device_train_batch_size=8, eval_strategy="steps", eval_steps=500, save_steps=500,
+    report_to=[], disable_tqdm=True,
+)
+model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100, n_positions=16))
+trainer = Trainer(model, arguments, train_dataset=Data(8005), eval_dataset=Data(16), callbacks=[Heard])
+trainer.train()
+assert {"evaluate", "save", "epoch"} <= set(Heard.seen), Heard.seen
+assert Heard.seen.count("epoch") < 5
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        IN_BACKWARD,
+        DERIVATIVES,
+        pytest.param(COMPILED_STEP, marks=pytest.mark.slow),
+        pytest.param(TRAINER, marks=pytest.mark.slow),
+    ],
+    ids=["in_backward", "derivatives", "compiled_step", "trainer"],
+)
+def test_a_way_of_training_plays_to_its_end(code: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(code)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"], folder=tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert not found["not_played"]
