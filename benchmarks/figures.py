@@ -338,6 +338,25 @@ def reported() -> str:
     )
 
 
+def several_cards(key: str) -> Errors:
+    """Errors of published runs on several cards."""
+    found = rows("benchmarks/virtual/results/several_cards.csv")
+    return Errors(float(row[key]) for row in found if row[key])
+
+
+def several_rows() -> str:
+    """Table of published runs on several cards."""
+    heads = ["model, cards", "batch, recomputed", "compiled", "GiB of a card", "predicted", "tokens/s of a card"]
+    body = []
+    for row in rows("benchmarks/virtual/results/several_cards.csv"):
+        if row["predicted_rate"]:
+            model = f"{row['model']}, {row['cards']} {row['card']}"
+            batch = f"{row['batch']} x {row['length']}, {row['checkpointing']}"
+            memory = [row["measured_gib"], row["predicted_gib"] if row["measured_gib"] else ""]
+            body.append([model, batch, row["compile"], *memory, row["measured_rate"], row["predicted_rate"]])
+    return table([*heads, "predicted"], body)
+
+
 def how_true() -> str:
     """The README's table."""
     one, other, host, peak, others = card(), step_time(False), host_step(), process_peak(), public()
@@ -367,6 +386,9 @@ def figures() -> dict[str, object]:
         "older": older_processor(),
         "disturbed": disturbed(),
         "recovery": recovery,
+        "several_memory": several_cards("memory_error"),
+        "several_rate": several_cards("rate_error"),
+        "several_rows": several_rows(),
         "speeds": speeds(),
         "limits": limits(),
         "card_rows": card_rows(),

@@ -77,6 +77,13 @@ WHOLE = {
     f"{SQUEEZED})": Run(slow=True, loose=True, reason="three steps; tests/test_trainer_recovery.py has faster ones"),
     f"{SQUEEZED} --lang ja)": Run(slow=True, loose=True, reason="three steps"),
 }
+
+
+def on_cards(words: str) -> Run:
+    """Plan a small model for several cards."""
+    return Run(instead=f"tightfit plan {PLAN} {words}", reason="traces of GPT-2 take minutes", says="NCCL", slow=True)
+
+
 SHORTENED = {
     "tightfit prepare stdlib": Run(
         instead="tightfit prepare stdlib --tokenizer bytes",
@@ -106,6 +113,33 @@ SHORTENED = {
         reason="GPT-2 on OpenWebText; tests/test_trainer_distributed.py runs four processes",
         says="step 1: train loss",
         slow=True,
+    ),
+    'tightfit plan configs/train_gpt2.py --gpu "4x RTX 4090"': on_cards('--shard=full --gpu "4x RTX 4090"'),
+    'tightfit plan configs/train_gpt2.py --gpu "2x8x A100 80GB"': on_cards('--shard=hybrid --gpu "2x8x A100 80GB"'),
+    'tightfit plan --n_layer=48 --n_head=25 --n_embd=1600 --gpu "RTX 3090" --cards auto': Run(
+        instead=f'tightfit plan {PLAN} --gpu "RTX 3090" --cards auto', reason="GPT-2 XL takes minutes", slow=True
+    ),
+    'tightfit plan configs/train_gpt2.py --gpu "2x RTX 3060 12GB" --link "PCIe 3.0 x8"': on_cards(
+        '--shard=none --gpu "2x RTX 3060 12GB" --link "PCIe 3.0 x8"'
+    ),
+    "tightfit plan --n_layer=32 --n_head=32 --n_embd=4096 --block_size=8192 --batch_size=2"
+    ' --gpu "8x H100 SXM"': on_cards('--shard=optimizer --gpu "8x H100 SXM"'),
+    'tightfit plan configs/train_gpt2.py --gpu "2x8x A100 80GB" --network "InfiniBand HDR"': on_cards(
+        '--shard=full --gpu "2x2x A100 80GB" --network "InfiniBand HDR"'
+    ),
+    **dict.fromkeys(
+        (
+            "torchrun --nproc_per_node=2 -m tightfit train configs/train_gpt2.py",
+            "torchrun --nproc_per_node=8 -m tightfit train configs/train_gpt2.py --shard=full",
+            "torchrun --nproc_per_node=8 --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+            " -m tightfit train configs/train_gpt2.py --shard=hybrid",
+        ),
+        Run(
+            instead=f"torchrun --nproc_per_node=2 -m tightfit train configs/train_stdlib.py {ONE_STEP} --shard=hybrid",
+            reason="GPT-2 on OpenWebText, on eight cards or two nodes",
+            says="step 1: train loss",
+            slow=True,
+        ),
     ),
     f'tightfit plan {OPENWEBTEXT} --gpu "RTX 3060 12GB" --memory 11.69GiB --used 2GiB': Run(
         instead=f'tightfit plan {OPENWEBTEXT} --gpu "RTX 3060 12GB" --memory 11.69GiB --used 2GiB {PLAN}',

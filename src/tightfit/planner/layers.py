@@ -44,13 +44,14 @@ def extended(played: Sequence[StepTrace], layers: int) -> StepTrace:
 
     phases = {name: line(few.phases.get(name, size), size) for name, size in several.phases.items()}
     peak = max(phases.values())
+    cached = max(each.reserved_bytes - each.allocated_bytes for each in played)  # more blocks leave no less unused
     categories = {name: max(0, line(few.categories.get(name, 0), size)) for name, size in several.categories.items()}
     phase = next(name for name, size in phases.items() if size == peak)
     return msgspec.structs.replace(
         several,
         requested_bytes=line(few.requested_bytes, several.requested_bytes),
         allocated_bytes=peak,
-        reserved_bytes=max(peak, line(few.reserved_bytes, several.reserved_bytes)),
+        reserved_bytes=max(peak + cached, line(few.reserved_bytes, several.reserved_bytes)),
         phase=phase,
         categories=categories,
         phases=phases,
