@@ -235,3 +235,27 @@ def test_each_size_of_a_sweep_is_played(tmp_path: Path) -> None:
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert found["outcome"] == "fits"
     assert found["peak"]["allocated_bytes"] >= 2 * (3 << 18) * 256 * 4
+
+
+DIFFERING = """
+import random
+import torch
+
+random.seed(1)
+model = torch.nn.Linear(512, 512).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for step in range(100_000):
+    model(torch.ones(random.randint(1, 4000), 512, device="cuda")).sum().backward()
+    optimizer.step()
+torch.ones(1 << 27, device="cuda")
+"""
+
+
+@pytest.mark.slow  # steps that differ play on for 20 seconds of the processor
+def test_a_loop_whose_steps_differ_is_left_and_listed(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(DIFFERING)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert found["peak"]["allocated_bytes"] >= 4 << 27
+    assert [each["line"] for each in found["not_played"]] == [8], "a longer sample may come"
+    assert any("a longer sample" in each for each in found["notes"])

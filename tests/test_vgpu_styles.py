@@ -61,6 +61,25 @@ torch.ones(1 << 26, device="cuda")
 assert torch.cuda.memory_allocated() - before >= 2 * 256 * 256 * 4, "two states"
 assert len(done) < 20
 """
+SAFETENSORS = """
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+model = torch.nn.Linear(256, 256).cuda()
+save_file(model.state_dict(), "model.safetensors", metadata={"format": "pt"})
+loaded = load_file("model.safetensors")
+assert loaded["weight"].shape == (256, 256) and loaded["weight"].device.type == "cpu"
+assert load_file("model.safetensors", device="cuda")["bias"].is_cuda
+with safe_open("model.safetensors", framework="pt", device=0) as opened:
+    assert sorted(opened.keys()) == ["bias", "weight"] and opened.metadata() == {"format": "pt"}
+    assert opened.get_tensor("weight").is_cuda
+    part = opened.get_slice("weight")
+    assert part.get_shape() == [256, 256] and part.get_dtype() == "F32" and part[:8].shape == (8, 256)
+save_model(model, "whole.safetensors")
+load_model(model, "whole.safetensors")
+model.load_state_dict(loaded)
+"""
 TRAINER = """
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -105,10 +124,11 @@ assert Heard.seen.count("epoch") < 5
     [
         IN_BACKWARD,
         DERIVATIVES,
+        SAFETENSORS,
         pytest.param(COMPILED_STEP, marks=pytest.mark.slow),
         pytest.param(TRAINER, marks=pytest.mark.slow),
     ],
-    ids=["in_backward", "derivatives", "compiled_step", "trainer"],
+    ids=["in_backward", "derivatives", "safetensors", "compiled_step", "trainer"],
 )
 def test_a_way_of_training_plays_to_its_end(code: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(code)

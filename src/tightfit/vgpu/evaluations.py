@@ -62,7 +62,7 @@ class Evaluations:
         """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
         around = ((each, innermost_loop(each), is_package) for each, is_package in counted_frames(sys._getframe(1)))
         frame, loop, _ = next((each for each in around if each[1] or not each[2]), (None, None, True))
-        if frame is None or loop is None or not loop.after:
+        if frame is None or loop is None or not (loop.after or not loop.has_items):
             return
         here = (frame.f_code, loop.first, self._phases.trained)
         if here != self._loop:

@@ -33,9 +33,11 @@ class Loop(NamedTuple):
     is_listed: bool = False
     """True for a `for` over a list that is written out."""
     has_items: bool = False
-    """True for a `for` over anything but a `range(...)`."""
+    """True for a `for` over anything but a `range(...)` and its like."""
 
 
+_RANGES = ("range", "trange")
+_OF_RANGES = ("reversed", "tqdm", "enumerate", "list", "track")
 _LISTED = (ast.Tuple, ast.List, ast.Set, ast.Dict)
 _PLAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Import, ast.ImportFrom, ast.Return, ast.Delete)
 
@@ -66,9 +68,17 @@ def _loop(statement: ast.For | ast.While, after: int, by_way_of: int) -> Loop:
     last = statement.end_lineno or statement.lineno
     if isinstance(statement, ast.While):
         return Loop(statement.lineno, last, after, by_way_of)
-    is_range = isinstance(statement.iter, ast.Call) and ast.unparse(statement.iter.func) == "range"
     is_listed = isinstance(statement.iter, _LISTED)
-    return Loop(statement.lineno, last, after, by_way_of, counts=True, is_listed=is_listed, has_items=not is_range)
+    has_items = not _is_count(statement.iter)
+    return Loop(statement.lineno, last, after, by_way_of, counts=True, is_listed=is_listed, has_items=has_items)
+
+
+def _is_count(items: ast.expr) -> bool:
+    """Return True for `range(...)`, also within `reversed(...)`, `tqdm(...)` and their like."""
+    if not isinstance(items, ast.Call):
+        return False
+    name = _name_of(items.func)
+    return name in _RANGES or (name in _OF_RANGES and bool(items.args) and _is_count(items.args[0]))
 
 
 def _head(loop: ast.For | ast.While) -> int:

@@ -28,6 +28,8 @@ _PLAY_ON_S = 20.0
 _WAIT_ON_S = 120.0
 """The same by the clock, for a script that waits, or a busy machine."""
 _LISTED_UNPLAYED = 10
+_CALM_STEPS = 16
+"""Steps without a higher peak from which a loop whose steps differ can be left."""
 _EPOCHS_OF_TRAINER = 2
 """Epochs of a library's trainer that are played up to their last batch."""
 
@@ -52,6 +54,10 @@ class Stopping:
         self._lines = LineWatch(self._passes)
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
+        self._calm = 0
+        """Steps in a row that did not raise a peak."""
+        self._differing: list[Frame] = []
+        """Loops that were left although their steps differ."""
         self._asked = 0
         """Times that a library's trainer was asked to go on to something else."""
         self._given_up: list[Frame] = []
@@ -70,6 +76,7 @@ class Stopping:
         """Decide if another step could differ."""
         recorder = self._recorder
         step = (self._pattern(), recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
+        self._calm = self._calm + 1 if self._last and self._last[0][1:] == step[1:] else 0
         earlier = itertools.zip_longest(self._last, self._equal)
         self._equal = [count + 1 if step == before else 0 for before, count in earlier]
         self._last.appendleft(step)
@@ -97,7 +104,7 @@ class Stopping:
         self.not_played = self._unplayed or ([line] if line else [])
 
     def close(self) -> None:
-        self.not_played += self._lines.unplayed_of(self._given_up)
+        self.not_played += self._lines.unplayed_of(self._given_up) + self._differing
         self._lines.stop()
 
     def _end_if_stable(self, steps: int, *, has_optimizer: bool) -> None:
@@ -109,9 +116,11 @@ class Stopping:
         unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
         self._unplayed = [each for each in unplayed if each not in self._given_up]
         first = self._repeats_from(steps, has_optimizer=has_optimizer)
+        loop = self._lines.training_loop(frame)
+        if first is None and has_optimizer and loop is not None and self._calm >= _CALM_STEPS:
+            self._ends_differing(frame, loop)
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
-        loop = self._lines.training_loop(frame)
         if loop is not None and loop.place.file.endswith(trainers.FILES) and self._asks_trainer(frame, loop):
             self._equal = [0] * _LONGEST_ROUND
             return
@@ -132,6 +141,21 @@ class Stopping:
             if "eval" not in self._recorder.phase_peaks:
                 self._note(say("vgpu.stopping.no_evaluation"))
             self._end(say("vgpu.stopping.repeats", first=first, last=steps))
+
+    def _ends_differing(self, frame: FrameType, loop: TrainingLoop) -> None:
+        """Leave a loop with steps that differ, as those of samples of several lengths do, once its peak is reached.
+
+        A longer sample may still come, so that the loop counts as not played to its end.
+        """
+        is_trainer = loop.place.file.endswith(trainers.FILES)
+        if not (is_trainer or self._repeats_for_long()):
+            return
+        if loop.place not in self._differing:
+            self._differing.append(loop.place)
+        self._note(say("vgpu.stopping.differ", file=loop.place.file, line=loop.place.line, steps=self._calm))
+        self._calm, self._repeats_since = 0, None
+        if not (is_trainer and self._asks_trainer(frame, loop)) and not self._gives_up(frame, loop):
+            self._end(say("vgpu.stopping.calm", steps=_CALM_STEPS))
 
     def _repeats_for_long(self) -> bool:
         """Return True when steps have repeated for as long as they may, since they did for the first time."""

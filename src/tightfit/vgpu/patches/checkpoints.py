@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches import safetensors_files
 from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.wording import say
@@ -26,11 +27,7 @@ def install(device: VirtualDevice, guard: FileGuard) -> None:
     checkpoints = _Checkpoints(device, guard, torch.load)
     device.at_end.append(checkpoints.remove_stand_ins)
     assign(torch, save=checkpoints.save, load=checkpoints.load)
-    try:
-        import safetensors.torch as safetensors
-    except ImportError:
-        return
-    assign(safetensors, save_file=lambda tensors, filename, metadata=None: checkpoints.save(tensors, filename))
+    safetensors_files.install(checkpoints)
 
 
 class _Checkpoints:
@@ -63,6 +60,10 @@ class _Checkpoints:
             raise RuntimeError(f"Parent directory {folder} does not exist.")
         with open(file, "wb") as opened:
             opened.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
+
+    def is_stand_in(self, file: str | os.PathLike[str]) -> bool:
+        """Return True for a file that this run saved."""
+        return os.path.realpath(file) in self._places or _number_in(file) is not None
 
     def load(self, file: File, map_location: object = None, *args: object, **kwargs: object) -> object:
         """Load a checkpoint of this run or a real file, and move its tensors to the device if asked to."""
