@@ -234,7 +234,8 @@ class TestPlan:
         assert [each.shard for each in record.cards.shardings] == ["none", "optimizer", "full"]
         assert record.cards.launch == "torchrun --nproc_per_node=4 -m tightfit train"
         assert record.budget.nccl_bytes > 0
-        assert best.phases.keys() >= {"eval", "forward", "backward", "optimizer"}
+        assert record.cards.phases.keys() >= {"eval", "forward", "backward", "optimizer", "save"}
+        assert record.cards.phases["save"] < record.cards.phases["backward"]
 
     def test_more_cards_never_need_more_of_each(self) -> None:
         peaks = []

@@ -90,6 +90,8 @@ class CardsRecord(msgspec.Struct, frozen=True, kw_only=True):
     shardings: list[ShardingRow]
     launch: str
     """Command before `tightfit train`, on each node."""
+    phases: dict[str, int]
+    """Highest allocated bytes of each phase of the best plan, on one card."""
 
 
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +157,7 @@ def _cards(result: PlanResult) -> CardsRecord:
             for each in result.shardings
         ],
         launch=launch(result),
+        phases=best.phases if best else {},
     )
 
 

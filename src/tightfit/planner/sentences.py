@@ -122,7 +122,9 @@ def about_cards(result: PlanResult) -> Iterator[str]:
     yield say("planner.sentences.nccl", nccl=budget.nccl_bytes)
     if result.is_extended:
         yield say(
-            "planner.sentences.extended", played=" and ".join(map(str, PLAYED_LAYERS)), layers=result.config.n_layer
+            "planner.sentences.extended",
+            played=say("gpus.context.and").join(map(str, PLAYED_LAYERS)),
+            layers=result.config.n_layer,
         )
     yield say("planner.sentences.start", launch=launch(result))
 

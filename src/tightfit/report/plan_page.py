@@ -177,6 +177,9 @@ def _remarks(result: PlanResult, t: Words) -> Iterator[str]:
         yield t("plan", "reserved", bytes=format_bytes(budget.reserved_bytes))
     yield from result.notes
     yield from about_cards(result)
+    if best and result.where.cards.count > 1:
+        peaks = (f"{t.name('phase', phase)} {format_bytes(size)}" for phase, size in best.phases.items())
+        yield t("plan", "phases", phases=t("page", "separator").join(peaks))
     for what in best.not_modelled if best else ():
         yield t("dryrun", "not_modelled", what=what)
     if result.environ:

@@ -34,6 +34,8 @@ class StepWork:
     one_pass: Work
     update: Work
     parameters: int
+    saved_from_bytes: int = 0
+    """Device memory while a run on several cards saves; 0 where that was not played."""
 
 
 def trace_on_host(run: Callable[[Meter], StepWork], meter: Meter) -> StepTrace:

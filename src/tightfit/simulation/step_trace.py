@@ -57,7 +57,7 @@ def trace_step(request: StepRequest) -> StepTrace:
         reserved_bytes=found.peak.reserved_bytes,
         phase=found.peak.phase,
         categories=found.categories,
-        phases=found.phases,
+        phases={**found.phases, **({"save": works.saved_from_bytes} if works.saved_from_bytes else {})},
         # plans leave room for NCCL by themselves
         not_modelled=tuple(note for note in found.not_modelled if note != say("vgpu.patches.nccl")),
         parameters=works.parameters,
@@ -94,15 +94,22 @@ def _run(request: StepRequest, meter: Meter) -> StepWork:
     if request.whole:
         evaluate()
         _step(config, state, [sizes[0]] * min(2, len(sizes)), device)
-    if request.whole and state.shards:
-        with _named_phase("save"):
+    saved_from_bytes = 0
+    if request.whole and request.cards > 1:
+        saved_from_bytes = torch.cuda.memory_allocated()
+        if state.shards:
             _stage(state)
     if request.whole and config.sample_at_end:
         with _named_phase("sample"), hardware.autocast():
             generate(model, torch.zeros(1, 1, dtype=torch.int64, device=device), _SAMPLED)
     one_pass = single if double is None else double - single
     update = single - one_pass
-    return StepWork(one_pass=one_pass, update=update, parameters=model.count_parameters())
+    return StepWork(
+        one_pass=one_pass,
+        update=update,
+        parameters=model.count_parameters(),
+        saved_from_bytes=saved_from_bytes,
+    )
 
 
 def _rank_variables(request: StepRequest) -> dict[str, str]:
