@@ -203,6 +203,15 @@ class TestWorkshop:
         given = Workshop(Variant(("run.py", "--gradient_checkpointing"), {}), [str(script)])
         assert kind not in given.kinds
 
+    def test_a_scripts_own_switch_is_used(self, tmp_path: Path) -> None:
+        script = tmp_path / "train.py"
+        script.write_text(
+            "group.add_argument('--grad-checkpointing', action='store_true', default=False, help='(less memory)')\n"
+        )
+        (kind,) = [each for each in KINDS if each.code == "model_checkpoint"]
+        changed = Workshop(Variant(("train.py", "-b", "8"), {}), [str(script)]).changed([kind]).variant
+        assert changed.words == ("train.py", "-b", "8", "--grad-checkpointing")
+
     def test_a_script_that_was_named_from_its_folder_is_one_file(self, folder: Path) -> None:
         (detail,) = asked(10**9).play([asked(10**9).request()])
         assert [each.path for each in detail.files if each.path.endswith("train.py")] == [str(folder / "train.py")]

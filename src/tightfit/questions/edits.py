@@ -47,6 +47,8 @@ class Kind:
     """Option that does the same in a program whose options are Transformers' TrainingArguments."""
     package: str = ""
     """Package that the option needs."""
+    switch: re.Pattern[str] | None = None
+    """Switch of a script's own argparse that does the same; its name is the first group."""
 
     def apply(self, text: str) -> str | None:
         """Return the changed text; None if the kind finds no place in it, or it is no Python."""
@@ -248,6 +250,11 @@ def _add_keyword(script: ScriptText, call: ast.Call, keyword: str) -> None:
     script.insert(before, f"{comma} {keyword}" if comma else f"{keyword}")
 
 
+_CHECKPOINT_SWITCH = re.compile(
+    r"add_argument\(\s*['\"](--(?:use[-_])?(?:grad(?:ient)?|activation)[-_]checkpoint(?:ing)?)['\"][^)]*store_true"
+)
+
+
 def _model_checkpoint(script: ScriptText) -> None:
     """The same for a model of Transformers, which has a switch."""
     if _mentions(script.tree, ("gradient_checkpointing_enable",)):
@@ -331,6 +338,7 @@ KINDS = (
         costs_time=True,
         rewrite=_model_checkpoint,
         option="--gradient_checkpointing=True",
+        switch=_CHECKPOINT_SWITCH,
     ),
     Kind("autocast", is_exact=False, costs_time=False, rewrite=_autocast),
     Kind(

@@ -170,15 +170,22 @@ class Workshop:
 
     def _rewritten(self, variant: Variant, kind: Kind) -> Variant | None:
         """Make a change by its option, else in the files; None if there is no place for it."""
-        if kind.option and self._has_training_arguments:
-            name = kind.option.partition("=")[0]
+        if option := self._option(kind):
+            name = option.partition("=")[0]
             is_there = any(word.partition("=")[0] == name for word in variant.words)
             if is_there or (kind.package and find_spec(kind.package) is None):
                 return None
-            return with_fields(variant, words=(*variant.words, kind.option))
+            return with_fields(variant, words=(*variant.words, option))
         texts = {path: variant.replaced.get(path, text) for path, text in self._texts.items()}
         changed = {path: after for path, text in texts.items() if (after := kind.apply(text)) is not None}
         return with_fields(variant, replaced={**variant.replaced, **changed}) if changed else None
+
+    def _option(self, kind: Kind) -> str:
+        """Return the program's own option for a kind of change, or nothing."""
+        if kind.option and self._has_training_arguments:
+            return kind.option
+        found = (kind.switch.search(text) for text in self._texts.values()) if kind.switch else iter(())
+        return next((each[1] for each in found if each), "")
 
     def _knob(self, variant: Variant, is_wanted: Callable[[str], bool], names: Sequence[str]) -> Knob | None:
         """Return the place of a number: in the command, else in a file or a script under one of the names."""
