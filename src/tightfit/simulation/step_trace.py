@@ -94,22 +94,13 @@ def _run(request: StepRequest, meter: Meter) -> StepWork:
     if request.whole:
         evaluate()
         _step(config, state, [sizes[0]] * min(2, len(sizes)), device)
-    saved_from_bytes = 0
-    if request.whole and request.cards > 1:
-        saved_from_bytes = torch.cuda.memory_allocated()
-        if state.shards:
-            _stage(state)
+    saved_from_bytes = _save(state) if request.whole and request.cards > 1 else 0
     if request.whole and config.sample_at_end:
         with _named_phase("sample"), hardware.autocast():
             generate(model, torch.zeros(1, 1, dtype=torch.int64, device=device), _SAMPLED)
     one_pass = single if double is None else double - single
-    update = single - one_pass
-    return StepWork(
-        one_pass=one_pass,
-        update=update,
-        parameters=model.count_parameters(),
-        saved_from_bytes=saved_from_bytes,
-    )
+    update, parameters = single - one_pass, model.count_parameters()
+    return StepWork(one_pass=one_pass, update=update, parameters=parameters, saved_from_bytes=saved_from_bytes)
 
 
 def _rank_variables(request: StepRequest) -> dict[str, str]:
@@ -147,15 +138,21 @@ def _ignored(*what: object) -> None:
     """Take a line of a run's log."""
 
 
-def _stage(state: StepState) -> None:
-    """Copy this card's part of weights and moments to the host, a tensor at a time, as DCP does before it writes."""
-    assert state.shards
+def _save(state: StepState) -> int:
+    """Copy this card's part of weights and moments to the host, as DCP does before it writes; return the card's bytes.
+
+    DCP copies a tensor at a time, so the card holds nothing besides. A copy on each card is saved the same way.
+    """
+    held = torch.cuda.memory_allocated()
+    if state.shards is None:
+        return held
     states = plain_state(state.optimizer, in_shards=True)["state"]
     assert isinstance(states, Mapping)
     saved: list[object] = [tensor for _, tensor in state.shards.parameters()]
     for tensor in [*saved, *(value for each in states.values() for value in each.values())]:
         if isinstance(tensor, Tensor):
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().to("cpu")
+    return held
 
 
 def _shape(config: TrainConfig) -> GPTConfig:
