@@ -55,7 +55,7 @@ class Stopping:
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
         self._calm = 0
-        """Steps in a row that did not raise a peak."""
+        """Steps in a row that did not repeat and did not raise a peak."""
         self._differing: list[Frame] = []
         """Loops that were left although their steps differ."""
         self._asked = 0
@@ -117,7 +117,9 @@ class Stopping:
         self._unplayed = [each for each in unplayed if each not in self._given_up]
         first = self._repeats_from(steps, has_optimizer=has_optimizer)
         loop = self._lines.training_loop(frame)
-        if first is None and has_optimizer and loop is not None and self._calm >= _CALM_STEPS:
+        if first is not None:
+            self._calm = 0
+        elif has_optimizer and loop is not None and self._calm >= _CALM_STEPS:
             self._ends_differing(frame, loop)
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
