@@ -104,7 +104,8 @@ class Stopping:
         self.not_played = self._unplayed or ([line] if line else [])
 
     def close(self) -> None:
-        self.not_played += self._lines.unplayed_of(self._given_up) + self._differing
+        left = self._lines.unplayed_of(self._given_up) + self._differing
+        self.not_played = list(dict.fromkeys((*self.not_played, *left)))
         self._lines.stop()
 
     def _end_if_stable(self, steps: int, *, has_optimizer: bool) -> None:
