@@ -29,7 +29,7 @@ from tightfit.planner.planning import (
 )
 from tightfit.planner.predict import Predictor, Target
 from tightfit.planner.search import least_bytes
-from tightfit.planner.shardings import open_shardings
+from tightfit.planner.shardings import in_order, open_shardings
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.requests import StepTrace
 from tightfit.simulation.speed import KernelCount, Work, rates_of, step_time
@@ -253,3 +253,8 @@ class TestPlan:
         cards = json.loads(done.out)["cards"]
         few = here([*words, f"--gpu={cards['per_node'] - 1}x T4", "--memory=2GiB", "--shard=full"])
         assert few.code == 1
+
+
+def test_of_shardings_that_promise_nearly_the_same_the_least_exchange_comes_first() -> None:
+    promised: Any = [(1.01, "none", None), (1.00, "optimizer", None), (1.20, "hybrid", None), (1.05, "full", None)]
+    assert [name for _, name, _ in in_order(promised)] == ["none", "optimizer", "full", "hybrid"]

@@ -4,6 +4,7 @@ The lines of each sharding promise a step's time. The most promising is played i
 promises a shorter time than was found.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ from tightfit.planner.search import Choice, Search, Task, choose, least_bytes
 from tightfit.wording import say
 
 NOTHING = Relief(name="", keys={})
+_ALIKE = 0.02
+"""Part of a step's time below which two promises are alike, and the sharding with the least exchange is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +65,34 @@ def choose_sharding(
             assert estimate.step_s is not None, "read off a line"
             promised.append((estimate.step_s, name, task))
     best: Choice | None = None
-    for seconds, name, task in sorted(promised, key=lambda each: each[:2]):
-        if best is not None and best.best is not None and seconds >= best.best.step_s(best.share):
+    faster = 1.0
+    for seconds, name, task in in_order(promised):
+        least_s = (1 - _ALIKE) * best.best.step_s(best.share) if best and best.best else math.inf
+        if min(faster, 1.0) * seconds >= least_s:
             break
         choice = choose(task, [NOTHING], searches[name])
         found[name] = _traced(name, choice) or found[name]
         best = _better(best, choice)
+        if (found_s := found[name].step_s) is not None:
+            faster = found_s / seconds
+    found = {name: each if each.is_traced else _sped_up(each, faster) for name, each in found.items()}
     if best is None or best.best is None:
         last = tasks[-1]
         name = last.resolved.config.shard
         best = choose(last, reliefs(last), searches.get(name))
         found[name] = _traced(name, best) or found[name]
     return best, list(found.values())
+
+
+def in_order(promised: Sequence[tuple[float, str, Task]]) -> list[tuple[float, str, Task]]:
+    """Sort by the promised time; those that are as good as the fastest stay in their order."""
+    limit = (1 + _ALIKE) * min((seconds for seconds, _, _ in promised), default=0.0)
+    return sorted(promised, key=lambda each: max(limit, each[0]))
+
+
+def _sped_up(sharding: Sharding, faster: float) -> Sharding:
+    """Return an estimate with the time that compilation, which no line knows, saved in a traced plan."""
+    return sharding if sharding.step_s is None else replace(sharding, step_s=faster * sharding.step_s)
 
 
 def _promised(name: str, estimate: Estimate) -> Sharding:
