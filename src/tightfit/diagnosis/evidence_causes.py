@@ -74,12 +74,16 @@ _OF_PICTURES = re.compile(r"diffusion|unet|transformer_blocks|first_stage|decode
 """Names of parameters of models of pictures, which the table of language models does not hold."""
 _CALLS = ("forward_call(", "_call_impl(", "self.forward(", "run_backward(", "func(*", "fn(*", "(*args", "main()")
 """Calls in which a traceback that somebody cut ends: the request is further inside."""
+_WHOLE_MODEL = re.compile(r"(?<![\w.])(?:self\.)?(?:model|net|network|module)\(")
+"""A call of a compiled model, or of one whose own lines were cut: it may be any of its tensors."""
 
 
 def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     """Return the innermost line of the traceback, or the one that the report quotes; None where it may be cut."""
     frame = facts.frames[-1] if facts.frames else line_before_message(evidence.run.text)
-    if frame is None or not frame.source or facts.phase == "backward" or any(call in frame.source for call in _CALLS):
+    if frame is None or not frame.source or facts.phase == "backward":
+        return None
+    if any(call in frame.source for call in _CALLS) or _WHOLE_MODEL.search(frame.source):
         return None
     name = frame.file.replace("\\", "/").rsplit("/", 1)[-1]
     place = f"{name}:{frame.line}" if frame.file and frame.line else name
