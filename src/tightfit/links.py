@@ -16,14 +16,14 @@ from tightfit.units import GIB, MIB
 from tightfit.wording import say
 
 HOST_SHARE = 0.73
-"""Of a PCIe link that is left where cards cannot reach each other's memory and go through the host's: 35 of 48 GB/s
+"""Share of a PCIe link that remains where cards cannot reach each other's memory and use the host's: 35 of 48 GB/s
 between four RTX 5090, 28 between eight (https://github.com/NVIDIA/nccl/issues/1639)."""
 NCCL_BYTES = GIB
-"""Most that NCCL's communicator for all cards takes of each, outside PyTorch's allocator, where cards have NVLink or
-nodes a network. Eight H100 held 1.06 GB outside PyTorch, the context among it, before an all-to-all
+"""Upper bound of NCCL's memory on each card, outside PyTorch's allocator, where cards have NVLink or nodes a network.
+Eight H100 held 1.06 GB outside PyTorch, the context among it, before an all-to-all
 (https://github.com/NVIDIA/nccl/issues/1685); all-to-all, which training here does not use, took 3.3 GB more."""
 NCCL_PCIE_BYTES = 256 * MIB
-"""The same between cards on PCIe: memory grows with the channels, and slow links need few
+"""Upper bound between cards on PCIe: memory grows with the channels, and slow links need few
 (https://github.com/NVIDIA/nccl/issues/986). Twelve channels with two FIFOs of 10 MiB each are 240 MiB."""
 _DEFAULT_NETWORK = {"card": "InfiniBand NDR", "node": "Ethernet 10G"}
 """Between nodes whose cards have NVLink, and between others."""

@@ -228,7 +228,11 @@ class LineWatch:
         return self._ran.get(code, set())
 
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
-        return self._line if frame.f_code in self._ran else None
+        code = frame.f_code
+        if code not in self._ran:
+            return None
+        self._forget_inner(code, 0)
+        return self._line
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
@@ -294,7 +298,16 @@ class LineWatch:
         now = self._backwards()
         if self._begun.get((code, first), now) < now:
             self._training.add((code, first))
+        self._forget_inner(code, first)
         self._begun[code, first] = now
+
+    def _forget_inner(self, code: CodeType, first: int) -> None:
+        """Let the loops within a loop begin anew, or with 0 all of a function: earlier passes are none of theirs."""
+        inner = [line for each, line in self._begun if each is code and line > first]
+        for line in inner:
+            around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, line)
+            if not first or any(loop.first == first for loop in around):
+                del self._begun[code, line]
 
 
 def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
