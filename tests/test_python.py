@@ -194,7 +194,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: tightfit.plan(gpu="A100", memory_bytes="12GiB"), "memory_bytes takes a whole number of bytes"),  # type: ignore[arg-type]
     (lambda: tightfit.plan(used_bytes=-1), "used_bytes takes a whole number of bytes"),
     (lambda: tightfit.plan(gpu="A100", used_bytes=-1), "used_bytes takes a whole number of bytes"),
-    (lambda: tightfit.plan(gpu="A100", used_bytes=1 << 40), "1024.00 GiB used by other programs leave nothing of"),
+    (lambda: tightfit.plan(gpu="A100", used_bytes=1 << 40), "1.00 TiB used by other programs leave nothing of"),
     (lambda: tightfit.plan(gpu="A100", capability="8.6"), "capability takes two whole numbers, such as (8, 6)"),  # type: ignore[arg-type]
     (lambda: tightfit.dryrun("missing.py", gpu="A100"), "missing.py is not a file; give the path of the training"),
     (lambda: tightfit.dryrun(Path("missing.py"), gpu="A100"), "missing.py is not a file; give the path"),
@@ -209,7 +209,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: tightfit.dryrun(print, threading.Lock(), gpu="A100"), "builtins:print cannot be sent to another process"),
     (lambda: tightfit.VirtualGPU("RTX 9999"), NO_GPU),
     (lambda: tightfit.VirtualGPU(3), "gpu takes the name of a card"),  # type: ignore[arg-type]
-    (lambda: tightfit.VirtualGPU("A100", used_bytes=1 << 40), "1024.00 GiB used by other programs leave nothing of"),
+    (lambda: tightfit.VirtualGPU("A100", used_bytes=1 << 40), "1.00 TiB used by other programs leave nothing of"),
     (lambda: tightfit.explain(3), "3 is not a log; give its text, its path, or an open file"),  # type: ignore[arg-type]
     (lambda: tightfit.explain(None), "None is not a log"),
     (lambda: tightfit.explain("x", gpu=3), "gpu takes the name of a card"),  # type: ignore[arg-type]

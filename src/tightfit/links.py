@@ -152,7 +152,7 @@ def split_count(text: str) -> tuple[int, int, str]:
     >>> split_count("4x RTX 4090"), split_count("2x8x A100 80GB"), split_count("RTX 3060 12GB")
     ((1, 4, 'RTX 4090'), (2, 8, 'A100 80GB'), (1, 1, 'RTX 3060 12GB'))
     """
-    found = _CARDS.fullmatch(text)
+    found = _CARDS.fullmatch(text) if isinstance(text, str) else None  # of another kind: whoever looks it up says so
     if found is None:
         return 1, 1, text
     nodes, per_node = _positive(text, found[1] or "1", found[2])
