@@ -452,7 +452,7 @@ class TestPublicFace:
 
 
 FLOORS = [
-    ("errors", "units", "display", "tables"),
+    ("errors", "units", "display", "tables", "syntax"),
     ("wording",),
     ("foreign", "storage", "config", "gpus"),
     ("links",),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tightfit.errors import ConfigError
+from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS, Operators
 from tightfit.wording import say, term
 
 MAX_FILE_BYTES = 64 * 1024  # nanoGPT's longest is 1.1 KB
@@ -27,37 +28,15 @@ NEAR = 0.85  # max_iter is max_iters, but eval_batch_size is not batch_size
 
 Value: TypeAlias = "str | int | float | complex | list[Value] | tuple[Value, ...] | dict[Value, Value] | None"
 """A value that an expression may have."""
-_UNARY: dict[type, Callable[..., Value]] = {
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-    ast.Not: operator.not_,
-    ast.Invert: operator.invert,
-}
-_BINARY: dict[type, Callable[..., Value]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
+_UNARY: Operators = {**SIGNS, ast.Invert: operator.invert}
+_BINARY: Operators = {
+    **ARITHMETIC,
     ast.Pow: operator.pow,
     ast.LShift: operator.lshift,
     ast.RShift: operator.rshift,
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
     ast.BitXor: operator.xor,
-}
-_COMPARISONS: dict[type, Callable[..., bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda item, group: item in group,
-    ast.NotIn: lambda item, group: item not in group,
 }
 _CONVERSIONS: dict[int, Callable[[Value], str]] = {ord("s"): str, ord("r"): repr, ord("a"): ascii}
 
@@ -340,7 +319,7 @@ class _Evaluator:
         left = self.value(node.left)
         for action, operand in zip(node.ops, node.comparators, strict=True):
             right = self.value(operand)
-            if not self.computed(node, _COMPARISONS[type(action)], left, right):
+            if not self.computed(node, COMPARISONS[type(action)], left, right):
                 return False
             left = right
         return True

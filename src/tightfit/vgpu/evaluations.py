@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.loop_source import calls_of_loop
@@ -120,8 +120,7 @@ class Evaluations:
 
     def _drops_next(self, batches: "dataloader._BaseDataLoaderIter") -> bool:
         """Take the next batch of an epoch away without loading it, unless it is the last one."""
-        dataloader = import_module("torch.utils.data.dataloader")
-        if batches._dataset_kind != dataloader._DatasetKind.Map:
+        if not _is_of_map(batches):
             return False
         left = batches._sampler_iter
         if not isinstance(left, _Ahead):
@@ -146,11 +145,7 @@ class Evaluations:
 
         The sampler may go on after the epoch: some loaders keep one for all epochs.
         """
-        dataloader = import_module("torch.utils.data.dataloader")
-        if (
-            not isinstance(batches, dataloader._BaseDataLoaderIter)
-            or batches._dataset_kind != dataloader._DatasetKind.Map
-        ):
+        if not _is_of_map(batches):
             return False
         try:
             length = len(batches._index_sampler)
@@ -161,6 +156,12 @@ class Evaluations:
         skipped = deque(itertools.islice(left, -sent % max(length, 1)), maxlen=1)
         assign(batches, _sampler_iter=itertools.chain(skipped, left))
         return -sent % max(length, 1) > 1
+
+
+def _is_of_map(batches: object) -> "TypeGuard[dataloader._BaseDataLoaderIter]":
+    """Return True for batches of a DataLoader whose dataset has numbered items."""
+    module = import_module("torch.utils.data.dataloader")
+    return isinstance(batches, module._BaseDataLoaderIter) and batches._dataset_kind == module._DatasetKind.Map
 
 
 class _Ahead:

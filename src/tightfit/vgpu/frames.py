@@ -37,7 +37,7 @@ class _Code(NamedTuple):
     is_own: bool
     """True if it is in the user's own files."""
     frames: dict[int, Frame]
-    """By line."""
+    """Frames at its lines."""
 
 
 _codes: dict[int, _Code] = {}

@@ -81,7 +81,7 @@ def _is_count(items: ast.expr) -> bool:
     return name in _RANGES or (name in _OF_RANGES and bool(items.args) and _is_count(items.args[0]))
 
 
-def _head(loop: ast.For | ast.While) -> int:
+def head_line(loop: ast.For | ast.While) -> int:
     """Return the line at which a loop's next iteration begins."""
     is_endless = isinstance(loop, ast.While) and isinstance(loop.test, ast.Constant)
     return loop.body[0].lineno if is_endless else loop.lineno
@@ -103,7 +103,7 @@ def loop_heads(file: str, first: int, name: str) -> dict[int, int]:
     Python does not come back to the line of `while True`, but to the one below.
     """
     loops = (each for each in _statements(_body(file, first, name)) if isinstance(each, (ast.For, ast.While)))
-    return {_head(each): each.lineno for each in loops}
+    return {head_line(each): each.lineno for each in loops}
 
 
 @cache

@@ -109,8 +109,8 @@ class ResultCache:
             if isinstance(value, FakeTensor):
                 if not self._is_plain(value):
                     return False
-                parts += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
-                parts.append(value.is_inference())
+                parts += (value.shape, value.stride(), value.storage_offset())
+                parts += (value.dtype, value.fake_device, value.is_inference())
             elif isinstance(value, (list, tuple)):
                 parts += (type(value), len(value))
                 if not self._describe(value, parts, plain):

@@ -18,30 +18,13 @@ from types import CodeType, FrameType
 
 from torch import Tensor
 
+from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
+from tightfit.vgpu.loop_source import head_line
+
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
 _PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
-_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda one, other: one in other,
-    ast.NotIn: lambda one, other: one not in other,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.Not: operator.not_,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
+_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {**ARITHMETIC, **COMPARISONS, **SIGNS}
 _FRAME, _CODE, _STACK_TOP, _STACK, _POINTER = 24, 32 if sys.version_info < (3, 12) else 0, 64, 72, 8
 """Where Python keeps a running function's frame, its code, the length of its stack and the stack, in bytes."""
 FAILURES = (
@@ -248,8 +231,7 @@ class Skip:
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
-        is_endless = isinstance(node, ast.While) and isinstance(node.test, ast.Constant)
-        self.line = node.body[0].lineno if is_endless else node.lineno
+        self.line = head_line(node)
         """Line at which every iteration begins."""
         self.is_over = False
         """True when the next iteration has to run, or nothing more can be passed."""

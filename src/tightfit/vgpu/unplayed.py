@@ -231,7 +231,8 @@ class LineWatch:
         code = frame.f_code
         if code not in self._ran:
             return None
-        self._forget_inner(code, 0)
+        for place in [each for each in self._begun if each[0] is code]:  # backward passes before this call
+            del self._begun[place]
         return self._line
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
@@ -261,11 +262,16 @@ class LineWatch:
                 _JUMP(frame, loop.by_way_of)
                 _JUMP(frame, loop.after)
             return
-        self.is_passing = True
         until = time.monotonic() + _SECONDS_TO_LEAVE
-        try:
+        with self._passing():
             while time.monotonic() < until and self._takes(items):
                 pass
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[None]:
+        self.is_passing = True
+        try:
+            yield
         finally:
             self.is_passing = False
 
@@ -280,15 +286,11 @@ class LineWatch:
         """Pass over iterations of the loop that a function is at."""
         loop, skip = self._skips[frame.f_code]
         items = iterator_of(frame) if loop.counts else None
-
         if loop.counts and items is None:
             del self._skips[frame.f_code]
             return
-        self.is_passing = True
-        try:
+        with self._passing():
             skip.at_head(frame, lambda: items is None or self._takes(items))
-        finally:
-            self.is_passing = False
         if skip.is_over:
             del self._skips[frame.f_code]
 
@@ -302,11 +304,10 @@ class LineWatch:
         self._begun[code, first] = now
 
     def _forget_inner(self, code: CodeType, first: int) -> None:
-        """Let the loops within a loop begin anew, or with 0 all of a function: earlier passes are none of theirs."""
-        inner = [line for each, line in self._begun if each is code and line > first]
-        for line in inner:
+        """Let the loops within a loop begin anew: backward passes before them are none of theirs."""
+        for line in [line for each, line in self._begun if each is code and line > first]:
             around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, line)
-            if not first or any(loop.first == first for loop in around):
+            if any(loop.first == first for loop in around):
                 del self._begun[code, line]
 
 

@@ -43,12 +43,12 @@ def install(checkpoints: Checkpoints) -> None:
         import safetensors.torch as for_torch
     except ImportError:
         return
-    metadata: dict[str, dict[str, str]] = {}
+    kept: dict[str, dict[str, str]] = {}
     usual_load: Callable[..., dict[str, Tensor]] = for_torch.load_file
     usual_open: Callable[..., object] = safetensors.safe_open
 
-    def save_file(tensors: dict[str, Tensor], filename: Path, metadata_: dict[str, str] | None = None) -> None:
-        metadata[os.path.realpath(filename)] = metadata_ or {}
+    def save_file(tensors: dict[str, Tensor], filename: Path, metadata: dict[str, str] | None = None) -> None:
+        kept[os.path.realpath(filename)] = metadata or {}
         checkpoints.save(tensors, filename)
 
     def load_file(filename: Path, device: object = "cpu", **options: object) -> object:
@@ -61,13 +61,9 @@ def install(checkpoints: Checkpoints) -> None:
             return usual_open(filename, framework, device=device, **options)
         tensors = checkpoints.load(filename, _where(device))
         assert isinstance(tensors, dict)
-        return _Opened(tensors, metadata.get(os.path.realpath(filename), {}))
+        return _Opened(tensors, kept.get(os.path.realpath(filename), {}))
 
-    assign(
-        for_torch,
-        save_file=lambda tensors, filename, metadata=None: save_file(tensors, filename, metadata),
-        load_file=load_file,
-    )
+    assign(for_torch, save_file=save_file, load_file=load_file)
     assign(safetensors, for_torch, safe_open=safe_open)
 
 
