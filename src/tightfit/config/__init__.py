@@ -1,6 +1,6 @@
 """A run's configuration: the keys, and how files and arguments are read."""
 
-from tightfit.config.micro_batch import BatchSplit, batch_split
+from tightfit.config.micro_batch import BatchSplit, batch_split, refuse_processes
 from tightfit.config.reader import Resolved, describe, read_config
 from tightfit.config.schema import (
     CUDA_GRAPH_MODES,
@@ -26,5 +26,6 @@ __all__ = [
     "describe",
     "from_dict",
     "read_config",
+    "refuse_processes",
     "to_dict",
 ]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from tightfit.config.schema import TrainConfig
+from tightfit.errors import ConfigError
+from tightfit.wording import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +42,13 @@ def batch_split(config: TrainConfig, processes: int = 1, *, share: int | None = 
         eval_micro_batch=config.eval_micro_batch or config.micro_batch or config.batch_size,
         eval_sequences=config.eval_iters * config.batch_size,
     )
+
+
+def refuse_processes(config: TrainConfig, processes: int, per_node: int) -> None:
+    """Raise ConfigError for a configuration that this many processes, `per_node` on each machine, cannot share."""
+    if config.shard == "hybrid" and processes % (size := config.shard_size or per_node):
+        raise ConfigError(say("trainer.loop.shard_size", size=size, processes=processes))
+    if config.effective_batch < processes:
+        raise ConfigError(say("trainer.loop.too_many_processes", batch=config.effective_batch, processes=processes))
+    if config.offloads("optimizer") and processes > 1:
+        raise ConfigError(say("trainer.loop.offload_alone", offload=config.offload, processes=processes))

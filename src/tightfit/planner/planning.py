@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from tightfit.config import Resolved, TrainConfig, batch_split
+from tightfit.config import Resolved, TrainConfig, batch_split, refuse_processes
 from tightfit.data import open_dataset
 from tightfit.display import Displayed
 from tightfit.errors import ConfigError, DeviceError, TightfitError
@@ -93,7 +93,7 @@ def make_plan(
     cards = where.cards
     if cards.count > 1:
         processes = cards.count
-        _check_cards(resolved.config, cards)
+        refuse_processes(resolved.config, cards.count, cards.per_node)
     elif resolved.config.shard not in ("none", "auto"):
         raise ConfigError(say("planner.planning.sharded", shard=resolved.config.shard))
     started = time.perf_counter()
@@ -105,7 +105,7 @@ def make_plan(
         config=config,
         where=where,
         choice=choice,
-        environ=allocator_settings(where.gpu),
+        environ=_allocator_settings(where.gpu),
         seconds=time.perf_counter() - started,
         traced=simulator.played,
         notes=[*where.notes, *_emulates(config, where.gpu)],
@@ -122,22 +122,15 @@ def _chosen(
     log: Callable[[str], object],
 ) -> tuple[Choice, list[Sharding]]:
     """Return the choice for one of `processes`, and on several cards how each sharding does."""
-    on_host, share, cards = where.gpu is None, batch_split(config, processes).share, where.cards
-    target = Target(
-        gpu=where.gpu,
-        known=where.known,
-        share=share,
-        environ=allocator_settings(where.gpu),
-        host=measured_host() if on_host else None,
-        cards=cards,
-    )
+    on_host, cards = where.gpu is None, where.cards
+    target = target_of(where, config, processes)
     asked = Resolved(replace(config, device="cpu" if on_host else "cuda"), resolved.sources, resolved.warnings)
     tasks = [
         Task(
             resolved=one,
             predictor=Predictor(one.config, target, simulator),
             budget=where.budget,
-            share=share,
+            share=target.share,
             compiled=_compiles(config, where.gpu),
             on_host=on_host,
             processes=processes,
@@ -151,17 +144,19 @@ def _chosen(
     return choose_sharding(tasks, lambda task: _reliefs(task.resolved, where, processes), log=log)
 
 
-def _check_cards(config: TrainConfig, cards: Cards) -> None:
-    """Refuse a configuration that the trainer would refuse on these cards."""
-    if config.effective_batch < cards.count:
-        raise ConfigError(say("trainer.loop.too_many_processes", batch=config.effective_batch, processes=cards.count))
-    if config.shard == "hybrid" and cards.count % (size := config.shard_size or cards.per_node):
-        raise ConfigError(say("trainer.loop.shard_size", size=size, processes=cards.count))
-    if config.offloads("optimizer"):
-        raise ConfigError(say("trainer.loop.offload_alone", offload=config.offload, processes=cards.count))
+def target_of(where: Where, config: TrainConfig, processes: int) -> Target:
+    """Return what predictions for one of `processes` on a device rest on."""
+    return Target(
+        gpu=where.gpu,
+        known=where.known,
+        share=batch_split(config, processes).share,
+        environ=_allocator_settings(where.gpu),
+        host=measured_host() if where.gpu is None else None,
+        cards=where.cards,
+    )
 
 
-def allocator_settings(gpu: GPU | None) -> dict[str, str]:
+def _allocator_settings(gpu: GPU | None) -> dict[str, str]:
     """Return the user's settings; without any, those that a plan for a card is made with."""
     environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
     if gpu and not environ and sys.platform == "linux" and not spills_to_host():

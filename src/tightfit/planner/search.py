@@ -36,7 +36,7 @@ _OFFERED = 3
 
 SINGLE = Cards()
 GATHERED_BYTES = 2
-"""Of a weight that is gathered in autocast's format."""
+"""Bytes of a gathered weight, in autocast's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +188,7 @@ class Search:
             return None
         plan, line = found[0], lines[found[0].loss]
         blocks = plan.activation_checkpointing or round((1 - plan.activation_memory_budget) * self._config.n_layer)
-        step_s = line.step_s(plan.micro_batch, blocks, self._share)
-        return Estimate(plan=plan, peak_bytes=round(line.peak(plan.micro_batch, blocks)), step_s=step_s)
+        return self._estimate(plan, line, blocks)
 
     def _all_lines(self) -> tuple[dict[str, Line], dict[str, Line]]:
         """Return the lines of uncompiled steps, and those of steps as they would run."""
@@ -373,7 +372,11 @@ class Search:
     def _request(self, lines: dict[str, Line]) -> Estimate:
         """Estimate nanoGPT's literal reading: `batch_size` sequences at once, all logits, nothing recomputed."""
         plan = self.requested()
-        line, size, blocks = lines[plan.loss], plan.micro_batch, plan.activation_checkpointing
+        return self._estimate(plan, lines[plan.loss], plan.activation_checkpointing)
+
+    def _estimate(self, plan: Plan, line: Line, blocks: int) -> Estimate:
+        """Read a plan off a line, with `blocks` recomputed."""
+        size = plan.micro_batch
         return Estimate(
             plan=plan, peak_bytes=round(line.peak(size, blocks)), step_s=line.step_s(size, blocks, self._share)
         )

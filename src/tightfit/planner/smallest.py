@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from tightfit.config import Resolved, TrainConfig, batch_split
-from tightfit.errors import DoesNotFit
+from tightfit.config import Resolved, TrainConfig
+from tightfit.errors import ConfigError, DoesNotFit
 from tightfit.planner.candidates import Plan, is_open, may_recompute
-from tightfit.planner.planning import Where, allocator_settings, with_cards, with_shape
-from tightfit.planner.predict import Predictor, Target
+from tightfit.planner.planning import Where, target_of, with_cards, with_shape
+from tightfit.planner.predict import Predictor
 from tightfit.planner.search import least_bytes
 from tightfit.planner.shardings import NOTHING, open_shardings
 from tightfit.simulation.client import Progress, Simulator
@@ -27,20 +27,19 @@ def smallest_set(
     log: Callable[[str], object] = lambda text: None,
     progress: Progress | None = None,
 ) -> Where:
-    """Return the fewest of these cards on which the plan that needs least memory fits. DoesNotFit if none do."""
+    """Return the fewest of these cards on which the plan that needs least memory fits.
+
+    DoesNotFit if none do, ConfigError for the processor.
+    """
+    if where.gpu is None:
+        raise ConfigError(say("planner.planning.cards_of_processor"))
     config = replace(with_shape(resolved.config), device="cuda")
     with Simulator(progress=progress) as simulator:
         simulator.will_shard = True
         for nodes, per_node in _sets(config.effective_batch):
             several = with_cards(where, nodes, per_node, link=link, network=network) if nodes * per_node > 1 else where
             shard = open_shardings(resolved, several.cards)[-1]
-            target = Target(
-                gpu=where.gpu,
-                known=where.known,
-                share=batch_split(config, nodes * per_node).share,
-                environ=allocator_settings(where.gpu),
-                cards=several.cards,
-            )
+            target = target_of(several, config, nodes * per_node)
             one = replace(config, shard=shard)
             if (need := least_bytes(one, NOTHING, cards=several.cards)) > several.budget.bytes:
                 continue

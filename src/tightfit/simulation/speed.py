@@ -184,7 +184,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTime:
+class StepParts:
     """Seconds of a step's parts."""
 
     pass_s: float
@@ -196,10 +196,10 @@ class StepTime:
 
 
 FORWARD_SHARE = 1 / 3
-"""Of a pass: backward has two matrix products for each one of forward."""
+"""Share of a pass: backward has two matrix products for each one of forward."""
 
 
-def step_time(one_pass: Work, update: Work, rates: Rates, *, overlaps: bool = True) -> StepTime:
+def step_time(one_pass: Work, update: Work, rates: Rates, *, overlaps: bool = True) -> StepParts:
     """Return the times of a pass and of an update.
 
     Cards exchange while they compute, if `overlaps`: DDP and FSDP2 do, and a sum of complete gradients after backward
@@ -208,17 +208,17 @@ def step_time(one_pass: Work, update: Work, rates: Rates, *, overlaps: bool = Tr
     """
     gathered, summed = one_pass.exchanges(), update.exchanges()
     if rates.cards is None or not (gathered.kernels or summed.kernels):
-        return StepTime(pass_s=one_pass.seconds(rates), update_s=update.seconds(rates))
+        return StepParts(pass_s=one_pass.seconds(rates), update_s=update.seconds(rates))
     compute, own = (one_pass - gathered).seconds(rates), (update - summed).seconds(rates)
     gather_s, sum_s = gathered.exchange_seconds(rates), summed.exchange_seconds(rates)
     if not overlaps:
-        return StepTime(pass_s=compute + gather_s, update_s=own + sum_s, waiting_s=gather_s + sum_s)
+        return StepParts(pass_s=compute + gather_s, update_s=own + sum_s, waiting_s=gather_s + sum_s)
     forward, backward = compute * FORWARD_SHARE, compute * (1 - FORWARD_SHARE)
     first = gathered.largest_s(rates, "all_gather")
     pass_s = max(forward, gather_s / 2) + max(backward, gather_s / 2) + first
     longer = max(backward, gather_s / 2 + sum_s) - max(backward, gather_s / 2)
     ends = sum(summed.largest_s(rates, kind) for kind in ("all_gather", "reduce_scatter", "all_reduce"))
-    return StepTime(pass_s=pass_s, update_s=own + longer + ends, waiting_s=pass_s - compute + longer + ends)
+    return StepParts(pass_s=pass_s, update_s=own + longer + ends, waiting_s=pass_s - compute + longer + ends)
 
 
 class KernelCount(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -15,7 +15,16 @@ import msgspec
 import torch
 from torch import Tensor
 
-from tightfit.config import LOSSY_KEYS, Resolved, SampleConfig, TrainConfig, batch_split, describe, to_dict
+from tightfit.config import (
+    LOSSY_KEYS,
+    Resolved,
+    SampleConfig,
+    TrainConfig,
+    batch_split,
+    describe,
+    refuse_processes,
+    to_dict,
+)
 from tightfit.data import open_dataset
 from tightfit.data.batches import Batches, Purpose
 from tightfit.errors import ConfigError, TightfitError
@@ -117,12 +126,7 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
 def _refuse(config: TrainConfig, world: World) -> None:
     if config.shard != "none" and "RANK" not in os.environ:
         raise ConfigError(say("trainer.loop.shard_alone", shard=config.shard))
-    if config.shard == "hybrid" and world.size % (size := config.shard_size or world.local_size):
-        raise ConfigError(say("trainer.loop.shard_size", size=size, processes=world.size))
-    if config.effective_batch < world.size:
-        raise ConfigError(say("trainer.loop.too_many_processes", batch=config.effective_batch, processes=world.size))
-    if config.offloads("optimizer") and world.size > 1:
-        raise ConfigError(say("trainer.loop.offload_alone", offload=config.offload, processes=world.size))
+    refuse_processes(config, world.size, world.local_size)
     if config.offloads("activations") and not config.activation_checkpointing:
         raise ConfigError(say("trainer.loop.nothing_to_offload"))
 
