@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from tightfit.cli.main import main
-from tightfit.diagnosis.evidence import SERVES
 from tightfit.diagnosis.failing_line import line_kind
-from tightfit.diagnosis.framework_words import frameworks, pasted
+from tightfit.diagnosis.framework_words import frameworks, pasted, programs
 from tightfit.diagnosis.tensor_fits import range_of, usual_weights
 from tightfit.diagnosis.usual_models import model_of, usual_models
 from tightfit.oomlog.facts import Figure
@@ -96,7 +95,7 @@ def test_a_line_shows_its_kind_of_tensor(file: str, function: str, source: str, 
 
 
 def test_every_program_divides_its_batch_in_words_of_its_own():
-    without_batch = {"gaussian_splatting", "transformers", "ray", "fsdp", "dreambooth_extension"} | SERVES
+    without_batch = {"gaussian_splatting", "transformers", "ray", "fsdp", "dreambooth_extension"} | programs("servers")
     for program in set(frameworks()) - without_batch - {"unsloth", "trl", "pytorch"}:
         found = pasted("split_general", [program], {"size": 2, "passes": 8, "half": 512})
         assert found is not None

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from runs import here
 
+import tightfit
 from tightfit.config import Resolved, TrainConfig, read_config
 from tightfit.errors import ConfigError
 from tightfit.gpus import resolve_gpu
@@ -22,6 +23,7 @@ from tightfit.planner.planning import (
     ALLOCATOR,
     EXPANDABLE,
     PlanResult,
+    Where,
     make_plan,
     named_card,
     where_to_plan,
@@ -30,6 +32,7 @@ from tightfit.planner.planning import (
 from tightfit.planner.predict import Predictor, Target
 from tightfit.planner.search import least_bytes
 from tightfit.planner.shardings import in_order, open_shardings
+from tightfit.planner.smallest import smallest_set
 from tightfit.simulation.client import Simulator
 from tightfit.simulation.requests import StepTrace
 from tightfit.simulation.speed import KernelCount, Work, rates_of, step_time
@@ -253,6 +256,19 @@ class TestPlan:
         cards = json.loads(done.out)["cards"]
         few = here([*words, f"--gpu={cards['per_node'] - 1}x T4", "--memory=2GiB", "--shard=full"])
         assert few.code == 1
+
+
+def test_the_smallest_number_of_processors_is_no_question() -> None:
+    here_alone = Where(gpu=None, budget=named_card("T4").budget)
+    with pytest.raises(ConfigError, match="several cards need a card: name one with --gpu"):
+        smallest_set(read_config(TrainConfig, []), here_alone)
+
+
+def test_explain_takes_a_number_of_cards() -> None:
+    found = tightfit.explain("CUDA out of memory. Tried to allocate 2.00 GiB", gpu="4x RTX 3060 12GB")
+    assert found.facts is not None
+    with pytest.raises(tightfit.TightfitError, match="'RTX 9999' is not in the table"):
+        tightfit.explain("CUDA out of memory. Tried to allocate 2.00 GiB", gpu="4x RTX 9999")
 
 
 def test_of_shardings_that_promise_nearly_the_same_the_least_exchange_comes_first() -> None:

@@ -11,7 +11,6 @@ from tightfit.cli.parser import Parser
 from tightfit.cli.progress import shown
 from tightfit.config import TrainConfig, read_config
 from tightfit.errors import ConfigError
-from tightfit.links import split_count
 from tightfit.wording import chosen_language, say
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def _explained(options: argparse.Namespace, words: Sequence[str]) -> "Explanatio
             source,
             config=config,
             lang=options.lang,
-            gpu=options.gpu and split_count(options.gpu)[2],
+            gpu=options.gpu,
             script=options.script,
             arguments=script_arguments,
             config_names=[*configs, *keys],

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures, is_oversized
-from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted
+from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
     NO_EFFECT,
@@ -27,24 +27,6 @@ from tightfit.oomlog.ownership import had_room, ownership
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.tables import read_table
 
-_PICTURES = frozenset(
-    {
-        *("ultralytics", "mmdet", "timm", "diffusers", "kohya", "detectron2", "dreambooth_extension", "webui"),
-        *("comfyui", "fooocus", "invokeai", "monai", "nerfstudio", "wan", "segment_anything", "realesrgan"),
-        *("open_clip", "nnunet"),
-    }
-)
-_TEXTS = frozenset({"textgen", "vllm", "sglang", "tensorrt_llm", "openrlhf", "verl", "whisper", "whisperx"})
-"""Programs without pictures, whose lengths have options of their own."""
-_WITHOUT_BATCH = ("gaussian_splatting", "comfyui", "webui", "fooocus", "invokeai", "wan")
-"""Programs that have no batch to make smaller."""
-_APPLICATIONS = frozenset(
-    {
-        *("comfyui", "webui", "vllm", "sglang", "ultralytics", "kohya", "dreambooth_extension", "fooocus", "textgen"),
-        *("invokeai", "openrlhf", "verl", "whisperx", "whisper", "wan", "tensorrt_llm", "realesrgan"),
-    }
-)
-"""Programs that their users do not write: only their own options are a fix."""
 _NOT_CUDA = ("mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
 _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
 """Remedies that stand on libraries for CUDA."""
@@ -53,13 +35,6 @@ _OWN_CAUSES = frozenset({"loading", "saving", "outputs"})
 """Quantities whose own cure comes before any other program's memory: it makes the request unnecessary."""
 _OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
 """Kinds of tensors with fixes of their own."""
-_ONE_PASS = frozenset(
-    {
-        *("llama_factory", "axolotl", "transformers_trainer", "trl", "unsloth", "deepspeed"),
-        *("lightning", "diffusers", "kohya", "grpo"),
-    }
-)
-"""Programs that accumulate nothing unless told to."""
 _PARTS = 4
 """Passes into which a printed batch is divided: 64 x 1 becomes 16 x 4."""
 
@@ -82,7 +57,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     others, segments = close_others(facts), expandable_segments(facts)
     first = list(fixes_of_figures(facts))
     if had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
-        first = [] if evidence.framework in _APPLICATIONS else first
+        first = [] if evidence.framework in programs("applications") else first
         if "windows" in evidence.run.signs:
             first = [_remedy("windows_paging", facts, evidence), *first]
         cures = []
@@ -163,7 +138,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     done = {
         "vae_in_tiles": program in ("comfyui", "diffusers") and not _shows_vae(facts, run),
         "split_general": evidence.batch_is_one
-        or program in _WITHOUT_BATCH
+        or program in programs("without_batch")
         or (keeps_nothing and (is_known or evidence.infers))
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose,
@@ -190,13 +165,13 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         return False
     if code == "smaller_inputs":
         return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
-    if code == "shorter_length" and program in _PICTURES:
+    if code == "shorter_length" and program in programs("pictures"):
         return False
-    if code == "smaller_inputs" and program in _TEXTS:
+    if code == "smaller_inputs" and program in programs("texts"):
         return False
     if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY:
         return False
-    needs_words = code in _tables()["needs_words"]["codes"] or program in _APPLICATIONS
+    needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
     return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
 
 
@@ -272,7 +247,7 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
 
 def _accumulation(evidence: Evidence) -> int | None:
     """Return the printed accumulation, or the usual 1 of a program that is known to have it; None if unknown."""
-    usual = 1 if evidence.framework in _ONE_PASS else None
+    usual = 1 if evidence.framework in programs("one_pass") else None
     return evidence.run.numbers.get("accumulation", usual)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
+from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget, budget_of
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.diagnosis.tensor_fits import (
@@ -34,40 +35,11 @@ _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "nam
 _OF_LOGITS = ("logits", "float_outputs", "float_logits", "loss_of_logits")
 _VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
-
-
-_TRAINERS = frozenset(
-    {
-        "llama_factory",
-        "axolotl",
-        "trl",
-        "grpo",
-        "transformers_trainer",
-        "torchtune",
-        "litgpt",
-        "torchtitan",
-        "deepspeed",
-        "fsdp",
-        "openrlhf",
-        "verl",
-        "swift",
-        "open_clip",
-    }
-)
-
-
 _OF_ANY_PURPOSE = (None, "transformers", "accelerate")
-"""Programs that train as often as they do not; all others train."""
+"""Programs that train as often as they do not; None is an unknown one."""
 _BARE = 60
 """Characters besides the message and its advice, below which a log without a traceback is a message alone."""
 _ADVICE = re.compile(r"If reserved[^\n]*(?:\n[^\n]*?(?:ALLOC_CONF|fragmentation|Management|variables)[^\n]*){0,3}")
-SERVES = frozenset(
-    {
-        *("webui", "comfyui", "vllm", "sglang", "fooocus", "textgen", "invokeai", "whisperx", "whisper", "wan"),
-        *("tensorrt_llm", "esm", "realesrgan"),
-    }
-)
-"""Programs that only use trained models."""
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,12 +125,12 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def trains(self) -> bool:
         """True if the log is of a program that trains."""
-        return bool(_TRAINERS & set(self.run.frameworks)) or "deepspeed" in self.run.signs
+        return bool(programs("trainers").intersection(self.run.frameworks)) or "deepspeed" in self.run.signs
 
     @property
     def infers(self) -> bool:
         """True if the log is of a program that uses a trained model, and shows no sign of training."""
-        return self.framework in SERVES or (self.purpose == INFERENCE and not self.trains)
+        return self.framework in programs("servers") or (self.purpose == INFERENCE and not self.trains)
 
     @property
     def is_of_unknown_purpose(self) -> bool:

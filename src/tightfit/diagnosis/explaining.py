@@ -27,6 +27,7 @@ from tightfit.diagnosis.remedies import Remedy
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
+from tightfit.links import split_count
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
@@ -74,6 +75,7 @@ def explain(
         raise ConfigError(say("explain.explaining.no_source", value=source))
     if gpu is not None:
         check_name(gpu)
+        gpu = split_count(gpu)[2]
     if script is not None and config is not None:
         raise ConfigError(say("explain.explaining.two_runs"))
     reading = _read(source)

@@ -32,6 +32,16 @@ def frameworks() -> tuple[str, ...]:
     return tuple(_tables())
 
 
+@functools.cache
+def _groups() -> dict[str, frozenset[str]]:
+    return read_table("tightfit.diagnosis", "program_groups.toml", dict[str, frozenset[str]])
+
+
+def programs(group: str) -> frozenset[str]:
+    """Return the programs of a group that the diagnosis treats alike, such as `servers` (program_groups.toml)."""
+    return _groups()[group]
+
+
 def has_own(code: str, program: str) -> bool:
     """Return True if a program has words of its own for a remedy."""
     return code in _tables().get(program, {})

@@ -184,8 +184,8 @@ class Workshop:
         """Return the program's own option for a kind of change, or nothing."""
         if kind.option and self._has_training_arguments:
             return kind.option
-        found = (kind.switch.search(text) for text in self._texts.values()) if kind.switch else iter(())
-        return next((each[1] for each in found if each), "")
+        found = kind.switch and kind.switch.search("\n".join(self._texts.values()))
+        return found[1] if found else ""
 
     def _knob(self, variant: Variant, is_wanted: Callable[[str], bool], names: Sequence[str]) -> Knob | None:
         """Return the place of a number: in the command, else in a file or a script under one of the names."""
