@@ -118,7 +118,7 @@ LOSSES = ("loss", "grad_norm", "train_loss", "val_loss")
 
 def column(out_dir: Path, name: str) -> dict[int, float]:
     """One quantity by step; fails if a step has it twice."""
-    found = [(row["step"], row[name]) for row in rows(out_dir) if name in row]
+    found = [(row["step"], row[name]) for row in rows(out_dir) if name in row and "event" not in row]
     assert len(dict(found)) == len(found), f"{name} doubled: {[step for step, _ in found]}"
     return dict(found)
 

@@ -50,17 +50,21 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
     if is_a_file(sys.stderr):
         faulthandler.enable()  # a crash of a library leaves the stack of each thread
     os.environ.setdefault(*_SPIN)
-    fallback = None
+    fallback, plan = None, None
     if resolved.config.fit == "auto" and not resolved.config.eval_only:
         from tightfit.planner.fit import fit
 
         is_main = os.environ.get("RANK", "0") == "0"
         fitted = fit(resolved, log=lambda line: print(line, flush=True) if is_main else None)
         resolved, fallback = fitted.resolved, fitted.fallback
+        if resolved.config.shard != "none":
+            from tightfit.planner.fit_cards import plan_spread
+
+            plan = plan_spread
     from tightfit.trainer.loop import train  # torch is imported only when there is something to train
 
     try:
-        result = train(resolved, fallback)
+        result = train(resolved, fallback, plan)
     except Exception as error:  # of any class: compilers and readers wrap an error of memory in their own
         failed = _out_of_memory(error)
         if failed is None or os.environ.get("RANK", "0") != "0":

@@ -280,7 +280,7 @@ class TrainConfig(Schema):
     shard: str = "none"
     """Spreads the model over torchrun's processes with FSDP2: none (each has a copy), optimizer (each has a part of the
     moments and of summed gradients, and during a step all weights), full (a part of the weights, too), hybrid (full
-    among `shard_size` processes, and copies of that), or auto (none if a copy surely fits, else hybrid or full)."""
+    among `shard_size` processes, and copies of that), or auto (the fastest that fits, by a plan)."""
     shard_size: int = 0
     """Processes that share a copy of the model with shard=hybrid; 0: those of one machine."""
     seed: int = 1337

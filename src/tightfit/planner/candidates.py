@@ -13,6 +13,7 @@ OPEN = {
     "eval_micro_batch": lambda config: config.eval_micro_batch == 0,
     "loss": lambda config: config.loss == "auto",
     "compile": lambda config: config.compile == "auto",
+    "shard": lambda config: config.shard == "auto",
 }
 """Keys with a value that leaves the choice to the planner."""
 KeyValue = bool | int | float | str

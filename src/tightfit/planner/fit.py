@@ -10,9 +10,17 @@ from tightfit.config.sizes import parse_bytes
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
 from tightfit.models.shape import parameter_count, vocabulary_of
-from tightfit.planner.candidates import KeyValue, is_open, may_recompute, with_values
+from tightfit.planner.candidates import KeyValue, Plan, is_open, may_recompute, with_values
 from tightfit.planner.planned_fallback import PlannedFallback
-from tightfit.planner.planning import PlanResult, Where, card_here, make_plan, this_host, with_shape
+from tightfit.planner.planning import (
+    PlanResult,
+    Where,
+    allocator_settings,
+    card_here,
+    make_plan,
+    this_host,
+    with_shape,
+)
 from tightfit.planner.probe import is_wanted, timed
 from tightfit.planner.sentences import nothing_fits, one_line
 from tightfit.simulation.cache import one_at_a_time
@@ -25,7 +33,7 @@ SOURCE = "plan"
 """Source of the keys that a plan sets."""
 _PROCESS_BYTES = GIB
 """Bytes of Python, torch and its libraries, rounded up from 407 MiB measured."""
-_OBVIOUS_SHARE = 0.5
+OBVIOUS_SHARE = 0.5
 """Share of the budget: a run with a rough bound below it is not traced."""
 
 
@@ -44,23 +52,23 @@ def fit(resolved: Resolved[TrainConfig], *, log: Callable[[str], object]) -> Fit
     start at all.
     """
     open_dataset(resolved.config.dataset, resolved.config.data_dir)
-    if resolved.config.shard != "none":
-        log(say("planner.fit.sharded", shard=resolved.config.shard))
+    if resolved.config.shard != "none":  # planned once its processes are connected (planner.fit_cards)
+        _set_allocator(resolved.config)
         return Fitted(resolved)
     config = with_shape(resolved.config)
     if config.offloads("activations") and may_recompute(resolved):  # only recomputed blocks can be offloaded
         resolved = _with_keys(resolved, {"activation_checkpointing": config.n_layer})
         config = replace(config, activation_checkpointing=config.n_layer)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    bound = _rough_bound(config, processes)
-    if config.memory == "auto" and config.device == "cpu" and bound < _OBVIOUS_SHARE * _host_bytes():
-        log(say("planner.fit.unchanged", bound=bound, room=_host_bytes()))
+    bound = rough_bound(config, processes)
+    if config.memory == "auto" and config.device == "cpu" and bound < OBVIOUS_SHARE * host_bytes():
+        log(say("planner.fit.unchanged", bound=bound, room=host_bytes()))
         return Fitted(resolved)
     try:
         where = _where(config)
         if where is None:
             return Fitted(resolved)
-        if bound < where.budget.bytes * _OBVIOUS_SHARE:
+        if bound < where.budget.bytes * OBVIOUS_SHARE:
             log(say("planner.fit.unchanged", bound=bound, room=where.budget.bytes))
             is_ours = where.gpu is not None and is_open(resolved, "loss")
             return Fitted(_with_keys(resolved, {"loss": "full"} if is_ours else {}))  # the faster one on a card
@@ -86,10 +94,20 @@ def _fitted(
     for name, value in result.environ.items():
         os.environ.setdefault(name, value)
     assert choice.best is not None
-    keys = choice.best.plan.keys()
-    kept = {key: value for key, value in keys.items() if key in LOSSY_KEYS or is_open(resolved, key)}
     fallback = PlannedFallback.of(choice, config.n_layer, where.budget, on_host=where.gpu is None)
-    return Fitted(_with_keys(resolved, kept), fallback)
+    return Fitted(_with_keys(resolved, kept_keys(resolved, choice.best.plan)), fallback)
+
+
+def kept_keys(resolved: Resolved[TrainConfig], plan: Plan) -> dict[str, KeyValue]:
+    """Return the keys of a plan that the user left open, or allowed to change."""
+    return {key: value for key, value in plan.keys().items() if key in LOSSY_KEYS or is_open(resolved, key)}
+
+
+def _set_allocator(config: TrainConfig) -> None:
+    """Set the allocator as plans are made, before torch is imported, which reads it once."""
+    where = _where(config) if config.device != "cpu" else None
+    for name, value in allocator_settings(where.gpu if where else None).items():
+        os.environ.setdefault(name, value)
 
 
 def _with_keys(resolved: Resolved[TrainConfig], keys: Mapping[str, KeyValue]) -> Resolved[TrainConfig]:
@@ -97,7 +115,7 @@ def _with_keys(resolved: Resolved[TrainConfig], keys: Mapping[str, KeyValue]) ->
     return Resolved(with_values(resolved.config, keys), sources, resolved.warnings)
 
 
-def _host_bytes() -> int:
+def host_bytes() -> int:
     """Bytes that a process started here could use for tensors, without measuring its other memory."""
     return max(0, host_memory().budget_bytes - _PROCESS_BYTES)
 
@@ -115,7 +133,7 @@ def _where(config: TrainConfig) -> Where | None:
     return this_host(limit) if config.device in ("cpu", "auto") and sys.platform == "linux" else None
 
 
-def _rough_bound(config: TrainConfig, processes: int) -> int:
+def rough_bound(config: TrainConfig, processes: int) -> int:
     """Upper bound in bytes of the requested run: weights, gradients, moments, and every output of every layer.
 
     Activations of a layer by Korthikanti et al. 2022 (34 s b h + 5 a s^2 b bytes in two-byte numbers), here of four

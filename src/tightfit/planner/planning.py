@@ -105,7 +105,7 @@ def make_plan(
         config=config,
         where=where,
         choice=choice,
-        environ=_allocator_settings(where.gpu),
+        environ=allocator_settings(where.gpu),
         seconds=time.perf_counter() - started,
         traced=simulator.played,
         notes=[*where.notes, *_emulates(config, where.gpu)],
@@ -150,13 +150,13 @@ def target_of(where: Where, config: TrainConfig, processes: int) -> Target:
         gpu=where.gpu,
         known=where.known,
         share=batch_split(config, processes).share,
-        environ=_allocator_settings(where.gpu),
+        environ=allocator_settings(where.gpu),
         host=measured_host() if where.gpu is None else None,
         cards=where.cards,
     )
 
 
-def _allocator_settings(gpu: GPU | None) -> dict[str, str]:
+def allocator_settings(gpu: GPU | None) -> dict[str, str]:
     """Return the user's settings; without any, those that a plan for a card is made with."""
     environ = {name: os.environ[name] for name in os.environ if name.endswith("_ALLOC_CONF")}
     if gpu and not environ and sys.platform == "linux" and not spills_to_host():
@@ -257,16 +257,22 @@ def _on_card(gpu: GPU, notes: Iterable[str], total: int | None, used_by_others: 
     )
 
 
-def this_host(memory_bytes: int | None = None, *, log: Callable[[str], object] = lambda text: None) -> Where:
-    """Return this machine's processor, with `memory_bytes` or the tightest limit of a process started here."""
+def this_host(
+    memory_bytes: int | None = None, *, processes: int = 1, log: Callable[[str], object] = lambda text: None
+) -> Where:
+    """Return this machine's processor, with `memory_bytes` or the tightest limit of a process started here.
+
+    `processes` like this one share what the machine and control groups have left.
+    """
     log(say("planner.planning.measuring"))
     host, base = host_memory(), measured_host().base_bytes
     resident = base["resident"]
     own = host.used_by_this_process_bytes
     wholes = [
-        (limit.limit_bytes if limit.source in base else limit.left_bytes + own, limit.source) for limit in host.limits
+        (limit.limit_bytes if limit.source in base else limit.left_bytes // processes + own, limit.source)
+        for limit in host.limits
     ]
-    wholes.append((host.available_bytes + own, say("planner.planning.free_memory")))
+    wholes.append((host.available_bytes // processes + own, say("planner.planning.free_memory")))
     if memory_bytes is not None:
         wholes.append((memory_bytes, say("planner.planning.as_given")))
     whole, source = min(wholes, key=lambda each: each[0] - base.get(each[1], resident))

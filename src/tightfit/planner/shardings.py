@@ -16,7 +16,7 @@ from tightfit.planner.search import Choice, Search, Task, choose, least_bytes
 from tightfit.wording import say
 
 NOTHING = Relief(name="", keys={})
-_ALIKE = 0.02
+ALIKE = 0.02
 """Part of a step's time below which two promises are alike, and the sharding with the least exchange is taken."""
 
 
@@ -67,7 +67,7 @@ def choose_sharding(
     best: Choice | None = None
     faster = 1.0
     for seconds, name, task in in_order(promised):
-        least_s = (1 - _ALIKE) * best.best.step_s(best.share) if best and best.best else math.inf
+        least_s = (1 - ALIKE) * best.best.step_s(best.share) if best and best.best else math.inf
         if min(faster, 1.0) * seconds >= least_s:
             break
         choice = choose(task, [NOTHING], searches[name])
@@ -86,7 +86,7 @@ def choose_sharding(
 
 def in_order(promised: Sequence[tuple[float, str, Task]]) -> list[tuple[float, str, Task]]:
     """Sort by the promised time; those that are as good as the fastest stay in their order."""
-    limit = (1 + _ALIKE) * min((seconds for seconds, _, _ in promised), default=0.0)
+    limit = (1 + ALIKE) * min((seconds for seconds, _, _ in promised), default=0.0)
     return sorted(promised, key=lambda each: max(limit, each[0]))
 
 

@@ -38,11 +38,14 @@ class StepWork:
     """Device memory while a run on several cards saves; 0 where that was not played."""
 
 
-def trace_on_host(run: Callable[[Meter], StepWork], meter: Meter) -> StepTrace:
-    """Trace `run` on virtual host tensors. Sizes in bytes."""
+def trace_on_host(run: Callable[[Meter], StepWork], meter: Meter, *, processes: int = 1) -> StepTrace:
+    """Trace `run` on virtual host tensors, as the first of `processes`. Sizes in bytes."""
     phases = Phases(lambda: device.roles.mark_all())
     device = VirtualDevice(Card(capability=(8, 0), sm_count=1), CachingAllocator(total_bytes=_WIDE), phases, "cpu")
     patches.install(device)
+    if processes > 1:
+        patches.process_groups.install(device)
+        patches.host.install_storages(device)  # FSDP2 frees and takes the memory of gathered weights
     phases.install()
     device.observer = meter
     with device.mode():

@@ -34,7 +34,8 @@ _SAMPLED = 4
 def trace_step(request: StepRequest) -> StepTrace:
     """Trace a run's phases or its steps alone. The process is spent after it."""
     if not request.gpu:
-        return trace_on_host(lambda meter: _run(request, meter), Meter())
+        os.environ.update(_rank_variables(request))
+        return trace_on_host(lambda meter: _run(request, meter), Meter(), processes=request.cards)
     session = VirtualSession(
         Settings(
             gpu=request.gpu,
@@ -143,6 +144,8 @@ def _save(state: StepState) -> int:
 
     DCP copies a tensor at a time, so the card holds nothing besides. A copy on each card is saved the same way.
     """
+    if not torch.cuda.is_available():  # on the host they are written from where they are
+        return 0
     held = torch.cuda.memory_allocated()
     if state.shards is None:
         return held

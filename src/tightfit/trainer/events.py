@@ -19,6 +19,13 @@ class PlanEvent(Event, tag="plan", frozen=True, kw_only=True):
     checkpointed_blocks: int
 
 
+class ShardingEvent(Event, tag="sharding", frozen=True, kw_only=True):
+    """The choice of how the model is spread over the processes."""
+
+    shard: str
+    reason: str
+
+
 class RecoveryEvent(Event, tag="recovery", frozen=True, kw_only=True):
     """A survived out-of-memory error."""
 

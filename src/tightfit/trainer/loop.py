@@ -31,7 +31,6 @@ from tightfit.errors import ConfigError, TightfitError
 from tightfit.models.loss import LossKind
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import SavedOptimizer, plain_state
-from tightfit.models.shape import parameter_count, state_bytes
 from tightfit.storage import AGENTS, BEST, LAST, without_temporary_folder, write_aside
 from tightfit.system import host_memory
 from tightfit.trainer import checkpoint as ckpt
@@ -53,7 +52,6 @@ from tightfit.trainer.hardware import Hardware, choose_hardware, set_process_opt
 from tightfit.trainer.metrics import Reporter, Stopwatch
 from tightfit.trainer.out_of_memory import (
     Kind,
-    free_bytes,
     is_out_of_memory,
     release_frames,
     release_memory,
@@ -72,10 +70,10 @@ from tightfit.trainer.setup import (
     refuse_other_run,
     refuse_other_text,
     run_mesh,
-    sharding_that_fits,
     starting_point,
 )
 from tightfit.trainer.signals import handling_signals
+from tightfit.trainer.spread import MakePlan, SpreadPlan, agreed_plan, as_planned, with_sharding
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
 from tightfit.trainer.stored import has_checkpoint
 from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
@@ -101,10 +99,11 @@ class NotFinite(TightfitError):
     exit_code = 1
 
 
-def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> RunResult:
+def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None, plan: MakePlan | None = None) -> RunResult:
     """Train as configured. If the run cannot be done, raise one of this package's errors; nothing is lost.
 
-    `fallback` decides the changes when memory runs out; by default everything is halved.
+    `fallback` decides the changes when memory runs out; by default everything is halved. `plan` decides how a model is
+    spread over several processes where the configuration has a sharding.
     """
     config = resolved.config
     world = world_of_environment()
@@ -120,7 +119,10 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None) -> 
             at_end.callback(reporter.close)
             started_by = agents(world)
             resolved = _restarted(resolved, started_by, world, reporter)
-            return _Run(resolved, started_by, world, hardware, reporter, fallback, at_end).execute()
+            spread = agreed_plan(resolved, plan, world, hardware.device, log=reporter.log)
+            if spread is not None:
+                resolved, fallback = as_planned(resolved, spread), spread.fallback
+            return _Run(resolved, started_by, world, hardware, reporter, fallback, at_end, spread).execute()
 
 
 def _refuse(config: TrainConfig, world: World) -> None:
@@ -172,6 +174,7 @@ class _Run:
         reporter: Reporter,
         fallback: Fallback | None,
         at_end: ExitStack,
+        spread: SpreadPlan | None,
     ) -> None:
         config, self._at_end = resolved.config, at_end
         self.config, self.world, self.hardware, self.reporter = config, world, hardware, reporter
@@ -196,7 +199,7 @@ class _Run:
         beginning: Phase = "resume" if config.init_from == "resume" else "setup"
         start = self.recovery.tried(beginning, self._starting_point)
         shape = self._shape(start)
-        self._choose_sharding(shape)
+        self._choose_sharding(shape, spread)
         self.model, self.state = self.recovery.tried(beginning, partial(self._build, shape, start))
         self._set_process_malloc(fallback)
         if self.state.shards:
@@ -208,19 +211,15 @@ class _Run:
         self.first_step = self.saver.saved_step = self.recovery.step = self.step
         self._begin(shape, fallback)
 
-    def _choose_sharding(self, shape: GPTConfig) -> None:
-        """Choose where the configuration leaves it open, and connect the processes accordingly."""
-        config, world = self.config, self.world
-        if config.shard == "auto":
-            need = parameter_count(shape) * state_bytes(config)
-            frees = [each for each in world.all(free_bytes(self.hardware.device)) if each is not None]
-            free = min(frees, default=None)
-            if free is not None and self.hardware.device.type == "cpu":
-                free //= world.local_size  # the processes of a machine share its memory
-            shard = sharding_that_fits(need, free, world) if world.size > 1 else "none"
-            self.config = replace(config, shard=shard)
-            room = say("trainer.loop.shard_room", free=free) if free is not None else ""
-            self.reporter.log(say("trainer.loop.shard_chosen", shard=shard, need=need, room=room))
+    def _choose_sharding(self, shape: GPTConfig, plan: SpreadPlan | None) -> None:
+        """Choose where configuration and plan leave it open, and connect the processes accordingly."""
+        world = self.world
+        self.config, event = with_sharding(self.config, plan, shape, world, self.hardware.device)
+        if event is not None:
+            self.reporter.log(say("trainer.loop.shard_chosen", shard=event.shard, reason=event.reason))
+            self.reporter.event(self.step, event)
+        if plan and plan.line:
+            self.reporter.log(plan.line)
         self.mesh = run_mesh(self.config, world, self.hardware.device)
         if self.mesh:
             self.saver.agreed = world.from_main

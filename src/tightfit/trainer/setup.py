@@ -158,19 +158,6 @@ def run_mesh(config: TrainConfig, world: World, device: torch.device) -> "Device
     return shard_mesh(world, device, (config.shard_size or world.local_size) if is_hybrid else world.size)
 
 
-def sharding_that_fits(state: int, free: int | None, world: World) -> str:
-    """Return the sharding with the least exchange whose part of `state` bytes leaves half of `free` to activations.
-
-    >>> two_machines = World(rank=0, size=16, local_rank=0, local_size=8)
-    >>> [sharding_that_fits(gib, 20, two_machines) for gib in (8, 60, 100)]
-    ['none', 'hybrid', 'full']
-    """
-    if free is None or 2 * state <= free:
-        return "none"
-    fits_in_machine = 2 * state <= free * world.local_size
-    return "hybrid" if fits_in_machine and world.local_size < world.size else "full"
-
-
 def _is_whole_run_in_parts(start: Checkpoint) -> bool:
     return start.optimizer is not None and start.path is not None and start.path.is_dir()
 

@@ -131,7 +131,8 @@ class VirtualDevice:
         if special is not None:
             return special(func, *args, **kwargs)
         if self._is_host:
-            return self.execute(func, args, kwargs)
+            is_meta = _is_on_meta(args, kwargs.get("device"))
+            return func(*args, **kwargs) if is_meta else self.execute(func, args, kwargs)
         if kwargs.get("pin_memory"):  # of the driver, which is not there
             kwargs = {**kwargs, "pin_memory": False}
             if func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS:
@@ -670,6 +671,13 @@ def _fakes(values: Iterable[Argument]) -> Iterator[FakeTensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _fakes(value)
+
+
+def _is_on_meta(args: Arguments, device: Argument) -> bool:
+    """Return True for an operator whose result has no memory anywhere: it needs no virtual device."""
+    if isinstance(device, torch.device):
+        return device.type == "meta"
+    return any(isinstance(each, Tensor) and each.is_meta for each in args)
 
 
 def _has_fake(values: Iterable[Argument]) -> bool:

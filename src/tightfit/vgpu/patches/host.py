@@ -34,7 +34,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_ragged()
     _install_validity(device)
     _install_steps(device)
-    _install_storages(device)
+    install_storages(device)
     _install_fake_tensors(device)
     _install_parameters()
     tensor_kinds.install()
@@ -158,7 +158,8 @@ def _can_hold(tensor: Tensor, value: Tensor) -> bool:
     return torch._has_compatible_shallow_copy_type(tensor, value)  # False from "meta" to the host, say
 
 
-def _install_storages(device: VirtualDevice) -> None:
+def install_storages(device: VirtualDevice) -> None:
+    """Let storages answer for memory that the virtual device takes and frees."""
     usual_address, usual_resize = torch.UntypedStorage.data_ptr, torch.UntypedStorage.resize_
 
     def storage_address(storage: torch.UntypedStorage) -> int:
