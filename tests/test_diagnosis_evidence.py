@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tightfit.cli.main import main
+from tightfit.diagnosis import model_play
 from tightfit.diagnosis.failing_line import line_kind
 from tightfit.diagnosis.framework_words import frameworks, pasted, programs
 from tightfit.diagnosis.tensor_fits import range_of, usual_weights
@@ -149,9 +150,16 @@ MODEL = (
         ("config.json", MODEL, ["a model's config.json: Qwen2.5 14B"], ["「モデルの config.json」として読みました"]),
     ],
 )
-def test_a_configuration_of_another_program_is_read_and_not_played(
-    name: str, text: str, says: list[str], says_ja: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_configuration_of_another_program_is_read(
+    name: str,
+    text: str,
+    says: list[str],
+    says_ja: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(model_play, "can_play", lambda: False)
     log, config = tmp_path / "oom.log", tmp_path / name
     log.write_text(LOG)
     config.write_text(text)

@@ -4,9 +4,16 @@ import json
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tightfit.cli.main import main
+from tightfit.diagnosis import model_play
+from tightfit.diagnosis.explaining import explain as explained
+from tightfit.diagnosis.foreign_config import Foreign, foreign_in
+from tightfit.diagnosis.model_run import ModelRun
+from tightfit.diagnosis.outcome import Outcome
+from tightfit.diagnosis.remedies import Resized
 
 LOG = """\
 Traceback (most recent call last):
@@ -34,6 +41,7 @@ DEEPSPEED = """\
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_play, "can_play", lambda: False)
     Path("oom.log").write_text(LOG)
     return tmp_path
 
@@ -126,3 +134,100 @@ def test_a_model_is_given_by_its_name_or_its_folder(model: str, capsys: pytest.C
 def test_what_is_no_model_is_one_sentence(words: list[str], rule: str, capsys: pytest.CaptureFixture[str]):
     assert explain(*words) == 2
     assert rule in capsys.readouterr().err
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 100_000,
+    "tie_word_embeddings": True,
+}
+SFT = """\
+model_name_or_path: tiny
+finetuning_type: full
+per_device_train_batch_size: 16
+gradient_accumulation_steps: 16
+cutoff_len: 1024
+bf16: true
+"""
+
+
+def given(sft: str) -> Foreign:
+    Path("sft.yaml").write_text(sft)
+    Path("config.json").write_text(json.dumps(TINY, indent=1))
+    found = foreign_in(["sft.yaml", "config.json"], [])
+    assert found is not None
+    return found
+
+
+class Played:
+    """Steps that are asked for, answered without a play: all that is above a batch fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int) -> None:
+        self.steps: list[ModelRun] = []
+        self._most = most
+        monkeypatch.setattr(model_play, "can_play", lambda: True)
+        monkeypatch.setattr(model_play.ModelPlay, "_play", lambda play, run: self._outcome(run))
+
+    def _outcome(self, run: ModelRun) -> Outcome:
+        self.steps.append(run)
+        return Outcome(
+            fits=run.batch <= self._most,
+            device_bytes=run.batch << 30,
+            phase="forward",
+            steps=2,
+            categories={},
+            not_modelled=(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("sft", "step"),
+    [
+        (SFT, {"weights": "float32", "cast": "bfloat16", "rank": 0, "checkpointing": True}),
+        (SFT.replace(": full", ": lora\nlora_rank: 4"), {"weights": "bfloat16", "rank": 4, "optimizer": "adamw"}),
+        (SFT.replace("bf16: true", "disable_gradient_checkpointing: true"), {"cast": "", "checkpointing": False}),
+        (
+            SFT + "optim: adafactor\ndeepspeed: null\nfsdp: ''\n",
+            {"optimizer": "adafactor", "batch": 16, "accumulation": 16, "length": 1024},
+        ),
+        (SFT + "quantization_bit: 4\n", None),
+        (SFT + "optim: adamw_8bit\n", None),
+        (SFT + "deepspeed: ds_z3_config.json\n", None),
+        (SFT.replace("cutoff_len: 1024\n", ""), None),
+    ],
+)
+def test_the_step_that_is_played(sft: str, step: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch):
+    played = Played(monkeypatch, most=0)
+    found = explained(LOG, foreign=given(sft))
+    assert (found.played == "model") == (step is not None)
+    if step is not None:
+        assert step.items() <= msgspec.to_builtins(played.steps[0]).items()
+        assert found.causes[0].code == "model_step"
+
+
+def test_one_sequence_is_tried_where_a_quarter_is_not_enough(monkeypatch: pytest.MonkeyPatch):
+    """Batch and passes are both 16: each number of the pasted lines is the one that its key stands for."""
+    played = Played(monkeypatch, most=1)
+    best = explained(LOG, foreign=given(SFT)).best
+    assert [each.batch for each in played.steps[:3]] == [16, 4, 1]
+    assert best is not None
+    assert best.paste == ("per_device_train_batch_size: 1", "gradient_accumulation_steps: 256")
+    assert isinstance(best.change, Resized)
+    assert best.change.parts == 16
+
+
+@pytest.mark.slow
+def test_a_model_is_really_played(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model_play, "can_play", lambda: True)
+    pytest.importorskip("transformers")
+    given(SFT)
+    assert explain("--config", "sft.yaml", "--model", "config.json") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "fails on this card, too, in the backward pass" in shown
+    assert "batch 4 x accumulation 64 instead of 16 x 16: FITS" in shown

@@ -172,7 +172,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY:
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
-    return not needs_words or pasted(code, run.frameworks, _values(evidence)) is not None
+    return not needs_words or pasted(code, run.frameworks, _values(evidence, _divided(evidence))) is not None
 
 
 _VAE = re.compile(r"VAE ?(?:De|En)code|\bvae\b|[Aa]uto_?[Ee]ncoder")
@@ -221,8 +221,20 @@ def _autocast(device: str) -> Pasted:
     return Pasted(lines=(f"with torch.autocast('{device}', dtype=torch.{dtype}):",), page=page)
 
 
+def of_one_sequence(fix: Remedy, evidence: Evidence) -> Remedy:
+    """Return the fix of a smaller batch with one sequence a pass."""
+    assert isinstance(fix.change, Resized)
+    batch, divided = fix.change.batch, (fix.change.batch, 1, fix.change.batch * fix.change.accumulation)
+    words = _own_option("split_general", evidence, divided) or pasted(
+        "split_general", evidence.run.frameworks, _values(evidence, divided)
+    )
+    change = replace(fix.change, size=1, passes=batch * fix.change.accumulation, parts=batch)
+    return replace(fix, change=change, paste=words.lines if words else ())
+
+
 def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
-    words = _own_option(code, evidence) or pasted(code, evidence.run.frameworks, _values(evidence))
+    divided = _divided(evidence)
+    words = _own_option(code, evidence, divided) or pasted(code, evidence.run.frameworks, _values(evidence, divided))
     if code == "half_precision" and facts.kind in _NOT_CUDA:
         words = _autocast(facts.kind.partition("_")[0])
     effect = applicability(code)
@@ -236,7 +248,7 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         paste=words.lines if words else (),
         page=words.page if words else "",
     )
-    batch, size, passes = _divided(evidence)
+    batch, size, passes = divided
     if code == "split_general" and batch and size and passes:
         accumulation = _accumulation(evidence)
         change = Resized(size=size, passes=passes, batch=batch, accumulation=accumulation or 1, parts=batch // size)
@@ -251,7 +263,11 @@ def _accumulation(evidence: Evidence) -> int | None:
     return evidence.run.numbers.get("accumulation", usual)
 
 
-def _divided(evidence: Evidence) -> tuple[int | None, int | None, int | None]:
+_Divided = tuple[int | None, int | None, int | None]
+"""A printed batch, the sequences of one pass and the passes of a step."""
+
+
+def _divided(evidence: Evidence) -> _Divided:
     """Return the printed batch, a quarter of it, and the accumulation that keeps the sequences of a step."""
     batch = evidence.run.numbers.get("batch_size")
     if not batch or batch < 2 or "data_parallel" in evidence.run.signs:
@@ -260,9 +276,9 @@ def _divided(evidence: Evidence) -> tuple[int | None, int | None, int | None]:
     return batch, size, batch // size * (_accumulation(evidence) or 1)
 
 
-def _values(evidence: Evidence) -> dict[str, int | str]:
+def _values(evidence: Evidence, divided: _Divided) -> dict[str, int | str]:
     """Return the values to fill into the lines of frameworks.toml."""
-    batch, size, passes = _divided(evidence)
+    batch, size, passes = divided
     length = evidence.run.numbers.get("length")
     return {
         "size": size or "BATCH/4",
@@ -273,9 +289,9 @@ def _values(evidence: Evidence) -> dict[str, int | str]:
     }
 
 
-def _own_option(code: str, evidence: Evidence) -> Pasted | None:
+def _own_option(code: str, evidence: Evidence, divided: _Divided) -> Pasted | None:
     """Return the user's own options, as printed, for a program that is not known."""
-    names, (_, size, passes) = evidence.run.names, _divided(evidence)
+    names, (_, size, passes) = evidence.run.names, divided
     if code != "split_general" or evidence.framework is not None or size is None:
         return None
     lines = [_option(names["batch_size"], size)] if "batch_size" in names else []

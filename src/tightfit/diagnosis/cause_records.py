@@ -39,6 +39,15 @@ class FillsCard(Cause, frozen=True, kw_only=True):
     total_bytes: int
 
 
+class ModelStep(Cause, frozen=True, kw_only=True):
+    """A simulated training step of the model that a configuration names."""
+
+    of: str
+    phase: str
+    device_bytes: int
+    room_bytes: int
+
+
 class PlayFits(Cause, frozen=True, kw_only=True):
     device_bytes: int
 

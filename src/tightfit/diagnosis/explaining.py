@@ -19,6 +19,7 @@ from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
 from tightfit.diagnosis.kind_sentences import fixes_of, with_run
+from tightfit.diagnosis.model_run import model_run_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
@@ -159,6 +160,9 @@ def _of_device(
     if config is None and plain.foreign is None:
         config = _printed_config(printed, evidence)
     card = card_of(facts, printed, gpu)
+    of_model = _of_model(plain, facts, card, evidence, log, progress) if card is not None else None
+    if of_model is not None:
+        return of_model
     if config is None or card is None:
         return _unplayed(plain, facts, card, "config" if config is None else "card", evidence)
     log(say("explain.explaining.playing", gpu=card.name))
@@ -186,6 +190,26 @@ def _of_device(
         not_modelled=plays.base.not_modelled,
         max_iters=config.max_iters,
     )
+
+
+def _of_model(
+    plain: Explanation,
+    facts: Facts,
+    card: Card,
+    evidence: Evidence,
+    log: Callable[[str], object],
+    progress: "Progress | None",
+) -> Explanation | None:
+    """Explain by a training step of the model in another program's configuration; None where it cannot be played."""
+    run = model_run_of(plain.foreign, evidence) if plain.foreign is not None else None
+    if run is None:
+        return None
+    from tightfit.diagnosis.model_play import ModelPlay, can_play
+
+    if not can_play():
+        return None
+    log(say("explain.explaining.playing_model", model=run.name, gpu=card.name))
+    return ModelPlay(run, card, progress=progress).explained(plain, facts, evidence)
 
 
 def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str, evidence: Evidence) -> Explanation:

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.cause_records import Cause
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.foreign_config import Foreign
+from tightfit.diagnosis.model_run import ModelRun
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import FITS, Remedy
 from tightfit.display import Displayed
@@ -27,7 +28,9 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     causes: tuple[Cause, ...] = ()
     remedies: tuple[Remedy, ...] = ()
     played: str = ""
-    """config, log (its printed keys), script, or empty."""
+    """config, log (its printed keys), script, model (another program's configuration), or empty."""
+    model_run: ModelRun | None = None
+    """The training step that was played for another program's configuration."""
     unplayed_because: str = ""
     """A key of the words' table `unplayed`, where nothing was played."""
     framework: str | None = None

@@ -1,6 +1,6 @@
 """Configurations of other programs, told by their keys, and read for what decides a run's memory.
 
-They are not played: a play needs the program itself. Their values count like those that a log prints.
+Their values count like those that a log prints. `model_play` plays the model that they train.
 """
 
 import difflib

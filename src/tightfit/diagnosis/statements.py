@@ -10,6 +10,7 @@ from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
 from tightfit.diagnosis.foreign_config import Foreign
+from tightfit.diagnosis.model_run import ModelRun
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.remedies import Remedy, SplitBatch
 from tightfit.diagnosis.stable_codes import stable_code
@@ -136,6 +137,8 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     card = explanation.card
     if explanation.played and card is not None and card.how_named == "assumed":
         yield words("assumed", "card", name=card.name, total=card.total_bytes)
+    if explanation.model_run is not None:
+        yield _step_line(explanation.model_run, words)
     if explanation.played == "log":
         yield words("assumed", "log")
 
@@ -147,11 +150,23 @@ def _foreign_lines(explanation: "Explanation", foreign: Foreign, words: Words) -
     values += [words("given", "model", value=model.name)] if model is not None and model.name else []
     program = words.name("programs", foreign.program)
     if values:
-        yield words("assumed", "read_as", program=program, values=words("units", "separator").join(values))
+        key = "read_as_played" if explanation.played == "model" else "read_as"
+        yield words("assumed", key, program=program, values=words("units", "separator").join(values))
     else:
         yield words("assumed", "nothing_read", program=program)
     if model is None:
         yield words("assumed", "model_unknown")
+
+
+def _step_line(run: ModelRun, words: Words) -> str:
+    """Return the step that was played, with what the configuration leaves open."""
+    parts = [words("step", "weights", dtype=run.weights)]
+    parts += [words("step", "cast", dtype=run.cast)] if run.cast else []
+    parts += [words("step", "lora", rank=run.rank) if run.rank else words("step", "full")]
+    parts += [words("step", "checkpointing" if run.checkpointing else "kept")]
+    parts += [words("step", "optimizer", optimizer=words.name("optimizers", run.optimizer))]
+    text = words("units", "separator").join(parts)
+    return words("assumed", "model_step", of=run.name, batch_size=run.batch, length=run.length, parts=text)
 
 
 def expected_lines(explanation: "Explanation", said: Sentences, words: Words) -> Iterator[str]:
@@ -175,7 +190,7 @@ def expected_lines(explanation: "Explanation", said: Sentences, words: Words) ->
     if max_iters is not None and card is not None:
         yield words("expected", "verify", command="")
         yield f"      {_command(card, explanation.config_names, best)}"
-    if explanation.config_names:
+    if explanation.config_names and explanation.foreign is None:
         yield words("expected", "own", config=said.config)
 
 
@@ -183,7 +198,7 @@ def _without_fix(explanation: "Explanation") -> str:
     """Return the key of the sentence for an explanation in which no fix is known to help."""
     if any(each.code == "play_fits" for each in explanation.causes):
         return "configuration_fits"
-    keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked"}
+    keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked", "model": "model_unchecked"}
     is_nanogpt = explanation.framework == "nanogpt" and not explanation.is_elsewhere
     has_no_card = explanation.unplayed_because == "card"
     return keys.get(explanation.played, "unchecked" if is_nanogpt or has_no_card else "unchecked_elsewhere")
