@@ -16,6 +16,7 @@ from tightfit.errors import ConfigError
 from tightfit.gpus import resolve_gpu
 from tightfit.kernels.launch import Kernel
 from tightfit.links import linked_cards
+from tightfit.models.shape import parameter_count
 from tightfit.planner.candidates import Relief
 from tightfit.planner.layers import PLAYED_LAYERS, extended, may_extend, with_layers
 from tightfit.planner.plan_record import plan_record
@@ -29,12 +30,12 @@ from tightfit.planner.planning import (
     where_to_plan,
     with_cards,
 )
-from tightfit.planner.predict import Predictor, Target
+from tightfit.planner.predict import Predictor, Target, staged_for
 from tightfit.planner.search import least_bytes
 from tightfit.planner.shardings import in_order, open_shardings
 from tightfit.planner.smallest import smallest_set
 from tightfit.simulation.client import Simulator
-from tightfit.simulation.requests import StepTrace
+from tightfit.simulation.requests import HostRates, StepTrace
 from tightfit.simulation.speed import KernelCount, Work, rates_of, step_time
 from tightfit.units import MIB
 
@@ -165,8 +166,6 @@ class TestShardings:
         assert open_shardings(resolved("--offload=activations"), FOUR) == ["none"]
 
     def test_least_bytes(self) -> None:
-        from tightfit.models.shape import parameter_count
-
         config = resolved().config
         count = parameter_count(config)
         found = [
@@ -256,6 +255,31 @@ class TestPlan:
         cards = json.loads(done.out)["cards"]
         few = here([*words, f"--gpu={cards['per_node'] - 1}x T4", "--memory=2GiB", "--shard=full"])
         assert few.code == 1
+
+
+HOST = HostRates(flops={"float32": 1e9, "bfloat16": 1e9}, bandwidth=1e9, base_bytes={})
+
+
+class TestStaging:
+    """The copy of weights and moments that `async_save` makes: 12 bytes a parameter."""
+
+    def test_of_each_process(self) -> None:
+        config = replace(resolved("--async_save=True").config)
+        count, apart = parameter_count(config), replace(FOUR, nodes=2, per_node=2)
+        found = [staged_for(replace(config, shard=shard), apart) for shard in ("none", "optimizer", "hybrid", "full")]
+        assert found == [12 * count, 3 * count, 6 * count, 3 * count]
+        assert staged_for(replace(config, async_save=False), apart) == 0
+
+    def test_on_the_host_it_is_part_of_the_peak(self) -> None:
+        words = ("--batch_size=2", "--gradient_accumulation_steps=1", "--micro_batch=1", "--device=cpu", "--loss=full")
+        peaks = []
+        for own in ((), ("--async_save=True",)):
+            config = resolved(*words, *own).config
+            target = Target(gpu=None, known=True, share=2, host=HOST)
+            with Simulator() as simulator:
+                predictor = Predictor(config, target, simulator)
+                peaks.append(predictor._prediction(make_least(config), trace(2)).peak_bytes)
+        assert peaks[1] - peaks[0] == 12 * parameter_count(config)
 
 
 def test_the_smallest_number_of_processors_is_no_question() -> None:

@@ -303,6 +303,34 @@ def test_a_step_that_hangs_is_noticed_with_every_threads_stack(
     assert stacks.count("hread 0x") >= 2
 
 
+def test_a_process_that_stops_while_all_save_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Between two steps any time may pass, as long as all processes are alive."""
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "LEAST_S", 0.05)
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+
+    class Others:
+        looked = 0
+
+        def beat(self) -> None:
+            pass
+
+        def silent(self) -> list[str]:
+            self.looked += 1
+            return ["process 1 on there"] if self.looked > 2 else []
+
+    found = watchdog.Watchdog(print, ends=True, pulse=Others())  # type: ignore[arg-type]
+    deadline = time.monotonic() + 20
+    while not codes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found.close()
+    assert set(codes) == {watchdog.HUNG}
+    assert "no sign of life from process 1 on there; all processes end" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_that_hangs_is_started_again(tmp_path: Path, data_dir: Path) -> None:
     """A real supervisor, and a step that sleeps in the first process only."""

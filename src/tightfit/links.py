@@ -66,6 +66,16 @@ class Cards:
         """All cards."""
         return self.nodes * self.per_node
 
+    def parts(self, shard: str, shard_size: int = 0) -> int:
+        """Return the number of cards over which weights and moments are spread.
+
+        >>> [Cards(nodes=2, per_node=4).parts(shard) for shard in ("none", "optimizer", "hybrid", "full")]
+        [1, 8, 4, 8]
+        """
+        if shard == "none" or self.count == 1:
+            return 1
+        return (shard_size or self.per_node) if shard == "hybrid" else self.count
+
     @property
     def nccl_bytes(self) -> int:
         """Bytes that NCCL takes on each card, estimated."""

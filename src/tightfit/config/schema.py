@@ -192,6 +192,8 @@ class TrainConfig(Schema):
     """Source of the weights: scratch, resume (from `out_dir`), a GPT-2 by name, or a path."""
     save_interval: int = 0
     """Steps between extra resume points; 0: at evaluations only."""
+    async_save: bool = False
+    """Saves while training goes on, from a copy of weights and moments in host memory."""
 
     wandb_log: bool = False
     """Logs to Weights & Biases."""

@@ -60,6 +60,16 @@ def flops_per_token(shape: Shape, tokens: int) -> int:
     return 6 * parameter_count(shape, positions=False) + 12 * shape.n_layer * shape.n_embd * tokens
 
 
+def staged_bytes(config: TrainConfig) -> int:
+    """Host memory for each parameter of the copy that `async_save` writes: its weight and AdamW's two moments.
+
+    >>> staged_bytes(TrainConfig()), staged_bytes(TrainConfig(optimizer="adamw_8bit"))
+    (12, 6)
+    """
+    number = 2 if config.param_dtype == "bfloat16" else 4
+    return number + (2 if config.optimizer == "adamw_8bit" else 2 * number)
+
+
 def state_bytes(config: TrainConfig) -> int:
     """Device memory for a parameter that is trained there: its weight, its gradient and AdamW's two moments.
 

@@ -9,7 +9,7 @@ from tightfit.config import LOSSY_KEYS, Resolved, TrainConfig, batch_split
 from tightfit.config.sizes import parse_bytes
 from tightfit.data import open_dataset
 from tightfit.errors import DeviceError, DoesNotFit
-from tightfit.models.shape import parameter_count, vocabulary_of
+from tightfit.models.shape import parameter_count, staged_bytes, vocabulary_of
 from tightfit.planner.candidates import KeyValue, Plan, is_open, may_recompute, with_values
 from tightfit.planner.planned_fallback import PlannedFallback
 from tightfit.planner.planning import (
@@ -143,4 +143,5 @@ def rough_bound(config: TrainConfig, processes: int) -> int:
     vocabulary = vocabulary_of(config)
     width, tokens = config.n_embd, size * config.block_size
     layer = 2 * (34 * tokens * width + 5 * config.n_head * config.block_size * tokens)
-    return 20 * parameter_count(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB
+    numbers = 20 + (staged_bytes(config) if config.async_save else 0)
+    return numbers * parameter_count(config) + config.n_layer * layer + 20 * tokens * vocabulary + 256 * MIB

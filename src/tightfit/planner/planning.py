@@ -17,7 +17,7 @@ from tightfit.models.shape import OFFLOADED_BYTES, parameter_count
 from tightfit.planner.budget import Budget, device_budget, host_budget
 from tightfit.planner.candidates import BOTH, INPUTS, OFFLOAD, Relief, reliefs
 from tightfit.planner.layers import may_extend
-from tightfit.planner.predict import Predictor, Target
+from tightfit.planner.predict import Predictor, Target, staged_for
 from tightfit.planner.search import Choice, Task, choose
 from tightfit.planner.shardings import Sharding, choose_sharding, open_shardings, with_sharding
 from tightfit.simulation.cache import recall, remember
@@ -108,7 +108,7 @@ def make_plan(
         environ=allocator_settings(where.gpu),
         seconds=time.perf_counter() - started,
         traced=simulator.played,
-        notes=[*where.notes, *_emulates(config, where.gpu)],
+        notes=[*where.notes, *_emulates(config, where.gpu), *_stages(config, where, choice)],
         shardings=shardings,
     )
 
@@ -172,6 +172,16 @@ def _emulates(config: TrainConfig, gpu: GPU | None) -> list[str]:
     if factor < _MUCH_FASTER:
         return [say("planner.planning.emulates", gpu=gpu.name)]
     return [say("planner.planning.emulates_slowly", gpu=gpu.name, factor=factor)]
+
+
+def _stages(config: TrainConfig, where: Where, choice: Choice) -> list[str]:
+    """Return the host memory of saves in the background, which no plan for a card counts on the card."""
+    if where.gpu is None or not config.async_save:
+        return []
+    shard = choice.best.plan.shard if choice.best else config.shard
+    each = staged_for(replace(config, shard="full" if shard == "auto" else shard), where.cards)
+    copies = 1 if shard == "none" else where.cards.per_node
+    return [say("planner.planning.stages", each=each, node=copies * each)]
 
 
 def named_card(

@@ -12,6 +12,7 @@ from tightfit.config import TrainConfig
 from tightfit.errors import DeviceError
 from tightfit.gpus import GPU
 from tightfit.links import Cards
+from tightfit.models.shape import parameter_count, staged_bytes
 from tightfit.planner.candidates import Plan
 from tightfit.planner.layers import PLAYED_LAYERS, extended, may_extend, with_layers
 from tightfit.simulation.client import Simulator
@@ -123,9 +124,12 @@ class Predictor:
         return [msgspec.structs.replace(request, config=with_layers(request.config, n)) for n in PLAYED_LAYERS]
 
     def _prediction(self, plan: Plan, trace: StepTrace) -> Prediction:
+        config = plan.applied_to(self._config)
+        # On the host the copy that a save in the background writes lies beside the tensors.
+        staged = staged_for(config, self._target.cards) if self._target.gpu is None else 0
         prediction = Prediction(
             plan=plan,
-            peak_bytes=trace.reserved_bytes,
+            peak_bytes=trace.reserved_bytes + staged,
             allocated_bytes=trace.allocated_bytes,
             phase=trace.phase,
             categories=trace.categories,
@@ -166,6 +170,16 @@ class Predictor:
             cards=cards.count,
             cards_per_node=cards.per_node,
         )
+
+
+def staged_for(config: TrainConfig, cards: Cards) -> int:
+    """Return the host memory that `async_save` takes for the part of one card or process; 0 without it.
+
+    Where each has a copy of the model, the first one saves it.
+    """
+    if not config.async_save:
+        return 0
+    return staged_bytes(config) * parameter_count(config) // cards.parts(config.shard, config.shard_size)
 
 
 def _answered(trace: StepTrace | Failed) -> StepTrace:

@@ -132,12 +132,8 @@ def least_bytes(config: TrainConfig, relief: Relief, *, cards: Cards = SINGLE) -
     With shard=optimizer also the gathered weights, at least in autocast's format.
     """
     whole = state_bytes(with_values(config, relief.keys)) * parameter_count(config)
-    if config.shard == "none" or cards.count == 1:
-        return whole
-    if config.shard == "hybrid":
-        return whole // (config.shard_size or cards.per_node)
-    gathered = GATHERED_BYTES * parameter_count(config) if config.shard == "optimizer" else 0
-    return whole // cards.count + gathered
+    gathered = GATHERED_BYTES * parameter_count(config) if config.shard == "optimizer" and cards.count > 1 else 0
+    return whole // cards.parts(config.shard, config.shard_size) + gathered
 
 
 class Search:

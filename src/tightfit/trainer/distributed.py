@@ -32,6 +32,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    group: "dist.ProcessGroup | None" = None
+    """Process group of its agreements; None: the run's."""
 
     @property
     def is_main(self) -> bool:
@@ -51,7 +53,7 @@ class World:
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.flag_device(device))
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return [float(x) for x in total.tolist()]
 
     def flag_device(self, device: torch.device) -> torch.device:
@@ -67,7 +69,7 @@ class World:
         if self.size == 1:
             return value
         found: list[T | None] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return next((each for each in found if each is not None), None)
 
     def all(self, value: T) -> list[T]:
@@ -75,7 +77,7 @@ class World:
         if self.size == 1:
             return [value]
         found = [value] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def from_main(self, value: T) -> T:
@@ -83,7 +85,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
 

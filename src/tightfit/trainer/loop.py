@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -209,6 +210,12 @@ class _Run:
         if start is not None and config.init_from == "resume":
             self._resume(start)
         self.first_step = self.saver.saved_step = self.recovery.step = self.step
+        if config.async_save:
+            from tightfit.trainer.staging import BackgroundSaves  # DCP takes a second to import
+
+            self.background = BackgroundSaves(world, in_parts=self.state.shards is not None)
+            self.saver.begin = self._begin_checkpoint
+            at_end.callback(self.saver.finish)
         self._begin(shape, fallback)
 
     def _choose_sharding(self, shape: GPTConfig, plan: SpreadPlan | None) -> None:
@@ -407,6 +414,8 @@ class _Run:
             self.recovery.step_done()
             if self.reporter.reader_has_gone:  # as a shell's `| head` ends other programs, but nothing is lost
                 self.stopped_by = self.stopped_by or getattr(signal, "SIGPIPE", signal.SIGTERM)
+            if self.saver.poll():
+                self._report_status()
             if self._save_is_due() or (config.save_interval and self.step % config.save_interval == 0):
                 self._save(LAST)
 
@@ -515,27 +524,40 @@ class _Run:
         save(name, self.step)
         self._report_status()
 
+    def _begin_checkpoint(self, folder: Path, name: str) -> "Future[None]":
+        """Copy the state, and write the copy in the background."""
+        return self.background.begin(
+            folder, self.recovery.tried("save", self._staged, alone=not self.state.shards), name
+        )
+
+    def _staged(self) -> Checkpoint:
+        staged = self.background.staged(self._present_state())
+        if self.state.shards:
+            self.recovery.agree()
+        return staged
+
     def _write_checkpoint(self, folder: Path, name: str, *, is_last: bool) -> None:
         write = partial(self._write_state, folder, name, is_last=is_last)
         self.recovery.tried("save", write, alone=not self.state.shards)
 
     def _write_state(self, folder: Path, name: str, *, is_last: bool) -> None:
-        if self.state.shards:
-            self._write_parts(folder, name, is_last=is_last)
+        content = self._present_state()
+        if not self.state.shards:
+            ckpt.save(folder, content, name=name, is_last=is_last)
             return
-        offload = self.state.offload
-        weights = offload.full_weights(self.model) if offload else self.model.state_dict()
-        ckpt.save(folder, self._content(weights, plain_state(self.state.optimizer)), name=name, is_last=is_last)
-
-    def _write_parts(self, folder: Path, name: str, *, is_last: bool) -> None:
         from tightfit.trainer.parts import save_parts  # DCP takes a second to import
 
-        shards = self.state.shards
-        assert shards, "only a model in shards is saved in parts"
-        content = self._content(dict(shards.parameters()), plain_state(self.state.optimizer, in_shards=True))
         self.recovery.agree()
         save_parts(folder, content, self.world, name=name, is_last=is_last)
         self.recovery.agree()
+
+    def _present_state(self) -> Checkpoint:
+        """Return the run's state, its tensors those of the run; of a model in shards this process's part."""
+        if shards := self.state.shards:
+            return self._content(dict(shards.parameters()), plain_state(self.state.optimizer, in_shards=True))
+        offload = self.state.offload
+        weights = offload.full_weights(self.model) if offload else self.model.state_dict()
+        return self._content(weights, plain_state(self.state.optimizer))
 
     def _content(self, weights: Mapping[str, Tensor], optimizer: SavedOptimizer) -> Checkpoint:
         return Checkpoint(

@@ -212,7 +212,7 @@ def _write(place: Path, content: Checkpoint, world: World) -> None:
     try:
         writer = _Writer(work)
         with _exchanging(), warnings.catch_warnings(action="ignore"):
-            save(dict(_tensors(content)), storage_writer=writer)
+            save(dict(_tensors(content)), storage_writer=writer, process_group=world.group)
         result = _sums(work, world.rank)
     except (OSError, MemoryError, CheckpointException) as error:
         result = _failure(writer.error if writer and writer.error else error)

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,12 @@ RETRY_S = 60.0
 """Seconds after which a save that failed is tried again, if none is due before."""
 LAST_TRIES, LAST_WAIT_S = 3, 1.0
 """Tries of the last save in the run's own folder, and seconds before the second; twice as long before the third."""
+
+
+class Begin(Protocol):
+    """Copy the present state, and write the copy while the run goes on. Errors of the writing are the future's."""
+
+    def __call__(self, folder: Path, name: str) -> "Future[None]": ...
 
 
 class Write(Protocol):
@@ -33,9 +40,13 @@ class Saver:
     log: Callable[[str], object]
     agreed: Callable[[Path | None], Path | None] | None = None
     """Return the main process's place to all processes, where all of them save together."""
+    begin: Begin | None = None
+    """Saves in the background where it is set, but for the last save of a run."""
     saved_step: int = 0
     """Step of the newest state that is on disk."""
     _retry_at: float | None = None
+    _running: "tuple[int, Future[None]] | None" = None
+    """Step of the state that is being written in the background."""
 
     def is_due(self) -> bool:
         """Return True if a save failed and it is time for the next try."""
@@ -43,14 +54,41 @@ class Saver:
 
     def save(self, name: str, step: int) -> None:
         """Save; if that fails, log it: the run goes on with its state in memory."""
+        self.finish()
         try:
-            self._written(name, step, is_last=False)
+            if self.begin is None:
+                self._written(name, step, is_last=False)
+            else:
+                self._running = step, self.begin(self.folder, name)
         except (CannotSave, DoesNotFit) as error:
-            self._retry_at = time.monotonic() + RETRY_S
-            self.log(say("trainer.loop.goes_on", error=error, seconds=RETRY_S))
+            self._failed(error)
+
+    def poll(self) -> bool:
+        """Return True if a save in the background has ended since the last call."""
+        if self._running is None or not self._running[1].done():
+            return False
+        self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Wait until nothing is written in the background; log what failed, to be tried again."""
+        if self._running is None:
+            return
+        (step, writing), self._running = self._running, None
+        try:
+            writing.result()
+        except (CannotSave, DoesNotFit) as error:
+            self._failed(error)
+        else:
+            self.saved_step, self._retry_at = step, None
+
+    def _failed(self, error: Exception) -> None:
+        self._retry_at = time.monotonic() + RETRY_S
+        self.log(say("trainer.loop.goes_on", error=error, seconds=RETRY_S))
 
     def save_last(self, name: str, step: int) -> None:
         """Save at the end of a run; after several failures raise what failed, and save in another place if one can."""
+        self.finish()
         for tries in range(LAST_TRIES):
             try:
                 return self._written(name, step, is_last=True)

@@ -94,7 +94,7 @@ class Watchdog:
         try:
             yield
         finally:
-            self._step = None
+            self._step, self._seconds = None, 0.0
         self._usual.append(time.monotonic() - began)
 
     def close(self) -> None:
@@ -110,9 +110,24 @@ class Watchdog:
             self._seconds += POLL_S
             if self._pulse is not None:
                 self._pulse.beat()
-            if step is not None and not self._is_told and self._seconds >= self._limit_s():
+            if step is None:
+                self._look_between_steps()
+            elif not self._is_told and self._seconds >= self._limit_s():
                 self._is_told = True
                 self._tell(step)
+
+    def _look_between_steps(self) -> None:
+        """End the process if another one has stopped while all evaluate or save, which may take any time."""
+        if self._pulse is None or self._seconds < LEAST_S:
+            return
+        self._seconds = 0.0
+        if silent := self._pulse.silent():
+            self._tell_silent(silent)
+            if self._ends:
+                os._exit(HUNG)
+
+    def _tell_silent(self, silent: list[str]) -> None:
+        print(say("trainer.watchdog.silent", processes=", ".join(silent)), file=sys.__stderr__, flush=True)
 
     def _tell(self, step: int) -> None:
         usual = median(self._usual) if self._usual else None
@@ -120,7 +135,7 @@ class Watchdog:
         self._log(say("trainer.watchdog.hangs", step=step, seconds=self._seconds, usual=known))
         try:
             if self._pulse is not None and (silent := self._pulse.silent()):
-                print(say("trainer.watchdog.silent", processes=", ".join(silent)), file=sys.__stderr__, flush=True)
+                self._tell_silent(silent)
             if sys.__stderr__ is not None:
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         finally:
