@@ -18,7 +18,8 @@ _CATEGORIES = 3
 
 def run_page(run: Run, t: Words, extra: Sequence[Section] = ()) -> Page:
     """Loss, rate and memory over a run; `extra` comes after its charts."""
-    sections = [_explanation(run, t), _loss(run, t), _rate(run, t), _memory(run, t), *extra, _events(run, t)]
+    sections = [_explanation(run, t), _loss(run, t), _rate(run, t), _memory(run, t), *extra]
+    sections += [_ranks(run, t), _events(run, t)]
     sections += [_alternatives(run.alternatives, t), _config(run, t), _remarks(run, t)]
     folder = run.folder.resolve().name
     return Page(
@@ -106,6 +107,20 @@ def _memory(run: Run, t: Words) -> Section | None:
         curves.append(("predicted", "--s-4", "dash", _levels(run.predicted, run.last_step)))
         summary += " " + t("memory", "predicted", predicted=format_bytes(run.predicted[-1][1]))
     return _chart_section("memory", "bytes", curves, run, t, summary, format_bytes)
+
+
+def _ranks(run: Run, t: Words) -> Section | None:
+    """The time and the memory of each process, and how much slower than the others it is."""
+    if not run.ranks:
+        return None
+    rows = []
+    for number, rank in enumerate(run.ranks):
+        others = median([each.own_ms for other, each in enumerate(run.ranks) if other != number])
+        ratio = f"{rank.own_ms / others:.2f}" if others else ""
+        rows.append([str(number), rank.host, f"{rank.own_ms:,.1f} ms", ratio, format_bytes(rank.peak_bytes)])
+    columns = [t("ranks", key) for key in ("rank", "host", "own", "ratio", "peak")]
+    table = Table(caption=t("ranks", "title"), columns=columns, rows=rows, numbers=frozenset({0, 2, 3, 4}))
+    return Section(id="ranks", title=t("ranks", "title"), paragraphs=[t("ranks", "about")], tables=[table])
 
 
 def _levels(points: Points, end: int) -> Curve:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeGuard
 
 from tightfit.errors import CheckpointError, DataError
@@ -19,6 +20,16 @@ Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One process of a run."""
+
+    host: str
+    own_ms: float
+    """Median milliseconds of a step that it did not wait for the others."""
+    peak_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Facts of a run."""
 
@@ -27,6 +38,8 @@ class Run:
     """(step, value) in order of steps, by the name in metrics.jsonl."""
     events: Sequence[Mapping[str, Any]]
     """In the order of the file."""
+    ranks: Sequence["Rank"]
+    """Processes of the last start, by rank; empty for a single one."""
     predicted: Points
     """Peak bytes that a plan promised, from the step on at which it came into force."""
     alternatives: Sequence[Mapping[str, Any]] = ()
@@ -69,13 +82,38 @@ def read_run(folder: Path, plan: Mapping[str, Any] | None = None, config: Mappin
     return Run(
         folder=folder,
         curves={name: sorted(points.items()) for name, points in curves.items()},
-        events=[event for event in events if event["event"] not in ("plan", "config")],
+        events=[event for event in events if event["event"] not in ("plan", "config", "ranks")],
+        ranks=_ranks(events),
         predicted=[(step, peak) for step, each in sorted(promised.items()) if (peak := predicted_bytes(each))],
         alternatives=alternatives(plan) or [row for each in promised.values() for row in alternatives(each)],
         config=_config(folder, events) or config or {},
         explanation=explanation,
         unreadable=unreadable,
     )
+
+
+def _ranks(events: Sequence[Mapping[str, Any]]) -> list[Rank]:
+    """Return the processes of a run by its last lines of them, without those of another number of processes."""
+    found = [each for each in events if each["event"] == "ranks" and _is_of_ranks(each)]
+    found = [each for each in found if each["hosts"] == found[-1]["hosts"]]
+    if not found:
+        return []
+    return [
+        Rank(
+            host=host,
+            own_ms=median(each["own_ms"][rank] for each in found),
+            peak_bytes=max(each["peak_bytes"][rank] for each in found),
+        )
+        for rank, host in enumerate(found[-1]["hosts"])
+    ]
+
+
+def _is_of_ranks(event: Mapping[str, Any]) -> bool:
+    """Return True for a line that has a name, a time and a peak of each process."""
+    hosts, *columns = (event.get(key) for key in ("hosts", "own_ms", "peak_bytes"))
+    if not isinstance(hosts, list) or not all(isinstance(each, str) for each in hosts):
+        return False
+    return all(isinstance(each, list) and len(each) == len(hosts) and all(map(is_finite, each)) for each in columns)
 
 
 def read_object(path: Path) -> dict[str, Any]:

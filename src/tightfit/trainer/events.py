@@ -26,6 +26,26 @@ class ShardingEvent(Event, tag="sharding", frozen=True, kw_only=True):
     reason: str
 
 
+class RanksEvent(Event, tag="ranks", frozen=True, kw_only=True):
+    """Processes of a run at a logged step, by rank."""
+
+    own_ms: list[float]
+    """Milliseconds of a step that each did not wait for the others."""
+    peak_bytes: list[int]
+    """Highest memory of each so far."""
+    hosts: list[str]
+
+
+class StragglerEvent(Event, tag="straggler", frozen=True, kw_only=True):
+    """A process that all others have been waiting for."""
+
+    rank: int
+    host: str
+    own_ms: float
+    others_ms: float
+    """Median of the others."""
+
+
 class RecoveryEvent(Event, tag="recovery", frozen=True, kw_only=True):
     """A survived out-of-memory error."""
 

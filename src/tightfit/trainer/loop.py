@@ -58,6 +58,7 @@ from tightfit.trainer.out_of_memory import (
     release_memory,
     set_process_warnings,
 )
+from tightfit.trainer.ranks import Ranks
 from tightfit.trainer.recovery import BeyondSaving, OutOfMemory, Recovery, last_line
 from tightfit.trainer.resident import memory_use, set_process_malloc
 from tightfit.trainer.sample import sample_text
@@ -209,6 +210,7 @@ class _Run:
             same_weights(self.model.parameters())
         if start is not None and config.init_from == "resume":
             self._resume(start)
+        self.ranks = Ranks(world, reporter.log, reporter.event)
         self.first_step = self.saver.saved_step = self.recovery.step = self.step
         if config.async_save:
             from tightfit.trainer.staging import BackgroundSaves  # DCP takes a second to import
@@ -389,7 +391,7 @@ class _Run:
 
     def _loop(self) -> RunResult:
         config = self.config
-        watch = Stopwatch()
+        watch = Stopwatch(lambda: self.recovery.waited_s)
         watch.restart(self.step)
         while True:
             self.recovery.step, last = self.step, self.step >= config.max_iters
@@ -600,10 +602,13 @@ class _Run:
     def _log(self, result: StepResult, watch: Stopwatch) -> None:
         numbers = self.recovery.tried("log", lambda: _as_floats(result), alone=True)
         pressed = self.recovery.is_pressed()
-        loss, presses = self.world.sum([numbers["loss"], float(pressed)], self.hardware.device)
+        ms, own_ms = watch.lap(self.step)
+        memory = memory_use(self.hardware.device)
+        own = [numbers["loss"], float(pressed), *self.ranks.parts(own_ms, memory.peak_bytes)]
+        with self.recovery.waiting():
+            loss, presses, *ranks = self.world.sum(own, self.hardware.device)
         if presses:
             self.recovery.relieve()
-        ms = watch.lap(self.step)
         rate = self.tokens_per_step / ms * 1000
         values = {
             **numbers,
@@ -615,7 +620,8 @@ class _Run:
         if peak := self.hardware.peak_flops:
             flops = self.model.flops_per_token(self.batches.block_size)
             values["mfu"] = flops * rate / (peak * self.world.size)
-        self.reporter.step(self.step - 1, values, memory_use(self.hardware.device))
+        self.reporter.step(self.step - 1, values, memory)
+        self.ranks.note(self.step - 1, ranks)
 
     def _sample(self) -> None:
         config = self.config

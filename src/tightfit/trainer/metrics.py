@@ -242,12 +242,17 @@ class Reporter:
 class Stopwatch:
     """Milliseconds for each step between two laps."""
 
+    def __init__(self, waited_s: Callable[[], float] = lambda: 0.0) -> None:
+        """`waited_s` returns the seconds so far in which this process waited for others."""
+        self._waited_s = waited_s
+
     def restart(self, step: int) -> None:
         """Start anew, just before step `step`."""
-        self._start, self._step = time.perf_counter(), step
+        self._start, self._step, self._waited = time.perf_counter(), step, self._waited_s()
 
-    def lap(self, steps_done: int) -> float:
-        """Return the milliseconds for each step since the last lap or restart."""
+    def lap(self, steps_done: int) -> tuple[float, float]:
+        """Return the milliseconds for each step since the last lap or restart, with and without waiting."""
         seconds, steps = time.perf_counter() - self._start, max(1, steps_done - self._step)
+        own_s = max(0.0, seconds - (self._waited_s() - self._waited))
         self.restart(steps_done)
-        return seconds * 1000 / steps
+        return seconds * 1000 / steps, own_s * 1000 / steps

@@ -119,6 +119,8 @@ class Recovery(Guard):
     """The run, once it has settings to change."""
     fallback: Fallback | None = None
     state: StepState | None = None
+    waited_s: float = 0.0
+    """Seconds in which this process waited for agreement with others."""
     _growth: Growth = field(default_factory=Growth)
     _exchange: GradientExchange | None = None
     _flag: Tensor | None = None
@@ -196,6 +198,13 @@ class Recovery(Guard):
         if failed:
             raise _PeerFailed
         return stops
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time as waiting for other processes."""
+        began = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - began
 
     def exchange(self) -> None:
         """Sum the gradients over all processes; BeyondSaving if that fails."""
@@ -354,8 +363,9 @@ class Recovery(Guard):
             return failed, stops
         try:
             self._flag.fill_(_FAILS if failed else float(stops))
-            torch.distributed.all_reduce(self._flag)
-            total = self._flag.item()
+            with self.waiting():
+                torch.distributed.all_reduce(self._flag)
+                total = self._flag.item()
             return total >= _FAILS, total % _FAILS > 0
         except (RuntimeError, MemoryError) as error:  # the others go on: going back alone would leave them waiting
             raise BeyondSaving(say("trainer.recovery.no_agreement", step=self.step, reason=error)) from error
