@@ -8,17 +8,19 @@ from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures, is_oversized
+from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures, is_of_one_block, is_oversized
 from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
     NO_EFFECT,
     UNCHECKED,
+    WITH_SPLIT_SIZE,
     Remedy,
     Resized,
     close_others,
     empty_cache,
     expandable_segments,
+    max_split_size,
     ranked,
     to_paste,
 )
@@ -54,13 +56,14 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     cures = [_remedy(code, facts, evidence) for code in _codes(facts, evidence)]
     if evidence.framework in ("jax", "tensorflow"):
         return ranked(cures)
-    others, segments = close_others(facts), expandable_segments(facts)
+    others, segments = close_others(facts), _segments(facts, evidence)
     first = list(fixes_of_figures(facts))
-    if had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
-        first = [] if evidence.framework in programs("applications") else first
-        if "windows" in evidence.run.signs:
-            first = [_remedy("windows_paging", facts, evidence), *first]
-        cures = []
+    if is_of_one_block(facts):
+        first, cures = [_remedy("xpu_relaxed_limit", facts, evidence), *first], cures[:2]
+    elif had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
+        windows = facts.kind in _WITH_PAGING and evidence.is_maybe_on_windows
+        first = [_remedy("windows_paging", facts, evidence), *first] if windows else first
+        cures = [_remedy("watched_card", facts, evidence)]
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
         decides = others.label == MEASURED or ownership(facts).decides
@@ -71,14 +74,28 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
             else (first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]])
         )
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
-    if segments.reason == "cache_might_do" and "more_free_than_requested" not in facts.notes:
+    if segments.reason in ("cache_might_do", "cache_needs_newer") and "more_free_than_requested" not in facts.notes:
         is_cause = cache_is_large(facts) and evidence.grows not in _OWN_CAUSES
-        cures.insert(0 if is_cause else min(len(cures), _SHOWN_CURES), segments)
+        is_too_large = evidence.grows == "model" and not is_cause  # the next weights of the model need more still
+        cures.insert(0 if is_cause else len(cures) if is_too_large else min(len(cures), _SHOWN_CURES), segments)
     elif segments.verdict == DOES_NOT_FIT:
         last.insert(0, segments)
     if facts.kind == "mps_out_of_memory":
-        return ranked([*first, *cures, _watermark()])
-    return ranked([*first, *cures, *last, empty_cache(facts)])
+        return ranked([*first, *cures[:_BEFORE_WATERMARK], _watermark(), *cures[_BEFORE_WATERMARK:]])
+    return ranked([*first, *cures, *last, *([] if facts.kind in _NOT_CUDA else [empty_cache(facts)])])
+
+
+_BEFORE_WATERMARK = 2
+"""Fixes on a Mac that come before its limit is lifted, which may freeze it."""
+_WITH_PAGING = ("cuda_out_of_memory", "hip_out_of_memory", "device_out_of_memory")
+
+
+def _segments(facts: Facts, evidence: Evidence) -> Remedy:
+    """Return the allocator's setting that the user's PyTorch has: Windows, and versions up to 2.0, know only one."""
+    found, on_windows = expandable_segments(facts), "windows" in evidence.run.signs
+    if found.reason == "cache_might_do" and (on_windows or facts.torch_format == WITH_SPLIT_SIZE):
+        return max_split_size(found)
+    return found
 
 
 def _watermark() -> Remedy:
@@ -141,14 +158,17 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or program in programs("without_batch")
         or (keeps_nothing and (is_known or evidence.infers))
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
-        or evidence.is_of_unknown_purpose,
+        or evidence.is_of_unknown_purpose
+        or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
         "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose),
         "checkpointing_general": keeps_nothing or "checkpointing" in run.signs,
         "fused_attention": "flash" in run.signs,
-        "offload": _has_no_offload(facts, evidence),
+        "offload": _has_no_offload(facts, evidence)
+        or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
         "lora": bool(run.signs & {"lora", "qlora"}),
         "qlora": bool(run.signs & {"qlora", "four_bit"}),
-        "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"}),
+        "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
+        or (evidence.trains and not has_own("quantized_weights", program or "")),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"}),
         "no_gradients": "no_grad" in run.signs,
         "smaller_model": not (is_too_large and evidence.infers) and not has_own("smaller_model", program or ""),
@@ -158,7 +178,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
         "optimizer_foreach": not any("foreach" in f"{each.source} {each.function}" for each in facts.frames[-2:]),
-        "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower(),
+        "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower() or not _has_large_state(facts, evidence),
+        "pairs_in_parts": evidence.grows != "pairs" or has_own("pairs_on_host", program or ""),
         "release_logits": not any(each.function == "estimate_loss" for each in facts.frames),
     }
     if done.get(code, False):
@@ -173,6 +194,18 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
     return not needs_words or pasted(code, run.frameworks, _values(evidence, _divided(evidence))) is not None
+
+
+def _has_large_state(facts: Facts, evidence: Evidence) -> bool:
+    """Return True where the optimizer's state may be much of the memory: of language models, or by the failing line."""
+    program = evidence.framework or ""
+    shown = (
+        facts.phase == "optimizer"
+        or has_own("optimizer_8bit", program)
+        or evidence.grows in ("state", "model")
+        or evidence.budget is not None
+    )
+    return shown or evidence.trains or evidence.is_bare or program in programs("language_models")
 
 
 _VAE = re.compile(r"VAE ?(?:De|En)code|\bvae\b|[Aa]uto_?[Ee]ncoder")

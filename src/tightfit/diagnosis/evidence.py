@@ -39,6 +39,7 @@ _OF_ANY_PURPOSE = (None, "transformers", "accelerate")
 """Programs that train as often as they do not; None is an unknown one."""
 _BARE = 60
 """Characters besides the message and its advice, below which a log without a traceback is a message alone."""
+_POSIX = re.compile(r"(?<![\w.:])/(?:home|usr|opt|root|mnt|data|workspace|Users|var|tmp|content|kaggle)/")
 _ADVICE = re.compile(r"If reserved[^\n]*(?:\n[^\n]*?(?:ALLOC_CONF|fragmentation|Management|variables)[^\n]*){0,3}")
 
 
@@ -137,6 +138,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         """True if a report of an unknown program shows neither a training nor the use of a trained model."""
         is_shown = self.purpose is not None or self.infers or self.trains or "batch_size" in self.run.numbers
         return not is_shown and self.framework in _OF_ANY_PURPOSE and not self.is_bare
+
+    @property
+    def is_maybe_on_windows(self) -> bool:
+        """True unless a path shows another system."""
+        return "windows" in self.run.signs or not _POSIX.search(self.run.text)
 
     @property
     def batch_is_one(self) -> bool:

@@ -81,7 +81,7 @@ _WHOLE_MODEL = re.compile(r"(?<![\w.])(?:self\.)?(?:model|net|network|module)\("
 def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     """Return the innermost line of the traceback, or the one that the report quotes; None where it may be cut."""
     frame = facts.frames[-1] if facts.frames else line_before_message(evidence.run.text)
-    if frame is None or not frame.source or facts.phase == "backward":
+    if frame is None or not frame.source or facts.phase == "backward" or frame.source.startswith("raise "):
         return None
     if any(call in frame.source for call in _CALLS) or _WHOLE_MODEL.search(frame.source):
         return None

@@ -24,7 +24,7 @@ from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.plays import Plays
-from tightfit.diagnosis.remedies import Remedy
+from tightfit.diagnosis.remedies import Remedy, for_machine
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
@@ -94,6 +94,10 @@ def explain(
         found = replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts))
     else:
         found = _of_device(plain, facts, config, gpu, workers, log, progress)
+    if found.facts is not None:
+        run = found.reading.run
+        remedies = for_machine(found.remedies, found.facts, run.text, on_windows="windows" in run.signs)
+        found = replace(found, remedies=remedies)
     return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
 
 

@@ -19,7 +19,8 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.remedies import UNCHECKED, Figures, Remedy, to_paste
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.ownership import had_room, ownership
+from tightfit.oomlog.ownership import ownership
+from tightfit.units import GIB
 
 _LARGE_CACHE = 0.05
 """Share of the card above which the cache's fragments are taken for the cause; every run has a few per cent."""
@@ -28,7 +29,7 @@ _SMALL_REST = 2**29
 DECISIVE = frozenset(
     {
         *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide"),
-        *("others_estimated_decide", "cache_decides"),
+        *("others_estimated_decide", "cache_decides", "block_limit"),
     }
 )
 """Codes of causes that come before any tensor: without them the request would have fit, or no fix of a batch helps."""
@@ -58,6 +59,20 @@ def is_oversized(facts: Facts) -> bool:
     return requested is not None and total is not None and requested.low > total.high
 
 
+_XPU_BLOCK = 4 * GIB
+"""Bytes of one allocation above which Intel's runtime refuses it by default, however much is free."""
+
+
+def is_of_one_block(facts: Facts) -> bool:
+    """Return True if an Intel GPU had room for a request that is larger than its runtime allows for one allocation."""
+    requested, total = facts.figures.get("requested_bytes"), facts.total_bytes
+    if facts.kind != "xpu_out_of_memory" or requested is None or total is None:
+        return False
+    held = (facts.allocated_bytes or 0) + (facts.cache_bytes or 0)
+    free = facts.free_bytes if facts.free_bytes is not None else total - held
+    return requested.high >= _XPU_BLOCK and requested.low <= free
+
+
 def _of_card(facts: Facts) -> Iterator[Cause]:
     requested, free = facts.figures.get("requested_bytes"), facts.figures.get("free_bytes")
     if is_oversized(facts):
@@ -78,6 +93,8 @@ def _of_card(facts: Facts) -> Iterator[Cause]:
             allowed_bytes=facts.allowed_bytes,
             free_bytes=facts.free_bytes,
         )
+    elif is_of_one_block(facts):
+        yield Request(code="block_limit", label=LIKELY, requested_bytes=facts.requested_bytes)
     elif "more_free_than_requested" in facts.notes and not ownership(facts).decides:
         yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
 
@@ -155,13 +172,12 @@ def _of_own(facts: Facts) -> Iterator[Cause]:
 def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
     """Yield fixes of the decisive causes that are neither about other programs nor about the cache."""
     codes = {cause.code for cause in causes_of_figures(facts)}
-    if "limit_decides" in codes or ("more_free_than_requested" in codes and had_room(facts)):
-        is_cause = "limit_decides" in codes
+    if "limit_decides" in codes:  # a limit that the program sets is always printed
         yield Remedy(
             code="raise_fraction",
             verdict=UNCHECKED,
-            reason="limit_is_cause" if is_cause else "limit_may_be",
-            label=MEASURED if is_cause else LIKELY,
+            reason="limit_is_cause",
+            label=MEASURED,
             paste=to_paste("raise_fraction"),
             figures=Figures(free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes),
         )

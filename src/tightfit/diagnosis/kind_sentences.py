@@ -10,6 +10,7 @@ import msgspec
 
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
+from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
@@ -42,6 +43,10 @@ def is_known(kind: str) -> bool:
     return kind in _table().fixes or any(key.startswith(f"{kind}__") for key in _table().fixes)
 
 
+_TINY = 2**20
+"""Bytes below which a request fails only if the card was full before it."""
+
+
 def values_of(facts: Facts) -> dict[str, object]:
     """Return the values that sentences on a failure may name: its figures, what follows from them, its details."""
     found: dict[str, object] = {
@@ -60,6 +65,8 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["predictions"] = True
     if facts.phase == "setup" and facts.kind == "cuda_driver":
         found["at_start"] = True
+    if facts.requested_bytes is not None and facts.requested_bytes < _TINY:
+        found["tiny"] = True
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)
@@ -74,6 +81,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure with what the log prints of its run and its sentences need."""
     if facts.kind == "vllm_no_cache_blocks" and _HIGH_SHARE.search(run.text):
         return msgspec.structs.replace(facts, details={**facts.details, "share_is_high": "yes"})
+    if facts.kind == "jax_out_of_memory" and purpose_of(facts, run) == INFERENCE:
+        return msgspec.structs.replace(facts, details={**facts.details, "inference": "yes"})
     return facts
 
 

@@ -1,9 +1,11 @@
 """Remedies: the advice that people give for a failure, each with a verdict; here by the log's figures alone."""
 
 import functools
+import re
 from collections.abc import Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
 from tightfit.diagnosis.outcome import Outcome
@@ -207,11 +209,23 @@ def _unchecked(code: str, reason: str, figures: Figures = _NO_FIGURES) -> Remedy
     return Remedy(code=code, verdict=UNCHECKED, reason=reason, label=LIKELY, paste=to_paste(code), figures=figures)
 
 
+_WITHOUT_SETTING = ("T0", "T1", "T2")
+"""Messages of versions before about 1.10, which have no setting for the allocator."""
+WITH_SPLIT_SIZE = "T3"
+"""Messages of versions up to 2.0, which have max_split_size_mb alone."""
+
+
+def max_split_size(segments: Remedy) -> Remedy:
+    """Return the setting that stands in for expandable segments in PyTorch 1.10 to 2.0, and on Windows."""
+    return replace(segments, code="max_split_size", paste=to_paste("max_split_size"))
+
+
 def expandable_segments(facts: Facts) -> Remedy:
     """Judge the allocator's setting: free and cached memory together must hold the request."""
     code, figures = "expandable_segments", _cache_figures(facts)
     if facts.cache_would_do is not False:
-        return _unchecked(code, "cache_might_do" if facts.cache_would_do else "unstated", figures)
+        reason = "cache_might_do" if facts.cache_would_do else "unstated"
+        return _unchecked(code, "cache_needs_newer" if facts.torch_format in _WITHOUT_SETTING else reason, figures)
     return Remedy(
         code=code,
         verdict=DOES_NOT_FIT,
@@ -271,3 +285,31 @@ def close_others(facts: Facts) -> Remedy:
             total_bytes=facts.total_bytes,
         ),
     )
+
+
+_TOOLS = {"hip": "rocm-smi", "xpu": "xpu-smi ps"}
+"""Programs of other vendors that list the processes on a card."""
+_OF_AMD = re.compile(r"\bHIP\b|\bROCm\d?\b|hipError|rocm_driver", re.IGNORECASE)
+
+
+def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windows: bool) -> tuple[Remedy, ...]:
+    """Return the remedies with the tool of the card's vendor, and with settings as the user's shell takes them.
+
+    `text` is the log's.
+    """
+    is_amd = _OF_AMD.search(facts.message) or "hipErrorOutOfMemory" in text
+    vendor = "hip" if is_amd else facts.kind.partition("_")[0]
+    if vendor not in _TOOLS and not on_windows:
+        return tuple(remedies)
+    tool = _TOOLS.get(vendor, "nvidia-smi")
+    known = {"nvidia-smi": tool, "nvidia-smi -l 1": f"watch -n 1 {tool}" if vendor in _TOOLS else "nvidia-smi -l 1"}
+
+    def said(line: str) -> str:
+        line = known.get(line, line)
+        return re.sub(r"^export (?=\w+=)", "set ", line) if on_windows else line
+
+    def of_machine(each: Remedy) -> Remedy:
+        is_other = vendor in _TOOLS and not known.keys().isdisjoint(each.paste)
+        return replace(each, paste=tuple(map(said, each.paste)), page="" if is_other else each.page)
+
+    return tuple(map(of_machine, remedies))

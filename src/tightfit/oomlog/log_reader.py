@@ -4,7 +4,9 @@ The log is read once, in pieces. Plain searches for a few words decide which lin
 lines are cleaned, parted by rank, and joined without white space for `messages`.
 """
 
+import re
 from bisect import bisect_right
+from collections.abc import Mapping
 from typing import IO
 
 from msgspec import Struct
@@ -363,7 +365,7 @@ def _facts(
         rounding = 5 * MIB if own.bytes >= GIB else MIB // 100
         near = replace(figure, low=own.bytes - rounding, high=own.bytes + rounding, stated=False)
         message.figures = {**message.figures, "process_bytes": near}
-    figures, notes = with_arithmetic(message.figures)
+    figures, notes = with_arithmetic(_without_next_line(message.figures, words))
     if message.kind == "cuda_out_of_memory" and (message.torch_format or "") >= "T4":
         silent = own is not None or "process_bytes" not in figures
         silent = silent and "message_cut" not in message.notes
@@ -385,6 +387,18 @@ def _facts(
         own_pid=own.pid if own else None,
         details=message.details | (_said(said) if said else {}),
     )
+
+
+_RUNS_ON = re.compile(r"(?<![\d.])(\d{4,20})\s{2,}(\d+)$")
+"""A number at the end of a message, and the digits that begin the text behind an empty line."""
+
+
+def _without_next_line(figures: Mapping[str, Figure], words: str) -> Mapping[str, Figure]:
+    """Return the figures without digits of the following text in the size that was requested."""
+    requested, match = figures.get("requested_bytes"), _RUNS_ON.search(words)
+    if requested is None or match is None or requested.bytes != int(match[1] + match[2]):
+        return figures
+    return {**figures, "requested_bytes": Figure(bytes=int(match[1]), low=int(match[1]), high=int(match[1]))}
 
 
 def _said(words: str) -> dict[str, str]:

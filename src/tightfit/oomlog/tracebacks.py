@@ -35,6 +35,11 @@ class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
         return any(part in path for part in inside) or path.startswith("torch/")
 
 
+_HEAD = "most recent call last"
+_NEAR = 2
+"""Lines behind a message in which the head of its traceback stands."""
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
+"""The last line of a traceback."""
 _FRAME = re.compile(r'File "([^"\n]{1,1000})", line (\d{1,9})(?:, in ([^\n]{1,300}))?')
 _NOTEBOOK = re.compile(
     r"(?:File )?(?P<file>[~/.\w<\\:][^\n,:()]{0,400}?)(?:\.py:(?P<line>\d{1,8}))?,? in (?P<function>[\w.<>]{1,200})\("
@@ -55,7 +60,7 @@ def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     """
     start = len(lines)
     for start in range(len(lines) - 1, -1, -1):
-        if "most recent call last" in lines[start]:
+        if _HEAD in lines[start]:
             break
     else:
         start = -1
@@ -66,9 +71,17 @@ def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
 
 
 def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
-    """Return the frames that a person pasted behind a message, up to the next traceback or message."""
-    ends = (at for at, line in enumerate(lines) if "most recent call last" in line or "out of memory" in line.lower())
-    return tuple(_frames(lines[: next(ends, len(lines))]))
+    """Return the frames that stand behind a message, up to the next traceback or message.
+
+    A program that logs an exception before its traceback, or a person, put them there. A traceback of its own, with
+    a last line that names another exception, is another failure's.
+    """
+    heads = [at for at, line in enumerate(lines) if _HEAD in line]
+    first = heads[0] if heads and not any(map(_FRAME.search, lines[: heads[0]])) else None
+    start = first + 1 if first is not None and first <= _NEAR else 0
+    ends = (at for at in range(start, len(lines)) if _HEAD in lines[at] or "out of memory" in lines[at].lower())
+    behind = lines[start : next(ends, len(lines))]
+    return () if start and any(map(_EXCEPTION.match, behind)) else tuple(_frames(behind))
 
 
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
