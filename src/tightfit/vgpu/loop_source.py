@@ -134,6 +134,58 @@ def calls_of_loop(file: str, first: int, name: str, loop_line: int) -> tuple[tup
     return tuple(found for loop in loops for found in _calls(loop.body, _stored(loop) | _attributes(_tree(file))))
 
 
+def optimizer_calls(loop: ast.For | ast.While) -> tuple[bool, set[int]]:
+    """Find calls that may step an optimizer: True for one in each iteration, and the lines of those under an `if`.
+
+    By their names: what steps, updates, trains or accumulates somewhere may do so.
+    """
+    plain, behind = False, set[int]()
+    for statement in loop.body:
+        calls = [each for each in ast.walk(statement) if isinstance(each, ast.Call)]
+        lines = {each.lineno for each in calls if _is_step(each)}
+        if isinstance(statement, ast.If) and not lines & _lines(statement.test):
+            behind |= lines
+        elif lines or any(_may_step(each) for each in calls):
+            plain = True
+    return plain, behind
+
+
+def steps_after(loop: ast.For | ast.While, file: str, first: int, name: str) -> bool:
+    """Return True if a call behind a loop, in the same function and in the loop around it, steps an optimizer."""
+    body = _body(file, first, name)
+    for outer in _statements(body):
+        if isinstance(outer, (ast.For, ast.While)) and outer is not loop and _holds(outer, loop):
+            body = outer.body
+    calls = (each for statement in body for each in ast.walk(statement) if isinstance(each, ast.Call))
+    return any(_is_step(each) and each.lineno > (loop.end_lineno or loop.lineno) for each in calls)
+
+
+_NO_OPTIMIZERS = ("prof", "sched", "bar", "env", "timer", "log", "writer", "track", "lr")
+"""Parts of names of what has a method `step`, too."""
+_MAY_STEP = ("step", "optim", "update", "train", "accumulat", "fit")
+
+
+def _is_step(call: ast.Call) -> bool:
+    name = _name_of(call.func)
+    if name.endswith("optimizer_step"):
+        return True
+    owner = ast.unparse(call.func.value).lower() if isinstance(call.func, ast.Attribute) else ""
+    return name == "step" and not any(part in owner for part in _NO_OPTIMIZERS)
+
+
+def _may_step(call: ast.Call) -> bool:
+    name = _name_of(call.func)
+    return name != "step" and any(part in name.lower() for part in _MAY_STEP)
+
+
+def _lines(node: ast.expr) -> set[int]:
+    return set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+
+
+def _holds(outer: ast.stmt, inner: ast.stmt) -> bool:
+    return any(each is inner for each in ast.walk(outer))
+
+
 @cache
 def _tree(file: str) -> ast.Module:
     """Parse a file; one that is not there or is no Python is empty."""

@@ -59,6 +59,10 @@ class Phases:
         self.backwards = 0
         self.after_evaluation: Callable[[], None] | None = None
         """Called after each of these, in the script's own thread."""
+        self.passes = 0
+        """Backward passes since the last optimizer step."""
+        self.after_pass: Callable[[], None] | None = None
+        """Called after each of these, if there is an optimizer of torch's."""
         self.compiled_calls = 0
         """Calls of compiled modules and functions that are running."""
         self.compiled_steps = 0
@@ -92,9 +96,12 @@ class Phases:
     def after_backward(self) -> None:
         """Count a backward pass, also as a step if optimizers stepped in it or if there is none of torch's."""
         self.backwards += 1
+        self.passes += 1
         if self._is_installed and (not self.has_optimizer or self._has_stepped) and not _in_backward():
             self._has_stepped = False
             self._end_step()
+        elif self._is_installed and self.after_pass is not None and not _in_backward():
+            self.after_pass()
 
     def _hook(self) -> None:
         self._handles = (
@@ -196,6 +203,7 @@ class Phases:
 
     def _end_step(self) -> None:
         self.steps += 1
+        self.passes = 0
         self._on_step()
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import CodeType, FrameType
+from typing import cast
 
 from torch import Tensor
 
@@ -81,6 +82,10 @@ class _Reader:
             return False
         return True
 
+    def has(self, node: ast.expr) -> bool:
+        """Return True if there is such a name or attribute, whatever its value."""
+        return _Reader(self._names, self._others, frozenset()).knows(node)
+
     def value(self, node: ast.expr) -> object:
         """Return the value of an expression. _UnknownError if only the script could give it."""
         match node:
@@ -100,7 +105,7 @@ class _Reader:
                 return self._comparison(node)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 return [self.value(each) for each in parts]
-            case ast.Subscript(value=of, slice=key):
+            case ast.Subscript(value=of, slice=key) if ast.unparse(node) not in self._unsure:
                 return _of(_ITEM, self.value(of), self.value(key))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
                 return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
@@ -180,8 +185,8 @@ class _Reduced:
                 case ast.Continue():
                     kept.append(_NEXT)
                 case (
-                    ast.AugAssign(target=ast.Name() | ast.Attribute() as target, value=value)
-                    | ast.Assign(targets=[ast.Name() | ast.Attribute() as target], value=value)
+                    ast.AugAssign(target=ast.Name() | ast.Attribute() | ast.Subscript() as target, value=value)
+                    | ast.Assign(targets=[ast.Name() | ast.Attribute() | ast.Subscript() as target], value=value)
                 ) if self._is_count(target, value, isinstance(statement, ast.AugAssign)):
                     text = ast.unparse(target)
                     self.counters[text] = ast.parse(text, mode="eval").body
@@ -209,13 +214,13 @@ class _Reduced:
         parts = [part for each in test.values if (part := self._known(each)) is not None]
         return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
 
-    def _is_count(self, target: ast.Name | ast.Attribute, value: ast.expr, is_added: bool) -> bool:
+    def _is_count(self, target: ast.expr, value: ast.expr, is_added: bool) -> bool:
         try:
             found = self._reader.value(value)
             before = self._reader.value(target) if is_added else found
         except _UnknownError:
             return False
-        return isinstance(found, _NUMBERS) and isinstance(before, _NUMBERS)
+        return isinstance(found, _NUMBERS) and isinstance(before, _NUMBERS) and self._reader.has(target)
 
 
 _PLAY = ast.parse("assert False").body[0]
@@ -304,6 +309,10 @@ class Skip:
             target = reduced.counters[text]
             if isinstance(target, ast.Attribute):
                 setattr(reader.value(target.value), target.attr, value)
+            elif isinstance(target, ast.Subscript):
+                operator.setitem(
+                    cast("dict[object, object]", reader.value(target.value)), reader.value(target.slice), value
+                )
             elif text in names:
                 names[text] = value
             else:

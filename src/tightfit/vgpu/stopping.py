@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Hashable
 from types import FrameType
 
+from tightfit.vgpu.accumulation import Accumulation
 from tightfit.vgpu.evaluations import Evaluations
 from tightfit.vgpu.frames import Frame, is_package, user_frames, users_line
 from tightfit.vgpu.patches import trainers
@@ -91,6 +92,7 @@ class Stopping:
         """Shorten evaluations, too, from now on."""
         self._phases.after_evaluation = self._evaluations.after_forward
         self._evaluations.install()
+        Accumulation(self._recorder, self._phases, self._lines, self._notes).install()
 
     def cut_short(self, frame: FrameType | None, *, interrupted: bool) -> None:
         """Note that the time limit has passed, or that somebody ended the play, while the script was at `frame`.

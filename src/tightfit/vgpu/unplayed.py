@@ -47,6 +47,9 @@ class LineWatch:
         self.is_passing = False
         """True while iterations are passed over."""
         self.is_on = False
+        self.at_head: Callable[[FrameType, int], None] | None = None
+        """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
+        """
 
     def start(self, frame: FrameType | None) -> None:
         """Follow the user's functions that are running now; a debugger's tracing is left alone."""
@@ -247,6 +250,8 @@ class LineWatch:
             self._leave_now(frame, loop)
         elif code in self._skips and frame.f_lineno == self._skips[code][1].line:
             self._skip(frame)
+        elif self.at_head is not None:
+            self.at_head(frame, first)
         return self._line
 
     def _leave_now(self, frame: FrameType, loop: Loop) -> None:
@@ -293,6 +298,17 @@ class LineWatch:
             skip.at_head(frame, lambda: items is None or self._takes(items))
         if skip.is_over:
             del self._skips[frame.f_code]
+
+    def take_away(self, frame: FrameType, first: int, count: int) -> None:
+        """Count iterations of a loop as begun, and take their items away if it is a `for`."""
+        self._iterations[frame.f_code, first] += count
+        items = iterator_of(frame)
+        if items is None:
+            return
+        with self._passing():
+            for _ in range(count):
+                if not self._takes(items):
+                    break
 
     def _iterates(self, code: CodeType, first: int) -> None:
         """Note that an iteration of a loop begins."""
