@@ -54,6 +54,7 @@ def applicability(code: str) -> str:
 def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     """Return the remedies, those that cure this case first; a measured verdict that one does not help is kept."""
     cures = [_remedy(code, facts, evidence) for code in _codes(facts, evidence)]
+    cures = [each for each in cures if not _stands(each, evidence.run.text)]
     if evidence.framework in ("jax", "tensorflow"):
         return ranked(cures)
     others, segments = close_others(facts), _segments(facts, evidence)
@@ -85,6 +86,14 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     return ranked([*first, *cures, *last, *([] if facts.kind in _NOT_CUDA else [empty_cache(facts)])])
 
 
+def _stands(remedy: Remedy, text: str) -> bool:
+    """Return True for a remedy whose every line already stands in the log: it did not help."""
+    lines = [line.partition("  #")[0].strip() for line in remedy.paste]
+    return bool(lines) and all(len(line) > _SHORT_LINE and line in text for line in lines)
+
+
+_SHORT_LINE = 12
+"""Characters up to which a line may stand in a log by chance."""
 _BEFORE_WATERMARK = 2
 """Fixes on a Mac that come before its limit is lifted, which may freeze it."""
 _WITH_PAGING = ("cuda_out_of_memory", "hip_out_of_memory", "device_out_of_memory")
@@ -153,7 +162,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     is_known = program not in (None, "nanogpt")
     is_too_large = evidence.budget is not None and evidence.budget.exceeds
     done = {
-        "vae_in_tiles": program in ("comfyui", "diffusers") and not _shows_vae(facts, run),
+        "vae_in_tiles": program in ("comfyui", "diffusers", "diffusers_pipeline") and not _shows_vae(facts, run),
         "split_general": evidence.batch_is_one
         or program in programs("without_batch")
         or (keeps_nothing and (is_known or evidence.infers))
@@ -169,7 +178,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "qlora": bool(run.signs & {"qlora", "four_bit"}),
         "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
         or (evidence.trains and not has_own("quantized_weights", program or "")),
-        "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"}),
+        "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
+        or ("half" in run.signs and evidence.infers),
         "no_gradients": "no_grad" in run.signs,
         "smaller_model": not (is_too_large and evidence.infers) and not has_own("smaller_model", program or ""),
         "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters" or evidence.infers,
@@ -184,11 +194,11 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     }
     if done.get(code, False):
         return False
+    if code == "smaller_inputs" and program in programs("texts"):
+        return False
     if code == "smaller_inputs":
         return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
     if code == "shorter_length" and program in programs("pictures"):
-        return False
-    if code == "smaller_inputs" and program in programs("texts"):
         return False
     if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY:
         return False

@@ -40,6 +40,12 @@ _OF_ANY_PURPOSE = (None, "transformers", "accelerate")
 _BARE = 60
 """Characters besides the message and its advice, below which a log without a traceback is a message alone."""
 _POSIX = re.compile(r"(?<![\w.:])/(?:home|usr|opt|root|mnt|data|workspace|Users|var|tmp|content|kaggle)/")
+_OF_PICTURES = re.compile(
+    r"[Cc]onv[23]d|\b(?:images?|imgs?|masks?|pixels?|segment\w*|[Yy][Oo][Ll][Oo]\w*|[Uu]-?[Nn]et)\b|torchvision"
+)
+_OF_LANGUAGE = re.compile(
+    r"vocab|token|lm_head|\b(?:gpt|llama|qwen|bert|t5|mistral|gemma)|transformers/|trl/", re.IGNORECASE
+)
 _ADVICE = re.compile(r"If reserved[^\n]*(?:\n[^\n]*?(?:ALLOC_CONF|fragmentation|Management|variables)[^\n]*){0,3}")
 
 
@@ -163,7 +169,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     """Return the evidence in a log."""
     figure = facts.figures.get("requested_bytes")
     within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
-    model, line = model_of(run), line_kind(facts.frames) or _line_alone(facts, run)
+    model, line = model_of(run), _in_words_of(run, line_kind(facts.frames) or _line_alone(facts, run))
     shape = _printed_shape(run, within) if within else None
     found = Evidence(
         run=run,
@@ -193,6 +199,16 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
 def _is_one_message(text: str, message: str) -> bool:
     """Return True if a log has hardly anything besides the message and PyTorch's advice behind it."""
     return len("".join(_ADVICE.sub("", text).split())) - len("".join(message.split())) < _BARE
+
+
+def _in_words_of(run: RunFacts, line: LineKind | None) -> LineKind | None:
+    """Return the kind of a line; scores of pictures' classes in a loss are no logits over a vocabulary."""
+    if line is None or line.tensor != "loss_of_logits":
+        return line
+    of_pictures = run.framework in programs("pictures") or _OF_PICTURES.search(run.text)
+    if of_pictures and not _OF_LANGUAGE.search(run.text):
+        return msgspec.structs.replace(line, tensor="activation", grows="batch", is_named=False)
+    return line
 
 
 def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:

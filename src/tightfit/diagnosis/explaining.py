@@ -231,17 +231,18 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
     )
 
 
-_REST = "kind_rest_of_log"
+_REST, _OTHERS = "kind_rest_of_log", "kind_other_programs"
 
 
 def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     """Return the fixes of a kind; of a report in a person's words, those in the words of the program that it names."""
     found = fixes_of(facts)
     evidence = evidence_of(facts, plain.reading.run)
-    if facts.kind != "program_words" or evidence.framework is None:
+    of_runtime = facts.kind == "cuda_driver" and evidence.infers and facts.phase != "setup" and not facts.details
+    if evidence.framework is None or not (facts.kind == "program_words" or of_runtime):
         return found
-    rest = tuple(each for each in found if each.code == _REST)
-    return (*rest, *advice(facts, evidence)) or found
+    kept = tuple(each for each in found if each.code in (_REST, _OTHERS) and (of_runtime or each.code == _REST))
+    return (*kept, *advice(facts, evidence)) or found
 
 
 def _printed_config(printed: Printed, evidence: Evidence) -> TrainConfig | None:

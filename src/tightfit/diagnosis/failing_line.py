@@ -10,6 +10,9 @@ from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.tables import read_table
 
 _CODE = re.compile(r"[\w\]] ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
+_LINES = 4
+"""Lines before a message that may hold the failing line, with carets below it."""
+_ONLY_CARETS = re.compile(r"[\^~ ]+")
 _DEPTH = 8
 """Innermost frames that are looked at: further out, a line calls too much to show what was allocated."""
 
@@ -96,9 +99,15 @@ def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
 
 
 def line_before_message(text: str) -> TraceFrame | None:
-    """Return the line of code that stands before the message of a report without a traceback."""
+    """Return the line of code that stands right before the message of a report without a traceback.
+
+    Code that a report quotes further up is the program's, not the line that failed.
+    """
     lines = text[: text.find("ried to allocate")].splitlines()[:-1] if "ried to allocate" in text else []
-    for line in reversed([each.strip(" `>|\t") for each in lines[-4:]]):
+    last = [each.strip(" `>|\t") for each in lines[-_LINES:]]
+    while last and _ONLY_CARETS.fullmatch(last[-1]):
+        last.pop()
+    for line in last[-1:]:
         if _CODE.search(line):
             return TraceFrame(file="", line=None, function="", source=line[:400])
     return None

@@ -58,7 +58,9 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
     for line in reversed(lines):
         parted = part(line)
         if (parted.level == "error" or _FAILS.search(line)) and parted.body.strip():
-            return "memory_words" if _MEMORY.search(parted.body) else "other_error", parted.body.strip()[:300]
+            near = next((each for each in reversed(bodies[-_NEAR:]) if with_lines_before and _LACK.search(each)), None)
+            found = parted.body if _MEMORY.search(parted.body) else near
+            return ("memory_words", found.strip()[:300]) if found else ("other_error", parted.body.strip()[:300])
     return None
 
 
