@@ -4,14 +4,18 @@ import os
 import re
 import signal
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from runs import arguments, assert_close, ended, here, rows, torchrun
+from torch import distributed
 
-from tightfit.errors import ConfigError
-from tightfit.trainer.distributed import World, process_group, world_of_environment
+from tightfit.errors import ConfigError, DeviceError
+from tightfit.trainer.distributed import World, fresh_name, process_group, world_of_environment
 
 KEYS = {"batch_size": 4, "gradient_accumulation_steps": 2, "eval_interval": 6, "eval_iters": 3}
 SEVEN = {"batch_size": 7, "eval_interval": 20, "max_iters": 150, "lr_decay_iters": 150, "micro_batch": 3}
@@ -161,3 +165,25 @@ class TestWorld:
         assert world.any(True, cpu)
         assert not world.any(False, cpu)
         assert world.from_main("value") == "value"
+
+
+class TestStart:
+    def test_all_agree_on_a_name_whatever_was_left_in_the_store(self) -> None:
+        """Also if a process asks long before the first one is there."""
+        store, names = distributed.HashStore(), []
+        store.set_timeout(timedelta(seconds=20))
+        for _ in range(3):
+            with ThreadPoolExecutor(3) as pool:
+                found = [pool.submit(fresh_name, store, rank, 3) for rank in (2, 1)]
+                time.sleep(0.03)
+                found.append(pool.submit(fresh_name, store, 0, 3))
+                (name,) = {each.result() for each in found}
+            names.append(name)
+        assert len(set(names)) == 3
+
+    def test_a_process_that_does_not_come_is_named(self) -> None:
+        store = distributed.HashStore()
+        store.set_timeout(timedelta(milliseconds=50))
+        store.set("tightfit/asks/1", "of a start before")
+        with pytest.raises(DeviceError, match=r"processes 1, 2 of 3 did not connect"):
+            fresh_name(store, 0, 3)

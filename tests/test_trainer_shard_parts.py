@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 import socket
 import textwrap
@@ -281,7 +282,7 @@ class TestRuns:
         assert f"torchrun started this run's processes again: resuming it from {out_dir}" in done.out
         assert f"resuming {out_dir}/ckpt.dcp at step 6" in done.out
         if how == "SIGSTOP":
-            assert "step 8 has taken 5 s and hangs" in done.out
+            assert re.search(r"step 8 has taken \d+ s and hangs", done.out)
             assert f"no sign of life from process 1 on {socket.gethostname()}; all processes end" in done.err
         assert_close(alone(tmp_path / "one", data_dir, **keys), out_dir)
 

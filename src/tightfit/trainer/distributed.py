@@ -3,7 +3,9 @@
 import gc
 import importlib
 import os
+import secrets
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +19,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from tightfit.errors import ConfigError
+from tightfit.errors import ConfigError, DeviceError
 from tightfit.storage import AGENTS
 from tightfit.wording import say
 
 T = TypeVar("T")
+_ASKING_S = 0.01
+"""Seconds between two looks at who has come."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +170,40 @@ def was_started_by(folder: Path, now: Agents) -> bool:
     return not set(before.names).isdisjoint(now.names)
 
 
+def fresh_name(store: "dist.Store", rank: int, size: int) -> str:  # type: ignore[name-defined]
+    """Agree on a name that no processes before these had; all processes call this together.
+
+    torchrun's store outlives its processes, and holds what those before left there. Its count of restarts is no such
+    name: an agent that joins later counts from zero. So each process asks with a new word, and the first answers.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"tightfit/asks/{rank}", own)
+        name: str = store.get(f"tightfit/name/{own}").decode()
+        store.set(f"tightfit/knows/{name}/{rank}", "1")
+        return name
+    end, waiting = time.monotonic() + store.timeout.total_seconds(), set(range(1, size))
+    while waiting and time.monotonic() < end:
+        for other in sorted(waiting):
+            if store.check([asks := f"tightfit/asks/{other}"]):
+                store.set(f"tightfit/name/{store.get(asks).decode()}", own)
+        waiting = {other for other in waiting if not store.check([f"tightfit/knows/{own}/{other}"])}
+        time.sleep(_ASKING_S if waiting else 0)
+    if waiting:
+        raise DeviceError(
+            say("trainer.distributed.did_not_come", ranks=", ".join(map(str, sorted(waiting))), size=size)
+        )
+    return own
+
+
 @contextmanager
-def process_group(world: World, backend: str, device: torch.device) -> Iterator[None]:
-    """Connect the processes for the time of the run; do nothing for a single one. `backend` may be auto."""
+def process_group(world: World, backend: str, device: torch.device) -> Iterator[str]:
+    """Connect the processes for the time of the run, and yield the name of this start; do nothing for a single one.
+
+    `backend` may be auto.
+    """
     if world.size == 1:
-        yield
+        yield ""
         return
     # gloo beside nccl: agreements between processes then do not wait for the device
     chosen = ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
@@ -179,15 +212,12 @@ def process_group(world: World, backend: str, device: torch.device) -> Iterator[
     # At its import this module stores the default group in default arguments. Imported later, by DDP, it would keep the
     # group's threads until after the interpreter's end, where a thread that frees a tensor aborts.
     importlib.import_module("torch.distributed.nn.functional")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0":
-        dist.init_process_group(chosen)
-    else:  # torchrun's store may still hold the addresses of the processes before (torch 2.13)
-        store, rank, size = next(rendezvous("env://"))
-        prefixed = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-        dist.init_process_group(chosen, store=prefixed, rank=rank, world_size=size)
+    store, rank, size = next(rendezvous("env://"))
+    name = fresh_name(store, rank, size)
+    prefixed = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    dist.init_process_group(chosen, store=prefixed, rank=rank, world_size=size)
     try:
-        yield
+        yield name
     finally:
         gc.collect()  # models and other holders of the group, so that destroying it ends its threads
         dist.destroy_process_group()

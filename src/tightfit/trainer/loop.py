@@ -115,7 +115,7 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None, pla
     set_process_options(hardware, activation_memory_budget=config.activation_memory_budget)
     if config.recover and hardware.device.type == "cpu":
         set_process_warnings()
-    with process_group(world, config.backend, hardware.device):
+    with process_group(world, config.backend, hardware.device) as start:
         reporter = Reporter(is_main=world.is_main)
         with ExitStack() as at_end:
             at_end.callback(reporter.close)
@@ -124,7 +124,7 @@ def train(resolved: Resolved[TrainConfig], fallback: Fallback | None = None, pla
             spread = agreed_plan(resolved, plan, world, hardware.device, log=reporter.log)
             if spread is not None:
                 resolved, fallback = as_planned(resolved, spread), spread.fallback
-            return _Run(resolved, started_by, world, hardware, reporter, fallback, at_end, spread).execute()
+            return _Run(resolved, started_by, world, hardware, reporter, fallback, at_end, spread).execute(start)
 
 
 def _refuse(config: TrainConfig, world: World) -> None:
@@ -328,7 +328,8 @@ class _Run:
         self.feed.split(self.settings.micro_batch, step=self.step)
         self._report_status()
 
-    def execute(self) -> RunResult:
+    def execute(self, start: str) -> RunResult:
+        """Train to the end; `start` is the name of this start of the processes."""
         config, world = self.config, self.world
         if config.eval_only:
             self._evaluate()
@@ -342,7 +343,7 @@ class _Run:
                     write_aside(self.folder / AGENTS, msgspec.json.encode(now))
                 self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
         shares = self.state.shards is not None and "MASTER_PORT" in os.environ
-        pulse = Pulse(world) if shares else None
+        pulse = Pulse(world, start) if shares else None
         # torchrun waits for all of its processes: one that stopped would keep the others waiting
         self.watchdog = Watchdog(self.reporter.log, ends=STATUS in os.environ or shares, pulse=pulse)
         self._at_end.callback(self.watchdog.close)

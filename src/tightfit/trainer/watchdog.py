@@ -31,13 +31,14 @@ _REMEMBERED = 50
 class Pulse:
     """Signs of life of the processes of a run, in the store by which torchrun connected them."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, start: str) -> None:
+        """`start` is the name of this start of the processes, in a store that holds the signs of those before."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         # a connection of its own: the process group's may be busy waiting
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
-        self._world, self._beats = world, 0
+        self._world, self._start, self._beats = world, start, 0
         self.beat()
 
     def beat(self) -> None:
@@ -65,9 +66,8 @@ class Pulse:
                 found[rank] = self._store.get(self._key(rank)).decode()
         return found
 
-    @staticmethod
-    def _key(rank: int) -> str:
-        return f"tightfit/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    def _key(self, rank: int) -> str:
+        return f"tightfit/alive/{self._start}/{rank}"
 
 
 class Watchdog:
