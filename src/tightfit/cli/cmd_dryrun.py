@@ -13,6 +13,7 @@ from tightfit.cli.progress import shown
 from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
 from tightfit.links import split_count
+from tightfit.vgpu.assumed import read_assumption
 from tightfit.vgpu.command_line import launcher_of
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
@@ -96,6 +97,8 @@ def parser() -> _CommandParser:
     found.option("--capability", say("cli.option.capability"))
     found.option("--torch", say("cli.dryrun.torch"))
     found.add_argument("--steps", type=int, help=say("cli.dryrun.steps"))
+    found.add_argument("--until", choices=("end", "eval", "steps"), help=say("cli.dryrun.until"))
+    found.add_argument("--assume", action="append", default=[], metavar="EXPR=VALUE", help=say("cli.dryrun.assume"))
     found.add_argument("--timeout", type=float, help=say("cli.dryrun.timeout"))
     found.add_argument("--rank", type=int, default=0, help=say("cli.dryrun.rank"))
     found.flag("--network", say("cli.dryrun.network"))
@@ -180,6 +183,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         context_bytes=parse_bytes(options.context) if options.context else None,
         capability=capability(options.capability),
         steps=options.steps,
+        until=options.until,
+        assumed=tuple(map(read_assumption, options.assume)),
         timeout_s=options.timeout,
         network=options.network,
         rank=options.rank,

@@ -35,24 +35,21 @@ class Device(Protocol):
 
     def execute(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument: ...
     def make(self, func: OpOverload, args: Arguments, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
-    def count_made_up(self, what: str) -> None: ...
+    def length(self, played: int, largest: int | None = None) -> int: ...
     def mode(self) -> "TorchDispatchMode": ...
 
 
 Handler = Callable[..., Argument]
 """A function of (device, operator, *args of the operator, **kwargs of the operator)."""
 
-_MADE_UP = "the length of a result that depends on data"
 _MASKS = (torch.bool, torch.uint8)
 Indices = Sequence[Tensor | None]
 
 
 def _nonzero(device: Device, func: OpOverload, source: Tensor) -> Tensor:
     true = device.values.exactly(source)
-    if true is None:
-        device.count_made_up(_MADE_UP)
     places = None if true is None else true.nonzero()
-    count = source.numel() if places is None else len(places)
+    count = device.length(source.numel(), source.numel()) if places is None else len(places)
     by_dimension = device.make(func, (source,), (source.dim(), count), torch.int64)
     with device.fake:
         out = by_dimension.t()
@@ -194,10 +191,11 @@ def _unique(
     true = device.values.exactly(source)
     answers: tuple[Tensor, ...] = ()
     if true is None:
-        device.count_made_up(_MADE_UP)
         inverse = tuple(source.shape) if dim is None else (source.shape[dim],)
-        length = source.numel() if dim is None else source.shape[dim]
-        shapes = [largest, inverse if has_inverse else (0,), (length,) if has_counts else (0,)]
+        most = source.numel() if dim is None else source.shape[dim]
+        length = device.length(most, most)
+        different = (length,) if dim is None else (*largest[:dim], length, *largest[dim:][1:])
+        shapes = [different, inverse if has_inverse else (0,), (length,) if has_counts else (0,)]
     else:
         answers = func(true, *args[1:])
         shapes = [tuple(answer.shape) for answer in answers]
@@ -215,8 +213,7 @@ def _repeat_interleave(device: Device, func: OpOverload, repeats: Tensor, *, out
     elif true is not None:
         length = int(true.sum())
     else:
-        device.count_made_up(_MADE_UP)
-        length = repeats.numel()
+        length = device.length(repeats.numel())
     out = device.make(func, (repeats,), (length,), repeats.dtype)
     if true is not None:
         device.values.learn(out, torch.repeat_interleave(true))
@@ -230,7 +227,7 @@ def _bincount(
     true = device.values.exactly(source)
     length = minlength
     if true is None:
-        device.count_made_up(_MADE_UP)
+        length = max(minlength, device.length(minlength))
     elif true.numel():
         length = max(length, int(true.max()) + 1)
     dtype = torch.int64 if weights is None else (torch.float32 if weights.dtype == torch.float32 else torch.float64)
@@ -243,9 +240,7 @@ def _pack(
     """Drop the padding of sequences (PackedSequence.cpp). Their lengths are on the host."""
     batch, longest = padded.shape[:2] if batch_first else (padded.shape[1], padded.shape[0])
     true = device.values.exactly(lengths)
-    if true is None:
-        device.count_made_up(_MADE_UP)
-    known = [longest] * batch if true is None else [int(each) for each in true.tolist()]
+    known = [device.length(longest, longest)] * batch if true is None else [int(each) for each in true.tolist()]
     alive = [sum(each > step for each in known) for step in range(max(known))]
     data = device.make(func, (padded, lengths), (sum(known), *padded.shape[2:]), padded.dtype)
     return data, torch.tensor(alive, dtype=torch.int64, device="cpu")

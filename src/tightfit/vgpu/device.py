@@ -37,6 +37,7 @@ from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
 from tightfit.kernels.temporaries import Argument, Arguments, Options
+from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.known_values import Values
@@ -73,7 +74,8 @@ class VirtualDevice:
         """Make the card virtual, or the host with `where` = "cpu": without kernels' own memory, to check a real run."""
         self.card = card
         self.recorder = Recorder(allocator)
-        self.values = Values()
+        self.assumed = Assumed()
+        self.values = Values(lambda frames: self.assumed.value(frames))
         self.phases = phases
         self.fake = _SharedFakeMode()
         self._results = ResultCache(self.fake)
@@ -265,9 +267,14 @@ class VirtualDevice:
         if feature not in self.not_modelled:
             self.not_modelled.append(feature)
 
-    def count_made_up(self, what: str) -> None:
-        """Count an answer for the line that the running operator comes from, also within backward."""
-        self.values.count(what, self._frames(self.phases.now()))
+    def length(self, played: int, largest: int | None = None) -> int:
+        """Return the length of a result that depends on data: `played` if the user gave none for the running line.
+
+        It counts as made up. `largest` bounds it; nothing does if None.
+        """
+        frames = self._frames(self.phases.now())
+        self.values.count("the length of a result that depends on data", frames)
+        return self.assumed.length(frames, played, largest)
 
     def _track(self, out: Argument, func: OpOverload, args: Arguments, phase: Phase) -> None:
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):

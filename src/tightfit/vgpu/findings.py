@@ -39,7 +39,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
         not_written=device.not_written,
         not_modelled=device.not_modelled,
         never_modelled=list(NOT_MODELLED),
-        notes=session.notes,
+        notes=[*session.notes, *device.assumed.sentences()],
         seconds=round(seconds, 3),
         timeline=timeline_of(recorder) if session.settings.timeline else None,
     )

@@ -48,6 +48,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Stop after so many optimizer steps, whatever they allocate."""
     until_stable: bool = True
     """Stop when steps repeat."""
+    until: Literal["end", "eval", "steps"] | None = None
+    """Go on to the script's end however long that takes, to an evaluation after a step, or only until steps repeat;
+    None goes on after that for a while only."""
+    assumed: tuple[tuple[str, float], ...] = ()
+    """Expressions, or FILE:LINE, and the values or lengths that only the card's data decide there."""
     timeout_s: float | None = None
     """Stop at the first operator after so many seconds."""
     snapshot: str | None = None
@@ -68,6 +73,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         check_torch(self.torch)
         if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
             raise ConfigError(say("vgpu.records.steps", steps=self.steps))
+        if self.until not in (None, "end", "eval", "steps"):
+            raise ConfigError(say("vgpu.records.until", until=self.until))
         if not is_whole(self.rank) or self.rank < 0:
             raise ConfigError(say("vgpu.records.rank", rank=self.rank))
         if self.timeout_s is not None and not (isinstance(self.timeout_s, int | float) and self.timeout_s > 0):

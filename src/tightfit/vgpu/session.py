@@ -15,6 +15,7 @@ from tightfit.errors import DeviceError
 from tightfit.gpus import GPU, context_bytes, resolve_gpu
 from tightfit.kernels.card import Card
 from tightfit.vgpu import patches
+from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.card_arguments import torch_versions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame
@@ -76,6 +77,7 @@ class VirtualSession:
         """Called with the optimizer steps done after each of them."""
         self.phases = Phases(self._after_step)
         self.device = VirtualDevice(_card(self.gpu, settings.torch), self.allocator, self.phases)
+        self.device.assumed = Assumed(settings.assumed)
         TraceLog.attach(self.device.recorder)
         self._stopping = Stopping(settings, self.device.recorder, self.phases, self.notes)
         self._has_ended = False

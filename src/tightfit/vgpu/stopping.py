@@ -55,6 +55,8 @@ class Stopping:
         self._lines = LineWatch(self._passes)
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
+        self._evaluated = 0
+        """Forward passes without gradients before the first step ended."""
         self._calm = 0
         """Steps in a row that did not repeat and did not raise a peak."""
         self._differing: list[Frame] = []
@@ -75,6 +77,8 @@ class Stopping:
 
     def after_step(self, steps: int, *, has_optimizer: bool) -> None:
         """Decide if another step could differ."""
+        if steps == 1:
+            self._evaluated = self._phases.evaluated
         recorder = self._recorder
         step = (self._pattern(), recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
         self._calm = self._calm + 1 if self._last and self._last[0][1:] == step[1:] else 0
@@ -122,6 +126,7 @@ class Stopping:
         loop = self._lines.training_loop(frame)
         if first is not None:
             self._calm = 0
+            self._end_as_asked(first, steps)
         elif has_optimizer and loop is not None and self._calm >= _CALM_STEPS:
             self._ends_differing(frame, loop)
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
@@ -147,6 +152,13 @@ class Stopping:
                 self._note(say("vgpu.stopping.no_evaluation"))
             self._end(say("vgpu.stopping.repeats", first=first, last=steps))
 
+    def _end_as_asked(self, first: int, steps: int) -> None:
+        """End steps that repeat where the user asked for no more than them, or than an evaluation after one."""
+        until = self._settings.until
+        if until == "steps" or (until == "eval" and self._phases.evaluated > self._evaluated):
+            self.not_played = self._unplayed
+            self._end(say("vgpu.stopping.repeats", first=first, last=steps))
+
     def _ends_differing(self, frame: FrameType, loop: TrainingLoop) -> None:
         """Leave a loop with steps that differ, as those of samples of several lengths do, once its peak is reached.
 
@@ -164,6 +176,8 @@ class Stopping:
 
     def _repeats_for_long(self) -> bool:
         """Return True when steps have repeated for as long as they may, since they did for the first time."""
+        if self._settings.until == "end":
+            return False
         now = time.process_time(), time.monotonic()
         begun = self._repeats_since = self._repeats_since or now
         return now[0] - begun[0] >= _PLAY_ON_S or now[1] - begun[1] >= _WAIT_ON_S

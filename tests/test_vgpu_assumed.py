@@ -1,0 +1,60 @@
+"""What only the card's data decide has stated bounds, and the user sets it; --until names the end of a play."""
+
+from pathlib import Path
+
+import pytest
+from plays import findings
+
+from tightfit.errors import ConfigError
+from tightfit.vgpu.assumed import read_assumption
+
+MASKED = """
+import torch
+
+x = torch.randn(1 << 20, device="cuda")
+places = (x > 3).nonzero()
+picked = torch.randn(1 << 20, 64, device="cuda")[places.flatten()]
+if x.sum().item() > 1000:
+    torch.ones(1 << 28, device="cuda")
+"""
+EVALUATING = """
+import torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for step in range(10_000):
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step()
+    if step % 500 == 499:
+        with torch.no_grad():
+            model(torch.ones(1 << 22, 8, device="cuda"))
+torch.ones(1 << 27, device="cuda")
+"""
+
+
+def test_lengths_and_values_are_assumed(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(MASKED)
+    most = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert any("train.py:5: the length of a result depends on data; the largest, 1048576" in x for x in most["notes"])
+    words = ["--gpu", "A100", "--assume", "(x > 3).nonzero()=1024", "--assume", "train.py:7=2000", "--assume", "y=1"]
+    few = findings([*words, tmp_path / "train.py"])
+    assert any("train.py:5: the length of a result depends on data; 1024 was assumed" in x for x in few["notes"])
+    assert any("--assume y: no unknown value" in each for each in few["notes"])
+    picked = (1 << 20) * 64 * 4
+    assert most["peak"]["allocated_bytes"] == (1 << 22) + (8 << 20) + 2 * picked
+    assert few["peak"]["allocated_bytes"] > 4 << 28, "the branch that 2000 leads to"
+
+
+@pytest.mark.parametrize(("until", "outcome"), [("steps", 0), ("eval", 1), ("end", 2)])
+def test_until(until: str, outcome: int, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(EVALUATING)
+    found = findings(["--gpu", "A100", "--until", until, tmp_path / "train.py"])
+    peak = found["peak"]["allocated_bytes"]
+    assert [peak < 1 << 26, 1 << 26 < peak < 4 << 27, peak >= 4 << 27].index(True) == outcome
+    assert bool(found["not_played"]) is (until != "end")
+
+
+@pytest.mark.parametrize("text", ["x", "=1", "x=many"])
+def test_an_assumption_without_a_number_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="give EXPR=VALUE with a number"):
+        read_assumption(text)
