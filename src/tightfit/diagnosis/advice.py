@@ -29,6 +29,10 @@ from tightfit.oomlog.ownership import had_room, ownership
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.tables import read_table
 
+_BEFORE_AUTOCAST = ("T0", "T1")
+"""Messages of PyTorch up to 1.3, which has no autocast."""
+_BEFORE_INFERENCE_MODE = ("T0", "T1", "T2")
+"""Messages of PyTorch up to 1.10: the older of them have no_grad alone."""
 _NOT_CUDA = ("mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
 _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
 """Remedies that stand on libraries for CUDA."""
@@ -62,8 +66,9 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     if is_of_one_block(facts):
         first, cures = [_remedy("xpu_relaxed_limit", facts, evidence), *first], cures[:2]
     elif had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
+        first = [] if evidence.framework in programs("applications") else first
         windows = facts.kind in _WITH_PAGING and evidence.is_maybe_on_windows
-        first = [_remedy("windows_paging", facts, evidence), *first] if windows else first
+        first = [*first, _remedy("windows_paging", facts, evidence)] if windows else first
         cures = [_remedy("watched_card", facts, evidence)]
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
@@ -185,6 +190,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters" or evidence.infers,
         "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
         "half_precision": "half" in run.signs
+        or (facts.torch_format in _BEFORE_AUTOCAST and not has_own("half_precision", program or ""))
         or _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
         "optimizer_foreach": not any("foreach" in f"{each.source} {each.function}" for each in facts.frames[-2:]),
@@ -280,6 +286,9 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     words = _own_option(code, evidence, divided) or pasted(code, evidence.run.frameworks, _values(evidence, divided))
     if code == "half_precision" and facts.kind in _NOT_CUDA:
         words = _autocast(facts.kind.partition("_")[0])
+    if code == "no_gradients" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
+        page = "https://docs.pytorch.org/docs/stable/generated/torch.no_grad.html"
+        words = Pasted(lines=tuple(line.replace("inference_mode", "no_grad") for line in words.lines), page=page)
     effect = applicability(code)
     remedy = Remedy(
         code=code,

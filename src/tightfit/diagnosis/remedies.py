@@ -225,7 +225,8 @@ def expandable_segments(facts: Facts) -> Remedy:
     code, figures = "expandable_segments", _cache_figures(facts)
     if facts.cache_would_do is not False:
         reason = "cache_might_do" if facts.cache_would_do else "unstated"
-        return _unchecked(code, "cache_needs_newer" if facts.torch_format in _WITHOUT_SETTING else reason, figures)
+        is_old = facts.cache_would_do and facts.torch_format in _WITHOUT_SETTING
+        return _unchecked(code, "cache_needs_newer" if is_old else reason, figures)
     return Remedy(
         code=code,
         verdict=DOES_NOT_FIT,
