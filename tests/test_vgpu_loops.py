@@ -259,3 +259,27 @@ def test_a_loop_whose_steps_differ_is_left_and_listed(tmp_path: Path) -> None:
     assert found["peak"]["allocated_bytes"] >= 4 << 27
     assert [each["line"] for each in found["not_played"]] == [8], "a longer sample may come"
     assert any("a longer sample" in each for each in found["notes"])
+
+
+ON_ONE_LINE = """
+import torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+
+def evaluate(step):
+    torch.ones(1 << 27, device="cuda")
+
+for step in range(100_000):
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step()
+    if (step + 1) % 5000 == 0: evaluate(step)
+"""
+
+
+def test_the_body_of_an_if_on_its_line_is_played(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(ON_ONE_LINE + "torch.Tensor([torch.ones(3, device='cuda').sum()])\n")
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert not found["not_played"]
+    assert found["peak"]["allocated_bytes"] >= 4 << 27

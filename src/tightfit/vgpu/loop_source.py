@@ -111,7 +111,8 @@ def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[
     """Find the first and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
 
     A branch does not count if the loop never changes its condition, as it can never be taken.
-    Error handling and functions that print or measure do not count either.
+    Error handling and functions that print or measure do not count either. Lines of a body on the line of its `if` are
+    negative.
     """
     body = _body(file, first, name)
     around = [each for each in _statements(body) if each.lineno <= line <= (each.end_lineno or each.lineno)]
@@ -121,8 +122,15 @@ def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[
         changing = _stored(loop) | _attributes(_tree(file))
         found |= set(_calls(loop.body, changing))
     end = (loop.end_lineno or line) if loop is not None else line
-    found |= {each for each in _calls(body, None) if each[0] > end}
+    found |= {each for each in _calls(body, None) if abs(each[0]) > end}
     return tuple(sorted(found))
+
+
+@cache
+def bodies_on_line(file: str, first: int, name: str) -> dict[int, int]:
+    """Map lines of the form `if condition: call()` in a function to the columns at which their bodies begin."""
+    branches = (each for each in _statements(_body(file, first, name)) if isinstance(each, ast.If))
+    return {each.lineno: each.body[0].col_offset for each in branches if each.body[0].lineno == each.lineno}
 
 
 @cache
@@ -235,7 +243,10 @@ def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[in
         if isinstance(statement, ast.If) and changing is not None and not _may_change(statement.test, changing):
             continue
         for block in _blocks(statement):
-            yield from _calls(block, changing)
+            if isinstance(statement, ast.If) and block and block[0].lineno == statement.lineno:
+                yield from {(-first, -first) for first, _ in _calls(block, changing)}
+            else:
+                yield from _calls(block, changing)
 
 
 def _may_allocate(node: ast.AST) -> bool:

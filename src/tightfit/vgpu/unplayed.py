@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import sys
 import time
 from collections import Counter, deque
@@ -10,7 +11,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_counted, is_package
-from tightfit.vgpu.loop_source import Loop, loop_heads, loop_node, loops_around, reachable_calls
+from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
 from tightfit.vgpu.skipping import FAILURES, Skip, iterator_of, lines_in_reach
 
 _SECONDS_TO_LEAVE = 3.0
@@ -33,6 +34,9 @@ class LineWatch:
         self._training: set[tuple[CodeType, int]] = set()
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._ran: dict[CodeType, set[int]] = {}
+        """Lines that ran; negative for the body of an `if` on its line."""
+        self._bodies: dict[CodeType, dict[int, int]] = {}
+        """Columns of these bodies."""
         self._given_up: set[tuple[CodeType, Loop]] = set()
         self._leaving: dict[CodeType, list[Loop]] = {}
         """Loops of functions to leave before their next iteration."""
@@ -65,6 +69,7 @@ class LineWatch:
             if code not in self._ran:
                 self._ran[code] = {each.f_lineno}
                 self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
+                self._bodies[code] = bodies_on_line(code.co_filename, code.co_firstlineno, code.co_name)
             each.f_trace = self._line
 
     def after_step(self) -> None:
@@ -84,13 +89,13 @@ class LineWatch:
         found = []
         earlier: dict[str, set[int]] = {}
         for place in allocated:
-            earlier.setdefault(place.file, set()).add(place.line)
+            earlier.setdefault(place.file, set()).update((place.line, -place.line))
         for each in own_frames(frame):
             code = each.f_code
             ran = self._ran.get(code, set()) | earlier.get(code.co_filename, set())
             lines = reachable_calls(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
             missed = [line for line, last in lines if ran.isdisjoint(range(line, last + 1))]
-            found += [Frame(code.co_filename, line, code.co_qualname) for line in missed]
+            found += [Frame(code.co_filename, abs(line), code.co_qualname) for line in missed]
         return list(dict.fromkeys(found))
 
     def leave_loops(
@@ -208,7 +213,12 @@ class LineWatch:
 
     def unplayed_of(self, places: Iterable[Frame]) -> list[Frame]:
         """List those of the lines that did not run since; a package's loop was not played to its end."""
-        ran = {(code.co_filename, line) for code, lines in self._ran.items() for line in lines}
+        ran = {
+            (code.co_filename, abs(line))
+            for code, lines in self._ran.items()
+            for line in lines
+            if line < 0 or line not in self._bodies[code]
+        }
         return [place for place in places if is_package(place) or (place.file, place.line) not in ran]
 
     def _training_loops(self, code: CodeType, around: Sequence[Loop]) -> Sequence[Loop]:
@@ -240,6 +250,10 @@ class LineWatch:
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
+        if self._bodies[code]:
+            self._follow_body(frame, event)
+            if event == "opcode":
+                return self._line
         self._ran[code].add(frame.f_lineno)
         first = self._heads[code].get(frame.f_lineno) if event == "line" else None
         if first is None:
@@ -253,6 +267,16 @@ class LineWatch:
         elif self.at_head is not None:
             self.at_head(frame, first)
         return self._line
+
+    def _follow_body(self, frame: FrameType, event: str) -> None:
+        """Note if the body of an `if` on its line runs, by the instructions of that line."""
+        code, line = frame.f_code, frame.f_lineno
+        column = self._bodies[code].get(line)
+        if event == "opcode" and column is not None:
+            at = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+            if at[0] == line and at[2] is not None and at[2] >= column:
+                self._ran[code].add(-line)
+        frame.f_trace_opcodes = column is not None and -line not in self._ran[code]
 
     def _leave_now(self, frame: FrameType, loop: Loop) -> None:
         """Jump behind a loop at its line, or take all items away that are left if nothing follows it."""

@@ -42,6 +42,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_compile(device, properties)
     _install_torchscript(device)
     _install_attention(device)
+    _install_scalars(device)
 
 
 def _install_steps(device: VirtualDevice) -> None:
@@ -341,4 +342,11 @@ def _install_attention(device: VirtualDevice) -> None:
 
     for key in ("AutogradCUDA", "CUDA"):
         operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)
+    backend.KEPT.append(operators)
+
+
+def _install_scalars(device: VirtualDevice) -> None:
+    """Answer for single numbers where torch hides the dispatch mode, as `torch.Tensor([loss])` does."""
+    operators = library.Library("aten", "IMPL")
+    operators.impl("_local_scalar_dense", device.values.scalar, "CUDA", allow_override=True)
     backend.KEPT.append(operators)
