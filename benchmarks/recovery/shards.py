@@ -68,6 +68,13 @@ class Found:
     problems: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     """Seconds from a loss to its end, where it is timed."""
+    end: float = 0.0
+    """Time at which no further trial begins."""
+
+    def goes_on(self, done: int, count: int) -> bool:
+        """Return True if another trial is to begin, and print what was found so far."""
+        print(dict(self.counts), file=sys.stderr, flush=True)
+        return done < count and len(self.problems) < 5 and time.monotonic() < self.end
 
     def problem(self, text: str) -> None:
         self.problems.append(text)
@@ -173,17 +180,18 @@ def losses_differ(one: Path, other: Path) -> float:
     return largest
 
 
-def kills(folder: Path, draw: random.Random, count: int) -> Found:
+def kills(found: Found, folder: Path, draw: random.Random, count: int) -> None:
     """Kill whole runs at random moments, and resume each with another number of processes and another sharding."""
-    return _killed(folder, draw, count, processes=(1, 2, 3, 4), shardings=SHARDINGS, reference=1)
+    _killed(found, folder, draw, count, processes=(1, 2, 3, 4), shardings=SHARDINGS, reference=1)
 
 
-def same(folder: Path, draw: random.Random, count: int) -> Found:
+def same(found: Found, folder: Path, draw: random.Random, count: int) -> None:
     """Kill and resume with as many processes and the same sharding: the end has the same bits."""
-    return _killed(folder, draw, count, processes=(2,), shardings=("full",), reference=2)
+    _killed(found, folder, draw, count, processes=(2,), shardings=("full",), reference=2)
 
 
 def _killed(
+    found: Found,
     folder: Path,
     draw: random.Random,
     count: int,
@@ -191,10 +199,10 @@ def _killed(
     processes: tuple[int, ...],
     shardings: tuple[str, ...],
     reference: int,
-) -> Found:
-    found, chain = Found(), 0
+) -> None:
+    chain = 0
     expected = unbroken(folder, reference, shard="none" if reference == 1 else shardings[0])
-    while found.counts["kills"] < count and len(found.problems) < 5:
+    while found.goes_on(found.counts["kills"], count):
         chain += 1
         out_dir, turn = folder / f"chain{chain}", draw.randrange(4)
         while True:
@@ -203,7 +211,7 @@ def _killed(
             saved = has_checkpoint(out_dir)
             own = {"init_from": "resume" if saved else "scratch", "shard": "none" if number == 1 else shard}
             program = ["-m", "tightfit", *arguments(out_dir, folder / "data", **KEYS | own)]
-            last = found.counts["kills"] >= count
+            last = found.counts["kills"] >= count or time.monotonic() > found.end
             small = None if last or draw.random() > 0.2 else draw.choice([32, 64]) << 10
             run = start(number, program, folder / "log.txt", most_file_bytes=small)
             if not last and _killed_at_random(run, draw):
@@ -223,7 +231,6 @@ def _killed(
             if small is None:
                 found.problem(f"chain {chain}: a run of {number} processes failed: {run.text()[-2000:]}")
                 break
-    return found
 
 
 def _compare(found: Found, name: str, expected: Path, out_dir: Path, *, exact: bool) -> None:
@@ -283,12 +290,12 @@ sys.exit(code)
 """
 
 
-def errors(folder: Path, draw: random.Random, count: int) -> Found:
+def errors(found: Found, folder: Path, draw: random.Random, count: int) -> None:
     """Refuse allocations of one rank at random operators, under `full`: losses stay those of one process."""
-    found, number = Found(), 0
+    number = 0
     keys = {"eval_interval": 10, "save_interval": 7, "sample_at_end": 4, "max_iters": 60, "lr_decay_iters": 60}
     expected = unbroken(folder, **keys)
-    while found.counts["errors"] < count and len(found.problems) < 5:
+    while found.goes_on(found.counts["errors"], count):
         number += 1
         out_dir, program = folder / f"out{number}", folder / "program.py"
         values = {"seed": draw.randrange(10**6), "one_in": 60, "rank": draw.randrange(2)}
@@ -315,7 +322,6 @@ def errors(folder: Path, draw: random.Random, count: int) -> Found:
         if worst > 1e-5:
             found.problem(f"run {number}, {values}: losses differ by {worst:.2e}")
         shutil.rmtree(out_dir)
-    return found
 
 
 LOST = """\
@@ -328,13 +334,12 @@ sys.exit(main())
 """
 
 
-def losses(folder: Path, draw: random.Random, count: int) -> Found:
+def losses(found: Found, folder: Path, draw: random.Random, count: int) -> None:
     """Kill one rank, or stop it, two kills for each stop: all end in time, the line names it, torchrun restarts all."""
-    found = Found()
     expected, program = unbroken(folder, 2, shard="full"), folder / "program.py"
     program.write_text(LOST.format(noticed=NOTICED_S))
     for number in range(count):
-        if len(found.problems) >= 5:
+        if not found.goes_on(number, count):
             break
         how = signal.SIGSTOP if number % 3 == 2 else signal.SIGKILL
         out_dir, rank = folder / f"out{number}", draw.randrange(2)
@@ -365,12 +370,10 @@ def losses(folder: Path, draw: random.Random, count: int) -> Found:
             continue
         _compare(found, f"trial {number}", expected, out_dir, exact=True)
         shutil.rmtree(out_dir)
-    return found
 
 
-def agents(folder: Path, draw: random.Random, count: int) -> Found:
+def agents(found: Found, folder: Path, draw: random.Random, count: int) -> None:
     """Run two agents with one process each: undisturbed, then with one that is lost and comes back."""
-    found = Found()
     keys = {"max_iters": 300, "lr_decay_iters": 300, "eval_interval": 100, "save_interval": 10}
     expected = unbroken(folder, **keys)
     for number in range(count):
@@ -389,7 +392,6 @@ def agents(folder: Path, draw: random.Random, count: int) -> Found:
             continue
         found.counts["two agents, one of them lost and back" if lost else "two agents, undisturbed"] += 1
         _compare(found, f"trial {number}", expected, out_dir, exact=False)
-    return found
 
 
 def _lose_and_rejoin(
@@ -426,7 +428,7 @@ def _wait_in(runs: tuple[Started, ...], text: str, times: int) -> bool:
     return False
 
 
-ATTACKS: dict[str, tuple[Callable[[Path, random.Random, int], Found], int]] = {
+ATTACKS: dict[str, tuple[Callable[[Found, Path, random.Random, int], None], int]] = {
     "kills": (kills, 60),
     "same": (same, 40),
     "errors": (errors, 100),
@@ -436,12 +438,13 @@ ATTACKS: dict[str, tuple[Callable[[Path, random.Random, int], Found], int]] = {
 """Each with the trials of a full attack."""
 
 
-def _attack(names: list[str], count: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _attack(names: list[str], count: int, seed: int, minutes: float) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in names:
         attack, usual = ATTACKS[name]
         began = time.monotonic()
+        found = Found(end=began + 60 * minutes)
         with tempfile.TemporaryDirectory(prefix="shards-") as root:
-            found = attack(Path(root), random.Random(f"{seed}/{name}"), count or usual)
+            attack(found, Path(root), random.Random(f"{seed}/{name}"), count or usual)
         record: dict[str, Any] = {"seed": seed, "minutes": round((time.monotonic() - began) / 60, 1)}
         record |= {"trials": dict(found.counts), "problems": found.problems}
         if found.seconds:
@@ -455,11 +458,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
     parser.add_argument("--count", type=int, default=0, help="trials of each attack (those of a full one)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time of each attack (%(default)s)")
     parser.add_argument("--write", action="store_true", help=f"add the result to {RESULTS.name}")
     given = parser.parse_args()
     torch.set_num_threads(1)
     failed = False
-    for name, record in _attack(given.only, given.count, given.seed):
+    for name, record in _attack(given.only, given.count, given.seed, given.minutes):
         print(name, json.dumps(record, indent=2), flush=True)
         failed = failed or bool(record["problems"])
         if given.write:

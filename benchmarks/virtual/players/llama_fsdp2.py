@@ -2,7 +2,8 @@
 
 Shapes and choices are those that torchtitan publishes for its tables: a group for each block, reshard after forward
 but for the last one, bfloat16 weights and float32 sums, selective or full activation checkpointing, logits in float32
-for the loss, which is not compiled, gradients clipped, AdamW with foreach.
+for the loss, which is not compiled, gradients clipped, AdamW with foreach. Two things differ by date, as torchtitan's
+and torch's sources have them: RMSNorm in parts, and logits that are kept.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Shape:
 SHAPES = {
     "llama3-8b": Shape(32, 4096, 32, 8, 14336, 128256),
     "llama3-70b": Shape(80, 8192, 64, 8, 28672, 128256),
+    "llama2-7b": Shape(32, 4096, 32, 32, 11008, 32000),
     "llama2-13b": Shape(40, 5120, 40, 40, 13824, 32000),
     "llama2-70b": Shape(80, 8192, 64, 8, 28672, 32000),
 }
@@ -76,11 +78,28 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+class NormInParts(nn.Module):
+    """RMSNorm as torch had it up to 2.7: float32 copies by one operator after another, and no fused one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weight
+
+
+def norm(shape: Shape, torch_version: str) -> nn.Module:
+    parts = tuple(int(part) for part in torch_version.split("."))
+    return NormInParts(shape.width) if parts < (2, 8) else nn.RMSNorm(shape.width, eps=1e-5)
+
+
 class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, torch_version: str) -> None:
         super().__init__()
         self.attention, self.feed = Attention(shape), FeedForward(shape)
-        self.norm1, self.norm2 = nn.RMSNorm(shape.width, eps=1e-5), nn.RMSNorm(shape.width, eps=1e-5)
+        self.norm1, self.norm2 = norm(shape, torch_version), norm(shape, torch_version)
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x), turns)
@@ -124,11 +143,11 @@ def selective() -> Any:
 
 
 class Llama(nn.Module):
-    def __init__(self, shape: Shape, layers: int, kind: str) -> None:
+    def __init__(self, shape: Shape, layers: int, kind: str, torch_version: str) -> None:
         super().__init__()
         self.embed = nn.Embedding(shape.vocab, shape.width)
-        self.blocks = nn.ModuleList(Checkpointed(Block(shape), kind) for _ in range(layers))
-        self.norm, self.output = nn.RMSNorm(shape.width, eps=1e-5), nn.Linear(shape.width, shape.vocab, bias=False)
+        self.blocks = nn.ModuleList(Checkpointed(Block(shape, torch_version), kind) for _ in range(layers))
+        self.norm, self.output = norm(shape, torch_version), nn.Linear(shape.width, shape.vocab, bias=False)
 
     def forward(self, ids: Tensor, turns: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -143,14 +162,14 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 def train(
     name: str, *, layers: int, cards: int, batch: int, length: int, checkpointing: str, compiled: bool,
-    read: Callable[[], Any],
+    torch_version: str, keeps_logits: bool, read: Callable[[], Any],
 ) -> list[Any]:  # fmt: skip
     """Train for three steps, one pass each; return what `read` gives after each part of the last one."""
     shape = SHAPES[name]
     torch.distributed.init_process_group("nccl")
     mesh = init_device_mesh("cuda", (cards,))
     with torch.device("meta"):
-        model = Llama(shape, layers, checkpointing)
+        model = Llama(shape, layers, checkpointing, torch_version)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for number, block in enumerate(model.blocks):
         if compiled:
@@ -166,8 +185,11 @@ def train(
         found = [read()]
         optimizer.zero_grad()
         logits = model(ids(), turns)
+        if keeps_logits:  # until June 2024 the model returned them in float32, and they outlived the backward pass
+            logits = logits.float()
         loss = loss_of(logits, ids())
-        del logits
+        if not keeps_logits:
+            del logits
         loss.backward()
         found.append(read())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
