@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from tightfit.system.frame_stack import with_frame_stack
+
 collect_ignore = ["scripts"]
 """Programs that tests run, not tests."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ["LC_ALL"] = "C.UTF-8"  # English; tests of Japanese choose it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Tests that compile in their own process take as long as the command does."""
+    pyfuncitem.obj = with_frame_stack(pyfuncitem.obj)
 
 
 @pytest.fixture(autouse=True)

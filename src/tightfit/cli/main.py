@@ -13,6 +13,7 @@ from types import ModuleType
 from tightfit.cli.exits import FAILED, INTERRUPTED, OK, OUR_ERROR
 from tightfit.cli.parser import keys_help, language_in, leading_language
 from tightfit.errors import ConfigError, TightfitError
+from tightfit.system.frame_stack import with_frame_stack
 from tightfit.wording import language_kept, say, speak
 
 
@@ -36,6 +37,7 @@ def commands() -> dict[str, str]:
     }
 
 
+@with_frame_stack
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit code: 0 done, 1 does not fit or would fail, 2 the user's mistake, 3 our own error."""
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -40,6 +40,7 @@ from tightfit.simulation.requests import (
     received,
 )
 from tightfit.simulation.wire import Frames, send
+from tightfit.system.frame_stack import with_frame_stack
 from tightfit.vgpu.records import END_SIGNAL, Findings
 from tightfit.wording import say
 
@@ -76,6 +77,7 @@ _PR_SET_PDEATHSIG = 1
 _CHUNK = 1 << 16
 
 
+@with_frame_stack
 def main() -> None:
     """Serve the socket with the number in the first argument.
 

@@ -1,0 +1,49 @@
+"""Frames of deep calls: `tightfit.system.frame_stack`."""
+
+import resource
+from collections.abc import Callable
+
+import pytest
+
+from tightfit.system.frame_stack import with_frame_stack
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+
+def call_at_each_depth(depth: int) -> None:
+    """Call a function often at each depth, so that some of the calls cross the end of a piece of 16 KiB."""
+
+    def leaf() -> None:
+        return None
+
+    if depth:
+        for _ in range(500):
+            leaf()
+        call_at_each_depth(depth - 1)
+
+
+def faults_of(function: Callable[[int], None]) -> int:
+    function(200)  # what is touched once is no fault the second time
+    before = page_faults()
+    function(200)
+    return page_faults() - before
+
+
+def test_calls_that_cross_the_end_of_a_piece_of_frames_map_no_memory() -> None:
+    plain = faults_of(call_at_each_depth)
+    assert plain >= 400, f"{plain} page faults: this Python keeps frames in another way, and nothing needs mending"
+    assert faults_of(with_frame_stack(call_at_each_depth)) <= plain // 10
+
+
+def test_arguments_answers_and_errors_pass_through() -> None:
+    @with_frame_stack
+    def divide(a: int, *, by: int) -> float:
+        """Divide."""
+        return a / by
+
+    assert divide(1, by=2) == 0.5
+    assert (divide.__name__, divide.__doc__) == ("divide", "Divide.")
+    with pytest.raises(ZeroDivisionError):
+        divide(1, by=0)
