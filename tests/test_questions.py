@@ -15,7 +15,7 @@ from tightfit.allocator.tape import TapedAllocator, replay
 from tightfit.cli.cmd_dryrun import parser
 from tightfit.config.knob import Variant, accumulation_of, find_knob
 from tightfit.errors import ConfigError, TightfitError
-from tightfit.gpus import all_gpus
+from tightfit.gpus import all_gpus, context_bytes
 from tightfit.questions.asking import Asked
 from tightfit.questions.cards import every_card
 from tightfit.questions.compare import compare, varied
@@ -46,6 +46,11 @@ for step in range(4):
     model(x).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
+"""
+ATTEND = """\
+import torch
+q = torch.randn(8, 8, 512, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
 """
 
 
@@ -132,6 +137,26 @@ class TestCards:
         assert (small.failure.line, small.failure.phase) == (failure.line, failure.phase)
         assert (small.failure.requested_bytes, small.failure.free_bytes) == (failure.tensor_bytes, failure.free_bytes)
         assert large.free_bytes == large.total_bytes - large.device_bytes > 0
+
+    def test_one_play_serves_cards_that_answer_alike(self, folder: Path) -> None:
+        (folder / "attend.py").write_text(ATTEND)
+        names = ("GeForce RTX 3060 12GB", "GeForce RTX 4090", "Tesla T4")
+        cards = [gpu for gpu in all_gpus() if gpu.name in names]
+        question = Asked.of(simulator(), Settings(gpu=""), ["attend.py"])
+        found = every_card(question, cards)
+        assert found.plays == 2, "flash attention on two of them, as the T4 has none"
+        for row in found.rows:
+            (own,) = question.play([question.request(settings=Settings(gpu=row.name))])
+            assert row.device_bytes == own.findings.needed_bytes, row.name
+
+    def test_a_script_that_asks_for_the_capability_is_played_for_each(self, folder: Path) -> None:
+        ask = "import torch; torch.empty(2**20 * torch.cuda.get_device_capability()[1], device='cuda')"
+        (folder / "ask.py").write_text(ask)
+        cards = [gpu for gpu in all_gpus() if gpu.name in ("GeForce RTX 3060 12GB", "GeForce RTX 4090")]
+        found = every_card(Asked.of(simulator(), Settings(gpu=""), ["ask.py"]), cards)
+        context = {gpu.name: context_bytes(gpu)[0] for gpu in cards}
+        taken = {row.name: row.device_bytes - context[row.name] for row in found.rows}
+        assert taken == {"GeForce RTX 3060 12GB": 6 * 4 * MIB, "GeForce RTX 4090": 9 * 4 * MIB}
 
 
 class TestCompare:

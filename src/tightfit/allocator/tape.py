@@ -1,7 +1,7 @@
 """The requests that one run makes of its allocator, and their replay on a device of another size."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ class TapedAllocator(CachingAllocator):
         self._numbers: dict[int, int] = {}
         self._pools: dict[PoolId | None, int | None] = {None: None}
         self._requests = 0
+        self.elsewhere: dict[int, Mapping[Hashable, int]] = {}
+        """Bytes of a request, by its number, on other cards where it is larger or smaller."""
         super().__init__(**facts)
         self._first_settings = self.settings
 
@@ -28,6 +30,23 @@ class TapedAllocator(CachingAllocator):
     def is_replayable(self) -> bool:
         """True if nothing but the size of the device could change this run's calls."""
         return not (self.was_asked or self.free_memory_callbacks or self.settings is not self._first_settings)
+
+    def next_elsewhere(self, sizes: Mapping[Hashable, int]) -> None:
+        """Note the bytes of the next request on other cards."""
+        self.elsewhere[self._requests] = sizes
+
+    def tape_on(self, card: Hashable) -> list[Call]:
+        """Return the calls that this run would make on another card that answered alike."""
+        sizes = {number: sizes[card] for number, sizes in self.elsewhere.items() if card in sizes}
+        if not sizes:
+            return self.tape
+        calls, number = [], 0
+        for call in self.tape:
+            if call[0] == "malloc":
+                call = ("malloc", sizes.get(number, call[1]), *call[2:])
+                number += 1
+            calls.append(call)
+        return calls
 
     @property
     def capturing(self) -> bool:

@@ -5,6 +5,7 @@ math kernel needs no row here: it is a composite, and its operators are traced o
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -358,7 +359,7 @@ def _splits_with_accumulation(blocks: int, tokens: int, tile: int) -> int:
 
 
 def attention(
-    card: Card,
+    ask: Callable[[Callable[[Card], str]], str],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -369,11 +370,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Run `scaled_dot_product_attention` with the kernel that the card would choose."""
+    """Run `scaled_dot_product_attention` with the kernel that the card would choose; `ask` puts a question to it."""
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    chosen = choose_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, card, needs_grad=needs_grad
-    )
+    call = (query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    chosen = ask(lambda card: choose_attention(*call, card, needs_grad=needs_grad))
     out: Tensor
     if chosen == "flash":
         return _flash_attention(query, key, value, dropout_p, is_causal, scale)

@@ -1,8 +1,10 @@
-"""Every card of the table for one script: two plays for each compute capability, replayed on its cards.
+"""Every card of the table for one script, from as few plays as that takes.
 
-Cards of one capability run the same kernels; only the number of multiprocessors changes what some of them need. So the
-cards with the fewest and the most are played. If both made the same requests, every card between does. Each card's
-allocator then gets these requests.
+A play on one card puts each question of the program to the other cards, too: which attention kernel, how much an
+operator takes besides its result, which workspace. Cards that answer all of them alike make the same requests, and
+each one's allocator gets these requests. A program that reads the number of multiprocessors (torch's compiler does)
+may decide anything by it: then the cards with the fewest and the most of a compute capability are played, and if both
+made the same requests, every card between does.
 """
 
 import time
@@ -26,7 +28,7 @@ class CardRow(CardOutcome, frozen=True, kw_only=True):
     free_bytes: int
     """Bytes that are left at the peak; negative where the script fails."""
     replayed: bool
-    """True if the requests of a play on another card of the capability were replayed; False for a play of its own."""
+    """True if the requests of a play on a card that answers alike were replayed; False for a play of its own."""
     error: str | None = None
     """Why the script ended on this card, if not for memory."""
 
@@ -50,9 +52,7 @@ class Cards(msgspec.Struct, frozen=True, kw_only=True):
 def every_card(asked: Asked, cards: Sequence[GPU] | None = None) -> Cards:
     """Judge a script on every card of the table, or on `cards`."""
     started, played = time.monotonic(), asked.simulator.played
-    by_capability = sorted(all_gpus() if cards is None else cards, key=lambda gpu: (gpu.capability, gpu.sm_count))
-    families = [list(family) for _, family in groupby(by_capability, key=lambda gpu: gpu.capability)]
-    rows = _rows(asked, families)
+    rows = _rows(asked, _families(all_gpus() if cards is None else cards))
     return Cards(
         script=asked.script,
         rows=sorted(rows, key=lambda row: (row.total_bytes, row.name)),
@@ -61,26 +61,52 @@ def every_card(asked: Asked, cards: Sequence[GPU] | None = None) -> Cards:
     )
 
 
+def _families(cards: Sequence[GPU]) -> list[list[GPU]]:
+    """Sort cards by capability and by the number of their multiprocessors, a list for each capability."""
+    by_capability = sorted(cards, key=lambda gpu: (gpu.capability, gpu.sm_count))
+    return [list(family) for _, family in groupby(by_capability, key=lambda gpu: gpu.capability)]
+
+
 def _rows(asked: Asked, families: list[list[GPU]]) -> list[CardRow]:
-    """Play the ends of each family, and the parts of one whose ends differ, until every card has its row."""
+    """Play the oldest and the newest capability that are left, until every card has its row."""
     rows: list[CardRow] = []
-    played: dict[str, Detail] = {}
     while families:
-        new = [gpu for family in families for gpu in _ends(family) if gpu.name not in played]
-        details = asked.play([_request(asked, gpu, _family_of(families, gpu)) for gpu in new])
-        played.update({gpu.name: detail for gpu, detail in zip(new, details, strict=True)})
-        left: list[list[GPU]] = []
-        for family in families:
-            ends = _ends(family)
-            first, last = played[ends[0].name], played[ends[-1].name]
-            if first.tape and first.tape == last.tape:
-                rows += _replayed(family, first)
-            elif not (first.tape and last.tape) or len(ends) == 1:
-                rows += _each(asked, family)
+        left = [gpu for family in families for gpu in family]
+        now = families[:1] + families[1:][-1:]
+        details = asked.play([_request(asked, family[0], left) for family in now])
+        done: set[str] = set()
+        for family, detail in zip(now, details, strict=True):
+            rest = [gpu for gpu in family if gpu.name not in done]
+            if rest and (not detail.tape or detail.is_chip_known):
+                new = _rows_of_family(asked, rest, {family[0].name: detail}, left)
             else:
-                middle = _middle(family)
-                left += [family[:middle], family[middle:]]
-        families = left
+                new = _replayed([gpu for gpu in left if gpu.name not in done], detail)
+            rows += new
+            done.update(row.name for row in new)
+        families = _families([gpu for gpu in left if gpu.name not in done])
+    return rows
+
+
+def _rows_of_family(asked: Asked, family: list[GPU], played: dict[str, Detail], left: list[GPU]) -> list[CardRow]:
+    """Play the ends of cards of one capability, and the parts of them whose ends differ, with memory for all `left`."""
+    rows: list[CardRow] = []
+    parts = [family]
+    while parts:
+        new = [gpu for part in parts for gpu in _ends(part) if gpu.name not in played]
+        details = asked.play([_request(asked, gpu, left) for gpu in new])
+        played.update({gpu.name: detail for gpu, detail in zip(new, details, strict=True)})
+        halves: list[list[GPU]] = []
+        for part in parts:
+            ends = _ends(part)
+            first, last = played[ends[0].name], played[ends[-1].name]
+            if first.tape and last.tape == (first.tape if len(ends) == 1 else first.tapes.get(ends[-1].name)):
+                rows += _replayed(part, first)
+            elif not (first.tape and last.tape) or len(ends) == 1:
+                rows += _each(asked, part)
+            else:
+                middle = _middle(part)
+                halves += [part[:middle], part[middle:]]
+        parts = halves
     return rows
 
 
@@ -95,16 +121,12 @@ def _ends(family: list[GPU]) -> list[GPU]:
     return [family[0]] if family[0].sm_count == family[-1].sm_count else [family[0], family[-1]]
 
 
-def _family_of(families: list[list[GPU]], gpu: GPU) -> list[GPU]:
-    return next(family for family in families if gpu in family)
-
-
-def _request(asked: Asked, gpu: GPU, family: list[GPU]) -> DetailRequest:
-    """Ask for a play of `gpu` with the memory of the family's largest card, and its replay on all of them."""
+def _request(asked: Asked, gpu: GPU, cards: list[GPU]) -> DetailRequest:
+    """Ask for a play of `gpu` with the memory of the largest of `cards`, and its replay on all that it holds for."""
     settings = replace(
-        asked.settings, gpu=gpu.name, memory_bytes=max(each.planning_bytes for each in family), capability=None
+        asked.settings, gpu=gpu.name, memory_bytes=max(each.planning_bytes for each in cards), capability=None
     )
-    return asked.request(settings=settings, cards=[_size(asked, each) for each in family])
+    return asked.request(settings=settings, cards=[_size(asked, each) for each in cards])
 
 
 def _size(asked: Asked, gpu: GPU) -> CardSize:

@@ -9,6 +9,7 @@ import torch
 from msgspec.structs import replace
 
 from tightfit.allocator.tape import Replayed, TapedAllocator, digest_of, replay
+from tightfit.kernels.card import Card
 from tightfit.simulation.details import (
     CardOutcome,
     CardSize,
@@ -37,6 +38,7 @@ def play_detail(
 ) -> Detail:
     """Play, and read off the recorder what the findings leave out."""
     VirtualSession.allocator_kind = TapedAllocator
+    VirtualSession.other_cards = [card.name for card in cards]
     files, clock = FilesRead(), Clock()
     sys.addaudithook(files)
 
@@ -53,13 +55,16 @@ def play_detail(
     decides = found.categories == by_category(alive)
     assert isinstance(allocator, TapedAllocator)
     follows = decides and allocator.is_replayable and not found.caught_failures and found.outcome != "error"
+    elsewhere = Elsewhere(session, allocator, found) if follows else None
     return Detail(
         findings=found,
         held=_held(alive) if decides else [],
         files=files.states(),
-        cards=[_outcome(session, allocator, found, card) for card in cards] if follows else [],
+        cards=elsewhere.outcomes(cards) if elsewhere else [],
         tape=digest_of(allocator.tape) if follows else "",
+        tapes=elsewhere.tapes() if elsewhere else {},
         step=clock.step(session),
+        is_chip_known=session.device.answers.is_chip_known,
     )
 
 
@@ -143,28 +148,60 @@ def _held(alive: Iterable[Allocation]) -> list[Held]:
     return sorted(made, key=lambda each: -each.bytes)[:_MOST_HELD]
 
 
-def _outcome(session: VirtualSession, allocator: TapedAllocator, found: Findings, card: CardSize) -> CardOutcome:
-    reserved = allocator.peak_reserved_bytes
-    limited = allocator.memory_fraction < 1
-    if found.failure is None and reserved <= card.room_bytes and not limited:
-        # The device never refused a request, so each got the same block as in the play.
+class Elsewhere:
+    """The run on other cards that answered alike: the same requests, some of them of another size."""
+
+    def __init__(self, session: VirtualSession, allocator: TapedAllocator, found: Findings) -> None:
+        self._session, self._allocator, self._failed = session, allocator, found.failure is not None
+        self._kinds = session.alike()
+        self._peaks: dict[Card, int | None] = {session.device.card: allocator.peak_reserved_bytes}
+
+    def outcomes(self, cards: Sequence[CardSize]) -> list[CardOutcome]:
+        return [self._outcome(card, self._kinds[card.name]) for card in cards if card.name in self._kinds]
+
+    def tapes(self) -> dict[str, str]:
+        """Return a digest of each card's requests, if the program has looked at the number of multiprocessors."""
+        if not self._session.device.answers.is_chip_known:
+            return {}
+        digests = {kind: digest_of(self._allocator.tape_on(kind)) for kind in set(self._kinds.values())}
+        return {name: digests[kind] for name, kind in self._kinds.items()}
+
+    def _outcome(self, card: CardSize, kind: Card) -> CardOutcome:
+        limited = self._allocator.memory_fraction < 1
+        if not self._failed and not limited:
+            reserved = self._peak_without_limit(kind)
+            if reserved is not None and reserved <= card.room_bytes:
+                # No request is refused, so each gets the same block as there.
+                device_bytes = card.context_bytes + reserved
+                return CardOutcome(name=card.name, total_bytes=card.total_bytes, fits=True, device_bytes=device_bytes)
+        played = self._replay(kind, card)
         return CardOutcome(
-            name=card.name, total_bytes=card.total_bytes, fits=True, device_bytes=card.context_bytes + reserved
+            name=card.name,
+            total_bytes=card.total_bytes,
+            fits=played.error is None,
+            device_bytes=card.context_bytes + played.peak_reserved_bytes + _refused(played),
+            failure=_failed_at(self._session, played),
         )
-    played = replay(
-        allocator.tape,
-        total_bytes=card.total_bytes,
-        used_by_others=card.used_bytes,
-        context_bytes=card.context_bytes,
-        settings=allocator.settings,
-    )
-    return CardOutcome(
-        name=card.name,
-        total_bytes=card.total_bytes,
-        fits=played.error is None,
-        device_bytes=card.context_bytes + played.peak_reserved_bytes + _refused(played),
-        failure=_failed_at(session, played),
-    )
+
+    def _peak_without_limit(self, kind: Card) -> int | None:
+        """Return the bytes that the run reserves in the memory of this play; None if a request is refused there."""
+        if kind not in self._peaks:
+            allocator = self._allocator
+            there = CardSize(name="", total_bytes=allocator.total_bytes, context_bytes=allocator.context_bytes)
+            same = allocator.tape_on(kind) is allocator.tape
+            played = None if same else self._replay(kind, there)
+            own = allocator.peak_reserved_bytes
+            self._peaks[kind] = own if played is None else None if played.error else played.peak_reserved_bytes
+        return self._peaks[kind]
+
+    def _replay(self, kind: Card, card: CardSize) -> Replayed:
+        return replay(
+            self._allocator.tape_on(kind),
+            total_bytes=card.total_bytes,
+            used_by_others=card.used_bytes,
+            context_bytes=card.context_bytes,
+            settings=self._allocator.settings,
+        )
 
 
 def _refused(played: Replayed) -> int:

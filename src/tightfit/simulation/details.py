@@ -75,10 +75,14 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
     """The largest first; empty where another process than the script's own decides."""
     files: list[FileState]
     cards: list[CardOutcome]
-    """Outcomes on the cards that were asked for, if they follow from this play."""
+    """Outcomes on those of the cards that were asked for which follow from this play."""
     tape: str
     """Digest of all requests to the allocator; empty if they may depend on the card's size."""
+    tapes: dict[str, str] = {}
+    """The same for each of `cards`, where the program has read the number of multiprocessors."""
     step: StepTime | None = None
+    is_chip_known: bool = False
+    """True if the program has read the number of multiprocessors, by which it may decide anything."""
 
 
 def state_of(path: str) -> FileState:

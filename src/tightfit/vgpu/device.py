@@ -36,8 +36,9 @@ from tightfit.kernels.card import Card
 from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
-from tightfit.kernels.temporaries import Argument, Arguments, Options
+from tightfit.kernels.temporaries import Argument, Arguments, Options, Step
 from tightfit.vgpu.assumed import Assumed
+from tightfit.vgpu.card_answers import CardAnswers, HiddenByCard, Sizes
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.known_values import Values
@@ -73,6 +74,7 @@ class VirtualDevice:
     def __init__(self, card: Card, allocator: CachingAllocator, phases: Phases, where: str = "cuda:0") -> None:
         """Make the card virtual, or the host with `where` = "cpu": without kernels' own memory, to check a real run."""
         self.card = card
+        self.answers = CardAnswers(card)
         self.recorder = Recorder(allocator)
         self.assumed = Assumed()
         self.values = Values(lambda frames: self.assumed.value(frames))
@@ -162,7 +164,7 @@ class VirtualDevice:
             if _is_composite(func, self.where.type):
                 with self.mode():
                     if func is aten.scaled_dot_product_attention.default:
-                        return _attention(self.card, *args, **kwargs)
+                        return _attention(self.answers.ask, *args, **kwargs)
                     parts: Argument = func.decompose(*args, **kwargs)
                     return parts
         elif (body := self._python_body(func)) is not None:
@@ -181,17 +183,17 @@ class VirtualDevice:
         if handler is not None and (answer := handler(self, func, *args, **kwargs)) is not None:
             return answer
         on_card = not self._is_host and _on_card(args, kwargs)
-        hidden = kernels.hidden_bytes(func, args, kwargs, self.card) if on_card else None
+        hidden = self._hidden(func, args, kwargs) if on_card else HiddenByCard(None, {})
         taken: list[Allocation] = []
         phase = self.phases.now(func._schema.name)
         if self.out_of_time and phase != "backward":
             raise EnoughSeen
         try:
-            steps = hidden.steps() if hidden else iter((("outputs", 0),))
-            for what, number in steps:
-                if what == "outputs":
+            steps = hidden.own.steps() if hidden.own else iter((("outputs", 0),))
+            for step in steps:
+                if step[0] == "outputs":
                     break
-                self._live_through(what, number, taken, func, phase)
+                self._live_through(step, taken, hidden, func, phase)
             out = self._result(func, args, kwargs, phase)
             if func is aten.add.Tensor and phase == "backward" and (first := _engine_adds(args, kwargs)) is not None:
                 assert isinstance(out, Tensor)
@@ -200,8 +202,8 @@ class VirtualDevice:
                 self._track(out, func, args, phase)
             if on_card:
                 self.take_workspaces(func, args, kwargs, phase)
-            for what, number in steps:
-                self._live_through(what, number, taken, func, phase)
+            for step in steps:
+                self._live_through(step, taken, hidden, func, phase)
         finally:
             for allocation in taken:
                 self.recorder.give(allocation)
@@ -316,9 +318,18 @@ class VirtualDevice:
             stream=self.current_stream,
         )
 
-    def _live_through(self, what: str, number: int, taken: list[Allocation], func: OpOverload, phase: Phase) -> None:
-        """Take `number` bytes of an operator's own memory, or free the block of that number early."""
+    def _hidden(self, func: OpOverload, args: Arguments, kwargs: Options) -> HiddenByCard:
+        key = self._results.key_of(func, args, kwargs) if self.answers.alike else None
+        return self.answers.hidden(lambda card: kernels.hidden_bytes(func, args, kwargs, card), key)
+
+    def _live_through(
+        self, step: Step, taken: list[Allocation], hidden: HiddenByCard, func: OpOverload, phase: Phase
+    ) -> None:
+        """Take some bytes of an operator's own memory, or free the block of a number early."""
+        what, number = step
         if what == "take":
+            if hidden.elsewhere:
+                self.answers.before_request(hidden.sizes(len(taken)))
             taken.append(self._take_hidden(number, func, phase))
         else:
             self.recorder.give(taken[number])
@@ -338,13 +349,15 @@ class VirtualDevice:
         """Take the memory that a library keeps from its first call on, for an operator that is about to run."""
         if self._is_host:
             return
-        for workspace in kernels.workspaces(func, args, kwargs, self.card):
-            self._take_workspace(workspace.key, workspace.nbytes, phase or self.phases.now())
+        for workspace, elsewhere in self.answers.workspaces(lambda card: kernels.workspaces(func, args, kwargs, card)):
+            self._take_workspace(workspace.key, workspace.nbytes, phase or self.phases.now(), elsewhere)
 
-    def _take_workspace(self, key: str, nbytes: int, phase: Phase) -> None:
+    def _take_workspace(self, key: str, nbytes: int, phase: Phase, elsewhere: Sizes) -> None:
         name = (key, self._handle(), self.current_stream)
         if name in self._workspaces:
             return
+        if elsewhere:
+            self.answers.before_request(elsewhere)
         allocation = self._allocation(nbytes, f"{key} workspace", phase)
         self._guarded(self.recorder.take, allocation)
         self._workspaces[name] = allocation

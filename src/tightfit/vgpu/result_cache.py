@@ -79,7 +79,7 @@ class ResultCache:
 
     def result(self, func: OpOverload, args: Arguments, kwargs: Options, compute: Compute) -> Argument:
         """Return the result of a call: from memory, or by `compute`, which is then remembered where it can be."""
-        key = self._key(func, args, kwargs) if _is_repeatable(func) else None
+        key = self.key_of(func, args, kwargs) if _is_repeatable(func) else None
         if key is None:
             return compute()
         known = self._known.get(key)
@@ -92,7 +92,8 @@ class ResultCache:
             self._known[key] = recipe
         return out
 
-    def _key(self, func: OpOverload, args: Arguments, kwargs: Options) -> tuple[object, ...] | None:
+    def key_of(self, func: OpOverload, args: Arguments, kwargs: Options) -> tuple[object, ...] | None:
+        """Return what a call's shapes depend on; None if an argument has more to it than that."""
         parts: list[object] = [id(func), torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         plain = _PLAIN if not _is_of_lists(func) else _PLAIN_OF_LISTS
         if not self._describe(args, parts, plain):

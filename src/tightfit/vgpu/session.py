@@ -4,15 +4,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 
 from tightfit.allocator.caching import AllocatorSettings, CachingAllocator
+from tightfit.allocator.tape import TapedAllocator
 from tightfit.errors import DeviceError
-from tightfit.gpus import GPU, context_bytes, resolve_gpu
+from tightfit.gpus import GPU, all_gpus, context_bytes, resolve_gpu
 from tightfit.kernels.card import Card
 from tightfit.vgpu import patches
 from tightfit.vgpu.assumed import Assumed
@@ -45,6 +46,8 @@ class VirtualSession:
 
     _running: "VirtualSession | None" = None
     allocator_kind: type[CachingAllocator] = CachingAllocator
+    other_cards: Sequence[str] = ()
+    """Names of cards for which the play may hold, too."""
 
     def __init__(
         self,
@@ -76,8 +79,11 @@ class VirtualSession:
         self.on_step: Callable[[int], object] = lambda steps: None
         """Called with the optimizer steps done after each of them."""
         self.phases = Phases(self._after_step)
-        self.device = VirtualDevice(_card(self.gpu, settings.torch), self.allocator, self.phases)
+        self.device = VirtualDevice(self._card_of(self.gpu), self.allocator, self.phases)
         self.device.assumed = Assumed(settings.assumed)
+        self.device.answers.alike = self._others()
+        if isinstance(self.allocator, TapedAllocator):
+            self.device.answers.before_request = self.allocator.next_elsewhere
         TraceLog.attach(self.device.recorder)
         self._stopping = Stopping(settings, self.device.recorder, self.phases, self.notes)
         self._has_ended = False
@@ -95,6 +101,20 @@ class VirtualSession:
         if estimated_from:
             self.notes.append(estimated_from)
         return context
+
+    def _card_of(self, gpu: GPU) -> Card:
+        return _card(gpu, self.settings.torch)
+
+    def _others(self) -> list[Card]:
+        """Return a card of each kind among the other ones that were asked for."""
+        found = dict.fromkeys(self._card_of(gpu) for gpu in all_gpus() if gpu.name in self.other_cards)
+        return [card for card in found if card != self.device.card]
+
+    def alike(self) -> dict[str, Card]:
+        """Return the other cards that were asked for and have answered all that the program asked as this one did."""
+        alike = (self.device.card, *self.device.answers.alike)
+        named = {gpu.name: self._card_of(gpu) for gpu in all_gpus() if gpu.name in self.other_cards}
+        return {name: card for name, card in named.items() if card in alike}
 
     @property
     def stopped_because(self) -> str:

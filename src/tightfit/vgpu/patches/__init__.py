@@ -4,6 +4,7 @@ import os
 
 from tightfit.gpus import GPU
 from tightfit.vgpu import recurrent, shape_functions
+from tightfit.vgpu.card_answers import watched
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import (
     backend,
@@ -37,7 +38,8 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
     cuda_api.install(device, gpu, count=processes)
     card = cuda_api.properties(gpu, device.recorder.allocator.total_bytes)
     nvml_module.install(device, card)
-    triton_kernels.install(device, card)
+    seen = watched(card, device.answers)
+    triton_kernels.install(device, seen)
     shape_functions.install(device)
     torchvision_operators.install()
     bitsandbytes_library.install()
@@ -47,5 +49,5 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
         device.note(say("vgpu.patches.nccl"))
     checkpoints.install(device, files)
     files.install()
-    host.install(device, card)
+    host.install(device, seen)
     return files

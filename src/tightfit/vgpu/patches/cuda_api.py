@@ -10,6 +10,7 @@ from torch.cuda._utils import _get_device_index
 from tightfit.allocator.caching import CachingAllocator
 from tightfit.gpus import GPU
 from tightfit.kernels.card import max_threads_per_sm
+from tightfit.vgpu.card_answers import watched
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import cuda_extras, cuda_graphs, cuda_streams, cuda_types
 from tightfit.vgpu.patches.assign import assign
@@ -69,9 +70,9 @@ def install(device: VirtualDevice, gpu: GPU, count: int = 1) -> None:
     """Answer for `count` cards of this kind; this process uses the first, or the one of its local rank."""
     allocator = device.recorder.allocator
     device.count = count
-    _install_compiled_devices(device, gpu, count)
+    _install_compiled_devices(device, count)
     _install_compiled_memory(device, allocator)
-    _install_devices(device, properties(gpu, allocator.total_bytes), gpu)
+    _install_devices(device, watched(properties(gpu, allocator.total_bytes), device.answers))
     _install_libraries(allocator)
     cuda_streams.install(device)
     cuda_graphs.install(device)
@@ -79,7 +80,7 @@ def install(device: VirtualDevice, gpu: GPU, count: int = 1) -> None:
     cuda_types.install()
 
 
-def _install_devices(device: VirtualDevice, card: SimpleNamespace, gpu: GPU) -> None:
+def _install_devices(device: VirtualDevice, card: SimpleNamespace) -> None:
     count = device.count
 
     def properties_of(device: Where = None) -> SimpleNamespace:
@@ -88,6 +89,9 @@ def _install_devices(device: VirtualDevice, card: SimpleNamespace, gpu: GPU) -> 
         return card
 
     virtual = device
+
+    def is_ampere() -> bool:
+        return virtual.answers.ask(lambda card: card.capability >= (8, 0))
 
     def set_device(device: Where) -> None:
         virtual.check_ordinal(_get_device_index(device))
@@ -107,8 +111,8 @@ def _install_devices(device: VirtualDevice, card: SimpleNamespace, gpu: GPU) -> 
         current_device=lambda: 0,
         device_count=lambda: count,
         _device_count_nvml=lambda: count,
-        is_bf16_supported=lambda including_emulation=True: including_emulation or gpu.capability >= (8, 0),
-        is_tf32_supported=lambda: gpu.capability >= (8, 0),
+        is_bf16_supported=lambda including_emulation=True: including_emulation or is_ampere(),
+        is_tf32_supported=is_ampere,
         get_device_properties=properties_of,
         _get_device_properties=properties_of,
         get_device_capability=lambda device=None: (properties_of(device).major, properties_of(device).minor),
@@ -161,7 +165,11 @@ def _install_libraries(allocator: CachingAllocator) -> None:
         torch.version.cuda = "13.0"
 
 
-def _install_compiled_devices(device: VirtualDevice, gpu: GPU, count: int) -> None:
+def _install_compiled_devices(device: VirtualDevice, count: int) -> None:
+    def architecture() -> str:
+        major, minor = device.answers.ask(lambda card: card.capability)
+        return f"sm_{major}{minor}"
+
     assign(
         torch._C,
         _cuda_getDeviceCount=lambda: count,
@@ -172,7 +180,7 @@ def _install_compiled_devices(device: VirtualDevice, gpu: GPU, count: int) -> No
         _cuda_canDeviceAccessPeer=lambda device, peer: True,
         _cuda_getCompiledVersion=lambda: 13000,
         _cuda_init=lambda: None,
-        _cuda_getArchFlags=lambda: f"sm_{gpu.capability[0]}{gpu.capability[1]}",
+        _cuda_getArchFlags=architecture,
         _cuda_ipc_collect=lambda: None,
         _cuda_isCurrentStreamCapturing=lambda: device.capture_stream > 0,
         _cuda_get_sync_debug_mode=lambda: 0,

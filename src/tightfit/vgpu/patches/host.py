@@ -338,7 +338,7 @@ def _install_attention(device: VirtualDevice) -> None:
     attend: Callable[..., Tensor] = attention
 
     def chosen(*args: Argument, **kwargs: Argument) -> Tensor:
-        return attend(device.card, *args, **kwargs)
+        return attend(device.answers.ask, *args, **kwargs)
 
     for key in ("AutogradCUDA", "CUDA"):
         operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)

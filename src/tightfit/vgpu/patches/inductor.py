@@ -33,7 +33,6 @@ def hide_mode_from_dynamo() -> None:
 
 def _answer_for_card(device: VirtualDevice, properties: SimpleNamespace) -> None:
     cuda = import_module("torch._dynamo.device_interface").CudaInterface
-    major, minor = device.card.capability
     assign(
         cuda,
         get_device_properties=staticmethod(lambda where=None: properties),
@@ -42,7 +41,7 @@ def _answer_for_card(device: VirtualDevice, properties: SimpleNamespace) -> None
         current_device=staticmethod(lambda: 0),
         set_device=staticmethod(lambda where: None),
         get_raw_stream=staticmethod(lambda index=0: 0),
-        get_compute_capability=staticmethod(lambda where=None: major * 10 + minor),
+        get_compute_capability=staticmethod(lambda where=None: properties.major * 10 + properties.minor),
         is_triton_capable=staticmethod(lambda where=None: True),
         raise_if_triton_unavailable=staticmethod(lambda where=None: None),
         is_bf16_supported=staticmethod(lambda including_emulation=False: True),

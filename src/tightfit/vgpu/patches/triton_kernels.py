@@ -66,7 +66,7 @@ class _Driver:
     """Triton's driver of the virtual card."""
 
     def __init__(self, card: SimpleNamespace) -> None:
-        self._capability = card.major * 10 + card.minor
+        self._card = card
         self.utils = SimpleNamespace(
             get_device_properties=lambda index: {
                 "max_shared_mem": card.shared_memory_per_block_optin,
@@ -80,7 +80,7 @@ class _Driver:
         )
 
     def get_current_target(self) -> Any:  # triton's GPUTarget
-        return import_module("triton.backends.compiler").GPUTarget("cuda", self._capability, 32)
+        return import_module("triton.backends.compiler").GPUTarget("cuda", self._card.major * 10 + self._card.minor, 32)
 
     def get_current_device(self) -> int:
         return 0

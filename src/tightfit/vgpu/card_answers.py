@@ -1,0 +1,113 @@
+"""What a program learns of its card: one play holds for all cards that would have answered alike."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple, TypeVar
+
+from tightfit.kernels.blas import Workspace
+from tightfit.kernels.card import Card
+from tightfit.kernels.temporaries import Hidden
+
+R = TypeVar("R")
+_OF_THE_CAPABILITY = frozenset(
+    (
+        "major",
+        "minor",
+        "gcnArchName",
+        "max_threads_per_multi_processor",
+        "shared_memory_per_block_optin",
+        "shared_memory_per_multiprocessor",
+    )
+)
+_OF_THE_CHIP = frozenset(("multi_processor_count", "L2_cache_size"))
+
+
+Sizes = Mapping[Hashable, int]
+"""Bytes of one request on cards where they are others than here."""
+
+
+class HiddenByCard(NamedTuple):
+    """Temporaries of one call on this card, and on others that take as many of other sizes."""
+
+    own: Hidden | None
+    elsewhere: Mapping[Card, Hidden]
+
+    def sizes(self, number: int) -> Sizes:
+        """Return the bytes of the temporary with that number on the other cards."""
+        return {card: (hidden.before + hidden.after)[number] for card, hidden in self.elsewhere.items()}
+
+
+class CardAnswers:
+    """Answers of the card that is played, compared with those of other cards where a question needs them."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.alike: list[Card] = []
+        """Other cards that have answered every question as this one."""
+        self.is_chip_known = False
+        """True once the program has read the number of multiprocessors, by which it may decide anything."""
+        self.before_request: Callable[[Sizes], object] = lambda sizes: None
+        """Called before a request for memory with its bytes on other cards, where they differ."""
+        self._asked: set[Hashable] = set()
+        self._hidden: dict[Hashable, dict[Card, Hidden]] = {}
+
+    def ask(self, question: Callable[[Card], R], key: Hashable = None) -> R:
+        """Return this card's answer. A question with the `key` of one before is not put to the other cards again."""
+        answer = question(self.card)
+        if self.alike and (key is None or key not in self._asked):
+            if key is not None:
+                self._asked.add(key)
+            self.alike = [other for other in self.alike if _answer(question, other) == answer]
+        return answer
+
+    def hidden(self, question: Callable[[Card], Hidden | None], key: Hashable) -> HiddenByCard:
+        """Return an operator's temporaries here, and those of alike cards that take as many of other sizes."""
+        own = question(self.card)
+        elsewhere = self._hidden.get(key) if key is not None else None
+        if elsewhere is None:
+            theirs = {other: question(other) for other in self.alike}
+            self.alike = [other for other, hidden in theirs.items() if _form(hidden) == _form(own)]
+            elsewhere = {other: hidden for other, hidden in theirs.items() if hidden is not None and hidden != own}
+            if key is not None:
+                self._hidden[key] = elsewhere
+        return HiddenByCard(own, elsewhere)
+
+    def workspaces(self, question: Callable[[Card], Sequence[Workspace]]) -> list[tuple[Workspace, Sizes]]:
+        """Return the workspaces that an operator takes here, each with its bytes on alike cards that differ."""
+        own = question(self.card)
+        theirs = {other: question(other) for other in self.alike}
+        keys = [each.key for each in own]
+        self.alike = [other for other, found in theirs.items() if [each.key for each in found] == keys]
+        return [
+            (each, {other: theirs[other][n].nbytes for other in self.alike if theirs[other][n].nbytes != each.nbytes})
+            for n, each in enumerate(own)
+        ]
+
+    def read(self, field: str) -> None:
+        """Note that the program has read a field of the card's properties. Its name and its size decide nothing."""
+        if field in _OF_THE_CHIP:
+            self.is_chip_known = True
+        if field in _OF_THE_CHIP or field in _OF_THE_CAPABILITY:
+            self.ask(lambda card: card.capability, "capability")
+
+
+def _form(hidden: Hidden | None) -> tuple[int, int, tuple[tuple[int, int], ...]] | None:
+    return None if hidden is None else (len(hidden.before), len(hidden.after), hidden.freed_early)
+
+
+def _answer(question: Callable[[Card], R], other: Card) -> R | None:
+    try:
+        return question(other)
+    except RuntimeError:  # as PyTorch where none of the kernels that are allowed serves this card
+        return None
+
+
+def watched(properties: SimpleNamespace, answers: CardAnswers) -> SimpleNamespace:
+    """Return the properties of a card, whose readings are noted."""
+
+    class Properties(SimpleNamespace):
+        def __getattribute__(self, name: str) -> object:
+            answers.read(name)
+            return super().__getattribute__(name)
+
+    return Properties(**vars(properties))
