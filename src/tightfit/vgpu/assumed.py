@@ -54,8 +54,12 @@ class Assumed:
         found = []
         for line, each in self._lengths.items():
             place = f"{line.file}:{line.line}" if line else "?"
-            kind = "given" if each.is_given else ("largest" if each.largest is not None else "unbounded")
-            found.append(say(f"vgpu.assumed.{kind}", place=place, played=each.played, largest=each.largest or 0))
+            if each.is_given:
+                found.append(say("vgpu.assumed.given", place=place, played=each.played))
+            elif each.largest is not None:
+                found.append(say("vgpu.assumed.largest", place=place, played=each.played))
+            else:
+                found.append(say("vgpu.assumed.unbounded", place=place, played=each.played))
         unused = [expression for expression, _ in self._given if expression not in self._used]
         return found + [say("vgpu.assumed.unused", expression=expression) for expression in unused]
 
