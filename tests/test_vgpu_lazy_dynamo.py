@@ -59,3 +59,17 @@ def test_dynamo_is_not_loaded_without_need(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_dynamo_is_there_for_a_script_that_asks(tmp_path: Path) -> None:
     assert "1 torch._dynamo" in _dry_run(tmp_path, ASKS)
+
+
+@pytest.mark.slow
+def test_training_that_compiles_nothing_loads_neither_dynamo_nor_sympy(tmp_path: Path, data_dir: Path) -> None:
+    words = "train --dataset=tiny --n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=2 --max_iters=2"
+    options = ["--device=cpu", "--fit=off", "--supervise=off", f"--data_dir={data_dir}", f"--out_dir={tmp_path}"]
+    script = (
+        "import sys\nfrom tightfit.cli.main import main\nassert main(sys.argv[1:]) == 0\n"
+        "print([name for name in ('torch._dynamo.eval_frame', 'sympy', 'triton') if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, *words.split(), *options], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1] == "[]", run.stdout

@@ -127,6 +127,14 @@ class Block(nn.Module):
         return x
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """Return an embedding; on the meta device without drawing its values, for which torch would load sympy."""
+    if torch.empty(0).is_meta:
+        embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+        return embedding
+    return nn.Embedding(count, width)
+
+
 class GPT(nn.Module):
     """The model; `forward` gives the summed loss of given targets, or the logits where there are none."""
 
@@ -149,8 +157,8 @@ class GPT(nn.Module):
         self.inputs_on_host = inputs_on_host
         self.transformer: Any = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "wte": _embedding(config.vocab_size, config.n_embd),
+                "wpe": _embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": LayerNorm(config.n_embd, config.bias),
@@ -164,7 +172,9 @@ class GPT(nn.Module):
         """Allocate a model on `device` with its parameters not yet set; `options` go to the constructor."""
         with torch.device("meta"):
             model = cls(config, **options)
-        model.to_empty(device=device)
+        for module in model.modules():  # as `to_empty`, whose `empty_like` of a meta tensor loads sympy
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device)))
         model.transformer["wte"].weight = model.lm_head.weight
         return model
 

@@ -12,6 +12,7 @@ from tightfit.config import SampleConfig, TrainConfig
 from tightfit.errors import DeviceError
 from tightfit.gpus import find_gpu
 from tightfit.system.cpuinfo import processor_flags
+from tightfit.vgpu.lazy_dynamo import keep_dynamo_out
 from tightfit.wording import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +61,9 @@ def set_process_options(hardware: Hardware, *, activation_memory_budget: float =
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32, as nanoGPT
-    if hardware.compile:
+    if not hardware.compile:
+        keep_dynamo_out()  # optimizers load it for a handful of names, which takes a second
+    else:
         from torch._dynamo import config as dynamo  # only here: the import takes seconds
         from torch._functorch import config as functorch
 

@@ -65,7 +65,7 @@ class Ranks:
 def stragglers(own_ms: Sequence[Sequence[float]]) -> list[int]:
     """Return the ranks that were slower than the median of the others in nearly all of these steps.
 
-    >>> stragglers([[10.0, 11.0, 18.0], [10.0, 30.0, 17.0], [11.0, 10.0, 19.0]])
+    >>> stragglers([[10.0, 11.0, 18.0], [10.0, 12.0, 17.0], [11.0, 10.0, 19.0]])
     [2]
     """
     found = []

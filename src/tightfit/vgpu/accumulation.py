@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from tightfit.allocator.blocks import SegmentRecord
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import user_frames, users_line
 from tightfit.vgpu.loop_source import calls_of_loop, loop_node, optimizer_calls, steps_after
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.child import wrap_processes
 from tightfit.vgpu.findings import findings_of
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.play_folder import VARIABLE, ChildSettings, watch
 from tightfit.vgpu.records import END_SIGNAL, Findings, Place, Settings

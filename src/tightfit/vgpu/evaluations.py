@@ -9,9 +9,9 @@ from importlib import import_module
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, TypeGuard
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.loop_source import calls_of_loop
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.unplayed import LineWatch, counted_frames, innermost_loop, own_frames

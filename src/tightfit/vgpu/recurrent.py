@@ -18,9 +18,9 @@ from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend
-from tightfit.vgpu.patches.assign import assign
 from tightfit.wording import say
 
 aten = torch.ops.aten

@@ -20,7 +20,8 @@ from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.card_arguments import torch_versions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame
-from tightfit.vgpu.patches import backend, lazy_dynamo, trainers
+from tightfit.vgpu.lazy_dynamo import keep_dynamo_out
+from tightfit.vgpu.patches import backend, trainers
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.records import END_SIGNAL, Settings
@@ -66,7 +67,7 @@ class VirtualSession:
         """
         self.settings = settings
         self._guards_files, self._is_tested = guards_files, is_tested
-        lazy_dynamo.keep_dynamo_out()
+        keep_dynamo_out()
         self.gpu, self.notes = resolve_gpu(
             settings.gpu, memory_bytes=settings.memory_bytes, capability=settings.capability
         )

@@ -17,8 +17,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.backend import KEPT
 
 aten = torch.ops.aten

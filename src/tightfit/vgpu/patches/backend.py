@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tightfit.errors import DeviceError
 from tightfit.kernels.operators import WITH_OWN_KERNEL
-from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.patches.autograd_threads import rest_before_exit
 from tightfit.wording import say
 

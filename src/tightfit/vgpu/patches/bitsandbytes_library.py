@@ -5,7 +5,7 @@ import mmap
 from collections.abc import Callable
 from types import ModuleType
 
-from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.patches.on_import import after_import
 
 

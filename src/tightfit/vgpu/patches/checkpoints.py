@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import safetensors_files
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.wording import say
 

@@ -10,10 +10,10 @@ from torch.cuda._utils import _get_device_index
 from tightfit.allocator.caching import CachingAllocator
 from tightfit.gpus import GPU
 from tightfit.kernels.card import max_threads_per_sm
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.card_answers import watched
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import cuda_extras, cuda_graphs, cuda_streams, cuda_types
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.recorder import Allocation
 from tightfit.vgpu.snapshot import Snapshot, snapshot_of
 

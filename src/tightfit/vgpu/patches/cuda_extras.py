@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tightfit.allocator.caching import PoolId
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.assign import assign
 
 _NCCL_VERSION = (2, 27, 5)
 """The version that torch's wheels of 2.9 to 2.13 bring along."""

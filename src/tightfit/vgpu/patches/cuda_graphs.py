@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 import torch
 
 from tightfit.allocator.caching import PoolId
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.assign import assign
 
 _OWN_STREAM = (1 << 20) + 1
 """Number of a capture's stream where the script captures on the default one."""

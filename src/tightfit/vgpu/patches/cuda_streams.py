@@ -8,8 +8,8 @@ from types import SimpleNamespace, TracebackType
 
 import torch
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.assign import assign
 
 Where = torch.device | str | int | None
 

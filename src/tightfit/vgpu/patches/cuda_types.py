@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _device
 
-from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.assign import assign
 
 _DTYPES = {
     "Double": torch.float64,

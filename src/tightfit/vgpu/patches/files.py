@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, ParamSpec, TypeVar
 
-from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.assign import assign
 from tightfit.wording import say
 
 P = ParamSpec("P")

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, inductor, tensor_kinds
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.wording import say
 

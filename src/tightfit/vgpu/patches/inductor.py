@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 from torch import nn
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import Phases
 from tightfit.wording import say
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tightfit.allocator.caching import CachingAllocator
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.on_import import after_import
 
 _DRIVER, _CUDA = "580.95.05", 13000

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.launch import Kernel
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.phases import EnoughSeen
 
 

@@ -7,7 +7,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.assign import assign
 
 Path = str | os.PathLike[str]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.assign import assign
 
 
 def install() -> None:

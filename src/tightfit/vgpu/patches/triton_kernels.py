@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.assign import assign
 from tightfit.vgpu.patches.on_import import after_import
 
 _CACHE_BYTES = 256 * 2**20

@@ -1,4 +1,4 @@
-"""Delays the import of `torch._dynamo` until something compiles: it takes longer than a dry run's steps.
+"""Delays the import of `torch._dynamo` until something compiles: it takes longer than a small model's steps.
 
 Fake tensors and optimizers import it for a handful of names. A stand-in answers those as Dynamo does while it compiles
 nothing; any other name loads the real package in the stand-in's place.
@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from tightfit.vgpu.patches.assign import assign
+from tightfit.vgpu.assign import assign
 
 P = ParamSpec("P")
 R = TypeVar("R")
