@@ -40,6 +40,7 @@ class TestTorchrun:
         assert done.code == 0, done.err
         assert rows(tmp_path) == rows(alone)
 
+    @pytest.mark.slow  # what two processes compute is that of one: the suite's test of shards shows it, too
     def test_two_processes_share_training_and_evaluation(self, alone: Path, tmp_path: Path, data_dir: Path) -> None:
         """With a few lines around the command that print how many tokens each process evaluates."""
         program = tmp_path / "program.py"
