@@ -283,3 +283,32 @@ def test_the_body_of_an_if_on_its_line_is_played(tmp_path: Path) -> None:
     assert found["outcome"] == "fits", found["stopped_because"]
     assert not found["not_played"]
     assert found["peak"]["allocated_bytes"] >= 4 << 27
+
+
+LENGTHS = """
+import sys, torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+passes = int(sys.argv[1])
+data = [torch.randint(0, 100, (3000 if number == 333 else 100,)) for number in range(480)]
+model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 1024), torch.nn.Linear(1024, 8)).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for number, batch in enumerate(DataLoader(data, 4, collate_fn=lambda each: pad_sequence(each, batch_first=True)), 1):
+    model(batch.cuda()).sum().backward()
+    if number % passes == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize("passes", [1, 8])
+def test_the_longest_sample_is_played(passes: int, tmp_path: Path) -> None:
+    """Its batch decides the peak, and comes long after the steps have begun to repeat."""
+    (tmp_path / "lengths.py").write_text(LENGTHS)
+    words = [tmp_path / "lengths.py", str(passes)]
+    found = findings(["--gpu", "A100", *words])
+    whole = findings(["--gpu", "A100", "--steps", 1000, *words])
+    assert found["steps"] < whole["steps"] == 120 // passes
+    assert found["peak"] == whole["peak"]
+    assert found["peak"]["allocated_bytes"] > 3000 * 4 * 1024 * 4

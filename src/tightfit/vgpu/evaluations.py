@@ -9,8 +9,11 @@ from importlib import import_module
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
+
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import Frame
+from tightfit.vgpu.longest_batch import longest
 from tightfit.vgpu.loop_source import calls_of_loop
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 _REPEATS = 3
 """Iterations in a row that must have allocated as the one before, and left nothing."""
 _BLOCK = 512
+_MOST_LOOKED_AT = 100_000
+"""Batches of an epoch among which the longest sample is looked for."""
 
 
 class Repetition:
@@ -57,6 +62,9 @@ class Evaluations:
         self._latest: weakref.ref[object] = weakref.ref(self)
         """Batches of the DataLoader that was asked last."""
         self._ending: weakref.ref[object] | None = None
+        self._looked_at: set[int] = set()
+        """Datasets by their identity: one look at the lengths of their samples is enough."""
+        self.found_longer = False
 
     def after_forward(self) -> None:
         """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
@@ -136,14 +144,20 @@ class Evaluations:
             self._ending = weakref.ref(batches)
         return ends
 
+    def go_to_longest(self) -> bool:
+        """Let the DataLoader that was asked last go on to its longest sample; False if all are of one size."""
+        self.found_longer = False
+        return self.end_epoch() and self.found_longer
+
     def is_ending(self) -> bool:
         """Return True while that DataLoader is on its way to the last batch."""
         return self._ending is not None and self._ending() is self._latest() is not None
 
     def _to_last(self, batches: object) -> bool:
-        """Let the batches of the epoch that are left be the last one alone; return True if there were others.
+        """Let the epoch go on to its last batch; return True if that leaves any out.
 
-        The sampler may go on after the epoch: some loaders keep one for all epochs.
+        The batch with the largest sample comes before it. The sampler may go on after the epoch: some loaders keep one
+        for all epochs.
         """
         if not _is_of_map(batches):
             return False
@@ -153,9 +167,27 @@ class Evaluations:
             return False
         sent: int = getattr(batches, "_send_idx", batches._num_yielded)
         left: Iterator[object] = batches._sampler_iter
-        skipped = deque(itertools.islice(left, -sent % max(length, 1)), maxlen=1)
-        assign(batches, _sampler_iter=itertools.chain(skipped, left))
-        return -sent % max(length, 1) > 1
+        count = -sent % max(length, 1)
+        first = list(itertools.islice(left, min(max(count - 1, 0), _MOST_LOOKED_AT)))
+        last = deque(itertools.islice(left, count - len(first)), maxlen=1)
+        assign(batches, _sampler_iter=itertools.chain(self._longest(batches, first, count), last, left))
+        return count > 1
+
+    def _longest(self, batches: "dataloader._BaseDataLoaderIter", skipped: list[object], count: int) -> list[object]:
+        """Return another batch and that with the largest sample of these, if their samples are not all of one size."""
+        if batches._collate_fn is torch.utils.data.default_collate or id(batches._dataset) in self._looked_at:
+            return []  # it stacks samples, which must be of one size
+        self._looked_at.add(id(batches._dataset))
+        found = longest(batches._dataset, skipped)
+        self.found_longer = found.place is not None
+        if found.seen < count - 1 and found.place is not None:
+            note = say("vgpu.evaluations.longest_of_some", seen=found.seen, all=count - 1)
+            if note not in self._notes:
+                self._notes.append(note)
+        if found.place is None:
+            return []
+        # With one before it, gradients are there as in the middle of an accumulation, which needs most.
+        return [skipped[found.place - 1 if found.place else 1], skipped[found.place]]
 
 
 def _is_of_map(batches: object) -> "TypeGuard[dataloader._BaseDataLoaderIter]":

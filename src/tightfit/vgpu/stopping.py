@@ -147,10 +147,17 @@ class Stopping:
             self._note(say("vgpu.stopping.jumped", first=first, last=steps))
             self._equal = [0] * _LONGEST_ROUND
         elif is_late or not (self._unplayed or differing):
-            self.not_played = self._unplayed or differing
-            if "eval" not in self._recorder.phase_peaks:
-                self._note(say("vgpu.stopping.no_evaluation"))
-            self._end(say("vgpu.stopping.repeats", first=first, last=steps))
+            self._end_repeating(first, steps, self._unplayed or differing)
+
+    def _end_repeating(self, first: int, steps: int, not_played: list[Frame]) -> None:
+        """End steps that repeat, unless the longest sample of their DataLoader has not come yet."""
+        if self._evaluations.go_to_longest():
+            self._equal = [0] * _LONGEST_ROUND
+            return
+        self.not_played = not_played
+        if "eval" not in self._recorder.phase_peaks:
+            self._note(say("vgpu.stopping.no_evaluation"))
+        self._end(say("vgpu.stopping.repeats", first=first, last=steps))
 
     def _end_as_asked(self, first: int, steps: int) -> None:
         """End steps that repeat where the user asked for no more than them, or than an evaluation after one."""
