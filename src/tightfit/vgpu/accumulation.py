@@ -20,6 +20,7 @@ from torch import Tensor
 from tightfit.allocator.blocks import SegmentRecord
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import user_frames, users_line
+from tightfit.vgpu.longest_batch import are_of_one_size, stacks_samples
 from tightfit.vgpu.loop_source import calls_of_loop, loop_node, optimizer_calls, steps_after
 from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import Phases
@@ -218,7 +219,10 @@ class _SkipToStep(Skip):
 
 
 def _items_left(items: object) -> int | None:
-    """Return the number of items that an iterator still has; None where it does not show, or items differ."""
+    """Return the number of items that an iterator still has; None where it does not show, or items of a list differ.
+
+    Batches that are filled up to their longest sample count as none: each has to be played.
+    """
     while type(items) is enumerate:
         items = items.__reduce__()[1][0]
     if type(items) in _RANGES:
@@ -231,9 +235,11 @@ def _items_left(items: object) -> int | None:
 
     if isinstance(items, dataloader._BaseDataLoaderIter):
         try:
-            return len(items) - items._num_yielded
+            left = len(items) - items._num_yielded
+            count = len(items._dataset)  # type: ignore[arg-type]
         except TypeError:
             return None
+        return left if stacks_samples(items._collate_fn) or are_of_one_size(items._dataset, count) else 0
     return None
 
 

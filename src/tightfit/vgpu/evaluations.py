@@ -9,11 +9,9 @@ from importlib import import_module
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, TypeGuard
 
-import torch
-
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import Frame
-from tightfit.vgpu.longest_batch import longest
+from tightfit.vgpu.longest_batch import longest, stacks_samples
 from tightfit.vgpu.loop_source import calls_of_loop
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
@@ -170,13 +168,15 @@ class Evaluations:
         count = -sent % max(length, 1)
         first = list(itertools.islice(left, min(max(count - 1, 0), _MOST_LOOKED_AT)))
         last = deque(itertools.islice(left, count - len(first)), maxlen=1)
-        assign(batches, _sampler_iter=itertools.chain(self._longest(batches, first, count), last, left))
+        dropped = left.dropped if isinstance(left, _Ahead) else []
+        kept = self._longest(batches, [*dropped, *first], len(dropped) + count)
+        assign(batches, _sampler_iter=itertools.chain(kept, last, left))
         return count > 1
 
     def _longest(self, batches: "dataloader._BaseDataLoaderIter", skipped: list[object], count: int) -> list[object]:
         """Return another batch and that with the largest sample of these, if their samples are not all of one size."""
-        if batches._collate_fn is torch.utils.data.default_collate or id(batches._dataset) in self._looked_at:
-            return []  # it stacks samples, which must be of one size
+        if stacks_samples(batches._collate_fn) or id(batches._dataset) in self._looked_at:
+            return []
         self._looked_at.add(id(batches._dataset))
         found = longest(batches._dataset, skipped)
         self.found_longer = found.place is not None
@@ -201,6 +201,7 @@ class _Ahead:
 
     def __init__(self, left: Iterator[object]) -> None:
         self._left, self._next = left, deque[object]()
+        self.dropped: list[object] = []
 
     def __iter__(self) -> "_Ahead":
         return self
@@ -213,5 +214,7 @@ class _Ahead:
         self._next.extend(itertools.islice(self._left, 2 - len(self._next)))
         if len(self._next) < 2:
             return False
-        self._next.popleft()
+        batch = self._next.popleft()
+        if len(self.dropped) < _MOST_LOOKED_AT:
+            self.dropped.append(batch)
         return True

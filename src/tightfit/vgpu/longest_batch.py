@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tightfit.vgpu.skipping import FAILURES
@@ -37,6 +38,25 @@ def longest(dataset: object, batches: Sequence[object], *, seconds: float = SECO
         except FAILURES:  # of the script's own dataset, which raises them where the script comes to them
             break
     return Longest(sizes.index(max(sizes)) if len(set(sizes)) > 1 else None, len(sizes))
+
+
+def stacks_samples(collate: object) -> bool:
+    """Return True for torch's own way to make a batch, which takes samples of one size alone."""
+    return collate is torch.utils.data.default_collate
+
+
+def are_of_one_size(dataset: object, count: int, *, seconds: float = 1.0) -> bool:
+    """Return True if the first samples of a dataset are of one size, as far as the time goes."""
+    until = time.monotonic() + seconds
+    sizes: set[int] = set()
+    for number in range(count):
+        if len(sizes) > 1 or time.monotonic() > until:
+            break
+        try:
+            sizes.add(_size(dataset[number]))  # type: ignore[index]
+        except FAILURES:
+            break
+    return len(sizes) < 2
 
 
 def _size(sample: object) -> int:
