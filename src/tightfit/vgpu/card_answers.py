@@ -63,6 +63,8 @@ class CardAnswers:
     def hidden(self, question: Callable[[Card], Hidden | None], key: Hashable) -> HiddenByCard:
         """Return an operator's temporaries here, and those of alike cards that take as many of other sizes."""
         own = question(self.card)
+        if not self.alike:
+            return HiddenByCard(own, {})
         elsewhere = self._hidden.get(key) if key is not None else None
         if elsewhere is None:
             theirs = {other: question(other) for other in self.alike}
@@ -75,6 +77,8 @@ class CardAnswers:
     def workspaces(self, question: Callable[[Card], Sequence[Workspace]]) -> list[tuple[Workspace, Sizes]]:
         """Return the workspaces that an operator takes here, each with its bytes on alike cards that differ."""
         own = question(self.card)
+        if not self.alike:
+            return [(each, {}) for each in own]
         theirs = {other: question(other) for other in self.alike}
         keys = [each.key for each in own]
         self.alike = [other for other, found in theirs.items() if [each.key for each in found] == keys]

@@ -5,7 +5,7 @@ The samples are loaded on the host, in the time that `SECONDS` gives; nothing is
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,15 +28,7 @@ class Longest(NamedTuple):
 
 def longest(dataset: object, batches: Sequence[object], *, seconds: float = SECONDS) -> Longest:
     """Look at the samples of batches, each a list of their numbers in the dataset."""
-    until = time.monotonic() + seconds
-    sizes: list[int] = []
-    for batch in batches:
-        if not isinstance(batch, (list, tuple)) or time.monotonic() > until:
-            break
-        try:
-            sizes.append(max((_size(dataset[number]) for number in batch), default=0))  # type: ignore[index]
-        except FAILURES:  # of the script's own dataset, which raises them where the script comes to them
-            break
+    sizes = list(_largest_of_each(dataset, batches, seconds))
     return Longest(sizes.index(max(sizes)) if len(set(sizes)) > 1 else None, len(sizes))
 
 
@@ -47,16 +39,25 @@ def stacks_samples(collate: object) -> bool:
 
 def are_of_one_size(dataset: object, count: int, *, seconds: float = 1.0) -> bool:
     """Return True if the first samples of a dataset are of one size, as far as the time goes."""
-    until = time.monotonic() + seconds
     sizes: set[int] = set()
-    for number in range(count):
-        if len(sizes) > 1 or time.monotonic() > until:
-            break
+    for size in _largest_of_each(dataset, ([number] for number in range(count)), seconds):
+        sizes.add(size)
+        if len(sizes) > 1:
+            return False
+    return True
+
+
+def _largest_of_each(dataset: object, batches: Iterable[object], seconds: float) -> Iterator[int]:
+    """Yield the size of each batch's largest sample, up to a batch that cannot be looked at or the end of the time."""
+    until = time.monotonic() + seconds
+    for batch in batches:
+        if not isinstance(batch, (list, tuple)) or time.monotonic() > until:
+            return
         try:
-            sizes.add(_size(dataset[number]))  # type: ignore[index]
-        except FAILURES:
-            break
-    return len(sizes) < 2
+            largest = max((_size(dataset[number]) for number in batch), default=0)  # type: ignore[index]
+        except FAILURES:  # of the script's own dataset, which raises them where the script comes to them
+            return
+        yield largest
 
 
 def _size(sample: object) -> int:
