@@ -41,10 +41,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Traces are remembered for the tests of one file, and not beside the user's; one server plays for all of them."""
-    from plays import one_server
+    """Traces are remembered for the tests of one file, and not beside the user's; one server plays for all files."""
+    from plays import use_one_server
 
     folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch, one_server(patch):
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_server(patch)
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder

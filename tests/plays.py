@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,10 @@ from tightfit.vgpu.records import Findings
 
 @functools.cache
 def simulator() -> Simulator:
-    return Simulator(workers=1)
+    """The server of this process, for all tests in it: the kernel ends it with the process."""
+    kept = Simulator()
+    kept.will_compile = True
+    return kept
 
 
 def played(words: list[object], *, folder: Path | None = None, environ: dict[str, str] | None = None) -> Findings:
@@ -45,16 +47,12 @@ def findings(
     return json.loads(msgspec.json.encode(played(words, folder=folder, environ=environ)))  # type: ignore[no-any-return]
 
 
-@contextlib.contextmanager
-def one_server(patch: pytest.MonkeyPatch) -> Iterator[None]:
+def use_one_server(patch: pytest.MonkeyPatch) -> None:
     """Let all simulators of this process use one server: its start takes seconds."""
-    with Simulator() as kept:
-        start = Simulator._start
+    start = Simulator._start
 
-        def shared(asking: Simulator) -> socket.socket:
-            kept.will_compile = kept.will_compile or asking.will_compile
-            connection, asking._replies = start(kept), kept._replies
-            return connection
+    def shared(asking: Simulator) -> socket.socket:
+        connection, asking._replies = start(simulator()), simulator()._replies
+        return connection
 
-        patch.setattr(Simulator, "_start", shared)
-        yield
+    patch.setattr(Simulator, "_start", shared)

@@ -52,10 +52,8 @@ SMALL = {"n_layer": 1, "n_head": 1, "n_embd": 64, "vocab_size": 50304, "dtype": 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory):
-    """Plays are remembered for this file, and not beside the user's."""
+def english(own_cache: Path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("LANG", "C")
         yield
 
@@ -68,7 +66,7 @@ def by_code(found: Explanation) -> dict:
 
 
 @pytest.fixture(scope="module")
-def story(cache) -> Explanation:
+def story() -> Explanation:
     return explain(SURROUNDED, config=read_config(TrainConfig, [str(CONFIG)]).config, config_names=["owt.py"])
 
 
@@ -165,7 +163,7 @@ def test_the_story_is_told(story: Explanation, language: str, verbose: bool):
 
 
 @pytest.fixture(scope="module")
-def narrow(cache) -> Explanation:
+def narrow() -> Explanation:
     """The story's logits with nearly nothing else, without torch.compile."""
     return explain(SURROUNDED, config=TrainConfig(**SMALL, compile=False))
 

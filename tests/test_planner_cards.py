@@ -35,9 +35,11 @@ from tightfit.planner.search import least_bytes
 from tightfit.planner.shardings import in_order, open_shardings
 from tightfit.planner.smallest import smallest_set
 from tightfit.simulation.client import Simulator
+from tightfit.simulation.dry_run import script_request
 from tightfit.simulation.requests import HostRates, StepTrace
 from tightfit.simulation.speed import KernelCount, Work, rates_of, step_time
 from tightfit.units import MIB
+from tightfit.vgpu.records import Settings
 
 TINY = ("--n_layer=2", "--n_head=2", "--n_embd=128", "--block_size=128", "--vocab_size=512", "--compile=False")
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -208,7 +210,16 @@ class TestDryrun:
     def test_a_count_beside_a_launcher_is_refused(self) -> None:
         done = here(["dryrun", "--gpu=4x T4", "--", "torchrun", "--nproc_per_node=4", str(self.SCRIPT), "ddp"])
         assert done.code == 2
-        assert "torchrun says by itself how many processes there are; write --gpu='T4' instead of '4x T4'" in done.err
+        assert "torchrun says by itself how many processes there are; name the card 'T4' instead of '4x T4'" in done.err
+
+    def test_it_is_the_same_from_python_and_in_every_question(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        request = script_request(self.SCRIPT, ["fsdp"], Settings(gpu="2x4x A100 80GB", rank=7))
+        assert request.settings.gpu == "A100 80GB"
+        assert (request.environ["WORLD_SIZE"], request.environ["LOCAL_WORLD_SIZE"]) == ("8", "4")
+        assert os.environ["WORLD_SIZE"] == "3"
+        with pytest.raises(ConfigError, match="name the card 'T4' instead of '4x T4'"):
+            tightfit.dryrun("torchrun", "--nproc_per_node=4", self.SCRIPT, gpu="4x T4")
 
     @pytest.mark.slow
     def test_a_count_makes_the_script_one_of_several(self, monkeypatch: pytest.MonkeyPatch) -> None:

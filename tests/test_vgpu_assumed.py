@@ -6,7 +6,7 @@ import pytest
 from plays import findings
 
 from tightfit.errors import ConfigError
-from tightfit.vgpu.assumed import read_assumption
+from tightfit.vgpu.records import read_assumption
 
 MASKED = """
 import torch

@@ -23,9 +23,9 @@ from tightfit.vgpu.context import VirtualGPU
 from tightfit.vgpu.records import Findings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
-    from typing import IO
+    from typing import IO, Literal
 
     from tightfit.config.schema import Setting
     from tightfit.diagnosis.explanation import Explanation
@@ -116,6 +116,8 @@ def dryrun(
     capability: tuple[int, int] | None = None,
     steps: int | None = None,
     until_stable: bool = True,
+    until: 'Literal["end", "eval", "steps"] | None' = None,
+    assume: "Mapping[str, float] | None" = None,
     timeout_s: float | None = None,
     rank: int = 0,
     network: bool = False,
@@ -127,12 +129,14 @@ def dryrun(
 
     It runs in a process of its own, so that this one's torch stays as it is; `arguments` are those of the script's
     command line, or of the function: `dryrun("torchrun", "--nproc_per_node=8", "train.py", gpu="A100")` plays the
-    process `rank` of eight. On Linux it writes to a private view of the files, and has no network unless `network`.
+    process `rank` of eight; so does `gpu="8x A100"` with "train.py" alone. On Linux it writes to a private view of the
+    files, and has no network unless `network`.
     `memory_bytes`: the card's total as its driver reports it; `used_bytes`: held by other programs;
     `context_bytes`: outside PyTorch's allocator; `capability`: of a card that the table lacks; `steps`,
-    `until_stable` (when steps repeat), `timeout_s`: where to stop; `snapshot`: file for PyTorch's memory snapshot;
-    `timeline`: add memory over time; `torch`: the version on the card, such as "2.8". Raises TightfitError
-    for an unknown card, a missing script or a wrong value.
+    `until_stable` (when steps repeat), `until`, `timeout_s`: where to stop; `assume`: values or lengths that only the
+    card's data decide, by an expression of the script or FILE:LINE, as {"mask.nonzero()": 512}; `snapshot`: file for
+    PyTorch's memory snapshot; `timeline`: add memory over time; `torch`: the version on the card, such as "2.8".
+    Raises TightfitError for an unknown card, a missing script or a wrong value.
 
     >>> def step(batch):
     ...     import torch
@@ -149,7 +153,7 @@ def dryrun(
     import os
 
     from tightfit.simulation.dry_run import dryrun_function, dryrun_script
-    from tightfit.vgpu.records import Settings
+    from tightfit.vgpu.records import Settings, read_assumption
 
     settings = Settings(
         gpu=gpu,
@@ -159,6 +163,8 @@ def dryrun(
         capability=capability,
         steps=steps,
         until_stable=until_stable,
+        until=until,
+        assumed=tuple(read_assumption(f"{expression}={value}") for expression, value in (assume or {}).items()),
         timeout_s=timeout_s,
         rank=rank,
         network=network,

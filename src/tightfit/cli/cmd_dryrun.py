@@ -1,21 +1,17 @@
 """`tightfit dryrun`."""
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
 from tightfit.cli.progress import shown
 from tightfit.config.sizes import parse_bytes
 from tightfit.errors import ConfigError
-from tightfit.links import split_count
-from tightfit.vgpu.assumed import read_assumption
-from tightfit.vgpu.command_line import launcher_of
-from tightfit.vgpu.records import Findings, Settings
+from tightfit.vgpu.records import Findings, Settings, read_assumption
 from tightfit.wording import say
 
 
@@ -118,35 +114,6 @@ def parser() -> _CommandParser:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    with _one_of_several(options):
-        return _run(options)
-
-
-@contextlib.contextmanager
-def _one_of_several(options: argparse.Namespace) -> Iterator[None]:
-    """Let the script be one process of as many as --gpu names cards, as in 4x RTX 4090, which torchrun would start."""
-    nodes, per_node, name = split_count(options.gpu or "")
-    if nodes * per_node == 1:
-        yield
-        return
-    launcher, _ = launcher_of([options.script, *options.arguments])
-    if launcher:
-        raise ConfigError(say("cli.dryrun.counted_twice", launcher=launcher, gpu=options.gpu, name=name))
-    options.gpu = name
-    sizes = {"WORLD_SIZE": str(nodes * per_node), "LOCAL_WORLD_SIZE": str(per_node)}
-    before = {key: os.environ.get(key) for key in sizes}
-    os.environ.update(sizes)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
-
-
-def _run(options: argparse.Namespace) -> int:
     if options.timeline and not options.timeline.lower().endswith((".png", ".svg")):
         raise ConfigError(say("cli.dryrun.bad_picture", file=options.timeline))
     if options.largest or options.all_gpus or options.suggest or options.compare is not None:

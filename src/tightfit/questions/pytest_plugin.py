@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MARKER = "memory"
 _WORKER_KEY = "tightfit_memory"
 _SIZES = {"memory": "memory_bytes", "used": "used_bytes", "context": "context_bytes"}
-_OTHERS = ("capability", "steps", "timeout_s", "network")
+_OTHERS = ("capability", "steps", "until", "timeout_s", "rank", "network")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

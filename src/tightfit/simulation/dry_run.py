@@ -13,10 +13,11 @@ from types import CodeType
 from msgspec.structs import replace
 
 from tightfit.errors import ConfigError, DeviceError, TightfitError
+from tightfit.links import split_count
 from tightfit.simulation.client import Simulator, run_once
 from tightfit.simulation.requests import Failed, ScriptRequest, received, sent
 from tightfit.vgpu.card_arguments import described_gpu
-from tightfit.vgpu.command_line import check_command
+from tightfit.vgpu.command_line import check_command, launcher_of
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
 
@@ -62,12 +63,13 @@ def script_request(
     """Return the request for a play of a script in this folder. Raises as `dryrun_script` does, before any play."""
     if not isinstance(script, str | os.PathLike):
         raise ConfigError(say("simulation.dry_run.no_program", value=script))
-    script = os.fspath(script)
-    check_command([script, *arguments], rank=settings.rank, environ=environ)
+    command = [os.fspath(script), *arguments]
+    settings, sizes = _one_of_several(settings, command)
+    environ = {**(os.environ if environ is None else environ), **sizes, "CUDA_VISIBLE_DEVICES": ""}
+    check_command(command, rank=settings.rank, environ=environ)
     _refuse_unknown_card(settings)
-    environ = {**(os.environ if environ is None else environ), "CUDA_VISIBLE_DEVICES": ""}
     return ScriptRequest(
-        script=sent(script),
+        script=sent(command[0]),
         arguments=tuple(map(sent, arguments)),
         settings=replace(settings, snapshot=settings.snapshot and sent(settings.snapshot)),
         environ={sent(name): sent(value) for name, value in environ.items()},
@@ -76,13 +78,27 @@ def script_request(
     )
 
 
+def _one_of_several(settings: Settings, command: Sequence[str]) -> tuple[Settings, dict[str, str]]:
+    """Return settings that name one card, and the environment of one process of as many as were named.
+
+    `4x RTX 4090` are four processes, which torchrun would start. ConfigError if the command has a launcher already.
+    """
+    nodes, per_node, name = split_count(settings.gpu)
+    if nodes * per_node == 1:
+        return settings, {}
+    launcher, _ = launcher_of(command)
+    if launcher:
+        raise ConfigError(say("simulation.dry_run.counted_twice", launcher=launcher, gpu=settings.gpu, name=name))
+    sizes = {"WORLD_SIZE": str(nodes * per_node), "LOCAL_WORLD_SIZE": str(per_node)}
+    return replace(settings, gpu=name), sizes
+
+
 def dryrun_function(function: Callable[..., object], arguments: Sequence[object], settings: Settings) -> Findings:
     """Play a call in a process of its own.
 
     A function that the process can import goes by its name, any other by its code, as those of a notebook.
     ConfigError for one that cannot be sent.
     """
-    _refuse_unknown_card(settings)
     with function_script(function, arguments) as (script, environ):
         return dryrun_script(script, [], settings, environ=environ)
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tightfit.errors import ConfigError
 from tightfit.vgpu.frames import Frame, users_line
 from tightfit.wording import say
 
@@ -62,22 +61,6 @@ class Assumed:
                 found.append(say("vgpu.assumed.unbounded", place=place, played=each.played))
         unused = [expression for expression, _ in self._given if expression not in self._used]
         return found + [say("vgpu.assumed.unused", expression=expression) for expression in unused]
-
-
-def read_assumption(text: str) -> tuple[str, float]:
-    """Read EXPR=VALUE. ConfigError for anything else.
-
-    >>> read_assumption("mask.nonzero()=512")
-    ('mask.nonzero()', 512.0)
-    """
-    expression, _, value = text.rpartition("=")
-    try:
-        number = float({"True": "1", "False": "0"}.get(value.strip(), value))
-    except ValueError:
-        number = float("nan")
-    if not expression.strip() or number != number:
-        raise ConfigError(say("vgpu.assumed.unreadable", text=text))
-    return expression.strip(), number
 
 
 def _is_at(expression: str, frame: Frame) -> bool:

@@ -83,6 +83,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(say("vgpu.records.snapshot", value=self.snapshot))
 
 
+def read_assumption(text: str) -> tuple[str, float]:
+    """Read EXPR=VALUE. ConfigError for anything else.
+
+    >>> read_assumption("mask.nonzero()=512")
+    ('mask.nonzero()', 512.0)
+    """
+    expression, _, value = text.rpartition("=")
+    try:
+        number = float({"True": "1", "False": "0"}.get(value.strip(), value))
+    except ValueError:
+        number = float("nan")
+    if not expression.strip() or number != number:
+        raise ConfigError(say("vgpu.records.assumption", text=text))
+    return expression.strip(), number
+
+
 class Place(msgspec.Struct, frozen=True, kw_only=True):
     """A line of the user's code; an empty file where none is known."""
 
