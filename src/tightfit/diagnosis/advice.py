@@ -8,7 +8,13 @@ from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures, is_of_one_block, is_oversized
+from tightfit.diagnosis.figure_causes import (
+    cache_is_large,
+    fills_by_metal,
+    fixes_of_figures,
+    is_of_one_block,
+    is_oversized,
+)
 from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
@@ -130,6 +136,12 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
 def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     """Yield the lists of advice.toml that fit this failure, the most fitting first."""
     budget, grows = evidence.budget, evidence.grows
+    if fills_by_metal(facts):
+        yield "metal"
+        return
+    if "loads_model" in evidence.run.signs and evidence.infers and grows is None:
+        yield "model"
+        return
     if budget is not None and budget.exceeds:
         yield "training" if budget.what == "training" or evidence.trains else "model"
     trains = evidence.trains or (budget is not None and budget.what == "training")
@@ -175,7 +187,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
         "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose),
-        "checkpointing_general": keeps_nothing or "checkpointing" in run.signs,
+        "checkpointing_general": keeps_nothing or "checkpointing" in run.signs or _encodes_pictures(facts, program),
         "fused_attention": "flash" in run.signs,
         "offload": _has_no_offload(facts, evidence)
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
@@ -184,12 +196,15 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
         or (evidence.trains and not has_own("quantized_weights", program or "")),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
-        or ("half" in run.signs and evidence.infers),
-        "no_gradients": "no_grad" in run.signs,
-        "smaller_model": not (is_too_large and evidence.infers) and not has_own("smaller_model", program or ""),
+        or ("half" in run.signs and evidence.infers)
+        or _is_foreign(facts, evidence),
+        "no_gradients": "no_grad" in run.signs or _is_foreign(facts, evidence),
+        "smaller_model": not (evidence.infers and (is_too_large or program is None))
+        and not has_own("smaller_model", program or ""),
         "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters" or evidence.infers,
         "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
         "half_precision": "half" in run.signs
+        or (evidence.is_of_unknown_purpose and program == "sentence_transformers")
         or (facts.torch_format in _BEFORE_AUTOCAST and not has_own("half_precision", program or ""))
         or _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
@@ -225,6 +240,16 @@ def _has_large_state(facts: Facts, evidence: Evidence) -> bool:
 
 
 _VAE = re.compile(r"VAE ?(?:De|En)code|\bvae\b|[Aa]uto_?[Ee]ncoder")
+
+
+def _encodes_pictures(facts: Facts, program: str | None) -> bool:
+    """Return True where a training of diffusers failed in its autoencoder, which keeps nothing for a backward pass."""
+    return program == "diffusers" and any("autoencoder" in each.file for each in facts.frames)
+
+
+def _is_foreign(facts: Facts, evidence: Evidence) -> bool:
+    """Return True for an unknown program that uses a trained model, in a report without any line of its code."""
+    return evidence.infers and evidence.framework is None and not facts.frames and "import " not in evidence.run.text
 
 
 _VAE_NODE = re.compile(r"(?:executing|Node Type:\W*)\s*VAE")
@@ -289,6 +314,8 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     if code == "no_gradients" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
         page = "https://docs.pytorch.org/docs/stable/generated/torch.no_grad.html"
         words = Pasted(lines=tuple(line.replace("inference_mode", "no_grad") for line in words.lines), page=page)
+    if code == "smaller_weights" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
+        words = Pasted(lines=("model = model.half()",), page=words.page)
     effect = applicability(code)
     remedy = Remedy(
         code=code,
@@ -338,7 +365,28 @@ def _values(evidence: Evidence, divided: _Divided) -> dict[str, int | str]:
         if passes and _accumulation(evidence)
         else f"{batch // size if batch and size else 4}*ACCUMULATION",
         "half": length // 2 if length else "HALF",
+        "model_class": _model_class(evidence.run),
     }
+
+
+_CLASSES = {
+    "AutoModelForSpeechSeq2Seq": re.compile(r"whisper|speech_to_text|seamless|moonshine"),
+    "AutoModelForSeq2SeqLM": re.compile(r"m?t5|longt5|umt5|m?bart|bigbird_pegasus|pegasus|marian|m2m_100|nllb\w*|led"),
+    "AutoModelForCausalLM": re.compile(
+        r"llama4?|qwen\d(?:_moe)?|mistral|mixtral|gemma\d?|gpt\w*|phi\d?|falcon|opt|bloom|mpt|olmo\w*|starcoder2|cohere\d?"
+    ),
+}
+"""Classes of Transformers, by the folder of the model's file."""
+_OF_CAUSAL = re.compile(
+    r"CausalLM|\b(?:llama|qwen|mistral|mixtral|gemma|gpt|phi|falcon|chatglm|baichuan|vicuna)", re.IGNORECASE
+)
+
+
+def _model_class(run: RunFacts) -> str:
+    """Return the class of Transformers that loads the user's model; a word in capitals where the log does not tell."""
+    if run.family is not None:
+        return next((name for name, family in _CLASSES.items() if family.fullmatch(run.family)), "MODEL_CLASS")
+    return "AutoModelForCausalLM" if _OF_CAUSAL.search(run.text) else "MODEL_CLASS"
 
 
 def _own_option(code: str, evidence: Evidence, divided: _Divided) -> Pasted | None:

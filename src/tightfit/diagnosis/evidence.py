@@ -35,7 +35,7 @@ _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "nam
 _OF_LOGITS = ("logits", "float_outputs", "float_logits", "loss_of_logits")
 _VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
-_OF_ANY_PURPOSE = (None, "transformers", "accelerate")
+_OF_ANY_PURPOSE = (None, "transformers", "accelerate", "sentence_transformers")
 """Programs that train as often as they do not; None is an unknown one."""
 _BARE = 60
 """Characters besides the message and its advice, below which a log without a traceback is a message alone."""
@@ -169,7 +169,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     """Return the evidence in a log."""
     figure = facts.figures.get("requested_bytes")
     within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
-    model, line = model_of(run), _in_words_of(run, line_kind(facts.frames) or _line_alone(facts, run))
+    model, line = model_of(run), _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
     shape = _printed_shape(run, within) if within else None
     found = Evidence(
         run=run,
@@ -201,14 +201,24 @@ def _is_one_message(text: str, message: str) -> bool:
     return len("".join(_ADVICE.sub("", text).split())) - len("".join(message.split())) < _BARE
 
 
-def _in_words_of(run: RunFacts, line: LineKind | None) -> LineKind | None:
+def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind | None:
     """Return the kind of a line; scores of pictures' classes in a loss are no logits over a vocabulary."""
+    if line is not None and line.grows == "batch" and line.tensor in _OF_LAYERS and _is_in_autoencoder(facts):
+        return msgspec.structs.replace(line, tensor="vae_activation", is_named=True)
     if line is None or line.tensor != "loss_of_logits":
         return line
     of_pictures = run.framework in programs("pictures") or _OF_PICTURES.search(run.text)
     if of_pictures and not _OF_LANGUAGE.search(run.text):
         return msgspec.structs.replace(line, tensor="activation", grows="batch", is_named=False)
     return line
+
+
+_OF_LAYERS = ("activation", "convolution", "resized_image")
+
+
+def _is_in_autoencoder(facts: Facts) -> bool:
+    """Return True if one of the innermost frames is in an image or video autoencoder (VAE) of a library."""
+    return any("autoencoder" in each.file for each in facts.frames[-8:])
 
 
 def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:

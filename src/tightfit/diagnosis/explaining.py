@@ -18,7 +18,8 @@ from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
-from tightfit.diagnosis.kind_sentences import fixes_of, with_run
+from tightfit.diagnosis.kind_details import with_run
+from tightfit.diagnosis.kind_sentences import fixes_of
 from tightfit.diagnosis.model_run import model_run_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
@@ -236,7 +237,7 @@ _REST, _OTHERS = "kind_rest_of_log", "kind_other_programs"
 
 def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     """Return the fixes of a kind; of a report in a person's words, those in the words of the program that it names."""
-    found = fixes_of(facts)
+    found = fixes_of(facts, plain.reading.run)
     evidence = evidence_of(facts, plain.reading.run)
     of_runtime = facts.kind == "cuda_driver" and evidence.infers and facts.phase != "setup" and not facts.details
     if evidence.framework is None or not (facts.kind == "program_words" or of_runtime):

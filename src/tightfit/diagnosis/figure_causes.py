@@ -160,13 +160,20 @@ def _of_own(facts: Facts) -> Iterator[Cause]:
     if facts.private_pool_bytes:
         yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
     outside = facts.figures.get("outside_pytorch_bytes")
+    is_mps = facts.kind == "mps_out_of_memory"
     if outside is not None and outside.high > 0 and facts.own_pid is None:
         yield OutsidePyTorch(
-            code="outside_on_mps" if facts.kind == "mps_out_of_memory" else "outside",
+            code="metal_decides" if fills_by_metal(facts) else "outside_on_mps" if is_mps else "outside",
             outside_bytes=outside.bytes,
             low_bytes=outside.low,
             high_bytes=outside.high,
         )
+
+
+def fills_by_metal(facts: Facts) -> bool:
+    """Return True on a Mac where more memory is outside of PyTorch's heaps than in them."""
+    outside, own = facts.figures.get("outside_pytorch_bytes"), facts.allocated_bytes
+    return facts.kind == "mps_out_of_memory" and outside is not None and own is not None and outside.low > own
 
 
 _LITTLE = 0.25

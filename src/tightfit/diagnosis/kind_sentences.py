@@ -1,7 +1,6 @@
 """Failures that no tensor of PyTorch explains: their sentences and their fixes, by kind."""
 
 import functools
-import re
 import string
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ import msgspec
 
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
-from tightfit.diagnosis.purpose import INFERENCE, purpose_of
+from tightfit.diagnosis.kind_details import detail_names
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
@@ -31,6 +30,7 @@ class _Fixes(msgspec.Struct, frozen=True):
 
     fixes: dict[str, list[str]]
     paste: dict[str, list[str]]
+    programs: dict[str, dict[str, list[str]]]
 
 
 @functools.cache
@@ -67,23 +67,21 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["at_start"] = True
     if facts.requested_bytes is not None and facts.requested_bytes < _TINY:
         found["tiny"] = True
+    if _is_square(facts.details.get("shape", "")):
+        found["square"] = True
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)
     return found
 
 
-_HIGH_SHARE = re.compile(r"gpu[-_]memory[-_]utilization\W{1,3}(?:0?\.9[1-9]\d?|1\.0|1\b)")
-"""A share of the card above vLLM's own 0.9."""
+_LONG_SIDE, _ALIKE = 20_000, 1.5
+"""Rows and columns from which on an array of two similar sizes is mostly one of all pairs, or of a wrong size."""
 
 
-def with_run(facts: Facts, run: RunFacts) -> Facts:
-    """Return a failure with what the log prints of its run and its sentences need."""
-    if facts.kind == "vllm_no_cache_blocks" and _HIGH_SHARE.search(run.text):
-        return msgspec.structs.replace(facts, details={**facts.details, "share_is_high": "yes"})
-    if facts.kind == "jax_out_of_memory" and purpose_of(facts, run) == INFERENCE:
-        return msgspec.structs.replace(facts, details={**facts.details, "inference": "yes"})
-    return facts
+def _is_square(shape: str) -> bool:
+    sizes = sorted(int(size) for size in shape.split(",") if size.isdigit())
+    return len(sizes) == 2 and sizes[0] >= _LONG_SIDE and sizes[1] <= _ALIKE * sizes[0]
 
 
 def _key(keys: Mapping[str, object], kind: str, known: Mapping[str, object]) -> str | None:
@@ -112,7 +110,7 @@ def label_of(facts: Facts) -> str:
     if "cause_unstated" in facts.notes:
         return LIKELY
     known = (key.partition("__") for key in wording.words("en").table("cause") if key.startswith(f"{facts.kind}__"))
-    by_figures = any(name in values_of(facts) for _, _, name in known)
+    by_figures = any(name in values_of(facts) and name not in detail_names() for _, _, name in known)
     return MEASURED if by_figures or memory_of(facts.kind) in ("host", "none") else LIKELY
 
 
@@ -130,8 +128,8 @@ def expected_said(facts: Facts, words: "Words") -> str:
     return wording.words(words.language)("expected", memory_of(facts.kind))
 
 
-def fixes_of(facts: Facts) -> tuple[Remedy, ...]:
-    """Return the fixes of a failure that no tensor on a device caused."""
+def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
+    """Return the fixes of a failure that no tensor on a device caused, in the words of the program if it has some."""
     known = values_of(facts)
     key = _key(_table().fixes, facts.kind, known)
     codes = _table().fixes[key] if key else [facts.kind]
@@ -142,10 +140,16 @@ def fixes_of(facts: Facts) -> tuple[Remedy, ...]:
             reason="general",
             label=LIKELY,
             exact=None,
-            paste=tuple(line.format(**known) for line in _table().paste.get(code, ())),
+            paste=tuple(line.format(**known) for line in _lines(code, run)),
         )
         for code in codes
     )
+
+
+def _lines(code: str, run: RunFacts) -> list[str]:
+    """Return the lines to paste for a fix, in the words of the outermost program that has some."""
+    own = _table().programs.get(code, {})
+    return next((own[each] for each in run.frameworks if each in own), _table().paste.get(code, []))
 
 
 def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:

@@ -74,7 +74,7 @@ def ownership(facts: Facts) -> Ownership:
     others, is_estimated = facts.figures.get("others_bytes"), False
     if others is None and facts.kind in ("cuda_out_of_memory", "hip_out_of_memory"):
         outside = facts.figures.get("not_reserved_bytes")
-        outside = outside if outside is not None and outside.low >= _SURELY_OTHERS else None
+        outside = outside if outside is not None and outside.low >= _least_of_others(facts) else None
         is_estimated = outside is not None
         others = outside and Figure(
             bytes=max(outside.bytes - MOST_CONTEXT, 0),
@@ -93,6 +93,14 @@ def ownership(facts: Facts) -> Ownership:
     return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), decides=decides)
 
 
+def _least_of_others(facts: Facts) -> int:
+    """Return the bytes from which on not all of them are this process's: on small cards, a third of the card."""
+    third = (facts.total_bytes or 0) // 3
+    return min(_SURELY_OTHERS, max(third, _SMALLEST_OTHERS))
+
+
+_SMALLEST_OTHERS = 640 * MIB
+"""Bytes above any context."""
 _MOST_OF_IT = 0.25
 """Share of the card that others hold at least, if they are to be the cause of a request that had room."""
 _FULL = 0.1
