@@ -74,7 +74,8 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     elif had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
         first = [] if evidence.framework in programs("applications") else first
         windows = facts.kind in _WITH_PAGING and evidence.is_maybe_on_windows
-        first = [*first, _remedy("windows_paging", facts, evidence)] if windows else first
+        paging = [_remedy("windows_paging", facts, evidence)] if windows else []
+        first = paging if _OF_HOST.search(evidence.run.text) else [*first, *paging]
         cures = [_remedy("watched_card", facts, evidence)]
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
@@ -165,6 +166,8 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         return
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
+    if evidence.batch_is_one and evidence.framework in programs("trainers_of_one"):
+        yield "of_one"
     if facts.phase in (None, "forward", "loss", "backward", "compile", "setup", "optimizer"):
         yield from ["undivided"] if evidence.run.numbers.get("zero_stage") in (1, 2) and not evidence.infers else []
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
@@ -187,8 +190,12 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
         "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose),
-        "checkpointing_general": keeps_nothing or "checkpointing" in run.signs or _encodes_pictures(facts, program),
-        "fused_attention": "flash" in run.signs,
+        "checkpointing_general": keeps_nothing
+        or "checkpointing" in run.signs
+        or _encodes_pictures(facts, program)
+        or evidence.is_of_unknown_purpose,
+        "fused_attention": "flash" in run.signs
+        or (is_oversized(facts) and evidence.grows is None and not _OF_SEQUENCES.search(run.text)),
         "offload": _has_no_offload(facts, evidence)
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
         "lora": bool(run.signs & {"lora", "qlora"}),
@@ -198,7 +205,9 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
         or ("half" in run.signs and evidence.infers)
         or _is_foreign(facts, evidence),
-        "no_gradients": "no_grad" in run.signs or _is_foreign(facts, evidence),
+        "no_gradients": "no_grad" in run.signs
+        or _is_foreign(facts, evidence)
+        or not (evidence.infers or evidence.is_of_unknown_purpose or facts.phase in ("eval", "sample")),
         "smaller_model": not (evidence.infers and (is_too_large or program is None))
         and not has_own("smaller_model", program or ""),
         "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters" or evidence.infers,
@@ -240,6 +249,14 @@ def _has_large_state(facts: Facts, evidence: Evidence) -> bool:
 
 
 _VAE = re.compile(r"VAE ?(?:De|En)code|\bvae\b|[Aa]uto_?[Ee]ncoder")
+
+
+_OF_HOST = re.compile(r"[Mm]emory allocation failure|\bMemoryError\b|paging file|[Nn]ot enough memory resources")
+"""Words for the host's memory in a log of a card that has room."""
+_OF_SEQUENCES = re.compile(
+    r"[Tt]ranscri|[Dd]iariz|\b[Ll]ong (?:audio|text|document|context|sequence)|\b(?:LLM|tokens?|prompt)\b|protein"
+)
+"""Words of programs whose attention grows with the square of a length."""
 
 
 def _encodes_pictures(facts: Facts, program: str | None) -> bool:

@@ -45,7 +45,11 @@ def _details() -> list[_Detail]:
 
 def detail_names() -> set[str]:
     """Return the names of details that a log's text may show."""
-    return {each.name for each in _details() if each.name}
+    return {each.name for each in _details() if each.name} | _OF_THE_RUN
+
+
+_OF_THE_RUN = {"eval", "one", "weights", "loading"}
+"""Details that the phase, the batch or the traceback shows."""
 
 
 def with_run(facts: Facts, run: RunFacts) -> Facts:
@@ -58,7 +62,31 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         return _with(facts, "share_is_high")
     if facts.kind == "jax_out_of_memory":
         return _of_jax(facts, run)
-    return facts
+    if facts.kind == "cuda_driver":
+        return _of_driver(facts, run)
+    if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
+        return _with(facts, "loading")
+    return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
+
+
+def _of_driver(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure of the CUDA runtime in a validation, or with a batch that cannot be smaller."""
+    if facts.phase == "eval":
+        return _with(facts, "eval")
+    return _with(facts, "one") if run.numbers.get("batch_size") == 1 else facts
+
+
+def _of_job(facts: Facts, run: RunFacts) -> Facts:
+    """Return a killed job with twice the memory that its script asks for."""
+    megabytes, memory = _MEM_MB.search(run.text), _MEM.search(run.text)
+    if megabytes:
+        facts = _with(facts, "mem_mb", str(2 * int(megabytes[1])))
+    return _with(facts, "mem", f"{2 * int(memory[1])}{memory[2].upper()}") if memory else facts
+
+
+_MEM_MB = re.compile(r"\bmem_mb ?= ?(\d{1,9})\b")
+_MEM = re.compile(r"--mem[= ](\d{1,6}) ?([KMGTkmgt])")
+"""Memory that a job asks for: a resource of Snakemake, an option of SLURM."""
 
 
 def _of_jax(facts: Facts, run: RunFacts) -> Facts:
@@ -66,7 +94,13 @@ def _of_jax(facts: Facts, run: RunFacts) -> Facts:
     found = _PROGRAM.search(run.text)
     if found and float(found[1]) * _UNITS[found[2]] < _SMALL_PROGRAM:
         return _with(facts, "program", f"{found[1]} {found[2]}iB")
+    if any(each.function.rsplit(".", 1)[-1] in _CREATES and not each.is_library for each in facts.frames):
+        return _with(facts, "weights")
     return _with(facts, "inference") if purpose_of(facts, run) == INFERENCE else facts
+
+
+_CREATES = frozenset({"__init__", "init", "init_params", "create_train_state", "init_state"})
+"""Functions in which a program of JAX creates its parameters."""
 
 
 def _with(facts: Facts, name: str, value: str = "yes") -> Facts:

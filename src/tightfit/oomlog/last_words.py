@@ -68,12 +68,16 @@ _REPORTED = re.compile(
     r"\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
     r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b)"
     r"|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)|\bout of vram\b|\bvram (?:oom|is full)"
-    r"|\bOOM\b(?! ?kill)|显存(?:不足|不够|溢出|爆)|爆显存|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
+    r"|\bOOM\b(?! ?kill)|显存(?:不足|不够|溢出|爆)|爆显存"
+    r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
     re.IGNORECASE,
 )
 """A person's words for device memory that ran out."""
 _REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", re.IGNORECASE)
-_OF_DEVICE = re.compile(r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|graphics card|nvidia)\b", re.IGNORECASE)
+_OF_DEVICE = re.compile(
+    r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|graphics card|nvidia|\w{0,12}npp\w{0,12}|managedcuda|opencl)\b",
+    re.IGNORECASE,
+)
 """Signs of a card in a report, with which memory that ran out is mostly the card's."""
 _ADVICE = re.compile(
     r"\b(?:how to|avoid\w*|prevent\w*|tips?|guide|faq|troubleshoot\w*|reduc\w+|handl\w+|fix(?:es|ed)?|if|may)\b"
@@ -104,6 +108,27 @@ _ANYHOW = re.compile(
     re.IGNORECASE,
 )
 """Words of any program, library or person for memory that ran out."""
+
+
+_MEETS = re.compile(
+    r"\b(?:I|we|it|and)\b[^.\n]{0,40}\b(?:get|gets|getting|got|hit|hits|facing|keeps?|ran|runs?|met|receive\w*)\b"
+    r"[^.\n]{0,40}\b(?:out[ -]of[ -]memory|OOM)\b"
+    r"|\b(?:CUDA|GPU) out of memory\b[^.\n]{0,20}\b(?:even|although|despite)\b",
+    re.IGNORECASE,
+)
+"""A person's words for device memory that ran out in the own run."""
+
+
+def met_in(lines: Sequence[str]) -> str | None:
+    """Return the line in which a person tells that device memory ran out in the own run; None if none does.
+
+    >>> met_in(["Trying 4K: CUDA out of memory even with 48GB VRAM"])
+    'Trying 4K: CUDA out of memory even with 48GB VRAM'
+    """
+    if not any(map(_OF_DEVICE.search, lines)):
+        return None
+    found = next((line for line in lines if _MEETS.search(line) and not re.search(r"\bif\b", line)), None)
+    return " ".join(found.split()).strip(" #*`")[:300] if found else None
 
 
 def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of, status_of
-from tightfit.oomlog.last_words import host_words_in, last_words, mentioned_in, reported_in
+from tightfit.oomlog.last_words import host_words_in, last_words, mentioned_in, met_in, reported_in
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
@@ -308,6 +308,8 @@ class _Scan:
             return "reported", title
         if last is not None:
             return last
+        if self._size < _PROSE and (met := met_in(lines_of(self._head))) is not None:
+            return "reported", met
         for record in self.records:
             return record.standing.value, record.body
         if self._size < _PROSE and (mention := mentioned_in(lines_of(self._head))) is not None:

@@ -99,7 +99,7 @@ def _least_of_others(facts: Facts) -> int:
     return min(_SURELY_OTHERS, max(third, _SMALLEST_OTHERS))
 
 
-_SMALLEST_OTHERS = 640 * MIB
+_SMALLEST_OTHERS = 560 * MIB
 """Bytes above any context."""
 _MOST_OF_IT = 0.25
 """Share of the card that others hold at least, if they are to be the cause of a request that had room."""
