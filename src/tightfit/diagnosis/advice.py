@@ -189,7 +189,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
-        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose),
+        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose)
+        or (evidence.batch_is_one and not has_own("less_at_once", program or "")),
         "checkpointing_general": keeps_nothing
         or "checkpointing" in run.signs
         or _encodes_pictures(facts, program)

@@ -108,6 +108,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return "saving" if "training_ended" in self.run.signs or "fsdp" in self.run.signs else "model"
         if self.line is not None:
             return self.line.grows
+        if "optimizer_init" in self.run.signs:
+            return "state"
         if self.shape is not None:
             return "batch" if len(self.shape.shape) > 2 else None
         return _GROWS.get(self.tensor or "")

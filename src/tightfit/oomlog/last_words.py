@@ -67,7 +67,8 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
 _REPORTED = re.compile(
     r"\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
     r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b)"
-    r"|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)|\bout of vram\b|\bvram (?:oom|is full)"
+    r"|\bOutOfMemoryError\b|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)"
+    r"|\bout of vram\b|\bvram (?:oom|is full)"
     r"|\bOOM\b(?! ?kill)|显存(?:不足|不够|溢出|爆)|爆显存"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
     re.IGNORECASE,
@@ -75,7 +76,8 @@ _REPORTED = re.compile(
 """A person's words for device memory that ran out."""
 _REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", re.IGNORECASE)
 _OF_DEVICE = re.compile(
-    r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|graphics card|nvidia|\w{0,12}npp\w{0,12}|managedcuda|opencl)\b",
+    r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|(?:\dx ?)?[ahv]\d00|graphics card|nvidia|nppexception|managedcuda"
+    r"|opencl)\b",
     re.IGNORECASE,
 )
 """Signs of a card in a report, with which memory that ran out is mostly the card's."""
@@ -149,7 +151,8 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
 _RAM = re.compile(
     r"\b(?:low|not enough|insufficient|out of|max\w* out(?: the)?|all(?: of)?(?: the)?)"
     r" (?:(?:system|host|cpu|available) )*RAM\b"
-    r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)"
+    r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
+    r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b"
 )
 """A person's words for the host's memory that ran out."""
 _KILLED = re.compile(

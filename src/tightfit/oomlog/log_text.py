@@ -15,7 +15,7 @@ LONGEST_LINE = 8_000
 _ANSI = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]{0,40}[ -/]{0,10}[@-~]|\x1b\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)|\x1b[ -/]?[0-~]"
 )
-_BARE_COLOUR = re.compile(r"[␛?]\[[0-9;]{0,12}m")
+_BARE_COLOUR = re.compile(r"(?:[␛?]|#033)\[[0-9;]{0,12}m")
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
 )
@@ -111,7 +111,7 @@ def clean(text: str) -> str:
     text = _RAW_INDEX.sub(lambda match: f"GPU #{ord(match[1])} has a total", text)
     if "\x1b" in text or "\x9b" in text:
         text = _ANSI.sub("", text)
-    if "[0m" in text or "[31m" in text:
+    if "[0m" in text or "[31m" in text or "#033[" in text:
         text = _BARE_COLOUR.sub("", text)
     text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     if "&" in text and (";" in text):
@@ -129,7 +129,11 @@ def lines_of(text: str) -> list[str]:
     """Return the clean lines of a piece of log; a line that holds escaped ones, like in JSON, is taken apart."""
     lines: list[str] = []
     for raw in text.split("\n"):
-        for line in (raw,) if raw.isascii() and raw.isprintable() and "&" not in raw else clean(raw).split("\n"):
+        for line in (
+            (raw,)
+            if raw.isascii() and raw.isprintable() and "&" not in raw and "#033[" not in raw
+            else clean(raw).split("\n")
+        ):
             if "](http" in line:
                 line = _LINK.sub(r"\1", line)
             if line.count("[rank") > 1:

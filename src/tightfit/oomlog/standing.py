@@ -94,7 +94,7 @@ def standing(
         return Standing.CODE
     if memory_of(message.kind) == "harmless":
         return Standing.HARMLESS
-    if line.level in ("debug", "info", "warning") and not (leads and named) and message.kind != "nccl":
+    if line.level in ("debug", "info", "warning") and not (leads and named) and not _fails_at_any_level(message, bare):
         return Standing.CAUGHT
     mine = _has("first_person", bare)
     if (_has("caught", bare) and not mine) or _has("fallback", after[:80]):
@@ -116,6 +116,11 @@ def standing(
     if named or mine or bare.rstrip().endswith((":", "]", ")", "=")):
         return Standing.FAILURE
     return Standing.DOCUMENT if _WORDS.search(bare) or _WORDS.search(after) else Standing.FAILURE
+
+
+def _fails_at_any_level(message: Message, before: str) -> bool:
+    """Return True for a failure that programs log as a warning: NCCL's, a lost worker's, a failed job's."""
+    return message.kind in ("nccl", "worker_lost") or (message.kind == "host_killed" and "ailed" in before)
 
 
 _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memory", "windows_commit_limit", "nccl"})
