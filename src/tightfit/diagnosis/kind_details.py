@@ -62,6 +62,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         return _with(facts, "share_is_high")
     if facts.kind == "jax_out_of_memory":
         return _of_jax(facts, run)
+    if facts.kind == "tensorflow_out_of_memory":
+        return _of_pool(facts, run)
     if facts.kind == "cuda_driver":
         return _of_driver(facts, run)
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
@@ -74,6 +76,19 @@ def _of_driver(facts: Facts, run: RunFacts) -> Facts:
     if facts.phase == "eval":
         return _with(facts, "eval")
     return _with(facts, "one") if run.numbers.get("batch_size") == 1 else facts
+
+
+def _of_pool(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure of TensorFlow with the limit of its pool, where the tensor alone is larger."""
+    limit = _LIMIT.search(run.text)
+    if limit is None or facts.requested_bytes is None or facts.requested_bytes <= int(limit[1]):
+        return facts
+    name = "beyond_flat" if facts.details.get("shape", ",").isdigit() else "beyond"
+    return _with(_with(facts, name), "beyond", f"{int(limit[1]) / GIB:.2f} GiB")
+
+
+_LIMIT = re.compile(r"\bLimit: {1,40}(\d{6,15})\b")
+"""Bytes that TensorFlow's pool may hold at most, in its statistics."""
 
 
 def _of_job(facts: Facts, run: RunFacts) -> Facts:

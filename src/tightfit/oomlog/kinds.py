@@ -61,6 +61,8 @@ def status_of(kind: str | None, nothing: str | None) -> str:
     """
     if kind is None:
         return _OF_NOTHING.get(nothing or "", "no_failure")
+    if kind == "tensorrt_tactic":  # the build goes on with the tactics that are left
+        return "survived"
     if kind == "memory_words":  # the log says that it was memory, and not whose
         return "out_of_memory"
     return "incomplete" if kind == "incomplete" else _OF_MEMORY.get(memory_of(kind), "out_of_memory")

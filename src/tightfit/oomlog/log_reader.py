@@ -342,7 +342,8 @@ def _with_facts(record: _Record, facts: Facts) -> _Record:
 
 def _counts(record: _Record) -> bool:
     """Return True for a failure beside the chosen one, and not for a launcher's report of it."""
-    return record.standing in (Standing.FAILURE, Standing.CAUGHT) and memory_of(record.facts.kind) != "unshown"
+    is_failure = record.standing in (Standing.FAILURE, Standing.CAUGHT) and record.facts.kind != "tensorrt_tactic"
+    return is_failure and memory_of(record.facts.kind) != "unshown"
 
 
 def _other(record: _Record) -> Other:
