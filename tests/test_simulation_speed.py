@@ -15,6 +15,7 @@ from tightfit.planner import survey as every
 from tightfit.planner.budget import device_budget
 from tightfit.planner.planning import make_plan, named_card
 from tightfit.planner.survey import CardRow, every_card
+from tightfit.simulation import processor
 from tightfit.simulation.speed import LAUNCH_S, KernelCount, Rates, Work, rates_of
 from tightfit.units import MIB
 
@@ -157,3 +158,12 @@ class TestEveryCard:
         free, fixed = (self.rows(*words)["NVIDIA A100-SXM4-40GB"] for words in ((), ("--micro_batch=2",)))
         assert fixed.micro_batch == 2
         assert (fixed.step_s or 0) > (free.step_s or 0)
+
+
+@pytest.mark.parametrize(("seconds", "side"), [(0.5, 256), (0.001, 1024)])
+def test_a_processor_that_is_slow_in_a_format_is_measured_with_small_products(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, side: int
+) -> None:
+    """Without instructions for bfloat16, four products of 1024 x 1024 took nine seconds."""
+    monkeypatch.setattr(processor, "_best", lambda work: seconds)
+    assert processor._flops(torch.bfloat16) == 2 * side**3 / seconds

@@ -24,7 +24,9 @@ from tightfit.vgpu.findings import by_category
 from tightfit.vgpu.phases import Phases
 
 _WIDE = 1 << 50
-_SIZE, _ROUNDS = 1024, 3
+_SIZES, _SLOW_S, _ROUNDS = (256, 1024), 0.02, 3
+"""Sides of the square matrices that are multiplied, and seconds above which a larger product is not tried: without
+instructions for bfloat16, a product of the larger ones takes seconds, and tells no more."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,20 @@ def measure_host() -> HostRates:
     """Measure this machine: its memory with all of training loaded and used once, then its rates."""
     _train_once()
     base_bytes = own_bytes()
-    flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        one, other = torch.ones(_SIZE, _SIZE, dtype=dtype), torch.ones(_SIZE, _SIZE, dtype=dtype)
-        flops[str(dtype).removeprefix("torch.")] = 2 * _SIZE**3 / _best(partial(torch.mm, one, other))
+    flops = {str(dtype).removeprefix("torch."): _flops(dtype) for dtype in (torch.float32, torch.bfloat16)}
     large = torch.ones(1 << 24)
     bandwidth = 2 * large.nbytes / _best(partial(torch.neg, large))
     return HostRates(flops=flops, bandwidth=bandwidth, base_bytes=base_bytes)
+
+
+def _flops(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of matrix products."""
+    for size in _SIZES:
+        one, other = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        seconds = _best(partial(torch.mm, one, other))
+        if seconds > _SLOW_S:
+            break
+    return 2 * size**3 / seconds
 
 
 def _best(work: Callable[[], object]) -> float:
