@@ -225,12 +225,13 @@ class TestCsv:
 
 
 class TestLoop:
-    def test_lines_until_stopped_with_nvml_started_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lines_until_interrupted_with_nvml_started_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = fake_nvml.install(monkeypatch, fake_nvml.rtx3060())
-        out, stop = io.StringIO(), threading.Event()
-        threading.Timer(0.35, stop.set).start()
+        out, before = io.StringIO(), signal.getsignal(signal.SIGINT)
+        threading.Timer(0.35, os.kill, (os.getpid(), signal.SIGINT)).start()
         console = Console(file=out, highlight=False)
-        watch(None, interval_s=0.1, once=False, log=None, console=console, words=words("en"), stop=stop)
+        watch(None, interval_s=0.1, once=False, log=None, console=console, words=words("en"))
+        assert signal.getsignal(signal.SIGINT) is before
         lines = out.getvalue().splitlines()
         assert 2 <= len(lines) <= 5
         assert all("GPU 0 918.00 MiB / 12.00 GiB, 41 °C, busy 3%" in line for line in lines)

@@ -1,8 +1,9 @@
 """Sample the memory of every card, the host and a training run at an interval; show it live and keep it as CSV."""
 
 import csv
+import select
 import signal
-import threading
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -69,17 +70,15 @@ def watch(
     log: Path | None,
     console: Console,
     words: Words,
-    stop: threading.Event | None = None,
 ) -> None:
-    """Sample until interrupted or `stop` is set, or once: a live picture on a terminal, elsewhere a line each time."""
-    stop = stop or threading.Event()
+    """Sample until interrupted, or once: a live picture on a terminal, elsewhere a line each time."""
     history: deque[Sample] = deque(maxlen=max(2, int(HISTORY_S / interval_s)))
     with ExitStack() as stack:
         csv_log = CsvLog(log) if log else None
         if csv_log:
             stack.callback(csv_log.close)
         moments = samples(folder, stack.enter_context(NvmlSession()))
-        stack.enter_context(_ending(stop))
+        ends_within = stack.enter_context(_ending())
         show = _show(stack, console, words, interval_s, once=once)
         while True:
             began = time.monotonic()
@@ -87,7 +86,7 @@ def watch(
             if csv_log:
                 csv_log.write(history[-1])
             show(history)
-            if once or stop.wait(max(0.0, interval_s - (time.monotonic() - began))):
+            if once or ends_within(max(0.0, interval_s - (time.monotonic() - began))):
                 return
 
 
@@ -117,18 +116,27 @@ def _show(
 
 
 @contextmanager
-def _ending(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` at the first SIGINT or SIGTERM, so that the loop ends in order and restores the terminal."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _ending() -> Iterator[Callable[[float], bool]]:
+    """Yield a function that waits some seconds, and returns True as soon as SIGINT or SIGTERM came.
+
+    The loop then ends in order and restores the terminal. A handler runs in the midst of whatever the main thread does:
+    setting an Event for which it waits would wait for ever for the Event's own lock.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def handle(*_: object) -> None:
+        with suppress(BlockingIOError):  # after thousands of signals
+            theirs.send(b".")
+
     numbers = (signal.SIGINT, signal.SIGTERM)
-    usual = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+    with ours, theirs:
+        usual = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield lambda seconds: bool(select.select([ours], [], [], seconds)[0])
+        finally:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
 
 
 def _rows(sample: Sample) -> Iterator[dict[str, str | float | None]]:
