@@ -17,7 +17,8 @@ SCRIPTS = Path(__file__).parent / "scripts"
 FEATURES = (
     *("data_of_anything", "streams_and_events", "old_names", "pinned_and_pickled", "default_device", "second_card"),
     *("graphs", "one_card_of_many", "smi", "recurrent", "losses_and_layouts", "values_hold", "unknown_operator"),
-    "kernels_in_python",
+    *("kernels_in_python", "caught_failures_keep_nothing", "types_are_refused", "sparse_elements_are_kept"),
+    *("pinned_memory_is_known", "captures_do_not_wait"),
 )
 
 
@@ -86,6 +87,34 @@ SHARDED = """
 def test_shards_of_buffers_of_meta_models_and_of_fsdp1() -> None:
     local, whole = map(int, run_on_card(SHARDED, WORLD_SIZE="2").split())
     assert local == whole // 2
+
+
+ONE_OF_FOUR = """
+    import torch, torch.distributed as dist
+    from torch import nn
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.nn.parallel import DistributedDataParallel
+    init_device_mesh("cuda", (4,))  # joins the group by itself
+    x = torch.randn(8, 3, 8, device="cuda")
+    gathered = [torch.empty(8, device="cuda") for _ in range(4)]
+    dist.all_gather(gathered, x[0, 0])
+    work = dist.all_reduce(x, async_op=True)
+    work.wait()
+    assert work.is_completed()
+    names = ["id", 3]
+    dist.broadcast_object_list(names, src=1)
+    layers = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8))).cuda()
+    model = DistributedDataParallel(layers, device_ids=[0], static_graph=True, gradient_as_bucket_view=True)
+    model.register_comm_hook(None, fp16_compress_hook)
+    for _ in range(2):
+        model(x).sum().backward()
+    print(len(dict(model.named_parameters())))
+"""
+
+
+def test_one_of_four_processes_does_as_it_would_among_them() -> None:
+    assert run_on_card(ONE_OF_FOUR, WORLD_SIZE="4").split() == ["4"]
 
 
 @pytest.mark.slow

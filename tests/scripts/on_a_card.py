@@ -223,7 +223,80 @@ def kernels_in_python():
     assert torch.cuda.memory_allocated() == before
 
 
+def caught_failures_keep_nothing():
+    def too_large():
+        kept = torch.empty(MIB, device="cuda")
+        return kept, torch.empty(2**40, device="cuda")
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    error_of(torch.OutOfMemoryError, too_large)
+    assert torch.cuda.memory_allocated() == before
+    caught = None
+    try:
+        (torch.empty(MIB, device="cuda") * 2).expand(2**20, MIB).contiguous()
+    except torch.OutOfMemoryError as error:
+        caught = error
+    assert torch.cuda.memory_allocated() == before, "what an expression made is gone, though the error is kept"
+    del caught
+
+
+def types_are_refused():
+    half, single = torch.ones(4, 4, device="cuda").half(), torch.ones(4, 4, device="cuda")
+    assert "mat1 and mat2 to have the same dtype, but got: float != c10::Half" in error_of(
+        RuntimeError, lambda: single @ half
+    )
+    assert "must have the same dtype, but got Float and Half" in error_of(
+        RuntimeError, lambda: nn.Linear(4, 4).half().cuda()(single)
+    )
+    assert "Input type (torch.cuda.HalfTensor) and weight type (torch.cuda.FloatTensor)" in error_of(
+        RuntimeError, lambda: nn.Conv1d(4, 4, 1, bias=False).cuda()(half[None])
+    )
+    assert "not implemented for 'Long'" in error_of(RuntimeError, lambda: single.long() @ single.long())
+    places = torch.tensor([0, 1], device="cuda")
+    assert "same scalar type" in error_of(RuntimeError, lambda: single.index_add_(0, places, half[:2]))
+    assert "source and destination dtypes match" in error_of(RuntimeError, lambda: single.__setitem__(places, half[:2]))
+    assert "Long or Byte" in error_of(RuntimeError, lambda: nn.functional.cross_entropy(single[:2], places.int()))
+    assert "indexed tensor (cpu)" in error_of(RuntimeError, lambda: torch.ones(4)[places])
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert (single @ half).dtype == torch.float16
+
+
+def sparse_elements_are_kept():
+    gradients = []
+    for where in ("cpu", "cuda"):
+        layer = nn.Embedding(10, 4, sparse=True, device=where)
+        for ids in ([1, 1, 2], [3]):
+            layer(torch.tensor(ids, device=where)).sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        gradient = layer.weight.grad
+        gradients.append((gradient._nnz(), gradient._values().shape, gradient.t()._nnz(), gradient.clone()._nnz()))
+    assert gradients[0] == gradients[1]
+    assert gradients[0][0] == 4
+
+
+def pinned_memory_is_known():
+    host = torch.ones(4, pin_memory=True)
+    assert host.is_pinned()
+    assert host[1:].is_pinned()
+    assert torch.tensor([1.0], pin_memory=True).is_pinned()
+    assert not torch.ones(4).is_pinned()
+    assert "only dense CPU tensors" in error_of(RuntimeError, lambda: host.cuda().pin_memory())
+
+
+def captures_do_not_wait():
+    ones = torch.ones(4, device="cuda")
+
+    def capture():
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            ones.sum().item()
+
+    assert "stream is capturing" in error_of(RuntimeError, capture)
+
+
 FEATURES = [
+    *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
+    *(captures_do_not_wait,),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

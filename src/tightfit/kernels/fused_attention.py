@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.card import Card, Version
+from tightfit.kernels.dtypes import refusal
 from tightfit.kernels.temporaries import HALF, Temporaries, ceil_div, contiguous_copy, nbytes, round_up, row
 
 aten = torch.ops.aten
@@ -371,6 +372,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Run `scaled_dot_product_attention` with the kernel that the card would choose; `ask` puts a question to it."""
+    if message := refusal("scaled_dot_product_attention", (query, key, value)):
+        raise RuntimeError(message)
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     call = (query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     chosen = ask(lambda card: choose_attention(*call, card, needs_grad=needs_grad))

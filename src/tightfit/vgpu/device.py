@@ -34,6 +34,7 @@ from tightfit.allocator.caching import CachingAllocator, OutOfMemory, PoolId
 from tightfit.kernels import operators as kernels
 from tightfit.kernels.card import Card
 from tightfit.kernels.cost import kernel_of
+from tightfit.kernels.dtypes import refusal
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
 from tightfit.kernels.temporaries import Argument, Arguments, Options, Step
@@ -43,6 +44,7 @@ from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
+from tightfit.vgpu.pinned import is_pinned, pin
 from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.records import Category, Phase
 from tightfit.vgpu.result_cache import ResultCache
@@ -80,6 +82,8 @@ class VirtualDevice:
         self.values = Values(lambda frames: self.assumed.value(frames))
         self.phases = phases
         self.fake = _SharedFakeMode()
+        self.of_sparse: Callable[[OpOverload, Arguments, Options], Argument] | None = None
+        """Finds results of operators on sparse tensors, of which fake tensors forget the elements."""
         self._results = ResultCache(self.fake)
         self.where = torch.device(where)
         self.roles = Roles(self.recorder, phases, self.where)
@@ -118,8 +122,8 @@ class VirtualDevice:
             aten._local_scalar_dense.default: self._read_scalar,
             aten._to_copy.default: self._copy_across,
             aten.copy_.default: self._copy_into,
-            aten._pin_memory.default: lambda func, tensor, *rest: tensor.clone(),
-            aten.is_pinned.default: lambda func, *args: False,
+            aten._pin_memory.default: lambda func, tensor, *rest: pin(tensor.clone()),
+            aten.is_pinned.default: lambda func, tensor, *rest: is_pinned(tensor),
             aten.equal.default: self._equal,
             aten.allclose.default: self._equal,
             torch.ops.inductor.resize_storage_bytes_.default: _resize_storage,
@@ -139,8 +143,9 @@ class VirtualDevice:
             return func(*args, **kwargs) if is_meta else self.execute(func, args, kwargs)
         if kwargs.get("pin_memory"):  # of the driver, which is not there
             kwargs = {**kwargs, "pin_memory": False}
-            if func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS:
-                return self._without_data(func, args, kwargs)
+            is_lazy = func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS
+            made = self._without_data(func, args, kwargs) if is_lazy else self.run(func, args, kwargs)
+            return pin(made) if isinstance(made, Tensor) else made
         device = kwargs.get("device")
         if isinstance(device, torch.device) and device.type == "cuda":
             self.check_ordinal(device.index)
@@ -180,6 +185,8 @@ class VirtualDevice:
         if func in _WRITTEN_IN_PLACE:
             func = _as_without_mode(func)
         handler = HANDLERS.get(func)
+        if handler is not None and not self._is_host:
+            refuse_types(func._schema.name, args)
         if handler is not None and (answer := handler(self, func, *args, **kwargs)) is not None:
             return answer
         on_card = not self._is_host and _on_card(args, kwargs)
@@ -215,9 +222,16 @@ class VirtualDevice:
     def _result(self, func: OpOverload, args: Arguments, kwargs: Options, phase: Phase) -> Argument:
         """Return a result without data. NotImplementedError, in one sentence, where nobody knows its shape."""
         try:
-            return self._results.result(func, args, kwargs, partial(self._without_data, func, args, kwargs))
+            return self._results.result(func, args, kwargs, partial(self._compute, func, args, kwargs))
         except (NotImplementedError, *_UNKNOWN_SHAPE):
             raise self.unknown(func, phase) from None
+
+    def _compute(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
+        if not self._is_host:
+            refuse_types(func._schema.name, args)
+        if any(tensor.layout is torch.sparse_coo for tensor in _fakes(args)) and self.of_sparse is not None:
+            return self.of_sparse(func, args, kwargs)
+        return self._without_data(func, args, kwargs)
 
     def unknown(self, func: OpOverload, phase: Phase) -> NotImplementedError:
         """Return the error of an operator that cannot be played, in one sentence."""
@@ -415,7 +429,7 @@ class VirtualDevice:
         except OutOfMemory as error:
             failed = allocation if isinstance(allocation, Allocation) else allocation(0)
             failed.nbytes = error.tensor_bytes
-            self.failure = (failed, error)
+            self.failure = (failed, error.with_traceback(None))  # a traceback would keep the script's tensors
             self.caught_failures += 1
             raise torch.OutOfMemoryError(error.message(self.card.torch_version)) from None
 
@@ -444,8 +458,15 @@ class VirtualDevice:
 
     # Between device and host
 
+    def check_not_capturing(self) -> None:
+        """Fail as CUDA does where the host would wait for a stream whose work is only being captured."""
+        if self.capture_stream:
+            raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+
     def _read_scalar(self, func: OpOverload, tensor: Tensor) -> Argument:
         if isinstance(tensor, FakeTensor):
+            if tensor.fake_device.type == "cuda":
+                self.check_not_capturing()
             return self.values.scalar(tensor)
         number: Argument = func(tensor)
         return number
@@ -551,6 +572,13 @@ class VirtualDevice:
         return None if key is None else partial(func._op_dk, getattr(torch._C.DispatchKey, key))
 
 
+def refuse_types(name: str, args: Arguments) -> None:
+    """Fail as on a card where an operator of aten does not take arguments of these types."""
+    message = refusal(name.removeprefix("aten::"), args)
+    if message is not None:
+        raise RuntimeError(message)
+
+
 class _SharedFakeMode(FakeTensorMode):
     """A fake mode for all threads of a script; `lock` lets one of them in at a time.
 
@@ -625,6 +653,9 @@ class VirtualDeviceMode(TorchDispatchMode):
         except NotImplementedError as error:
             if "from the 'CUDA' backend" not in str(error):
                 raise
+        except torch.OutOfMemoryError as error:  # the script may keep it, and our frames with it: not their tensors
+            del args, kwargs
+            raise error.with_traceback(None) from None
         raise self._device.unknown(func, self._device.phases.now())
 
     @classmethod

@@ -376,7 +376,7 @@ class Values:
         self._known.pop(storage, None)
 
     def _forget_all(self, tensors: Argument) -> None:
-        for tensor in tensors if isinstance(tensors, (list, tuple)) else (tensors,):
+        for tensor in _tensors((tensors,), {}):
             if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 self.forget(tensor.untyped_storage())
 
@@ -508,7 +508,7 @@ def _tensors(args: Arguments, kwargs: Options) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from (each for each in value if isinstance(each, Tensor))
+            yield from _tensors(tuple(value), {})  # collectives have lists of lists
 
 
 def _stored(data: Tensor, tensor: Tensor, made_up: bool) -> Fact | None:

@@ -3,6 +3,7 @@
 Operators that are not listed here run once on the host, on zeros, which shows the shapes of their results.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
@@ -14,9 +15,9 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from tightfit.kernels.temporaries import Argument
+from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.backend import KEPT
@@ -30,6 +31,7 @@ _MOST_BYTES = 2 * 2**30
 def install(device: VirtualDevice) -> None:
     """Let torch's fake tensors know these operators, in this process for good."""
     assign(fake_tensor, run_fallback_kernel=_run_on_host)
+    device.of_sparse = functools.partial(_of_sparse, device.fake)
     lengths = _lengths_of(device)
 
     def ctc_loss(
@@ -62,6 +64,12 @@ def install(device: VirtualDevice) -> None:
             aten._thnn_fused_gru_cell.default: _gru_cell,
             aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
             **dict.fromkeys(_LIKE_FIRST_WITH_MASK, _like_first_with_mask),
+            aten.batch_norm_stats.default: _batch_norm_stats,
+            aten.batch_norm_gather_stats.default: _batch_norm_stats,
+            aten.batch_norm_gather_stats_with_counts.default: _batch_norm_stats,
+            aten.batch_norm_elemt.default: _batch_norm_elements,
+            aten.batch_norm_backward_elemt.default: _batch_norm_elements,
+            aten.batch_norm_backward_reduce.default: _batch_norm_backward_reduce,
         }
     )
 
@@ -140,6 +148,45 @@ def _gru_cell_backward(
         return (*gates, grad_hy.new_empty(grad_hy.shape), *biases)
 
 
+def _statistics(source: Tensor) -> torch.dtype:
+    return torch.float32 if source.dtype in (torch.float16, torch.bfloat16) else source.dtype
+
+
+def _batch_norm_stats(
+    fake: FakeTensorMode, func: OpOverload, source: Tensor, *_: Argument, **__: Argument
+) -> tuple[Tensor, Tensor]:
+    """Normalization.cu: mean and inverse deviation of each channel, of this process or of all."""
+    with fake:
+        made = [source.new_empty((source.shape[1],), dtype=_statistics(source)) for _ in range(2)]
+        return made[0], made[1]
+
+
+def _batch_norm_elements(
+    fake: FakeTensorMode, func: OpOverload, source: Tensor, *_: Argument, **__: Argument
+) -> Tensor:
+    with fake:
+        return torch.empty_like(source)
+
+
+def _batch_norm_backward_reduce(
+    fake: FakeTensorMode,
+    func: OpOverload,
+    grad: Tensor,
+    source: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    channels, like = (source.shape[1],), source if weight is None else weight
+    with fake:
+        sums = [source.new_empty(channels, dtype=mean.dtype) if needs_input else None for _ in range(2)]
+        parameters = [like.new_empty(channels) if needed else None for needed in (needs_weight, needs_bias)]
+        return (*sums, *parameters)
+
+
 _LIKE_FIRST_WITH_MASK = [
     aten.fake_quantize_per_tensor_affine_cachemask.default,
     aten.fake_quantize_per_channel_affine_cachemask.default,
@@ -153,6 +200,23 @@ def _like_first_with_mask(
     """FakeQuantizeCore.cu: the rounded values, and a mask of those that were in range."""
     with fake:
         return torch.empty_like(source), torch.empty_like(source, dtype=torch.bool)
+
+
+_SPARSE_ON_HOST = frozenset((aten.clone.default, aten.add.Tensor, aten.sub.Tensor, aten.t.default, aten.transpose.int))
+"""Operators for which fake tensors forget how many elements a sparse tensor has."""
+
+
+def _of_sparse(fake: FakeTensorMode, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
+    """Return the result of an operator on sparse tensors; one that adds to a dense tensor returns that."""
+    first = args[0]
+    if func is aten.add_.Tensor and isinstance(first, FakeTensor) and first.layout is torch.strided:
+        return first
+    if func not in _SPARSE_ON_HOST:
+        with fake:
+            made: Argument = func(*args, **kwargs)
+            return made
+    flat, spec = tree_flatten((args, kwargs))
+    return _run_on_host(fake, func, flat, spec, NotImplementedError(str(func)))
 
 
 def _run_on_host(

@@ -217,9 +217,13 @@ class _Memory:
             place[last] = value
         return nested
 
-    def snapshot(self, *_: object) -> Snapshot:
+    def snapshot(self, wanted: tuple[int, ...] | None = None) -> Snapshot:
+        """Return all memory, or that of the pool whose number `wanted` begins with."""
         with self._device.recorder.exclusive():
-            return snapshot_of(self._device.recorder)
+            found = snapshot_of(self._device.recorder)
+        if wanted and any(wanted[:2]):
+            found["segments"] = [each for each in found["segments"] if each["segment_pool_id"] == wanted[:2]]
+        return found
 
     def allocate(self, size: int, stream: int = 0) -> int:
         """Take memory that belongs to no tensor, and return its address."""
@@ -232,6 +236,7 @@ class _Memory:
         self._device.recorder.give(self._raw.pop(address))
 
     def synchronize(self, *_: object) -> None:
+        self._device.check_not_capturing()
         with self._device.recorder.exclusive():
             self._allocator.synchronize()
 

@@ -117,7 +117,7 @@ def _install_pools(device: VirtualDevice) -> None:
             return 1
 
         def snapshot(self, include_traces: bool = True) -> object:
-            return torch.cuda.memory_snapshot()
+            return torch.cuda.memory_snapshot(self.id)
 
         def __del__(self) -> None:
             with recorder.exclusive():

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _device
 
 from tightfit.vgpu.assign import assign
+from tightfit.vgpu.pinned import pin
 
 _DTYPES = {
     "Double": torch.float64,
@@ -115,14 +116,16 @@ def _install_pinned_data() -> None:
 
     def tensor(data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
         torch._C._set_only_lift_cpu_tensors(True)
-        return _of_read(usual, data, **options)
+        made = _of_read(usual, data, **options)
+        return pin(made) if pin_memory else made
 
     tensor.__doc__ = torch.tensor.__doc__
     usual_new: Callable[..., Tensor] = torch.Tensor.new_tensor
 
     def new_tensor(like: Tensor, data: object, *, pin_memory: bool = False, **options: object) -> Tensor:
         torch._C._set_only_lift_cpu_tensors(True)
-        return _of_read(functools.partial(usual_new, like), data, **options)
+        made = _of_read(functools.partial(usual_new, like), data, **options)
+        return pin(made) if pin_memory else made
 
     usual_as: Callable[..., Tensor] = torch.as_tensor
 

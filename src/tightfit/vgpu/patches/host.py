@@ -18,6 +18,7 @@ from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, inductor, tensor_kinds
 from tightfit.vgpu.phases import EnoughSeen
+from tightfit.vgpu.pinned import pin
 from tightfit.wording import say
 
 if TYPE_CHECKING:
@@ -215,13 +216,13 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
         __repr__=text,
         __str__=text,
         __array__=to_numpy,
-        pin_memory=lambda tensor, *args: tensor,
+        pin_memory=lambda tensor, *args: pin(tensor),
         __format__=formatted,
         __deepcopy__=_deep_copy,
         __reduce_ex__=_reduce,
         record_stream=lambda tensor, stream: device.record_stream(tensor, stream.stream_id),
     )
-    assign(torch.Tensor, pin_memory=lambda tensor, *args: tensor)
+    assign(torch.Tensor, pin_memory=lambda tensor, *args: pin(tensor))
 
 
 def _install_parameters() -> None:

@@ -4,9 +4,15 @@ torch's own fake process group answers every collective at once. DDP and FSDP2 t
 gathered and scattered shards) as in a real run. NCCL's memory outside PyTorch's allocator is not modelled.
 """
 
+import functools
+import importlib
 import os
 import sys
+import weakref
 from collections.abc import Callable, MutableMapping, Sequence
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,7 +20,10 @@ from torch import Tensor
 from tightfit.kernels.launch import Kernel
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import EnoughSeen
+
+Hook = Callable[[Any, Any], "torch.futures.Future[Tensor]"]
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> int:
@@ -52,12 +61,12 @@ def install(device: VirtualDevice, rank: int = 0) -> None:
     `rank` is the one that is played; a process that names itself another one ends where it joins the group.
     """
     import torch.distributed as distributed
-    from torch.nn.parallel import DistributedDataParallel
 
     if not distributed.is_available():
         return
     played = rank
-    usual_group, usual_ddp = distributed.init_process_group, DistributedDataParallel.__init__
+    usual_group = distributed.init_process_group
+    names = {}
 
     def init_process_group(
         backend: object = None,
@@ -75,9 +84,40 @@ def install(device: VirtualDevice, rank: int = 0) -> None:
         if own != played % size:
             raise EnoughSeen(f"rank {own}")
         usual_group("fake", store=FakeStore(), rank=own, world_size=size)
+        names["world"] = str(backend or "undefined").lower()
 
-    def in_place(state: object, bucket: "torch._C._distributed_c10d.GradBucket") -> "torch.futures.Future[Tensor]":
+    usual_backend: Callable[..., str] = distributed.get_backend
+
+    def get_backend(group: object = None) -> str:
+        """Return the name that the script asked for; torch's own functions read that of the fake group."""
+        found = usual_backend(group)
+        return names["world"] if found == "fake" and ":" not in names["world"] else found
+
+    mesh = importlib.import_module("torch.distributed.device_mesh")
+    assign(distributed, distributed.distributed_c10d, mesh, init_process_group=init_process_group)
+    assign(distributed, get_backend=get_backend)
+    assign(distributed, is_nccl_available=lambda: True)  # its own module would use classes that there are not
+    _install_ddp(device)
+    _install_spawn(rank)
+    _install_objects()
+
+
+def _install_ddp(device: VirtualDevice) -> None:
+    """Exchange each bucket in place, or by the script's own hook: the reducer takes one hook, so it gets ours."""
+    import torch.distributed as distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    usual: Callable[..., None] = DistributedDataParallel.__init__
+    hooks: WeakKeyDictionary[DistributedDataParallel, tuple[Hook, object]] = WeakKeyDictionary()
+
+    def in_place(
+        state: "weakref.ref[DistributedDataParallel]", bucket: "torch._C._distributed_c10d.GradBucket"
+    ) -> "torch.futures.Future[Tensor]":
         """Write the sum of a bucket over all processes into it, as NCCL does."""
+        module = state()
+        if module is not None and module in hooks:
+            hook, own_state = hooks[module]
+            return hook(own_state, bucket)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         if device.observer is not None:
@@ -87,15 +127,93 @@ def install(device: VirtualDevice, rank: int = 0) -> None:
     in_place.__annotations__ = {}  # DDP accepts none or its own types
 
     def init_ddp(module: DistributedDataParallel, *args: object, **kwargs: object) -> None:
-        usual: Callable[..., None] = usual_ddp
         usual(module, *args, **kwargs)
-        module.register_comm_hook(None, in_place)
+        register: Callable[..., None] = vars(distributed)["_register_comm_hook"]
+        register(module.reducer, weakref.ref(module), in_place)
         assign(module, logger=_Silent())
 
-    assign(distributed, distributed.distributed_c10d, init_process_group=init_process_group)
-    assign(distributed, is_nccl_available=lambda: True)  # its own module would use classes that there are not
-    assign(DistributedDataParallel, __init__=init_ddp)
-    _install_spawn(rank)
+    def register_comm_hook(module: DistributedDataParallel, state: object, hook: Hook) -> None:
+        module._check_comm_hook(hook)
+        if module in hooks:
+            raise RuntimeError("register_comm_hook or register_builtin_comm_hook can only be called once.")
+        module._comm_hooks.append((hook, state))
+        hooks[module] = (hook, state)
+
+    def register_builtin(module: DistributedDataParallel, kind: object) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        halves = "FP16" in str(kind)
+        register_comm_hook(module, None, default_hooks.fp16_compress_hook if halves else default_hooks.allreduce_hook)
+
+    assign(
+        DistributedDataParallel,
+        __init__=init_ddp,
+        register_comm_hook=register_comm_hook,
+        _register_builtin_comm_hook=register_builtin,
+    )
+
+
+def _install_objects() -> None:
+    """Leave objects that another process would send as they are: this process has its own at best."""
+    import torch.distributed as distributed
+
+    usual: Callable[..., None] = distributed.broadcast_object_list
+
+    def broadcast_object_list(object_list: list[object], src: int | None = None, *rest: object, **named: Any) -> None:
+        if (named.get("group_src") if src is None else src) == distributed.get_rank():
+            usual(object_list, src, *rest, **named)
+
+    def recv_object_list(object_list: list[object], src: int | None = None, *_: object, **__: object) -> int:
+        return src or 0
+
+    assign(
+        distributed,
+        distributed.distributed_c10d,
+        broadcast_object_list=broadcast_object_list,
+        recv_object_list=recv_object_list,
+    )
+    assign(distributed.Work, is_completed=lambda work: True, is_success=lambda work: True)
+    after_import("torch.distributed.checkpoint.default_planner", _accept_own_part)
+    _install_futures()
+
+
+def _accept_own_part(planner: ModuleType) -> None:
+    """Take a checkpoint's plan as complete: the parts of the other processes are not here."""
+    usual: Callable[..., object] = planner.__dict__["_validate_global_plan"]
+
+    def valid(*args: object) -> object:
+        """Return what the version of torch takes as valid: an empty list of errors, or True."""
+        return [] if isinstance(usual(*args), list) else True
+
+    assign(planner, _validate_global_plan=valid)
+
+
+class _Work:
+    """A collective's handle with a future of its results, which the fake group's has not."""
+
+    def __init__(self, work: object, tensor: Tensor) -> None:
+        self._work, self._tensor = work, tensor
+
+    def get_future(self) -> "torch.futures.Future[list[Tensor]]":
+        done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        done.set_result([self._tensor])
+        return done
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._work, name)
+
+
+def _install_futures() -> None:
+    import torch.distributed as distributed
+
+    usual: Callable[..., object] = distributed.all_reduce
+
+    @functools.wraps(usual)
+    def all_reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
+        work = usual(tensor, *args, **kwargs)
+        return None if work is None else _Work(work, tensor)
+
+    assign(distributed, distributed.distributed_c10d, all_reduce=all_reduce)
 
 
 def _install_spawn(rank: int) -> None:
