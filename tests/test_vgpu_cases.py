@@ -113,6 +113,7 @@ ONE_OF_FOUR = """
 """
 
 
+@pytest.mark.slow
 def test_one_of_four_processes_does_as_it_would_among_them() -> None:
     assert run_on_card(ONE_OF_FOUR, WORLD_SIZE="4").split() == ["4"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.card import Card, Version
-from tightfit.kernels.dtypes import refusal
+from tightfit.kernels.refused_types import refusal
 from tightfit.kernels.temporaries import HALF, Temporaries, ceil_div, contiguous_copy, nbytes, round_up, row
 
 aten = torch.ops.aten

@@ -34,9 +34,9 @@ from tightfit.allocator.caching import CachingAllocator, OutOfMemory, PoolId
 from tightfit.kernels import operators as kernels
 from tightfit.kernels.card import Card
 from tightfit.kernels.cost import kernel_of
-from tightfit.kernels.dtypes import refusal
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
+from tightfit.kernels.refused_types import refusal
 from tightfit.kernels.temporaries import Argument, Arguments, Options, Step
 from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.card_answers import CardAnswers, HiddenByCard, Sizes

@@ -64,12 +64,7 @@ def install(device: VirtualDevice) -> None:
             aten._thnn_fused_gru_cell.default: _gru_cell,
             aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
             **dict.fromkeys(_LIKE_FIRST_WITH_MASK, _like_first_with_mask),
-            aten.batch_norm_stats.default: _batch_norm_stats,
-            aten.batch_norm_gather_stats.default: _batch_norm_stats,
-            aten.batch_norm_gather_stats_with_counts.default: _batch_norm_stats,
-            aten.batch_norm_elemt.default: _batch_norm_elements,
-            aten.batch_norm_backward_elemt.default: _batch_norm_elements,
-            aten.batch_norm_backward_reduce.default: _batch_norm_backward_reduce,
+            **_OF_SYNC_BATCH_NORM,
         }
     )
 
@@ -185,6 +180,16 @@ def _batch_norm_backward_reduce(
         sums = [source.new_empty(channels, dtype=mean.dtype) if needs_input else None for _ in range(2)]
         parameters = [like.new_empty(channels) if needed else None for needed in (needs_weight, needs_bias)]
         return (*sums, *parameters)
+
+
+_OF_SYNC_BATCH_NORM: dict[OpOverload, Callable[..., Argument]] = {
+    aten.batch_norm_stats.default: _batch_norm_stats,
+    aten.batch_norm_gather_stats.default: _batch_norm_stats,
+    aten.batch_norm_gather_stats_with_counts.default: _batch_norm_stats,
+    aten.batch_norm_elemt.default: _batch_norm_elements,
+    aten.batch_norm_backward_elemt.default: _batch_norm_elements,
+    aten.batch_norm_backward_reduce.default: _batch_norm_backward_reduce,
+}
 
 
 _LIKE_FIRST_WITH_MASK = [

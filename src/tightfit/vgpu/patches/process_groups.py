@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,10 @@ from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import EnoughSeen
 
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+R = TypeVar("R")
 Hook = Callable[[Any, Any], "torch.futures.Future[Tensor]"]
 
 
@@ -102,6 +106,12 @@ def install(device: VirtualDevice, rank: int = 0) -> None:
     _install_objects()
 
 
+def _finished(value: R) -> "torch.futures.Future[R]":
+    done: torch.futures.Future[R] = torch.futures.Future()
+    done.set_result(value)
+    return done
+
+
 def _install_ddp(device: VirtualDevice) -> None:
     """Exchange each bucket in place, or by the script's own hook: the reducer takes one hook, so it gets ours."""
     import torch.distributed as distributed
@@ -118,11 +128,9 @@ def _install_ddp(device: VirtualDevice) -> None:
         if module is not None and module in hooks:
             hook, own_state = hooks[module]
             return hook(own_state, bucket)
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
         if device.observer is not None:
             device.observer(_all_reduce(bucket.buffer(), distributed.get_world_size()))
-        return done
+        return _finished(bucket.buffer())
 
     in_place.__annotations__ = {}  # DDP accepts none or its own types
 
@@ -139,22 +147,24 @@ def _install_ddp(device: VirtualDevice) -> None:
         module._comm_hooks.append((hook, state))
         hooks[module] = (hook, state)
 
-    def register_builtin(module: DistributedDataParallel, kind: object) -> None:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        halves = "FP16" in str(kind)
-        register_comm_hook(module, None, default_hooks.fp16_compress_hook if halves else default_hooks.allreduce_hook)
-
     assign(
         DistributedDataParallel,
         __init__=init_ddp,
         register_comm_hook=register_comm_hook,
-        _register_builtin_comm_hook=register_builtin,
+        _register_builtin_comm_hook=_register_builtin,
     )
 
 
+def _register_builtin(module: "DistributedDataParallel", kind: object) -> None:
+    """Register the hook in Python that does as one of the reducer's own."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    halves = "FP16" in str(kind)
+    module.register_comm_hook(None, default_hooks.fp16_compress_hook if halves else default_hooks.allreduce_hook)
+
+
 def _install_objects() -> None:
-    """Leave objects that another process would send as they are: this process has its own at best."""
+    """Keep the objects of this process in place of those that another one would send."""
     import torch.distributed as distributed
 
     usual: Callable[..., None] = distributed.broadcast_object_list
@@ -189,15 +199,13 @@ def _accept_own_part(planner: ModuleType) -> None:
 
 
 class _Work:
-    """A collective's handle with a future of its results, which the fake group's has not."""
+    """Handle of a collective, with a future of its result."""
 
     def __init__(self, work: object, tensor: Tensor) -> None:
         self._work, self._tensor = work, tensor
 
     def get_future(self) -> "torch.futures.Future[list[Tensor]]":
-        done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-        done.set_result([self._tensor])
-        return done
+        return _finished([self._tensor])
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._work, name)
