@@ -157,9 +157,17 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 def torchrun(processes: int, program: list[str]) -> "subprocess.Popen[str]":
     """In a process group of its own, as a shell would start it."""
-    words = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
+    return _started(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program])
+
+
+def ranks(processes: int, program: list[str]) -> "subprocess.Popen[str]":
+    """The same processes without torchrun, which loads torch in each of them and in its own."""
+    return _started([str(Path(__file__).parent / "ranks.py"), str(processes), *program])
+
+
+def _started(words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", *words],
+        [sys.executable, *words],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

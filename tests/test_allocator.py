@@ -834,10 +834,11 @@ def run_trace(allocator: CachingAllocator, seed: int, *, steps: int = 150, check
     return None if out_of_memory else live
 
 
+@pytest.mark.parametrize("seeds", [range(30), pytest.param(range(30, 143), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("conf", CONFS)
-def test_invariants_on_random_traces(conf):
+def test_invariants_on_random_traces(conf, seeds):
     """1,001 traces in all, on devices from 120 MiB, where nearly all runs out, to 8 GiB."""
-    for seed in range(143):
+    for seed in seeds:
         total = random.Random(seed).choice((120, 300, 700, 8000)) * MIB
         run_trace(make(total, conf, used_by_others=6 * MIB, context_bytes=14 * MIB), seed, checked=True)
 

@@ -6,7 +6,6 @@ import pickle
 import random
 import subprocess
 import sys
-import time
 import tracemalloc
 
 import oom_messages
@@ -275,12 +274,12 @@ def test_control_codes_are_not_passed_on():
     assert not any(ord(character) < 32 or character in "\x7f\x9b\u202e" for text in kept for character in text)
 
 
-def test_mutated_logs_never_raise():
-    rng = random.Random(7)
+@pytest.mark.parametrize("count", [800, pytest.param(5_000, marks=pytest.mark.slow)])
+def test_mutated_logs_never_raise(count: int):
+    rng = random.Random(count)
     logs = [surround(write(form, rng).text, rng) for form in FORMS for surround in SURROUNDINGS]
     alphabet = "\x00\x1b[]()\n\r\t\\\"'{}<>&;:%0123456789.GiBMKe \u3042\ud800"
-    begun = time.monotonic()
-    for _ in range(2_500):
+    for _ in range(count):
         text = rng.choice(logs)
         for _ in range(rng.randrange(1, 5)):
             at, to = sorted((rng.randrange(len(text) + 1), rng.randrange(len(text) + 1)))
@@ -297,7 +296,6 @@ def test_mutated_logs_never_raise():
         reading = read_log(text if rng.random() < 0.5 else text.encode("utf-8", "surrogatepass"))
         for figure in reading.failure.figures.values() if reading.failure else ():
             assert 0 <= figure.low <= figure.bytes <= figure.high
-    assert time.monotonic() - begun < 100  # about 4 s alone
 
 
 def test_noise_never_raises():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from failures import MESSAGE
-from runs import Done, arguments, assert_close, ended, here, torchrun
+from runs import Done, arguments, assert_close, ended, here, ranks
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +29,7 @@ SPLIT = {"micro_batch": 2, "eval_interval": 6, "eval_iters": 3}
 
 
 def sharded(processes: int, out_dir: Path, data_dir: Path, **keys: object) -> Done:
-    return ended(torchrun(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, **{"shard": "full"} | keys)]))
+    return ended(ranks(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, **{"shard": "full"} | keys)]))
 
 
 def alone(out_dir: Path, data_dir: Path, **keys: object) -> Path:

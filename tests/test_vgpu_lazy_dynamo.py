@@ -73,3 +73,17 @@ def test_training_that_compiles_nothing_loads_neither_dynamo_nor_sympy(tmp_path:
         [sys.executable, "-c", script, *words.split(), *options], capture_output=True, text=True, check=True
     )
     assert run.stdout.splitlines()[-1] == "[]", run.stdout
+
+
+@pytest.mark.slow
+def test_a_process_group_needs_no_dynamo() -> None:
+    program = """
+import sys
+from torch import distributed
+import tightfit.trainer.loop
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+assert "torch._dynamo.eval_frame" not in sys.modules
+import torch._dynamo.trace_rules as rules
+assert rules.clear_lru_cache.__module__ == "torch._dynamo.trace_rules"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

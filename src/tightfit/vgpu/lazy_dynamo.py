@@ -39,6 +39,7 @@ def keep_dynamo_out() -> None:
     sys.modules.update({_DYNAMO: package, _SOURCE: source, _CONFIG: config})
     _run(config_spec, config)
     package.__dict__.update(config=config, source=source, disable=_disable, graph_break=lambda *args, **kwargs: None)
+    package.__dict__.update(trace_rules=types.SimpleNamespace(clear_lru_cache=lambda: None))  # for process groups
     assign(torch, _dynamo=package)
 
 
@@ -69,7 +70,7 @@ def _load(spec: ModuleSpec) -> None:
         if not isinstance(package, _StandIn):
             return
         del sys.modules[_SOURCE]
-        for name in ("source", "disable", "graph_break", "_package"):
+        for name in ("source", "disable", "graph_break", "trace_rules", "_package"):
             del package.__dict__[name]
         assign(package, __class__=types.ModuleType)
         assign(package, __spec__=spec, __loader__=spec.loader, __package__=_DYNAMO)
