@@ -284,6 +284,18 @@ def pinned_memory_is_known():
     assert "only dense CPU tensors" in error_of(RuntimeError, lambda: host.cuda().pin_memory())
 
 
+def counts_add_up():
+    ids = torch.randint(0, 8, (100,), device="cuda")
+    assert torch.bincount(ids, minlength=8).sum() == 100
+    assert ids.unique(return_counts=True)[1].sum().item() == 100
+    window = torch.hann_window(40, device="cuda")
+    waves = torch.stft(torch.randn(2, 400, device="cuda"), 40, 10, window=window, return_complex=True)
+    assert torch.istft(waves, 40, 10, window=window, length=400).shape == (2, 400)
+    eights = torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn)
+    one = torch.tensor(1.0, device="cuda")
+    assert "8.9" in error_of(RuntimeError, lambda: torch._scaled_mm(eights, eights.t(), scale_a=one, scale_b=one))
+
+
 def captures_do_not_wait():
     ones = torch.ones(4, device="cuda")
 
@@ -296,7 +308,7 @@ def captures_do_not_wait():
 
 FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
-    *(captures_do_not_wait,),
+    *(captures_do_not_wait, counts_add_up),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

@@ -203,7 +203,16 @@ def _unique(
     out = tuple(device.make(func, args, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False))
     for tensor, answer in zip(out, answers, strict=False):
         device.values.learn(tensor, answer)
+    if not answers and has_counts:
+        device.values.learn(out[2], _counts_of(most, length), made_up=True)
     return out
+
+
+def _counts_of(elements: int, values: int) -> Tensor:
+    """Make up how often each value occurs, so that the counts add up."""
+    counts = torch.full((values,), elements // max(1, values), dtype=torch.int64, device="cpu")
+    counts[:1] += elements - int(counts.sum())
+    return counts
 
 
 def _repeat_interleave(device: Device, func: OpOverload, repeats: Tensor, *, output_size: int | None = None) -> Tensor:
@@ -231,7 +240,12 @@ def _bincount(
     elif true.numel():
         length = max(length, int(true.max()) + 1)
     dtype = torch.int64 if weights is None else (torch.float32 if weights.dtype == torch.float32 else torch.float64)
-    return device.make(func, (source,), (length,), dtype)
+    out = device.make(func, (source,), (length,), dtype)
+    if true is not None and weights is None:
+        device.values.learn(out, torch.bincount(true, minlength=minlength))
+    elif weights is None:
+        device.values.learn(out, _counts_of(source.numel(), length), made_up=True)
+    return out
 
 
 def _pack(

@@ -356,13 +356,13 @@ class Values:
             return _FRACTION
         return False if dtype == torch.bool else 0
 
-    def learn(self, tensor: Tensor, source: Tensor) -> None:
+    def learn(self, tensor: Tensor, source: Tensor, made_up: bool = False) -> None:
         """Keep the values of `tensor`, which is a copy of the host's `source`."""
         if source.layout is not torch.strided or not 0 < source.numel() <= _LOOKED_AT:
             return
         if not (_is_small(source) or _is_uniform(source)):
             return
-        fact = _stored(source.detach().to(tensor.dtype), tensor, made_up=False)
+        fact = _stored(source.detach().to(tensor.dtype), tensor, made_up)
         if fact is not None:
             self._known[tensor.untyped_storage()] = fact
 
