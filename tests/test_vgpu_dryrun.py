@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,10 @@ class TestTraining:
     def test_lines_that_were_never_reached_are_named(self, tmp_path: Path) -> None:
         script = tmp_path / "late.py"
         script.write_text(EVALUATES_LATE)
-        words = ("--gpu", "RTX 4090", "--memory", "1GiB", "--timeout", "4", script, 10**6, "within")
+        words = ("--gpu", "RTX 4090", "--memory", "1GiB", "--timeout", "3", script, 10**8, "within")
+        begun = time.monotonic()
         done = run(*words, json_=False)
+        assert time.monotonic() - begun < 3 + 8, "iterations are passed over for ten seconds, if there is time"
         assert done.stdout.startswith("FITS AS FAR AS IT WAS PLAYED on")
         assert re.search(r"not played: \S*late.py:10\n", done.stdout)
 

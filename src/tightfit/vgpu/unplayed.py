@@ -50,6 +50,8 @@ class LineWatch:
         self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
         self.is_passing = False
         """True while iterations are passed over."""
+        self.is_cut_short = False
+        """True once the play's time is over: nothing more is passed over."""
         self.is_on = False
         self.at_head: Callable[[FrameType, int], None] | None = None
         """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
@@ -293,7 +295,7 @@ class LineWatch:
             return
         until = time.monotonic() + _SECONDS_TO_LEAVE
         with self._passing():
-            while time.monotonic() < until and self._takes(items):
+            while time.monotonic() < until and not self.is_cut_short and self._takes(items):
                 pass
 
     @contextlib.contextmanager
@@ -319,7 +321,7 @@ class LineWatch:
             del self._skips[frame.f_code]
             return
         with self._passing():
-            skip.at_head(frame, lambda: items is None or self._takes(items))
+            skip.at_head(frame, lambda: not self.is_cut_short and (items is None or self._takes(items)))
         if skip.is_over:
             del self._skips[frame.f_code]
 
