@@ -12,9 +12,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from types import FrameType, TracebackType
-from typing import Self, cast
+from functools import partial
+from types import FrameType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.library import _impls
@@ -41,6 +40,7 @@ from tightfit.kernels.temporaries import Argument, Arguments, Options, Step
 from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.card_answers import CardAnswers, HiddenByCard, Sizes
 from tightfit.vgpu.data_shapes import HANDLERS
+from tightfit.vgpu.fakes import SharedFakeMode, fakes, has_fake, is_composite, is_on_card, is_on_meta, is_wrapper
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
@@ -49,6 +49,7 @@ from tightfit.vgpu.recorder import Allocation, Recorder
 from tightfit.vgpu.records import Category, Phase
 from tightfit.vgpu.result_cache import ResultCache
 from tightfit.vgpu.roles import Roles
+from tightfit.vgpu.transfers import Transfers
 from tightfit.wording import say
 
 aten = torch.ops.aten
@@ -84,7 +85,7 @@ class VirtualDevice:
         self.assumed = Assumed()
         self.values = Values(lambda frames: self.assumed.value(frames))
         self.phases = phases
-        self.fake = _SharedFakeMode()
+        self.fake = SharedFakeMode()
         self.of_sparse: Callable[[OpOverload, Arguments, Options], Argument] | None = None
         """Finds results of operators on sparse tensors, of which fake tensors forget the elements."""
         self._results = ResultCache(self.fake)
@@ -120,11 +121,12 @@ class VirtualDevice:
         """Functions of (operator, *args, **kwargs) for operators that are not steps of the card."""
         if self._is_host:
             return {aten._local_scalar_dense.default: self._read_scalar}
+        transfers = Transfers(self)
         return {
             torch.ops.prim.device.default: lambda func, tensor: func(tensor),
             aten._local_scalar_dense.default: self._read_scalar,
-            aten._to_copy.default: self._copy_across,
-            aten.copy_.default: self._copy_into,
+            aten._to_copy.default: transfers.across,
+            aten.copy_.default: transfers.into,
             aten._pin_memory.default: lambda func, tensor, *rest: pin(tensor.clone()),
             aten.is_pinned.default: lambda func, tensor, *rest: is_pinned(tensor),
             aten.equal.default: self._equal,
@@ -142,26 +144,27 @@ class VirtualDevice:
         if special is not None:
             return special(func, *args, **kwargs)
         if self._is_host:
-            is_meta = _is_on_meta(args, kwargs.get("device"))
+            is_meta = is_on_meta(args, kwargs.get("device"))
             return func(*args, **kwargs) if is_meta else self.execute(func, args, kwargs)
         if kwargs.get("pin_memory"):  # of the driver, which is not there
             kwargs = {**kwargs, "pin_memory": False}
             is_lazy = func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS
-            made = self._without_data(func, args, kwargs) if is_lazy else self.run(func, args, kwargs)
+            made = self.without_data(func, args, kwargs) if is_lazy else self.run(func, args, kwargs)
             return pin(made) if isinstance(made, Tensor) else made
         device = kwargs.get("device")
         if isinstance(device, torch.device) and device.type == "cuda":
             self.check_ordinal(device.index)
             return self.execute(func, args, {**kwargs, "device": self.where})
-        if _has_fake(args) or (kwargs and _has_fake(kwargs.values())):
+        if has_fake(args) or (kwargs and has_fake(kwargs.values())):
             return self.execute(func, args, kwargs)
         on_host = not isinstance(device, torch.device) or device.type == "cpu"
         if func in _FACTORIES and on_host and _is_large_parameter(func, args):
-            return self._without_data(func, args, kwargs)
+            return self.without_data(func, args, kwargs)
         out: Argument = func(*args, **kwargs)
         return out
 
-    def _without_data(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
+    def without_data(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
+        """Run an operator on fake tensors only, and record nothing."""
         with self.fake:
             out: Argument = func(*args, **kwargs)
         return out
@@ -169,7 +172,7 @@ class VirtualDevice:
     def execute(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
         """Run an operator on fake tensors and record the memory of its CUDA kernel."""
         if func.namespace == "aten":
-            if _is_composite(func, self.where.type):
+            if is_composite(func, self.where.type):
                 with self.mode():
                     if func is aten.scaled_dot_product_attention.default:
                         return _attention(self.answers.ask, *args, **kwargs)
@@ -192,7 +195,7 @@ class VirtualDevice:
             refuse_types(func._schema.name, args)
         if handler is not None and (answer := handler(self, func, *args, **kwargs)) is not None:
             return answer
-        on_card = not self._is_host and _on_card(args, kwargs)
+        on_card = not self._is_host and is_on_card(args, kwargs)
         hidden = self._hidden(func, args, kwargs) if on_card else HiddenByCard(None, {})
         taken: list[Allocation] = []
         phase = self.phases.now(func._schema.name)
@@ -209,7 +212,7 @@ class VirtualDevice:
                 assert isinstance(out, Tensor)
                 self.recorder.track_accumulation(out, first, self._describe(out, func, args, phase))
             else:
-                self._track(out, func, args, phase)
+                self.track(out, func, args, phase)
             if on_card:
                 self.take_workspaces(func, args, kwargs, phase)
             for step in steps:
@@ -234,9 +237,9 @@ class VirtualDevice:
             refuse_types(func._schema.name, args)
             if func is aten._scaled_mm.default and not self.answers.ask(lambda card: card.capability >= (8, 9)):
                 raise RuntimeError(_NO_SCALED_PRODUCTS)
-        if any(tensor.layout is torch.sparse_coo for tensor in _fakes(args)) and self.of_sparse is not None:
+        if any(tensor.layout is torch.sparse_coo for tensor in fakes(args)) and self.of_sparse is not None:
             return self.of_sparse(func, args, kwargs)
-        return self._without_data(func, args, kwargs)
+        return self.without_data(func, args, kwargs)
 
     def unknown(self, func: OpOverload, phase: Phase) -> NotImplementedError:
         """Return the error of an operator that cannot be played, in one sentence."""
@@ -253,7 +256,7 @@ class VirtualDevice:
         """Make a result of the caller's `shape`, for an operator with a shape that depends on data."""
         with self.fake:
             out = torch.empty(shape, dtype=dtype, device=self.where)
-        self._track(out, func, args, self.phases.now(func._schema.name))
+        self.track(out, func, args, self.phases.now(func._schema.name))
         return out
 
     def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
@@ -297,7 +300,8 @@ class VirtualDevice:
         self.values.count("the length of a result that depends on data", frames)
         return self.assumed.length(frames, played, largest)
 
-    def _track(self, out: Argument, func: OpOverload, args: Arguments, phase: Phase) -> None:
+    def track(self, out: Argument, func: OpOverload, args: Arguments, phase: Phase) -> None:
+        """Record the memory of the tensors in an operator's result."""
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.where.type:
                 continue
@@ -491,80 +495,6 @@ class VirtualDevice:
         equal: Argument = func(mine, others, *rest, **kwargs)
         return equal
 
-    def _copy_across(
-        self,
-        func: OpOverload,
-        source: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        **kwargs: Argument,
-    ) -> Argument:
-        target = source.device.type if device is None else device.type
-        if dtype is not None:
-            kwargs["dtype"] = dtype
-        if target == "cuda":
-            self.check_ordinal(None if device is None else device.index)
-            if isinstance(source, FakeTensor):
-                return self.execute(func, (source,), {**kwargs, "device": self.where})
-            with self.fake.lock:
-                return self._upload(source, func, dtype or source.dtype)
-        if device is not None:
-            kwargs["device"] = device
-        if isinstance(source, FakeTensor) and target == "cpu":
-            if source.fake_device.type == "cpu":
-                return self._without_data(func, (source,), kwargs)
-            return self.values.on_host(source, dtype or source.dtype)
-        out: Argument = func(source, **kwargs)
-        return out
-
-    def _upload(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
-        """Return a copy of a host tensor on the device."""
-        if source.layout != torch.strided:
-            return self._upload_sparse(source, func, dtype)
-        phase = self.phases.now()
-        with self.fake:
-            out = torch.empty_strided(source.shape, _dense_strides(source), dtype=dtype, device=self.where)
-        self._track(out, func, (source,), phase)
-        if not isinstance(source, nn.Parameter) and phase != "setup":
-            self.recorder.mark(out, "inputs")
-        self.values.learn(out, source)
-        return out
-
-    def _upload_sparse(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
-        values = self._upload(source._values() if source.layout == torch.sparse_coo else source.values(), func, dtype)
-        if source.layout == torch.sparse_coo:
-            indices = self._upload(source._indices(), func, torch.int64)
-            with self.fake:
-                return torch.sparse_coo_tensor(
-                    indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
-                )
-        by_row = source.layout in (torch.sparse_csr, torch.sparse_bsr)
-        outer = source.crow_indices() if by_row else source.ccol_indices()
-        inner = source.col_indices() if by_row else source.row_indices()
-        places = [self._upload(each, func, each.dtype) for each in (outer, inner)]
-        with self.fake:
-            make: Callable[..., Tensor] = torch.sparse_compressed_tensor
-            return make(*places, values, source.shape, layout=source.layout, check_invariants=False)
-
-    def _copy_into(self, func: OpOverload, target: Tensor, source: Tensor, *rest: Argument) -> Argument:
-        args = (target, source, *rest)
-        to_host = target.device.type == "cpu"
-        if to_host and self.observer and isinstance(source, FakeTensor) and (copy := kernel_of(func, args, {}, target)):
-            self.observer(copy)
-        if not isinstance(target, FakeTensor):
-            if not isinstance(source, FakeTensor):
-                func(*args)
-            elif source.fake_device.type == "cuda":
-                target.copy_(self.values.on_host(source, target.dtype))
-            return target
-        if to_host:
-            return target  # a parameter without data
-        if isinstance(source, FakeTensor):
-            return self.execute(func, args, {})
-        self.values.follow(func, args, {}, target)
-        return target
-
     # Operators written in Python
 
     def _python_body(self, func: OpOverload) -> Callable[..., Argument] | None:
@@ -589,45 +519,6 @@ def refuse_types(name: str, args: Arguments) -> None:
         raise RuntimeError(message)
 
 
-class _SharedFakeMode(FakeTensorMode):
-    """A fake mode for all threads of a script; `lock` lets one of them in at a time.
-
-    Torch's own mode asserts that no other thread is in a kernel, and keeps its stack of modes in the object.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._thread = threading.local()
-        super().__init__(allow_non_fake_inputs=True)
-
-    @property
-    def in_kernel_invocation(self) -> bool:
-        return getattr(self._thread, "in_kernel", False)
-
-    @in_kernel_invocation.setter
-    def in_kernel_invocation(self, value: bool) -> None:
-        self._thread.in_kernel = value
-
-    def create_symbolic_nested_int(self, *, nt_tensor_id: int | None = None) -> torch.SymInt:
-        """Return the length of a ragged dimension; torch's own is a symbol of a graph that is being traced."""
-        number = self.nt_tensor_id_counter if nt_tensor_id is None else nt_tensor_id
-        self.nt_tensor_id_counter = max(self.nt_tensor_id_counter, number + 1)
-        nested: torch.SymInt = torch._C._get_nested_int(number, 1)
-        return nested
-
-    def __enter__(self) -> Self:
-        self.lock.acquire()
-        return super().__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            super().__exit__(kind, error, trace)
-        finally:
-            self.lock.release()
-
-
 @dataclass
 class _Handle:
     number: int
@@ -648,7 +539,7 @@ class VirtualDeviceMode(TorchDispatchMode):
         if func is _DEVICE_OF and type(args[0]) is FakeTensor:  # by far the most frequent question
             return args[0].fake_device
         for each in types:
-            if _is_wrapper(each):
+            if is_wrapper(each):
                 # Its own dispatch comes back here with the tensors that it is made of.
                 return cast("Argument", NotImplemented)
         if isinstance(func, HigherOrderOperator):  # flex_attention while it is traced: its operators come here, too
@@ -705,56 +596,6 @@ def _as_without_mode(func: OpOverload) -> OpOverload:
     return in_place if node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in of else func
 
 
-@cache
-def _is_wrapper(kind: type) -> bool:
-    """Return True for a tensor class that takes operators apart itself, such as DTensor."""
-    return (
-        issubclass(kind, Tensor)
-        and not issubclass(kind, FakeTensor)
-        and kind.__module__ != "torch._subclasses.functional_tensor"  # a compiler's
-        and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
-    )
-
-
-@cache
-def _is_composite(func: OpOverload, device: str) -> bool:
-    """Return True if a device runs an operator as several others, and not as one kernel.
-
-    Autograd takes such operators apart; tensors of inference mode do not pass it.
-    """
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func._name, device.upper())
-    return func._can_decompose() and not has_kernel
-
-
-def _fakes(values: Iterable[Argument]) -> Iterator[FakeTensor]:
-    for value in values:
-        if isinstance(value, FakeTensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _fakes(value)
-
-
-def _is_on_meta(args: Arguments, device: Argument) -> bool:
-    """Return True for an operator whose result has no memory anywhere: it needs no virtual device."""
-    if isinstance(device, torch.device):
-        return device.type == "meta"
-    return any(isinstance(each, Tensor) and each.is_meta for each in args)
-
-
-def _has_fake(values: Iterable[Argument]) -> bool:
-    return next(_fakes(values), None) is not None
-
-
-def _on_card(args: Arguments, kwargs: Options) -> bool:
-    """Return False if all fake tensors are in host memory, where a script may keep some."""
-    found = list(_fakes(args))
-    if kwargs:
-        found += _fakes(kwargs.values())
-    if any(tensor.layout is not torch.strided for tensor in found):
-        return False  # the memory of sparse kernels is not known
-    return not found or any(tensor.fake_device.type != "cpu" for tensor in found)
-
-
 def _engine_adds(args: Arguments, kwargs: Options) -> Tensor | None:
     """Return the first summand of autograd's own addition, which sums the gradients of a tensor used more than once."""
     if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
@@ -767,11 +608,6 @@ def _engine_adds(args: Arguments, kwargs: Options) -> Tensor | None:
 
 def _resize_storage(func: OpOverload, tensor: Tensor, nbytes: int) -> None:
     tensor.untyped_storage().resize_(nbytes)  # it calls `VirtualDevice.resize`
-
-
-def _dense_strides(source: Tensor) -> tuple[int, ...]:
-    """Strides of a copy that preserves the format: the strides of a dense `source`, else contiguous ones."""
-    return torch.empty_like(source, device="meta").stride()
 
 
 def _elements(args: Arguments) -> int:

@@ -1,0 +1,108 @@
+"""Copies between the host, whose tensors are real, and the virtual card."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tightfit.kernels.cost import kernel_of
+from tightfit.kernels.temporaries import Argument
+
+if TYPE_CHECKING:
+    from tightfit.vgpu.device import VirtualDevice
+
+
+class Transfers:
+    """Operators that copy from one to the other, or within one of them."""
+
+    def __init__(self, card: "VirtualDevice") -> None:
+        self._card = card
+
+    def across(
+        self,
+        func: OpOverload,
+        source: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        **kwargs: Argument,
+    ) -> Argument:
+        """Run `_to_copy`."""
+        target = source.device.type if device is None else device.type
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        if target == "cuda":
+            self._card.check_ordinal(None if device is None else device.index)
+            if isinstance(source, FakeTensor):
+                return self._card.execute(func, (source,), {**kwargs, "device": self._card.where})
+            with self._card.fake.lock:
+                return self._upload(source, func, dtype or source.dtype)
+        if device is not None:
+            kwargs["device"] = device
+        if isinstance(source, FakeTensor) and target == "cpu":
+            if source.fake_device.type == "cpu":
+                return self._card.without_data(func, (source,), kwargs)
+            return self._card.values.on_host(source, dtype or source.dtype)
+        out: Argument = func(source, **kwargs)
+        return out
+
+    def _upload(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
+        """Return a copy of a host tensor on the device."""
+        if source.layout != torch.strided:
+            return self._upload_sparse(source, func, dtype)
+        phase = self._card.phases.now()
+        with self._card.fake:
+            out = torch.empty_strided(source.shape, _dense_strides(source), dtype=dtype, device=self._card.where)
+        self._card.track(out, func, (source,), phase)
+        if not isinstance(source, nn.Parameter) and phase != "setup":
+            self._card.recorder.mark(out, "inputs")
+        self._card.values.learn(out, source)
+        return out
+
+    def _upload_sparse(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
+        values = self._upload(source._values() if source.layout == torch.sparse_coo else source.values(), func, dtype)
+        if source.layout == torch.sparse_coo:
+            indices = self._upload(source._indices(), func, torch.int64)
+            with self._card.fake:
+                return torch.sparse_coo_tensor(
+                    indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
+                )
+        by_row = source.layout in (torch.sparse_csr, torch.sparse_bsr)
+        outer = source.crow_indices() if by_row else source.ccol_indices()
+        inner = source.col_indices() if by_row else source.row_indices()
+        places = [self._upload(each, func, each.dtype) for each in (outer, inner)]
+        with self._card.fake:
+            make: Callable[..., Tensor] = torch.sparse_compressed_tensor
+            return make(*places, values, source.shape, layout=source.layout, check_invariants=False)
+
+    def into(self, func: OpOverload, target: Tensor, source: Tensor, *rest: Argument) -> Argument:
+        """Run `copy_`."""
+        args = (target, source, *rest)
+        to_host = target.device.type == "cpu"
+        if (
+            to_host
+            and self._card.observer
+            and isinstance(source, FakeTensor)
+            and (copy := kernel_of(func, args, {}, target))
+        ):
+            self._card.observer(copy)
+        if not isinstance(target, FakeTensor):
+            if not isinstance(source, FakeTensor):
+                func(*args)
+            elif source.fake_device.type == "cuda":
+                target.copy_(self._card.values.on_host(source, target.dtype))
+            return target
+        if to_host:
+            return target  # a parameter without data
+        if isinstance(source, FakeTensor):
+            return self._card.execute(func, args, {})
+        self._card.values.follow(func, args, {}, target)
+        return target
+
+
+def _dense_strides(source: Tensor) -> tuple[int, ...]:
+    """Strides of a copy that preserves the format: the strides of a dense `source`, else contiguous ones."""
+    return torch.empty_like(source, device="meta").stride()
