@@ -335,13 +335,7 @@ class _Run:
             self._evaluate()
             return self._result()
         if world.is_main:
-            with ckpt.folder_errors(self.folder):
-                if config.init_from != "resume":
-                    self._take_folder()
-                    ckpt.set_aside(self.folder, log=self.reporter.log)
-                if (now := self.agents).names:
-                    write_aside(self.folder / AGENTS, msgspec.json.encode(now))
-                self.reporter.start(config, first_step=self.step, evaluated=self.evaluated)
+            self._start_folder()
         shares = self.state.shards is not None and "MASTER_PORT" in os.environ
         pulse = Pulse(world, start) if shares else None
         # torchrun waits for all of its processes: one that stopped would keep the others waiting
@@ -385,6 +379,16 @@ class _Run:
         """Hold `out_dir` until the end of the run."""
         if not self.config.eval_only:
             self._at_end.enter_context(ckpt.own_folder(self.folder))
+
+    def _start_folder(self) -> None:
+        """Put the folder in order, and write the run's first lines."""
+        with ckpt.folder_errors(self.folder):
+            if self.config.init_from != "resume":
+                self._take_folder()
+                ckpt.set_aside(self.folder, log=self.reporter.log)
+            if self.agents.names:
+                write_aside(self.folder / AGENTS, msgspec.json.encode(self.agents))
+            self.reporter.start(self.config, first_step=self.step, evaluated=self.evaluated)
 
     def _stop(self, number: signal.Signals) -> None:
         """Ask for a stop after the current step; a second signal has its usual effect."""
