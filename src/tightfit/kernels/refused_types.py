@@ -96,7 +96,8 @@ def _addmm(args: Sequence[Argument]) -> str | None:
     if (three := _tensors(args, 3)) is None:
         return None
     bias, one, other = (each.dtype for each in three)
-    if bias != other:
+    has_result_type = len(args) > 3  # which the bias may have
+    if bias != other and not has_result_type:
         names = ("mat1", one) if bias == one else ("self", bias)
         return f"{names[0]} and mat2 must have the same dtype, but got {_name(names[1])} and {_name(other)}"
     if one != other:

@@ -30,6 +30,8 @@ R = TypeVar("R")
 Function = Callable[..., object]
 
 _MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+_EAGER = ("eager", "aot_eager", "aot_eager_decomp_partition")
+"""Backends that run Dynamo's graphs operator by operator, as a function of the script's own may do."""
 _GRAPHS_OPTION = "triton.cudagraphs"
 
 
@@ -67,11 +69,14 @@ class Compiler:
             )
         if disable:
             return model
-        if backend not in ("inductor", None):
+        if isinstance(backend, str) and backend not in ("inductor", *_EAGER):
             self._device.note(say("vgpu.compiled.other_backend", backend=repr(backend)))
             return model
         if not self._prepare():
             return model
+        if backend not in ("inductor", None):
+            compiled = self._compile(model, fullgraph=fullgraph, dynamic=dynamic, backend=backend, options=options)
+            return compiled if isinstance(model, nn.Module) else self._without_hooks(compiled)
         if mode == "max-autotune":
             self._device.note(say("vgpu.compiled.max_autotune"))
         with_graphs = bool((options or {}).get(_GRAPHS_OPTION, mode in _MODES_WITH_GRAPHS))
