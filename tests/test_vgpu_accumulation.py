@@ -49,6 +49,30 @@ for i, batch in enumerate(DataLoader(torch.zeros(n * 2 * 64 + 1, 256), 64)):
         optimizer.step()
         optimizer.zero_grad()
 """
+FUNCTION = """
+def training_step(batch):
+    loss = model(batch.cuda()).sum() / n
+    loss.backward()
+    return loss
+
+def train():
+    number = -1
+    for _ in range(2):
+        for batch in [torch.ones(64, 256)] * n:
+            number += 1
+            is_last = (number + 1) % n == 0
+            loss = training_step(batch)
+            if loss.device == batch.device:
+                raise ValueError
+            seen.append(number)
+            if is_last:
+                torch.ones(1 << 22, device="cuda")
+                optimizer.step()
+                optimizer.zero_grad()
+    assert number == 2 * n - 1
+
+train()
+"""
 STATE = """
 state = {"passes": 0}
 while state["passes"] < 2 * n:
@@ -120,7 +144,7 @@ for batch in loader:
         if stepped == 2:
             break
 """
-PASSED = {"inner": INNER, "flat": FLAT, "state": STATE}
+PASSED = {"inner": INNER, "flat": FLAT, "function": FUNCTION, "state": STATE}
 PLAYED = {"held": HELD, "list": LIST, "hidden": HIDDEN}
 
 

@@ -134,10 +134,12 @@ class Accumulation:
         if not repeats:
             return
         if skip is None:
-            seen.skip = self._skip_of(frame, place)
+            seen.skip = skip = self._skip_of(frame, place)
         elif count := skip.pass_over(frame, iterator_of(frame)):
             self._lines.take_away(frame, first, count)
             self._tell(frame)
+        if skip is not None:
+            self._lines.forget_names(frame, skip.names)
 
     def _skip_of(self, frame: FrameType, place: tuple[CodeType, int]) -> "_SkipToStep | None":
         code, first = place
@@ -178,23 +180,25 @@ class _SkipToStep(Skip):
         """`steps` are lines of optimizer steps in the loop; one iteration runs before any can be passed over."""
         super().__init__(node, missing, ran, 1)
         self._to_play, self._step_lines = {*missing, *steps}, steps
-        self._missing = self._to_play
-        self._before = self._expected(frame, frame.f_locals, frame.f_globals)
+        self._missing, self._others = self._to_play, frame.f_globals
+        self.names = frame.f_locals
+        self._before = self._expected(frame, self.names, self._others)
 
     def pass_over(self, frame: FrameType, items: object) -> int:
         """Move the loop's counters over the iterations that can be left out; return their number."""
-        names, others = self._names = frame.f_locals, frame.f_globals  # read once, as in `Skip.at_head`
+        self.names, self._others = frame.f_locals, frame.f_globals  # read once, as in `Skip.at_head`
         assert self._before is not None
-        self._compare(*self._before, names, others)
+        self._compare(*self._before, self.names, self._others)
         is_for = isinstance(self._node, ast.For)
         left = _items_left(items) if is_for else None
         if is_for and (items is None or (left is None and not self._step_lines)):
             return 0
         most = sys.maxsize if left is None else left - 1
         if self._step_lines:
-            most, found = self._followed(frame, self._step_lines, most)
-            if not found:
+            reached, found = self._followed(frame, self._step_lines, most)
+            if not found and (left is None or reached < most):  # else the last item has the step
                 return 0
+            most = reached
         elif not is_for:
             most = self._followed(frame, (), most)[0] - 1
         count, _ = self._followed(frame, self._to_play, most, keep=True)
@@ -203,18 +207,18 @@ class _SkipToStep(Skip):
     def _followed(self, frame: FrameType, lines: Collection[int], most: int, *, keep: bool = False) -> tuple[int, bool]:
         """Count iterations before one that runs some of the lines, and if there is one; `keep` the counters there."""
         self._missing = lines
-        code, reduced, _ = self._code(frame, *self._names)
+        code, reduced, _ = self._code(frame, self.names, self._others)
         if lines and set(lines) <= reduced.unknown:
-            return (most, False) if most < sys.maxsize else (0, False)
-        start = before = self._values(reduced, *self._names)
+            return (most, False) if keep and most < sys.maxsize else (0, False)
+        start = before = self._values(reduced, self.names, self._others)
         count, until = 0, time.monotonic() + _SECONDS
         found = False
         while count < most and not found and time.monotonic() < until:
-            before = self._values(reduced, *self._names)
-            found = not self._runs(code, *self._names)
+            before = self._values(reduced, self.names, self._others)
+            found = not self._runs(code, self.names, self._others)
             count += not found
         if found or not keep:
-            self._restore(before if keep else start, reduced, *self._names)
+            self._restore(before if keep else start, reduced, self.names, self._others)
         return count, found
 
 

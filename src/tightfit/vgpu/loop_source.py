@@ -183,7 +183,7 @@ def _is_step(call: ast.Call) -> bool:
 
 def _may_step(call: ast.Call) -> bool:
     name = _name_of(call.func)
-    return name != "step" and any(part in name.lower() for part in _MAY_STEP)
+    return name not in ("step", "training_step") and any(part in name.lower() for part in _MAY_STEP)
 
 
 def _lines(node: ast.expr) -> set[int]:

@@ -236,6 +236,8 @@ class Skip:
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
+        self.names: dict[str, object] = {}
+        """The function's names as they were read last."""
         self.line = head_line(node)
         """Line at which every iteration begins."""
         self.is_over = False
@@ -246,7 +248,8 @@ class Skip:
 
         `advance` takes the next item of a `for` loop away; False if there is none.
         """
-        names, others = frame.f_locals, frame.f_globals  # read once: Python writes what changes there back afterwards
+        self.names, others = frame.f_locals, frame.f_globals  # read once: Python writes what changes there back
+        names = self.names
         if self._before is None:
             self._before = self._expected(frame, names, others)
             return

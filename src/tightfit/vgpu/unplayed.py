@@ -50,6 +50,8 @@ class LineWatch:
         self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
         self.is_passing = False
         """True while iterations are passed over."""
+        self._stale: dict[str, object] | None = None
+        """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.is_cut_short = False
         """True once the play's time is over: nothing more is passed over."""
         self.is_on = False
@@ -252,6 +254,9 @@ class LineWatch:
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
+        if self._stale is not None:
+            self._stale.clear()
+            self._stale = None
         if self._bodies[code]:
             self._follow_body(frame, event)
             if event == "opcode":
@@ -322,8 +327,17 @@ class LineWatch:
             return
         with self._passing():
             skip.at_head(frame, lambda: not self.is_cut_short and (items is None or self._takes(items)))
+        self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[frame.f_code]
+
+    def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
+        """Let go, at the next line, of `names` as they were read from a function: they keep its tensors of now.
+
+        Python writes them back when the event of this line ends; reading them again would undo what changed there.
+        """
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.version_info < (3, 13):
+            self._stale = names
 
     def take_away(self, frame: FrameType, first: int, count: int) -> None:
         """Count iterations of a loop as begun, and take their items away if it is a `for`."""
