@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tightfit.kernels.card import Card, Version
-from tightfit.kernels.refused_types import refusal
+from tightfit.kernels.refused_types import refuse
 from tightfit.kernels.temporaries import HALF, Temporaries, ceil_div, contiguous_copy, nbytes, round_up, row
 
 aten = torch.ops.aten
@@ -372,8 +372,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Run `scaled_dot_product_attention` with the kernel that the card would choose; `ask` puts a question to it."""
-    if message := refusal("scaled_dot_product_attention", (query, key, value)):
-        raise RuntimeError(message)
+    refuse("scaled_dot_product_attention", (query, key, value))
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     call = (query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     chosen = ask(lambda card: choose_attention(*call, card, needs_grad=needs_grad))

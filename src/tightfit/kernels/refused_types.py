@@ -68,6 +68,13 @@ def refusal(name: str, args: Arguments) -> str | None:
     return None
 
 
+def refuse(name: str, args: Arguments) -> None:
+    """Fail as on a card where it has no kernel for these types. RuntimeError with PyTorch's message."""
+    message = refusal(name, args)
+    if message is not None:
+        raise RuntimeError(message)
+
+
 def _name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 

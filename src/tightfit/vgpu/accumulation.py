@@ -180,15 +180,15 @@ class _SkipToStep(Skip):
         """`steps` are lines of optimizer steps in the loop; one iteration runs before any can be passed over."""
         super().__init__(node, missing, ran, 1)
         self._to_play, self._step_lines = {*missing, *steps}, steps
-        self._missing, self._others = self._to_play, frame.f_globals
+        self._missing = self._to_play
         self.names = frame.f_locals
-        self._before = self._expected(frame, self.names, self._others)
+        self._before = self._expected(frame, self.names, frame.f_globals)
 
     def pass_over(self, frame: FrameType, items: object) -> int:
         """Move the loop's counters over the iterations that can be left out; return their number."""
-        self.names, self._others = frame.f_locals, frame.f_globals  # read once, as in `Skip.at_head`
+        self.names = frame.f_locals  # read once, as in `Skip.at_head`
         assert self._before is not None
-        self._compare(*self._before, self.names, self._others)
+        self._compare(*self._before, self.names, frame.f_globals)
         is_for = isinstance(self._node, ast.For)
         left = _items_left(items) if is_for else None
         if is_for and (items is None or (left is None and not self._step_lines)):
@@ -207,18 +207,19 @@ class _SkipToStep(Skip):
     def _followed(self, frame: FrameType, lines: Collection[int], most: int, *, keep: bool = False) -> tuple[int, bool]:
         """Count iterations before one that runs some of the lines, and if there is one; `keep` the counters there."""
         self._missing = lines
-        code, reduced, _ = self._code(frame, self.names, self._others)
+        names, others = self.names, frame.f_globals
+        code, reduced, _ = self._code(frame, names, others)
         if lines and set(lines) <= reduced.unknown:
             return (most, False) if keep and most < sys.maxsize else (0, False)
-        start = before = self._values(reduced, self.names, self._others)
+        start = before = self._values(reduced, names, others)
         count, until = 0, time.monotonic() + _SECONDS
         found = False
         while count < most and not found and time.monotonic() < until:
-            before = self._values(reduced, self.names, self._others)
-            found = not self._runs(code, self.names, self._others)
+            before = self._values(reduced, names, others)
+            found = not self._runs(code, names, others)
             count += not found
         if found or not keep:
-            self._restore(before if keep else start, reduced, self.names, self._others)
+            self._restore(before if keep else start, reduced, names, others)
         return count, found
 
 

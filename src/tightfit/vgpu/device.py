@@ -35,7 +35,7 @@ from tightfit.kernels.card import Card
 from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.launch import Observer
-from tightfit.kernels.refused_types import refusal
+from tightfit.kernels.refused_types import refuse
 from tightfit.kernels.temporaries import Argument, Arguments, Options, Step
 from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.card_answers import CardAnswers, HiddenByCard, Sizes
@@ -192,7 +192,7 @@ class VirtualDevice:
             func = _as_without_mode(func)
         handler = HANDLERS.get(func)
         if handler is not None and not self._is_host:
-            refuse_types(func._schema.name, args)
+            refuse(func._schema.name.removeprefix("aten::"), args)
         if handler is not None and (answer := handler(self, func, *args, **kwargs)) is not None:
             return answer
         on_card = not self._is_host and is_on_card(args, kwargs)
@@ -234,7 +234,7 @@ class VirtualDevice:
 
     def _compute(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
         if not self._is_host:
-            refuse_types(func._schema.name, args)
+            refuse(func._schema.name.removeprefix("aten::"), args)
             if func is aten._scaled_mm.default and not self.answers.ask(lambda card: card.capability >= (8, 9)):
                 raise RuntimeError(_NO_SCALED_PRODUCTS)
         if any(tensor.layout is torch.sparse_coo for tensor in fakes(args)) and self.of_sparse is not None:
@@ -510,13 +510,6 @@ class VirtualDevice:
                 return body
         key = next((key for key in _KEYS_OF_THE_CARD if f"{func.namespace}/{_name(func)}/{key}" in _impls), None)
         return None if key is None else partial(func._op_dk, getattr(torch._C.DispatchKey, key))
-
-
-def refuse_types(name: str, args: Arguments) -> None:
-    """Fail as on a card where an operator of aten does not take arguments of these types."""
-    message = refusal(name.removeprefix("aten::"), args)
-    if message is not None:
-        raise RuntimeError(message)
 
 
 @dataclass
