@@ -1,4 +1,4 @@
-"""Models spread over processes with FSDP2: runs on gloo, slow ones by torchrun, give the losses of one process."""
+"""Models spread over processes with FSDP2: real torchrun runs on gloo give the losses of one process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from failures import MESSAGE
-from runs import Done, arguments, assert_close, ended, here, ranks, torchrun
+from runs import Done, arguments, assert_close, ended, here, torchrun
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,11 +29,7 @@ SPLIT = {"micro_batch": 2, "eval_interval": 6, "eval_iters": 3}
 
 
 def sharded(processes: int, out_dir: Path, data_dir: Path, **keys: object) -> Done:
-    return ended(torchrun(processes, program(out_dir, data_dir, **keys)))
-
-
-def program(out_dir: Path, data_dir: Path, **keys: object) -> list[str]:
-    return ["-m", "tightfit", *arguments(out_dir, data_dir, **{"shard": "full"} | keys)]
+    return ended(torchrun(processes, ["-m", "tightfit", *arguments(out_dir, data_dir, **{"shard": "full"} | keys)]))
 
 
 def alone(out_dir: Path, data_dir: Path, **keys: object) -> Path:
@@ -47,7 +43,7 @@ class TestLosses:
         """With accumulation in 4 passes each, recomputed blocks, a chunked loss and a sample at the end."""
         keys = UNEVEN | SPLIT | {"max_iters": 5, "lr_decay_iters": 5}
         own = {"activation_checkpointing": 1, "loss": "chunked", "sample_at_end": 4}
-        done = ended(ranks(2, program(tmp_path / "two", data_dir, **keys, **own)))
+        done = sharded(2, tmp_path / "two", data_dir, **keys, **own)
         assert done.code == 0, done.err
         assert_close(alone(tmp_path / "one", data_dir, **keys), tmp_path / "two")
         assert "as 4 x 2 sequences of 3 on each of 2 processes" in done.out
