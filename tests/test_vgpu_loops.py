@@ -312,3 +312,68 @@ def test_the_longest_sample_is_played(passes: int, longest: int, tmp_path: Path)
     assert found["steps"] <= whole["steps"] == 120 // passes
     assert found["peak"] == whole["peak"]
     assert found["peak"]["allocated_bytes"] > 3000 * 4 * 1024 * 4
+
+
+TRAINER = """
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers.trainer_callback import ARGUMENTS, Control, DefaultFlowCallback, State
+
+def train(model, data, epochs):
+    optimizer, flow = torch.optim.SGD(model.parameters()), DefaultFlowCallback()
+    state, control = State(epochs * len(data) // 4), Control()
+    for epoch in range(epochs):
+        for batch in DataLoader(data, 4, collate_fn=lambda each: pad_sequence(each, batch_first=True)):
+            model(batch.cuda()).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            state.global_step += 1
+            control = flow.on_step_end(ARGUMENTS, state, control)
+            if control.should_training_stop:
+                break
+        if control.should_training_stop:
+            break
+"""
+CALLBACK = """
+from types import SimpleNamespace
+
+ARGUMENTS = SimpleNamespace(eval_strategy="no", save_strategy="no")
+
+class State(SimpleNamespace):
+    def __init__(self, steps):
+        super().__init__(global_step=0, max_steps=steps, eval_steps=0, save_steps=0)
+
+class Control:
+    should_training_stop = False
+
+class DefaultFlowCallback:
+    def on_step_end(self, args, state, control):
+        control.should_training_stop = state.global_step >= state.max_steps
+        return control
+"""
+OF_LENGTHS = """
+import torch
+from transformers.trainer import train
+
+data = [torch.randint(0, 100, (3000 if number == 333 else 100 + number % 7,)) for number in range(480)]
+model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 1024), torch.nn.Linear(1024, 8)).cuda()
+train(model, data, 20)
+"""
+
+
+def test_a_trainer_with_samples_of_many_lengths_plays_the_longest(tmp_path: Path) -> None:
+    """Its steps never repeat: it is left once the peak is calm, and nothing of it counts as not played."""
+    package = tmp_path / "site-packages/transformers"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "trainer.py").write_text(TRAINER)
+    (package / "trainer_callback.py").write_text(CALLBACK)
+    (tmp_path / "train.py").write_text(OF_LENGTHS)
+    environ = {**os.environ, "PYTHONPATH": str(package.parent)}
+    found = findings(["--gpu", "A100", tmp_path / "train.py"], environ=environ)
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["steps"] < 60
+    assert not found["not_played"]
+    assert any("longest sample was played" in each for each in found["notes"]), found["notes"]
+    assert found["peak"]["allocated_bytes"] > 3000 * 4 * 1024 * 4

@@ -63,6 +63,10 @@ class Evaluations:
         self._looked_at: set[int] = set()
         """Datasets by their identity: one look at the lengths of their samples is enough."""
         self.found_longer = False
+        self._seen_whole: set[int] = set()
+        """Those of them whose samples were all looked at."""
+        self._ended: set[int] = set()
+        """Datasets of the epochs that were asked to go on to their last batch."""
 
     def after_forward(self) -> None:
         """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
@@ -140,12 +144,23 @@ class Evaluations:
         ends = self._to_last(batches)
         if ends:
             self._ending = weakref.ref(batches)
+        if _is_of_map(batches):
+            self._ended.add(id(batches._dataset))
         return ends
+
+    def saw_longest(self) -> bool:
+        """Return True if the longest samples of all epochs that were asked to end were found, and come before that."""
+        return bool(self._ended) and self._ended <= self._seen_whole
 
     def go_to_longest(self) -> bool:
         """Let the DataLoader that was asked last go on to its longest sample; False if all are of one size."""
         self.found_longer = False
         return self.end_epoch() and self.found_longer
+
+    def can_find_longest(self) -> bool:
+        """Return True if the samples of the DataLoader that was asked last can be looked at, and may differ in size."""
+        batches = self._latest()
+        return _is_of_map(batches) and not stacks_samples(batches._collate_fn)
 
     def is_ending(self) -> bool:
         """Return True while that DataLoader is on its way to the last batch."""
@@ -180,6 +195,8 @@ class Evaluations:
         self._looked_at.add(id(batches._dataset))
         found = longest(batches._dataset, skipped)
         self.found_longer = found.place is not None
+        if found.seen >= count - 1:
+            self._seen_whole.add(id(batches._dataset))
         if found.seen < count - 1 and found.place is not None:
             note = say("vgpu.evaluations.longest_of_some", seen=found.seen, all=count - 1)
             if note not in self._notes:

@@ -31,6 +31,8 @@ _WAIT_ON_S = 120.0
 _LISTED_UNPLAYED = 10
 _CALM_STEPS = 16
 """Steps without a higher peak from which a loop whose steps differ can be left."""
+_CALM_STEPS_BEFORE_LONGEST = 4
+"""The same where the batch with the longest sample is played before the loop ends."""
 _EPOCHS_OF_TRAINER = 2
 """Epochs of a library's trainer that are played up to their last batch."""
 
@@ -59,8 +61,8 @@ class Stopping:
         """Forward passes without gradients before the first step ended."""
         self._calm = 0
         """Steps in a row that did not repeat and did not raise a peak."""
-        self._differing: list[Frame] = []
-        """Loops that were left although their steps differ."""
+        self._differing: dict[Frame, int] = {}
+        """Loops that were left although their steps differ, and how many of these did not raise the peak."""
         self._asked = 0
         """Times that a library's trainer was asked to go on to something else."""
         self._given_up: list[Frame] = []
@@ -111,7 +113,11 @@ class Stopping:
         self.not_played = self._unplayed or ([line] if line else [])
 
     def close(self) -> None:
-        left = self._lines.unplayed_of(self._given_up) + self._differing
+        saw_longest = self._evaluations.saw_longest() and not self._lines.is_cut_short
+        for loop, steps in self._differing.items():
+            place = {"file": loop.file, "line": loop.line, "steps": steps}
+            self._note(say("vgpu.stopping.longest", **place) if saw_longest else say("vgpu.stopping.differ", **place))
+        left = self._lines.unplayed_of(self._given_up) + ([] if saw_longest else list(self._differing))
         self.not_played = list(dict.fromkeys((*self.not_played, *left)))
         self._lines.stop()
 
@@ -128,7 +134,7 @@ class Stopping:
         if first is not None:
             self._calm = 0
             self._end_as_asked(first, steps)
-        elif has_optimizer and loop is not None and self._calm >= _CALM_STEPS:
+        elif has_optimizer and loop is not None and self._is_calm():
             self._ends_differing(frame, loop)
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
@@ -170,17 +176,19 @@ class Stopping:
     def _ends_differing(self, frame: FrameType, loop: TrainingLoop) -> None:
         """Leave a loop with steps that differ, as those of samples of several lengths do, once its peak is reached.
 
-        A longer sample may still come, so that the loop counts as not played to its end.
+        If the longest sample cannot be found, it may still come: the loop counts as not played to its end.
         """
         is_trainer = loop.place.file.endswith(trainers.FILES)
         if not (is_trainer or self._repeats_for_long()):
             return
-        if loop.place not in self._differing:
-            self._differing.append(loop.place)
-        self._note(say("vgpu.stopping.differ", file=loop.place.file, line=loop.place.line, steps=self._calm))
+        steps = self._differing.setdefault(loop.place, self._calm)
         self._calm, self._repeats_since = 0, None
         if not (is_trainer and self._asks_trainer(frame, loop)) and not self._gives_up(frame, loop):
-            self._end(say("vgpu.stopping.calm", steps=_CALM_STEPS))
+            self._end(say("vgpu.stopping.calm", steps=steps))
+
+    def _is_calm(self) -> bool:
+        """Return True when enough steps that differ have left the peak as it is."""
+        return self._calm >= (_CALM_STEPS_BEFORE_LONGEST if self._evaluations.can_find_longest() else _CALM_STEPS)
 
     def _repeats_for_long(self) -> bool:
         """Return True when steps have repeated for as long as they may, since they did for the first time."""

@@ -35,6 +35,8 @@ class LineWatch:
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._ran: dict[CodeType, set[int]] = {}
         """Lines that ran; negative for the body of an `if` on its line."""
+        self._followed: dict[int, CodeType] = {}
+        """These functions' code by its identity: to hash code costs more than the rest of a call."""
         self._bodies: dict[CodeType, dict[int, int]] = {}
         """Columns of these bodies."""
         self._given_up: set[tuple[CodeType, Loop]] = set()
@@ -70,6 +72,7 @@ class LineWatch:
     def follow(self, frame: FrameType | None) -> None:
         for each in (*own_frames(frame), *package_frames(frame)):
             code = each.f_code
+            self._followed[id(code)] = code
             if code not in self._ran:
                 self._ran[code] = {each.f_lineno}
                 self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
@@ -246,7 +249,7 @@ class LineWatch:
 
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
         code = frame.f_code
-        if code not in self._ran:
+        if id(code) not in self._followed:
             return None
         for place in [each for each in self._begun if each[0] is code]:  # backward passes before this call
             del self._begun[place]
