@@ -157,6 +157,7 @@ class VirtualSession:
             )
             if not self._is_tested:
                 backend.self_test(in_fork=not self._guards_files)
+            backend.let_scripts_see_cards()
             self.phases.install()
             if self.settings.until_stable:
                 self._stopping.shorten_evaluations()

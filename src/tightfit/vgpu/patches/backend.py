@@ -44,6 +44,9 @@ KEPT: list[library.Library] = []
 """torch forgets an operator's implementation when its library goes."""
 
 
+_CARDS = "CUDA_VISIBLE_DEVICES"
+
+
 class _Guard(torch._C._acc.DeviceGuard):
     def type_(self) -> "torch._C._autograd.DeviceType":  # type: ignore[override]  # torch calls it with this type
         return torch._C._autograd.DeviceType.CUDA
@@ -56,7 +59,7 @@ def enable() -> None:
         return
     if torch.cuda.is_initialized():
         raise DeviceError(say("vgpu.backend.real_gpu_in_use"))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ[_CARDS] = ""
     try:
         _install_guard()
     except (AttributeError, OSError, AssertionError, ValueError) as error:
@@ -67,6 +70,12 @@ def enable() -> None:
     answer_for_fake_tensors()
     rest_before_exit()
     _enabled = True
+
+
+def let_scripts_see_cards() -> None:
+    """Take back the empty list of cards that hid the real ones: a script would read that there are none."""
+    if os.environ.get(_CARDS) == "":
+        del os.environ[_CARDS]
 
 
 def self_test(*, in_fork: bool = False) -> None:
