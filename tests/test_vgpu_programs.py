@@ -11,8 +11,12 @@ import pytest
 from plays import findings
 
 LIBRARIES = """
-import torch
+import os, subprocess, sys, torch
 from torch import nn
+
+asked = "import os, torch; print(torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES'))"
+assert os.environ.get("CUDA_VISIBLE_DEVICES") is None, "some read its first number"
+assert subprocess.check_output([sys.executable, "-c", asked]) == b"1 None\\n"
 
 @torch.jit.script
 def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +34,7 @@ shifted(layer(torch.ones(2, 300, device="cuda"))).sum().backward()
 assert weight.grad.shape == (300, 300)
 """
 EVALUATIONS = """
-import torch
+import contextlib, torch
 from torch.utils.data import DataLoader, TensorDataset
 
 model = torch.nn.Linear(8, 8).cuda()
@@ -53,6 +57,16 @@ def sample(x):
     return x
 
 @torch.no_grad()
+def denoise(x, callback=None):
+    with contextlib.nullcontext():
+        for k, time in enumerate(torch.arange(60, device="cuda")):
+            x = model(x)
+            counted.append(k)
+            if callback is not None and k == 30:
+                x = callback(x)
+    return x
+
+@torch.no_grad()
 def rare():
     for k in range(20):
         out = model(torch.randn(16, 8, device="cuda"))
@@ -72,7 +86,11 @@ def predict():
         kept.append(model(batch.cuda()))
     return torch.cat(kept)
 
-estimate(), evaluate(), sample(torch.ones(2, 8, device="cuda"))
+estimate(), evaluate(), sample(torch.ones(2, 8, device="cuda")), denoise(torch.ones(2, 8, device="cuda"))
+called = len(counted)
+assert denoise(torch.ones(2, 8, device="cuda"), lambda x: x + 1).shape == (2, 8)
+assert called + 30 < len(counted) < called + 60
+del counted[called:]
 assert predict().shape == (16 * 60 + 5, 8)
 assert rare().shape == (16 << 16, 8)
 assert len(counted) < 40, counted
@@ -129,7 +147,7 @@ def test_a_long_evaluation_is_cut_short_where_its_iterations_repeat(tmp_path: Pa
     found = findings(["--gpu", "A100", written(tmp_path, EVALUATIONS)])
     assert found["outcome"] == "fits", found["stopped_because"]
     assert found["peak"]["allocated_bytes"] >= (16 << 16) * 8 * 4, "the rare line was left out"
-    assert sum("without gradients" in each for each in found["notes"]) == 3
+    assert sum("without gradients" in each for each in found["notes"]) == 4
 
 
 def test_boxes_are_suppressed(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ LAZY_PARAMETER_ELEMENTS = 1 << 14
 """Elements from which a module's own host tensors have no data, so that a model of 70B fits any host."""
 _LAZY_PINNED_ELEMENTS = 1 << 22
 """The same limit for pinned tensors, which receive data from the device; a batch of tokens or images is smaller."""
+_CAN_PAUSE = sys.version_info < (3, 12)
+"""From 3.12 on, taking a trace function off costs more than it saves within one operator."""
 
 _FACTORIES = {
     aten.empty.memory_format,
@@ -542,6 +544,7 @@ class VirtualDeviceMode(TorchDispatchMode):
         if traced is not None and traced is not self._device.fake:  # DTensor asks for the shapes of whole tensors
             shape_only: Argument = func(*args, **(kwargs or {}))
             return shape_only
+        is_paused = _CAN_PAUSE and self._device.phases.pause_trace()
         try:
             return self._device.run(func, args, kwargs or {})
         except NotImplementedError as error:
@@ -550,6 +553,9 @@ class VirtualDeviceMode(TorchDispatchMode):
         except torch.OutOfMemoryError as error:  # the script may keep it, and our frames with it: not their tensors
             del args, kwargs
             raise error.with_traceback(None) from None
+        finally:
+            if is_paused:
+                self._device.phases.resume_trace()
         raise self._device.unknown(func, self._device.phases.now())
 
     @classmethod

@@ -72,7 +72,7 @@ class Evaluations:
         """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
         around = ((each, innermost_loop(each), is_package) for each, is_package in counted_frames(sys._getframe(1)))
         frame, loop, _ = next((each for each in around if each[1] or not each[2]), (None, None, True))
-        if frame is None or loop is None or not (loop.after or not loop.has_items):
+        if frame is None or loop is None:
             return
         here = (frame.f_code, loop.first, self._phases.trained)
         if here != self._loop:
@@ -86,21 +86,25 @@ class Evaluations:
         if place.count == 1:
             self._lines.start(frame)
             self._lines.follow(frame)
-        if repeats and not self._missed(frame, loop.first):
-            self._lines.leave(frame.f_code, loop)
-            self._tell(frame)
+        if repeats:
+            place_of = self._place(frame)
+            self._lines.leave_if_closed(
+                frame.f_code, loop, self._missed(frame, loop.first), lambda: self._tell(place_of)
+            )
             self._loop = None
 
-    def _missed(self, frame: FrameType, first: int) -> bool:
+    def _missed(self, frame: FrameType, first: int) -> list[int]:
         code = frame.f_code
         ran = self._lines.ran(code)
         lines = calls_of_loop(code.co_filename, code.co_firstlineno, code.co_name, first)
-        return any(ran.isdisjoint(range(line, last + 1)) for line, last in lines)
+        return [line for line, last in lines if ran.isdisjoint(range(line, last + 1))]
 
-    def _tell(self, frame: FrameType | None) -> None:
+    def _place(self, frame: FrameType | None) -> Frame | None:
         place = next(own_frames(frame), None)
-        if place is not None:
-            where = Frame(place.f_code.co_filename, place.f_lineno, place.f_code.co_qualname)
+        return Frame(place.f_code.co_filename, place.f_lineno, place.f_code.co_qualname) if place else None
+
+    def _tell(self, where: Frame | None) -> None:
+        if where is not None:
             note = say("vgpu.evaluations.left_out", file=where.file, line=where.line)
             if note not in self._notes:
                 self._notes.append(note)
@@ -123,7 +127,7 @@ class Evaluations:
             else:
                 followed[id(batches)] = (trained, evaluated, before[2])
                 if before[2].repeats() and self._to_last(batches):
-                    self._tell(sys._getframe(1))
+                    self._tell(self._place(sys._getframe(1)))
             return usual(batches)
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)

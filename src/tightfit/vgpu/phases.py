@@ -1,9 +1,11 @@
 """Phase of a running script, recognized by its calls of torch."""
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import nn
@@ -25,6 +27,9 @@ _LOSS_OPERATORS = frozenset(
 )
 
 
+TraceFunction = Callable[[FrameType, str, object], object]
+
+
 class EnoughSeen(BaseException):
     """End of the script, because the rest repeats recorded steps. Not an Exception, so that scripts do not catch it."""
 
@@ -35,6 +40,8 @@ class _Course(threading.local):
     def __init__(self) -> None:
         self.depth = 0
         """Modules around the running line."""
+        self.is_untraced = False
+        """True while the trace function is off for the sake of these."""
         self.with_grad = True
         self.steps_open = 0
         self.named: list[Phase] = []
@@ -51,6 +58,9 @@ class Phases:
         self._course = _Course()
         self._outside: Phase = "setup"
         """Phase of operators outside all modules; it follows the course of a step."""
+        self.trace: TraceFunction | None = None
+        """Python's trace function while lines around the steps are followed. It makes all Python slower, by half or
+        more, so that it is off within modules and operators."""
         self.steps = 0
         self.trained = 0
         """Forward passes with gradients, and optimizer steps."""
@@ -82,6 +92,10 @@ class Phases:
         self._is_installed = True
         self._hook()
 
+    def all_passes(self) -> int:
+        """Return the number of forward passes with gradients and backward passes so far."""
+        return self.backwards + self.trained - self.steps
+
     def is_asked(self, what: str) -> bool:
         """Return True once for each time that a library's trainer was asked for this."""
         is_asked = what in self.asked
@@ -102,6 +116,16 @@ class Phases:
             self._end_step()
         elif self._is_installed and self.after_pass is not None and not _in_backward():
             self.after_pass()
+
+    def pause_trace(self) -> bool:
+        """Take the trace function off in this thread; False if it is not on."""
+        if self.trace is None or sys.gettrace() is not self.trace:
+            return False
+        sys.settrace(None)
+        return True
+
+    def resume_trace(self) -> None:
+        sys.settrace(self.trace)  # type: ignore[arg-type]
 
     def _hook(self) -> None:
         self._handles = (
@@ -165,6 +189,7 @@ class Phases:
                 embeddings = (each for each in module.modules() if isinstance(each, nn.Embedding))
                 self.vocabulary = max([self.vocabulary, *(each.num_embeddings for each in embeddings)])
             # Asked here and not for each operator: autocast's cast of a weight turns gradients on within no_grad.
+            course.is_untraced = self.pause_trace()
             course.with_grad = torch.is_grad_enabled()
             self._outside = "loss" if course.with_grad else "eval"
         course.depth += 1
@@ -174,6 +199,8 @@ class Phases:
             course = self._course
             course.depth = max(0, course.depth - 1)
             if not course.depth:
+                if course.is_untraced:
+                    self.resume_trace()
                 self.trained += course.with_grad
                 self.evaluated += not course.with_grad
                 if not course.with_grad and self.after_evaluation is not None:

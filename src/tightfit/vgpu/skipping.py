@@ -392,5 +392,21 @@ def lines_in_reach(node: ast.For | ast.While, lines: Collection[int]) -> set[int
     return found
 
 
+def closed_lines(
+    node: ast.For | ast.While, lines: Collection[int], names: Mapping[str, object], others: Mapping[str, object]
+) -> set[int]:
+    """Return those of the lines that a loop cannot come to: it never changes the condition that keeps it from them."""
+    stored = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    reader = _Reader(names, others, frozenset(stored))
+    found: set[int] = set()
+    for branch in (each for each in ast.walk(node) if isinstance(each, ast.If)):
+        with contextlib.suppress(_UnknownError):
+            value = reader.value(branch.test)
+            if isinstance(value, _PLAIN):
+                block = branch.orelse if value else branch.body
+                found |= {line for line in lines if any(_covers(each, abs(line)) for each in block)}
+    return found
+
+
 def _covers(statement: ast.stmt, line: int) -> bool:
     return statement.lineno <= line <= (statement.end_lineno or 0)

@@ -54,7 +54,7 @@ class Stopping:
         self._passes_after = deque([0], maxlen=_LONGEST_ROUND + 1)
         """Forward and backward passes after each of the latest steps, the last one first."""
         self._phases = phases
-        self._lines = LineWatch(self._passes)
+        self._lines = LineWatch(phases)
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
         self._evaluated = 0
@@ -73,10 +73,6 @@ class Stopping:
         self._read_allocations = 0
         self._unplayed: list[Frame] = []
 
-    def _passes(self) -> int:
-        """Forward passes with gradients and backward passes so far."""
-        return self._phases.backwards + self._phases.trained - self._phases.steps
-
     def after_step(self, steps: int, *, has_optimizer: bool) -> None:
         """Decide if another step could differ."""
         if steps == 1:
@@ -87,7 +83,7 @@ class Stopping:
         earlier = itertools.zip_longest(self._last, self._equal)
         self._equal = [count + 1 if step == before else 0 for before, count in earlier]
         self._last.appendleft(step)
-        self._passes_after.appendleft(self._passes())
+        self._passes_after.appendleft(self._phases.all_passes())
         if self._settings.steps is not None:
             if steps >= self._settings.steps:
                 self._end(say("vgpu.stopping.steps_done", steps=steps))

@@ -12,21 +12,23 @@ from typing import Any, NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_counted, is_package
 from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
-from tightfit.vgpu.skipping import FAILURES, Skip, iterator_of, lines_in_reach
+from tightfit.vgpu.phases import Phases
+from tightfit.vgpu.skipping import FAILURES, Skip, closed_lines, iterator_of, lines_in_reach
 
 _SECONDS_TO_LEAVE = 3.0
 """Time for taking away the items of a loop that nothing follows."""
 _JUMP = FrameType.__dict__["f_lineno"].__set__
 """Sets a frame's next line, which Python lets trace functions do alone."""
+_AT_HAND: tuple[type, ...] = type(iter([])), type(iter(())), type(iter(range(0))), type(reversed([]))
+"""Iterators whose items exist already, so that taking them away does nothing else."""
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class LineWatch:
     """Follows which lines of the functions around an optimizer step ran, by Python's own tracing."""
 
-    def __init__(self, backwards: Callable[[], int]) -> None:
-        """`backwards` counts the script's backward passes so far."""
-        self._backwards = backwards
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
         self._heads: dict[CodeType, dict[int, int]] = {}
         """First lines of loops by the lines at which their iterations begin."""
         self._begun: dict[tuple[CodeType, int], int] = {}
@@ -42,6 +44,8 @@ class LineWatch:
         self._given_up: set[tuple[CodeType, Loop]] = set()
         self._leaving: dict[CodeType, list[Loop]] = {}
         """Loops of functions to leave before their next iteration."""
+        self._if_closed: dict[tuple[CodeType, Loop], tuple[frozenset[int], Callable[[], object]]] = {}
+        """Lines that such a loop must not be able to come to, and what to call when it is left."""
         self._iterations: Counter[tuple[CodeType, int]] = Counter()
         self._at_steps: deque[Counter[tuple[CodeType, int]]] = deque([Counter(), Counter()], maxlen=2)
         """Iterations of each loop at the last two optimizer steps."""
@@ -67,7 +71,8 @@ class LineWatch:
             return
         self.is_on = True
         self.follow(frame)
-        sys.settrace(self._called)
+        self._phases.trace = self._called
+        self._phases.resume_trace()
 
     def follow(self, frame: FrameType | None) -> None:
         for each in (*own_frames(frame), *package_frames(frame)):
@@ -85,6 +90,7 @@ class LineWatch:
 
     def stop(self) -> None:
         if self.is_on:
+            self._phases.trace = None
             sys.settrace(None)
             self.is_on = False
 
@@ -243,6 +249,26 @@ class LineWatch:
         if loop not in loops:
             loops.append(loop)
 
+    def leave_if_closed(self, code: CodeType, loop: Loop, lines: Iterable[int], then: Callable[[], object]) -> None:
+        """Leave a loop likewise if its conditions keep it from the lines, and call `then`."""
+        self._if_closed[code, loop] = frozenset(lines), then
+        self.leave(code, loop)
+
+    def _may_leave(self, frame: FrameType, loop: Loop) -> bool:
+        lines, then = self._if_closed.pop((frame.f_code, loop), (frozenset[int](), None))
+        if then is not None and loop.has_items and not (loop.after or _are_at_hand(iterator_of(frame))):
+            return False
+        if lines:
+            code, names = frame.f_code, frame.f_locals
+            node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, loop.first)
+            is_closed = node is not None and lines <= closed_lines(node, lines, names, frame.f_globals)
+            self.forget_names(frame, names)
+            if not is_closed:
+                return False
+        if then is not None:
+            then()
+        return True
+
     def ran(self, code: CodeType) -> set[int]:
         """Lines of a followed function that ran."""
         return self._ran.get(code, set())
@@ -294,6 +320,8 @@ class LineWatch:
         if not loop.after and items is None:  # the loop only begins
             return
         self._leaving[frame.f_code].remove(loop)
+        if not self._may_leave(frame, loop):
+            return
         if loop.after:
             with contextlib.suppress(ValueError):  # a line that cannot be reached from here
                 # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
@@ -356,7 +384,7 @@ class LineWatch:
     def _iterates(self, code: CodeType, first: int) -> None:
         """Note that an iteration of a loop begins."""
         self._iterations[code, first] += 1
-        now = self._backwards()
+        now = self._phases.all_passes()
         if self._begun.get((code, first), now) < now:
             self._training.add((code, first))
         self._forget_inner(code, first)
@@ -368,6 +396,13 @@ class LineWatch:
             around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, line)
             if any(loop.first == first for loop in around):
                 del self._begun[code, line]
+
+
+def _are_at_hand(items: object) -> bool:
+    """Return True for the iterator of a list, a tuple or a tensor, also within `enumerate`."""
+    if isinstance(items, enumerate):
+        items = items.__reduce__()[1][0]
+    return isinstance(items, _AT_HAND)
 
 
 def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
