@@ -37,8 +37,10 @@ _VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
 _OF_ANY_PURPOSE = (None, "transformers", "accelerate", "sentence_transformers")
 """Programs that train as often as they do not; None is an unknown one."""
-_BARE = 60
-"""Characters besides the message and its advice, below which a log without a traceback is a message alone."""
+_BARE = 12
+"""Characters besides the message, its class and its advice, below which a log without a traceback is bare."""
+_CLASS = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|ERROR)\b(?:\(|: ?|\[[^\]\n]*\])?|\[?[Rr]ank ?\d+\]?:?")
+"""The class of an exception, or a rank, before a message."""
 _POSIX = re.compile(r"(?<![\w.:])/(?:home|usr|opt|root|mnt|data|workspace|Users|var|tmp|content|kaggle)/")
 _OF_PICTURES = re.compile(
     r"[Cc]onv[23]d|\b(?:images?|imgs?|masks?|pixels?|segment\w*|[Yy][Oo][Ll][Oo]\w*|[Uu]-?[Nn]et)\b|torchvision"
@@ -200,7 +202,8 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
 
 def _is_one_message(text: str, message: str) -> bool:
     """Return True if a log has hardly anything besides the message and PyTorch's advice behind it."""
-    return len("".join(_ADVICE.sub("", text).split())) - len("".join(message.split())) < _BARE
+    rest = _CLASS.sub("", _ADVICE.sub("", text))
+    return len("".join(rest.split())) - len("".join(_CLASS.sub("", message).split())) < _BARE
 
 
 def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind | None:

@@ -111,7 +111,9 @@ def _of_jax(facts: Facts, run: RunFacts) -> Facts:
         return _with(facts, "program", f"{found[1]} {found[2]}iB")
     if any(each.function.rsplit(".", 1)[-1] in _CREATES and not each.is_library for each in facts.frames):
         return _with(facts, "weights")
-    return _with(facts, "inference") if purpose_of(facts, run) == INFERENCE else facts
+    if purpose_of(facts, run) == INFERENCE:
+        return _with(facts, "inference")
+    return _with(facts, "large_program", f"{found[1]} {found[2]}iB") if found and "tpu" not in facts.details else facts
 
 
 _CREATES = frozenset({"__init__", "init", "init_params", "create_train_state", "init_state"})

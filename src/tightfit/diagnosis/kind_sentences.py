@@ -1,6 +1,7 @@
 """Failures that no tensor of PyTorch explains: their sentences and their fixes, by kind."""
 
 import functools
+import re
 import string
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -109,8 +110,11 @@ def label_of(facts: Facts) -> str:
     """Return the evidence of a kind's cause: measured where the message itself names it."""
     if "cause_unstated" in facts.notes:
         return LIKELY
-    known = (key.partition("__") for key in wording.words("en").table("cause") if key.startswith(f"{facts.kind}__"))
-    by_figures = any(name in values_of(facts) and name not in detail_names() for _, _, name in known)
+    causes, values = wording.words("en").table("cause"), values_of(facts)
+    if (_key(causes, facts.kind, values) or "").partition("__")[2] in detail_names():  # words elsewhere in the log
+        return LIKELY
+    known = (key.partition("__") for key in causes if key.startswith(f"{facts.kind}__"))
+    by_figures = any(name in values and name not in detail_names() for _, _, name in known)
     return MEASURED if by_figures or memory_of(facts.kind) in ("host", "none") else LIKELY
 
 
@@ -133,6 +137,8 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     known = values_of(facts)
     key = _key(_table().fixes, facts.kind, known)
     codes = _table().fixes[key] if key else [facts.kind]
+    if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
+        codes = [code for code in codes if code != "fewer_workers"]
     return tuple(
         Remedy(
             code=f"kind_{code}",
@@ -144,6 +150,12 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
         )
         for code in codes
     )
+
+
+_LOADS = re.compile(
+    r"torch|[Dd]ata_?[Ll]oader|workers|\b[Tt]rain|\b[Ee]poch|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow"
+)
+"""Words of a program that may load data in worker processes."""
 
 
 def _lines(code: str, run: RunFacts) -> list[str]:

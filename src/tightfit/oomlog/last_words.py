@@ -99,7 +99,23 @@ def reported_in(lines: Sequence[str]) -> str | None:
     first = [each for each in lines if each.strip()][:_TITLE_LINES]
     words = _REPORTED if not any(map(_OF_DEVICE.search, lines)) else _REPORTED_ANYHOW
     found = next((line for line in first if words.search(line) and not _ADVICE.search(line)), None)
-    return found.strip(" #*\t")[:200] if found else None
+    return found.strip(" #*\t").removesuffix(".")[:200] if found else None
+
+
+_CHAPTER = re.compile(
+    r"^#+ .*(?:\b(?:faq|guide|tips?|troubleshoot\w*|common|how to)\b|対処|よくある)"
+    r"|^(?:try|use|reduce|lower|set|if you) ",
+    re.IGNORECASE,
+)
+
+
+def advises(lines: Sequence[str]) -> bool:
+    """Return True if a line is the heading of a document, or an instruction.
+
+    >>> advises(["## CUDA out of memory", "Try a smaller batch."]), advises(["# CUDA out of memory on a T4"])
+    (True, False)
+    """
+    return any(_CHAPTER.search(line) or (line.startswith("#") and _ADVICE.search(line)) for line in lines)
 
 
 _ANYHOW = re.compile(

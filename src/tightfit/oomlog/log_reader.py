@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of, status_of
-from tightfit.oomlog.last_words import host_words_in, last_words, mentioned_in, met_in, reported_in
+from tightfit.oomlog.last_words import advises, host_words_in, last_words, mentioned_in, met_in, reported_in
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
@@ -47,6 +47,8 @@ _HEAD, _TAIL = 28_000, 16_000
 """Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
 _TOLD = ("incomplete", "memory_words", "reported", "mentioned", "host_memory_error", "host_killed")
 """Kinds of failures that no format names."""
+_REPORT = 2_000
+"""Characters of a text that is a person's report if its title names the failure and nothing in it advises."""
 _PROSE = 20_000
 """Characters of a report, of which any line that names a lack of memory is taken as what failed."""
 _SURVIVED = 3
@@ -304,7 +306,7 @@ class _Scan:
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
             last = ("memory_words", last[1])
         title = reported_in(lines_of(self._head[:4000])) if last is None or last == ("incomplete", "") else None
-        if title is not None and self._has_frames():
+        if title is not None and (self._has_frames() or self._is_short_report()):
             return "reported", title
         if last is not None:
             return last
@@ -317,6 +319,12 @@ class _Scan:
         if self._size < _PROSE and (told := host_words_in(lines_of(self._head))) is not None:
             return told
         return "nothing" if is_text(self._head) else "binary", ""
+
+    def _is_short_report(self) -> bool:
+        """Return True for a short text that has no code, no warning and no chapter of advice."""
+        if self._size >= _REPORT or any(each.standing is not Standing.DOCUMENT for each in self.records):
+            return False
+        return not advises(lines_of(self._head))
 
     def _has_frames(self) -> bool:
         """Return True if a traceback, or a part of one, is in the end of the log."""

@@ -82,8 +82,8 @@ def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     quantity_of = {_plain(name): quantity for quantity, names in _tables()[table].items() for name in names}
     names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
     value = r"(\d{1,12})(?![\w./%])" if table == "numbers" else r"([\w./:~@-]{2,200})"
-    found = rf"(?<![\w.-])(--?)?[\"']?({names})[\"']?([ \t]?[=:][ \t]?|(?<=\w)[ \t])[\"']?{value}"
-    return re.compile(found), quantity_of
+    sign = r"[ \t]?[=:][ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
+    return re.compile(rf"(?<![\w.-])(--?)?[\"']?({names})[\"']?({sign})[\"']?{value}"), quantity_of
 
 
 def known_names() -> frozenset[str]:
