@@ -377,3 +377,40 @@ def test_a_trainer_with_samples_of_many_lengths_plays_the_longest(tmp_path: Path
     assert not found["not_played"]
     assert any("longest sample was played" in each for each in found["notes"]), found["notes"]
     assert found["peak"]["allocated_bytes"] > 3000 * 4 * 1024 * 4
+
+
+TWO_OPTIMIZERS = """
+import torch
+
+class Whitened(torch.optim.SGD):
+    def step(self):
+        for group in self.param_groups:
+            for each in group["params"]:
+                each.grad = whiten(each.grad)
+        super().step()
+
+whiten = torch.nn.Softmax(0)
+layers = [torch.nn.Linear(64, 64, bias=False).cuda() for _ in range(6)]
+model = torch.nn.Sequential(*layers)
+optimizers = [torch.optim.AdamW(layers[0].parameters()), Whitened([each.weight for each in layers[1:]])]
+schedulers = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1.0) for each in optimizers]
+for step in range(100_000):
+    if step % 500 == 0:
+        model(torch.ones(4096, 64, device="cuda")).sum()
+    model(torch.ones(4, 64, device="cuda")).sum().backward()
+    for optimizer, scheduler in zip(optimizers, schedulers):
+        optimizer.step()
+        scheduler.step()
+    model.zero_grad()
+torch.ones(1 << 27, device="cuda")
+"""
+
+
+def test_modules_that_an_optimizer_calls_are_no_passes(tmp_path: Path) -> None:
+    """As Muon's compiled products: else the loop over optimizers is a training loop, left again and again."""
+    (tmp_path / "train.py").write_text(TWO_OPTIMIZERS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert not found["not_played"]
+    assert found["steps"] < 60
+    assert found["peak"]["allocated_bytes"] >= 4 << 27

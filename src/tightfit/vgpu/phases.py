@@ -201,12 +201,16 @@ class Phases:
             if not course.depth:
                 if course.is_untraced:
                     self.resume_trace()
-                self.trained += course.with_grad
-                self.evaluated += not course.with_grad
-                if not course.with_grad and self.after_evaluation is not None:
-                    self.after_evaluation()
+                if not course.steps_open:  # an optimizer may call modules and compiled functions of its own
+                    self._count_pass(course.with_grad)
             if self.after_forward is not None and module is not None:
                 self.after_forward(module)
+
+    def _count_pass(self, with_grad: bool) -> None:
+        self.trained += with_grad
+        self.evaluated += not with_grad
+        if not with_grad and self.after_evaluation is not None:
+            self.after_evaluation()
 
     def after_compiled_step(self) -> None:
         """Count an optimizer step within a compiled function, which calls no hooks."""

@@ -57,6 +57,7 @@ class Stopping:
         self._lines = LineWatch(phases)
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._ended_epoch = False
+        self._has_jumped = False
         self._evaluated = 0
         """Forward passes without gradients before the first step ended."""
         self._calm = 0
@@ -147,7 +148,9 @@ class Stopping:
         differing = self._lines.differing(frame, state)
         more = bool(self._unplayed or self._given_up or differing)
         if more and (self._leaves_loops(frame, loop, state) or (is_late and self._gives_up(frame, loop))):
-            self._note(say("vgpu.stopping.jumped", first=first, last=steps))
+            if not self._has_jumped:  # said once, although a script may leave many loops
+                self._note(say("vgpu.stopping.jumped", first=first, last=steps))
+            self._has_jumped = True
             self._equal = [0] * _LONGEST_ROUND
         elif is_late or not (self._unplayed or differing):
             self._end_repeating(first, steps, self._unplayed or differing)
