@@ -414,3 +414,84 @@ def test_modules_that_an_optimizer_calls_are_no_passes(tmp_path: Path) -> None:
     assert not found["not_played"]
     assert found["steps"] < 60
     assert found["peak"]["allocated_bytes"] >= 4 << 27
+
+
+HIDDEN = """
+import torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+played, lengths, SIZES = set(), set(), {0: 4, 1: 5, 2: 7}
+
+def size_at(step):
+    return SIZES[min(step // 4000, 2)]
+
+def train(batch):
+    lengths.add(len(batch))
+    model(batch.cuda()).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+
+def maybe_evaluate(step, every):
+    if step % every or step == 0:
+        return
+    played.add("function")
+    torch.ones(1 << 20, device="cuda")
+
+class Trainer:
+    def __init__(self, every):
+        self.hooks, self.steps = (every, self.evaluate), 0
+
+    def evaluate(self):
+        played.add("method")
+        torch.ones(1 << 21, device="cuda")
+
+    def one(self):
+        train(torch.ones(4, 8))
+        self.steps += 1
+        self.after()
+
+    def after(self):
+        every, call = self.hooks
+        self.steps % every == 0 and call()
+
+    def run(self):
+        while self.steps < 10_000:
+            self.one()
+
+class Phased:
+    def begin(self):
+        model.requires_grad_(self.epoch >= 0)
+        torch.ones(8 if self.epoch >= 300 else 4, device="cuda")
+        if self.epoch >= 300:
+            lengths.add("later")
+
+    def run(self):
+        for self.epoch in range(400):
+            self.begin()
+            for step in range(2000):
+                train(torch.ones(4, 8))
+
+def batches():
+    for length in (4,) * 200 + (11, 4):
+        yield torch.ones(length, 8)
+
+for step in range(10_000):
+    train(torch.ones(4 if step < 9000 else 6, 8))
+    maybe_evaluate(step, every=5000)
+for step in range(10_000):
+    train(torch.ones(size_at(step), 8))
+Trainer(3000).run()
+Phased().run()
+for batch in batches():
+    train(batch)
+assert played == {"function", "method"} and lengths == {4, 5, 6, 7, 11, "later"}, (played, lengths)
+"""
+
+
+def test_what_later_iterations_do_in_functions_is_played(tmp_path: Path) -> None:
+    """A guard in a function that the loop calls, a size that its counters decide, and a generator's longest batch."""
+    (tmp_path / "train.py").write_text(HIDDEN)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert not found["not_played"]
+    assert found["steps"] < 150

@@ -92,6 +92,13 @@ class CachingAllocator:
         self._allowed_bytes: int | None = None
         self.set_memory_fraction(self.settings.per_process_memory_fraction)
 
+    def configure(self, settings: AllocatorSettings) -> None:
+        """Take other settings before the first request; a memory fraction that was set stays."""
+        self.settings = settings
+        self._max_split_size_at_start = settings.max_split_size
+        if self._allowed_bytes is None:
+            self.set_memory_fraction(settings.per_process_memory_fraction)
+
     # Requests
 
     def malloc(self, size: int, *, stream: int = 0, pool: PoolId | None = None) -> Block:

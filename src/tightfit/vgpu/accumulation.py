@@ -21,11 +21,12 @@ from tightfit.allocator.blocks import SegmentRecord
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import user_frames, users_line
 from tightfit.vgpu.longest_batch import are_of_one_size, stacks_samples
+from tightfit.vgpu.loop_items import iterator_of
 from tightfit.vgpu.loop_source import calls_of_loop, loop_node, optimizer_calls, steps_after
 from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
-from tightfit.vgpu.skipping import Skip, iterator_of, lines_in_reach
+from tightfit.vgpu.skipping import Skip, lines_in_reach
 from tightfit.vgpu.unplayed import LineWatch
 from tightfit.wording import say
 

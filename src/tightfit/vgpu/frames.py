@@ -67,6 +67,11 @@ def is_counted(frame: FrameType) -> bool:
     return _facts(frame.f_code).counts
 
 
+def is_own(code: CodeType) -> bool:
+    """Return True if a function is in the user's own files."""
+    return _facts(code).is_own
+
+
 def is_package(frame: Frame) -> bool:
     """Return True if a frame is in an installed package, rather than in the user's own files."""
     return _is_packages_file(frame.file)

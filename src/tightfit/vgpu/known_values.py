@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.frames import Frame, user_frames, users_line
+from tightfit.vgpu.value_ranges import Ranges
 
 Scalar = bool | int | float
 
@@ -149,6 +150,7 @@ class Values:
         """`given` returns the user's value for lines that read one."""
         self._given = given
         self._known: WeakKeyDictionary[torch.UntypedStorage, Fact] = WeakKeyDictionary()
+        self._ranges = Ranges()
         self.made_up: Counter[tuple[Frame | None, str]] = Counter()
 
     # Operators
@@ -192,6 +194,8 @@ class Values:
             drawn = _drawn(func, args)
             return None if drawn is None else Fact(torch.tensor(drawn, dtype=out.dtype, device="cpu"), made_up=True)
         invent = out.numel() == 1 and (traits.is_pointwise or func in _KEPT or func in _COUNTS)
+        if args and (end := self._ranges.end(func, args[0])) is not None:
+            return Fact(torch.tensor(end[0], dtype=out.dtype, device="cpu"), made_up=not end[1])
         facts = self._facts(_tensors(args, kwargs), invent)
         if facts is None:
             return _of_unknown(func, args, out)
@@ -358,6 +362,7 @@ class Values:
 
     def learn(self, tensor: Tensor, source: Tensor, made_up: bool = False) -> None:
         """Keep the values of `tensor`, which is a copy of the host's `source`."""
+        self._ranges.learn(tensor, source)
         if source.layout is not torch.strided or not 0 < source.numel() <= _LOOKED_AT:
             return
         if not (_is_small(source) or _is_uniform(source)):

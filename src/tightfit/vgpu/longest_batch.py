@@ -5,13 +5,12 @@ The samples are loaded on the host, in the time that `SECONDS` gives; nothing is
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from tightfit.vgpu.skipping import FAILURES
+from tightfit.vgpu.loop_items import FAILURES, size_of
 
 SECONDS = 5.0
 """Time for looking at the samples of one epoch."""
@@ -54,22 +53,7 @@ def _largest_of_each(dataset: object, batches: Iterable[object], seconds: float)
         if not isinstance(batch, (list, tuple)) or time.monotonic() > until:
             return
         try:
-            largest = max((_size(dataset[number]) for number in batch), default=0)  # type: ignore[index]
+            largest = max((size_of(dataset[number], of_card=False) for number in batch), default=0)  # type: ignore[index]
         except FAILURES:  # of the script's own dataset, which raises them where the script comes to them
             return
         yield largest
-
-
-def _size(sample: object) -> int:
-    """Return the number of values in a sample: of its tensors, arrays, texts and lists."""
-    match sample:
-        case Tensor():
-            return 0 if sample.is_cuda else sample.numel()
-        case str() | bytes():
-            return len(sample)
-        case Mapping():
-            return sum(map(_size, sample.values()))
-        case list() | tuple():
-            return sum(map(_size, sample))
-    size = getattr(sample, "size", 1)
-    return size if isinstance(size, int) else 1

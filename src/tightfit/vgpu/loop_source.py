@@ -208,12 +208,34 @@ def _body(file: str, first: int, name: str) -> list[ast.stmt]:
     """Return the statements of a function, or of the module."""
     if name == "<module>":
         return _tree(file).body
+    node = _function(file, first, name)
+    return node.body if node is not None else []
+
+
+def function_node(file: str, first: int, name: str) -> ast.FunctionDef | None:
+    """Return the source of a function that does not suspend."""
+    node = _function(file, first, name)
+    return node if isinstance(node, ast.FunctionDef) else None
+
+
+@cache
+def _function(file: str, first: int, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     for node in ast.walk(_tree(file)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
             starts = {node.lineno, *(each.lineno for each in node.decorator_list)}
             if first in starts:
-                return node.body
-    return []
+                return node
+    return None
+
+
+def allocating_lines(body: list[ast.stmt]) -> list[tuple[int, int]]:
+    """Return the first and last lines of statements with calls that may allocate."""
+    return list(_calls(body, None))
+
+
+def is_harmless(call: ast.Call) -> bool:
+    """Return True for a call that prints, records or measures."""
+    return _name_of(call.func) in _HARMLESS
 
 
 def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:

@@ -1,13 +1,15 @@
 """The folder by which the processes of one play know of each other. No torch."""
 
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.records import Settings
 
 if TYPE_CHECKING:
@@ -30,16 +32,34 @@ class ChildSettings(msgspec.Struct, frozen=True, kw_only=True):
 def watch(allocator: "CachingAllocator", folder: Path) -> None:
     """Note the bytes that this process holds whenever it starts another one."""
 
+    def note_held() -> None:
+        if allocator.reserved_bytes and folder.is_dir():
+            held = allocator.reserved_bytes + allocator.context_bytes
+            (folder / f"{os.getpid()}.bytes").write_text(str(held))
+
     def audit(event: str, arguments: tuple[object, ...]) -> None:
         if event not in _STARTS or not folder.is_dir():
             return
-        if allocator.reserved_bytes:
-            held = allocator.reserved_bytes + allocator.context_bytes
-            (folder / f"{os.getpid()}.bytes").write_text(str(held))
+        note_held()
         if event == "subprocess.Popen" and (command := _ignores_variables(arguments)):
             (folder / f"{os.getpid()}-{abs(hash(command))}.unplayed").write_text(command)
 
     sys.addaudithook(audit)
+    _hear_of_spawned(note_held)
+
+
+def _hear_of_spawned(note_held: Callable[[], None]) -> None:
+    """Call a function before `multiprocessing` spawns a process, of which Python tells no audit hook."""
+    from multiprocessing import util
+
+    usual: Callable[..., int] = util.spawnv_passfds
+
+    @functools.wraps(usual)
+    def spawn(*args: object) -> int:
+        note_held()
+        return usual(*args)
+
+    assign(util, spawnv_passfds=spawn)
 
 
 def _ignores_variables(arguments: Sequence[object]) -> str:

@@ -78,6 +78,8 @@ class Recorder:
         self._released: deque[tuple[int, weakref.ref[torch.UntypedStorage]]] = deque()
         self._held: dict[int, tuple[weakref.ref[torch.UntypedStorage], Allocation]] = {}
         self._pending: _Pending | None = None
+        self.before_first: Callable[[], None] | None = None
+        """Called before the first request."""
         self.pool: PoolId | None = None
         """Private pool that requests take memory from now."""
 
@@ -220,6 +222,9 @@ class Recorder:
 
     def _take(self, allocation: Allocation) -> None:
         self._release_dead()
+        if self.before_first is not None:
+            before, self.before_first = self.before_first, None
+            before()
         allocation.block = self.allocator.malloc(allocation.nbytes, stream=allocation.stream, pool=self.pool)
         allocation.block.tag = allocation
         self._register(allocation)

@@ -86,6 +86,7 @@ class VirtualSession:
         if isinstance(self.allocator, TapedAllocator):
             self.device.answers.before_request = self.allocator.next_elsewhere
         TraceLog.attach(self.device.recorder)
+        self._reads_settings = environ is None
         self._stopping = Stopping(settings, self.device.recorder, self.phases, self.notes)
         self._has_ended = False
         self._files: FileGuard
@@ -102,6 +103,12 @@ class VirtualSession:
         if estimated_from:
             self.notes.append(estimated_from)
         return context
+
+    def _read_settings(self) -> None:
+        """Read the allocator's settings when PyTorch does: scripts set the variable after they started Python."""
+        settings = AllocatorSettings.from_environment(os.environ)
+        if settings != self.allocator.settings:
+            self.allocator.configure(settings)
 
     def _card_of(self, gpu: GPU) -> Card:
         return _card(gpu, self.settings.torch)
@@ -132,6 +139,8 @@ class VirtualSession:
         self._take_over()
         timer = self._start_timer()
         self._listen()
+        if self._reads_settings:
+            self.device.recorder.before_first = self._read_settings
         try:
             with self._files.watching(), self.device.mode():
                 yield self

@@ -8,10 +8,7 @@ anything else counts as not met. One iteration runs first, to check that the cou
 import ast
 import contextlib
 import copy
-import ctypes
-import dis
 import operator
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import CodeType, FrameType
@@ -20,19 +17,14 @@ from typing import cast
 from torch import Tensor
 
 from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
+from tightfit.vgpu.inlined_loop import WATCHED
+from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import head_line
 
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
 _PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
 _OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {**ARITHMETIC, **COMPARISONS, **SIGNS}
-_FRAME, _CODE, _STACK_TOP, _STACK, _POINTER = 24, 32 if sys.version_info < (3, 12) else 0, 64, 72, 8
-"""Where Python keeps a running function's frame, its code, the length of its stack and the stack, in bytes."""
-FAILURES = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError),
-    ValueError,
-)
-"""Errors of a script's own expressions, which it raises again where it comes to them."""
 _IDENTITY = (ast.Is, ast.IsNot)
 _FUNCTIONS: dict[str, Callable[..., object]] = {
     each.__name__: each for each in (len, int, float, bool, min, max, abs, round)
@@ -103,6 +95,8 @@ class _Reader:
                 return _of(op, self.value(left), self.value(right))
             case ast.Compare():
                 return self._comparison(node)
+            case ast.IfExp(test=test, body=one, orelse=two):
+                return self.value(one if self.value(test) else two)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 return [self.value(each) for each in parts]
             case ast.Subscript(value=of, slice=key) if ast.unparse(node) not in self._unsure:
@@ -162,6 +156,14 @@ def _called(function: Callable[..., object] | None, values: Sequence[object]) ->
         raise _UnknownError from None
 
 
+def value_in(node: ast.expr, names: Mapping[str, object], others: Mapping[str, object]) -> object:
+    """Return an expression's value in a running function; None where only the script could give it."""
+    try:
+        return _Reader(names, others, frozenset()).value(node)
+    except _UnknownError:
+        return None
+
+
 class _Reduced:
     """An iteration of a loop, reduced to its counters and to the conditions that lead to lines that never ran."""
 
@@ -184,6 +186,9 @@ class _Reduced:
                     kept.append(_PLAY)
                 case ast.Continue():
                     kept.append(_NEXT)
+                case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name))], value=value) if name == WATCHED:
+                    if self._reader.knows(value):
+                        kept.append(statement)
                 case (
                     ast.AugAssign(target=ast.Name() | ast.Attribute() | ast.Subscript() as target, value=value)
                     | ast.Assign(targets=[ast.Name() | ast.Attribute() | ast.Subscript() as target], value=value)
@@ -230,15 +235,26 @@ _NEXT = ast.parse("raise StopIteration").body[0]
 class Skip:
     """Passes over the iterations of one loop of a running function."""
 
-    def __init__(self, node: ast.For | ast.While, missing: Collection[int], ran: Collection[int], steps: int) -> None:
-        """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step."""
+    def __init__(
+        self, node: ast.For | ast.While, missing: Collection[int], ran: Collection[int], steps: int, line: int = 0
+    ) -> None:
+        """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
+
+        `line` is where every iteration begins, if the body of `node` is not as it is in the file.
+        """
         self._node, self._missing, self._ran, self._steps = node, missing, ran, max(1, steps)
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
+        self._watched: dict[str, object] = {}
+        """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
+        self.is_changing = False
+        """True if iterations were passed up to one in which such a value changes."""
+        self.is_reached = False
+        """True if they were passed up to one that has to run."""
         self.names: dict[str, object] = {}
         """The function's names as they were read last."""
-        self.line = head_line(node)
+        self.line = line or head_line(node)
         """Line at which every iteration begins."""
         self.is_over = False
         """True when the next iteration has to run, or nothing more can be passed."""
@@ -257,11 +273,13 @@ class Skip:
         code, reduced, _ = self._code(frame, names, others)
         until = time.monotonic() + _SECONDS
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For)
-        goes_on = is_counting and not set(self._missing) <= reduced.unknown
+        self._watched = self._steady(code, reduced, names, others) if is_counting else {}
+        goes_on = is_counting and (bool(self._watched) or not set(self._missing) <= reduced.unknown)
         while goes_on and time.monotonic() < until:
             before = self._values(reduced, names, others)
             if not self._runs(code, names, others):
                 self._restore(before, reduced, names, others)
+                self.is_reached = True
                 break
             goes_on = sum(advance() for _ in range(self._steps)) == self._steps
         self.is_over = True
@@ -270,12 +288,32 @@ class Skip:
         """Count the iterations of one optimizer step; False if one of them has to run."""
         for _ in range(self._steps):
             try:
-                exec(code, others, names)  # the script's own assignments and conditions, and nothing else of it
-            except StopIteration:
-                continue
+                found = _followed(code, others, names)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
                 return False
+            if any(found.get(key, value) != value for key, value in self._watched.items()):
+                self.is_changing = True
+                return False
         return True
+
+    def _steady(
+        self, code: CodeType, reduced: _Reduced, names: dict[str, object], others: dict[str, object]
+    ) -> dict[str, object]:
+        """Return the watched values of the iteration that ran, without those that change from each one to the next."""
+        before = self._values(reduced, names, others)
+        ahead: list[dict[str, object]] = []
+        for _ in range(2):
+            with contextlib.suppress(*FAILURES):
+                ahead.append(_followed(code, others, names))
+        self._restore(before, reduced, names, others)
+        if len(ahead) < 2:
+            return {key: value for key, value in self._watched.items() if not isinstance(value, float)}
+        one, two = ahead
+        return {
+            key: value
+            for key, value in self._watched.items()
+            if isinstance(value, (int, str, tuple)) and (one.get(key) in (value, two.get(key)))
+        }
 
     def _code(
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
@@ -286,10 +324,10 @@ class Skip:
         if isinstance(self._node, ast.While):
             body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))
             reader.knows(self._node.test)
-        for name in sorted(_given(self._node) - self._unsure):
-            if type(names.get(name)) is int:
-                reduced.counters[name] = ast.Name(name, ast.Load())
-                body.insert(0, ast.AugAssign(ast.Name(name, ast.Store()), ast.Add(), ast.Constant(1)))
+        for name, target in sorted(_given(self._node).items()):
+            if name not in self._unsure and type(value_in(target, names, others)) is int:
+                reduced.counters[name] = ast.parse(name, mode="eval").body
+                body.insert(0, ast.AugAssign(target, ast.Add(), ast.Constant(1)))
         python = frame.f_code
         local = {*python.co_varnames, *python.co_cellvars, *python.co_freevars}
         shared = [
@@ -327,8 +365,8 @@ class Skip:
         """Return the counters expected after the next iteration, and the values that its conditions read."""
         code, reduced, read = self._code(frame, names, others)
         before = self._values(reduced, names, others)
-        with contextlib.suppress(StopIteration, *FAILURES):  # as above
-            exec(code, others, names)
+        with contextlib.suppress(*FAILURES):  # as above
+            self._watched = _followed(code, others, names)
         expected = self._values(reduced, names, others)
         self._restore(before, reduced, names, others)
         return expected, {text: value for text, value in read.items() if isinstance(value, _NUMBERS)}
@@ -350,33 +388,32 @@ class Skip:
         self._unsure = frozenset(wrong)
 
 
-def _given(node: ast.For | ast.While) -> frozenset[str]:
-    """Names that a loop itself assigns."""
+def _followed(code: CodeType, others: dict[str, object], names: dict[str, object]) -> dict[str, object]:
+    """Run the script's own counts and conditions of one iteration, and nothing else; return what is watched."""
+    found: dict[str, object] = {}
+    names[WATCHED] = found
+    try:
+        exec(code, others, names)
+    except StopIteration:
+        pass
+    finally:
+        del names[WATCHED]
+    return found
+
+
+def _given(node: ast.For | ast.While) -> dict[str, ast.Name | ast.Attribute]:
+    """Names and attributes that a loop itself assigns, by their text."""
     if isinstance(node, ast.While):
-        return frozenset()
-    return frozenset(each.id for each in ast.walk(node.target) if isinstance(each, ast.Name))
-
-
-def iterator_of(frame: FrameType) -> object:
-    """Return the iterator of a `for` loop at the start of an iteration; None elsewhere, and where Python hides it.
-
-    It is the last entry of the function's stack, which only the frame's memory shows (`_PyInterpreterFrame` in
-    pycore_frame.h of Python 3.11 to 3.13).
-    """
-    code = frame.f_code
-    place = frame.f_lasti
-    while code.co_code[place] == dis.EXTENDED_ARG:
-        place += 2
-    if sys.version_info >= (3, 14) or dis.opname[code.co_code[place]] not in ("FOR_ITER", "JUMP_BACKWARD"):
-        return None
-    running = ctypes.c_void_p.from_address(id(frame) + _FRAME).value
-    assert running is not None
-    if ctypes.c_void_p.from_address(running + _CODE).value != id(code):
-        return None
-    entries = ctypes.c_int.from_address(running + _STACK_TOP).value
-    last = ctypes.c_void_p.from_address(running + _STACK + _POINTER * (entries - 1)).value
-    found: object = ctypes.cast(last, ctypes.py_object).value if entries > 0 and last else None
-    return found if hasattr(found, "__next__") else None
+        return {}
+    parts = [node.target]
+    found: dict[str, ast.Name | ast.Attribute] = {}
+    while parts:
+        match parts.pop():
+            case ast.Name() | ast.Attribute() as part:
+                found[ast.unparse(part)] = part
+            case ast.Tuple(elts=inner) | ast.List(elts=inner):
+                parts += inner
+    return found
 
 
 def lines_in_reach(node: ast.For | ast.While, lines: Collection[int]) -> set[int]:

@@ -140,8 +140,10 @@ class Stopping:
             return
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
             self._unplayed.append(loop.place)  # nobody knows what a package does only in some of its iterations
+        self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._given_up]
         state = self._state(steps - first + 1)
         if self._lines.skip_ahead(frame, self._unplayed, state):
+            self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._unplayed]
             self._note(say("vgpu.stopping.skipped", first=first))
             self._repeats_since = None
         is_late = self._repeats_for_long()
@@ -153,11 +155,11 @@ class Stopping:
             self._has_jumped = True
             self._equal = [0] * _LONGEST_ROUND
         elif is_late or not (self._unplayed or differing):
-            self._end_repeating(first, steps, self._unplayed or differing)
+            self._end_repeating(frame, first, steps, self._unplayed or differing)
 
-    def _end_repeating(self, first: int, steps: int, not_played: list[Frame]) -> None:
-        """End steps that repeat, unless the longest sample of their DataLoader has not come yet."""
-        if self._evaluations.go_to_longest():
+    def _end_repeating(self, frame: FrameType, first: int, steps: int, not_played: list[Frame]) -> None:
+        """End steps that repeat, unless the longest sample of their DataLoader or generator has not come yet."""
+        if self._evaluations.go_to_longest() or self._lines.go_to_largest(frame):
             self._equal = [0] * _LONGEST_ROUND
             return
         self.not_played = not_played

@@ -1,5 +1,6 @@
 """Lines of the script's training loop that an early stop would leave unplayed, although they may allocate."""
 
+import ast
 import contextlib
 import inspect
 import itertools
@@ -11,16 +12,18 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_counted, is_package
+from tightfit.vgpu.inlined_loop import InlinedLoop, inlined
+from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
 from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
 from tightfit.vgpu.phases import Phases
-from tightfit.vgpu.skipping import FAILURES, Skip, closed_lines, iterator_of, lines_in_reach
+from tightfit.vgpu.skipping import Skip, closed_lines, lines_in_reach, value_in
 
 _SECONDS_TO_LEAVE = 3.0
 """Time for taking away the items of a loop that nothing follows."""
 _JUMP = FrameType.__dict__["f_lineno"].__set__
 """Sets a frame's next line, which Python lets trace functions do alone."""
-_AT_HAND: tuple[type, ...] = type(iter([])), type(iter(())), type(iter(range(0))), type(reversed([]))
-"""Iterators whose items exist already, so that taking them away does nothing else."""
+_MOST_CHANGES = 32
+"""Iterations of a loop that are played because a size may change in them."""
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -54,6 +57,15 @@ class LineWatch:
         """
         self._skips: dict[CodeType, tuple[Loop, Skip]] = {}
         self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
+        self._inlined: dict[tuple[CodeType, int], InlinedLoop] = {}
+        self._asked_for_largest: set[tuple[CodeType, int]] = set()
+        """Loops whose largest item was looked for before an end of the play."""
+        self._only_for_largest: tuple[CodeType, int] | None = None
+        """A loop to leave only by way of its largest item."""
+        self._unread: set[tuple[CodeType, int]] = set()
+        """Loops to read in that way at their next iteration."""
+        self._changes: Counter[tuple[CodeType, int]] = Counter()
+        """Times that iterations were passed up to one with other values; the most of them if there is no other."""
         self.is_passing = False
         """True while iterations are passed over."""
         self._stale: dict[str, object] | None = None
@@ -77,12 +89,16 @@ class LineWatch:
     def follow(self, frame: FrameType | None) -> None:
         for each in (*own_frames(frame), *package_frames(frame)):
             code = each.f_code
-            self._followed[id(code)] = code
             if code not in self._ran:
-                self._ran[code] = {each.f_lineno}
-                self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
-                self._bodies[code] = bodies_on_line(code.co_filename, code.co_firstlineno, code.co_name)
+                self._add(code)
+                self._ran[code].add(each.f_lineno)
             each.f_trace = self._line
+
+    def _add(self, code: CodeType) -> None:
+        self._followed[id(code)] = code
+        self._ran[code] = set()
+        self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
+        self._bodies[code] = bodies_on_line(code.co_filename, code.co_firstlineno, code.co_name)
 
     def after_step(self) -> None:
         """Note how many iterations each loop had at an optimizer step."""
@@ -110,6 +126,45 @@ class LineWatch:
             missed = [line for line, last in lines if ran.isdisjoint(range(line, last + 1))]
             found += [Frame(code.co_filename, abs(line), code.co_qualname) for line in missed]
         return list(dict.fromkeys(found))
+
+    def hidden(self, frame: FrameType | None) -> list[Frame]:
+        """List the training loops around `frame` whose later iterations may do more in a function that they call.
+
+        Or in which a size that the loop's counters decide changes only later.
+        """
+        found: list[Frame] = []
+        for each, training in self._training_around(frame) if self.is_on else ():
+            code = each.f_code
+            for loop in training if not code.co_flags & _SUSPENDS else ():
+                made = self._inlined.get((code, loop.first))
+                if made is None:
+                    self._unread.add((code, loop.first))
+                    found.append(Frame(code.co_filename, loop.first, code.co_qualname))
+                    continue
+                place, missing = (code, loop.first), made.missing(self.ran)
+                watches = made.watches and self._changes[place] < _MOST_CHANGES
+                is_tried = any(each[:2] == place and missing <= each[2] for each in self._tried)
+                if watches or self._is_skipping(code, loop) or (missing and not is_tried):
+                    found.append(Frame(code.co_filename, loop.first, code.co_qualname))
+        return found
+
+    def _is_skipping(self, code: CodeType, loop: Loop) -> bool:
+        return code in self._skips and self._skips[code][0].first == loop.first
+
+    def _read_in(self, frame: FrameType, first: int) -> None:
+        """Read a loop with the script's functions in place of their calls, and follow these functions.
+
+        Only while Python traces the function: what is read of its names elsewhere is written back later.
+        """
+        code, names, others = frame.f_code, frame.f_locals, frame.f_globals
+        node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, first)
+        if node is not None:
+            made = inlined(node, lambda each: value_in(each, names, others), code, others)
+            self._inlined[code, first] = made
+            for each in made.functions.keys() - self._ran.keys():
+                self._add(each)
+        self._unread.discard((code, first))
+        self.forget_names(frame, names)
 
     def leave_loops(
         self, frame: FrameType | None, unplayed: Iterable[Frame], state: Hashable, *, epoch_ends: bool
@@ -197,13 +252,20 @@ class LineWatch:
         return False
 
     def _start_skip(self, code: CodeType, loop: Loop, lines: set[int]) -> bool:
-        node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, loop.first)
-        missing = frozenset() if node is None else frozenset(lines_in_reach(node, lines))
-        if node is None or not missing or (code, loop.first, missing) in self._tried or code.co_flags & _SUSPENDS:
+        made = self._inlined.get((code, loop.first))
+        if made is None or code.co_flags & _SUSPENDS:
+            return False
+        missing = frozenset(lines_in_reach(made.node, lines) | made.missing(self.ran))
+        if (code, loop.first, missing) in self._tried:  # such a line may be on its way in this very iteration
+            missing = frozenset()
+        watches = bool(made.watches) and self._changes[code, loop.first] < _MOST_CHANGES
+        if not (missing or watches):
             return False
         self._tried.add((code, loop.first, missing))
+        self._changes[code, loop.first] += 1
         before, now = (at[code, loop.first] for at in self._at_steps)
-        self._skips[code] = loop, Skip(node, missing, self.ran(code), now - before)
+        ran = {line + offset for each, offset in made.functions.items() for line in self.ran(each)} | self.ran(code)
+        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line)
         return True
 
     def training_loop(self, frame: FrameType | None) -> "TrainingLoop | None":
@@ -256,7 +318,7 @@ class LineWatch:
 
     def _may_leave(self, frame: FrameType, loop: Loop) -> bool:
         lines, then = self._if_closed.pop((frame.f_code, loop), (frozenset[int](), None))
-        if then is not None and loop.has_items and not (loop.after or _are_at_hand(iterator_of(frame))):
+        if then is not None and loop.has_items and not (loop.after or are_at_hand(iterator_of(frame))):
             return False
         if lines:
             code, names = frame.f_code, frame.f_locals
@@ -268,6 +330,22 @@ class LineWatch:
         if then is not None:
             then()
         return True
+
+    def go_to_largest(self, frame: FrameType | None) -> bool:
+        """Let the innermost training loop go on to the largest item that it has left; False if it was asked before.
+
+        And False for a loop that counts.
+        """
+        for each, training in self._training_around(frame) if self.is_on else ():
+            for loop in training[-1:]:
+                place = (each.f_code, loop.first)
+                if not loop.has_items or place in self._asked_for_largest:
+                    return False
+                self._asked_for_largest.add(place)
+                self._only_for_largest = place
+                self.leave(each.f_code, loop)
+                return True
+        return False
 
     def ran(self, code: CodeType) -> set[int]:
         """Lines of a followed function that ran."""
@@ -295,6 +373,8 @@ class LineWatch:
         if first is None:
             return self._line
         self._iterates(code, first)
+        if (code, first) in self._unread:
+            self._read_in(frame, first)
         loop = next((each for each in self._leaving.get(code, ()) if each.first == first), None)
         if loop is not None:
             self._leave_now(frame, loop)
@@ -316,11 +396,17 @@ class LineWatch:
 
     def _leave_now(self, frame: FrameType, loop: Loop) -> None:
         """Jump behind a loop at its line, or take all items away that are left if nothing follows it."""
-        items = None if loop.after else iterator_of(frame)
+        items = iterator_of(frame) if loop.has_items or not loop.after else None
         if not loop.after and items is None:  # the loop only begins
             return
         self._leaving[frame.f_code].remove(loop)
         if not self._may_leave(frame, loop):
+            return
+        if self._only_for_largest == (frame.f_code, loop.first):
+            self._only_for_largest = None
+            if not makes_items(items):
+                return
+        if loop.has_items and items is not None and self._ends_with_largest(frame, loop, items):
             return
         if loop.after:
             with contextlib.suppress(ValueError):  # a line that cannot be reached from here
@@ -333,6 +419,18 @@ class LineWatch:
         with self._passing():
             while time.monotonic() < until and not self.is_cut_short and self._takes(items):
                 pass
+
+    def _ends_with_largest(self, frame: FrameType, loop: Loop, items: object) -> bool:
+        """Let a loop end after the largest item that is left; False if Python hides its iterator or all are alike."""
+        node = loop_node(frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_code.co_name, loop.first)
+        if not isinstance(node, ast.For):
+            return False
+        names = frame.f_locals
+        played = value_in(node.target, names, frame.f_globals)
+        self.forget_names(frame, names)
+        with self._passing():
+            largest = largest_left(items, played, lambda: self.is_cut_short)
+        return largest is not None and replace_iterator(frame, iter([largest]))
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[None]:
@@ -361,6 +459,8 @@ class LineWatch:
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[frame.f_code]
+            if not (skip.is_changing or skip.is_reached):
+                self._changes[frame.f_code, loop.first] = _MOST_CHANGES
 
     def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
         """Let go, at the next line, of `names` as they were read from a function: they keep its tensors of now.
@@ -396,13 +496,6 @@ class LineWatch:
             around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, line)
             if any(loop.first == first for loop in around):
                 del self._begun[code, line]
-
-
-def _are_at_hand(items: object) -> bool:
-    """Return True for the iterator of a list, a tuple or a tensor, also within `enumerate`."""
-    if isinstance(items, enumerate):
-        items = items.__reduce__()[1][0]
-    return isinstance(items, _AT_HAND)
 
 
 def own_frames(frame: FrameType | None) -> Iterator[FrameType]:

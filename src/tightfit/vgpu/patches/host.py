@@ -1,6 +1,7 @@
 """The host's side of a script: torch's dealings with real files, parameters and threads, made safe for a dry run."""
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_ragged()
     _install_validity(device)
     _install_steps(device)
+    _install_lbfgs()
     install_storages(device)
     _install_fake_tensors(device)
     _install_parameters()
@@ -63,6 +65,23 @@ def _install_steps(device: VirtualDevice) -> None:
 
     assign(torch.autograd, backward=counted)
     assign(torch.optim.Optimizer, __init__=made)
+
+
+def _install_lbfgs() -> None:
+    """Let L-BFGS fill its history: a loss that nobody computed does not change, which looks like its end."""
+    usual: Callable[..., Tensor] = torch.optim.LBFGS.step
+
+    @functools.wraps(usual)
+    def step(optimizer: torch.optim.LBFGS, closure: Callable[[], Tensor]) -> Tensor:
+        group = optimizer.param_groups[0]
+        given = {name: group[name] for name in ("tolerance_grad", "tolerance_change")}
+        group.update(dict.fromkeys(given, -math.inf))
+        try:
+            return usual(optimizer, closure)
+        finally:
+            group.update(given)
+
+    assign(torch.optim.LBFGS, step=step)
 
 
 def _install_validity(device: VirtualDevice) -> None:

@@ -1,0 +1,372 @@
+"""A training loop's source with the script's own functions in place of their calls.
+
+`maybe_evaluate(step)` hides `if step % 500 == 0:` from a reader of the loop, and `size_at(step)` hides a table. Nothing
+is called: names of a function become the expressions that its caller passes, and what cannot be read is unknown.
+"""
+
+import ast
+import builtins
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType, MethodType
+from typing import TypeVar
+
+from tightfit.vgpu.frames import is_own
+from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
+
+S = TypeVar("S", bound=ast.stmt)
+
+WATCHED = "tightfit.watched"
+"""Name, which no script can have, under which an iteration's expressions of the counters leave their values."""
+_UNKNOWN = "tightfit.unknown"
+_DEPTH = 4
+_MOST_STATEMENTS = 3000
+_OTHER_FILE = 10_000_000
+"""Added to line numbers of functions in other files than the loop's."""
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_DERIVED = (ast.IfExp, ast.Subscript, ast.BinOp, ast.Compare, ast.BoolOp, ast.Call)
+_HIDE_NAMES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr, ast.Await)
+
+Look = Callable[[ast.expr], object]
+"""Reads the value of an expression of the loop's function; None where only the script could give it."""
+
+
+@dataclass
+class InlinedLoop:
+    """A loop as it can be followed without running the script."""
+
+    node: ast.For | ast.While
+    line: int
+    """Line at which every iteration begins."""
+    functions: dict[CodeType, int] = field(default_factory=dict)
+    """Functions that were put in, with what is added to their lines."""
+    watches: int = 0
+    """Expressions of the counters whose values decide sizes."""
+
+    def missing(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
+        """Lines that may allocate in these functions, behind a condition of the counters, and never ran."""
+        lines = {line + offset for code, offset in self.functions.items() for line in ran(code)}
+        stored = {ast.unparse(each) for each in _targets(self.node)}
+        found = set[int]()
+        for branch in ast.walk(self.node):
+            if isinstance(branch, ast.If) and getattr(branch, "is_put_in", False) and _reads(branch.test, stored):
+                calls = allocating_lines([*branch.body, *branch.orelse])
+                found |= {first for first, last in calls if lines.isdisjoint(range(first, last + 1))}
+        return found
+
+
+def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object]) -> InlinedLoop:
+    """Put functions in for their calls in the loop at `node` of a function with these global `names`."""
+    made = InlinedLoop(node, head_line(node))
+    builder = _Builder(made, look, code, names)
+    body = builder.statements(node.body, _Scope(None, {}, names, 0), 0)
+    if isinstance(node, ast.While):
+        made.node = ast.While(node.test, body, [])
+    else:
+        made.node = ast.For(node.target, node.iter, body, [])
+    ast.copy_location(made.node, node)
+    return made
+
+
+def _targets(node: ast.For | ast.While) -> Iterator[ast.expr]:
+    for each in ast.walk(node):
+        if isinstance(each, ast.Assign):
+            yield from each.targets
+        elif isinstance(each, (ast.AugAssign, ast.For)):
+            yield each.target
+
+
+def _reads(test: ast.expr, texts: set[str]) -> bool:
+    return any(isinstance(each, ast.expr) and ast.unparse(each) in texts for each in ast.walk(test))
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """One function of the script while it is put in."""
+
+    code: CodeType | None
+    """None for the loop's own function."""
+    values: dict[str, ast.expr]
+    """Expressions of the loop's function for its parameters and variables."""
+    globals: Mapping[str, object]
+    offset: int
+
+
+class _Translator(ast.NodeTransformer):
+    """Writes an expression of a function as one of the loop's function."""
+
+    def __init__(self, scope: _Scope, builder: "_Builder", depth: int) -> None:
+        self._scope, self._builder, self._depth = scope, builder, depth
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, _HIDE_NAMES):
+            return ast.Name(_UNKNOWN, ast.Load())
+        found: ast.AST = super().visit(node)
+        return found
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self._builder.name(node, self._scope)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Replace a call of a function that only returns an expression."""
+        self.generic_visit(node)
+        if self._depth >= _DEPTH:
+            return node
+        called = self._builder.called(node)
+        body = [each for each in called[0].body if not _is_text(each)] if called else []
+        if called is None or len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None:
+            return node
+        inner = self._builder.scope_of(node, *called)
+        return self._builder.translated(body[0].value, inner, self._depth + 1)
+
+
+class _Builder:
+    """Puts functions in for their calls."""
+
+    def __init__(self, made: InlinedLoop, look: Look, code: CodeType, names: Mapping[str, object]) -> None:
+        self._made, self._look, self._code, self._names = made, look, code, names
+        self._left = _MOST_STATEMENTS
+
+    def statements(self, block: Sequence[ast.stmt], scope: _Scope, depth: int) -> list[ast.stmt]:
+        """Return the statements of a block with the functions that they call before them."""
+        found: list[ast.stmt] = []
+        for statement in _without_returns(block) if scope.code else block:
+            self._left -= 1
+            if self._left < 0:
+                break
+            found += self._statement(statement, scope, depth)
+        return found
+
+    def _statement(self, statement: ast.stmt, scope: _Scope, depth: int) -> list[ast.stmt]:
+        match statement:
+            case ast.If(test=test, body=body, orelse=other):
+                return [self._branch(statement, test, body, other, scope, depth)]
+            case ast.Expr(value=ast.BoolOp(op=ast.And(), values=[*tests, ast.Call() as call])):
+                test = tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests)
+                return [self._branch(statement, test, [_expression(call)], [], scope, depth)]
+            case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
+                return [self._branch(statement, test, [_expression(one)], [_expression(two)], scope, depth)]
+            case ast.With() | ast.AsyncWith() | ast.Try():
+                made = copy.copy(statement)
+                made.body = self.statements(statement.body, scope, depth)
+                return [self._placed(made, scope)]
+            case ast.For():
+                return [*self._simple(statement.iter, scope, depth), self._placed(copy.deepcopy(statement), scope)]
+            case ast.While() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                return [self._placed(copy.deepcopy(statement), scope)]
+        values = [each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.expr)]
+        before = [each for value in values for each in self._simple(value, scope, depth)]
+        return [*before, *self._kept(statement, scope, depth)]
+
+    def _branch(
+        self,
+        statement: ast.stmt,
+        test: ast.expr,
+        body: Sequence[ast.stmt],
+        other: Sequence[ast.stmt],
+        scope: _Scope,
+        depth: int,
+    ) -> ast.If:
+        made = ast.If(
+            self.translated(test, scope, depth),
+            self.statements(body, scope, depth) or [ast.copy_location(ast.Pass(), statement)],
+            self.statements(other, scope, depth),
+        )
+        setattr(made, "is_put_in", scope.code is not None)  # noqa: B010 (of no class of ours)
+        ast.copy_location(made, statement)
+        return self._placed(made, scope)
+
+    def _simple(self, value: ast.expr, scope: _Scope, depth: int) -> list[ast.stmt]:
+        """Return the bodies of the functions that an expression calls, and its parts that the counters decide."""
+        found: list[ast.stmt] = []
+        whole = self.translated(value, scope, depth)
+        for call in [each for each in ast.walk(whole) if isinstance(each, ast.Call)] if depth < _DEPTH else ():
+            called = self.called(call)
+            if called is not None:
+                found += self.statements(called[0].body, self.scope_of(call, *called), depth + 1)
+        for part in _derived(whole):
+            if self._look(part) is not None:
+                key = ast.Constant(f"{scope.offset}:{part.lineno}:{part.col_offset}:{depth}")
+                target = ast.Subscript(ast.Name(WATCHED, ast.Load()), key, ast.Store())
+                found.append(ast.copy_location(ast.Assign([target], part), value))
+                self._made.watches += 1
+        return found
+
+    def _kept(self, statement: ast.stmt, scope: _Scope, depth: int) -> list[ast.stmt]:
+        """Return the statement itself; in the loop's own words if it counts in a function."""
+        made = copy.deepcopy(statement)
+        if scope.code is None:
+            return [made]
+        match made:
+            case ast.Assign(targets=[target], value=value) | ast.AugAssign(target=target, value=value):
+                is_local = isinstance(target, ast.Name) and target.id in scope.values
+                made = _expression(value, made) if is_local else self._in_own_words(made, scope, depth)
+        return [self._placed(made, scope)]
+
+    def _in_own_words(self, statement: ast.stmt, scope: _Scope, depth: int) -> ast.stmt:
+        translator = _Translator(scope, self, depth)
+        for name, value in ast.iter_fields(statement):
+            if isinstance(value, ast.expr):
+                setattr(statement, name, _stored(translator.visit(value), name))
+            elif name == "targets":
+                setattr(statement, name, [_stored(translator.visit(each), name) for each in value])
+        return statement
+
+    def _placed(self, statement: S, scope: _Scope) -> S:
+        """Move a statement of another file to lines of its own, and all that were made to some line."""
+        if scope.offset and not getattr(statement, "is_placed", False):
+            statement.lineno += scope.offset
+            statement.end_lineno = (statement.end_lineno or statement.lineno) + scope.offset
+            setattr(statement, "is_placed", True)  # noqa: B010 (of no class of ours)
+        return statement
+
+    def translated(self, value: ast.expr, scope: _Scope, depth: int) -> ast.expr:
+        found = _Translator(scope, self, depth).visit(copy.deepcopy(value))
+        assert isinstance(found, ast.expr)
+        return ast.fix_missing_locations(ast.copy_location(found, value))
+
+    def name(self, node: ast.Name, scope: _Scope) -> ast.expr:
+        """Return a name's expression in the loop's function."""
+        if scope.code is None:
+            return node
+        if node.id in scope.values:
+            return copy.deepcopy(scope.values[node.id])
+        if node.id not in scope.globals:
+            is_builtin = hasattr(builtins, node.id) or node.id in self._code.co_cellvars
+            return node if is_builtin else ast.Name(_UNKNOWN, node.ctx)
+        if scope.globals is self._names and node.id not in (*self._code.co_varnames, *self._code.co_cellvars):
+            return node
+        value = scope.globals[node.id]
+        plain = value is None or isinstance(value, (int, float, str))
+        return ast.Constant(value) if plain else ast.Name(_UNKNOWN, node.ctx)  # type: ignore[arg-type]
+
+    def called(self, call: ast.Call) -> tuple[ast.FunctionDef, FunctionType, ast.expr | None] | None:
+        """Return the source of the script's function that is called, the function and its `self`."""
+        found = self._look(call.func)
+        owner = None
+        if isinstance(found, MethodType) and isinstance(call.func, ast.Attribute):
+            found, owner = found.__func__, call.func.value
+        found = inspect.unwrap(found) if isinstance(found, FunctionType) else found
+        if not isinstance(found, FunctionType):
+            return None
+        code = found.__code__
+        if code.co_flags & _SUSPENDS or not is_own(code):
+            return None
+        node = function_node(code.co_filename, code.co_firstlineno, code.co_name)
+        return (node, found, owner) if node is not None else None
+
+    def scope_of(self, call: ast.Call, node: ast.FunctionDef, function: FunctionType, owner: ast.expr | None) -> _Scope:
+        """Return the names of a function that is called so."""
+        code = function.__code__
+        files = [self._code.co_filename, *(each.co_filename for each in self._made.functions)]
+        known = files.index(code.co_filename) if code.co_filename in files else len(files)
+        offset = self._made.functions.setdefault(code, known * _OTHER_FILE)
+        values = dict.fromkeys((*code.co_varnames, *code.co_cellvars), _unknown())
+        values |= _given(call, node, owner)
+        scope = _Scope(code, values, function.__globals__, offset)
+        self._read_variables(node, scope, set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]))
+        return scope
+
+    def _read_variables(self, node: ast.FunctionDef, scope: _Scope, given: set[str]) -> None:
+        """Know the variables of a function that are assigned once, from what is known."""
+        times: dict[str, int] = {}
+        for each in ast.walk(node):
+            if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
+                times[each.id] = times.get(each.id, 0) + 1
+        for name in given & times.keys():
+            scope.values[name] = _unknown()
+        for statement in node.body:
+            if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+                continue
+            target = statement.targets[0]
+            value = self.translated(statement.value, scope, _DEPTH)
+            if self._look(value) is None:
+                continue
+            parts = target.elts if isinstance(target, ast.Tuple) else []
+            pairs: list[tuple[ast.expr, ast.expr]] = (
+                [(target, value)]
+                if not parts
+                else [(part, ast.Subscript(value, ast.Constant(place), ast.Load())) for place, part in enumerate(parts)]
+            )
+            for part, each_value in pairs:
+                if isinstance(part, ast.Name) and times.get(part.id) == 1 and part.id in scope.values:
+                    scope.values[part.id] = ast.fix_missing_locations(ast.copy_location(each_value, statement))
+
+
+def _given(call: ast.Call, node: ast.FunctionDef, owner: ast.expr | None) -> dict[str, ast.expr]:
+    """Return the expressions of a function's parameters in one call."""
+    names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+    passed = [owner, *call.args] if owner is not None else list(call.args)
+    values = {
+        name: value
+        for name, value in zip(names[len(names) - len(node.args.defaults) :], node.args.defaults, strict=True)
+        if isinstance(value, ast.Constant)
+    }
+    for each, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+        if isinstance(value, ast.Constant):
+            values[each.arg] = value
+    found: dict[str, ast.expr] = {**values}
+    if any(isinstance(each, ast.Starred) for each in passed):
+        return {}
+    found.update(zip(names, passed, strict=False))
+    found.update({each.arg: each.value for each in call.keywords if each.arg is not None})
+    return found
+
+
+def _without_returns(block: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """Put what follows a branch that may return into the branches, so that no statement returns."""
+    for place, statement in enumerate(block):
+        if isinstance(statement, ast.Return):
+            return [*block[:place], *([_expression(statement.value, statement)] if statement.value else [])]
+        if isinstance(statement, ast.If) and _returns(statement):
+            rest = block[place + 1 :]
+            made = ast.If(
+                statement.test,
+                _without_returns([*statement.body, *rest]) or [ast.copy_location(ast.Pass(), statement)],
+                _without_returns([*statement.orelse, *rest]),
+            )
+            ast.copy_location(made, statement)
+            made.end_lineno = max((each.end_lineno or 0 for each in rest), default=statement.end_lineno)
+            return [*block[:place], made]
+    return list(block)
+
+
+def _returns(branch: ast.If) -> bool:
+    return any(
+        isinstance(each, ast.Return) or (isinstance(each, ast.If) and _returns(each))
+        for each in (*branch.body, *branch.orelse)
+    )
+
+
+def _derived(value: ast.expr) -> Iterator[ast.expr]:
+    """Yield the largest parts of an expression that may be computed from counters, without those that print."""
+    parts: list[ast.expr] = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, _HIDE_NAMES) or (isinstance(part, ast.Call) and is_harmless(part)):
+            continue
+        if isinstance(part, _DERIVED):
+            yield part
+        parts += [each for each in ast.iter_child_nodes(part) if isinstance(each, ast.expr)]
+        parts += [each.value for each in getattr(part, "keywords", [])]
+
+
+def _expression(value: ast.expr, at: ast.stmt | None = None) -> ast.Expr:
+    return ast.fix_missing_locations(ast.copy_location(ast.Expr(value), at or value))
+
+
+def _stored(value: ast.AST, field_name: str) -> ast.AST:
+    """Let an expression be assigned to, if it is a target."""
+    if field_name in ("target", "targets") and isinstance(value, (ast.Name, ast.Attribute, ast.Subscript)):
+        value.ctx = ast.Store()
+    return value
+
+
+def _unknown() -> ast.expr:
+    return ast.Name(_UNKNOWN, ast.Load())
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

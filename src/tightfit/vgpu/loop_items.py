@@ -1,0 +1,108 @@
+"""Items of a running `for` loop: its iterator, which Python hides, and the largest item that is still to come."""
+
+import ctypes
+import dis
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, GeneratorType
+
+from torch import Tensor
+
+_FRAME, _CODE, _STACK_TOP, _STACK, _POINTER = 24, 32 if sys.version_info < (3, 12) else 0, 64, 72, 8
+"""Where Python keeps a running function's frame, its code, the length of its stack and the stack, in bytes."""
+FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError),
+    ValueError,
+)
+"""Errors of a script's own expressions, which it raises again where it comes to them."""
+_AT_HAND: tuple[type, ...] = type(iter([])), type(iter(())), type(iter(range(0))), type(reversed([]))
+"""Iterators whose items exist already, so that taking them away does nothing else."""
+_SECONDS = 2.0
+"""Time for looking at the items that are left."""
+
+
+def iterator_of(frame: FrameType) -> object:
+    """Return the iterator of a `for` loop at the start of an iteration; None elsewhere, and where Python hides it.
+
+    It is the last entry of the function's stack, which only the frame's memory shows (`_PyInterpreterFrame` in
+    pycore_frame.h of Python 3.11 to 3.13).
+    """
+    code = frame.f_code
+    place = frame.f_lasti
+    while code.co_code[place] == dis.EXTENDED_ARG:
+        place += 2
+    if sys.version_info >= (3, 14) or dis.opname[code.co_code[place]] not in ("FOR_ITER", "JUMP_BACKWARD"):
+        return None
+    last = _last_of_stack(frame)
+    found: object = ctypes.cast(last.value, ctypes.py_object).value if last is not None and last.value else None
+    return found if hasattr(found, "__next__") else None
+
+
+def _last_of_stack(frame: FrameType) -> ctypes.c_void_p | None:
+    """Return the last entry of a function's stack; None where Python's frames look otherwise."""
+    running = ctypes.c_void_p.from_address(id(frame) + _FRAME).value
+    assert running is not None
+    if ctypes.c_void_p.from_address(running + _CODE).value != id(frame.f_code):
+        return None
+    entries = ctypes.c_int.from_address(running + _STACK_TOP).value
+    return ctypes.c_void_p.from_address(running + _STACK + _POINTER * (entries - 1)) if entries > 0 else None
+
+
+def replace_iterator(frame: FrameType, items: Iterator[object]) -> bool:
+    """Let a `for` loop at the start of an iteration go on with other items; False where Python hides its own."""
+    usual = iterator_of(frame)
+    last = _last_of_stack(frame) if usual is not None else None
+    if last is None:
+        return False
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(items))
+    last.value = id(items)
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(usual))
+    return True
+
+
+def makes_items(items: object) -> bool:
+    """Return True for an iterator with items of several sizes: a generator, a list, batches of an iterable dataset."""
+    from torch.utils.data import dataloader
+
+    while type(items) is enumerate:
+        items = items.__reduce__()[1][0]
+    if isinstance(items, dataloader._BaseDataLoaderIter):
+        return items._dataset_kind == dataloader._DatasetKind.Iterable
+    return isinstance(items, (GeneratorType, zip, map, filter, type(iter([]))))
+
+
+def are_at_hand(items: object) -> bool:
+    """Return True for the iterator of a list, a tuple or a tensor, also within `enumerate`."""
+    if isinstance(items, enumerate):
+        items = items.__reduce__()[1][0]
+    return isinstance(items, _AT_HAND)
+
+
+def largest_left(items: object, played: object, is_over: Callable[[], bool]) -> object | None:
+    """Take the items that are left, as far as the time goes, and return the largest; None if none exceeds `played`."""
+    largest, most = None, size_of(played)
+    until = time.monotonic() + _SECONDS
+    while time.monotonic() < until and not is_over():
+        try:
+            item = next(items)  # type: ignore[call-overload]
+        except (StopIteration, *FAILURES):  # the script's own, which ends with its loop
+            break
+        if (size := size_of(item)) > most:
+            largest, most = item, size
+    return largest
+
+
+def size_of(item: object, *, of_card: bool = True) -> int:
+    """Return the number of values in an item: of its tensors (those of the card if asked), arrays, texts and lists."""
+    match item:
+        case Tensor():
+            return item.numel() if of_card or not item.is_cuda else 0
+        case str() | bytes():
+            return len(item)
+        case Mapping():
+            return sum(size_of(each, of_card=of_card) for each in item.values())
+        case list() | tuple():
+            return sum(size_of(each, of_card=of_card) for each in item)
+    size = getattr(item, "size", 1)
+    return size if isinstance(size, int) else 1
