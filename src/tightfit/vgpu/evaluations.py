@@ -15,7 +15,8 @@ from tightfit.vgpu.longest_batch import longest, stacks_samples
 from tightfit.vgpu.loop_source import calls_of_loop
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
-from tightfit.vgpu.unplayed import LineWatch, counted_frames, innermost_loop, own_frames
+from tightfit.vgpu.running_loops import counted_frames, innermost_loop, own_frames
+from tightfit.vgpu.unplayed import LineWatch
 from tightfit.wording import say
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
+from tightfit.vgpu.running_loops import SUSPENDS
 
 S = TypeVar("S", bound=ast.stmt)
 
@@ -25,7 +26,6 @@ _DEPTH = 4
 _MOST_STATEMENTS = 3000
 _OTHER_FILE = 10_000_000
 """Added to line numbers of functions in other files than the loop's."""
-_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _DERIVED = (ast.IfExp, ast.Subscript, ast.BinOp, ast.Compare, ast.BoolOp, ast.Call)
 _HIDE_NAMES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr, ast.Await)
 
@@ -252,7 +252,7 @@ class _Builder:
         if not isinstance(found, FunctionType):
             return None
         code = found.__code__
-        if code.co_flags & _SUSPENDS or not is_own(code):
+        if code.co_flags & SUSPENDS or not is_own(code):
             return None
         node = function_node(code.co_filename, code.co_firstlineno, code.co_name)
         return (node, found, owner) if node is not None else None

@@ -14,7 +14,8 @@ from tightfit.vgpu.patches import trainers
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.records import Settings
-from tightfit.vgpu.unplayed import LineWatch, TrainingLoop, is_in_loop, own_frames
+from tightfit.vgpu.running_loops import TrainingLoop, is_in_loop, own_frames
+from tightfit.vgpu.unplayed import LineWatch
 from tightfit.wording import say
 
 _STABLE_ROUNDS = 2

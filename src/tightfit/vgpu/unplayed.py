@@ -9,13 +9,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-from tightfit.vgpu.frames import Frame, is_counted, is_package
+from tightfit.vgpu.frames import Frame, is_package
 from tightfit.vgpu.inlined_loop import InlinedLoop, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
 from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
 from tightfit.vgpu.phases import Phases
+from tightfit.vgpu.running_loops import SUSPENDS, TrainingLoop, counted_frames, loops_at, own_frames, package_frames
 from tightfit.vgpu.skipping import Skip, closed_lines, lines_in_reach, value_in
 
 _SECONDS_TO_LEAVE = 3.0
@@ -24,7 +25,6 @@ _JUMP = FrameType.__dict__["f_lineno"].__set__
 """Sets a frame's next line, which Python lets trace functions do alone."""
 _MOST_CHANGES = 32
 """Iterations of a loop that are played because a size may change in them."""
-_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class LineWatch:
@@ -135,7 +135,7 @@ class LineWatch:
         found: list[Frame] = []
         for each, training in self._training_around(frame) if self.is_on else ():
             code = each.f_code
-            for loop in training if not code.co_flags & _SUSPENDS else ():
+            for loop in training if not code.co_flags & SUSPENDS else ():
                 made = self._inlined.get((code, loop.first))
                 if made is None:
                     self._unread.add((code, loop.first))
@@ -228,7 +228,7 @@ class LineWatch:
         """Yield the user's running functions, innermost first, with their training loops, outermost first."""
         trains = False
         for each in own_frames(frame):
-            around = _loops_at(each)
+            around = loops_at(each)
             training = around if trains else self._training_loops(each.f_code, around)
             yield each, training
             trains = trains or bool(training)
@@ -253,7 +253,7 @@ class LineWatch:
 
     def _start_skip(self, code: CodeType, loop: Loop, lines: set[int]) -> bool:
         made = self._inlined.get((code, loop.first))
-        if made is None or code.co_flags & _SUSPENDS:
+        if made is None or code.co_flags & SUSPENDS:
             return False
         missing = frozenset(lines_in_reach(made.node, lines) | made.missing(self.ran))
         if (code, loop.first, missing) in self._tried:  # such a line may be on its way in this very iteration
@@ -268,10 +268,10 @@ class LineWatch:
         self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line)
         return True
 
-    def training_loop(self, frame: FrameType | None) -> "TrainingLoop | None":
+    def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
         for each, _ in counted_frames(frame):
-            for loop in self._training_loops(each.f_code, _loops_at(each))[-1:]:
+            for loop in self._training_loops(each.f_code, loops_at(each))[-1:]:
                 return TrainingLoop(Frame(each.f_code.co_filename, loop.first, each.f_code.co_qualname), loop.last)
         return None
 
@@ -279,7 +279,7 @@ class LineWatch:
         """Leave the innermost training loop that can be left and was not given up before; False without one."""
         for each, _ in counted_frames(frame):
             code = each.f_code
-            for loop in reversed(self._training_loops(code, _loops_at(each))):
+            for loop in reversed(self._training_loops(code, loops_at(each))):
                 if loop.after and (code, loop) not in self._given_up:
                     self._given_up.add((code, loop))
                     self.leave(code, loop)
@@ -298,7 +298,7 @@ class LineWatch:
 
     def _training_loops(self, code: CodeType, around: Sequence[Loop]) -> Sequence[Loop]:
         """Return those of the loops around a line, outermost first, that have backward passes in an iteration."""
-        if code.co_flags & _SUSPENDS:
+        if code.co_flags & SUSPENDS:
             return ()
         innermost = max(
             (place for place, loop in enumerate(around) if (code, loop.first) in self._training), default=-1
@@ -496,49 +496,3 @@ class LineWatch:
             around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, line)
             if any(loop.first == first for loop in around):
                 del self._begun[code, line]
-
-
-def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield running frames of the user's own files, innermost first."""
-    return (each for each, is_packages in counted_frames(frame) if not is_packages)
-
-
-def package_frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield running frames of installed packages other than torch, innermost first."""
-    return (each for each, is_packages in counted_frames(frame) if is_packages)
-
-
-def counted_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, bool]]:
-    """Yield running frames without torch's and ours, each with True if it is a package's."""
-    while frame is not None:
-        if is_counted(frame):
-            yield frame, is_package(Frame(frame.f_code.co_filename, frame.f_lineno, ""))
-        frame = frame.f_back
-
-
-def _loops_at(frame: FrameType) -> tuple[Loop, ...]:
-    code = frame.f_code
-    return loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno)
-
-
-def is_in_loop(frame: FrameType) -> bool:
-    """Return True if a function is at a line within a `for` or `while` statement of its own."""
-    return bool(_loops_at(frame))
-
-
-def innermost_loop(frame: FrameType) -> Loop | None:
-    """Return the `for` loop of its own that a function is in, unless it is a generator, whose reader counts on it."""
-    if frame.f_code.co_flags & _SUSPENDS:
-        return None
-    around = _loops_at(frame)
-    return around[-1] if around and around[-1].counts else None
-
-
-class TrainingLoop(NamedTuple):
-    """A loop with backward passes in its iterations."""
-
-    place: Frame
-    last: int
-
-    def has(self, line: Frame) -> bool:
-        return line.file == self.place.file and self.place.line <= line.line <= self.last

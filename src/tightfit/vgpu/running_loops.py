@@ -1,0 +1,57 @@
+"""The user's running functions, and the loops that they are in."""
+
+import inspect
+from collections.abc import Iterator
+from types import FrameType
+from typing import NamedTuple
+
+from tightfit.vgpu.frames import Frame, is_counted, is_package
+from tightfit.vgpu.loop_source import Loop, loops_around
+
+SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def own_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield running frames of the user's own files, innermost first."""
+    return (each for each, is_packages in counted_frames(frame) if not is_packages)
+
+
+def package_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield running frames of installed packages other than torch, innermost first."""
+    return (each for each, is_packages in counted_frames(frame) if is_packages)
+
+
+def counted_frames(frame: FrameType | None) -> Iterator[tuple[FrameType, bool]]:
+    """Yield running frames without torch's and ours, each with True if it is a package's."""
+    while frame is not None:
+        if is_counted(frame):
+            yield frame, is_package(Frame(frame.f_code.co_filename, frame.f_lineno, ""))
+        frame = frame.f_back
+
+
+def loops_at(frame: FrameType) -> tuple[Loop, ...]:
+    code = frame.f_code
+    return loops_around(code.co_filename, code.co_firstlineno, code.co_name, frame.f_lineno)
+
+
+def is_in_loop(frame: FrameType) -> bool:
+    """Return True if a function is at a line within a `for` or `while` statement of its own."""
+    return bool(loops_at(frame))
+
+
+def innermost_loop(frame: FrameType) -> Loop | None:
+    """Return the `for` loop of its own that a function is in, unless it is a generator, whose reader counts on it."""
+    if frame.f_code.co_flags & SUSPENDS:
+        return None
+    around = loops_at(frame)
+    return around[-1] if around and around[-1].counts else None
+
+
+class TrainingLoop(NamedTuple):
+    """A loop with backward passes in its iterations."""
+
+    place: Frame
+    last: int
+
+    def has(self, line: Frame) -> bool:
+        return line.file == self.place.file and self.place.line <= line.line <= self.last
