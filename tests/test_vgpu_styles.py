@@ -144,17 +144,45 @@ assert Heard.seen.count("epoch") < 5
 """
 
 
+FILES_AND_POOLS = """
+import os, shutil, torch
+
+weight = torch.ones(1024, 1024, device="cuda")
+torch.save({"model": {"weight": weight, "tied": weight}, "halves": [weight.half()]}, "saved.pt")
+assert 6 << 20 <= os.path.getsize("saved.pt") < 7 << 20, "a tied weight is written once"
+assert os.stat("saved.pt").st_blocks * 512 < 1 << 20
+shutil.copy2("saved.pt", "best.pt")
+assert os.path.getsize("best.pt") == os.path.getsize("saved.pt") and os.stat("best.pt").st_blocks * 512 < 1 << 20
+loaded = [torch.load("best.pt", map_location=where)["halves"][0].device.type for where in (
+    None, "cpu", "cuda:0", {"cuda:0": "cpu"}, lambda storage, location: storage, lambda storage, location: None
+)]
+assert loaded == ["cuda", "cpu", "cuda", "cpu", "cpu", "cuda"], loaded
+os.replace("saved.pt", "moved.pt")
+assert torch.load("moved.pt")["halves"][0].dtype == torch.float16
+pool = torch.cuda.MemPool()
+before = torch.cuda.memory_reserved()
+with torch.cuda.use_mem_pool(pool):
+    torch.empty(4 << 20, dtype=torch.uint8, device="cuda")
+torch.cuda.empty_cache()
+assert torch.cuda.memory_reserved() == before + (20 << 20), "the pool keeps it"
+del pool
+torch.cuda.empty_cache()
+assert torch.cuda.memory_reserved() == before
+"""
+
+
 @pytest.mark.parametrize(
     "code",
     [
         IN_BACKWARD,
         DERIVATIVES,
         SAFETENSORS,
+        FILES_AND_POOLS,
         pytest.param(COMPILED_STEP, marks=pytest.mark.slow),
         pytest.param(BACKENDS, marks=pytest.mark.slow),
         pytest.param(TRAINER, marks=pytest.mark.slow),
     ],
-    ids=["in_backward", "derivatives", "safetensors", "compiled_step", "backends", "trainer"],
+    ids=["in_backward", "derivatives", "safetensors", "files_and_pools", "compiled_step", "backends", "trainer"],
 )
 def test_a_way_of_training_plays_to_its_end(code: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(code)

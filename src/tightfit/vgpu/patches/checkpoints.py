@@ -1,9 +1,12 @@
 """Checkpoints of a dry run: no data is written, but a script can load its own checkpoints again."""
 
+import contextlib
 import copy
+import functools
 import os
-from collections.abc import Callable
-from typing import IO
+import shutil
+from collections.abc import Callable, Mapping
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ Load = Callable[..., object]
 
 _STAND_IN = f"tightfit dryrun {os.getpid()}: no checkpoint, its number is ".encode()
 _NUMBER_BYTES = 4
+_FROM_CARD = "tightfit_was_on_card"
+"""Attribute of a saved tensor that was on the card."""
 
 
 def install(device: VirtualDevice, guard: FileGuard) -> None:
@@ -28,6 +33,24 @@ def install(device: VirtualDevice, guard: FileGuard) -> None:
     device.at_end.append(checkpoints.remove_stand_ins)
     assign(torch, save=checkpoints.save, load=checkpoints.load)
     safetensors_files.install(checkpoints)
+    if not guard.is_needed:
+        _copy_holes(checkpoints)
+
+
+def _copy_holes(checkpoints: "_Checkpoints") -> None:
+    """Copy a checkpoint as the hole that it is: Python would write its zeros."""
+    usual: Callable[..., object] = shutil.copyfile
+
+    @functools.wraps(usual)
+    def copyfile(src: str, dst: str, *, follow_symlinks: bool = True) -> object:
+        if not os.path.isfile(src) or not checkpoints.is_stand_in(src):
+            return usual(src, dst, follow_symlinks=follow_symlinks)
+        with open(src, "rb") as source, open(dst, "wb") as target:
+            target.write(source.read(len(_STAND_IN) + _NUMBER_BYTES))
+            target.truncate(os.path.getsize(src))
+        return dst
+
+    assign(shutil, copyfile=copyfile)
 
 
 class _Checkpoints:
@@ -60,6 +83,8 @@ class _Checkpoints:
             raise RuntimeError(f"Parent directory {folder} does not exist.")
         with open(file, "wb") as opened:
             opened.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
+            with contextlib.suppress(OSError):  # a file system without holes, or with a limit to a file's size
+                opened.truncate(opened.tell() + _data_bytes(self._saved[-1], set()))  # a hole takes no disk
 
     def is_stand_in(self, file: str | os.PathLike[str]) -> bool:
         """Return True for a file that this run saved."""
@@ -67,22 +92,38 @@ class _Checkpoints:
 
     def load(self, file: File, map_location: object = None, *args: object, **kwargs: object) -> object:
         """Load a checkpoint of this run or a real file, and move its tensors to the device if asked to."""
+        of_card = _OfCard()
         with self._device.phases.named("resume"):
             number = self._places.get(os.path.realpath(file)) if isinstance(file, (str, os.PathLike)) else None
             if number is None:
                 number = _number_in(file)
             if number is None:
-                content = self._usual_load(file, "cpu", *args, **kwargs)
+                content = self._usual_load(file, of_card.on_host, *args, **kwargs)
             else:
                 content = _outline(self._saved[number], {}, self._device)
-            target = torch.device(map_location) if isinstance(map_location, (str, torch.device)) else None
-            return _moved(content, target, {}) if target is not None and target.type == "cuda" else content
+            return _moved(content, lambda tensor: _place(map_location, of_card.has(tensor)), {})
 
     def remove_stand_ins(self) -> None:
         """Remove the files of stand-ins that the script wrote from its buffers."""
         for file in self._guard.made_files:
             if os.path.isfile(file) and _number_in(file) is not None:
                 os.remove(file)
+
+
+class _OfCard:
+    """Storages of a real file that were on a card when it was saved."""
+
+    def __init__(self) -> None:
+        self._storages: set[int] = set()
+
+    def on_host(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        """Load a storage to the host: a `map_location` of `torch.load`."""
+        if location.startswith("cuda"):
+            self._storages.add(storage._cdata)
+        return storage
+
+    def has(self, tensor: Tensor) -> bool:
+        return hasattr(tensor, _FROM_CARD) or tensor.untyped_storage()._cdata in self._storages
 
 
 def _number_in(file: File) -> int | None:
@@ -120,11 +161,28 @@ def _outline(content: object, memo: dict[int, Tensor], device: VirtualDevice) ->
     return content
 
 
+def _data_bytes(content: object, counted: set[int]) -> int:
+    """Return the bytes that a checkpoint's tensors have, shared ones counted once."""
+    if isinstance(content, Tensor):
+        key = id(content)
+        is_new = key not in counted
+        counted.add(key)
+        return content.numel() * content.element_size() if is_new else 0
+    if isinstance(content, dict):
+        return sum(_data_bytes(value, counted) for value in content.values())
+    if type(content) in (list, tuple):
+        return sum(_data_bytes(value, counted) for value in cast("list[object]", content))
+    return 0
+
+
 def _on_host(tensor: Tensor, device: VirtualDevice) -> Tensor:
     if not isinstance(tensor, FakeTensor):
         return tensor.detach().clone()
     with device.fake:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    if tensor.device.type == "cuda" or hasattr(tensor, _FROM_CARD):
+        setattr(made, _FROM_CARD, True)
+    return made
 
 
 def _name(file: object) -> str:
@@ -134,20 +192,34 @@ def _name(file: object) -> str:
     return name if isinstance(name, str) else say("vgpu.checkpoints.buffer")
 
 
-def _moved(content: object, where: torch.device, memo: dict[int, Tensor]) -> object:
+def _place(map_location: object, saved_on_card: bool) -> bool:
+    """Return True if `torch.load` puts a tensor on the card: where it was, if the caller does not say."""
+    where = "cuda:0" if saved_on_card else "cpu"
+    match map_location:
+        case str() | torch.device():
+            return torch.device(map_location).type == "cuda"
+        case Mapping():
+            return torch.device(map_location.get(where, where)).type == "cuda"
+    if callable(map_location):
+        found = map_location(torch.zeros(1, device="cpu").untyped_storage(), where)
+        return saved_on_card if found is None else bool(found.device.type == "cuda")
+    return saved_on_card
+
+
+def _moved(content: object, is_for_card: Callable[[Tensor], bool], memo: dict[int, Tensor]) -> object:
     """Move the tensors of a loaded checkpoint to the device, shared ones once."""
     if isinstance(content, Tensor):
         key = content.untyped_storage()._cdata
         if key not in memo:
-            memo[key] = content.to(where)
+            memo[key] = content.to("cuda") if is_for_card(content) else content
         return memo[key]
     if isinstance(content, dict):
         for key, value in content.items():
-            content[key] = _moved(value, where, memo)
+            content[key] = _moved(value, is_for_card, memo)
         return content
     if isinstance(content, list):
-        content[:] = [_moved(value, where, memo) for value in content]
+        content[:] = [_moved(value, is_for_card, memo) for value in content]
         return content
     if type(content) is tuple:
-        return tuple(_moved(value, where, memo) for value in content)
+        return tuple(_moved(value, is_for_card, memo) for value in content)
     return content

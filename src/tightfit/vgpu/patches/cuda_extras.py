@@ -110,8 +110,7 @@ def _install_pools(device: VirtualDevice) -> None:
         def __init__(self, allocator: object = None, use_on_oom: bool = False, no_split: bool = False) -> None:
             self.allocator = allocator
             with recorder.exclusive():
-                self.id = recorder.allocator.create_pool()
-                recorder.allocator.retain_pool(self.id)
+                self.id = recorder.allocator.create_pool()  # this object is its one user
 
         def use_count(self) -> int:
             return 1
