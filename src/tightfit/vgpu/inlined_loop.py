@@ -8,6 +8,7 @@ import ast
 import builtins
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType, MethodType
@@ -41,20 +42,33 @@ class InlinedLoop:
     line: int
     """Line at which every iteration begins."""
     functions: dict[CodeType, int] = field(default_factory=dict)
-    """Functions that were put in, with what is added to their lines."""
+    """Functions that were put in, and the offset of their line numbers."""
+    put_in: list[ast.If] = field(default_factory=list)
+    """Branches of these functions."""
     watches: int = 0
-    """Expressions of the counters whose values decide sizes."""
+    """Expressions of the counters that may decide sizes."""
 
     def missing(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
         """Lines that may allocate in these functions, behind a condition of the counters, and never ran."""
         lines = {line + offset for code, offset in self.functions.items() for line in ran(code)}
         stored = {ast.unparse(each) for each in _targets(self.node)}
         found = set[int]()
-        for branch in ast.walk(self.node):
-            if isinstance(branch, ast.If) and getattr(branch, "is_put_in", False) and _reads(branch.test, stored):
+        for branch in self.put_in:
+            if _reads(branch.test, stored):
                 calls = allocating_lines([*branch.body, *branch.orelse])
                 found |= {first for first, last in calls if lines.isdisjoint(range(first, last + 1))}
         return found
+
+
+@dataclass
+class ReadLoops:
+    """Loops of running functions that were read in this way, each by its function and first line."""
+
+    loops: dict[tuple[CodeType, int], InlinedLoop] = field(default_factory=dict)
+    unread: set[tuple[CodeType, int]] = field(default_factory=set)
+    """Loops to read at their next iteration."""
+    changes: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
+    """Times that iterations were passed up to one with other values; the most of them if there is no other."""
 
 
 def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object]) -> InlinedLoop:
@@ -174,7 +188,8 @@ class _Builder:
             self.statements(body, scope, depth) or [ast.copy_location(ast.Pass(), statement)],
             self.statements(other, scope, depth),
         )
-        setattr(made, "is_put_in", scope.code is not None)  # noqa: B010 (of no class of ours)
+        if scope.code is not None:
+            self._made.put_in.append(made)
         ast.copy_location(made, statement)
         return self._placed(made, scope)
 
@@ -216,10 +231,9 @@ class _Builder:
 
     def _placed(self, statement: S, scope: _Scope) -> S:
         """Move a statement of another file to lines of its own, and all that were made to some line."""
-        if scope.offset and not getattr(statement, "is_placed", False):
+        if scope.offset and statement.lineno < _OTHER_FILE:
             statement.lineno += scope.offset
             statement.end_lineno = (statement.end_lineno or statement.lineno) + scope.offset
-            setattr(statement, "is_placed", True)  # noqa: B010 (of no class of ours)
         return statement
 
     def translated(self, value: ast.expr, scope: _Scope, depth: int) -> ast.expr:
@@ -239,8 +253,9 @@ class _Builder:
         if scope.globals is self._names and node.id not in (*self._code.co_varnames, *self._code.co_cellvars):
             return node
         value = scope.globals[node.id]
-        plain = value is None or isinstance(value, (int, float, str))
-        return ast.Constant(value) if plain else ast.Name(_UNKNOWN, node.ctx)  # type: ignore[arg-type]
+        if value is None or isinstance(value, (int, float, str)):
+            return ast.Constant(value)
+        return ast.Name(_UNKNOWN, node.ctx)
 
     def called(self, call: ast.Call) -> tuple[ast.FunctionDef, FunctionType, ast.expr | None] | None:
         """Return the source of the script's function that is called, the function and its `self`."""
@@ -270,7 +285,7 @@ class _Builder:
         return scope
 
     def _read_variables(self, node: ast.FunctionDef, scope: _Scope, given: set[str]) -> None:
-        """Know the variables of a function that are assigned once, from what is known."""
+        """Learn the variables of a function that are assigned once, from known values."""
         times: dict[str, int] = {}
         for each in ast.walk(node):
             if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
@@ -316,7 +331,7 @@ def _given(call: ast.Call, node: ast.FunctionDef, owner: ast.expr | None) -> dic
 
 
 def _without_returns(block: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """Put what follows a branch that may return into the branches, so that no statement returns."""
+    """Put the statements after a branch that may return into the branches, so that no statement returns."""
     for place, statement in enumerate(block):
         if isinstance(statement, ast.Return):
             return [*block[:place], *([_expression(statement.value, statement)] if statement.value else [])]

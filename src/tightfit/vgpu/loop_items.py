@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, GeneratorType
+from typing import Any
 
 from torch import Tensor
 
@@ -79,13 +80,13 @@ def are_at_hand(items: object) -> bool:
     return isinstance(items, _AT_HAND)
 
 
-def largest_left(items: object, played: object, is_over: Callable[[], bool]) -> object | None:
+def largest_left(items: Any, played: object, is_over: Callable[[], bool]) -> object | None:
     """Take the items that are left, as far as the time goes, and return the largest; None if none exceeds `played`."""
     largest, most = None, size_of(played)
     until = time.monotonic() + _SECONDS
     while time.monotonic() < until and not is_over():
         try:
-            item = next(items)  # type: ignore[call-overload]
+            item = next(items)
         except (StopIteration, *FAILURES):  # the script's own, which ends with its loop
             break
         if (size := size_of(item)) > most:

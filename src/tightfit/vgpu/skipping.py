@@ -389,7 +389,7 @@ class Skip:
 
 
 def _followed(code: CodeType, others: dict[str, object], names: dict[str, object]) -> dict[str, object]:
-    """Run the script's own counts and conditions of one iteration, and nothing else; return what is watched."""
+    """Run the script's own counts and conditions of one iteration, and nothing else; return the watched values."""
     found: dict[str, object] = {}
     names[WATCHED] = found
     try:

@@ -12,7 +12,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from tightfit.vgpu.frames import Frame, is_package
-from tightfit.vgpu.inlined_loop import InlinedLoop, inlined
+from tightfit.vgpu.inlined_loop import ReadLoops, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
 from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
 from tightfit.vgpu.phases import Phases
@@ -57,15 +57,11 @@ class LineWatch:
         """
         self._skips: dict[CodeType, tuple[Loop, Skip]] = {}
         self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
-        self._inlined: dict[tuple[CodeType, int], InlinedLoop] = {}
+        self._read = ReadLoops()
         self._asked_for_largest: set[tuple[CodeType, int]] = set()
         """Loops whose largest item was looked for before an end of the play."""
         self._only_for_largest: tuple[CodeType, int] | None = None
         """A loop to leave only by way of its largest item."""
-        self._unread: set[tuple[CodeType, int]] = set()
-        """Loops to read in that way at their next iteration."""
-        self._changes: Counter[tuple[CodeType, int]] = Counter()
-        """Times that iterations were passed up to one with other values; the most of them if there is no other."""
         self.is_passing = False
         """True while iterations are passed over."""
         self._stale: dict[str, object] | None = None
@@ -128,7 +124,7 @@ class LineWatch:
         return list(dict.fromkeys(found))
 
     def hidden(self, frame: FrameType | None) -> list[Frame]:
-        """List the training loops around `frame` whose later iterations may do more in a function that they call.
+        """List the training loops around `frame` in which later iterations may do more in a function that they call.
 
         Or in which a size that the loop's counters decide changes only later.
         """
@@ -136,13 +132,13 @@ class LineWatch:
         for each, training in self._training_around(frame) if self.is_on else ():
             code = each.f_code
             for loop in training if not code.co_flags & SUSPENDS else ():
-                made = self._inlined.get((code, loop.first))
+                made = self._read.loops.get((code, loop.first))
                 if made is None:
-                    self._unread.add((code, loop.first))
+                    self._read.unread.add((code, loop.first))
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
                     continue
                 place, missing = (code, loop.first), made.missing(self.ran)
-                watches = made.watches and self._changes[place] < _MOST_CHANGES
+                watches = made.watches and self._read.changes[place] < _MOST_CHANGES
                 is_tried = any(each[:2] == place and missing <= each[2] for each in self._tried)
                 if watches or self._is_skipping(code, loop) or (missing and not is_tried):
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
@@ -160,10 +156,10 @@ class LineWatch:
         node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, first)
         if node is not None:
             made = inlined(node, lambda each: value_in(each, names, others), code, others)
-            self._inlined[code, first] = made
+            self._read.loops[code, first] = made
             for each in made.functions.keys() - self._ran.keys():
                 self._add(each)
-        self._unread.discard((code, first))
+        self._read.unread.discard((code, first))
         self.forget_names(frame, names)
 
     def leave_loops(
@@ -252,17 +248,17 @@ class LineWatch:
         return False
 
     def _start_skip(self, code: CodeType, loop: Loop, lines: set[int]) -> bool:
-        made = self._inlined.get((code, loop.first))
+        made = self._read.loops.get((code, loop.first))
         if made is None or code.co_flags & SUSPENDS:
             return False
         missing = frozenset(lines_in_reach(made.node, lines) | made.missing(self.ran))
         if (code, loop.first, missing) in self._tried:  # such a line may be on its way in this very iteration
             missing = frozenset()
-        watches = bool(made.watches) and self._changes[code, loop.first] < _MOST_CHANGES
+        watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
         if not (missing or watches):
             return False
         self._tried.add((code, loop.first, missing))
-        self._changes[code, loop.first] += 1
+        self._read.changes[code, loop.first] += 1
         before, now = (at[code, loop.first] for at in self._at_steps)
         ran = {line + offset for each, offset in made.functions.items() for line in self.ran(each)} | self.ran(code)
         self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line)
@@ -373,7 +369,7 @@ class LineWatch:
         if first is None:
             return self._line
         self._iterates(code, first)
-        if (code, first) in self._unread:
+        if (code, first) in self._read.unread:
             self._read_in(frame, first)
         loop = next((each for each in self._leaving.get(code, ()) if each.first == first), None)
         if loop is not None:
@@ -460,7 +456,7 @@ class LineWatch:
         if skip.is_over:
             del self._skips[frame.f_code]
             if not (skip.is_changing or skip.is_reached):
-                self._changes[frame.f_code, loop.first] = _MOST_CHANGES
+                self._read.changes[frame.f_code, loop.first] = _MOST_CHANGES
 
     def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
         """Let go, at the next line, of `names` as they were read from a function: they keep its tensors of now.

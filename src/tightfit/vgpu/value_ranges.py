@@ -1,6 +1,6 @@
 """Smallest and largest whole number of tensors that the host uploaded: indices of nodes, tokens or classes.
 
-`int(edge_index.max()) + 1` rows are what a graph network allocates; a made-up 0 would hide them.
+A graph network allocates `int(edge_index.max()) + 1` rows; a made-up 0 would hide them.
 """
 
 from weakref import WeakKeyDictionary
@@ -32,7 +32,7 @@ class Ranges:
             self._known[tensor.untyped_storage()] = low, high, tensor._version
 
     def end(self, func: OpOverload, source: object) -> tuple[int, bool] | None:
-        """Return what `max()` or `min()` of a tensor is, and True if that is of all numbers; None if it is unknown.
+        """Return a tensor's `max()` or `min()`, and True if all numbers decided it; None if it is unknown.
 
         Of a part of the numbers it is the bound that all of them give.
         """
