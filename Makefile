@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# The demonstration and the tests start hundreds of Pythons: without bytecode, each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check slow docs chaos clean
 

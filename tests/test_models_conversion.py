@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2LMHeadModel
 
 from tightfit.errors import CheckpointError
 from tightfit.models import conversion as convert
@@ -104,6 +103,8 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, bias: bool, activation: Any,
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_transformers_loads_what_is_saved(tmp_path: Path, bias: bool, activation: Any) -> None:
+    from transformers import GPT2LMHeadModel  # seconds that collecting the tests does not need
+
     model = build(tiny(bias=bias, activation=activation))
     save_hugging_face(tmp_path / "model", model.config, model.state_dict())
     other, report = GPT2LMHeadModel.from_pretrained(tmp_path / "model", output_loading_info=True)

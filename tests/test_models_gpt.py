@@ -3,15 +3,12 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
-from torch._functorch import config as functorch
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from tightfit.errors import CheckpointError, ConfigError
 from tightfit.models import attention, linear
@@ -19,6 +16,9 @@ from tightfit.models.attention import KeyValueCache, causal_attention
 from tightfit.models.linear import LayerNorm, gelu_linear, norm_linear, plain_linear
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 Function = Callable[[Tensor], Tensor]
@@ -59,8 +59,10 @@ def gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 # The model against transformers
 
 
-def theirs(config: GPTConfig, model: GPT) -> GPT2LMHeadModel:
+def theirs(config: GPTConfig, model: GPT) -> "GPT2LMHeadModel":
     """transformers' model with the weights of ours."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # seconds that collecting the tests does not need
+
     settings = GPT2Config(
         n_positions=config.block_size,
         vocab_size=config.vocab_size,
@@ -420,6 +422,9 @@ def test_the_whole_model_errs_about_as_much_as_autocast(bias: bool, monkeypatch:
 def test_compiled_in_parts_it_is_the_same_and_its_blocks_share_their_code(
     checkpointed: int, budget: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch._dynamo.utils import counters  # the compiler takes seconds to load, which collecting does not need
+    from torch._functorch import config as functorch
+
     kernels = "aot_eager_decomp_partition"  # Inductor's graphs without its kernels, which take 20 s more
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=kernels))
     config = tiny(n_layer=5)

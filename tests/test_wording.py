@@ -1,6 +1,7 @@
 """Sentences of `say`: each is there in both languages, with the fields that the code fills in, and each is used."""
 
 import ast
+import functools
 import os
 import re
 import tomllib
@@ -22,6 +23,7 @@ ROOMS = sorted(
 """Rooms with sentences that `say` finds by name; the others have tests of their own."""
 
 
+@functools.cache
 def _calls(function: str) -> list[tuple[str, str, frozenset[str] | None]]:
     """Place, name and fields of each `say("room.table.key", ...)` or `term("room.table", ...)`.
 
@@ -38,9 +40,6 @@ def _calls(function: str) -> list[tuple[str, str, frozenset[str] | None]]:
                     if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
                         found.append((f"{file.name}:{node.lineno}", constant.value, fields))
     return found
-
-
-CALLS, TABLES = _calls("say"), _calls("term")
 
 
 def _sentences(room: str, language: str) -> dict[str, frozenset[str]]:
@@ -63,7 +62,7 @@ def test_japanese_is_japanese(room: str):
 
 def test_every_call_has_its_sentence_and_fills_in_its_fields():
     known = {key: fields for room in ROOMS for key, fields in _sentences(room, "en").items()}
-    for place, sentence, fields in CALLS:
+    for place, sentence, fields in _calls("say"):
         assert sentence in known, f"{place}: {sentence}"
         needed = {re.split(r"[.\[]", field.partition(":")[0])[0] for field in known[sentence]}
         assert fields is None or needed == fields, f"{place}: {sentence} needs {needed}, got {fields}"
@@ -71,7 +70,7 @@ def test_every_call_has_its_sentence_and_fills_in_its_fields():
 
 def test_every_table_of_terms_takes_any_name_and_gets_its_fields():
     known = {key: fields for room in ROOMS for key, fields in _sentences(room, "en").items()}
-    for place, table, fields in TABLES:
+    for place, table, fields in _calls("term"):
         assert f"{table}.other" in known, f"{place}: {table}"
         needed = {field.partition(":")[0] for key in known if key.startswith(f"{table}.") for field in known[key]}
         assert fields is None or needed == fields, f"{place}: {table} needs {needed}, got {fields}"
@@ -79,9 +78,9 @@ def test_every_table_of_terms_takes_any_name_and_gets_its_fields():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_sentence_is_used(room: str):
-    used = {sentence for _, sentence, _ in CALLS}
+    used = {sentence for _, sentence, _ in _calls("say")}
     unused = _sentences(room, "en").keys() - used
-    assert not [key for key in unused if key.rpartition(".")[0] not in {table for _, table, _ in TABLES}]
+    assert not [key for key in unused if key.rpartition(".")[0] not in {table for _, table, _ in _calls("term")}]
 
 
 def test_the_language_of_a_process(monkeypatch: pytest.MonkeyPatch):
