@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 from tightfit.questions.script_text import (
@@ -52,15 +53,21 @@ class Kind:
 
     def apply(self, text: str) -> str | None:
         """Return the changed text; None if the kind finds no place in it, or it is no Python."""
-        try:
-            script = ScriptText(text)
-        except (SyntaxError, ValueError):
-            return None
-        self.rewrite(script)
-        changed = script.changed
-        if changed is not None:
-            ast.parse(changed)  # a fault of ours must not reach a user's file
-        return changed
+        return _applied(self, text)
+
+
+@cache
+def _applied(kind: Kind, text: str) -> str | None:
+    """Change a text once: a search tries the same kinds again and again, upon every file that a script imports."""
+    try:
+        script = ScriptText(text)
+    except (SyntaxError, ValueError):
+        return None
+    kind.rewrite(script)
+    changed = script.changed
+    if changed is not None:
+        ast.parse(changed)  # a fault of ours must not reach a user's file
+    return changed
 
 
 def _no_grad(script: ScriptText) -> None:
@@ -97,7 +104,7 @@ def _is_model_call(call: ast.Call) -> bool:
 def _detach(script: ScriptText) -> None:
     """Keep the values of losses without the graphs that made them."""
     for loop in loops(script.tree):
-        scope = _scope_of(script.tree, loop)
+        scope = _scope_of(script, loop)
         if _mentions(scope, _NO_GRAD):
             continue
         losses = {dotted(call.func.value) for call in calls(scope, "backward") if isinstance(call.func, ast.Attribute)}
@@ -108,10 +115,10 @@ def _detach(script: ScriptText) -> None:
                 script.replace(value, f"{value.id}.detach()")
 
 
-def _scope_of(tree: ast.AST, node: ast.AST) -> ast.AST:
-    """Return the innermost function around a node, or the whole tree."""
-    around = [each for each in functions(tree) if any(inner is node for inner in ast.walk(each))]
-    return around[-1] if around else tree
+def _scope_of(script: ScriptText, loop: ast.For | ast.While) -> ast.AST:
+    """Return the innermost function around a loop, or the whole tree."""
+    around = [each for each in script.functions if each.lineno <= loop.lineno <= (each.end_lineno or 0)]
+    return around[-1] if around else script.tree
 
 
 def _kept(loop: ast.For | ast.While) -> Iterator[tuple[str, ast.Name]]:
@@ -166,7 +173,7 @@ def _backward_in(body: Statements) -> int | None:
 def _delete(script: ScriptText) -> None:
     """Let go of a pass's outputs as soon as nothing reads them; a name would keep them for the whole next pass."""
     for loop in loops(script.tree):
-        scope = _scope_of(script.tree, loop)
+        scope = _scope_of(script, loop)
         if not (any(has_call(each, "backward") for each in loop.body) or _evaluates(scope)):
             continue
         dying: dict[int, list[str]] = {}

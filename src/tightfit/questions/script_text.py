@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 Statements = list[ast.stmt]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -19,6 +20,11 @@ class ScriptText:
             self._starts.append(self._starts[-1] + len(line))
         self._changes: list[tuple[int, int, bytes]] = []
         self._newline = "\r\n" if "\r\n" in text else "\n"
+
+    @cached_property
+    def functions(self) -> list[Function]:
+        """All functions, outer ones before those within them."""
+        return list(functions(self.tree))
 
     def replace(self, node: ast.expr, new: str) -> None:
         """Write `new` in place of an expression."""
