@@ -148,7 +148,7 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     trains = evidence.trains or (budget is not None and budget.what == "training")
     if is_oversized(facts):
         yield from [grows] if grows in _OVERSIZED else []
-        yield "oversized"
+        yield "oversized_weight" if grows == "model" else "oversized"
         return
     if evidence.gathers_on_first_card(facts):
         yield "cards"

@@ -210,6 +210,8 @@ def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind
     """Return the kind of a line; scores of pictures' classes in a loss are no logits over a vocabulary."""
     if line is not None and line.grows == "batch" and line.tensor in _OF_LAYERS and _is_in_autoencoder(facts):
         return msgspec.structs.replace(line, tensor="vae_activation", is_named=True)
+    if line is not None and line.grows == "batch" and facts.phase == "optimizer":  # a decorator's call, no layer's
+        return None
     if line is None or line.tensor != "loss_of_logits":
         return line
     of_pictures = run.framework in programs("pictures") or _OF_PICTURES.search(run.text)

@@ -18,6 +18,7 @@ from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
+from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import with_run
 from tightfit.diagnosis.kind_sentences import fixes_of
 from tightfit.diagnosis.model_run import model_run_of
@@ -240,7 +241,8 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     found = fixes_of(facts, plain.reading.run)
     evidence = evidence_of(facts, plain.reading.run)
     of_runtime = facts.kind == "cuda_driver" and evidence.infers and facts.phase != "setup" and not facts.details
-    if evidence.framework is None or not (facts.kind == "program_words" or of_runtime):
+    in_training = facts.kind == "memory_words" and evidence.framework in programs("trainers")
+    if evidence.framework is None or not (facts.kind == "program_words" or of_runtime or in_training):
         return found
     kept = tuple(each for each in found if each.code in (_REST, _OTHERS) and (of_runtime or each.code == _REST))
     return (*kept, *advice(facts, evidence)) or found

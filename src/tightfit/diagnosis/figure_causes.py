@@ -19,7 +19,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.remedies import UNCHECKED, Figures, Remedy, to_paste
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.ownership import had_room, ownership
+from tightfit.oomlog.ownership import had_room, ownership, room_beside_own
 from tightfit.units import GIB
 
 _LARGE_CACHE = 0.05
@@ -29,7 +29,7 @@ _SMALL_REST = 2**29
 DECISIVE = frozenset(
     {
         *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide"),
-        *("others_estimated_decide", "cache_decides", "block_limit"),
+        *("others_estimated_decide", "cache_decides", "block_limit", "room_beside_own"),
     }
 )
 """Codes of causes that come before any tensor: without them the request would have fit, or no fix of a batch helps."""
@@ -95,6 +95,8 @@ def _of_card(facts: Facts) -> Iterator[Cause]:
         )
     elif is_of_one_block(facts):
         yield Request(code="block_limit", label=LIKELY, requested_bytes=facts.requested_bytes)
+    elif had_room(facts) and (room := room_beside_own(facts)) is not None:
+        yield MoreFree(code="room_beside_own", free_bytes=room)
     elif "more_free_than_requested" in facts.notes and not ownership(facts).decides:
         yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
 

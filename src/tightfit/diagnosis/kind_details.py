@@ -93,10 +93,16 @@ _LIMIT = re.compile(r"\bLimit: {1,40}(\d{6,15})\b")
 
 def _of_job(facts: Facts, run: RunFacts) -> Facts:
     """Return a killed job with twice the memory that its script asks for."""
-    megabytes, memory = _MEM_MB.search(run.text), _MEM.search(run.text)
+    megabytes, memory = _MEM_MB.search(run.text), _most(run.text)
     if megabytes:
         facts = _with(facts, "mem_mb", str(2 * int(megabytes[1])))
     return _with(facts, "mem", f"{2 * int(memory[1])}{memory[2].upper()}") if memory else facts
+
+
+def _most(text: str) -> re.Match[str] | None:
+    """Return the option that asks for the most memory: a report tells which amounts were tried."""
+    found = _MEM.finditer(text)
+    return max(found, key=lambda match: int(match[1]) * 1024 ** "KMGT".index(match[2].upper()), default=None)
 
 
 _MEM_MB = re.compile(r"\bmem_mb ?= ?(\d{1,9})\b")

@@ -139,6 +139,8 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     codes = _table().fixes[key] if key else [facts.kind]
     if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
         codes = [code for code in codes if code != "fewer_workers"]
+    if run.numbers.get("batch_size") == 1:
+        codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]
     return tuple(
         Remedy(
             code=f"kind_{code}",
@@ -152,6 +154,8 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     )
 
 
+_OF_ONE = {"less_in_pass": "smaller_inputs_only", "smaller_batch_program": "smaller_inputs_only"}
+"""Fixes of a batch that cannot be smaller."""
 _LOADS = re.compile(
     r"torch|[Dd]ata_?[Ll]oader|workers|\b[Tt]rain|\b[Ee]poch|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow"
 )

@@ -64,6 +64,17 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
     return None
 
 
+def titled_error(text: str) -> str | None:
+    """Return the error that the title of a report names, if it is one.
+
+    >>> titled_error("# KeyError: 'model'")
+    "KeyError: 'model'"
+    """
+    title = text.lstrip().partition("\n")[0].strip()
+    match = _ENDED.match(title.lstrip("# ")) if title.startswith("#") else None
+    return match[1] if match and ":" in match[1] and "Warning" not in match[1] else None
+
+
 _REPORTED = re.compile(
     r"\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
     r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b)"
@@ -86,6 +97,23 @@ _ADVICE = re.compile(
     r"|避|防|対処",
     re.IGNORECASE,
 )
+_OF_JOB = re.compile(
+    r"\b(?:slurm\w*|sbatch|cgroups?|kubernetes|k8s)\b[^\n]{0,60}?\b(?:OOM\b|out[- ]of[- ]memory)"
+    r"|(?:\bOOM\b|out[- ]of[- ]memory)[^\n]{0,40}?\b(?:slurm\w*|sbatch|cgroups?|kubernetes|k8s)\b",
+    re.IGNORECASE,
+)
+"""A person's words for a job or a container that used up the host's memory it may have."""
+
+
+def is_of_job(line: str) -> bool:
+    """Return True for a line on a job or a container that used up the host's memory it may have.
+
+    >>> is_of_job("Training ends with a slurm OOM error"), is_of_job("OOM on my GPU")
+    (True, False)
+    """
+    return bool(_OF_JOB.search(line))
+
+
 _TITLE_LINES = 4
 """Lines at a text's beginning in which a person says what happened."""
 
@@ -98,7 +126,9 @@ def reported_in(lines: Sequence[str]) -> str | None:
     """
     first = [each for each in lines if each.strip()][:_TITLE_LINES]
     words = _REPORTED if not any(map(_OF_DEVICE.search, lines)) else _REPORTED_ANYHOW
-    found = next((line for line in first if words.search(line) and not _ADVICE.search(line)), None)
+    found = next(
+        (line for line in first if words.search(line) and not _ADVICE.search(line) and not _OF_JOB.search(line)), None
+    )
     return found.strip(" #*\t").removesuffix(".")[:200] if found else None
 
 
@@ -157,7 +187,7 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
     """
     for line in reversed(lines):
         found = _ANYHOW.search(line)
-        if found and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT):
+        if found and not _OF_JOB.search(line) and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT):
             text = " ".join(line.split()).strip(" #*`")
             is_device = bool(_OF_DEVICE.search(line) or "显存" in line)
             return text[:300], is_device or any(map(_OF_DEVICE.search, lines))
@@ -184,7 +214,7 @@ def host_words_in(lines: Sequence[str]) -> tuple[str, str] | None:
     >>> host_words_in(["It crashes due to low RAM."])
     ('host_memory_error', 'It crashes due to low RAM.')
     """
-    for kind, words in (("host_memory_error", _RAM), ("host_killed", _KILLED)):
+    for kind, words in (("host_killed", _OF_JOB), ("host_memory_error", _RAM), ("host_killed", _KILLED)):
         for line in lines:
             if words.search(line) and not (_ADVICE.search(line) and "VRAM" in line):
                 return kind, " ".join(line.split()).strip(" #*")[:300]

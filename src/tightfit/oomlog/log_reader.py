@@ -15,7 +15,16 @@ from msgspec.structs import replace
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of, status_of
-from tightfit.oomlog.last_words import advises, host_words_in, last_words, mentioned_in, met_in, reported_in
+from tightfit.oomlog.last_words import (
+    advises,
+    host_words_in,
+    is_of_job,
+    last_words,
+    mentioned_in,
+    met_in,
+    reported_in,
+    titled_error,
+)
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
 from tightfit.oomlog.message import Message
@@ -318,6 +327,8 @@ class _Scan:
             return ("mentioned" if mention[1] else "memory_words"), mention[0]
         if self._size < _PROSE and (told := host_words_in(lines_of(self._head))) is not None:
             return told
+        if (line := titled_error(self._head)) is not None and self._size < _PROSE:
+            return "other_error", line
         return "nothing" if is_text(self._head) else "binary", ""
 
     def _is_short_report(self) -> bool:
@@ -337,7 +348,7 @@ class _Scan:
         if kind in ("reported", "mentioned"):
             kind, details = "program_words", {"reported": evidence}
         elif kind in ("host_memory_error", "host_killed"):
-            details = {"reported": evidence}
+            details = {"reported": evidence} | ({"job": "yes"} if is_of_job(evidence) else {})
         else:
             details = {"said": evidence} if evidence else {}
         return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)

@@ -107,9 +107,19 @@ _FULL = 0.1
 """Share of the card below which what is free may have been freed while the message was written."""
 
 
+def room_beside_own(facts: Facts) -> int | None:
+    """Return the card's bytes beside this process's on an Intel GPU, whose messages do not state what is free."""
+    total, held = facts.total_bytes, facts.reserved_bytes
+    if facts.kind != "xpu_out_of_memory" or facts.free_bytes is not None or total is None or held is None:
+        return None
+    return max(total - held, 0)
+
+
 def had_room(facts: Facts) -> bool:
     """Return True if the card had room for the request, so that neither others nor its size stopped it."""
     free, total = facts.figures.get("free_bytes"), facts.total_bytes or 0
+    if (room := room_beside_own(facts)) is not None:
+        return room > (facts.requested_bytes or 0) + _FULL * total
     return "more_free_than_requested" in facts.notes and free is not None and free.low > _FULL * total
 
 
