@@ -48,7 +48,7 @@ def detail_names() -> set[str]:
     return {each.name for each in _details() if each.name} | _OF_THE_RUN
 
 
-_OF_THE_RUN = {"eval", "one", "weights", "loading"}
+_OF_THE_RUN = {"eval", "one", "weights", "loading", "kernel", "single"}
 """Details that the phase, the batch or the traceback shows."""
 
 

@@ -70,6 +70,8 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["tiny"] = True
     if _is_square(facts.details.get("shape", "")):
         found["square"] = True
+    if facts.kind == "tensorflow_out_of_memory":
+        found |= dict.fromkeys(_by_axes(facts.details.get("shape", "")), True)
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)
@@ -78,6 +80,23 @@ def values_of(facts: Facts) -> dict[str, object]:
 
 _LONG_SIDE, _ALIKE = 20_000, 1.5
 """Rows and columns from which on an array of two similar sizes is mostly one of all pairs, or of a wrong size."""
+
+
+_LARGEST_KERNEL, _FEWEST_CHANNELS, _FEWEST_PLACES = 7, 64, 9
+"""Side of a convolution's kernel, its channels, and the length of an axis that is neither."""
+
+
+def _by_axes(shape: str) -> Iterator[str]:
+    """Yield what the axes of a tensor of TensorFlow's show: the weight of a convolution, or a batch of one.
+
+    >>> list(_by_axes("3,3,512,2048")), list(_by_axes("1,2988,5312,64")), list(_by_axes("16,257,257,32"))
+    (['kernel'], ['single'], [])
+    """
+    sizes = [int(size) for size in shape.split(",") if size.strip().isdigit()]
+    if len(sizes) == 4 and sizes[0] == sizes[1] <= _LARGEST_KERNEL and min(sizes[2:]) >= _FEWEST_CHANNELS:
+        yield "kernel"
+    elif len(sizes) >= 3 and sizes[0] == 1 and sizes[1] >= _FEWEST_PLACES:
+        yield "single"
 
 
 def _is_square(shape: str) -> bool:
@@ -157,7 +176,7 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
 _OF_ONE = {"less_in_pass": "smaller_inputs_only", "smaller_batch_program": "smaller_inputs_only"}
 """Fixes of a batch that cannot be smaller."""
 _LOADS = re.compile(
-    r"torch|[Dd]ata_?[Ll]oader|workers|\b[Tt]rain|\b[Ee]poch|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow"
+    r"\b(?:py)?torch|[Dd]ata_?[Ll]oader|workers|\b[Tt]rain|\b[Ee]poch|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow"
 )
 """Words of a program that may load data in worker processes."""
 
