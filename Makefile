@@ -43,7 +43,7 @@ dist: .venv/installed
 	$(BIN)/twine check --strict dist/*
 
 slow: .venv/installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -o faulthandler_timeout=3600
 
 # An attack on training and preparing, with the seed 0: kills, signals, errors of the disk, small disks, limits, bits.
 MINUTES ?= 10
