@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,7 @@ KEPT: list[library.Library] = []
 
 
 _CARDS = "CUDA_VISIBLE_DEVICES"
+"""Environment variable with the numbers of the cards that CUDA may use."""
 
 
 class _Guard(torch._C._acc.DeviceGuard):
@@ -59,7 +61,7 @@ def enable() -> None:
         return
     if torch.cuda.is_initialized():
         raise DeviceError(say("vgpu.backend.real_gpu_in_use"))
-    os.environ[_CARDS] = ""
+    _hide_cards()
     try:
         _install_guard()
     except (AttributeError, OSError, AssertionError, ValueError) as error:
@@ -72,8 +74,17 @@ def enable() -> None:
     _enabled = True
 
 
+def _hide_cards() -> None:
+    """Let CUDA, which looks for cards once in a process, find none."""
+    os.environ[_CARDS] = ""
+    look = getattr(torch._C, "_cuda_getDeviceCount", None)  # not there in a build without CUDA
+    if look is not None:
+        with warnings.catch_warnings(action="ignore"):  # of an old driver, which nobody asks here
+            look()
+
+
 def let_scripts_see_cards() -> None:
-    """Take back the empty list of cards that hid the real ones: a script would read that there are none."""
+    """Take back the empty list of cards, after CUDA read it: a script would learn from it that there are none."""
     if os.environ.get(_CARDS) == "":
         del os.environ[_CARDS]
 
