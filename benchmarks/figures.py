@@ -373,6 +373,36 @@ def how_true() -> str:
     )
 
 
+ANSWERS = {"error": "an error of its own"}
+"""Answers of plays where the page has other words for them than the rows."""
+
+
+def programs() -> str:
+    """Public programs that were played, one a row."""
+    header = ["program", "card", "answer", "highest allocated", "CPU seconds", "host MiB"]
+    return table(header, map(_program, _programs()))
+
+
+def _programs() -> list[Row]:
+    return rows("benchmarks/virtual/results/programs.csv")
+
+
+def _program(row: Row) -> list[str]:
+    peak = int(row["peak_allocated_bytes"]) / 2**20
+    peak_text = f"{peak / 1024:.2f} GiB" if peak >= 1024 else f"{peak:.1f} MiB"
+    name = f"[{row['program']}]({row['source']})"
+    answer = ANSWERS.get(row["outcome"], row["outcome"])
+    return [name, row["card"], answer, peak_text, f"{float(row['cpu_seconds']):.0f}", row["host_mib"]]
+
+
+def program_commands() -> str:
+    """Their commands, behind `tightfit dryrun --gpu CARD`, and what to know of each."""
+    return "\n".join(
+        f"- {row['program']} (`{row['path']}`, {row['commit']}): `{row['command']}`. {row['note']}"
+        for row in _programs()
+    )
+
+
 def figures() -> dict[str, object]:
     """All of it, by the name that a page has for it."""
     return {
@@ -398,6 +428,8 @@ def figures() -> dict[str, object]:
         "reported": reported(),
         "how_true": how_true(),
         "cards": len(rows("src/tightfit/gpus.csv")),
+        "programs": programs(),
+        "program_commands": program_commands(),
     }
 
 

@@ -150,15 +150,17 @@ def test_a_long_evaluation_is_cut_short_where_its_iterations_repeat(tmp_path: Pa
     assert sum("without gradients" in each for each in found["notes"]) == 4
 
 
-def test_boxes_are_suppressed(tmp_path: Path) -> None:
-    """By an operator that torchvision's own library defines; here a package of the test does."""
+@pytest.mark.parametrize("loads", [True, False])
+def test_boxes_are_suppressed(tmp_path: Path, loads: bool) -> None:
+    """By an operator that torchvision's own library defines, if it loads; here a package of the test does."""
     (tmp_path / "torchvision/ops").mkdir(parents=True)
     (tmp_path / "torchvision/__init__.py").write_text(
-        "import torch\nlibrary = torch.library.Library('torchvision', 'DEF')\n"
-        "library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
+        "import torch\nlibrary = torch.library.Library('torchvision', 'FRAGMENT')\n"
+        + "library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n" * loads
     )
-    (tmp_path / "torchvision/ops/boxes.py").write_text("")
-    found = findings(["--gpu", "A100", written(tmp_path, DETECTION)])
+    (tmp_path / "torchvision/ops/boxes.py").write_text(f"def _assert_has_ops(): assert {loads}\n")
+    script = written(tmp_path, DETECTION + "boxes._assert_has_ops()\n")
+    found = findings(["--gpu", "A100", script])
     assert found["outcome"] == "fits", found["stopped_because"]
 
 

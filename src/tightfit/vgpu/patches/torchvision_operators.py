@@ -1,20 +1,33 @@
 """Operators of torchvision whose results depend on data."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from tightfit.vgpu.assign import assign
 from tightfit.vgpu.data_shapes import HANDLERS, Device, Handler
 from tightfit.vgpu.patches.on_import import after_import
 
 aten = torch.ops.aten
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 _THREADS = 64
 """Boxes of a block, for each of which `nms` has a word of bits."""
 
 
 def install() -> None:
     """Let the virtual card run them when the script imports torchvision."""
-    after_import("torchvision.ops.boxes", lambda module: HANDLERS.update(_handlers()))
+    after_import("torchvision.ops.boxes", _take_over)
+
+
+def _take_over(boxes: ModuleType) -> None:
+    """Name `nms` to torch where torchvision's own library does not load, as one for a card on a host without CUDA."""
+    if not hasattr(torch.ops.torchvision, "nms"):
+        _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    if hasattr(boxes, "_assert_has_ops"):
+        assign(boxes, _assert_has_ops=lambda: None)
+    HANDLERS.update(_handlers())
 
 
 def _handlers() -> dict[OpOverload, Handler]:
