@@ -18,11 +18,13 @@ from tightfit.errors import ConfigError, TightfitError
 from tightfit.gpus import all_gpus, context_bytes
 from tightfit.questions.asking import Asked
 from tightfit.questions.cards import every_card
-from tightfit.questions.compare import compare, varied
+from tightfit.questions.compare import Comparison, Side, compare, varied
 from tightfit.questions.largest import Search, largest
+from tightfit.report.question_pages import compare_page
 from tightfit.simulation.details import Detail
 from tightfit.units import GIB, MIB
-from tightfit.vgpu.records import Settings
+from tightfit.vgpu.records import Settings, VirtualCard
+from tightfit.wording.report import words
 
 MODEL = """\
 from torch import nn
@@ -172,6 +174,34 @@ class TestCompare:
         assert categories["activations"][0] < categories["activations"][1]
         text = (folder / "train.py").read_text().splitlines()
         assert "model(x)" in text[found.lines[0].line - 1]
+
+    def test_variants_that_print_the_same_peak_are_called_equal(self) -> None:
+        card = VirtualCard(
+            name="RTX 3060", capability="8.6", total_bytes=12 * GIB, used_by_others_bytes=0, context_bytes=0
+        )
+        sides = [
+            Side(
+                change=f"--workers={extra}",
+                outcome="fits",
+                device_bytes=GIB + extra,
+                free_bytes=11 * GIB,
+                phase="eval",
+                reason="",
+                step=None,
+            )
+            for extra in (512, 0)
+        ]
+        found = Comparison(
+            script="train.py",
+            gpu=card,
+            sides=sides,
+            categories=[],
+            lines=[],
+            other_bytes=[GIB, GIB],
+            plays=2,
+            seconds=1.0,
+        )
+        assert compare_page(found, words("en")).verdict.startswith("ALL VARIANTS NEED THE SAME")
 
     def test_one_variant_is_a_mistake(self) -> None:
         with pytest.raises(ConfigError, match="needs two or more variants"):

@@ -142,7 +142,7 @@ def compare_page(found: Comparison, t: Words) -> Page:
     names = [side.change or say("questions.compare_page.as_is") for side in found.sides]
     least = min(found.sides, key=lambda side: (side.outcome != "fits", side.device_bytes))
     needs = {"card": card_text(found.gpu, t), "size": least.device_bytes}
-    if len({side.device_bytes for side in found.sides}) == 1:
+    if len({format_bytes(side.device_bytes) for side in found.sides}) == 1:
         verdict = say("questions.compare_page.equal", **needs)
     else:
         verdict = say("questions.compare_page.verdict", **needs, change=names[found.sides.index(least)])
