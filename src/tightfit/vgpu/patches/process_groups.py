@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -118,16 +117,16 @@ def _install_ddp(device: VirtualDevice) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     usual: Callable[..., None] = DistributedDataParallel.__init__
-    hooks: WeakKeyDictionary[DistributedDataParallel, tuple[Hook, object]] = WeakKeyDictionary()
 
     def in_place(
         state: "weakref.ref[DistributedDataParallel]", bucket: "torch._C._distributed_c10d.GradBucket"
     ) -> "torch.futures.Future[Tensor]":
         """Write the sum of a bucket over all processes into it, as NCCL does."""
         module = state()
-        if module is not None and module in hooks:
-            hook, own_state = hooks[module]
-            return hook(own_state, bucket)
+        if module is not None and module._comm_hooks:
+            hook, own_state = module._comm_hooks[0]
+            found: torch.futures.Future[Tensor] = hook(own_state, bucket)
+            return found
         if device.observer is not None:
             device.observer(_all_reduce(bucket.buffer(), distributed.get_world_size()))
         return _finished(bucket.buffer())
@@ -140,19 +139,20 @@ def _install_ddp(device: VirtualDevice) -> None:
         register(module.reducer, weakref.ref(module), in_place)
         assign(module, logger=_Silent())
 
-    def register_comm_hook(module: DistributedDataParallel, state: object, hook: Hook) -> None:
-        module._check_comm_hook(hook)
-        if module in hooks:
-            raise RuntimeError("register_comm_hook or register_builtin_comm_hook can only be called once.")
-        module._comm_hooks.append((hook, state))
-        hooks[module] = (hook, state)
-
     assign(
         DistributedDataParallel,
         __init__=init_ddp,
-        register_comm_hook=register_comm_hook,
+        register_comm_hook=_register_comm_hook,
         _register_builtin_comm_hook=_register_builtin,
     )
+
+
+def _register_comm_hook(module: "DistributedDataParallel", state: object, hook: Hook) -> None:
+    """Keep a script's hook for the buckets to come. RuntimeError for a second one, as DDP raises it."""
+    module._check_comm_hook(hook)
+    if module._comm_hooks:
+        raise RuntimeError("register_comm_hook or register_builtin_comm_hook can only be called once.")
+    module._comm_hooks.append((hook, state))
 
 
 def _register_builtin(module: "DistributedDataParallel", kind: object) -> None:
