@@ -75,7 +75,8 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
         first = [] if evidence.framework in programs("applications") else first
         windows = facts.kind in _WITH_PAGING and evidence.is_maybe_on_windows
         paging = [_remedy("windows_paging", facts, evidence)] if windows else []
-        first = paging if _OF_HOST.search(evidence.run.text) else [*first, *paging]
+        is_sure = "windows" in evidence.run.signs
+        first = paging if _OF_HOST.search(evidence.run.text) else [*paging, *first] if is_sure else [*first, *paging]
         cures = [_remedy("watched_card", facts, evidence)]
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
@@ -104,6 +105,8 @@ def _stands(remedy: Remedy, text: str) -> bool:
     return bool(lines) and all(len(line) > _SHORT_LINE and line in text for line in lines)
 
 
+_IN_ANY_LANGUAGE = frozenset({"less_at_once", "smaller_inputs", "smaller_model", "shapes_first"})
+"""Remedies without a line of Python."""
 _SHORT_LINE = 12
 """Characters up to which a line may stand in a log by chance."""
 _BEFORE_WATERMARK = 2
@@ -211,7 +214,10 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or not (evidence.infers or evidence.is_of_unknown_purpose or facts.phase in ("eval", "sample")),
         "smaller_model": not (evidence.infers and (is_too_large or program is None))
         and not has_own("smaller_model", program or ""),
-        "shard": run.numbers.get("zero_stage") == 3 or evidence.tensor == "gathered_parameters" or evidence.infers,
+        "shard": run.numbers.get("zero_stage") == 3
+        or evidence.tensor == "gathered_parameters"
+        or evidence.infers
+        or (evidence.grows == "model" and program is None and not evidence.trains),
         "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
         "half_precision": "half" in run.signs
         or (evidence.is_of_unknown_purpose and program == "sentence_transformers")
@@ -225,6 +231,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     }
     if done.get(code, False):
         return False
+    if "not_python" in run.signs and not any(each.file.endswith(".py") for each in facts.frames):
+        return code in _IN_ANY_LANGUAGE
     if code == "smaller_inputs" and program in programs("texts"):
         return False
     if code == "smaller_inputs":

@@ -72,6 +72,8 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
 
 _OF_PICTURES = re.compile(r"diffusion|unet|transformer_blocks|first_stage|decoder\.up")
 """Names of parameters of models of pictures, which the table of language models does not hold."""
+_OF_OTHERS = re.compile(r"diffusion|audio|\bunet\b|\bvae\b|\bimages?\b|\bvideos?\b|speech|voice", re.IGNORECASE)
+"""Words of programs whose models the table of language models does not hold."""
 _CALLS = ("forward_call(", "_call_impl(", "self.forward(", "run_backward(", "func(*", "fn(*", "(*args", "main()")
 """Calls in which a traceback that somebody cut ends: the request is further inside."""
 _WHOLE_MODEL = re.compile(r"(?<![\w.])(?:self\.)?(?:model|net|network|module)\(")
@@ -113,7 +115,8 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
         for fit in fits
         if fit.tensor == "weight"
     )
-    if weights and not evidence.is_complete and not _OF_PICTURES.search(run.tensor_name or ""):
+    is_other = _OF_PICTURES.search(run.tensor_name or "") or (evidence.model is None and _OF_OTHERS.search(run.text))
+    if weights and not evidence.is_complete and not is_other:
         yield SizedWeights(code="weights_of_size", label=COMPUTED, requested_bytes=requested, weights=weights)
     shares = tuple(
         ShardShare(ranks=fit.ranks or 1, dtype=fit.dtype, bytes=fit.bytes) for fit in fits if fit.tensor == "shard"

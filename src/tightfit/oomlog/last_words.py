@@ -198,7 +198,7 @@ _RAM = re.compile(
     r"\b(?:low|not enough|insufficient|out of|max\w* out(?: the)?|all(?: of)?(?: the)?)"
     r" (?:(?:system|host|cpu|available) )*RAM\b"
     r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
-    r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b"
+    r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
 )
 """A person's words for the host's memory that ran out."""
 _KILLED = re.compile(

@@ -315,6 +315,9 @@ class _Scan:
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
             last = ("memory_words", last[1])
         title = reported_in(lines_of(self._head[:4000])) if last is None or last == ("incomplete", "") else None
+        told = host_words_in(lines_of(self._head[:4000])[:1]) if last == ("incomplete", "") else None
+        if told is not None:
+            return told
         if title is not None and (self._has_frames() or self._is_short_report()):
             return "reported", title
         if last is not None:

@@ -127,7 +127,13 @@ _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memo
 """Kinds whose words have no other meaning in a sentence."""
 
 
+_PRINTED = re.compile(r"\s*[\w.]{0,60}(?:Error|Exception)\((['\"]).{1,2000}\1,?\)\s*$")
+"""An exception as a program prints it with repr; code that raises one does not know a card's figures."""
+
+
 def _is_code(message: Message, line: Line, before: str, after: str, *, is_title: bool) -> bool:
+    if "total_bytes" in message.figures and _PRINTED.match(line.body):
+        return False
     if _CODE.match(line.body) and ("(" in before or '"' in before or "'" in before or not message.states_figures):
         is_raised = message.exception and line.body.lstrip().startswith(message.exception)
         return not is_raised and not _ends_code(message, before)
