@@ -42,6 +42,8 @@ _BEFORE_INFERENCE_MODE = ("T0", "T1", "T2")
 _NOT_CUDA = ("mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
 _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
 """Remedies that stand on libraries for CUDA."""
+_ON_NPU = frozenset({"shard", "offload"})
+"""Those of them that DeepSpeed and FSDP have on Ascend NPUs, too."""
 _SHOWN_CURES = 4
 _OWN_CAUSES = frozenset({"loading", "saving", "outputs"})
 """Quantities whose own cure comes before any other program's memory: it makes the request unnecessary."""
@@ -134,6 +136,8 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
     codes = [code for cause in _lists(facts, evidence) for code in _tables()["fixes"][cause]]
     if facts.phase == "eval" and evidence.framework in frameworks():  # the program's own options come first
         codes.sort(key=lambda code: not has_own(code, evidence.framework or ""))
+    if "not_python" in evidence.run.signs and not any(each.file.endswith(".py") for each in facts.frames):
+        codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
     return [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence)]
 
 
@@ -231,15 +235,15 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     }
     if done.get(code, False):
         return False
-    if "not_python" in run.signs and not any(each.file.endswith(".py") for each in facts.frames):
-        return code in _IN_ANY_LANGUAGE
     if code == "smaller_inputs" and program in programs("texts"):
         return False
     if code == "smaller_inputs":
         return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
     if code == "shorter_length" and program in programs("pictures"):
         return False
-    if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY:
+    if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY - (
+        _ON_NPU if facts.kind == "npu_out_of_memory" else frozenset()
+    ):
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
     return not needs_words or pasted(code, run.frameworks, _values(evidence, _divided(evidence))) is not None

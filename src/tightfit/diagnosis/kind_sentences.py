@@ -87,7 +87,7 @@ _LARGEST_KERNEL, _FEWEST_CHANNELS, _FEWEST_PLACES = 7, 64, 9
 
 
 def _by_axes(shape: str) -> Iterator[str]:
-    """Yield what the axes of a tensor of TensorFlow's show: the weight of a convolution, or a batch of one.
+    """Yield the signs in a TensorFlow tensor's axes: the weight of a convolution, or a batch of one.
 
     >>> list(_by_axes("3,3,512,2048")), list(_by_axes("1,2988,5312,64")), list(_by_axes("16,257,257,32"))
     (['kernel'], ['single'], [])

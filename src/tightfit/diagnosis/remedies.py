@@ -288,7 +288,7 @@ def close_others(facts: Facts) -> Remedy:
     )
 
 
-_TOOLS = {"hip": "rocm-smi", "xpu": "xpu-smi ps"}
+_TOOLS = {"hip": "rocm-smi", "xpu": "xpu-smi ps", "npu": "npu-smi info"}
 """Programs of other vendors that list the processes on a card."""
 _OF_AMD = re.compile(r"\bHIP\b|\bROCm\d?\b|hipError|rocm_driver", re.IGNORECASE)
 
@@ -307,6 +307,7 @@ def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windo
 
     def said(line: str) -> str:
         line = known.get(line, line)
+        line = line.replace("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF") if vendor == "npu" else line
         return re.sub(r"^export (?=\w+=)", "set ", line) if on_windows else line
 
     def of_machine(each: Remedy) -> Remedy:

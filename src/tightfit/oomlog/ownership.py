@@ -108,7 +108,7 @@ _FULL = 0.1
 
 
 def room_beside_own(facts: Facts) -> int | None:
-    """Return the card's bytes beside this process's on an Intel GPU, whose messages do not state what is free."""
+    """Return an Intel GPU's bytes beside this process's own; its messages state no free memory."""
     total, held = facts.total_bytes, facts.reserved_bytes
     if facts.kind != "xpu_out_of_memory" or facts.free_bytes is not None or total is None or held is None:
         return None
