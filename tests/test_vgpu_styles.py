@@ -170,10 +170,60 @@ torch.cuda.empty_cache()
 assert torch.cuda.memory_reserved() == before
 """
 
+KINDS = """
+import io, os, torch
+
+bag = torch.nn.EmbeddingBag(1000, 32, mode="mean", sparse=True).cuda()
+bag(torch.randint(0, 1000, (20,), device="cuda"), torch.tensor([0, 5, 9], device="cuda")).sum().backward()
+assert bag.weight.grad.is_sparse and bag.weight.grad._values().shape == (20, 32)
+torch.optim.SGD(bag.parameters(), lr=0.1).step()
+lazy = torch.nn.Sequential(torch.nn.LazyLinear(8), torch.nn.LazyBatchNorm1d()).cuda()
+assert lazy(torch.ones(2, 5, device="cuda")).is_cuda and lazy[0].weight.shape == (8, 5) and lazy[0].weight.is_cuda
+solved = torch.linalg.lstsq(torch.ones(7, 5, device="cuda"), torch.ones(7, 2, device="cuda"))
+assert solved.solution.shape == (5, 2) and solved.residuals.shape == (2,) and solved.rank.numel() == 0
+quantized = torch.quantize_per_tensor(torch.ones(4, device="cuda"), 0.1, 0, torch.qint8)
+assert quantized.int_repr().dtype == torch.int8
+assert torch.cuda.default_generators[0].set_offset(8).get_offset() == 8
+scripted = torch.jit.script(torch.nn.Linear(8, 8).cuda())
+scripted.save("scripted.pt")
+torch.jit.save(torch.jit.freeze(scripted.eval()), held := io.BytesIO())
+held.seek(0)
+assert torch.jit.load(held, map_location="cuda").weight.is_cuda
+assert not torch.jit.load("scripted.pt", "cpu").weight.is_cuda
+layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+encoder = torch.nn.TransformerEncoder(layer, 2).cuda().eval()
+with torch.inference_mode():
+    mask = torch.tensor([[0] * 7, [0] * 4 + [1] * 3], device="cuda").bool()
+    assert encoder(torch.randn(2, 7, 32, device="cuda"), src_key_padding_mask=mask).shape == (2, 7, 32)
+nodes = torch.arange(100_000).cuda()
+assert int(nodes.max()) == 99_999 and int(nodes[:5].max()) <= 99_999
+os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # too late
+"""
+SETTINGS_OF_SCRIPT = """
+import torch, os
+
+os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "roundup_power2_divisions:4"
+held = torch.empty((9 << 20) // 8, dtype=torch.uint8, device="cuda")
+assert torch.cuda.memory_allocated() == (5 << 20) // 4, torch.cuda.memory_allocated()
+weights = torch.zeros(1 << 18, device="cuda", requires_grad=True)
+optimizer = torch.optim.LBFGS([weights], max_iter=20, history_size=10)
+
+def closure():
+    optimizer.zero_grad()
+    loss = (weights * 1.5 - 1).square().sum()
+    loss.backward()
+    return loss
+
+optimizer.step(closure)
+assert len(optimizer.state[weights]["old_dirs"]) == 10 and optimizer.param_groups[0]["tolerance_grad"] == 1e-7
+"""
+
 
 @pytest.mark.parametrize(
     "code",
     [
+        KINDS,
+        SETTINGS_OF_SCRIPT,
         IN_BACKWARD,
         DERIVATIVES,
         SAFETENSORS,
@@ -182,7 +232,17 @@ assert torch.cuda.memory_reserved() == before
         pytest.param(BACKENDS, marks=pytest.mark.slow),
         pytest.param(TRAINER, marks=pytest.mark.slow),
     ],
-    ids=["in_backward", "derivatives", "safetensors", "files_and_pools", "compiled_step", "backends", "trainer"],
+    ids=[
+        "kinds",
+        "settings_of_script",
+        "in_backward",
+        "derivatives",
+        "safetensors",
+        "files_and_pools",
+        "compiled_step",
+        "backends",
+        "trainer",
+    ],
 )
 def test_a_way_of_training_plays_to_its_end(code: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(code)

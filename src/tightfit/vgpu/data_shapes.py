@@ -260,8 +260,41 @@ def _pack(
     return data, torch.tensor(alive, dtype=torch.int64, device="cpu")
 
 
+_MEAN = 1
+
+
+def _bag_backward(
+    device: Device,
+    func: OpOverload,
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    offset2bag: Tensor,
+    bag_size: Tensor,
+    maximum_indices: Tensor,
+    rows: int,
+    scale: bool,
+    mode: int,
+    sparse: bool,
+    weights: Tensor | None,
+    padding_idx: int = -1,
+) -> Argument:
+    """Take a sparse gradient apart as EmbeddingBag.cpp does; its indices are those of the input."""
+    if not sparse:
+        return None
+    with device.mode():
+        values = grad.index_select(0, offset2bag)
+        if mode == _MEAN:
+            values *= bag_size.to(values.dtype).reciprocal().unsqueeze(1).index_select(0, offset2bag)
+        if weights is not None:
+            values *= weights.unsqueeze(1)
+        made: Tensor = aten.embedding_backward(values, indices, rows, padding_idx, scale, True)
+        return made
+
+
 HANDLERS: dict[OpOverload, Handler] = {
     aten._pack_padded_sequence.default: _pack,
+    aten._embedding_bag_backward.default: _bag_backward,
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _masked_select,
     aten.index.Tensor: _index,

@@ -67,6 +67,8 @@ class ReadLoops:
     loops: dict[tuple[CodeType, int], InlinedLoop] = field(default_factory=dict)
     unread: set[tuple[CodeType, int]] = field(default_factory=set)
     """Loops to read at their next iteration."""
+    asked_for_largest: set[tuple[CodeType, int]] = field(default_factory=set)
+    """Loops that went on to their largest item before an end of the play."""
     changes: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
     """Times that iterations were passed up to one with other values; the most of them if there is no other."""
 

@@ -86,6 +86,7 @@ _KEPT = {
 }
 """Operators whose result has the same value everywhere if their argument has."""
 
+_QUANTIZES = {aten.quantize_per_tensor.default, aten.quantize_per_channel.default}
 _COUNTED = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 _COUNTS = {aten.sum.default, aten.sum.dim_IntList}
 _COPIES = {aten.copy_.default, aten.fill_.Tensor}
@@ -158,7 +159,7 @@ class Values:
     def follow(self, func: OpOverload, args: Arguments, kwargs: Options, out: Argument) -> None:
         """Keep what operator `func` reveals of its result `out`; a write makes its target unknown."""
         traits = _traits(func)
-        if isinstance(out, Tensor) and out.layout is not torch.strided:
+        if func in _QUANTIZES or (isinstance(out, Tensor) and out.layout is not torch.strided):
             return
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
         if traits.writes:

@@ -65,6 +65,7 @@ def install(device: VirtualDevice) -> None:
             aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
             **dict.fromkeys(_LIKE_FIRST_WITH_MASK, _like_first_with_mask),
             **_OF_SYNC_BATCH_NORM,
+            **_OF_OTHERS,
         }
     )
 
@@ -189,6 +190,41 @@ _OF_SYNC_BATCH_NORM: dict[OpOverload, Callable[..., Argument]] = {
     aten.batch_norm_elemt.default: _batch_norm_elements,
     aten.batch_norm_backward_elemt.default: _batch_norm_elements,
     aten.batch_norm_backward_reduce.default: _batch_norm_backward_reduce,
+}
+
+
+def _lstsq(
+    fake: FakeTensorMode,
+    func: OpOverload,
+    source: Tensor,
+    right: Tensor,
+    rcond: float | None = None,
+    *,
+    driver: str | None = None,
+) -> tuple[Tensor, ...]:
+    """BatchLinearAlgebra.cpp: the card's one driver, `gels`, tells neither rank nor singular values."""
+    rows, columns = source.shape[-2:]
+    is_vector = right.dim() == 1 or (right.dim() == source.dim() - 1 and right.shape == source.shape[:-1])
+    batch = torch.broadcast_shapes(source.shape[:-2], right.shape[: -1 if is_vector else -2])
+    behind = () if is_vector else (right.shape[-1],)
+    with fake:
+        residuals = right.new_empty((*batch, *behind) if rows > columns else (0,))
+        empty = right.new_empty((0,))
+        return right.new_empty((*batch, columns, *behind)), residuals, empty.long(), empty
+
+
+_WHOLE = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
+
+
+def _int_repr(fake: FakeTensorMode, func: OpOverload, source: Tensor) -> Tensor:
+    """Return the whole numbers of a quantized tensor."""
+    with fake:
+        return torch.empty(source.shape, dtype=_WHOLE.get(source.dtype, torch.int8), device=source.device)
+
+
+_OF_OTHERS: dict[OpOverload, Callable[..., Argument]] = {
+    aten.linalg_lstsq.default: _lstsq,
+    aten.int_repr.default: _int_repr,
 }
 
 

@@ -58,8 +58,6 @@ class LineWatch:
         self._skips: dict[CodeType, tuple[Loop, Skip]] = {}
         self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
         self._read = ReadLoops()
-        self._asked_for_largest: set[tuple[CodeType, int]] = set()
-        """Loops whose largest item was looked for before an end of the play."""
         self._only_for_largest: tuple[CodeType, int] | None = None
         """A loop to leave only by way of its largest item."""
         self.is_passing = False
@@ -335,9 +333,9 @@ class LineWatch:
         for each, training in self._training_around(frame) if self.is_on else ():
             for loop in training[-1:]:
                 place = (each.f_code, loop.first)
-                if not loop.has_items or place in self._asked_for_largest:
+                if not loop.has_items or place in self._read.asked_for_largest:
                     return False
-                self._asked_for_largest.add(place)
+                self._read.asked_for_largest.add(place)
                 self._only_for_largest = place
                 self.leave(each.f_code, loop)
                 return True

@@ -139,6 +139,27 @@ class VirtualGenerator(torch.Generator):
     def device(self) -> torch.device:  # type: ignore[override]  # torch's stub has a plain attribute
         return self._device
 
+    def get_offset(self) -> int:
+        return int(getattr(self, "_offset", 0))
+
+    def set_offset(self, offset: int) -> "VirtualGenerator":
+        """Keep the offset of a card's Philox generator, a multiple of 4."""
+        if offset % 4:
+            raise RuntimeError("offset must be a multiple of 4")
+        self._offset = offset
+        return self
+
+    def clone_state(self) -> "VirtualGenerator":
+        made = VirtualGenerator(self._device)
+        made.set_state(self.get_state())
+        return made
+
+    def graphsafe_get_state(self) -> "VirtualGenerator":
+        return self
+
+    def graphsafe_set_state(self, state: torch.Generator) -> "VirtualGenerator":
+        return self
+
 
 def _install_streams(virtual: VirtualDevice) -> None:
     default = VirtualStream(stream_id=0)

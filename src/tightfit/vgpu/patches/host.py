@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,10 +16,9 @@ from tightfit.kernels.temporaries import Argument
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import backend, inductor, tensor_kinds
+from tightfit.vgpu.patches import backend, inductor, lazy_modules, tensor_kinds, torchscript
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.pinned import pin
-from tightfit.wording import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +32,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_modules(device)
     _install_data()
     _install_ragged()
+    _install_encoders()
     _install_validity(device)
     _install_steps(device)
     _install_lbfgs()
@@ -43,7 +42,8 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     tensor_kinds.install()
     _install_threads(device)
     _install_compile(device, properties)
-    _install_torchscript(device)
+    torchscript.install(device)
+    lazy_modules.install()
     _install_attention(device)
     _install_scalars(device)
 
@@ -110,7 +110,7 @@ def _install_modules(device: VirtualDevice) -> None:
             for child in module.children():
                 child._apply(function)
         for parameter in module._parameters.values():
-            if parameter is None:
+            if parameter is None or lazy_modules.is_moved(parameter, function):
                 continue
             with torch.no_grad():
                 moved = function(parameter)
@@ -121,12 +121,17 @@ def _install_modules(device: VirtualDevice) -> None:
                 parameter.grad = gradient
             device.roles.mark_parameter(parameter)
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and not lazy_modules.is_moved(buffer, function):
                 module._buffers[name] = function(buffer)
                 device.roles.mark_parameter(module._buffers[name])
         return module
 
     assign(nn.Module, _apply=apply)
+
+
+def _install_encoders() -> None:
+    """Let nn.TransformerEncoder keep padded batches, which take no less: fake tensors have no ragged ones."""
+    assign(torch, _nested_tensor_from_mask_left_aligned=lambda source, mask: False)
 
 
 def _install_ragged() -> None:
@@ -319,36 +324,6 @@ def _install_compile(device: VirtualDevice, properties: SimpleNamespace) -> None
 
     assign(torch, compile=compiler.compile)
     assign(nn.Module, compile=compile_module)
-
-
-_DERIVATIVES = "torch._decomp.decompositions_for_jvp"
-
-
-def _install_torchscript(device: VirtualDevice) -> None:
-    """Play scripted and traced code as the Python that it comes from: TorchScript's own interpreter wants a driver.
-
-    torch itself scripts the derivatives of forward mode, of which it only wants the graph.
-    """
-    state = torch.jit._state
-    state.disable()
-
-    def noted(usual: Callable[..., object]) -> Callable[..., object]:
-        @functools.wraps(usual)
-        def as_python(*args: object, **options: object) -> object:
-            asker = sys._getframe(1).f_globals.get("__name__", "")
-            if asker != _DERIVATIVES:
-                if asker.partition(".")[0] != "torch":
-                    device.note(say("vgpu.patches.torchscript"))
-                return usual(*args, **options)
-            state.enable()
-            try:
-                return usual(*args, **options)
-            finally:
-                state.disable()
-
-        return as_python
-
-    assign(torch.jit, script=noted(torch.jit.script), trace=noted(torch.jit.trace))
 
 
 def _install_attention(device: VirtualDevice) -> None:

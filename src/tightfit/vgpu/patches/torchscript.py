@@ -1,0 +1,74 @@
+"""TorchScript: scripted and traced code plays as the Python that it comes from, and its files hold that."""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tightfit.vgpu.assign import assign
+from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.patches.checkpoints import File
+from tightfit.wording import say
+
+_DERIVATIVES = "torch._decomp.decompositions_for_jvp"
+
+
+def install(device: VirtualDevice) -> None:
+    """Play scripted and traced code as Python: TorchScript's own interpreter wants a driver.
+
+    torch itself scripts the derivatives of forward mode, of which it only wants the graph.
+    """
+    state = torch.jit._state
+    state.disable()
+
+    def noted(usual: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(usual)
+        def as_python(*args: object, **options: object) -> object:
+            asker = sys._getframe(1).f_globals.get("__name__", "")
+            if asker != _DERIVATIVES:
+                if asker.partition(".")[0] != "torch":
+                    device.note(say("vgpu.patches.torchscript"))
+                return _with_save(usual(*args, **options))
+            state.enable()
+            try:
+                return usual(*args, **options)
+            finally:
+                state.disable()
+
+        return as_python
+
+    assign(torch.jit, script=noted(torch.jit.script), trace=noted(torch.jit.trace))
+    _install_files()
+
+
+def _with_save(made: object) -> object:
+    if isinstance(made, nn.Module):
+        made.__dict__["save"] = lambda file, *args, **options: torch.jit.save(made, file)
+    return made
+
+
+def _install_files() -> None:
+    """Save and load a scripted module as any other object of the script."""
+    usual: Callable[..., object] = torch.jit.load
+
+    def save(module: object, file: File, *args: object, **options: object) -> None:
+        torch.save(module, file)
+
+    @functools.wraps(usual)
+    def load(file: File, map_location: object = None, *args: object, **options: object) -> object:
+        try:
+            found = torch.load(file, weights_only=False)
+        except RuntimeError:  # a real archive, of which torch.load leaves TorchScript to torch.jit.load
+            return usual(file, map_location, *args, **options)
+        if not isinstance(found, nn.Module):
+            return found
+        copied = copy.deepcopy(found)
+        return copied.to(map_location) if isinstance(map_location, (str, torch.device)) else copied
+
+    def unchanged(module: object, *args: object, **options: object) -> object:
+        return module
+
+    assign(torch.jit, save=save, load=load, freeze=unchanged, optimize_for_inference=unchanged)
