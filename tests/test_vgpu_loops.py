@@ -51,6 +51,30 @@ torch.ones(1 << 27, device="cuda")
 """
 
 
+ENDLESS_DRAWS = """
+import torch
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+data = TensorDataset(torch.randn(100, 8))
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.Adam(model.parameters())
+sizes = []
+
+def train(most):
+    for (batch,) in DataLoader(data, 16, sampler=RandomSampler(data, replacement=True, num_samples=16 * 10**9 + 5)):
+        model(batch.cuda()).sum().backward()
+        optimizer.step(), optimizer.zero_grad()
+        sizes.append(len(batch))
+        if len(sizes) >= most:
+            break
+"""
+TO_A_NUMBER = f"{ENDLESS_DRAWS}\ntrain(2000)"
+TO_THE_LAST = (
+    f"{ENDLESS_DRAWS}\ntrain(10 ** 12)\n"
+    "torch.ones(1 << 27, device='cuda')\nassert sizes[-1] == 5 and len(sizes) < 20, sizes"
+)
+
+
 KEPT_SAMPLER = """
 import torch
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -360,6 +384,21 @@ data = [torch.randint(0, 100, (3000 if number == 333 else 100 + number % 7,)) fo
 model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 1024), torch.nn.Linear(1024, 8)).cuda()
 train(model, data, 20)
 """
+
+
+def test_samples_that_nobody_could_draw_are_not_drawn_before_the_end(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TO_A_NUMBER)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["seconds"] < 4
+
+
+@pytest.mark.slow  # the time for drawing
+def test_the_last_batch_of_more_samples_than_can_be_drawn_is_played(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TO_THE_LAST)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["peak"]["allocated_bytes"] > 4 << 27
 
 
 def test_a_trainer_with_samples_of_many_lengths_plays_the_longest(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ _REPEATS = 3
 _BLOCK = 512
 _MOST_LOOKED_AT = 100_000
 """Batches of an epoch among which the longest sample is looked for."""
+_SECONDS = 5.0
+"""Time for drawing the numbers of an epoch's samples: some epochs have 10 ** 10 of them."""
+_DRAWN_AT_ONCE = 256
 
 
 class Repetition:
@@ -160,7 +164,7 @@ class Evaluations:
     def go_to_longest(self) -> bool:
         """Let the DataLoader that was asked last go on to its longest sample; False if all are of one size."""
         self.found_longer = False
-        return self.end_epoch() and self.found_longer
+        return self.can_find_longest() and self.end_epoch() and self.found_longer
 
     def can_find_longest(self) -> bool:
         """Return True if the samples of the DataLoader that was asked last can be looked at, and may differ in size."""
@@ -186,12 +190,35 @@ class Evaluations:
         sent: int = getattr(batches, "_send_idx", batches._num_yielded)
         left: Iterator[object] = batches._sampler_iter
         count = -sent % max(length, 1)
-        first = list(itertools.islice(left, min(max(count - 1, 0), _MOST_LOOKED_AT)))
-        last = deque(itertools.islice(left, count - len(first)), maxlen=1)
         dropped = left.dropped if isinstance(left, _Ahead) else []
+        first, last, drawn = self._draw(left, count)
+        if drawn < count:
+            end = _last_of(batches._index_sampler, last)
+            if end is None:
+                assign(batches, _sampler_iter=itertools.chain(last, left))
+                return False
+            last, left = [end], iter(())
         kept = self._longest(batches, [*dropped, *first], len(dropped) + count)
         assign(batches, _sampler_iter=itertools.chain(kept, last, left))
         return count > 1
+
+    def _draw(self, left: Iterator[object], count: int) -> tuple[list[object], list[object], int]:
+        """Take `count` batches of a sampler, or as many as come in the time: the first ones, the last, their number."""
+        first: list[object] = []
+        last: list[object] = []
+        drawn, until = 0, time.monotonic() + _SECONDS
+        is_paused = self._phases.pause_trace()
+        while drawn < count and time.monotonic() < until:
+            batches = list(itertools.islice(left, min(count - drawn, _DRAWN_AT_ONCE)))
+            if not batches:
+                drawn = count
+                break
+            drawn += len(batches)
+            first += [*last, *batches[:-1]][: _MOST_LOOKED_AT - len(first)]
+            last = batches[-1:]
+        if is_paused:
+            self._phases.resume_trace()
+        return first, last, drawn
 
     def _longest(self, batches: "dataloader._BaseDataLoaderIter", skipped: list[object], count: int) -> list[object]:
         """Return another batch and that with the largest sample of these, if their samples are not all of one size."""
@@ -216,6 +243,17 @@ def _is_of_map(batches: object) -> "TypeGuard[dataloader._BaseDataLoaderIter]":
     """Return True for batches of a DataLoader whose dataset has numbered items."""
     module = import_module("torch.utils.data.dataloader")
     return isinstance(batches, module._BaseDataLoaderIter) and batches._dataset_kind == module._DatasetKind.Map
+
+
+def _last_of(sampler: object, drawn: list[object]) -> object | None:
+    """Return an epoch's last batch, made of numbers that were drawn; None if its size is unknown."""
+    from torch.utils.data import BatchSampler
+
+    numbers = drawn[0] if drawn else None
+    if type(sampler) is not BatchSampler or not isinstance(numbers, list):
+        return None
+    size = 0 if sampler.drop_last else len(sampler.sampler) % sampler.batch_size  # type: ignore[arg-type]
+    return numbers[:size] if size else numbers
 
 
 class _Ahead:
