@@ -1,6 +1,7 @@
 """Fixtures of the whole suite. One thread for each process: with more, this suite crawls on a busy machine."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ os.environ["LC_ALL"] = "C.UTF-8"  # English; tests of Japanese choose it
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     """Tests that compile in their own process take as long as the command does."""
     pyfuncitem.obj = with_frame_stack(pyfuncitem.obj)
+
+
+def pytest_sessionfinish() -> None:
+    """End the server that tests shared, before Python complains of it."""
+    if "plays" in sys.modules:
+        sys.modules["plays"].end_server()
 
 
 @pytest.fixture(autouse=True)

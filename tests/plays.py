@@ -22,10 +22,15 @@ from tightfit.vgpu.records import Findings
 
 @functools.cache
 def simulator() -> Simulator:
-    """The server of this process, for all tests in it: the kernel ends it with the process."""
+    """The server of this process, for all tests in it, which `end_server` ends, or else the kernel with the process."""
     kept = Simulator()
     kept.will_compile = True
     return kept
+
+
+def end_server() -> None:
+    if simulator.cache_info().currsize:
+        simulator().close()
 
 
 def played(words: list[object], *, folder: Path | None = None, environ: dict[str, str] | None = None) -> Findings:
