@@ -58,19 +58,26 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 data = TensorDataset(torch.randn(100, 8))
 model = torch.nn.Linear(8, 8).cuda()
 optimizer = torch.optim.Adam(model.parameters())
-sizes = []
+sizes, drawn = [], []
+
+class Counted(RandomSampler):
+    def __iter__(self):
+        for number in super().__iter__():
+            drawn.append(number)
+            assert len(drawn) < most_drawn
+            yield number
 
 def train(most):
-    for (batch,) in DataLoader(data, 16, sampler=RandomSampler(data, replacement=True, num_samples=16 * 10**9 + 5)):
+    for (batch,) in DataLoader(data, 16, sampler=Counted(data, replacement=True, num_samples=16 * 10**9 + 5)):
         model(batch.cuda()).sum().backward()
         optimizer.step(), optimizer.zero_grad()
         sizes.append(len(batch))
         if len(sizes) >= most:
             break
 """
-TO_A_NUMBER = f"{ENDLESS_DRAWS}\ntrain(2000)"
+TO_A_NUMBER = f"most_drawn = 10_000\n{ENDLESS_DRAWS}\ntrain(2000)"
 TO_THE_LAST = (
-    f"{ENDLESS_DRAWS}\ntrain(10 ** 12)\n"
+    f"most_drawn = 10 ** 12\n{ENDLESS_DRAWS}\ntrain(10 ** 12)\n"
     "torch.ones(1 << 27, device='cuda')\nassert sizes[-1] == 5 and len(sizes) < 20, sizes"
 )
 
@@ -244,13 +251,18 @@ for batch_size in range(1 << 18, 4 << 18, 1 << 18):
 """
 
 
-def test_rare_iterations_are_played(tmp_path: Path) -> None:
-    """What a loop does every so many steps comes after a few of them, also once in many epochs."""
-    (tmp_path / "train.py").write_text(RARE)
+def assert_all_of_it_plays(tmp_path: Path, code: str, *, steps: int) -> None:
+    """Assert that a script comes to its own end, with nothing left out and fewer than so many steps."""
+    (tmp_path / "train.py").write_text(code)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert not found["not_played"]
-    assert found["steps"] < 80
+    assert found["steps"] < steps
+
+
+def test_rare_iterations_are_played(tmp_path: Path) -> None:
+    """What a loop does every so many steps comes after a few of them, also once in many epochs."""
+    assert_all_of_it_plays(tmp_path, RARE, steps=80)
 
 
 def test_each_size_of_a_sweep_is_played(tmp_path: Path) -> None:
@@ -390,7 +402,6 @@ def test_samples_that_nobody_could_draw_are_not_drawn_before_the_end(tmp_path: P
     (tmp_path / "train.py").write_text(TO_A_NUMBER)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["not_played"]) == ("fits", [])
-    assert found["seconds"] < 4
 
 
 @pytest.mark.slow  # the time for drawing
@@ -529,8 +540,4 @@ assert played == {"function", "method"} and lengths == {4, 5, 6, 7, 11, "later"}
 
 def test_what_later_iterations_do_in_functions_is_played(tmp_path: Path) -> None:
     """A guard in a function that the loop calls, a size that its counters decide, and a generator's longest batch."""
-    (tmp_path / "train.py").write_text(HIDDEN)
-    found = findings(["--gpu", "A100", tmp_path / "train.py"])
-    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
-    assert not found["not_played"]
-    assert found["steps"] < 150
+    assert_all_of_it_plays(tmp_path, HIDDEN, steps=150)

@@ -57,7 +57,10 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     for each in _details():
         if not each.is_shown(facts, run.text):
             continue
-        facts = msgspec.structs.replace(facts, kind=each.becomes) if each.becomes else _with(facts, each.name)
+        if each.becomes:
+            facts = msgspec.structs.replace(facts, kind=each.becomes)
+        if each.name:
+            facts = _with(facts, each.name)
     if facts.kind == "vllm_no_cache_blocks" and _HIGH_SHARE.search(run.text):
         return _with(facts, "share_is_high")
     if facts.kind == "jax_out_of_memory":

@@ -127,7 +127,7 @@ def reported_in(lines: Sequence[str]) -> str | None:
     first = [each for each in lines if each.strip()][:_TITLE_LINES]
     words = _REPORTED if not any(map(_OF_DEVICE.search, lines)) else _REPORTED_ANYHOW
     found = next(
-        (line for line in first if words.search(line) and not _ADVICE.search(line) and not _OF_JOB.search(line)), None
+        (line for line in first if words.search(line) and not _ADVICE.search(line) and not is_of_job(line)), None
     )
     return found.strip(" #*\t").removesuffix(".")[:200] if found else None
 
@@ -187,7 +187,7 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
     """
     for line in reversed(lines):
         found = _ANYHOW.search(line)
-        if found and not _OF_JOB.search(line) and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT):
+        if found and not is_of_job(line) and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT):
             text = " ".join(line.split()).strip(" #*`")
             is_device = bool(_OF_DEVICE.search(line) or "显存" in line)
             return text[:300], is_device or any(map(_OF_DEVICE.search, lines))

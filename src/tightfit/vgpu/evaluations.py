@@ -191,7 +191,8 @@ class Evaluations:
         left: Iterator[object] = batches._sampler_iter
         count = -sent % max(length, 1)
         dropped = left.dropped if isinstance(left, _Ahead) else []
-        first, last, drawn = self._draw(left, count)
+        with self._phases.untraced():  # a sampler may be the script's own, and fail
+            first, last, drawn = _drawn(left, count)
         if drawn < count:
             end = _last_of(batches._index_sampler, last)
             if end is None:
@@ -201,24 +202,6 @@ class Evaluations:
         kept = self._longest(batches, [*dropped, *first], len(dropped) + count)
         assign(batches, _sampler_iter=itertools.chain(kept, last, left))
         return count > 1
-
-    def _draw(self, left: Iterator[object], count: int) -> tuple[list[object], list[object], int]:
-        """Take `count` batches of a sampler, or as many as come in the time: the first ones, the last, their number."""
-        first: list[object] = []
-        last: list[object] = []
-        drawn, until = 0, time.monotonic() + _SECONDS
-        is_paused = self._phases.pause_trace()
-        while drawn < count and time.monotonic() < until:
-            batches = list(itertools.islice(left, min(count - drawn, _DRAWN_AT_ONCE)))
-            if not batches:
-                drawn = count
-                break
-            drawn += len(batches)
-            first += [*last, *batches[:-1]][: _MOST_LOOKED_AT - len(first)]
-            last = batches[-1:]
-        if is_paused:
-            self._phases.resume_trace()
-        return first, last, drawn
 
     def _longest(self, batches: "dataloader._BaseDataLoaderIter", skipped: list[object], count: int) -> list[object]:
         """Return another batch and that with the largest sample of these, if their samples are not all of one size."""
@@ -243,6 +226,21 @@ def _is_of_map(batches: object) -> "TypeGuard[dataloader._BaseDataLoaderIter]":
     """Return True for batches of a DataLoader whose dataset has numbered items."""
     module = import_module("torch.utils.data.dataloader")
     return isinstance(batches, module._BaseDataLoaderIter) and batches._dataset_kind == module._DatasetKind.Map
+
+
+def _drawn(left: Iterator[object], count: int) -> tuple[list[object], list[object], int]:
+    """Take `count` batches of a sampler, or as many as come in the time: the first ones, the last, their number."""
+    first: list[object] = []
+    last: list[object] = []
+    drawn, until = 0, time.monotonic() + _SECONDS
+    while drawn < count and time.monotonic() < until:
+        batches = list(itertools.islice(left, min(count - drawn, _DRAWN_AT_ONCE)))
+        if not batches:
+            return first, last, count
+        drawn += len(batches)
+        first += [*last, *batches[:-1]][: _MOST_LOOKED_AT - len(first)]
+        last = batches[-1:]
+    return first, last, drawn
 
 
 def _last_of(sampler: object, drawn: list[object]) -> object | None:

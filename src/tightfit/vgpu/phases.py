@@ -127,6 +127,16 @@ class Phases:
     def resume_trace(self) -> None:
         sys.settrace(self.trace)  # type: ignore[arg-type]
 
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Take the trace function off for a while, if it is on in this thread."""
+        is_paused = self.pause_trace()
+        try:
+            yield
+        finally:
+            if is_paused:
+                self.resume_trace()
+
     def _hook(self) -> None:
         self._handles = (
             nn.modules.module.register_module_forward_pre_hook(self._before_forward),

@@ -14,8 +14,8 @@ _LOOKED_AT = 1 << 25
 
 aten = torch.ops.aten
 
-_LARGEST = (aten.max.default, aten.amax.default)
-_SMALLEST = (aten.min.default, aten.amin.default)
+_LARGEST = {aten.max.default, aten.amax.default}
+_ENDS = _LARGEST | {aten.min.default, aten.amin.default}
 
 
 class Ranges:
@@ -36,7 +36,7 @@ class Ranges:
 
         Of a part of the numbers it is the bound that all of them give.
         """
-        if not isinstance(source, Tensor) or not (func in _LARGEST or func in _SMALLEST) or not _can_tell(source):
+        if func not in _ENDS or not isinstance(source, Tensor) or not _can_tell(source):
             return None
         low, high, version = self._known.get(source.untyped_storage(), (0, 0, -1))
         if version != source._version:
