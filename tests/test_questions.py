@@ -151,6 +151,9 @@ class TestCards:
             (own,) = question.play([question.request(settings=Settings(gpu=row.name))])
             assert row.device_bytes == own.findings.needed_bytes, row.name
 
+        again = every_card(question, cards)
+        assert (again.rows, again.plays) == (found.rows, 0)
+
     def test_a_script_that_asks_for_the_capability_is_played_for_each(self, folder: Path) -> None:
         ask = "import torch; torch.empty(2**20 * torch.cuda.get_device_capability()[1], device='cuda')"
         (folder / "ask.py").write_text(ask)
@@ -202,6 +205,43 @@ class TestCompare:
             seconds=1.0,
         )
         assert compare_page(found, words("en")).verdict.startswith("ALL VARIANTS NEED THE SAME")
+
+    def test_asked_again_it_is_played_once_a_file_is_another(self, folder: Path) -> None:
+        (folder / "part.py").write_text("SIZE = 4\n")
+        (folder / "rows").mkdir()
+        (folder / "uses.py").write_text(
+            "import os, sys, torch\n"
+            "from part import SIZE\n"
+            "torch.save(SIZE, 'saved.pt')\n"
+            "rows = torch.load('saved.pt') * (1 + len(os.listdir('rows')))\n"
+            "kept = torch.ones(rows * int(sys.argv[1]), 1 << 20, device='cuda')\n"
+        )
+        question = Asked.of(simulator(), Settings(gpu="RTX 3060 12GB"), ["uses.py", "1"])
+
+        def ask() -> tuple[int, int]:
+            found = compare(question, ["", "2"])
+            return found.plays, found.categories[0].bytes[0]
+
+        assert [ask(), ask()] == [(2, 16 * MIB), (0, 16 * MIB)]
+        (folder / "part.py").write_text("SIZE = 8\n")
+        assert [ask(), ask()] == [(2, 32 * MIB), (0, 32 * MIB)]
+        (folder / "other.txt").write_text("no part of the script")
+        assert ask() == (0, 32 * MIB)
+        (folder / "rows" / "one").touch()
+        (detail,) = question.play([question.request()])
+        if detail.findings.protection == "view":
+            assert detail.findings.peak.allocated_bytes == 64 * MIB
+
+    def test_an_error_is_remembered_only_where_the_script_runs_otherwise(self, folder: Path) -> None:
+        (folder / "fails.py").write_text("import torch; assert torch.cuda.get_device_capability() >= (8, 0)")
+        names = ("GeForce RTX 3060 12GB", "Tesla T4")
+        cards = [gpu for gpu in all_gpus() if gpu.name in names]
+        question = Asked.of(simulator(), Settings(gpu=""), ["fails.py"])
+        assert [bool(row.error) for row in every_card(question, cards).rows] == [False, True]
+        assert every_card(question, cards).plays == 0
+        alone = [gpu for gpu in cards if gpu.name == "Tesla T4"]
+        assert every_card(question, alone).plays > 0
+        assert every_card(question, alone).plays > 0, "it may run by now"
 
     def test_one_variant_is_a_mistake(self) -> None:
         with pytest.raises(ConfigError, match="needs two or more variants"):

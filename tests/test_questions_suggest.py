@@ -171,9 +171,11 @@ class TestSearch:
         assert blocks.costs_time
         assert blocks.is_exact
         assert (folder / "train.py").read_text() == TRAIN, "a file that was there stays as it is"
+        again = suggest(asked(640 * MIB))
+        assert (again.suggestions, again.tried, again.plays) == (found.suggestions, found.tried, 0)
         subprocess.run(["patch", "-p0"], input=blocks.diff, text=True, check=True, capture_output=True)
-        again = asked(640 * MIB)
-        (detail,) = again.play([again.request()])
+        patched = asked(640 * MIB)
+        (detail,) = patched.play([patched.request()])
         assert (detail.findings.outcome, detail.findings.needed_bytes) == ("fits", blocks.device_bytes)
 
     @pytest.mark.slow

@@ -24,6 +24,7 @@ def detail_request(
     replaced: Mapping[str, str] | None = None,
     cards: Sequence[CardSize] = (),
     remember: bool = True,
+    trusts_errors: bool = False,
 ) -> DetailRequest:
     """Return the request for a quiet play of a command in this folder.
 
@@ -31,7 +32,9 @@ def detail_request(
     """
     script, *arguments = words or [""]
     run = script_request(script, arguments, settings, environ, replaced=replaced)
-    return DetailRequest(run=replace(run, is_quiet=True), cards=tuple(cards), remember=remember)
+    return DetailRequest(
+        run=replace(run, is_quiet=True), cards=tuple(cards), remember=remember, trusts_errors=trusts_errors
+    )
 
 
 def details_of(simulator: Simulator, requests: Sequence[DetailRequest]) -> list[Detail]:
@@ -51,6 +54,8 @@ class Asked:
     simulator: Simulator
     settings: Settings
     variant: Variant
+    trusts_errors: bool = False
+    """True once the script has run: a remembered error is then one of its variant or card."""
 
     @classmethod
     def of(
@@ -72,7 +77,12 @@ class Asked:
         """Return the request for one play. Raises this package's errors for an unknown card or script."""
         variant = variant or self.variant
         return detail_request(
-            variant.words, settings or self.settings, variant.environ, replaced=variant.replaced, cards=cards
+            variant.words,
+            settings or self.settings,
+            variant.environ,
+            replaced=variant.replaced,
+            cards=cards,
+            trusts_errors=self.trusts_errors,
         )
 
     def play(self, requests: Sequence[DetailRequest]) -> list[Detail]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -77,10 +78,14 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
     if knob.kind in ("argument", "environment") and knob.number is None:
         raise ConfigError(say("questions.largest.no_number", name=knob.name, value=knob.value))
 
-    def play(values: Sequence[int]) -> list[Detail]:
-        return asked.play([asked.request(knob.set(asked.variant, value)) for value in values])
-
     start = _rounded(knob.number or _START, multiple)
+    later = replace(asked, trusts_errors=True)
+
+    def play(values: Sequence[int]) -> list[Detail]:
+        return asked.play(
+            [(asked if value == start else later).request(knob.set(asked.variant, value)) for value in values]
+        )
+
     search = Search(asked.script, knob.name, play, multiple)
     fits, fails = search.run(start)
     best = search.tried.get(fits) if fits else None

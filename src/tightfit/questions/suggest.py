@@ -223,7 +223,7 @@ def suggest(asked: Asked, *, tell: Callable[[Sequence[str]], object] = lambda co
     found = base.findings
     has_view = found.protection == "view"  # in which a play finds changed files
     workshop = Workshop(asked.variant, [each.path for each in base.files] if has_view else [])
-    search = Search(asked, workshop, first_steps=found.steps + _STEPS_AFTER, tell=tell)
+    search = Search(with_fields(asked, trusts_errors=True), workshop, first_steps=found.steps + _STEPS_AFTER, tell=tell)
     if found.failure is not None:
         search.run()
     return Suggestions(

@@ -4,6 +4,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 
 import torch
 from msgspec.structs import replace
@@ -21,6 +22,7 @@ from tightfit.simulation.details import (
     state_of,
 )
 from tightfit.simulation.speed import Meter, Work, rates_of
+from tightfit.system.private_view import View
 from tightfit.vgpu.findings import by_category
 from tightfit.vgpu.recorder import Allocation
 from tightfit.vgpu.records import Findings
@@ -31,15 +33,20 @@ _MOST_HELD = 400
 _MOST_FILES = 20_000
 _NO_FILES = ("/proc/", "/sys/", "/dev/")
 _WRITES = os.O_WRONLY | os.O_RDWR
+_LISTINGS = ("os.listdir", "os.scandir")
+_IMPORTS = ("importlib", "_frozen_importlib", "pkgutil")
 
 
 def play_detail(
-    cards: Sequence[CardSize], play: Callable[[Callable[[int], object]], Findings], on_step: Callable[[int], object]
+    cards: Sequence[CardSize],
+    play: Callable[[Callable[[int], object]], Findings],
+    on_step: Callable[[int], object],
+    view: View | None,
 ) -> Detail:
-    """Play, and read off the recorder what the findings leave out."""
+    """Play in a private view if there is one, and read off the recorder what the findings leave out."""
     VirtualSession.allocator_kind = TapedAllocator
     VirtualSession.other_cards = [card.name for card in cards]
-    files, clock = FilesRead(), Clock()
+    files, clock = FilesRead(view), Clock()
     sys.addaudithook(files)
 
     def stepped(steps: int) -> None:
@@ -65,6 +72,7 @@ def play_detail(
         tapes=elsewhere.tapes() if elsewhere else {},
         step=clock.step(session),
         is_chip_known=session.device.answers.is_chip_known,
+        is_cut_short=session.device.out_of_time,
     )
 
 
@@ -92,9 +100,14 @@ class Clock:
 
 
 class FilesRead:
-    """Audit hook that notes the files which a play opens to read, as they are then."""
+    """Audit hook that notes the files which a play opens to read, and the folders that it lists.
 
-    def __init__(self) -> None:
+    In a private view they are noted as they are outside of it: what the play wrote itself is no part of the script.
+    """
+
+    def __init__(self, view: View | None = None) -> None:
+        self._stat = view.stat_before if view else os.stat
+        self._notes_folders = view is not None
         self._found: dict[str, FileState] = {}
         self._skipped = (*_NO_FILES, *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")))
         self._own = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -102,14 +115,19 @@ class FilesRead:
         self._packages = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
-        if event != "open" or len(self._found) > _MOST_FILES:
+        if event not in ("open", *_LISTINGS) or len(self._found) > _MOST_FILES:
             return
-        path, mode, flags = arguments
-        if not isinstance(path, str) or self._writes(mode, flags):
+        path = arguments[0]
+        if event in _LISTINGS:
+            path = "." if path is None else path
+            is_read = self._notes_folders and not _is_import(sys._getframe(1))
+        else:
+            is_read = not self._writes(*arguments[1:])
+        if not isinstance(path, str) or not is_read:
             return
         path = os.path.abspath(path)
         if path not in self._found and self._counts(path) and not path.startswith(self._packages):
-            self._found[path] = state_of(path)
+            self._found[path] = state_of(path, self._stat)
 
     def states(self) -> list[FileState]:
         """Return them with the modules that are loaded now."""
@@ -119,7 +137,7 @@ class FilesRead:
                 continue
             path = os.path.abspath(path)  # a script's own is as the command line has it
             if path not in self._found and self._counts(path):
-                self._found[path] = state_of(path)
+                self._found[path] = state_of(path, self._stat)
         # Files that the play made and removed are no part of the script.
         return [each for path, each in sorted(self._found.items()) if each.size < 0 or os.path.exists(path)]
 
@@ -135,6 +153,11 @@ class FilesRead:
         if isinstance(mode, str):
             return not mode.startswith("r") or "+" in mode
         return isinstance(flags, int) and bool(flags & _WRITES)
+
+
+def _is_import(frame: FrameType) -> bool:
+    """Return True for a caller that looks for modules: it lists every folder that may hold one."""
+    return str(frame.f_globals.get("__name__")).startswith(_IMPORTS)
 
 
 def _held(alive: Iterable[Allocation]) -> list[Held]:

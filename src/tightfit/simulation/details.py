@@ -1,6 +1,7 @@
 """Details of a play: what a question about a script is answered from. Sizes in bytes; no torch."""
 
 import os
+from collections.abc import Callable
 
 import msgspec
 
@@ -50,7 +51,7 @@ class Held(Origin, frozen=True, kw_only=True):
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
-    """A file that a play read, by which a change of it is noticed."""
+    """A file that a play read, or a folder that it listed, by which a change of it is noticed."""
 
     path: str
     size: int
@@ -83,12 +84,14 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
     step: StepTime | None = None
     is_chip_known: bool = False
     """True if the program has read the number of multiprocessors, by which it may decide anything."""
+    is_cut_short: bool = False
+    """True if the time limit ended the play, which on another day may come further."""
 
 
-def state_of(path: str) -> FileState:
-    """Return a file's size and time of change now."""
+def state_of(path: str, stat: Callable[[str], os.stat_result] = os.stat) -> FileState:
+    """Return the size and time of change of a file or folder now."""
     try:
-        now = os.stat(path)
+        now = stat(path)
     except (OSError, ValueError):
         return FileState(path, -1, 0)
     return FileState(path, now.st_size, now.st_mtime_ns)

@@ -171,6 +171,8 @@ class DetailRequest(Request["Detail"], frozen=True, kw_only=True, tag="detail"):
     """Cards on which the same run is judged, too."""
     remember: bool = True
     """False for a script that no later question asks about."""
+    trusts_errors: bool = False
+    """True where the script runs otherwise, so that a remembered error is what this request makes of it."""
 
     @property
     def is_remembered(self) -> bool:
@@ -180,12 +182,17 @@ class DetailRequest(Request["Detail"], frozen=True, kw_only=True, tag="detail"):
         """Leave out variables that differ from one terminal to the next."""
         environ = {name: value for name, value in self.run.environ.items() if name not in _PASSING_VARIABLES}
         run = msgspec.structs.replace(self.run, environ=environ)
-        return msgspec.json.encode(msgspec.structs.replace(self, run=run), order="sorted")
+        return msgspec.json.encode(msgspec.structs.replace(self, run=run, trusts_errors=False), order="sorted")
 
     def still_holds(self, answer: msgspec.Struct) -> bool:
-        """Return True if the script, its imports and the files that it read are as they were."""
+        """Return True if the script, its imports, and the files and folders that it read are as they were.
+
+        An error may have gone with something that a play does not note, such as a package that was missing.
+        """
         assert isinstance(answer, Detail)
-        return answer.findings.outcome != "error" and are_unchanged(answer.files)
+        is_whole = answer.findings.failure is not None or not answer.is_cut_short
+        may_err = self.trusts_errors or answer.findings.outcome != "error"
+        return is_whole and may_err and are_unchanged(answer.files)
 
 
 _OF_A_TERMINAL = (

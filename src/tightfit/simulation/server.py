@@ -404,7 +404,7 @@ def _answer(request: AnyRequest, protection: Protection | None, on_step: Callabl
             from tightfit.simulation.detail_play import play_detail
 
             assert protection is not None
-            return play_detail(request.cards, partial(_play_script, request.run, protection), on_step)
+            return play_detail(request.cards, partial(_play_script, request.run, protection), on_step, protection.view)
         case HostRequest():
             from tightfit.simulation.processor import measure_host
 

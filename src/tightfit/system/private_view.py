@@ -65,6 +65,13 @@ class View:
     """Bytes that can be written."""
     has_network: bool
 
+    def stat_before(self, path: str) -> os.stat_result:
+        """Return the status of a file as it is outside of the view. OSError for one that is not there."""
+        real = os.path.realpath(path)
+        over = [each for each in self.places.values() if f"{real}/".startswith(each[0].rstrip("/") + "/")]
+        place, below = max(over, default=("", -1), key=lambda each: len(each[0]))
+        return os.stat(os.path.relpath(real, place), dir_fd=below) if place else os.stat(real)
+
     def changed(self) -> Iterator[str]:
         """Yield the paths of files from before the view that were written, replaced or removed."""
         for name, (place, below) in self.places.items():
