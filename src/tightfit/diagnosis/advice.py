@@ -175,6 +175,8 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         yield str(facts.phase)
     if evidence.batch_is_one and evidence.framework in programs("trainers_of_one"):
         yield "of_one"
+    if evidence.batch_is_one and evidence.framework in programs("trainers") and not evidence.infers:
+        yield "of_one_text"
     if facts.phase in (None, "forward", "loss", "backward", "compile", "setup", "optimizer"):
         yield from ["undivided"] if evidence.run.numbers.get("zero_stage") in (1, 2) and not evidence.infers else []
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
@@ -358,6 +360,9 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         page=words.page if words else "",
     )
     batch, size, passes = divided
+    if code == "split_general" and evidence.framework in programs("without_accumulation"):
+        code = "smaller_batch"
+        return replace(remedy, code=code, reason=code, exact=False, applicability=applicability(code))
     if code == "split_general" and batch and size and passes:
         accumulation = _accumulation(evidence)
         change = Resized(size=size, passes=passes, batch=batch, accumulation=accumulation or 1, parts=batch // size)

@@ -240,9 +240,11 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     """Return the fixes of a kind; of a report in a person's words, those in the words of the program that it names."""
     found = fixes_of(facts, plain.reading.run)
     evidence = evidence_of(facts, plain.reading.run)
-    of_runtime = facts.kind == "cuda_driver" and evidence.infers and facts.phase != "setup" and not facts.details
-    in_training = facts.kind == "memory_words" and evidence.framework in programs("trainers")
-    if evidence.framework is None or not (facts.kind == "program_words" or of_runtime or in_training):
+    is_plain = facts.details.keys() <= {"native"}
+    of_runtime = facts.kind == "cuda_driver" and evidence.infers and facts.phase != "setup" and is_plain
+    known = programs("trainers") | programs("applications")
+    is_of_known = facts.kind == "memory_words" and evidence.framework in known
+    if evidence.framework is None or not (facts.kind == "program_words" or of_runtime or is_of_known):
         return found
     kept = tuple(each for each in found if each.code in (_REST, _OTHERS) and (of_runtime or each.code == _REST))
     return (*kept, *advice(facts, evidence)) or found

@@ -106,9 +106,14 @@ def _is_square(shape: str) -> bool:
 
 def _key(keys: Mapping[str, object], kind: str, known: Mapping[str, object]) -> str | None:
     """Return the first key `kind__name` whose name is known, else `kind` if it is one."""
-    named = (key for key in keys if key.startswith(f"{kind}__") and key.partition("__")[2] in known)
+    kinds = (kind, _ALIKE_KINDS.get(kind))
+    named = (key for key in keys if key.partition("__")[0] in kinds and key.partition("__")[2] in known)
     sayable = (key for key in named if _fields(keys[key]) <= known.keys())
     return next(sayable, kind if kind in keys else None)
+
+
+_ALIKE_KINDS = {"host_memory_error": "host_numpy"}
+"""Kinds of which the second's sentences on a detail are true of the first, too."""
 
 
 def _fields(sentence: object) -> set[str]:
@@ -129,12 +134,19 @@ def label_of(facts: Facts) -> str:
     """Return the evidence of a kind's cause: measured where the message itself names it."""
     if "cause_unstated" in facts.notes:
         return LIKELY
+    if "reported" in facts.details and facts.kind == "program_words":  # its sentence says what is not known
+        return MEASURED
     causes, values = wording.words("en").table("cause"), values_of(facts)
     if (_key(causes, facts.kind, values) or "").partition("__")[2] in detail_names():  # words elsewhere in the log
         return LIKELY
     known = (key.partition("__") for key in causes if key.startswith(f"{facts.kind}__"))
-    by_figures = any(name in values and name not in detail_names() for _, _, name in known)
+    by_figures = any(_has_digit(values.get(name)) and name not in detail_names() for _, _, name in known)
     return MEASURED if by_figures or memory_of(facts.kind) in ("host", "none") else LIKELY
+
+
+def _has_digit(value: object) -> bool:
+    """Return True for a figure of the message; the name of a library or a program measures nothing."""
+    return value is not None and any(each.isdigit() for each in str(value))
 
 
 def fix_said(code: str, facts: Facts, words: "Words") -> str:

@@ -25,6 +25,8 @@ _MEMORY = re.compile(
 )
 
 _LACK = re.compile(r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b", re.IGNORECASE)
+_LEFT_OUT = re.compile(r"\bran out of (?:\w+ )?memory\b[^\n]{0,40}\bskip", re.IGNORECASE)
+"""A part of the work that a program left out for want of memory: what it did not write is then missing."""
 _NEAR = 20
 """Last lines of a log, in which a lack of memory is looked for before an error is called another one."""
 _FAILS = re.compile(
@@ -50,7 +52,9 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
         match = _ENDED.match(body)
         if match and "Warning" not in match[1]:
             if _OF_CODE.match(match[1]):
-                return "other_error", match[1]
+                left_out = next((each for each in bodies if _LEFT_OUT.search(each)), None)
+                told = left_out.strip()[:300] if left_out and with_lines_before else None
+                return ("memory_words", told) if told else ("other_error", match[1])
             if _MEMORY.search(match[1]):
                 return "memory_words", match[1]
             near = next((each for each in reversed(bodies[-_NEAR:]) if with_lines_before and _LACK.search(each)), None)
@@ -130,6 +134,21 @@ def reported_in(lines: Sequence[str]) -> str | None:
         (line for line in first if words.search(line) and not _ADVICE.search(line) and not is_of_job(line)), None
     )
     return found.strip(" #*\t").removesuffix(".")[:200] if found else None
+
+
+_QUOTED = re.compile(
+    r"\w(?:Error|Exception)\b ?:|`[^`]{12,}`|\b[\w./-]+\.(?:cu|cuh|cpp|cc|c|h|py|rs|go):\d+|\b[Ee]rror(?: code)?:"
+)
+"""An error's own words within a line of a person's."""
+
+
+def quotes_error(line: str) -> bool:
+    """Return True if a line of a report holds the error's own words, so that they are not missing.
+
+    >>> quotes_error("RuntimeError: Insufficient VRAM in split"), quotes_error("GPU out of memory in epoch 3")
+    (True, False)
+    """
+    return bool(_QUOTED.search(line))
 
 
 _CHAPTER = re.compile(

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
-from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of, status_of
+from tightfit.oomlog.kinds import consequences, memory_of, status_of
 from tightfit.oomlog.last_words import (
     advises,
     host_words_in,
@@ -22,6 +22,7 @@ from tightfit.oomlog.last_words import (
     last_words,
     mentioned_in,
     met_in,
+    quotes_error,
     reported_in,
     titled_error,
 )
@@ -32,6 +33,7 @@ from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.ownership import own_process
 from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
+from tightfit.oomlog.same_failure import complete_each_other, is_same, joined, later_format, stated_in
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
 from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, phase_of
 from tightfit.units import GIB, MIB
@@ -50,8 +52,6 @@ _PROGRESS = ("it/s]", "s/it]", ": loss ", "loss=", "loss: ", "'loss':", "train l
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
 _WIDE_LINE = 120
 """Columns before a message, from which on a progress bar or another line stands before it."""
-_NOTEBOOK_LINES = 1000
-"""Lines between the head of a notebook's traceback, which names the class, and its message."""
 _HEAD, _TAIL = 28_000, 16_000
 """Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
 _TOLD = ("incomplete", "memory_words", "reported", "mentioned", "host_memory_error", "host_killed")
@@ -242,13 +242,15 @@ class _Scan:
         """Keep a failure, or count it as a repetition."""
         for record in reversed(self.records[-60:]):
             over = record.survived and stand is not Standing.CAUGHT
-            if record.standing is stand and not over and _is_same(record.facts, facts):
+            if record.standing is stand and not over and is_same(record.facts, facts):
                 known = record.facts
                 better = facts if facts.frames and not known.frames else known
                 if not known.figures and facts.figures:  # the first says only that it failed
                     known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
-                elif _complete_each_other(known, facts):
-                    known = _joined(known, facts)
+                elif complete_each_other(known, facts):
+                    known = joined(known, facts)
+                elif stated_in(known) < stated_in(facts):  # a title, and the message in full
+                    known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
                 record.facts = replace(
                     known,
                     repeats=record.facts.repeats + 1,
@@ -256,7 +258,7 @@ class _Scan:
                     phase=better.phase,
                     details={**known.details, **facts.details},
                     exception=known.exception or facts.exception,
-                    torch_format=_later(known, facts),
+                    torch_format=later_format(known, facts),
                 )
                 return
         self.records.append(_Record(facts, stand, body[:300]))
@@ -349,7 +351,7 @@ class _Scan:
         lines = [part(line).body for line in lines_of(self._ending)[-400:]]
         frames = frames_of(lines)
         if kind in ("reported", "mentioned"):
-            kind, details = "program_words", {"reported": evidence}
+            kind, details = "program_words", _as_reported(evidence)
         elif kind in ("host_memory_error", "host_killed"):
             details = {"reported": evidence} | ({"job": "yes"} if is_of_job(evidence) else {})
         else:
@@ -429,7 +431,12 @@ def _without_next_line(figures: Mapping[str, Figure], words: str) -> Mapping[str
 def _said(words: str) -> dict[str, str]:
     """Return what a program says, or what the title of a report does."""
     plain = " ".join(clean(words).split())[:200]
-    return {"reported": plain.lstrip("# ")} if plain.startswith("#") else {"said": plain}
+    return _as_reported(plain.lstrip("# ")) if plain.startswith("#") else {"said": plain}
+
+
+def _as_reported(line: str) -> dict[str, str]:
+    """Return a line of a report as details, with a sign of its own where it quotes the error."""
+    return {"reported": line} | ({"quoted": "yes"} if quotes_error(line) else {})
 
 
 def _choose(failures: list[_Record]) -> _Record | None:
@@ -443,61 +450,3 @@ def _choose(failures: list[_Record]) -> _Record | None:
         return 1 + order.index(record.facts.kind) if record.facts.kind in order else 0
 
     return min(fatal, key=place, default=None)
-
-
-def _is_same(one: Facts, two: Facts) -> bool:
-    """Return True if two messages report one failure: loggers print it, and so does Python at the end."""
-    if one.rank != two.rank and None not in (one.rank, two.rank):
-        return False
-    if one.kind != two.kind:
-        return False
-    if "class_without_message" in one.notes and one.rank == two.rank:  # a notebook's head, far above the message
-        return two.line - one.line <= _NOTEBOOK_LINES
-    if not is_of_allocator(one.kind) and _overlap(one.figures.get(_REQUEST), two.figures.get(_REQUEST)):
-        return True  # one line prints the size, and another the shape
-    stated = {name: figure for name, figure in two.figures.items() if figure.stated}
-    if stated and any(one.figures.get(name) == figure for name, figure in stated.items()):
-        return all(one.figures.get(name, figure) == figure for name, figure in stated.items()) and (
-            one.device_index == two.device_index or None in (one.device_index, two.device_index)
-        )
-    if stated and any(figure.stated for figure in one.figures.values()):
-        return _complete_each_other(one, two)
-    return two.line - one.line <= 60 or two.kind in consequences()
-
-
-_REQUEST = "requested_bytes"
-
-
-def _overlap(one: Figure | None, two: Figure | None) -> bool:
-    return one is not None and two is not None and one.low <= two.high and two.low <= one.high
-
-
-_APART = 3
-"""Lines between two pieces of one message that somebody put in another order."""
-
-
-def _complete_each_other(one: Facts, two: Facts) -> bool:
-    """Return True if one message states the request and the next one the card, or the other way round."""
-    names = [{name for name, figure in each.figures.items() if figure.stated} for each in (one, two)]
-    asks = ["requested_bytes" in each for each in names]
-    has_card = ["total_bytes" in each for each in names]
-    near = 0 <= two.line - one.line <= _APART
-    return near and not names[0] & names[1] and asks in ([True, False], [False, True]) and has_card == asks[::-1]
-
-
-def _joined(one: Facts, two: Facts) -> Facts:
-    """Return the facts of two pieces of one message."""
-    stated = {name: figure for each in (one, two) for name, figure in each.figures.items() if figure.stated}
-    figures, notes = with_arithmetic(stated)
-    return replace(
-        one,
-        figures=figures,
-        notes=tuple(dict.fromkeys([*notes, *(note for note in one.notes if note != "message_cut")])),
-        device_index=one.device_index if one.device_index is not None else two.device_index,
-        message=f"{one.message} {two.message}",
-    )
-
-
-def _later(one: Facts, two: Facts) -> str | None:
-    formats = [each for each in (one.torch_format, two.torch_format) if each]
-    return max(formats, default=None)

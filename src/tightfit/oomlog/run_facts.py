@@ -28,6 +28,10 @@ _TENSOR_NAME = re.compile(r"tensor with name ([\w.]{1,200})|([\w.]{3,200}\.(?:we
 _MODEL_CLASS = re.compile(r"transformers/models/(\w{2,30})/modeling_")
 
 
+_SHORT_OPTION = re.compile(r"\btrain\w*\.py\b[^\n]{0,300}? (-b|-bs) (\d{1,6})\b")
+"""The batch in a command that starts a training, as an option of one letter or two."""
+
+
 class PrintedShape(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor's sizes in a line of code or of a message."""
 
@@ -132,6 +136,8 @@ def run_facts_in(text: str) -> RunFacts:
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
             names[quantity] = dashes + name
+    if "batch_size" not in numbers and (short := _SHORT_OPTION.search(text)):
+        numbers["batch_size"], names["batch_size"] = int(short[2]), short[1]
     texts: dict[str, str] = {}
     for dashes, name, _, value in _keys("texts")[0].findall(text):
         quantity = _keys("texts")[1][_plain(name)]

@@ -50,7 +50,7 @@ _RICH = re.compile(r"(?P<file>\S.{0,400}?\.py):(?P<line>\d{1,8}) in (?P<function
 _RICH_CODE = re.compile(r"❱ *(?P<line>\d{1,8}) +(?P<source>.*)")
 """Rich's tracebacks, whose box was cleaned away: a frame's head, and its line of code."""
 _NUMBERED = re.compile(r" *\d{1,6}(?: |$)")
-_CARETS = re.compile(r"[\s^~]+")
+_CARETS = re.compile(r"[\s^~\"'`]+")
 
 
 def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
@@ -87,6 +87,7 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
     waiting: TraceFrame | None = None
     boxed = numbered = False
+    column = 0
     for line in lines:
         match = _FRAME.search(line)
         if match:
@@ -94,6 +95,7 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
                 yield waiting
             function = (match[3] or "<module>").strip()
             waiting, numbered = TraceFrame(file=match[1], line=int(match[2]), function=function), False
+            column = match.start() if not line[: match.start()].strip() else 0
             continue
         if rich := _RICH.match(line.strip()):
             if waiting and waiting.line is not None:
@@ -119,7 +121,8 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
         elif waiting and numbered and _NUMBERED.match(line):
             continue  # IPython prints the lines around the failing one, which has an arrow
         elif waiting and waiting.line is not None and line.strip() and not _CARETS.fullmatch(line):
-            yield replace(waiting, source=line.strip()[:400])
+            ends = len(line) - len(line.lstrip()) < column  # a line of code is indented at least as far as its file
+            yield waiting if ends else replace(waiting, source=line.strip()[:400])
             waiting = None
     if waiting and waiting.line is not None:
         yield waiting

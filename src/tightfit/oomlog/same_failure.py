@@ -1,0 +1,73 @@
+"""Tell whether two messages of a log report one failure, and join what each says of it."""
+
+from msgspec.structs import replace
+
+from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
+from tightfit.oomlog.kinds import consequences, is_of_allocator
+
+_NOTEBOOK_LINES = 1000
+"""Lines between the head of a notebook's traceback, which names the class, and its message."""
+
+
+def is_same(one: Facts, two: Facts) -> bool:
+    """Return True if two messages report one failure: loggers print it, and so does Python at the end."""
+    if one.rank != two.rank and None not in (one.rank, two.rank):
+        return False
+    if one.kind != two.kind:
+        return False
+    if "class_without_message" in one.notes and one.rank == two.rank:  # a notebook's head, far above the message
+        return two.line - one.line <= _NOTEBOOK_LINES
+    if not is_of_allocator(one.kind) and _overlap(one.figures.get(_REQUEST), two.figures.get(_REQUEST)):
+        return True  # one line prints the size, and another the shape
+    stated = {name: figure for name, figure in two.figures.items() if figure.stated}
+    if stated and any(one.figures.get(name) == figure for name, figure in stated.items()):
+        return all(one.figures.get(name, figure) == figure for name, figure in stated.items()) and (
+            one.device_index == two.device_index or None in (one.device_index, two.device_index)
+        )
+    if stated and any(figure.stated for figure in one.figures.values()):
+        return complete_each_other(one, two)
+    return two.line - one.line <= 60 or two.kind in consequences()
+
+
+_REQUEST = "requested_bytes"
+
+
+def _overlap(one: Figure | None, two: Figure | None) -> bool:
+    return one is not None and two is not None and one.low <= two.high and two.low <= one.high
+
+
+def stated_in(facts: Facts) -> set[str]:
+    """Return the names of the figures that a message prints."""
+    return {name for name, figure in facts.figures.items() if figure.stated}
+
+
+_APART = 3
+"""Lines between two pieces of one message that somebody put in another order."""
+
+
+def complete_each_other(one: Facts, two: Facts) -> bool:
+    """Return True if one message states the request and the next one the card, or the other way round."""
+    names = [stated_in(each) for each in (one, two)]
+    asks = ["requested_bytes" in each for each in names]
+    has_card = ["total_bytes" in each for each in names]
+    near = 0 <= two.line - one.line <= _APART
+    return near and not names[0] & names[1] and asks in ([True, False], [False, True]) and has_card == asks[::-1]
+
+
+def joined(one: Facts, two: Facts) -> Facts:
+    """Return the facts of two pieces of one message."""
+    stated = {name: figure for each in (one, two) for name, figure in each.figures.items() if figure.stated}
+    figures, notes = with_arithmetic(stated)
+    return replace(
+        one,
+        figures=figures,
+        notes=tuple(dict.fromkeys([*notes, *(note for note in one.notes if note != "message_cut")])),
+        device_index=one.device_index if one.device_index is not None else two.device_index,
+        message=f"{one.message} {two.message}",
+    )
+
+
+def later_format(one: Facts, two: Facts) -> str | None:
+    """Return the later format of PyTorch's of two messages."""
+    formats = [each for each in (one.torch_format, two.torch_format) if each]
+    return max(formats, default=None)
