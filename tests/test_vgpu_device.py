@@ -138,6 +138,22 @@ print(json.dumps(gpu.findings().categories))
     assert categories["activations"] < MIB
 
 
+def test_attention_that_is_not_compiled_makes_all_scores() -> None:
+    """Eight heads of 1024 x 1024: 16 MiB in bfloat16 and 32 MiB in float32, which flex_attention uses for them."""
+    printed = on_card("""
+from torch.nn.attention.flex_attention import flex_attention
+q, k, v = (torch.randn(2, 4, 1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+before = torch.cuda.memory_allocated()
+out = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + (i - j))
+print((torch.cuda.max_memory_allocated() - before) // 2**20 >= 48, held() < 20)
+out.sum().backward()
+print(q.grad.dtype, (torch.cuda.max_memory_allocated() - before) // 2**20 >= 96)
+one = torch.ones(1 << 20, device="cuda")
+print(torch.cond(one.sum() > 0, lambda x: x.sin() + 1, lambda x: x.cos(), (one,)).shape)
+""")
+    assert printed == ["True True", "torch.bfloat16 True", "torch.Size([1048576])"]
+
+
 # Several threads
 
 
@@ -163,6 +179,35 @@ gpu.__exit__(None, None, None)
 print(list(gpu.findings().phases))
 """)
     assert printed == [f"{500 * 16 / 1024}", f"{501 * 16 / 1024} cuda:0 False", "0.0", "['setup']"]
+
+
+def test_a_thread_that_runs_out_of_memory_ends_the_script(tmp_path: Path) -> None:
+    """Also where the main thread waits for what the thread would have made."""
+    script = tmp_path / "prefetch.py"
+    script.write_text("""import queue, threading, torch
+batches = queue.Queue()
+def produce():
+    for _ in range(100):
+        batches.put(torch.zeros(1 << 28, device="cuda"))
+threading.Thread(target=produce, daemon=True).start()
+kept = [batches.get() for _ in range(100)]
+""")
+    found = dryrun(str(script), gpu="RTX 3060 12GB")
+    assert (found.outcome, found.failure and found.failure.line) == ("out_of_memory", 5)
+
+
+def test_functions_of_atexit_belong_to_the_script(tmp_path: Path) -> None:
+    script = tmp_path / "report.py"
+    script.write_text("""import atexit, sys, torch
+@atexit.register
+def report():
+    torch.zeros(1 << 32, device="cuda")
+atexit.unregister(atexit.register(lambda: torch.zeros(1 << 33, device="cuda")))
+torch.zeros(1 << 20, device="cuda")
+sys.exit()
+""")
+    found = dryrun(str(script), gpu="RTX 3060 12GB")
+    assert (found.outcome, found.failure and found.failure.line) == ("out_of_memory", 4)
 
 
 def test_threads_that_train_empty_the_cache_and_free_at_once() -> None:

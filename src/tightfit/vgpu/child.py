@@ -87,7 +87,7 @@ class Part:
         self._error: BaseException | None = None
         self._started = time.monotonic()
 
-    def start(self, notes: Sequence[str] = ()) -> None:
+    def start(self, notes: Sequence[str] = ()) -> "VirtualSession":
         """Put the virtual GPU into this process's torch until the process ends."""
         from tightfit.vgpu.session import VirtualSession
 
@@ -101,6 +101,7 @@ class Part:
         watch(session.allocator, self._folder)
         sys.excepthook = self._end_by_error
         atexit.register(self.finish)
+        return session
 
     def _mark(self, kind: str, text: str) -> None:
         (self._folder / f"{os.getpid()}.{kind}").write_text(text)

@@ -106,6 +106,10 @@ class VirtualDevice:
         self.not_modelled: list[str] = []
         """Features that this run used and the virtual GPU does not follow."""
         self.out_of_time = False
+        self.end_soon: Callable[[], None] = lambda: None
+        """Ends the script at its next operator, or where it waits."""
+        self.thread_error: torch.OutOfMemoryError | None = None
+        """Error that ended a thread of the script."""
         self.count = 1
         """Cards that the script finds; this process has the first, or the one of its local rank."""
         self.capture_stream = 0
@@ -537,9 +541,8 @@ class VirtualDeviceMode(TorchDispatchMode):
             if is_wrapper(each):
                 # Its own dispatch comes back here with the tensors that it is made of.
                 return cast("Argument", NotImplemented)
-        if isinstance(func, HigherOrderOperator):  # flex_attention while it is traced: its operators come here, too
-            traced_result: Argument = func(*args, **(kwargs or {}))
-            return traced_result
+        if isinstance(func, HigherOrderOperator):
+            return self._higher_order(func, args, kwargs or {})
         traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if traced is not None and traced is not self._device.fake:  # DTensor asks for the shapes of whole tensors
             shape_only: Argument = func(*args, **(kwargs or {}))
@@ -558,6 +561,19 @@ class VirtualDeviceMode(TorchDispatchMode):
                 self._device.phases.resume_trace()
         raise self._device.unknown(func, self._device.phases.now())
 
+    def _higher_order(self, func: HigherOrderOperator, args: Arguments, kwargs: Options) -> Argument:
+        """Run an operator of functions, such as `flex_attention`, by its plain implementation, unless it is traced.
+
+        Fake tensors know only its result: outside of a compiled graph, it makes all scores.
+        """
+        body = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if body is None or func.name() not in _MADE_WHOLE or any(map(torch._C._get_dispatch_mode, _TRACERS)):
+            traced_result: Argument = func(*args, **kwargs)
+            return traced_result
+        with self:
+            result: Argument = body(*args, **kwargs)
+        return result
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Dynamo compiles under this mode instead of giving up."""
@@ -567,6 +583,11 @@ class VirtualDeviceMode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Let Dynamo trace this mode: hiding it wraps every operator, and only `torch.compile` needs that."""
         return False
+
+
+_TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+_MADE_WHOLE = ("flex_attention", "flex_attention_backward", "associative_scan", "map_impl")
+"""Operators of functions whose plain implementations do not ask for the card's values."""
 
 
 def _name(func: OpOverload) -> str:

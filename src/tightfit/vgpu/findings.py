@@ -17,8 +17,12 @@ _LISTED_MADE_UP = 20
 
 
 def findings_of(session: VirtualSession, error: BaseException | None = None, *, seconds: float = 0.0) -> Findings:
-    """Return the findings so far. `error` ended the script, if it was not meant to end there."""
+    """Return the findings so far. `error` ended the script, if it was not meant to end there.
+
+    So does one that ended a thread of it.
+    """
     device, recorder = session.device, session.device.recorder
+    error = error or device.thread_error
     failure = _failure(session) if isinstance(error, torch.OutOfMemoryError) else None
     alive = recorder.alive_at(len(recorder.events) if failure else recorder.peak_event)
     return Findings(

@@ -15,9 +15,11 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from msgspec.structs import replace
 
 from tightfit.errors import ConfigError, DeviceError
+from tightfit.vgpu.at_exit import ExitFunctions
 from tightfit.vgpu.child import Part, print_traceback
 from tightfit.vgpu.children import Children
 from tightfit.vgpu.command_line import Program
@@ -72,7 +74,7 @@ def run_program(
         session.notes[:0] = notes
         session.on_step = on_step
         with contextlib.redirect_stdout(sys.stderr), session.active(), children.watched(session):
-            error = _run(run, program)
+            error = _run(run, program, session)
         found = findings_of(session, error, seconds=time.monotonic() - started)
         if error is not None and in_view and (limit := _limit_of_view(error, has_network)):
             found = replace(found, stopped_because=f"{found.stopped_because}; {limit}")
@@ -85,18 +87,27 @@ def play_in_child(program: Program, part: Part) -> int:
     with _prepared(program) as (run, notes):
         if run is None:
             return subprocess.run([program.target, *program.arguments], check=False).returncode
-        part.start(notes)
-        error = _run(run, program)
+        error = _run(run, program, part.start(notes))
         if error is not None:
             part.fail(error)
         part.finish()
     return 0 if error is None else 1
 
 
-def _run(run: Callable[[], object], program: Program) -> BaseException | None:
-    """Run a program to its end; return the error that ended it."""
+def _run(run: Callable[[], object], program: Program, session: VirtualSession) -> BaseException | None:
+    """Run a program to its end, with what it does at Python's exit; return the error that ended it."""
     if cards := program.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ["CUDA_VISIBLE_DEVICES"] = cards  # for the script: torch has looked for cards already
+    exits = ExitFunctions()
+    with exits.registering():
+        error = _error_of(run)
+        if error is None and not session.ends_early:
+            last = exits.call()
+            error = last if isinstance(last, torch.OutOfMemoryError) else None
+    return error
+
+
+def _error_of(run: Callable[[], object]) -> BaseException | None:
     try:
         run()
     except EnoughSeen:

@@ -82,6 +82,7 @@ class VirtualSession:
         self.phases = Phases(self._after_step)
         self.device = VirtualDevice(self._card_of(self.gpu), self.allocator, self.phases)
         self.device.assumed = Assumed(settings.assumed)
+        self.device.end_soon = self._end_soon
         self.device.answers.alike = self._others()
         if isinstance(self.allocator, TapedAllocator):
             self.device.answers.before_request = self.allocator.next_elsewhere
@@ -132,6 +133,12 @@ class VirtualSession:
     def not_played(self) -> list[Frame]:
         """Lines that an early stop left out, although they may allocate."""
         return self._stopping.not_played
+
+    @property
+    def ends_early(self) -> bool:
+        """True if the play is over although the script is not: its time is, or it did the steps asked for."""
+        settings = self.settings
+        return self.device.out_of_time or settings.steps is not None or settings.until in ("eval", "steps")
 
     @contextmanager
     def active(self) -> Iterator["VirtualSession"]:
@@ -204,6 +211,9 @@ class VirtualSession:
     def _cut_short(self, frame: FrameType | None, *, interrupted: bool) -> None:
         """End the script at its next operator, or where it is if it runs none."""
         self._stopping.cut_short(frame, interrupted=interrupted)
+        self._end_soon()
+
+    def _end_soon(self) -> None:
         self.device.out_of_time = True
         again = threading.Timer(_PATIENCE_S, lambda: os.kill(os.getpid(), END_SIGNAL))
         again.daemon = True

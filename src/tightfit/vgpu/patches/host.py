@@ -304,7 +304,11 @@ def _install_threads(device: VirtualDevice) -> None:
                 with device.mode():
                     usual_run()
             except EnoughSeen:
-                device.out_of_time = True  # ends the main thread, too
+                device.end_soon()  # the main thread, too
+            except torch.OutOfMemoryError as error:  # the main thread may wait for ever for what this one makes
+                device.thread_error = error
+                device.end_soon()
+                raise
             finally:
                 del thread.__dict__["run"]  # and with it the cycle that would keep what the thread holds
 
