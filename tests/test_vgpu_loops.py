@@ -235,6 +235,49 @@ assert len(sizes) < 40 and 5 in sizes, sizes
 assert sorted(played) == [1, 2, 3, 4], played
 peaks_at(5)
 """
+CALLBACKS = """
+import torch
+from torch.utils.data import DataLoader
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+played = []
+
+class Callback:
+    def on_batch(self, *_):
+        pass
+
+    def on_epoch(self, epoch, total):
+        pass
+
+class Unfreeze(Callback):
+    def on_epoch(self, epoch, total):
+        if epoch == 30:
+            played.append(epoch)
+            torch.ones(1 << 27, device="cuda")
+
+class Trainer:
+    callbacks = [Callback(), Unfreeze()]
+
+    def call(self, hook, *args):
+        for callback in self.callbacks:
+            getattr(callback, hook)(*args)
+
+trainer = Trainer()
+total = 0
+for epoch in range(100):
+    for batch in DataLoader(torch.randn(80, 8), 16):
+        model(batch.cuda()).sum().backward()
+        optimizer.step()
+        trainer.call("on_batch", batch)
+        if total > 0 and total % 400 == 0:
+            played.append(total)
+            torch.ones(1 << 27, device="cuda")
+        total += 1
+    trainer.call("on_epoch", epoch, total)
+assert played == [30, 400], played
+torch.ones(1 << 20, device="cuda")
+"""
 SWEEP = """
 import torch
 
@@ -263,6 +306,11 @@ def assert_all_of_it_plays(tmp_path: Path, code: str, *, steps: int) -> None:
 def test_rare_iterations_are_played(tmp_path: Path) -> None:
     """What a loop does every so many steps comes after a few of them, also once in many epochs."""
     assert_all_of_it_plays(tmp_path, RARE, steps=80)
+
+
+def test_callbacks_and_counters_of_inner_loops_are_followed(tmp_path: Path) -> None:
+    """Epochs are passed over, although what is rare is a callback's, or counts their batches."""
+    assert_all_of_it_plays(tmp_path, CALLBACKS, steps=60)
 
 
 def test_each_size_of_a_sweep_is_played(tmp_path: Path) -> None:

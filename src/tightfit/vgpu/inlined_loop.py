@@ -10,9 +10,11 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType, MethodType
 from typing import TypeVar
+
+from torch import Tensor
 
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
@@ -25,6 +27,7 @@ WATCHED = "tightfit.watched"
 _UNKNOWN = "tightfit.unknown"
 _DEPTH = 4
 _MOST_STATEMENTS = 3000
+_MOST_ITEMS = 16
 _OTHER_FILE = 10_000_000
 """Added to line numbers of functions in other files than the loop's."""
 _DERIVED = (ast.IfExp, ast.Subscript, ast.BinOp, ast.Compare, ast.BoolOp, ast.Call)
@@ -126,8 +129,11 @@ class _Translator(ast.NodeTransformer):
         return self._builder.name(node, self._scope)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Replace a call of a function that only returns an expression."""
+        """Replace a call of a function that only returns an expression, or of `getattr`."""
         self.generic_visit(node)
+        match node:
+            case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(name))]):
+                return ast.copy_location(ast.Attribute(owner, name, ast.Load()), node)
         if self._depth >= _DEPTH:
             return node
         called = self._builder.called(node)
@@ -169,7 +175,7 @@ class _Builder:
                 made.body = self.statements(statement.body, scope, depth)
                 return [self._placed(made, scope)]
             case ast.For():
-                return [*self._simple(statement.iter, scope, depth), self._placed(copy.deepcopy(statement), scope)]
+                return self._inner(statement, scope, depth)
             case ast.While() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 return [self._placed(copy.deepcopy(statement), scope)]
         values = [each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.expr)]
@@ -195,6 +201,22 @@ class _Builder:
         ast.copy_location(made, statement)
         return self._placed(made, scope)
 
+    def _inner(self, loop: ast.For, scope: _Scope, depth: int) -> list[ast.stmt]:
+        """Return a loop within the loop; its body once for each item of a short list, such as one of callbacks."""
+        items = self.translated(loop.iter, scope, depth)
+        found = self._look(items)
+        if isinstance(loop.target, ast.Name) and isinstance(found, (list, tuple)) and _is_short(found):
+            made: list[ast.stmt] = []
+            for place in range(len(found)):
+                item = ast.Subscript(items, ast.Constant(place), ast.Load())
+                values = {**scope.values, loop.target.id: ast.fix_missing_locations(ast.copy_location(item, loop))}
+                made += self.statements(loop.body, replace(scope, values=values), depth)
+            return made
+        inner = ast.copy_location(ast.For(loop.target, items, self.statements(loop.body, scope, depth), []), loop)
+        if scope.code is not None:
+            inner.target = ast.Name(_UNKNOWN, ast.Store())
+        return [*self._simple(loop.iter, scope, depth), self._placed(inner, scope)]
+
     def _simple(self, value: ast.expr, scope: _Scope, depth: int) -> list[ast.stmt]:
         """Return the bodies of the functions that an expression calls, and its parts that the counters decide."""
         found: list[ast.stmt] = []
@@ -214,7 +236,7 @@ class _Builder:
     def _kept(self, statement: ast.stmt, scope: _Scope, depth: int) -> list[ast.stmt]:
         """Return the statement itself; in the loop's own words if it counts in a function."""
         made = copy.deepcopy(statement)
-        if scope.code is None:
+        if scope.code is None and not scope.values:
             return [made]
         match made:
             case ast.Assign(targets=[target], value=value) | ast.AugAssign(target=target, value=value):
@@ -245,10 +267,10 @@ class _Builder:
 
     def name(self, node: ast.Name, scope: _Scope) -> ast.expr:
         """Return a name's expression in the loop's function."""
-        if scope.code is None:
-            return node
         if node.id in scope.values:
             return copy.deepcopy(scope.values[node.id])
+        if scope.code is None:
+            return node
         if node.id not in scope.globals:
             is_builtin = hasattr(builtins, node.id) or node.id in self._code.co_cellvars
             return node if is_builtin else ast.Name(_UNKNOWN, node.ctx)
@@ -312,10 +334,20 @@ class _Builder:
                     scope.values[part.id] = ast.fix_missing_locations(ast.copy_location(each_value, statement))
 
 
+def _is_short(items: Sequence[object]) -> bool:
+    return 0 < len(items) <= _MOST_ITEMS and not any(isinstance(each, Tensor) for each in items)
+
+
 def _given(call: ast.Call, node: ast.FunctionDef, owner: ast.expr | None) -> dict[str, ast.expr]:
     """Return the expressions of a function's parameters in one call."""
     names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
-    passed = [owner, *call.args] if owner is not None else list(call.args)
+    passed = [owner] if owner is not None else []
+    for argument in call.args:
+        match argument:
+            case ast.Starred(value=ast.Tuple(elts=parts) | ast.List(elts=parts)):
+                passed += parts
+            case _:
+                passed.append(argument)
     values = {
         name: value
         for name, value in zip(names[len(names) - len(node.args.defaults) :], node.args.defaults, strict=True)
@@ -328,6 +360,8 @@ def _given(call: ast.Call, node: ast.FunctionDef, owner: ast.expr | None) -> dic
     if any(isinstance(each, ast.Starred) for each in passed):
         return {}
     found.update(zip(names, passed, strict=False))
+    if node.args.vararg is not None:
+        found[node.args.vararg.arg] = ast.Tuple(passed[len(names) :], ast.Load())
     found.update({each.arg: each.value for each in call.keywords if each.arg is not None})
     return found
 

@@ -2,6 +2,8 @@
 
 import ctypes
 import dis
+import gc
+import operator
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +80,26 @@ def are_at_hand(items: object) -> bool:
     if isinstance(items, enumerate):
         items = items.__reduce__()[1][0]
     return isinstance(items, _AT_HAND)
+
+
+def length_of(items: Any) -> int | None:
+    """Return the number of items of an iterator that has given one so far; None where it does not show."""
+    while type(items) is enumerate:
+        items = items.__reduce__()[1][0]
+    if isinstance(items, GeneratorType):  # of tqdm, or of a library's loader: what it iterates over has a length
+        items = next((each for each in gc.get_referents(items) if _is_made_by(items, each)), None)
+    try:
+        if hasattr(type(items), "__len__"):
+            return len(items)
+        left = operator.length_hint(items, -1)
+    except FAILURES:  # the script's own
+        return None
+    return left + 1 if left >= 0 else None
+
+
+def _is_made_by(items: "GeneratorType[object, object, object]", owner: object) -> bool:
+    method = getattr(type(owner), "__iter__", None)
+    return getattr(method, "__code__", None) is items.gi_code
 
 
 def largest_left(items: Any, played: object, is_over: Callable[[], bool]) -> object | None:

@@ -1,11 +1,13 @@
 """The user's running functions, and the loops that they are in."""
 
 import inspect
-from collections.abc import Iterator
-from types import FrameType
+import itertools
+from collections.abc import Iterator, Mapping
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_counted, is_package
+from tightfit.vgpu.loop_items import iterator_of, length_of
 from tightfit.vgpu.loop_source import Loop, loops_around
 
 SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -39,6 +41,12 @@ def is_in_loop(frame: FrameType) -> bool:
     return bool(loops_at(frame))
 
 
+def is_behind(frame: FrameType, column: int) -> bool:
+    """Return True if a function's next instruction is on its line, from a column on."""
+    line, _, start, _ = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    return line == frame.f_lineno and start is not None and start >= column
+
+
 def innermost_loop(frame: FrameType) -> Loop | None:
     """Return the `for` loop of its own that a function is in, unless it is a generator, whose reader counts on it."""
     if frame.f_code.co_flags & SUSPENDS:
@@ -55,3 +63,28 @@ class TrainingLoop(NamedTuple):
 
     def has(self, line: Frame) -> bool:
         return line.file == self.place.file and self.place.line <= line.line <= self.last
+
+
+class LoopLengths:
+    """Numbers of items of loops when they ran last, where their iterators show them."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[CodeType, int], int] = {}
+        self._begun: set[tuple[CodeType, int]] = set()
+        """Loops in their first iteration."""
+
+    def learn(self, frame: FrameType, first: int, *, is_first: bool) -> None:
+        """Look at a loop's iterator at its second iteration, each time that it runs."""
+        place = (frame.f_code, first)
+        if is_first and iterator_of(frame) is None:  # else it began before it was followed
+            self._begun.add(place)
+        elif not is_first and place in self._begun:
+            self._begun.discard(place)
+            self._known.pop(place, None)
+            length = length_of(iterator_of(frame))
+            if length is not None:
+                self._known[place] = length
+
+    def of(self, functions: Mapping[CodeType, int]) -> dict[int, int]:
+        """Return the numbers by the loops' lines, to which each function adds its offset."""
+        return {line + functions[code]: count for (code, line), count in self._known.items() if code in functions}

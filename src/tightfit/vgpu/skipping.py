@@ -12,165 +12,30 @@ import operator
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import CodeType, FrameType
-from typing import cast
+from typing import TypeGuard, cast
 
-from torch import Tensor
-
-from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
+from tightfit.vgpu.expressions import PLAIN, Reader, UnknownError, Unsure, value_in
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import head_line
 
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
-_PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
-_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {**ARITHMETIC, **COMPARISONS, **SIGNS}
-_IDENTITY = (ast.Is, ast.IsNot)
-_FUNCTIONS: dict[str, Callable[..., object]] = {
-    each.__name__: each for each in (len, int, float, bool, min, max, abs, round)
-}
-_METHODS = ("size", "numel", "dim", "get")
 _NUMBERS = (int, float, str, type(None))
-
-
-Unsure = frozenset[str]
-
-
-class _UnknownError(Exception):
-    """A value that only running the script would give."""
-
-
-class _Reader:
-    """Evaluates expressions of a running function without calling anything of the script's."""
-
-    def __init__(self, names: Mapping[str, object], others: Mapping[str, object], unsure: Unsure) -> None:
-        self._names, self._others, self._unsure = names, others, unsure
-        self.read: dict[str, object] = {}
-        """Values that were looked at, by their expressions."""
-
-    def _name(self, name: str) -> object:
-        value = self._names.get(name, self._others.get(name, _UnknownError))
-        if name in self._unsure or value is _UnknownError:
-            raise _UnknownError
-        self.read[name] = value
-        return value
-
-    def _attribute(self, node: ast.Attribute, holder: object) -> object:
-        text = ast.unparse(node)
-        if text in self._unsure or isinstance(holder, Tensor):
-            raise _UnknownError
-        try:
-            value: object = getattr(holder, node.attr)
-        except FAILURES:  # a property of the script's may raise anything
-            raise _UnknownError from None
-        self.read[text] = value
-        return value
-
-    def knows(self, node: ast.expr) -> bool:
-        """Return True if an expression has a value without the script."""
-        try:
-            self.value(node)
-        except _UnknownError:
-            return False
-        return True
-
-    def has(self, node: ast.expr) -> bool:
-        """Return True if there is such a name or attribute, whatever its value."""
-        return _Reader(self._names, self._others, frozenset()).knows(node)
-
-    def value(self, node: ast.expr) -> object:
-        """Return the value of an expression. _UnknownError if only the script could give it."""
-        match node:
-            case ast.Constant(value=value):
-                return value
-            case ast.Name(id=name):
-                return self._name(name)
-            case ast.Attribute():
-                return self._attribute(node, self.value(node.value))
-            case ast.BoolOp():
-                return self._any_or_all(node)
-            case ast.UnaryOp(op=op, operand=operand):
-                return _of(op, self.value(operand))
-            case ast.BinOp(left=left, op=op, right=right):
-                return _of(op, self.value(left), self.value(right))
-            case ast.Compare():
-                return self._comparison(node)
-            case ast.IfExp(test=test, body=one, orelse=two):
-                return self.value(one if self.value(test) else two)
-            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
-                return [self.value(each) for each in parts]
-            case ast.Subscript(value=of, slice=key) if ast.unparse(node) not in self._unsure:
-                return _of(_ITEM, self.value(of), self.value(key))
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-                return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
-            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS:
-                return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
-        raise _UnknownError
-
-    def _any_or_all(self, node: ast.BoolOp) -> object:
-        """Return what decides an `and` or `or`, although other parts of it may be unknown."""
-        decides = isinstance(node.op, ast.Or)
-        unknown = False
-        value: object = not decides
-        for each in node.values:
-            try:
-                value = self.value(each)
-            except _UnknownError:
-                unknown = True
-                continue
-            if bool(value) is decides:
-                return value
-        if unknown:
-            raise _UnknownError
-        return value
-
-    def _comparison(self, node: ast.Compare) -> bool:
-        one = self.value(node.left)
-        for op, right in zip(node.ops, node.comparators, strict=True):
-            other = self.value(right)
-            if not _of(op, one, other):
-                return False
-            one = other
-        return True
-
-
-_ITEM = ast.Subscript(ast.Name("", ast.Load()), ast.Name("", ast.Load()), ast.Load())
-
-
-def _of(op: ast.AST, *values: object) -> object:
-    if not isinstance(op, _IDENTITY) and not all(isinstance(each, _PLAIN) for each in values):
-        raise _UnknownError
-    if isinstance(op, ast.Subscript):
-        return _called(operator.getitem, values)
-    if type(op) not in _OPERATIONS:
-        raise _UnknownError
-    return _called(_OPERATIONS[type(op)], values)
-
-
-def _called(function: Callable[..., object] | None, values: Sequence[object]) -> object:
-    if function is None:
-        raise _UnknownError
-    try:
-        return function(*values)
-    except FAILURES:  # whatever the script would raise there
-        raise _UnknownError from None
-
-
-def value_in(node: ast.expr, names: Mapping[str, object], others: Mapping[str, object]) -> object:
-    """Return an expression's value in a running function; None where only the script could give it."""
-    try:
-        return _Reader(names, others, frozenset()).value(node)
-    except _UnknownError:
-        return None
 
 
 class _Reduced:
     """An iteration of a loop, reduced to its counters and to the conditions that lead to lines that never ran."""
 
-    def __init__(self, reader: _Reader, missing: Collection[int], ran: Collection[int]) -> None:
-        self._reader, self._missing, self._ran = reader, missing, ran
+    def __init__(
+        self, reader: Reader, missing: Collection[int], ran: Collection[int], lengths: Mapping[int, int]
+    ) -> None:
+        self._reader, self._missing, self._ran, self._lengths = reader, missing, ran, lengths
         self.unknown: set[int] = set()
         """Lines of `missing` behind a condition that only the script could tell."""
+        self.uncounted: set[int] = set()
+        """Those of them in a loop within the loop whose iterations nobody can count."""
+        self._depth = 0
         self.counters: dict[str, ast.expr] = {}
         """Expressions of the names and attributes that count, by their text."""
 
@@ -182,6 +47,12 @@ class _Reduced:
                     kept += self._branch(statement)
                 case ast.With() | ast.AsyncWith() | ast.Try():
                     kept += self.body(statement.body)
+                case ast.For():
+                    kept += self._inner(statement)
+                case ast.While():
+                    self._leave_uncounted(statement)
+                case ast.Break() | ast.Continue() if self._depth:
+                    kept.append(statement)
                 case ast.Break() | ast.Return() | ast.Raise():
                     kept.append(_PLAY)
                 case ast.Continue():
@@ -197,6 +68,32 @@ class _Reduced:
                     self.counters[text] = ast.parse(text, mode="eval").body
                     kept.append(statement)
         return kept
+
+    def _inner(self, loop: ast.For) -> list[ast.stmt]:
+        """Return a loop within the loop, reduced likewise, with as many iterations as it had when it ran last."""
+        count = self._lengths.get(loop.lineno)
+        if count is None or count > _MOST_INNER:
+            self._leave_uncounted(loop)
+            return []
+        counter = loop.target if _is_call(loop.iter, "range") else None
+        if _is_call(loop.iter, "enumerate") and isinstance(loop.target, ast.Tuple):
+            counter = loop.target.elts[0]
+        items = ast.parse(f"range({count})", mode="eval").body
+        if isinstance(counter, ast.Name) and self._reader.has(counter):
+            self.counters[counter.id] = ast.Name(counter.id, ast.Load())
+            if _is_call(loop.iter, "range") and self._reader.knows_items(loop.iter):
+                items = loop.iter
+        else:
+            counter = ast.Name(_INNER, ast.Store())
+        others = frozenset(_given(loop)) - {counter.id}
+        with self._reader.without(others):
+            self._depth += 1
+            body = self.body(loop.body)
+            self._depth -= 1
+        return [ast.For(counter, items, body, [])] if body else []
+
+    def _leave_uncounted(self, loop: ast.For | ast.While) -> None:
+        self.uncounted |= {line for line in self._missing if _covers(loop, line)}
 
     def _branch(self, statement: ast.If) -> list[ast.stmt]:
         test = self._known(statement.test)
@@ -223,11 +120,19 @@ class _Reduced:
         try:
             found = self._reader.value(value)
             before = self._reader.value(target) if is_added else found
-        except _UnknownError:
+        except UnknownError:
             return False
         return isinstance(found, _NUMBERS) and isinstance(before, _NUMBERS) and self._reader.has(target)
 
 
+def _is_call(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+_INNER = "tightfit.inner"
+"""Counter, which no script can have, of a loop within the loop."""
+_MOST_INNER = 1_000_000
+"""Iterations of such a loop up to which it is followed."""
 _PLAY = ast.parse("assert False").body[0]
 _NEXT = ast.parse("raise StopIteration").body[0]
 
@@ -236,13 +141,21 @@ class Skip:
     """Passes over the iterations of one loop of a running function."""
 
     def __init__(
-        self, node: ast.For | ast.While, missing: Collection[int], ran: Collection[int], steps: int, line: int = 0
+        self,
+        node: ast.For | ast.While,
+        missing: Collection[int],
+        ran: Collection[int],
+        steps: int,
+        line: int = 0,
+        lengths: Mapping[int, int] | None = None,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
-        `line` is where every iteration begins, if the body of `node` is not as it is in the file.
+        `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` has the
+        iterations of loops within the loop, by their lines.
         """
         self._node, self._missing, self._ran, self._steps = node, missing, ran, max(1, steps)
+        self._lengths = lengths or {}
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
@@ -274,19 +187,24 @@ class Skip:
         until = time.monotonic() + _SECONDS
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For)
         self._watched = self._steady(code, reduced, names, others) if is_counting else {}
-        goes_on = is_counting and (bool(self._watched) or not set(self._missing) <= reduced.unknown)
+        is_watching = bool(self._watched) and not reduced.uncounted
+        goes_on = is_counting and (is_watching or not set(self._missing) <= reduced.unknown | reduced.uncounted)
         while goes_on and time.monotonic() < until:
             before = self._values(reduced, names, others)
-            if not self._runs(code, names, others):
+            if not self._runs(code, names, others, self._steps):
                 self._restore(before, reduced, names, others)
                 self.is_reached = True
                 break
-            goes_on = sum(advance() for _ in range(self._steps)) == self._steps
+            taken = sum(advance() for _ in range(self._steps))
+            goes_on = taken == self._steps
+            if not goes_on:  # there were fewer iterations than were counted
+                self._restore(before, reduced, names, others)
+                self._runs(code, names, others, taken)
         self.is_over = True
 
-    def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object]) -> bool:
-        """Count the iterations of one optimizer step; False if one of them has to run."""
-        for _ in range(self._steps):
+    def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int) -> bool:
+        """Count so many iterations; False if one of them has to run."""
+        for _ in range(count):
             try:
                 found = _followed(code, others, names)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
@@ -318,8 +236,8 @@ class Skip:
     def _code(
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
     ) -> tuple[CodeType, _Reduced, dict[str, object]]:
-        reader = _Reader(names, others, self._unsure)
-        reduced = _Reduced(reader, self._missing, self._ran)
+        reader = Reader(names, others, self._unsure)
+        reduced = _Reduced(reader, self._missing, self._ran, self._lengths)
         body = reduced.body(self._node.body)
         if isinstance(self._node, ast.While):
             body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))
@@ -339,13 +257,13 @@ class Skip:
         return compile(module, "<loop>", "exec"), reduced, reader.read
 
     def _values(self, reduced: _Reduced, names: dict[str, object], others: dict[str, object]) -> dict[str, object]:
-        reader = _Reader(names, others, frozenset())
+        reader = Reader(names, others, frozenset())
         return {text: reader.value(target) for text, target in reduced.counters.items()}
 
     def _restore(
         self, values: dict[str, object], reduced: _Reduced, names: dict[str, object], others: dict[str, object]
     ) -> None:
-        reader = _Reader(names, others, frozenset())
+        reader = Reader(names, others, frozenset())
         for text, value in values.items():
             target = reduced.counters[text]
             if isinstance(target, ast.Attribute):
@@ -379,7 +297,7 @@ class Skip:
         others: dict[str, object],
     ) -> None:
         """Trust no name that the iteration that ran changed otherwise than was read from its source."""
-        reader = _Reader(names, others, frozenset())
+        reader = Reader(names, others, frozenset())
         wrong = set()
         for text, value in {**read, **expected}.items():
             node = ast.parse(text, mode="eval").body
@@ -416,17 +334,24 @@ def _given(node: ast.For | ast.While) -> dict[str, ast.Name | ast.Attribute]:
     return found
 
 
-def lines_in_reach(node: ast.For | ast.While, lines: Collection[int]) -> set[int]:
-    """Return those of the lines that conditions of the loop's own body decide on, rather than loops within it."""
+def lines_in_reach(node: ast.For | ast.While, lines: Collection[int], *, of_inner: bool = False) -> set[int]:
+    """Return those of the lines that conditions of the loop's own body decide on, rather than loops within it.
+
+    Those of loops within it, too, with `of_inner`.
+    """
     found: set[int] = set()
     bodies = [node.body]
     while bodies:
         for statement in bodies.pop():
             if isinstance(statement, ast.If):
                 found |= {line for line in lines if _covers(statement, line)}
-            elif isinstance(statement, (ast.With, ast.AsyncWith, ast.Try)):
+            elif isinstance(statement, (ast.With, ast.AsyncWith, ast.Try)) or (of_inner and _is_loop(statement)):
                 bodies.append(statement.body)
     return found
+
+
+def _is_loop(statement: ast.stmt) -> TypeGuard[ast.For | ast.While]:
+    return isinstance(statement, (ast.For, ast.While))
 
 
 def closed_lines(
@@ -434,12 +359,12 @@ def closed_lines(
 ) -> set[int]:
     """Return those of the lines that a loop cannot come to: it never changes the condition that keeps it from them."""
     stored = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
-    reader = _Reader(names, others, frozenset(stored))
+    reader = Reader(names, others, frozenset(stored))
     found: set[int] = set()
     for branch in (each for each in ast.walk(node) if isinstance(each, ast.If)):
-        with contextlib.suppress(_UnknownError):
+        with contextlib.suppress(UnknownError):
             value = reader.value(branch.test)
-            if isinstance(value, _PLAIN):
+            if isinstance(value, PLAIN):
                 block = branch.orelse if value else branch.body
                 found |= {line for line in lines if any(_covers(each, abs(line)) for each in block)}
     return found

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import inspect
-import itertools
 import sys
 import time
 from collections import Counter, deque
@@ -11,13 +10,23 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
+from tightfit.vgpu.expressions import value_in
 from tightfit.vgpu.frames import Frame, is_package
 from tightfit.vgpu.inlined_loop import ReadLoops, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
 from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
 from tightfit.vgpu.phases import Phases
-from tightfit.vgpu.running_loops import SUSPENDS, TrainingLoop, counted_frames, loops_at, own_frames, package_frames
-from tightfit.vgpu.skipping import Skip, closed_lines, lines_in_reach, value_in
+from tightfit.vgpu.running_loops import (
+    SUSPENDS,
+    LoopLengths,
+    TrainingLoop,
+    counted_frames,
+    is_behind,
+    loops_at,
+    own_frames,
+    package_frames,
+)
+from tightfit.vgpu.skipping import Skip, closed_lines, lines_in_reach
 
 _SECONDS_TO_LEAVE = 3.0
 """Time for taking away the items of a loop that nothing follows."""
@@ -50,6 +59,7 @@ class LineWatch:
         self._if_closed: dict[tuple[CodeType, Loop], tuple[frozenset[int], Callable[[], object]]] = {}
         """Lines that such a loop must not be able to come to, and what to call when it is left."""
         self._iterations: Counter[tuple[CodeType, int]] = Counter()
+        self._lengths = LoopLengths()
         self._at_steps: deque[Counter[tuple[CodeType, int]]] = deque([Counter(), Counter()], maxlen=2)
         """Iterations of each loop at the last two optimizer steps."""
         self._states: dict[tuple[CodeType, int], tuple[int, Hashable, bool]] = {}
@@ -249,7 +259,7 @@ class LineWatch:
         made = self._read.loops.get((code, loop.first))
         if made is None or code.co_flags & SUSPENDS:
             return False
-        missing = frozenset(lines_in_reach(made.node, lines) | made.missing(self.ran))
+        missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
         if (code, loop.first, missing) in self._tried:  # such a line may be on its way in this very iteration
             missing = frozenset()
         watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
@@ -259,7 +269,8 @@ class LineWatch:
         self._read.changes[code, loop.first] += 1
         before, now = (at[code, loop.first] for at in self._at_steps)
         ran = {line + offset for each, offset in made.functions.items() for line in self.ran(each)} | self.ran(code)
-        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line)
+        lengths = self._lengths.of({code: 0, **made.functions})
+        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths)
         return True
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
@@ -366,6 +377,7 @@ class LineWatch:
         first = self._heads[code].get(frame.f_lineno) if event == "line" else None
         if first is None:
             return self._line
+        self._lengths.learn(frame, first, is_first=(code, first) not in self._begun)
         self._iterates(code, first)
         if (code, first) in self._read.unread:
             self._read_in(frame, first)
@@ -382,10 +394,8 @@ class LineWatch:
         """Note if the body of an `if` on its line runs, by the instructions of that line."""
         code, line = frame.f_code, frame.f_lineno
         column = self._bodies[code].get(line)
-        if event == "opcode" and column is not None:
-            at = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
-            if at[0] == line and at[2] is not None and at[2] >= column:
-                self._ran[code].add(-line)
+        if event == "opcode" and column is not None and is_behind(frame, column):
+            self._ran[code].add(-line)
         frame.f_trace_opcodes = column is not None and -line not in self._ran[code]
 
     def _leave_now(self, frame: FrameType, loop: Loop) -> None:
@@ -455,6 +465,11 @@ class LineWatch:
             del self._skips[frame.f_code]
             if not (skip.is_changing or skip.is_reached):
                 self._read.changes[frame.f_code, loop.first] = _MOST_CHANGES
+            elif skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
+                code = frame.f_code
+                self._tried = {
+                    each for each in self._tried if each[0] is not code or not loop.first < each[1] <= loop.last
+                }
 
     def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
         """Let go, at the next line, of `names` as they were read from a function: they keep its tensors of now.

@@ -1,0 +1,162 @@
+"""Values of a running function's expressions, read without calling anything of the script's."""
+
+import ast
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
+from tightfit.vgpu.loop_items import FAILURES
+
+PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
+_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {**ARITHMETIC, **COMPARISONS, **SIGNS}
+_IDENTITY = (ast.Is, ast.IsNot)
+_FUNCTIONS: dict[str, Callable[..., object]] = {
+    each.__name__: each for each in (len, int, float, bool, min, max, abs, round)
+}
+_METHODS = ("size", "numel", "dim", "get")
+
+Unsure = frozenset[str]
+
+
+class UnknownError(Exception):
+    """A value that only running the script would give."""
+
+
+class Reader:
+    """Evaluates expressions of a running function without calling anything of the script's."""
+
+    def __init__(self, names: Mapping[str, object], others: Mapping[str, object], unsure: Unsure) -> None:
+        self._names, self._others, self._unsure = names, others, unsure
+        self.read: dict[str, object] = {}
+        """Values that were looked at, by their expressions."""
+
+    def _name(self, name: str) -> object:
+        value = self._names.get(name, self._others.get(name, UnknownError))
+        if name in self._unsure or value is UnknownError:
+            raise UnknownError
+        self.read[name] = value
+        return value
+
+    def _attribute(self, node: ast.Attribute, holder: object) -> object:
+        text = ast.unparse(node)
+        if text in self._unsure or isinstance(holder, Tensor):
+            raise UnknownError
+        try:
+            value: object = getattr(holder, node.attr)
+        except FAILURES:  # a property of the script's may raise anything
+            raise UnknownError from None
+        self.read[text] = value
+        return value
+
+    def knows(self, node: ast.expr) -> bool:
+        """Return True if an expression has a value without the script."""
+        try:
+            self.value(node)
+        except UnknownError:
+            return False
+        return True
+
+    def knows_items(self, items: ast.expr) -> bool:
+        """Return True if all arguments of `range(...)` have such values."""
+        return isinstance(items, ast.Call) and not items.keywords and all(map(self.knows, items.args))
+
+    @contextlib.contextmanager
+    def without(self, names: frozenset[str]) -> Iterator[None]:
+        """Take some names as unknown within."""
+        before, self._unsure = self._unsure, self._unsure | names
+        try:
+            yield
+        finally:
+            self._unsure = before
+
+    def has(self, node: ast.expr) -> bool:
+        """Return True if there is such a name or attribute, whatever its value."""
+        return Reader(self._names, self._others, frozenset()).knows(node)
+
+    def value(self, node: ast.expr) -> object:
+        """Return the value of an expression. UnknownError if only the script could give it."""
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.Name(id=name):
+                return self._name(name)
+            case ast.Attribute():
+                return self._attribute(node, self.value(node.value))
+            case ast.BoolOp():
+                return self._any_or_all(node)
+            case ast.UnaryOp(op=op, operand=operand):
+                return _of(op, self.value(operand))
+            case ast.BinOp(left=left, op=op, right=right):
+                return _of(op, self.value(left), self.value(right))
+            case ast.Compare():
+                return self._comparison(node)
+            case ast.IfExp(test=test, body=one, orelse=two):
+                return self.value(one if self.value(test) else two)
+            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
+                return [self.value(each) for each in parts]
+            case ast.Subscript(value=of, slice=key) if ast.unparse(node) not in self._unsure:
+                return _of(_ITEM, self.value(of), self.value(key))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+                return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
+            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS:
+                return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
+        raise UnknownError
+
+    def _any_or_all(self, node: ast.BoolOp) -> object:
+        """Return what decides an `and` or `or`, although other parts of it may be unknown."""
+        decides = isinstance(node.op, ast.Or)
+        unknown = False
+        value: object = not decides
+        for each in node.values:
+            try:
+                value = self.value(each)
+            except UnknownError:
+                unknown = True
+                continue
+            if bool(value) is decides:
+                return value
+        if unknown:
+            raise UnknownError
+        return value
+
+    def _comparison(self, node: ast.Compare) -> bool:
+        one = self.value(node.left)
+        for op, right in zip(node.ops, node.comparators, strict=True):
+            other = self.value(right)
+            if not _of(op, one, other):
+                return False
+            one = other
+        return True
+
+
+_ITEM = ast.Subscript(ast.Name("", ast.Load()), ast.Name("", ast.Load()), ast.Load())
+
+
+def _of(op: ast.AST, *values: object) -> object:
+    if not isinstance(op, _IDENTITY) and not all(isinstance(each, PLAIN) for each in values):
+        raise UnknownError
+    if isinstance(op, ast.Subscript):
+        return _called(operator.getitem, values)
+    if type(op) not in _OPERATIONS:
+        raise UnknownError
+    return _called(_OPERATIONS[type(op)], values)
+
+
+def _called(function: Callable[..., object] | None, values: Sequence[object]) -> object:
+    if function is None:
+        raise UnknownError
+    try:
+        return function(*values)
+    except FAILURES:  # whatever the script would raise there
+        raise UnknownError from None
+
+
+def value_in(node: ast.expr, names: Mapping[str, object], others: Mapping[str, object]) -> object:
+    """Return an expression's value in a running function; None where only the script could give it."""
+    try:
+        return Reader(names, others, frozenset()).value(node)
+    except UnknownError:
+        return None
