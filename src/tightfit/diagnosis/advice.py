@@ -16,6 +16,7 @@ from tightfit.diagnosis.figure_causes import (
     is_oversized,
 )
 from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
+from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
     NO_EFFECT,
@@ -173,6 +174,8 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         return
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
+    if facts.phase == "load":
+        yield "weights_to_train" if trains or evidence.purpose == TRAINING else "model"
     if evidence.batch_is_one and evidence.framework in programs("trainers_of_one"):
         yield "of_one"
     if evidence.batch_is_one and evidence.framework in programs("trainers") and not evidence.infers:

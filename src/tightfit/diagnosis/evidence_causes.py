@@ -74,7 +74,17 @@ _OF_PICTURES = re.compile(r"diffusion|unet|transformer_blocks|first_stage|decode
 """Names of parameters of models of pictures, which the table of language models does not hold."""
 _OF_OTHERS = re.compile(r"diffusion|audio|\bunet\b|\bvae\b|\bimages?\b|\bvideos?\b|speech|voice", re.IGNORECASE)
 """Words of programs whose models the table of language models does not hold."""
-_CALLS = ("forward_call(", "_call_impl(", "self.forward(", "run_backward(", "func(*", "fn(*", "(*args", "main()")
+_CALLS = (
+    "from_pretrained(",
+    "forward_call(",
+    "_call_impl(",
+    "self.forward(",
+    "run_backward(",
+    "func(*",
+    "fn(*",
+    "(*args",
+    "main()",
+)
 """Calls in which a traceback that somebody cut ends: the request is further inside."""
 _WHOLE_MODEL = re.compile(r"(?<![\w.])(?:self\.)?(?:model|net|network|module)\(")
 """A call of a compiled model, or of one whose own lines were cut: it may be any of its tensors."""
@@ -98,6 +108,8 @@ def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | 
     """Return the code of the sentence that the size does not tell the tensor, and what would."""
     if unplayed_because == "card":
         return "tensor_not_told_without_gpu"
+    if had_room(facts):  # the tensor is not the matter
+        return None
     if unplayed_because != "config":  # a play that fits already names the next step
         return None
     if evidence.is_complete:

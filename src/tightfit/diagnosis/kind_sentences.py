@@ -44,6 +44,8 @@ def is_known(kind: str) -> bool:
     return kind in _table().fixes or any(key.startswith(f"{kind}__") for key in _table().fixes)
 
 
+_LARGEST_CARD = 400 * 2**30
+"""Bytes that no card or chip has."""
 _TINY = 2**20
 """Bytes below which a request fails only if the card was full before it."""
 
@@ -68,6 +70,8 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["at_start"] = True
     if facts.requested_bytes is not None and facts.requested_bytes < _TINY:
         found["tiny"] = True
+    if (facts.requested_bytes or 0) > _LARGEST_CARD:
+        found["beyond_card"] = True
     if _is_square(facts.details.get("shape", "")):
         found["square"] = True
     if facts.kind == "tensorflow_out_of_memory":
@@ -170,6 +174,8 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     codes = _table().fixes[key] if key else [facts.kind]
     if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
         codes = [code for code in codes if code != "fewer_workers"]
+    if facts.kind == "host_killed" and "less_on_host" in codes and not _IN_PYTHON.search(run.text):
+        codes = [code for code in codes if code != "data_in_parts"]
     if run.numbers.get("batch_size") == 1:
         codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]
     return tuple(
@@ -188,9 +194,14 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
 _OF_ONE = {"less_in_pass": "smaller_inputs_only", "smaller_batch_program": "smaller_inputs_only"}
 """Fixes of a batch that cannot be smaller."""
 _LOADS = re.compile(
-    r"\b(?:py)?torch|[Dd]ata_?[Ll]oader|workers|\b[Tt]rain|\b[Ee]poch|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow"
+    r"\b(?:py)?torch|[Dd]ata_?[Ll]oader|workers|\b[Tt]rain|\b[Ee]poch"
+    r"|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow|\bstep \d"
 )
 """Words of a program that may load data in worker processes."""
+
+
+_IN_PYTHON = re.compile(r"python|\.py\b|torch|numpy|pandas|jax|keras|tensorflow|\bstep \d", re.IGNORECASE)
+"""Signs of a program in Python, or of a training."""
 
 
 def _lines(code: str, run: RunFacts) -> list[str]:

@@ -4,6 +4,7 @@ import msgspec
 
 from tightfit.diagnosis.usual_models import Model
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.ownership import had_room
 from tightfit.oomlog.run_facts import RunFacts
 
 _WEIGHT, _QUANTIZED = 2.0, 0.5
@@ -49,7 +50,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 def budget_of(facts: Facts, run: RunFacts, model: Model | None) -> Budget | None:
     """Return the memory that the model alone takes; None where its size, the card or its training is not known."""
     parameters = model.parameters if model else None
-    if model is None or not parameters or not facts.total_bytes:
+    if model is None or not parameters or not facts.total_bytes or had_room(facts):
         return None
     stored = _stored(run)
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):

@@ -63,7 +63,7 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     facts, culprit = explanation.facts, explanation.culprit
     assert facts is not None
     yield _problem(facts, words)
-    if facts.device_index:
+    if facts.device_index and "tpu" not in facts.details:
         yield words("problem", "on_device", index=facts.device_index)
     if facts.rank is not None:
         yield words("problem", "on_rank", rank=facts.rank)

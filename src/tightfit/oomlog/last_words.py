@@ -48,24 +48,39 @@ def last_words(lines: Sequence[str], *, with_lines_before: bool = True) -> tuple
     bodies = [part(line).body for line in lines]
     if (cut := _cut_traceback(bodies)) is not None and not any(_names_memory(body) for body in bodies):
         return "incomplete", cut
-    for body in reversed(bodies):
-        match = _ENDED.match(body)
-        if match and "Warning" not in match[1]:
-            if _OF_CODE.match(match[1]):
-                left_out = next((each for each in bodies if _LEFT_OUT.search(each)), None)
-                told = left_out.strip()[:300] if left_out and with_lines_before else None
-                return ("memory_words", told) if told else ("other_error", match[1])
-            if _MEMORY.search(match[1]):
-                return "memory_words", match[1]
-            near = next((each for each in reversed(bodies[-_NEAR:]) if with_lines_before and _LACK.search(each)), None)
-            return ("memory_words", near.strip()[:300]) if near else ("other_error", match[1])
+    ended = [found for body in bodies if (found := _ENDED.match(body)) and "Warning" not in found[1]]
+    own = [match for match in ended if not _LAUNCHER.match(match[1])]
+    if ended:
+        return _of_error((own or ended)[-1][1], bodies if with_lines_before else [])
     for line in reversed(lines):
         parted = part(line)
         if (parted.level == "error" or _FAILS.search(line)) and parted.body.strip():
-            near = next((each for each in reversed(bodies[-_NEAR:]) if with_lines_before and _LACK.search(each)), None)
-            found = parted.body if _MEMORY.search(parted.body) else near
-            return ("memory_words", found.strip()[:300]) if found else ("other_error", parted.body.strip()[:300])
+            near = _lack_in(bodies if with_lines_before else [])
+            named = parted.body if _MEMORY.search(parted.body) else near
+            return ("memory_words", named.strip()[:300]) if named else ("other_error", parted.body.strip()[:300])
     return None
+
+
+def _of_error(error: str, bodies: Sequence[str]) -> tuple[str, str]:
+    """Return the kind of an error, and the line that shows it: its own, or one of `bodies` that names memory."""
+    if _OF_CODE.match(error):
+        left_out = next((each for each in bodies if _LEFT_OUT.search(each)), None)
+        return ("memory_words", left_out.strip()[:300]) if left_out else ("other_error", error)
+    if _MEMORY.search(error):
+        return "memory_words", error
+    near = _lack_in(bodies)
+    return ("memory_words", near.strip()[:300]) if near else ("other_error", error)
+
+
+def _lack_in(bodies: Sequence[str]) -> str | None:
+    """Return the last of the lines near the end that names a lack of memory."""
+    return next((each for each in reversed(bodies[-_NEAR:]) if _LACK.search(each) and not _DENIED.search(each)), None)
+
+
+_LAUNCHER = re.compile(
+    r"(?:subprocess\.CalledProcessError|torch\.multiprocessing\.spawn\.Process\w+Exception|SystemExit|KeyboardInterrupt)\b"
+)
+"""Errors of a launcher, which follow from one further up."""
 
 
 def titled_error(text: str) -> str | None:
@@ -118,6 +133,23 @@ def is_of_job(line: str) -> bool:
     return bool(_OF_JOB.search(line))
 
 
+_OF_HOST = re.compile(
+    r"(?<!V)\bRAM\b.{0,80}\b(?:OOM|kill|full)|\bkilled by (?:the )?(?:system|kernel|os)\b", re.IGNORECASE
+)
+"""A line on the host's memory, whatever else it names."""
+
+
+def _denies(line: str) -> bool:
+    """Return True for a line that says that memory did not run out."""
+    return bool(_DENIED.search(line)) or bool(_OF_HOST.search(line))
+
+
+_DENIED = re.compile(
+    r"\b(?:not|no|isn't|never|without)\b[^.\n]{0,12}\b(?:out[ -]of[ -](?:\w+ )?memory|OOM\b)|enough (?:V?RAM|memory)\b"
+    r"|显存(?:没问题|足够|充足|够用)",
+    re.IGNORECASE,
+)
+"""Words for memory that did not run out."""
 _TITLE_LINES = 4
 """Lines at a text's beginning in which a person says what happened."""
 
@@ -131,7 +163,12 @@ def reported_in(lines: Sequence[str]) -> str | None:
     first = [each for each in lines if each.strip()][:_TITLE_LINES]
     words = _REPORTED if not any(map(_OF_DEVICE.search, lines)) else _REPORTED_ANYHOW
     found = next(
-        (line for line in first if words.search(line) and not _ADVICE.search(line) and not is_of_job(line)), None
+        (
+            line
+            for line in first
+            if words.search(line) and not (_ADVICE.search(line) or is_of_job(line) or _denies(line))
+        ),
+        None,
     )
     return found.strip(" #*\t").removesuffix(".")[:200] if found else None
 
@@ -194,7 +231,8 @@ def met_in(lines: Sequence[str]) -> str | None:
     """
     if not any(map(_OF_DEVICE.search, lines)):
         return None
-    found = next((line for line in lines if _MEETS.search(line) and not re.search(r"\bif\b", line)), None)
+    told = (line for line in lines if _MEETS.search(line) and not re.search(r"\bif\b", line))
+    found = next((line for line in told if not _denies(line)), None)
     return " ".join(found.split()).strip(" #*`")[:300] if found else None
 
 
@@ -206,7 +244,12 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
     """
     for line in reversed(lines):
         found = _ANYHOW.search(line)
-        if found and not is_of_job(line) and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT):
+        if (
+            found
+            and not is_of_job(line)
+            and not _denies(line)
+            and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT)
+        ):
             text = " ".join(line.split()).strip(" #*`")
             is_device = bool(_OF_DEVICE.search(line) or "显存" in line)
             return text[:300], is_device or any(map(_OF_DEVICE.search, lines))
@@ -217,6 +260,7 @@ _RAM = re.compile(
     r"\b(?:low|not enough|insufficient|out of|max\w* out(?: the)?|all(?: of)?(?: the)?)"
     r" (?:(?:system|host|cpu|available) )*RAM\b"
     r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
+    r"|(?:服务器|物理|系统|主机|运行)内存.{0,20}(?:爆|不足|不够|耗尽|占满)|内存爆满|(?:システム|ホスト|物理)メモリー?.{0,8}(?:不足|足り)"
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
 )
 """A person's words for the host's memory that ran out."""

@@ -439,9 +439,17 @@ def _as_reported(line: str) -> dict[str, str]:
     return {"reported": line} | ({"quoted": "yes"} if quotes_error(line) else {})
 
 
+def _without_title(fatal: list[_Record]) -> list[_Record]:
+    """Leave out the title of a report whose words are the beginning of a later failure's line."""
+    title = next((each for each in fatal if each.facts.line == 1 and each.body.startswith("# ")), None)
+    words = title.body.lstrip("# ").strip() if title else ""
+    repeated = any(words in each.body for each in fatal if each is not title) if words else False
+    return [each for each in fatal if each is not title] if repeated else fatal
+
+
 def _choose(failures: list[_Record]) -> _Record | None:
     """Return the first failure that ended the run; one that cannot be a consequence, if there is one."""
-    fatal = [record for record in failures if not record.survived]
+    fatal = _without_title([record for record in failures if not record.survived])
     order = consequences()
 
     def place(record: _Record) -> int:

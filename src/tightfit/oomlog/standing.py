@@ -103,6 +103,8 @@ def standing(
         return (
             Standing.DOCUMENT if not leads and not _has("asking", bare) and _has("strict", bare) else Standing.FAILURE
         )
+    if message.kind == "program_words" and line.level == "error" and not _has("conditional", before):
+        return Standing.FAILURE
     if (is_of_allocator(message.kind) and not message.is_sure) or message.kind == "program_words":
         return _of_plain_words(message, before, after, leads=leads, mine=mine, short_log=short_log)
     if leads and (named or _TAIL.match(after) or line.level == "error"):
