@@ -1,20 +1,25 @@
-"""Attack training and preparing, and count losses: kills, signals, errors of the disk, small disks, limits, bits.
+"""Attack training and preparing, and count losses: kills, signals, refused memory, failing disks, damaged files.
 
-    python benchmarks/recovery/chaos.py --minutes 10 --seed 0
+    python benchmarks/recovery/chaos.py --minutes 60 --seed 0
     python benchmarks/recovery/chaos.py --only bits cuts --minutes 20
 
-Each attack has a generator of trials; they take turns until the time is over. A trial returns nothing, or a sentence
-about a loss, a traceback, a process or a file that was left. The result is a JSON record on standard output.
+Each attack has a generator of trials, and a number of them that is a full attack; they take turns until all are full or
+the time is over. A trial returns nothing, or a sentence about a loss, a traceback, a process or a file that was left.
+The result is a JSON record on standard output.
 """
 
 import argparse
+import contextlib
 import errno
+import importlib
+import itertools
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,21 +27,69 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from runs import arguments, assert_same_end, command, environment, here, make_dataset, process, tensors
+from failures import MESSAGE, Failing, Same, at_random, trained
+from forked import Forked, ranks
+from runs import arguments, assert_close, assert_same_end, make_dataset, newest, rows, tensors
 
+from tightfit.cli.main import main as main_of_tightfit
 from tightfit.errors import TightfitError
 from tightfit.trainer import saving
 from tightfit.trainer.stored import load, load_newest
 
 Trials = Iterator[str | None]
-KEYS = {"max_iters": 60, "lr_decay_iters": 60, "eval_interval": 20, "save_interval": 3, "dropout": 0.1, "fit": "off"}
+Program = Callable[[list[str]], int]
+Keys = dict[str, Any]
+KEYS: Keys = {"max_iters": 60, "lr_decay_iters": 60, "eval_interval": 20, "save_interval": 3, "fit": "off"}
+KEYS |= {"dropout": 0.1, "compile": False}
+SPLIT: Keys = {"batch_size": 6, "gradient_accumulation_steps": 2, "micro_batch": 3, "sample_at_end": 3, "start": "a"}
+VARIANTS: tuple[Keys, ...] = (
+    {"dropout": 0.0},
+    {"dropout": 0.1},
+    {"dtype": "float16"},  # with its scaler
+    {"dtype": "float16", "dropout": 0.0, "grad_clip": 0.0},
+    {"loss": "chunked"},
+    {"activation_checkpointing": 2},
+    {"micro_batch": 1},
+    {"compile": True, "dropout": 0.0},
+)
 MARK = "TIGHTFIT_CHAOS_MARK"
+LOAD_S = 8.0
+"""Seconds that a process which loads torch takes until it trains."""
+TURN_S = 30.0
+"""Seconds for which an attack goes on before the next one has its turn."""
+STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+END = object()
 ERRNOS = ("EIO", "ESTALE", "EROFS", "ETIMEDOUT", "EINTR", "EACCES", "EPERM", "ENOSPC", "EDQUOT", "EBUSY")
+
+
+def _train(words: list[str]) -> int:
+    """Run a command in a forked process."""
+    torch.set_num_threads(1)
+    return main_of_tightfit(words)
+
+
+def _train_without_waiting(words: list[str]) -> int:
+    with mock.patch.object(saving, "LAST_WAIT_S", 0.0):
+        return _train(words)
+
+
+def _started(words: list[str], folder: Path, train: Program = _train, **environ: str) -> tuple[Forked, Path]:
+    err = folder / "errors.txt"
+    err.unlink(missing_ok=True)
+    return Forked(lambda: train(words), folder / "output.txt", err, **environ), err
+
+
+def _ended(words: list[str], folder: Path, train: Program = _train) -> tuple[int, str]:
+    """Run a command to its end; return its exit code and its errors."""
+    running, err = _started(words, folder, train)
+    return running.wait(), err.read_text(errors="replace")
 
 
 def _end_of(words: list[str], number: signal.Signals, after_s: float, folder: Path) -> tuple[int, str, str | None]:
@@ -44,22 +97,30 @@ def _end_of(words: list[str], number: signal.Signals, after_s: float, folder: Pa
     mark, own = os.urandom(8).hex(), folder / "tmp"
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
-    environ = {**environment(), MARK: mark, "TMPDIR": str(own)}
-    running = subprocess.Popen(command(words), env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
+    running, err = _started(words, folder, TMPDIR=str(own), **{MARK: mark})
+    with contextlib.suppress(subprocess.TimeoutExpired):
         running.wait(after_s)
-    except subprocess.TimeoutExpired:
-        running.send_signal(number)
+    running.send_signal(number)
+    if number in STOPPING:
+        time.sleep(0.2)
+        running.send_signal(signal.SIGCONT)
     try:
-        _, err = running.communicate(timeout=30)
+        running.wait(60)
     except subprocess.TimeoutExpired:
         running.kill()
-        return 0, "", f"{number.name}: it went on for 30 s"
-    time.sleep(0.5)
-    left = [each.pid for each in psutil.process_iter() if _mark_of(each) == mark]
+        running.wait()
+        return 0, "", f"{number.name}: it went on for 60 s"
+    left = _marked(mark)
+    if left:
+        time.sleep(0.5)  # a child ends a moment after its parent
+        left = _marked(mark)
     files = [each for each in os.listdir(own) if each.startswith("tightfit")]
     problem = f"{number.name}: processes {left}, files {files} are left" if left or files else None
-    return running.returncode, err.decode(), problem
+    return running.wait(), err.read_text(errors="replace"), problem
+
+
+def _marked(mark: str) -> list[int]:
+    return [each.pid for each in psutil.process_iter() if _mark_of(each) == mark]
 
 
 def _mark_of(process: psutil.Process) -> str | None:
@@ -71,38 +132,40 @@ def _mark_of(process: psutil.Process) -> str | None:
 
 def kills(folder: Path, draw: random.Random) -> Trials:
     """Kill a run again and again until it has ended: its end is that of a run that was never killed."""
-    return _interrupted(folder, draw, [signal.SIGKILL])
+    return _interrupted(folder, draw, itertools.repeat(signal.SIGKILL))
 
 
 def signals(folder: Path, draw: random.Random) -> Trials:
-    """Send each signal that ends a process, supervised and not."""
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGSEGV", "SIGABRT")
-    return _interrupted(folder, draw, [signal.Signals[name] for name in names])
+    """Send each signal that can be caught, in turn."""
+    caught = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+    named = [number for number in caught if isinstance(number, signal.Signals)]
+    return _interrupted(folder, draw, itertools.cycle(named))
 
 
-def _interrupted(folder: Path, draw: random.Random, numbers: list[signal.Signals]) -> Trials:
-    words = arguments(folder / "unbroken", folder / "data", **KEYS)
+def _interrupted(folder: Path, draw: random.Random, numbers: Iterator[signal.Signals]) -> Trials:
+    """One run in five is supervised: its second process loads torch anew."""
     started = time.monotonic()
-    assert process(words).code == 0
+    code, err = _ended(arguments(folder / "unbroken", folder / "data", **KEYS), folder)
+    assert code == 0, err
     life_s, chain = time.monotonic() - started, 0
     while True:
         chain += 1
-        out_dir = folder / f"chain{chain}"
-        for _ in range(20):
-            number = draw.choice(numbers)
+        out_dir, code = folder / f"chain{chain}", 1
+        while code:
+            number, supervised = next(numbers), draw.random() < 0.2
             saved = any(out_dir.glob("*.pt"))
-            own = {"init_from": "resume" if saved else "scratch", "supervise": draw.choice([True, False])}
+            own = {"init_from": "resume" if saved else "scratch", "supervise": supervised}
             words = arguments(out_dir, folder / "data", **KEYS | own)
-            code, err, problem = _end_of(words, number, draw.uniform(0.3, 1.2) * life_s, folder)
-            if code == 0 or "Traceback" in err:
-                break
+            after_s = draw.uniform(0.05, 1.1) * (life_s + (LOAD_S if supervised else 0))
+            code, err, problem = _end_of(words, number, after_s, folder)
+            if "Traceback" in err:
+                problem = f"{number.name}: {err[-2000:]}"
             yield problem
         try:
-            if code != 0:
-                assert process(arguments(out_dir, folder / "data", **KEYS | {"init_from": "resume"})).code == 0, err
             assert_same_end(folder / "unbroken", out_dir)
         except AssertionError as error:
-            yield f"{number.name}: {error}"
+            yield f"chain {chain}, {number.name}: {error}"
+        shutil.rmtree(out_dir, ignore_errors=True)
 
 
 def preparing(folder: Path, draw: random.Random) -> Trials:
@@ -111,13 +174,102 @@ def preparing(folder: Path, draw: random.Random) -> Trials:
     text.write_text("".join(draw.choice("abcdefgh \n") for _ in range(3_000_000)))
     words = ["prepare", "made", f"--input={text}", f"--data_dir={folder / 'made'}", "--tokenizer=characters"]
     started = time.monotonic()
-    assert process(words).code == 0
-    life_s, good = time.monotonic() - started, (folder / "made" / "made" / "train.bin").read_bytes()
+    assert _ended(words, folder)[0] == 0
+    life_s, made = time.monotonic() - started, folder / "made" / "made" / "train.bin"
+    good = made.read_bytes()
     while True:
-        _, _, problem = _end_of(words, signal.SIGKILL, draw.uniform(0.1, 1.1) * life_s, folder)
-        done = process(words)
-        same = (folder / "made" / "made" / "train.bin").read_bytes() == good
-        yield problem or (None if done.code == 0 and same else f"prepare: {done.err}")
+        if draw.random() < 0.5:
+            shutil.rmtree(made.parent)
+        _, _, problem = _end_of(words, signal.SIGKILL, draw.uniform(0.0, 1.1) * life_s, folder)
+        code, err = _ended(words, folder)
+        same = code == 0 and made.read_bytes() == good
+        yield problem or (None if same else f"prepare: {err}")
+
+
+def errors(folder: Path, draw: random.Random) -> Trials:
+    """Refuse memory at random operators of one or two processes: the end has the bits of an undisturbed run."""
+    plain: dict[str, Path] = {}
+    for number in itertools.count():
+        processes, keys = draw.choice([1, 1, 2]), SPLIT | draw.choice(VARIANTS)
+        name = f"{processes} of {sorted(keys.items())}"
+        if name not in plain:
+            plain[name] = folder / f"plain{number}"
+            code, err, _ = _refused(plain[name], folder, processes, keys, None)
+            assert code == 0, err
+        out_dir = folder / f"refused{number}"
+        code, err, failed = _refused(out_dir, folder, processes, keys, draw.randrange(10**6))
+        problem = f"{name}: exit code {code}: {err[-2000:]}" if code else None
+        if not code:
+            try:
+                _assert_same_losses(plain[name], out_dir)
+            except AssertionError as error:
+                problem = f"{name}, {failed} errors: {error}"
+        yield from [problem, *[None] * (failed - 1)] if failed or problem else []
+        shutil.rmtree(out_dir, ignore_errors=True)
+
+
+def _refused(out_dir: Path, folder: Path, processes: int, keys: Keys, seed: int | None) -> tuple[int, str, int]:
+    """Train with refused allocations; return the exit code, the errors printed and the number of refusals."""
+    told = folder / "refusals.txt"
+    told.unlink(missing_ok=True)
+
+    def train() -> int:
+        torch.set_num_threads(1)
+        failing: Refusing | Failing | None = None
+        if seed is not None and os.environ.get("RANK", "0") == str(seed % processes):
+            several = processes > 1
+            failing = (
+                Refusing(seed)
+                if keys.get("compile")
+                else at_random(seed, 60, spared=6000 if several else 1500, allocating_only=several)
+            )
+        trained(out_dir, folder / "data", failing, fallback=Same(), **KEYS | keys)
+        if failing is not None:
+            told.write_text(str(len(failing.failed)))
+        return 0
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = folder / "log.txt"
+    out.unlink(missing_ok=True)
+    kernels = str(folder / "kernels")
+    program = train if processes == 1 else lambda: ranks(processes, train, port)
+    code = Forked(program, out, TORCHINDUCTOR_CACHE_DIR=kernels).wait()
+    return code, out.read_text(errors="replace"), int(told.read_text()) if told.exists() else 0
+
+
+class Refusing(contextlib.AbstractContextManager["Refusing"]):
+    """Refuses allocations of compiled graphs, where `Failing` would keep torch from compiling."""
+
+    def __init__(self, seed: int) -> None:
+        self.failed: list[str] = []
+        self._draw, self._since = random.Random(seed), 0
+
+    def __enter__(self) -> "Refusing":
+        guards = importlib.import_module("torch._C._dynamo.guards")
+        usual = guards._empty_strided_cpu
+
+        def allocate(*given: object) -> torch.Tensor:
+            self._since += 1
+            if self._since > 800 and self._draw.randrange(40) == 0:
+                self._since = 0
+                self.failed.append("empty_strided_cpu")
+                raise RuntimeError(MESSAGE)
+            return usual(*given)
+
+        guards._empty_strided_cpu = allocate
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing: the process ends."""
+
+
+def _assert_same_losses(one: Path, other: Path) -> None:
+    assert [row for row in rows(other) if "event" not in row] == rows(one), "other losses"
+    first, second = (tensors(newest(folder)) for folder in (one, other))
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{len(different)} of {len(first)} tensors differ, {different[0]} among them"
 
 
 def disk_errors(folder: Path, draw: random.Random) -> Trials:
@@ -133,16 +285,18 @@ def disk_errors(folder: Path, draw: random.Random) -> Trials:
                 raise OSError(number, os.strerror(number))
             return usual(*given, **named)
 
-        keys = {**KEYS, "max_iters": 24}
-        with mock.patch.object(os, call, failing), mock.patch.object(saving, "LAST_WAIT_S", 0.0):
-            done = here(arguments(out_dir, folder / "data", **keys))
-        wrong = done.code not in (0, 1) or "Traceback" in done.err
+        def train(words: list[str], call=call, failing=failing) -> int:
+            with mock.patch.object(os, call, failing), mock.patch.object(saving, "LAST_WAIT_S", 0.0):
+                return _train(words)
+
+        words = arguments(out_dir, folder / "data", **KEYS | {"max_iters": 24})
+        code, err = _ended(words, folder, train)
+        wrong = code not in (0, 1) or "Traceback" in err
         try:
             load_newest(out_dir, log=lambda line: None)
         except TightfitError as error:
-            wrong = wrong or first > 8
-            done = type(done)(done.code, done.out, f"{done.err} {error}")
-        yield f"{name} in {call}: {done.code} {done.err}" if wrong else None
+            wrong, err = wrong or first > 8, f"{err} {error}"
+        yield f"{name} in {call}: {code} {err}" if wrong else None
         shutil.rmtree(out_dir, ignore_errors=True)
 
 
@@ -156,10 +310,9 @@ def small_disks(folder: Path, draw: random.Random) -> Trials:
         if subprocess.run(mounted, capture_output=True, check=False).returncode:
             return
         try:
-            with mock.patch.object(saving, "LAST_WAIT_S", 0.0):
-                done = here(arguments(disk / "out", folder / "data", **KEYS))
-            wrong = done.code not in (0, 1) or "Traceback" in done.err
-            yield f"disk of {size} KiB: {done.err}" if wrong else None
+            code, err = _ended(arguments(disk / "out", folder / "data", **KEYS), folder, _train_without_waiting)
+            wrong = code not in (0, 1) or "Traceback" in err
+            yield f"disk of {size} KiB: {err}" if wrong else None
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
         for rescued in (*folder.glob("out.rescued-*"), *Path(tempfile.gettempdir()).glob("out.rescued-*")):
@@ -167,27 +320,34 @@ def small_disks(folder: Path, draw: random.Random) -> Trials:
 
 
 def limits(folder: Path, draw: random.Random) -> Trials:
-    """Lower the memory that a run may take: it ends by itself, without a traceback."""
-    while True:
-        most = draw.randrange(300, 3000) * 2**20
-        out_dir = folder / "limited"
-        ended = subprocess.run(
-            command(arguments(out_dir, folder / "data", **KEYS | {"supervise": False})),
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            preexec_fn=lambda most=most: resource.setrlimit(resource.RLIMIT_DATA, (most, most)),
-        )
-        started = "parameters:" in ended.stdout  # below that torch itself cannot be loaded
-        yield f"limit of {most >> 20} MiB: {ended.stderr[-300:]}" if started and "Traceback" in ended.stderr else None
+    """Lower the memory that a run may take: it ends with the losses of one without a limit, or with one sentence."""
+    keys = KEYS | {"n_embd": 128, "block_size": 128, "batch_size": 16, "max_iters": 6, "dropout": 0.0}
+    code, err = _ended(arguments(folder / "unlimited", folder / "data", **keys), folder)
+    assert code == 0, err
+    for number in itertools.count():
+        out_dir, spare = folder / f"limited{number}", draw.randrange(80) * 2**20
+
+        def train(words: list[str], spare: int = spare) -> int:
+            most = psutil.Process().memory_info().data + spare
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+            return _train(words)
+
+        code, err = _ended(arguments(out_dir, folder / "data", **keys), folder, train)
+        problem = None
+        if code not in (0, 1, 2) or "Traceback" in err:
+            problem = f"limit of {spare >> 20} MiB more: exit code {code}: {err[-2000:]}"
+        elif code == 0:
+            try:
+                assert_close(folder / "unlimited", out_dir)
+            except AssertionError as error:
+                problem = f"limit of {spare >> 20} MiB more: {error}"
+        yield problem
         shutil.rmtree(out_dir, ignore_errors=True)
 
 
 def _small_checkpoint(folder: Path) -> Path:
     keys = {**KEYS, "max_iters": 2, "n_layer": 1, "n_embd": 8}
-    assert here(arguments(folder / "small", folder / "data", **keys)).code == 0
+    assert _ended(arguments(folder / "small", folder / "data", **keys), folder)[0] == 0
     return folder / "small" / "ckpt.pt"
 
 
@@ -222,33 +382,42 @@ def cuts(folder: Path, draw: random.Random) -> Trials:
         yield _is_read_as_it_was(path, expected)
 
 
-ATTACKS: dict[str, Callable[[Path, random.Random], Trials]] = {
-    each.__name__: each for each in (kills, signals, preparing, disk_errors, small_disks, limits, bits, cuts)
+ATTACKS: dict[str, tuple[Callable[[Path, random.Random], Trials], int]] = {
+    "kills": (kills, 150),
+    "preparing": (preparing, 50),
+    "signals": (signals, 66),
+    "errors": (errors, 200),
+    "limits": (limits, 60),
+    "disk_errors": (disk_errors, 40),
+    "small_disks": (small_disks, 12),
+    "bits": (bits, 10**6),
+    "cuts": (cuts, 10**6),
 }
+"""Each with the trials of a full attack; bits and cuts end by themselves, when none is left."""
 
 
-def _attack(names: list[str], minutes: float, seed: int, root: Path) -> tuple[Counter[str], list[str]]:
-    """Let the attacks take turns of equal time."""
+def _attack(names: list[str], minutes: float, seed: int, root: Path) -> tuple[Counter[str], list[str], list[str]]:
+    """Let the attacks take turns; return their trials, the problems, and the attacks that are not full."""
     counts, problems, running = Counter[str](), [], {}
     for name in names:
         folder = root / name
         make_dataset(folder / "data" / "tiny")
-        running[name] = ATTACKS[name](folder, random.Random(f"{seed}/{name}"))
-    end, turn_s = time.monotonic() + minutes * 60, max(5.0, minutes * 60 / len(names) / 4)
+        running[name] = ATTACKS[name][0](folder, random.Random(f"{seed}/{name}"))
+    end = time.monotonic() + minutes * 60
     while running and time.monotonic() < end:
         for name, trials in list(running.items()):
-            until = min(end, time.monotonic() + turn_s)
-            while time.monotonic() < until:
-                try:
-                    problem = next(trials)
-                except StopIteration:
+            until = min(end, time.monotonic() + TURN_S)
+            while name in running and time.monotonic() < until:
+                problem = next(trials, END)
+                if problem is END or counts[name] >= ATTACKS[name][1]:
                     del running[name]
                     break
                 counts[name] += 1
                 if problem:
                     problems.append(f"{name}: {problem}")
                     print(problems[-1], file=sys.stderr, flush=True)
-    return counts, problems
+            print(f"{name}: {counts[name]} trials", file=sys.stderr, flush=True)
+    return counts, problems, list(running)
 
 
 def main() -> int:
@@ -258,10 +427,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), help="attacks to make")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
-        counts, problems = _attack(given.only, given.minutes, given.seed, Path(root))
-    record = {"seed": given.seed, "minutes": given.minutes, "trials": dict(counts), "problems": problems}
-    print(json.dumps(record, indent=2))
+        counts, problems, unfinished = _attack(given.only, given.minutes, given.seed, Path(root))
+    minutes = round((time.monotonic() - started) / 60, 1)
+    record = {"seed": given.seed, "minutes": minutes, "trials": dict(counts), "not full": unfinished}
+    print(json.dumps(record | {"problems": problems}, indent=2))
     return 1 if problems else 0
 
 

@@ -33,8 +33,12 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from failures import at_random
+from forked import Forked, ranks
 from runs import arguments, column, environment, make_dataset
 
+from tightfit.cli.main import main as main_of_tightfit
+from tightfit.errors import CheckpointError
 from tightfit.trainer.parts import in_memory
 from tightfit.trainer.stored import has_checkpoint, load, load_newest
 
@@ -83,9 +87,9 @@ class Found:
 
 @dataclass
 class Started:
-    """torchrun and its processes, in a process group of their own."""
+    """Processes of one run and what started them: torchrun, or a fork."""
 
-    running: "subprocess.Popen[bytes]"
+    running: "subprocess.Popen[bytes] | Forked"
     log: Path
 
     def text(self) -> str:
@@ -127,15 +131,8 @@ class Started:
         return None
 
 
-def start(processes: int, program: list[str], log: Path, *launch: str, most_file_bytes: int | None = None) -> Started:
-    """Start a run; `most_file_bytes` makes its disk full for any larger file."""
-
-    def limit() -> None:
-        if most_file_bytes is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
-
-    launch = launch or ("--standalone",)
+def start(processes: int, program: list[str], log: Path, *launch: str) -> Started:
+    """Start a run with torchrun."""
     words = ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={processes}", *program]
     with open(log, "wb") as file:
         running = subprocess.Popen(
@@ -144,17 +141,48 @@ def start(processes: int, program: list[str], log: Path, *launch: str, most_file
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=limit,
         )
     return Started(running, log)
+
+
+def forked(
+    processes: int,
+    words: list[str],
+    log: Path,
+    *,
+    refused: tuple[int, int] | None = None,
+    file_bytes: int | None = None,
+) -> Started:
+    """Fork the processes of a run without torchrun, which loads torch in each of them.
+
+    `refused` (rank, seed) refuses allocations of a rank; `file_bytes` makes its disk full for any larger file.
+    """
+    log.write_bytes(b"")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def train() -> int:
+        torch.set_num_threads(1)
+        if file_bytes is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+        if refused is None or os.environ["RANK"] != str(refused[0]):
+            return main_of_tightfit(words)
+        with at_random(refused[1], 60, spared=12000, allocating_only=True) as failing:
+            code = main_of_tightfit(words)
+        print("FAILED", json.dumps(failing.failed), flush=True)
+        return code
+
+    return Started(Forked(lambda: ranks(processes, train, port), log), log)
 
 
 def unbroken(folder: Path, processes: int = 1, **keys: Any) -> Path:
     """Make the run that nothing disturbs."""
     make_dataset(folder / "data" / "tiny")
     out_dir = folder / "unbroken"
-    program = ["-m", "tightfit", *arguments(out_dir, folder / "data", **KEYS | keys)]
-    code = start(processes, program, folder / "unbroken.log").ended()
+    words = arguments(out_dir, folder / "data", **KEYS | keys)
+    code = forked(processes, words, folder / "unbroken.log").ended()
     assert code == 0, (folder / "unbroken.log").read_text()
     return out_dir
 
@@ -210,10 +238,10 @@ def _killed(
             number, shard = processes[turn % len(processes)], shardings[turn % len(shardings)]
             saved = has_checkpoint(out_dir)
             own = {"init_from": "resume" if saved else "scratch", "shard": "none" if number == 1 else shard}
-            program = ["-m", "tightfit", *arguments(out_dir, folder / "data", **KEYS | own)]
+            words = arguments(out_dir, folder / "data", **KEYS | own)
             last = found.counts["kills"] >= count or time.monotonic() > found.end
             small = None if last or draw.random() > 0.2 else draw.choice([32, 64]) << 10
-            run = start(number, program, folder / "log.txt", most_file_bytes=small)
+            run = forked(number, words, folder / "log.txt", file_bytes=small)
             if not last and _killed_at_random(run, draw):
                 found.counts["kills"] += 1
                 found.counts[f"kills of {number} processes"] += 1
@@ -264,30 +292,16 @@ def _killed_at_random(run: Started, draw: random.Random) -> bool:
 
 
 def _cut(out_dir: Path, draw: random.Random) -> bool:
-    """Cut a part of the newest checkpoint if an older one is left."""
-    places = [each for each in out_dir.glob("*.dcp") if (each / "tightfit.json").is_file()]
-    if len(places) < 2:
+    """Cut a part of the newest checkpoint if an older one that is whole is left."""
+    steps = {}
+    for place in out_dir.glob("*.dcp"):
+        with contextlib.suppress(CheckpointError):  # it was cut before
+            steps[load(place).step] = place
+    if len(steps) < 2:
         return False
-    newest = max(places, key=lambda place: load(place).step)
-    part = draw.choice([each for each in newest.iterdir() if each.suffix == ".distcp"])
+    part = draw.choice([each for each in steps[max(steps)].iterdir() if each.suffix == ".distcp"])
     os.truncate(part, draw.randrange(part.stat().st_size))
     return True
-
-
-PROGRAM = """\
-import contextlib, json, os, sys
-sys.path.insert(0, {tests!r})
-from failures import at_random
-from tightfit.cli.main import main
-
-rank = int(os.environ["RANK"])
-failing = at_random({seed}, {one_in}, spared=12000, allocating_only=True) if rank == {rank} else None
-with failing or contextlib.nullcontext():
-    code = main()
-if failing:
-    print("FAILED", json.dumps(failing.failed), flush=True)
-sys.exit(code)
-"""
 
 
 def errors(found: Found, folder: Path, draw: random.Random, count: int) -> None:
@@ -297,30 +311,28 @@ def errors(found: Found, folder: Path, draw: random.Random, count: int) -> None:
     expected = unbroken(folder, **keys)
     while found.goes_on(found.counts["errors"], count):
         number += 1
-        out_dir, program = folder / f"out{number}", folder / "program.py"
-        values = {"seed": draw.randrange(10**6), "one_in": 60, "rank": draw.randrange(2)}
-        program.write_text(PROGRAM.format(tests=str(Path(__file__).parents[2] / "tests"), **values))
-        words = [str(program), *arguments(out_dir, folder / "data", **KEYS | keys, shard="full")]
-        run = start(2, words, folder / "log.txt")
+        out_dir, refused = folder / f"out{number}", (draw.randrange(2), draw.randrange(10**6))
+        words = arguments(out_dir, folder / "data", **KEYS | keys, shard="full")
+        run = forked(2, words, folder / "log.txt", refused=refused)
         code = run.ended()
         text = run.text()
         if code is None:
-            found.problem(f"run {number}, {values}: it waits for ever: {text[-2000:]}")
+            found.problem(f"run {number}, rank and seed {refused}: it waits for ever: {text[-2000:]}")
             continue
         failed = json.loads(re.findall(r"FAILED (.*)", text)[-1]) if "FAILED" in text else []
         found.counts["errors"] += len(failed)
         found.counts.update(f"in {phase}" for phase, _ in failed)
         found.counts["runs"] += 1
         if code:
-            found.problem(f"run {number}, {values}: exit code {code}: {text[-3000:]}")
+            found.problem(f"run {number}, rank and seed {refused}: exit code {code}: {text[-3000:]}")
             continue
         try:
             worst = losses_differ(expected, out_dir)
         except AssertionError as error:
-            found.problem(f"run {number}, {values}: {error}")
+            found.problem(f"run {number}, rank and seed {refused}: {error}")
             continue
         if worst > 1e-5:
-            found.problem(f"run {number}, {values}: losses differ by {worst:.2e}")
+            found.problem(f"run {number}, rank and seed {refused}: losses differ by {worst:.2e}")
         shutil.rmtree(out_dir)
 
 
