@@ -574,6 +574,19 @@ class TestFullDisk:
         assert (done.code, done.err) == (0, "")
         assert load_newest(disk / "out", log=pytest.fail).step == 12
 
+    def test_a_damaged_one_is_given_up_and_not_the_one_before(
+        self, disk: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out_dir = disk / "out"
+        successful(arguments(out_dir, data_dir, eval_interval=4))
+        os.truncate(out_dir / "ckpt.pt", 5000)
+        after_step(monkeypatch, 10, lambda: _fill(disk / "filler", leave=0))
+        monkeypatch.setattr(saving, "LAST_WAIT_S", 0.0)
+        done = here(arguments(out_dir, data_dir, eval_interval=4, max_iters=14, init_from="resume"))
+        assert done.code == 1
+        assert f"{out_dir / 'ckpt.pt'} is now called ckpt.pt.damaged" in done.out
+        assert load_newest(out_dir, log=pytest.fail).step == 8
+
     def test_full_from_the_start(self, disk: Path, data_dir: Path) -> None:
         _fill(disk / "filler", leave=0)
         done = here(arguments(disk / "out", data_dir))

@@ -27,7 +27,7 @@ from tightfit.trainer.checkpoint import Checkpoint, set_aside
 from tightfit.trainer.checkpoint import save as save_file
 from tightfit.trainer.distributed import World
 from tightfit.trainer.parts import Marker, in_memory, save_parts
-from tightfit.trainer.stored import load, load_best, load_newest
+from tightfit.trainer.stored import load, load_best, load_newest, rename_damaged
 
 SHAPE = GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4)
 
@@ -189,6 +189,24 @@ class TestDisk:
                 saved(tmp_path, 2)
         assert [path.name for path in tmp_path.iterdir()] == ["ckpt.dcp"]
         assert_same(load(tmp_path / "ckpt.dcp"), first)
+
+    def test_a_damaged_one_is_given_up_for_room_and_not_the_one_before(
+        self, tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = saved(tmp_path, 1)
+        saved(tmp_path, 2)
+        os.truncate(tmp_path / "ckpt.dcp" / "__0_0.distcp", 100)
+        rename_damaged(tmp_path, log=log.append)
+        assert log == [f"{tmp_path / 'ckpt.dcp'} is now called ckpt.dcp.damaged"]
+
+        def write(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(FileSystemWriter, "write_data", write)
+        with pytest.raises(DoesNotFit):
+            saved(tmp_path, 3, is_last=True)
+        assert_same(load_newest(tmp_path, log=pytest.fail), first)
+        assert [path.name for path in tmp_path.iterdir()] == ["ckpt.prev.dcp"]
 
     def test_the_last_save_gives_up_the_one_before_for_room(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

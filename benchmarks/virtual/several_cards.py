@@ -5,7 +5,7 @@ usage: python benchmarks/virtual/several_cards.py [--only WORD] [--row NUMBER]
 results/several_cards.csv holds the rows: who measured what, on which cards and links. Each is played as the first of
 its cards by players/llama_fsdp2.py, a Llama of ours with the choices that torchtitan publishes: not torchtitan itself.
 Models of more than 16 blocks are played with 4 and 6 of them, as a plan is (tightfit.planner.layers), and whole where
-memory was measured and nothing is compiled. `measured` is in GiB, reserved or allocated (`metric`), and tokens a second
+memory was measured. `measured` is in GiB, reserved or allocated (`metric`), and tokens a second
 for each card; `bandwidth_gbps` is that of the cards' memory where it is not the usual. `torch` is the version whose
 RMSNorm is played, `keeps_logits` that the logits outlive the backward pass, as torchtitan had it until June 2024.
 """
@@ -108,8 +108,8 @@ def predict(number: int, row: Row) -> None:
 
     command = [sys.executable, __file__, f"--row={number}"]
     blocks = SHAPES[row["model"]].layers
-    # A line misses what more blocks leave unused: 2.0 of 79.2 GiB in an eager row. Compiled ones would take too long.
-    counts = (blocks,) if row["measured_gib"] and row["compile"] == "no" else PLAYED_LAYERS
+    # A line misses what more blocks leave unused: 2.0 of 79.2 GiB in one row.
+    counts = (blocks,) if row["measured_gib"] else PLAYED_LAYERS
     plays = [subprocess.Popen([*command, f"--layers={layers}"], stdout=subprocess.PIPE, text=True) for layers in counts]
     outputs = [play.communicate()[0] for play in plays]
     if any(play.returncode for play in plays):

@@ -46,6 +46,8 @@ CHECKPOINTS = (BEST, LAST, previous(BEST), previous(LAST))
 """All checkpoints that a run may leave in its folder."""
 MARKER = "tightfit.json"
 """File in such a folder, written last."""
+DAMAGED = ".damaged"
+"""What the name of a damaged checkpoint ends with, from the resume that found it."""
 
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 """Errors of file systems and folders that cannot be synced; the files in them can."""

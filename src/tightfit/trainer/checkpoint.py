@@ -28,6 +28,7 @@ from tightfit.models.model import GPTConfig
 from tightfit.storage import (
     BEST,
     CHECKPOINTS,
+    DAMAGED,
     LAST,
     METRICS,
     PREVIOUS,
@@ -105,6 +106,7 @@ def set_aside(folder: Path, *, log: Callable[[str], object]) -> None:
     unfinished = [f".{folder_of(name)}.writing" for name in CHECKPOINTS]
     checkpoints = (*CHECKPOINTS, *map(folder_of, CHECKPOINTS), *unfinished)
     left = [folder / name for name in (*checkpoints, METRICS) if (folder / name).exists()]
+    left += folder.glob(f"*{DAMAGED}")
     if any(path.name in checkpoints for path in left):
         moving.mkdir(exist_ok=True)
         for path in left:
@@ -173,9 +175,13 @@ def _write(path: Path, content: Mapping[str, object], size: int) -> None:
 
 
 def _makes_room(folder: Path, size: int, *, anyway: bool) -> bool:
-    """Delete the predecessors of checkpoints, unless that would not be enough; return True if any was deleted."""
+    """Delete damaged checkpoints and the predecessors of good ones, unless that would not be enough.
+
+    Return True if any was deleted.
+    """
     try:
         old = {folder / previous(name) for name in (BEST, LAST) if (folder / name).is_file()}
+        old |= set(folder.glob(f"*{DAMAGED}"))
         sizes = {path: path.stat().st_size for path in old if path.is_file()}
         if not anyway and shutil.disk_usage(folder).free + sum(sizes.values()) < size:
             return False

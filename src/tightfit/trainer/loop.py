@@ -77,7 +77,7 @@ from tightfit.trainer.setup import (
 from tightfit.trainer.signals import handling_signals
 from tightfit.trainer.spread import MakePlan, SpreadPlan, agreed_plan, as_planned, with_sharding
 from tightfit.trainer.step import StepResult, StepState, dropout_seed, evaluation_loss, optimizer_step
-from tightfit.trainer.stored import has_checkpoint
+from tightfit.trainer.stored import has_checkpoint, rename_damaged
 from tightfit.trainer.supervise import STATUS, Status, learnt, report_status
 from tightfit.trainer.watchdog import Pulse, Watchdog
 from tightfit.units import GIB
@@ -235,9 +235,12 @@ class _Run:
 
     def _starting_point(self) -> Checkpoint | None:
         start = starting_point(self.config.init_from, self.config.out_dir, log=self.reporter.log)
-        if start is not None and self.config.init_from == "resume" and self.world.is_main:
+        resumes = start is not None and self.config.init_from == "resume" and self.world.is_main
+        if start is not None and resumes:
             refuse_other_run(self.config, start, self.dataset)
         self.recovery.agree()
+        if resumes:
+            rename_damaged(Path(self.config.out_dir), log=self.reporter.log)
         return start
 
     def _build(self, shape: GPTConfig, start: Checkpoint | None) -> tuple[GPT, StepState]:

@@ -37,7 +37,7 @@ from tightfit.foreign import DAMAGE, reads_in_bounds
 from tightfit.models.conversion import check_state, parameter_shapes
 from tightfit.models.model import GPTConfig
 from tightfit.models.optimizer import SavedOptimizer
-from tightfit.storage import BEST, LAST, MARKER, folder_of, previous, sync_folder, write_aside
+from tightfit.storage import BEST, DAMAGED, LAST, MARKER, folder_of, previous, sync_folder, write_aside
 from tightfit.trainer.checkpoint import FULL_DISK, Checkpoint
 from tightfit.trainer.distributed import World
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
@@ -176,18 +176,25 @@ def save_parts(folder: Path, content: Checkpoint, world: World, *, name: str, is
 
 
 def _makes_room(place: Path, *, anyway: bool) -> bool:
-    """Delete the predecessor of a checkpoint, unless that would not be enough; return True if it was deleted."""
-    before = _before(place)
-    if not (place / MARKER).is_file() or not before.is_dir():
-        return False
+    """Delete damaged checkpoints and the predecessor of a good one; return True if anything was deleted.
+
+    The predecessor stays where that would not be enough, unless `anyway`.
+    """
+    before, stale = _before(place), list(place.parent.glob(f"*{DAMAGED}"))
     try:
-        old, size = (sum(file.stat().st_size for file in folder.iterdir()) for folder in (before, place))
-        if not anyway and shutil.disk_usage(place.parent).free + old < size:
-            return False
+        if (place / MARKER).is_file() and before.is_dir():
+            freed = sum(map(_size, [before, *stale]))
+            if anyway or shutil.disk_usage(place.parent).free + freed >= _size(place):
+                stale.append(before)
     except OSError:
         return False
-    _remove(before)
-    return True
+    for folder in stale:
+        _remove(folder)
+    return bool(stale)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _save(place: Path, content: Checkpoint, world: World) -> None:
