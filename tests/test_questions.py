@@ -13,7 +13,14 @@ from tightfit.allocator.caching import OutOfMemory
 from tightfit.allocator.settings import AllocatorSettings
 from tightfit.allocator.tape import TapedAllocator, replay
 from tightfit.cli.cmd_dryrun import parser
-from tightfit.config.knob import Variant, accumulation_of, find_knob
+from tightfit.config.knob import (
+    Variant,
+    accumulation_of,
+    find_knob,
+    is_batch,
+    is_of_training,
+    number_in_environment,
+)
 from tightfit.errors import ConfigError, TightfitError
 from tightfit.gpus import all_gpus, context_bytes
 from tightfit.questions.asking import Asked
@@ -121,6 +128,8 @@ class TestLargest:
     def test_a_value_without_effect_is_a_mistake(self, folder: Path) -> None:
         with pytest.raises(ConfigError, match="does not depend on --ignored: 8 and"):
             largest(asked("--width=64"), "ignored", multiple=8)
+        with pytest.raises(ConfigError, match=r"does not run with --rows=8: .* own options are --batch-size, --acc"):
+            largest(asked("--width=64"), "rows", multiple=8)
 
 
 class TestCards:
@@ -142,11 +151,11 @@ class TestCards:
 
     def test_one_play_serves_cards_that_answer_alike(self, folder: Path) -> None:
         (folder / "attend.py").write_text(ATTEND)
-        names = ("GeForce RTX 3060 12GB", "GeForce RTX 4090", "Tesla T4")
+        names = ("GeForce RTX 3060 12GB", "GeForce RTX 4090", "Tesla T4", "NVIDIA B200")
         cards = [gpu for gpu in all_gpus() if gpu.name in names]
         question = Asked.of(simulator(), Settings(gpu=""), ["attend.py"])
         found = every_card(question, cards)
-        assert found.plays == 2, "flash attention on two of them, as the T4 has none"
+        assert found.plays == 3, "flash attention on two, none on the T4, and another one on the B200"
         for row in found.rows:
             (own,) = question.play([question.request(settings=Settings(gpu=row.name))])
             assert row.device_bytes == own.findings.needed_bytes, row.name
@@ -285,11 +294,38 @@ class TestKnob:
         assert after in knob.set(variant, 9).replaced[str(path)]
         assert path.read_text() == text
 
+    def test_a_variable_that_the_script_reads(self, tmp_path: Path) -> None:
+        script = tmp_path / "train.py"
+        script.write_text("import os\nsize = int(os.environ.get('BATCH_SIZE', '32'))\nwork = os.getenv('WORKERS')\n")
+        variant = Variant((str(script),), {})
+        assert find_knob(variant, "BATCH_SIZE").number == 32
+        assert find_knob(variant, "BATCH_SIZE").set(variant, 9).environ == {"BATCH_SIZE": "9"}
+        knob = number_in_environment(variant, is_batch)
+        assert knob is not None
+        assert knob.name == "BATCH_SIZE"
+
+    def test_a_constant_of_the_script(self, tmp_path: Path) -> None:
+        script = tmp_path / "train.py"
+        text = "BATCH_SIZE = 48  # samples\nEPOCHS: int = 2\ndef main():\n    BATCH_SIZE = 3\n"
+        script.write_text(text)
+        variant = Variant((str(script),), {})
+        knob = find_knob(variant, "BATCH_SIZE")
+        assert (knob.kind, knob.number) == ("file", 48)
+        assert knob.set(variant, 9).replaced == {str(script): text.replace("48", "9")}
+        assert find_knob(variant, "EPOCHS").number == 2
+        script.write_text(f"{text}exec(open('configurator.py').read())\n")
+        assert find_knob(variant, "BATCH_SIZE").kind == "added"
+
     def test_two_keys_of_a_name_are_a_mistake(self, tmp_path: Path) -> None:
         path = tmp_path / "c.yaml"
         path.write_text("train:\n  bs: 8\nval:\n  bs: 2\n")
         with pytest.raises(ConfigError, match=r"2 keys of .* end in bs; name one with its path, such as train\.bs"):
             find_knob(Variant(("train.py", str(path)), {}), "bs")
+
+    def test_a_key_of_training_is_found_beside_one_of_evaluation(self, tmp_path: Path) -> None:
+        path = tmp_path / "c.yaml"
+        path.write_text("train:\n  bs: 8\nval:\n  bs: 2\n")
+        assert find_knob(Variant(("train.py", str(path)), {}), "bs", is_wanted=is_of_training).number == 8
 
     def test_accumulation_of_a_scripts_own_text(self, tmp_path: Path) -> None:
         script = tmp_path / "train.py"

@@ -113,6 +113,23 @@ def test_what_would_change_the_meaning_is_left_alone(code: str, text: str) -> No
     assert lines_of(code, text) == (set(), set())
 
 
+@pytest.mark.parametrize(
+    ("call", "after"),
+    [
+        ("Adam(p)", "Adam(p, fused=True)"),
+        ("Adam(p, lr=(1e-3))", "Adam(p, lr=(1e-3), fused=True)"),
+        ("Adam(p, lr=1,)", "Adam(p, lr=1, fused=True)"),
+        ("Adam(p,  # all, of them\n lr=1,  # slow\n)", "Adam(p,  # all, of them\n lr=1,  # slow\nfused=True)"),
+        ("Adam(p, lr=1  # slow, or not\n)", "Adam(p, lr=1  # slow, or not\n, fused=True)"),
+        ("Adam(each for each in p)", None),
+    ],
+)
+def test_an_argument_is_added_behind_the_last(call: str, after: str | None) -> None:
+    (kind,) = [each for each in KINDS if each.code == "fused"]
+    text = "from torch.optim import Adam\no = "
+    assert kind.apply(f"{text}{call}\n") == (after and f"{text}{after}\n")
+
+
 def test_line_ends_tabs_and_texts_of_several_lines_stay() -> None:
     (kind,) = [each for each in KINDS if each.code == "autocast"]
     text = 'import torch\r\nfor x in loader:\r\n\tloss = model(x, """a\r\nb""")\r\n\tloss.backward()'
@@ -204,6 +221,23 @@ class TestWorkshop:
         assert not changed.replaced
         given = Workshop(Variant(("run.py", "--gradient_checkpointing"), {}), [str(script)])
         assert kind not in given.kinds
+
+    @pytest.mark.parametrize(
+        ("text", "words", "environ"),
+        [
+            ("os.environ.get('BATCH_SIZE', 32)", ["train.py"], {"BATCH_SIZE": "16"}),
+            ("import argparse\np.add_argument('--train-bs', default=32)", ["train.py", "--train-bs=16"], {}),
+            ("yaml", ["train.py", "-b", "16"], {}),
+        ],
+    )
+    def test_the_batch_is_found_where_the_script_reads_it(
+        self, text: str, words: list[str], environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "train.py").write_text(text)
+        given = ("train.py", "-b", "32") if "-b" in words else ("train.py",)
+        change = next(Workshop(Variant(given, {}), [str(tmp_path / "train.py")]).smaller())
+        assert (list(change.variant.words), change.variant.environ) == (words, environ)
 
     def test_a_scripts_own_switch_is_used(self, tmp_path: Path) -> None:
         script = tmp_path / "train.py"

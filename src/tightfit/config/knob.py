@@ -12,8 +12,11 @@ from tightfit.errors import ConfigError
 from tightfit.wording import say
 
 _FILES = (".yaml", ".yml", ".json", ".toml")
-_BATCH = re.compile(r"(.*[._])?((micro|mini)_?)?(batch(_?size)?|bs|batch_size_per_.*)")
-_NOT_TRAINING = re.compile(r"eval|test|valid|val_|generation|sample")
+_BATCH = re.compile(r"(.*[._])?((micro|mini)_?)?(batch(_?size)?|bs?|batch_size_per_.*)")
+_NOT_TRAINING = re.compile(r"eval|test|valid|val[_.]|generation|sample")
+_VARIABLES = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\()\s*['"](\w+)['"](?:\s*,\s*['"]?(\w+))?""")
+_SETS_NAMES = re.compile(r"configurator|hydra|absl|HfArgumentParser|\b(?:fire|typer|click)\b|\bexec\(|\bglobals\(\)")
+"""Signs of a script whose constants are also its options."""
 _ACCUMULATION = re.compile(r"(.*[._])?((gradient|grad)_?)?accum(ulation)?(_?steps|_?iter)?|accumulate_grad_batches")
 
 
@@ -62,16 +65,17 @@ class Knob:
         return replace(variant, words=tuple(words))
 
 
-def find_knob(variant: Variant, name: str) -> Knob:
-    """Return the value called `name`; one that the command does not give is added to its end.
+def find_knob(variant: Variant, name: str, *, is_wanted: Callable[[str], bool] = lambda path: True) -> Knob:
+    """Return the value called `name`; one that stands nowhere is added to the command's end.
 
-    ConfigError for a name that several keys of a file have.
+    ConfigError for a name that several keys of a file have, of those whose paths are wanted.
     """
     bare = _plain(name)
     if not bare or not re.fullmatch(r"[\w.]+", bare):
         raise ConfigError(say("config.knob.no_name", name=name))
-    found = _in_words(variant.words, bare) or _in_environment(variant.environ, name.strip())
-    return found or _in_files(variant, bare) or _added(variant.words, bare)
+    found = _in_words(variant.words, bare) or _in_environment(variant, name.strip())
+    found = found or _in_files(variant, bare, is_wanted) or _constant(variant, bare)
+    return found or _added(variant.words, bare)
 
 
 def number_in_words(words: Sequence[str], is_wanted: Callable[[str], bool]) -> Knob | None:
@@ -82,6 +86,27 @@ def number_in_words(words: Sequence[str], is_wanted: Callable[[str], bool]) -> K
     """
     named = (_in_words(words, _plain(word.partition("=")[0])) for word in words if is_wanted(word.partition("=")[0]))
     return next((knob for knob in named if knob is not None and knob.number is not None), None)
+
+
+def number_in_environment(variant: Variant, is_wanted: Callable[[str], bool]) -> Knob | None:
+    """Return the first variable that the script reads with a whole number above 0 and a name that is wanted."""
+    named = (_in_environment(variant, name) for name in _variables(variant.words) if is_wanted(name.lower()))
+    return next((knob for knob in named if knob is not None and knob.number is not None), None)
+
+
+def options_of(words: Sequence[str]) -> list[str]:
+    """Return the options that the texts of a command's scripts name, in their order.
+
+    >>> options_of(["train.py"])
+    []
+    """
+    texts = "\n".join(map(read_text, _scripts(words)))
+    return list(dict.fromkeys(re.findall(r"""['"](--?[A-Za-z][\w-]*)['"]""", texts)))
+
+
+def is_of_training(path: str) -> bool:
+    """Return False for a key of an evaluation, such as `valid.batch_size`."""
+    return _NOT_TRAINING.search(path) is None
 
 
 def accumulation_of(variant: Variant) -> int | None:
@@ -103,7 +128,7 @@ def is_accumulation(name: str) -> bool:
 def is_batch(name: str) -> bool:
     """Return True for the name of a batch size.
 
-    >>> [is_batch(each) for each in ("--per_device_train_batch_size", "bs", "data.batch_size", "eval_batch_size")]
+    >>> [is_batch(each) for each in ("--per_device_train_batch_size", "-b", "data.batch_size", "eval_batch_size")]
     [True, True, True, False]
     """
     plain = re.sub(r"(per_device_|per_gpu_)?(train_)?", "", _plain(name), count=1)
@@ -126,15 +151,36 @@ def _in_words(words: Sequence[str], bare: str) -> Knob | None:
     return None
 
 
-def _in_environment(environ: Mapping[str, str], name: str) -> Knob | None:
-    return Knob(name, "environment", environ[name]) if name in environ else None
+def _in_environment(variant: Variant, name: str) -> Knob | None:
+    if name in variant.environ:
+        return Knob(name, "environment", variant.environ[name])
+    read = _variables(variant.words)
+    return Knob(name, "environment", read[name]) if name in read else None
 
 
-def _in_files(variant: Variant, bare: str) -> Knob | None:
+def _variables(words: Sequence[str]) -> dict[str, str | None]:
+    """Return the variables that a command's scripts read, with their defaults."""
+    found = (each for path in _scripts(words) for each in _VARIABLES.finditer(read_text(path)))
+    return {each[1]: each[2] for each in found}
+
+
+def _constant(variant: Variant, bare: str) -> Knob | None:
+    """Return a whole number that the script itself gives a name, if no option of it has that name."""
+    for path in _scripts(variant.words):
+        text = text_of(variant, path)
+        if _SETS_NAMES.search(text) or bare in map(_plain, options_of([path])):
+            continue
+        places = list(re.finditer(rf"^{re.escape(bare)}[ ]*(?::[^=\n]*)?=[ ]*(\d+)[ ]*(?:#.*)?$", text, re.MULTILINE))
+        if places:
+            return Knob(bare, "file", places[-1][1], file=path, span=places[-1].span(1))
+    return None
+
+
+def _in_files(variant: Variant, bare: str, is_wanted: Callable[[str], bool]) -> Knob | None:
     for word in variant.words:
         path = word.rpartition("=")[2]
         if path.endswith(_FILES) and os.path.isfile(path):
-            spans = list(_keys(text_of(variant, path), bare))
+            spans = list(_keys(text_of(variant, path), bare, is_wanted))
             if len(spans) > 1:
                 raise ConfigError(say("config.knob.several", name=bare, file=path, count=len(spans)))
             for key, value, span in spans:
@@ -142,7 +188,7 @@ def _in_files(variant: Variant, bare: str) -> Knob | None:
     return None
 
 
-def _keys(text: str, bare: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
+def _keys(text: str, bare: str, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, str, tuple[int, int]]]:
     """Yield the keys of YAML, JSON or TOML whose path ends with `bare`, with their values and the places of those."""
     path: list[tuple[int, str]] = []
     key = re.compile(r'^([ \t]*(?:- )?)(?:"([\w.-]+)"|([\w.-]+))[ \t]*[:=][ \t]*("?)([^\s",#{\[]*)', re.MULTILINE)
@@ -155,7 +201,7 @@ def _keys(text: str, bare: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
         path = [each for each in path if each[0] < indent]
         name = found[3] or found[4]
         whole = ".".join(filter(None, [table, *(part for _, part in path), name.replace("-", "_")]))
-        if found[6] and (whole == bare or whole.endswith(f".{bare}")):
+        if found[6] and (whole == bare or whole.endswith(f".{bare}")) and is_wanted(whole):
             yield name, found[6], found.span(6)
         path.append((indent, name.replace("-", "_")))
 

@@ -90,8 +90,8 @@ class Asked:
         return details_of(self.simulator, requests)
 
     def must_run(self, detail: Detail) -> Detail:
-        """Return it. ConfigError for a script that fails for another reason than memory."""
-        if detail.findings.outcome == "error":
+        """Return it. ConfigError for a script that fails, and not for memory or after it ran out."""
+        if detail.findings.outcome == "error" and not detail.findings.caught_failures:
             reason = detail.findings.stopped_because
             raise ConfigError(say("questions.asking.failed", script=self.script, reason=reason))
         return detail

@@ -8,7 +8,7 @@ made the same requests, every card between does.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace as with_fields
 from itertools import groupby
 
@@ -72,11 +72,12 @@ def _families(cards: Sequence[GPU]) -> list[list[GPU]]:
 
 
 def _rows(asked: Asked, families: list[list[GPU]]) -> list[CardRow]:
-    """Play the oldest and the newest capability that are left, until every card has its row."""
+    """Play the oldest and the newest capability, then one of each kind that is left, until every card has its row."""
     rows: list[CardRow] = []
+    kinds: dict[str, tuple[Hashable, ...]] = {}
+    now = families[:1] + families[1:][-1:]
     while families:
         left = [gpu for family in families for gpu in family]
-        now = families[:1] + families[1:][-1:]
         details = asked.play([_request(asked, family[0], left) for family in now])
         done: set[str] = set()
         for family, detail in zip(now, details, strict=True):
@@ -88,7 +89,16 @@ def _rows(asked: Asked, families: list[list[GPU]]) -> list[CardRow]:
             rows += new
             done.update(row.name for row in new)
         families = _families([gpu for gpu in left if gpu.name not in done])
+        kinds = {gpu.name: (*kinds.get(gpu.name, ()), *_places(gpu, details)) for family in families for gpu in family}
+        now = list({kinds[family[0].name]: family for family in reversed(families)}.values())
     return rows
+
+
+def _places(gpu: GPU, details: Sequence[Detail]) -> Iterator[Hashable]:
+    """Yield where a card left each play; plays that hold for no other card tell nothing about it."""
+    for detail in details:
+        place = next((number for number, group in enumerate(detail.parted) if gpu.name in group), None)
+        yield gpu.capability if place is None else place
 
 
 def _rows_of_family(asked: Asked, family: list[GPU], played: dict[str, Detail], left: list[GPU]) -> list[CardRow]:

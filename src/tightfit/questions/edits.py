@@ -26,6 +26,10 @@ from tightfit.questions.script_text import (
 )
 
 _EVALUATION = re.compile(r"_*(eval|evaluate|evaluation|estimate|validate|validation|valid|val|test)(_.*)?")
+_EVALUATES = re.compile(
+    r"\beval\b|no_grad|inference_mode|set_grad_enabled|def _*(eval|evaluate|evaluation|estimate|validat|val|test)"
+)
+_OPTIMIZES = re.compile("Adam|SGD")
 _NO_GRAD = ("no_grad", "inference_mode", "set_grad_enabled")
 _OPTIMIZERS = ("Adam", "AdamW", "SGD")
 _8BIT_TAKES = {"lr", "betas", "eps", "weight_decay"}
@@ -44,6 +48,8 @@ class Kind:
     costs_time: bool
     rewrite: Callable[[ScriptText], None]
     """Collects the changes of one file."""
+    needs: re.Pattern[str]
+    """Pattern of a text that may have a place for it: reading every file as a tree takes long."""
     option: str = ""
     """Option that does the same in a program whose options are Transformers' TrainingArguments."""
     package: str = ""
@@ -59,14 +65,18 @@ class Kind:
 @cache
 def _applied(kind: Kind, text: str) -> str | None:
     """Change a text once: a search tries the same kinds again and again, upon every file that a script imports."""
+    if not kind.needs.search(text):
+        return None
     try:
         script = ScriptText(text)
     except (SyntaxError, ValueError):
         return None
     kind.rewrite(script)
     changed = script.changed
-    if changed is not None:
-        ast.parse(changed)  # a fault of ours must not reach a user's file
+    try:
+        ast.parse(changed or "")
+    except SyntaxError:  # such as a second argument beside a generator without brackets
+        return None
     return changed
 
 
@@ -251,10 +261,11 @@ def _wrap(script: ScriptText, call: ast.Call) -> None:
 
 def _add_keyword(script: ScriptText, call: ast.Call, keyword: str) -> None:
     """Add an argument before a call's closing bracket."""
-    inner = script.text_of(call).rstrip()[:-1].rstrip()
-    comma = "" if inner.endswith((",", "(")) else ","
-    before = script.end_of(call) - 1
-    script.insert(before, f"{comma} {keyword}" if comma else f"{keyword}")
+    last = max(map(script.end_of, (*call.args, *(each.value for each in call.keywords))))
+    behind = script.text_of(call).encode()[last - script.start_of(call) : -1].decode()
+    has_comma = "," in re.sub(r"#[^\n]*", "", behind)
+    space = "" if behind[-1:].isspace() else " "
+    script.insert(script.end_of(call) - 1, f"{space}{keyword}" if has_comma else f", {keyword}")
 
 
 _CHECKPOINT_SWITCH = re.compile(
@@ -333,26 +344,30 @@ def _calls_model(tree: ast.AST) -> bool:
 
 
 KINDS = (
-    Kind("no_grad", is_exact=True, costs_time=False, rewrite=_no_grad),
-    Kind("detach", is_exact=True, costs_time=False, rewrite=_detach),
-    Kind("delete", is_exact=True, costs_time=False, rewrite=_delete),
-    Kind("zero_grad_first", is_exact=True, costs_time=False, rewrite=_zero_grad_first),
-    Kind("fused", is_exact=True, costs_time=False, rewrite=_fused),
-    Kind("checkpoint", is_exact=True, costs_time=True, rewrite=_checkpoint),
+    Kind("no_grad", is_exact=True, costs_time=False, rewrite=_no_grad, needs=_EVALUATES),
+    Kind("detach", is_exact=True, costs_time=False, rewrite=_detach, needs=re.compile("backward")),
+    Kind(
+        "delete", is_exact=True, costs_time=False, rewrite=_delete, needs=re.compile(f"backward|{_EVALUATES.pattern}")
+    ),
+    Kind("zero_grad_first", is_exact=True, costs_time=False, rewrite=_zero_grad_first, needs=re.compile("zero_grad")),
+    Kind("fused", is_exact=True, costs_time=False, rewrite=_fused, needs=_OPTIMIZES),
+    Kind("checkpoint", is_exact=True, costs_time=True, rewrite=_checkpoint, needs=re.compile(r"\bin\b.*\bself\b")),
     Kind(
         "model_checkpoint",
         is_exact=True,
         costs_time=True,
         rewrite=_model_checkpoint,
+        needs=re.compile("from_pretrained|from_config"),
         option="--gradient_checkpointing=True",
         switch=_CHECKPOINT_SWITCH,
     ),
-    Kind("autocast", is_exact=False, costs_time=False, rewrite=_autocast),
+    Kind("autocast", is_exact=False, costs_time=False, rewrite=_autocast, needs=re.compile("backward")),
     Kind(
         "8bit",
         is_exact=False,
         costs_time=False,
         rewrite=_8bit,
+        needs=_OPTIMIZES,
         option="--optim=adamw_bnb_8bit",
         package="bitsandbytes",
     ),

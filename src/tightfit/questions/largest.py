@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import msgspec
 
-from tightfit.config.knob import Knob, accumulation_of, find_knob, is_batch
+from tightfit.config.knob import Knob, accumulation_of, find_knob, is_batch, options_of
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
-from tightfit.simulation.details import Detail
+from tightfit.simulation.details import Detail, FailedAt
 from tightfit.vgpu.records import VirtualCard
 from tightfit.wording import say
 
@@ -22,6 +22,8 @@ _MOST = 2**24
 _MOST_ROUNDS = 60
 _MOST_BELOW = 5
 """Rounds in which all guesses may fit, before larger steps lead beyond the end."""
+_MOST_OPTIONS = 12
+"""Options of a script that are listed for one that it does not have."""
 _MOST_SLOW = 2
 """Guesses that may leave more than half of the open range, before it is halved."""
 Play = Callable[[Sequence[int]], list[Detail]]
@@ -37,6 +39,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """Peak of the process; where it failed, with the request that failed."""
     reason: str
     """Why the play ended."""
+    failure: FailedAt | None = None
+    """The request that the card could not meet."""
 
 
 class Largest(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +91,7 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
         )
 
     search = Search(asked.script, knob.name, play, multiple)
-    fits, fails = search.run(start)
+    fits, fails = search.run(start, explain=lambda reason: _why_not(asked, knob, start, reason))
     best = search.tried.get(fits) if fits else None
     known = best or search.tried[fails or start]
     size = int(asked.variant.environ.get("WORLD_SIZE", "1") or 1)
@@ -113,6 +117,15 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
     )
 
 
+def _why_not(asked: Asked, knob: Knob, value: int, reason: str) -> str:
+    """Return the sentence for a script that fails at the first value for another reason than memory."""
+    fields = {"script": asked.script, "name": knob.name, "value": value, "reason": reason}
+    options = options_of(asked.variant.words)
+    if knob.kind == "added" and options:
+        return say("questions.largest.not_taken", **fields, options=", ".join(options[:_MOST_OPTIONS]))
+    return say("questions.largest.failed", **fields)
+
+
 def _command(asked: Asked, knob: Knob, value: int) -> list[str]:
     if not value or knob.kind == "file":
         return []
@@ -129,15 +142,15 @@ class Search:
         self._width, self._slow = 0, 0
         """Width of the open range before, and guesses that left more than half of it."""
 
-    def run(self, start: int) -> tuple[int, int | None]:
-        """Return the largest value that fits, 0 if none does, and the next larger one; None if all fit."""
+    def run(self, start: int, *, explain: Callable[[str], str] = str) -> tuple[int, int | None]:
+        """Return the largest value that fits, 0 if none does, and the next larger one; None if all fit.
+
+        ConfigError, in the words of `explain`, for a script that fails at the first value for another reason.
+        """
         self._try([start])
         first = self.tried[start].findings
-        if first.outcome == "error":
-            reason = first.stopped_because
-            raise ConfigError(
-                say("questions.largest.failed", script=self._script, name=self._name, value=start, reason=reason)
-            )
+        if first.outcome == "error" and not first.caught_failures:
+            raise ConfigError(explain(first.stopped_because))
         for number in range(_MOST_ROUNDS):
             fits, fails = self._bracket()
             if fails is not None and fails - fits <= self._step:
@@ -155,7 +168,8 @@ class Search:
             return [beyond] if number >= _MOST_BELOW else self._candidates(fits, fails)
         self._slow += 0 < self._width < 2 * (fails - fits)
         self._width = fails - fits
-        if self._slow >= _MOST_SLOW and fits:
+        is_error = self.tried[fails].findings.outcome == "error"  # of which memory's lines know nothing
+        if fits and (is_error or self._slow >= _MOST_SLOW):
             return [_rounded((fits + fails) // 2, self._step)]
         return self._candidates(fits, fails)
 
@@ -216,22 +230,14 @@ class Search:
 
     def _check_dependence(self) -> None:
         """ConfigError if twice the value and more takes exactly the same memory."""
-        values = self._fitting()
-        if len(values) < 2 or len(values) < len(self.tried) or values[-1] < 2 * values[0]:
+        values = sorted(self.tried)
+        if len(values) < 2 or len({each.findings.outcome for each in self.tried.values()}) > 1:
             return
-        peaks = {self.tried[value].findings.peak for value in values}
-        if len(peaks) == 1:
-            (peak,) = peaks
-            raise ConfigError(
-                say(
-                    "questions.largest.independent",
-                    script=self._script,
-                    name=self._name,
-                    low=values[0],
-                    high=values[-1],
-                    size=peak.device_bytes,
-                )
-            )
+        found = [self.tried[value].findings for value in values]
+        if values[-1] < 2 * values[0] or len({(each.peak, each.needed_bytes) for each in found}) > 1:
+            return
+        fields = {"script": self._script, "name": self._name, "low": values[0], "high": values[-1]}
+        raise ConfigError(say("questions.largest.independent", **fields, size=found[0].needed_bytes))
 
 
 def _rounded(value: int, multiple: int) -> int:
@@ -241,4 +247,10 @@ def _rounded(value: int, multiple: int) -> int:
 
 def _trial(value: int, detail: Detail) -> Trial:
     found = detail.findings
-    return Trial(value=value, outcome=found.outcome, device_bytes=found.needed_bytes, reason=found.stopped_because)
+    return Trial(
+        value=value,
+        outcome=found.outcome,
+        device_bytes=found.needed_bytes,
+        reason=found.stopped_because,
+        failure=msgspec.convert(found.failure, FailedAt, from_attributes=True) if found.failure else None,
+    )

@@ -18,10 +18,14 @@ from tightfit.config.knob import (
     find_knob,
     is_accumulation,
     is_batch,
+    is_of_training,
+    number_in_environment,
     number_in_words,
+    options_of,
     read_text,
     text_of,
 )
+from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
 from tightfit.questions.edits import KINDS, Kind
 from tightfit.simulation.details import Detail, StepTime
@@ -189,11 +193,16 @@ class Workshop:
 
     def _knob(self, variant: Variant, is_wanted: Callable[[str], bool], names: Sequence[str]) -> Knob | None:
         """Return the place of a number: in the command, else in a file or a script under one of the names."""
-        given = number_in_words(variant.words, is_wanted)
-        return given or next(filter(None, (self._knob_of(variant, name) for name in names)), None)
+        given = number_in_words(variant.words, is_wanted) or number_in_environment(variant, is_wanted)
+        options = [name.lstrip("-") for name in options_of(variant.words) if is_wanted(name)]
+        named = (self._knob_of(variant, name) for name in dict.fromkeys((*names, *options)))
+        return given or next(filter(None, named), None)
 
     def _knob_of(self, variant: Variant, name: str) -> Knob | None:
-        knob = find_knob(variant, name)
+        try:
+            knob = find_knob(variant, name, is_wanted=is_of_training)
+        except ConfigError:  # several keys of a file have that name
+            return None
         texts = {path: text_of(variant, path) for path in self._texts}
         whole = "".join(texts.values())
         if knob.number is not None and (knob.kind != "added" or _TAKES_ARGUMENTS.search(whole)):
@@ -224,12 +233,12 @@ def suggest(asked: Asked, *, tell: Callable[[Sequence[str]], object] = lambda co
     has_view = found.protection == "view"  # in which a play finds changed files
     workshop = Workshop(asked.variant, [each.path for each in base.files] if has_view else [])
     search = Search(with_fields(asked, trusts_errors=True), workshop, first_steps=found.steps + _STEPS_AFTER, tell=tell)
-    if found.failure is not None:
+    if found.outcome != "fits":
         search.run()
     return Suggestions(
         script=asked.script,
         gpu=found.gpu,
-        fits=found.failure is None,
+        fits=found.outcome == "fits",
         device_bytes=found.needed_bytes,
         free_bytes=found.left_bytes,
         suggestions=[search.suggestion(change, detail) for change, detail in search.fitting],
@@ -278,9 +287,10 @@ class Search:
 
     def suggestion(self, change: Change, detail: Detail) -> Suggestion:
         found = detail.findings
-        words = list(change.variant.words)
-        if "expandable_segments" in change.codes:
-            words.insert(0, f"{_ALLOCATOR}={_EXPANDABLE}")
+        environ = change.variant.environ
+        given = self._asked.variant.environ
+        set_anew = [f"{name}={value}" for name, value in environ.items() if given.get(name) != value]
+        words = [*set_anew, *change.variant.words]
         return Suggestion(
             changes=list(change.codes),
             values=dict(change.values),

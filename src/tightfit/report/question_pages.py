@@ -9,6 +9,7 @@ from tightfit.questions.largest import Largest, Trial
 from tightfit.report.dryrun_page import card_text
 from tightfit.report.sections import Page, Section, Table
 from tightfit.report.tensor_texts import place_text
+from tightfit.simulation.details import FailedAt
 from tightfit.units import format_bytes, format_duration
 from tightfit.vgpu.records import Origin
 from tightfit.wording import say
@@ -37,7 +38,7 @@ def largest_page(found: Largest, t: Words) -> Page:
         title=say("questions.largest_page.title", name=found.name),
         verdict=_largest_verdict(found, t),
         is_bad=found.largest is None,
-        facts=_largest_facts(found),
+        facts=_largest_facts(found, t),
         sections=sections,
     )
 
@@ -51,7 +52,7 @@ def _largest_verdict(found: Largest, t: Words) -> str:
     return say("questions.largest_page.found", **fields, value=found.largest)
 
 
-def _largest_facts(found: Largest) -> list[tuple[str, str, str]]:
+def _largest_facts(found: Largest, t: Words) -> list[tuple[str, str, str]]:
     facts = []
     if found.device_bytes is not None and found.free_bytes is not None:
         left = say("questions.largest_page.left", free=found.free_bytes)
@@ -63,11 +64,14 @@ def _largest_facts(found: Largest) -> list[tuple[str, str, str]]:
             remark = say("questions.largest_page.effective_with", name=found.name.lstrip("-"), **passes)
         facts.append((say("questions.largest_page.effective"), str(found.effective_batch), remark))
     if found.file and found.largest is not None:
-        key = f"{found.name}: {found.largest}"
+        key = f"{found.name}{' = ' if found.file.endswith(('.py', '.toml')) else ': '}{found.largest}"
         facts.append((say("questions.largest_page.in_file", file=found.file), key, ""))
     after = next((each for each in found.trials if each.value == found.next_value), None)
     if after is not None and found.largest is not None:
         facts.append((say("questions.largest_page.next"), "", _next(after)))
+    failing = after or next((each for each in found.trials if found.largest is None), None)
+    if failing is not None and failing.failure is not None:
+        facts.append((say("questions.largest_page.where"), "", failed_at(failing.failure, t)))
     return facts
 
 
@@ -131,10 +135,14 @@ def _card_outcome(row: CardRow, t: Words) -> str:
         return say("questions.cards_page.error", reason=row.error)
     if row.fits or row.failure is None:
         return say("questions.cards_page.fits")
-    phase = t.name("phase", row.failure.phase)
     if not row.failure.file:
-        return say("questions.cards_page.fails_somewhere", phase=phase)
-    return say("questions.cards_page.fails", phase=phase, place=place_text(row.failure))
+        return say("questions.cards_page.fails_somewhere", phase=t.name("phase", row.failure.phase))
+    return say("questions.cards_page.fails", where=failed_at(row.failure, t))
+
+
+def failed_at(failure: FailedAt, t: Words) -> str:
+    """Return the phase and the line in which memory ran out."""
+    return t("page", "separator").join(filter(None, [t.name("phase", failure.phase), place_text(failure)]))
 
 
 def compare_page(found: Comparison, t: Words) -> Page:
@@ -189,11 +197,12 @@ def step_time(seconds: float) -> str:
 
 def _compared_categories(found: Comparison, names: Sequence[str], t: Words) -> Section:
     title = say("questions.compare_page.categories")
+    columns = [*names, _difference(names)]
     rows = [[t.name("category", row.category), *_with_difference(row.bytes)] for row in found.categories]
     return Section(
         id="categories",
         title=title,
-        tables=[_side_table(title, [*names, say("questions.compare_page.difference")], rows)],
+        tables=[_side_table(title, columns, rows)],
     )
 
 
@@ -201,9 +210,12 @@ def _compared_lines(found: Comparison, names: Sequence[str], t: Words) -> Sectio
     title = say("questions.compare_page.lines")
     rows = [[_line(row, t), *_with_difference(row.bytes)] for row in found.lines]
     rows.append([say("questions.compare_page.same"), *_with_difference(found.other_bytes)])
-    return Section(
-        id="lines", title=title, tables=[_side_table(title, [*names, say("questions.compare_page.difference")], rows)]
-    )
+    return Section(id="lines", title=title, tables=[_side_table(title, [*names, _difference(names)], rows)])
+
+
+def _difference(names: Sequence[str]) -> str:
+    several = len(names) > 2
+    return say("questions.compare_page.last_difference" if several else "questions.compare_page.difference")
 
 
 def _line(row: LineRow, t: Words) -> str:

@@ -40,6 +40,8 @@ def _verdict(found: Suggestions, t: Words) -> str:
 
 
 def _left(found: Suggestions) -> str:
+    if found.free_bytes >= 0 and not found.fits:
+        return say("questions.suggest_page.caught")
     if found.free_bytes >= 0:
         return say("questions.suggest_page.left", free=found.free_bytes)
     return say("questions.suggest_page.missing", missing=-found.free_bytes)

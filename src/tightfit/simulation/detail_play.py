@@ -57,6 +57,11 @@ def play_detail(
     session = VirtualSession.running()
     if session is None:
         return Detail(findings=found, held=[], files=files.states(), cards=[], tape="")
+    return replace(_read(session, found, cards), files=files.states(), step=clock.step(session))
+
+
+def _read(session: VirtualSession, found: Findings, cards: Sequence[CardSize]) -> Detail:
+    """Read off a session what holds on this card and on others."""
     recorder, allocator = session.device.recorder, session.allocator
     alive = recorder.alive_at(len(recorder.events) if found.failure else recorder.peak_event)
     decides = found.categories == by_category(alive)
@@ -66,11 +71,11 @@ def play_detail(
     return Detail(
         findings=found,
         held=_held(alive) if decides else [],
-        files=files.states(),
+        files=[],
         cards=elsewhere.outcomes(cards) if elsewhere else [],
         tape=digest_of(allocator.tape) if follows else "",
         tapes=elsewhere.tapes() if elsewhere else {},
-        step=clock.step(session),
+        parted=session.parted() if follows else [],
         is_chip_known=session.device.answers.is_chip_known,
         is_cut_short=session.device.out_of_time,
     )

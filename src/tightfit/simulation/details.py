@@ -81,6 +81,8 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of all requests to the allocator; empty if they may depend on the card's size."""
     tapes: dict[str, str] = {}
     """The same for each of `cards`, where the program has read the number of multiprocessors."""
+    parted: list[list[str]] = []
+    """Names of the cards that were asked for and answered otherwise; those of a group did so at the same place."""
     step: StepTime | None = None
     is_chip_known: bool = False
     """True if the program has read the number of multiprocessors, by which it may decide anything."""

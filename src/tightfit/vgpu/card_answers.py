@@ -44,6 +44,8 @@ class CardAnswers:
         self.card = card
         self.alike: list[Card] = []
         """Other cards that have answered every question as this one."""
+        self.parted: list[list[Card]] = []
+        """Cards that have not: those that left at one question with the same answer are one group."""
         self.is_chip_known = False
         """True once the program has read the number of multiprocessors, by which it may decide anything."""
         self.before_request: Callable[[Sizes], object] = lambda sizes: None
@@ -57,8 +59,20 @@ class CardAnswers:
         if self.alike and (key is None or key not in self._asked):
             if key is not None:
                 self._asked.add(key)
-            self.alike = [other for other in self.alike if _answer(question, other) == answer]
+            self._compare(answer, {other: _answer(question, other) for other in self.alike})
         return answer
+
+    def _compare(self, own: object, theirs: Mapping[Card, object]) -> None:
+        """Keep the cards with this card's answer, and group the others by theirs."""
+        self.alike = [other for other, answer in theirs.items() if answer == own]
+        groups: list[tuple[object, list[Card]]] = []
+        for other, answer in theirs.items():
+            if answer != own:
+                group = next((cards for known, cards in groups if known == answer), None)
+                if group is None:
+                    groups.append((answer, group := []))
+                group.append(other)
+        self.parted += [cards for _, cards in groups]
 
     def hidden(self, question: Callable[[Card], Hidden | None], key: Hashable) -> HiddenByCard:
         """Return an operator's temporaries here, and those of alike cards that take as many of other sizes."""
@@ -68,7 +82,7 @@ class CardAnswers:
         elsewhere = self._hidden.get(key) if key is not None else None
         if elsewhere is None:
             theirs = {other: question(other) for other in self.alike}
-            self.alike = [other for other, hidden in theirs.items() if _form(hidden) == _form(own)]
+            self._compare(_form(own), {other: _form(hidden) for other, hidden in theirs.items()})
             elsewhere = {other: hidden for other, hidden in theirs.items() if hidden is not None and hidden != own}
             if key is not None:
                 self._hidden[key] = elsewhere
@@ -81,7 +95,7 @@ class CardAnswers:
             return [(each, {}) for each in own]
         theirs = {other: question(other) for other in self.alike}
         keys = [each.key for each in own]
-        self.alike = [other for other, found in theirs.items() if [each.key for each in found] == keys]
+        self._compare(keys, {other: [each.key for each in found] for other, found in theirs.items()})
         return [
             (each, {other: theirs[other][n].nbytes for other in self.alike if theirs[other][n].nbytes != each.nbytes})
             for n, each in enumerate(own)

@@ -122,8 +122,15 @@ class VirtualSession:
     def alike(self) -> dict[str, Card]:
         """Return the other cards that were asked for and have answered all that the program asked as this one did."""
         alike = (self.device.card, *self.device.answers.alike)
-        named = {gpu.name: self._card_of(gpu) for gpu in all_gpus() if gpu.name in self.other_cards}
-        return {name: card for name, card in named.items() if card in alike}
+        return {name: card for name, card in self._named().items() if card in alike}
+
+    def parted(self) -> list[list[str]]:
+        """Return the names of the cards that answered otherwise, in groups that answered alike until they left."""
+        named = self._named()
+        return [[name for name, card in named.items() if card in group] for group in self.device.answers.parted]
+
+    def _named(self) -> dict[str, Card]:
+        return {gpu.name: self._card_of(gpu) for gpu in all_gpus() if gpu.name in self.other_cards}
 
     @property
     def stopped_because(self) -> str:
