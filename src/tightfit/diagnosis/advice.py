@@ -195,20 +195,20 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
     is_too_large = evidence.budget is not None and evidence.budget.exceeds
     done = {
         "vae_in_tiles": program in ("comfyui", "diffusers", "diffusers_pipeline") and not _shows_vae(facts, run),
-        "split_general": evidence.batch_is_one
+        "split_general": evidence.has_no_smaller_batch
         or program in programs("without_batch")
         or (keeps_nothing and (is_known or evidence.infers))
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
-        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose)
-        or (evidence.batch_is_one and not has_own("less_at_once", program or "")),
+        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(facts, program))
+        or (evidence.has_no_smaller_batch and not has_own("less_at_once", program or "")),
         "checkpointing_general": keeps_nothing
         or "checkpointing" in run.signs
         or _encodes_pictures(facts, program)
         or evidence.is_of_unknown_purpose,
         "fused_attention": "flash" in run.signs
-        or (is_oversized(facts) and evidence.grows is None and not _OF_SEQUENCES.search(run.text)),
+        or (is_oversized(facts) and evidence.grows is None and not _attends(evidence)),
         "offload": _has_no_offload(facts, evidence)
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
         "lora": bool(run.signs & {"lora", "qlora"}),
@@ -298,6 +298,17 @@ def _shows_vae(facts: Facts, run: RunFacts) -> bool:
 
 _ROOM = 0.8
 """Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
+
+
+def _attends(evidence: Evidence) -> bool:
+    """Return True for a program of one's own whose log shows that it works on sequences."""
+    is_own = evidence.framework not in programs("applications")
+    return is_own and _OF_SEQUENCES.search(evidence.run.text) is not None
+
+
+def _has_parts(facts: Facts, program: str | None) -> bool:
+    """Return True if a request is larger than the card, and the program has words for a part of the input."""
+    return is_oversized(facts) and has_own("less_at_once", program or "")
 
 
 def _batch_would_do(facts: Facts, evidence: Evidence) -> bool:

@@ -158,6 +158,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     def batch_is_one(self) -> bool:
         return self.run.numbers.get("batch_size") == 1 or "batch_at_floor" in self.run.signs
 
+    @property
+    def has_no_smaller_batch(self) -> bool:
+        """True for a batch of one, and for a program without one by its user's words."""
+        return self.batch_is_one or "no_batch" in self.run.signs
+
 
 _GROWS = {
     "weight": "model",

@@ -30,7 +30,8 @@ _LEFT_OUT = re.compile(r"\bran out of (?:\w+ )?memory\b[^\n]{0,40}\bskip", re.IG
 _NEAR = 20
 """Last lines of a log, in which a lack of memory is looked for before an error is called another one."""
 _FAILS = re.compile(
-    r"\b(?:ERROR|FATAL|PANIC|[Ff]atal(?: error)?|[Ii]nternal error|Error|[Pp]anic)(?:\[\w+\])? ?: ?[A-Za-z'\"(\[/]"
+    r"(?:\b|(?<=\ds))(?:ERROR|FATAL|PANIC|[Ff]atal(?:(?: Python)? error)?"
+    r"|[Ii]nternal error|Error|[Pp]anic)(?:\[\w+\])? ?: ?[A-Za-z'\"(\[/]"
     r"|\[E:onnxruntime|\bC(?:UDA|UDNN|UBLAS)(?:_FE)? failure \d{1,5}\b|\[ONNXRuntimeError\]"
     r"|\b[Ff]ail(?:ed|ure)? to (?:alloc|reserve|map)|\b(?:cannot|could not|unable to) alloc"
 )
