@@ -264,8 +264,11 @@ class Trainer:
             getattr(callback, hook)(*args)
 
 trainer = Trainer()
+rate = 0.1
 total = 0
 for epoch in range(100):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     for batch in DataLoader(torch.randn(80, 8), 16):
         model(batch.cuda()).sum().backward()
         optimizer.step()

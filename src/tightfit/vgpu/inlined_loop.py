@@ -33,6 +33,8 @@ _OTHER_FILE = 10_000_000
 _DERIVED = (ast.IfExp, ast.Subscript, ast.BinOp, ast.Compare, ast.BoolOp, ast.Call)
 _HIDE_NAMES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr, ast.Await)
 
+_LOAD = ast.Load()
+
 Look = Callable[[ast.expr], object]
 """Reads the value of an expression of the loop's function; None where only the script could give it."""
 
@@ -398,7 +400,7 @@ def _derived(value: ast.expr) -> Iterator[ast.expr]:
         part = parts.pop()
         if isinstance(part, _HIDE_NAMES) or (isinstance(part, ast.Call) and is_harmless(part)):
             continue
-        if isinstance(part, _DERIVED):
+        if isinstance(part, _DERIVED) and isinstance(getattr(part, "ctx", _LOAD), ast.Load):  # no target
             yield part
         parts += [each for each in ast.iter_child_nodes(part) if isinstance(each, ast.expr)]
         parts += [each.value for each in getattr(part, "keywords", [])]
