@@ -247,6 +247,10 @@ class TestWorkshop:
         (kind,) = [each for each in KINDS if each.code == "model_checkpoint"]
         changed = Workshop(Variant(("train.py", "-b", "8"), {}), [str(script)]).changed([kind]).variant
         assert changed.words == ("train.py", "-b", "8", "--grad-checkpointing")
+        script.write_text("parser.add_argument('--amp', action='store_true', help='Use mixed precision')\n")
+        (kind,) = [each for each in KINDS if each.code == "amp"]
+        changed = Workshop(Variant(("train.py",), {}), [str(script)]).changed([kind]).variant
+        assert changed.words == ("train.py", "--amp")
 
     def test_a_script_that_was_named_from_its_folder_is_one_file(self, folder: Path) -> None:
         (detail,) = asked(10**9).play([asked(10**9).request()])

@@ -68,7 +68,7 @@ class Knob:
 def find_knob(variant: Variant, name: str, *, is_wanted: Callable[[str], bool] = lambda path: True) -> Knob:
     """Return the value called `name`; one that stands nowhere is added to the command's end.
 
-    ConfigError for a name that several keys of a file have, of those whose paths are wanted.
+    ConfigError for a name that several keys of a file have, those aside that `is_wanted` refuses by their path.
     """
     bare = _plain(name)
     if not bare or not re.fullmatch(r"[\w.]+", bare):
@@ -165,7 +165,7 @@ def _variables(words: Sequence[str]) -> dict[str, str | None]:
 
 
 def _constant(variant: Variant, bare: str) -> Knob | None:
-    """Return a whole number that the script itself gives a name, if no option of it has that name."""
+    """Return a constant of the script, unless one of its options has the same name."""
     for path in _scripts(variant.words):
         text = text_of(variant, path)
         if _SETS_NAMES.search(text) or bare in map(_plain, options_of([path])):

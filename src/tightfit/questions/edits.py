@@ -49,7 +49,7 @@ class Kind:
     rewrite: Callable[[ScriptText], None]
     """Collects the changes of one file."""
     needs: re.Pattern[str]
-    """Pattern of a text that may have a place for it: reading every file as a tree takes long."""
+    """Pattern of the texts to look through: parsing every file takes seconds."""
     option: str = ""
     """Option that does the same in a program whose options are Transformers' TrainingArguments."""
     package: str = ""
@@ -343,6 +343,13 @@ def _calls_model(tree: ast.AST) -> bool:
     return any(isinstance(each, ast.Call) and _is_model_call(each) for each in ast.walk(tree))
 
 
+_AMP_SWITCH = re.compile(
+    r"add_argument\(\s*(?:['\"]-\w['\"],\s*)?['\"](--(?:use[-_])?(?:amp|bf16|fp16|mixed[-_]precision))['\"][^)]*store_true"
+)
+_NOWHERE = re.compile(r"(?!)")
+"""Pattern for a kind that is never made in a text."""
+
+
 KINDS = (
     Kind("no_grad", is_exact=True, costs_time=False, rewrite=_no_grad, needs=_EVALUATES),
     Kind("detach", is_exact=True, costs_time=False, rewrite=_detach, needs=re.compile("backward")),
@@ -362,6 +369,14 @@ KINDS = (
         switch=_CHECKPOINT_SWITCH,
     ),
     Kind("autocast", is_exact=False, costs_time=False, rewrite=_autocast, needs=re.compile("backward")),
+    Kind(
+        "amp",
+        is_exact=False,
+        costs_time=False,
+        rewrite=lambda script: None,
+        needs=_NOWHERE,
+        switch=_AMP_SWITCH,
+    ),
     Kind(
         "8bit",
         is_exact=False,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import msgspec
 
-from tightfit.config.knob import Knob, accumulation_of, find_knob, is_batch, options_of
+from tightfit.config.knob import Knob, Variant, accumulation_of, find_knob, is_batch, options_of
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
 from tightfit.simulation.details import Detail, FailedAt
@@ -94,8 +94,7 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
     fits, fails = search.run(start, explain=lambda reason: _why_not(asked, knob, start, reason))
     best = search.tried.get(fits) if fits else None
     known = best or search.tried[fails or start]
-    size = int(asked.variant.environ.get("WORLD_SIZE", "1") or 1)
-    passes = accumulation_of(asked.variant) if is_batch(knob.name) else None
+    passes, size = accumulation_of(asked.variant) if is_batch(knob.name) else None, _processes(asked.variant)
     return Largest(
         name=knob.name,
         place=knob.kind,
@@ -115,6 +114,10 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
         plays=asked.simulator.played - played,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _processes(variant: Variant) -> int:
+    return int(variant.environ.get("WORLD_SIZE", "1") or 1)
 
 
 def _why_not(asked: Asked, knob: Knob, value: int, reason: str) -> str:
