@@ -138,6 +138,25 @@ print(json.dumps(gpu.findings().categories))
     assert categories["activations"] < MIB
 
 
+def test_equal_views_at_other_places_know_where_they_begin() -> None:
+    """A call is remembered without its index; its result's offset follows from it, except where it is given."""
+    printed = on_card("""
+rows = torch.arange(24, device="cuda").view(4, 6).float()
+for t in range(4):
+    views = rows[t], rows[:, t], rows[t : t + 2][-1], rows[-1][t:], rows[t].chunk(3)[1], rows[t].expand(3, 6)[1]
+    given = rows[t].as_strided((2,), (1,)), rows[t].as_strided((2,), (1,), 3), rows[t].view(torch.uint8)
+    print([each.storage_offset() for each in (*views, *given)], len(views[3]))
+try:
+    rows[4]
+except IndexError:
+    print(rows[5:9].shape)
+""")
+    assert printed == [
+        *(f"{[6 * t, t, 6 * min(t + 1, 3), 18 + t, 6 * t + 2, 6 * t, 6 * t, 3, 24 * t]} {6 - t}" for t in range(4)),
+        "torch.Size([0, 6])",
+    ]
+
+
 def test_attention_that_is_not_compiled_makes_all_scores() -> None:
     """Eight heads of 1024 x 1024: 16 MiB in bfloat16 and 32 MiB in float32, which flex_attention uses for them."""
     printed = on_card("""

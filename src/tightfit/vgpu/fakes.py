@@ -24,6 +24,7 @@ class SharedFakeMode(FakeTensorMode):
         self.lock = threading.RLock()
         self._thread = threading.local()
         super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False  # `ResultCache` is asked before; to fill torch's takes longer than most shapes
 
     @property
     def in_kernel_invocation(self) -> bool:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 
+aten = torch.ops.aten
 _MOST_CALLS = 50_000
 """Calls that are remembered; a script whose shapes never repeat would fill the memory of the host."""
 _OWN_KINDS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
@@ -53,6 +54,7 @@ class _Made(NamedTuple):
     device: torch.device
     viewed: int | None
     offset: int
+    """Elements behind the beginning of that argument, where the call is moved to its start."""
 
 
 class _Value(NamedTuple):
@@ -79,14 +81,15 @@ class ResultCache:
 
     def result(self, func: OpOverload, args: Arguments, kwargs: Options, compute: Compute) -> Argument:
         """Return the result of a call: from memory, or by `compute`, which is then remembered where it can be."""
-        key = self.key_of(func, args, kwargs) if _is_repeatable(func) else None
+        shift, equal_args = _moved_to_start(func, args)
+        key = self.key_of(func, equal_args, kwargs) if _is_repeatable(func) else None
         if key is None:
             return compute()
         known = self._known.get(key)
         if known is not None:
-            return self._again(known, args)
+            return self._again(known, args, shift)
         out = compute()
-        if (recipe := self._recipe(out, args, kwargs)) is not None:
+        if (recipe := self._recipe(out, args, kwargs, shift)) is not None:
             if len(self._known) >= _MOST_CALLS:
                 self._known.clear()
             self._known[key] = recipe
@@ -96,6 +99,8 @@ class ResultCache:
         """Return what a call's shapes depend on; None if an argument has more to it than that."""
         parts: list[object] = [id(func), torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         plain = _PLAIN if not _is_of_lists(func) else _PLAIN_OF_LISTS
+        if _has_own_offset(func):
+            parts += [each.storage_offset() for each in args if isinstance(each, FakeTensor)]
         if not self._describe(args, parts, plain):
             return None
         for name, value in kwargs.items():
@@ -110,7 +115,7 @@ class ResultCache:
             if isinstance(value, FakeTensor):
                 if not self._is_plain(value):
                     return False
-                parts += (value.shape, value.stride(), value.storage_offset())
+                parts += (value.shape, value.stride())
                 parts += (value.dtype, value.fake_device, value.is_inference())
             elif isinstance(value, (list, tuple)):
                 parts += (type(value), len(value))
@@ -134,7 +139,7 @@ class ResultCache:
             and tensor.dtype not in _QUANTISED
         )
 
-    def _recipe(self, out: Argument, args: Arguments, kwargs: Options) -> _Result | None:
+    def _recipe(self, out: Argument, args: Arguments, kwargs: Options, shift: int) -> _Result | None:
         outputs: Sequence[Argument] = out if isinstance(out, (tuple, list)) else (out,)
         storages = {_storage(each): place for place, each in enumerate(args) if isinstance(each, FakeTensor)}
         own = [_storage(each) for each in outputs if isinstance(each, Tensor) and _storage(each) not in storages]
@@ -143,12 +148,12 @@ class ResultCache:
             return None
         parts: list[_Recipe] = []
         for each in outputs:
-            if (part := self._part(each, args, storages)) is None:
+            if (part := self._part(each, args, storages, shift)) is None:
                 return None
             parts.append(part)
         return _Result(type(out) if type(out) in (tuple, list) else None, tuple(parts))
 
-    def _part(self, out: Argument, args: Arguments, storages: dict[int, int]) -> _Recipe | None:
+    def _part(self, out: Argument, args: Arguments, storages: dict[int, int], shift: int) -> _Recipe | None:
         """Return how to make one result again; None if that cannot be told from shapes."""
         if out is None or isinstance(out, (int, float)):
             return _Value(out)
@@ -162,13 +167,15 @@ class ResultCache:
         viewed = storages.get(_storage(out))
         if viewed is None and (out.storage_offset() or out.untyped_storage().nbytes() != _dense_bytes(out)):
             return None
-        return _Made(out.shape, out.stride(), out.dtype, out.fake_device, viewed, int(out.storage_offset()))
+        base = None if viewed is None else args[viewed]
+        offset = out.storage_offset() - (base.storage_offset() if isinstance(base, Tensor) else 0) - shift
+        return _Made(out.shape, out.stride(), out.dtype, out.fake_device, viewed, int(offset))
 
-    def _again(self, known: _Result, args: Arguments) -> Argument:
-        made = [self._make(part, args) for part in known.parts]
+    def _again(self, known: _Result, args: Arguments, shift: int) -> Argument:
+        made = [self._make(part, args, shift) for part in known.parts]
         return made[0] if known.kind is None else made if known.kind is list else tuple(made)
 
-    def _make(self, part: _Recipe, args: Arguments) -> Argument:
+    def _make(self, part: _Recipe, args: Arguments, shift: int) -> Argument:
         match part:
             case _Value(value):
                 return value
@@ -178,8 +185,9 @@ class ResultCache:
         storage = viewed.untyped_storage() if isinstance(viewed, Tensor) else None
         with in_kernel_invocation_manager(self._fake):
             inner = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device="meta")
-            if storage is not None:
-                inner.set_(storage, part.offset, part.shape, part.stride)
+            if storage is not None and isinstance(viewed, Tensor):
+                offset = viewed.storage_offset() + part.offset + shift
+                inner.set_(storage, offset, part.shape, part.stride)
         return FakeTensor(self._fake, inner, part.device)
 
 
@@ -197,6 +205,32 @@ def _is_repeatable(func: OpOverload) -> bool:
         and not func._schema.name.removeprefix("aten::").startswith(_CHANGE_SHAPES)
         and not any(argument.is_out for argument in func._schema.arguments)
     )
+
+
+@cache
+def _has_own_offset(func: OpOverload) -> bool:
+    """Return True if an operator counts the elements before a view otherwise than its argument does."""
+    return "as_strided" in func._schema.name or func._overloadname == "dtype" or func in _REINTERPRET
+
+
+_REINTERPRET = (aten.view_as_real.default, aten.view_as_complex.default, aten.real.default, aten.imag.default)
+
+
+def _moved_to_start(func: OpOverload, args: Arguments) -> tuple[int, Arguments]:
+    """Return an equal call at index 0 of its dimension, and the elements in front of the real one.
+
+    `betas[t]` and `data[i : i + size]` give tensors of one kind for each `t` and `i`.
+    """
+    match args:
+        case (FakeTensor() as tensor, int(dim), int(index)) if func is aten.select.int and tensor.dim():
+            size = tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else 0
+            if -size <= index < size:
+                return index % size * tensor.stride(dim), (tensor, dim, 0)
+        case (FakeTensor() as tensor, int(dim), int(start), int(end), *step) if func is aten.slice.Tensor:
+            size = tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else 0
+            if 0 < start < end and start < size:
+                return start * tensor.stride(dim), (tensor, dim, 0, min(end, size) - start, *step)
+    return 0, args
 
 
 def _storage(tensor: Tensor) -> int:
