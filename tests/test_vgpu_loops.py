@@ -124,6 +124,33 @@ while True:
 torch.ones(1 << 27, device="cuda")
 assert step < 20
 """
+LAST_IN_TRY = """
+import torch
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+def train():
+    step = 0
+    try:
+        while True:
+            with torch.enable_grad():
+                model(torch.ones(4, 8, device="cuda")).sum().backward()
+            optimizer.step()
+            step += 1
+            if step >= 20_000:
+                break
+    finally:
+        torch.ones(1 << 27, device="cuda")
+for _ in range(1_000_000):
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step()
+
+@torch.no_grad()
+def after_the_loop():
+    return train()
+
+after_the_loop()
+assert torch.ones(3, device="cuda").numel() == 3
+"""
 SAMPLING = """
 import torch
 
@@ -142,12 +169,13 @@ assert len(sampler.sample(torch.nn.Linear(8, 8).cuda(), 100_000)) < 20
 """
 
 
-@pytest.mark.parametrize("code", [ENDLESS, KEPT_SAMPLER], ids=["loop", "sampler"])
+@pytest.mark.parametrize("code", [ENDLESS, KEPT_SAMPLER, LAST_IN_TRY], ids=["loop", "sampler", "try"])
 def test_endless_ones_are_left(code: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(code)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert found["peak"]["allocated_bytes"] >= 4 << 27
+    assert found["steps"] < 30
 
 
 def test_a_packages_loop_of_forward_passes_is_shortened(tmp_path: Path) -> None:
@@ -281,6 +309,29 @@ for epoch in range(100):
 assert played == [30, 400], played
 torch.ones(1 << 20, device="cuda")
 """
+GUARDED = """
+import torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+average = None
+
+def update(step):
+    global average
+    if step < 5000:
+        return
+    if average is None:
+        average = torch.ones(1 << 27, device="cuda")
+    for parameter in model.parameters():
+        parameter.data.lerp_(average[0], 0.1)
+
+for step in range(10_000):
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step()
+    update(step)
+assert average is not None
+torch.ones(1 << 20, device="cuda")
+"""
 SWEEP = """
 import torch
 
@@ -314,6 +365,11 @@ def test_rare_iterations_are_played(tmp_path: Path) -> None:
 def test_callbacks_and_counters_of_inner_loops_are_followed(tmp_path: Path) -> None:
     """Epochs are passed over, although what is rare is a callback's, or counts their batches."""
     assert_all_of_it_plays(tmp_path, CALLBACKS, steps=60)
+
+
+def test_an_iteration_that_has_to_run_runs_to_its_end(tmp_path: Path) -> None:
+    """Its step is like those before; what differs in it comes later."""
+    assert_all_of_it_plays(tmp_path, GUARDED, steps=40)
 
 
 def test_each_size_of_a_sweep_is_played(tmp_path: Path) -> None:

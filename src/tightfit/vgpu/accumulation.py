@@ -217,7 +217,7 @@ class _SkipToStep(Skip):
         found = False
         while count < most and not found and time.monotonic() < until:
             before = self._values(reduced, names, others)
-            found = not self._runs(code, names, others, self._steps)
+            found = not self._runs(code, names, others, self.steps)
             count += not found
         if found or not keep:
             self._restore(before if keep else start, reduced, names, others)

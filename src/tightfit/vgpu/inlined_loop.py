@@ -76,6 +76,8 @@ class ReadLoops:
     """Loops that went on to their largest item before an end of the play."""
     changes: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
     """Times that iterations were passed up to one with other values; the most of them if there is no other."""
+    reached: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
+    """Iterations that have to run to their end, because lines that never ran may come in them."""
 
 
 def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object]) -> InlinedLoop:

@@ -52,7 +52,7 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
         for statement, following in zip(block, [*block, None][1:], strict=True):
             if not statement.lineno <= line <= (statement.end_lineno or statement.lineno):
                 continue
-            after = following.lineno if following else behind
+            after = _first_line(following) if following else behind
             if isinstance(statement, (ast.For, ast.While)):
                 plain = next((each.lineno for each in block if isinstance(each, _PLAIN)), 0 if following else after)
                 found.append(_loop(statement, after if plain else 0, plain))
@@ -62,6 +62,12 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
                 after = 0  # leaving a `with` or `try` would leave out its end
             blocks += [(each, after) for each in _blocks(statement)]
     return tuple(found)
+
+
+def _first_line(statement: ast.stmt) -> int:
+    """Return the line at which a statement begins to run: that of its first decorator, if it has any."""
+    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(each.lineno for each in decorators)])
 
 
 def _loop(statement: ast.For | ast.While, after: int, by_way_of: int) -> Loop:

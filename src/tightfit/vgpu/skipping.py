@@ -35,6 +35,8 @@ class _Reduced:
         """Lines of `missing` behind a condition that only the script could tell."""
         self.uncounted: set[int] = set()
         """Those of them in a loop within the loop whose iterations nobody can count."""
+        self.has_end = False
+        """True if the counters lead out of the loop."""
         self._depth = 0
         self.counters: dict[str, ast.expr] = {}
         """Expressions of the names and attributes that count, by their text."""
@@ -54,6 +56,7 @@ class _Reduced:
                 case ast.Break() | ast.Continue() if self._depth:
                     kept.append(statement)
                 case ast.Break() | ast.Return() | ast.Raise():
+                    self.has_end = True
                     kept.append(_PLAY)
                 case ast.Continue():
                     kept.append(_NEXT)
@@ -148,14 +151,15 @@ class Skip:
         steps: int,
         line: int = 0,
         lengths: Mapping[int, int] | None = None,
+        to_end: bool = False,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` has the
-        iterations of loops within the loop, by their lines.
+        iterations of loops within the loop, by their lines. `to_end`: go on to the loop's end if nothing is missing.
         """
-        self._node, self._missing, self._ran, self._steps = node, missing, ran, max(1, steps)
-        self._lengths = lengths or {}
+        self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
+        self._lengths, self._to_end = lengths or {}, to_end
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
@@ -188,15 +192,19 @@ class Skip:
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For)
         self._watched = self._steady(code, reduced, names, others) if is_counting else {}
         is_watching = bool(self._watched) and not reduced.uncounted
-        goes_on = is_counting and (is_watching or not set(self._missing) <= reduced.unknown | reduced.uncounted)
+        goes_on = is_counting and (
+            is_watching
+            or not set(self._missing) <= reduced.unknown | reduced.uncounted
+            or (self._to_end and reduced.has_end and not reduced.uncounted)
+        )
         while goes_on and time.monotonic() < until:
             before = self._values(reduced, names, others)
-            if not self._runs(code, names, others, self._steps):
+            if not self._runs(code, names, others, self.steps):
                 self._restore(before, reduced, names, others)
                 self.is_reached = True
                 break
-            taken = sum(advance() for _ in range(self._steps))
-            goes_on = taken == self._steps
+            taken = sum(advance() for _ in range(self.steps))
+            goes_on = taken == self.steps
             if not goes_on:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken)
@@ -241,7 +249,8 @@ class Skip:
         body = reduced.body(self._node.body)
         if isinstance(self._node, ast.While):
             body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))
-            reader.knows(self._node.test)
+            is_endless = isinstance(self._node.test, ast.Constant)
+            reduced.has_end = reduced.has_end or (reader.knows(self._node.test) and not is_endless)
         for name, target in sorted(_given(self._node).items()):
             if name not in self._unsure and type(value_in(target, names, others)) is int:
                 reduced.counters[name] = ast.parse(name, mode="eval").body

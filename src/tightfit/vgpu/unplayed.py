@@ -60,6 +60,8 @@ class LineWatch:
         """Lines that such a loop must not be able to come to, and what to call when it is left."""
         self._iterations: Counter[tuple[CodeType, int]] = Counter()
         self._lengths = LoopLengths()
+        self._earliest: dict[tuple[CodeType, int], int] = {}
+        """First instruction at which an iteration of each loop began."""
         self._at_steps: deque[Counter[tuple[CodeType, int]]] = deque([Counter(), Counter()], maxlen=2)
         """Iterations of each loop at the last two optimizer steps."""
         self._states: dict[tuple[CodeType, int], tuple[int, Hashable, bool]] = {}
@@ -148,7 +150,8 @@ class LineWatch:
                 place, missing = (code, loop.first), made.missing(self.ran)
                 watches = made.watches and self._read.changes[place] < _MOST_CHANGES
                 is_tried = any(each[:2] == place and missing <= each[2] for each in self._tried)
-                if watches or self._is_skipping(code, loop) or (missing and not is_tried):
+                is_on_its_way = self._is_skipping(code, loop) or self._read.reached[place] > 0
+                if watches or is_on_its_way or (missing and not is_tried):
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
         return found
 
@@ -237,10 +240,10 @@ class LineWatch:
             yield each, training
             trains = trains or bool(training)
 
-    def skip_ahead(self, frame: FrameType | None, unplayed: Iterable[Frame], state: Hashable) -> bool:
+    def skip_ahead(self, frame: FrameType | None, unplayed: Sequence[Frame], state: Hashable) -> bool:
         """Pass over iterations of a training loop up to one that runs some of the `unplayed` lines.
 
-        Return True while that goes on.
+        Or up to its last one, if it cannot be left otherwise. Return True while that goes on.
         """
         if not self.is_on:
             return False
@@ -251,26 +254,27 @@ class LineWatch:
             code = each.f_code
             lines = {place.line for place in unplayed if place.file == code.co_filename}
             for loop in reversed(training):
-                if alike.get((code, loop.first), True) and self._start_skip(code, loop, lines):
+                to_end = bool(unplayed) and not (loop.after or loop.counts)
+                if alike.get((code, loop.first), True) and self._start_skip(code, loop, lines, to_end=to_end):
                     return True
         return False
 
-    def _start_skip(self, code: CodeType, loop: Loop, lines: set[int]) -> bool:
+    def _start_skip(self, code: CodeType, loop: Loop, lines: set[int], *, to_end: bool) -> bool:
         made = self._read.loops.get((code, loop.first))
         if made is None or code.co_flags & SUSPENDS:
             return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
         if (code, loop.first, missing) in self._tried:  # such a line may be on its way in this very iteration
-            missing = frozenset()
+            missing, to_end = frozenset(), False
         watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
-        if not (missing or watches):
+        if not (missing or watches or to_end):
             return False
         self._tried.add((code, loop.first, missing))
         self._read.changes[code, loop.first] += 1
         before, now = (at[code, loop.first] for at in self._at_steps)
         ran = {line + offset for each, offset in made.functions.items() for line in self.ran(each)} | self.ran(code)
         lengths = self._lengths.of({code: 0, **made.functions})
-        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths)
+        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths, to_end)
         return True
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
@@ -375,8 +379,9 @@ class LineWatch:
                 return self._line
         self._ran[code].add(frame.f_lineno)
         first = self._heads[code].get(frame.f_lineno) if event == "line" else None
-        if first is None:
+        if first is None or self._comes_back(frame, first):
             return self._line
+        self._read.reached[code, first] -= 1
         self._lengths.learn(frame, first, is_first=(code, first) not in self._begun)
         self._iterates(code, first)
         if (code, first) in self._read.unread:
@@ -389,6 +394,12 @@ class LineWatch:
         elif self.at_head is not None:
             self.at_head(frame, first)
         return self._line
+
+    def _comes_back(self, frame: FrameType, first: int) -> bool:
+        """Return True at the end of a `with` that is the first statement of `while True`: Python comes to its line."""
+        place = (frame.f_code, first)
+        earliest = self._earliest[place] = min(self._earliest.get(place, frame.f_lasti), frame.f_lasti)
+        return first != frame.f_lineno and frame.f_lasti > earliest
 
     def _follow_body(self, frame: FrameType, event: str) -> None:
         """Note if the body of an `if` on its line runs, by the instructions of that line."""
@@ -465,7 +476,8 @@ class LineWatch:
             del self._skips[frame.f_code]
             if not (skip.is_changing or skip.is_reached):
                 self._read.changes[frame.f_code, loop.first] = _MOST_CHANGES
-            elif skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
+            self._read.reached[frame.f_code, loop.first] = skip.steps if skip.is_reached else 0
+            if skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
                 code = frame.f_code
                 self._tried = {
                     each for each in self._tried if each[0] is not code or not loop.first < each[1] <= loop.last
