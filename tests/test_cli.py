@@ -593,6 +593,16 @@ class TestOneParser:
 # Progress
 
 
+def test_a_host_without_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*given: object) -> int:
+        return len(bytearray(2**62))
+
+    monkeypatch.setattr("tightfit.cli.cmd_doctor.run", allocate)
+    done = here(["doctor"])
+    assert (done.code, done.out) == (1, "")
+    assert re.fullmatch(r"tightfit: the host's memory, or this process's share of it, is used up; [^\n]+\n", done.err)
+
+
 def test_progress_is_a_line_now_and_then_where_no_terminal_is(capsys, monkeypatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_S", 0.02)
     monkeypatch.setattr(progress, "EVERY_S", 0.02)

@@ -584,8 +584,8 @@ class TestFullDisk:
         monkeypatch.setattr(saving, "LAST_WAIT_S", 0.0)
         done = here(arguments(out_dir, data_dir, eval_interval=4, max_iters=14, init_from="resume"))
         assert done.code == 1
-        assert f"{out_dir / 'ckpt.pt'} is now called ckpt.pt.damaged" in done.out
         assert load_newest(out_dir, log=pytest.fail).step == 8
+        assert f"{out_dir / 'ckpt.pt'} is now called ckpt.pt.damaged" in done.out
 
     def test_full_from_the_start(self, disk: Path, data_dir: Path) -> None:
         _fill(disk / "filler", leave=0)

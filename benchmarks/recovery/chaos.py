@@ -65,6 +65,8 @@ LOAD_S = 8.0
 TURN_S = 30.0
 """Seconds for which an attack goes on before the next one has its turn."""
 STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+ENDS_S = 15.0
+"""Seconds for a supervised run to save and end after its supervisor was killed."""
 END = object()
 ERRNOS = ("EIO", "ESTALE", "EROFS", "ETIMEDOUT", "EINTR", "EACCES", "EPERM", "ENOSPC", "EDQUOT", "EBUSY")
 
@@ -110,10 +112,9 @@ def _end_of(words: list[str], number: signal.Signals, after_s: float, folder: Pa
         running.kill()
         running.wait()
         return 0, "", f"{number.name}: it went on for 60 s"
-    left = _marked(mark)
-    if left:
-        time.sleep(0.5)  # a child ends a moment after its parent
-        left = _marked(mark)
+    end = time.monotonic() + ENDS_S
+    while (left := _marked(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
     files = [each for each in os.listdir(own) if each.startswith("tightfit")]
     problem = f"{number.name}: processes {left}, files {files} are left" if left or files else None
     return running.wait(), err.read_text(errors="replace"), problem
@@ -266,7 +267,8 @@ class Refusing(contextlib.AbstractContextManager["Refusing"]):
 
 
 def _assert_same_losses(one: Path, other: Path) -> None:
-    assert [row for row in rows(other) if "event" not in row] == rows(one), "other losses"
+    logged, expected = ([row for row in rows(folder) if "event" not in row] for folder in (other, one))
+    assert logged == expected, "other losses"
     first, second = (tensors(newest(folder)) for folder in (one, other))
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"{len(different)} of {len(first)} tensors differ, {different[0]} among them"

@@ -61,6 +61,9 @@ def _exit_code(words: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, as in `tightfit ... | head`
         return FAILED
+    except MemoryError:  # the host's; what the trainer can survive does not come here
+        print(f"tightfit: {say('cli.main.no_memory')}", file=sys.stderr)
+        return FAILED
     except Exception:  # any other is a fault of ours, and its traceback is what we need
         traceback.print_exc()
         print(f"tightfit: {say('cli.main.our_error')}", file=sys.stderr)
