@@ -186,6 +186,8 @@ class TestCompare:
         assert categories["activations"][0] < categories["activations"][1]
         text = (folder / "train.py").read_text().splitlines()
         assert "model(x)" in text[found.lines[0].line - 1]
+        places = [(row.file, row.line) for row in found.lines]
+        assert len(set(places)) == len(places), "one row for a line"
 
     def test_variants_that_print_the_same_peak_are_called_equal(self) -> None:
         card = VirtualCard(

@@ -207,6 +207,16 @@ class TestSearch:
         assert [each.changes for each in found.suggestions] == [["fused", "checkpoint"]]
         assert "del out" not in found.suggestions[0].diff
 
+    def test_a_script_that_fails_after_it_ran_out_of_memory_does_not_fit(self, folder: Path) -> None:
+        caught = (
+            "try:\n    torch.ones(args.batch_size * 10**8, device='cuda')\nexcept torch.OutOfMemoryError:\n    {}\n"
+        )
+        (folder / "train.py").write_text(TRAIN.split("class Net")[0] + caught.format("raise ValueError('no plan')"))
+        found = suggest(asked(2000 * MIB))
+        assert not found.fits
+        assert [each.values for each in found.suggestions] == [{"batch_size": 4, "accumulation": 4}]
+        assert {each.outcome for each in found.tried} == {"out_of_memory"}
+
 
 class TestWorkshop:
     def test_a_program_of_training_arguments_gets_its_options(self, tmp_path: Path) -> None:

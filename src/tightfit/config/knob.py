@@ -122,16 +122,16 @@ def accumulation_of(variant: Variant) -> int | None:
 
 def is_accumulation(name: str) -> bool:
     """Return True for the name of the passes of a step."""
-    return _ACCUMULATION.fullmatch(_plain(name)) is not None
+    return _ACCUMULATION.fullmatch(_plain(name).lower()) is not None
 
 
 def is_batch(name: str) -> bool:
     """Return True for the name of a batch size.
 
-    >>> [is_batch(each) for each in ("--per_device_train_batch_size", "-b", "data.batch_size", "eval_batch_size")]
+    >>> [is_batch(each) for each in ("--per_device_train_batch_size", "-b", "--batchSize", "eval_batch_size")]
     [True, True, True, False]
     """
-    plain = re.sub(r"(per_device_|per_gpu_)?(train_)?", "", _plain(name), count=1)
+    plain = re.sub(r"(per_device_|per_gpu_)?(train_)?", "", _plain(name).lower(), count=1)
     return _BATCH.fullmatch(plain) is not None and _NOT_TRAINING.search(plain) is None
 
 

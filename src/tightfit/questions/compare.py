@@ -135,18 +135,22 @@ def _categories(details: Sequence[Detail]) -> list[CategoryRow]:
 
 
 def _lines(details: Sequence[Detail]) -> tuple[list[LineRow], list[int]]:
-    """Sum tensors by line, and set those apart that differ between variants."""
-    sums = [summed(each.held, lambda held: (held.file, held.line, held.function)) for each in details]
-    by_category = summed(
-        [held for each in details for held in each.held],
-        lambda held: (held.file, held.line, held.function, held.category),
-    )
+    """Sum tensors by line, and set those apart that differ between variants.
+
+    A compiled variant knows the line of a method, but not its class.
+    """
+    sums = [summed(each.held, lambda held: (held.file, held.line)) for each in details]
+    all_held = [held for each in details for held in each.held]
+    by_category = summed(all_held, lambda held: (held.file, held.line, held.category))
+    functions = {
+        (held.file, held.line): held.function for held in sorted(all_held, key=lambda held: len(held.function))
+    }
     rows, others = [], [0] * len(details)
     for key in dict.fromkeys(key for each in sums for key in each):
         row = [each.get(key, 0) for each in sums]
-        file, line, function = key
-        most = max((nbytes, name[3]) for name, nbytes in by_category.items() if name[:3] == key)
-        rows.append(LineRow(file=file, line=line, function=function, category=most[1], bytes=row))
+        file, line = key
+        most = max((nbytes, name[2]) for name, nbytes in by_category.items() if name[:2] == key)
+        rows.append(LineRow(file=file, line=line, function=functions[key], category=most[1], bytes=row))
     rows.sort(key=lambda each: -(max(each.bytes) - min(each.bytes)))
     shown = [each for each in rows if max(each.bytes) - min(each.bytes) >= _SMALL][:_MOST_LINES]
     for rest in rows:

@@ -329,7 +329,7 @@ class Search:
 
     def _fits(self, change: Change, *, is_attempt: bool = False) -> bool:
         """Play the first steps with a change; `is_attempt`: that it does not fit is nothing to tell."""
-        outcome = self._played(change, self._short).findings.outcome
+        outcome = _outcome(self._played(change, self._short))
         if outcome == "error":
             self._broken |= set(change.codes)
         if outcome != "fits" and not is_attempt:
@@ -339,10 +339,10 @@ class Search:
     def _keep(self, change: Change) -> bool:
         """Play a change to the end, and keep it if it fits."""
         detail = self._played(change, self._asked.settings)
-        if detail.findings.outcome == "fits":
+        if _outcome(detail) == "fits":
             self.fitting.append((change, detail))
             return True
-        self._fail(change, detail.findings.outcome)
+        self._fail(change, _outcome(detail))
         return False
 
     def _fail(self, change: Change, outcome: str) -> None:
@@ -358,6 +358,12 @@ class Search:
         """Return True if some of the kinds fit already."""
         codes = {kind.code for kind in kinds}
         return any(codes >= set(change.codes) for change, _ in self.fitting)
+
+
+def _outcome(detail: Detail) -> str:
+    """Return the outcome of a play; a script that failed after it caught an out-of-memory error did not fit."""
+    found = detail.findings
+    return "out_of_memory" if found.outcome == "error" and found.caught_failures else found.outcome
 
 
 def _readable(files: Sequence[str]) -> Iterator[tuple[str, str]]:

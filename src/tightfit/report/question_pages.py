@@ -222,7 +222,8 @@ def _line(row: LineRow, t: Words) -> str:
     origin = Origin(
         file=row.file, line=row.line, function=row.function, shape=(), dtype="", operator="", category=row.category
     )
-    return t("page", "separator").join(filter(None, [place_text(origin), t.name("category", row.category)]))
+    place = place_text(origin) if row.file else say("questions.compare_page.no_line")
+    return t("page", "separator").join([place, t.name("category", row.category)])
 
 
 def _with_difference(row: Sequence[int]) -> list[str]:
