@@ -357,6 +357,28 @@ def several_rows() -> str:
     return table([*heads, "predicted"], body)
 
 
+def fakegpu(key: str) -> Errors:
+    """Errors of the rows of FakeGPU's tables that were played: ours (`error_pct`) or its own (`their_error_pct`)."""
+    found = rows("benchmarks/virtual/results/fakegpu.csv")
+    return Errors(float(row[key]) / 100 for row in found if row["error_pct"])
+
+
+def fakegpu_rows() -> str:
+    """Table of FakeGPU's measurements, with its error and ours."""
+    body = []
+    for row in rows("benchmarks/virtual/results/fakegpu.csv"):
+        if row["error_pct"]:
+            kind = {"qwen_fsdp_sft": "FSDP", "qwen_fsdp2_lora_sft": "FSDP2, LoRA"}.get(
+                row["script"].removesuffix("_memory_worker.py"), ""
+            )
+            what = [row["model"], kind, row["args"].replace("--", ""), row["ranks"], f"{row['card']}, {row['torch']}"]
+            predicted = f"{int(row['predicted_bytes']) / 2**30:.3f}"
+            errors = [f"{row['their_error_pct']}%", f"{float(row['error_pct']):+.2f}%"]
+            body.append([*what, row["measured_gib"], predicted, *errors])
+    heads = ["Qwen3.5", "spread by", "arguments", "ranks", "card, torch", "measured GiB", "predicted"]
+    return table([*heads, "FakeGPU's error", "ours"], body)
+
+
 def how_true() -> str:
     """The README's table."""
     one, other, host, peak, others = card(), step_time(False), host_step(), process_peak(), public()
@@ -419,6 +441,9 @@ def figures() -> dict[str, object]:
         "several_memory": several_cards("memory_error"),
         "several_rate": several_cards("rate_error"),
         "several_rows": several_rows(),
+        "fakegpu_ours": fakegpu("error_pct"),
+        "fakegpu_theirs": fakegpu("their_error_pct"),
+        "fakegpu_rows": fakegpu_rows(),
         "speeds": speeds(),
         "limits": limits(),
         "card_rows": card_rows(),

@@ -172,6 +172,11 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         yield to_train if grows == "model" and trains else grows
         yield from ["eval"] if facts.phase == "eval" else []
         return
+    yield from _lists_of_phase(facts, evidence, trains=trains)
+
+
+def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterator[str]:
+    """Yield the lists for a failure of which the phase alone is known."""
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
     if facts.phase == "load":

@@ -111,13 +111,19 @@ def standing(
         return Standing.FAILURE
     if (message.is_sure or message.kind in _SPEAKS_FOR_ITSELF) and not _has("strict", bare):
         return Standing.FAILURE
-    if (
-        _has("conditional", bare) or (not named and not bare.rstrip().endswith(":") and _has("conditional", after))
-    ) and not mine:
-        return Standing.DOCUMENT
+    return Standing.DOCUMENT if _speaks_of_it(bare, after, named=bool(named), mine=mine) else Standing.FAILURE
+
+
+def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
+    """Return True if the words around a message are about such failures in general."""
+    is_condition = _has("conditional", bare)
+    if not named and not bare.rstrip().endswith(":"):
+        is_condition = is_condition or _has("conditional", after)
+    if is_condition and not mine:
+        return True
     if named or mine or bare.rstrip().endswith((":", "]", ")", "=")):
-        return Standing.FAILURE
-    return Standing.DOCUMENT if _WORDS.search(bare) or _WORDS.search(after) else Standing.FAILURE
+        return False
+    return bool(_WORDS.search(bare) or _WORDS.search(after))
 
 
 def _fails_at_any_level(message: Message, before: str) -> bool:

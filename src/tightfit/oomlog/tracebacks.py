@@ -107,14 +107,12 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
                 yield replace(waiting, source=code["source"].strip()[:400] or None)
                 waiting, boxed = None, False
             continue
-        arrow = _ARROW.match(line.strip())
-        if arrow:
+        if arrow := _ARROW.match(line.strip()):
             if waiting:
                 yield replace(waiting, line=int(arrow[1]), source=arrow[2].strip()[:400] or None)
                 waiting = None
             continue
-        notebook = _notebook(line)
-        if notebook:
+        if notebook := _notebook(line):
             if waiting and waiting.line is not None:
                 yield waiting
             waiting, numbered = notebook, True

@@ -78,10 +78,7 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
     if multiple < 1:
         raise ConfigError(say("questions.largest.multiple", multiple=multiple))
     started, played = time.monotonic(), asked.simulator.played
-    knob = find_knob(asked.variant, name)
-    if knob.kind in ("argument", "environment") and knob.number is None:
-        raise ConfigError(say("questions.largest.no_number", name=knob.name, value=knob.value))
-
+    knob = _numeric_knob(asked.variant, name)
     start = _rounded(knob.number or _START, multiple)
     later = replace(asked, trusts_errors=True)
 
@@ -114,6 +111,13 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
         plays=asked.simulator.played - played,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _numeric_knob(variant: Variant, name: str) -> Knob:
+    knob = find_knob(variant, name)
+    if knob.kind in ("argument", "environment") and knob.number is None:
+        raise ConfigError(say("questions.largest.no_number", name=knob.name, value=knob.value))
+    return knob
 
 
 def _processes(variant: Variant) -> int:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.child import print_traceback
 from tightfit.vgpu.frames import is_own
-from tightfit.vgpu.phases import EnoughSeen
 
 
 class ExitFunctions:
@@ -37,17 +35,11 @@ class ExitFunctions:
         finally:
             assign(atexit, register=register, unregister=unregister)
 
-    def call(self) -> BaseException | None:
-        """Call the functions, the last one first; return the last error of theirs."""
+    def call(self, run: Callable[[Callable[[], object]], BaseException | None]) -> BaseException | None:
+        """Call the functions by `run`, the last one first and all of them; return the last error that it returned."""
         failure: BaseException | None = None
         while self._kept:
-            try:
-                self._kept.pop()[1]()
-            except (EnoughSeen, SystemExit):
-                pass
-            except BaseException as error:  # the script's own, whatever it is: Python goes on after it, too
-                print_traceback(error)
-                failure = error
+            failure = run(self._kept.pop()[1]) or failure
         return failure
 
 

@@ -79,6 +79,16 @@ _PACKAGES_OF_CUSTOM_OPERATORS = ("aten", "prim", "prims", "profiler", "c10d", "_
 class VirtualDevice:
     """One virtual card in this process: `mode` makes it active in a thread."""
 
+    count = 1
+    """Cards that the script finds; this process has the first, or the one of its local rank."""
+    caught_failures = 0
+    thread_error: torch.OutOfMemoryError | None = None
+    """Error that ended a thread of the script."""
+    out_of_time = False
+    capture_stream = 0
+    """Stream on which a CUDA graph is being captured, by this thread or autograd's; 0 if none is."""
+    observer: Observer | None = None
+
     def __init__(self, card: Card, allocator: CachingAllocator, phases: Phases, where: str = "cuda:0") -> None:
         """Make the card virtual, or the host with `where` = "cpu": without kernels' own memory, to check a real run."""
         self.card = card
@@ -97,7 +107,6 @@ class VirtualDevice:
         self.stream = threading.local()
         self.failure: tuple[Allocation, OutOfMemory] | None = None
         """The last request that failed."""
-        self.caught_failures = 0
         self.at_end: list[Callable[[], None]] = []
         """Functions to call when the script has ended."""
         self._peaks = {"requested": 0, "allocated": 0, "reserved": 0}
@@ -105,16 +114,8 @@ class VirtualDevice:
         """Files that the script would have saved."""
         self.not_modelled: list[str] = []
         """Features that this run used and the virtual GPU does not follow."""
-        self.out_of_time = False
         self.end_soon: Callable[[], None] = lambda: None
         """Ends the script at its next operator, or where it waits."""
-        self.thread_error: torch.OutOfMemoryError | None = None
-        """Error that ended a thread of the script."""
-        self.count = 1
-        """Cards that the script finds; this process has the first, or the one of its local rank."""
-        self.capture_stream = 0
-        """Stream on which a CUDA graph is being captured, by this thread or autograd's; 0 if none is."""
-        self.observer: Observer | None = None
         self.compiled_line: tuple[Frame, ...] = ()
         """The user's lines that the running part of a compiled graph comes from."""
         self._workspaces: dict[tuple[str, int, int], Allocation] = {}

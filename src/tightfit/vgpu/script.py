@@ -102,7 +102,7 @@ def _run(run: Callable[[], object], program: Program, session: VirtualSession) -
     with exits.registering():
         error = _error_of(run)
         if error is None and not session.ends_early:
-            last = exits.call()
+            last = exits.call(_error_of)
             error = last if isinstance(last, torch.OutOfMemoryError) else None
     return error
 

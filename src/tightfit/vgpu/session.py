@@ -47,6 +47,7 @@ class VirtualSession:
 
     _running: "VirtualSession | None" = None
     allocator_kind: type[CachingAllocator] = CachingAllocator
+    _has_ended = False
     other_cards: Sequence[str] = ()
     """Names of cards for which the play may hold, too."""
 
@@ -89,7 +90,6 @@ class VirtualSession:
         TraceLog.attach(self.device.recorder)
         self._reads_settings = environ is None
         self._stopping = Stopping(settings, self.device.recorder, self.phases, self.notes)
-        self._has_ended = False
         self._files: FileGuard
 
     @classmethod

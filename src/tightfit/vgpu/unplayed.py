@@ -39,6 +39,12 @@ _MOST_CHANGES = 32
 class LineWatch:
     """Follows which lines of the functions around an optimizer step ran, by Python's own tracing."""
 
+    is_on = False
+    is_passing = False
+    """True while iterations are passed over."""
+    is_cut_short = False
+    """True once the play's time is over: nothing more is passed over."""
+
     def __init__(self, phases: Phases) -> None:
         self._phases = phases
         self._heads: dict[CodeType, dict[int, int]] = {}
@@ -72,13 +78,8 @@ class LineWatch:
         self._read = ReadLoops()
         self._only_for_largest: tuple[CodeType, int] | None = None
         """A loop to leave only by way of its largest item."""
-        self.is_passing = False
-        """True while iterations are passed over."""
         self._stale: dict[str, object] | None = None
         """Values of a function's names as they were read; Python keeps them until they are read again."""
-        self.is_cut_short = False
-        """True once the play's time is over: nothing more is passed over."""
-        self.is_on = False
         self.at_head: Callable[[FrameType, int], None] | None = None
         """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
         """
