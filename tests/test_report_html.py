@@ -585,7 +585,11 @@ class TestExplanation:
                 {"problem", "memory", "cause", "fixes", "expected", "arithmetic"},
             ),
             ("torch.OutOfMemoryError: CUDA out of memory.", said("causes", "unstated"), {"problem", "cause", "fixes"}),
-            ("step 10\nKilled\n", said("kinds", "host_killed"), {"problem", "cause", "fixes", "expected"}),
+            (
+                "step 10\nKilled\n",
+                kind_words(lang)("problem", "host_killed"),
+                {"problem", "cause", "fixes", "expected"},
+            ),
             ("iter 0: loss 3.0\n", kind_words(lang)("nothing", "nothing", evidence=""), set()),
             ("", kind_words(lang)("nothing", "empty", evidence=""), set()),
         ):
