@@ -6,6 +6,7 @@ It writes the README's table anew; pages of the documentation are filled in when
 """
 
 import csv
+import json
 import re
 import statistics
 import sys
@@ -31,6 +32,27 @@ TOOLS = {
     "accelerate-example": "accelerate {accelerate_version}, the same, model outside",
     "lightning": "Lightning {lightning_version}, batch size finder before `fit`",
     "tightfit": "`tightfit train`",
+}
+ATTACKS = {
+    "kills": "SIGKILL at a random moment of training, then resumed",
+    "signals": "each signal that can be caught, at a random moment",
+    "preparing": "SIGKILL of `prepare`, then run again",
+    "errors": "memory refused at a random operator, in one process or two",
+    "limits": "a limit of the process's memory",
+    "disk_errors": "an errno (ten kinds) from `fsync` or `replace` on",
+    "small_disks": "a disk of 100 to 1600 KiB",
+    "bits": "a flipped bit of a checkpoint's zip directory",
+    "cuts": "a checkpoint cut at a tenth byte",
+    "mistakes": "a command with mistaken options, values or files",
+    "hostile_files": "a file that would execute something, or unpack to too much",
+}
+ATTACKS_ON_RANKS = {
+    ("kills", "kills"): "SIGKILL of a whole run, resumed by 1, 2, 3 or 4 processes in turn, with either sharding",
+    ("same", "kills"): "the same, always with two processes: the end has the same bits",
+    ("errors", "errors"): "memory refused at a random operator of one of two processes",
+    ("losses", "SIGKILL"): "SIGKILL of one of two processes",
+    ("losses", "SIGSTOP"): "SIGSTOP of one of two processes",
+    ("agents", "agents that came back"): "one of two torchrun agents lost, and started anew",
 }
 NEAR = 0.01
 """Share that counts as close."""
@@ -379,6 +401,24 @@ def fakegpu_rows() -> str:
     return table([*heads, "FakeGPU's error", "ours"], body)
 
 
+def attacks() -> str:
+    """Table of the attacks on one process, with what was lost."""
+    record = json.loads((BENCHMARKS / "recovery/results/chaos.json").read_text())
+    found = [problem.partition(":")[0] for problem in record["problems"]]
+    body = [[what, f"{record['trials'][name]:,}", found.count(name)] for name, what in ATTACKS.items()]
+    return table(["attack", "trials", "lost, traceback or left behind"], body)
+
+
+def attacks_on_ranks() -> str:
+    """Table of the attacks on runs that are spread over processes."""
+    record = json.loads((BENCHMARKS / "recovery/results/shards.json").read_text())
+    body = [
+        [what, record[attack]["trials"][name], len(record[attack]["problems"])]
+        for (attack, name), what in ATTACKS_ON_RANKS.items()
+    ]
+    return table(["attack", "trials", "lost, hung or wrong"], body)
+
+
 def how_true() -> str:
     """The README's table."""
     one, other, host, peak, others = card(), step_time(False), host_step(), process_peak(), public()
@@ -441,6 +481,8 @@ def figures() -> dict[str, object]:
         "several_memory": several_cards("memory_error"),
         "several_rate": several_cards("rate_error"),
         "several_rows": several_rows(),
+        "attacks": attacks(),
+        "attacks_on_ranks": attacks_on_ranks(),
         "fakegpu_ours": fakegpu("error_pct"),
         "fakegpu_theirs": fakegpu("their_error_pct"),
         "fakegpu_rows": fakegpu_rows(),

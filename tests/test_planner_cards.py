@@ -203,6 +203,11 @@ class TestRefusals:
         assert said in done.err
         assert "Traceback" not in done.err
 
+    def test_a_wrong_count_is_told_before_anything_is_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tightfit.planner.planning.where_to_plan", lambda *given, **named: pytest.fail("measured"))
+        done = here(["plan", "--cards=.."])
+        assert (done.code, done.err.count("\n")) == (2, 1)
+
 
 class TestDryrun:
     SCRIPT = Path(__file__).parent / "scripts" / "several_cards.py"

@@ -36,6 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from failures import MESSAGE, Failing, Same, at_random, trained
 from forked import Forked, ranks
+from inputs import hostile_files, mistakes
 from runs import arguments, assert_close, assert_same_end, make_dataset, newest, rows, tensors
 
 from tightfit.cli.main import main as main_of_tightfit
@@ -395,6 +396,8 @@ ATTACKS: dict[str, tuple[Callable[[Path, random.Random], Trials], int]] = {
     "limits": (limits, 60),
     "disk_errors": (disk_errors, 40),
     "small_disks": (small_disks, 12),
+    "mistakes": (mistakes, 300),
+    "hostile_files": (hostile_files, 60),
     "bits": (bits, 10**6),
     "cuts": (cuts, 10**6),
 }

@@ -23,15 +23,17 @@ class Forked:
         sys.stdout.flush()
         sys.stderr.flush()
         self.returncode: int | None = None
+        self.peak_bytes = 0
+        """Most resident memory, once it has ended."""
         self.pid = os.fork()
         if not self.pid:
             _become(action, out, err, environ)
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
+            done, status, used = os.wait4(self.pid, os.WNOHANG)
             if done:
-                self.returncode = os.waitstatus_to_exitcode(status)
+                self.returncode, self.peak_bytes = os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:

@@ -94,6 +94,8 @@ def _where(resolved: Resolved[TrainConfig], options: argparse.Namespace, progres
     is_counted = nodes * per_node > 1
     if options.cards and is_counted:
         raise ConfigError(say("cli.plan.counted_twice", gpu=options.gpu, cards=options.cards))
+    if options.cards and options.cards != "auto":
+        nodes, per_node = read_count(options.cards)
     where = where_to_plan(
         resolved.config,
         gpu,
@@ -105,8 +107,6 @@ def _where(resolved: Resolved[TrainConfig], options: argparse.Namespace, progres
     links = {"link": options.link or "", "network": options.network or ""}
     if options.cards == "auto":
         return smallest_set(resolved, where, **links, log=progress.stage, progress=progress.count)
-    if options.cards:
-        nodes, per_node = read_count(options.cards)
     if nodes * per_node > 1:
         return with_cards(where, nodes, per_node, **links)
     if any(links.values()):
