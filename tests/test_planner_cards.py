@@ -203,9 +203,10 @@ class TestRefusals:
         assert said in done.err
         assert "Traceback" not in done.err
 
-    def test_a_wrong_count_is_told_before_anything_is_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("words", [["--cards=.."], ["--link=PCIe 3.0 x8"]])
+    def test_it_is_told_before_anything_is_measured(self, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tightfit.planner.planning.where_to_plan", lambda *given, **named: pytest.fail("measured"))
-        done = here(["plan", "--cards=.."])
+        done = here(["plan", *words])
         assert (done.code, done.err.count("\n")) == (2, 1)
 
 

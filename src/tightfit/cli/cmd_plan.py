@@ -96,6 +96,9 @@ def _where(resolved: Resolved[TrainConfig], options: argparse.Namespace, progres
         raise ConfigError(say("cli.plan.counted_twice", gpu=options.gpu, cards=options.cards))
     if options.cards and options.cards != "auto":
         nodes, per_node = read_count(options.cards)
+    links = {"link": options.link or "", "network": options.network or ""}
+    if any(links.values()) and nodes * per_node == 1 and options.cards != "auto":
+        raise ConfigError(say("cli.plan.link_of_one"))
     where = where_to_plan(
         resolved.config,
         gpu,
@@ -104,11 +107,8 @@ def _where(resolved: Resolved[TrainConfig], options: argparse.Namespace, progres
         capability=capability(options.capability),
         log=progress.stage,
     )
-    links = {"link": options.link or "", "network": options.network or ""}
     if options.cards == "auto":
         return smallest_set(resolved, where, **links, log=progress.stage, progress=progress.count)
     if nodes * per_node > 1:
         return with_cards(where, nodes, per_node, **links)
-    if any(links.values()):
-        raise ConfigError(say("cli.plan.link_of_one"))
     return where
