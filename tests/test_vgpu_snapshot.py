@@ -5,7 +5,9 @@ import pickle
 import pickletools
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,6 +292,25 @@ def test_what_is_no_pickle_is_one_sentence(data, met, tmp_path):
         DataError, match=rf"log\.pickle (is not a whole snapshot pickle \(({met})|holds a dict without)"
     ):
         read_snapshot(path)
+
+
+COLLIDING = b"\x80\x02}(" + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"N" for number in range(100_000))
+"""Keys with one hash: a dictionary of them takes hours."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\x80\x02K\x00r\xff\xff\xff\x7f.", id="a place for 2**31 objects"),
+        pytest.param(COLLIDING + b"u.", id="one hash", marks=pytest.mark.slow),
+    ],
+)
+def test_what_takes_more_than_a_snapshot_is_not_read(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.pickle").write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"run\.pickle was not read: its .* take more time or memory than"):
+        read_snapshot(tmp_path / "run.pickle")
+    assert time.monotonic() - started < 60
 
 
 def test_a_cut_file_is_refused_wherever_it_is_cut(filled, tmp_path):

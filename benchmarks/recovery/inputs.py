@@ -136,6 +136,7 @@ def _bytes_of(planted: Path, draw: random.Random) -> bytes:
             pickle.dumps({"stoi": _Hostile(planted), "vocab_size": 2}, protocol),
             b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x",
             b"\x80\x02\x8b" + struct.pack("<i", 2**30),
+            b"\x80\x02K\x00r\xff\xff\xff\x7f.",
             pickle.dumps({(number, -number) * 1000: None for number in range(1000)}, protocol),
             many,
             doubled,

@@ -1,11 +1,13 @@
 """Read PyTorch's memory snapshots, which are pickles, without executing anything in them."""
 
+import io
 import os
 import pickle
 from pathlib import Path
 from typing import BinaryIO, Never
 
 from tightfit.errors import DataError
+from tightfit.foreign import reads_in_bounds
 from tightfit.wording import say
 
 _NOT_PLAIN_PICKLE = (
@@ -33,11 +35,16 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_snapshot(path: str | os.PathLike[str]) -> dict[str, object]:
-    """Read a snapshot of PyTorch or tightfit without executing anything in it. DataError for any other file."""
+    """Read a snapshot of PyTorch or tightfit without executing anything in it. DataError for any other file.
+
+    Its size bounds the time and memory that it may take.
+    """
     source = Path(path)
     try:
-        with open(source, "rb") as file:
-            found = _PlainUnpickler(file, source).load()
+        pickled = source.read_bytes()
+        if not reads_in_bounds(pickled):
+            raise DataError(say("oomlog.snapshot_reader.bounds", path=source, size=len(pickled)))
+        found = _PlainUnpickler(io.BytesIO(pickled), source).load()
     except OSError as error:
         raise DataError(say("oomlog.snapshot_reader.unreadable", path=source, reason=error.strerror)) from None
     except _NOT_PLAIN_PICKLE as error:
