@@ -198,6 +198,7 @@ class TestDisk:
         os.truncate(tmp_path / "ckpt.dcp" / "__0_0.distcp", 100)
         rename_damaged(tmp_path, log=log.append)
         assert log == [f"{tmp_path / 'ckpt.dcp'} is now called ckpt.dcp.damaged"]
+        (tmp_path / "last.pt.damaged").write_bytes(b"of the run when it had one process")
 
         def write(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")

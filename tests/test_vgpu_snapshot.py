@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -294,19 +295,21 @@ def test_what_is_no_pickle_is_one_sentence(data, met, tmp_path):
         read_snapshot(path)
 
 
-COLLIDING = b"\x80\x02}(" + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"N" for number in range(100_000))
-"""Keys with one hash: a dictionary of them takes hours."""
+def colliding_keys() -> bytes:
+    """Keys with one hash: a dictionary of them takes hours."""
+    keys = (pickle.dumps(number * (2**61 - 1), 2)[2:-1] for number in range(100_000))
+    return b"\x80\x02}(" + b"".join(key + b"N" for key in keys) + b"u."
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(b"\x80\x02K\x00r\xff\xff\xff\x7f.", id="a place for 2**31 objects"),
-        pytest.param(COLLIDING + b"u.", id="one hash", marks=pytest.mark.slow),
+        pytest.param(lambda: b"\x80\x02K\x00r\xff\xff\xff\x7f.", id="a place for 2**31 objects"),
+        pytest.param(colliding_keys, id="one hash", marks=pytest.mark.slow),
     ],
 )
-def test_what_takes_more_than_a_snapshot_is_not_read(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "run.pickle").write_bytes(content)
+def test_what_takes_more_than_a_snapshot_is_not_read(content: Callable[[], bytes], tmp_path: Path) -> None:
+    (tmp_path / "run.pickle").write_bytes(content())
     started = time.monotonic()
     with pytest.raises(DataError, match=r"run\.pickle was not read: its .* take more time or memory than"):
         read_snapshot(tmp_path / "run.pickle")

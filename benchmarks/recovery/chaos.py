@@ -19,7 +19,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -230,13 +229,10 @@ def _refused(out_dir: Path, folder: Path, processes: int, keys: Keys, seed: int 
             told.write_text(str(len(failing.failed)))
         return 0
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = folder / "log.txt"
     out.unlink(missing_ok=True)
     kernels = str(folder / "kernels")
-    program = train if processes == 1 else lambda: ranks(processes, train, port)
+    program = train if processes == 1 else lambda: ranks(processes, train)
     code = Forked(program, out, TORCHINDUCTOR_CACHE_DIR=kernels).wait()
     return code, out.read_text(errors="replace"), int(told.read_text()) if told.exists() else 0
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from ranks import in_ranks
+
 from tightfit.simulation.server import end_with_parent
 
 
@@ -82,16 +84,11 @@ def _end_with(action: Callable[[], int]) -> NoReturn:
         os._exit(code)
 
 
-def ranks(count: int, action: Callable[[], int], port: int) -> int:
-    """Run `action` in so many forked processes, with the environment that torchrun gives; return the largest code."""
-    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = []
-    for rank in map(str, range(count)):
-        child = os.fork()
-        if not child:
-            end_with_parent()
-            os.environ.update(address | sizes | {"RANK": rank, "LOCAL_RANK": rank})
-            _end_with(action)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+def ranks(count: int, action: Callable[[], int]) -> int:
+    """Run `action` as so many ranks of one run, which end with this process; return the largest exit code."""
+
+    def begin() -> int:
+        end_with_parent()
+        return action()
+
+    return in_ranks(count, begin)

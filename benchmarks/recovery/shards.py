@@ -158,9 +158,6 @@ def forked(
     `refused` (rank, seed) refuses allocations of a rank; `file_bytes` makes its disk full for any larger file.
     """
     log.write_bytes(b"")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
     def train() -> int:
         torch.set_num_threads(1)
@@ -174,7 +171,7 @@ def forked(
         print("FAILED", json.dumps(failing.failed), flush=True)
         return code
 
-    return Started(Forked(lambda: ranks(processes, train, port), log), log)
+    return Started(Forked(lambda: ranks(processes, train), log), log)
 
 
 def unbroken(folder: Path, processes: int = 1, **keys: Any) -> Path:

@@ -11,7 +11,6 @@ docs/llm-sft-memory-estimation.md prints it. The RTX PRO 5000 is played as an RT
 """
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -19,12 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from row_files import Row, read_rows, write_rows
+
 TABLE = Path(__file__).parent / "results" / "fakegpu.csv"
 SHAPES = {"0.8B": (1024, 3584), "2B": (2048, 6144)}
 """Width and hidden width."""
 CARDS = {"RTX PRO 5000": "NVIDIA RTX PRO 6000 Blackwell Workstation", "RTX 3090 Ti": "RTX 3090 Ti"}
 GIB = 1 << 30
-Row = dict[str, str]
 
 
 def main() -> None:
@@ -36,18 +36,14 @@ def main() -> None:
     for name in SHAPES:
         if not (options.models / name).exists():
             make_model(name, options.models / name)
-    with open(TABLE, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(TABLE)
     for number in options.rows or range(len(rows)):
         row = rows[number]
         found = play(row, options.checkout, options.models.absolute())
         row["predicted_bytes"] = str(found)
         row["error_pct"] = f"{100 * (found / GIB / float(row['measured_gib']) - 1):+.3f}"
         print(number, row["script"], row["args"], row["ranks"], row["error_pct"], flush=True)
-        with open(TABLE, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        write_rows(TABLE, rows)
 
 
 def make_model(name: str, folder: Path) -> None:

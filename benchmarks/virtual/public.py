@@ -10,7 +10,6 @@ in their `note` gave. The torch of a Liger row is not recorded: the newest relea
 """
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -24,9 +23,10 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
+from row_files import Row, read_rows, write_rows
+
 HERE = Path(__file__).parent
 TABLE = HERE / "results" / "public.csv"
-Row = dict[str, str]
 _PLAYED = re.compile(r"ROW.*?(\d+) (\d+) \d+$", re.MULTILINE)
 _FAILED = re.compile(r"^ERROR (\d+) (.*)$", re.MULTILINE)
 _ARGUMENTS = re.compile(r"(\S+) (\S*) x=(\S+) (.*)")
@@ -39,15 +39,11 @@ def main() -> None:
     parser.add_argument("--libraries", default="")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    with open(TABLE, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(TABLE)
     for group in groups(row for row in rows if row["source"].startswith("linkedin/") and options.only in row["script"]):
         play(group, options.sources / "Liger-Kernel", options.libraries)
         print(group[0]["script"], group[0]["card"], summary(group), flush=True)
-        with open(TABLE, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        write_rows(TABLE, rows)
     print(summary(rows))
 
 

@@ -11,7 +11,6 @@ RMSNorm is played, `keeps_logits` that the logits outlive the backward pass, as 
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -20,12 +19,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from row_files import Row, read_rows, write_rows
+
 HERE = Path(__file__).parent
 TABLE = HERE / "results" / "several_cards.csv"
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 WIDE = 1 << 50
 GIB = 1 << 30
-Row = dict[str, str]
 
 
 def main() -> None:
@@ -34,8 +34,7 @@ def main() -> None:
     parser.add_argument("--row", type=int)
     parser.add_argument("--layers", type=int, default=0)
     options = parser.parse_args()
-    with open(TABLE, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(TABLE)
     if options.row is not None:
         print(json.dumps(play(rows[options.row], options.layers)))
         return
@@ -43,10 +42,7 @@ def main() -> None:
         if options.only in ",".join(row.values()):
             predict(number, row)
             print(row["model"], row["cards"], row["memory_error"], row["rate_error"], flush=True)
-            with open(TABLE, "w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, rows[0], lineterminator="\n")
-                table.writeheader()
-                table.writerows(rows)
+            write_rows(TABLE, rows)
     print(summary(rows, "memory_error"), summary(rows, "rate_error"), sep="\n")
 
 

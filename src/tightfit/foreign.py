@@ -16,9 +16,9 @@ DAMAGE = (
 PICKLE_S, PICKLE_BYTES = 20, 1 << 30
 """Seconds and memory that a pickle of plain values may take to be read. GPT-2 XL's takes 0.02 s and 20 MiB."""
 BYTES_PER_BYTE, BYTES_PER_SECOND = 40, 2_000_000
-"""Memory that each byte of a large pickle may take besides, and bytes that its reader must come through in a second.
+"""A larger pickle may take more: 40 bytes of memory for each byte of the file, and a second for every 2 MB.
 
-A snapshot of 109 MB takes 13 bytes for each of its own, and is read at 22 MB/s.
+A memory snapshot of 109 MB takes 13 bytes for each byte, and is read at 22 MB/s.
 """
 
 _TRIAL = f"""

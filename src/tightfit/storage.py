@@ -4,8 +4,9 @@ import contextlib
 import difflib
 import errno
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -83,6 +84,36 @@ def write_aside(path: Path, data: bytes | str, *, durable: bool = False) -> None
     """Write the whole file, text as UTF-8: a reader finds the old content or the new, and several may write at once."""
     with writing(path, durable=durable, shared=True) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a file or a folder. The marker goes first, so that a folder half deleted is no checkpoint."""
+    with contextlib.suppress(OSError):
+        (path / MARKER if path.is_dir() else path).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def make_room(folder: Path, predecessors: Sequence[Path], size: int, *, anyway: bool) -> bool:
+    """Delete damaged checkpoints and the predecessors of good ones; return True if there was anything to delete.
+
+    The predecessors stay where that would not be enough for `size` bytes, unless `anyway`.
+    """
+    stale = list(folder.glob(f"*{DAMAGED}"))
+    try:
+        free = shutil.disk_usage(folder).free + sum(map(bytes_of, [*stale, *predecessors]))
+    except OSError:
+        return False
+    if anyway or free >= size:
+        stale += predecessors
+    for path in stale:
+        delete_checkpoint(path)
+    return bool(stale)
+
+
+def bytes_of(path: Path) -> int:
+    """Return the bytes of a file, or of the files of a folder. OSError if it is not there."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def as_diff(path: str, before: str, after: str) -> str:

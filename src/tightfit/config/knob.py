@@ -3,7 +3,7 @@
 import ast
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -85,13 +85,17 @@ def number_in_words(words: Sequence[str], is_wanted: Callable[[str], bool]) -> K
     Knob(name='--bs', kind='argument', value='8', place=3, file='', span=(0, 0))
     """
     named = (_in_words(words, _plain(word.partition("=")[0])) for word in words if is_wanted(word.partition("=")[0]))
-    return next((knob for knob in named if knob is not None and knob.number is not None), None)
+    return _first_number(named)
 
 
 def number_in_environment(variant: Variant, is_wanted: Callable[[str], bool]) -> Knob | None:
     """Return the first variable that the script reads with a whole number above 0 and a name that is wanted."""
     named = (_in_environment(variant, name) for name in _variables(variant.words) if is_wanted(name.lower()))
-    return next((knob for knob in named if knob is not None and knob.number is not None), None)
+    return _first_number(named)
+
+
+def _first_number(knobs: Iterable[Knob | None]) -> Knob | None:
+    return next((knob for knob in knobs if knob is not None and knob.number is not None), None)
 
 
 def options_of(words: Sequence[str]) -> list[str]:

@@ -306,7 +306,7 @@ _ROOM = 0.8
 
 
 def _attends(evidence: Evidence) -> bool:
-    """Return True for a program of one's own whose log shows that it works on sequences."""
+    """Return True if the log is from the user's own program and shows that it works on sequences."""
     is_own = evidence.framework not in programs("applications")
     return is_own and _OF_SEQUENCES.search(evidence.run.text) is not None
 

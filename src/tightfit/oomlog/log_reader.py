@@ -440,7 +440,7 @@ def _as_reported(line: str) -> dict[str, str]:
 
 
 def _without_title(fatal: list[_Record]) -> list[_Record]:
-    """Leave out the title of a report whose words are the beginning of a later failure's line."""
+    """Leave out a report's title if a later failure's line holds the same words."""
     title = next((each for each in fatal if each.facts.line == 1 and each.body.startswith("# ")), None)
     words = title.body.lstrip("# ").strip() if title else ""
     repeated = any(words in each.body for each in fatal if each is not title) if words else False

@@ -91,7 +91,7 @@ class Asked:
 
     def must_run(self, detail: Detail) -> Detail:
         """Return it. ConfigError for a script that fails, and not for memory or after it ran out."""
-        if detail.findings.outcome == "error" and not detail.findings.caught_failures:
+        if detail.findings.has_other_error:
             reason = detail.findings.stopped_because
             raise ConfigError(say("questions.asking.failed", script=self.script, reason=reason))
         return detail

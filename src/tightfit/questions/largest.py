@@ -156,7 +156,7 @@ class Search:
         """
         self._try([start])
         first = self.tried[start].findings
-        if first.outcome == "error" and not first.caught_failures:
+        if first.has_other_error:
             raise ConfigError(explain(first.stopped_because))
         for number in range(_MOST_ROUNDS):
             fits, fails = self._bracket()

@@ -363,7 +363,7 @@ class Search:
 def _outcome(detail: Detail) -> str:
     """Return the outcome of a play; a script that failed after it caught an out-of-memory error did not fit."""
     found = detail.findings
-    return "out_of_memory" if found.outcome == "error" and found.caught_failures else found.outcome
+    return "out_of_memory" if found.outcome == "error" and not found.has_other_error else found.outcome
 
 
 def _readable(files: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -107,7 +107,7 @@ class Clock:
 class FilesRead:
     """Audit hook that notes the files which a play opens to read, and the folders that it lists.
 
-    In a private view they are noted as they are outside of it: what the play wrote itself is no part of the script.
+    In a private view, the files outside are noted: those that the play wrote itself are no part of the script.
     """
 
     def __init__(self, view: View | None = None) -> None:

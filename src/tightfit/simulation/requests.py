@@ -172,7 +172,7 @@ class DetailRequest(Request["Detail"], frozen=True, kw_only=True, tag="detail"):
     remember: bool = True
     """False for a script that no later question asks about."""
     trusts_errors: bool = False
-    """True where the script runs otherwise, so that a remembered error is what this request makes of it."""
+    """True if the script is known to run, so that a remembered error comes from this request's card or values."""
 
     @property
     def is_remembered(self) -> bool:

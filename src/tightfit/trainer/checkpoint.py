@@ -33,6 +33,7 @@ from tightfit.storage import (
     METRICS,
     PREVIOUS,
     folder_of,
+    make_room,
     owner_of,
     owning,
     previous,
@@ -141,7 +142,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, name: str = BEST, is_last: boo
     try:
         _write(folder / name, content, size)
     except DoesNotFit:
-        if not _makes_room(folder, size, anyway=is_last):
+        if not make_room(folder, _predecessors(folder), size, anyway=is_last):
             raise
         _write(folder / name, content, size)
     if name == BEST:  # the resume points are older now
@@ -174,22 +175,10 @@ def _write(path: Path, content: Mapping[str, object], size: int) -> None:
         raise CannotSave(say("trainer.checkpoint.not_written", path=path, reason=reason)) from None
 
 
-def _makes_room(folder: Path, size: int, *, anyway: bool) -> bool:
-    """Delete damaged checkpoints and the predecessors of good ones, unless that would not be enough.
-
-    Return True if any was deleted.
-    """
-    try:
-        old = {folder / previous(name) for name in (BEST, LAST) if (folder / name).is_file()}
-        old |= set(folder.glob(f"*{DAMAGED}"))
-        sizes = {path: path.stat().st_size for path in old if path.is_file()}
-        if not anyway and shutil.disk_usage(folder).free + sum(sizes.values()) < size:
-            return False
-        for path in sizes:
-            path.unlink()
-    except OSError:
-        return False
-    return bool(sizes)
+def _predecessors(folder: Path) -> list[Path]:
+    """Return the predecessors of the checkpoints in a folder."""
+    before = [folder / previous(name) for name in (BEST, LAST) if (folder / name).is_file()]
+    return [path for path in before if path.is_file()]
 
 
 def load_file(path: Path) -> Checkpoint:

@@ -235,11 +235,11 @@ class _Run:
 
     def _starting_point(self) -> Checkpoint | None:
         start = starting_point(self.config.init_from, self.config.out_dir, log=self.reporter.log)
-        resumes = start is not None and self.config.init_from == "resume" and self.world.is_main
-        if start is not None and resumes:
-            refuse_other_run(self.config, start, self.dataset)
+        resumed = start if self.config.init_from == "resume" and self.world.is_main else None
+        if resumed is not None:
+            refuse_other_run(self.config, resumed, self.dataset)
         self.recovery.agree()
-        if resumes:
+        if resumed is not None:
             rename_damaged(Path(self.config.out_dir), log=self.reporter.log)
         return start
 

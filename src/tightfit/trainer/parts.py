@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 import pickle
-import shutil
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -37,7 +36,18 @@ from tightfit.foreign import DAMAGE, reads_in_bounds
 from tightfit.models.conversion import check_state, parameter_shapes
 from tightfit.models.model import GPTConfig
 from tightfit.models.optimizer import SavedOptimizer
-from tightfit.storage import BEST, DAMAGED, LAST, MARKER, folder_of, previous, sync_folder, write_aside
+from tightfit.storage import (
+    BEST,
+    LAST,
+    MARKER,
+    bytes_of,
+    delete_checkpoint,
+    folder_of,
+    make_room,
+    previous,
+    sync_folder,
+    write_aside,
+)
 from tightfit.trainer.checkpoint import FULL_DISK, Checkpoint
 from tightfit.trainer.distributed import World
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
@@ -176,31 +186,20 @@ def save_parts(folder: Path, content: Checkpoint, world: World, *, name: str, is
 
 
 def _makes_room(place: Path, *, anyway: bool) -> bool:
-    """Delete damaged checkpoints and the predecessor of a good one; return True if anything was deleted.
-
-    The predecessor stays where that would not be enough, unless `anyway`.
-    """
-    before, stale = _before(place), list(place.parent.glob(f"*{DAMAGED}"))
+    """Make room for another checkpoint of the size of `place`; its predecessor is given up only if it is complete."""
+    before, is_complete = _before(place), (place / MARKER).is_file()
+    predecessors = [before] if is_complete and before.is_dir() else []
     try:
-        if (place / MARKER).is_file() and before.is_dir():
-            freed = sum(map(_size, [before, *stale]))
-            if anyway or shutil.disk_usage(place.parent).free + freed >= _size(place):
-                stale.append(before)
+        size = bytes_of(place) if is_complete else 0
     except OSError:
         return False
-    for folder in stale:
-        _remove(folder)
-    return bool(stale)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return make_room(place.parent, predecessors, size, anyway=anyway)
 
 
 def _save(place: Path, content: Checkpoint, world: World) -> None:
     with contextlib.ExitStack() as failed:
         if world.is_main:
-            failed.callback(_remove, _beside(place))
+            failed.callback(delete_checkpoint, _beside(place))
         _write(place, content, world)
         failed.pop_all()
 
@@ -211,7 +210,7 @@ def _write(place: Path, content: Checkpoint, world: World) -> None:
     try:
         if world.is_main:
             _finish_move(place)
-            _remove(work)
+            delete_checkpoint(work)
             work.mkdir(parents=True)
     except OSError as error:
         result = _failure(error)
@@ -286,7 +285,7 @@ def _publish(work: Path, place: Path, marker: Marker) -> None:
 
 def _move(work: Path, place: Path) -> None:
     if place.exists():
-        _remove(_before(place))
+        delete_checkpoint(_before(place))
         place.rename(_before(place))
     work.rename(place)
     sync_folder(place.parent)
@@ -306,18 +305,11 @@ def _beside(place: Path) -> Path:
     return place.with_name(f".{place.name}.writing")
 
 
-def _remove(folder: Path) -> None:
-    """Delete the folder, its marker first: what a kill leaves of it is no checkpoint."""
-    with contextlib.suppress(OSError):
-        (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def _remove_older(folder: Path, name: str) -> None:
     """Delete resume points that are older than a checkpoint `name`, and files that its two folders replace."""
     if name == BEST:
         for stale in (LAST, previous(LAST)):
-            _remove(folder / folder_of(stale))
+            delete_checkpoint(folder / folder_of(stale))
     names = (LAST, previous(LAST)) if name == BEST else ()
     if (folder / folder_of(previous(name))).is_dir():
         names = (*names, name, previous(name))

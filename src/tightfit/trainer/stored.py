@@ -1,12 +1,11 @@
 """Load a folder's newest or best checkpoint, be it one file or a folder of parts."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tightfit.errors import CheckpointError
-from tightfit.storage import BEST, CHECKPOINTS, DAMAGED, MARKER, folder_of
+from tightfit.storage import BEST, CHECKPOINTS, DAMAGED, MARKER, delete_checkpoint, folder_of
 from tightfit.trainer.checkpoint import Checkpoint, load_file
 from tightfit.wording import say
 
@@ -38,15 +37,14 @@ def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
 
 
 def rename_damaged(folder: Path, *, log: Callable[[str], object]) -> None:
-    """Give each damaged checkpoint another name: a save would take it for the last good state, and give up that one."""
+    """Rename damaged checkpoints, so that no save takes one for the last good state and deletes the good one before."""
     for path in _checkpoints(folder, CHECKPOINTS):
         try:
             load(path)
         except CheckpointError:
             kept = path.with_name(path.name + DAMAGED)
             with contextlib.suppress(OSError):
-                if kept.is_dir():
-                    shutil.rmtree(kept)
+                delete_checkpoint(kept)  # of an earlier resume
                 path.rename(kept)
                 log(say("trainer.checkpoint.renamed", path=path, name=kept.name))
 

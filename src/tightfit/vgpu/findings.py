@@ -19,7 +19,7 @@ _LISTED_MADE_UP = 20
 def findings_of(session: VirtualSession, error: BaseException | None = None, *, seconds: float = 0.0) -> Findings:
     """Return the findings so far. `error` ended the script, if it was not meant to end there.
 
-    So does one that ended a thread of it.
+    An out-of-memory error in one of its threads counts as such an error.
     """
     device, recorder = session.device, session.device.recorder
     error = error or device.thread_error

@@ -83,7 +83,7 @@ def are_at_hand(items: object) -> bool:
 
 
 def length_of(items: Any) -> int | None:
-    """Return the number of items of an iterator that has given one so far; None where it does not show."""
+    """Return how many items an iterator has, after it has given the first; None if that cannot be seen."""
     while type(items) is enumerate:
         items = items.__reduce__()[1][0]
     if isinstance(items, GeneratorType):  # of tqdm, or of a library's loader: what it iterates over has a length

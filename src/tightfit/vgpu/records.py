@@ -292,6 +292,11 @@ class Findings(Displayed, msgspec.Struct, frozen=True, kw_only=True):
         return self.gpu.total_bytes - self.gpu.used_by_others_bytes - self.peak.device_bytes
 
     @property
+    def has_other_error(self) -> bool:
+        """True if the script failed for a reason other than memory, and had caught no out-of-memory error before."""
+        return self.outcome == "error" and not self.caught_failures
+
+    @property
     def needed_bytes(self) -> int:
         """Bytes of this process at the peak; where it failed, with the request that failed."""
         if self.failure is None:

@@ -95,7 +95,7 @@ def play_in_child(program: Program, part: Part) -> int:
 
 
 def _run(run: Callable[[], object], program: Program, session: VirtualSession) -> BaseException | None:
-    """Run a program to its end, with what it does at Python's exit; return the error that ended it."""
+    """Run a program and its exit functions; return the error that ended it."""
     if cards := program.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ["CUDA_VISIBLE_DEVICES"] = cards  # for the script: torch has looked for cards already
     exits = ExitFunctions()
