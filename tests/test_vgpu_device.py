@@ -6,7 +6,6 @@ from pathlib import Path
 from plays import played
 from warm import in_process
 
-from tightfit import dryrun
 from tightfit.units import MIB
 
 CARD = """
@@ -99,7 +98,7 @@ weight.untyped_storage().resize_(0)
 weight.untyped_storage().resize_(4 << 20)
 weight.untyped_storage().resize_(2 << 30)
 """)
-    found = dryrun(str(script), gpu="RTX 3060 12GB", memory_bytes=1 << 30, context_bytes=0)
+    found = played(["--gpu", "RTX 3060 12GB", "--memory", "1GiB", "--context", 0, script])
     assert found.outcome == "out_of_memory"
     assert (found.failure.line, found.failure.requested_bytes) == (5, 2 << 30)
     (largest,) = found.largest
@@ -211,7 +210,7 @@ def produce():
 threading.Thread(target=produce, daemon=True).start()
 kept = [batches.get() for _ in range(100)]
 """)
-    found = dryrun(str(script), gpu="RTX 3060 12GB")
+    found = played(["--gpu", "RTX 3060 12GB", script])
     assert (found.outcome, found.failure and found.failure.line) == ("out_of_memory", 5)
 
 
@@ -225,7 +224,7 @@ atexit.unregister(atexit.register(lambda: torch.zeros(1 << 33, device="cuda")))
 torch.zeros(1 << 20, device="cuda")
 sys.exit()
 """)
-    found = dryrun(str(script), gpu="RTX 3060 12GB")
+    found = played(["--gpu", "RTX 3060 12GB", script])
     assert (found.outcome, found.failure and found.failure.line) == ("out_of_memory", 4)
 
 
@@ -303,7 +302,7 @@ thread.join()
 torch.ones(2, device="cuda")
 raise AssertionError("not ended")
 """)
-    found = dryrun(str(script), gpu="RTX 3060 12GB")
+    found = played(["--gpu", "RTX 3060 12GB", script])
     assert found.outcome == "fits"
     assert found.stopped_because.startswith("steps 2 to 5 made the same allocations")
 

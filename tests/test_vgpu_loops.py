@@ -434,7 +434,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 passes, longest = map(int, sys.argv[1:])
-data = [torch.randint(0, 100, (3000 if number == longest else 100,)) for number in range(480)]
+data = [torch.randint(0, 100, (3000 if number == longest else 100,)) for number in range(240)]
 model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 1024), torch.nn.Linear(1024, 8)).cuda()
 optimizer = torch.optim.SGD(model.parameters())
 for number, batch in enumerate(DataLoader(data, 4, collate_fn=lambda each: pad_sequence(each, batch_first=True)), 1):
@@ -445,14 +445,14 @@ for number, batch in enumerate(DataLoader(data, 4, collate_fn=lambda each: pad_s
 """
 
 
-@pytest.mark.parametrize(("passes", "longest"), [(1, 333), (8, 333), (30, 80)])
+@pytest.mark.parametrize(("passes", "longest"), [(1, 160), (8, 176), (15, 40)])
 def test_the_longest_sample_is_played(passes: int, longest: int, tmp_path: Path) -> None:
     """Its batch decides the peak, and comes long after the steps or the passes of one have begun to repeat."""
     (tmp_path / "lengths.py").write_text(LENGTHS)
     words = [tmp_path / "lengths.py", passes, longest]
     found = findings(["--gpu", "A100", *words])
     whole = findings(["--gpu", "A100", "--steps", 1000, *words])
-    assert found["steps"] <= whole["steps"] == 120 // passes
+    assert found["steps"] <= whole["steps"] == 60 // passes
     assert found["peak"] == whole["peak"]
     assert found["peak"]["allocated_bytes"] > 3000 * 4 * 1024 * 4
 

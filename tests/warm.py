@@ -8,8 +8,9 @@ import tempfile
 import textwrap
 
 FORKS = """
-import json, os, sys
+import atexit, json, os, sys, traceback
 import torch, tightfit
+import torch.distributed.tensor, torch.fx.experimental.symbolic_shapes  # what each virtual GPU loads otherwise
 import tightfit.vgpu.session
 for line in sys.stdin:
     ask = json.loads(line)
@@ -21,12 +22,21 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 else:
     sys.exit()
-exec(compile(ask["program"], ask["name"], "exec"), {"__name__": "__main__"})
+code = 0
+try:
+    exec(compile(ask["program"], ask["name"], "exec"), {"__name__": "__main__"})
+except BaseException:
+    traceback.print_exc()
+    code = 1
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # taking the interpreter down would take as long as most programs
 """
 
 
 class Warm:
-    """Runs programs one after the other; they end as any process does, through the end of their interpreter."""
+    """Runs programs one after the other."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -48,6 +48,8 @@ class InlinedLoop:
     """Line at which every iteration begins."""
     functions: dict[CodeType, int] = field(default_factory=dict)
     """Functions that were put in, and the offset of their line numbers."""
+    modules: set[object] = field(default_factory=set)
+    """Names of the modules of these functions."""
     put_in: list[ast.If] = field(default_factory=list)
     """Branches of these functions."""
     watches: int = 0
@@ -306,6 +308,7 @@ class _Builder:
         files = [self._code.co_filename, *(each.co_filename for each in self._made.functions)]
         known = files.index(code.co_filename) if code.co_filename in files else len(files)
         offset = self._made.functions.setdefault(code, known * _OTHER_FILE)
+        self._made.modules.add(function.__globals__.get("__name__"))
         values = dict.fromkeys((*code.co_varnames, *code.co_cellvars), _unknown())
         values |= _given(call, node, owner)
         scope = _Scope(code, values, function.__globals__, offset)

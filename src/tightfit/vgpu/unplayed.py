@@ -57,6 +57,8 @@ class LineWatch:
         """Lines that ran; negative for the body of an `if` on its line."""
         self._followed: dict[int, CodeType] = {}
         """These functions' code by its identity: to hash code costs more than the rest of a call."""
+        self._modules: set[object] = set()
+        """Names of these functions' modules: to look at code is slow wherever Python has an audit hook."""
         self._bodies: dict[CodeType, dict[int, int]] = {}
         """Columns of these bodies."""
         self._given_up: set[tuple[CodeType, Loop]] = set()
@@ -97,6 +99,7 @@ class LineWatch:
         for each in (*own_frames(frame), *package_frames(frame)):
             code = each.f_code
             if code not in self._ran:
+                self._modules.add(each.f_globals.get("__name__"))
                 self._add(code)
                 self._ran[code].add(each.f_lineno)
             each.f_trace = self._line
@@ -169,6 +172,7 @@ class LineWatch:
         if node is not None:
             made = inlined(node, lambda each: value_in(each, names, others), code, others)
             self._read.loops[code, first] = made
+            self._modules |= made.modules
             for each in made.functions.keys() - self._ran.keys():
                 self._add(each)
         self._read.unread.discard((code, first))
@@ -362,8 +366,7 @@ class LineWatch:
         return self._ran.get(code, set())
 
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
-        code = frame.f_code
-        if id(code) not in self._followed:
+        if frame.f_globals.get("__name__") not in self._modules or id(code := frame.f_code) not in self._followed:
             return None
         for place in [each for each in self._begun if each[0] is code]:  # backward passes before this call
             del self._begun[place]

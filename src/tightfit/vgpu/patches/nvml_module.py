@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +12,13 @@ from tightfit.allocator.caching import CachingAllocator
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.process_starts import before_start
 
 _DRIVER, _CUDA = "580.95.05", 13000
 """A driver that torch's wheels for CUDA 13 run with."""
 _CARD = "TIGHTFIT_VIRTUAL_CARD"
 """Environment variable in which a child process finds the card."""
 _PROGRAMS = str(Path(__file__).with_name("bin"))
-_SPAWNS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "os.fork", "pty.spawn")
 _MODULE = "pynvml"
 
 
@@ -99,26 +99,25 @@ def _install_program(device: VirtualDevice, card: SimpleNamespace) -> None:
     os.environ["TIGHTFIT_PYTHON"] = sys.executable
     allocator = device.recorder.allocator
 
-    def tell(event: str, arguments: object) -> None:
-        if event in _SPAWNS:
-            # Only nvidia-smi shows them to the program, which may then decide by them. A query of the name does not.
-            words = str(arguments)
-            is_shown = "nvidia-smi" in words and ("--query" not in words or "memory" in words)
-            free, total = allocator.mem_get_info() if is_shown else CachingAllocator.mem_get_info(allocator)
-            told = {
-                "name": card.name,
-                "uuid": f"GPU-{card.uuid}",
-                "compute_cap": f"{card.major}.{card.minor}",
-                "driver": _DRIVER,
-                "cuda": f"{_CUDA // 1000}.{_CUDA % 1000 // 10}",
-                "count": device.count,
-                "total": total >> 20,
-                "free": free >> 20,
-                "used": (total - free) >> 20,
-                "pid": os.getpid(),
-                "process": os.path.basename(sys.executable),
-            }
-            with contextlib.suppress(OSError, ValueError):
-                os.environ[_CARD] = json.dumps(told)
+    def tell(command: Sequence[object]) -> None:
+        # Only nvidia-smi shows them to the program, which may then decide by them. A query of the name does not.
+        words = str(command)
+        is_shown = "nvidia-smi" in words and ("--query" not in words or "memory" in words)
+        free, total = allocator.mem_get_info() if is_shown else CachingAllocator.mem_get_info(allocator)
+        told = {
+            "name": card.name,
+            "uuid": f"GPU-{card.uuid}",
+            "compute_cap": f"{card.major}.{card.minor}",
+            "driver": _DRIVER,
+            "cuda": f"{_CUDA // 1000}.{_CUDA % 1000 // 10}",
+            "count": device.count,
+            "total": total >> 20,
+            "free": free >> 20,
+            "used": (total - free) >> 20,
+            "pid": os.getpid(),
+            "process": os.path.basename(sys.executable),
+        }
+        with contextlib.suppress(OSError, ValueError):
+            os.environ[_CARD] = json.dumps(told)
 
-    sys.addaudithook(tell)
+    before_start(tell)
