@@ -15,7 +15,9 @@ from tightfit.diagnosis.figure_causes import (
     is_of_one_block,
     is_oversized,
 )
+from tightfit.diagnosis.filled_lines import accumulation, divided, own_option, values_to_fill
 from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
+from tightfit.diagnosis.model_budget import trains_all
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
@@ -50,8 +52,6 @@ _OWN_CAUSES = frozenset({"loading", "saving", "outputs"})
 """Quantities whose own cure comes before any other program's memory: it makes the request unnecessary."""
 _OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
 """Kinds of tensors with fixes of their own."""
-_PARTS = 4
-"""Passes into which a printed batch is divided: 64 x 1 becomes 16 x 4."""
 
 
 @functools.cache
@@ -91,7 +91,9 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
             else (first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]])
         )
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
-    if segments.reason in ("cache_might_do", "cache_needs_newer") and "more_free_than_requested" not in facts.notes:
+    if {"more_free_than_requested", "spills_to_host"} & set(facts.notes):  # the cache's pieces are not the cause
+        pass
+    elif segments.reason in ("cache_might_do", "cache_needs_newer"):
         is_cause = cache_is_large(facts) and evidence.grows not in _OWN_CAUSES
         is_too_large = evidence.grows == "model" and not is_cause  # the next weights of the model need more still
         cures.insert(0 if is_cause else len(cures) if is_too_large else min(len(cures), _SHOWN_CURES), segments)
@@ -139,7 +141,21 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
         codes.sort(key=lambda code: not has_own(code, evidence.framework or ""))
     if "not_python" in evidence.run.signs and not any(each.file.endswith(".py") for each in facts.frames):
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
-    return [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence)]
+    applied = [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence)]
+    adapters = [each for each in applied if each in ("lora", "qlora")]
+    if adapters == ["qlora", "lora"] and _fits_unquantized(evidence):
+        applied = [{"lora": "qlora", "qlora": "lora"}.get(code, code) for code in applied]
+    return applied
+
+
+_MOST_OF_WEIGHTS = 0.4
+"""Share of the card that weights in 16 bits may take, for adapters to be trained beside them without quantising."""
+
+
+def _fits_unquantized(evidence: Evidence) -> bool:
+    """Return True if the weights of the known model, in 16 bits, leave room on the card: LoRA does."""
+    budget = evidence.budget
+    return bool(budget and budget.total_bytes and 2 * budget.parameters < _MOST_OF_WEIGHTS * budget.total_bytes)
 
 
 def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
@@ -153,6 +169,10 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         return
     if budget is not None and budget.exceeds:
         yield "training" if budget.what == "training" or evidence.trains else "model"
+    if budget is not None and budget.what == "partial":
+        yield "partial"
+    elif budget is not None and budget.what == "training" and not budget.exceeds and not evidence.batch_is_one:
+        yield from ["nearly_full"] if budget.may_exceed or budget.total_bytes is None else []
     trains = evidence.trains or (budget is not None and budget.what == "training")
     if is_oversized(facts):
         yield from [grows] if grows in _OVERSIZED else []
@@ -184,7 +204,7 @@ def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterat
     if evidence.batch_is_one and evidence.framework in programs("trainers_of_one"):
         yield "of_one"
     if evidence.batch_is_one and evidence.framework in programs("trainers") and not evidence.infers:
-        yield "of_one_text"
+        yield "of_one_full" if trains_all(evidence.run) else "of_one_text"
     if facts.phase in (None, "forward", "loss", "backward", "compile", "setup", "optimizer"):
         yield from ["undivided"] if evidence.run.numbers.get("zero_stage") in (1, 2) and not evidence.infers else []
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
@@ -195,10 +215,32 @@ _OVERSIZED = frozenset({"logits", "attention", "pairs", "outputs"})
 
 
 def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
+    """Return True if this run can take a remedy: it does not have it already, and its program has words for it."""
+    program = evidence.framework
+    if (_needless_for_pass(facts, evidence) | _needless_for_model(facts, evidence)).get(code, False):
+        return False
+    if code == "smaller_inputs" and program in programs("texts"):
+        return False
+    if code == "smaller_inputs":
+        return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
+    if code == "shorter_length" and program in programs("pictures"):
+        return False
+    if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY - (
+        _ON_NPU if facts.kind == "npu_out_of_memory" else frozenset()
+    ):
+        return False
+    needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
+    return (
+        not needs_words
+        or pasted(code, evidence.run.frameworks, values_to_fill(evidence, divided(evidence))) is not None
+    )
+
+
+def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
+    """Return for each remedy of what one pass holds True where it is done already, or cannot help."""
     run, keeps_nothing, program = evidence.run, _keeps_nothing(facts, evidence), evidence.framework
     is_known = program not in (None, "nanogpt")
-    is_too_large = evidence.budget is not None and evidence.budget.exceeds
-    done = {
+    return {
         "vae_in_tiles": program in ("comfyui", "diffusers", "diffusers_pipeline") and not _shows_vae(facts, run),
         "split_general": evidence.has_no_smaller_batch
         or program in programs("without_batch")
@@ -213,50 +255,64 @@ def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
         or _encodes_pictures(facts, program)
         or evidence.is_of_unknown_purpose,
         "fused_attention": "flash" in run.signs
+        or (_keeps_little(facts, evidence) and not is_oversized(facts))
         or (is_oversized(facts) and evidence.grows is None and not _attends(evidence)),
-        "offload": _has_no_offload(facts, evidence)
-        or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
-        "lora": bool(run.signs & {"lora", "qlora"}),
-        "qlora": bool(run.signs & {"qlora", "four_bit"}),
-        "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
-        or (evidence.trains and not has_own("quantized_weights", program or "")),
-        "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
-        or ("half" in run.signs and evidence.infers)
-        or _is_foreign(facts, evidence),
         "no_gradients": "no_grad" in run.signs
         or _is_foreign(facts, evidence)
         or not (evidence.infers or evidence.is_of_unknown_purpose or facts.phase in ("eval", "sample")),
-        "smaller_model": not (evidence.infers and (is_too_large or program is None))
-        and not has_own("smaller_model", program or ""),
-        "shard": run.numbers.get("zero_stage") == 3
-        or evidence.tensor == "gathered_parameters"
-        or evidence.infers
-        or (evidence.grows == "model" and program is None and not evidence.trains),
         "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
         "half_precision": "half" in run.signs
         or (evidence.is_of_unknown_purpose and program == "sentence_transformers")
         or (facts.torch_format in _BEFORE_AUTOCAST and not has_own("half_precision", program or ""))
         or _is_half(evidence.shape)
         or any(word in run.texts.get("dtype", "") for word in ("bf16", "fp16", "float16", "16-")),
-        "optimizer_foreach": not any("foreach" in f"{each.source} {each.function}" for each in facts.frames[-2:]),
-        "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower() or not _has_large_state(facts, evidence),
         "pairs_in_parts": evidence.grows != "pairs" or has_own("pairs_on_host", program or ""),
         "release_logits": not any(each.function == "estimate_loss" for each in facts.frames),
     }
-    if done.get(code, False):
+
+
+def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
+    """Return for each remedy of weights and optimizer state True where it is done already, or cannot help."""
+    run, program = evidence.run, evidence.framework
+    is_too_large = evidence.budget is not None and evidence.budget.exceeds
+    return {
+        "offload": _has_no_offload(facts, evidence)
+        or (evidence.trains and ("qlora" in run.signs or program == "unsloth"))
+        or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
+        "lora": bool(run.signs & {"lora", "qlora"}),
+        "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,
+        "shard_quantized": "qlora" not in run.signs or run.numbers.get("world_size") == 1,
+        "fewer_trained": evidence.budget is None or evidence.budget.what != "partial",
+        "qlora": bool(run.signs & {"qlora", "four_bit"}),
+        "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
+        or (evidence.trains and not has_own("quantized_weights", program or "")),
+        "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
+        or ("half" in run.signs and evidence.infers)
+        or _is_foreign(facts, evidence),
+        "smaller_model": not (evidence.infers and (is_too_large or program is None))
+        and not has_own("smaller_model", program or ""),
+        "shard": run.numbers.get("zero_stage") == 3
+        or "qlora" in run.signs  # DeepSpeed's stage 3 takes no quantised weights
+        or program == "unsloth"  # a library for one card
+        or run.numbers.get("world_size") == 1
+        or evidence.tensor == "gathered_parameters"
+        or evidence.infers
+        or (evidence.grows == "model" and program is None and not evidence.trains),
+        "optimizer_foreach": not any("foreach" in f"{each.source} {each.function}" for each in facts.frames[-2:]),
+        "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower() or not _has_large_state(facts, evidence),
+    }
+
+
+_OF_SCORES = 2**29
+"""Bytes from which on a request of a program that uses a trained model may well be of attention's scores."""
+
+
+def _keeps_little(facts: Facts, evidence: Evidence) -> bool:
+    """Return True if a program uses a trained model, and nothing shows that attention's scores did not fit."""
+    if not evidence.infers or evidence.grows is not None:
         return False
-    if code == "smaller_inputs" and program in programs("texts"):
-        return False
-    if code == "smaller_inputs":
-        return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
-    if code == "shorter_length" and program in programs("pictures"):
-        return False
-    if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY - (
-        _ON_NPU if facts.kind == "npu_out_of_memory" else frozenset()
-    ):
-        return False
-    needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
-    return not needs_words or pasted(code, run.frameworks, _values(evidence, _divided(evidence))) is not None
+    is_large = (facts.requested_bytes or 0) >= _OF_SCORES
+    return not (is_large and has_own("fused_attention", evidence.framework or ""))
 
 
 def _has_large_state(facts: Facts, evidence: Evidence) -> bool:
@@ -349,17 +405,17 @@ def _autocast(device: str) -> Pasted:
 def of_one_sequence(fix: Remedy, evidence: Evidence) -> Remedy:
     """Return the fix of a smaller batch with one sequence a pass."""
     assert isinstance(fix.change, Resized)
-    batch, divided = fix.change.batch, (fix.change.batch, 1, fix.change.batch * fix.change.accumulation)
-    words = _own_option("split_general", evidence, divided) or pasted(
-        "split_general", evidence.run.frameworks, _values(evidence, divided)
+    batch, parts = fix.change.batch, (fix.change.batch, 1, fix.change.batch * fix.change.accumulation)
+    words = own_option("split_general", evidence, parts) or pasted(
+        "split_general", evidence.run.frameworks, values_to_fill(evidence, parts)
     )
     change = replace(fix.change, size=1, passes=batch * fix.change.accumulation, parts=batch)
     return replace(fix, change=change, paste=words.lines if words else ())
 
 
 def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
-    divided = _divided(evidence)
-    words = _own_option(code, evidence, divided) or pasted(code, evidence.run.frameworks, _values(evidence, divided))
+    parts = divided(evidence)
+    words = own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
     if code == "half_precision" and facts.kind in _NOT_CUDA:
         words = _autocast(facts.kind.partition("_")[0])
     if code == "no_gradients" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
@@ -378,81 +434,13 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         paste=words.lines if words else (),
         page=words.page if words else "",
     )
-    batch, size, passes = divided
+    batch, size, passes = parts
     if code == "split_general" and evidence.framework in programs("without_accumulation"):
         code = "smaller_batch"
         return replace(remedy, code=code, reason=code, exact=False, applicability=applicability(code))
     if code == "split_general" and batch and size and passes:
-        accumulation = _accumulation(evidence)
-        change = Resized(size=size, passes=passes, batch=batch, accumulation=accumulation or 1, parts=batch // size)
-        code = "split_logged" if accumulation else "split_in_parts"
+        before = accumulation(evidence)
+        change = Resized(size=size, passes=passes, batch=batch, accumulation=before or 1, parts=batch // size)
+        code = "split_logged" if before else "split_in_parts"
         return replace(remedy, code=code, reason="split_general", change=change)
     return remedy
-
-
-def _accumulation(evidence: Evidence) -> int | None:
-    """Return the printed accumulation, or the usual 1 of a program that is known to have it; None if unknown."""
-    usual = 1 if evidence.framework in programs("one_pass") else None
-    return evidence.run.numbers.get("accumulation", usual)
-
-
-_Divided = tuple[int | None, int | None, int | None]
-"""A printed batch, the sequences of one pass and the passes of a step."""
-
-
-def _divided(evidence: Evidence) -> _Divided:
-    """Return the printed batch, a quarter of it, and the accumulation that keeps the sequences of a step."""
-    batch = evidence.run.numbers.get("batch_size")
-    if not batch or batch < 2 or "data_parallel" in evidence.run.signs:
-        return None, None, None
-    size = max(each for each in range(1, max(batch // _PARTS, 1) + 1) if batch % each == 0)
-    return batch, size, batch // size * (_accumulation(evidence) or 1)
-
-
-def _values(evidence: Evidence, divided: _Divided) -> dict[str, int | str]:
-    """Return the values to fill into the lines of frameworks.toml."""
-    batch, size, passes = divided
-    length = evidence.run.numbers.get("length")
-    return {
-        "size": size or "BATCH/4",
-        "passes": passes
-        if passes and _accumulation(evidence)
-        else f"{batch // size if batch and size else 4}*ACCUMULATION",
-        "half": length // 2 if length else "HALF",
-        "model_class": _model_class(evidence.run),
-    }
-
-
-_CLASSES = {
-    "AutoModelForSpeechSeq2Seq": re.compile(r"whisper|speech_to_text|seamless|moonshine"),
-    "AutoModelForSeq2SeqLM": re.compile(r"m?t5|longt5|umt5|m?bart|bigbird_pegasus|pegasus|marian|m2m_100|nllb\w*|led"),
-    "AutoModelForCausalLM": re.compile(
-        r"llama4?|qwen\d(?:_moe)?|mistral|mixtral|gemma\d?|gpt\w*|phi\d?|falcon|opt|bloom|mpt|olmo\w*|starcoder2|cohere\d?"
-    ),
-}
-"""Classes of Transformers, by the folder of the model's file."""
-_OF_CAUSAL = re.compile(
-    r"CausalLM|\b(?:llama|qwen|mistral|mixtral|gemma|gpt|phi|falcon|chatglm|baichuan|vicuna)", re.IGNORECASE
-)
-
-
-def _model_class(run: RunFacts) -> str:
-    """Return the class of Transformers that loads the user's model; a word in capitals where the log does not tell."""
-    if run.family is not None:
-        return next((name for name, family in _CLASSES.items() if family.fullmatch(run.family)), "MODEL_CLASS")
-    return "AutoModelForCausalLM" if _OF_CAUSAL.search(run.text) else "MODEL_CLASS"
-
-
-def _own_option(code: str, evidence: Evidence, divided: _Divided) -> Pasted | None:
-    """Return the user's own options, as printed, for a program that is not known."""
-    names, (_, size, passes) = evidence.run.names, divided
-    if code != "split_general" or evidence.framework is not None or size is None:
-        return None
-    lines = [_option(names["batch_size"], size)] if "batch_size" in names else []
-    if lines and "accumulation" in names and passes:
-        lines.append(_option(names["accumulation"], passes))
-    return Pasted(lines=tuple(lines)) if lines else None
-
-
-def _option(name: str, value: int) -> str:
-    return f"{name} {value}" if name.startswith("-") else f"{name} = {value}"

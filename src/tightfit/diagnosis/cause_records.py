@@ -160,8 +160,10 @@ class ModelBudget(Cause, frozen=True, kw_only=True):
     high_bytes: int
     low_each: float
     high_each: float
-    total_bytes: int
+    total_bytes: int | None
     ranks: int
+    trained: int | None = None
+    """Parameters that are trained, where they are a part."""
 
 
 class PrintedBatch(Cause, frozen=True, kw_only=True):

@@ -19,11 +19,12 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.evidence_causes import causes_of_evidence
+from tightfit.diagnosis.evidence_causes import causes_of_evidence, causes_of_report
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.ownership import had_room
 from tightfit.oomlog.printed import Printed
 
 _DEVICE_KINDS = frozenset(
@@ -62,7 +63,8 @@ def causes_of(
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        return (OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid),)
+        told = [*causes_of_report(evidence)] if evidence is not None and facts.kind == "program_words" else []
+        return (*told, OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid))
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):
         found.append(play_fits(base))
@@ -80,8 +82,22 @@ def causes_of(
     if facts.kind == "mps_out_of_memory":  # PyTorch's own limit is what every such message is about
         rest = [*others, *rest]
         others = []
-    found = [*first, *decisive, *found, *rest, *others, *_of_hints(printed)]
+    full = [*_of_full_card(facts)] if evidence is not None and not (first or decisive or found) else []
+    if any(each.code.startswith("grows_") for each in rest):
+        full = []
+    found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
     return tuple(found) or (_of_little(facts),)
+
+
+_FULL = 0.8
+"""Share of the card that one process holds at least, if the card is called full with it."""
+
+
+def _of_full_card(facts: Facts) -> Iterator[Cause]:
+    """Yield that the process itself fills the card, where its figures show that."""
+    held, total = facts.process_bytes or facts.reserved_bytes or facts.allocated_bytes, facts.total_bytes
+    if held and total and _FULL * total <= held <= total and not had_room(facts):
+        yield FillsCard(code="fills_card", held_bytes=held, total_bytes=total)
 
 
 def _of_little(facts: Facts) -> Cause:

@@ -179,7 +179,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     figure = facts.figures.get("requested_bytes")
     within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
     model, line = model_of(run), _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
-    shape = _printed_shape(run, within) if within else None
+    shape, purpose = _printed_shape(run, within) if within else None, purpose_of(facts, run)
     found = Evidence(
         run=run,
         model=model,
@@ -187,8 +187,8 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         line=line,
         shape=shape,
         vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or ""),
-        budget=budget_of(facts, run, model),
-        purpose=purpose_of(facts, run),
+        budget=budget_of(facts, run, model, purpose),
+        purpose=purpose,
         is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text, facts.message),
     )
     if within is None or within.is_small or shape is not None:

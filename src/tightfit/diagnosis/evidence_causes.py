@@ -38,9 +38,16 @@ def causes_of_evidence(
     tensor = [*_of_tensor(facts, culprit, evidence, unplayed_because)]
     budget = [*_of_budget(evidence.budget)] if evidence.budget else []
     run = [*_of_run(facts, evidence)]
-    if evidence.budget is not None and evidence.budget.exceeds:
+    if evidence.budget is not None and (evidence.budget.exceeds or evidence.budget.what == "partial"):
         return budget, [*tensor, *run]
-    return [], [*tensor, *budget, *run]
+    return [], [*budget, *tensor, *run] if evidence.grows is None else [*tensor, *budget, *run]
+
+
+def causes_of_report(evidence: Evidence) -> Iterator[Cause]:
+    """Yield the causes of a failure of which only a person's words are known."""
+    yield from _of_budget(evidence.budget) if evidence.budget else ()
+    if evidence.batch_is_one:
+        yield Cause(code="batch_at_floor")
 
 
 def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
@@ -156,11 +163,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
 
 
 def _of_budget(budget: Budget) -> Iterator[Cause]:
-    if budget.exceeds:
-        code = f"budget_{budget.what}_divided" if budget.is_divided else f"budget_{budget.what}"
-    elif budget.what == "training" and budget.may_exceed and not budget.is_divided:
-        code = "budget_may_exceed"
-    else:
+    if (code := _code_of(budget)) is None:
         return
     yield ModelBudget(
         code=code,
@@ -173,7 +176,20 @@ def _of_budget(budget: Budget) -> Iterator[Cause]:
         high_each=budget.high_each,
         total_bytes=budget.total_bytes,
         ranks=budget.ranks,
+        trained=budget.trained,
     )
+
+
+def _code_of(budget: Budget) -> str | None:
+    """Return the code of the sentence on the memory that a model alone takes; None if it says nothing."""
+    if budget.what == "partial":
+        return "budget_partial"
+    if budget.exceeds:
+        return f"budget_{budget.what}_divided" if budget.is_divided else f"budget_{budget.what}"
+    if budget.total_bytes is None:
+        return "budget_of_unknown_card"
+    is_doubtful = budget.what == "training" and budget.may_exceed and not budget.is_divided
+    return "budget_may_exceed" if is_doubtful else None
 
 
 def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:

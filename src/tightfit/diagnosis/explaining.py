@@ -92,7 +92,7 @@ def explain(
     elif facts is None:
         found = plain
     elif not is_of_device(facts):
-        causes = causes_of(facts, reading.context)
+        causes = causes_of(facts, reading.context, evidence=evidence_of(facts, reading.run))
         found = replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts))
     else:
         found = _of_device(plain, facts, config, gpu, workers, log, progress)
@@ -246,7 +246,8 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     is_of_known = facts.kind == "memory_words" and evidence.framework in known
     if evidence.framework is None or not (facts.kind == "program_words" or of_runtime or is_of_known):
         return found
-    kept = tuple(each for each in found if each.code in (_REST, _OTHERS) and (of_runtime or each.code == _REST))
+    loads = facts.phase in ("load", "setup")
+    kept = tuple(each for each in found if each.code == _REST or (each.code == _OTHERS and (of_runtime or loads)))
     return (*kept, *advice(facts, evidence)) or found
 
 

@@ -6,7 +6,8 @@ import re
 import msgspec
 
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
-from tightfit.oomlog.facts import Facts
+from tightfit.diagnosis.usual_models import model_of
+from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.tables import read_table
 from tightfit.units import GIB, KIB, MIB
@@ -48,7 +49,7 @@ def detail_names() -> set[str]:
     return {each.name for each in _details() if each.name} | _OF_THE_RUN
 
 
-_OF_THE_RUN = {"eval", "one", "weights", "loading", "kernel", "single"}
+_OF_THE_RUN = {"eval", "one", "tasks", "weights_of", "weights_size", "wide", "weights", "loading", "kernel", "single"}
 """Details that the phase, the batch or the traceback shows."""
 
 
@@ -61,8 +62,10 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
             facts = msgspec.structs.replace(facts, kind=each.becomes)
         if each.name:
             facts = _with(facts, each.name)
-    if facts.kind == "vllm_no_cache_blocks" and _HIGH_SHARE.search(run.text):
-        return _with(facts, "share_is_high")
+    if facts.kind == "vllm_no_cache_blocks":
+        return _of_vllm(facts, run)
+    if facts.kind in _BY_FIGURES and facts.requested_bytes is None:
+        return _in_prose(facts, run)
     if facts.kind == "jax_out_of_memory":
         return _of_jax(facts, run)
     if facts.kind == "tensorflow_out_of_memory":
@@ -72,6 +75,35 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
         return _with(facts, "loading")
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
+
+
+def _of_vllm(facts: Facts, run: RunFacts) -> Facts:
+    """Return a cache without memory with the weights of the model, if they have 16 bits, and with a high share."""
+    model = model_of(run)
+    is_half = not run.signs & {"quantized_4", "quantized_8", "spread"}
+    if model is not None and model.parameters and is_half:
+        facts = _with(_with(facts, "weights_of", model.name), "weights_size", f"{2 * model.parameters / GIB:.1f} GiB")
+    return _with(facts, "share_is_high") if _HIGH_SHARE.search(run.text) else facts
+
+
+_BY_FIGURES = ("cuda_out_of_memory", "hip_out_of_memory")
+_TOLD_SIZE = re.compile(
+    r"\b(?:tried|tries|trying|try|attempt\w*|wants?|wanted|asks?|asked) to (?:re)?alloc\w* "
+    r"(?:about |around |over |more than )?(\d{1,9}(?:\.\d{1,3})?) ?(KiB|MiB|GiB|TiB|KB|MB|GB|TB)\b",
+    re.IGNORECASE,
+)
+_MOST_REAL = 2**44
+"""Bytes beyond any card and nearly any host: a mistake in a size."""
+
+
+def _in_prose(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure without its figures, with the size of the request that the report tells in a sentence."""
+    told = _TOLD_SIZE.search(run.text)
+    figure = Figure.printed(f"{told[1]}{told[2]}") if told else None
+    if figure is None:
+        return facts
+    kind = "impossible_size" if figure.low > _MOST_REAL else facts.kind
+    return msgspec.structs.replace(facts, kind=kind, figures={**facts.figures, "requested_bytes": figure})
 
 
 def _of_driver(facts: Facts, run: RunFacts) -> Facts:
@@ -99,7 +131,11 @@ def _of_job(facts: Facts, run: RunFacts) -> Facts:
     megabytes, memory = _MEM_MB.search(run.text), _most(run.text)
     if megabytes:
         facts = _with(facts, "mem_mb", str(2 * int(megabytes[1])))
-    return _with(facts, "mem", f"{2 * int(memory[1])}{memory[2].upper()}") if memory else facts
+    if memory is None:
+        return facts
+    tasks = _TASKS.search(run.text)
+    facts = _with(facts, "tasks", str(int(tasks[1]) // 2)) if tasks and int(tasks[1]) > 1 else facts
+    return _with(facts, "mem", f"{2 * int(memory[1])}{memory[2].upper()}")
 
 
 def _most(text: str) -> re.Match[str] | None:
@@ -108,6 +144,7 @@ def _most(text: str) -> re.Match[str] | None:
     return max(found, key=lambda match: int(match[1]) * 1024 ** "KMGT".index(match[2].upper()), default=None)
 
 
+_TASKS = re.compile(r"--ntasks-per-node[= ](\d{1,4})\b")
 _MEM_MB = re.compile(r"\bmem_mb ?= ?(\d{1,9})\b")
 _MEM = re.compile(r"--mem[= ](\d{1,6}) ?([KMGTkmgt])")
 """Memory that a job asks for: a resource of Snakemake, an option of SLURM."""

@@ -3,7 +3,7 @@
 import functools
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -91,16 +91,29 @@ _LARGEST_KERNEL, _FEWEST_CHANNELS, _FEWEST_PLACES = 7, 64, 9
 
 
 def _by_axes(shape: str) -> Iterator[str]:
-    """Yield the signs in a TensorFlow tensor's axes: the weight of a convolution, or a batch of one.
+    """Yield the signs in a TensorFlow tensor's axes: the weight of a convolution, a batch of one, large pictures.
 
     >>> list(_by_axes("3,3,512,2048")), list(_by_axes("1,2988,5312,64")), list(_by_axes("16,257,257,32"))
     (['kernel'], ['single'], [])
+    >>> list(_by_axes("5,64,4890,4890"))
+    ['wide']
     """
     sizes = [int(size) for size in shape.split(",") if size.strip().isdigit()]
     if len(sizes) == 4 and sizes[0] == sizes[1] <= _LARGEST_KERNEL and min(sizes[2:]) >= _FEWEST_CHANNELS:
         yield "kernel"
     elif len(sizes) >= 3 and sizes[0] == 1 and sizes[1] >= _FEWEST_PLACES:
         yield "single"
+    elif len(sizes) == 4 and _is_of_large_picture(sizes[1:]):
+        yield "wide"
+
+
+_WIDE = 1000
+"""Rows and columns from which on the pictures, and not the batch, make a tensor large."""
+
+
+def _is_of_large_picture(sizes: Sequence[int]) -> bool:
+    """Return True for the axes of pictures with many rows and columns: the channels are first or last."""
+    return min(sizes[:2]) >= _WIDE or min(sizes[1:]) >= _WIDE
 
 
 def _is_square(shape: str) -> bool:
@@ -174,7 +187,7 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     codes = _table().fixes[key] if key else [facts.kind]
     if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
         codes = [code for code in codes if code != "fewer_workers"]
-    if facts.kind == "host_killed" and "less_on_host" in codes and not _IN_PYTHON.search(run.text):
+    if facts.kind == "host_killed" and not _IN_PYTHON.search(run.text):
         codes = [code for code in codes if code != "data_in_parts"]
     if run.numbers.get("batch_size") == 1:
         codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]

@@ -1,11 +1,15 @@
 """Memory that a model takes before any batch: weights, gradients and the optimizer's state, by arithmetic."""
 
+import re
+
 import msgspec
 
+from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.usual_models import Model
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room
 from tightfit.oomlog.run_facts import RunFacts
+from tightfit.units import GIB
 
 _WEIGHT, _QUANTIZED = 2.0, 0.5
 """Bytes of a parameter in 16 bits, and in 4 bits."""
@@ -29,9 +33,14 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     low_each: float
     """Bytes of a parameter, at least."""
     high_each: float
-    total_bytes: int
+    total_bytes: int | None
+    """The card's, by the message or by the report's words; None if neither states it."""
     what: str
-    """weights or training."""
+    """weights, training, or partial: a part of the parameters is trained."""
+    trained: int | None = None
+    """Parameters that are trained, where they are a part."""
+    is_sure: bool = True
+    """False if the log does not show that all parameters are trained."""
     is_divided: bool
     """True if the log shows that ZeRO or FSDP divides it among cards, in a way that it does not print."""
     ranks: int = 1
@@ -40,30 +49,55 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def exceeds(self) -> bool:
         """True if even the low estimate is more than the card has."""
-        return self.low_bytes > self.total_bytes
+        return self.is_sure and self.total_bytes is not None and self.low_bytes > self.total_bytes
 
     @property
     def may_exceed(self) -> bool:
-        return self.high_bytes > self.total_bytes
+        return self.total_bytes is not None and self.high_bytes > self.total_bytes
 
 
-def budget_of(facts: Facts, run: RunFacts, model: Model | None) -> Budget | None:
-    """Return the memory that the model alone takes; None where its size, the card or its training is not known."""
+def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | None) -> Budget | None:
+    """Return the memory that the model alone takes; None if its size or its use is unknown."""
     parameters = model.parameters if model else None
-    if model is None or not parameters or not facts.total_bytes or had_room(facts):
+    total = facts.total_bytes or run.numbers.get("card_gb", 0) * GIB or None
+    if model is None or not parameters or had_room(facts):
         return None
-    stored = _stored(run)
+    stored, trained = _stored(run), run.numbers.get("trainable", 0)
+    if _LEAST_PART * parameters < trained <= parameters // 2:
+        return _of_part(model, parameters, total, trained, run)
+    if total is None and not _trains(facts, run):
+        return None
+    if total is None:
+        return _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
         each = _QUANTIZED if "qlora" in run.signs else stored
-        return _budget(model, parameters, facts.total_bytes, each, each, "weights", run)
+        return _budget(model, parameters, total, each, each, "weights", run)
     if not _trains(facts, run):
+        if purpose == TRAINING and model.kind not in _OF_PICTURES:
+            found = _budget(model, parameters, total, _LEAST_STATE, _MOST_STATE, "training", run)
+            return msgspec.structs.replace(found, is_sure=False)
         if "spread" in run.signs:  # over several cards, or a part of it on the host
             return None
-        return _budget(model, parameters, facts.total_bytes, stored, stored, "weights", run)
+        return _budget(model, parameters, total, stored, stored, "weights", run)
     optimizer = run.texts.get("optimizer", "").lower()
     small = next((size for word, size in _SMALL_STATE.items() if word in optimizer), None)
     low, high = (small, small) if small else (_LEAST_STATE, _MOST_STATE)
-    return _budget(model, parameters, facts.total_bytes, low, high, "training", run)
+    return _budget(model, parameters, total, low, high, "training", run)
+
+
+_LEAST_PART = 0.05
+"""Share of the parameters from which on the trained ones have a state that counts; adapters have one per cent."""
+_OF_PICTURES = ("diffusion", "convolutional", "vision")
+"""Kinds of models of which mostly a part is trained, or which are small beside their activations."""
+_LEAST_OF_PART, _MOST_OF_PART = 4, 14
+"""Bytes of a trained parameter beside its weight: 2 (gradient) + 2 (moments in 8 bits), up to 2 + 4 + 8."""
+
+
+def _of_part(model: Model, parameters: int, total: int | None, trained: int, run: RunFacts) -> Budget:
+    """Return the memory of the gradients and the state of a part of the parameters."""
+    low, high = _LEAST_OF_PART * trained / parameters, _MOST_OF_PART * trained / parameters
+    found = _budget(model, parameters, total, low, high, "partial", run)
+    return msgspec.structs.replace(found, trained=trained, is_sure=False)
 
 
 def _stored(run: RunFacts) -> float:
@@ -78,12 +112,29 @@ def _trains(facts: Facts, run: RunFacts) -> bool:
     trainable, parameters = run.numbers.get("trainable"), run.numbers.get("parameters")
     if trainable and parameters:
         return trainable > parameters // 2
+    if trains_all(run):
+        return True
     return "batch_size" in run.numbers and any(
         name in run.frameworks for name in ("transformers_trainer", "llama_factory", "axolotl", "deepspeed", "fsdp")
     )
 
 
-def _budget(model: Model, parameters: int, total: int, low: float, high: float, what: str, run: RunFacts) -> Budget:
+def trains_all(run: RunFacts) -> bool:
+    """Return True if a report's words, or the name of its recipe, are of a training of all parameters."""
+    return bool(_TRAINS_ALL.search(run.text))
+
+
+_TRAINS_ALL = re.compile(
+    r"\bfull[_ -](?:parameters?[_ -]|param[_ -])?(?:fine[_ -]?tun\w*|sft|training)|\bfinetuning_type\W{1,3}full\b"
+    r"|\bfull[_ -]param(?:eter)?s?\b[^\n]{0,40}(?:fine[_ -]?tun|train)|全(?:参数|量)(?:微调|训练|sft)",
+    re.IGNORECASE,
+)
+"""Words and names of recipes for a training of all parameters."""
+
+
+def _budget(
+    model: Model, parameters: int, total: int | None, low: float, high: float, what: str, run: RunFacts
+) -> Budget:
     stage, world = run.numbers.get("zero_stage"), run.numbers.get("world_size")
     divides = bool(run.signs & {"deepspeed", "fsdp"})
     ranks = world if divides and stage == 3 and world else 1
@@ -96,6 +147,6 @@ def _budget(model: Model, parameters: int, total: int, low: float, high: float, 
         high_each=high,
         total_bytes=total,
         what=what,
-        is_divided=divides and ranks == 1,
+        is_divided=divides and ranks == 1 and world != 1,
         ranks=ranks,
     )

@@ -92,6 +92,7 @@ def _problem(facts: Facts, words: Words) -> str:
         return words("problem", "request_only", requested=requested)
     short, phase = facts.short_by_bytes, facts.phase
     key = "device_enough_free" if short is None else "device_in_phase" if phase is not None else "device"
+    key = "device_nearly" if short == 0 else key
     return words("problem", key, requested=requested, free=free, total=total, short=short, phase=phase)
 
 

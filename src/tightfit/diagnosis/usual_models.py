@@ -39,6 +39,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """True if the embedding and the output layer are one matrix."""
     printed: bool = False
     """True if the log prints the sizes."""
+    is_by_name: bool = False
+    """True if the number of parameters is the one in its name: 33B."""
 
     def matrices(self) -> Iterator[tuple[int, ...]]:
         """Yield the shape of each kind of large weight."""
@@ -94,7 +96,38 @@ def model_of(run: RunFacts) -> Model | None:
     printed = _printed(run)
     if printed is not None and not (named and named.hidden == printed.hidden):
         return printed
-    return named
+    return named or _by_size_in_name(run)
+
+
+_SIZE = r"(?:\d{1,2}x)?\d{1,3}(?:\.\d{1,2})?[bB](?![a-zA-Z0-9])"
+_SIZED_NAME = re.compile(
+    rf"(?<![A-Za-z0-9.])[A-Za-z][A-Za-z0-9.]{{1,30}}(?:[-_][A-Za-z0-9.]{{1,20}}){{0,5}}?[-_]({_SIZE})"
+    r"(?:[-_][A-Za-z0-9.]{1,20}){0,6}"
+)
+_SIZED_WORDS = re.compile(
+    r"\b((?:llama|qwen|mistral|gemma|opt|falcon|yi|baichuan|chatglm|glm|vicuna|deepseek|granite|bloom|mpt|internlm"
+    rf"|internvl|pythia|starcoder|codellama|galactica)[\w.]{{0,5}}(?:[ -][A-Za-z\d.]{{1,10}}){{0,2}}?[ -]({_SIZE}))",
+    re.IGNORECASE,
+)
+"""Names of models with their billions of parameters, in one piece and as people write them."""
+_BILLION = 10**9
+
+
+def _by_size_in_name(run: RunFacts) -> Model | None:
+    """Return a model with the parameters that its name states, where all names in the text state the same.
+
+    >>> _by_size_in_name(RunFacts(text="deepseek-coder-33b-instruct on 8 cards")).parameters
+    33000000000
+    """
+    given = run.texts.get("model", "")
+    found = [(match[0], match[1]) for match in _SIZED_NAME.finditer(given)]
+    if not found:
+        found = [(match[0], match[1]) for match in _SIZED_NAME.finditer(run.text)]
+        found += [(match[1], match[2]) for match in _SIZED_WORDS.finditer(run.text)]
+    sizes = {size.lower() for _, size in found}
+    if len(sizes) != 1 or "x" in (size := sizes.pop()):
+        return None
+    return Model(name=found[0][0], parameters=round(float(size[:-1]) * _BILLION), is_by_name=True)
 
 
 def _named(text: str) -> Model | None:

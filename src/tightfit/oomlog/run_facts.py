@@ -85,7 +85,7 @@ def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     """Return the pattern of all names of a table, and the quantity of each name."""
     quantity_of = {_plain(name): quantity for quantity, names in _tables()[table].items() for name in names}
     names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
-    value = r"(\d{1,12})(?![\w./%])" if table == "numbers" else r"([\w./:~@-]{2,200})"
+    value = r"(\d{1,12})(?![\w/%]|\.\w)" if table == "numbers" else r"([\w./:~@-]{2,200})"
     sign = r"[ \t]?[=:][ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
     return re.compile(rf"(?<![\w.-])(--?)?[\"']?({names})[\"']?({sign})[\"']?{value}"), quantity_of
 
@@ -159,10 +159,19 @@ def run_facts_in(text: str) -> RunFacts:
     )
 
 
+_OTHER_RUN = re.compile(
+    r"\b(?:work(?:s|ed|ing)?|runs?|ran|fine(?![- ]?tun)|fits?|succeed(?:s|ed)|okay|trained|able to|max(?:imum)?)\b"
+    r"[^\n.!?]{0,25}$"
+)
+"""Words right before a batch that another run had: one that went well, or somebody else's."""
+
+
 def _sentences(text: str) -> Iterator[tuple[str, int]]:
     for quantity in _tables()["sentences"]:
         for match in _pattern("sentences", quantity).finditer(text):
             value = int(next(filter(None, match.groups())).replace(",", "") or 0)
+            if quantity == "batch_size" and _OTHER_RUN.search(text, max(match.start() - 40, 0), match.start()):
+                continue
             if 0 < value < _MOST:
                 yield quantity, value
 

@@ -1,0 +1,78 @@
+"""Values that fill a remedy's lines: the printed batch divided into passes, half the length, the model's class."""
+
+import re
+
+from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.framework_words import Pasted, programs
+from tightfit.oomlog.run_facts import RunFacts
+
+_PARTS = 4
+"""Passes into which a printed batch is divided: 64 x 1 becomes 16 x 4."""
+
+
+def accumulation(evidence: Evidence) -> int | None:
+    """Return the printed accumulation, or the usual 1 of a program that is known to have it; None if unknown."""
+    usual = 1 if evidence.framework in programs("one_pass") else None
+    return evidence.run.numbers.get("accumulation", usual)
+
+
+Divided = tuple[int | None, int | None, int | None]
+"""A printed batch, the sequences of one pass and the passes of a step."""
+
+
+def divided(evidence: Evidence) -> Divided:
+    """Return the printed batch, a quarter of it, and the accumulation that keeps the sequences of a step."""
+    batch = evidence.run.numbers.get("batch_size")
+    if not batch or batch < 2 or "data_parallel" in evidence.run.signs:
+        return None, None, None
+    size = max(each for each in range(1, max(batch // _PARTS, 1) + 1) if batch % each == 0)
+    return batch, size, batch // size * (accumulation(evidence) or 1)
+
+
+def values_to_fill(evidence: Evidence, parts: Divided) -> dict[str, int | str]:
+    """Return the values to fill into the lines of frameworks.toml."""
+    batch, size, passes = parts
+    length = evidence.run.numbers.get("length")
+    return {
+        "size": size or "BATCH/4",
+        "passes": passes
+        if passes and accumulation(evidence)
+        else f"{batch // size if batch and size else 4}*ACCUMULATION",
+        "half": length // 2 if length else "HALF",
+        "model_class": _model_class(evidence.run),
+    }
+
+
+_CLASSES = {
+    "AutoModelForSpeechSeq2Seq": re.compile(r"whisper|speech_to_text|seamless|moonshine"),
+    "AutoModelForSeq2SeqLM": re.compile(r"m?t5|longt5|umt5|m?bart|bigbird_pegasus|pegasus|marian|m2m_100|nllb\w*|led"),
+    "AutoModelForCausalLM": re.compile(
+        r"llama4?|qwen\d(?:_moe)?|mistral|mixtral|gemma\d?|gpt\w*|phi\d?|falcon|opt|bloom|mpt|olmo\w*|starcoder2|cohere\d?"
+    ),
+}
+"""Classes of Transformers, by the folder of the model's file."""
+_OF_CAUSAL = re.compile(
+    r"CausalLM|\b(?:llama|qwen|mistral|mixtral|gemma|gpt|phi|falcon|chatglm|baichuan|vicuna)", re.IGNORECASE
+)
+
+
+def _model_class(run: RunFacts) -> str:
+    """Return the class of Transformers that loads the user's model; a word in capitals where the log does not tell."""
+    if run.family is not None:
+        return next((name for name, family in _CLASSES.items() if family.fullmatch(run.family)), "MODEL_CLASS")
+    return "AutoModelForCausalLM" if _OF_CAUSAL.search(run.text) else "MODEL_CLASS"
+
+
+def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
+    """Return the user's own options, as printed, for a program that is not known."""
+    names, (_, size, passes) = evidence.run.names, parts
+    if code != "split_general" or evidence.framework is not None or size is None:
+        return None
+    lines = [_option(names["batch_size"], size)] if "batch_size" in names else []
+    if lines and "accumulation" in names and passes:
+        lines.append(_option(names["accumulation"], passes))
+    return Pasted(lines=tuple(lines)) if lines else None
+
+
+def _option(name: str, value: int) -> str:
+    return f"{name} {value}" if name.startswith("-") else f"{name} = {value}"
