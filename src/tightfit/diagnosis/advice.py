@@ -199,12 +199,15 @@ def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterat
     """Yield the lists for a failure of which the phase alone is known."""
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
+    if facts.phase == "save":  # what one pass holds is gone by then
+        return
     if facts.phase == "load":
         yield "weights_to_train" if trains or evidence.purpose == TRAINING else "model"
     if evidence.batch_is_one and evidence.framework in programs("trainers_of_one"):
         yield "of_one"
     if evidence.batch_is_one and evidence.framework in programs("trainers") and not evidence.infers:
-        yield "of_one_full" if trains_all(evidence.run) else "of_one_text"
+        adapts = bool(evidence.run.signs & {"lora", "qlora"})
+        yield "of_one_adapter" if adapts else "of_one_full" if trains_all(evidence.run) else "of_one_text"
     if facts.phase in (None, "forward", "loss", "backward", "compile", "setup", "optimizer"):
         yield from ["undivided"] if evidence.run.numbers.get("zero_stage") in (1, 2) and not evidence.infers else []
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
@@ -277,11 +280,12 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
     is_too_large = evidence.budget is not None and evidence.budget.exceeds
     return {
         "offload": _has_no_offload(facts, evidence)
-        or (evidence.trains and ("qlora" in run.signs or program == "unsloth"))
+        or ("qlora" in run.signs and not evidence.infers)  # DeepSpeed's stage 3 takes no quantised weights
+        or (evidence.trains and program == "unsloth")
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
         "lora": bool(run.signs & {"lora", "qlora"}),
         "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,
-        "shard_quantized": "qlora" not in run.signs or run.numbers.get("world_size") == 1,
+        "shard_quantized": "qlora" not in run.signs or evidence.infers or run.numbers.get("world_size") == 1,
         "fewer_trained": evidence.budget is None or evidence.budget.what != "partial",
         "qlora": bool(run.signs & {"qlora", "four_bit"}),
         "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
@@ -368,8 +372,8 @@ def _attends(evidence: Evidence) -> bool:
 
 
 def _has_parts(facts: Facts, program: str | None) -> bool:
-    """Return True if a request is larger than the card, and the program has words for a part of the input."""
-    return is_oversized(facts) and has_own("less_at_once", program or "")
+    """Return True if a program can work on parts of its input in an evaluation, or for a request beyond the card."""
+    return (is_oversized(facts) or facts.phase == "eval") and has_own("less_at_once", program or "")
 
 
 def _batch_would_do(facts: Facts, evidence: Evidence) -> bool:

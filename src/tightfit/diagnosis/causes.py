@@ -63,7 +63,7 @@ def causes_of(
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        told = [*causes_of_report(evidence)] if evidence is not None and facts.kind == "program_words" else []
+        told = [*causes_of_report(facts, evidence)] if evidence is not None and facts.kind == "program_words" else []
         return (*told, OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid))
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):

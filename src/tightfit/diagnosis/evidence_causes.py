@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from tightfit.diagnosis.cause_records import (
     COMPUTED,
+    LIKELY,
     Cause,
     FirstAxis,
     LineRequest,
@@ -43,8 +44,11 @@ def causes_of_evidence(
     return [], [*budget, *tensor, *run] if evidence.grows is None else [*tensor, *budget, *run]
 
 
-def causes_of_report(evidence: Evidence) -> Iterator[Cause]:
+def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield the causes of a failure of which only a person's words are known."""
+    if facts.phase == "save":
+        yield Request(code="grows_saving", label=LIKELY, requested_bytes=facts.requested_bytes)
+        return
     yield from _of_budget(evidence.budget) if evidence.budget else ()
     if evidence.batch_is_one:
         yield Cause(code="batch_at_floor")
@@ -55,6 +59,8 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
     requested = facts.requested_bytes
     if evidence.grows is not None and (evidence.line is None or evidence.line.is_named or evidence.shape is not None):
         yield Request(code=f"grows_{evidence.grows}", requested_bytes=requested)
+    elif evidence.grows is None and facts.phase == "load":
+        yield Request(code="grows_model", label=LIKELY, requested_bytes=requested)
     yield from _of_sizes(requested, evidence)
     if culprit is not None and evidence.shape is not None and culprit.shape[0] > 1 and evidence.grows == "batch":
         first, whole = culprit.shape[0], culprit.bytes

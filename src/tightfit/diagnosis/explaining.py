@@ -244,7 +244,9 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     of_runtime = facts.kind == "cuda_driver" and evidence.infers and facts.phase != "setup" and is_plain
     known = programs("trainers") | programs("applications")
     is_of_known = facts.kind == "memory_words" and evidence.framework in known
-    if evidence.framework is None or not (facts.kind == "program_words" or of_runtime or is_of_known):
+    in_phase = facts.kind in ("program_words", "memory_words") and facts.phase in ("save", "eval")
+    is_known = evidence.framework is not None and (facts.kind == "program_words" or of_runtime or is_of_known)
+    if not (is_known or in_phase):
         return found
     loads = facts.phase in ("load", "setup")
     kept = tuple(each for each in found if each.code == _REST or (each.code == _OTHERS and (of_runtime or loads)))

@@ -98,7 +98,8 @@ def _of_card(facts: Facts) -> Iterator[Cause]:
     elif had_room(facts) and (room := room_beside_own(facts)) is not None:
         yield MoreFree(code="room_beside_own", free_bytes=room)
     elif "more_free_than_requested" in facts.notes and not ownership(facts).decides:
-        yield MoreFree(code="more_free_than_requested", free_bytes=facts.free_bytes)
+        code = "more_free_than_requested" if had_room(facts) else "hardly_more_free"
+        yield MoreFree(code=code, free_bytes=facts.free_bytes)
 
 
 def _of_others(facts: Facts) -> Iterator[Cause]:

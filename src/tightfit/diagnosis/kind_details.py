@@ -8,6 +8,7 @@ import msgspec
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.diagnosis.usual_models import model_of
 from tightfit.oomlog.facts import Facts, Figure
+from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.tables import read_table
 from tightfit.units import GIB, KIB, MIB
@@ -49,7 +50,19 @@ def detail_names() -> set[str]:
     return {each.name for each in _details() if each.name} | _OF_THE_RUN
 
 
-_OF_THE_RUN = {"eval", "one", "tasks", "weights_of", "weights_size", "wide", "weights", "loading", "kernel", "single"}
+_OF_THE_RUN = {
+    "eval",
+    "one",
+    "tasks",
+    "told_phase",
+    "weights_of",
+    "weights_size",
+    "wide",
+    "weights",
+    "loading",
+    "kernel",
+    "single",
+}
 """Details that the phase, the batch or the traceback shows."""
 
 
@@ -64,17 +77,65 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
             facts = _with(facts, each.name)
     if facts.kind == "vllm_no_cache_blocks":
         return _of_vllm(facts, run)
-    if facts.kind in _BY_FIGURES and facts.requested_bytes is None:
-        return _in_prose(facts, run)
+    if facts.kind in _BY_FIGURES:
+        facts = _with_phase(_in_prose(facts, run), run)
     if facts.kind == "jax_out_of_memory":
         return _of_jax(facts, run)
     if facts.kind == "tensorflow_out_of_memory":
         return _of_pool(facts, run)
     if facts.kind == "cuda_driver":
         return _of_driver(facts, run)
+    if facts.kind in ("program_words", "memory_words"):
+        facts = _with_phase(_in_prose(facts, run), run)
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
         return _with(facts, "loading")
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
+
+
+_LACK = re.compile(
+    r"out[ -]of[ -](?:\w+ )?memory|\bOOM\b|OutOfMemory|\bout of (?:v?ram|cuda)\b"
+    r"|显存|内存不足|メモリ(?:ー)?(?:が)?(?:不足|足り)",
+    re.IGNORECASE,
+)
+_WHEN = r"\b(?:when|while|during|in|at|on|after|before|for|until)\b(?! (?:the )?training\b)[^.\n]{0,40}?"
+_TOLD = {
+    "save": re.compile(
+        rf"{_WHEN}\b(?:saving|saves?|saved|save_pretrained|checkpointing|save_model|state_dict)\b"
+        r"|\bsaving\b[^.\n]{0,40}(?:checkpoints?|model|state)|保存(?:模型|权重|检查点|checkpoint)|モデルの?保存",
+        re.IGNORECASE,
+    ),
+    "eval": re.compile(
+        rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|testing)\b(?! (?:set|data|images?|split)\b)"
+        r"|^[#\s]*(?:testing|validation|evaluation)\b|验证(?:阶段|时|过程)|评估(?:阶段|时)|検証(?:中|時)|評価(?:中|時)",
+        re.IGNORECASE,
+    ),
+    "load": re.compile(
+        rf"{_WHEN}\bload(?:ing|s)?\b[^.\n]{{0,20}}\b(?:model|weights|checkpoint|shards|unet|transformer)\b",
+        re.IGNORECASE,
+    ),
+}
+"""A person's words for the phase in which memory ran out, in the sentence that tells of it."""
+_SENTENCE_ENDS = re.compile(r"(?<=[^\d])[.!?。！？](?=\s|$)|\n")
+_LOADS_ON = re.compile(r"Loading (?:safetensors )?(?:checkpoint|pipeline) (?:shards|components): +(?!100%)\d{1,2}%")
+
+
+def _with_phase(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure with the phase that the report tells, where neither a traceback nor a line shows one."""
+    if facts.phase is not None or facts.frames or memory_of(facts.kind) == "host":
+        return facts
+    if _LOADS_ON.search(run.text):
+        return msgspec.structs.replace(facts, phase="load")
+    for sentence in _SENTENCE_ENDS.split(run.text[:_REPORT]):
+        if not _LACK.search(sentence):
+            continue
+        told = next((phase for phase, words in _TOLD.items() if words.search(sentence)), None)
+        if told is not None:
+            return _with(msgspec.structs.replace(facts, phase=told), "told_phase")
+    return facts
+
+
+_REPORT = 8000
+"""Characters of a report in which a person tells what happened."""
 
 
 def _of_vllm(facts: Facts, run: RunFacts) -> Facts:
@@ -89,7 +150,7 @@ def _of_vllm(facts: Facts, run: RunFacts) -> Facts:
 _BY_FIGURES = ("cuda_out_of_memory", "hip_out_of_memory")
 _TOLD_SIZE = re.compile(
     r"\b(?:tried|tries|trying|try|attempt\w*|wants?|wanted|asks?|asked) to (?:re)?alloc\w* "
-    r"(?:about |around |over |more than )?(\d{1,9}(?:\.\d{1,3})?) ?(KiB|MiB|GiB|TiB|KB|MB|GB|TB)\b",
+    r"(?:about |around |over |more than )?(\d{1,9}(?:\.\d{1,3})?) ?(KiB|MiB|GiB|TiB|PiB|EiB|KB|MB|GB|TB|PB|EB)\b",
     re.IGNORECASE,
 )
 _MOST_REAL = 2**44
@@ -98,7 +159,7 @@ _MOST_REAL = 2**44
 
 def _in_prose(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure without its figures, with the size of the request that the report tells in a sentence."""
-    told = _TOLD_SIZE.search(run.text)
+    told = _TOLD_SIZE.search(run.text) if facts.requested_bytes is None else None
     figure = Figure.printed(f"{told[1]}{told[2]}") if told else None
     if figure is None:
         return facts

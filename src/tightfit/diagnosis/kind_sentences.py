@@ -1,6 +1,7 @@
 """Failures that no tensor of PyTorch explains: their sentences and their fixes, by kind."""
 
 import functools
+import math
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ def values_of(facts: Facts) -> dict[str, object]:
     if dtype := facts.details.get("dtype"):
         found["dtype"] = _DTYPES.get(dtype, dtype)
     elif shape:
-        found["unsized"] = True
+        found["unsized"] = math.prod(int(size) for size in shape.split(",") if size.strip().isdigit()) * 4
     if facts.phase == "eval" and any("transformers/trainer" in frame.file.replace("\\", "/") for frame in facts.frames):
         found["predictions"] = True
     if facts.phase == "setup" and facts.kind == "cuda_driver":

@@ -60,7 +60,7 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     """Return the memory that the model alone takes; None if its size or its use is unknown."""
     parameters = model.parameters if model else None
     total = facts.total_bytes or run.numbers.get("card_gb", 0) * GIB or None
-    if model is None or not parameters or had_room(facts):
+    if model is None or not parameters or had_room(facts) or facts.phase == "save":  # by then it had fit
         return None
     stored, trained = _stored(run), run.numbers.get("trainable", 0)
     if _LEAST_PART * parameters < trained <= parameters // 2:

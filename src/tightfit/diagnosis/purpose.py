@@ -13,7 +13,7 @@ TRAINING, INFERENCE = "training", "inference"
 _PHASES = {"backward": TRAINING, "optimizer": TRAINING, "loss": TRAINING, "warmup": INFERENCE}
 """Phases of one purpose only; an evaluation or a sample may be part of a training."""
 _COMMAND = re.compile(
-    r"(?:\bpython\d?(?:\.\d+)?|\btorchrun|\baccelerate launch|\bdeepspeed)\b[^\n]{0,200}?(\S{1,120}\.py)\b"
+    r"(?:\bpython\d?(?:\.\d+)?(?=\s)|\btorchrun|\baccelerate launch|\bdeepspeed)\b[^\n]{0,200}?(\S{1,120}\.py)\b"
 )
 
 

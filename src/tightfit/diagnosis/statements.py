@@ -63,6 +63,7 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     facts, culprit = explanation.facts, explanation.culprit
     assert facts is not None
     yield _problem(facts, words)
+    yield from _told_phase(facts, words)
     if facts.device_index and "tpu" not in facts.details:
         yield words("problem", "on_device", index=facts.device_index)
     if facts.rank is not None:
@@ -79,6 +80,13 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     yield from kind_sentences.follows_lines(explanation.reading, words)
     if count := explanation.reading.others_count:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
+
+
+def _told_phase(facts: Facts, words: Words) -> Iterator[str]:
+    """Yield the phase that a report tells, where the sentence on the failure does not name it."""
+    has_figures = facts.free_bytes is not None and facts.total_bytes is not None and is_of_device(facts)
+    if "told_phase" in facts.details and not has_figures:
+        yield words("problem", "told_phase", phase=facts.phase)
 
 
 def _problem(facts: Facts, words: Words) -> str:

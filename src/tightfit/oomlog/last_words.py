@@ -96,7 +96,8 @@ def titled_error(text: str) -> str | None:
 
 
 _REPORTED = re.compile(
-    r"\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
+    r"\b(?:runs?|ran|running) out of (?:the )?(?:cuda|gpu|device) (?:memory|mem|ram)\b"
+    r"|\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
     r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b)"
     r"|\bOutOfMemoryError\b|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)"
     r"|\bout of vram\b|\bvram (?:oom|is full)"
@@ -174,6 +175,31 @@ def reported_in(lines: Sequence[str]) -> str | None:
     return found.strip(" #*\t").removesuffix(".")[:200] if found else None
 
 
+_SENTENCE_ENDS = re.compile(r"(?<=[^\d\W]{2}[.!?]) +(?=[A-Z#*])|(?<=[。！？])")
+_LONG_LINE = 120
+
+
+def sentence_in(line: str) -> str:
+    """Return the sentence of a long line that names a lack of memory, without its full stop.
+
+    >>> sentence_in("I trained it for days on eight cards, with a small batch and with LoRA. " * 2 + "It is OOM now.")
+    'It is OOM now'
+    """
+    if len(line) > _LONG_LINE:
+        line = next((each for each in _SENTENCE_ENDS.split(line) if _ANYHOW.search(each)), line)
+    return line.strip().removesuffix(".")
+
+
+def is_told(line: str) -> bool:
+    """Return True for a sentence of a person's on device memory that ran out.
+
+    >>> is_told("While saving the model, it runs out of CUDA memory in each run."), is_told("cudaMalloc failed: OOM")
+    (True, False)
+    """
+    return bool(_REPORTED.search(line)) and len(line.split()) > _WORDS_OF_SENTENCE and not quotes_error(line)
+
+
+_WORDS_OF_SENTENCE = 8
 _QUOTED = re.compile(
     r"\w(?:Error|Exception)\b ?:|`[^`]{12,}`|\b[\w./-]+\.(?:cu|cuh|cpp|cc|c|h|py|rs|go):\d+|\b[Ee]rror(?: code)?:"
 )
@@ -260,6 +286,7 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
 _RAM = re.compile(
     r"\b(?:low|not enough|insufficient|out of|max\w* out(?: the)?|all(?: of)?(?: the)?)"
     r" (?:(?:system|host|cpu|available) )*RAM\b"
+    r"|\b(?:wo|does|do|ca)n'?t fit (?:in|into) (?:the )?(?:memory|RAM)\b"
     r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
     r"|(?:服务器|物理|系统|主机|运行)内存.{0,20}(?:爆|不足|不够|耗尽|占满)|内存爆满|(?:システム|ホスト|物理)メモリー?.{0,8}(?:不足|足り)"
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"

@@ -19,11 +19,13 @@ from tightfit.oomlog.last_words import (
     advises,
     host_words_in,
     is_of_job,
+    is_told,
     last_words,
     mentioned_in,
     met_in,
     quotes_error,
     reported_in,
+    sentence_in,
     titled_error,
 )
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
@@ -316,6 +318,8 @@ class _Scan:
         last = last_words(lines_of(self._ending)[-400:])
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
             last = ("memory_words", last[1])
+        if last is not None and last[0] == "memory_words" and is_told(last[1]):
+            last = ("reported", last[1])
         title = reported_in(lines_of(self._head[:4000])) if last is None or last == ("incomplete", "") else None
         told = host_words_in(lines_of(self._head[:4000])[:1]) if last == ("incomplete", "") else None
         if told is not None:
@@ -435,7 +439,8 @@ def _said(words: str) -> dict[str, str]:
 
 
 def _as_reported(line: str) -> dict[str, str]:
-    """Return a line of a report as details, with a sign of its own where it quotes the error."""
+    """Return the sentence of a report as details, with a sign of its own where it quotes the error."""
+    line = sentence_in(line)
     return {"reported": line} | ({"quoted": "yes"} if quotes_error(line) else {})
 
 

@@ -126,12 +126,15 @@ def run_facts_in(text: str) -> RunFacts:
     """Read clean text: the beginning of a log, and its end."""
     numbers = dict(_sentences(text))
     names: dict[str, str] = {}
-    for dashes, name, sign, value in _keys("numbers")[0].findall(text):
+    for match in _keys("numbers")[0].finditer(text):
+        dashes, name, sign, value = match.groups("")
         if not (dashes or sign.strip() or "_" in name):  # `batch 12` counts batches
             continue
         quantity = _keys("numbers")[1][_plain(name)]
         known = names.get(quantity, "")
         if quantity == "batch_size" and _OF_ONE_CARD.search(known) and not _OF_ONE_CARD.search(name):
+            continue
+        if quantity == "batch_size" and _is_of_other_run(text, match):
             continue
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
@@ -166,11 +169,23 @@ _OTHER_RUN = re.compile(
 """Words right before a batch that another run had: one that went well, or somebody else's."""
 
 
+_WENT_WELL = re.compile(
+    r"[`'\")]{0,3}[ ,]{0,2}(?:\w+ ){0,2}?(?:works?|worked|runs?|fits?|succeed|(?:is|was|are) (?:fine|ok))\b"
+)
+"""Words right behind such a batch."""
+
+
+def _is_of_other_run(text: str, match: re.Match[str]) -> bool:
+    """Return True if the words around a batch say that it is not the one that failed."""
+    before = _OTHER_RUN.search(text, max(match.start() - 40, 0), match.start())
+    return bool(before or _WENT_WELL.match(text, match.end()))
+
+
 def _sentences(text: str) -> Iterator[tuple[str, int]]:
     for quantity in _tables()["sentences"]:
         for match in _pattern("sentences", quantity).finditer(text):
             value = int(next(filter(None, match.groups())).replace(",", "") or 0)
-            if quantity == "batch_size" and _OTHER_RUN.search(text, max(match.start() - 40, 0), match.start()):
+            if quantity == "batch_size" and _is_of_other_run(text, match):
                 continue
             if 0 < value < _MOST:
                 yield quantity, value

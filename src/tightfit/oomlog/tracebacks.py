@@ -81,7 +81,14 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     start = first + 1 if first is not None and first <= _NEAR else 0
     ends = (at for at in range(start, len(lines)) if _HEAD in lines[at] or "out of memory" in lines[at].lower())
     behind = lines[start : next(ends, len(lines))]
-    return () if start and any(map(_EXCEPTION.match, behind)) else tuple(_frames(behind))
+    found = () if start and any(map(_EXCEPTION.match, behind)) else tuple(_frames(behind))
+    return () if any(_LAUNCHER.search(each.file) for each in found) else found
+
+
+_LAUNCHER = re.compile(
+    r"accelerate[\\/]commands|torch[\\/]distributed[\\/](?:run|launch\w*|elastic)\b|deepspeed[\\/]launcher|bin[\\/]torchrun"
+)
+"""Files of programs that start others: their tracebacks tell only that one of these failed."""
 
 
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
