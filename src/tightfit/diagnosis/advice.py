@@ -283,6 +283,8 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or ("qlora" in run.signs and not evidence.infers)  # DeepSpeed's stage 3 takes no quantised weights
         or (evidence.trains and program == "unsloth")
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
+        "no_reserve": not _RESERVES.search(run.text),
+        "fewer_pixels": not _SEES.search(run.text),
         "lora": bool(run.signs & {"lora", "qlora"}),
         "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,
         "shard_quantized": "qlora" not in run.signs or evidence.infers or run.numbers.get("world_size") == 1,
@@ -309,6 +311,12 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
 
 _OF_SCORES = 2**29
 """Bytes from which on a request of a program that uses a trained model may well be of attention's scores."""
+
+
+_RESERVES = re.compile(r"\btrain\.py\b[^\n]*\s(?:-o|--occupy)\b")
+"""YOLOX's option to take the card's memory before the training."""
+_SEES = re.compile(r"(?<![A-Za-z])VL(?![A-Za-z])|-vl-|\bMAX_PIXELS\b|\bmax_pixels\b|[Ii]ntern[Vv][Ll]|[Pp]ixtral")
+"""Models of language that see pictures of any size."""
 
 
 def _keeps_little(facts: Facts, evidence: Evidence) -> bool:

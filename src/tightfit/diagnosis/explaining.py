@@ -233,7 +233,7 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
     )
 
 
-_REST, _OTHERS = "kind_rest_of_log", "kind_other_programs"
+_REST, _OTHERS, _KEPT = "kind_rest_of_log", "kind_other_programs", "kind_kept_tensors"
 
 
 def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
@@ -249,7 +249,8 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     if not (is_known or in_phase):
         return found
     loads = facts.phase in ("load", "setup")
-    kept = tuple(each for each in found if each.code == _REST or (each.code == _OTHERS and (of_runtime or loads)))
+    first = (_REST, _KEPT, *((_OTHERS,) if of_runtime or loads else ()))
+    kept = tuple(each for each in found if each.code in first)
     return (*kept, *advice(facts, evidence)) or found
 
 

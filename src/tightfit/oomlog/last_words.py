@@ -100,6 +100,7 @@ _REPORTED = re.compile(
     r"|\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
     r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b)"
     r"|\bOutOfMemoryError\b|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)"
+    r"|\b(?:gpus?|cuda|vram) ?(?:memory|mem)?\b[^.\n]{0,20}\b(?:memory )?leak"
     r"|\bout of vram\b|\bvram (?:oom|is full)"
     r"|\bOOM\b(?! ?kill)|显存(?:不足|不够|溢出|爆)|爆显存"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
