@@ -208,7 +208,8 @@ class Evaluations:
         if stacks_samples(batches._collate_fn) or id(batches._dataset) in self._looked_at:
             return []
         self._looked_at.add(id(batches._dataset))
-        found = longest(batches._dataset, skipped)
+        with self._phases.untraced():
+            found = longest(batches._dataset, skipped)
         self.found_longer = found.place is not None
         if found.seen >= count - 1:
             self._seen_whole.add(id(batches._dataset))

@@ -1,19 +1,23 @@
 """The batch with the largest sample among those of a DataLoader that are left out.
 
 Samples of several lengths are filled up to the longest of their batch, so that one batch of an epoch decides the peak.
-The samples are loaded on the host, in the time that `SECONDS` gives; nothing is computed with them.
+Most samples are loaded on the host for that, in the time that `SECONDS` gives; nothing is computed with them.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from tightfit.vgpu.arrow_samples import arrow_sizes
 from tightfit.vgpu.loop_items import FAILURES, size_of
 
 SECONDS = 5.0
 """Time for looking at the samples of one epoch."""
+_AT_ONCE = 256
+"""Batches that are looked at together where samples need not be loaded."""
 
 
 class Longest(NamedTuple):
@@ -49,11 +53,19 @@ def are_of_one_size(dataset: object, count: int, *, seconds: float = 1.0) -> boo
 def _largest_of_each(dataset: object, batches: Iterable[object], seconds: float) -> Iterator[int]:
     """Yield the size of each batch's largest sample, up to a batch that cannot be looked at or the end of the time."""
     until = time.monotonic() + seconds
-    for batch in batches:
-        if not isinstance(batch, (list, tuple)) or time.monotonic() > until:
-            return
-        try:
-            largest = max((size_of(dataset[number], of_card=False) for number in batch), default=0)  # type: ignore[index]
-        except FAILURES:  # of the script's own dataset, which raises them where the script comes to them
-            return
-        yield largest
+    left = itertools.takewhile(lambda batch: isinstance(batch, (list, tuple)), batches)
+    try:
+        from_columns = arrow_sizes(dataset)
+        while some := list(itertools.islice(left, _AT_ONCE if from_columns else 1)):
+            if time.monotonic() > until:
+                return
+            numbers = [number for batch in some for number in batch]  # type: ignore[attr-defined]
+            sizes = iter(from_columns(numbers) if from_columns else _loaded_sizes(dataset, numbers))
+            for batch in some:
+                yield max(itertools.islice(sizes, len(batch)), default=0)  # type: ignore[arg-type]
+    except FAILURES:  # of the script's own dataset, which raises them where the script comes to them
+        return
+
+
+def _loaded_sizes(dataset: object, numbers: Sequence[object]) -> list[int]:
+    return [size_of(dataset[number], of_card=False) for number in numbers]  # type: ignore[index]
