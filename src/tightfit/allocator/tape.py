@@ -35,9 +35,13 @@ class TapedAllocator(CachingAllocator):
         """Note the bytes of the next request on other cards."""
         self.elsewhere[self._requests] = sizes
 
+    def sizes_on(self, card: Hashable) -> dict[int, int]:
+        """Return the bytes of the requests that are of another size on that card, by their number."""
+        return {number: sizes[card] for number, sizes in self.elsewhere.items() if card in sizes}
+
     def tape_on(self, card: Hashable) -> list[Call]:
         """Return the calls that this run would make on another card that answered alike."""
-        sizes = {number: sizes[card] for number, sizes in self.elsewhere.items() if card in sizes}
+        sizes = self.sizes_on(card)
         if not sizes:
             return self.tape
         calls, number = [], 0

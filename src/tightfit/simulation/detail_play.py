@@ -182,7 +182,8 @@ class Elsewhere:
     def __init__(self, session: VirtualSession, allocator: TapedAllocator, found: Findings) -> None:
         self._session, self._allocator, self._failed = session, allocator, found.failure is not None
         self._kinds = session.alike()
-        self._peaks: dict[Card, int | None] = {session.device.card: allocator.peak_reserved_bytes}
+        self._peaks: dict[tuple[tuple[int, int], ...], int | None] = {}
+        """By the requests that are of another size there than here."""
 
     def outcomes(self, cards: Sequence[CardSize]) -> list[CardOutcome]:
         return [self._outcome(card, self._kinds[card.name]) for card in cards if card.name in self._kinds]
@@ -213,14 +214,15 @@ class Elsewhere:
 
     def _peak_without_limit(self, kind: Card) -> int | None:
         """Return the bytes that the run reserves in the memory of this play; None if a request is refused there."""
-        if kind not in self._peaks:
-            allocator = self._allocator
+        allocator = self._allocator
+        sizes = tuple(allocator.sizes_on(kind).items())
+        if not sizes:
+            return allocator.peak_reserved_bytes
+        if sizes not in self._peaks:
             there = CardSize(name="", total_bytes=allocator.total_bytes, context_bytes=allocator.context_bytes)
-            same = allocator.tape_on(kind) is allocator.tape
-            played = None if same else self._replay(kind, there)
-            own = allocator.peak_reserved_bytes
-            self._peaks[kind] = own if played is None else None if played.error else played.peak_reserved_bytes
-        return self._peaks[kind]
+            played = self._replay(kind, there)
+            self._peaks[sizes] = None if played.error else played.peak_reserved_bytes
+        return self._peaks[sizes]
 
     def _replay(self, kind: Card, card: CardSize) -> Replayed:
         return replay(

@@ -93,7 +93,8 @@ class CardAnswers:
         own = question(self.card)
         if not self.alike:
             return [(each, {}) for each in own]
-        theirs = {other: question(other) for other in self.alike}
+        answers = {key: question(card) for key, card in {_generation(other): other for other in self.alike}.items()}
+        theirs = {other: answers[_generation(other)] for other in self.alike}
         keys = [each.key for each in own]
         self._compare(keys, {other: [each.key for each in found] for other, found in theirs.items()})
         return [
@@ -107,6 +108,11 @@ class CardAnswers:
             self.is_chip_known = True
         if field in _OF_THE_CHIP or field in _OF_THE_CAPABILITY:
             self.ask(lambda card: card.capability, "capability")
+
+
+def _generation(card: Card) -> Hashable:
+    """Return what decides about a card's workspaces."""
+    return card.capability, card.torch_version
 
 
 def _form(hidden: Hidden | None) -> tuple[int, int, tuple[tuple[int, int], ...]] | None:
