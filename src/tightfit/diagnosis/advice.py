@@ -284,6 +284,7 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or (evidence.trains and program == "unsloth")
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
         "no_reserve": not _RESERVES.search(run.text),
+        "share_of_card": program in programs("with_servers") and not re.search(r"vllm|sglang", run.text, re.IGNORECASE),
         "fewer_pixels": not _SEES.search(run.text),
         "lora": bool(run.signs & {"lora", "qlora"}),
         "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,

@@ -38,9 +38,26 @@ def values_to_fill(evidence: Evidence, parts: Divided) -> dict[str, int | str]:
         "passes": passes
         if passes and accumulation(evidence)
         else f"{batch // size if batch and size else 4}*ACCUMULATION",
+        "share": _lower_share(evidence.run.text),
         "half": length // 2 if length else "HALF",
         "model_class": _model_class(evidence.run),
     }
+
+
+_SHARE = re.compile(
+    r"(?:gpu[-_]memory[-_]utilization|mem[-_]fraction[-_]static|cache[-_]max[-_]entry[-_]count)\W{1,4}(0?\.\d{1,3})\b"
+)
+_USUAL_SHARE, _STEP, _LEAST_SHARE = 0.8, 0.1, 0.2
+
+
+def _lower_share(text: str) -> str:
+    """Return a share of the card below each one that the log prints.
+
+    >>> _lower_share("--mem-fraction-static 0.7"), _lower_share("vllm serve")
+    ('0.6', '0.8')
+    """
+    printed = [float(each) for each in _SHARE.findall(text)]
+    return f"{max(_LEAST_SHARE, min([_USUAL_SHARE, *(each - _STEP for each in printed)])):.2g}"
 
 
 _CLASSES = {

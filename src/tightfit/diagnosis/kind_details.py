@@ -93,7 +93,7 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
 
 
 _LACK = re.compile(
-    r"out[ -]of[ -](?:\w+ )?memory|\bOOM\b|OutOfMemory|\bout of (?:v?ram|cuda)\b"
+    r"out[ -]of[ -](?:\w+ )?memory|(?<![A-Za-z])OOM(?![A-Za-z])|OutOfMemory|\bout of (?:v?ram|cuda)\b"
     r"|显存|内存不足|メモリ(?:ー)?(?:が)?(?:不足|足り)",
     re.IGNORECASE,
 )
@@ -106,7 +106,7 @@ _TOLD = {
     ),
     "eval": re.compile(
         rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|testing)\b(?! (?:set|data|images?|split)\b)"
-        r"|^[#\s]*(?:testing|validation|evaluation)\b|验证(?:阶段|时|过程)|评估(?:阶段|时)|検証(?:中|時)|評価(?:中|時)",
+        r"|^[#\s]*(?:testing|validation|evaluation)\b|(?:验证|评估|评测|eval)(?:阶段|时|过程)|検証(?:中|時)|評価(?:中|時)",
         re.IGNORECASE,
     ),
     "load": re.compile(

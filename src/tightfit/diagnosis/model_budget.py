@@ -65,7 +65,7 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     stored, trained = _stored(run), run.numbers.get("trainable", 0)
     if _LEAST_PART * parameters < trained <= parameters // 2:
         return _of_part(model, parameters, total, trained, run)
-    if total is None and not _trains(facts, run):
+    if total is None and (run.signs & {"lora", "qlora"} or not _trains(facts, run)):
         return None
     if total is None:
         return _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
