@@ -19,7 +19,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.evidence_causes import causes_of_evidence, causes_of_report
+from tightfit.diagnosis.evidence_causes import causes_of_evidence, causes_of_purpose, causes_of_report
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
@@ -86,7 +86,9 @@ def causes_of(
     if any(each.code.startswith("grows_") for each in rest):
         full = []
     found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
-    return tuple(found) or (_of_little(facts),)
+    shown = tuple(found) or (_of_little(facts),)
+    is_bare = facts.requested_bytes is None and evidence is not None and not (culprit or first)
+    return (*causes_of_purpose(facts, evidence), *shown) if is_bare and evidence is not None else shown
 
 
 _FULL = 0.8

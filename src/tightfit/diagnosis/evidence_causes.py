@@ -22,7 +22,9 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.failing_line import line_before_message
+from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
+from tightfit.diagnosis.purpose import TRAINING
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room
 from tightfit.units import MIB
@@ -50,8 +52,37 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield Request(code="grows_saving", label=LIKELY, requested_bytes=facts.requested_bytes)
         return
     yield from _of_budget(evidence.budget) if evidence.budget else ()
+    yield from causes_of_purpose(facts, evidence)
     if evidence.batch_is_one:
         yield Cause(code="batch_at_floor")
+
+
+def causes_of_purpose(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield what the card's use grows with, by what the run is for; where neither a line nor a figure shows more."""
+    budget, trains = evidence.budget, evidence.trains or evidence.purpose == TRAINING
+    if budget is not None and (budget.exceeds or budget.what == "partial"):
+        return
+    code = _code_of_purpose(facts, evidence, trains=trains)
+    if code is not None and "growing" not in facts.details:
+        yield Cause(code=code, label=LIKELY)
+
+
+_SERVES = re.compile(r"vllm|sglang", re.IGNORECASE)
+
+
+def _code_of_purpose(facts: Facts, evidence: Evidence, *, trains: bool) -> str | None:
+    program = evidence.framework
+    if program in programs("with_servers") and _SERVES.search(evidence.run.text) and facts.phase in (None, "warmup"):
+        return "share_of_server"
+    if program in ("vllm", "sglang", "tgi", "lmdeploy", "tensorrt_llm") and facts.phase in (None, "warmup"):
+        return "held_by_server"
+    if program == "pyg":
+        return "whole_graph"
+    if facts.phase == "eval":
+        return "pass_of_evaluation" if trains else None
+    if facts.phase not in (None, "forward", "loss", "backward"):
+        return None
+    return "pass_of_inference" if evidence.infers else "pass_of_training" if trains else None
 
 
 def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
