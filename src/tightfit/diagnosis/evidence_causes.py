@@ -58,7 +58,7 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
 
 
 def causes_of_purpose(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
-    """Yield what the card's use grows with, by what the run is for; where neither a line nor a figure shows more."""
+    """Yield the quantities that fill a card in such a run, where neither a line nor a figure shows more."""
     budget, trains = evidence.budget, evidence.trains or evidence.purpose == TRAINING
     if budget is not None and (budget.exceeds or budget.what == "partial"):
         return

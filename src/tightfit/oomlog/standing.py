@@ -96,7 +96,7 @@ def standing(
         return Standing.HARMLESS
     if line.level in ("debug", "info", "warning") and not (leads and named) and not _fails_at_any_level(message, bare):
         return Standing.CAUGHT
-    mine = _has("first_person", bare)
+    mine = _has("first_person", bare) or (is_title and "class_without_message" in message.notes)
     if (_has("caught", bare) and not mine) or _has("fallback", after[:80]):
         return Standing.CAUGHT
     if message.states_figures or message.kind in ("cuda_async", "nvml_assert"):
@@ -106,14 +106,7 @@ def standing(
     if message.kind == "program_words" and line.level == "error" and not _has("conditional", before):
         return Standing.FAILURE
     if (is_of_allocator(message.kind) and not message.is_sure) or message.kind == "program_words":
-        return _of_plain_words(
-            message,
-            before,
-            after,
-            leads=leads,
-            mine=mine or (is_title and "class_without_message" in message.notes),
-            short_log=short_log,
-        )
+        return _of_plain_words(message, before, after, leads=leads, mine=mine, short_log=short_log)
     if leads and (named or _TAIL.match(after) or line.level == "error"):
         return Standing.FAILURE
     if (message.is_sure or message.kind in _SPEAKS_FOR_ITSELF) and not _has("strict", bare):
