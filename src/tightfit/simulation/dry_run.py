@@ -21,6 +21,8 @@ from tightfit.vgpu.command_line import check_command, launcher_of
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import say
 
+_IN_FULL_S = 40.0
+"""Seconds for playing all iterations of a script that failed after some were passed over."""
 _CALL = """\
 import pickle
 with open({path!r}, "rb") as file:
@@ -46,10 +48,27 @@ def dryrun_script(
     """
     request = script_request(script, arguments, settings, environ)
     environ = {received(name): received(value) for name, value in request.environ.items()}
-    answer = simulator.play([request])[0] if simulator else run_once(request, environ=environ, on_step=on_step)
-    if isinstance(answer, Findings):
-        return answer
-    raise error_of(answer)
+
+    def played(asked: ScriptRequest) -> Findings | Failed:
+        return simulator.play([asked])[0] if simulator else run_once(asked, environ=environ, on_step=on_step)
+
+    answer = played(request)
+    if not isinstance(answer, Findings):
+        raise error_of(answer)
+    return _in_full(answer, request, played) if answer.outcome == "error" and answer.is_shortened else answer
+
+
+def _in_full(failed: Findings, request: ScriptRequest, play: Callable[[ScriptRequest], Findings | Failed]) -> Findings:
+    """Play a script that failed after iterations were passed over once more, with all of them.
+
+    It may count its iterations, and fail because of those that did not run. Without an end in time, the failure stays.
+    """
+    seconds = min(request.settings.timeout_s or _IN_FULL_S, _IN_FULL_S)
+    again = play(replace(request, settings=replace(request.settings, until_stable=False, timeout_s=seconds)))
+    if not isinstance(again, Findings) or (again.outcome == "fits" and again.not_played):
+        return replace(failed, notes=[*failed.notes, say("simulation.dry_run.shortened")])
+    note = say("simulation.dry_run.in_full", error=failed.stopped_because)
+    return replace(again, notes=[*again.notes, note]) if again.outcome != "error" else again
 
 
 def script_request(

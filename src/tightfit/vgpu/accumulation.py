@@ -91,7 +91,7 @@ class Accumulation:
         """Follow the lines around passes without a step, and compare the passes themselves for accelerate."""
         phases = self._phases
         if phases.steps != self._step.step:
-            self._step, self._wants_last = _Passes(step=phases.steps), False
+            self._step, self._wants_last = _Passes(mark=self._step.mark, step=phases.steps), False
         self._wants_last = self._step.follow(self._recorder)
         if phases.passes >= _PASSES_TO_FOLLOW:
             frame = sys._getframe(1)

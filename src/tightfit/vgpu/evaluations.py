@@ -201,6 +201,7 @@ class Evaluations:
             last, left = [end], iter(())
         kept = self._longest(batches, [*dropped, *first], len(dropped) + count)
         assign(batches, _sampler_iter=itertools.chain(kept, last, left))
+        self._lines.has_passed |= count > 1
         return count > 1
 
     def _longest(self, batches: "dataloader._BaseDataLoaderIter", skipped: list[object], count: int) -> list[object]:

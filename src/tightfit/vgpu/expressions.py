@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -11,18 +12,47 @@ from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
 from tightfit.vgpu.loop_items import FAILURES
 
 PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
-_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {**ARITHMETIC, **COMPARISONS, **SIGNS}
-_IDENTITY = (ast.Is, ast.IsNot)
-_FUNCTIONS: dict[str, Callable[..., object]] = {
-    each.__name__: each for each in (len, int, float, bool, min, max, abs, round)
-}
-_METHODS = ("size", "numel", "dim", "get")
-
-Unsure = frozenset[str]
 
 
 class UnknownError(Exception):
     """A value that only running the script would give."""
+
+
+_MOST_BITS = 4096
+"""Bits of a number to which shifts and powers are computed."""
+
+
+def _left_shift(value: int, places: int) -> int:
+    if value.bit_length() + places > _MOST_BITS:
+        raise UnknownError
+    return value << places
+
+
+def _power(base: float, exponent: float) -> object:
+    if isinstance(base, int) and abs(exponent) * base.bit_length() > _MOST_BITS:
+        raise UnknownError
+    return base**exponent
+
+
+_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {
+    **ARITHMETIC,
+    **COMPARISONS,
+    **SIGNS,
+    ast.LShift: _left_shift,
+    ast.RShift: operator.rshift,
+    ast.Pow: _power,
+}
+_IDENTITY = (ast.Is, ast.IsNot)
+_FUNCTIONS: dict[str, Callable[..., object]] = {
+    each.__name__: each for each in (len, int, float, bool, min, max, abs, round)
+}
+_OF_MATH: dict[str, Callable[..., object]] = {
+    each.__name__: each
+    for each in (math.ceil, math.floor, math.trunc, math.sqrt, math.log, math.log2, math.cos, math.sin)
+}
+_METHODS = ("size", "numel", "dim", "get")
+
+Unsure = frozenset[str]
 
 
 class Reader:
@@ -101,6 +131,10 @@ class Reader:
                 return _of(_ITEM, self.value(of), self.value(key))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
                 return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
+            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _OF_MATH:
+                if self.value(of) is not math:
+                    raise UnknownError
+                return _called(_OF_MATH[name], [self.value(each) for each in arguments])
             case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS:
                 return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
         raise UnknownError
@@ -152,6 +186,11 @@ def _called(function: Callable[..., object] | None, values: Sequence[object]) ->
         return function(*values)
     except FAILURES:  # whatever the script would raise there
         raise UnknownError from None
+
+
+def is_computed(call: ast.Call) -> bool:
+    """Return True if a call gives a number of its arguments, as `min(...)` does."""
+    return isinstance(call.func, ast.Name) and call.func.id in _FUNCTIONS
 
 
 def value_in(node: ast.expr, names: Mapping[str, object], others: Mapping[str, object]) -> object:

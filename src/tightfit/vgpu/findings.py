@@ -44,6 +44,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
         not_modelled=device.not_modelled,
         never_modelled=list(NOT_MODELLED),
         notes=[*session.notes, *device.assumed.sentences()],
+        is_shortened=session.is_shortened,
         seconds=round(seconds, 3),
         timeline=timeline_of(recorder) if session.settings.timeline else None,
     )

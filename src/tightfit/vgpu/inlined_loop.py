@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType, MethodType
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from torch import Tensor
 
+from tightfit.vgpu.expressions import is_computed
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
 from tightfit.vgpu.running_loops import SUSPENDS
@@ -52,19 +53,27 @@ class InlinedLoop:
     """Names of the modules of these functions."""
     put_in: list[ast.If] = field(default_factory=list)
     """Branches of these functions."""
+    on_line: list[ast.If] = field(default_factory=list)
+    """Those of them with their body on the line of the `if`."""
     watches: int = 0
     """Expressions of the counters that may decide sizes."""
 
     def missing(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
         """Lines that may allocate in these functions, behind a condition of the counters, and never ran."""
-        lines = {line + offset for code, offset in self.functions.items() for line in ran(code)}
+        lines = self.lines_of(ran)
         stored = {ast.unparse(each) for each in _targets(self.node)}
         found = set[int]()
         for branch in self.put_in:
             if _reads(branch.test, stored):
                 calls = allocating_lines([*branch.body, *branch.orelse])
-                found |= {first for first, last in calls if lines.isdisjoint(range(first, last + 1))}
+                ran_here = {-line for line in lines if line < 0} if branch in self.on_line else lines
+                found |= {first for first, last in calls if ran_here.isdisjoint(range(first, last + 1))}
         return found
+
+    def lines_of(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
+        """Lines of these functions that ran, moved as their statements are; negative for bodies on an `if`'s line."""
+        each_ran = ((line, offset) for code, offset in self.functions.items() for line in ran(code))
+        return {line + offset if line > 0 else line - offset for line, offset in each_ran}
 
 
 @dataclass
@@ -204,6 +213,8 @@ class _Builder:
         )
         if scope.code is not None:
             self._made.put_in.append(made)
+            if isinstance(statement, ast.If) and body[0].lineno == statement.lineno:
+                self._made.on_line.append(made)
         ast.copy_location(made, statement)
         return self._placed(made, scope)
 
@@ -232,12 +243,22 @@ class _Builder:
             if called is not None:
                 found += self.statements(called[0].body, self.scope_of(call, *called), depth + 1)
         for part in _derived(whole):
-            if self._look(part) is not None:
+            if self._look(part) is not None and not self._reads_item(part):
                 key = ast.Constant(f"{scope.offset}:{part.lineno}:{part.col_offset}:{depth}")
                 target = ast.Subscript(ast.Name(WATCHED, ast.Load()), key, ast.Store())
                 found.append(ast.copy_location(ast.Assign([target], part), value))
                 self._made.watches += 1
         return found
+
+    def _reads_item(self, part: ast.expr) -> bool:
+        """Return True if an expression depends on a tensor, or on the loop's item: only the item itself could tell."""
+        loop = self._made.node
+        given = {ast.unparse(each) for each in ast.walk(loop.target)} if isinstance(loop, ast.For) else set[str]()
+        names = (each for each in ast.walk(part) if _is_named(each))
+        values = ((ast.unparse(each), self._look(each)) for each in names)
+        return any(
+            isinstance(found, Tensor) or (text in given and not isinstance(found, int)) for text, found in values
+        )
 
     def _kept(self, statement: ast.stmt, scope: _Scope, depth: int) -> list[ast.stmt]:
         """Return the statement itself; in the loop's own words if it counts in a function."""
@@ -403,12 +424,18 @@ def _derived(value: ast.expr) -> Iterator[ast.expr]:
     parts: list[ast.expr] = [value]
     while parts:
         part = parts.pop()
-        if isinstance(part, _HIDE_NAMES) or (isinstance(part, ast.Call) and is_harmless(part)):
+        is_call = isinstance(part, ast.Call) and is_harmless(part) and not is_computed(part)
+        if isinstance(part, _HIDE_NAMES) or is_call:
             continue
-        if isinstance(part, _DERIVED) and isinstance(getattr(part, "ctx", _LOAD), ast.Load):  # no target
+        is_read = isinstance(getattr(part, "ctx", _LOAD), ast.Load)  # else it is a target
+        if isinstance(part, _DERIVED) and is_read and any(map(_is_named, ast.walk(part))):
             yield part
         parts += [each for each in ast.iter_child_nodes(part) if isinstance(each, ast.expr)]
         parts += [each.value for each in getattr(part, "keywords", [])]
+
+
+def _is_named(node: ast.AST) -> TypeGuard[ast.Name | ast.Attribute]:
+    return isinstance(node, (ast.Name, ast.Attribute))
 
 
 def _expression(value: ast.expr, at: ast.stmt | None = None) -> ast.Expr:

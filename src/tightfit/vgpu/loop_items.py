@@ -1,13 +1,19 @@
 """Items of a running `for` loop: its iterator, which Python hides, and the largest item that is still to come."""
 
+import copy
 import ctypes
 import dis
 import gc
 import operator
 import sys
 import time
+import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType, GeneratorType
+from dataclasses import is_dataclass
+from itertools import islice, product
+from pathlib import Path
+from types import FrameType, GeneratorType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +27,13 @@ FAILURES = (
 """Errors of a script's own expressions, which it raises again where it comes to them."""
 _AT_HAND: tuple[type, ...] = type(iter([])), type(iter(())), type(iter(range(0))), type(reversed([]))
 """Iterators whose items exist already, so that taking them away does nothing else."""
+_EMPTY: dict[object, object] = {}
+_OF_SETTINGS: tuple[type, ...] = (
+    *(type(iter([])), type(iter(())), type(iter(_EMPTY)), type(iter(_EMPTY.values())), type(iter(_EMPTY.items()))),
+    product,
+)
+_MOST_SETTINGS = 64
+"""Iterations of a loop over settings that are played one by one."""
 _SECONDS = 2.0
 """Time for looking at the items that are left."""
 
@@ -104,16 +117,70 @@ def _is_made_by(items: "GeneratorType[object, object, object]", owner: object) -
 
 def largest_left(items: Any, played: object, is_over: Callable[[], bool]) -> object | None:
     """Take the items that are left, as far as the time goes, and return the largest; None if none exceeds `played`."""
-    largest, most = None, size_of(played)
+    is_counted = type(items) is enumerate
+    largest, most = None, _rank(played, is_counted=is_counted)
     until = time.monotonic() + _SECONDS
     while time.monotonic() < until and not is_over():
         try:
             item = next(items)
         except (StopIteration, *FAILURES):  # the script's own, which ends with its loop
             break
-        if (size := size_of(item)) > most:
-            largest, most = item, size
+        if (rank := _rank(item, is_counted=is_counted)) > most:
+            largest, most = item, rank
     return largest
+
+
+def _rank(item: object, *, is_counted: bool) -> tuple[int, float]:
+    """Return the size of an item, and the sum of its plain numbers: `for length in lengths` has sizes for items."""
+    if is_counted and isinstance(item, (list, tuple)) and len(item) == 2:
+        item = item[1]
+    return size_of(item), _sum_of(item)
+
+
+def _sum_of(item: object) -> float:
+    match item:
+        case int() | float():
+            return item
+        case Mapping():
+            return sum(map(_sum_of, item.values()))
+        case list() | tuple():
+            return sum(map(_sum_of, item))
+    return 0
+
+
+def differ(items: Any) -> bool:
+    """Return True if an iterator's items are known and are plain values that differ, such as settings to try.
+
+    False for numbers that only count, for many items and for any with more than numbers, texts and their like.
+    """
+    while type(items) is enumerate:
+        items = items.__reduce__()[1][0]
+    if not isinstance(items, _OF_SETTINGS):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # product's, of copies
+        try:
+            ahead: Any = copy.copy(items)
+            known = list(islice(ahead, _MOST_SETTINGS + 1))
+        except FAILURES:
+            return False
+    if not 0 < len(known) <= _MOST_SETTINGS or not all(map(_is_setting, known)):
+        return False
+    first = known[0]
+    if isinstance(first, int) and known == list(range(first, first + len(known))):
+        return False
+    return len(known) == 1 or any(each != first for each in known)
+
+
+def _is_setting(item: object) -> bool:
+    match item:
+        case None | int() | float() | str() | Path():
+            return True
+        case list() | tuple():
+            return all(map(_is_setting, item))
+        case Mapping():
+            return all(map(_is_setting, item.values()))
+    return is_dataclass(item) or isinstance(item, (SimpleNamespace, Namespace))
 
 
 def size_of(item: object, *, of_card: bool = True) -> int:

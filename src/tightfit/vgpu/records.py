@@ -283,6 +283,8 @@ class Findings(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     protection: Literal["view", "landlock", "patches"] = "patches"
     """Guard of the user's files: a private view of the file system, or patches of Python's own functions, with
     Landlock's refusal of writes elsewhere or without."""
+    is_shortened: bool = False
+    """True if iterations that repeat were passed over."""
     seconds: float = 0.0
     timeline: Timeline | None = None
 

@@ -7,7 +7,7 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 from tightfit.vgpu.frames import Frame, is_counted, is_package
-from tightfit.vgpu.loop_items import iterator_of, length_of
+from tightfit.vgpu.loop_items import differ, iterator_of, length_of
 from tightfit.vgpu.loop_source import Loop, loops_around
 
 SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -72,10 +72,17 @@ class LoopLengths:
         self._known: dict[tuple[CodeType, int], int] = {}
         self._begun: set[tuple[CodeType, int]] = set()
         """Loops in their first iteration."""
+        self._looked_at: set[tuple[CodeType, int]] = set()
+        self.of_settings: set[tuple[CodeType, int]] = set()
+        """Loops over plain values that differ, as those of a search do."""
 
     def learn(self, frame: FrameType, first: int, *, is_first: bool) -> None:
         """Look at a loop's iterator at its second iteration, each time that it runs."""
         place = (frame.f_code, first)
+        if place not in self._looked_at and (items := iterator_of(frame)) is not None:
+            self._looked_at.add(place)
+            if differ(items):
+                self.of_settings.add(place)
         if is_first and iterator_of(frame) is None:  # else it began before it was followed
             self._begun.add(place)
         elif not is_first and place in self._begun:

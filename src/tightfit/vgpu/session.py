@@ -142,6 +142,11 @@ class VirtualSession:
         return self._stopping.not_played
 
     @property
+    def is_shortened(self) -> bool:
+        """True if iterations that repeat were passed over."""
+        return self._stopping.is_shortened
+
+    @property
     def ends_early(self) -> bool:
         """True if the play is over although the script is not: its time is, or it did the steps asked for."""
         settings = self.settings

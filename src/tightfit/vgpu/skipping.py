@@ -233,13 +233,9 @@ class Skip:
                 ahead.append(_followed(code, others, names))
         self._restore(before, reduced, names, others)
         if len(ahead) < 2:
-            return {key: value for key, value in self._watched.items() if not isinstance(value, float)}
+            return self._watched
         one, two = ahead
-        return {
-            key: value
-            for key, value in self._watched.items()
-            if isinstance(value, (int, str, tuple)) and (one.get(key) in (value, two.get(key)))
-        }
+        return {key: value for key, value in self._watched.items() if key in one and one[key] in (value, two.get(key))}
 
     def _code(
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
@@ -310,9 +306,15 @@ class Skip:
         wrong = set()
         for text, value in {**read, **expected}.items():
             node = ast.parse(text, mode="eval").body
-            if not reader.knows(node) or reader.value(node) != value:
+            found = reader.value(node) if reader.knows(node) else reader
+            if not isinstance(found, _NUMBERS) or found != value:  # a tensor, by now
                 wrong.add(text)
         self._unsure = frozenset(wrong)
+
+
+def _is_size(value: object) -> bool:
+    """Return True for a value that may decide a size, and can be compared: tensors within a tuple cannot."""
+    return all(map(_is_size, value)) if isinstance(value, tuple) else isinstance(value, (int, str))
 
 
 def _followed(code: CodeType, others: dict[str, object], names: dict[str, object]) -> dict[str, object]:
@@ -325,7 +327,7 @@ def _followed(code: CodeType, others: dict[str, object], names: dict[str, object
         pass
     finally:
         del names[WATCHED]
-    return found
+    return {key: value for key, value in found.items() if _is_size(value)}
 
 
 def _given(node: ast.For | ast.While) -> dict[str, ast.Name | ast.Attribute]:

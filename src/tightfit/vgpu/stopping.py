@@ -10,6 +10,7 @@ from types import FrameType
 from tightfit.vgpu.accumulation import Accumulation
 from tightfit.vgpu.evaluations import Evaluations
 from tightfit.vgpu.frames import Frame, is_package, user_frames, users_line
+from tightfit.vgpu.growth import Growth
 from tightfit.vgpu.patches import trainers
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.recorder import Recorder
@@ -20,8 +21,8 @@ from tightfit.wording import say
 
 _STABLE_ROUNDS = 2
 """Rounds that must have allocated exactly as the round before."""
-_LONGEST_ROUND = 8
-"""Steps in a round: a script with several optimizers has one for each of them."""
+_LONGEST_ROUND = 32
+"""Steps in a round: a script with several optimizers has one for each, PPO one for each minibatch of a rollout."""
 _STABLE_BACKWARDS = 10
 """Backward passes, without an optimizer of torch's, that must have: they may also be measurements of different things.
 """
@@ -57,6 +58,7 @@ class Stopping:
         self._phases = phases
         self._lines = LineWatch(phases)
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
+        self._growth = Growth(recorder, self._lines)
         self._ended_epoch = False
         self._has_jumped = False
         self._evaluated = 0
@@ -74,6 +76,11 @@ class Stopping:
         self._allocating: set[Frame] = set()
         self._read_allocations = 0
         self._unplayed: list[Frame] = []
+
+    @property
+    def is_shortened(self) -> bool:
+        """True if iterations that repeat were passed over."""
+        return self._lines.has_passed
 
     def after_step(self, steps: int, *, has_optimizer: bool) -> None:
         """Decide if another step could differ."""
@@ -141,9 +148,11 @@ class Stopping:
             return
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
             self._unplayed.append(loop.place)  # nobody knows what a package does only in some of its iterations
-        self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._given_up]
+        hidden = [*self._lines.hidden(frame), *self._growth.again()]
+        self._unplayed += [each for each in hidden if each not in self._given_up]
         state = self._state(steps - first + 1)
         if self._lines.skip_ahead(frame, self._unplayed, state):
+            self._growth.note()
             self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._unplayed]
             self._note(say("vgpu.stopping.skipped", first=first))
             self._repeats_since = None

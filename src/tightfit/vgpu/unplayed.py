@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tightfit.vgpu.expressions import value_in
 from tightfit.vgpu.frames import Frame, is_package
@@ -35,6 +35,17 @@ _JUMP = FrameType.__dict__["f_lineno"].__set__
 _MOST_CHANGES = 32
 """Iterations of a loop that are played because a size may change in them."""
 
+_CHANGES_OF_A_START = 8
+"""The same for a loop that ends before any iteration is passed over: a few starts are enough."""
+
+
+class Sought(NamedTuple):
+    """Lines that iterations of a loop were passed over for."""
+
+    code: CodeType
+    loop: Loop
+    lines: frozenset[int]
+
 
 class LineWatch:
     """Follows which lines of the functions around an optimizer step ran, by Python's own tracing."""
@@ -42,8 +53,12 @@ class LineWatch:
     is_on = False
     is_passing = False
     """True while iterations are passed over."""
+    has_passed = False
+    """True once iterations were passed over."""
     is_cut_short = False
     """True once the play's time is over: nothing more is passed over."""
+    sought: Sought | None = None
+    """Lines that iterations were passed over for last."""
 
     def __init__(self, phases: Phases) -> None:
         self._phases = phases
@@ -211,7 +226,7 @@ class LineWatch:
     def note_state(self, frame: FrameType | None, state: Hashable) -> dict[tuple[CodeType, int], bool]:
         """Note how steps repeat in this iteration of the outer training loops; return if they did so in the one before.
 
-        A loop over a list that is written out is taken as one whose iterations differ.
+        A loop over a list that is written out, or over settings, is taken as one whose iterations differ.
         """
         alike = {}
         inner = True
@@ -224,7 +239,8 @@ class LineWatch:
                 number = self._iterations[place]
                 before = self._states.get(place)
                 if before is None or before[0] != number:
-                    repeats = before is not None and before[:2] == (number - 1, state) and not loop.is_listed
+                    repeats = before is not None and before[:2] == (number - 1, state)
+                    repeats = repeats and not loop.is_listed and place not in self._lengths.of_settings
                     self._states[place] = (number, state, repeats)
                 alike[place] = self._states[place][2]
         return alike
@@ -266,7 +282,7 @@ class LineWatch:
 
     def _start_skip(self, code: CodeType, loop: Loop, lines: set[int], *, to_end: bool) -> bool:
         made = self._read.loops.get((code, loop.first))
-        if made is None or code.co_flags & SUSPENDS:
+        if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
         if (code, loop.first, missing) in self._tried:  # such a line may be on its way in this very iteration
@@ -275,12 +291,23 @@ class LineWatch:
         if not (missing or watches or to_end):
             return False
         self._tried.add((code, loop.first, missing))
-        self._read.changes[code, loop.first] += 1
+        self._read.changes[code, loop.first] += _CHANGES_OF_A_START
         before, now = (at[code, loop.first] for at in self._at_steps)
-        ran = {line + offset for each, offset in made.functions.items() for line in self.ran(each)} | self.ran(code)
+        ran = made.lines_of(self.ran) | self.ran(code)
         lengths = self._lengths.of({code: 0, **made.functions})
         self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths, to_end)
+        self.sought = Sought(code, loop, missing)
         return True
+
+    def is_seeking(self, sought: Sought) -> bool:
+        """Return True while iterations are passed over, or the one with the lines runs."""
+        return bool(self._skips) or self._read.reached[sought.code, sought.loop.first] > 0
+
+    def seek_again(self, sought: Sought) -> list[Frame]:
+        """Let the lines of a loop be looked for once more, and list them."""
+        code = sought.code
+        self._tried = {each for each in self._tried if each[0] is not code or not each[2] & sought.lines}
+        return [Frame(code.co_filename, abs(line), code.co_qualname) for line in sought.lines]
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
@@ -421,6 +448,7 @@ class LineWatch:
         self._leaving[frame.f_code].remove(loop)
         if not self._may_leave(frame, loop):
             return
+        self.has_passed = True
         if self._only_for_largest == (frame.f_code, loop.first):
             self._only_for_largest = None
             if not makes_items(items):
@@ -453,7 +481,7 @@ class LineWatch:
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[None]:
-        self.is_passing = True
+        self.is_passing = self.has_passed = True
         try:
             yield
         finally:
@@ -478,8 +506,9 @@ class LineWatch:
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[frame.f_code]
-            if not (skip.is_changing or skip.is_reached):
-                self._read.changes[frame.f_code, loop.first] = _MOST_CHANGES
+            found_one = skip.is_changing or skip.is_reached
+            changes = self._read.changes[frame.f_code, loop.first] - _CHANGES_OF_A_START + 1
+            self._read.changes[frame.f_code, loop.first] = changes if found_one else _MOST_CHANGES
             self._read.reached[frame.f_code, loop.first] = skip.steps if skip.is_reached else 0
             if skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
                 code = frame.f_code

@@ -1,0 +1,44 @@
+"""Lines that keep more memory each time they run: they are sought again, up to the loop's end or the card's."""
+
+import time
+
+from tightfit.vgpu.frames import Frame
+from tightfit.vgpu.recorder import Recorder
+from tightfit.vgpu.unplayed import LineWatch, Sought
+
+_LEAST_BYTES = 1 << 20
+"""A list of losses on the card grows, too, without making a difference."""
+_SECONDS = 40.0
+"""Seconds of the processor for playing such lines again."""
+
+
+class Growth:
+    """Compares what is allocated in repeating steps before and after lines that iterations were passed over for."""
+
+    def __init__(self, recorder: Recorder, lines: LineWatch) -> None:
+        self._recorder, self._lines = recorder, lines
+        self._sought: Sought | None = None
+        self._before = 0
+        """Bytes allocated in the repeating steps before those lines."""
+        self._begun: float | None = None
+        self._again: list[Frame] = []
+        """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""
+
+    def again(self) -> list[Frame]:
+        """List the lines to play again, because they ran and left more allocated than before."""
+        sought = self._sought
+        if sought is None or self._lines.is_seeking(sought):
+            return self._again
+        self._sought, self._again = None, []
+        if self._recorder.allocator.allocated_bytes - self._before >= _LEAST_BYTES:
+            now = time.process_time()
+            self._begun = self._begun or now
+            if now - self._begun < _SECONDS:
+                self._again = self._lines.seek_again(sought)
+        return self._again
+
+    def note(self) -> None:
+        """Remember what is allocated if iterations begin to be passed over for lines."""
+        sought, self._lines.sought = self._lines.sought, None
+        if sought is not None and sought.lines:
+            self._sought, self._before, self._again = sought, self._recorder.allocator.allocated_bytes, []

@@ -1,0 +1,98 @@
+"""Iterations that are not like those before are played, wherever in a loop they come."""
+
+from pathlib import Path
+
+from plays import findings
+
+MODEL = """
+import itertools, math
+from dataclasses import dataclass
+import torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+
+def step(length):
+    model(torch.ones(length, 8, device="cuda")).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+"""
+LATER = f"""{MODEL}
+lengths, kept, tried, read = set(), [], [], []
+
+def size_at(step):
+    return min(64, 4 << (step // 1000))
+
+def rounded(step):
+    return math.ceil(2 ** (step // 4000)) * 100
+
+for number in range(10_000):
+    lengths.add(size_at(number))
+    step(size_at(number))
+assert lengths == {{4, 8, 16, 32, 64}}, lengths
+
+for number in range(10_000):
+    lengths.add(rounded(number))
+    step(rounded(number))
+assert lengths >= {{100, 200, 400}}, lengths
+
+def maybe_keep(number):
+    if (number + 1) % 1000 == 0: kept.append(torch.ones(1 << 19, device="cuda"))
+
+for number in range(5000):
+    step(4)
+    maybe_keep(number)
+assert len(kept) == 5, len(kept)
+
+@dataclass
+class Setting:
+    rate: float
+    width: int = 4
+
+for setting in [*(Setting(rate) for rate in (0.1, 0.2, 0.3, 0.4)), Setting(0.1, 32)]:
+    tried.append(setting.width)
+    for _ in range(1000):
+        step(setting.width)
+assert tried[-1] == 32, tried
+
+for number, length in enumerate([4] * 50 + [512] + [4] * 50):
+    read.append(length)
+    step(length)
+assert 512 in read and len(read) < 20, read
+
+last, high = 0, 0
+for number in range(1000):
+    for part in range(0, 8, 4):
+        step(4)
+        high = max(high, part + 4)
+    if last is None: step(5)
+    last = model.weight[0].detach() * last
+assert high == 8
+"""
+COUNTED = f"""{MODEL}
+seen = 0
+lengths = [4] * 60 + [1 << 27] + [4] * 60 + [1 << 28]
+for length in lengths:
+    try:
+        step(length)
+    except torch.OutOfMemoryError:
+        seen += 1
+assert seen == 2, seen
+"""
+
+
+def played(code: str, folder: Path) -> dict[str, object]:
+    (folder / "train.py").write_text(code)
+    found: dict[str, object] = findings(["--gpu", "RTX 3060 12GB", "--memory", "2GiB", folder / "train.py"])
+    return found
+
+
+def test_later_sizes_settings_and_kept_copies_are_played(tmp_path: Path) -> None:
+    """Sizes by shifts and powers, copies that a loop keeps every so often, settings of a search, the largest number."""
+    found = played(LATER, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+
+
+def test_a_script_that_counts_its_iterations_is_played_with_all_of_them(tmp_path: Path) -> None:
+    found = played(COUNTED, tmp_path)
+    assert (found["outcome"], found["caught_failures"], found["steps"]) == ("fits", 2, 120)
+    assert str(found["notes"]).count("the script was played twice") == 1
