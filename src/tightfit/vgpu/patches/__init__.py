@@ -13,6 +13,7 @@ from tightfit.vgpu.patches import (
     cuda_api,
     host,
     nvml_module,
+    pipeline_stages,
     process_groups,
     torchvision_operators,
     triton_kernels,
@@ -45,6 +46,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
     bitsandbytes_library.install()
     recurrent.install(device)
     process_groups.install(device, rank)
+    pipeline_stages.install()
     if processes > 1:
         device.note(say("vgpu.patches.nccl"))
     checkpoints.install(device, files)

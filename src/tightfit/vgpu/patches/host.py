@@ -187,6 +187,7 @@ def _can_hold(tensor: Tensor, value: Tensor) -> bool:
 def install_storages(device: VirtualDevice) -> None:
     """Let storages answer for memory that the virtual device takes and frees."""
     usual_address, usual_resize = torch.UntypedStorage.data_ptr, torch.UntypedStorage.resize_
+    usual_copy = torch.UntypedStorage.copy_
 
     def storage_address(storage: torch.UntypedStorage) -> int:
         """Return an address of its own for a storage without one: libraries tell by it which tensors share memory."""
@@ -204,7 +205,15 @@ def install_storages(device: VirtualDevice) -> None:
         start = storage_address(tensor.untyped_storage())
         return start and start + int(tensor.storage_offset()) * tensor.element_size()
 
-    assign(torch.UntypedStorage, data_ptr=storage_address, resize_=resize)
+    def copy(
+        storage: torch.UntypedStorage, source: torch.UntypedStorage, non_blocking: bool | None = None
+    ) -> torch.UntypedStorage:
+        """Copy bytes, unless one of the two has none: `dcp.async_save` copies storages of the card to the host."""
+        if "meta" not in (storage.device.type, source.device.type):
+            usual_copy(storage, source, non_blocking)
+        return storage
+
+    assign(torch.UntypedStorage, data_ptr=storage_address, resize_=resize, copy_=copy)
     assign(FakeTensor, data_ptr=address)
 
 

@@ -4,6 +4,7 @@ torch's own fake process group answers every collective at once. DDP and FSDP2 t
 gathered and scattered shards) as in a real run. NCCL's memory outside PyTorch's allocator is not modelled.
 """
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tightfit.kernels.launch import Kernel
 from tightfit.vgpu.assign import assign
@@ -184,7 +186,23 @@ def _install_objects() -> None:
     )
     assign(distributed.Work, is_completed=lambda work: True, is_success=lambda work: True)
     after_import("torch.distributed.checkpoint.default_planner", _accept_own_part)
+    after_import("torch.distributed.checkpoint._state_dict_stager", _stage_by_copies)
+    after_import("torch.distributed.checkpoint.filesystem", _read_own_parts)
+    after_import("torch.distributed.algorithms.join", _give_own_work)
     _install_futures()
+
+
+def _stage_by_copies(module: ModuleType) -> None:
+    """Let `dcp.async_save` copy tensors of the card as wholes: it copies storages, which have no bytes here."""
+    stager = module.__dict__["StateDictStager"]
+    usual: Callable[..., object] = stager._offload_tensor
+
+    def offload(self: object, tensor: torch.Tensor, memo: dict[int, object], non_blocking: bool = False) -> object:
+        if tensor.is_cuda and not is_traceable_wrapper_subclass(tensor):  # as DTensor is, whose part comes by itself
+            return memo.setdefault(id(tensor), tensor.detach().cpu())
+        return usual(self, tensor, memo, non_blocking)
+
+    assign(stager, _offload_tensor=offload)
 
 
 def _accept_own_part(planner: ModuleType) -> None:
@@ -198,17 +216,41 @@ def _accept_own_part(planner: ModuleType) -> None:
     assign(planner, _validate_global_plan=valid)
 
 
+def _read_own_parts(module: ModuleType) -> None:
+    """Leave what other processes would have written as it is: their part of a checkpoint is not in its folder."""
+    reader = module.__dict__["FileSystemReader"]
+    usual: Callable[..., object] = reader.read_data
+
+    def read_data(self: Any, plan: Any, planner: object) -> object:  # torch's own objects
+        there = [each for each in plan.items if each.storage_index in self.storage_data]
+        return usual(self, dataclasses.replace(plan, items=there), planner)
+
+    assign(reader, read_data=read_data)
+
+
+def _give_own_work(module: ModuleType) -> None:
+    """Give `Join` torch's own handle of its collective, which C++ takes."""
+    join = module.__dict__["Join"]
+    usual: Callable[[object], object] = join.notify_join_context
+
+    def notify_join_context(joinable: object) -> object:
+        work = usual(joinable)
+        return work.own if isinstance(work, _Work) else work
+
+    assign(join, notify_join_context=staticmethod(notify_join_context))
+
+
 class _Work:
     """Handle of a collective, with a future of its result."""
 
     def __init__(self, work: object, tensor: Tensor) -> None:
-        self._work, self._tensor = work, tensor
+        self.own, self._tensor = work, tensor
 
     def get_future(self) -> "torch.futures.Future[list[Tensor]]":
         return _finished([self._tensor])
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._work, name)
+        return getattr(self.own, name)
 
 
 def _install_futures() -> None:
