@@ -199,6 +199,11 @@ class TestCommand:
         assert done.code == 0
         assert "is cut or damaged; using" in done.err
         assert done.out != expected
+        (folder / "last.pt").write_bytes(b"")
+        done = sample(folder, data_dir)
+        assert (done.code, done.out) == (2, "")
+        assert "holds no undamaged checkpoint" in done.err
+        assert "scratch" not in done.err, "that is for training"
 
     def test_a_folder_without_a_model(self, tmp_path: Path, data_dir: Path) -> None:
         done = sample(tmp_path, data_dir)

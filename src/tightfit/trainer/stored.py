@@ -21,19 +21,26 @@ def load(path: Path) -> Checkpoint:
 
 def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
     """Load the undamaged checkpoint of the latest step and log each damaged one; CheckpointError if there is none."""
+    newest, reason = _newest(folder, log)
+    if newest is None:
+        reason = reason or say("trainer.checkpoint.not_there", name=BEST)
+        raise CheckpointError(say("trainer.checkpoint.nothing_to_resume", folder=folder, reason=reason))
+    return newest
+
+
+def _newest(folder: Path, log: Callable[[str], object]) -> tuple[Checkpoint | None, str]:
+    """Return the undamaged checkpoint of the latest step, if any, and what is wrong with the others."""
     found, broken = [], []
     for path in _checkpoints(folder, CHECKPOINTS):
         try:
             found.append(load(path))
         except CheckpointError as error:
             broken.append(str(error))
-    if not found:
-        reason = "; ".join(broken) or say("trainer.checkpoint.not_there", name=BEST)
-        raise CheckpointError(say("trainer.checkpoint.nothing_to_resume", folder=folder, reason=reason))
-    newest = max(found, key=lambda checkpoint: checkpoint.step)
-    for problem in broken:
-        log(say("trainer.checkpoint.using_another", problem=problem, path=newest.path, step=newest.step))
-    return newest
+    newest = max(found, key=lambda checkpoint: checkpoint.step, default=None)
+    if newest is not None:
+        for problem in broken:
+            log(say("trainer.checkpoint.using_another", problem=problem, path=newest.path, step=newest.step))
+    return newest, "; ".join(broken)
 
 
 def rename_damaged(folder: Path, *, log: Callable[[str], object]) -> None:
@@ -57,7 +64,12 @@ def load_best(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
         best = [load(path) for path in _checkpoints(folder, (BEST,))]
     except CheckpointError:
         best = []
-    return max(best, key=lambda saved: saved.step) if best else load_newest(folder, log=log)
+    if best:
+        return max(best, key=lambda saved: saved.step)
+    newest, reason = _newest(folder, log)
+    if newest is None:
+        raise CheckpointError(say("trainer.checkpoint.all_damaged", folder=folder, reason=reason))
+    return newest
 
 
 def has_checkpoint(folder: Path) -> bool:
