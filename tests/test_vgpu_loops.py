@@ -428,6 +428,56 @@ def test_the_body_of_an_if_on_its_line_is_played(tmp_path: Path) -> None:
     assert found["peak"]["allocated_bytes"] >= 4 << 27
 
 
+OWN_EPOCHS = """
+import argparse, torch
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+args = argparse.Namespace(top_k=-1)
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+
+def sample():
+    top_k = args.top_k if args.top_k != -1 else None
+    for _ in range(3):
+        torch.zeros(64, 64, device="cuda")
+        if top_k is not None:
+            torch.zeros(4 << 27, device="cuda")
+
+class Batches:
+    def __init__(self, data):
+        self.loader = DataLoader(data, 4, sampler=RandomSampler(data, replacement=True, num_samples=10**10))
+        self.left = iter(self.loader)
+
+    def next(self):
+        try:
+            return next(self.left)
+        except StopIteration:
+            self.left = iter(self.loader)
+            return next(self.left)
+
+batches, step = Batches(TensorDataset(torch.zeros(100, 64))), 0
+while True:
+    (batch,) = batches.next()
+    model(batch.cuda()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step > 0 and step % 500 == 0: torch.zeros(1 << 27, device="cuda")
+    if step > 0 and step % 200 == 0:
+        sample()
+    step += 1
+    if step >= 2000: break
+"""
+
+
+def test_a_loop_that_draws_its_batches_itself_ends(tmp_path: Path) -> None:
+    """Its sampler has more numbers than can be drawn, and a function in it a line that is never run."""
+    (tmp_path / "train.py").write_text(OWN_EPOCHS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["steps"] < 100
+    assert 4 << 27 <= found["peak"]["allocated_bytes"] < 5 << 27
+
+
 LENGTHS = """
 import sys, torch
 from torch.nn.utils.rnn import pad_sequence

@@ -72,6 +72,9 @@ class Evaluations:
         """Those of them whose samples were all looked at."""
         self._ended: set[int] = set()
         """Datasets of the epochs that were asked to go on to their last batch."""
+        self._long: dict[int, object | None] = {}
+        """Last batches, where they are known, of the samplers with more of them than can be drawn, by their identity.
+        """
 
     def after_forward(self) -> None:
         """Look at the innermost loop around a forward pass that has ended: the user's, or one of a package in it."""
@@ -191,10 +194,11 @@ class Evaluations:
         left: Iterator[object] = batches._sampler_iter
         count = -sent % max(length, 1)
         dropped = left.dropped if isinstance(left, _Ahead) else []
+        sampler = batches._index_sampler
         with self._phases.untraced():  # a sampler may be the script's own, and fail
-            first, last, drawn = _drawn(left, count)
+            first, last, drawn = _drawn(left, count) if id(sampler) not in self._long else ([], [], 0)
         if drawn < count:
-            end = _last_of(batches._index_sampler, last)
+            end = self._long.setdefault(id(sampler), _last_of(sampler, last))
             if end is None:
                 assign(batches, _sampler_iter=itertools.chain(last, left))
                 return False

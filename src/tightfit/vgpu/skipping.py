@@ -107,10 +107,18 @@ class _Reduced:
         return [ast.If(test, body or [ast.Pass()], other)] if body or other else []
 
     def _taken(self, block: list[ast.stmt]) -> list[ast.stmt]:
-        is_missing = any(
-            _covers(each, line) for each in block if not isinstance(each, ast.If) for line in self._missing
-        )
-        return [_PLAY] if is_missing else self.body(block)
+        return [_PLAY] if self._runs_missing(block) else self.body(block)
+
+    def _runs_missing(self, block: list[ast.stmt]) -> bool:
+        """Return True if a line of `missing` is in a block without a condition of its own."""
+        for statement in block:
+            inner = cast("list[ast.stmt]", getattr(statement, "body", []))
+            last = inner[0].lineno - 1 if inner else statement.end_lineno or 0
+            if not isinstance(statement, ast.If) and (
+                any(statement.lineno <= line <= last for line in self._missing) or self._runs_missing(inner)
+            ):
+                return True
+        return False
 
     def _known(self, test: ast.expr) -> ast.expr | None:
         """Return a condition without what only the script could tell; None if no part is known."""
