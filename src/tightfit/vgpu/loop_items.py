@@ -10,7 +10,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import islice, product
 from pathlib import Path
 from types import FrameType, GeneratorType, SimpleNamespace
@@ -178,9 +178,13 @@ def _is_setting(item: object) -> bool:
             return True
         case list() | tuple():
             return all(map(_is_setting, item))
-        case Mapping():
+        case dict():
             return all(map(_is_setting, item.values()))
-    return is_dataclass(item) or isinstance(item, (SimpleNamespace, Namespace))
+    if isinstance(item, (SimpleNamespace, Namespace)):
+        return all(map(_is_setting, vars(item).values()))
+    if is_dataclass(item) and not isinstance(item, type):
+        return all(_is_setting(getattr(item, each.name, None)) for each in fields(item))
+    return False
 
 
 def size_of(item: object, *, of_card: bool = True) -> int:
