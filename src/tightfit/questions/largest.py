@@ -20,7 +20,7 @@ _FAR = 0.9
 _START = 8
 _MOST = 2**24
 _MOST_ROUNDS = 60
-_MOST_BELOW = 5
+_MOST_BELOW = 2
 """Rounds in which all guesses may fit, before larger steps lead beyond the end."""
 _MOST_OPTIONS = 12
 """Options of a script that are listed for one that it does not have."""
