@@ -90,6 +90,22 @@ print([each.what for each in gpu.findings().made_up_values])
     assert printed == ["['a value read from the device']"]
 
 
+def test_copies_to_the_card_take_the_memory_format_that_is_asked_for() -> None:
+    """As on the processor, whose real copies these are compared with, also in inference mode."""
+    printed = on_card("""
+import contextlib
+flat, solid = torch.zeros(2, 3, 8, 8), torch.zeros(1, 2, 3, 4, 5)
+for mode in (contextlib.nullcontext, torch.inference_mode):
+    with mode():
+        for x, form in ((flat, torch.channels_last), (solid, torch.channels_last_3d), (flat, torch.contiguous_format)):
+            for words in ({}, {"dtype": torch.float16}):
+                there = x.to("cuda", memory_format=form, **words)
+                here = x.to("cpu", memory_format=form, copy=True, **words)
+                print(there.stride() == here.stride(), there.dtype == here.dtype, there.device)
+""")
+    assert printed == ["True True cuda:0"] * 12
+
+
 def test_resized_memory_belongs_to_the_line_that_resized(tmp_path: Path) -> None:
     script = tmp_path / "resizes.py"
     script.write_text("""import torch

@@ -133,6 +133,7 @@ class VirtualDevice:
             torch.ops.prim.device.default: lambda func, tensor: func(tensor),
             aten._local_scalar_dense.default: self._read_scalar,
             aten._to_copy.default: transfers.across,
+            aten.to.device: self._in_parts,
             aten.copy_.default: transfers.into,
             aten._pin_memory.default: lambda func, tensor, *rest: pin(tensor.clone()),
             aten.is_pinned.default: lambda func, tensor, *rest: is_pinned(tensor),
@@ -180,11 +181,10 @@ class VirtualDevice:
         """Run an operator on fake tensors and record the memory of its CUDA kernel."""
         if func.namespace == "aten":
             if is_composite(func, self.where.type):
+                if func is not aten.scaled_dot_product_attention.default:
+                    return self._in_parts(func, *args, **kwargs)
                 with self.mode():
-                    if func is aten.scaled_dot_product_attention.default:
-                        return _attention(self.answers.ask, *args, **kwargs)
-                    parts: Argument = func.decompose(*args, **kwargs)
-                    return parts
+                    return _attention(self.answers.ask, *args, **kwargs)
         elif (body := self._python_body(func)) is not None:
             with self.mode():
                 return body(*args, **kwargs)
@@ -192,6 +192,15 @@ class VirtualDevice:
             kwargs = {**kwargs, "generator": None}
         with self.fake.lock:
             return self._launch(func, args, kwargs)
+
+    def _in_parts(self, func: OpOverload, *args: Argument, **kwargs: Argument) -> Argument:
+        """Run an operator as those that it is made of; `to` with a device, too, as no fake tensor shows where it goes.
+
+        Autograd takes them apart before; only in inference mode they come here whole.
+        """
+        with self.mode():
+            parts: Argument = func.decompose(*args, **kwargs)
+        return parts
 
     def _launch(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
         """Run an operator that is one step of the card; one thread at a time is in here."""

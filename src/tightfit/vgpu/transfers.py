@@ -28,18 +28,21 @@ class Transfers:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        memory_format: torch.memory_format | None = None,
         **kwargs: Argument,
     ) -> Argument:
         """Run `_to_copy`."""
         target = source.device.type if device is None else device.type
         if dtype is not None:
             kwargs["dtype"] = dtype
+        if memory_format is not None:
+            kwargs["memory_format"] = memory_format
         if target == "cuda":
             self._card.check_ordinal(None if device is None else device.index)
             if isinstance(source, FakeTensor):
                 return self._card.execute(func, (source,), {**kwargs, "device": self._card.where})
             with self._card.fake.lock:
-                return self._upload(source, func, dtype or source.dtype)
+                return self._upload(source, func, dtype or source.dtype, memory_format or torch.preserve_format)
         if device is not None:
             kwargs["device"] = device
         if isinstance(source, FakeTensor) and target == "cpu":
@@ -49,13 +52,20 @@ class Transfers:
         out: Argument = func(source, **kwargs)
         return out
 
-    def _upload(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
+    def _upload(
+        self,
+        source: Tensor,
+        func: OpOverload,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Tensor:
         """Return a copy of a host tensor on the device."""
         if source.layout != torch.strided:
             return self._upload_sparse(source, func, dtype)
         phase = self._card.phases.now()
         with self._card.fake:
-            out = torch.empty_strided(source.shape, _dense_strides(source), dtype=dtype, device=self._card.where)
+            strides = torch.empty_like(source, device="meta", memory_format=memory_format).stride()
+            out = torch.empty_strided(source.shape, strides, dtype=dtype, device=self._card.where)
         self._card.track(out, func, (source,), phase)
         if not isinstance(source, nn.Parameter) and phase != "setup":
             self._card.recorder.mark(out, "inputs")
@@ -101,8 +111,3 @@ class Transfers:
             return self._card.execute(func, args, {})
         self._card.values.follow(func, args, {}, target)
         return target
-
-
-def _dense_strides(source: Tensor) -> tuple[int, ...]:
-    """Strides of a copy that preserves the format: the strides of a dense `source`, else contiguous ones."""
-    return torch.empty_like(source, device="meta").stride()
