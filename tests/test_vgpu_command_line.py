@@ -7,7 +7,7 @@ import pytest
 
 from tightfit.cli.cmd_dryrun import parser
 from tightfit.errors import ConfigError
-from tightfit.vgpu.command_line import Program, read_command
+from tightfit.vgpu.command_line import Program, program_word, read_command
 from tightfit.vgpu.notebooks import notebook_script
 
 
@@ -41,6 +41,22 @@ PLAIN = [
 def test_what_a_command_runs(line: str, kind: str, target: str, arguments: tuple[str, ...]) -> None:
     program = read(line)
     assert (program.kind, program.target, program.arguments) == (kind, target, arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("train.py --config other.py", "train.py"),
+        ("-m open_clip_train.main --model RN50", "open_clip_train.main"),
+        ("torchrun --nproc_per_node=8 train.py", "train.py"),
+        ("accelerate launch --config_file a.yaml sub/train.py", "sub/train.py"),
+        ("bash run.sh", "run.sh"),
+        ("tune run full", "tune"),
+        ("train.py -m", "train.py"),
+    ],
+)
+def test_the_word_by_which_a_command_is_known(line: str, word: str) -> None:
+    assert program_word(line.split()) == word
 
 
 def test_variables_in_front_are_set() -> None:

@@ -9,6 +9,7 @@ from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
 from tightfit.report.sections import Page
 from tightfit.simulation.client import Simulator
+from tightfit.vgpu.command_line import program_word
 from tightfit.vgpu.records import Settings
 from tightfit.wording import say
 from tightfit.wording.report import Words, words
@@ -20,9 +21,10 @@ _NOT_ANSWERED = ("html", "timeline", "snapshot")
 def answer(options: argparse.Namespace, settings: Settings) -> int:
     """Answer the one question that is asked, and print it. ConfigError for several, or an option without meaning."""
     question = _question(options)
-    text = say("cli.progress.asking", script=options.script, question=question)
+    command = [options.script, *options.arguments]
+    text = say("cli.progress.asking", script=program_word(command), question=question)
     with shown(text) as progress, Simulator(progress=progress.count) as simulator:
-        asked = Asked.of(simulator, settings, [options.script, *options.arguments])
+        asked = Asked.of(simulator, settings, command)
         record, page, fits = _ANSWERS[question](asked, options, progress)
     if options.json:
         print(as_json(record))

@@ -123,10 +123,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.multiple is not None:
         raise ConfigError(say("cli.dryrun.multiple_of_what"))
     from tightfit.simulation.dry_run import dryrun_script
+    from tightfit.vgpu.command_line import program_word
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end, too, gets what was seen
     settings = settings_of(options)
-    names = {"script": options.script, "gpu": options.gpu}
+    names = {"script": program_word([options.script, *options.arguments]), "gpu": options.gpu}
     with shown(say("cli.progress.playing", **names), bar=False) as progress:
 
         def tell(steps: int) -> None:
@@ -193,7 +194,9 @@ def _show(found: Findings, options: argparse.Namespace) -> None:
     if found.failure and options.explain:
         from tightfit.cli.explained import text_for_terminal
         from tightfit.diagnosis.explaining import explain_dryrun
+        from tightfit.vgpu.command_line import program_word
 
-        with shown(say("cli.progress.checking", script=options.script, gpu=found.gpu.name), bar=False):
+        script = program_word([options.script, *options.arguments])
+        with shown(say("cli.progress.checking", script=script, gpu=found.gpu.name), bar=False):
             explanation = explain_dryrun(found, options.script, options.arguments, lang=options.lang)
         print(f"\n{text_for_terminal(explanation)}")

@@ -12,6 +12,7 @@ from tightfit.simulation.client import Simulator
 from tightfit.simulation.details import CardSize, Detail
 from tightfit.simulation.dry_run import error_of, script_request
 from tightfit.simulation.requests import DetailRequest
+from tightfit.vgpu.command_line import program_word
 from tightfit.vgpu.records import Settings
 from tightfit.wording import say
 
@@ -69,7 +70,7 @@ class Asked:
 
     @property
     def script(self) -> str:
-        return self.variant.words[0]
+        return program_word(self.variant.words)
 
     def request(
         self, variant: Variant | None = None, *, settings: Settings | None = None, cards: Sequence[CardSize] = ()

@@ -81,6 +81,16 @@ def read_command(words: Sequence[str], *, rank: int = 0, environ: Mapping[str, s
     return msgspec.structs.replace(program, environ={**given, **program.environ})
 
 
+def program_word(words: Sequence[str]) -> str:
+    """Return the word of a command by which people know it: its file, or the module after -m."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "-m" and following:
+            return following
+        if word.endswith((".py", ".ipynb", ".sh")):
+            return word
+    return words[0]
+
+
 def check_command(words: Sequence[str], *, rank: int = 0, environ: Mapping[str, str] | None = None) -> None:
     """Raise ConfigError for a mistake that shows before anything is loaded."""
     rest, _ = _assignments(words)
