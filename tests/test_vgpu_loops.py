@@ -478,6 +478,31 @@ def test_a_loop_that_draws_its_batches_itself_ends(tmp_path: Path) -> None:
     assert 4 << 27 <= found["peak"]["allocated_bytes"] < 5 << 27
 
 
+LOGS = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for epoch in range(3):
+    for number in range(1000):
+        is_last = number + 1 == 1000
+        is_logged = number % 10 == 0 or is_last
+        model(torch.zeros(4 if number < 700 else 1 << 18, 64, device="cuda")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if is_logged:
+            model.weight.norm().item()
+"""
+
+
+def test_values_that_came_before_stop_no_passing(tmp_path: Path) -> None:
+    """Every tenth iteration is another one, and 700 iterations on comes one that needs more."""
+    (tmp_path / "train.py").write_text(LOGS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["steps"] < 150
+    assert found["peak"]["allocated_bytes"] > 64 * 4 << 18
+
+
 LENGTHS = """
 import sys, torch
 from torch.nn.utils.rnn import pad_sequence

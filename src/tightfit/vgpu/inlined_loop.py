@@ -8,7 +8,7 @@ import ast
 import builtins
 import copy
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType, MethodType
@@ -87,6 +87,10 @@ class ReadLoops:
     """Loops that went on to their largest item before an end of the play."""
     changes: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
     """Times that iterations were passed up to one with other values; the most of them if there is no other."""
+    seen: defaultdict[tuple[CodeType, int], set[frozenset[tuple[str, object]]]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+    """Values that may decide sizes, of iterations that ran: they need not run for the same ones again."""
     reached: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
     """Iterations that have to run to their end, because lines that never ran may come in them."""
 
@@ -424,8 +428,10 @@ def _derived(value: ast.expr) -> Iterator[ast.expr]:
     parts: list[ast.expr] = [value]
     while parts:
         part = parts.pop()
-        is_call = isinstance(part, ast.Call) and is_harmless(part) and not is_computed(part)
-        if isinstance(part, _HIDE_NAMES) or is_call:
+        if isinstance(part, _HIDE_NAMES):
+            continue
+        if isinstance(part, ast.Call) and is_harmless(part) and not is_computed(part):
+            parts.append(part.func)  # `model(x).sum()`: not what it is given, but what it is a method of
             continue
         is_read = isinstance(getattr(part, "ctx", _LOAD), ast.Load)  # else it is a target
         if isinstance(part, _DERIVED) and is_read and any(map(_is_named, ast.walk(part))):

@@ -160,12 +160,15 @@ class Skip:
         line: int = 0,
         lengths: Mapping[int, int] | None = None,
         to_end: bool = False,
+        seen: set[frozenset[tuple[str, object]]] | None = None,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` has the
         iterations of loops within the loop, by their lines. `to_end`: go on to the loop's end if nothing is missing.
+        `seen` has the watched values of iterations that ran, and takes those of the one that this leads to.
         """
+        self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
         self._lengths, self._to_end = lengths or {}, to_end
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
@@ -199,6 +202,7 @@ class Skip:
         until = time.monotonic() + _SECONDS
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For)
         self._watched = self._steady(code, reduced, names, others) if is_counting else {}
+        self._seen.add(frozenset(self._watched.items()))
         is_watching = bool(self._watched) and not reduced.uncounted
         goes_on = is_counting and (
             is_watching
@@ -226,8 +230,11 @@ class Skip:
             except FAILURES:  # an iteration to run, or whatever the script would raise there
                 return False
             if any(found.get(key, value) != value for key, value in self._watched.items()):
-                self.is_changing = True
-                return False
+                values = frozenset((key, found.get(key, value)) for key, value in self._watched.items())
+                if values not in self._seen:
+                    self._seen.add(values)
+                    self.is_changing = True
+                    return False
         return True
 
     def _steady(

@@ -295,7 +295,8 @@ class LineWatch:
         before, now = (at[code, loop.first] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = self._lengths.of({code: 0, **made.functions})
-        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths, to_end)
+        seen = self._read.seen[code, loop.first]
+        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen)
         self.sought = Sought(code, loop, missing)
         return True
 
