@@ -503,6 +503,35 @@ def test_values_that_came_before_stop_no_passing(tmp_path: Path) -> None:
     assert found["peak"]["allocated_bytes"] > 64 * 4 << 18
 
 
+BEHIND_BLOCKS = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for step in range(1, 2000):
+    model(torch.zeros(4, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 500 == 0:
+        for _ in range(2):
+            pass
+        else:
+            torch.zeros(1 << 28, device="cuda")
+    if step % 300 == 0:
+        try:
+            pass
+        finally:
+            torch.zeros(1 << 27, device="cuda")
+"""
+
+
+def test_what_comes_behind_a_loop_or_a_try_is_played(tmp_path: Path) -> None:
+    """Lines of `else` and `finally` have no condition of their own: they run with the branch that they are in."""
+    (tmp_path / "train.py").write_text(BEHIND_BLOCKS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["peak"]["allocated_bytes"] > 1 << 30
+
+
 LENGTHS = """
 import sys, torch
 from torch.nn.utils.rnn import pad_sequence

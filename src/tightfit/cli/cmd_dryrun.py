@@ -123,11 +123,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.multiple is not None:
         raise ConfigError(say("cli.dryrun.multiple_of_what"))
     from tightfit.simulation.dry_run import dryrun_script
-    from tightfit.vgpu.command_line import program_word
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end, too, gets what was seen
     settings = settings_of(options)
-    names = {"script": program_word([options.script, *options.arguments]), "gpu": options.gpu}
+    names = {"script": _program(options), "gpu": options.gpu}
     with shown(say("cli.progress.playing", **names), bar=False) as progress:
 
         def tell(steps: int) -> None:
@@ -162,6 +161,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
+def _program(options: argparse.Namespace) -> str:
+    """Return the word by which people know the command that is played."""
+    from tightfit.vgpu.command_line import program_word
+
+    return program_word([options.script, *options.arguments])
+
+
 def _taken_by_script(options: argparse.Namespace) -> str:
     """Return our options that stand after the script, which got them."""
     names = parser().names()
@@ -194,9 +200,7 @@ def _show(found: Findings, options: argparse.Namespace) -> None:
     if found.failure and options.explain:
         from tightfit.cli.explained import text_for_terminal
         from tightfit.diagnosis.explaining import explain_dryrun
-        from tightfit.vgpu.command_line import program_word
 
-        script = program_word([options.script, *options.arguments])
-        with shown(say("cli.progress.checking", script=script, gpu=found.gpu.name), bar=False):
+        with shown(say("cli.progress.checking", script=_program(options), gpu=found.gpu.name), bar=False):
             explanation = explain_dryrun(found, options.script, options.arguments, lang=options.lang)
         print(f"\n{text_for_terminal(explanation)}")

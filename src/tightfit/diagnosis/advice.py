@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from msgspec.structs import replace
 
@@ -91,13 +91,12 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
             else (first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]])
         )
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
-    if {"more_free_than_requested", "spills_to_host"} & set(facts.notes):  # the cache's pieces are not the cause
-        pass
-    elif segments.reason in ("cache_might_do", "cache_needs_newer"):
+    may_be_pieces = not {"more_free_than_requested", "spills_to_host"} & set(facts.notes)
+    if may_be_pieces and segments.reason in ("cache_might_do", "cache_needs_newer"):
         is_cause = cache_is_large(facts) and evidence.grows not in _OWN_CAUSES
         is_too_large = evidence.grows == "model" and not is_cause  # the next weights of the model need more still
         cures.insert(0 if is_cause else len(cures) if is_too_large else min(len(cures), _SHOWN_CURES), segments)
-    elif segments.verdict == DOES_NOT_FIT:
+    elif may_be_pieces and segments.verdict == DOES_NOT_FIT:
         last.insert(0, segments)
     if facts.kind == "mps_out_of_memory":
         return ranked([*first, *cures[:_BEFORE_WATERMARK], _watermark(), *cures[_BEFORE_WATERMARK:]])
@@ -141,7 +140,8 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
         codes.sort(key=lambda code: not has_own(code, evidence.framework or ""))
     if "not_python" in evidence.run.signs and not any(each.file.endswith(".py") for each in facts.frames):
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
-    applied = [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence)]
+    needless = _needless_for_pass(facts, evidence) | _needless_for_model(facts, evidence)
+    applied = [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence, needless)]
     adapters = [each for each in applied if each in ("lora", "qlora")]
     if adapters == ["qlora", "lora"] and _fits_unquantized(evidence):
         applied = [{"lora": "qlora", "qlora": "lora"}.get(code, code) for code in applied]
@@ -217,15 +217,15 @@ _OVERSIZED = frozenset({"logits", "attention", "pairs", "outputs"})
 """Quantities that a tensor larger than the card may well grow with."""
 
 
-def _applies(code: str, facts: Facts, evidence: Evidence) -> bool:
+def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str, bool]) -> bool:
     """Return True if this run can take a remedy: it does not have it already, and its program has words for it."""
     program = evidence.framework
-    if (_needless_for_pass(facts, evidence) | _needless_for_model(facts, evidence)).get(code, False):
+    if needless.get(code, False):
         return False
     if code == "smaller_inputs" and program in programs("texts"):
         return False
     if code == "smaller_inputs":
-        return not _applies("shorter_length", facts, evidence) and not _applies("smaller_picture", facts, evidence)
+        return not any(_applies(each, facts, evidence, needless) for each in ("shorter_length", "smaller_picture"))
     if code == "shorter_length" and program in programs("pictures"):
         return False
     if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY - (

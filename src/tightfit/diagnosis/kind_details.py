@@ -77,7 +77,7 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
             facts = _with(facts, each.name)
     if facts.kind == "vllm_no_cache_blocks":
         return _of_vllm(facts, run)
-    if facts.kind in _BY_FIGURES:
+    if facts.kind in _TOLD_BY_PEOPLE:
         facts = _with_phase(_in_prose(facts, run), run)
     if facts.kind == "jax_out_of_memory":
         return _of_jax(facts, run)
@@ -85,8 +85,6 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         return _of_pool(facts, run)
     if facts.kind == "cuda_driver":
         return _of_driver(facts, run)
-    if facts.kind in ("program_words", "memory_words"):
-        facts = _with_phase(_in_prose(facts, run), run)
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
         return _with(facts, "loading")
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
@@ -147,7 +145,7 @@ def _of_vllm(facts: Facts, run: RunFacts) -> Facts:
     return _with(facts, "share_is_high") if _HIGH_SHARE.search(run.text) else facts
 
 
-_BY_FIGURES = ("cuda_out_of_memory", "hip_out_of_memory")
+_TOLD_BY_PEOPLE = ("cuda_out_of_memory", "hip_out_of_memory", "program_words", "memory_words")
 _TOLD_SIZE = re.compile(
     r"\b(?:tried|tries|trying|try|attempt\w*|wants?|wanted|asks?|asked) to (?:re)?alloc\w* "
     r"(?:about |around |over |more than )?(\d{1,9}(?:\.\d{1,3})?) ?(KiB|MiB|GiB|TiB|PiB|EiB|KB|MB|GB|TB|PB|EB)\b",

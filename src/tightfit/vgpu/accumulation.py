@@ -21,7 +21,7 @@ from tightfit.allocator.blocks import SegmentRecord
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import user_frames, users_line
 from tightfit.vgpu.longest_batch import are_of_one_size, stacks_samples
-from tightfit.vgpu.loop_items import iterator_of
+from tightfit.vgpu.loop_items import iterator_of, within_enumerate
 from tightfit.vgpu.loop_source import calls_of_loop, loop_node, optimizer_calls, steps_after
 from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import Phases
@@ -229,8 +229,7 @@ def _items_left(items: object) -> int | None:
 
     Batches that are filled up to their longest sample count as none: each has to be played.
     """
-    while type(items) is enumerate:
-        items = items.__reduce__()[1][0]
+    items = within_enumerate(items)
     if type(items) in _RANGES:
         return operator.length_hint(items)
     if type(items) in _SEQUENCES:

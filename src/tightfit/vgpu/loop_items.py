@@ -77,12 +77,18 @@ def replace_iterator(frame: FrameType, items: Iterator[object]) -> bool:
     return True
 
 
+def within_enumerate(items: Any) -> Any:
+    """Return the iterator that `enumerate` numbers; another one as it is."""
+    while type(items) is enumerate:
+        items = items.__reduce__()[1][0]
+    return items
+
+
 def makes_items(items: object) -> bool:
     """Return True for an iterator with items of several sizes: a generator, a list, batches of an iterable dataset."""
     from torch.utils.data import dataloader
 
-    while type(items) is enumerate:
-        items = items.__reduce__()[1][0]
+    items = within_enumerate(items)
     if isinstance(items, dataloader._BaseDataLoaderIter):
         return items._dataset_kind == dataloader._DatasetKind.Iterable
     return isinstance(items, (GeneratorType, zip, map, filter, type(iter([]))))
@@ -90,15 +96,12 @@ def makes_items(items: object) -> bool:
 
 def are_at_hand(items: object) -> bool:
     """Return True for the iterator of a list, a tuple or a tensor, also within `enumerate`."""
-    if isinstance(items, enumerate):
-        items = items.__reduce__()[1][0]
-    return isinstance(items, _AT_HAND)
+    return isinstance(within_enumerate(items), _AT_HAND)
 
 
 def length_of(items: Any) -> int | None:
     """Return how many items an iterator has, after it has given the first; None if that cannot be seen."""
-    while type(items) is enumerate:
-        items = items.__reduce__()[1][0]
+    items = within_enumerate(items)
     if isinstance(items, GeneratorType):  # of tqdm, or of a library's loader: what it iterates over has a length
         items = next((each for each in gc.get_referents(items) if _is_made_by(items, each)), None)
     try:
@@ -153,8 +156,7 @@ def differ(items: Any) -> bool:
 
     False for numbers that only count, for many items and for any with more than numbers, texts and their like.
     """
-    while type(items) is enumerate:
-        items = items.__reduce__()[1][0]
+    items = within_enumerate(items)
     if not isinstance(items, _OF_SETTINGS):
         return False
     with warnings.catch_warnings():

@@ -60,7 +60,7 @@ def loops_around(file: str, first: int, name: str, line: int) -> tuple[Loop, ...
                 after = statement.lineno if isinstance(statement, ast.While) else 0
             elif not isinstance(statement, ast.If):
                 after = 0  # leaving a `with` or `try` would leave out its end
-            blocks += [(each, after) for each in _blocks(statement)]
+            blocks += [(each, after) for each in blocks_of(statement)]
     return tuple(found)
 
 
@@ -244,7 +244,7 @@ def is_harmless(call: ast.Call) -> bool:
     return _name_of(call.func) in _HARMLESS
 
 
-def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
+def blocks_of(statement: ast.stmt) -> list[list[ast.stmt]]:
     """List the bodies within a statement, without those of functions, classes and error handling."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return []
@@ -255,7 +255,7 @@ def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     for statement in body:
         yield statement
-        for block in _blocks(statement):
+        for block in blocks_of(statement):
             yield from _statements(block)
 
 
@@ -270,7 +270,7 @@ def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[in
             yield statement.lineno, max([statement.lineno, *ends])
         if isinstance(statement, ast.If) and changing is not None and not _may_change(statement.test, changing):
             continue
-        for block in _blocks(statement):
+        for block in blocks_of(statement):
             if isinstance(statement, ast.If) and block and block[0].lineno == statement.lineno:
                 yield from {(-first, -first) for first, _ in _calls(block, changing)}
             else:

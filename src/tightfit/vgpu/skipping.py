@@ -17,7 +17,7 @@ from typing import TypeGuard, cast
 from tightfit.vgpu.expressions import PLAIN, Reader, UnknownError, Unsure, value_in
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
-from tightfit.vgpu.loop_source import head_line
+from tightfit.vgpu.loop_source import blocks_of, head_line
 
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
@@ -112,11 +112,11 @@ class _Reduced:
     def _runs_missing(self, block: list[ast.stmt]) -> bool:
         """Return True if a line of `missing` is in a block without a condition of its own."""
         for statement in block:
-            inner = cast("list[ast.stmt]", getattr(statement, "body", []))
-            last = inner[0].lineno - 1 if inner else statement.end_lineno or 0
-            if not isinstance(statement, ast.If) and (
-                any(statement.lineno <= line <= last for line in self._missing) or self._runs_missing(inner)
-            ):
+            if isinstance(statement, ast.If):
+                continue
+            inner = [each for each in blocks_of(statement) if each]
+            last = inner[0][0].lineno - 1 if inner else statement.end_lineno or 0
+            if any(statement.lineno <= line <= last for line in self._missing) or any(map(self._runs_missing, inner)):
                 return True
         return False
 
