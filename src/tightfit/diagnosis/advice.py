@@ -17,6 +17,7 @@ from tightfit.diagnosis.figure_causes import (
 )
 from tightfit.diagnosis.filled_lines import accumulation, divided, own_option, values_to_fill
 from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
+from tightfit.diagnosis.measures import in_order_of_report, tried_in
 from tightfit.diagnosis.model_budget import trains_all
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import (
@@ -67,8 +68,8 @@ def applicability(code: str) -> str:
 def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     """Return the remedies, those that cure this case first; a measured verdict that one does not help is kept."""
     cures = [_remedy(code, facts, evidence) for code in _codes(facts, evidence)]
-    cures = [each for each in cures if not _stands(each, evidence.run.text)]
-    if evidence.framework in ("jax", "tensorflow"):
+    cures = in_order_of_report([each for each in cures if not _stands(each, evidence.run.text)], evidence.run.text)
+    if evidence.framework in programs("without_torch"):
         return ranked(cures)
     others, segments = close_others(facts), _segments(facts, evidence)
     first = list(fixes_of_figures(facts))
@@ -92,7 +93,9 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
         )
     last = [others] if others.verdict in (DOES_NOT_FIT, NO_EFFECT) else []
     may_be_pieces = not {"more_free_than_requested", "spills_to_host"} & set(facts.notes)
-    if may_be_pieces and segments.reason in ("cache_might_do", "cache_needs_newer"):
+    if segments.code in tried_in(evidence.run.text):
+        cures.append(segments)
+    elif may_be_pieces and segments.reason in ("cache_might_do", "cache_needs_newer"):
         is_cause = cache_is_large(facts) and evidence.grows not in _OWN_CAUSES
         is_too_large = evidence.grows == "model" and not is_cause  # the next weights of the model need more still
         cures.insert(0 if is_cause else len(cures) if is_too_large else min(len(cures), _SHOWN_CURES), segments)
@@ -171,8 +174,12 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         yield "training" if budget.what == "training" or evidence.trains else "model"
     if budget is not None and budget.what == "partial":
         yield "partial"
+    elif evidence.is_all_parameters:  # a smaller batch does not change it
+        yield "training"
+        return
     elif budget is not None and budget.what == "training" and not budget.exceeds and not evidence.batch_is_one:
-        yield from ["nearly_full"] if budget.may_exceed or budget.total_bytes is None else []
+        nearly = "if_all" if budget.exceeds_if_all else "nearly_full"
+        yield from [nearly] if budget.may_exceed or budget.total_bytes is None else []
     trains = evidence.trains or (budget is not None and budget.what == "training")
     if is_oversized(facts):
         yield from [grows] if grows in _OVERSIZED else []
@@ -233,10 +240,11 @@ def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str,
     ):
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
-    return (
-        not needs_words
-        or pasted(code, evidence.run.frameworks, values_to_fill(evidence, divided(evidence))) is not None
-    )
+    if not needs_words:
+        return True
+    parts = divided(evidence)
+    words = own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
+    return words is not None
 
 
 def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:

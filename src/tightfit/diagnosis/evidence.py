@@ -178,7 +178,9 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     """Return the evidence in a log."""
     figure = facts.figures.get("requested_bytes")
     within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
-    model, line = model_of(run), _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
+    model = model_of(run) or (_by_flat_tensor(run, within) if within is not None else None)
+    run = _with_adapters(run, model)
+    line = _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
     shape, purpose = _printed_shape(run, within) if within else None, purpose_of(facts, run)
     found = Evidence(
         run=run,
@@ -203,6 +205,36 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         fits = tuple(_whole(model, run, within))
         return msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits))
     return msgspec.structs.replace(found, fits=fits, is_complete=is_complete)
+
+
+def _by_flat_tensor(run: RunFacts, within: Range) -> Model | None:
+    """Return the one model of a family in the text that makes the request with all its parameters in one tensor.
+
+    Only DeepSpeed and FSDP make such tensors.
+    """
+    if within.low < _LARGE or not run.signs & {"deepspeed", "fsdp"}:
+        return None
+    text = _squeezed(run.text)
+    named = (each for each in all_models() if (family := _squeezed(each.name.rpartition(" ")[0])) and family in text)
+    found = [each for each in named if any(fit.ranks == 1 for fit in shards(each, run, within))]
+    return found[0] if len(found) == 1 else None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(filter(str.isalnum, text.lower()))
+
+
+_MOST_OF_ADAPTERS = 0.05
+"""Share of a model's parameters that adapters have at most."""
+
+
+def _with_adapters(run: RunFacts, model: Model | None) -> RunFacts:
+    """Return the facts with the sign of adapters, where so few parameters of the model are trained."""
+    trained = run.numbers.get("trainable")
+    if not trained or model is None or trained > _MOST_OF_ADAPTERS * (model.parameters or 0):
+        return run
+    added = {"lora", "qlora"} if "quantized_4" in run.signs else {"lora"}
+    return msgspec.structs.replace(run, signs=run.signs | added)
 
 
 def _is_one_message(text: str, message: str) -> bool:

@@ -51,6 +51,8 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if facts.phase == "save":
         yield Request(code="grows_saving", label=LIKELY, requested_bytes=facts.requested_bytes)
         return
+    if evidence.line is not None and evidence.line.is_named:
+        yield Request(code=f"grows_{evidence.line.grows}", requested_bytes=facts.requested_bytes)
     yield from _of_budget(evidence.budget) if evidence.budget else ()
     yield from causes_of_purpose(facts, evidence)
     if evidence.batch_is_one:
@@ -226,6 +228,8 @@ def _code_of(budget: Budget) -> str | None:
     if budget.total_bytes is None:
         return "budget_of_unknown_card"
     is_doubtful = budget.what == "training" and budget.may_exceed and not budget.is_divided
+    if is_doubtful and budget.exceeds_if_all:
+        return "budget_if_all"
     return "budget_may_exceed" if is_doubtful else None
 
 

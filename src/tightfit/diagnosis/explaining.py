@@ -92,8 +92,7 @@ def explain(
     elif facts is None:
         found = plain
     elif not is_of_device(facts):
-        causes = causes_of(facts, reading.context, evidence=evidence_of(facts, reading.run))
-        found = replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts))
+        found = _of_kind(plain, facts)
     else:
         found = _of_device(plain, facts, config, gpu, workers, log, progress)
     if found.facts is not None:
@@ -233,6 +232,16 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
     )
 
 
+def _of_kind(plain: Explanation, facts: Facts) -> Explanation:
+    """Explain a failure that no tensor of PyTorch's own message shows."""
+    evidence = evidence_of(facts, plain.reading.run)
+    culprit = culprit_of_evidence(facts, evidence) if facts.kind in _TOLD and evidence.line else None
+    causes = causes_of(facts, plain.reading.context, evidence=evidence, culprit=culprit)
+    return replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts), culprit=culprit)
+
+
+_TOLD = ("program_words", "memory_words")
+"""Kinds of failures of which a person's or a program's words tell, and perhaps a traceback."""
 _REST, _OTHERS, _KEPT = "kind_rest_of_log", "kind_other_programs", "kind_kept_tensors"
 
 

@@ -3,7 +3,8 @@
 import re
 
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.framework_words import Pasted, programs
+from tightfit.diagnosis.framework_words import Pasted, has_own, programs
+from tightfit.diagnosis.own_options import options_of
 from tightfit.oomlog.run_facts import RunFacts
 
 _PARTS = 4
@@ -81,14 +82,26 @@ def _model_class(run: RunFacts) -> str:
 
 
 def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
-    """Return the user's own options, as printed, for a program that is not known."""
-    names, (_, size, passes) = evidence.run.names, parts
-    if code != "split_general" or evidence.framework is not None or size is None:
+    """Return the user's own options, as printed, where the program has no words of its own for this remedy."""
+    program = evidence.framework
+    if program in programs("libraries") and code in _BY_SCRIPTS:
+        pass  # the option is the script's, whatever library it stands on
+    elif program is not None and has_own(code, program):
         return None
-    lines = [_option(names["batch_size"], size)] if "batch_size" in names else []
-    if lines and "accumulation" in names and passes:
-        lines.append(_option(names["accumulation"], passes))
-    return Pasted(lines=tuple(lines)) if lines else None
+    if code != "split_general":
+        lines = options_of(code, evidence.run.text)
+        return Pasted(lines=lines) if lines else None
+    names, (_, size, passes) = evidence.run.names, parts
+    if program is not None or size is None or "batch_size" not in names:
+        return None
+    lines = (_option(names["batch_size"], size),)
+    if "accumulation" in names and passes:
+        lines = (*lines, _option(names["accumulation"], passes))
+    return Pasted(lines=lines)
+
+
+_BY_SCRIPTS = frozenset({"checkpointing_general", "half_precision", "shorter_length", "smaller_picture", "eval_batch"})
+"""Remedies whose options a script takes itself, where it stands on a library."""
 
 
 def _option(name: str, value: int) -> str:

@@ -51,6 +51,7 @@ def detail_names() -> set[str]:
 
 
 _OF_THE_RUN = {
+    "small_array",
     "eval",
     "one",
     "tasks",
@@ -107,6 +108,7 @@ _TOLD = {
         r"|^[#\s]*(?:testing|validation|evaluation)\b|(?:验证|评估|评测|eval)(?:阶段|时|过程)|検証(?:中|時)|評価(?:中|時)",
         re.IGNORECASE,
     ),
+    "resume": re.compile(rf"{_WHEN}\bresum(?:e|es|ed|ing)\b|(?:恢复|断点续)训练|再開", re.IGNORECASE),
     "load": re.compile(
         rf"{_WHEN}\bload(?:ing|s)?\b[^.\n]{{0,20}}\b(?:model|weights|checkpoint|shards|unet|transformer)\b",
         re.IGNORECASE,

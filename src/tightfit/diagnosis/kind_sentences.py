@@ -47,6 +47,8 @@ def is_known(kind: str) -> bool:
 
 _LARGEST_CARD = 400 * 2**30
 """Bytes that no card or chip has."""
+_SMALL_ARRAY = 2**28
+"""Bytes of an array on the host below which it fails only if the memory was full before it."""
 _TINY = 2**20
 """Bytes below which a request fails only if the card was full before it."""
 
@@ -71,6 +73,8 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["at_start"] = True
     if facts.requested_bytes is not None and facts.requested_bytes < _TINY:
         found["tiny"] = True
+    if facts.kind == "host_numpy" and 0 < (facts.requested_bytes or 0) < _SMALL_ARRAY:
+        found["small_array"] = True
     if (facts.requested_bytes or 0) > _LARGEST_CARD:
         found["beyond_card"] = True
     if _is_square(facts.details.get("shape", "")):

@@ -4,6 +4,7 @@ import re
 
 import msgspec
 
+from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.usual_models import Model
 from tightfit.oomlog.facts import Facts
@@ -52,6 +53,11 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         return self.is_sure and self.total_bytes is not None and self.low_bytes > self.total_bytes
 
     @property
+    def exceeds_if_all(self) -> bool:
+        """True if it does not fit in case all parameters are trained, which the log does not show."""
+        return not self.is_sure and self.total_bytes is not None and self.low_bytes > self.total_bytes
+
+    @property
     def may_exceed(self) -> bool:
         return self.total_bytes is not None and self.high_bytes > self.total_bytes
 
@@ -59,7 +65,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | None) -> Budget | None:
     """Return the memory that the model alone takes; None if its size or its use is unknown."""
     parameters = model.parameters if model else None
-    total = facts.total_bytes or run.numbers.get("card_gb", 0) * GIB or None
+    total = facts.total_bytes or run.numbers.get("card_gb", 0) * GIB or bytes_in_words(run.text)
     if model is None or not parameters or had_room(facts) or facts.phase == "save":  # by then it had fit
         return None
     stored, trained = _stored(run), run.numbers.get("trainable", 0)

@@ -1,5 +1,6 @@
 """The card of a log: its size and its use by the log's figures, and its name if known."""
 
+import re
 from collections.abc import Iterator
 
 import msgspec
@@ -11,6 +12,27 @@ from tightfit.oomlog.printed import Printed
 
 _SPREAD = 0.02
 """Share by which totals that cards report in the wild lie outside those of the table."""
+
+
+_IN_WORDS = re.compile(
+    r"\b((?:(?:NVIDIA|GeForce|Tesla|RTX|GTX|Quadro) ?)+"
+    r"(?:[1-5]0[5-9]0(?: ?(?:Ti|SUPER|Super|D)\b){0,2}|A\d{4}|[TPVALHB]\d{1,3}[SG]?)"
+    r"|[345]090(?: ?Ti)?|T4|L40S?|A10G|A40|A30|H200|B200)\b"
+    r"(?! ?(?:Mobile|Max-Q|[Ll]aptop|[Nn]otebook|MiB|MB|tokens|steps|images))"
+)
+"""Names of cards as people write them."""
+
+
+def bytes_in_words(text: str) -> int | None:
+    """Return the memory of the only card that a text names, as drivers report it; None where the name leaves it open.
+
+    >>> bytes_in_words("It fails on my RTX 3090."), bytes_in_words("a V100"), bytes_in_words("a T4, or an RTX 3090")
+    (25311576064, None, None)
+    """
+    names = dict.fromkeys(match[1] for match in _IN_WORDS.finditer(text))
+    cards = [find_gpu(name if not name[:1].isdigit() else f"RTX {name}") for name in names]
+    sizes = {card.memory_bytes_min if card else None for card in cards}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,6 +44,7 @@ _OF_MEMORY = {"none": "other_error", "unshown": "cause_not_shown", "harmless": "
 _OF_NOTHING = {
     "empty": "empty",
     "binary": "empty",
+    "told": "cause_not_shown",
     "caught": "survived",
     "warning": "mention",
     "document": "mention",

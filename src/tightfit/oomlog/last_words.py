@@ -95,6 +95,21 @@ def titled_error(text: str) -> str | None:
     return match[1] if match and ":" in match[1] and "Warning" not in match[1] else None
 
 
+_FAILED = re.compile(
+    r"\b(?:fail(?:s|ed|ure)?|errors?|crash(?:es|ed)?|killed|aborted|stuck)\b|报错|失败|崩溃|エラー|失敗|落ち",
+    re.IGNORECASE,
+)
+
+
+def tells_of_failure(text: str) -> bool:
+    """Return True for a report that has a title and tells of a failure.
+
+    >>> tells_of_failure("# Failed to launch the server"), tells_of_failure("step 1: error 0.3")
+    (True, False)
+    """
+    return text.lstrip().startswith("# ") and bool(_FAILED.search(text))
+
+
 _REPORTED = re.compile(
     r"\b(?:runs?|ran|running) out of (?:the )?(?:cuda|gpu|device) (?:memory|mem|ram)\b"
     r"|\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"

@@ -26,6 +26,7 @@ from tightfit.oomlog.last_words import (
     quotes_error,
     reported_in,
     sentence_in,
+    tells_of_failure,
     titled_error,
 )
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
@@ -338,7 +339,9 @@ class _Scan:
             return told
         if (line := titled_error(self._head)) is not None and self._size < _PROSE:
             return "other_error", line
-        return "nothing" if is_text(self._head) else "binary", ""
+        if not is_text(self._head):
+            return "binary", ""
+        return ("told" if tells_of_failure(self._head[:_REPORT]) else "nothing"), ""
 
     def _is_short_report(self) -> bool:
         """Return True for a short text that has no code, no warning and no chapter of advice."""

@@ -146,6 +146,8 @@ def run_facts_in(text: str) -> RunFacts:
         quantity = _keys("texts")[1][_plain(name)]
         if name != "model" or dashes or "/" in value or any(each.isdigit() for each in value):
             texts.setdefault(quantity, value)
+    signs = frozenset(_found("signs", text))
+    numbers |= {"world_size": 1} if "single_card" in signs and "world_size" not in numbers else {}
     named = _TENSOR_NAME.search(text)
     paths = text.replace("\\", "/") if "\\" in text else text
     family = _MODEL_CLASS.findall(paths)
@@ -153,7 +155,7 @@ def run_facts_in(text: str) -> RunFacts:
         numbers=numbers,
         names=names,
         texts=texts,
-        signs=frozenset(_found("signs", text)),
+        signs=signs,
         frameworks=tuple(_found("frameworks", paths)),
         shapes=tuple(_shapes(text)),
         tensor_name=(named[1] or named[2]).rstrip(".") if named else None,

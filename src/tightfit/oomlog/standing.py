@@ -72,8 +72,20 @@ def _beginnings() -> re.Pattern[str]:
 
 
 def goes_on(line: str) -> bool:
-    """Return True for a line after a failure by which the program continues."""
-    return bool(_beginnings().match(line))
+    """Return True for a line after a failure by which the program continues.
+
+    >>> goes_on("Reducing batch size to 4"), goes_on("Reducing the batch size did not help.")
+    (True, False)
+    """
+    return bool(_beginnings().match(line)) and not _IN_VAIN.search(line)
+
+
+_IN_VAIN = re.compile(
+    r"\b(?:not|never|no) (?:help|work|fix|solve|change|matter|effect|use|difference|success)"
+    r"|\b(?:still|same error)\b|\b(?:doesn|didn|don|won)'?t\b",
+    re.IGNORECASE,
+)
+"""A person's words for a measure that did not help."""
 
 
 def standing(

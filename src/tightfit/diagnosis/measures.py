@@ -1,0 +1,68 @@
+"""Measures that a report writes about: those that were tried in vain, and the quantity that its title names."""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from tightfit.diagnosis.remedies import Remedy
+from tightfit.tables import read_table
+
+_SENTENCE = re.compile(r"(?<=[^\d\s])[.!?。！？](?=\s|$)|\n")
+_ITEM = re.compile(r"\s*(?:[-*•]|\d{1,2}[.)]) ")
+_LONG = 20_000
+"""Characters of a report, up to which a person's words are looked for."""
+_ALIKE = {"smaller_batch": "split_general", "split_logged": "split_general", "split_in_parts": "split_general"}
+"""Remedies under another code's words."""
+_ALIKE |= {"less_at_once": "split_general", "smaller_inputs": "smaller_picture"}
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, re.Pattern[str]]]:
+    """Read measures.toml."""
+    tables = read_table("tightfit.diagnosis", "measures.toml", dict[str, dict[str, list[str]]])
+    return {
+        name: {code: re.compile("|".join(words), re.IGNORECASE) for code, words in table.items()}
+        for name, table in tables.items()
+    }
+
+
+def tried_in(text: str) -> frozenset[str]:
+    """Return the codes of the measures that the report says were tried in vain.
+
+    >>> sorted(tried_in("Reducing the batch_size didn't help. I use bf16."))
+    ['split_general']
+    """
+    found: set[str] = set()
+    is_list_of_tried = False
+    for sentence in _SENTENCE.split(text[:_LONG]):
+        is_item = bool(_ITEM.match(sentence))
+        in_vain = bool(_tables()["vain"]["words"].search(sentence))
+        if not is_item and sentence.strip():
+            is_list_of_tried = in_vain
+        if in_vain or (is_item and is_list_of_tried):
+            found.update(code for code, words in _tables()["measures"].items() if words.search(sentence))
+    return frozenset(found)
+
+
+def titled_in(text: str) -> frozenset[str]:
+    """Return the codes of the remedies for the quantity in a report's title.
+
+    >>> sorted(titled_in("# OOM with a long context"))
+    ['shorter_length', 'smaller_cache']
+    """
+    title = text.lstrip().partition("\n")[0]
+    if not title.startswith("#"):
+        return frozenset()
+    return frozenset(code for code, words in _tables()["titled"].items() if words.search(title))
+
+
+def in_order_of_report(cures: Sequence[Remedy], text: str) -> list[Remedy]:
+    """Return the fixes with those of the quantity in the title first, and those that were tried in vain last."""
+    titled, tried = titled_in(text), tried_in(text)
+
+    def place(fix: Remedy) -> int:
+        if fix.code in tried or _ALIKE.get(fix.code) in tried:
+            return 2
+        return 0 if fix.code in titled or (_ALIKE.get(fix.code) in titled and fix.code != "less_at_once") else 1
+
+    return sorted(cures, key=place)

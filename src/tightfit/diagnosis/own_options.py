@@ -1,0 +1,73 @@
+"""The user's own options in a report, with the values that take less memory: words of a fix for any program."""
+
+import functools
+import re
+from collections.abc import Iterator
+
+from tightfit.tables import read_table
+
+_LEAST = {"shorter_length": 64, "smaller_picture": 128, "smaller_inputs": 4, "less_at_once": 2}
+"""Values from which on a number is halved."""
+_WITH = {"smaller_inputs": ("shorter_length", "smaller_picture")}
+"""Remedies that stand for others, whose options count, too."""
+_MOST = 2
+"""Options of one remedy that are shown: height and width, or a length and a number of frames."""
+_OFF = {"False": "True", "false": "true", "off": "on", "no": "yes", "0": "1"}
+"""Values of a switch that is off, and how the same program writes that it is on."""
+_TABLE = "own_options.toml"
+_FRAMES = 4
+"""Frames that video models compress into one, beside the first: 81 becomes 41."""
+
+
+@functools.cache
+def _names() -> dict[str, dict[str, list[str]]]:
+    return read_table("tightfit.diagnosis", _TABLE, dict[str, dict[str, list[str]]])
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    plain = re.escape(name).replace("_", "[_-]")
+    return re.compile(rf"(?<![\w.\"'-])(--?)?({plain})( ?[:=] ?|(?<=\w) )([\w.]{{1,12}})(?![\w.%-])")
+
+
+def options_of(code: str, text: str) -> tuple[str, ...]:
+    """Return the options that the text prints and a remedy changes, with their new values.
+
+    >>> options_of("shorter_length", "python train.py --max_len 2048 --lr 1e-4")
+    ('--max_len 1024',)
+    >>> options_of("checkpointing_general", "gradient_checkpointing: false")
+    ('gradient_checkpointing: true',)
+    """
+    found: dict[str, str] = {}
+    for each in (code, *_WITH.get(code, ())):
+        for name, line in _of(each, text):
+            found.setdefault(name, line)
+    return tuple(found.values())[:_MOST]
+
+
+def _of(code: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yield names and lines of one remedy's options; the last place where one stands counts."""
+    for how, codes in _names().items():
+        for name in codes.get(code, ()):
+            if name not in text and name.replace("_", "-") not in text:
+                continue
+            for dashes, printed, sign, value in reversed(_pattern(name).findall(text)):
+                changed = _changed(how, code, value) if dashes or sign.strip() else None
+                if changed is not None:
+                    yield name, f"{dashes}{printed}{sign}{changed}"
+                    break
+
+
+def _changed(how: str, code: str, value: str) -> str | None:
+    """Return the value that takes less memory; None for one that already does, or is no value."""
+    if how == "on":
+        return _OFF.get(value)
+    if not value.isdigit():
+        return None
+    number = int(value)
+    if how == "one":
+        return "1" if number > 1 else None
+    if number < _LEAST[code]:
+        return None
+    is_of_frames = code == "smaller_inputs" and number % _FRAMES == 1
+    return str((number // 2 + _FRAMES - 1) // _FRAMES * _FRAMES + 1 if is_of_frames else number // 2)
