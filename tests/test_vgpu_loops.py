@@ -503,6 +503,40 @@ def test_values_that_came_before_stop_no_passing(tmp_path: Path) -> None:
     assert found["peak"]["allocated_bytes"] > 64 * 4 << 18
 
 
+BOTH_LOOPS = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+finished = []
+
+def report(number):
+    if number % 2500 == 2499:
+        torch.zeros(4, device="cuda")
+
+def finish(epoch):
+    if epoch == 6:
+        finished.append(torch.zeros(1 << 28, device="cuda"))
+
+def train():
+    for number in range(50_000):
+        model(torch.zeros(4, 64, device="cuda")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        is_last_but_one = number == 49_998
+        report(number)
+
+for epoch in range(8):
+    train()
+    finish(epoch)
+assert finished
+"""
+
+
+def test_a_loop_within_one_whose_iterations_are_passed_over_is_passed_over_too(tmp_path: Path) -> None:
+    """The inner loop waits for a value of its last steps while the outer one waits for its next iteration."""
+    assert_all_of_it_plays(tmp_path, BOTH_LOOPS, steps=60)
+
+
 BEHIND_BLOCKS = """
 import torch
 model = torch.nn.Linear(64, 64).cuda()

@@ -17,28 +17,28 @@ class Growth:
 
     def __init__(self, recorder: Recorder, lines: LineWatch) -> None:
         self._recorder, self._lines = recorder, lines
-        self._sought: Sought | None = None
-        self._before = 0
-        """Bytes allocated in the repeating steps before those lines."""
+        self._before: dict[Sought, int] = {}
+        """Bytes allocated in the repeating steps before such lines."""
         self._begun: float | None = None
         self._again: list[Frame] = []
         """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""
 
     def again(self) -> list[Frame]:
         """List the lines to play again, because they ran and left more allocated than before."""
-        sought = self._sought
-        if sought is None or self._lines.is_seeking(sought):
-            return self._again
-        self._sought, self._again = None, []
-        if self._recorder.allocator.allocated_bytes - self._before >= _LEAST_BYTES:
-            now = time.process_time()
-            self._begun = self._begun or now
-            if now - self._begun < _SECONDS:
-                self._again = self._lines.seek_again(sought)
+        now = time.process_time()
+        ran = [each for each in self._before if not self._lines.is_seeking(each)]
+        if ran:
+            self._again = []
+        for sought in ran:
+            if self._recorder.allocator.allocated_bytes - self._before.pop(sought) >= _LEAST_BYTES:
+                self._begun = self._begun or now
+                if now - self._begun < _SECONDS:
+                    self._again += self._lines.seek_again(sought)
         return self._again
 
     def note(self) -> None:
         """Remember what is allocated if iterations begin to be passed over for lines."""
         sought, self._lines.sought = self._lines.sought, None
         if sought is not None and sought.lines:
-            self._sought, self._before, self._again = sought, self._recorder.allocator.allocated_bytes, []
+            self._before[sought] = self._recorder.allocator.allocated_bytes
+            self._again = []

@@ -60,7 +60,7 @@ class Stopping:
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._growth = Growth(recorder, self._lines)
         self._ended_epoch = False
-        self._has_jumped = False
+        self._has_jumped = self._has_skipped = False
         self._evaluated = 0
         """Forward passes without gradients before the first step ended."""
         self._calm = 0
@@ -152,9 +152,11 @@ class Stopping:
         self._unplayed += [each for each in hidden if each not in self._given_up]
         state = self._state(steps - first + 1)
         if self._lines.skip_ahead(frame, self._unplayed, state):
+            if not self._has_skipped:  # said once, although many loops, or one many times, may be passed over
+                self._note(say("vgpu.stopping.skipped", first=first))
+            self._has_skipped = True
             self._growth.note()
             self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._unplayed]
-            self._note(say("vgpu.stopping.skipped", first=first))
             self._repeats_since = None
         is_late = self._repeats_for_long()
         differing = self._lines.differing(frame, state)

@@ -90,7 +90,8 @@ class LineWatch:
         self._states: dict[tuple[CodeType, int], tuple[int, Hashable, bool]] = {}
         """For each outer loop the latest iteration in which steps repeated, how they did, and if the one before did so.
         """
-        self._skips: dict[CodeType, tuple[Loop, Skip]] = {}
+        self._skips: dict[tuple[CodeType, int], tuple[Loop, Skip]] = {}
+        """Loops, by their first lines, whose iterations are passed over from their next one on."""
         self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
         self._read = ReadLoops()
         self._only_for_largest: tuple[CodeType, int] | None = None
@@ -169,13 +170,10 @@ class LineWatch:
                 place, missing = (code, loop.first), made.missing(self.ran)
                 watches = made.watches and self._read.changes[place] < _MOST_CHANGES
                 is_tried = any(each[:2] == place and missing <= each[2] for each in self._tried)
-                is_on_its_way = self._is_skipping(code, loop) or self._read.reached[place] > 0
+                is_on_its_way = place in self._skips or self._read.reached[place] > 0
                 if watches or is_on_its_way or (missing and not is_tried):
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
         return found
-
-    def _is_skipping(self, code: CodeType, loop: Loop) -> bool:
-        return code in self._skips and self._skips[code][0].first == loop.first
 
     def _read_in(self, frame: FrameType, first: int) -> None:
         """Read a loop with the script's functions in place of their calls, and follow these functions.
@@ -264,17 +262,20 @@ class LineWatch:
     def skip_ahead(self, frame: FrameType | None, unplayed: Sequence[Frame], state: Hashable) -> bool:
         """Pass over iterations of a training loop up to one that runs some of the `unplayed` lines.
 
-        Or up to its last one, if it cannot be left otherwise. Return True while that goes on.
+        Or up to its last one, if it cannot be left otherwise. Return True if that begins, or goes on in the innermost
+        loop: until an outer one comes to its next iteration, those within it are passed over by themselves.
         """
         if not self.is_on:
             return False
-        if self._skips:
-            return True
         alike = self.note_state(frame, state)
+        is_inner = True
         for each, training in self._training_around(frame):
             code = each.f_code
             lines = {place.line for place in unplayed if place.file == code.co_filename}
             for loop in reversed(training):
+                if (code, loop.first) in self._skips:
+                    return is_inner
+                is_inner = False
                 to_end = bool(unplayed) and not (loop.after or loop.counts)
                 if alike.get((code, loop.first), True) and self._start_skip(code, loop, lines, to_end=to_end):
                     return True
@@ -296,13 +297,14 @@ class LineWatch:
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = self._lengths.of({code: 0, **made.functions})
         seen = self._read.seen[code, loop.first]
-        self._skips[code] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen)
+        self._skips[code, loop.first] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen)
         self.sought = Sought(code, loop, missing)
         return True
 
     def is_seeking(self, sought: Sought) -> bool:
         """Return True while iterations are passed over, or the one with the lines runs."""
-        return bool(self._skips) or self._read.reached[sought.code, sought.loop.first] > 0
+        place = sought.code, sought.loop.first
+        return place in self._skips or self._read.reached[place] > 0
 
     def seek_again(self, sought: Sought) -> list[Frame]:
         """Let the lines of a loop be looked for once more, and list them."""
@@ -421,8 +423,8 @@ class LineWatch:
         loop = next((each for each in self._leaving.get(code, ()) if each.first == first), None)
         if loop is not None:
             self._leave_now(frame, loop)
-        elif code in self._skips and frame.f_lineno == self._skips[code][1].line:
-            self._skip(frame)
+        elif (code, first) in self._skips and frame.f_lineno == self._skips[code, first][1].line:
+            self._skip(frame, first)
         elif self.at_head is not None:
             self.at_head(frame, first)
         return self._line
@@ -495,26 +497,26 @@ class LineWatch:
         except FAILURES:  # the script's own, which it raises again where the loop goes on
             return False
 
-    def _skip(self, frame: FrameType) -> None:
+    def _skip(self, frame: FrameType, first: int) -> None:
         """Pass over iterations of the loop that a function is at."""
-        loop, skip = self._skips[frame.f_code]
+        place = code, _ = frame.f_code, first
+        loop, skip = self._skips[place]
         items = iterator_of(frame) if loop.counts else None
         if loop.counts and items is None:
-            del self._skips[frame.f_code]
+            del self._skips[place]
             return
         with self._passing():
             skip.at_head(frame, lambda: not self.is_cut_short and (items is None or self._takes(items)))
         self.forget_names(frame, skip.names)
         if skip.is_over:
-            del self._skips[frame.f_code]
+            del self._skips[place]
             found_one = skip.is_changing or skip.is_reached
-            changes = self._read.changes[frame.f_code, loop.first] - _CHANGES_OF_A_START + 1
-            self._read.changes[frame.f_code, loop.first] = changes if found_one else _MOST_CHANGES
-            self._read.reached[frame.f_code, loop.first] = skip.steps if skip.is_reached else 0
+            changes = self._read.changes[place] - _CHANGES_OF_A_START + 1
+            self._read.changes[place] = changes if found_one else _MOST_CHANGES
+            self._read.reached[place] = skip.steps if skip.is_reached else 0
             if skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
-                code = frame.f_code
                 self._tried = {
-                    each for each in self._tried if each[0] is not code or not loop.first < each[1] <= loop.last
+                    each for each in self._tried if each[0] is not code or not first < each[1] <= loop.last
                 }
 
     def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
