@@ -566,6 +566,43 @@ def test_what_comes_behind_a_loop_or_a_try_is_played(tmp_path: Path) -> None:
     assert found["peak"]["allocated_bytes"] > 1 << 30
 
 
+BLOCKS_OF_THE_LOOP = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+def check(step):
+    try:
+        pass
+    finally:
+        if step % 700 == 0:
+            torch.zeros(1 << 29, device="cuda")
+for step in range(1, 2000):
+    try:
+        model(torch.zeros(4, 64, device="cuda")).sum().backward()
+    except ValueError:
+        pass
+    else:
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 500 == 0:
+            torch.zeros(1 << 28, device="cuda")
+    for _ in range(2):
+        pass
+    else:
+        if step % 300 == 0:
+            torch.zeros(1 << 27, device="cuda")
+    check(step)
+"""
+
+
+def test_the_blocks_behind_a_loop_or_a_try_of_the_loop_itself_are_followed(tmp_path: Path) -> None:
+    """Their conditions are met at steps 300, 500 and, in a function, 700."""
+    (tmp_path / "train.py").write_text(BLOCKS_OF_THE_LOOP)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["steps"] < 100
+    assert found["peak"]["allocated_bytes"] > 2 << 30
+
+
 LENGTHS = """
 import sys, torch
 from torch.nn.utils.rnn import pad_sequence

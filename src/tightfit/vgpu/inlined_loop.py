@@ -192,6 +192,9 @@ class _Builder:
             case ast.With() | ast.AsyncWith() | ast.Try():
                 made = copy.copy(statement)
                 made.body = self.statements(statement.body, scope, depth)
+                if isinstance(statement, ast.Try) and isinstance(made, ast.Try):
+                    made.orelse = self.statements(statement.orelse, scope, depth)
+                    made.finalbody = self.statements(statement.finalbody, scope, depth)
                 return [self._placed(made, scope)]
             case ast.For():
                 return self._inner(statement, scope, depth)
@@ -233,7 +236,8 @@ class _Builder:
                 values = {**scope.values, loop.target.id: ast.fix_missing_locations(ast.copy_location(item, loop))}
                 made += self.statements(loop.body, replace(scope, values=values), depth)
             return made
-        inner = ast.copy_location(ast.For(loop.target, items, self.statements(loop.body, scope, depth), []), loop)
+        body, behind = (self.statements(block, scope, depth) for block in (loop.body, loop.orelse))
+        inner = ast.copy_location(ast.For(loop.target, items, body, behind), loop)
         if scope.code is not None:
             inner.target = ast.Name(_UNKNOWN, ast.Store())
         return [*self._simple(loop.iter, scope, depth), self._placed(inner, scope)]

@@ -48,7 +48,8 @@ class _Reduced:
                 case ast.If():
                     kept += self._branch(statement)
                 case ast.With() | ast.AsyncWith() | ast.Try():
-                    kept += self.body(statement.body)
+                    for block in blocks_of(statement):
+                        kept += self.body(block)
                 case ast.For():
                     kept += self._inner(statement)
                 case ast.While():
@@ -77,7 +78,7 @@ class _Reduced:
         count = self._lengths.get(loop.lineno)
         if count is None or count > _MOST_INNER:
             self._leave_uncounted(loop)
-            return []
+            return self.body(loop.orelse)
         counter = loop.target if _is_call(loop.iter, "range") else None
         if _is_call(loop.iter, "enumerate") and isinstance(loop.target, ast.Tuple):
             counter = loop.target.elts[0]
@@ -93,7 +94,8 @@ class _Reduced:
             self._depth += 1
             body = self.body(loop.body)
             self._depth -= 1
-        return [ast.For(counter, items, body, [])] if body else []
+        behind = self.body(loop.orelse)
+        return [ast.For(counter, items, body or [ast.Pass()], behind)] if body or behind else []
 
     def _leave_uncounted(self, loop: ast.For | ast.While) -> None:
         self.uncounted |= {line for line in self._missing if _covers(loop, line)}
@@ -372,7 +374,7 @@ def lines_in_reach(node: ast.For | ast.While, lines: Collection[int], *, of_inne
             if isinstance(statement, ast.If):
                 found |= {line for line in lines if _covers(statement, line)}
             elif isinstance(statement, (ast.With, ast.AsyncWith, ast.Try)) or (of_inner and _is_loop(statement)):
-                bodies.append(statement.body)
+                bodies += blocks_of(statement)
     return found
 
 

@@ -297,7 +297,8 @@ class LineWatch:
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = self._lengths.of({code: 0, **made.functions})
         seen = self._read.seen[code, loop.first]
-        self._skips[code, loop.first] = loop, Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen)
+        skip = Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen)
+        self._skips[code, loop.first] = loop, skip
         self.sought = Sought(code, loop, missing)
         return True
 
@@ -515,9 +516,7 @@ class LineWatch:
             self._read.changes[place] = changes if found_one else _MOST_CHANGES
             self._read.reached[place] = skip.steps if skip.is_reached else 0
             if skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
-                self._tried = {
-                    each for each in self._tried if each[0] is not code or not first < each[1] <= loop.last
-                }
+                self._tried = {each for each in self._tried if each[0] is not code or not first < each[1] <= loop.last}
 
     def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
         """Let go, at the next line, of `names` as they were read from a function: they keep its tensors of now.
