@@ -143,6 +143,8 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
         codes.sort(key=lambda code: not has_own(code, evidence.framework or ""))
     if "not_python" in evidence.run.signs and not any(each.file.endswith(".py") for each in facts.frames):
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
+    if evidence.infers and evidence.run.numbers.get("batch_size", 1) > 1 and "less_at_once" in codes:
+        codes = ["less_at_once", *codes]  # the report prints a batch that may be smaller
     needless = _needless_for_pass(facts, evidence) | _needless_for_model(facts, evidence)
     applied = [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence, needless)]
     adapters = [each for each in applied if each in ("lora", "qlora")]
@@ -240,6 +242,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str,
     ):
         return False
     needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
+    needs_words = needs_words or (program in programs("without_torch") and code not in _IN_ANY_LANGUAGE)
     if not needs_words:
         return True
     parts = divided(evidence)
@@ -260,7 +263,8 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
         "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(facts, program))
-        or (evidence.has_no_smaller_batch and not has_own("less_at_once", program or "")),
+        or (evidence.has_no_smaller_batch and not has_own("less_at_once", program or ""))
+        or (program == "webui" and evidence.run.numbers.get("batch_size", 1) == 1),
         "checkpointing_general": keeps_nothing
         or "checkpointing" in run.signs
         or _encodes_pictures(facts, program)

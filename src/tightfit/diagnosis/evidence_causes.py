@@ -107,6 +107,8 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
         )
         code = codes[high > MIB] if culprit is None or had_room(facts) else "small_request_of_kind"
         yield SmallRequest(code=code, requested_bytes=requested, tensor_high=high)
+    elif culprit is None and evidence.within is not None and evidence.within.high < MIB and not had_room(facts):
+        yield Request(code="tiny_request", requested_bytes=requested)
     elif culprit is None and evidence.within is not None:
         made_by = None if evidence.is_complete else _line_of(facts, evidence)
         untold = _not_told(facts, evidence, unplayed_because)

@@ -85,7 +85,7 @@ def explain(
     if foreign is not None:
         reading = replace(reading, run=with_foreign(reading.run, foreign))
     if reading.failure is not None:
-        reading = replace(reading, failure=with_run(reading.failure, reading.run))
+        reading = _of_torch(replace(reading, failure=with_run(reading.failure, reading.run)))
     facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang, foreign=foreign)
     if script is not None:
         found = _with_script(plain, gpu, script, arguments, log, progress)
@@ -129,6 +129,14 @@ def _read(source: str | bytes | os.PathLike[str] | IO[bytes] | IO[str] | None) -
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(say("explain.explaining.unreadable", path=path, reason=reason)) from None
+
+
+def _of_torch(reading: LogReading) -> LogReading:
+    """Leave out JAX, TensorFlow and Paddle where PyTorch's own figures are printed: the report only compares."""
+    if reading.failure is None or reading.failure.allocated_bytes is None or not is_of_device(reading.failure):
+        return reading
+    kept = tuple(each for each in reading.run.frameworks if each not in programs("without_torch"))
+    return replace(reading, run=replace(reading.run, frameworks=kept))
 
 
 def _is_log(source: object) -> bool:

@@ -88,6 +88,8 @@ def _of_card(facts: Facts) -> Iterator[Cause]:
     if facts.allowed_bytes is not None and "no_limit_set" not in facts.notes:
         is_cause = requested is not None and free is not None and free.low >= requested.high
         usual = "limited_by_ratio" if facts.kind == "mps_out_of_memory" else "limited"
+        if "ratio_not_in_effect" in facts.details:
+            usual = "ratio_not_in_effect"
         yield Limit(
             code="limit_decides" if is_cause else usual,
             allowed_bytes=facts.allowed_bytes,

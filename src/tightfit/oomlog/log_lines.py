@@ -26,6 +26,8 @@ _LINE_BOUND = re.compile(
     r"|nohup))|^(?:已杀死|已终止|強制終了)\s*$)"
     r"|(?P<memory>^[\s`*>]*MemoryError\s*:?\s*$)"
 )
+_OF_SIGNAL = re.compile(r"killed by signal: ?Killed", re.IGNORECASE)
+"""A message of PyTorch's, which ends with the same word."""
 _MARKS = ("#", "//", "*", "|", ";", "--")
 """Marks of comments and quotations, which may be the whole prefix of a line."""
 _BEGINNING = re.compile(
@@ -132,7 +134,8 @@ class Stream:
             body = entry.line.body
             if "Killed" not in body and "MemoryError" not in body and body.isascii():
                 continue
-            if match := _LINE_BOUND.search(body):
+            match = _LINE_BOUND.search(body)
+            if match and not _OF_SIGNAL.search(body, 0, match.end()):
                 at = start + len(squeeze(body[: match.start()]))
                 kind = "host_memory_error" if match["memory"] else "host_killed"
                 message = Message(kind, at, at + len(squeeze(match[0])))

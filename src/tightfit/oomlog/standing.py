@@ -123,7 +123,11 @@ def standing(
         return Standing.FAILURE
     if (message.is_sure or message.kind in _SPEAKS_FOR_ITSELF) and not _has("strict", bare):
         return Standing.FAILURE
-    return Standing.DOCUMENT if _speaks_of_it(bare, after, named=bool(named), mine=mine) else Standing.FAILURE
+    if not _speaks_of_it(bare, after, named=bool(named), mine=mine):
+        return Standing.FAILURE
+    is_class = after.startswith(":") if named else line.body[:end].rstrip().endswith("Error:")
+    is_of_report = is_title and is_class and not _has("conditional", bare)
+    return Standing.REPORT if is_of_report else Standing.DOCUMENT
 
 
 def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
