@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from warm import in_process
 
 from tightfit.config import TrainConfig
 from tightfit.simulation import cache
@@ -259,6 +260,32 @@ class TestCache:
 
 def _no_such_user(uid: int) -> None:
     raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+
+TRACE = """
+import msgspec
+from tightfit.config import TrainConfig
+from tightfit.simulation import step_trace
+from tightfit.simulation.requests import StepRequest
+
+step_trace._CHUNKS = {chunks}
+config = TrainConfig(n_layer=1, n_head=4, n_embd=256, block_size=1024, loss="chunked", compile=False,
+                     activation_checkpointing=0, dtype={dtype!r}, micro_batch=4, eval_micro_batch=4)
+environ = {{"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:{expandable}"}}
+trace = step_trace.trace_step(StepRequest(whole=True, config=config, share=8, gpu={gpu!r}, environ=environ))
+print(msgspec.json.encode(trace).decode())
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "expandable"), [("GeForce RTX 3060 12GB", "bfloat16", False), ("Tesla T4", "float16", True)]
+)
+def test_a_trace_of_a_few_chunks_of_the_loss_is_that_of_all(gpu: str, dtype: str, expandable: bool) -> None:
+    """Memory of every phase and category, and the number of every kernel; the last of 7 chunks is a smaller one."""
+    few, every = (
+        in_process(TRACE.format(chunks=chunks, gpu=gpu, dtype=dtype, expandable=expandable)) for chunks in (3, 1000)
+    )
+    assert few == every
 
 
 def test_messages_are_put_together_from_pieces() -> None:

@@ -3,6 +3,7 @@
 Shapes: n tokens, c channels, v vocabulary, r the rows (tokens) of one chunk.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
 import torch
@@ -110,8 +111,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_nc) if with_grad else None
         grad_weight: Tensor | None = None
         loss = hidden_nc.new_zeros((), dtype=torch.float32)
-        for start in range(0, n, rows):
-            chunk = slice(start, min(start + rows, n))
+        for chunk in chunks(n, rows):
             logits = logits_rv[: chunk.stop - chunk.start]
             torch.mm(hidden_nc[chunk], weight_vc.t(), out=logits)
             loss += _consume(logits, targets_n[chunk], inner, with_grad)
@@ -139,6 +139,14 @@ def _chunk_rows(n: int, weight_vc: Tensor) -> int:
     row_bytes = weight_vc.shape[0] * weight_vc.element_size()
     rows = max(1, _CHUNK_BYTES // row_bytes)
     return n if n * row_bytes <= 2 * _CHUNK_BYTES else rows - rows % _ALIGNED if rows > _ALIGNED else rows
+
+
+def _all_chunks(n: int, rows: int) -> Iterable[slice]:
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+chunks: Callable[[int, int], Iterable[slice]] = _all_chunks
+"""Slices of n tokens, of so many rows each but the last; a trace of a step leaves out most of those that are alike."""
 
 
 def _add_weight_grad(total_vc: Tensor | None, logits_rv: Tensor, hidden_rc: Tensor, *, only: bool) -> Tensor:

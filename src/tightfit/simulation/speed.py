@@ -135,6 +135,11 @@ class Meter:
     def __call__(self, kernel: Kernel) -> None:
         self._heard[kernel] += 1
 
+    def repeat(self, work: "Work", times: int) -> None:
+        """Count kernels that were heard as often again."""
+        for kernel, count in work.kernels.items():
+            self._heard[kernel] += count * times
+
     def read(self) -> "Work":
         """Return the kernels counted so far."""
         return Work(self._heard.copy())

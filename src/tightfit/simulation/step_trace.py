@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tightfit.config import TrainConfig
 from tightfit.data.batches import micro_batches
+from tightfit.models import loss
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import plain_state
 from tightfit.models.shape import PADDED_VOCAB
@@ -29,6 +31,8 @@ from tightfit.wording import say
 WIDE = 1 << 50
 """Bytes of the card that a trace runs on: the question is how much a plan takes, not if it fails."""
 _SAMPLED = 4
+_CHUNKS = 3
+"""Chunks of the loss after which the next ones repeat: the first makes the weight's gradient, the second adds to it."""
 
 
 def trace_step(request: StepRequest) -> StepTrace:
@@ -70,6 +74,7 @@ def trace_step(request: StepRequest) -> StepTrace:
 def _run(request: StepRequest, meter: Meter) -> StepWork:
     """Go through a run; return the work of one pass and of the update alone."""
     config, read = request.config, meter.read
+    loss.chunks = partial(_few_chunks, meter)
     hardware = choose_hardware(config)
     set_process_options(hardware, activation_memory_budget=config.activation_memory_budget)
     device = hardware.device
@@ -212,6 +217,17 @@ def _step(config: TrainConfig, state: StepState, sizes: list[int], device: torch
         grad_clip=config.grad_clip,
         seed_of_pass=(lambda number: number) if config.dropout else None,
     )
+
+
+def _few_chunks(meter: Meter, n: int, rows: int) -> Iterator[slice]:
+    """Yield the loss's first chunks and its last; those between repeat, and only their kernels are counted."""
+    starts = range(0, n, rows)
+    for start in starts[:_CHUNKS]:
+        before = meter.read()
+        yield slice(start, min(start + rows, n))
+    if len(starts) > _CHUNKS:
+        meter.repeat(meter.read() - before, len(starts) - _CHUNKS - 1)
+        yield slice(starts[-1], n)
 
 
 def _named_phase(name: Phase) -> contextlib.AbstractContextManager[None]:
