@@ -19,6 +19,7 @@ from tightfit.diagnosis.filled_lines import accumulation, divided, own_option, v
 from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
 from tightfit.diagnosis.measures import in_order_of_report, tried_in
 from tightfit.diagnosis.model_budget import trains_all
+from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
@@ -412,7 +413,7 @@ def _has_no_offload(facts: Facts, evidence: Evidence) -> bool:
     """Return True where a program's words for offloading are about another part of its work."""
     loads = facts.phase in ("load", "setup") and not evidence.trains
     if (_keeps_nothing(facts, evidence) and facts.phase != "eval") or loads:
-        return not has_own("offload", evidence.framework or "")
+        return not (has_own("offload", evidence.framework or "") or options_of("offload", evidence.run.text))
     return evidence.framework == "diffusers"
 
 

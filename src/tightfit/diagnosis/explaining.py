@@ -262,7 +262,9 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     known = programs("trainers") | programs("applications")
     is_of_known = facts.kind == "memory_words" and evidence.framework in known
     in_phase = facts.kind in ("program_words", "memory_words") and facts.phase in ("save", "eval")
-    is_known = evidence.framework is not None and (facts.kind == "program_words" or of_runtime or is_of_known)
+    is_shown = evidence.purpose is not None and "growing" not in facts.details
+    is_told = facts.kind == "program_words" and (is_shown or evidence.framework is not None)
+    is_known = is_told or (evidence.framework is not None and (of_runtime or is_of_known))
     if not (is_known or in_phase):
         return found
     loads = facts.phase in ("load", "setup")

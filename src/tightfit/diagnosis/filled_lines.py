@@ -88,15 +88,17 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
         pass  # the option is the script's, whatever library it stands on
     elif program is not None and has_own(code, program):
         return None
+    names, (_, size, passes) = evidence.run.names, parts
+    if code == "less_at_once" and size is not None and "batch_size" in names:
+        return Pasted(lines=(_option(names["batch_size"], size, evidence.run.text),))
     if code != "split_general":
         lines = options_of(code, evidence.run.text)
         return Pasted(lines=lines) if lines else None
-    names, (_, size, passes) = evidence.run.names, parts
     if program is not None or size is None or "batch_size" not in names:
         return None
-    lines = (_option(names["batch_size"], size),)
+    lines = (_option(names["batch_size"], size, evidence.run.text),)
     if "accumulation" in names and passes:
-        lines = (*lines, _option(names["accumulation"], passes))
+        lines = (*lines, _option(names["accumulation"], passes, evidence.run.text))
     return Pasted(lines=lines)
 
 
@@ -104,5 +106,9 @@ _BY_SCRIPTS = frozenset({"checkpointing_general", "half_precision", "shorter_len
 """Remedies whose options a script takes itself, where it stands on a library."""
 
 
-def _option(name: str, value: int) -> str:
-    return f"{name} {value}" if name.startswith("-") else f"{name} = {value}"
+def _option(name: str, value: int, text: str) -> str:
+    """Return an option with a new value, as the report writes it: --batch 4, batch: 4 or batch = 4."""
+    if name.startswith("-"):
+        return f"{name} {value}"
+    sign = re.search(rf"{re.escape(name)}( ?[:=] ?)\d", text)
+    return f"{name}{sign[1] if sign else ' = '}{value}"

@@ -73,7 +73,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         if not each.is_shown(facts, run.text):
             continue
         if each.becomes:
-            facts = msgspec.structs.replace(facts, kind=each.becomes)
+            told = {"reported": facts.message} if each.becomes == "program_words" else {}
+            facts = msgspec.structs.replace(facts, kind=each.becomes, details={**told, **facts.details})
         if each.name:
             facts = _with(facts, each.name)
     if facts.kind == "vllm_no_cache_blocks":

@@ -30,6 +30,12 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![\w.\"'-])(--?)?({plain})( ?[:=] ?|(?<=\w) )([\w.]{{1,12}})(?![\w.%-])")
 
 
+@functools.cache
+def _signature(name: str) -> re.Pattern[str]:
+    """Return the pattern of a parameter in the head of a function, as notebooks print it in a traceback."""
+    return re.compile(rf"(?m)^.{{0,200}}\bin \w+\([^)\n]{{0,400}}\b{name}\b(?!=True)[^)\n]{{0,400}}\)")
+
+
 def options_of(code: str, text: str) -> tuple[str, ...]:
     """Return the options that the text prints and a remedy changes, with their new values.
 
@@ -50,6 +56,10 @@ def _of(code: str, text: str) -> Iterator[tuple[str, str]]:
     for how, codes in _names().items():
         for name in codes.get(code, ()):
             if name not in text and name.replace("_", "-") not in text:
+                continue
+            if how == "parameter":
+                if _signature(name).search(text):
+                    yield name, f"{name}=True"
                 continue
             for dashes, printed, sign, value in reversed(_pattern(name).findall(text)):
                 changed = _changed(how, code, value) if dashes or sign.strip() else None

@@ -125,7 +125,8 @@ _REPORTED = re.compile(
 _REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", re.IGNORECASE)
 _OF_DEVICE = re.compile(
     r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|(?:\dx ?)?[ahv]\d00|graphics card|nvidia|nppexception|managedcuda"
-    r"|opencl)\b",
+    r"|opencl)\b|\bPYTORCH_(?:CUDA_|HIP_)?ALLOC|CUDA_VISIBLE|\bnproc[-_]per[-_]node|\baccelerate launch\b|\bdeepspeed\b"
+    r"|\bdevice: ?cuda",
     re.IGNORECASE,
 )
 """Signs of a card in a report, with which memory that ran out is mostly the card's."""
