@@ -86,7 +86,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
         decides = others.label == MEASURED or ownership(facts).decides
-        comes_first = decides and evidence.grows not in _OWN_CAUSES
+        comes_first = decides and evidence.grows not in _OWN_CAUSES and not _are_few(others, facts)
         first, cures = (
             ([*first, others], cures)
             if comes_first
@@ -111,6 +111,16 @@ def _stands(remedy: Remedy, text: str) -> bool:
     """Return True for a remedy whose every line already stands in the log: it did not help."""
     lines = [line.partition("  #")[0].strip() for line in remedy.paste]
     return bool(lines) and all(len(line) > _SHORT_LINE and line in text for line in lines)
+
+
+_FEW = 0.05
+"""Share of the card up to which other programs are a desktop, and no fix comes from ending them first."""
+
+
+def _are_few(others: Remedy, facts: Facts) -> bool:
+    """Return True if other programs hold so little that a run that needs it has hardly a chance without them."""
+    held = others.figures.others_bytes or 0
+    return 0 < held < _FEW * (facts.total_bytes or 0)
 
 
 _IN_ANY_LANGUAGE = frozenset({"less_at_once", "smaller_inputs", "smaller_model", "shapes_first"})

@@ -33,8 +33,15 @@ def purpose_of(facts: Facts, run: RunFacts) -> str | None:
         _PHASES.get(facts.phase or "")
         or _of_frames(facts.frames)
         or _only("commands", "\n".join(match[1] for match in _COMMAND.finditer(run.text)))
+        or _only("words", _title(run.text))
         or _only("words", run.text)
     )
+
+
+def _title(text: str) -> str:
+    """Return the title of a report, which tells of the part that failed."""
+    first = text.lstrip().partition("\n")[0]
+    return first if first.startswith("# ") else ""
 
 
 def _of_frames(frames: Sequence[TraceFrame]) -> str | None:

@@ -160,7 +160,7 @@ _OF_HOST = re.compile(
 
 def _denies(line: str) -> bool:
     """Return True for a line that says that memory did not run out."""
-    return bool(_DENIED.search(line)) or bool(_OF_HOST.search(line))
+    return bool(_DENIED.search(line)) or bool(_OF_HOST.search(line) and not re.search(r"GPU|VRAM", line))
 
 
 _DENIED = re.compile(
@@ -304,13 +304,15 @@ _RAM = re.compile(
     r"\b(?:low|not enough|insufficient|out of|max\w* out(?: the)?|all(?: of)?(?: the)?)"
     r" (?:(?:system|host|cpu|available) )*RAM\b"
     r"|\b(?:wo|does|do|ca)n'?t fit (?:in|into) (?:the )?(?:memory|RAM)\b"
+    r"|\bRAM\b[^.\n]{0,30}\b(?:swap|SWAP)\b[^.\n]{0,30}\b(?:exhausted|full|used)"
     r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
     r"|(?:服务器|物理|系统|主机|运行)内存.{0,20}(?:爆|不足|不够|耗尽|占满)|内存爆满|(?:システム|ホスト|物理)メモリー?.{0,8}(?:不足|足り)"
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
 )
 """A person's words for the host's memory that ran out."""
 _KILLED = re.compile(
-    r"[\"'“`]killed[\"'”`.]|\b(?:was|gets?|got|is|being) killed\b|\bkilled by (?:the )?(?:system|kernel|os)\b",
+    r"^#[^\n]{0,40}\bkilled (?:while|when|during|after|on|at)\b|[\"'“`]killed[\"'”`.]"
+    r"|\b(?:was|gets?|got|is|being) killed\b|\bkilled by (?:the )?(?:daemon|system|kernel|os)\b",
     re.IGNORECASE,
 )
 """A person's words for a process that the kernel ended."""

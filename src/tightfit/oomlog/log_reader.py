@@ -333,9 +333,12 @@ class _Scan:
             return "reported", met
         for record in self.records:
             return record.standing.value, record.body
+        told = host_words_in(lines_of(self._head)) if self._size < _PROSE else None
         if self._size < _PROSE and (mention := mentioned_in(lines_of(self._head))) is not None:
+            if told is not None and not mention[1]:
+                return told
             return ("mentioned" if mention[1] else "memory_words"), mention[0]
-        if self._size < _PROSE and (told := host_words_in(lines_of(self._head))) is not None:
+        if told is not None:
             return told
         if (line := titled_error(self._head)) is not None and self._size < _PROSE:
             return "other_error", line

@@ -173,6 +173,7 @@ _OTHER_RUN = re.compile(
 
 _WENT_WELL = re.compile(
     r"[`'\")]{0,3}[ ,]{0,2}(?:\w+ ){0,2}?(?:works?|worked|runs?|fits?|succeed|(?:is|was|are) (?:fine|ok))\b"
+    r"|[^\n.]{0,40}?\bwithout (?:\w+ ){0,3}(?:errors?|problems?|issues?|OOM)\b"
 )
 """Words right behind such a batch."""
 
