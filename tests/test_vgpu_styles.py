@@ -190,6 +190,15 @@ torch.jit.save(torch.jit.freeze(scripted.eval()), held := io.BytesIO())
 held.seek(0)
 assert torch.jit.load(held, map_location="cuda").weight.is_cuda
 assert not torch.jit.load("scripted.pt", "cpu").weight.is_cuda
+class Named(torch.nn.Linear):
+    save = ()
+    def forward(self, x):
+        return x if 0 in self.save else super().forward(x)
+named = Named(8, 8).cuda()
+named.save = [1]
+traced = torch.jit.trace(named, torch.ones(2, 8, device="cuda"))
+traced.save("traced.pt")
+assert named.save == [1] and traced(named(torch.ones(2, 8, device="cuda"))).shape == (2, 8)
 layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
 encoder = torch.nn.TransformerEncoder(layer, 2).cuda().eval()
 with torch.inference_mode():

@@ -57,6 +57,12 @@ def old_names():
     assert isinstance(x, torch.cuda.HalfTensor)
     assert not isinstance(x, torch.cuda.FloatTensor)
     assert x.type(torch.FloatTensor).device.type == "cpu"
+    torch.set_default_tensor_type("torch.cuda.FloatTensor")
+    plain = torch.ones(2, device="cpu")
+    made = [torch.Tensor([1e10]), torch.Tensor(3, 4), torch.Tensor(plain), torch.FloatTensor([1.0]), torch.zeros(2)]
+    torch.set_default_tensor_type(torch.FloatTensor)
+    made += [torch.Tensor([1.0]), torch.zeros(2)]
+    assert [each.device.type for each in made] == ["cuda", "cuda", "cpu", "cpu", "cuda", "cpu", "cpu"]
 
 
 def pinned_and_pickled():

@@ -75,7 +75,6 @@ def install() -> None:
         if usual is not None:
             assign(torch.cuda, **{f"{name}Storage": VirtualStorageType(usual, dtype)})
     usual_type: Callable[..., Tensor | str] = torch.Tensor.type
-    usual_default: Callable[..., None] = torch.set_default_tensor_type
 
     def type_of(tensor: Tensor, dtype: object = None, non_blocking: bool = False, **options: object) -> Tensor | str:
         """Do as `tensor.type(dtype)`, also for types of the device."""
@@ -91,17 +90,40 @@ def install() -> None:
                 return tensor.to("cpu", plain)
         return usual_type(tensor, dtype, non_blocking=non_blocking)
 
+    assign(torch.Tensor, type=type_of)
+    _install_default_type(types)
+    _install_pinned_data()
+
+
+def _install_default_type(types: dict[str, VirtualType]) -> None:
+    """Let `torch.set_default_tensor_type` take a type of the device: `torch.Tensor(...)` then makes tensors there.
+
+    Factories take the default device. `torch.Tensor(...)` does not look at it, only at the default type.
+    """
+    usual_default: Callable[..., None] = torch.set_default_tensor_type
+    usual_new: Callable[..., Tensor] = torch.Tensor.__new__
+    default: list[VirtualType] = []
+
+    def new(cls: type[Tensor], *sizes_or_data: object, **options: object) -> Tensor:
+        kept = sizes_or_data and isinstance(sizes_or_data[0], (Tensor, torch.TypedStorage, torch.UntypedStorage))
+        if cls is not torch.Tensor or not default or options or kept:
+            return usual_new(cls, *sizes_or_data, **options)
+        return default[0](*sizes_or_data)
+
     def set_default_tensor_type(kind: object) -> None:
         wanted = types.get(kind) if isinstance(kind, str) else kind
         if isinstance(wanted, VirtualType):
+            default[:] = [wanted]
             torch.set_default_dtype(wanted.dtype)
             torch.set_default_device("cuda")
-        else:
-            usual_default(kind)
+            assign(torch.Tensor, __new__=new)
+            return
+        usual_default(kind)
+        if default:
+            default.clear()
+            torch.set_default_device(None)
 
-    assign(torch.Tensor, type=type_of)
     assign(torch, set_default_tensor_type=set_default_tensor_type)
-    _install_pinned_data()
 
 
 def _install_pinned_data() -> None:

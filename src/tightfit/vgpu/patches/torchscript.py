@@ -45,9 +45,15 @@ def install(device: VirtualDevice) -> None:
 
 
 def _with_save(made: object) -> object:
-    if isinstance(made, nn.Module):
-        made.__dict__["save"] = lambda file, *args, **options: torch.jit.save(made, file)
-    return made
+    """Give a module the method `save`; one with an attribute of that name keeps it, and a copy has the method."""
+    if not isinstance(made, nn.Module):
+        return made
+    played = made
+    if hasattr(made, "save"):
+        played = copy.copy(made)
+        played.__dict__["forward"] = made.forward
+    played.__dict__["save"] = lambda file, *args, **options: torch.jit.save(made, file)
+    return played
 
 
 def _install_files() -> None:
