@@ -78,6 +78,26 @@ for length in lengths:
         seen += 1
 assert seen == 2, seen
 """
+BEHIND_OPTIONS = f"""{MODEL}
+class Run:
+    is_main, is_verbose = True, False
+
+    def train(self):
+        self.step, kept, evaluated = 0, [], []
+        while self.step < 5000:
+            step(4)
+            self.step += 1
+            if self.is_main:
+                if self.step % 1000 == 0:
+                    kept.append(torch.ones(1 << 19, device="cuda"))
+            if self.step % 2500 == 0:
+                if self.is_main: evaluated.append(torch.ones(1 << 19, device="cuda"))
+                if self.is_verbose:
+                    print(model(torch.ones(1, 8, device="cuda")))
+        return len(kept), len(evaluated)
+
+assert Run().train() == (5, 2)
+"""
 
 
 def played(code: str, folder: Path) -> dict[str, object]:
@@ -89,6 +109,12 @@ def played(code: str, folder: Path) -> dict[str, object]:
 def test_later_sizes_settings_and_kept_copies_are_played(tmp_path: Path) -> None:
     """Sizes by shifts and powers, copies that a loop keeps every so often, settings of a search, the largest number."""
     found = played(LATER, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+
+
+def test_what_options_allow_every_so_often_is_played(tmp_path: Path) -> None:
+    """An option around or within `if step % 1000 == 0` does not hide it; what it forbids is not looked for."""
+    found = played(BEHIND_OPTIONS, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
 
 

@@ -156,7 +156,7 @@ class Accumulation:
             return None
         calls = calls_of_loop(code.co_filename, code.co_firstlineno, code.co_name, first)
         ran = self._lines.ran(code)
-        missing = lines_in_reach(node, {abs(line) for line, last in calls if ran.isdisjoint(range(line, last + 1))})
+        missing = lines_in_reach(node, {abs(call.first) for call in calls if call.is_missed(ran)})
         return _SkipToStep(frame, node, missing, ran, lines_in_reach(node, behind))
 
     def _tell(self, frame: FrameType) -> None:

@@ -104,8 +104,8 @@ class Evaluations:
     def _missed(self, frame: FrameType, first: int) -> list[int]:
         code = frame.f_code
         ran = self._lines.ran(code)
-        lines = calls_of_loop(code.co_filename, code.co_firstlineno, code.co_name, first)
-        return [line for line, last in lines if ran.isdisjoint(range(line, last + 1))]
+        calls = calls_of_loop(code.co_filename, code.co_firstlineno, code.co_name, first)
+        return [call.first for call in calls if call.is_missed(ran)]
 
     def _place(self, frame: FrameType | None) -> Frame | None:
         place = next(own_frames(frame), None)

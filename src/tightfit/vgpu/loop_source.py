@@ -1,7 +1,7 @@
 """Loops of a script's functions, read from their source: where they lead, and which of their lines may allocate."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,32 @@ class Loop(NamedTuple):
     """True for a `for` over a list that is written out."""
     has_items: bool = False
     """True for a `for` over anything but a `range(...)` and its like."""
+
+
+class Branch(NamedTuple):
+    """A block behind a condition that its loop never changes."""
+
+    head: range
+    """Lines of the condition."""
+    block: range
+    """Lines of the block; negative on the line of its `if`."""
+    is_late: bool
+    """True if the condition is itself behind one that may change, so that it may not have been evaluated yet."""
+
+    def may_run(self, ran: Set[int]) -> bool:
+        return not ran.isdisjoint(self.block) or (self.is_late and ran.isdisjoint(self.head))
+
+
+class Call(NamedTuple):
+    """Lines of a statement with a call that may allocate; negative for a body on the line of its `if`."""
+
+    first: int
+    last: int
+    branches: tuple[Branch, ...] = ()
+
+    def is_missed(self, ran: Set[int]) -> bool:
+        """Return True if none of the lines ran, and some still may."""
+        return ran.isdisjoint(range(self.first, self.last + 1)) and all(each.may_run(ran) for each in self.branches)
 
 
 _RANGES = ("range", "trange")
@@ -113,22 +139,21 @@ def loop_heads(file: str, first: int, name: str) -> dict[int, int]:
 
 
 @cache
-def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[tuple[int, int], ...]:
-    """Find the first and last lines of calls that may allocate: in the outermost loop around `line`, or after it.
+def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[Call, ...]:
+    """Find the calls that may allocate: in the outermost loop around `line`, or after it.
 
-    A branch does not count if the loop never changes its condition, as it can never be taken.
-    Error handling and functions that print or measure do not count either. Lines of a body on the line of its `if` are
-    negative.
+    Those behind a condition that the loop never changes have a `Branch`. Error handling and functions that print or
+    measure do not count.
     """
     body = _body(file, first, name)
     around = [each for each in _statements(body) if each.lineno <= line <= (each.end_lineno or each.lineno)]
     loop = next((each for each in around if isinstance(each, (ast.For, ast.AsyncFor, ast.While))), None)
-    found: set[tuple[int, int]] = set()
+    found: set[Call] = set()
     if loop is not None:
         changing = _stored(loop) | _attributes(_tree(file))
         found |= set(_calls(loop.body, changing))
     end = (loop.end_lineno or line) if loop is not None else line
-    found |= {each for each in _calls(body, None) if abs(each[0]) > end}
+    found |= {each for each in _calls(body, None) if abs(each.first) > end}
     return tuple(sorted(found))
 
 
@@ -140,8 +165,8 @@ def bodies_on_line(file: str, first: int, name: str) -> dict[int, int]:
 
 
 @cache
-def calls_of_loop(file: str, first: int, name: str, loop_line: int) -> tuple[tuple[int, int], ...]:
-    """Find the first and last lines of calls that may allocate in the loop that starts at a line."""
+def calls_of_loop(file: str, first: int, name: str, loop_line: int) -> tuple[Call, ...]:
+    """Find the calls that may allocate in the loop that starts at a line."""
     loops = (
         each for each in _statements(_body(file, first, name)) if isinstance(each, ast.For) and each.lineno == loop_line
     )
@@ -236,7 +261,7 @@ def _function(file: str, first: int, name: str) -> ast.FunctionDef | ast.AsyncFu
 
 def allocating_lines(body: list[ast.stmt]) -> list[tuple[int, int]]:
     """Return the first and last lines of statements with calls that may allocate."""
-    return list(_calls(body, None))
+    return [(each.first, each.last) for each in _calls(body, None)]
 
 
 def is_harmless(call: ast.Call) -> bool:
@@ -259,22 +284,41 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(block)
 
 
-def _calls(body: list[ast.stmt], changing: set[str] | None) -> Iterator[tuple[int, int]]:
-    """Yield the lines of statements with calls that may allocate. A condition may depend on the names `changing`."""
+def _calls(
+    body: list[ast.stmt], changing: set[str] | None, branches: tuple[Branch, ...] = (), *, is_late: bool = False
+) -> Iterator[Call]:
+    """Yield the statements with calls that may allocate. A condition may depend on the names `changing`."""
     for statement in body:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Raise, ast.Assert)):
             continue
         heads = [each for each in ast.iter_child_nodes(statement) if isinstance(each, (ast.expr, ast.withitem))]
         if any(_may_allocate(head) for head in heads):
             ends = [head.end_lineno or 0 for head in heads if isinstance(head, ast.expr)]
-            yield statement.lineno, max([statement.lineno, *ends])
-        if isinstance(statement, ast.If) and changing is not None and not _may_change(statement.test, changing):
+            yield Call(statement.lineno, max([statement.lineno, *ends]), branches)
+        if isinstance(statement, ast.If):
+            yield from _calls_behind(statement, changing, branches, is_late=is_late)
             continue
         for block in blocks_of(statement):
-            if isinstance(statement, ast.If) and block and block[0].lineno == statement.lineno:
-                yield from {(-first, -first) for first, _ in _calls(block, changing)}
-            else:
-                yield from _calls(block, changing)
+            yield from _calls(block, changing, branches, is_late=is_late)
+
+
+def _calls_behind(
+    statement: ast.If, changing: set[str] | None, branches: tuple[Branch, ...], *, is_late: bool
+) -> Iterator[Call]:
+    """Yield those of the branches of an `if`; Python leaves out a branch that a written constant closes."""
+    test, blocks = statement.test, blocks_of(statement)
+    may_change = changing is None or _may_change(test, changing)
+    if isinstance(test, ast.Constant):
+        may_change, blocks = True, blocks[:1] if test.value else blocks[1:]
+    head = range(statement.lineno, (test.end_lineno or statement.lineno) + 1)
+    for block in filter(None, blocks):
+        is_on_line = block[0].lineno == statement.lineno
+        first, last = block[0].lineno, block[-1].end_lineno or block[-1].lineno
+        lines = range(-first, 1 - first) if is_on_line else range(first, last + 1)
+        behind = branches if may_change else (*branches, Branch(head, lines, is_late))
+        late = is_late or (may_change and not isinstance(test, ast.Constant))
+        for each in _calls(block, changing, behind, is_late=late):
+            yield Call(-each.first, -each.first, behind) if is_on_line else each
 
 
 def _may_allocate(node: ast.AST) -> bool:

@@ -148,8 +148,8 @@ class LineWatch:
         for each in own_frames(frame):
             code = each.f_code
             ran = self._ran.get(code, set()) | earlier.get(code.co_filename, set())
-            lines = reachable_calls(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
-            missed = [line for line, last in lines if ran.isdisjoint(range(line, last + 1))]
+            calls = reachable_calls(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
+            missed = [call.first for call in calls if call.is_missed(ran)]
             found += [Frame(code.co_filename, abs(line), code.co_qualname) for line in missed]
         return list(dict.fromkeys(found))
 
