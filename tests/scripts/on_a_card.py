@@ -50,6 +50,16 @@ def streams_and_events():
     assert isinstance(torch.cuda.stream(side), torch.cuda.StreamContext)
 
 
+def positions_that_differ():
+    x = torch.randn(4, 50, device="cuda")
+    best = x.topk(5, dim=1).indices
+    for each in (best[0], best.cpu()[1], x.argsort(dim=0)[:, 3], torch.multinomial(x.softmax(1), 3)[2]):
+        assert len(set(each.tolist())) == len(each)
+    assert sorted(torch.randperm(6, device="cuda").tolist()) == [0, 1, 2, 3, 4, 5]
+    assert int(best[0, 0]) != int(best[0, 1])
+    assert 48 // best.cpu().numpy()[0, 0] > 0
+
+
 def old_names():
     assert torch.cuda.FloatTensor(2, 3).shape == (2, 3)
     assert torch.cuda.LongTensor([1, 2]).dtype == torch.int64
@@ -314,7 +324,7 @@ def captures_do_not_wait():
 
 FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
-    *(captures_do_not_wait, counts_add_up),
+    *(captures_do_not_wait, counts_add_up, positions_that_differ),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

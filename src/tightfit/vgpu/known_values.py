@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.frames import Frame, user_frames, users_line
-from tightfit.vgpu.value_ranges import Ranges
+from tightfit.vgpu.value_ranges import Picks, Ranges
 
 Scalar = bool | int | float
 
@@ -152,6 +152,7 @@ class Values:
         self._given = given
         self._known: WeakKeyDictionary[torch.UntypedStorage, Fact] = WeakKeyDictionary()
         self._ranges = Ranges()
+        self._picks = Picks()
         self.made_up: Counter[tuple[Frame | None, str]] = Counter()
 
     # Operators
@@ -169,6 +170,7 @@ class Values:
             if fact is not None:
                 self._known[out.untyped_storage()] = fact
         elif isinstance(out, tuple) and not traits.is_view and not traits.is_random:
+            self._picks.learn(func, args, kwargs, out)
             self._follow_several(func, args, kwargs, out)
 
     def _follow_several(self, func: OpOverload, args: Arguments, kwargs: Options, out: tuple[Argument, ...]) -> None:
@@ -192,6 +194,7 @@ class Values:
         if filled is not None:
             return Fact(torch.tensor(filled, dtype=out.dtype, device="cpu"))
         if traits.is_random:
+            self._picks.learn(func, args, kwargs, out)
             drawn = _drawn(func, args)
             return None if drawn is None else Fact(torch.tensor(drawn, dtype=out.dtype, device="cpu"), made_up=True)
         invent = out.numel() == 1 and (traits.is_pointwise or func in _KEPT or func in _COUNTS)
@@ -350,6 +353,9 @@ class Values:
             return None
         is_loss = tensor.requires_grad and not tensor.is_leaf and tensor.is_floating_point()
         number = _LOSS if is_loss else self._invented(tensor.dtype)
+        picked = self._picks.read(tensor)
+        if picked is not None:
+            return Fact(picked.reshape(()), made_up=True)
         fact = Fact(torch.tensor(number, dtype=tensor.dtype, device="cpu"), made_up=True)
         if _covers(tensor):
             self._known[storage] = fact
@@ -411,6 +417,8 @@ class Values:
         fact = self._fact(tensor, invent=True)
         if fact is None or fact.made_up:
             self.count("a tensor copied to the host")
+        if fact is None and (picked := self._picks.read(tensor)) is not None:
+            return picked.to(dtype).clone(memory_format=torch.contiguous_format)
         if fact is None or (fact.is_uniform and not fact.value):
             return lazy_zeros(tuple(tensor.shape), dtype)
         return fact.seen_by(tensor).to(dtype).clone(memory_format=torch.contiguous_format)

@@ -1,13 +1,17 @@
 """Smallest and largest whole number of tensors that the host uploaded: indices of nodes, tokens or classes.
 
-A graph network allocates `int(edge_index.max()) + 1` rows; a made-up 0 would hide them.
+A graph network allocates `int(edge_index.max()) + 1` rows; a made-up 0 would hide them. And positions that an operator
+picks: they are distinct.
 """
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+from tightfit.kernels.temporaries import Argument, Arguments, Options
 
 _LOOKED_AT = 1 << 25
 """Elements of a host tensor up to which its ends are looked for: 20 ms."""
@@ -43,6 +47,61 @@ class Ranges:
             return None
         is_whole = source.numel() * source.element_size() == source.untyped_storage().nbytes()
         return high if func in _LARGEST else low, is_whole
+
+
+class _Picked(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dim: int
+    extent: int
+    """Positions to pick from."""
+    version: int
+
+
+_DIMS = {aten.topk.default: 2, aten.sort.default: 1, aten.sort.stable: 99}
+"""Operators that return values and their positions, and the place of their dimension among the arguments."""
+
+
+class Picks:
+    """Positions of the largest values or of an order, which a script may read: any will do that differ from each other.
+
+    They begin in the middle. A single one stays 0: it may be a token, and the last one of a vocabulary ends a text.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[torch.UntypedStorage, _Picked] = WeakKeyDictionary()
+
+    def learn(self, func: OpOverload, args: Arguments, kwargs: Options, out: Argument) -> None:
+        """Note the positions among an operator's results."""
+        if func is aten.randperm.default:
+            positions, source, dim = out, out, 0
+        elif func is aten.multinomial.default and not (args[2] if len(args) > 2 else kwargs.get("replacement")):
+            positions, source, dim = out, args[0], -1
+        elif func in _DIMS and isinstance(out, tuple):
+            positions, source = out[1], args[0]
+            place = _DIMS[func]
+            given = args[place] if place < len(args) else kwargs.get("dim", -1)
+            dim = given if isinstance(given, int) else -1
+        else:
+            return
+        if not (isinstance(positions, Tensor) and isinstance(source, Tensor)) or not positions.dim():
+            return
+        if positions.shape[dim] > 1 and _can_tell(positions):
+            picked = _Picked(
+                positions.shape, positions.stride(), dim % positions.dim(), source.shape[dim], positions._version
+            )
+            self._known[positions.untyped_storage()] = picked
+
+    def read(self, tensor: Tensor) -> Tensor | None:
+        """Return the host's version of such positions, or of a view of them; None for another tensor."""
+        picked = self._known.get(tensor.untyped_storage()) if tensor.layout is torch.strided else None
+        if picked is None or picked.version != tensor._version or tensor.dtype != torch.int64:
+            return None
+        count = picked.shape[picked.dim]
+        along = (torch.arange(count, device="cpu") + picked.extent // 2) % picked.extent
+        others = [count if dim == picked.dim else 1 for dim in range(len(picked.shape))]
+        whole = torch.empty_strided(picked.shape, picked.stride, dtype=torch.int64, device="cpu")
+        return whole.copy_(along.view(others)).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 def _can_tell(tensor: Tensor) -> bool:

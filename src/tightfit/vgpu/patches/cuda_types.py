@@ -104,11 +104,12 @@ def _install_default_type(types: dict[str, VirtualType]) -> None:
     usual_new: Callable[..., Tensor] = torch.Tensor.__new__
     default: list[VirtualType] = []
 
-    def new(cls: type[Tensor], *sizes_or_data: object, **options: object) -> Tensor:
-        kept = sizes_or_data and isinstance(sizes_or_data[0], (Tensor, torch.TypedStorage, torch.UntypedStorage))
-        if cls is not torch.Tensor or not default or options or kept:
-            return usual_new(cls, *sizes_or_data, **options)
-        return default[0](*sizes_or_data)
+    def new(*args: object, **options: object) -> Tensor:
+        """Dynamo compares this signature with that of its own function, unless it takes anything."""
+        kept = len(args) > 1 and isinstance(args[1], (Tensor, torch.TypedStorage, torch.UntypedStorage))
+        if args[0] is not torch.Tensor or not default or options or kept:
+            return usual_new(*args, **options)
+        return default[0](*args[1:])
 
     def set_default_tensor_type(kind: object) -> None:
         wanted = types.get(kind) if isinstance(kind, str) else kind
