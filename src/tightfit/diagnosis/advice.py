@@ -209,6 +209,7 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
             return
     if grows is not None:
         to_train = "weights_to_train" if facts.phase in ("load", "setup") else "training"
+        trains = trains or (evidence.framework is None and evidence.purpose == TRAINING)
         yield to_train if grows == "model" and trains else grows
         yield from ["eval"] if facts.phase == "eval" else []
         return
@@ -233,7 +234,7 @@ def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterat
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
 
 
-_OVERSIZED = frozenset({"logits", "attention", "pairs", "outputs"})
+_OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs"})
 """Quantities that a tensor larger than the card may well grow with."""
 
 
@@ -327,7 +328,7 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or run.numbers.get("world_size") == 1
         or evidence.tensor == "gathered_parameters"
         or evidence.infers
-        or (evidence.grows == "model" and program is None and not evidence.trains),
+        or (evidence.grows == "model" and program is None and not evidence.trains and evidence.purpose != TRAINING),
         "optimizer_foreach": not any("foreach" in f"{each.source} {each.function}" for each in facts.frames[-2:]),
         "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower() or not _has_large_state(facts, evidence),
     }
@@ -339,7 +340,9 @@ _OF_SCORES = 2**29
 
 _RESERVES = re.compile(r"\btrain\.py\b[^\n]*\s(?:-o|--occupy)\b")
 """YOLOX's option to take the card's memory before the training."""
-_SEES = re.compile(r"(?<![A-Za-z])VL(?![A-Za-z])|-vl-|\bMAX_PIXELS\b|\bmax_pixels\b|[Ii]ntern[Vv][Ll]|[Pp]ixtral")
+_SEES = re.compile(
+    r"(?<![A-Za-z])VL(?![A-Za-z])|-vl-|_vl[/.]|\bMAX_PIXELS\b|\bmax_pixels\b|[Ii]ntern[Vv][Ll]|[Pp]ixtral"
+)
 """Models of language that see pictures of any size."""
 
 

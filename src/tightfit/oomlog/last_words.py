@@ -305,6 +305,8 @@ _RAM = re.compile(
     r" (?:(?:system|host|cpu|available) )*RAM\b"
     r"|\b(?:wo|does|do|ca)n'?t fit (?:in|into) (?:the )?(?:memory|RAM)\b"
     r"|\bRAM\b[^.\n]{0,30}\b(?:swap|SWAP)\b[^.\n]{0,30}\b(?:exhausted|full|used)"
+    r"|\b(?:blow|eat|fill|us|exhaust)\w* (?:up )?(?:all )?(?:of )?(?:my|all|the whole|the entire)(?: the| my)?"
+    r" (?:(?:system|host|cpu|available) )*RAM\b"
     r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
     r"|(?:服务器|物理|系统|主机|运行)内存.{0,20}(?:爆|不足|不够|耗尽|占满)|内存爆满|(?:システム|ホスト|物理)メモリー?.{0,8}(?:不足|足り)"
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
@@ -327,7 +329,9 @@ def host_words_in(lines: Sequence[str]) -> tuple[str, str] | None:
     for kind, words in (("host_killed", _OF_JOB), ("host_memory_error", _RAM), ("host_killed", _KILLED)):
         for line in lines:
             if words.search(line) and not (_ADVICE.search(line) and "VRAM" in line):
-                return kind, " ".join(line.split()).strip(" #*")[:300]
+                told = _SENTENCE_ENDS.split(line) if len(line) > _LONG_LINE else [line]
+                said = next(filter(words.search, told), line)
+                return kind, " ".join(said.split()).strip(" #*")[:300]
     return None
 
 

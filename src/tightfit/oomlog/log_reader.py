@@ -306,6 +306,9 @@ class _Scan:
         record = handled[-1] if handled else None
         if record is None or last is None or last[1][:60] in record.body or record.progress:
             return None
+        if self._ending.rfind(last[1][:60]) < self._ending.rfind(record.body[:60]):
+            is_the_matter = self._head.startswith("# ") and reported_in(lines_of(self._head[:4000])) is not None
+            return record if is_the_matter else None
         details = dict(record.facts.details) | {"afterwards": " ".join(last[1].split())}
         notes = (*record.facts.notes, "failed_afterwards")
         return _with_facts(record, replace(record.facts, notes=notes, details=details))
