@@ -4,12 +4,12 @@
 Every kernel reads its inputs and writes its outputs once. Views and empty tensors need no kernel.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
 from tightfit.kernels.launch import Exchange, Kernel, Place
@@ -53,7 +53,7 @@ def kernel_of(
         return None
     if func.namespace == "c10d":
         return _exchange(schema, args)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if _has_storage(leaf)]
+    tensors = [*_tensors_in(args), *_tensors_in(kwargs.values()), *_tensors_in((out,))]
     formula = flop_registry.get(func._overloadpacket)
     flops = 0
     if formula is not None:
@@ -61,7 +61,7 @@ def kernel_of(
         flops //= 2 if _is_causal(schema, args, kwargs) else 1
     nbytes = _bytes(tensors)
     if schema.name in _BY_INDEX:
-        results = [leaf for leaf in tree_leaves(out) if _has_storage(leaf)]
+        results = list(_tensors_in((out,)))
         indices = [tensor for tensor in tensors if tensor.dtype == torch.int64]
         nbytes = 3 * min(_bytes(results), max(_bytes([index]) for index in indices) if indices else nbytes)
         if schema.name == "aten::embedding":
@@ -72,7 +72,7 @@ def kernel_of(
 def _exchange(schema: "FunctionSchema", args: "Sequence[Argument]") -> Kernel | None:
     """Return a collective between cards, with the bytes of the whole tensor; None for other uses of process groups."""
     exchange = _EXCHANGES.get(schema.name)
-    tensors = [leaf for leaf in tree_leaves(args) if _has_storage(leaf)]
+    tensors = list(_tensors_in(args))
     if exchange is None or not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
         return None
     from torch.distributed import ProcessGroup, get_process_group_ranks  # only where there are several cards
@@ -100,8 +100,14 @@ def _is_causal(schema: "FunctionSchema", args: "Sequence[Argument]", kwargs: "Ma
     return bool(args[place] if place < len(args) else kwargs.get("is_causal", False))
 
 
-def _has_storage(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+def _tensors_in(values: "Iterable[Argument]") -> Iterator[Tensor]:
+    """Yield the tensors with a storage in values and their lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
 
 
 def _is_view(schema: "FunctionSchema") -> bool:
@@ -114,16 +120,20 @@ def _bytes(tensors: list[Tensor]) -> int:
     by_storage: dict[int, int] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        nbytes = min(tensor.numel() * tensor.element_size(), storage.nbytes())
-        by_storage[storage._cdata] = min(by_storage.get(storage._cdata, 0) + nbytes, storage.nbytes())
+        key, held = storage._cdata, storage.nbytes()
+        by_storage[key] = min(by_storage.get(key, 0) + tensor.numel() * tensor.itemsize, held)
     return sum(by_storage.values())
 
 
 def _place(tensors: list[Tensor]) -> Place:
-    on_host = {tensor.device.type == "cpu" for tensor in tensors if tensor.dim()}
+    on_host = {_where(tensor).type == "cpu" for tensor in tensors if tensor.dim()}
     if len(on_host) == 2:
         return "link"
     return "host" if on_host == {True} else "device"
+
+
+def _where(tensor: Tensor) -> torch.device:
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device  # which is slow to ask a fake one
 
 
 def _dtype(tensors: list[Tensor]) -> str:

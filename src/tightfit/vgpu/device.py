@@ -27,7 +27,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.library import _impls
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tightfit.allocator.caching import CachingAllocator, OutOfMemory, PoolId
 from tightfit.kernels import operators as kernels
@@ -318,8 +317,8 @@ class VirtualDevice:
 
     def track(self, out: Argument, func: OpOverload, args: Arguments, phase: Phase) -> None:
         """Record the memory of the tensors in an operator's result."""
-        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.where.type:
+        for tensor in fakes((out,)):
+            if tensor.fake_device.type != self.where.type:
                 continue
             for part in (tensor,) if tensor.layout == torch.strided else self._parts(tensor):
                 self._guarded(self.recorder.track, self._describe(part, func, args, phase), part)

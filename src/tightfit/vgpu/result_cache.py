@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 
@@ -35,6 +35,10 @@ _QUANTISED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2,
 _PLAIN_OF_LISTS = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 """Types of arguments that decide shapes. The floats of operators on lists do not: bias corrections of each step."""
 _PLAIN = (float, *_PLAIN_OF_LISTS)
+
+_META = torch.device("meta")
+_empty_strided, _make_subclass = torch.empty_strided, Tensor._make_subclass
+"""Torch's own, from before scripts' calls are followed."""
 
 Compute = Callable[[], Argument]
 
@@ -78,6 +82,8 @@ class ResultCache:
     def __init__(self, fake: FakeTensorMode) -> None:
         self._fake = fake
         self._known: dict[tuple[object, ...], _Result] = {}
+        self._fields: dict[torch.device, dict[str, object]] = {}
+        """Attributes of a new fake tensor on each device; none of them is a tensor's own."""
 
     def result(self, func: OpOverload, args: Arguments, kwargs: Options, compute: Compute) -> Argument:
         """Return the result of a call: from memory, or by `compute`, which is then remembered where it can be."""
@@ -183,12 +189,26 @@ class ResultCache:
                 return args[place]
         viewed = None if part.viewed is None else args[part.viewed]
         storage = viewed.untyped_storage() if isinstance(viewed, Tensor) else None
-        with in_kernel_invocation_manager(self._fake):
-            inner = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device="meta")
+        with torch._C._DisableTorchDispatch():
+            inner = _empty_strided(part.shape, part.stride, dtype=part.dtype, device=_META)
             if storage is not None and isinstance(viewed, Tensor):
                 offset = viewed.storage_offset() + part.offset + shift
                 inner.set_(storage, offset, part.shape, part.stride)
-        return FakeTensor(self._fake, inner, part.device)
+        return self._tensor(inner, part.device)
+
+    def _tensor(self, inner: Tensor, device: torch.device) -> FakeTensor:
+        """Return `FakeTensor(fake, inner, device)`. Its own constructor, in Python, takes five times as long."""
+        fields = self._fields.get(device)
+        if fields is None:
+            first = FakeTensor(self._fake, inner, device)
+            self._fields[device] = dict(vars(first))
+            return first
+        made: FakeTensor = _make_subclass(
+            FakeTensor, inner, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        vars(made).update(fields)
+        return made
 
 
 @cache
