@@ -55,16 +55,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         b, t, _ = x.shape
         q, k, v = (f(x).view(b, t, -1, self.head) for f in (self.wq, self.wk, self.wv))
-        q, k = turned(q, turns), turned(k, turns)
+        q, k = turned(q, k, turns)
         if self.repeats > 1:
             k, v = (each[:, :, :, None].expand(-1, -1, -1, self.repeats, -1).flatten(2, 3) for each in (k, v))
         out = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)), is_causal=True)
         return self.wo(out.transpose(1, 2).contiguous().view(b, t, -1))
 
 
-def turned(x: Tensor, turns: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns[: x.shape[1], None]).flatten(3).type_as(x)
+def turned(q: Tensor, k: Tensor, turns: Tensor) -> tuple[Tensor, ...]:
+    """Return both turned, with all of their complex and float32 copies held to the end, as torchtitan's are."""
+    copies = [[torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) for x in (q, k)]]
+    copies += [[torch.view_as_real(x * turns[: x.shape[1], None]).flatten(3) for x in copies[0]]]
+    return tuple(wide.type_as(x) for wide, x in zip(copies[1], (q, k), strict=True))
 
 
 class FeedForward(nn.Module):
@@ -143,8 +145,9 @@ def selective() -> Any:
 
 
 class Llama(nn.Module):
-    def __init__(self, shape: Shape, layers: int, kind: str, torch_version: str) -> None:
+    def __init__(self, shape: Shape, layers: int, kind: str, torch_version: str, *, returns_float: bool) -> None:
         super().__init__()
+        self.returns_float = returns_float
         self.embed = nn.Embedding(shape.vocab, shape.width)
         self.blocks = nn.ModuleList(Checkpointed(Block(shape, torch_version), kind) for _ in range(layers))
         self.norm, self.output = norm(shape, torch_version), nn.Linear(shape.width, shape.vocab, bias=False)
@@ -153,7 +156,8 @@ class Llama(nn.Module):
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, turns)
-        return self.output(self.norm(x))
+        logits = self.output(self.norm(x))
+        return logits.float() if self.returns_float else logits
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -169,7 +173,8 @@ def train(
     torch.distributed.init_process_group("nccl")
     mesh = init_device_mesh("cuda", (cards,))
     with torch.device("meta"):
-        model = Llama(shape, layers, checkpointing, torch_version)
+        # Until June 2024 the model returned float32, and the logits outlived the backward pass and the next forward.
+        model = Llama(shape, layers, checkpointing, torch_version, returns_float=keeps_logits)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for number, block in enumerate(model.blocks):
         if compiled:
@@ -185,8 +190,6 @@ def train(
         found = [read()]
         optimizer.zero_grad()
         logits = model(ids(), turns)
-        if keeps_logits:  # until June 2024 the model returned them in float32, and they outlived the backward pass
-            logits = logits.float()
         loss = loss_of(logits, ids())
         if not keeps_logits:
             del logits
