@@ -98,6 +98,26 @@ class Run:
 
 assert Run().train() == (5, 2)
 """
+COLLECTED = f"""{MODEL}
+from tqdm import tqdm, trange
+step(4)
+data = [torch.randn(8) for _ in range(1003)]
+
+@torch.no_grad()
+def encode(starts):
+    rows, sums = [], []
+    for start in starts:
+        found = model(torch.stack(data[start : start + 16]).cuda())
+        rows.extend(found.cpu())
+        sums.append(found.sum().item())
+    assert len([rows[place] for place in range(1003)]) == len(rows)
+    assert len(sums) == 63
+
+encode(trange(0, len(data), 16))
+encode(trange(0, len(data), 16, disable=True))
+encode(tqdm(list(range(0, len(data), 16))))
+encode([*range(0, len(data), 16)])
+"""
 
 
 def played(code: str, folder: Path) -> dict[str, object]:
@@ -116,6 +136,14 @@ def test_what_options_allow_every_so_often_is_played(tmp_path: Path) -> None:
     """An option around or within `if step % 1000 == 0` does not hide it; what it forbids is not looked for."""
     found = played(BEHIND_OPTIONS, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+
+
+def test_lists_of_an_evaluation_get_all_their_entries(tmp_path: Path) -> None:
+    """sentence-transformers puts the entries back into the order of its sentences."""
+    found = played(COLLECTED, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert "the iterations of a loop without gradients repeat" in str(found["notes"])
+    assert "play with all of them" not in str(found["notes"])
 
 
 def test_a_script_that_counts_its_iterations_is_played_with_all_of_them(tmp_path: Path) -> None:

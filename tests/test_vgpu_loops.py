@@ -155,17 +155,17 @@ SAMPLING = """
 import torch
 
 def sample(model, times):
-    steps = []
+    steps = 0
     for time in range(times):
         with torch.no_grad():
             model(torch.ones(4, 8, device="cuda"))
-        steps.append(time)
+        steps += 1
     return steps
 """
 SAMPLER = """
 import torch
 import sampler
-assert len(sampler.sample(torch.nn.Linear(8, 8).cuda(), 100_000)) < 20
+assert sampler.sample(torch.nn.Linear(8, 8).cuda(), 100_000) < 20
 """
 
 

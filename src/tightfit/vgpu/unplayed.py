@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+from tightfit.vgpu.collected import go_to_last
 from tightfit.vgpu.expressions import value_in
 from tightfit.vgpu.frames import Frame, is_package
 from tightfit.vgpu.inlined_loop import ReadLoops, inlined
@@ -450,9 +451,12 @@ class LineWatch:
         if not loop.after and items is None:  # the loop only begins
             return
         self._leaving[frame.f_code].remove(loop)
+        is_evaluation = (frame.f_code, loop) in self._if_closed
         if not self._may_leave(frame, loop):
             return
         self.has_passed = True
+        if is_evaluation and self._goes_to_last(frame, loop):
+            return
         if self._only_for_largest == (frame.f_code, loop.first):
             self._only_for_largest = None
             if not makes_items(items):
@@ -470,6 +474,14 @@ class LineWatch:
         with self._passing():
             while time.monotonic() < until and not self.is_cut_short and self._takes(items):
                 pass
+
+    def _goes_to_last(self, frame: FrameType, loop: Loop) -> bool:
+        """Let an evaluation go on to its last iteration if it collects results in lists."""
+        names = frame.f_locals
+        with self._passing():
+            goes = go_to_last(frame, loop, names)
+        self.forget_names(frame, names)
+        return goes
 
     def _ends_with_largest(self, frame: FrameType, loop: Loop, items: object) -> bool:
         """Let a loop end after the largest item that is left; False if Python hides its iterator or all are alike."""
