@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -173,7 +174,7 @@ def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to_all", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_interrupted_play_tells_what_it_saw(to_all: bool, tmp_path: Path) -> None:
-    """Also where a batch system sends its signal to all processes of a job."""
+    """Also where a batch system sends its signal to all processes of a job, and `timeout` twice to the command."""
     command = [sys.executable, "-m", "tightfit", "--lang", "en", "dryrun", "--gpu", "A100", "--no-explain"]
     play = subprocess.Popen(
         [*command, str(written(tmp_path, WAITING))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -185,6 +186,8 @@ def test_an_interrupted_play_tells_what_it_saw(to_all: bool, tmp_path: Path) -> 
     processes = psutil.Process(play.pid).children(recursive=True) if to_all else []
     for each in (*processes, play):
         each.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    play.send_signal(signal.SIGTERM)
     out, _ = play.communicate(timeout=60)
     assert out.startswith("FITS AS FAR AS IT WAS PLAYED"), out
     assert "it was interrupted" in out

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from tightfit.cli.exits import FAILED, OK, as_json
 from tightfit.cli.parser import Parser, capability
@@ -124,7 +125,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(say("cli.dryrun.multiple_of_what"))
     from tightfit.simulation.dry_run import dryrun_script
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end, too, gets what was seen
+    signal.signal(signal.SIGTERM, _interrupt_once)  # a batch system's end, too, gets what was seen
     settings = settings_of(options)
     names = {"script": _program(options), "gpu": options.gpu}
     with shown(say("cli.progress.playing", **names), bar=False) as progress:
@@ -139,6 +140,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         _show(found, options)
     return OK if found.outcome == "fits" else FAILED
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """Interrupt as Ctrl-C does. `timeout` sends its signal twice: to the command, and to its group."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
