@@ -193,6 +193,8 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     elif budget is not None and budget.what == "training" and not budget.exceeds and not evidence.batch_is_one:
         nearly = "if_all" if budget.exceeds_if_all else "nearly_full"
         yield from [nearly] if budget.may_exceed or budget.total_bytes is None else []
+    elif budget is not None and budget.what == "training" and not budget.exceeds and budget.total_bytes is None:
+        yield from ["if_all"] if evidence.framework is None else []
     trains = evidence.trains or (budget is not None and budget.what == "training")
     if is_oversized(facts):
         yield from [grows] if grows in _OVERSIZED else []
@@ -208,12 +210,19 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         if evidence.tensor == "gathered_parameters":
             return
     if grows is not None:
-        to_train = "weights_to_train" if facts.phase in ("load", "setup") else "training"
-        trains = trains or (evidence.framework is None and evidence.purpose == TRAINING)
-        yield to_train if grows == "model" and trains else grows
+        yield _of_weights(facts, evidence, trains=trains) if grows == "model" else grows
         yield from ["eval"] if facts.phase == "eval" else []
         return
     yield from _lists_of_phase(facts, evidence, trains=trains)
+
+
+def _of_weights(facts: Facts, evidence: Evidence, *, trains: bool) -> str:
+    """Return the list for a tensor that grows with the model."""
+    if facts.phase == "save":
+        return "save"
+    if trains or (evidence.framework is None and evidence.purpose == TRAINING):
+        return "weights_to_train" if facts.phase in ("load", "setup") else "training"
+    return "model"
 
 
 def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterator[str]:
@@ -302,11 +311,16 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
     """Return for each remedy of weights and optimizer state True where it is done already, or cannot help."""
     run, program = evidence.run, evidence.framework
     is_too_large = evidence.budget is not None and evidence.budget.exceeds
+    rearranges = any("bitsandbytes" in each.file for each in facts.frames)  # each 8-bit weight, for the state dict
     return {
         "offload": _has_no_offload(facts, evidence)
         or ("qlora" in run.signs and not evidence.infers)  # DeepSpeed's stage 3 takes no quantised weights
         or (evidence.trains and program == "unsloth")
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
+        "save_from_host": evidence.is_of_one_process,
+        "save_sharded": evidence.is_of_one_process,
+        "save_on_host": not evidence.is_of_one_process or bool(run.signs & {"lora", "qlora"}) or rearranges,
+        "save_adapters": not run.signs & {"lora", "qlora"} or not evidence.is_of_one_process or rearranges,
         "no_reserve": not _RESERVES.search(run.text),
         "share_of_card": program in programs("with_servers") and not re.search(r"vllm|sglang", run.text, re.IGNORECASE),
         "fewer_pixels": not _SEES.search(run.text),

@@ -155,6 +155,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return "windows" in self.run.signs or not _POSIX.search(self.run.text)
 
     @property
+    def is_of_one_process(self) -> bool:
+        """True if the report shows neither several processes nor a library that divides the model among them."""
+        run = self.run
+        several = run.numbers.get("world_size", 1) > 1 or "zero_stage" in run.numbers
+        return not several and not run.signs & {"fsdp", "deepspeed"} and not _DIVIDES.search(run.text)
+
+    @property
     def batch_is_one(self) -> bool:
         return self.run.numbers.get("batch_size") == 1 or "batch_at_floor" in self.run.signs
 
@@ -164,6 +171,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return self.batch_is_one or "no_batch" in self.run.signs
 
 
+_DIVIDES = re.compile(
+    r"fsdp|fullyshard|fully_shard|deepspeed|state_dict_utils|\bzero_?[123]?\b|nproc|\brank", re.IGNORECASE
+)
+"""Words of runs of several processes."""
 _GROWS = {
     "weight": "model",
     "shard": "state",

@@ -49,7 +49,8 @@ def causes_of_evidence(
 def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield the causes of a failure of which only a person's words are known."""
     if facts.phase == "save":
-        yield Request(code="grows_saving", label=LIKELY, requested_bytes=facts.requested_bytes)
+        code = "grows_saving_alone" if evidence.is_of_one_process else "grows_saving"
+        yield Request(code=code, label=LIKELY, requested_bytes=facts.requested_bytes)
         return
     if evidence.line is not None and evidence.line.is_named:
         yield Request(code=f"grows_{evidence.line.grows}", requested_bytes=facts.requested_bytes)

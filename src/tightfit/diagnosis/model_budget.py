@@ -72,7 +72,10 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     if _LEAST_PART * parameters < trained <= parameters // 2:
         return _of_part(model, parameters, total, trained, run)
     if total is None and (run.signs & {"lora", "qlora"} or not _trains(facts, run)):
-        return None
+        if run.signs & {"lora", "qlora"} or purpose != TRAINING or model.kind != "causal" or run.frameworks:
+            return None
+        found = _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
+        return msgspec.structs.replace(found, is_sure=False)
     if total is None:
         return _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
