@@ -603,6 +603,65 @@ def test_the_blocks_behind_a_loop_or_a_try_of_the_loop_itself_are_followed(tmp_p
     assert found["peak"]["allocated_bytes"] > 2 << 30
 
 
+FORMS = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+played = {}
+
+def play(kind):
+    played[kind] = torch.zeros(1 << 24, device="cuda")
+
+class Hook:
+    def __init__(self):
+        self.calls = 0
+    def __call__(self, step):
+        self.calls += 1
+        if 1000 < self.calls < 1003:
+            play("callable")
+
+def within(step):
+    for part in range(3):
+        if part == 1 and (left := 2000 - step) == 3:
+            play("inner loop of a function")
+
+hook = Hook()
+
+class Trainer:
+    step = 0
+    def one(self):
+        model(torch.zeros(4, 64, device="cuda")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.step += 1
+        hook(self.step)
+        within(self.step)
+        700 < self.step < 703 and play("and")
+        self.step % 900 or play("or")
+        match self.step:
+            case 1200 | 1201:
+                play("value")
+            case 1300 if model.training:
+                play("guard")
+            case _ if self.step == 1400:
+                play("any")
+    def run(self):
+        while self.step < 2000:
+            self.one()
+
+Trainer().run()
+"""
+
+
+def test_conditions_in_other_forms_are_followed(tmp_path: Path) -> None:
+    """`and`, `or`, `match`, `:=`, callable objects, and loops in functions that the loop calls."""
+    (tmp_path / "train.py").write_text(FORMS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["steps"] < 100
+    assert found["peak"]["allocated_bytes"] > 7 << 26
+
+
 LENGTHS = """
 import sys, torch
 from torch.nn.utils.rnn import pad_sequence

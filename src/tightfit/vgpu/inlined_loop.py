@@ -19,13 +19,13 @@ from torch import Tensor
 from tightfit.vgpu.expressions import is_computed
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
+from tightfit.vgpu.plain_branches import UNKNOWN
 from tightfit.vgpu.running_loops import SUSPENDS
 
 S = TypeVar("S", bound=ast.stmt)
 
 WATCHED = "tightfit.watched"
 """Name, which no script can have, under which an iteration's expressions of the counters leave their values."""
-_UNKNOWN = "tightfit.unknown"
 _DEPTH = 4
 _MOST_STATEMENTS = 3000
 _MOST_ITEMS = 16
@@ -140,12 +140,17 @@ class _Translator(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, _HIDE_NAMES):
-            return ast.Name(_UNKNOWN, ast.Load())
+            return ast.Name(UNKNOWN, ast.Load())
         found: ast.AST = super().visit(node)
         return found
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return self._builder.name(node, self._scope)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> ast.AST:
+        """Replace `name := value` by its value; who reads the name later finds that it is unknown."""
+        found: ast.AST = self.visit(node.value)
+        return found
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replace a call of a function that only returns an expression, or of `getattr`."""
@@ -184,9 +189,6 @@ class _Builder:
         match statement:
             case ast.If(test=test, body=body, orelse=other):
                 return [self._branch(statement, test, body, other, scope, depth)]
-            case ast.Expr(value=ast.BoolOp(op=ast.And(), values=[*tests, ast.Call() as call])):
-                test = tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests)
-                return [self._branch(statement, test, [_expression(call)], [], scope, depth)]
             case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
                 return [self._branch(statement, test, [_expression(one)], [_expression(two)], scope, depth)]
             case ast.With() | ast.AsyncWith() | ast.Try():
@@ -239,7 +241,7 @@ class _Builder:
         body, behind = (self.statements(block, scope, depth) for block in (loop.body, loop.orelse))
         inner = ast.copy_location(ast.For(loop.target, items, body, behind), loop)
         if scope.code is not None:
-            inner.target = ast.Name(_UNKNOWN, ast.Store())
+            inner.target = ast.Name(UNKNOWN, ast.Store())
         return [*self._simple(loop.iter, scope, depth), self._placed(inner, scope)]
 
     def _simple(self, value: ast.expr, scope: _Scope, depth: int) -> list[ast.stmt]:
@@ -308,13 +310,13 @@ class _Builder:
             return node
         if node.id not in scope.globals:
             is_builtin = hasattr(builtins, node.id) or node.id in self._code.co_cellvars
-            return node if is_builtin else ast.Name(_UNKNOWN, node.ctx)
+            return node if is_builtin else ast.Name(UNKNOWN, node.ctx)
         if scope.globals is self._names and node.id not in (*self._code.co_varnames, *self._code.co_cellvars):
             return node
         value = scope.globals[node.id]
         if value is None or isinstance(value, (int, float, str)):
             return ast.Constant(value)
-        return ast.Name(_UNKNOWN, node.ctx)
+        return ast.Name(UNKNOWN, node.ctx)
 
     def called(self, call: ast.Call) -> tuple[ast.FunctionDef, FunctionType, ast.expr | None] | None:
         """Return the source of the script's function that is called, the function and its `self`."""
@@ -322,6 +324,10 @@ class _Builder:
         owner = None
         if isinstance(found, MethodType) and isinstance(call.func, ast.Attribute):
             found, owner = found.__func__, call.func.value
+        elif isinstance(of_kind := inspect.getattr_static(type(found), "__call__", None), FunctionType) and is_own(
+            of_kind.__code__
+        ):
+            found, owner = of_kind, call.func
         found = inspect.unwrap(found) if isinstance(found, FunctionType) else found
         if not isinstance(found, FunctionType):
             return None
@@ -460,7 +466,7 @@ def _stored(value: ast.AST, field_name: str) -> ast.AST:
 
 
 def _unknown() -> ast.expr:
-    return ast.Name(_UNKNOWN, ast.Load())
+    return ast.Name(UNKNOWN, ast.Load())
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from tightfit.vgpu.plain_branches import AsIf
+
 _HARMLESS_CALLS = (
     "print len range min max sum str int float bool round abs format join append extend update items keys values get "
     "isinstance hasattr getattr time perf_counter monotonic strftime now exit open write flush close makedirs remove "
@@ -229,7 +231,8 @@ def _holds(outer: ast.stmt, inner: ast.stmt) -> bool:
 def _tree(file: str) -> ast.Module:
     """Parse a file; one that is not there or is no Python is empty."""
     try:
-        return ast.parse(Path(file).read_bytes())
+        tree: ast.Module = AsIf().visit(ast.parse(Path(file).read_bytes()))
+        return tree
     except (OSError, SyntaxError, ValueError):
         return ast.Module(body=[], type_ignores=[])
 
@@ -337,7 +340,10 @@ def _may_change(test: ast.expr, changing: set[str]) -> bool:
 
 
 def _stored(loop: ast.stmt) -> set[str]:
-    return {each.id for each in ast.walk(loop) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    """Return the names that a loop assigns, and those whose items it does."""
+    stored = [each for each in ast.walk(loop) if isinstance(getattr(each, "ctx", None), ast.Store)]
+    holders = [each.value if isinstance(each, ast.Subscript) else each for each in stored]
+    return {each.id for each in holders if isinstance(each, ast.Name)}
 
 
 def _attributes(tree: ast.Module) -> set[str]:

@@ -160,19 +160,20 @@ class Skip:
         ran: Collection[int],
         steps: int,
         line: int = 0,
-        lengths: Mapping[int, int] | None = None,
+        lengths: Callable[[], Mapping[int, int]] = dict,
         to_end: bool = False,
         seen: set[frozenset[tuple[str, object]]] | None = None,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
-        `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` has the
-        iterations of loops within the loop, by their lines. `to_end`: go on to the loop's end if nothing is missing.
-        `seen` has the watched values of iterations that ran, and takes those of the one that this leads to.
+        `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
+        the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
+        if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the one that this
+        leads to.
         """
         self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
-        self._lengths, self._to_end = lengths or {}, to_end
+        self._lengths, self._to_end = lengths, to_end
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
@@ -258,7 +259,7 @@ class Skip:
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
     ) -> tuple[CodeType, _Reduced, dict[str, object]]:
         reader = Reader(names, others, self._unsure)
-        reduced = _Reduced(reader, self._missing, self._ran, self._lengths)
+        reduced = _Reduced(reader, self._missing, self._ran, self._lengths())
         body = reduced.body(self._node.body)
         if isinstance(self._node, ast.While):
             body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -296,7 +297,7 @@ class LineWatch:
         self._read.changes[code, loop.first] += _CHANGES_OF_A_START
         before, now = (at[code, loop.first] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
-        lengths = self._lengths.of({code: 0, **made.functions})
+        lengths = partial(self._lengths.of, {code: 0, **made.functions})
         seen = self._read.seen[code, loop.first]
         skip = Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen)
         self._skips[code, loop.first] = loop, skip
@@ -527,6 +528,8 @@ class LineWatch:
             changes = self._read.changes[place] - _CHANGES_OF_A_START + 1
             self._read.changes[place] = changes if found_one else _MOST_CHANGES
             self._read.reached[place] = skip.steps if skip.is_reached else 0
+            if skip.is_changing:  # the lines that it was for are still to come
+                self._tried = {each for each in self._tried if each[:2] != place}
             if skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
                 self._tried = {each for each in self._tried if each[0] is not code or not first < each[1] <= loop.last}
 
