@@ -168,8 +168,7 @@ class Skip:
 
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
         the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
-        if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the one that this
-        leads to.
+        if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the next.
         """
         self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
