@@ -638,6 +638,8 @@ class Trainer:
         within(self.step)
         700 < self.step < 703 and play("and")
         self.step % 900 or play("or")
+        if (self.step & 1023) == 1023 and divmod(self.step, 31)[1] == 0:
+            play("arithmetic")
         match self.step:
             case 1200 | 1201:
                 play("value")
@@ -654,12 +656,12 @@ Trainer().run()
 
 
 def test_conditions_in_other_forms_are_followed(tmp_path: Path) -> None:
-    """`and`, `or`, `match`, `:=`, callable objects, and loops in functions that the loop calls."""
+    """`and`, `or`, `match`, `:=`, `&`, callable objects, and loops in functions that the loop calls."""
     (tmp_path / "train.py").write_text(FORMS)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["not_played"]) == ("fits", [])
     assert found["steps"] < 100
-    assert found["peak"]["allocated_bytes"] > 7 << 26
+    assert found["peak"]["allocated_bytes"] > 8 << 26
 
 
 LENGTHS = """

@@ -40,17 +40,19 @@ _OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {
     **SIGNS,
     ast.LShift: _left_shift,
     ast.RShift: operator.rshift,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
     ast.Pow: _power,
 }
 _IDENTITY = (ast.Is, ast.IsNot)
 _FUNCTIONS: dict[str, Callable[..., object]] = {
-    each.__name__: each for each in (len, int, float, bool, min, max, abs, round)
+    each.__name__: each for each in (len, int, float, bool, min, max, abs, round, divmod, sum)
 }
 _OF_MATH: dict[str, Callable[..., object]] = {
-    each.__name__: each
-    for each in (math.ceil, math.floor, math.trunc, math.sqrt, math.log, math.log2, math.cos, math.sin)
+    name: getattr(math, name) for name in "ceil floor trunc sqrt isqrt exp log log2 log10 cos sin gcd fmod".split()
 }
-_METHODS = ("size", "numel", "dim", "get")
+_METHODS = ("size", "numel", "dim", "get", "is_integer", "bit_length", "startswith", "endswith")
 
 Unsure = frozenset[str]
 
