@@ -50,7 +50,8 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
     each.__name__: each for each in (len, int, float, bool, min, max, abs, round, divmod, sum)
 }
 _OF_MATH: dict[str, Callable[..., object]] = {
-    name: getattr(math, name) for name in "ceil floor trunc sqrt isqrt exp log log2 log10 cos sin gcd fmod".split()
+    name: getattr(math, name)
+    for name in ["ceil", "floor", "trunc", "sqrt", "isqrt", "exp", "log", "log2", "log10", "cos", "sin", "gcd", "fmod"]
 }
 _METHODS = ("size", "numel", "dim", "get", "is_integer", "bit_length", "startswith", "endswith")
 
