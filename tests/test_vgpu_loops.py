@@ -537,6 +537,28 @@ def test_a_loop_within_one_whose_iterations_are_passed_over_is_passed_over_too(t
     assert_all_of_it_plays(tmp_path, BOTH_LOOPS, steps=60)
 
 
+NEVER = """
+import time, torch
+from torch.utils.data import DataLoader, TensorDataset
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+every = 500
+for epoch in range(4):
+    for number, (batch,) in enumerate(DataLoader(TensorDataset(torch.randn(1440, 8)), batch_size=4)):
+        model(batch.cuda()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (number + 1) % every == 0:
+            torch.zeros(1 << 20, device="cuda")
+torch.zeros(1 << 28, device="cuda")
+"""
+
+
+def test_lines_that_no_epoch_is_long_enough_for_keep_no_epoch_playing(tmp_path: Path) -> None:
+    """360 batches do not come to the 500th; who finds that in one epoch passes over the others, too."""
+    assert_all_of_it_plays(tmp_path, NEVER, steps=60)
+
+
 BEHIND_BLOCKS = """
 import torch
 model = torch.nn.Linear(64, 64).cuda()

@@ -41,6 +41,10 @@ _CHANGES_OF_A_START = 8
 """The same for a loop that ends before any iteration is passed over: a few starts are enough."""
 
 
+Tried = tuple[CodeType, int, frozenset[int]]
+"""A loop by its first line, and lines that iterations of it were passed over for."""
+
+
 class Sought(NamedTuple):
     """Lines that iterations of a loop were passed over for."""
 
@@ -94,7 +98,9 @@ class LineWatch:
         """
         self._skips: dict[tuple[CodeType, int], tuple[Loop, Skip]] = {}
         """Loops, by their first lines, whose iterations are passed over from their next one on."""
-        self._tried: set[tuple[CodeType, int, frozenset[int]]] = set()
+        self._tried: set[Tried] = set()
+        self._runs: set[tuple[object, ...]] = set()
+        """Those that were tried again, each with an outer loop and its iteration."""
         self._read = ReadLoops()
         self._only_for_largest: tuple[CodeType, int] | None = None
         """A loop to leave only by way of its largest item."""
@@ -288,8 +294,8 @@ class LineWatch:
         if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
-        if (code, loop.first, missing) in self._tried:  # such a line may be on its way in this very iteration
-            missing, to_end = frozenset(), False
+        if (code, loop.first, missing) in self._tried and not self._is_another_run((code, loop.first, missing)):
+            missing, to_end = frozenset(), False  # such a line may be on its way in this very iteration
         watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
         if not (missing or watches or to_end):
             return False
@@ -303,6 +309,15 @@ class LineWatch:
         self._skips[code, loop.first] = loop, skip
         self.sought = Sought(code, loop, missing)
         return True
+
+    def _is_another_run(self, tried: Tried) -> bool:
+        """Return True once for each iteration of an outer loop that waits for its next one."""
+        for outer in self._skips:
+            run = (*tried, outer, self._iterations[outer])
+            if run not in self._runs:
+                self._runs.add(run)
+                return True
+        return False
 
     def is_seeking(self, sought: Sought) -> bool:
         """Return True while iterations are passed over, or the one with the lines runs."""
