@@ -559,6 +559,32 @@ def test_lines_that_no_epoch_is_long_enough_for_keep_no_epoch_playing(tmp_path: 
     assert_all_of_it_plays(tmp_path, NEVER, steps=60)
 
 
+BY_CHANCE = """
+import random, torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for step in range(3000):
+    model(torch.zeros(4, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step == 30:
+        torch.zeros(1 << 20, device="cuda")
+    if random.random() > 2:
+        torch.zeros(1 << 23, device="cuda")
+    if step == 40:
+        break
+"""
+
+
+def test_a_line_that_chance_decides_on_is_listed_where_iterations_were_passed_over(tmp_path: Path) -> None:
+    """The script ends by itself, but some of its iterations did not run."""
+    (tmp_path / "train.py").write_text(BY_CHANCE)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["stopped_because"] == "the script ended"
+    assert found["steps"] < 41
+    assert [each["line"] for each in found["not_played"]] == [12]
+
+
 BEHIND_BLOCKS = """
 import torch
 model = torch.nn.Linear(64, 64).cuda()

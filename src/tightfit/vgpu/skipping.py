@@ -180,6 +180,8 @@ class Skip:
         """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
         self.is_changing = False
         """True if iterations were passed up to one in which such a value changes."""
+        self.unsure_lines: frozenset[int] = frozenset()
+        """Lines to find behind conditions that only the script could tell, of iterations that were passed over."""
         self.is_reached = False
         """True if they were passed up to one that has to run."""
         self.names: dict[str, object] = {}
@@ -217,6 +219,7 @@ class Skip:
                 self._restore(before, reduced, names, others)
                 self.is_reached = True
                 break
+            self.unsure_lines = frozenset(reduced.unknown)
             taken = sum(advance() for _ in range(self.steps))
             goes_on = taken == self.steps
             if not goes_on:  # there were fewer iterations than were counted

@@ -122,7 +122,9 @@ class Stopping:
         for loop, steps in self._differing.items():
             place = {"file": loop.file, "line": loop.line, "steps": steps}
             self._note(say("vgpu.stopping.longest", **place) if saw_longest else say("vgpu.stopping.differ", **place))
-        left = self._lines.unplayed_of(self._given_up) + ([] if saw_longest else list(self._differing))
+        left = self._lines.unplayed_of([*self._given_up, *self._lines.unsure]) + (
+            [] if saw_longest else list(self._differing)
+        )
         self.not_played = list(dict.fromkeys((*self.not_played, *left)))
         self._lines.stop()
 

@@ -106,6 +106,8 @@ class LineWatch:
         """A loop to leave only by way of its largest item."""
         self._stale: dict[str, object] | None = None
         """Values of a function's names as they were read; Python keeps them until they are read again."""
+        self.unsure: list[Frame] = []
+        """Lines of loops that may allocate, behind conditions that nobody can tell, in iterations passed over."""
         self.at_head: Callable[[FrameType, int], None] | None = None
         """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
         """
@@ -539,6 +541,8 @@ class LineWatch:
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
+            own = (line for line in map(abs, skip.unsure_lines) if first <= line <= loop.last)
+            self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
             found_one = skip.is_changing or skip.is_reached
             changes = self._read.changes[place] - _CHANGES_OF_A_START + 1
             self._read.changes[place] = changes if found_one else _MOST_CHANGES
