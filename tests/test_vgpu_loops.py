@@ -585,6 +585,29 @@ def test_a_line_that_chance_decides_on_is_listed_where_iterations_were_passed_ov
     assert [each["line"] for each in found["not_played"]] == [12]
 
 
+OTHER_SIZES = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for step in range(1, 20_000):
+    model(torch.zeros(4 + step // 7 % 97, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 15_000 == 0:
+        torch.zeros(1 << 28, device="cuda")
+torch.zeros(1 << 20, device="cuda")
+"""
+
+
+def test_a_rare_line_is_found_behind_sizes_that_change_often(tmp_path: Path) -> None:
+    """A size changes every seventh step, a line comes in one step of all."""
+    (tmp_path / "train.py").write_text(OTHER_SIZES)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits"
+    assert found["steps"] < 300
+    assert found["peak"]["allocated_bytes"] > 1 << 30
+
+
 BEHIND_BLOCKS = """
 import torch
 model = torch.nn.Linear(64, 64).cuda()

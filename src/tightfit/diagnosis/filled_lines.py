@@ -84,9 +84,8 @@ def _model_class(run: RunFacts) -> str:
 def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
     """Return the user's own options, as printed, where the program has no words of its own for this remedy."""
     program = evidence.framework
-    if program in programs("libraries") and code in _BY_SCRIPTS:
-        pass  # the option is the script's, whatever library it stands on
-    elif program is not None and has_own(code, program):
+    is_of_script = program in programs("libraries") and code in _BY_SCRIPTS
+    if program is not None and has_own(code, program) and not is_of_script:
         return None
     names, (_, size, passes) = evidence.run.names, parts
     if code == "less_at_once" and size is not None and "batch_size" in names:

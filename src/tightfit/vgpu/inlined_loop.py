@@ -76,6 +76,10 @@ class InlinedLoop:
         return {line + offset if line > 0 else line - offset for line, offset in each_ran}
 
 
+Tried = tuple[CodeType, int, frozenset[int]]
+"""A loop by its first line, and lines that iterations of it were passed over for."""
+
+
 @dataclass
 class ReadLoops:
     """Loops of running functions that were read in this way, each by its function and first line."""
@@ -91,6 +95,9 @@ class ReadLoops:
         default_factory=lambda: defaultdict(set)
     )
     """Values that may decide sizes, of iterations that ran: they need not run for the same ones again."""
+    tried: set[Tried] = field(default_factory=set)
+    runs: set[tuple[object, ...]] = field(default_factory=set)
+    """Those that were tried again, each with an outer loop and its iteration."""
     reached: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
     """Iterations that have to run to their end, because lines that never ran may come in them."""
 

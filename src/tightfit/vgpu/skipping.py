@@ -163,16 +163,18 @@ class Skip:
         lengths: Callable[[], Mapping[int, int]] = dict,
         to_end: bool = False,
         seen: set[frozenset[tuple[str, object]]] | None = None,
+        watches: bool = True,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
         the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
         if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the next.
+        `watches`: stop at other such values, too.
         """
         self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
-        self._lengths, self._to_end = lengths, to_end
+        self._lengths, self._to_end, self._watches = lengths, to_end, watches
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
@@ -205,7 +207,7 @@ class Skip:
         code, reduced, _ = self._code(frame, names, others)
         until = time.monotonic() + _SECONDS
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For)
-        self._watched = self._steady(code, reduced, names, others) if is_counting else {}
+        self._watched = self._steady(code, reduced, names, others) if is_counting and self._watches else {}
         self._seen.add(frozenset(self._watched.items()))
         is_watching = bool(self._watched) and not reduced.uncounted
         goes_on = is_counting and (

@@ -154,12 +154,7 @@ class Stopping:
         self._unplayed += [each for each in hidden if each not in self._given_up]
         state = self._state(steps - first + 1)
         if self._lines.skip_ahead(frame, self._unplayed, state):
-            if not self._has_skipped:  # said once, although many loops, or one many times, may be passed over
-                self._note(say("vgpu.stopping.skipped", first=first))
-            self._has_skipped = True
-            self._growth.note()
-            self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._unplayed]
-            self._repeats_since = None
+            self._after_skip(frame, first)
         is_late = self._repeats_for_long()
         differing = self._lines.differing(frame, state)
         more = bool(self._unplayed or self._given_up or differing)
@@ -170,6 +165,15 @@ class Stopping:
             self._equal = [0] * _LONGEST_ROUND
         elif is_late or not (self._unplayed or differing):
             self._end_repeating(frame, first, steps, self._unplayed or differing)
+
+    def _after_skip(self, frame: FrameType, first: int) -> None:
+        """Note that iterations begin to be passed over, and loops in which later ones may do more."""
+        if not self._has_skipped:  # said once, although many loops, or one many times, may be passed over
+            self._note(say("vgpu.stopping.skipped", first=first))
+        self._has_skipped = True
+        self._growth.note()
+        self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._unplayed]
+        self._repeats_since = None
 
     def _end_repeating(self, frame: FrameType, first: int, steps: int, not_played: list[Frame]) -> None:
         """End steps that repeat, unless the longest sample of their DataLoader or generator has not come yet."""

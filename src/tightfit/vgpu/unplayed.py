@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tightfit.vgpu.collected import go_to_last
 from tightfit.vgpu.expressions import value_in
 from tightfit.vgpu.frames import Frame, is_package
-from tightfit.vgpu.inlined_loop import ReadLoops, inlined
+from tightfit.vgpu.inlined_loop import ReadLoops, Tried, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
 from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
 from tightfit.vgpu.phases import Phases
@@ -39,10 +39,6 @@ _MOST_CHANGES = 32
 
 _CHANGES_OF_A_START = 8
 """The same for a loop that ends before any iteration is passed over: a few starts are enough."""
-
-
-Tried = tuple[CodeType, int, frozenset[int]]
-"""A loop by its first line, and lines that iterations of it were passed over for."""
 
 
 class Sought(NamedTuple):
@@ -98,9 +94,6 @@ class LineWatch:
         """
         self._skips: dict[tuple[CodeType, int], tuple[Loop, Skip]] = {}
         """Loops, by their first lines, whose iterations are passed over from their next one on."""
-        self._tried: set[Tried] = set()
-        self._runs: set[tuple[object, ...]] = set()
-        """Those that were tried again, each with an outer loop and its iteration."""
         self._read = ReadLoops()
         self._only_for_largest: tuple[CodeType, int] | None = None
         """A loop to leave only by way of its largest item."""
@@ -179,7 +172,7 @@ class LineWatch:
                     continue
                 place, missing = (code, loop.first), made.missing(self.ran)
                 watches = made.watches and self._read.changes[place] < _MOST_CHANGES
-                is_tried = any(each[:2] == place and missing <= each[2] for each in self._tried)
+                is_tried = any(each[:2] == place and missing <= each[2] for each in self._read.tried)
                 is_on_its_way = place in self._skips or self._read.reached[place] > 0
                 if watches or is_on_its_way or (missing and not is_tried):
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
@@ -296,18 +289,18 @@ class LineWatch:
         if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
-        if (code, loop.first, missing) in self._tried and not self._is_another_run((code, loop.first, missing)):
+        if (code, loop.first, missing) in self._read.tried and not self._is_another_run((code, loop.first, missing)):
             missing, to_end = frozenset(), False  # such a line may be on its way in this very iteration
         watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
         if not (missing or watches or to_end):
             return False
-        self._tried.add((code, loop.first, missing))
+        self._read.tried.add((code, loop.first, missing))
         self._read.changes[code, loop.first] += _CHANGES_OF_A_START
         before, now = (at[code, loop.first] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
         seen = self._read.seen[code, loop.first]
-        skip = Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen)
+        skip = Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen, watches)
         self._skips[code, loop.first] = loop, skip
         self.sought = Sought(code, loop, missing)
         return True
@@ -316,8 +309,8 @@ class LineWatch:
         """Return True once for each iteration of an outer loop that waits for its next one."""
         for outer in self._skips:
             run = (*tried, outer, self._iterations[outer])
-            if run not in self._runs:
-                self._runs.add(run)
+            if run not in self._read.runs:
+                self._read.runs.add(run)
                 return True
         return False
 
@@ -329,7 +322,7 @@ class LineWatch:
     def seek_again(self, sought: Sought) -> list[Frame]:
         """Let the lines of a loop be looked for once more, and list them."""
         code = sought.code
-        self._tried = {each for each in self._tried if each[0] is not code or not each[2] & sought.lines}
+        self._read.tried = {each for each in self._read.tried if each[0] is not code or not each[2] & sought.lines}
         return [Frame(code.co_filename, abs(line), code.co_qualname) for line in sought.lines]
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
@@ -548,9 +541,11 @@ class LineWatch:
             self._read.changes[place] = changes if found_one else _MOST_CHANGES
             self._read.reached[place] = skip.steps if skip.is_reached else 0
             if skip.is_changing:  # the lines that it was for are still to come
-                self._tried = {each for each in self._tried if each[:2] != place}
+                self._read.tried = {each for each in self._read.tried if each[:2] != place}
             if skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
-                self._tried = {each for each in self._tried if each[0] is not code or not first < each[1] <= loop.last}
+                self._read.tried = {
+                    each for each in self._read.tried if each[0] is not code or not first < each[1] <= loop.last
+                }
 
     def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
         """Let go, at the next line, of `names` as they were read from a function: they keep its tensors of now.
