@@ -608,6 +608,37 @@ def test_a_rare_line_is_found_behind_sizes_that_change_often(tmp_path: Path) -> 
     assert found["peak"]["allocated_bytes"] > 1 << 30
 
 
+CALLS_IN_PARTS = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+steps = []
+
+def rare(step):
+    steps.append(step)
+    return torch.zeros(1 << 26, device="cuda")
+
+for step in range(1, 1000):
+    model(torch.zeros(4, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    step % 100 == 3 or step == 187 and rare(step)
+    kept = rare(step) if step == 320 else None
+    if step % 400 == 0:
+        torch.zeros(4, 64, device="cuda")
+assert steps in ([187, 320], [320]), steps
+"""
+
+
+def test_nothing_of_the_script_is_called_while_iterations_are_passed_over(tmp_path: Path) -> None:
+    """A call in a part of a condition, which Python evaluates only in some iterations."""
+    (tmp_path / "train.py").write_text(CALLS_IN_PARTS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits"
+    assert found["steps"] < 100
+    assert found["peak"]["allocated_bytes"] < 2 << 28
+
+
 BEHIND_BLOCKS = """
 import torch
 model = torch.nn.Linear(64, 64).cuda()

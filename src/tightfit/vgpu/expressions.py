@@ -85,9 +85,10 @@ class Reader:
         return value
 
     def knows(self, node: ast.expr) -> bool:
-        """Return True if an expression has a value without the script."""
+        """Return True if an expression has a value without the script, whichever of its parts Python evaluates."""
         try:
-            self.value(node)
+            for each in (node, *(part for inner in ast.walk(node) for part in _left_out(inner))):
+                self.value(each)
         except UnknownError:
             return False
         return True
@@ -167,6 +168,16 @@ class Reader:
                 return False
             one = other
         return True
+
+
+def _left_out(node: ast.AST) -> list[ast.expr]:
+    """List the parts of an expression that Python evaluates only for some values of the others."""
+    match node:
+        case ast.BoolOp(values=parts) | ast.Compare(comparators=parts):
+            return parts[1:] if isinstance(node, ast.Compare) else parts
+        case ast.IfExp(body=one, orelse=two):
+            return [one, two]
+    return []
 
 
 _ITEM = ast.Subscript(ast.Name("", ast.Load()), ast.Name("", ast.Load()), ast.Load())

@@ -130,6 +130,8 @@ class _Reduced:
         return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
 
     def _is_count(self, target: ast.expr, value: ast.expr, is_added: bool) -> bool:
+        if not self._reader.knows(value):
+            return False
         try:
             found = self._reader.value(value)
             before = self._reader.value(target) if is_added else found
