@@ -1,0 +1,228 @@
+"""Play training loops that a random number generator writes, and compare their peaks with what they truly allocate.
+
+    python benchmarks/virtual/random_loops.py --first 0 --count 100 [--jobs 2]
+
+Each loop takes some hundred steps and allocates tensors of different sizes behind conditions in many forms: counters,
+inner loops, functions, objects, `match`, blocks behind others. The truth is the largest tensor that the same script
+asks for where torch is replaced by something that only notes sizes. This shows lines that a dry run passes over.
+One row a script: `right`, `listed` (another peak, and lines named that were not played) or `WRONG`.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import types
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+GPU = "A100 SXM 80GB"
+MIB = 1 << 20
+APART = 64
+"""MiB between the sizes of two tensors, and less than half of it is everything else."""
+PERIODS = (7, 50, 100, 250, 333, 500)
+TRAINING = ("model(x).sum().backward()", "optimizer.step()", "optimizer.zero_grad()")
+HEAD = """\
+import contextlib, itertools, torch
+options = {{"every": {every}}}
+done = False
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+x = torch.zeros(4, 64, device="cuda")
+"""
+
+
+class Writer:
+    """Writes one script."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._sizes = iter(range(APART, 400 * APART, APART))
+        self._names = (f"part{number}" for number in range(1000))
+        self._defined: list[str] = []
+
+    def script(self) -> str:
+        steps = self._random.choice((300, 700, 1500))
+        forms = (self._for, self._while, self._endless, self._epochs, self._function, self._generator, self._trainer)
+        loop = list(self._random.choice(forms)(steps))
+        head = HEAD.format(every=self._random.choice((40, 90, 400)))
+        return "\n".join([head, *self._defined, *loop, ""])
+
+    def _tensor(self, size: object = None) -> str:
+        return f"torch.zeros({size or next(self._sizes)} << 20, dtype=torch.uint8, device='cuda')"
+
+    def _condition(self, counter: str, most: int) -> str:
+        period, moment = self._random.choice(PERIODS), self._random.randrange(most // 3, most - 1)
+        return self._random.choice(
+            (
+                f"{counter} % {period} == {self._random.randrange(period)}",
+                f"{counter} == {moment}",
+                f"({counter} + 1) % {period} == 0",
+                f"not {counter} % {period}",
+                f"{moment} < {counter} < {moment + 5}",
+                f"{counter} in (5, {moment})",
+                f"{counter} > {moment}",
+                f"{counter} % {period} == 0 and {counter} > {most // 2}",
+                f"{counter} % {period} == 3 or {counter} == {moment}",
+                f"({counter} & 127) == 127",
+                f"divmod({counter}, {period})[1] == 1",
+                f"options['every'] and {counter} % options['every'] == 0",
+                f"{counter} >= {moment} and not done",
+                f"(left := {most} - {counter}) == {self._random.randrange(1, 30)}",
+            )
+        )
+
+    def _called(self, counter: str, most: int) -> str:
+        """Define a function, or an object that can be called; return the call."""
+        name, test = next(self._names), self._condition
+        forms = (
+            [f"def {name}(s):", f"    if {test('s', most)}:", f"        {self._tensor()}"],
+            [f"def {name}(s):", f"    if not ({test('s', most)}):", "        return", f"    {self._tensor()}"],
+            [
+                f"def {name}(s):",
+                f"    size = {next(self._sizes)} if {test('s', most)} else 1",
+                f"    return {self._tensor('size')}",
+            ],
+            [
+                f"class Of{name}:",
+                "    calls = 0",
+                "    def __call__(self, s):",
+                "        self.calls += 1",
+                f"        if {test('self.calls', most)}:",
+                f"            {self._tensor()}",
+                f"{name} = Of{name}()",
+            ],
+            [
+                f"def {name}(s):",
+                "    for j in range(3):",
+                f"        if j == 1 and {test('s', most)}:",
+                f"            {self._tensor()}",
+            ],
+        )
+        self._defined += self._random.choice(forms)
+        return f"{name}({counter})"
+
+    def _counted(self, most: int) -> list[str]:
+        name = next(self._names)
+        self._defined.append(f"options[{name!r}] = 0")
+        counter = f"options[{name!r}]"
+        return [f"{counter} += 1", f"if {self._condition(counter, most)}:", f"    {self._tensor()}"]
+
+    def _statements(self, counter: str, most: int) -> Iterator[str]:
+        """Yield what a loop does beside its training, a few statements."""
+        test = self._condition
+        for _ in range(self._random.randrange(1, 4)):
+            branch = [f"if {test(counter, most)}:", f"    {self._tensor()}"]
+            inner = [f"    {line}" for line in branch]
+            yield from self._random.choice(
+                (
+                    branch,
+                    [*branch, f"elif {test(counter, most)}:", f"    {self._tensor()}"],
+                    [self._called(counter, most)],
+                    ["try:", "    pass", "finally:", *inner],
+                    ["for _ in range(2):", "    pass", "else:", *inner],
+                    ["with contextlib.nullcontext():", *inner],
+                    [f"size = {next(self._sizes)} if {test(counter, most)} else 1", self._tensor("size")],
+                    ["for j in range(4):", f"    if j == 2 and {test(counter, most)}:", f"        {self._tensor()}"],
+                    [f"match {counter} % 90:", f"    case {self._random.randrange(90)}:", f"        {self._tensor()}"],
+                    self._counted(most),
+                    [f"({test(counter, most)}) and {self._tensor()}"],
+                )
+            )
+
+    def _body(self, counter: str, most: int, indent: int = 1) -> list[str]:
+        return [" " * 4 * indent + line for line in (*TRAINING, *self._statements(counter, most))]
+
+    def _for(self, steps: int) -> list[str]:
+        return [f"for i in range({steps}):", *self._body("i", steps)]
+
+    def _while(self, steps: int) -> list[str]:
+        return ["i = 0", f"while i < {steps}:", *self._body("i", steps), "    i += 1"]
+
+    def _endless(self, steps: int) -> list[str]:
+        return ["for i in itertools.count():", *self._body("i", steps), f"    if i == {steps}:", "        break"]
+
+    def _epochs(self, steps: int) -> list[str]:
+        each = steps // 3
+        head = [f"for epoch in range({self._random.randrange(2, 6)}):", f"    for batch in range({each}):"]
+        count = f"        i = epoch * {each} + batch"
+        after = [f"    {line}" for line in self._statements("epoch", 6)]
+        return [*head, count, *self._body("i", each, 2), *after]
+
+    def _function(self, steps: int) -> list[str]:
+        body = self._body("i", steps, 2)
+        return ["def train():", f"    for i, _ in enumerate(range({steps})):", *body, "    return i", "train()"]
+
+    def _generator(self, steps: int) -> list[str]:
+        head = ["def batches():", f"    for i in range({steps}):", "        yield i"]
+        return [*head, "for i in batches():", *self._body("i", steps)]
+
+    def _trainer(self, steps: int) -> list[str]:
+        head = ["class Trainer:", "    step = 0", "    def one(self):", "        self.step += 1"]
+        run = ["    def run(self):", f"        while self.step < {steps}:", "            self.one()", "Trainer().run()"]
+        return [*head, *self._body("self.step", steps, 2), *run]
+
+
+def largest_of(script: str) -> int:
+    """Return the MiB of the largest tensor of a script, which runs with something in place of torch."""
+    largest = [0]
+
+    def zeros(size: int, *others: object, **options: object) -> bool:
+        largest[0] = max(largest[0], size // MIB)
+        return True
+
+    class Anything:
+        def __getattr__(self, name: str) -> "Anything":
+            return self
+
+        def __call__(self, *args: object, **options: object) -> "Anything":
+            return self
+
+    torch = types.ModuleType("torch")
+    for name, value in {"zeros": zeros, "uint8": None, "nn": Anything(), "optim": Anything()}.items():
+        setattr(torch, name, value)
+    sys.modules["torch"] = torch
+    exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+    return largest[0]
+
+
+def played(seed: int, script: str, truth: int) -> str:
+    """Play one script; return its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"loop{seed}.py"
+        path.write_text(script)
+        words = [sys.executable, "-m", "tightfit", "dryrun", "--json", "--gpu", GPU, str(path)]
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        return f"{seed},{truth},,,WRONG"
+    found = json.loads(done.stdout)
+    peak = found["peak"]["allocated_bytes"] // MIB
+    verdict = "right" if 0 <= peak - truth < APART // 2 else "listed" if found["not_played"] else "WRONG"
+    return f"{seed},{truth},{peak},{found['steps']},{verdict}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    print("seed,largest_mib,peak_mib,steps,verdict")
+    verdicts: Counter[str] = Counter()
+    seeds = range(options.first, options.first + options.count)
+    scripts = [Writer(seed).script() for seed in seeds]
+    truths = [largest_of(script) for script in scripts]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(played, seeds, scripts, truths):
+            verdicts[row.rpartition(",")[2]] += 1
+            print(row, flush=True)
+    print(dict(verdicts))
+
+
+if __name__ == "__main__":
+    main()
