@@ -49,7 +49,7 @@ class Writer:
     def script(self) -> str:
         steps = self._random.choice((300, 700, 1500))
         forms = (self._for, self._while, self._endless, self._epochs, self._function, self._generator, self._trainer)
-        loop = list(self._random.choice(forms)(steps))
+        loop = self._random.choice(forms)(steps)
         head = HEAD.format(every=self._random.choice((40, 90, 400)))
         return "\n".join([head, *self._defined, *loop, ""])
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from tightfit.diagnosis.remedies import Remedy
-from tightfit.tables import read_table
+from tightfit.tables import read_patterns
 
 _SENTENCE = re.compile(r"(?<=[^\d\s])[.!?。！？](?=\s|$)|\n")
 _ITEM = re.compile(r"\s*(?:[-*•]|\d{1,2}[.)]) ")
@@ -16,14 +16,7 @@ _ALIKE = {"smaller_batch": "split_general", "split_logged": "split_general", "sp
 _ALIKE |= {"less_at_once": "split_general", "smaller_inputs": "smaller_picture"}
 
 
-@functools.cache
-def _tables() -> dict[str, dict[str, re.Pattern[str]]]:
-    """Read measures.toml."""
-    tables = read_table("tightfit.diagnosis", "measures.toml", dict[str, dict[str, list[str]]])
-    return {
-        name: {code: re.compile("|".join(words), re.IGNORECASE) for code, words in table.items()}
-        for name, table in tables.items()
-    }
+_tables = functools.partial(read_patterns, "tightfit.diagnosis", "measures.toml", re.IGNORECASE)
 
 
 def tried_in(text: str) -> frozenset[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.oomlog.tracebacks import TraceFrame
-from tightfit.tables import read_table
+from tightfit.tables import read_patterns
 
 TRAINING, INFERENCE = "training", "inference"
 _PHASES = {"backward": TRAINING, "optimizer": TRAINING, "loss": TRAINING, "warmup": INFERENCE}
@@ -17,14 +17,8 @@ _COMMAND = re.compile(
 )
 
 
-@functools.cache
-def _signs() -> dict[str, dict[str, re.Pattern[str]]]:
-    """Read `purposes.toml`: `frames`, `commands` or `words`, and of each the purposes."""
-    tables = read_table("tightfit.diagnosis", "purposes.toml", dict[str, dict[str, list[str]]])
-    return {
-        kind: {purpose: re.compile("|".join(signs), re.IGNORECASE) for purpose, signs in table.items()}
-        for kind, table in tables.items()
-    }
+_signs = functools.partial(read_patterns, "tightfit.diagnosis", "purposes.toml", re.IGNORECASE)
+"""Reads `frames`, `commands` or `words`, and of each the purposes."""
 
 
 def purpose_of(facts: Facts, run: RunFacts) -> str | None:

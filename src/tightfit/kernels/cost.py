@@ -4,7 +4,7 @@
 Every kernel reads its inputs and writes its outputs once. Views and empty tensors need no kernel.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
 from tightfit.kernels.launch import Exchange, Kernel, Place
+from tightfit.kernels.temporaries import tensors_in
 
 if TYPE_CHECKING:
     from torch import FunctionSchema, ScriptObject
@@ -53,7 +54,7 @@ def kernel_of(
         return None
     if func.namespace == "c10d":
         return _exchange(schema, args)
-    tensors = [*_tensors_in(args), *_tensors_in(kwargs.values()), *_tensors_in((out,))]
+    tensors = _with_storage((*args, *kwargs.values(), out))
     formula = flop_registry.get(func._overloadpacket)
     flops = 0
     if formula is not None:
@@ -61,7 +62,7 @@ def kernel_of(
         flops //= 2 if _is_causal(schema, args, kwargs) else 1
     nbytes = _bytes(tensors)
     if schema.name in _BY_INDEX:
-        results = list(_tensors_in((out,)))
+        results = _with_storage((out,))
         indices = [tensor for tensor in tensors if tensor.dtype == torch.int64]
         nbytes = 3 * min(_bytes(results), max(_bytes([index]) for index in indices) if indices else nbytes)
         if schema.name == "aten::embedding":
@@ -72,7 +73,7 @@ def kernel_of(
 def _exchange(schema: "FunctionSchema", args: "Sequence[Argument]") -> Kernel | None:
     """Return a collective between cards, with the bytes of the whole tensor; None for other uses of process groups."""
     exchange = _EXCHANGES.get(schema.name)
-    tensors = list(_tensors_in(args))
+    tensors = _with_storage(args)
     if exchange is None or not tensors or all(tensor.device.type == "cpu" for tensor in tensors):
         return None
     from torch.distributed import ProcessGroup, get_process_group_ranks  # only where there are several cards
@@ -100,14 +101,9 @@ def _is_causal(schema: "FunctionSchema", args: "Sequence[Argument]", kwargs: "Ma
     return bool(args[place] if place < len(args) else kwargs.get("is_causal", False))
 
 
-def _tensors_in(values: "Iterable[Argument]") -> Iterator[Tensor]:
-    """Yield the tensors with a storage in values and their lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.layout is torch.strided:
-                yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
+def _with_storage(values: "Iterable[Argument]") -> list[Tensor]:
+    """List the tensors that have a storage, in values and their lists."""
+    return [each for each in tensors_in(values) if each.layout is torch.strided]
 
 
 def _is_view(schema: "FunctionSchema") -> bool:

@@ -5,7 +5,7 @@ and `free` where a temporary dies before the end. Sizes are as requested; the al
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,17 @@ Argument = (
 )
 """A value that an operator is called with, or returns."""
 Arguments = tuple[Argument, ...]
+
+
+def tensors_in(values: Iterable[Argument]) -> Iterator[Tensor]:
+    """Yield the tensors among values and in their lists; collectives have lists of lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
 Options = dict[str, Argument]
 """Arguments that an operator is called with by name."""
 Dims = int | Sequence[int] | None

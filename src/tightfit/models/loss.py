@@ -141,11 +141,11 @@ def _chunk_rows(n: int, weight_vc: Tensor) -> int:
     return n if n * row_bytes <= 2 * _CHUNK_BYTES else rows - rows % _ALIGNED if rows > _ALIGNED else rows
 
 
-def _all_chunks(n: int, rows: int) -> Iterable[slice]:
+def all_chunks(n: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-chunks: Callable[[int, int], Iterable[slice]] = _all_chunks
+chunks: Callable[[int, int], Iterable[slice]] = all_chunks
 """Slices of n tokens, of so many rows each but the last; a trace of a step leaves out most of those that are alike."""
 
 

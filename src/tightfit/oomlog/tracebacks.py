@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from tightfit.tables import read_table
+from tightfit.tables import read_patterns
 
 
 class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,13 +150,8 @@ def _notebook(line: str) -> TraceFrame | None:
     return TraceFrame(file=file, line=int(match["line"]) if match["line"] else None, function=match["function"])
 
 
-@functools.cache
-def _signs() -> dict[str, dict[str, re.Pattern[str]]]:
-    """Read `phases.toml`: `calls`, `functions`, `files` or `lines`, and of each the phases."""
-    tables = read_table("tightfit.oomlog", "phases.toml", dict[str, dict[str, list[str]]])
-    return {
-        kind: {phase: re.compile("|".join(signs)) for phase, signs in table.items()} for kind, table in tables.items()
-    }
+_signs = functools.partial(read_patterns, "tightfit.oomlog", "phases.toml")
+"""Reads `calls`, `functions`, `files` or `lines`, and of each the phases."""
 
 
 class _Stack:

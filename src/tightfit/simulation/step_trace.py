@@ -221,13 +221,13 @@ def _step(config: TrainConfig, state: StepState, sizes: list[int], device: torch
 
 def _few_chunks(meter: Meter, n: int, rows: int) -> Iterator[slice]:
     """Yield the loss's first chunks and its last; those between repeat, and only their kernels are counted."""
-    starts = range(0, n, rows)
-    for start in starts[:_CHUNKS]:
+    every = loss.all_chunks(n, rows)
+    for chunk in every[:_CHUNKS]:
         before = meter.read()
-        yield slice(start, min(start + rows, n))
-    if len(starts) > _CHUNKS:
-        meter.repeat(meter.read() - before, len(starts) - _CHUNKS - 1)
-        yield slice(starts[-1], n)
+        yield chunk
+    if len(every) > _CHUNKS:
+        meter.repeat(meter.read() - before, len(every) - _CHUNKS - 1)
+        yield every[-1]
 
 
 def _named_phase(name: Phase) -> contextlib.AbstractContextManager[None]:

@@ -173,8 +173,8 @@ class Reader:
 def _left_out(node: ast.AST) -> list[ast.expr]:
     """List the parts of an expression that Python evaluates only for some values of the others."""
     match node:
-        case ast.BoolOp(values=parts) | ast.Compare(comparators=parts):
-            return parts[1:] if isinstance(node, ast.Compare) else parts
+        case ast.BoolOp(values=parts) | ast.Compare(comparators=[_, *parts]):
+            return parts
         case ast.IfExp(body=one, orelse=two):
             return [one, two]
     return []

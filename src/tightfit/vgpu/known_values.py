@@ -15,7 +15,7 @@ answer twice, and all results of made-up values are marked. Every made-up answer
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tightfit.kernels.temporaries import Argument, Arguments, Options
+from tightfit.kernels.temporaries import Argument, Arguments, Options, tensors_in
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.value_ranges import Picks, Ranges
 
@@ -174,7 +174,7 @@ class Values:
             self._follow_several(func, args, kwargs, out)
 
     def _follow_several(self, func: OpOverload, args: Arguments, kwargs: Options, out: tuple[Argument, ...]) -> None:
-        tensors = list(_tensors(args, kwargs))
+        tensors = list(tensors_in((*args, *kwargs.values())))
         facts = self._facts(tensors) if all(map(_is_small, tensors)) else None
         results = self._computed(func, args, kwargs, _seen_by) if facts else None
         if not facts or not isinstance(results, tuple):
@@ -200,7 +200,7 @@ class Values:
         invent = out.numel() == 1 and (traits.is_pointwise or func in _KEPT or func in _COUNTS)
         if args and (end := self._ranges.end(func, args[0])) is not None:
             return Fact(torch.tensor(end[0], dtype=out.dtype, device="cpu"), made_up=not end[1])
-        facts = self._facts(_tensors(args, kwargs), invent)
+        facts = self._facts(tensors_in((*args, *kwargs.values())), invent)
         if facts is None:
             return _of_unknown(func, args, out)
         if not facts and func not in _COUNTED:
@@ -208,7 +208,7 @@ class Values:
         made_up = any(fact.made_up for fact in facts)
         if made_up and func in _SCALES and out.is_floating_point():
             return None
-        if _is_small(out) and all(map(_is_small, _tensors(args, kwargs))):
+        if _is_small(out) and all(map(_is_small, tensors_in((*args, *kwargs.values())))):
             result = self._computed(func, args, kwargs, _seen_by)
             return _stored(result, out, made_up) if isinstance(result, Tensor) else None
         if not facts or not all(fact.is_uniform for fact in facts):
@@ -276,7 +276,7 @@ class Values:
         fakes = [tensor for tensor in written if isinstance(tensor, FakeTensor)]
         if traits.is_random or len(fakes) < len(written):
             return None
-        tensors = list(_tensors(args, kwargs))
+        tensors = list(tensors_in((*args, *kwargs.values())))
         facts = self._facts(tensors, invent=traits.is_pointwise and all(tensor.numel() == 1 for tensor in tensors))
         if facts is None:
             return None
@@ -388,7 +388,7 @@ class Values:
         self._known.pop(storage, None)
 
     def _forget_all(self, tensors: Argument) -> None:
-        for tensor in _tensors((tensors,), {}):
+        for tensor in tensors_in((tensors,)):
             if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 self.forget(tensor.untyped_storage())
 
@@ -515,14 +515,6 @@ _OF_TENSORS: dict[OpOverload, bool] = {
 
 def _seen_by(tensor: Tensor, fact: Fact) -> Tensor:
     return fact.seen_by(tensor)
-
-
-def _tensors(args: Arguments, kwargs: Options) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(tuple(value), {})  # collectives have lists of lists
 
 
 def _stored(data: Tensor, tensor: Tensor, made_up: bool) -> Fact | None:

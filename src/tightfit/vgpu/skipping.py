@@ -130,14 +130,9 @@ class _Reduced:
         return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
 
     def _is_count(self, target: ast.expr, value: ast.expr, is_added: bool) -> bool:
-        if not self._reader.knows(value):
-            return False
-        try:
-            found = self._reader.value(value)
-            before = self._reader.value(target) if is_added else found
-        except UnknownError:
-            return False
-        return isinstance(found, _NUMBERS) and isinstance(before, _NUMBERS) and self._reader.has(target)
+        parts = (value, target) if is_added else (value,)
+        numbers = all(self._reader.knows(each) and isinstance(self._reader.value(each), _NUMBERS) for each in parts)
+        return numbers and self._reader.has(target)
 
 
 def _is_call(node: ast.expr, name: str) -> bool:

@@ -289,7 +289,8 @@ class LineWatch:
         if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
-        if (code, loop.first, missing) in self._read.tried and not self._is_another_run((code, loop.first, missing)):
+        tried = (code, loop.first, missing)
+        if tried in self._read.tried and not self._begins_another_run(tried):
             missing, to_end = frozenset(), False  # such a line may be on its way in this very iteration
         watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
         if not (missing or watches or to_end):
@@ -305,7 +306,7 @@ class LineWatch:
         self.sought = Sought(code, loop, missing)
         return True
 
-    def _is_another_run(self, tried: Tried) -> bool:
+    def _begins_another_run(self, tried: Tried) -> bool:
         """Return True once for each iteration of an outer loop that waits for its next one."""
         for outer in self._skips:
             run = (*tried, outer, self._iterations[outer])
