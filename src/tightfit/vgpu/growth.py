@@ -18,7 +18,7 @@ class Growth:
     def __init__(self, recorder: Recorder, lines: LineWatch) -> None:
         self._recorder, self._lines = recorder, lines
         self._before: dict[Sought, int] = {}
-        """Bytes allocated in the repeating steps before such lines."""
+        """Lines that iterations were passed over for, and the bytes that repeating steps held before them."""
         self._begun: float | None = None
         self._again: list[Frame] = []
         """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""

@@ -167,7 +167,7 @@ class Skip:
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
         the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
         if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the next.
-        `watches`: stop at other such values, too.
+        `watches`: stop where such values are new, too.
         """
         self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
@@ -180,7 +180,7 @@ class Skip:
         self.is_changing = False
         """True if iterations were passed up to one in which such a value changes."""
         self.unsure_lines: frozenset[int] = frozenset()
-        """Lines to find behind conditions that only the script could tell, of iterations that were passed over."""
+        """Lines that may have run in iterations passed over: only the script could tell their conditions."""
         self.is_reached = False
         """True if they were passed up to one that has to run."""
         self.names: dict[str, object] = {}

@@ -307,7 +307,7 @@ class LineWatch:
         return True
 
     def _begins_another_run(self, tried: Tried) -> bool:
-        """Return True once for each iteration of an outer loop that waits for its next one."""
+        """Return True the first time in each iteration of an outer loop, if that loop is to be passed over next."""
         for outer in self._skips:
             run = (*tried, outer, self._iterations[outer])
             if run not in self._read.runs:
