@@ -5,6 +5,7 @@
 Each loop takes some hundred steps and allocates tensors of different sizes behind conditions in many forms: counters,
 inner loops, functions, objects, `match`, blocks behind others. The truth is the largest tensor that the same script
 asks for where torch is replaced by something that only notes sizes. This shows lines that a dry run passes over.
+`--far` writes more of what a loop's source does not lead to: decorators, closures, properties, modules, growing lists.
 One row a script: `right`, `listed` (another peak, and lines named that were not played) or `WRONG`.
 """
 
@@ -15,6 +16,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import textwrap
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -28,20 +30,147 @@ APART = 64
 PERIODS = (7, 50, 100, 250, 333, 500)
 TRAINING = ("model(x).sum().backward()", "optimizer.step()", "optimizer.zero_grad()")
 HEAD = """\
-import contextlib, itertools, torch
+import contextlib, functools, itertools, torch
 options = {{"every": {every}}}
 done = False
-model = torch.nn.Linear(64, 64).cuda()
+{model}
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 x = torch.zeros(4, 64, device="cuda")
 """
 
 
+LINEAR = "model = torch.nn.Linear(64, 64).cuda()"
+MODULE = """\
+class Net(torch.nn.Module):
+    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(64, 64)
+    def forward(self, x):
+        self.calls += 1
+        if {test}:
+            {tensor}
+        return self.inner(x)
+model = Net().cuda()"""
+
+
+REACHED = (
+    ("{name} = lambda s: {tensor} if {if_s} else None", "{name}({counter})"),
+    (
+        """
+        def of_{name}(k, s):
+            if {if_s}:
+                {tensor}
+        {name} = functools.partial(of_{name}, 1)
+        """,
+        "{name}({counter})",
+    ),
+    (
+        """
+        def on_some(function):
+            @functools.wraps(function)
+            def inner(s):
+                if {if_s}:
+                    return function(s)
+            return inner
+        @on_some
+        def {name}(s):
+            {tensor}
+        """,
+        "{name}({counter})",
+    ),
+    (
+        """
+        def make_{name}():
+            n = 0
+            def inner():
+                nonlocal n
+                n += 1
+                if {if_n}:
+                    {tensor}
+            return inner
+        {name} = make_{name}()
+        """,
+        "{name}()",
+    ),
+    (
+        """
+        class Of{name}:
+            n = 0
+            def step(self):
+                self.n += 1
+                if {if_field}:
+                    {tensor}
+        class To{name}(Of{name}):
+            def step(self):
+                super().step()
+        {name} = To{name}()
+        """,
+        "{name}.step()",
+    ),
+    (
+        """
+        class Of{name}:
+            n = 0
+            @property
+            def more(self):
+                self.n += 1
+                if {if_field}:
+                    {tensor}
+        {name} = Of{name}()
+        """,
+        "{name}.more",
+    ),
+    (
+        """
+        def of_{name}(s):
+            if {if_s}:
+                {tensor}
+        {name} = dict(hook=of_{name})
+        """,
+        """
+        for key in {name}:
+            {name}[key]({counter})
+        """,
+    ),
+    (
+        "{name} = []",
+        """
+        {name}.append(1)
+        if {if_length}:
+            {tensor}
+        """,
+    ),
+    (
+        "{name} = dict([({moment}, {size})])",
+        """
+        if {counter} in {name}:
+            size = {name}[{counter}]
+        else:
+            size = 1
+        {tensor_of_size}
+        """,
+    ),
+    (
+        """
+        def of_{name}():
+            yield from itertools.count()
+        {name} = of_{name}()
+        """,
+        """
+        if {if_next}:
+            {tensor}
+        """,
+    ),
+)
+"""What a loop's source does not lead to, and the statements of the loop that lead there."""
+
+
 class Writer:
     """Writes one script."""
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+    def __init__(self, seed: int, *, far: bool) -> None:
+        self._random, self._far = random.Random(seed), far
         self._sizes = iter(range(APART, 400 * APART, APART))
         self._names = (f"part{number}" for number in range(1000))
         self._defined: list[str] = []
@@ -50,7 +179,10 @@ class Writer:
         steps = self._random.choice((300, 700, 1500))
         forms = (self._for, self._while, self._endless, self._epochs, self._function, self._generator, self._trainer)
         loop = self._random.choice(forms)(steps)
-        head = HEAD.format(every=self._random.choice((40, 90, 400)))
+        model = LINEAR
+        if self._far and self._random.random() < 0.3:
+            model = MODULE.format(test=self._condition("self.calls", steps), tensor=self._tensor())
+        head = HEAD.format(every=self._random.choice((40, 90, 400)), model=model)
         return "\n".join([head, *self._defined, *loop, ""])
 
     def _tensor(self, size: object = None) -> str:
@@ -107,6 +239,18 @@ class Writer:
         self._defined += self._random.choice(forms)
         return f"{name}({counter})"
 
+    def _reached(self, counter: str, most: int) -> list[str]:
+        """Define what a loop's source does not lead to; return the statements that lead there."""
+        name, sizes = next(self._names), self._sizes
+        given = {"name": name, "counter": counter, "tensor": self._tensor(), "tensor_of_size": self._tensor("size")}
+        given |= {f"if_{each}": self._condition(each, most) for each in ("s", "n")}
+        given["if_field"] = self._condition("self.n", most)
+        given |= {"if_length": self._condition(f"len({name})", most), "if_next": self._condition(f"next({name})", most)}
+        given |= {"moment": str(self._random.randrange(most)), "size": str(next(sizes))}
+        makes, leads = (textwrap.dedent(each) for each in self._random.choice(REACHED))
+        self._defined += makes.format_map(given).strip().splitlines()
+        return leads.format_map(given).strip().splitlines()
+
     def _counted(self, most: int) -> list[str]:
         name = next(self._names)
         self._defined.append(f"options[{name!r}] = 0")
@@ -119,6 +263,9 @@ class Writer:
         for _ in range(self._random.randrange(1, 4)):
             branch = [f"if {test(counter, most)}:", f"    {self._tensor()}"]
             inner = [f"    {line}" for line in branch]
+            if self._far and self._random.random() < 0.7:
+                yield from self._reached(counter, most)
+                continue
             yield from self._random.choice(
                 (
                     branch,
@@ -168,6 +315,33 @@ class Writer:
         return [*head, *self._body("self.step", steps, 2), *run]
 
 
+class _Anything:
+    def __getattr__(self, name: str) -> "_Anything":
+        return self
+
+    def __call__(self, *args: object, **options: object) -> "_Anything":
+        return self
+
+
+class _Module:
+    """Stands for a module: it calls its own `forward`, if it has any."""
+
+    def __init__(self, *sizes: int) -> None:
+        pass
+
+    def __call__(self, x: object) -> object:
+        return self.forward(x)
+
+    def forward(self, x: object) -> object:
+        return _Anything()
+
+    def cuda(self) -> "_Module":
+        return self
+
+    def parameters(self) -> list[object]:
+        return []
+
+
 def largest_of(script: str) -> int:
     """Return the MiB of the largest tensor of a script, which runs with something in place of torch."""
     largest = [0]
@@ -176,15 +350,9 @@ def largest_of(script: str) -> int:
         largest[0] = max(largest[0], size // MIB)
         return True
 
-    class Anything:
-        def __getattr__(self, name: str) -> "Anything":
-            return self
-
-        def __call__(self, *args: object, **options: object) -> "Anything":
-            return self
-
+    nn = types.SimpleNamespace(Module=_Module, Linear=_Module)
     torch = types.ModuleType("torch")
-    for name, value in {"zeros": zeros, "uint8": None, "nn": Anything(), "optim": Anything()}.items():
+    for name, value in {"zeros": zeros, "uint8": None, "nn": nn, "optim": _Anything()}.items():
         setattr(torch, name, value)
     sys.modules["torch"] = torch
     exec(compile(script, "script", "exec"), {"__name__": "__main__"})
@@ -211,11 +379,12 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--far", action="store_true")
     options = parser.parse_args()
     print("seed,largest_mib,peak_mib,steps,verdict")
     verdicts: Counter[str] = Counter()
     seeds = range(options.first, options.first + options.count)
-    scripts = [Writer(seed).script() for seed in seeds]
+    scripts = [Writer(seed, far=options.far).script() for seed in seeds]
     truths = [largest_of(script) for script in scripts]
     with ThreadPoolExecutor(options.jobs) as pool:
         for row in pool.map(played, seeds, scripts, truths):

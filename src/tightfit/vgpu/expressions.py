@@ -2,14 +2,18 @@
 
 import ast
 import contextlib
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 
 from torch import Tensor
 
 from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
+from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_items import FAILURES
+from tightfit.vgpu.loop_source import function_node
 
 PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
 
@@ -77,10 +81,12 @@ class Reader:
         text = ast.unparse(node)
         if text in self._unsure or isinstance(holder, Tensor):
             raise UnknownError
-        try:
-            value: object = getattr(holder, node.attr)
-        except FAILURES:  # a property of the script's may raise anything
-            raise UnknownError from None
+        value = _of_property(holder, node.attr)
+        if value is None:
+            try:
+                value = getattr(holder, node.attr)
+            except FAILURES:  # a library's property may raise anything
+                raise UnknownError from None
         self.read[text] = value
         return value
 
@@ -132,7 +138,9 @@ class Reader:
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 return [self.value(each) for each in parts]
             case ast.Subscript(value=of, slice=key) if ast.unparse(node) not in self._unsure:
-                return _of(_ITEM, self.value(of), self.value(key))
+                return _item(self.value(of), self.value(key))
+            case ast.Call(func=ast.Name(id="len"), args=[of], keywords=[]):
+                return self._length(node, self.value(of))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
                 return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
             case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _OF_MATH:
@@ -142,6 +150,13 @@ class Reader:
             case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS:
                 return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
         raise UnknownError
+
+    def _length(self, node: ast.expr, of: object) -> object:
+        text = ast.unparse(node)
+        if text in self._unsure:
+            raise UnknownError
+        found = self.read[text] = _called(len, [of])
+        return found
 
     def _any_or_all(self, node: ast.BoolOp) -> object:
         """Return what decides an `and` or `or`, although other parts of it may be unknown."""
@@ -168,6 +183,31 @@ class Reader:
                 return False
             one = other
         return True
+
+
+def _of_property(holder: object, name: str) -> object:
+    """Return a property of the script's that only returns an expression; None for anything else that has this name.
+
+    UnknownError if it does more: it is not called.
+    """
+    found = inspect.getattr_static(type(holder), name, None)
+    getter = found.fget if isinstance(found, property) else None
+    if not isinstance(getter, FunctionType) or not is_own(getter.__code__):
+        return None
+    code = getter.__code__
+    node = function_node(code.co_filename, code.co_firstlineno, code.co_name)
+    match node.body[-1:] if node is not None and len(node.body) <= 1 + (ast.get_docstring(node) is not None) else []:
+        case [ast.Return(value=ast.expr() as value)]:
+            return Reader({code.co_varnames[0]: holder}, getter.__globals__, frozenset()).value(value)
+    raise UnknownError
+
+
+def _item(of: object, key: object) -> object:
+    if isinstance(of, dict) and isinstance(key, Tensor):  # an optimizer's states
+        if key not in of:
+            raise UnknownError
+        return of[key]
+    return _of(_ITEM, of, key)
 
 
 def _left_out(node: ast.AST) -> list[ast.expr]:

@@ -252,6 +252,14 @@ def function_node(file: str, first: int, name: str) -> ast.FunctionDef | None:
     return node if isinstance(node, ast.FunctionDef) else None
 
 
+def function_nodes(file: str, first: int, name: str) -> list[ast.FunctionDef | ast.Lambda]:
+    """Return the source of a function; all those that begin on the line of a function without a name."""
+    if name == "<lambda>":
+        return [each for each in ast.walk(_tree(file)) if isinstance(each, ast.Lambda) and each.lineno == first]
+    node = function_node(file, first, name)
+    return [node] if node is not None else []
+
+
 @cache
 def _function(file: str, first: int, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     for node in ast.walk(_tree(file)):
@@ -295,7 +303,7 @@ def _calls(
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Raise, ast.Assert)):
             continue
         heads = [each for each in ast.iter_child_nodes(statement) if isinstance(each, (ast.expr, ast.withitem))]
-        if any(_may_allocate(head) for head in heads):
+        if any(_may_allocate(head) for head in heads) or _keeps_item(statement):
             ends = [head.end_lineno or 0 for head in heads if isinstance(head, ast.expr)]
             yield Call(statement.lineno, max([statement.lineno, *ends]), branches)
         if isinstance(statement, ast.If):
@@ -303,6 +311,15 @@ def _calls(
             continue
         for block in blocks_of(statement):
             yield from _calls(block, changing, branches, is_late=is_late)
+
+
+def _keeps_item(statement: ast.stmt) -> bool:
+    """Return True for `size = sizes[step]`: what is kept may be a size."""
+    match statement:
+        case ast.Assign(targets=[ast.Name() | ast.Attribute()], value=ast.Subscript(value=of, slice=key)):
+            is_chosen = not isinstance(key, (ast.Constant, ast.Slice, ast.Tuple, ast.UnaryOp))
+            return is_chosen and isinstance(of, (ast.Name, ast.Attribute))
+    return False
 
 
 def _calls_behind(

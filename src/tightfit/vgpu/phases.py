@@ -67,6 +67,8 @@ class Phases:
         self.evaluated = 0
         """Forward passes without."""
         self.backwards = 0
+        self.after_module: Callable[[nn.Module], None] | None = None
+        """Called after each forward pass of a module, while lines are followed."""
         self.after_evaluation: Callable[[], None] | None = None
         """Called after each of these, in the script's own thread."""
         self.passes = 0
@@ -215,6 +217,8 @@ class Phases:
                     self._count_pass(course.with_grad)
             if self.after_forward is not None and module is not None:
                 self.after_forward(module)
+            if self.after_module is not None and module is not None:
+                self.after_module(module)
 
     def _count_pass(self, with_grad: bool) -> None:
         self.trained += with_grad

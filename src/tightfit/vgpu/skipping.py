@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import TypeGuard, cast
 
+from torch import Tensor
+
 from tightfit.vgpu.expressions import PLAIN, Reader, UnknownError, Unsure, value_in
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
@@ -28,9 +30,15 @@ class _Reduced:
     """An iteration of a loop, reduced to its counters and to the conditions that lead to lines that never ran."""
 
     def __init__(
-        self, reader: Reader, missing: Collection[int], ran: Collection[int], lengths: Mapping[int, int]
+        self,
+        reader: Reader,
+        missing: Collection[int],
+        ran: Collection[int],
+        lengths: Mapping[int, int],
+        lists: Collection[str] = (),
     ) -> None:
-        self._reader, self._missing, self._ran, self._lengths = reader, missing, ran, lengths
+        """`lists` are expressions of lists whose lengths the loop reads."""
+        self._reader, self._missing, self._ran, self._lengths, self._lists = reader, missing, ran, lengths, lists
         self.unknown: set[int] = set()
         """Lines of `missing` behind a condition that only the script could tell."""
         self.uncounted: set[int] = set()
@@ -64,6 +72,8 @@ class _Reduced:
                 case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name))], value=value) if name == WATCHED:
                     if self._reader.knows(value):
                         kept.append(statement)
+                case ast.Expr(value=ast.Call(func=ast.Attribute(value=of, attr="append"), args=[_])):
+                    kept += self._append(ast.unparse(of), of)
                 case (
                     ast.AugAssign(target=ast.Name() | ast.Attribute() | ast.Subscript() as target, value=value)
                     | ast.Assign(targets=[ast.Name() | ast.Attribute() | ast.Subscript() as target], value=value)
@@ -72,6 +82,15 @@ class _Reduced:
                     self.counters[text] = ast.parse(text, mode="eval").body
                     kept.append(statement)
         return kept
+
+    def _append(self, text: str, of: ast.expr) -> list[ast.stmt]:
+        """Let a list whose length is read grow by copies of its last entry, if that is no tensor."""
+        found = self._reader.value(of) if text in self._lists and self._reader.knows(of) else None
+        if type(found) is not list or not found or not _is_copied(found[-1]):
+            return []
+        length = f"len({text})"
+        self.counters[length] = ast.parse(length, mode="eval").body
+        return ast.parse(f"{text}.append({text}[-1])").body
 
     def _inner(self, loop: ast.For) -> list[ast.stmt]:
         """Return a loop within the loop, reduced likewise, with as many iterations as it had when it ran last."""
@@ -161,17 +180,27 @@ class Skip:
         to_end: bool = False,
         seen: set[frozenset[tuple[str, object]]] | None = None,
         watches: bool = True,
+        far: Callable[[], Callable[[int], bool] | None] | None = None,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
         the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
         if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the next.
-        `watches`: stop where such values are new, too.
+        `watches`: stop where such values are new, too. `far` returns, when iterations begin to be passed over, what
+        tells for so many of them if the next has to run for the sake of functions that nobody reads here.
         """
         self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
         self._lengths, self._to_end, self._watches = lengths, to_end, watches
+        self._begin_far, self._far = far, cast("Callable[[int], bool] | None", None)
+        self.passed = 0
+        """Iterations that were passed over."""
+        self.is_exhausted = False
+        """True if there were no more."""
+        self._lists = {
+            ast.unparse(each.args[0]) for each in ast.walk(node) if isinstance(each, ast.Call) and _has_length(each)
+        }
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._unsure: Unsure = frozenset()
@@ -203,12 +232,14 @@ class Skip:
         self._compare(*self._before, names, others)
         code, reduced, _ = self._code(frame, names, others)
         until = time.monotonic() + _SECONDS
-        is_counting = bool(reduced.counters) or isinstance(self._node, ast.For)
+        self._far = self._begin_far() if self._begin_far is not None else None
+        is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
         self._watched = self._steady(code, reduced, names, others) if is_counting and self._watches else {}
         self._seen.add(frozenset(self._watched.items()))
         is_watching = bool(self._watched) and not reduced.uncounted
         goes_on = is_counting and (
             is_watching
+            or self._far is not None
             or not set(self._missing) <= reduced.unknown | reduced.uncounted
             or (self._to_end and reduced.has_end and not reduced.uncounted)
         )
@@ -220,7 +251,9 @@ class Skip:
                 break
             self.unsure_lines = frozenset(reduced.unknown)
             taken = sum(advance() for _ in range(self.steps))
+            self.passed += taken
             goes_on = taken == self.steps
+            self.is_exhausted = not goes_on
             if not goes_on:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken)
@@ -228,7 +261,9 @@ class Skip:
 
     def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int) -> bool:
         """Count so many iterations; False if one of them has to run."""
-        for _ in range(count):
+        for number in range(count):
+            if self._far is not None and self._far(self.passed + number):
+                return False
             try:
                 found = _followed(code, others, names)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
@@ -260,7 +295,7 @@ class Skip:
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
     ) -> tuple[CodeType, _Reduced, dict[str, object]]:
         reader = Reader(names, others, self._unsure)
-        reduced = _Reduced(reader, self._missing, self._ran, self._lengths())
+        reduced = _Reduced(reader, self._missing, self._ran, self._lengths(), self._lists)
         body = reduced.body(self._node.body)
         if isinstance(self._node, ast.While):
             body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))
@@ -290,7 +325,9 @@ class Skip:
         reader = Reader(names, others, frozenset())
         for text, value in values.items():
             target = reduced.counters[text]
-            if isinstance(target, ast.Attribute):
+            if isinstance(target, ast.Call) and isinstance(value, int):  # a list's length
+                del cast("list[object]", reader.value(target.args[0]))[value:]
+            elif isinstance(target, ast.Attribute):
                 setattr(reader.value(target.value), target.attr, value)
             elif isinstance(target, ast.Subscript):
                 operator.setitem(
@@ -329,6 +366,17 @@ class Skip:
             if not isinstance(found, _NUMBERS) or found != value:  # a tensor, by now
                 wrong.add(text)
         self._unsure = frozenset(wrong)
+
+
+def _is_copied(entry: object) -> bool:
+    """Return True for an entry of a list that may be repeated without hiding memory that tensors would take."""
+    if isinstance(entry, tuple):
+        return not any(isinstance(each, Tensor) for each in entry)
+    return isinstance(entry, _NUMBERS)
+
+
+def _has_length(call: ast.Call) -> bool:
+    return _is_call(call, "len") and len(call.args) == 1
 
 
 def _is_size(value: object) -> bool:

@@ -67,6 +67,8 @@ class Stopping:
         """Steps in a row that did not repeat and did not raise a peak."""
         self._differing: dict[Frame, int] = {}
         """Loops that were left although their steps differ, and how many of these did not raise the peak."""
+        self._is_left = False
+        """True if the script, or a library's trainer, was ended before its own end."""
         self._asked = 0
         """Times that a library's trainer was asked to go on to something else."""
         self._given_up: list[Frame] = []
@@ -122,7 +124,8 @@ class Stopping:
         for loop, steps in self._differing.items():
             place = {"file": loop.file, "line": loop.line, "steps": steps}
             self._note(say("vgpu.stopping.longest", **place) if saw_longest else say("vgpu.stopping.differ", **place))
-        left = self._lines.unplayed_of([*self._given_up, *self._lines.unsure]) + (
+        far = self._lines.far_lines(is_left=self._is_left)
+        left = self._lines.unplayed_of([*self._given_up, *self._lines.unsure, *far]) + (
             [] if saw_longest else list(self._differing)
         )
         self.not_played = list(dict.fromkeys((*self.not_played, *left)))
@@ -180,7 +183,7 @@ class Stopping:
         if self._evaluations.go_to_longest() or self._lines.go_to_largest(frame):
             self._equal = [0] * _LONGEST_ROUND
             return
-        self.not_played = not_played
+        self.not_played, self._is_left = not_played, True
         if "eval" not in self._recorder.phase_peaks:
             self._note(say("vgpu.stopping.no_evaluation"))
         self._end(say("vgpu.stopping.repeats", first=first, last=steps))
@@ -227,6 +230,7 @@ class Stopping:
         if "end" in self._phases.asked:
             return False
         self._asked += 1
+        self._is_left = True
         if self._asked == 1:
             self._phases.asked.add("evaluation")
         elif self._asked <= _EPOCHS_OF_TRAINER + 1:

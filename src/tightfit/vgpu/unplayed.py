@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tightfit.vgpu.collected import go_to_last
 from tightfit.vgpu.expressions import value_in
+from tightfit.vgpu.far_conditions import FarConditions, Iterations, Passing
 from tightfit.vgpu.frames import Frame, is_package
 from tightfit.vgpu.inlined_loop import ReadLoops, Tried, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
@@ -101,6 +102,11 @@ class LineWatch:
         """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.unsure: list[Frame] = []
         """Lines of loops that may allocate, behind conditions that nobody can tell, in iterations passed over."""
+        self._at_training: Iterations | None = None
+        """Iterations of the training loops, until one of them begins another."""
+        self._far = FarConditions(self._training_iterations)
+        self._passings: dict[tuple[CodeType, int], Passing] = {}
+        """For loops whose iterations are passed over, how functions that they lead to are followed."""
         self.at_head: Callable[[FrameType, int], None] | None = None
         """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
         """
@@ -112,6 +118,7 @@ class LineWatch:
         self.is_on = True
         self.follow(frame)
         self._phases.trace = self._called
+        self._phases.after_module = self._far.after_module
         self._phases.resume_trace()
 
     def follow(self, frame: FrameType | None) -> None:
@@ -121,7 +128,7 @@ class LineWatch:
                 self._modules.add(each.f_globals.get("__name__"))
                 self._add(code)
                 self._ran[code].add(each.f_lineno)
-            each.f_trace = self._line
+            each.f_trace, each.f_trace_lines = self._line, True
 
     def _add(self, code: CodeType) -> None:
         self._followed[id(code)] = code
@@ -135,7 +142,7 @@ class LineWatch:
 
     def stop(self) -> None:
         if self.is_on:
-            self._phases.trace = None
+            self._phases.trace = self._phases.after_module = None
             sys.settrace(None)
             self.is_on = False
 
@@ -174,7 +181,7 @@ class LineWatch:
                 watches = made.watches and self._read.changes[place] < _MOST_CHANGES
                 is_tried = any(each[:2] == place and missing <= each[2] for each in self._read.tried)
                 is_on_its_way = place in self._skips or self._read.reached[place] > 0
-                if watches or is_on_its_way or (missing and not is_tried):
+                if watches or is_on_its_way or self._far.is_open(place) or (missing and not is_tried):
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
         return found
 
@@ -281,6 +288,7 @@ class LineWatch:
                 is_inner = False
                 to_end = bool(unplayed) and not (loop.after or loop.counts)
                 if alike.get((code, loop.first), True) and self._start_skip(code, loop, lines, to_end=to_end):
+                    self._far.begin(state)
                     return True
         return False
 
@@ -293,7 +301,7 @@ class LineWatch:
         if tried in self._read.tried and not self._begins_another_run(tried):
             missing, to_end = frozenset(), False  # such a line may be on its way in this very iteration
         watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
-        if not (missing or watches or to_end):
+        if not (missing or watches or to_end or self._far.can_pass((code, loop.first))):
             return False
         self._read.tried.add((code, loop.first, missing))
         self._read.changes[code, loop.first] += _CHANGES_OF_A_START
@@ -301,10 +309,15 @@ class LineWatch:
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
         seen = self._read.seen[code, loop.first]
-        skip = Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen, watches)
+        far = partial(self._begin_passing, (code, loop.first))
+        skip = Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen, watches, far)
         self._skips[code, loop.first] = loop, skip
         self.sought = Sought(code, loop, missing)
         return True
+
+    def _begin_passing(self, place: tuple[CodeType, int]) -> Callable[[int], bool] | None:
+        passing = self._passings[place] = self._far.passing(place)
+        return passing.has_to_run if passing.courses else None
 
     def _begins_another_run(self, tried: Tried) -> bool:
         """Return True the first time in each iteration of an outer loop, if that loop is to be passed over next."""
@@ -365,6 +378,7 @@ class LineWatch:
 
     def leave(self, code: CodeType, loop: Loop) -> None:
         """Leave one loop of a running function before its next iteration."""
+        self._far.left((code, loop.first))
         loops = self._leaving.setdefault(code, [])
         if loop not in loops:
             loops.append(loop)
@@ -411,7 +425,7 @@ class LineWatch:
 
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
         if frame.f_globals.get("__name__") not in self._modules or id(code := frame.f_code) not in self._followed:
-            return None
+            return self._far.called(frame) if self._far.is_own(frame) else None
         for place in [each for each in self._begun if each[0] is code]:  # backward passes before this call
             del self._begun[place]
         return self._line
@@ -426,6 +440,8 @@ class LineWatch:
             if event == "opcode":
                 return self._line
         self._ran[code].add(frame.f_lineno)
+        if event == "return":
+            self._far.returned(frame)
         first = self._heads[code].get(frame.f_lineno) if event == "line" else None
         if first is None or self._comes_back(frame, first):
             return self._line
@@ -535,6 +551,7 @@ class LineWatch:
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
+            self._end_passing(place, skip)
             own = (line for line in map(abs, skip.unsure_lines) if first <= line <= loop.last)
             self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
             found_one = skip.is_changing or skip.is_reached
@@ -547,6 +564,12 @@ class LineWatch:
                 self._read.tried = {
                     each for each in self._read.tried if each[0] is not code or not first < each[1] <= loop.last
                 }
+
+    def _end_passing(self, place: tuple[CodeType, int], skip: Skip) -> None:
+        passing = self._passings.pop(place, None)
+        if passing is not None:
+            is_stuck = not (skip.is_exhausted or skip.is_reached or skip.is_changing)
+            self._far.end(passing, skip.passed, is_exhausted=skip.is_exhausted, is_stuck=is_stuck)
 
     def forget_names(self, frame: FrameType, names: dict[str, object]) -> None:
         """Let go, at the next line, of `names` as they were read from a function: they keep its tensors of now.
@@ -567,9 +590,24 @@ class LineWatch:
                 if not self._takes(items):
                     break
 
+    def _training_iterations(self) -> Iterations:
+        if self._at_training is None:
+            self._at_training = {place: self._iterations[place] for place in self._training}
+        return self._at_training
+
+    def far_lines(self, *, is_left: bool) -> list[Frame]:
+        """List lines that may have run in iterations that were passed over, in functions that no loop leads to.
+
+        `is_left`: the script was left before its end.
+        """
+        if is_left:
+            self._far.left_all()
+        return self._far.unsure()
+
     def _iterates(self, code: CodeType, first: int) -> None:
         """Note that an iteration of a loop begins."""
         self._iterations[code, first] += 1
+        self._at_training = None
         now = self._phases.all_passes()
         if self._begun.get((code, first), now) < now:
             self._training.add((code, first))

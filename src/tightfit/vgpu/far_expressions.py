@@ -1,0 +1,277 @@
+"""Expressions of a function whose values decide what it allocates: its conditions, and sizes that it computes.
+
+They are read from its source once. What they depend on, such as `self.steps`, is looked at each time that it returns.
+"""
+
+import ast
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import CodeType, FunctionType
+from typing import NamedTuple
+
+from tightfit.vgpu.frames import Frame, is_own
+from tightfit.vgpu.loop_source import allocating_lines, blocks_of, function_nodes, is_harmless
+
+_FUNCTIONS: dict[str, object] = {each.__name__: each for each in (min, max, abs, int, float, bool, round, divmod)}
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+_HARMLESS_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.RShift, ast.BitAnd, ast.BitOr)
+_PURE = (
+    ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.IfExp, ast.Constant, ast.Tuple, ast.List, ast.Set,
+    ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.expr_context,
+)  # fmt: skip
+_STEPPED = (ast.FloorDiv, ast.Mod, ast.RShift, ast.BitAnd)
+"""Operators whose results stay the same for several iterations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """An expression that decides."""
+
+    leaves: tuple[ast.expr, ...]
+    """What it depends on: names, attributes and items."""
+    code: CodeType
+    """The expression, with the names of `leaf_name` in place of its leaves."""
+    lines: Mapping[bool, tuple[Frame, ...]] = field(default_factory=dict)
+    """Lines that may allocate where it is true, and where it is false; empty for a size."""
+
+    def value(self, leaves: tuple[object, ...]) -> object:
+        """Return its value for the leaves' values; None if it has none."""
+        names = {leaf_name(place): value for place, value in enumerate(leaves)}
+        try:
+            return eval(self.code, {"__builtins__": _FUNCTIONS}, names)
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            return None
+
+
+def leaf_name(place: int) -> str:
+    return f"leaf{place}"
+
+
+@cache
+def watched_of(code: CodeType) -> tuple[Watched, ...]:
+    """Find the expressions of a function that may decide what it allocates."""
+    found: list[Watched] = []
+    for node in function_nodes(code.co_filename, code.co_firstlineno, code.co_name):
+        reading = _Reading(code, node)
+        found += reading.of_block(node.body if not isinstance(node, ast.Lambda) else [_returned(node)])
+    return tuple(found)
+
+
+class OfModule(NamedTuple):
+    """An expression in a method of a module that depends on the module alone."""
+
+    watched: Watched
+    owner: str
+    """The method's name for the module."""
+    others: dict[str, object]
+    """Its global names."""
+
+
+def watched_of_module(kind: type) -> tuple[OfModule, ...]:
+    """Find such expressions in the methods of a class that the script defines."""
+    found = []
+    methods = [each for base in kind.__mro__ for each in vars(base).values() if isinstance(each, FunctionType)]
+    for method in methods:
+        code = method.__code__
+        if is_own(code) and code.co_argcount and code.co_name != "__init__":
+            inner = {*code.co_varnames[1:], *code.co_cellvars, *code.co_freevars}
+            found += [
+                OfModule(watched, code.co_varnames[0], method.__globals__)
+                for watched in watched_of(code)
+                if inner.isdisjoint(each.id for each in _names(watched))
+            ]
+    return tuple(found)
+
+
+def _names(watched: Watched) -> Iterator[ast.Name]:
+    return (each for leaf in watched.leaves for each in ast.walk(leaf) if isinstance(each, ast.Name))
+
+
+def _returned(node: ast.Lambda) -> ast.stmt:
+    return ast.copy_location(ast.Return(node.body), node.body)
+
+
+class _Reading:
+    """Reads one function."""
+
+    def __init__(self, code: CodeType, node: ast.FunctionDef | ast.Lambda) -> None:
+        self._code = code
+        self._meanings = _meanings(node) if isinstance(node, ast.FunctionDef) else {}
+
+    def of_block(self, block: list[ast.stmt]) -> Iterator[Watched]:
+        for statement in block:
+            if isinstance(statement, _SCOPES):
+                continue
+            if isinstance(statement, ast.If):
+                lines = {True: self._frames(statement.body), False: self._frames(statement.orelse)}
+                yield from self._conditions(statement.test, lines)
+            elif not isinstance(statement, ast.While):
+                for value in (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.expr)):
+                    yield from self._parts(value)
+            for inner in blocks_of(statement):
+                yield from self.of_block(inner)
+
+    def _frames(self, block: list[ast.stmt]) -> tuple[Frame, ...]:
+        lines = [abs(first) for first, _ in allocating_lines(block)]
+        return tuple(Frame(self._code.co_filename, line, self._code.co_qualname) for line in lines)
+
+    def _conditions(self, test: ast.expr, lines: Mapping[bool, tuple[Frame, ...]]) -> Iterator[Watched]:
+        """Yield a condition, as far as it is known."""
+        known = self._known(test) if any(lines.values()) else None
+        made = self._watched(known, lines) if known is not None else None
+        if made is not None:
+            yield made
+
+    def _known(self, test: ast.expr) -> ast.expr | None:
+        """Return a condition without the parts of its `and` and `or` that call something; None if no part is left."""
+        if not isinstance(test, ast.BoolOp):
+            return test if self._watched(test, {}) is not None else None
+        parts = [part for each in test.values if (part := self._known(each)) is not None]
+        return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
+
+    def _parts(self, value: ast.expr) -> Iterator[Watched]:
+        """Yield the largest parts of an expression that may be sizes, or answers to whoever asks the function."""
+        parts = [value]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, (*_SCOPES, ast.JoinedStr)) or _prints(part):
+                continue
+            lines = self._frames([_statement(each) for each in _sides(part)])
+            if isinstance(part, ast.IfExp) and lines:
+                yield from self._conditions(part.test, {True: lines, False: lines})
+                continue
+            made = self._watched(part, {}) if _may_stay(part) else None
+            if made is not None:
+                yield made
+                continue
+            parts += [each for each in ast.iter_child_nodes(part) if isinstance(each, ast.expr)]
+            parts += [each.value for each in getattr(part, "keywords", [])]
+
+    def _watched(self, value: ast.expr, lines: Mapping[bool, tuple[Frame, ...]]) -> Watched | None:
+        leaves = _Leaves(self._meanings)
+        try:
+            pure = leaves.expression(_copied(value))
+        except _UnfitError:
+            return None
+        if not leaves.found:
+            return None
+        code = compile(ast.fix_missing_locations(ast.Expression(pure)), "<expression>", "eval")
+        return Watched(tuple(leaves.found.values()), code, lines)
+
+
+def _copied(value: ast.expr) -> ast.expr:
+    return ast.parse(ast.unparse(value), mode="eval").body
+
+
+def _statement(value: ast.expr) -> ast.stmt:
+    return ast.copy_location(ast.Expr(value), value)
+
+
+def _may_stay(part: ast.expr) -> bool:
+    """Return True for an expression whose value may stay the same while what it depends on counts."""
+    if isinstance(part, (ast.Compare, ast.BoolOp, ast.IfExp)) or _is_pure_call(part):
+        return True
+    return isinstance(part, ast.BinOp) and any(isinstance(each, _STEPPED) for each in ast.walk(part))
+
+
+def _sides(part: ast.expr) -> list[ast.expr]:
+    return [part.body, part.orelse] if isinstance(part, ast.IfExp) else []
+
+
+def _prints(part: ast.expr) -> bool:
+    return isinstance(part, ast.Call) and is_harmless(part) and not _is_pure_call(part)
+
+
+def _is_pure_call(part: ast.expr) -> bool:
+    return isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.func.id in _FUNCTIONS
+
+
+def _meanings(node: ast.FunctionDef) -> dict[str, ast.expr]:
+    """Return the expressions of variables that are assigned once."""
+    inner = [each for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)]
+    times = Counter(each.id for each in inner)
+    found: dict[str, ast.expr] = {}
+    for each in ast.walk(node):
+        match each:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if times[name] == 1:
+                found[name] = value
+    return found
+
+
+class _UnfitError(Exception):
+    """An expression that more decides than counters."""
+
+
+class _Leaves(ast.NodeTransformer):
+    """Puts names in place of what an expression depends on. _UnfitError if it calls something of the script's."""
+
+    def __init__(self, meanings: Mapping[str, ast.expr]) -> None:
+        self._meanings = meanings
+        self.found: dict[str, ast.expr] = {}
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.expr) and _is_chain(node):
+            return self._leaf(node)
+        if isinstance(node, ast.NamedExpr):
+            return self.visit(node.value)
+        if isinstance(node, ast.Call) and _is_pure_call(node) and not node.keywords:
+            node.args = [self.expression(each) for each in node.args]
+            return node
+        if isinstance(node, ast.BinOp) and not isinstance(node.op, _HARMLESS_OPERATORS):
+            raise _UnfitError
+        if not isinstance(node, _PURE):
+            raise _UnfitError
+        found: ast.AST = self.generic_visit(node)
+        return found
+
+    def expression(self, node: ast.expr) -> ast.expr:
+        found = self.visit(node)
+        assert isinstance(found, ast.expr)
+        return found
+
+    def _leaf(self, node: ast.expr) -> ast.AST:
+        """Return a leaf's name, or the expression that a variable stands for if that can be followed further."""
+        if isinstance(node, ast.Name) and node.id in self._meanings:
+            others = {name: value for name, value in self._meanings.items() if name != node.id}
+            inner = _Leaves(others)
+            inner.found = dict(self.found)
+            try:
+                meaning = inner.expression(_copied(self._meanings[node.id]))
+            except _UnfitError:
+                pass
+            else:
+                self.found = inner.found
+                return meaning
+        whole = _Resolved(self._meanings).visit(node)
+        text = ast.unparse(whole)
+        names = list(self.found)
+        place = names.index(text) if text in names else len(names)
+        self.found[text] = ast.parse(text, mode="eval").body
+        return ast.Name(leaf_name(place), ast.Load())
+
+
+class _Resolved(ast.NodeTransformer):
+    """Writes `state["step"]` as `self.state[p]["step"]`, where `state` was assigned so."""
+
+    def __init__(self, meanings: Mapping[str, ast.expr]) -> None:
+        self._meanings = meanings
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        meaning = self._meanings.get(node.id)
+        return _copied(meaning) if meaning is not None and _is_chain(meaning) else node
+
+
+def _is_chain(node: ast.expr) -> bool:
+    """Return True for a name, and for attributes and items of one."""
+    match node:
+        case ast.Name():
+            return True
+        case ast.Attribute(value=of):
+            return _is_chain(of)
+        case ast.Subscript(value=of, slice=key):
+            return _is_chain(of) and (isinstance(key, ast.Constant) or _is_chain(key))
+        case ast.Call(func=ast.Name(id="len"), args=[of], keywords=[]):
+            return _is_chain(of)
+    return False
