@@ -137,8 +137,11 @@ class Reader:
                 return self.value(one if self.value(test) else two)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 return [self.value(each) for each in parts]
-            case ast.Subscript(value=of, slice=key) if ast.unparse(node) not in self._unsure:
-                return _item(self.value(of), self.value(key))
+            case ast.Subscript(value=of, slice=key) if (text := ast.unparse(node)) not in self._unsure:
+                item = _item(self.value(of), self.value(key))
+                if isinstance(key, ast.Constant):
+                    self.read[text] = item
+                return item
             case ast.Call(func=ast.Name(id="len"), args=[of], keywords=[]):
                 return self._length(node, self.value(of))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:

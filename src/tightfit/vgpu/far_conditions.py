@@ -16,7 +16,7 @@ from torch import nn
 
 from tightfit.vgpu.counters import Roots, current, roots_of, write
 from tightfit.vgpu.expressions import Reader, UnknownError
-from tightfit.vgpu.far_expressions import OfModule, Watched, watched_of, watched_of_module
+from tightfit.vgpu.far_expressions import NO_VALUE, OfModule, Watched, watched_of, watched_of_module
 from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.running_loops import SUSPENDS
 
@@ -27,7 +27,11 @@ _MOST_ITEMS = 64
 """Items of a list that an expression may depend on."""
 _FRAMES_TO_LOADER = 40
 _RECENT = 3
-"""Iterations in which a function must have been called to belong to a loop."""
+"""Iterations in which a function must have been called to belong to a loop, and that tell how its numbers grow."""
+_PATIENCE = 8
+"""Iterations that are waited for to tell that."""
+_KEPT = 4
+"""Iterations whose calls are compared, if there were so many."""
 
 Place = tuple[CodeType, int]
 """A loop, by its function and first line."""
@@ -59,7 +63,7 @@ class _Log:
     roots: Roots
     """Where its names are."""
     groups: dict[Place, deque[_Group]] = field(default_factory=dict)
-    """Calls in the latest three iterations of each loop."""
+    """Calls in the latest iterations of each loop."""
     latest: Leaves = ()
     """At the latest call, also of those that were passed over."""
     values: set[object] = field(default_factory=set)
@@ -68,23 +72,30 @@ class _Log:
     """How it grows in the loop whose iterations were passed over last."""
     expected: Leaves | None = None
     """What it should depend on in its next call."""
+    last: int = 0
+    """Iterations of all loops before the latest call."""
+    noted: int = 0
+    """Calls so far."""
     varies: bool = False
     """True if a whole number that it depends on changed between iterations."""
     is_refuted: bool = False
-    """True if it was not what was expected, or if a new value of a size changed nothing."""
+    """True if it was not what was expected."""
+    is_idle: bool = False
+    """True if a new value changed nothing."""
     is_uncovered: bool = False
     """True if it may have had another value in iterations that were passed over."""
 
     def note(self, iterations: Iterations, leaves: Leaves) -> None:
         for place, number in iterations.items():
-            groups = self.groups.setdefault(place, deque(maxlen=_RECENT))
+            groups = self.groups.setdefault(place, deque(maxlen=_KEPT))
             if not groups or groups[-1].iteration != number:
                 groups.append(_Group(number, [leaves]))
                 if len(groups) > 1:
                     self.varies |= _differ(groups[-2].calls[0], leaves)
             elif len(groups[-1].calls) < _MOST_CALLS:
                 groups[-1].calls.append(leaves)
-        self.latest = leaves
+        self.latest, self.last = leaves, sum(iterations.values())
+        self.noted += 1
         value = self.value(leaves)
         if value is not None and len(self.values) < _MOST_VALUES:
             self.values.add(value)
@@ -93,8 +104,10 @@ class _Log:
             self.expected = None
 
     def value(self, leaves: Leaves) -> object:
-        """Return the expression's value; only True and False of a condition; None if it has none."""
-        value = self.watched.value(leaves)
+        return self.of_interest(self.watched.value(leaves))
+
+    def of_interest(self, value: object) -> object:
+        """Return True or False for a condition's value, and a size as it is; None for what decides nothing."""
         if self.watched.lines and value is not None:
             return bool(value)
         return value if isinstance(value, (int, str)) else None
@@ -106,42 +119,50 @@ class _Log:
 
     def decides(self) -> bool:
         """Return True if a new value may allocate something else."""
-        return bool(self.missing()) or not self.watched.lines
+        return bool(self.missing() if self.watched.lines else self.values and not self.is_idle)
 
     def belongs_to(self, place: Place, now: Iterations) -> bool:
         groups = self.groups.get(place)
         return bool(groups) and groups is not None and now.get(place, 0) - groups[-1].iteration < _RECENT
 
     def is_young(self, place: Place, now: Iterations) -> bool:
-        """Return True if it seems to count, but was not seen often enough to be sure."""
-        calls = [each.calls[0] for each in self.groups.get(place, ())]
-        if len(calls) != 2 or not self.belongs_to(place, now) or not _differ(*calls):
-            return False
-        return bool(self.watched.lines) or self.value(calls[0]) == self.value(calls[1])
+        """Return True if it counts, but was not seen in enough iterations of a loop to tell how."""
+        is_called = self.belongs_to(place, now) if place in self.groups else sum(now.values()) - self.last < _RECENT
+        is_steady = bool(self.watched.lines) or 2 * len(self.values) <= self.noted
+        return self.varies and is_called and is_steady and len(self._evenly(place)) < self._enough(place)
+
+    def _evenly(self, place: Place) -> list[_Group]:
+        """Return the latest iterations with calls that lie equally far apart: a loop that begins anew is counted on."""
+        groups = list(self.groups.get(place, ()))
+        gaps = [two.iteration - one.iteration for one, two in itertools.pairwise(groups)]
+        same = sum(1 for _ in itertools.takewhile(lambda gap: gap == gaps[-1], reversed(gaps)))
+        return groups[len(groups) - 1 - same :] if groups else []
+
+    def _enough(self, place: Place) -> int:
+        """Return the iterations that tell how it grows; where it counts in a loop within the loop, that tells, too."""
+        return _RECENT if self._within(place) is None else _RECENT - 1
+
+    def _within(self, place: Place) -> _Even | None:
+        return self.within if self.within is not None and self.within.place != place else None
 
     def courses(self, place: Place, now: Iterations) -> "list[Course]":
         """Return how what it depends on grows from one iteration of a loop to the next, for each call in one."""
-        groups = list(self.groups.get(place, ()))
-        if len(groups) < 2 or not self.belongs_to(place, now):
+        groups = self._evenly(place)
+        if len(groups) < self._enough(place) or not self.belongs_to(place, now):
             return []
         gap = groups[-1].iteration - groups[-2].iteration
-        if any(two.iteration - one.iteration != gap for one, two in itertools.pairwise(groups)):
-            return []
-        inner = self.within if self.within is not None and self.within.place != place else None
-        number = 1 if inner else min(len(each.calls) for each in groups)
-        if inner is None and len(groups) < _RECENT:
-            return []
+        inner = self._within(place)
         found = []
-        for ordinal in range(number):
+        for ordinal in range(1 if inner else min(len(each.calls) for each in groups)):
             calls = [each.calls[ordinal] for each in groups]
             changes = _changes(calls)
             if changes is None:
                 return []
             if not self.watched.lines and len(set(map(self.value, calls))) == len(calls):
                 continue  # no size: it is another one in each iteration
-            made = Course(self, groups[-1].calls[ordinal], changes, groups[-1].iteration, gap, inner)
-            if any(changes) or (inner is not None and any(inner.changes)):
-                found.append(made)
+            within = inner.changes if inner is not None else (0,) * len(changes)
+            if any(changes) or any(within):
+                found.append(Course(self, calls[-1], changes, groups[-1].iteration, gap, within))
         return found
 
 
@@ -157,33 +178,58 @@ class Course:
     iteration: int
     gap: int
     """Iterations from call to call."""
-    inner: _Even | None
-    """How it grows within an iteration, in a loop within the loop."""
+    inner: tuple[int, ...]
+    """What each grows by from call to call within an iteration, in a loop within the loop."""
 
     def times(self, iteration: int) -> int:
         """Return the iterations with calls, after the latest one, up to and with this one."""
         return (iteration - self.iteration) // self.gap
 
-    def at(self, iteration: int) -> list[Leaves]:
-        """Return the leaves' values at the calls in a later iteration."""
-        if (iteration - self.iteration) % self.gap:
-            return []
-        first = _grown(self.leaves, self.changes, self.times(iteration))
-        if self.inner is None:
-            return [first]
-        return [_grown(first, self.inner.changes, call) for call in range(self.calls())]
-
     def calls(self) -> int:
         """Return the calls within the latest iteration, by how far its numbers came."""
-        if self.inner is None:
-            return 1
-        each = zip(self.leaves, self.log.latest, self.inner.changes, strict=True)
+        each = zip(self.leaves, self.log.latest, self.inner, strict=True)
         counts = [
             (last - first) // change + 1
             for first, last, change in each
             if change and isinstance(first, int) and isinstance(last, int)
         ]
         return max([1, *counts])
+
+    def is_sound(self) -> bool:
+        """Return True if the numbers go on where the iteration before ended, or begin anew."""
+        calls = self.calls()
+        pairs = zip(self.changes, self.inner, strict=True)
+        return all(not (change and within) or change == calls * within for change, within in pairs)
+
+
+class _Deciding(NamedTuple):
+    """An expression of which a new value is looked for."""
+
+    log: _Log
+    value_at: Callable[[int, int], object]
+    iteration: int
+    gap: int
+    calls: range
+
+    @classmethod
+    def on(cls, course: Course) -> "_Deciding":
+        value_at = course.log.watched.along(course.leaves, course.changes, course.inner)
+        return cls(course.log, value_at, course.iteration, course.gap, range(course.calls()))
+
+    def is_new(self, iteration: int) -> bool:
+        """Return True if the expression has a new value in an iteration."""
+        times, remainder = divmod(iteration - self.iteration, self.gap)
+        if remainder:
+            return False
+        log = self.log
+        for call in self.calls:
+            try:
+                value = log.of_interest(self.value_at(times, call))
+            except NO_VALUE:
+                continue
+            if value is not None and value not in log.values:
+                return True
+        return False
 
 
 class FarConditions:
@@ -202,6 +248,8 @@ class FarConditions:
         """Those with a new value in the iteration that others were passed over for."""
         self._state: Hashable = None
         """How steps repeated before that."""
+        self._waiting: dict[tuple[Place, frozenset[tuple[Place, int]]], int] = {}
+        """For these runs of loops, the iteration from which on more of them have to tell how something grows."""
         self._ended: set[tuple[Place, frozenset[tuple[Place, int]]]] = set()
         """Loops that were followed to their end, or as far as could be, each in an iteration of the others."""
 
@@ -272,18 +320,23 @@ class FarConditions:
 
     def is_open(self, place: Place) -> bool:
         """Return True if one of them may have a new value in a later iteration of a loop, or nobody can tell yet."""
-        now = self._iterations()
-        return self.can_pass(place) or any(
-            each.is_young(place, now) for each in self._logs.values() if not each.is_refuted and each.decides()
-        )
+        return self.can_pass(place) or self.waits(place)
+
+    def waits(self, place: Place) -> bool:
+        """Return True if more iterations of a loop have to tell how one of them grows."""
+        now, run = self._iterations(), self._run(place)
+        logs = (each for each in self._logs.values() if not each.is_refuted and each.decides())
+        if run in self._ended or not any(each.is_young(place, now) for each in logs):
+            return False
+        return now.get(place, 0) - self._waiting.setdefault(run, now.get(place, 0)) < _PATIENCE
 
     def can_pass(self, place: Place) -> bool:
         """Return True if one of them may have a new value in an iteration that others can be passed over for."""
-        return self._run(place) not in self._ended and bool(self._courses(place))
+        return self._run(place) not in self._ended and any(each.log.decides() for each in self._courses(place))
 
     def _courses(self, place: Place) -> list[Course]:
         now = self._iterations()
-        logs = (each for each in self._logs.values() if not each.is_refuted and each.decides())
+        logs = (each for each in self._logs.values() if not each.is_refuted)
         return [course for log in logs for course in log.courses(place, now)]
 
     def _run(self, place: Place) -> tuple[Place, frozenset[tuple[Place, int]]]:
@@ -293,11 +346,12 @@ class FarConditions:
         """Note how steps repeat where iterations begin to be passed over: what changed nothing then decides nothing."""
         if self._state == state:
             for log in self._hits:
-                log.is_refuted |= not log.watched.lines
+                log.is_idle |= not log.watched.lines
         self._hits, self._state = [], state
 
     def passing(self, place: Place) -> "Passing":
-        return Passing(place, self._courses(place), self._iterations().get(place, 0))
+        sound = [each for each in self._courses(place) if each.is_sound()]
+        return Passing(place, sound, self._iterations().get(place, 0))
 
     def end(self, passing: "Passing", passed: int, *, is_exhausted: bool, is_stuck: bool) -> None:
         """Write back what counts after so many iterations were passed over.
@@ -342,16 +396,14 @@ class Passing:
         self.place, self.courses, self._first = place, courses, iteration
         self.hits: list[_Log] = []
         """Expressions with a new value in the iteration that has to run."""
+        self._deciding = [_Deciding.on(each) for each in courses if each.log.decides()]
         self._before = [(course, current(course.log.watched.leaves, course.log.roots)) for course in courses]
 
     def has_to_run(self, passed: int) -> bool:
         """Return True if an expression has a new value in the iteration after so many that are passed over."""
-        for course in self.courses:
-            for leaves in course.at(self._first + passed):
-                value = course.log.value(leaves)
-                if value is not None and value not in course.log.values:
-                    self.hits.append(course.log)
-                    break
+        for each in self._deciding:
+            if each.is_new(self._first + passed):
+                self.hits.append(each.log)
         return bool(self.hits)
 
     def write(self, passed: int) -> None:
@@ -365,9 +417,10 @@ class Passing:
         for course in reversed(self.courses):
             log, times = course.log, course.times(last)
             log.expected = _grown(course.leaves, course.changes, times + 1)
-            calls = course.at(last - (last - course.iteration) % course.gap) if times else []
-            log.latest = calls[-1] if calls else log.latest
-            if course.inner is None:
+            if times:
+                first = _grown(course.leaves, course.changes, times)
+                log.latest = _grown(first, course.inner, course.calls() - 1)
+            if not any(course.inner):
                 log.within = _Even(self.place, course.changes)
 
 

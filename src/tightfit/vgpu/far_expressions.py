@@ -4,12 +4,13 @@ They are read from its source once. What they depend on, such as `self.steps`, i
 """
 
 import ast
+import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from types import CodeType, FunctionType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.loop_source import allocating_lines, blocks_of, function_nodes, is_harmless
@@ -31,18 +32,53 @@ class Watched:
 
     leaves: tuple[ast.expr, ...]
     """What it depends on: names, attributes and items."""
-    code: CodeType
+    expression: ast.expr
     """The expression, with the names of `leaf_name` in place of its leaves."""
     lines: Mapping[bool, tuple[Frame, ...]] = field(default_factory=dict)
     """Lines that may allocate where it is true, and where it is false; empty for a size."""
+
+    @cached_property
+    def _code(self) -> CodeType:
+        return compile(ast.fix_missing_locations(ast.Expression(self.expression)), "<expression>", "eval")
 
     def value(self, leaves: tuple[object, ...]) -> object:
         """Return its value for the leaves' values; None if it has none."""
         names = {leaf_name(place): value for place, value in enumerate(leaves)}
         try:
-            return eval(self.code, {"__builtins__": _FUNCTIONS}, names)
-        except (ArithmeticError, LookupError, TypeError, ValueError):
+            return eval(self._code, {"__builtins__": _FUNCTIONS}, names)
+        except NO_VALUE:
             return None
+
+    def along(
+        self, leaves: tuple[object, ...], changes: tuple[int, ...], inner: tuple[int, ...]
+    ) -> Callable[[int, int], object]:
+        """Return a function for its value after some iterations, each of which adds `changes` to the leaves.
+
+        And after some calls in the last of them, each of which adds `inner`.
+        """
+        fixed = {leaf_name(place): value for place, value in enumerate(leaves)}
+        growing = {leaf_name(place): each for place, each in enumerate(zip(changes, inner, strict=True)) if any(each)}
+        body = _Growing(growing).visit(copy.deepcopy(self.expression))
+        arguments = ast.arguments([], [ast.arg("iterations"), ast.arg("calls")], None, [], [], None, [])
+        made = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
+        found = eval(compile(made, "<expression>", "eval"), {"__builtins__": _FUNCTIONS, **fixed})
+        return cast("Callable[[int, int], object]", found)
+
+
+NO_VALUE = (ArithmeticError, LookupError, TypeError, ValueError)
+"""Errors of an expression that has no value for some leaves."""
+
+
+class _Growing(ast.NodeTransformer):
+    """Writes `leaf` as `leaf + change * iterations + inner * calls`."""
+
+    def __init__(self, changes: Mapping[str, tuple[int, int]]) -> None:
+        self._changes = changes
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        change, inner = self._changes.get(node.id, (0, 0))
+        text = f"{node.id} + {change} * iterations" + (f" + {inner} * calls" if inner else "")
+        return ast.parse(text, mode="eval").body if change or inner else node
 
 
 def leaf_name(place: int) -> str:
@@ -157,8 +193,7 @@ class _Reading:
             return None
         if not leaves.found:
             return None
-        code = compile(ast.fix_missing_locations(ast.Expression(pure)), "<expression>", "eval")
-        return Watched(tuple(leaves.found.values()), code, lines)
+        return Watched(tuple(leaves.found.values()), pure, lines)
 
 
 def _copied(value: ast.expr) -> ast.expr:

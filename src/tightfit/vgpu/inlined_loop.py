@@ -17,7 +17,7 @@ from typing import TypeGuard, TypeVar
 from torch import Tensor
 
 from tightfit.vgpu.expressions import is_computed
-from tightfit.vgpu.frames import is_own
+from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
 from tightfit.vgpu.plain_branches import UNKNOWN
 from tightfit.vgpu.running_loops import SUSPENDS
@@ -69,6 +69,14 @@ class InlinedLoop:
                 ran_here = {-line for line in lines if line < 0} if branch in self.on_line else lines
                 found |= {first for first, last in calls if ran_here.isdisjoint(range(first, last + 1))}
         return found
+
+    def frame_of(self, line: int) -> Frame | None:
+        """Return the place of a line in one of these functions, as their statements are moved."""
+        for code, offset in self.functions.items():
+            node = function_node(code.co_filename, code.co_firstlineno, code.co_name)
+            if node is not None and node.lineno <= line - offset <= (node.end_lineno or 0):
+                return Frame(code.co_filename, line - offset, code.co_qualname)
+        return None
 
     def lines_of(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
         """Lines of these functions that ran, moved as their statements are; negative for bodies on an `if`'s line."""

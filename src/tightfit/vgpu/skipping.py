@@ -41,6 +41,8 @@ class _Reduced:
         self._reader, self._missing, self._ran, self._lengths, self._lists = reader, missing, ran, lengths, lists
         self.unknown: set[int] = set()
         """Lines of `missing` behind a condition that only the script could tell."""
+        self.by_chance: set[int] = set()
+        """Those of them behind one that chance, or an iterator, decides."""
         self.uncounted: set[int] = set()
         """Those of them in a loop within the loop whose iterations nobody can count."""
         self.has_end = False
@@ -122,7 +124,9 @@ class _Reduced:
     def _branch(self, statement: ast.If) -> list[ast.stmt]:
         test = self._known(statement.test)
         if test is None:
-            self.unknown |= {line for line in self._missing if _covers(statement, line)}
+            behind = {line for line in self._missing if _covers(statement, line)}
+            self.unknown |= behind
+            self.by_chance |= behind if any(map(_is_chance, ast.walk(statement.test))) else set()
             return self.body(statement.orelse) if statement.body[0].lineno not in self._ran else []
         body, other = (self._taken(each) for each in (statement.body, statement.orelse))
         return [ast.If(test, body or [ast.Pass()], other)] if body or other else []
@@ -152,6 +156,15 @@ class _Reduced:
         parts = (value, target) if is_added else (value,)
         numbers = all(self._reader.knows(each) and isinstance(self._reader.value(each), _NUMBERS) for each in parts)
         return numbers and self._reader.has(target)
+
+
+_CHANCE = ("next", "random", "rand", "randint", "randrange", "uniform", "choice", "bernoulli")
+
+
+def _is_chance(node: ast.AST) -> bool:
+    """Return True for a call of an iterator or a random number generator."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "attr", getattr(function, "id", "")) in _CHANCE
 
 
 def _is_call(node: ast.expr, name: str) -> bool:
@@ -207,9 +220,11 @@ class Skip:
         self._watched: dict[str, object] = {}
         """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
         self.is_changing = False
-        """True if iterations were passed up to one in which such a value changes."""
+        """True if iterations were passed up to one in which such a value changes, here or in functions far away."""
         self.unsure_lines: frozenset[int] = frozenset()
         """Lines that may have run in iterations passed over: only the script could tell their conditions."""
+        self.chance_lines: frozenset[int] = frozenset()
+        """Those of them that chance, or an iterator, decides on."""
         self.is_reached = False
         """True if they were passed up to one that has to run."""
         self.names: dict[str, object] = {}
@@ -249,7 +264,7 @@ class Skip:
                 self._restore(before, reduced, names, others)
                 self.is_reached = True
                 break
-            self.unsure_lines = frozenset(reduced.unknown)
+            self.unsure_lines, self.chance_lines = frozenset(reduced.unknown), frozenset(reduced.by_chance)
             taken = sum(advance() for _ in range(self.steps))
             self.passed += taken
             goes_on = taken == self.steps
@@ -263,6 +278,7 @@ class Skip:
         """Count so many iterations; False if one of them has to run."""
         for number in range(count):
             if self._far is not None and self._far(self.passed + number):
+                self.is_changing = True
                 return False
             try:
                 found = _followed(code, others, names)

@@ -296,6 +296,8 @@ class LineWatch:
         made = self._read.loops.get((code, loop.first))
         if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
+        if self._far.waits((code, loop.first)):
+            return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
         tried = (code, loop.first, missing)
         if tried in self._read.tried and not self._begins_another_run(tried):
@@ -554,6 +556,8 @@ class LineWatch:
             self._end_passing(place, skip)
             own = (line for line in map(abs, skip.unsure_lines) if first <= line <= loop.last)
             self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
+            by_chance = (self._read.loops[place].frame_of(abs(line)) for line in skip.chance_lines)
+            self.unsure += [each for each in by_chance if each is not None]
             found_one = skip.is_changing or skip.is_reached
             changes = self._read.changes[place] - _CHANGES_OF_A_START + 1
             self._read.changes[place] = changes if found_one else _MOST_CHANGES

@@ -1,0 +1,216 @@
+"""Conditions in functions that a loop's source does not lead to are followed where iterations are passed over."""
+
+from pathlib import Path
+
+from plays import findings
+from test_vgpu_loops import assert_all_of_it_plays
+
+HEAD = """
+import functools, itertools, torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+played = set()
+
+def big(name):
+    played.add(name)
+    return torch.ones(1 << 20, device="cuda")
+
+def train():
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+"""
+FORMS = (
+    HEAD
+    + """
+a_lambda = lambda step: big("lambda") if step == 7001 else None
+
+def of_partial(name, step):
+    if step % 9000 == 8000 and step > 100:
+        big(name)
+
+a_partial = functools.partial(of_partial, "partial")
+
+def every(number):
+    def wrapped(function):
+        @functools.wraps(function)
+        def inner(step):
+            if step % number == number - 1:
+                function(step)
+        return inner
+    return wrapped
+
+@every(6000)
+def decorated(step):
+    big("decorator")
+
+def closure():
+    calls = 0
+    def inner():
+        nonlocal calls
+        calls += 1
+        if calls >= 9500:
+            big("closure")
+    return inner
+
+counted = closure()
+
+class Hooks:
+    steps = 0
+
+    @property
+    def more(self):
+        self.steps += 1
+        if (left := 10_000 - self.steps) == 30:
+            big("property")
+
+    def after(self):
+        state["calls"] += 1
+        if state["calls"] == 4321:
+            big("super")
+
+class OwnHooks(Hooks):
+    def after(self):
+        super().after()
+
+state, hooks, history, sizes, size = {"calls": 0}, OwnHooks(), [], {7777: 1 << 21}, 1
+for step in range(10_000):
+    train()
+    for call in {"lambda": a_lambda, "partial": a_partial}.values():
+        call(step)
+    decorated(step)
+    counted()
+    hooks.more
+    hooks.after()
+    assert hooks.steps == state["calls"] == step + 1  # what was counted for iterations that did not run
+    history.append(step)
+    if len(history) == 5555:
+        big("length")
+    if step in sizes:
+        size = sizes[step]
+    if len(torch.ones(size, device="cuda")) > 1:
+        played.add("size")
+names = {"lambda", "partial", "decorator", "closure", "property", "super", "length", "size"}
+assert played == names, names - played
+"""
+)
+NESTED = (
+    HEAD
+    + """
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = torch.nn.Linear(8, 8), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls % 2000 == 1999 and self.calls > 15_000:
+            big("module")
+        return self.inner(x)
+
+class Own(torch.optim.SGD):
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                if state["step"] == 8500:
+                    big("optimizer")
+
+class Epochs:
+    ended = 0
+
+    def after(self):
+        self.ended += 1
+        if self.ended == 17:
+            big("epoch")
+
+class OwnEpochs(Epochs):
+    def after(self):
+        super().after()
+
+model, epochs = Net().cuda(), OwnEpochs()
+optimizer = Own(model.parameters(), lr=0.1)
+for epoch in range(20):
+    for step in range(1000):
+        train()
+    epochs.after()
+assert played == {"module", "optimizer", "epoch"}, played
+"""
+)
+UNEVEN = (
+    HEAD
+    + """
+class Hooks:
+    steps = 0
+
+    def after(self):
+        self.steps += next(uneven)
+        if self.steps > 9000:
+            big("later")  # nobody can tell when
+
+class OwnHooks(Hooks):
+    def after(self):
+        super().after()
+
+hooks, uneven = OwnHooks(), itertools.cycle((1, 3, 2, 1, 5))
+for step in range(10_000):
+    train()
+    hooks.after()
+"""
+)
+NEVER = (
+    HEAD
+    + """
+from torch.utils.data import DataLoader, Dataset
+
+class Data(Dataset):
+    def __len__(self):
+        return 40_000
+
+    def __getitem__(self, index):
+        if index == -1:
+            return big("sample")
+        return torch.ones(8)
+
+class Hooks:
+    steps = 0
+
+    def after(self):
+        self.steps += 1
+        if self.steps == 10_001:
+            big("after the end")
+
+class OwnHooks(Hooks):
+    def after(self):
+        super().after()
+
+hooks = OwnHooks()
+for batch in DataLoader(Data(), 4, shuffle=True):
+    train()
+    hooks.after()
+assert hooks.steps == 10_000
+"""
+)
+
+
+def test_functions_that_the_loop_does_not_lead_to_are_followed(tmp_path: Path) -> None:
+    """Each form runs once, late, and finds its counters as if every iteration had run."""
+    assert_all_of_it_plays(tmp_path, FORMS, steps=150)
+
+
+def test_what_counts_in_modules_optimizers_and_epochs_is_followed(tmp_path: Path) -> None:
+    assert_all_of_it_plays(tmp_path, NESTED, steps=150)
+
+
+def test_what_counts_unevenly_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(UNEVEN)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    line = UNEVEN.split("\n").index('            big("later")  # nobody can tell when') + 1
+    assert [each["line"] for each in found["not_played"]] == [line]
+
+
+def test_what_never_runs_is_not_listed(tmp_path: Path) -> None:
+    """A condition that comes true after the loop's end, and one that decides on samples alone."""
+    assert_all_of_it_plays(tmp_path, NEVER, steps=60)
