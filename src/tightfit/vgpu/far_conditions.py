@@ -248,10 +248,10 @@ class FarConditions:
         """Those with a new value in the iteration that others were passed over for."""
         self._state: Hashable = None
         """How steps repeated before that."""
-        self._waiting: dict[tuple[Place, frozenset[tuple[Place, int]]], int] = {}
-        """For these runs of loops, the iteration from which on more of them have to tell how something grows."""
-        self._ended: set[tuple[Place, frozenset[tuple[Place, int]]]] = set()
-        """Loops that were followed to their end, or as far as could be, each in an iteration of the others."""
+        self._waiting: dict[Place, int] = {}
+        """For these loops, the iteration from which on more of them have to tell how something grows."""
+        self._ended: set[Place] = set()
+        """Loops that were followed to their end, or as far as could be."""
 
     def is_own(self, frame: FrameType) -> bool:
         """Return True if a function that is called is in a module of the user's own files."""
@@ -324,23 +324,25 @@ class FarConditions:
 
     def waits(self, place: Place) -> bool:
         """Return True if more iterations of a loop have to tell how one of them grows."""
-        now, run = self._iterations(), self._run(place)
+        now = self._iterations()
         logs = (each for each in self._logs.values() if not each.is_refuted and each.decides())
-        if run in self._ended or not any(each.is_young(place, now) for each in logs):
+        if place in self._ended or not any(each.is_young(place, now) for each in logs):
             return False
-        return now.get(place, 0) - self._waiting.setdefault(run, now.get(place, 0)) < _PATIENCE
+        return now.get(place, 0) - self._waiting.setdefault(place, now.get(place, 0)) < _PATIENCE
 
     def can_pass(self, place: Place) -> bool:
         """Return True if one of them may have a new value in an iteration that others can be passed over for."""
-        return self._run(place) not in self._ended and any(each.log.decides() for each in self._courses(place))
+        return place not in self._ended and any(each.log.decides() for each in self._courses(place))
 
     def _courses(self, place: Place) -> list[Course]:
         now = self._iterations()
         logs = (each for each in self._logs.values() if not each.is_refuted)
         return [course for log in logs for course in log.courses(place, now)]
 
-    def _run(self, place: Place) -> tuple[Place, frozenset[tuple[Place, int]]]:
-        return place, frozenset(each for each in self._iterations().items() if each[0] != place)
+    def reopen(self, place: Place) -> None:
+        """Note that a loop begins anew."""
+        self._ended.discard(place)
+        self._waiting.pop(place, None)
 
     def begin(self, state: Hashable) -> None:
         """Note how steps repeat where iterations begin to be passed over: what changed nothing then decides nothing."""
@@ -369,7 +371,7 @@ class FarConditions:
         if is_stuck:
             self.left(place)
         if is_exhausted or is_stuck:
-            self._ended.add(self._run(place))
+            self._ended.add(place)
 
     def left_all(self) -> None:
         """Note that the script is left before its end."""
@@ -379,7 +381,7 @@ class FarConditions:
     def left(self, place: Place) -> None:
         """Note that a loop is left before its end."""
         now = self._iterations()
-        for log in self._logs.values() if self._run(place) not in self._ended else ():
+        for log in self._logs.values() if place not in self._ended else ():
             log.is_uncovered |= log.belongs_to(place, now)
 
     def unsure(self) -> list[Frame]:

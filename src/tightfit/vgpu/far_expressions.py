@@ -13,6 +13,7 @@ from types import CodeType, FunctionType
 from typing import NamedTuple, cast
 
 from tightfit.vgpu.frames import Frame, is_own
+from tightfit.vgpu.inlined_loop import without_returns
 from tightfit.vgpu.loop_source import allocating_lines, blocks_of, function_nodes, is_harmless
 
 _FUNCTIONS: dict[str, object] = {each.__name__: each for each in (min, max, abs, int, float, bool, round, divmod)}
@@ -91,7 +92,9 @@ def watched_of(code: CodeType) -> tuple[Watched, ...]:
     found: list[Watched] = []
     for node in function_nodes(code.co_filename, code.co_firstlineno, code.co_name):
         reading = _Reading(code, node)
-        found += reading.of_block(node.body if not isinstance(node, ast.Lambda) else [_returned(node)])
+        found += reading.of_block(
+            without_returns(node.body) if isinstance(node, ast.FunctionDef) else [_returned(node)]
+        )
     return tuple(found)
 
 

@@ -125,10 +125,15 @@ def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mappin
 
 def _targets(node: ast.For | ast.While) -> Iterator[ast.expr]:
     for each in ast.walk(node):
-        if isinstance(each, ast.Assign):
-            yield from each.targets
-        elif isinstance(each, (ast.AugAssign, ast.For)):
-            yield each.target
+        match each:
+            case ast.Assign(targets=targets):
+                parts = targets
+            case ast.AugAssign(target=target) | ast.For(target=target):
+                parts = [target]
+            case _:
+                parts = []
+        for part in parts:
+            yield from part.elts if isinstance(part, (ast.Tuple, ast.List)) else [part]
 
 
 def _reads(test: ast.expr, texts: set[str]) -> bool:
@@ -193,7 +198,7 @@ class _Builder:
     def statements(self, block: Sequence[ast.stmt], scope: _Scope, depth: int) -> list[ast.stmt]:
         """Return the statements of a block with the functions that they call before them."""
         found: list[ast.stmt] = []
-        for statement in _without_returns(block) if scope.code else block:
+        for statement in without_returns(block) if scope.code else block:
             self._left -= 1
             if self._left < 0:
                 break
@@ -423,7 +428,7 @@ def _given(call: ast.Call, node: ast.FunctionDef, owner: ast.expr | None) -> dic
     return found
 
 
-def _without_returns(block: Sequence[ast.stmt]) -> list[ast.stmt]:
+def without_returns(block: Sequence[ast.stmt]) -> list[ast.stmt]:
     """Put the statements after a branch that may return into the branches, so that no statement returns."""
     for place, statement in enumerate(block):
         if isinstance(statement, ast.Return):
@@ -432,8 +437,8 @@ def _without_returns(block: Sequence[ast.stmt]) -> list[ast.stmt]:
             rest = block[place + 1 :]
             made = ast.If(
                 statement.test,
-                _without_returns([*statement.body, *rest]) or [ast.copy_location(ast.Pass(), statement)],
-                _without_returns([*statement.orelse, *rest]),
+                without_returns([*statement.body, *rest]) or [ast.copy_location(ast.Pass(), statement)],
+                without_returns([*statement.orelse, *rest]),
             )
             ast.copy_location(made, statement)
             made.end_lineno = max((each.end_lineno or 0 for each in rest), default=statement.end_lineno)

@@ -123,7 +123,7 @@ class _Reduced:
 
     def _branch(self, statement: ast.If) -> list[ast.stmt]:
         test = self._known(statement.test)
-        if test is None:
+        if test is None or (test is not statement.test and self._holds_already(statement, test)):
             behind = {line for line in self._missing if _covers(statement, line)}
             self.unknown |= behind
             self.by_chance |= behind if any(map(_is_chance, ast.walk(statement.test))) else set()
@@ -145,11 +145,17 @@ class _Reduced:
                 return True
         return False
 
+    def _holds_already(self, statement: ast.If, known: ast.expr) -> bool:
+        """Return True if what is known of a condition holds, and its lines did not run: the rest of it decides."""
+        return bool(self._reader.value(known)) and statement.body[0].lineno not in self._ran
+
     def _known(self, test: ast.expr) -> ast.expr | None:
         """Return a condition without what only the script could tell; None if no part is known."""
         if not isinstance(test, ast.BoolOp):
             return test if self._reader.knows(test) else None
         parts = [part for each in test.values if (part := self._known(each)) is not None]
+        if parts == test.values:
+            return test
         return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
 
     def _is_count(self, target: ast.expr, value: ast.expr, is_added: bool) -> bool:

@@ -430,6 +430,7 @@ class LineWatch:
             return self._far.called(frame) if self._far.is_own(frame) else None
         for place in [each for each in self._begun if each[0] is code]:  # backward passes before this call
             del self._begun[place]
+            self._far.reopen(place)
         return self._line
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
@@ -624,3 +625,4 @@ class LineWatch:
             around = loops_around(code.co_filename, code.co_firstlineno, code.co_name, line)
             if any(loop.first == first for loop in around):
                 del self._begun[code, line]
+                self._far.reopen((code, line))
