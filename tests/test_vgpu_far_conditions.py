@@ -194,6 +194,47 @@ assert hooks.steps == 10_000
 """
 )
 
+COUNTED = (
+    HEAD
+    + """
+def rarely(step):
+    if step not in (5, 7031):
+        return
+    big("an early return")
+
+state = {"calls": 0}
+for step, _ in enumerate(range(10_000)):
+    train()
+    rarely(step)
+    if step in (5, 1400):
+        big("the loop itself")  # in an iteration that runs anyway, before what counts behind it
+    state["calls"] += 1
+    if state["calls"] == 9000:
+        big("an item")
+assert played == {"an early return", "the loop itself", "an item"} and step == 9999, (played, step)
+"""
+)
+CHANCE = (
+    HEAD
+    + """
+numbers, done = itertools.count(), False
+
+class Trainer:
+    def one(self, step):
+        train()
+        if next(numbers) == 6810:
+            big("by an iterator")  # listed
+        if next(numbers) > 5000 and not done:
+            big("by half of it")  # listed
+
+    def run(self):
+        for step in range(10_000):
+            self.one(step)
+
+Trainer().run()
+"""
+)
+
 
 def test_functions_that_the_loop_does_not_lead_to_are_followed(tmp_path: Path) -> None:
     """Each form runs once, late, and finds its counters as if every iteration had run."""
@@ -209,6 +250,18 @@ def test_what_counts_unevenly_is_listed(tmp_path: Path) -> None:
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     line = UNEVEN.split("\n").index('            big("later")  # nobody can tell when') + 1
     assert [each["line"] for each in found["not_played"]] == [line]
+
+
+def test_what_returns_early_and_what_counts_behind_a_rare_line_is_followed(tmp_path: Path) -> None:
+    assert_all_of_it_plays(tmp_path, COUNTED, steps=60)
+
+
+def test_what_an_iterator_decides_is_listed(tmp_path: Path) -> None:
+    """Also where the rest of the condition holds."""
+    (tmp_path / "train.py").write_text(CHANCE)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    lines = [number for number, line in enumerate(CHANCE.split("\n"), start=1) if line.endswith("# listed")]
+    assert sorted(each["line"] for each in found["not_played"]) == lines
 
 
 def test_what_never_runs_is_not_listed(tmp_path: Path) -> None:

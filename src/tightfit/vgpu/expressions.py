@@ -250,6 +250,15 @@ def is_computed(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and call.func.id in _FUNCTIONS
 
 
+_CHANCE = ("next", "random", "rand", "randint", "randrange", "uniform", "choice", "bernoulli")
+
+
+def is_chance(node: ast.AST) -> bool:
+    """Return True for a call of an iterator or a random number generator."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "attr", getattr(function, "id", "")) in _CHANCE
+
+
 def value_in(node: ast.expr, names: Mapping[str, object], others: Mapping[str, object]) -> object:
     """Return an expression's value in a running function; None where only the script could give it."""
     try:

@@ -16,7 +16,7 @@ from typing import TypeGuard, TypeVar
 
 from torch import Tensor
 
-from tightfit.vgpu.expressions import is_computed
+from tightfit.vgpu.expressions import is_chance, is_computed
 from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
 from tightfit.vgpu.plain_branches import UNKNOWN
@@ -59,12 +59,12 @@ class InlinedLoop:
     """Expressions of the counters that may decide sizes."""
 
     def missing(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
-        """Lines that may allocate in these functions, behind a condition of the counters, and never ran."""
+        """Lines that may allocate in these functions, behind conditions of the counters or of chance, and never ran."""
         lines = self.lines_of(ran)
         stored = {ast.unparse(each) for each in _targets(self.node)}
         found = set[int]()
         for branch in self.put_in:
-            if _reads(branch.test, stored):
+            if _reads(branch.test, stored) or any(map(is_chance, ast.walk(branch.test))):
                 calls = allocating_lines([*branch.body, *branch.orelse])
                 ran_here = {-line for line in lines if line < 0} if branch in self.on_line else lines
                 found |= {first for first, last in calls if ran_here.isdisjoint(range(first, last + 1))}
@@ -437,7 +437,7 @@ def without_returns(block: Sequence[ast.stmt]) -> list[ast.stmt]:
             rest = block[place + 1 :]
             made = ast.If(
                 statement.test,
-                without_returns([*statement.body, *rest]) or [ast.copy_location(ast.Pass(), statement)],
+                without_returns([*statement.body, *rest]) or [ast.copy_location(ast.Pass(), statement.body[0])],
                 without_returns([*statement.orelse, *rest]),
             )
             ast.copy_location(made, statement)

@@ -16,13 +16,14 @@ from typing import TypeGuard, cast
 
 from torch import Tensor
 
-from tightfit.vgpu.expressions import PLAIN, Reader, UnknownError, Unsure, value_in
+from tightfit.vgpu.expressions import PLAIN, Reader, UnknownError, Unsure, is_chance, value_in
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
 
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
+_MOST_CUT_OFF = 3
 _NUMBERS = (int, float, str, type(None))
 
 
@@ -126,7 +127,7 @@ class _Reduced:
         if test is None or (test is not statement.test and self._holds_already(statement, test)):
             behind = {line for line in self._missing if _covers(statement, line)}
             self.unknown |= behind
-            self.by_chance |= behind if any(map(_is_chance, ast.walk(statement.test))) else set()
+            self.by_chance |= behind if any(map(is_chance, ast.walk(statement.test))) else set()
             return self.body(statement.orelse) if statement.body[0].lineno not in self._ran else []
         body, other = (self._taken(each) for each in (statement.body, statement.orelse))
         return [ast.If(test, body or [ast.Pass()], other)] if body or other else []
@@ -162,15 +163,6 @@ class _Reduced:
         parts = (value, target) if is_added else (value,)
         numbers = all(self._reader.knows(each) and isinstance(self._reader.value(each), _NUMBERS) for each in parts)
         return numbers and self._reader.has(target)
-
-
-_CHANCE = ("next", "random", "rand", "randint", "randrange", "uniform", "choice", "bernoulli")
-
-
-def _is_chance(node: ast.AST) -> bool:
-    """Return True for a call of an iterator or a random number generator."""
-    function = node.func if isinstance(node, ast.Call) else None
-    return getattr(function, "attr", getattr(function, "id", "")) in _CHANCE
 
 
 def _is_call(node: ast.expr, name: str) -> bool:
@@ -222,6 +214,8 @@ class Skip:
         }
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
+        self._cut_off = 0
+        """Iterations before it that could not be followed to their ends."""
         self._unsure: Unsure = frozenset()
         self._watched: dict[str, object] = {}
         """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
@@ -248,7 +242,10 @@ class Skip:
         self.names, others = frame.f_locals, frame.f_globals  # read once: Python writes what changes there back
         names = self.names
         if self._before is None:
-            self._before = self._expected(frame, names, others)
+            cut_off = self._cut_off
+            expected = self._expected(frame, names, others)
+            if not cut_off < self._cut_off <= _MOST_CUT_OFF:  # else what has to run comes in this one: it tells nothing
+                self._before = expected
             return
         self._compare(*self._before, names, others)
         code, reduced, _ = self._code(frame, names, others)
@@ -366,8 +363,10 @@ class Skip:
         """Return the counters expected after the next iteration, and the values that its conditions read."""
         code, reduced, read = self._code(frame, names, others)
         before = self._values(reduced, names, others)
-        with contextlib.suppress(*FAILURES):  # as above
+        try:
             self._watched = _followed(code, others, names)
+        except FAILURES:  # as above
+            self._cut_off += 1
         expected = self._values(reduced, names, others)
         self._restore(before, reduced, names, others)
         return expected, {text: value for text, value in read.items() if isinstance(value, _NUMBERS)}
