@@ -211,7 +211,8 @@ for step, _ in enumerate(range(10_000)):
     state["calls"] += 1
     if state["calls"] == 9000:
         big("an item")
-assert played == {"an early return", "the loop itself", "an item"} and step == 9999, (played, step)
+big("after the loop")
+assert played == {"an early return", "the loop itself", "an item", "after the loop"}, played
 """
 )
 CHANCE = (
