@@ -268,3 +268,73 @@ def test_what_an_iterator_decides_is_listed(tmp_path: Path) -> None:
 def test_what_never_runs_is_not_listed(tmp_path: Path) -> None:
     """A condition that comes true after the loop's end, and one that decides on samples alone."""
     assert_all_of_it_plays(tmp_path, NEVER, steps=60)
+
+
+ENDLESS = (
+    HEAD
+    + """
+class Loop:
+    def __init__(self, most_steps=0):
+        self.most_steps, self.steps, self.halves = most_steps, 0, True
+
+    def run(self):
+        while not self.most_steps or self.steps < self.most_steps:
+            train()
+            self.update()
+            self.steps += 1
+        big("after a loop that cannot end")
+
+    def update(self):
+        if self.halves:
+            return model(torch.ones(4, 8, device="cuda"))
+        else:
+            return big("the other way")
+
+Loop().run()
+big("after it")
+"""
+)
+OWN_GENERATOR = (
+    HEAD
+    + """
+def passes(count):
+    for _ in range(count):
+        yield
+
+class Trainer:
+    steps = 0
+
+    def one(self, given=None):
+        applies = self.steps > 5000 and self.steps % 32 == 0
+        for _ in passes(2):
+            train()
+            if applies:
+                big("in a generator's loop")
+        self.open(given)
+        self.steps += 1
+
+    def open(self, given=None):
+        given = self.steps if given is None else given
+        if given is None:
+            return
+        if given == 7000:
+            big("behind an early return")
+
+trainer = Trainer()
+while trainer.steps < 10_000:
+    trainer.one()
+assert len(played) == 2, played
+"""
+)
+
+
+def test_what_comes_after_an_endless_loop_is_not_listed(tmp_path: Path) -> None:
+    """An option that is 0 keeps the loop going; another one, which nothing changes, decides the way of a function."""
+    (tmp_path / "train.py").write_text(ENDLESS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["steps"] < 20
+
+
+def test_the_body_of_a_loop_over_a_generator_is_followed(tmp_path: Path) -> None:
+    assert_all_of_it_plays(tmp_path, OWN_GENERATOR, steps=100)

@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FunctionType
 
 from torch import Tensor
@@ -248,6 +248,20 @@ def _called(function: Callable[..., object] | None, values: Sequence[object]) ->
 def is_computed(call: ast.Call) -> bool:
     """Return True if a call gives a number of its arguments, as `min(...)` does."""
     return isinstance(call.func, ast.Name) and call.func.id in _FUNCTIONS
+
+
+def always(
+    test: ast.expr, names: Mapping[str, object], others: Mapping[str, object], changing: Collection[str]
+) -> bool:
+    """Return True if a condition holds, and depends on no name or attribute that may change."""
+    if isinstance(test, ast.BoolOp):
+        each = (always(part, names, others, changing) for part in test.values)
+        return any(each) if isinstance(test.op, ast.Or) else all(each)
+    if any(isinstance(each, ast.Call) for each in ast.walk(test)):
+        return False
+    read = {each.id for each in ast.walk(test) if isinstance(each, ast.Name)}
+    read |= {each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)}
+    return read.isdisjoint(changing) and bool(value_in(test, names, others))
 
 
 _CHANCE = ("next", "random", "rand", "randint", "randrange", "uniform", "choice", "bernoulli")

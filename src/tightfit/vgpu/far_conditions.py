@@ -6,6 +6,7 @@ over, and written back to where the script keeps it. The next call shows if that
 """
 
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -76,8 +77,8 @@ class _Log:
     """Iterations of all loops before the latest call."""
     noted: int = 0
     """Calls so far."""
-    varies: bool = False
-    """True if a whole number that it depends on changed between iterations."""
+    varied: set[Place] = field(default_factory=set)
+    """Loops between whose iterations a whole number that it depends on changed."""
     is_refuted: bool = False
     """True if it was not what was expected."""
     is_idle: bool = False
@@ -85,16 +86,16 @@ class _Log:
     is_uncovered: bool = False
     """True if it may have had another value in iterations that were passed over."""
 
-    def note(self, iterations: Iterations, leaves: Leaves) -> None:
-        for place, number in iterations.items():
+    def note(self, around: Iterations, now: int, leaves: Leaves) -> None:
+        for place, number in around.items():
             groups = self.groups.setdefault(place, deque(maxlen=_KEPT))
             if not groups or groups[-1].iteration != number:
                 groups.append(_Group(number, [leaves]))
-                if len(groups) > 1:
-                    self.varies |= _differ(groups[-2].calls[0], leaves)
+                if len(groups) > 1 and _differ(groups[-2].calls[0], leaves):
+                    self.varied.add(place)
             elif len(groups[-1].calls) < _MOST_CALLS:
                 groups[-1].calls.append(leaves)
-        self.latest, self.last = leaves, sum(iterations.values())
+        self.latest, self.last = leaves, now
         self.noted += 1
         value = self.value(leaves)
         if value is not None and len(self.values) < _MOST_VALUES:
@@ -129,7 +130,12 @@ class _Log:
         """Return True if it counts, but was not seen in enough iterations of a loop to tell how."""
         is_called = self.belongs_to(place, now) if place in self.groups else sum(now.values()) - self.last < _RECENT
         is_steady = bool(self.watched.lines) or 2 * len(self.values) <= self.noted
-        return self.varies and is_called and is_steady and len(self._evenly(place)) < self._enough(place)
+        return (
+            not self.varied.isdisjoint(now)
+            and is_called
+            and is_steady
+            and len(self._evenly(place)) < self._enough(place)
+        )
 
     def _evenly(self, place: Place) -> list[_Group]:
         """Return the latest iterations with calls that lie equally far apart: a loop that begins anew is counted on."""
@@ -235,9 +241,9 @@ class _Deciding(NamedTuple):
 class FarConditions:
     """Follows such expressions."""
 
-    def __init__(self, iterations: Callable[[], Iterations]) -> None:
-        """`iterations` returns how often the training loops began an iteration."""
-        self._iterations = iterations
+    def __init__(self, iterations: Callable[[], Iterations], around: Callable[[FrameType | None], Iterations]) -> None:
+        """`iterations` returns how often the training loops began an iteration, `around` all loops around a frame."""
+        self._iterations, self._around = iterations, around
         self._is_own: dict[object, bool] = {}
         """For the names of modules whether they are in the user's own files."""
         self._watched: dict[int, tuple[CodeType, tuple[Watched, ...]]] = {}
@@ -258,7 +264,9 @@ class FarConditions:
         name = frame.f_globals.get("__name__")
         known = self._is_own.get(name)
         if known is None:
-            known = self._is_own[name] = is_own(frame.f_code)
+            known = is_own(frame.f_code)
+            if not frame.f_code.co_filename.startswith("<"):  # what a data class generates is in its module, too
+                self._is_own[name] = known
         return known
 
     def called(self, frame: FrameType) -> Any:  # the type of sys.settrace's functions
@@ -276,17 +284,19 @@ class FarConditions:
     def _of(self, code: CodeType) -> tuple[Watched, ...]:
         known = self._watched.get(id(code))
         if known is None:
-            found = () if code.co_flags & SUSPENDS or code.co_name == "__init__" else watched_of(code)
+            is_followed = is_own(code) and not code.co_flags & SUSPENDS and code.co_name != "__init__"
+            found = watched_of(code) if is_followed else ()
             known = self._watched[id(code)] = (code, found)
         return known[1]
 
     def returned(self, frame: FrameType) -> None:
         """Look at a function of the script that returns: its names die with it."""
         watched = self._of(frame.f_code)
-        if watched and self._iterations():
+        around = self._around(frame.f_back) if watched else {}
+        if around:
             names = frame.f_locals
             for each in watched:
-                self._note(each, 0, names, frame.f_globals, frame.f_code)
+                self._note(around, each, 0, names, frame.f_globals, frame.f_code)
 
     def after_module(self, module: nn.Module) -> None:
         """Look at a module whose forward pass has ended: Python's tracing is off within it."""
@@ -294,12 +304,14 @@ class FarConditions:
         watched = self._of_modules.get(kind)
         if watched is None:
             watched = self._of_modules[kind] = watched_of_module(kind)
-        if watched and self._iterations():
+        around = self._around(sys._getframe(1)) if watched else {}
+        if around:
             for each in watched:
-                self._note(each.watched, id(module), {each.owner: module}, each.others, None)
+                self._note(around, each.watched, id(module), {each.owner: module}, each.others, None)
 
     def _note(
         self,
+        around: Iterations,
         watched: Watched,
         owner: int,
         names: Mapping[str, object],
@@ -316,7 +328,7 @@ class FarConditions:
         if log is None:
             log = self._logs[watched, owner] = _Log(watched, roots)
         log.roots = roots
-        log.note(self._iterations(), leaves)
+        log.note(around, sum(self._iterations().values()), leaves)
 
     def is_open(self, place: Place) -> bool:
         """Return True if one of them may have a new value in a later iteration of a loop, or nobody can tell yet."""
@@ -386,7 +398,8 @@ class FarConditions:
 
     def unsure(self) -> list[Frame]:
         """List the lines that may allocate behind conditions that vary and may have held where nothing was played."""
-        logs = (each for each in self._logs.values() if each.varies and each.is_uncovered)
+        now = self._iterations()
+        logs = (each for each in self._logs.values() if each.is_uncovered and not each.varied.isdisjoint(now))
         return list(dict.fromkeys(line for log in logs for line in log.missing()))
 
 

@@ -155,8 +155,39 @@ def reachable_calls(file: str, first: int, name: str, line: int) -> tuple[Call, 
         changing = _stored(loop) | _attributes(_tree(file))
         found |= set(_calls(loop.body, changing))
     end = (loop.end_lineno or line) if loop is not None else line
-    found |= {each for each in _calls(body, None) if abs(each.first) > end}
+    own = _stored(ast.Module(body, [])) | _parameters(file, first, name)
+    own |= _attributes(_tree(file)) | _shared(_tree(file))
+    found |= {each for each in _calls(body, own, is_late=True) if abs(each.first) > end}
     return tuple(sorted(found))
+
+
+def _parameters(file: str, first: int, name: str) -> set[str]:
+    node = _function(file, first, name) if name != "<module>" else None
+    arguments = node.args if node is not None else ast.arguments([], [], None, [], [], None, [])
+    each = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
+    return {argument.arg for argument in each if argument is not None} - {"self"}
+
+
+def _shared(tree: ast.Module) -> set[str]:
+    """Return the global names that functions assign, or loops outside of them."""
+    loops = (each for each in _statements(tree.body) if isinstance(each, (ast.For, ast.AsyncFor, ast.While)))
+    assigned = (name for each in ast.walk(tree) if isinstance(each, ast.Global) for name in each.names)
+    return {*assigned, *(name for loop in loops for name in _stored(loop))}
+
+
+@cache
+def endless_test(file: str, first: int, name: str, loop_line: int) -> tuple[ast.expr, frozenset[str]] | None:
+    """Return a loop's condition, if nothing else leads out of the loop, and the names and attributes that may change.
+
+    None for a loop within another one, too.
+    """
+    loop = loop_node(file, first, name, loop_line)
+    ends = (ast.Break, ast.Return, ast.Raise)
+    if not isinstance(loop, ast.While) or any(isinstance(each, ends) for each in ast.walk(loop)):
+        return None
+    if len(loops_around(file, first, name, loop_line)) > 1:
+        return None
+    return loop.test, frozenset(_stored(loop) | _attributes(_tree(file)) | _shared(_tree(file)))
 
 
 @cache
@@ -356,7 +387,7 @@ def _may_change(test: ast.expr, changing: set[str]) -> bool:
     return bool(names & changing) or any(isinstance(each, ast.Call) for each in ast.walk(test))
 
 
-def _stored(loop: ast.stmt) -> set[str]:
+def _stored(loop: ast.stmt | ast.Module) -> set[str]:
     """Return the names that a loop assigns, and those whose items it does."""
     stored = [each for each in ast.walk(loop) if isinstance(getattr(each, "ctx", None), ast.Store)]
     holders = [each.value if isinstance(each, ast.Subscript) else each for each in stored]

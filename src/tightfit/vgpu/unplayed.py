@@ -12,12 +12,20 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from tightfit.vgpu.collected import go_to_last
-from tightfit.vgpu.expressions import value_in
+from tightfit.vgpu.expressions import always, value_in
 from tightfit.vgpu.far_conditions import FarConditions, Iterations, Passing
 from tightfit.vgpu.frames import Frame, is_package
 from tightfit.vgpu.inlined_loop import ReadLoops, Tried, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
-from tightfit.vgpu.loop_source import Loop, bodies_on_line, loop_heads, loop_node, loops_around, reachable_calls
+from tightfit.vgpu.loop_source import (
+    Loop,
+    bodies_on_line,
+    endless_test,
+    loop_heads,
+    loop_node,
+    loops_around,
+    reachable_calls,
+)
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.running_loops import (
     SUSPENDS,
@@ -102,9 +110,11 @@ class LineWatch:
         """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.unsure: list[Frame] = []
         """Lines of loops that may allocate, behind conditions that nobody can tell, in iterations passed over."""
+        self._endless: set[tuple[CodeType, int]] = set()
+        """Loops that cannot end."""
         self._at_training: Iterations | None = None
         """Iterations of the training loops, until one of them begins another."""
-        self._far = FarConditions(self._training_iterations)
+        self._far = FarConditions(self._training_iterations, self._iterations_around)
         self._passings: dict[tuple[CodeType, int], Passing] = {}
         """For loops whose iterations are passed over, how functions that they lead to are followed."""
         self.at_head: Callable[[FrameType, int], None] | None = None
@@ -159,9 +169,23 @@ class LineWatch:
             code = each.f_code
             ran = self._ran.get(code, set()) | earlier.get(code.co_filename, set())
             calls = reachable_calls(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
-            missed = [call.first for call in calls if call.is_missed(ran)]
-            found += [Frame(code.co_filename, abs(line), code.co_qualname) for line in missed]
+            around = [loop for loop in loops_at(each) if (code, loop.first) in self._endless]
+            missed = [abs(call.first) for call in calls if call.is_missed(ran)]
+            within = [line for line in missed if not around or line <= around[0].last]
+            found += [Frame(code.co_filename, line, code.co_qualname) for line in within]
+            if around:
+                break
         return list(dict.fromkeys(found))
+
+    def _learn_end(self, frame: FrameType, first: int) -> None:
+        """Note if a function's outermost loop cannot end: nothing changes its condition."""
+        code = frame.f_code
+        found = endless_test(code.co_filename, code.co_firstlineno, code.co_name, first)
+        if found is not None:
+            names = frame.f_locals
+            if always(found[0], names, frame.f_globals, found[1]):
+                self._endless.add((code, first))
+            self.forget_names(frame, names)
 
     def hidden(self, frame: FrameType | None) -> list[Frame]:
         """List the training loops around `frame` in which later iterations may do more in a function that they call.
@@ -450,6 +474,8 @@ class LineWatch:
             return self._line
         self._read.reached[code, first] -= 1
         self._lengths.learn(frame, first, is_first=(code, first) not in self._begun)
+        if not self._iterations[code, first]:
+            self._learn_end(frame, first)
         self._iterates(code, first)
         if (code, first) in self._read.unread:
             self._read_in(frame, first)
@@ -599,6 +625,17 @@ class LineWatch:
         if self._at_training is None:
             self._at_training = {place: self._iterations[place] for place in self._training}
         return self._at_training
+
+    def _iterations_around(self, frame: FrameType | None) -> Iterations:
+        """Return how often each loop around a running line began an iteration."""
+        found: dict[tuple[CodeType, int], int] = {}
+        while frame is not None:
+            code = frame.f_code
+            if id(code) in self._followed:
+                places = [(code, loop.first) for loop in loops_at(frame)]
+                found |= {place: self._iterations[place] for place in places if place in self._iterations}
+            frame = frame.f_back
+        return found
 
     def far_lines(self, *, is_left: bool) -> list[Frame]:
         """List lines that may have run in iterations that were passed over, in functions that no loop leads to.
