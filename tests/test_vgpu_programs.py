@@ -165,6 +165,23 @@ def test_boxes_are_suppressed(tmp_path: Path, loads: bool) -> None:
     assert found["outcome"] == "fits", found["stopped_because"]
 
 
+def test_torchvision_is_imported_where_its_library_does_not_load(tmp_path: Path) -> None:
+    """Its package gives a meaning to operators of that library, right after it tried to load it."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("from . import extension\nfrom . import _meta_registrations\n")
+    (tmp_path / "torchvision/extension.py").write_text("")
+    (tmp_path / "torchvision/_meta_registrations.py").write_text(
+        "import torch\n"
+        + "".join(
+            f"@torch.library.register_fake('torchvision::{name}')\n"
+            f"def meta_{name}(dets, scores, iou_threshold): return dets.new_empty(0, dtype=torch.long)\n"
+            for name in ("nms", "qnms")
+        )
+    )
+    found = findings(["--gpu", "A100", written(tmp_path, "import torchvision, torch\ntorch.ones(8, device='cuda')\n")])
+    assert found["outcome"] == "fits", found["stopped_because"]
+
+
 def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:
     found = findings(["--gpu", "A100", written(tmp_path, SAVING)])
     assert found["outcome"] == "fits"
