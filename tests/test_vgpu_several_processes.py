@@ -64,3 +64,35 @@ def test_a_pipeline_stage_answers_what_it_can(tmp_path: Path) -> None:
 
 def test_distributed_checkpoints_and_join_play(tmp_path: Path) -> None:
     assert played(CHECKPOINT, tmp_path)[0] == "fits"
+
+
+OBJECTS = """
+import pickle, torch, torch.distributed as distributed
+
+distributed.init_process_group("nccl")
+ranks = distributed.get_world_size()
+
+def gathered(data):  # as in DETR, and in many scripts from before `all_gather_object`
+    sent = torch.frombuffer(bytearray(pickle.dumps(data)), dtype=torch.uint8).to("cuda")
+    own = torch.tensor([sent.numel()], device="cuda")
+    sizes = [torch.tensor([0], device="cuda") for _ in range(ranks)]
+    distributed.all_gather(sizes, own)
+    longest = max(int(each.item()) for each in sizes)
+    parts = [torch.empty((longest,), dtype=torch.uint8, device="cuda") for _ in range(ranks)]
+    distributed.all_gather(parts, sent)
+    return [pickle.loads(each.cpu().numpy().tobytes()[: int(size.item())]) for each, size in zip(parts, sizes)]
+
+assert gathered({"boxes": [1, 2, 3]}) == [{"boxes": [1, 2, 3]}] * ranks
+assert gathered(list(range(100_000))) == [list(range(100_000))] * ranks, "more than 64 KiB"
+found = [torch.empty(3, dtype=torch.int64, device="cuda") for _ in range(ranks)]
+distributed.gather(torch.arange(3, device="cuda"), found)
+assert all(each.tolist() == [0, 1, 2] for each in found)
+"""
+
+
+def test_objects_that_processes_send_as_bytes_are_those_of_this_process(tmp_path: Path) -> None:
+    script = tmp_path / "objects.py"
+    script.write_text(OBJECTS)
+    found = findings(["--gpu", "A100", script], environ={"WORLD_SIZE": "4"})
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert any("objects.py" in each["file"] for each in found["made_up_values"]), "the others were made up"

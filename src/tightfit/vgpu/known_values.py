@@ -45,7 +45,8 @@ _WHOLE_NUMBERS, _FRACTIONS = 1 << 16, 256
 library does next, fractions seldom do."""
 
 _LOOKED_AT = 1 << 22
-"""Elements of a host tensor up to which an upload looks whether they are all the same: masks of ones are."""
+"""Elements of a host tensor up to which an upload looks whether they are all the same: masks of ones are. Also the
+bytes up to which a row of them is followed: processes send each other pickled objects so."""
 
 aten = torch.ops.aten
 
@@ -122,8 +123,11 @@ class _Traits(NamedTuple):
     is_view: bool
     is_pointwise: bool
     is_random: bool
+    gathers: bool
+    """Writes each process's second argument into the first one."""
 
 
+_GATHERS = {"c10d::allgather_", "c10d::_allgather_base_", "c10d::gather_"}
 _UNSAID_WRITES = {aten.native_batch_norm.default: (3, 4), aten.cudnn_batch_norm.default: (3, 4)}
 """Running statistics, which these operators write although their schemas do not list them."""
 
@@ -141,6 +145,7 @@ def _traits(func: OpOverload) -> _Traits:
         is_view=func.is_view,
         is_pointwise=torch.Tag.pointwise in func.tags,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        gathers=func._schema.name in _GATHERS,
     )
 
 
@@ -163,7 +168,9 @@ class Values:
         if func in _QUANTIZES or (isinstance(out, Tensor) and out.layout is not torch.strided):
             return
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
-        if traits.writes:
+        if traits.gathers:
+            self._follow_gather(args[0], args[1])
+        elif traits.writes:
             self._follow_writes(func, args, kwargs, traits)
         elif isinstance(out, Tensor) and not traits.is_view:
             fact = self._of_result(func, args, kwargs, out, traits)
@@ -234,6 +241,22 @@ class Values:
             else:
                 self._forget_all(target)
 
+    def _follow_gather(self, gathered: Argument, own: Argument) -> None:
+        """Let each process send what this one does, such as pickled objects and their lengths."""
+        pairs = [(gathered, own)]
+        if isinstance(gathered, (list, tuple)) and isinstance(own, (list, tuple)):
+            pairs = list(zip(gathered, own, strict=False))
+        for targets, source in pairs:
+            assert isinstance(source, Tensor)
+            fact = self._fact(source)
+            for target in tensors_in((targets,)):
+                if fact is None:
+                    self._forget_all(target)
+                    continue
+                times = target.numel() // max(1, source.numel())
+                value = fact.value if fact.is_uniform else fact.seen_by(source).flatten().repeat(times)
+                self._write(target, value if fact.is_uniform else value.reshape(target.shape), made_up=True)
+
     def _follow_unscaling(self, gradients: Argument, found_inf: Argument, *_: Argument) -> None:
         """Make the flag of the AMP scaler's check a made-up one: no gradient is infinite."""
         assert isinstance(found_inf, Tensor)
@@ -254,7 +277,7 @@ class Values:
             made_up = made_up or before.made_up
             if before.is_uniform and _is_uniform(value) and bool(before.value == value.flatten()[0]):
                 fact = Fact(before.value, made_up)
-            elif elements <= _limit(target.dtype):
+            elif elements <= _limit(target):
                 whole = before.value.expand(elements).clone()
                 whole.as_strided(target.size(), target.stride(), target.storage_offset()).copy_(value)
                 fact = Fact(whole, made_up)
@@ -525,7 +548,7 @@ def _stored(data: Tensor, tensor: Tensor, made_up: bool) -> Fact | None:
     if data.dim() == 0 or _is_uniform(data):
         return Fact(data.flatten()[0].clone(), made_up)
     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-    if elements > _limit(tensor.dtype):
+    if elements > _limit(tensor):
         return None
     storage = torch.zeros(elements, dtype=data.dtype, device="cpu")
     storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).copy_(data)
@@ -545,13 +568,15 @@ def _covers(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
-def _limit(dtype: torch.dtype) -> int:
-    return _FRACTIONS if dtype.is_floating_point or dtype.is_complex else _WHOLE_NUMBERS
+def _limit(tensor: Tensor) -> int:
+    if tensor.dtype == torch.uint8 and tensor.dim() == 1:
+        return _LOOKED_AT
+    return _FRACTIONS if tensor.is_floating_point() or tensor.is_complex() else _WHOLE_NUMBERS
 
 
 def _is_small(tensor: Tensor) -> bool:
     """Return True if a tensor's single values are worth following."""
-    return tensor.numel() <= _limit(tensor.dtype)
+    return tensor.numel() <= _limit(tensor)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
