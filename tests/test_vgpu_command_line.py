@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
+from plays import played
 
 from tightfit.cli.cmd_dryrun import parser
 from tightfit.errors import ConfigError
+from tightfit.report.tensor_texts import source_line
 from tightfit.vgpu.command_line import Program, program_word, read_command
 from tightfit.vgpu.notebooks import notebook_script
 
@@ -158,6 +161,24 @@ def test_a_notebook_is_its_cells_without_ipythons_lines(tmp_path: Path) -> None:
     exec(text, names)
     assert (names["a"], names["b"]) == (1, 2)
     assert skipped == ["%matplotlib inline", "!pip install x \\", "y", "%%time", "%%bash", "x = !ls"]
+
+
+def test_a_notebooks_lines_are_those_of_its_cells(tmp_path: Path) -> None:
+    cells = [
+        "import torch\nfrom torch import nn",
+        "%%time\nmodel = nn.Linear(1024, 1024, device='cuda')\n",
+        "# cell 3\nx = torch.ones(8, 1024, device='cuda')\nif model(x).sum().item() > 3:\n    print('large')",
+    ]
+    sources = [{"cell_type": "code", "source": each.splitlines(keepends=True)} for each in cells]
+    notebook = tmp_path / "train.ipynb"
+    notebook.write_text(json.dumps({"cells": [sources[0], {"cell_type": "markdown", "source": "# T"}, *sources[1:]]}))
+    found = played(["--gpu", "A100", notebook], folder=tmp_path)
+    largest = next(each for each in found.largest if each.category == "parameters")
+    assert (largest.shape, largest.file, largest.line) == ((1024, 1024), f"{notebook} In[2]", 2)
+    assert source_line(largest) == "model = nn.Linear(1024, 1024, device='cuda')"
+    (value,) = found.made_up_values
+    assert (value.file, value.line) == (f"{notebook} In[3]", 3)
+    assert "train.ipynb.py" not in json.dumps(msgspec.to_builtins(found)), "a file that is gone"
 
 
 def test_no_notebook_is_one_sentence(tmp_path: Path) -> None:

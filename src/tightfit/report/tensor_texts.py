@@ -5,6 +5,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from tightfit.vgpu.notebooks import cell_line
 from tightfit.vgpu.records import Origin, Place
 
 _LINE = 100
@@ -25,7 +26,9 @@ def place_text(each: Place) -> str:
 
 def source_line(each: Place) -> str:
     """Return the line's text, where its file can be read."""
-    return linecache.getline(each.file, each.line).strip()[:_LINE] if each.file else ""
+    if not each.file:
+        return ""
+    return (cell_line(each.file, each.line) or linecache.getline(each.file, each.line)).strip()[:_LINE]
 
 
 @cache

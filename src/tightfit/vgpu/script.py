@@ -24,7 +24,7 @@ from tightfit.vgpu.child import Part, print_traceback
 from tightfit.vgpu.children import Children
 from tightfit.vgpu.command_line import Program
 from tightfit.vgpu.findings import findings_of
-from tightfit.vgpu.notebooks import notebook_script
+from tightfit.vgpu.notebooks import in_cells, notebook_script
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.vgpu.session import VirtualSession
@@ -67,7 +67,8 @@ def run_program(
     children = Children(
         settings, guards_files=not in_view, snapshot=settings.snapshot if program.kind == "other" else None
     )
-    with children, _prepared(program) as (run, notes):
+    notebook = Path(program.target).resolve()  # before the play goes to its folder
+    with children, _prepared(program) as (run, notes, script):
         if run is None:
             return _only_children(program, children, started)
         session = VirtualSession(settings, guards_files=not in_view)
@@ -76,6 +77,8 @@ def run_program(
         with contextlib.redirect_stdout(sys.stderr), session.active(), children.watched(session):
             error = _run(run, program, session)
         found = findings_of(session, error, seconds=time.monotonic() - started)
+        if script:
+            found = in_cells(found, notebook, Path(script))
         if error is not None and in_view and (limit := _limit_of_view(error, has_network)):
             found = replace(found, stopped_because=f"{found.stopped_because}; {limit}")
         return children.joined(found)
@@ -84,7 +87,7 @@ def run_program(
 def play_in_child(program: Program, part: Part) -> int:
     """Play a program that a launcher would start, in the process of the launcher; return its exit code."""
     _set_environment(program, part.settings)
-    with _prepared(program) as (run, notes):
+    with _prepared(program) as (run, notes, _):
         if run is None:
             return subprocess.run([program.target, *program.arguments], check=False).returncode
         error = _run(run, program, part.start(notes))
@@ -153,33 +156,36 @@ def _set_environment(program: Program, settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _prepared(program: Program) -> Iterator[tuple[Callable[[], object] | None, list[str]]]:
-    """Set `sys.argv` and `sys.path` as Python would; yield the call that runs the program, and remarks."""
+def _prepared(program: Program) -> Iterator[tuple[Callable[[], object] | None, list[str], str]]:
+    """Set `sys.argv` and `sys.path` as Python would; yield the call that runs the program, and remarks.
+
+    The last one is the script that a notebook was made into, or nothing.
+    """
     target, notes = program.target, list(program.notes)
     sys.argv = [target, *program.arguments]
     match program.kind:
         case "other":
-            yield None, notes
+            yield None, notes, ""
         case "module":
             sys.path.insert(0, os.getcwd())
             _check_module(target)
-            yield (lambda: runpy.run_module(target, run_name="__main__", alter_sys=True)), notes
+            yield (lambda: runpy.run_module(target, run_name="__main__", alter_sys=True)), notes, ""
         case "code":
             sys.argv[0] = "-c"
             sys.path.insert(0, os.getcwd())
-            yield (lambda: _run_code(target)), notes
+            yield (lambda: _run_code(target)), notes, ""
         case "entry_point":
             name, _, place = target.partition("=")
             sys.argv[0] = shutil.which(name) or name
-            yield (lambda: _call(place)), notes
+            yield (lambda: _call(place)), notes, ""
         case "notebook":
             with _notebook(Path(target)) as (script, skipped):
-                yield (lambda: runpy.run_path(script, run_name="__main__")), [*notes, *skipped]
+                yield (lambda: runpy.run_path(script, run_name="__main__")), [*notes, *skipped], script
         case _:
             if not os.path.isfile(target):
                 raise ConfigError(say("vgpu.script.no_file", script=target))
             sys.path.insert(0, str(Path(target).resolve().parent))
-            yield (lambda: runpy.run_path(target, run_name="__main__")), notes
+            yield (lambda: runpy.run_path(target, run_name="__main__")), notes, ""
 
 
 def _check_module(name: str) -> None:
@@ -213,7 +219,7 @@ def _notebook(path: Path) -> Iterator[tuple[str, list[str]]]:
     text, lines = notebook_script(path)
     with tempfile.TemporaryDirectory(prefix="tightfit-") as folder:
         script = Path(folder, f"{path.name}.py")
-        script.write_text(f"def display(*values): print(*values)\n{text}", encoding="utf-8")
+        script.write_text(text, encoding="utf-8")
         os.chdir(path.resolve().parent)
         sys.path.insert(0, os.getcwd())
         os.environ.setdefault("MPLBACKEND", "agg")
