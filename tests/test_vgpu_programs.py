@@ -144,6 +144,15 @@ def test_scripted_functions_and_parameters_made_by_their_type_run(tmp_path: Path
     assert any("TorchScript" in each for each in found["not_modelled"])
 
 
+def test_a_scripted_function_that_nothing_calls_is_not_a_limit(tmp_path: Path) -> None:
+    """timm and others script functions as they are imported, which most models never call."""
+    code = "import torch\n@torch.jit.script\ndef f(x: torch.Tensor) -> torch.Tensor:\n    return x + 1\n"
+    found = findings(["--gpu", "A100", written(tmp_path, code + "torch.ones(8, device='cuda')\n")])
+    assert not any("TorchScript" in each for each in found["not_modelled"])
+    found = findings(["--gpu", "A100", written(tmp_path, code + "f(torch.ones(8, device='cuda'))\n")])
+    assert any("TorchScript" in each for each in found["not_modelled"])
+
+
 def test_a_long_evaluation_is_cut_short_where_its_iterations_repeat(tmp_path: Path) -> None:
     found = findings(["--gpu", "A100", written(tmp_path, EVALUATIONS)])
     assert found["outcome"] == "fits", found["stopped_because"]

@@ -4,6 +4,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
+from types import FunctionType
 
 import torch
 from torch import nn
@@ -29,9 +30,13 @@ def install(device: VirtualDevice) -> None:
         def as_python(*args: object, **options: object) -> object:
             asker = sys._getframe(1).f_globals.get("__name__", "")
             if asker != _DERIVATIVES:
-                if asker.partition(".")[0] != "torch":
-                    device.note(say("vgpu.patches.torchscript"))
-                return _with_save(usual(*args, **options))
+                made = usual(*args, **options)
+                if asker.partition(".")[0] == "torch":
+                    return _with_save(made)
+                if isinstance(made, FunctionType):
+                    return _noted_when_called(made, device)
+                device.note(say("vgpu.patches.torchscript"))
+                return _with_save(made)
             state.enable()
             try:
                 return usual(*args, **options)
@@ -42,6 +47,17 @@ def install(device: VirtualDevice) -> None:
 
     assign(torch.jit, script=noted(torch.jit.script), trace=noted(torch.jit.trace))
     _install_files()
+
+
+def _noted_when_called(function: FunctionType, device: VirtualDevice) -> Callable[..., object]:
+    """Note the first call of a scripted function: libraries script many of which a run may call none."""
+
+    @functools.wraps(function)
+    def called(*args: object, **options: object) -> object:
+        device.note(say("vgpu.patches.torchscript"))
+        return function(*args, **options)
+
+    return called
 
 
 def _with_save(made: object) -> object:
