@@ -123,6 +123,20 @@ for step in range(1000):
     optimizer.step()
 Checkpointer().save(model)
 """
+WAITING_IN_DEL = """
+import time, torch
+torch.nn.Linear(8, 8).cuda()(torch.ones(1, 8, device="cuda")).sum().backward()
+
+class Loader:
+    def __del__(self):  # as a DataLoader's iterator, which joins its workers
+        for _ in range(60):
+            time.sleep(0.1)
+
+loader = Loader()
+del loader
+while True:
+    time.sleep(0.05)
+"""
 WAITING = """
 import time, torch
 torch.nn.Linear(8, 8).cuda()(torch.ones(1, 8, device="cuda")).sum().backward()
@@ -196,6 +210,15 @@ def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:
     assert found["outcome"] == "fits"
     assert found["steps"] < 20
     assert found["peak"]["allocated_bytes"] >= 2 * 256 * 256 * 4 * 100
+
+
+def test_a_script_that_waits_as_an_object_dies_is_ended_after_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tightfit", "--lang", "en", "dryrun", "--gpu", "A100", "--timeout", "1"]
+    ended = subprocess.run(
+        [*command, str(written(tmp_path, WAITING_IN_DEL))], capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout.startswith("FITS AS FAR AS IT WAS PLAYED"), ended.stdout
+    assert "Exception ignored" not in ended.stderr
 
 
 @pytest.mark.parametrize("to_all", [False, pytest.param(True, marks=pytest.mark.slow)])
