@@ -123,6 +123,19 @@ for step in range(1000):
     optimizer.step()
 Checkpointer().save(model)
 """
+SAVED_FROM_HOST = """
+import torch
+model = torch.nn.Linear(1024, 1024, bias=False).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+model(torch.ones(4, 1024, device="cuda")).sum().backward()
+optimizer.step()
+torch.save(model.cpu().state_dict(), "model.pt")
+model.cuda()
+output = model(torch.ones(4, 1024, device="cuda"))
+largest = torch.empty(4096, 1024, device="cuda")
+del largest, output
+optimizer.zero_grad()
+"""
 WAITING_IN_DEL = """
 import time, torch
 torch.nn.Linear(8, 8).cuda()(torch.ones(1, 8, device="cuda")).sum().backward()
@@ -210,6 +223,13 @@ def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:
     assert found["outcome"] == "fits"
     assert found["steps"] < 20
     assert found["peak"]["allocated_bytes"] >= 2 * 256 * 256 * 4 * 100
+
+
+def test_gradients_that_come_back_with_a_model_are_gradients(tmp_path: Path) -> None:
+    """BERT-pytorch saves its model from the host, and then tests it."""
+    found = findings(["--gpu", "A100", written(tmp_path, SAVED_FROM_HOST)])
+    weights = 1024 * 1024 * 4
+    assert (found["categories"]["parameters"], found["categories"]["gradients"]) == (weights, weights)
 
 
 def test_a_script_that_waits_as_an_object_dies_is_ended_after_it(tmp_path: Path) -> None:

@@ -63,9 +63,12 @@ class Roles:
             self._mark(parameter.grad, "gradients")
 
     def _mark_own_parameters(self, module: nn.Module) -> None:
-        """Mark the weights that FSDP gathered for this pass: they go when it ends."""
+        """Mark weights that FSDP gathered or a script moved here: they may go before the next step."""
         for parameter in module._parameters.values():
-            self.mark_parameter(parameter)
+            if parameter is not None and parameter.is_leaf:
+                self._mark_with_gradient(parameter)
+            else:
+                self.mark_parameter(parameter)
 
     def _mark_parts(self, tensor: Tensor, category: Category) -> None:
         """Mark a tensor, or the parts of a library's own tensor class, such as codes and their scales."""
