@@ -225,6 +225,15 @@ def test_saving_by_a_library_after_the_loop_is_played(tmp_path: Path) -> None:
     assert found["peak"]["allocated_bytes"] >= 2 * 256 * 256 * 4 * 100
 
 
+def test_a_script_that_puts_nothing_on_the_card_is_told_so(tmp_path: Path) -> None:
+    told = "the script put nothing on the card"
+    found = findings(["--gpu", "A100", written(tmp_path, "def main():\n    raise SystemExit('never called')\n")])
+    assert (found["outcome"], found["peak"]["allocated_bytes"]) == ("fits", 0)
+    assert any(told in each for each in found["notes"])
+    found = findings(["--gpu", "A100", written(tmp_path, "import torch\ntorch.ones(8, device='cuda')\n")])
+    assert not any(told in each for each in found["notes"])
+
+
 def test_gradients_that_come_back_with_a_model_are_gradients(tmp_path: Path) -> None:
     """BERT-pytorch saves its model from the host, and then tests it."""
     found = findings(["--gpu", "A100", written(tmp_path, SAVED_FROM_HOST)])

@@ -81,7 +81,10 @@ def run_program(
             found = in_cells(found, notebook, Path(script))
         if error is not None and in_view and (limit := _limit_of_view(error, has_network)):
             found = replace(found, stopped_because=f"{found.stopped_because}; {limit}")
-        return children.joined(found)
+        found = children.joined(found)
+        if found.outcome == "fits" and not found.peak.allocated_bytes:
+            found = replace(found, notes=[*found.notes, say("vgpu.findings.unused")])
+        return found
 
 
 def play_in_child(program: Program, part: Part) -> int:
