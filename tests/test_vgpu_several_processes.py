@@ -87,6 +87,9 @@ assert gathered(list(range(100_000))) == [list(range(100_000))] * ranks, "more t
 found = [torch.empty(3, dtype=torch.int64, device="cuda") for _ in range(ranks)]
 distributed.gather(torch.arange(3, device="cuda"), found)
 assert all(each.tolist() == [0, 1, 2] for each in found)
+uneven = [torch.empty(3 + rank, dtype=torch.int64, device="cuda") for rank in range(ranks)]
+distributed.all_gather(uneven, torch.arange(3, device="cuda"))
+assert uneven[0].tolist() == [0, 1, 2]
 """
 
 

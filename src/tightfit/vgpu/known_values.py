@@ -250,10 +250,10 @@ class Values:
             assert isinstance(source, Tensor)
             fact = self._fact(source)
             for target in tensors_in((targets,)):
-                if fact is None:
+                times, rest = divmod(target.numel(), max(1, source.numel()))
+                if fact is None or rest:  # another process sends more than this one
                     self._forget_all(target)
                     continue
-                times = target.numel() // max(1, source.numel())
                 value = fact.value if fact.is_uniform else fact.seen_by(source).flatten().repeat(times)
                 self._write(target, value if fact.is_uniform else value.reshape(target.shape), made_up=True)
 
