@@ -98,6 +98,31 @@ def test_a_mistake_is_one_sentence(words: list[str], rule: str, capsys: pytest.C
     assert rule in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "english", "japanese"),
+    [
+        (DEEPSPEED[:60], ":3: this is JSON, and it ends too early", ":3: これは JSON ですが、途中で終わっています"),
+        (
+            '{\n  "name": "half a wo',
+            ":2: this is JSON, and it ends too early",
+            ":2: これは JSON ですが、途中で終わって",
+        ),
+        ('{\n  "a": 1\n  "b": 2\n}', ":3: this is JSON with an error", ":3: これは JSON ですが、誤りがあります"),
+    ],
+)
+def test_json_that_is_cut_or_broken_is_called_json(
+    text: str, english: str, japanese: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    log, config = tmp_path / "run.log", tmp_path / "ds.json"
+    log.write_text(LOG)
+    config.write_text(text)
+    for language, said in (("en", english), ("ja", japanese)):
+        assert main(["explain", str(log), "--config", str(config), "--lang", language]) != 0
+        told = capsys.readouterr().err
+        assert said in told
+        assert "Python" not in told
+
+
 def test_a_key_that_is_not_there_is_added_to_json():
     Path("ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}')
     assert explain("--config", "ds.json", "--fix", "--write") == 0

@@ -4,6 +4,7 @@ Their values count like those that a log prints. `model_play` plays the model th
 """
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,12 +47,14 @@ class Foreign(msgspec.Struct, frozen=True, kw_only=True):
 def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
     """Return the configuration if a file or a key of the command line is another program's; None if all are ours.
 
-    A file that cannot be read is left to the reader of our own, which reports it.
+    A file that cannot be read is left to the reader of our own, which reports it. ConfigError for JSON that ends too
+    early, and for JSON that no program is known by and that has an error.
     """
-    texts = [text for text in map(_read, paths) if text is not None]
-    texts += [key.removeprefix("--") for key in keys]
-    text = "\n".join(texts)
+    read = [(path, text) for path in paths if (text := _read(path)) is not None]
+    text = "\n".join([*(text for _, text in read), *(key.removeprefix("--") for key in keys)])
     program = _program(text)
+    for path, each in read:
+        _check_json(path, each, is_known=program is not None)
     return Foreign(program=program, text=text) if program else None
 
 
@@ -88,6 +91,25 @@ def _read(path: str) -> str | None:
             return file.read(_MOST)
     except OSError:
         return None
+
+
+def _check_json(path: str, text: str, *, is_known: bool) -> None:
+    """Raise ConfigError if a file that starts like JSON ends too early; if its program is unknown, for any error."""
+    if not text.lstrip("\ufeff \t\r\n").startswith("{") or len(text) >= _MOST:
+        return
+    try:
+        json.loads(text.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :]
+        is_open = error.msg.startswith("Unterminated string") and "\n" not in rest.rstrip()
+        if is_open or not rest.strip():
+            line = len(text.rstrip().splitlines())
+            raise ConfigError(say("explain.foreign_config.json_cut", path=path, line=line)) from None
+        if not is_known:
+            where, reason = error.lineno, error.msg
+            raise ConfigError(say("explain.foreign_config.json_error", path=path, line=where, reason=reason)) from None
+    except RecursionError:  # left to the reader of our own
+        return
 
 
 def _program(text: str) -> str | None:
