@@ -42,7 +42,8 @@ _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrup
 """The last line of a traceback."""
 _FRAME = re.compile(r'File "([^"\n]{1,1000})", line (\d{1,9})(?:, in ([^\n]{1,300}))?')
 _NOTEBOOK = re.compile(
-    r"(?:File )?(?P<file>[~/.\w<\\:][^\n,:()]{0,400}?)(?:\.py:(?P<line>\d{1,8}))?,? in (?P<function>[\w.<>]{1,200})\("
+    r"(?:File )?(?P<file>(?:[A-Za-z]:)?[~/.\w<\\:][^\n,:()]{0,400}?)(?:\.py:(?P<line>\d{1,8}))?,? in "
+    r"(?P<function>[\w.<>]{1,200})\("
 )
 _CELL = re.compile(r"(?:Input In|Cell In) ?\[(\d{1,6})\],? (?:line (\d{1,8})|in )")
 _ARROW = re.compile(r"-+> *(\d{1,8})[ |]?(.*)")
@@ -133,9 +134,13 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
         yield waiting
 
 
+_QUOTED_FILE = re.compile(r"^[^\n]{0,40}?\bFile \[?(?=[A-Za-z]:\\|~|/|<)")
+"""Words before a frame's head that a person wrote, and the bracket of a link that a web page made of the path."""
+
+
 def _notebook(line: str) -> TraceFrame | None:
     """Return a frame from its head in IPython's format; its line of code follows behind an arrow."""
-    text = line.strip()
+    text = _QUOTED_FILE.sub("File ", line.strip())
     cell = _CELL.match(text)
     if cell:
         return TraceFrame(file=f"cell {cell[1]}", line=int(cell[2]) if cell[2] else None, function="<module>")
