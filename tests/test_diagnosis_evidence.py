@@ -9,6 +9,7 @@ from tightfit.cli.main import main
 from tightfit.diagnosis import model_play
 from tightfit.diagnosis.failing_line import line_kind
 from tightfit.diagnosis.framework_words import frameworks, pasted, programs
+from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.tensor_fits import range_of, usual_weights
 from tightfit.diagnosis.usual_models import model_of, usual_models
 from tightfit.oomlog.facts import Figure
@@ -188,3 +189,21 @@ def test_a_code_has_its_page_on_the_command_line(capsys: pytest.CaptureFixture[s
         capsys.readouterr().err
         == "tightfit: 'TF-999' is not a code; codes are written TF-101 and stand behind each cause\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "lines"),
+    [
+        ("coarser_points", "voxel_size: 0.05", ("voxel_size: 0.1",)),
+        ("smaller_picture", "img_size: [512, 512]", ("img_size: [256, 256]",)),
+        ("smaller_picture", "--resolution 720p", ("--resolution 480p",)),
+        ("smaller_picture", "--video-size 128 128", ()),
+        ("smaller_inputs", "--max-duration = 750 , 600", ("--max-duration = 375",)),
+        ("shorter_length", "MAX_SEQUENCE_LENGTH = 256", ("MAX_SEQUENCE_LENGTH = 128",)),
+        ("shorter_length", "python train.py data.max_length=1024", ("data.max_length=512",)),
+        ("less_at_once", "--num_minibatches=4", ("--num_minibatches=8",)),
+        ("less_at_once", "'chunk': 4096", ()),
+    ],
+)
+def test_options_that_a_report_prints(code: str, text: str, lines: tuple[str, ...]):
+    assert options_of(code, text) == lines

@@ -8,16 +8,18 @@ from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.failing_line import feeds_back
 from tightfit.diagnosis.figure_causes import (
     cache_is_large,
     fills_by_metal,
     fixes_of_figures,
+    is_filled_by_library,
     is_of_one_block,
     is_oversized,
 )
 from tightfit.diagnosis.filled_lines import accumulation, divided, own_option, values_to_fill
 from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, pasted, programs
-from tightfit.diagnosis.measures import in_order_of_report, tried_in
+from tightfit.diagnosis.measures import tried_in
 from tightfit.diagnosis.model_budget import trains_all
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
@@ -35,6 +37,7 @@ from tightfit.diagnosis.remedies import (
     ranked,
     to_paste,
 )
+from tightfit.diagnosis.report_words import IN_WORDS, in_own_words_first, is_in_words
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, ownership
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
@@ -69,11 +72,12 @@ def applicability(code: str) -> str:
 def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     """Return the remedies, those that cure this case first; a measured verdict that one does not help is kept."""
     cures = [_remedy(code, facts, evidence) for code in _codes(facts, evidence)]
-    cures = in_order_of_report([each for each in cures if not _stands(each, evidence.run.text)], evidence.run.text)
+    cures = in_own_words_first(cures, evidence)
     if evidence.framework in programs("without_torch"):
         return ranked(cures)
     others, segments = close_others(facts), _segments(facts, evidence)
-    first = list(fixes_of_figures(facts))
+    first = [*fixes_of_figures(facts), *(each for each in cures if each.code == "kept_graph")]
+    cures = [each for each in cures if each.code != "kept_graph"]
     if is_of_one_block(facts):
         first, cures = [_remedy("xpu_relaxed_limit", facts, evidence), *first], cures[:2]
     elif had_room(facts) and facts.allowed_bytes is None:  # the size of a tensor is not the cause
@@ -107,12 +111,6 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     return ranked([*first, *cures, *last, *([] if facts.kind in _NOT_CUDA else [empty_cache(facts)])])
 
 
-def _stands(remedy: Remedy, text: str) -> bool:
-    """Return True for a remedy whose every line already stands in the log: it did not help."""
-    lines = [line.partition("  #")[0].strip() for line in remedy.paste]
-    return bool(lines) and all(len(line) > _SHORT_LINE and line in text for line in lines)
-
-
 _FEW = 0.05
 """Share of the card up to which other programs are a desktop, and no fix comes from ending them first."""
 
@@ -125,8 +123,6 @@ def _are_few(others: Remedy, facts: Facts) -> bool:
 
 _IN_ANY_LANGUAGE = frozenset({"less_at_once", "smaller_inputs", "smaller_model", "shapes_first"})
 """Remedies without a line of Python."""
-_SHORT_LINE = 12
-"""Characters up to which a line may stand in a log by chance."""
 _BEFORE_WATERMARK = 2
 """Fixes on a Mac that come before its limit is lifted, which may freeze it."""
 _WITH_PAGING = ("cuda_out_of_memory", "hip_out_of_memory", "device_out_of_memory")
@@ -156,6 +152,11 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
     if evidence.infers and evidence.run.numbers.get("batch_size", 1) > 1 and "less_at_once" in codes:
         codes = ["less_at_once", *codes]  # the report prints a batch that may be smaller
+    if is_filled_by_library(facts):
+        codes = ["fewer_environments", *codes]
+        codes = codes if _applies(codes[0], facts, evidence, {}) else ["other_library", *codes]
+    if "growing" in evidence.run.signs or feeds_back(facts.frames):
+        codes = ["kept_graph", *codes]
     needless = _needless_for_pass(facts, evidence) | _needless_for_model(facts, evidence)
     applied = [code for code in dict.fromkeys(codes) if _applies(code, facts, evidence, needless)]
     adapters = [each for each in applied if each in ("lora", "qlora")]
@@ -253,7 +254,9 @@ def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str,
     if needless.get(code, False):
         return False
     if code == "smaller_inputs" and program in programs("texts"):
-        return False
+        return has_own(code, program or "")
+    if code == "smaller_inputs" and any(is_in_words(each, evidence) for each in IN_WORDS):
+        return bool(options_of(code, evidence.run.text))
     if code == "smaller_inputs":
         return not any(_applies(each, facts, evidence, needless) for each in ("shorter_length", "smaller_picture"))
     if code == "shorter_length" and program in programs("pictures"):
@@ -262,6 +265,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str,
         _ON_NPU if facts.kind == "npu_out_of_memory" else frozenset()
     ):
         return False
+    if is_in_words(code, evidence):
+        return True
     needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
     needs_words = needs_words or (program in programs("without_torch") and code not in _IN_ANY_LANGUAGE)
     if not needs_words:
@@ -283,14 +288,16 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
-        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(facts, program))
+        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(run, program))
         or (evidence.has_no_smaller_batch and not has_own("less_at_once", program or ""))
         or (program == "webui" and evidence.run.numbers.get("batch_size", 1) == 1),
         "checkpointing_general": keeps_nothing
         or "checkpointing" in run.signs
         or _encodes_pictures(facts, program)
         or evidence.is_of_unknown_purpose,
+        "fused_kernel": evidence.line is None or evidence.line.tensor != "attention_output",
         "fused_attention": "flash" in run.signs
+        or (evidence.line is not None and evidence.line.tensor == "attention_output")
         or (_keeps_little(facts, evidence) and not is_oversized(facts))
         or (is_oversized(facts) and evidence.grows is None and not _attends(evidence)),
         "no_gradients": "no_grad" in run.signs
@@ -420,9 +427,9 @@ def _attends(evidence: Evidence) -> bool:
     return is_own and _OF_SEQUENCES.search(evidence.run.text) is not None
 
 
-def _has_parts(facts: Facts, program: str | None) -> bool:
-    """Return True if a program can work on parts of its input in an evaluation, or for a request beyond the card."""
-    return (is_oversized(facts) or facts.phase == "eval") and has_own("less_at_once", program or "")
+def _has_parts(run: RunFacts, program: str | None) -> bool:
+    """Return True if a program works on parts of a batch: by its words, or by an option that the report prints."""
+    return has_own("less_at_once", program or "") or bool(options_of("less_at_once", run.text))
 
 
 def _batch_would_do(facts: Facts, evidence: Evidence) -> bool:

@@ -35,7 +35,7 @@ _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "nam
 _OF_LOGITS = ("logits", "float_outputs", "float_logits", "loss_of_logits")
 _VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
-_OF_ANY_PURPOSE = (None, "transformers", "accelerate", "sentence_transformers")
+_OF_ANY_PURPOSE = (None, "transformers", "accelerate", "sentence_transformers", "mace", "raft")
 """Programs that train as often as they do not; None is an unknown one."""
 _BARE = 12
 """Characters besides the message, its class and its advice, below which a log without a traceback is bare."""
@@ -193,6 +193,8 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     run = _with_adapters(run, model)
     line = _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
     shape, purpose = _printed_shape(run, within) if within else None, purpose_of(facts, run)
+    if run.framework in programs("quantizers"):
+        purpose = INFERENCE
     found = Evidence(
         run=run,
         model=model,
@@ -256,6 +258,8 @@ def _is_one_message(text: str, message: str) -> bool:
 
 def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind | None:
     """Return the kind of a line; scores of pictures' classes in a loss are no logits over a vocabulary."""
+    if line is not None and line.tensor == "attention_output" and _may_be_scores(facts, line):
+        return msgspec.structs.replace(line, grows="attention", is_named=False)
     if line is not None and line.grows == "batch" and line.tensor in _OF_LAYERS and _is_in_autoencoder(facts):
         return msgspec.structs.replace(line, tensor="vae_activation", is_named=True)
     if line is not None and line.grows == "batch" and facts.phase == "optimizer":  # a decorator's call, no layer's
@@ -266,6 +270,17 @@ def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind
     if of_pictures and not _OF_LANGUAGE.search(run.text):
         return msgspec.structs.replace(line, tensor="activation", grows="batch", is_named=False)
     return line
+
+
+_MAY_BE_SCORES = 4 * GIB
+"""Bytes from which on a request of PyTorch's attention is hardly its input or output."""
+
+
+def _may_be_scores(facts: Facts, line: LineKind) -> bool:
+    """Return True if PyTorch's attention may have asked for its scores, as it does where no fused kernel fits."""
+    requested = facts.figures.get("requested_bytes")
+    is_of_torch = "scaled_dot_product_attention" in (line.frame.source or "")
+    return is_of_torch and requested is not None and requested.high >= _MAY_BE_SCORES
 
 
 _OF_LAYERS = ("activation", "convolution", "resized_image")

@@ -21,7 +21,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.failing_line import line_before_message
+from tightfit.diagnosis.failing_line import feeds_back, line_before_message
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.diagnosis.purpose import TRAINING
@@ -38,12 +38,20 @@ def causes_of_evidence(
     """Return the causes of a failure that was not played, or whose play fits: that the model alone is too large, if
     it is, which comes before all others; and the rest.
     """
-    tensor = [*_of_tensor(facts, culprit, evidence, unplayed_because)]
+    tensor = [*_of_kept(facts, evidence), *_of_tensor(facts, culprit, evidence, unplayed_because)]
     budget = [*_of_budget(evidence.budget)] if evidence.budget else []
     run = [*_of_run(facts, evidence)]
     if evidence.budget is not None and (evidence.budget.exceeds or evidence.budget.what == "partial"):
         return budget, [*tensor, *run]
     return [], [*budget, *tensor, *run] if evidence.grows is None else [*tensor, *budget, *run]
+
+
+def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield what is kept from step to step, by a line that feeds a state back, or by the report's words."""
+    if feeds_back(facts.frames):
+        yield Cause(code="fed_back", label=LIKELY)
+    elif "growing" in evidence.run.signs:
+        yield Cause(code="growing", label=LIKELY)
 
 
 def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:

@@ -113,6 +113,23 @@ def line_before_message(text: str) -> TraceFrame | None:
     return None
 
 
+_CALL = re.compile(r"^\s*([\w*]+(?:, ?[\w*]+)+) ?= ?[\w.]*(?:model|net|network|rnn|lstm|gru)\w*\(([^\n]*)")
+
+
+def feeds_back(frames: Sequence[TraceFrame]) -> bool:
+    """Return True if a line of the user's gives a model a state that the same line gets from it.
+
+    >>> line = "out, *rec = model(x, *rec)"
+    >>> feeds_back([TraceFrame(file="camera.py", line=9, function="<module>", source=line)])
+    True
+    """
+    for frame in frames:
+        call = None if frame.is_library or frame.function == "forward" else _CALL.match(frame.source or "")
+        if call and {each.strip(" *") for each in call[1].split(",")} & set(re.findall(r"\w+", call[2])):
+            return "detach" not in call[2]
+    return False
+
+
 def _is_engine(inner: Sequence[TraceFrame]) -> bool:
     """Return True if autograd's engine is the innermost frame."""
     innermost = inner[0]

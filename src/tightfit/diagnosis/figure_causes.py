@@ -29,7 +29,7 @@ _SMALL_REST = 2**29
 DECISIVE = frozenset(
     {
         *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide"),
-        *("others_estimated_decide", "cache_decides", "block_limit", "room_beside_own"),
+        *("others_estimated_decide", "cache_decides", "block_limit", "room_beside_own", "outside_decides"),
     }
 )
 """Codes of causes that come before any tensor: without them the request would have fit, or no fix of a batch helps."""
@@ -168,7 +168,13 @@ def _of_own(facts: Facts) -> Iterator[Cause]:
     is_mps = facts.kind == "mps_out_of_memory"
     if outside is not None and outside.high > 0 and facts.own_pid is None:
         yield OutsidePyTorch(
-            code="metal_decides" if fills_by_metal(facts) else "outside_on_mps" if is_mps else "outside",
+            code="metal_decides"
+            if fills_by_metal(facts)
+            else "outside_on_mps"
+            if is_mps
+            else "outside_decides"
+            if is_filled_by_library(facts)
+            else "outside",
             outside_bytes=outside.bytes,
             low_bytes=outside.low,
             high_bytes=outside.high,
@@ -179,6 +185,18 @@ def fills_by_metal(facts: Facts) -> bool:
     """Return True on a Mac where more memory is outside of PyTorch's heaps than in them."""
     outside, own = facts.figures.get("outside_pytorch_bytes"), facts.allocated_bytes
     return facts.kind == "mps_out_of_memory" and outside is not None and own is not None and outside.low > own
+
+
+_OF_LIBRARY = 0.2
+"""Share of the card from which on memory outside PyTorch is no GPU context and no workspace, but a library's."""
+
+
+def is_filled_by_library(facts: Facts) -> bool:
+    """Return True if much of this process's memory on the card is another library's: a simulator's, or JAX's."""
+    outside, total = facts.figures.get("outside_pytorch_bytes"), facts.total_bytes
+    if outside is None or not total or facts.kind == "mps_out_of_memory" or "spills_to_host" in facts.notes:
+        return False
+    return outside.low > max(_OF_LIBRARY * total, 2 * GIB)
 
 
 _LITTLE = 0.25

@@ -3,7 +3,7 @@
 import re
 
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.framework_words import Pasted, has_own, programs
+from tightfit.diagnosis.framework_words import Pasted, has_fixed_lines, has_own, programs
 from tightfit.diagnosis.own_options import options_of
 from tightfit.oomlog.run_facts import RunFacts
 
@@ -86,7 +86,8 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
     program = evidence.framework
     is_of_script = program in programs("libraries") and code in _BY_SCRIPTS
     if program is not None and has_own(code, program) and not is_of_script:
-        return None
+        printed = () if code in _IN_PARTS or not has_fixed_lines(code, program) else options_of(code, evidence.run.text)
+        return Pasted(lines=printed) if printed else None
     names, (_, size, passes) = evidence.run.names, parts
     if code == "less_at_once" and size is not None and "batch_size" in names:
         return Pasted(lines=(_option(names["batch_size"], size, evidence.run.text),))
@@ -101,6 +102,8 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
     return Pasted(lines=lines)
 
 
+_IN_PARTS = frozenset({"split_general", "checkpointing_general", "half_precision", "offload"})
+"""Remedies whose own words in a program say more than a printed option with another value."""
 _BY_SCRIPTS = frozenset({"checkpointing_general", "half_precision", "shorter_length", "smaller_picture", "eval_batch"})
 """Remedies whose options a script takes itself, where it stands on a library."""
 

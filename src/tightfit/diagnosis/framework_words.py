@@ -47,6 +47,12 @@ def has_own(code: str, program: str) -> bool:
     return code in _tables().get(program, {})
 
 
+def has_fixed_lines(code: str, program: str) -> bool:
+    """Return True if a program's words for a remedy hold no value of the user's run."""
+    entry = _tables().get(program, {}).get(code)
+    return isinstance(entry, dict) and not any("{" in line for line in entry["lines"])
+
+
 def pasted(code: str, program: Sequence[str], values: Mapping[str, int | str]) -> Pasted | None:
     """Return a remedy's lines in the words of the first of the programs that has some, with `values` filled in.
 

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 from tightfit.tables import read_table
 
-_LEAST = {"shorter_length": 64, "smaller_picture": 128, "smaller_inputs": 4, "less_at_once": 2}
+_LEAST = {
+    "shorter_length": 64,
+    "smaller_picture": 128,
+    "smaller_inputs": 4,
+    "less_at_once": 2,
+    "coarser_points": 256,
+    "fewer_environments": 2,
+}
 """Values from which on a number is halved."""
 _WITH = {"smaller_inputs": ("shorter_length", "smaller_picture")}
 """Remedies that stand for others, whose options count, too."""
@@ -24,10 +31,14 @@ def _names() -> dict[str, dict[str, list[str]]]:
     return read_table("tightfit.diagnosis", _TABLE, dict[str, dict[str, list[str]]])
 
 
+_VALUE = r"[\[(]?\d{2,5}(?:(?: ?[x*×,] ?| )\d{2,5}){1,2}[\])]?|[\w.]{1,12}"
+"""A value: the sides of a picture in one of the usual forms, or a number or a word."""
+
+
 @functools.cache
 def _pattern(name: str) -> re.Pattern[str]:
-    plain = re.escape(name).replace("_", "[_-]")
-    return re.compile(rf"(?<![\w.\"'-])(--?)?({plain})( ?[:=] ?|(?<=\w) )([\w.]{{1,12}})(?![\w.%-])")
+    each = "|".join(dict.fromkeys((re.escape(name).replace("_", "[_-]"), re.escape(name.upper()))))
+    return re.compile(rf"(?<![\w.\"'-])((?:--?)?(?:[A-Za-z]\w*\.)*)({each})( ?[:=] ?|(?<=\w) )({_VALUE})(?![\w.%-])")
 
 
 @functools.cache
@@ -55,14 +66,14 @@ def _of(code: str, text: str) -> Iterator[tuple[str, str]]:
     """Yield names and lines of one remedy's options; the last place where one stands counts."""
     for how, codes in _names().items():
         for name in codes.get(code, ()):
-            if name not in text and name.replace("_", "-") not in text:
+            if not any(each in text for each in (name, name.replace("_", "-"), name.upper())):
                 continue
             if how == "parameter":
                 if _signature(name).search(text):
                     yield name, f"{name}=True"
                 continue
             for dashes, printed, sign, value in reversed(_pattern(name).findall(text)):
-                changed = _changed(how, code, value) if dashes or sign.strip() else None
+                changed = _changed(how, code, value) if dashes.startswith("-") or sign.strip() else None
                 if changed is not None:
                     yield name, f"{dashes}{printed}{sign}{changed}"
                     break
@@ -72,12 +83,30 @@ def _changed(how: str, code: str, value: str) -> str | None:
     """Return the value that takes less memory; None for one that already does, or is no value."""
     if how == "on":
         return _OFF.get(value)
-    if not value.isdigit():
+    if how == "double":
+        return f"{float(value) * 2:g}" if _NUMBER.fullmatch(value) and float(value) > 0 else None
+    if code in ("smaller_picture", "smaller_inputs") and value in _NAMED:
+        return _NAMED[value]
+    sides = _SIDE.findall(value) if _SIDES_ONLY.fullmatch(value) else []
+    if code == "smaller_picture" and len(sides) > 1:
+        return _SIDE.sub(_half_of_side, value) if min(map(int, sides)) >= 2 * _LEAST[code] else None
+    if not sides:
         return None
-    number = int(value)
+    number = int(sides[0])
     if how == "one":
         return "1" if number > 1 else None
     if number < _LEAST[code]:
         return None
     is_of_frames = code == "smaller_inputs" and number % _FRAMES == 1
     return str((number // 2 + _FRAMES - 1) // _FRAMES * _FRAMES + 1 if is_of_frames else number // 2)
+
+
+_NUMBER, _SIDE, _SIDES_ONLY = re.compile(r"\d+(?:\.\d+)?"), re.compile(r"\d+"), re.compile(r"[\d x*×,()\[\]]+")
+_NAMED = {"1080p": "720p", "720p": "480p", "480p": "240p", "768px": "256px"}
+"""Names of resolutions, and of the next lower one that video models have."""
+_SIDES = 16
+"""Pixels that a side is a multiple of, for models of video and pictures."""
+
+
+def _half_of_side(side: re.Match[str]) -> str:
+    return str(int(side[0]) // 2 // _SIDES * _SIDES)

@@ -28,6 +28,8 @@ _TENSOR_NAME = re.compile(r"tensor with name ([\w.]{1,200})|([\w.]{3,200}\.(?:we
 _MODEL_CLASS = re.compile(r"transformers/models/(\w{2,30})/modeling_")
 
 
+_IN_GROUPS = frozenset({"batch_size", "eval_batch_size", "accumulation", "length", "image"})
+"""Quantities that count behind the groups of Hydra and YACS, too, data.batch_size=4: others may be a part's own."""
 _SHORT_OPTION = re.compile(r"\btrain\w*\.py\b[^\n]{0,300}? (-b|-bs) (\d{1,6})\b")
 """The batch in a command that starts a training, as an option of one letter or two."""
 
@@ -87,7 +89,9 @@ def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
     value = r"(\d{1,12})(?![\w/%]|\.\w)" if table == "numbers" else r"([\w./:~@-]{2,200})"
     sign = r"[ \t]?[=:][ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
-    return re.compile(rf"(?<![\w.-])(--?)?[\"']?({names})[\"']?({sign})[\"']?{value}"), quantity_of
+    return re.compile(
+        rf"(?<![\w.-])(--?)?((?:[A-Za-z]\w*\.){{0,4}})[\"']?({names})[\"']?({sign})[\"']?{value}"
+    ), quantity_of
 
 
 def known_names() -> frozenset[str]:
@@ -127,10 +131,12 @@ def run_facts_in(text: str) -> RunFacts:
     numbers = dict(_sentences(text))
     names: dict[str, str] = {}
     for match in _keys("numbers")[0].finditer(text):
-        dashes, name, sign, value = match.groups("")
+        dashes, group, name, sign, value = match.groups("")
         if not (dashes or sign.strip() or "_" in name):  # `batch 12` counts batches
             continue
         quantity = _keys("numbers")[1][_plain(name)]
+        if group and quantity not in _IN_GROUPS:
+            continue
         known = names.get(quantity, "")
         if quantity == "batch_size" and _OF_ONE_CARD.search(known) and not _OF_ONE_CARD.search(name):
             continue
@@ -138,14 +144,10 @@ def run_facts_in(text: str) -> RunFacts:
             continue
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
-            names[quantity] = dashes + name
+            names[quantity] = dashes + group + name
     if "batch_size" not in numbers and (short := _SHORT_OPTION.search(text)):
         numbers["batch_size"], names["batch_size"] = int(short[2]), short[1]
-    texts: dict[str, str] = {}
-    for dashes, name, _, value in _keys("texts")[0].findall(text):
-        quantity = _keys("texts")[1][_plain(name)]
-        if name != "model" or dashes or "/" in value or any(each.isdigit() for each in value):
-            texts.setdefault(quantity, value)
+    texts = _texts_in(text)
     signs = frozenset(_found("signs", text))
     numbers |= {"world_size": 1} if "single_card" in signs and "world_size" not in numbers else {}
     named = _TENSOR_NAME.search(text)
@@ -162,6 +164,18 @@ def run_facts_in(text: str) -> RunFacts:
         family=family[-1] if family else None,
         text=text,
     )
+
+
+def _texts_in(text: str) -> dict[str, str]:
+    """Return what a text prints of its model, optimizer and dtype; of a part's groups nothing."""
+    texts: dict[str, str] = {}
+    for dashes, group, name, _, value in _keys("texts")[0].findall(text):
+        if group:
+            continue
+        quantity = _keys("texts")[1][_plain(name)]
+        if name != "model" or dashes or "/" in value or any(each.isdigit() for each in value):
+            texts.setdefault(quantity, value)
+    return texts
 
 
 _OTHER_RUN = re.compile(
