@@ -330,7 +330,7 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "save_adapters": not run.signs & {"lora", "qlora"} or not evidence.is_of_one_process or rearranges,
         "no_reserve": not _RESERVES.search(run.text),
         "share_of_card": program in programs("with_servers") and not re.search(r"vllm|sglang", run.text, re.IGNORECASE),
-        "fewer_pixels": not _SEES.search(run.text),
+        "fewer_pixels": not (_SEES.search(run.text) or options_of("fewer_pixels", run.text)),
         "lora": bool(run.signs & {"lora", "qlora"}),
         "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,
         "shard_quantized": "qlora" not in run.signs or evidence.infers or run.numbers.get("world_size") == 1,
@@ -361,9 +361,7 @@ _OF_SCORES = 2**29
 
 _RESERVES = re.compile(r"\btrain\.py\b[^\n]*\s(?:-o|--occupy)\b")
 """YOLOX's option to take the card's memory before the training."""
-_SEES = re.compile(
-    r"(?<![A-Za-z])VL(?![A-Za-z])|-vl-|_vl[/.]|\bMAX_PIXELS\b|\bmax_pixels\b|[Ii]ntern[Vv][Ll]|[Pp]ixtral"
-)
+_SEES = re.compile(r"[Qq]wen\S{0,8}VL(?![A-Za-z])|[Qq]wen\S{0,8}[-_]vl|\bMAX_PIXELS\b|\bmax_pixels\b")
 """Models of language that see pictures of any size."""
 
 

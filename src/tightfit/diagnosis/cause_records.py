@@ -191,6 +191,12 @@ class OwnRanks(Cause, frozen=True, kw_only=True):
     all_bytes: int
 
 
+class RanksInRow(Cause, frozen=True, kw_only=True):
+    """Processes on this card whose numbers follow each other."""
+
+    count: int
+
+
 class OwnProcess(Cause, frozen=True, kw_only=True):
     """The listed process that is this one."""
 

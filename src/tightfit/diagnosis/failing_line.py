@@ -10,6 +10,8 @@ from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.tables import read_table
 
 _CODE = re.compile(r"[\w\]] ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
+_LOGGED = re.compile(r"^\[?\d{2,4}[-/:]\d\d[-/:]\d\d|\b(?:INFO|DEBUG|WARNING)\b|\b(?:Namespace|Config\w*|Arguments)\(")
+"""Lines of a logger, and printed options, which look like code."""
 _LINES = 4
 """Lines before a message that may hold the failing line, with carets below it."""
 _ONLY_CARETS = re.compile(r"[\^~ ]+")
@@ -108,7 +110,7 @@ def line_before_message(text: str) -> TraceFrame | None:
     while last and _ONLY_CARETS.fullmatch(last[-1]):
         last.pop()
     for line in last[-1:]:
-        if _CODE.search(line):
+        if _CODE.search(line) and not _LOGGED.search(line):
             return TraceFrame(file="", line=None, function="", source=line[:400])
     return None
 

@@ -14,6 +14,7 @@ from tightfit.diagnosis.cause_records import (
     OwnProcess,
     OwnRanks,
     PrivatePools,
+    RanksInRow,
     Request,
     Spilled,
 )
@@ -28,7 +29,7 @@ _SMALL_REST = 2**29
 """Bytes up to which what is neither free nor allocated is no more than a CUDA context."""
 DECISIVE = frozenset(
     {
-        *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide"),
+        *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide", "ranks_in_row"),
         *("others_estimated_decide", "cache_decides", "block_limit", "room_beside_own", "outside_decides"),
     }
 )
@@ -114,6 +115,9 @@ def _of_others(facts: Facts) -> Iterator[Cause]:
             each_bytes=found.ranks[0].bytes,
             all_bytes=found.ranks_bytes,
         )
+        return
+    if found.row:
+        yield RanksInRow(code="ranks_in_row", label=LIKELY, count=len(found.row))
         return
     if found.others is None:
         return
@@ -223,7 +227,7 @@ def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
             paste=to_paste("raise_fraction"),
             figures=Figures(free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes),
         )
-    if codes & {"own_ranks", "own_ranks_decide"}:
+    if codes & {"own_ranks", "own_ranks_decide", "ranks_in_row"}:
         yield Remedy(
             code="set_device", verdict=UNCHECKED, reason="ranks_share_card", label=LIKELY, paste=to_paste("set_device")
         )

@@ -12,6 +12,7 @@ _LEAST = {
     "smaller_inputs": 4,
     "less_at_once": 2,
     "coarser_points": 256,
+    "fewer_pixels": 2,
     "fewer_environments": 2,
 }
 """Values from which on a number is halved."""

@@ -26,10 +26,16 @@ def purpose_of(facts: Facts, run: RunFacts) -> str | None:
     return (
         _PHASES.get(facts.phase or "")
         or _of_frames(facts.frames)
+        or _first_of_options(run.text)
         or _only("commands", "\n".join(match[1] for match in _COMMAND.finditer(run.text)))
         or _only("words", _title(run.text))
         or _only("words", run.text)
     )
+
+
+def _first_of_options(text: str) -> str | None:
+    """Return what the options of a command tell the program to do; one that trains and then tests is a training."""
+    return next((purpose for purpose, sign in _signs()["options"].items() if sign.search(text)), None)
 
 
 def _title(text: str) -> str:

@@ -61,6 +61,8 @@ class Ownership(msgspec.Struct, frozen=True, kw_only=True):
     """True if this process's context, of unknown size, was taken off."""
     ranks: tuple[OtherProcess, ...] = ()
     """Others that look like ranks of the same job: equal sizes, neighbouring numbers."""
+    row: tuple[OtherProcess, ...] = ()
+    """Processes of any size with consecutive numbers, three or more: ranks of one job, this one among them."""
     decides: bool = False
     """True if the request fits without the others."""
 
@@ -90,7 +92,7 @@ def ownership(facts: Facts) -> Ownership:
         decides = decides and not had_room(facts) and others.low >= _MOST_OF_IT * facts.total_bytes
     # Libraries and NCCL of this process itself are in an estimate: a small one decides nothing.
     decides = decides and (not is_estimated or others.low >= max(_DECIDES, facts.total_bytes // _SHARE))
-    return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), decides=decides)
+    return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), row=_row(facts), decides=decides)
 
 
 def _least_of_others(facts: Facts) -> int:
@@ -131,3 +133,16 @@ def _ranks(facts: Facts) -> tuple[OtherProcess, ...]:
         return ()
     least, most = (choose(each.bytes for each in strangers) for choose in (min, max))
     return tuple(strangers) if most - least <= _ALIKE * most + MIB else ()
+
+
+_GAP = 2
+"""Numbers by which a row of processes that were started at once may be longer than the row is."""
+
+
+def _row(facts: Facts) -> tuple[OtherProcess, ...]:
+    """Return the listed processes if their numbers follow each other: a launcher started them on one card."""
+    listed = [each for each in facts.other_processes if each.bytes < 2**63]
+    numbers = sorted(each.pid for each in listed)
+    if len(numbers) < 3 or numbers[-1] - numbers[0] > len(numbers) + _GAP:
+        return ()
+    return tuple(listed)

@@ -30,7 +30,7 @@ _MODEL_CLASS = re.compile(r"transformers/models/(\w{2,30})/modeling_")
 
 _IN_GROUPS = frozenset({"batch_size", "eval_batch_size", "accumulation", "length", "image"})
 """Quantities that count behind the groups of Hydra and YACS, too, data.batch_size=4: others may be a part's own."""
-_SHORT_OPTION = re.compile(r"\btrain\w*\.py\b[^\n]{0,300}? (-b|-bs) (\d{1,6})\b")
+_SHORT_OPTION = re.compile(r"\b(?:train\w*\.py\b|\w+\.py\b[^\n]{0,80} --do_train\b)[^\n]{0,300}? (-b|-bs) (\d{1,6})\b")
 """The batch in a command that starts a training, as an option of one letter or two."""
 
 
