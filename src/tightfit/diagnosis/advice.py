@@ -37,7 +37,7 @@ from tightfit.diagnosis.remedies import (
     ranked,
     to_paste,
 )
-from tightfit.diagnosis.report_words import IN_WORDS, in_own_words_first, is_in_words
+from tightfit.diagnosis.report_words import IN_WORDS, in_own_words_first, inputs_of, is_in_words
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, ownership
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
@@ -289,7 +289,7 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
         "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(run, program))
-        or (evidence.has_no_smaller_batch and not has_own("less_at_once", program or ""))
+        or (evidence.has_no_smaller_batch and not _has_parts(run, program))
         or (program == "webui" and evidence.run.numbers.get("batch_size", 1) == 1),
         "checkpointing_general": keeps_nothing
         or "checkpointing" in run.signs
@@ -483,7 +483,7 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         words = Pasted(lines=("model = model.half()",), page=words.page)
     effect = applicability(code)
     remedy = Remedy(
-        code=code,
+        code=inputs_of(evidence) if code == "smaller_inputs" and not words else code,
         verdict=UNCHECKED,
         reason=code,
         label=COMPUTED,

@@ -27,6 +27,7 @@ from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.plays import Plays
 from tightfit.diagnosis.remedies import Remedy, for_machine
+from tightfit.diagnosis.report_words import in_own_options
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
@@ -266,7 +267,7 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     is_told = facts.kind == "program_words" and (is_shown or evidence.framework is not None)
     is_known = is_told or (evidence.framework is not None and (of_runtime or is_of_known))
     if not (is_known or in_phase):
-        return found
+        return in_own_options(found, evidence)
     loads = facts.phase in ("load", "setup")
     first = (_REST, _KEPT, *((_OTHERS,) if of_runtime or loads else ()))
     kept = tuple(each for each in found if each.code in first)

@@ -90,15 +90,15 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
         return Pasted(lines=printed) if printed else None
     names, (_, size, passes) = evidence.run.names, parts
     if code == "less_at_once" and size is not None and "batch_size" in names:
-        return Pasted(lines=(_option(names["batch_size"], size, evidence.run.text),))
+        return Pasted(lines=(option_line(names["batch_size"], size, evidence.run.text),))
     if code != "split_general":
         lines = options_of(code, evidence.run.text)
         return Pasted(lines=lines) if lines else None
     if program is not None or size is None or "batch_size" not in names:
         return None
-    lines = (_option(names["batch_size"], size, evidence.run.text),)
+    lines = (option_line(names["batch_size"], size, evidence.run.text),)
     if "accumulation" in names and passes:
-        lines = (*lines, _option(names["accumulation"], passes, evidence.run.text))
+        lines = (*lines, option_line(names["accumulation"], passes, evidence.run.text))
     return Pasted(lines=lines)
 
 
@@ -108,7 +108,7 @@ _BY_SCRIPTS = frozenset({"checkpointing_general", "half_precision", "shorter_len
 """Remedies whose options a script takes itself, where it stands on a library."""
 
 
-def _option(name: str, value: int, text: str) -> str:
+def option_line(name: str, value: int, text: str) -> str:
     """Return an option with a new value, as the report writes it: --batch 4, batch: 4 or batch = 4."""
     if name.startswith("-"):
         return f"{name} {value}"

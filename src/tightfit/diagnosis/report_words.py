@@ -1,11 +1,15 @@
 """What the report itself tells of a remedy: its own options, lines that it has already, words of what it is about."""
 
 import re
+from collections.abc import Sequence
+
+from msgspec.structs import replace
 
 from tightfit.diagnosis.evidence import Evidence
-from tightfit.diagnosis.filled_lines import divided, own_option
+from tightfit.diagnosis.filled_lines import divided, option_line, own_option
 from tightfit.diagnosis.framework_words import has_own, programs
 from tightfit.diagnosis.measures import in_order_of_report
+from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.remedies import Remedy, Resized
 
 _SHORT_LINE = 12
@@ -80,3 +84,47 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     if evidence.framework in programs("trainers"):
         return found
     return sorted(found, key=lambda each: each.code not in _BEFORE_OWN and not _is_own(each, evidence))
+
+
+_OF_KINDS = {
+    "kind_smaller_batch": (),
+    "kind_less_in_pass": ("shorter_length", "smaller_picture", "smaller_inputs"),
+    "kind_smaller_inputs_only": ("shorter_length", "smaller_picture", "smaller_inputs"),
+}
+"""Fixes of kinds of failures that name no option, and remedies whose printed options they may quote."""
+_WITH_BATCH = ("kind_smaller_batch", "kind_less_in_pass")
+
+
+def in_own_options(remedies: Sequence[Remedy], evidence: Evidence) -> tuple[Remedy, ...]:
+    """Return the fixes of a kind with the lines of the user's own options, where the report prints some.
+
+    A program of the tables has words of its own.
+    """
+    return tuple(
+        replace(each, paste=_own_lines(each.code, evidence)) if each.code in _OF_KINDS and not each.paste else each
+        for each in remedies
+    )
+
+
+def _own_lines(code: str, evidence: Evidence) -> tuple[str, ...]:
+    run, (_, size, _) = evidence.run, divided(evidence)
+    name = run.names.get("batch_size") if code in _WITH_BATCH else None
+    if name and size:
+        return (option_line(name, size, run.text),)
+    return next(filter(None, (options_of(each, run.text) for each in _OF_KINDS[code])), ())
+
+
+_DOMAINS = {
+    "fewer_frames": re.compile(r"\b[Vv]ideos?\b(?! ?(?:memory|card|RAM|ram))|\bframes\b|\.mp4\b"),
+    "smaller_volumes": re.compile(r"\b3[Dd]\b|\bvolumes?\b|\bC?B?CT\b|\bMRI\b|\.nii\b|[Cc]onv3d|CBCT"),
+    "shorter_audio": re.compile(r"\b[Aa]udio\b|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"),
+}
+"""Words of what a program works on, by the remedy that names it."""
+
+
+def inputs_of(evidence: Evidence) -> str:
+    """Return the remedy by smaller inputs that names what an unknown program works on, if the report shows one."""
+    found = {code: len(sign.findall(evidence.run.text)) for code, sign in _DOMAINS.items()}
+    most = max(found.values())
+    fitting = [code for code, count in found.items() if count == most]
+    return fitting[0] if most and len(fitting) == 1 and evidence.framework is None else "smaller_inputs"

@@ -82,10 +82,11 @@ def goes_on(line: str) -> bool:
 
 _IN_VAIN = re.compile(
     r"\b(?:not|never|no) (?:help|work|fix|solve|change|matter|effect|use|difference|success)"
-    r"|\b(?:still|same error)\b|\b(?:doesn|didn|don|won)'?t\b",
+    r"|\b(?:still|same error|persists?)\b|\b(?:doesn|didn|don|won)'?t\b",
     re.IGNORECASE,
 )
 """A person's words for a measure that did not help."""
+_TRIED = re.compile(r"\b(?:have|has|I|we|already) (?:already )?tried\b|\btried to\b", re.IGNORECASE)
 
 
 def standing(
@@ -191,5 +192,7 @@ def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, m
     if errs and ends and not _has("conditional", before):
         return Standing.FAILURE
     if (mine or errs) and not re.search(r"\bif\b|如果|場合|\bto avoid\b|\bmay\b|\bmight\b", before, re.IGNORECASE):
+        return Standing.REPORT
+    if short_log and _TRIED.search(after) and _IN_VAIN.search(after):
         return Standing.REPORT
     return Standing.REPORT if short_log and leads else Standing.DOCUMENT

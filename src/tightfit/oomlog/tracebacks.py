@@ -36,7 +36,7 @@ class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _HEAD = "most recent call last"
-_NEAR = 2
+_NEAR = 8
 """Lines behind a message in which the head of its traceback stands."""
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
 """The last line of a traceback."""
