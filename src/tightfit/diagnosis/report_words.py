@@ -30,7 +30,7 @@ def _is_own(remedy: Remedy, evidence: Evidence) -> bool:
 
 
 def _stands(remedy: Remedy, text: str) -> bool:
-    """Return True for a remedy whose every line already _stands in the log: it did not help."""
+    """Return True for a remedy whose every line already stands in the log: it did not help."""
     lines = [line.partition("  #")[0].strip() for line in remedy.paste]
     return bool(lines) and all(len(line) > _SHORT_LINE and (line in text or _is_set(line, text)) for line in lines)
 
