@@ -52,41 +52,41 @@ class Roots:
 
 
 def roots_of(
-    leaves: Iterable[ast.expr], names: Mapping[str, object], others: dict[str, object], code: CodeType | None
+    inputs: Iterable[ast.expr], names: Mapping[str, object], others: dict[str, object], code: CodeType | None
 ) -> Roots:
     """Note where the names of expressions are found in a function that runs."""
     own: dict[str, object] = {}
-    for leaf in leaves:
-        for each in ast.walk(leaf):
-            if isinstance(each, ast.Name) and each.id in names and not isinstance(leaf, ast.Name):
+    for input_ in inputs:
+        for each in ast.walk(input_):
+            if isinstance(each, ast.Name) and each.id in names and not isinstance(input_, ast.Name):
                 value = names[each.id]
                 with contextlib.suppress(TypeError):  # a list, for example
                     own[each.id] = value if isinstance(value, _NUMBERS) else weakref.ref(value)
     return Roots(own, others, code)
 
 
-def current(leaves: Iterable[ast.expr], roots: Roots) -> tuple[object, ...]:
+def current(inputs: Iterable[ast.expr], roots: Roots) -> tuple[object, ...]:
     """Return the values of expressions now; None for a name that only its function has."""
     reader = Reader(roots.names(), roots.others, frozenset())
     found: list[object] = []
-    for leaf in leaves:
+    for input_ in inputs:
         try:
-            found.append(reader.value(leaf))
+            found.append(reader.value(input_))
         except UnknownError:
             found.append(None)
-        if isinstance(leaf, ast.Name) and roots.code is not None and leaf.id in roots.code.co_varnames:
+        if isinstance(input_, ast.Name) and roots.code is not None and input_.id in roots.code.co_varnames:
             found[-1] = None
     return tuple(found)
 
 
-def write(leaf: ast.expr, roots: Roots, before: int, after: int) -> None:
+def write(input_: ast.expr, roots: Roots, before: int, after: int) -> None:
     """Set what an expression names, if it is still what it was before: else something else counts it."""
     names = roots.names()
     reader = Reader(names, roots.others, frozenset())
     with contextlib.suppress(UnknownError, *FAILURES):
-        if reader.value(leaf) != before:
+        if reader.value(input_) != before:
             return
-        match leaf:
+        match input_:
             case ast.Attribute(value=owner, attr=name):
                 holder = reader.value(owner)
                 fields = vars(holder)

@@ -1,6 +1,6 @@
 """Expressions of a function whose values decide what it allocates: its conditions, and sizes that it computes.
 
-They are read from its source once. What they depend on, such as `self.steps`, is looked at each time that it returns.
+They are read from its source once. Their inputs, such as `self.steps`, are read each time that the function returns.
 """
 
 import ast
@@ -31,34 +31,34 @@ _STEPPED = (ast.FloorDiv, ast.Mod, ast.RShift, ast.BitAnd)
 class Watched:
     """An expression that decides."""
 
-    leaves: tuple[ast.expr, ...]
-    """What it depends on: names, attributes and items."""
+    inputs: tuple[ast.expr, ...]
+    """Names, attributes and items in the expression."""
     expression: ast.expr
-    """The expression, with the names of `leaf_name` in place of its leaves."""
+    """The expression itself, with `input_name(0)` and so on in place of its inputs."""
     lines: Mapping[bool, tuple[Frame, ...]] = field(default_factory=dict)
-    """Lines that may allocate where it is true, and where it is false; empty for a size."""
+    """For True and False, lines that may allocate if a condition has that value; empty for a size."""
 
     @cached_property
     def _code(self) -> CodeType:
         return compile(ast.fix_missing_locations(ast.Expression(self.expression)), "<expression>", "eval")
 
-    def value(self, leaves: tuple[object, ...]) -> object:
-        """Return its value for the leaves' values; None if it has none."""
-        names = {leaf_name(place): value for place, value in enumerate(leaves)}
+    def value(self, inputs: tuple[object, ...]) -> object:
+        """Return the value for given inputs; None if there is none."""
+        names = {input_name(place): value for place, value in enumerate(inputs)}
         try:
             return eval(self._code, {"__builtins__": _FUNCTIONS}, names)
         except NO_VALUE:
             return None
 
     def along(
-        self, leaves: tuple[object, ...], changes: tuple[int, ...], inner: tuple[int, ...]
+        self, inputs: tuple[object, ...], changes: tuple[int, ...], inner: tuple[int, ...]
     ) -> Callable[[int, int], object]:
-        """Return a function for its value after some iterations, each of which adds `changes` to the leaves.
+        """Return a function of a number of iterations and a number of calls in the last of them, for the value then.
 
-        And after some calls in the last of them, each of which adds `inner`.
+        Each iteration adds `changes` to the inputs, each call adds `inner`.
         """
-        fixed = {leaf_name(place): value for place, value in enumerate(leaves)}
-        growing = {leaf_name(place): each for place, each in enumerate(zip(changes, inner, strict=True)) if any(each)}
+        fixed = {input_name(place): value for place, value in enumerate(inputs)}
+        growing = {input_name(place): each for place, each in enumerate(zip(changes, inner, strict=True)) if any(each)}
         body = _Growing(growing).visit(copy.deepcopy(self.expression))
         arguments = ast.arguments([], [ast.arg("iterations"), ast.arg("calls")], None, [], [], None, [])
         made = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
@@ -67,11 +67,11 @@ class Watched:
 
 
 NO_VALUE = (ArithmeticError, LookupError, TypeError, ValueError)
-"""Errors of an expression that has no value for some leaves."""
+"""Errors of an expression that has no value for some inputs."""
 
 
 class _Growing(ast.NodeTransformer):
-    """Writes `leaf` as `leaf + change * iterations + inner * calls`."""
+    """Writes `input` as `input + change * iterations + inner * calls`."""
 
     def __init__(self, changes: Mapping[str, tuple[int, int]]) -> None:
         self._changes = changes
@@ -82,30 +82,29 @@ class _Growing(ast.NodeTransformer):
         return ast.parse(text, mode="eval").body if change or inner else node
 
 
-def leaf_name(place: int) -> str:
-    return f"leaf{place}"
+def input_name(place: int) -> str:
+    return f"input{place}"
 
 
 @cache
 def watched_of(code: CodeType) -> tuple[Watched, ...]:
-    """Find the expressions of a function that may decide what it allocates."""
+    """Find the expressions that may decide the allocations of a function."""
     found: list[Watched] = []
     for node in function_nodes(code.co_filename, code.co_firstlineno, code.co_name):
         reading = _Reading(code, node)
-        found += reading.of_block(
-            without_returns(node.body) if isinstance(node, ast.FunctionDef) else [_returned(node)]
-        )
+        body = without_returns(node.body) if isinstance(node, ast.FunctionDef) else [_returned(node)]
+        found += reading.of_block(body)
     return tuple(found)
 
 
 class OfModule(NamedTuple):
-    """An expression in a method of a module that depends on the module alone."""
+    """An expression in a method of a module, with inputs of the module alone."""
 
     watched: Watched
     owner: str
-    """The method's name for the module."""
+    """Name of the module in the method, `self`."""
     others: dict[str, object]
-    """Its global names."""
+    """Global names of the method."""
 
 
 def watched_of_module(kind: type) -> tuple[OfModule, ...]:
@@ -125,7 +124,7 @@ def watched_of_module(kind: type) -> tuple[OfModule, ...]:
 
 
 def _names(watched: Watched) -> Iterator[ast.Name]:
-    return (each for leaf in watched.leaves for each in ast.walk(leaf) if isinstance(each, ast.Name))
+    return (each for each_input in watched.inputs for each in ast.walk(each_input) if isinstance(each, ast.Name))
 
 
 def _returned(node: ast.Lambda) -> ast.stmt:
@@ -189,14 +188,14 @@ class _Reading:
             parts += [each.value for each in getattr(part, "keywords", [])]
 
     def _watched(self, value: ast.expr, lines: Mapping[bool, tuple[Frame, ...]]) -> Watched | None:
-        leaves = _Leaves(self._meanings)
+        inputs = _Inputs(self._meanings)
         try:
-            pure = leaves.expression(_copied(value))
+            pure = inputs.expression(_copied(value))
         except _UnfitError:
             return None
-        if not leaves.found:
+        if not inputs.found:
             return None
-        return Watched(tuple(leaves.found.values()), pure, lines)
+        return Watched(tuple(inputs.found.values()), pure, lines)
 
 
 def _copied(value: ast.expr) -> ast.expr:
@@ -242,7 +241,7 @@ class _UnfitError(Exception):
     """An expression that more decides than counters."""
 
 
-class _Leaves(ast.NodeTransformer):
+class _Inputs(ast.NodeTransformer):
     """Puts names in place of what an expression depends on. _UnfitError if it calls something of the script's."""
 
     def __init__(self, meanings: Mapping[str, ast.expr]) -> None:
@@ -251,7 +250,7 @@ class _Leaves(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, ast.expr) and _is_chain(node):
-            return self._leaf(node)
+            return self._input(node)
         if isinstance(node, ast.NamedExpr):
             return self.visit(node.value)
         if isinstance(node, ast.Call) and _is_pure_call(node) and not node.keywords:
@@ -269,11 +268,11 @@ class _Leaves(ast.NodeTransformer):
         assert isinstance(found, ast.expr)
         return found
 
-    def _leaf(self, node: ast.expr) -> ast.AST:
-        """Return a leaf's name, or the expression that a variable stands for if that can be followed further."""
+    def _input(self, node: ast.expr) -> ast.AST:
+        """Return a each_input's name, or the expression that a variable stands for if that can be followed further."""
         if isinstance(node, ast.Name) and node.id in self._meanings:
             others = {name: value for name, value in self._meanings.items() if name != node.id}
-            inner = _Leaves(others)
+            inner = _Inputs(others)
             inner.found = dict(self.found)
             try:
                 meaning = inner.expression(_copied(self._meanings[node.id]))
@@ -287,7 +286,7 @@ class _Leaves(ast.NodeTransformer):
         names = list(self.found)
         place = names.index(text) if text in names else len(names)
         self.found[text] = ast.parse(text, mode="eval").body
-        return ast.Name(leaf_name(place), ast.Load())
+        return ast.Name(input_name(place), ast.Load())
 
 
 class _Resolved(ast.NodeTransformer):

@@ -254,13 +254,7 @@ class Skip:
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
         self._watched = self._steady(code, reduced, names, others) if is_counting and self._watches else {}
         self._seen.add(frozenset(self._watched.items()))
-        is_watching = bool(self._watched) and not reduced.uncounted
-        goes_on = is_counting and (
-            is_watching
-            or self._far is not None
-            or not set(self._missing) <= reduced.unknown | reduced.uncounted
-            or (self._to_end and reduced.has_end and not reduced.uncounted)
-        )
+        goes_on = is_counting and self._has_aim(reduced)
         while goes_on and time.monotonic() < until:
             before = self._values(reduced, names, others)
             if not self._runs(code, names, others, self.steps):
@@ -276,6 +270,13 @@ class Skip:
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken)
         self.is_over = True
+
+    def _has_aim(self, reduced: _Reduced) -> bool:
+        """Return True if an iteration that has to run may come: for a line, a size, or the loop's end."""
+        is_watching = bool(self._watched) and not reduced.uncounted
+        is_sought = not set(self._missing) <= reduced.unknown | reduced.uncounted
+        goes_to_end = self._to_end and reduced.has_end and not reduced.uncounted
+        return is_watching or self._far is not None or is_sought or goes_to_end
 
     def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int) -> bool:
         """Count so many iterations; False if one of them has to run."""

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from tightfit.vgpu.collected import go_to_last
 from tightfit.vgpu.expressions import always, value_in
-from tightfit.vgpu.far_conditions import FarConditions, Iterations, Passing
+from tightfit.vgpu.far_conditions import FarConditions, Passing
 from tightfit.vgpu.frames import Frame, is_package
+from tightfit.vgpu.histories import Iterations
 from tightfit.vgpu.inlined_loop import ReadLoops, Tried, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
 from tightfit.vgpu.loop_source import (
@@ -343,7 +344,7 @@ class LineWatch:
 
     def _begin_passing(self, place: tuple[CodeType, int]) -> Callable[[int], bool] | None:
         passing = self._passings[place] = self._far.passing(place)
-        return passing.has_to_run if passing.courses else None
+        return passing.has_to_run if passing.trends else None
 
     def _begins_another_run(self, tried: Tried) -> bool:
         """Return True the first time in each iteration of an outer loop, if that loop is to be passed over next."""
