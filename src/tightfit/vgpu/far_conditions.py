@@ -93,7 +93,7 @@ class FarConditions:
 
     def called(self, frame: FrameType) -> Any:  # the type of sys.settrace's functions
         """Return the function for Python to call when this one returns; None if nothing in it decides."""
-        if not self._of(frame.f_code) or not self._iterations() or _is_fetching(frame):
+        if not self._of(frame.f_code) or _is_fetching(frame):
             return None
         frame.f_trace_lines = False
         return self._traced
@@ -114,9 +114,8 @@ class FarConditions:
     def returned(self, frame: FrameType) -> None:
         """Read the inputs in a function of the script that returns; its names die with it, so that none is kept."""
         watched = self._of(frame.f_code)
-        around = self._around(frame.f_back) if watched else {}
-        if around:
-            names = frame.f_locals
+        if watched:
+            around, names = self._around(frame.f_back), frame.f_locals
             for each in watched:
                 self._note(around, each, 0, names, frame.f_globals, frame.f_code)
 
@@ -126,8 +125,8 @@ class FarConditions:
         watched = self._of_modules.get(kind)
         if watched is None:
             watched = self._of_modules[kind] = watched_of_module(kind)
-        around = self._around(sys._getframe(1)) if watched else {}
-        if around:
+        if watched:
+            around = self._around(sys._getframe(1))
             for each in watched:
                 self._note(around, each.watched, id(module), {each.owner: module}, each.others, None)
 
@@ -166,7 +165,9 @@ class FarConditions:
 
     def can_pass(self, place: Place) -> bool:
         """Return True if inputs grow evenly, and a later iteration may have a new value."""
-        return place not in self._ended and any(each.history.decides() for each in self._trends(place))
+        return place not in self._ended and any(
+            each.history.decides() and not each.is_settled() for each in self._trends(place)
+        )
 
     def _trends(self, place: Place) -> list[Trend]:
         now = self._iterations()
@@ -217,7 +218,7 @@ class FarConditions:
         """Note that a loop is left before its end."""
         now = self._iterations()
         for history in self._histories.values() if place not in self._ended else ():
-            history.is_uncovered |= history.belongs_to(place, now)
+            history.is_uncovered |= history.belongs_to(place, now) and not history.is_settled(place)
 
     def unsure(self) -> list[Frame]:
         """List lines that may allocate and never ran, behind conditions that may have held in what was passed over."""

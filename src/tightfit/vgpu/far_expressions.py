@@ -23,6 +23,8 @@ _PURE = (
     ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.IfExp, ast.Constant, ast.Tuple, ast.List, ast.Set,
     ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.expr_context,
 )  # fmt: skip
+_BENT = (ast.FloorDiv, ast.Mod, ast.RShift, ast.BitAnd, ast.BitOr, ast.Call, ast.IfExp, ast.Compare, ast.Mult, ast.Div)
+"""Parts of an expression that may not grow evenly although its inputs do."""
 _STEPPED = (ast.FloorDiv, ast.Mod, ast.RShift, ast.BitAnd)
 """Operators whose results stay the same for several iterations."""
 
@@ -41,6 +43,15 @@ class Watched:
     @cached_property
     def _code(self) -> CodeType:
         return compile(ast.fix_missing_locations(ast.Expression(self.expression)), "<expression>", "eval")
+
+    @cached_property
+    def is_monotone(self) -> bool:
+        """Return True for one `<` or `>` between numbers that grow evenly: it changes once at most."""
+        test = self.expression.operand if isinstance(self.expression, ast.UnaryOp) else self.expression
+        if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
+            return False
+        sides = (test.left, *test.comparators)
+        return len(sides) == 2 and not any(isinstance(each, _BENT) for side in sides for each in ast.walk(side))
 
     def value(self, inputs: tuple[object, ...]) -> object:
         """Return the value for given inputs; None if there is none."""

@@ -12,7 +12,7 @@ from types import CodeType
 from typing import NamedTuple
 
 from tightfit.vgpu.counters import Roots
-from tightfit.vgpu.far_expressions import Watched
+from tightfit.vgpu.far_expressions import NO_VALUE, Watched
 from tightfit.vgpu.frames import Frame
 
 _MOST_CALLS = 16
@@ -20,6 +20,8 @@ _MOST_CALLS = 16
 _MOST_VALUES = 1000
 _RECENT = 3
 """Iterations in which a function must have been called to belong to a loop, and that tell how its numbers grow."""
+_FAR_AWAY = 1 << 40
+"""Iterations that no loop has."""
 _KEPT = 4
 """Iterations whose calls are compared, if there were so many."""
 
@@ -120,12 +122,16 @@ class History:
         """Return True if inputs change, and too few iterations of a loop were seen to tell by how much."""
         is_called = self.belongs_to(place, now) if place in self.groups else sum(now.values()) - self.last < _RECENT
         is_steady = bool(self.watched.lines) or 2 * len(self.values) <= self.noted
-        return (
-            not self.varied.isdisjoint(now)
-            and is_called
-            and is_steady
-            and len(self._evenly(place)) < self._enough(place)
-        )
+        is_early = len(self._evenly(place)) < self._enough(place) and not self.is_settled(place)
+        return not self.varied.isdisjoint(now) and is_called and is_steady and is_early
+
+    def is_settled(self, place: Place) -> bool:
+        """Return True if the growth between the latest two iterations with calls keeps the value for good."""
+        groups = list(self.groups.get(place, ()))[-2:]
+        changes = _changes([each.calls[0] for each in groups]) if len(groups) == 2 else None
+        if changes is None:
+            return False
+        return Trend(self, groups[-1].calls[0], changes, 0, 1, (0,) * len(changes)).is_settled()
 
     def _evenly(self, place: Place) -> list[_Group]:
         """Return the latest iterations with calls that lie equally far apart: a loop that begins anew is counted on."""
@@ -191,6 +197,17 @@ class Trend:
             if change and isinstance(first, int) and isinstance(last, int)
         ]
         return max([1, *counts])
+
+    def is_settled(self) -> bool:
+        """Return True if the expression keeps its value for good: a comparison that changed already, or never will."""
+        watched = self.history.watched
+        if not watched.is_monotone or any(self.inner):
+            return False
+        try:
+            later = watched.along(self.inputs, self.changes, self.inner)(_FAR_AWAY, 0)
+        except NO_VALUE:
+            return False
+        return self.history.of_interest(later) in self.history.values
 
     def is_sound(self) -> bool:
         """Return True if the numbers go on where the iteration before ended, or begin anew."""

@@ -64,6 +64,16 @@ class Call(NamedTuple):
         return ran.isdisjoint(range(self.first, self.last + 1)) and all(each.may_run(ran) for each in self.branches)
 
 
+class Endless(NamedTuple):
+    """A `while` loop that ends by its condition alone."""
+
+    test: ast.expr
+    changing: frozenset[str]
+    """Names and attributes that may change."""
+    returns: bool
+    """True if its function may also be left from within it."""
+
+
 _RANGES = ("range", "trange")
 _OF_RANGES = ("reversed", "tqdm", "enumerate", "list", "track")
 _LISTED = (ast.Tuple, ast.List, ast.Set, ast.Dict)
@@ -176,18 +186,16 @@ def _shared(tree: ast.Module) -> set[str]:
 
 
 @cache
-def endless_test(file: str, first: int, name: str, loop_line: int) -> tuple[ast.expr, frozenset[str]] | None:
-    """Return a loop's condition, if nothing else leads out of the loop, and the names and attributes that may change.
-
-    None for a loop within another one, too.
-    """
+def endless_test(file: str, first: int, name: str, loop_line: int) -> Endless | None:
+    """Return the condition of a `while`, if nothing else leads behind it; None for a loop within another one."""
     loop = loop_node(file, first, name, loop_line)
-    ends = (ast.Break, ast.Return, ast.Raise)
-    if not isinstance(loop, ast.While) or any(isinstance(each, ends) for each in ast.walk(loop)):
+    if not isinstance(loop, ast.While) or any(isinstance(each, ast.Break) for each in ast.walk(loop)):
         return None
     if len(loops_around(file, first, name, loop_line)) > 1:
         return None
-    return loop.test, frozenset(_stored(loop) | _attributes(_tree(file)) | _shared(_tree(file)))
+    changing = _stored(loop) | _attributes(_tree(file)) | _shared(_tree(file))
+    returns = any(isinstance(each, (ast.Return, ast.Raise)) for each in ast.walk(loop))
+    return Endless(loop.test, frozenset(changing), returns)
 
 
 @cache

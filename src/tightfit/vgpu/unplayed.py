@@ -111,8 +111,8 @@ class LineWatch:
         """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.unsure: list[Frame] = []
         """Lines of loops that may allocate, behind conditions that nobody can tell, in iterations passed over."""
-        self._endless: set[tuple[CodeType, int]] = set()
-        """Loops that cannot end."""
+        self._endless: dict[tuple[CodeType, int], bool] = {}
+        """Loops that cannot end; True for one whose function may be left from within it."""
         self._at_training: Iterations | None = None
         """Iterations of the training loops, until one of them begins another."""
         self._far = FarConditions(self._training_iterations, self._iterations_around)
@@ -174,7 +174,7 @@ class LineWatch:
             missed = [abs(call.first) for call in calls if call.is_missed(ran)]
             within = [line for line in missed if not around or line <= around[0].last]
             found += [Frame(code.co_filename, line, code.co_qualname) for line in within]
-            if around:
+            if around and not self._endless[code, around[0].first]:
                 break
         return list(dict.fromkeys(found))
 
@@ -184,8 +184,8 @@ class LineWatch:
         found = endless_test(code.co_filename, code.co_firstlineno, code.co_name, first)
         if found is not None:
             names = frame.f_locals
-            if always(found[0], names, frame.f_globals, found[1]):
-                self._endless.add((code, first))
+            if always(found.test, names, frame.f_globals, found.changing):
+                self._endless[code, first] = found.returns
             self.forget_names(frame, names)
 
     def hidden(self, frame: FrameType | None) -> list[Frame]:
