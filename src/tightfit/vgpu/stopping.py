@@ -112,7 +112,7 @@ class Stopping:
 
         The device ends the script at the next operator.
         """
-        self._lines.is_cut_short = True
+        self._lines.is_cut_short = self._is_left = True
         seconds = f"{self._settings.timeout_s:g}" if self._settings.timeout_s else ""
         reason = say("vgpu.stopping.out_of_time", seconds=seconds)
         self.reason = say("vgpu.stopping.interrupted") if interrupted else reason
