@@ -1,6 +1,7 @@
 # ruff: noqa: E501 - messages and configurations stand here as they are printed
 """The tables behind an explanation: models, kinds of lines, sizes of requests, words of programs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,20 @@ def test_a_code_has_its_page_on_the_command_line(capsys: pytest.CaptureFixture[s
 )
 def test_options_that_a_report_prints(code: str, text: str, lines: tuple[str, ...]):
     assert options_of(code, text) == lines
+
+
+def test_smaller_parts_of_a_batch_are_not_exact_with_batch_normalisation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    log = tmp_path / "run.log"
+    log.write_text(
+        "Traceback (most recent call last):\n"
+        '  File "train.py", line 22, in forward\n    x = self.bn2(self.conv2(x))\n'
+        '  File "/site-packages/torch/nn/functional.py", line 2822, in batch_norm\n    return torch.batch_norm(\n'
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 784.00 MiB. GPU 0 has a total capacity of "
+        "11.69 GiB of which 514.00 MiB is free.\n"
+    )
+    assert main(["explain", str(log), "--json", "--lang=en"]) == 0
+    fixes = json.loads(capsys.readouterr().out)["remedies"]
+    found = [each["applicability"] for each in fixes if each["code"].startswith("split")]
+    assert found == ["changes_result"]

@@ -376,3 +376,11 @@ def test_nothing_of_torch_is_needed():
     read = "import sys; from tightfit.oomlog.log_reader import read_log; read_log('CUDA out of memory'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_model_that_is_called_within_its_loss_is_in_the_forward_pass():
+    call = TraceFrame(file="train.py", line=4, function="<module>", source="loss = criterion(model(images), labels)")
+    inner = TraceFrame(file="train.py", line=2, function="forward", source="x = F.relu(self.bn2(self.conv2(x)))")
+    loss = TraceFrame(file="torch/nn/modules/loss.py", line=9, function="forward", source="return F.cross_entropy(")
+    assert phase_of([call, inner]) == "forward"
+    assert phase_of([call]) == phase_of([call, loss]) == "loss"

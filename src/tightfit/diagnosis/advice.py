@@ -471,6 +471,10 @@ def of_one_sequence(fix: Remedy, evidence: Evidence) -> Remedy:
     return replace(fix, change=change, paste=words.lines if words else ())
 
 
+_BATCH_NORM = re.compile(r"batch_?norm|BatchNorm")
+"""Words of a report whose model normalises over the batch, which smaller parts of a batch change."""
+
+
 def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     parts = divided(evidence)
     words = own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
@@ -482,6 +486,8 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     if code == "smaller_weights" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
         words = Pasted(lines=("model = model.half()",), page=words.page)
     effect = applicability(code)
+    if code == "split_general" and _BATCH_NORM.search(evidence.run.text):
+        effect = "changes_result"
     remedy = Remedy(
         code=inputs_of(evidence) if code == "smaller_inputs" and not words else code,
         verdict=UNCHECKED,

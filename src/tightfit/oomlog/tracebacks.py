@@ -159,10 +159,15 @@ _signs = functools.partial(read_patterns, "tightfit.oomlog", "phases.toml")
 """Reads `calls`, `functions`, `files` or `lines`, and of each the phases."""
 
 
+_LOSS_OF_CALL = re.compile(r"(?:cross_entropy|criterion|loss_fn|nll_loss)\(\s*[\w.]*\b(?:model|net|self)\b[\w.]*\(")
+"""A loss of a model's outputs that are computed on the same line."""
+
+
 class _Stack:
     """Signs of a phase on a stack."""
 
     def __init__(self, frames: Sequence[TraceFrame]) -> None:
+        self._frames = frames
         self._names = {frame.function.rsplit(".", 1)[-1] for frame in frames}
         self._code = "\n".join(frame.source or "" for frame in frames)
         self._paths = "\n".join(f"{frame.file}:{frame.function}".replace("\\", "/") for frame in frames)
@@ -177,6 +182,12 @@ class _Stack:
     def named(self, phase: str) -> bool:
         """Return True if a function on the stack is one that the calls of a phase name."""
         return any(_signs()["calls"][phase].search(f"{name}(") for name in self._names)
+
+    def computes_outputs(self) -> bool:
+        """Return True within `model(...)` of `criterion(model(images), labels)`, which Python runs first."""
+        places = [place for place, each in enumerate(self._frames) if _LOSS_OF_CALL.search(each.source or "")]
+        deeper = self._frames[places[-1] + 1 :] if places else ()
+        return any(each.function.rsplit(".", 1)[-1] == "forward" and "loss" not in each.file for each in deeper)
 
     def in_files(self, phase: str) -> bool:
         """Return True for a file, or a function of a file, that only this phase runs."""
@@ -204,7 +215,7 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
         "optimizer": lambda: stack.called("optimizer") or stack.in_files("optimizer"),
         "backward": lambda: stack.called("backward") or stack.entered("backward"),
         "compile": lambda: stack.entered("compile") and stack.in_files("compile"),
-        "loss": lambda: stack.called("loss") or stack.named("loss"),
+        "loss": lambda: (stack.called("loss") and not stack.computes_outputs()) or stack.named("loss"),
         "forward": lambda: stack.entered("forward"),
         "setup": lambda: stack.called("setup") or stack.entered("setup"),
     }
