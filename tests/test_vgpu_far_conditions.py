@@ -49,7 +49,7 @@ def closure():
     def inner():
         nonlocal calls
         calls += 1
-        if calls >= 9500:
+        if calls >= 9500 and (calls > 1 << 13 or never_defined):
             big("closure")
     return inner
 

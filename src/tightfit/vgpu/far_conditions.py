@@ -5,6 +5,7 @@ read when its function returns. Where iterations are passed over, inputs that gr
 back to the script's objects. The next call shows if that was right.
 """
 
+import ast
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from types import CodeType, FrameType
@@ -140,10 +141,7 @@ class FarConditions:
         code: CodeType | None,
     ) -> None:
         reader = Reader(names, others, frozenset())
-        try:
-            inputs = tuple(_plain(reader.value(each)) for each in watched.inputs)
-        except UnknownError:
-            return
+        inputs = tuple(_read(reader, each) for each in watched.inputs)
         history = self._histories.get((watched, owner))
         roots = roots_of(watched.inputs, names, others, code)
         if history is None:
@@ -264,10 +262,17 @@ class Passing:
 
 
 class _Object:
-    """An input that is neither a number nor text."""
+    """An input that is neither a number nor text, or that has no value yet."""
 
 
 _OBJECT = _Object()
+
+
+def _read(reader: Reader, each_input: ast.expr) -> object:
+    try:
+        return _plain(reader.value(each_input))
+    except UnknownError:
+        return _OBJECT
 
 
 def _plain(value: object) -> object:

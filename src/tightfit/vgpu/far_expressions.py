@@ -23,6 +23,8 @@ _PURE = (
     ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.IfExp, ast.Constant, ast.Tuple, ast.List, ast.Set,
     ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.expr_context,
 )  # fmt: skip
+_LONGEST = 64
+"""Largest base and exponent of a power that is computed."""
 _BENT = (ast.FloorDiv, ast.Mod, ast.RShift, ast.BitAnd, ast.BitOr, ast.Call, ast.IfExp, ast.Compare, ast.Mult, ast.Div)
 """Parts of an expression that may not grow evenly although its inputs do."""
 _STEPPED = (ast.FloorDiv, ast.Mod, ast.RShift, ast.BitAnd)
@@ -248,6 +250,13 @@ def _meanings(node: ast.FunctionDef) -> dict[str, ast.expr]:
     return found
 
 
+def _is_written_out(node: ast.BinOp) -> bool:
+    """Return True for `10**9` or `1 << 20`, a number of no great length."""
+    parts = [each.value for each in (node.left, node.right) if isinstance(each, ast.Constant)]
+    is_short = len(parts) == 2 and all(isinstance(each, int) and 0 <= each <= _LONGEST for each in parts)
+    return is_short and isinstance(node.op, (ast.Pow, ast.LShift))
+
+
 class _UnfitError(Exception):
     """An expression that more decides than counters."""
 
@@ -267,7 +276,7 @@ class _Inputs(ast.NodeTransformer):
         if isinstance(node, ast.Call) and _is_pure_call(node) and not node.keywords:
             node.args = [self.expression(each) for each in node.args]
             return node
-        if isinstance(node, ast.BinOp) and not isinstance(node.op, _HARMLESS_OPERATORS):
+        if isinstance(node, ast.BinOp) and not isinstance(node.op, _HARMLESS_OPERATORS) and not _is_written_out(node):
             raise _UnfitError
         if not isinstance(node, _PURE):
             raise _UnfitError
