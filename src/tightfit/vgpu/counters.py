@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import cast
 
-from tightfit.vgpu.expressions import Reader, UnknownError
+from tightfit.vgpu.expressions import NUMBERS, Reader, UnknownError
 from tightfit.vgpu.loop_items import FAILURES
-
-_NUMBERS = (int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def roots_of(
             if isinstance(each, ast.Name) and each.id in names and not isinstance(input_, ast.Name):
                 value = names[each.id]
                 with contextlib.suppress(TypeError):  # a list, for example
-                    own[each.id] = value if isinstance(value, _NUMBERS) else weakref.ref(value)
+                    own[each.id] = value if isinstance(value, NUMBERS) else weakref.ref(value)
     return Roots(own, others, code)
 
 

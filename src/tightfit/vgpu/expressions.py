@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from types import FunctionType
 
 from torch import Tensor
@@ -13,9 +13,13 @@ from torch import Tensor
 from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_items import FAILURES
-from tightfit.vgpu.loop_source import function_node
+from tightfit.vgpu.loop_source import function_node, may_change
 
 PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
+
+
+NUMBERS = (int, float, str, type(None))
+"""Kinds of values that count, or that conditions compare."""
 
 
 class UnknownError(Exception):
@@ -250,18 +254,22 @@ def is_computed(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and call.func.id in _FUNCTIONS
 
 
-def always(
-    test: ast.expr, names: Mapping[str, object], others: Mapping[str, object], changing: Collection[str]
-) -> bool:
+def always(test: ast.expr, names: Mapping[str, object], others: Mapping[str, object], changing: Set[str]) -> bool:
     """Return True if a condition holds, and depends on no name or attribute that may change."""
     if isinstance(test, ast.BoolOp):
         each = (always(part, names, others, changing) for part in test.values)
         return any(each) if isinstance(test.op, ast.Or) else all(each)
-    if any(isinstance(each, ast.Call) for each in ast.walk(test)):
-        return False
-    read = {each.id for each in ast.walk(test) if isinstance(each, ast.Name)}
-    read |= {each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)}
-    return read.isdisjoint(changing) and bool(value_in(test, names, others))
+    return not may_change(test, changing) and bool(value_in(test, names, others))
+
+
+def known_part(test: ast.expr, knows: Callable[[ast.expr], bool]) -> ast.expr | None:
+    """Return a condition without the unknown parts of its `and` and `or`; None if no part is known."""
+    if not isinstance(test, ast.BoolOp):
+        return test if knows(test) else None
+    parts = [part for each in test.values if (part := known_part(each, knows)) is not None]
+    if parts == test.values:
+        return test
+    return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
 
 
 _CHANCE = ("next", "random", "rand", "randint", "randrange", "uniform", "choice", "bernoulli")

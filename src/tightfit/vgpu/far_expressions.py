@@ -12,8 +12,9 @@ from functools import cache, cached_property
 from types import CodeType, FunctionType
 from typing import NamedTuple, cast
 
+from tightfit.vgpu.expressions import known_part
 from tightfit.vgpu.frames import Frame, is_own
-from tightfit.vgpu.inlined_loop import without_returns
+from tightfit.vgpu.inlined_loop import as_statement, without_returns
 from tightfit.vgpu.loop_source import allocating_lines, blocks_of, function_nodes, is_harmless
 
 _FUNCTIONS: dict[str, object] = {each.__name__: each for each in (min, max, abs, int, float, bool, round, divmod)}
@@ -105,7 +106,7 @@ def watched_of(code: CodeType) -> tuple[Watched, ...]:
     found: list[Watched] = []
     for node in function_nodes(code.co_filename, code.co_firstlineno, code.co_name):
         reading = _Reading(code, node)
-        body = without_returns(node.body) if isinstance(node, ast.FunctionDef) else [_returned(node)]
+        body: list[ast.stmt] = [as_statement(node.body)] if isinstance(node, ast.Lambda) else without_returns(node.body)
         found += reading.of_block(body)
     return tuple(found)
 
@@ -140,10 +141,6 @@ def _names(watched: Watched) -> Iterator[ast.Name]:
     return (each for each_input in watched.inputs for each in ast.walk(each_input) if isinstance(each, ast.Name))
 
 
-def _returned(node: ast.Lambda) -> ast.stmt:
-    return ast.copy_location(ast.Return(node.body), node.body)
-
-
 class _Reading:
     """Reads one function."""
 
@@ -170,17 +167,10 @@ class _Reading:
 
     def _conditions(self, test: ast.expr, lines: Mapping[bool, tuple[Frame, ...]]) -> Iterator[Watched]:
         """Yield a condition, as far as it is known."""
-        known = self._known(test) if any(lines.values()) else None
+        known = known_part(test, lambda each: self._watched(each, {}) is not None) if any(lines.values()) else None
         made = self._watched(known, lines) if known is not None else None
         if made is not None:
             yield made
-
-    def _known(self, test: ast.expr) -> ast.expr | None:
-        """Return a condition without the parts of its `and` and `or` that call something; None if no part is left."""
-        if not isinstance(test, ast.BoolOp):
-            return test if self._watched(test, {}) is not None else None
-        parts = [part for each in test.values if (part := self._known(each)) is not None]
-        return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
 
     def _parts(self, value: ast.expr) -> Iterator[Watched]:
         """Yield the largest parts of an expression that may be sizes, or answers to whoever asks the function."""
@@ -189,10 +179,11 @@ class _Reading:
             part = parts.pop()
             if isinstance(part, (*_SCOPES, ast.JoinedStr)) or _prints(part):
                 continue
-            lines = self._frames([_statement(each) for each in _sides(part)])
-            if isinstance(part, ast.IfExp) and lines:
-                yield from self._conditions(part.test, {True: lines, False: lines})
-                continue
+            if isinstance(part, ast.IfExp):
+                lines = self._frames([as_statement(part.body), as_statement(part.orelse)])
+                if lines:
+                    yield from self._conditions(part.test, {True: lines, False: lines})
+                    continue
             made = self._watched(part, {}) if _may_stay(part) else None
             if made is not None:
                 yield made
@@ -215,19 +206,11 @@ def _copied(value: ast.expr) -> ast.expr:
     return ast.parse(ast.unparse(value), mode="eval").body
 
 
-def _statement(value: ast.expr) -> ast.stmt:
-    return ast.copy_location(ast.Expr(value), value)
-
-
 def _may_stay(part: ast.expr) -> bool:
-    """Return True for an expression whose value may stay the same while what it depends on counts."""
+    """Return True for an expression that may keep its value while its inputs grow."""
     if isinstance(part, (ast.Compare, ast.BoolOp, ast.IfExp)) or _is_pure_call(part):
         return True
     return isinstance(part, ast.BinOp) and any(isinstance(each, _STEPPED) for each in ast.walk(part))
-
-
-def _sides(part: ast.expr) -> list[ast.expr]:
-    return [part.body, part.orelse] if isinstance(part, ast.IfExp) else []
 
 
 def _prints(part: ast.expr) -> bool:
@@ -258,11 +241,11 @@ def _is_written_out(node: ast.BinOp) -> bool:
 
 
 class _UnfitError(Exception):
-    """An expression that more decides than counters."""
+    """An expression that calls something of the script's, or has an operator that is not computed here."""
 
 
 class _Inputs(ast.NodeTransformer):
-    """Puts names in place of what an expression depends on. _UnfitError if it calls something of the script's."""
+    """Puts names in place of an expression's inputs; raises _UnfitError."""
 
     def __init__(self, meanings: Mapping[str, ast.expr]) -> None:
         self._meanings = meanings
@@ -289,7 +272,7 @@ class _Inputs(ast.NodeTransformer):
         return found
 
     def _input(self, node: ast.expr) -> ast.AST:
-        """Return a each_input's name, or the expression that a variable stands for if that can be followed further."""
+        """Return the name of an input, or a variable's only expression with inputs of its own."""
         if isinstance(node, ast.Name) and node.id in self._meanings:
             others = {name: value for name, value in self._meanings.items() if name != node.id}
             inner = _Inputs(others)

@@ -210,7 +210,7 @@ class _Builder:
             case ast.If(test=test, body=body, orelse=other):
                 return [self._branch(statement, test, body, other, scope, depth)]
             case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
-                return [self._branch(statement, test, [_expression(one)], [_expression(two)], scope, depth)]
+                return [self._branch(statement, test, [as_statement(one)], [as_statement(two)], scope, depth)]
             case ast.With() | ast.AsyncWith() | ast.Try():
                 made = copy.copy(statement)
                 made.body = self.statements(statement.body, scope, depth)
@@ -298,7 +298,7 @@ class _Builder:
         match made:
             case ast.Assign(targets=[target], value=value) | ast.AugAssign(target=target, value=value):
                 is_local = isinstance(target, ast.Name) and target.id in scope.values
-                made = _expression(value, made) if is_local else self._in_own_words(made, scope, depth)
+                made = as_statement(value, made) if is_local else self._in_own_words(made, scope, depth)
         return [self._placed(made, scope)]
 
     def _in_own_words(self, statement: ast.stmt, scope: _Scope, depth: int) -> ast.stmt:
@@ -432,7 +432,7 @@ def without_returns(block: Sequence[ast.stmt]) -> list[ast.stmt]:
     """Put the statements after a branch that may return into the branches, so that no statement returns."""
     for place, statement in enumerate(block):
         if isinstance(statement, ast.Return):
-            return [*block[:place], *([_expression(statement.value, statement)] if statement.value else [])]
+            return [*block[:place], *([as_statement(statement.value, statement)] if statement.value else [])]
         if isinstance(statement, ast.If) and _returns(statement):
             rest = block[place + 1 :]
             made = ast.If(
@@ -474,7 +474,8 @@ def _is_named(node: ast.AST) -> TypeGuard[ast.Name | ast.Attribute]:
     return isinstance(node, (ast.Name, ast.Attribute))
 
 
-def _expression(value: ast.expr, at: ast.stmt | None = None) -> ast.Expr:
+def as_statement(value: ast.expr, at: ast.stmt | None = None) -> ast.Expr:
+    """Return an expression as a statement, at its own place or at another one's."""
     return ast.fix_missing_locations(ast.copy_location(ast.Expr(value), at or value))
 
 

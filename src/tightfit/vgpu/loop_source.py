@@ -366,16 +366,16 @@ def _calls_behind(
 ) -> Iterator[Call]:
     """Yield those of the branches of an `if`; Python leaves out a branch that a written constant closes."""
     test, blocks = statement.test, blocks_of(statement)
-    may_change = changing is None or _may_change(test, changing)
+    changes = changing is None or may_change(test, changing)
     if isinstance(test, ast.Constant):
-        may_change, blocks = True, blocks[:1] if test.value else blocks[1:]
+        changes, blocks = True, blocks[:1] if test.value else blocks[1:]
     head = range(statement.lineno, (test.end_lineno or statement.lineno) + 1)
     for block in filter(None, blocks):
         is_on_line = block[0].lineno == statement.lineno
         first, last = block[0].lineno, block[-1].end_lineno or block[-1].lineno
         lines = range(-first, 1 - first) if is_on_line else range(first, last + 1)
-        behind = branches if may_change else (*branches, Branch(head, lines, is_late))
-        late = is_late or (may_change and not isinstance(test, ast.Constant))
+        behind = branches if changes else (*branches, Branch(head, lines, is_late))
+        late = is_late or (changes and not isinstance(test, ast.Constant))
         for each in _calls(block, changing, behind, is_late=late):
             yield Call(-each.first, -each.first, behind) if is_on_line else each
 
@@ -389,7 +389,8 @@ def _name_of(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
-def _may_change(test: ast.expr, changing: set[str]) -> bool:
+def may_change(test: ast.expr, changing: Set[str]) -> bool:
+    """Return True if a condition calls something, or reads a name or attribute that is among those `changing`."""
     names = {each.id for each in ast.walk(test) if isinstance(each, ast.Name)}
     names |= {each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)}
     return bool(names & changing) or any(isinstance(each, ast.Call) for each in ast.walk(test))

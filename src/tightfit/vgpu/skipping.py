@@ -16,7 +16,7 @@ from typing import TypeGuard, cast
 
 from torch import Tensor
 
-from tightfit.vgpu.expressions import PLAIN, Reader, UnknownError, Unsure, is_chance, value_in
+from tightfit.vgpu.expressions import NUMBERS, PLAIN, Reader, UnknownError, Unsure, is_chance, known_part, value_in
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
@@ -24,7 +24,6 @@ from tightfit.vgpu.loop_source import blocks_of, head_line
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
 _MOST_CUT_OFF = 3
-_NUMBERS = (int, float, str, type(None))
 
 
 class _Reduced:
@@ -123,7 +122,7 @@ class _Reduced:
         self.uncounted |= {line for line in self._missing if _covers(loop, line)}
 
     def _branch(self, statement: ast.If) -> list[ast.stmt]:
-        test = self._known(statement.test)
+        test = known_part(statement.test, self._reader.knows)
         if test is None or (test is not statement.test and self._holds_already(statement, test)):
             behind = {line for line in self._missing if _covers(statement, line)}
             self.unknown |= behind
@@ -150,18 +149,9 @@ class _Reduced:
         """Return True if what is known of a condition holds, and its lines did not run: the rest of it decides."""
         return bool(self._reader.value(known)) and statement.body[0].lineno not in self._ran
 
-    def _known(self, test: ast.expr) -> ast.expr | None:
-        """Return a condition without what only the script could tell; None if no part is known."""
-        if not isinstance(test, ast.BoolOp):
-            return test if self._reader.knows(test) else None
-        parts = [part for each in test.values if (part := self._known(each)) is not None]
-        if parts == test.values:
-            return test
-        return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
-
     def _is_count(self, target: ast.expr, value: ast.expr, is_added: bool) -> bool:
         parts = (value, target) if is_added else (value,)
-        numbers = all(self._reader.knows(each) and isinstance(self._reader.value(each), _NUMBERS) for each in parts)
+        numbers = all(self._reader.knows(each) and isinstance(self._reader.value(each), NUMBERS) for each in parts)
         return numbers and self._reader.has(target)
 
 
@@ -198,8 +188,8 @@ class Skip:
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
         the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
         if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the next.
-        `watches`: stop where such values are new, too. `far` returns, when iterations begin to be passed over, what
-        tells for so many of them if the next has to run for the sake of functions that nobody reads here.
+        `watches`: stop where such values are new, too. `far` is called when iterations begin to be passed over; it
+        returns a function of their number that is True if the next one has to run, for conditions not in this loop.
         """
         self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
@@ -370,7 +360,7 @@ class Skip:
             self._cut_off += 1
         expected = self._values(reduced, names, others)
         self._restore(before, reduced, names, others)
-        return expected, {text: value for text, value in read.items() if isinstance(value, _NUMBERS)}
+        return expected, {text: value for text, value in read.items() if isinstance(value, NUMBERS)}
 
     def _compare(
         self,
@@ -385,7 +375,7 @@ class Skip:
         for text, value in {**read, **expected}.items():
             node = ast.parse(text, mode="eval").body
             found = reader.value(node) if reader.knows(node) else reader
-            if not isinstance(found, _NUMBERS) or found != value:  # a tensor, by now
+            if not isinstance(found, NUMBERS) or found != value:  # a tensor, by now
                 wrong.add(text)
         self._unsure = frozenset(wrong)
 
@@ -394,7 +384,7 @@ def _is_copied(entry: object) -> bool:
     """Return True for an entry of a list that may be repeated without hiding memory that tensors would take."""
     if isinstance(entry, tuple):
         return not any(isinstance(each, Tensor) for each in entry)
-    return isinstance(entry, _NUMBERS)
+    return isinstance(entry, NUMBERS)
 
 
 def _has_length(call: ast.Call) -> bool:
