@@ -159,7 +159,7 @@ def context_bytes(gpu: GPU, cuda_version: tuple[int, int] = (12, 8)) -> tuple[in
     error. Otherwise it is an estimate from the rows of the nearest capability: interpolated between the SM counts on
     either side of the card's, or in proportion beyond them. The driver sets memory aside for every SM: 3 to 6 MiB each
     on all but one of the chips measured. Of CUDA's versions only `LAZY_LOADING` shows in the measurements, so rows on
-    the same side of it count.
+    its same side count.
 
     >>> context_bytes(resolve_gpu("T4")[0])[0] // 2**20
     150

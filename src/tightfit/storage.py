@@ -14,7 +14,7 @@ import msgspec
 METRICS, PLAN, CONFIG = "metrics.jsonl", "plan.json", "config.json"
 """Files in a run's folder: its metrics, the plan made for it, its configuration."""
 EXPLANATION = "explanation.txt"
-"""Written where a run ended for want of memory."""
+"""Written where a run ran out of memory."""
 BEST, LAST = "ckpt.pt", "last.pt"
 """Checkpoints by nanoGPT's rule (after an evaluation), and at any other step."""
 LOCK, OWNER = ".lock", ".owner.json"

@@ -193,7 +193,7 @@ def _in_files(variant: Variant, bare: str, is_wanted: Callable[[str], bool]) -> 
 
 
 def _keys(text: str, bare: str, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Yield the keys of YAML, JSON or TOML whose path ends with `bare`, with their values and the places of those."""
+    """Yield each key of YAML, JSON or TOML that ends a path with `bare`, with its value and that value's place."""
     path: list[tuple[int, str]] = []
     key = re.compile(r'^([ \t]*(?:- )?)(?:"([\w.-]+)"|([\w.-]+))[ \t]*[:=][ \t]*("?)([^\s",#{\[]*)', re.MULTILINE)
     table = ""

@@ -120,7 +120,7 @@ class _HeldOut(NamedTuple):
 
     files: frozenset[Path]
     divided: Path | None
-    """File whose end is for validation, too."""
+    """File that gives its end to validation, too."""
     val_fraction: float
     """Share of the divided file."""
 

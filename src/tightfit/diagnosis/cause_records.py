@@ -121,11 +121,11 @@ class SizedWeights(Request, frozen=True, kw_only=True):
 
 
 class LogitTokens(Request, frozen=True, kw_only=True):
-    """Tokens whose logits make the request."""
+    """Tokens with logits as large as the request."""
 
     vocab_size: int
     of: str
-    """The model or the program whose vocabulary it is."""
+    """The model or the program that has this vocabulary."""
     float_tokens: int
     half_tokens: int
 
@@ -192,7 +192,7 @@ class OwnRanks(Cause, frozen=True, kw_only=True):
 
 
 class RanksInRow(Cause, frozen=True, kw_only=True):
-    """Processes on this card whose numbers follow each other."""
+    """Processes on this card with consecutive numbers."""
 
     count: int
 

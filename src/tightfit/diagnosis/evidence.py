@@ -60,7 +60,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the tensors that make the request; None if it is not stated."""
     line: LineKind | None = None
     shape: PrintedShape | None = None
-    """A printed shape whose bytes make the request."""
+    """A printed shape that has as many bytes as the request."""
     fits: tuple[Fit, ...] = ()
     """Tensors of the shown kind, or of the known model, that make the request."""
     is_complete: bool = False
@@ -93,7 +93,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return kinds.pop() if len(kinds) == 1 and all(map(self._is_telling, self.fits)) else None
 
     def _is_telling(self, fit: Fit) -> bool:
-        """Return True if a tensor's size alone is a sign of it: not if some number of tokens always makes the size.
+        """Return True if a size alone points to a tensor: not if some number of tokens always makes that size.
 
         DeepSpeed and FSDP have buckets of any size; most attention keeps no scores.
         """

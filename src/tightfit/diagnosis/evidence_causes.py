@@ -35,8 +35,9 @@ _SHOWN_MODELS = 3
 def causes_of_evidence(
     facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str
 ) -> tuple[list[Cause], list[Cause]]:
-    """Return the causes of a failure that was not played, or whose play fits: that the model alone is too large, if
-    it is, which comes before all others; and the rest.
+    """Return the causes of a failure that was not played, or that fits when played: the first ones, and the rest.
+
+    That the model alone is too large comes before all others.
     """
     tensor = [*_of_kept(facts, evidence), *_of_tensor(facts, culprit, evidence, unplayed_because)]
     budget = [*_of_budget(evidence.budget)] if evidence.budget else []
@@ -47,7 +48,7 @@ def causes_of_evidence(
 
 
 def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
-    """Yield what is kept from step to step, by a line that feeds a state back, or by the report's words."""
+    """Yield tensors that are kept from step to step, by a line that feeds a state back, or by the report's words."""
     if feeds_back(facts.frames):
         yield Cause(code="fed_back", label=LIKELY)
     elif "growing" in evidence.run.signs:

@@ -22,7 +22,7 @@ Divided = tuple[int | None, int | None, int | None]
 
 
 def divided(evidence: Evidence) -> Divided:
-    """Return the printed batch, a quarter of it, and the accumulation that keeps the sequences of a step."""
+    """Return the printed batch, a quarter of that, and the accumulation that keeps the sequences of a step."""
     batch = evidence.run.numbers.get("batch_size")
     if not batch or batch < 2 or "data_parallel" in evidence.run.signs:
         return None, None, None

@@ -68,7 +68,7 @@ _OF_THE_RUN = {
 
 
 def with_run(facts: Facts, run: RunFacts) -> Facts:
-    """Return a failure with what the log prints of its run and its sentences need."""
+    """Return a failure with those facts of its run that the log prints and its sentences need."""
     for each in _details():
         if not each.is_shown(facts, run.text):
             continue

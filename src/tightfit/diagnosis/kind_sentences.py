@@ -41,7 +41,7 @@ def _table() -> _Fixes:
 
 
 def is_known(kind: str) -> bool:
-    """Return True for a kind whose fixes are in `kind_fixes.toml`; the others have one piece of advice each."""
+    """Return True for a kind with fixes in `kind_fixes.toml`; the others have one piece of advice each."""
     return kind in _table().fixes or any(key.startswith(f"{kind}__") for key in _table().fixes)
 
 
@@ -127,7 +127,7 @@ def _is_square(shape: str) -> bool:
 
 
 def _key(keys: Mapping[str, object], kind: str, known: Mapping[str, object]) -> str | None:
-    """Return the first key `kind__name` whose name is known, else `kind` if it is one."""
+    """Return the first key `kind__name` with a known name, else `kind` if it is a key."""
     kinds = (kind, _ALIKE_KINDS.get(kind))
     named = (key for key in keys if key.partition("__")[0] in kinds and key.partition("__")[2] in known)
     sayable = (key for key in named if _fields(keys[key]) <= known.keys())
@@ -172,7 +172,7 @@ def _has_digit(value: object) -> bool:
 
 
 def fix_said(code: str, facts: Facts, words: "Words") -> str:
-    """Return the words of a fix whose code begins with `kind_`."""
+    """Return the words of a fix with a code that begins with `kind_`."""
     name = code.removeprefix("kind_")
     sentences = wording.words(words.language)
     if sentences.has("fix", name):

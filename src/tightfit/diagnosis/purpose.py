@@ -34,7 +34,7 @@ def purpose_of(facts: Facts, run: RunFacts) -> str | None:
 
 
 def _first_of_options(text: str) -> str | None:
-    """Return what the options of a command tell the program to do; one that trains and then tests is a training."""
+    """Return the purpose that the options of a command name; to train and then to test is a training."""
     return next((purpose for purpose, sign in _signs()["options"].items() if sign.search(text)), None)
 
 

@@ -1,4 +1,4 @@
-"""What the report itself tells of a remedy: its own options, lines that it has already, words of what it is about."""
+"""A remedy in the report's own words: its options, its lines that are there already, and the words of its subject."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def _is_own(remedy: Remedy, evidence: Evidence) -> bool:
 
 
 def _stands(remedy: Remedy, text: str) -> bool:
-    """Return True for a remedy whose every line already stands in the log: it did not help."""
+    """Return True for a remedy if all its lines already stand in the log: it did not help."""
     lines = [line.partition("  #")[0].strip() for line in remedy.paste]
     return bool(lines) and all(len(line) > _SHORT_LINE and (line in text or _is_set(line, text)) for line in lines)
 

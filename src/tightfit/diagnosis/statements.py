@@ -168,7 +168,7 @@ def _foreign_lines(explanation: "Explanation", foreign: Foreign, words: Words) -
 
 
 def _step_line(run: ModelRun, words: Words) -> str:
-    """Return the step that was played, with what the configuration leaves open."""
+    """Return the step that was played, and the quantities that the configuration leaves open."""
     parts = [words("step", "weights", dtype=run.weights)]
     parts += [words("step", "cast", dtype=run.cast)] if run.cast else []
     parts += [words("step", "lora", rank=run.rank) if run.rank else words("step", "full")]

@@ -378,7 +378,7 @@ def _with_facts(record: _Record, facts: Facts) -> _Record:
 
 
 def _counts(record: _Record) -> bool:
-    """Return True for a failure beside the chosen one, and not for a launcher's report of it."""
+    """Return True for a failure beside the chosen one, False for a launcher's report of the chosen one."""
     is_failure = record.standing in (Standing.FAILURE, Standing.CAUGHT) and record.facts.kind != "tensorrt_tactic"
     return is_failure and memory_of(record.facts.kind) != "unshown"
 
@@ -442,7 +442,7 @@ def _without_next_line(figures: Mapping[str, Figure], words: str) -> Mapping[str
 
 
 def _said(words: str) -> dict[str, str]:
-    """Return what a program says, or what the title of a report does."""
+    """Return the text of a program, or of a report's title."""
     plain = " ".join(clean(words).split())[:200]
     return _as_reported(plain.lstrip("# ")) if plain.startswith("#") else {"said": plain}
 

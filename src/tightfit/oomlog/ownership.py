@@ -28,8 +28,8 @@ _ALIKE = 0.02
 def own_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]) -> OtherProcess | None:
     """Return the listed process that is this one, in a container where the message cannot tell; None if two may be.
 
-    It holds what PyTorch reserved, and a context. A process that does not fit the card beside that is this one, too,
-    however much libraries and NCCL add to it.
+    It holds what PyTorch reserved, and a context. A listed process that leaves this one no room on the card is this
+    one, too, however much libraries and NCCL add to it.
     """
     allocated = figures.get("allocated_bytes")
     if "process_bytes" in figures or allocated is None:

@@ -167,7 +167,7 @@ def run_facts_in(text: str) -> RunFacts:
 
 
 def _texts_in(text: str) -> dict[str, str]:
-    """Return what a text prints of its model, optimizer and dtype; of a part's groups nothing."""
+    """Return the model, optimizer and dtype that a text prints; nothing about the groups of a part."""
     texts: dict[str, str] = {}
     for dashes, group, name, _, value in _keys("texts")[0].findall(text):
         if group:

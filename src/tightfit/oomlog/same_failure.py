@@ -1,4 +1,4 @@
-"""Tell whether two messages of a log report one failure, and join what each says of it."""
+"""Tell whether two messages of a log report one failure, and join their facts."""
 
 from msgspec.structs import replace
 

@@ -1,4 +1,4 @@
-"""Plan of a run whose model may be spread over its processes, made by the first of them for all.
+"""Plan of a run that may spread its model over its processes: the first process makes it for all.
 
 On cards the plan compares the shardings as `tightfit plan` does. On the processor the processes share the machine's
 memory, and exchanges take the time of copies within it.

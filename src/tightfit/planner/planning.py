@@ -272,7 +272,7 @@ def this_host(
 ) -> Where:
     """Return this machine's processor, with `memory_bytes` or the tightest limit of a process started here.
 
-    `processes` like this one share what the machine and control groups have left.
+    `processes` like this one share the memory that the machine and control groups have left.
     """
     log(say("planner.planning.measuring"))
     host, base = host_memory(), measured_host().base_bytes

@@ -58,7 +58,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int
     """Peak of the process on the card."""
     allocated_bytes: int
-    """Peak of the tensors alone, which shows what the cache's large blocks hide."""
+    """Peak of the tensors alone. It shows growth that the cache's large blocks hide."""
     phase: str
     categories: dict[str, int]
     tensors: list[KeptTensor]
@@ -262,5 +262,5 @@ def _key(name: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Return a basic string of TOML, whose escapes are JSON's."""
+    """Return a basic string of TOML, with the escapes of JSON."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -102,7 +102,7 @@ def _places(gpu: GPU, details: Sequence[Detail]) -> Iterator[Hashable]:
 
 
 def _rows_of_family(asked: Asked, family: list[GPU], played: dict[str, Detail], left: list[GPU]) -> list[CardRow]:
-    """Play the ends of cards of one capability, and the parts of them whose ends differ, with memory for all `left`."""
+    """Play on the first and last of a capability's cards, and halve the range between where the two differ."""
     rows: list[CardRow] = []
     parts = [family]
     while parts:

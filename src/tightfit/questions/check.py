@@ -54,7 +54,7 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     after_bytes: int
     limit_bytes: int | None
     problems: list[str]
-    """Sentences for what it fails for; empty if it passes."""
+    """Sentences with the reasons of a failure; empty if it passes."""
     seconds: float
 
 
@@ -83,7 +83,7 @@ def read_scripts(path: Path) -> dict[str, Script]:
 
 
 def check(path: Path, simulator: Simulator, *, update: bool) -> CheckReport:
-    """Play the scripts of a file, in its folder, and compare them with the baselines beside it."""
+    """Play the scripts of a file, in its folder, and compare them with the baselines in the same folder."""
     scripts = read_scripts(path)
     root, lock = path.absolute().parent, path.absolute().parent / LOCK
     baseline = read_lock(lock)

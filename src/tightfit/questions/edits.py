@@ -51,7 +51,7 @@ class Kind:
     needs: re.Pattern[str]
     """Pattern of the texts to look through: parsing every file takes seconds."""
     option: str = ""
-    """Option that does the same in a program whose options are Transformers' TrainingArguments."""
+    """Option that does the same in a program with Transformers' TrainingArguments."""
     package: str = ""
     """Package that the option needs."""
     switch: re.Pattern[str] | None = None
@@ -91,7 +91,7 @@ def _no_grad(script: ScriptText) -> None:
 
 
 def _evaluates(scope: ast.AST) -> bool:
-    """Return True for a function that evaluates, by its name or by what it calls."""
+    """Return True for a function that evaluates, by its name or by its calls."""
     has_name = isinstance(scope, Function) and _EVALUATION.fullmatch(scope.name) is not None
     return has_name or has_call(scope, "eval") or _mentions(scope, _NO_GRAD)
 
@@ -237,7 +237,7 @@ def _all_names(tree: ast.AST) -> set[str]:
 
 
 def _checkpoint(script: ScriptText) -> None:
-    """Recompute the blocks of a network in the backward pass instead of keeping what is inside them."""
+    """Recompute the blocks of a network in the backward pass instead of keeping their activations."""
     if _mentions(script.tree, ("checkpoint", "gradient_checkpointing_enable")):
         return
     for function in functions(script.tree):

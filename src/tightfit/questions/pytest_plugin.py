@@ -5,7 +5,8 @@
         train_step(Model().cuda())
 
 The body runs in a fork of a server process, so this process's torch stays as it is. `pytest --memory-update` writes
-`memory.lock.toml`; later runs fail where a test needs more than it says. `pytest -p no:tightfit` leaves all of it out.
+`memory.lock.toml`; later runs fail where a test needs more than it says. `pytest -p no:tightfit` leaves out everything
+here.
 """
 
 import contextlib
@@ -98,7 +99,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Take over what a worker of pytest-xdist has seen."""
+    """Take over the plays of a worker of pytest-xdist."""
     text = getattr(node, "workeroutput", {}).get(_WORKER_KEY)
     if text:
         import msgspec
@@ -114,7 +115,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 class MemoryTests:
-    """The memory tests of one session: their service, their baselines and what they took."""
+    """The memory tests of one session: their service, their baselines and their peaks."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.root = config.rootpath
@@ -231,7 +232,7 @@ def _settings(name: str, chosen: dict[str, Any]) -> "tuple[Settings, int | None]
 
 @contextlib.contextmanager
 def _own_sentences() -> Iterator[None]:
-    """Fail the test with one sentence for a mistake in what was asked."""
+    """Fail the test with one sentence for a mistake in its request."""
     try:
         yield
     except TightfitError as error:

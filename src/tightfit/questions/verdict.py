@@ -1,4 +1,4 @@
-"""The verdict of a memory test: what is wrong with a play, in sentences."""
+"""The verdict of a memory test: the problems of a play, in sentences."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from tightfit.wording import say
 
 
 def problems_of(detail: Detail, *, limit_bytes: int | None, before: Entry | None, root: Path) -> list[str]:
-    """Return what a play is to fail for; nothing if it fits, keeps its limit and took no more than before."""
+    """Return the problems of a play; none if it fits, keeps its limit and took no more than before."""
     found = detail.findings
     if found.outcome == "error":
         return [say("questions.verdict.error", reason=found.stopped_because)]

@@ -26,7 +26,7 @@ def dryrun_page(found: Findings, t: Words) -> Page:
 
 
 def verdict_of(found: Findings, t: Words) -> str:
-    """Return the outcome with the card, and what is left of it."""
+    """Return the outcome with the card, and the memory that the card has left."""
     as_played = found.outcome == "fits" and found.not_played
     verdict = t(
         "outcome",

@@ -1,4 +1,4 @@
-"""The sections of an explanation's page: problem, memory at the failure, causes, fixes, what is to be expected."""
+"""The sections of an explanation's page: problem, memory at the failure, causes, fixes, expected result."""
 
 from collections.abc import Iterable, Iterator, Sequence
 

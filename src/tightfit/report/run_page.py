@@ -164,7 +164,7 @@ def _chart_section(
 
 
 def _curve_notes(curves: Sequence[tuple[str, str, str, Curve]], t: Words) -> list[str]:
-    """Name the curves whose points were put together or left out."""
+    """Name the curves with points that were put together or left out."""
     spans = [
         t("note", "spans", name=t("series", name), points=f"{each.points:,}", spans=f"{SPANS:,}")
         for name, _, _, each in curves

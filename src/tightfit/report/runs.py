@@ -57,7 +57,7 @@ class Run:
 def read_run(folder: Path, plan: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None) -> Run:
     """Read the run in `folder`; `plan` instead of the one that lies there, `config` where the folder has none.
 
-    DataError if there are no metrics in it, unless it ended for want of memory before it had any.
+    DataError if there are no metrics in it, unless it ran out of memory before it had any.
     """
     if not folder.is_dir():
         raise DataError(say("cli.report.not_a_folder", folder=folder))

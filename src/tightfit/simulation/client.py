@@ -31,7 +31,7 @@ _TIMEOUT_S = 600
 _ENDING_S = 2
 """Seconds that the server gets to end its plays; then the kernel ends them with it."""
 _LAST_WORDS_S = 20
-"""Seconds that an interrupted play gets to answer with what it saw."""
+"""Seconds that an interrupted play gets to answer with its findings so far."""
 _CHUNK = 1 << 16
 _POLL_S = 0.5
 A = TypeVar("A", bound=msgspec.Struct)
@@ -150,7 +150,7 @@ def run_once(
 ) -> A | Failed:
     """Answer one request in a process of its own, on this machine's real devices, or return `Failed`.
 
-    `on_step` hears how many optimizer steps a script has done. Ctrl-C lets a play answer with what it saw.
+    `on_step` hears how many optimizer steps a script has done. After Ctrl-C a play answers with its findings so far.
     """
     process, connection = _start_server(
         "once", environ={**(os.environ if environ is None else environ), **without_temporary_folder()}

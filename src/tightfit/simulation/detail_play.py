@@ -43,7 +43,7 @@ def play_detail(
     on_step: Callable[[int], object],
     view: View | None,
 ) -> Detail:
-    """Play in a private view if there is one, and read off the recorder what the findings leave out."""
+    """Play in a private view if there is one, and add details from the recorder that the findings leave out."""
     VirtualSession.allocator_kind = TapedAllocator
     VirtualSession.other_cards = [card.name for card in cards]
     files, clock = FilesRead(view), Clock()

@@ -1,4 +1,4 @@
-"""Details of a play: what a question about a script is answered from. Sizes in bytes; no torch."""
+"""Details of a play, from which questions about a script are answered. Sizes in bytes; no torch."""
 
 import os
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class Held(Origin, frozen=True, kw_only=True):
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
-    """A file that a play read, or a folder that it listed, by which a change of it is noticed."""
+    """State of a file that a play read, or of a folder that it listed, by which a change is noticed."""
 
     path: str
     size: int

@@ -33,7 +33,7 @@ class Request(msgspec.Struct, Generic[A], frozen=True, kw_only=True, tag_field="
         return True
 
     def key(self) -> bytes:
-        """Return what the answer depends on."""
+        """Return everything that the answer depends on."""
         return msgspec.json.encode(self, order="sorted")
 
     def still_holds(self, answer: msgspec.Struct) -> bool:
@@ -156,7 +156,7 @@ class ScriptRequest(Request["Findings"], frozen=True, kw_only=True, tag="script"
     replaced: Mapping[str, str] = {}
     """Text that the script finds in a file instead of its own; only where a private view keeps the file as it is."""
     is_quiet: bool = False
-    """True if nobody reads what the script prints."""
+    """True if nobody reads the output of the script."""
 
     @property
     def is_remembered(self) -> bool:

@@ -11,7 +11,7 @@ _WORDS = 300_000
 
 
 def with_frame_stack(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function whose calls, and theirs, keep their frames in one piece of memory.
+    """Return a function that keeps the frames of its calls, and of theirs, in one piece of memory.
 
     CPython (3.11 and later) keeps frames in pieces of 16 KiB. Where a loop's calls cross the end of a piece, each
     call maps the next one and unmaps it again. Torch's compiler does so all the time: 470,000 page faults and a

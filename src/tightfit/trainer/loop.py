@@ -481,7 +481,7 @@ class _Run:
         self.feed.restart(self.step)
 
     def _undo_pass(self) -> None:
-        """Drop what a forward or backward pass left half done; only a model in shards keeps any of it."""
+        """Drop the leftovers of a forward or backward pass that failed; only a model in shards keeps any."""
         if self.state.shards:
             self.model = self.state.model = self.state.shards.rebuild()
             self.state.shards.sums_each_pass = True

@@ -8,8 +8,8 @@ process, up to the order of sums. Gradients are summed in float32 and go to floa
 
 Failures. FSDP2 has collectives in forward and backward, and a process that fails there would leave the others waiting.
 So all processes agree before each collective, through FSDP2's own hooks for custom collectives, and a collective starts
-on all of them or on none. What a failed pass leaves in FSDP2's modules (gathered weights, half-summed gradients, hooks,
-states) is not repaired: `rebuild` makes new modules around the same shards and drops the old ones. FSDP2's own
+on all of them or on none. A failed pass leaves gathered weights, half-summed gradients, hooks and states in FSDP2's
+modules. They are not repaired: `rebuild` makes new modules around the same shards and drops the old ones. FSDP2's own
 `reset_iter_state`, of torch 2.13, keeps the gradients of earlier passes that were not yet summed.
 """
 
@@ -138,7 +138,7 @@ class Shards:
 
     @torch.no_grad()
     def place(self, tensor: Tensor, whole: Tensor) -> None:
-        """Copy this process's part of `whole` into `tensor`, or all of it if that is not spread."""
+        """Copy this process's part of `whole` into `tensor`, or all of `whole` if `tensor` is not spread."""
         if isinstance(tensor, DTensor):
             local = tensor.to_local()
             first = min(self.mesh.get_local_rank("shard") * self._rows(tensor), whole.shape[0])

@@ -114,7 +114,7 @@ def with_sharding(
 
 
 def sharding_that_fits(state: int, free: int | None, world: World) -> str:
-    """Return the sharding with the least exchange whose part of `state` bytes leaves half of `free` to activations.
+    """Return the sharding with the least exchange that leaves half of `free` bytes to activations, beside its `state`.
 
     >>> two_machines = World(rank=0, size=16, local_rank=0, local_size=8)
     >>> [sharding_that_fits(gib, 20, two_machines) for gib in (8, 60, 100)]

@@ -84,7 +84,7 @@ def optimizer_step(
 
     `micro_batches` yields `passes` of them, of any sizes. Each counts by its tokens, so another split of the batch
     changes the result only by rounding. `seed_of_pass` gives the seed of each pass's dropout, set for the process. A
-    step whose result is not accepted changes nothing.
+    step changes nothing if its result is not accepted.
     """
     set_learning_rate(state.optimizer, learning_rate)
     total = _backward(state, micro_batches, passes, state.processes / tokens, seed_of_pass)

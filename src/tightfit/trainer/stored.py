@@ -29,7 +29,7 @@ def load_newest(folder: Path, *, log: Callable[[str], object]) -> Checkpoint:
 
 
 def _newest(folder: Path, log: Callable[[str], object]) -> tuple[Checkpoint | None, str]:
-    """Return the undamaged checkpoint of the latest step, if any, and what is wrong with the others."""
+    """Return the undamaged checkpoint of the latest step, if any, and the faults of the others."""
     found, broken = [], []
     for path in _checkpoints(folder, CHECKPOINTS):
         try:

@@ -72,7 +72,7 @@ class Learnt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def learnt() -> Learnt | None:
-    """Return what a restarted process is to know; None in a first process."""
+    """Return the facts that a restarted process needs; None in a first process."""
     try:
         return msgspec.json.decode(os.environ[LEARNT], type=Learnt)
     except (KeyError, msgspec.MsgspecError):

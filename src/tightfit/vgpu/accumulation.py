@@ -49,7 +49,7 @@ class _Repeated:
     count: int = 0
 
     def follow(self, recorder: Recorder) -> bool:
-        """Compare what was allocated since the last call; return True if another pass would be equal."""
+        """Compare the allocations since the last call; return True if another pass would be equal."""
         pattern = tuple(recorder.sizes_since(self.mark))
         allocator = recorder.allocator
         same = bool(pattern) and not sum(pattern)

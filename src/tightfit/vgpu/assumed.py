@@ -1,4 +1,4 @@
-"""Lengths and values that only the card's data decide: their bounds, and what the user gives for them (`--assume`)."""
+"""Lengths and values that only the card's data decide: their bounds, and the user's own figures (`--assume`)."""
 
 import linecache
 import os
@@ -49,7 +49,7 @@ class Assumed:
         return length
 
     def sentences(self) -> list[str]:
-        """Tell the bounds of lengths, and what was given for nothing."""
+        """Tell the bounds of lengths, and name assumptions that nothing used."""
         found = []
         for line, each in self._lengths.items():
             place = f"{line.file}:{line.line}" if line else "?"

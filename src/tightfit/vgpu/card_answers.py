@@ -1,4 +1,4 @@
-"""What a program learns of its card: one play holds for all cards that would have answered alike."""
+"""Answers of the card to a program: one play holds for all cards that would have answered alike."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import SimpleNamespace
@@ -127,7 +127,7 @@ def _answer(question: Callable[[Card], R], other: Card) -> R | None:
 
 
 def watched(properties: SimpleNamespace, answers: CardAnswers) -> SimpleNamespace:
-    """Return the properties of a card, whose readings are noted."""
+    """Return the properties of a card, and note which of them are read."""
 
     class Properties(SimpleNamespace):
         def __getattribute__(self, name: str) -> object:

@@ -85,7 +85,7 @@ class Children:
         return self._with_unplayed(max(found, key=_weight)) if found else None
 
     def _end_running(self) -> None:
-        """Let processes that still play leave what they saw."""
+        """Let processes that still play leave their findings."""
         until, asked = time.monotonic() + _LAST_WORDS_S, set[str]()
         while (running := self._running()) and time.monotonic() < until:
             for number in running - asked:

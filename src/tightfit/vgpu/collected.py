@@ -72,7 +72,7 @@ def _bytes_of(entry: object) -> int:
 
 
 def _targets(body: list[ast.stmt]) -> Iterator[ast.expr]:
-    """Yield the expressions of what a loop's body appends to."""
+    """Yield the expressions of lists that a loop's body appends to."""
     for statement in body:
         match statement:
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=target, attr="append" | "extend"))):

@@ -483,7 +483,7 @@ class VirtualDevice:
     # Between device and host
 
     def check_not_capturing(self) -> None:
-        """Fail as CUDA does where the host would wait for a stream whose work is only being captured."""
+        """Fail as CUDA does where the host would wait for a stream that is only being captured."""
         if self.capture_stream:
             raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 

@@ -229,7 +229,7 @@ class Evaluations:
 
 
 def _is_of_map(batches: object) -> "TypeGuard[dataloader._BaseDataLoaderIter]":
-    """Return True for batches of a DataLoader whose dataset has numbered items."""
+    """Return True for batches of a DataLoader over a dataset with numbered items."""
     module = import_module("torch.utils.data.dataloader")
     return isinstance(batches, module._BaseDataLoaderIter) and batches._dataset_kind == module._DatasetKind.Map
 

@@ -166,7 +166,7 @@ class Reader:
         return found
 
     def _any_or_all(self, node: ast.BoolOp) -> object:
-        """Return what decides an `and` or `or`, although other parts of it may be unknown."""
+        """Return the part that decides an `and` or `or`, although its other parts may be unknown."""
         decides = isinstance(node.op, ast.Or)
         unknown = False
         value: object = not decides

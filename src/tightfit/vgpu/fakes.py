@@ -84,7 +84,7 @@ def fakes(values: Iterable[Argument]) -> Iterator[FakeTensor]:
 
 
 def is_on_meta(args: Arguments, device: Argument) -> bool:
-    """Return True for an operator whose result has no memory anywhere: it needs no virtual device."""
+    """Return True for an operator that gives a result without memory: it needs no virtual device."""
     if isinstance(device, torch.device):
         return device.type == "meta"
     return any(isinstance(each, Tensor) and each.is_meta for each in args)

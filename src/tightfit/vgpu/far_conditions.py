@@ -219,7 +219,7 @@ class FarConditions:
             history.is_uncovered |= history.belongs_to(place, now) and not history.is_settled(place)
 
     def unsure(self) -> list[Frame]:
-        """List lines that may allocate and never ran, behind conditions that may have held in what was passed over."""
+        """List lines that may allocate and never ran, behind conditions that may have held in passed iterations."""
         now = self._iterations()
         histories = (each for each in self._histories.values() if each.is_uncovered and not each.varied.isdisjoint(now))
         return list(dict.fromkeys(line for history in histories for line in history.missing()))

@@ -1,4 +1,4 @@
-"""Expressions of a function whose values decide what it allocates: its conditions, and sizes that it computes.
+"""Expressions of a function that decide its allocations: its conditions, and sizes that it computes.
 
 They are read from its source once. Their inputs, such as `self.steps`, are read each time that the function returns.
 """

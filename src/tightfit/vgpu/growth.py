@@ -13,7 +13,7 @@ _SECONDS = 40.0
 
 
 class Growth:
-    """Compares what is allocated in repeating steps before and after lines that iterations were passed over for."""
+    """Compares the allocations of repeating steps before and after lines that iterations were passed over for."""
 
     def __init__(self, recorder: Recorder, lines: LineWatch) -> None:
         self._recorder, self._lines = recorder, lines
@@ -37,7 +37,7 @@ class Growth:
         return self._again
 
     def note(self) -> None:
-        """Remember what is allocated if iterations begin to be passed over for lines."""
+        """Remember the allocated bytes if iterations begin to be passed over for lines."""
         sought, self._lines.sought = self._lines.sought, None
         if sought is not None and sought.lines:
             self._before[sought] = self._recorder.allocator.allocated_bytes

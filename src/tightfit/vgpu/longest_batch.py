@@ -21,7 +21,7 @@ _AT_ONCE = 256
 
 
 class Longest(NamedTuple):
-    """What the samples of some batches showed."""
+    """Facts from the samples of some batches."""
 
     place: int | None
     """Number of the batch with the largest sample; None if all are of one size, or their sizes cannot be told."""

@@ -397,7 +397,7 @@ def may_change(test: ast.expr, changing: Set[str]) -> bool:
 
 
 def _stored(loop: ast.stmt | ast.Module) -> set[str]:
-    """Return the names that a loop assigns, and those whose items it does."""
+    """Return the names that a loop assigns, and those that it assigns items of."""
     stored = [each for each in ast.walk(loop) if isinstance(getattr(each, "ctx", None), ast.Store)]
     holders = [each.value if isinstance(each, ast.Subscript) else each for each in stored]
     return {each.id for each in holders if isinstance(each, ast.Name)}

@@ -39,7 +39,7 @@ def notebook_script(path: Path) -> tuple[str, list[str]]:
 
 
 def in_cells(found: Findings, notebook: Path, script: Path) -> Findings:
-    """Return findings with cells of `notebook` in place of lines of the `script` that was made of it."""
+    """Return findings with cells of `notebook` in place of lines of the `script` made from that."""
     begins = [0]
     for number, line in enumerate(script.read_text(encoding="utf-8").split("\n"), start=1):
         if line == f"# cell {len(begins)}":

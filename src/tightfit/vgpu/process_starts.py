@@ -1,4 +1,4 @@
-"""What is to be called before this process starts another one.
+"""Functions to call before this process starts another one.
 
 Python's audit hooks tell that, too, but also of every `id` and of every look at a frame's code. With a hook, these take
 ten times as long, and a play of run_clm a sixth longer.

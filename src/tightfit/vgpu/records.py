@@ -148,7 +148,7 @@ class Failure(Origin, frozen=True, kw_only=True):
     free_bytes: int
     process_bytes: int
     message: str
-    """PyTorch's message, as this version of it words it."""
+    """The message, in the words of this version of PyTorch."""
     source: str | None = None
     """Text of the line where its file is not on disk."""
 
@@ -258,7 +258,7 @@ class Findings(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     outcome: Literal["fits", "out_of_memory", "error"]
     gpu: VirtualCard
     torch: str
-    """Version whose allocator and messages were played."""
+    """Version that gave the played allocator and messages."""
     peak: Peak
     categories: dict[str, int]
     """Bytes of each category at the peak, or at the failure."""

@@ -102,7 +102,7 @@ class ResultCache:
         return out
 
     def key_of(self, func: OpOverload, args: Arguments, kwargs: Options) -> tuple[object, ...] | None:
-        """Return what a call's shapes depend on; None if an argument has more to it than that."""
+        """Return everything that a call's shapes depend on; None if an argument has more to it than that."""
         parts: list[object] = [id(func), torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         plain = _PLAIN if not _is_of_lists(func) else _PLAIN_OF_LISTS
         if _has_own_offset(func):
@@ -116,7 +116,7 @@ class ResultCache:
         return tuple(parts)
 
     def _describe(self, values: Iterable[Argument], parts: list[object], plain: tuple[type, ...]) -> bool:
-        """Append what a result depends on; return False if there is more to an argument than that."""
+        """Append the facts that a result depends on; return False if an argument has more to it than them."""
         for value in values:
             if isinstance(value, FakeTensor):
                 if not self._is_plain(value):

@@ -48,7 +48,7 @@ def is_behind(frame: FrameType, column: int) -> bool:
 
 
 def innermost_loop(frame: FrameType) -> Loop | None:
-    """Return the `for` loop of its own that a function is in, unless it is a generator, whose reader counts on it."""
+    """Return the `for` loop of its own that a function is in; None for a generator, which has a reader that counts."""
     if frame.f_code.co_flags & SUSPENDS:
         return None
     around = loops_at(frame)

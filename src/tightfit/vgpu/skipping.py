@@ -86,7 +86,7 @@ class _Reduced:
         return kept
 
     def _append(self, text: str, of: ast.expr) -> list[ast.stmt]:
-        """Let a list whose length is read grow by copies of its last entry, if that is no tensor."""
+        """Let a list grow by copies of its last entry if its length is read and the entry is no tensor."""
         found = self._reader.value(of) if text in self._lists and self._reader.knows(of) else None
         if type(found) is not list or not found or not _is_copied(found[-1]):
             return []
@@ -146,7 +146,7 @@ class _Reduced:
         return False
 
     def _holds_already(self, statement: ast.If, known: ast.expr) -> bool:
-        """Return True if what is known of a condition holds, and its lines did not run: the rest of it decides."""
+        """Return True if the known part of a condition holds, and its lines did not run: the rest decides."""
         return bool(self._reader.value(known)) and statement.body[0].lineno not in self._ran
 
     def _is_count(self, target: ast.expr, value: ast.expr, is_added: bool) -> bool:

@@ -243,12 +243,12 @@ class Stopping:
         return True
 
     def _state(self, size: int) -> Hashable:
-        """Describe the steps that repeat: their allocations, and what is allocated if there is one step in a round."""
+        """Describe the steps that repeat: their allocations, and the allocated bytes if a round is one step."""
         patterns = frozenset(step[0] for step, _ in zip(self._last, range(size), strict=False))
         return patterns, self._recorder.allocator.allocated_bytes if len(patterns) == 1 else 0
 
     def _leaves_loops(self, frame: FrameType, loop: TrainingLoop | None, state: Hashable) -> bool:
-        """Leave training loops whose lines all ran: by the last batch of their DataLoader, or by a jump."""
+        """Leave training loops in which all lines ran: by the last batch of their DataLoader, or by a jump."""
         if loop is None or is_package(loop.place) or any(map(loop.has, self._unplayed)):
             return False
         ends = self._evaluations.end_epoch()
@@ -261,7 +261,7 @@ class Stopping:
         return ends
 
     def _gives_up(self, frame: FrameType, loop: TrainingLoop | None) -> bool:
-        """Leave a training loop although lines of it did not run, for the sake of what comes after it."""
+        """Leave a training loop although some of its lines did not run, for the sake of the lines that follow."""
         if loop is None:
             return False
         if not self._ended_epoch and self._evaluations.end_epoch():

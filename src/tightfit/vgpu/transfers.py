@@ -1,4 +1,4 @@
-"""Copies between the host, whose tensors are real, and the virtual card."""
+"""Copies between the host, which has real tensors, and the virtual card."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

@@ -213,7 +213,7 @@ class LineWatch:
     def _read_in(self, frame: FrameType, first: int) -> None:
         """Read a loop with the script's functions in place of their calls, and follow these functions.
 
-        Only while Python traces the function: what is read of its names elsewhere is written back later.
+        Only while Python traces the function: names that are read elsewhere are written back later.
         """
         code, names, others = frame.f_code, frame.f_locals, frame.f_globals
         node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, first)
@@ -279,7 +279,7 @@ class LineWatch:
         return alike
 
     def differing(self, frame: FrameType | None, state: Hashable) -> list[Frame]:
-        """List the outer training loops around `frame` whose next iteration may differ from this one."""
+        """List the outer training loops around `frame` that may differ in their next iteration."""
         alike = self.note_state(frame, state) if self.is_on else {}
         return [
             Frame(code.co_filename, first, code.co_qualname) for (code, first), repeats in alike.items() if not repeats

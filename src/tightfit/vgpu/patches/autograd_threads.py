@@ -14,8 +14,8 @@ _LOOK_EVERY_S, _LOOKS_AT_REST, _LONGEST_WAIT_S = 0.001, 5, 2.0
 def rest_before_exit() -> None:
     """Wait, when the interpreter is about to end, until autograd's threads sleep.
 
-    A backward pass returns before its thread has let go of what it holds, among it the Python objects of the virtual
-    GPU's dispatch modes. For these it needs the interpreter's lock, and a thread that asks for the lock of an
+    A backward pass returns before its thread has let go of its objects, among them the dispatch modes of the
+    virtual GPU. For these it needs the interpreter's lock, and a thread that asks for the lock of an
     interpreter that is ending is taken down by it (until Python 3.13) in the middle of a C++ destructor: "terminate
     called without an active exception", signal 6.
     """

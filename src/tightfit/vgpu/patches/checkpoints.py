@@ -77,7 +77,7 @@ class _Checkpoints:
                 file.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
 
     def _write_stand_in(self, file: str | os.PathLike[str]) -> None:
-        """Write the file itself, as scripts look for it; nothing of it stays."""
+        """Write the file itself, as scripts look for it; nothing stays on the disk."""
         folder = os.path.dirname(os.fspath(file))
         if folder and not os.path.isdir(folder):
             raise RuntimeError(f"Parent directory {folder} does not exist.")

@@ -218,7 +218,7 @@ class _Memory:
         return nested
 
     def snapshot(self, wanted: tuple[int, ...] | None = None) -> Snapshot:
-        """Return all memory, or that of the pool whose number `wanted` begins with."""
+        """Return all memory, or that of the pool with the number that `wanted` begins with."""
         with self._device.recorder.exclusive():
             found = snapshot_of(self._device.recorder)
         if wanted and any(wanted[:2]):

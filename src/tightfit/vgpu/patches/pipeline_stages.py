@@ -1,4 +1,4 @@
-"""Pipeline stages: one process answers itself what its neighbours would tell it, or names what it lacks."""
+"""Pipeline stages: one process answers in place of its neighbours, or names the answer that it lacks."""
 
 from collections.abc import Callable
 from types import ModuleType

@@ -210,7 +210,7 @@ def _accept_own_part(planner: ModuleType) -> None:
     usual: Callable[..., object] = planner.__dict__["_validate_global_plan"]
 
     def valid(*args: object) -> object:
-        """Return what the version of torch takes as valid: an empty list of errors, or True."""
+        """Return the answer that this version of torch takes as valid: an empty list of errors, or True."""
         return [] if isinstance(usual(*args), list) else True
 
     assign(planner, _validate_global_plan=valid)

@@ -37,7 +37,7 @@ class Checkpoints(Protocol):
 
 
 def install(checkpoints: Checkpoints) -> None:
-    """Keep what the script saves in this format, and answer its readers; nothing without the package."""
+    """Keep the tensors that the script saves in this format, and answer its readers; nothing without the package."""
     try:
         import safetensors
         import safetensors.torch as for_torch

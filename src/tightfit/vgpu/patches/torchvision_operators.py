@@ -1,4 +1,4 @@
-"""Operators of torchvision whose results depend on data."""
+"""Operators of torchvision with results that depend on data."""
 
 from types import ModuleType
 
