@@ -1,7 +1,6 @@
 """Answers of the card to a program: one play holds for all cards that would have answered alike."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import NamedTuple, TypeVar
 
 from tightfit.kernels.blas import Workspace
@@ -124,14 +123,3 @@ def _answer(question: Callable[[Card], R], other: Card) -> R | None:
         return question(other)
     except RuntimeError:  # as PyTorch where none of the kernels that are allowed serves this card
         return None
-
-
-def watched(properties: SimpleNamespace, answers: CardAnswers) -> SimpleNamespace:
-    """Return the properties of a card, and note which of them are read."""
-
-    class Properties(SimpleNamespace):
-        def __getattribute__(self, name: str) -> object:
-            answers.read(name)
-            return super().__getattribute__(name)
-
-    return Properties(**vars(properties))

@@ -4,7 +4,7 @@ import os
 
 from tightfit.gpus import GPU
 from tightfit.vgpu import recurrent, shape_functions
-from tightfit.vgpu.card_answers import watched
+from tightfit.vgpu.card_properties import watched
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import (
     backend,

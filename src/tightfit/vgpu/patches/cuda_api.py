@@ -11,7 +11,7 @@ from tightfit.allocator.caching import CachingAllocator
 from tightfit.gpus import GPU
 from tightfit.kernels.card import max_threads_per_sm
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.card_answers import watched
+from tightfit.vgpu.card_properties import capability_of, watched
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import cuda_extras, cuda_graphs, cuda_streams, cuda_types
 from tightfit.vgpu.recorder import Allocation
@@ -115,7 +115,7 @@ def _install_devices(device: VirtualDevice, card: SimpleNamespace) -> None:
         is_tf32_supported=is_ampere,
         get_device_properties=properties_of,
         _get_device_properties=properties_of,
-        get_device_capability=lambda device=None: (properties_of(device).major, properties_of(device).minor),
+        get_device_capability=lambda device=None: capability_of(properties_of(device), virtual.answers),
         get_device_name=lambda device=None: properties_of(device).name,
         get_arch_list=lambda: [card.gcnArchName],
         can_device_access_peer=lambda device, peer_device: True,
