@@ -172,6 +172,29 @@ class TestCards:
         taken = {row.name: row.device_bytes - context[row.name] for row in found.rows}
         assert taken == {"GeForce RTX 3060 12GB": 6 * 4 * MIB, "GeForce RTX 4090": 9 * 4 * MIB}
 
+    def test_a_comparison_of_the_capability_takes_one_play_for_each_result(self, folder: Path) -> None:
+        compare = "import torch\nif torch.cuda.get_device_capability() >= (8, 0): torch.empty(2**23, device='cuda')"
+        (folder / "compare.py").write_text(compare)
+        names = ("NVIDIA TITAN RTX", "Tesla T4", "GeForce RTX 3060 12GB", "GeForce RTX 4090", "NVIDIA B200")
+        cards = [gpu for gpu in all_gpus() if gpu.name in names]
+        found = every_card(Asked.of(simulator(), Settings(gpu=""), ["compare.py"]), cards)
+        assert found.plays == 2
+        context = {gpu.name: context_bytes(gpu)[0] for gpu in cards}
+        taken = {row.name: row.device_bytes - context[row.name] for row in found.rows}
+        assert taken == {gpu.name: 32 * MIB if gpu.capability >= (8, 0) else 0 for gpu in cards}
+
+    def test_an_error_that_no_card_decides_on_is_played_on_few(self, folder: Path) -> None:
+        (folder / "fail.py").write_text("import torch\ntorch.empty(9 * 2**30, device='cuda')\nimport not_there")
+        found = every_card(Asked.of(simulator(), Settings(gpu=""), ["fail.py"]))
+        assert found.plays <= 4, "at most two, again with what may have changed"
+        small, large = found.rows[0], found.rows[-1]
+        assert small.total_bytes < 9 * 2**30 < large.total_bytes
+        assert small.failure is not None
+        assert small.error is None
+        assert large.failure is None
+        assert "not_there" in (large.error or "")
+        assert not any(row.fits for row in found.rows)
+
 
 class TestCompare:
     def test_categories_and_lines_that_differ(self, folder: Path) -> None:

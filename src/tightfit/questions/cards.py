@@ -154,14 +154,17 @@ def _size(asked: Asked, gpu: GPU) -> CardSize:
 
 
 def _replayed(family: list[GPU], detail: Detail) -> list[CardRow]:
+    """Return the rows of cards that make the requests of a play. An error ends the script on all of them alike."""
     capability = {gpu.name: _dotted(gpu) for gpu in family}
     used = detail.findings.gpu.used_by_others_bytes
+    error = _error_of(detail.findings)
     return [
         CardRow(
-            **asdict(each),
+            **asdict(each) | {"fits": each.fits and error is None},
             capability=capability[each.name],
             free_bytes=each.total_bytes - used - each.device_bytes,
             replayed=True,
+            error=error if each.fits else None,
         )
         for each in detail.cards
         if each.name in capability
@@ -189,8 +192,12 @@ def _own_row(gpu: GPU, found: Findings) -> CardRow:
         capability=_dotted(gpu),
         free_bytes=found.left_bytes,
         replayed=False,
-        error=found.stopped_because if found.outcome == "error" else None,
+        error=_error_of(found),
     )
+
+
+def _error_of(found: Findings) -> str | None:
+    return found.stopped_because if found.outcome == "error" else None
 
 
 def _dotted(gpu: GPU) -> str:

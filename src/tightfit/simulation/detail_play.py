@@ -66,7 +66,7 @@ def _read(session: VirtualSession, found: Findings, cards: Sequence[CardSize]) -
     alive = recorder.alive_at(len(recorder.events) if found.failure else recorder.peak_event)
     decides = found.categories == by_category(alive)
     assert isinstance(allocator, TapedAllocator)
-    follows = decides and allocator.is_replayable and not found.caught_failures and found.outcome != "error"
+    follows = decides and allocator.is_replayable and not found.caught_failures
     elsewhere = Elsewhere(session, allocator, found) if follows else None
     return Detail(
         findings=found,

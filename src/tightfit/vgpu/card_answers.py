@@ -51,6 +51,8 @@ class CardAnswers:
         """Called before a request for memory with its bytes on other cards, where they differ."""
         self._asked: set[Hashable] = set()
         self._hidden: dict[Hashable, dict[Card, Hidden]] = {}
+        self._grouped: dict[Hashable, list[Card]] = {}
+        self._grouped_from: list[Card] | None = None
 
     def ask(self, question: Callable[[Card], R], key: Hashable = None) -> R:
         """Return this card's answer. A question with the `key` of one before is not put to the other cards again."""
@@ -63,6 +65,8 @@ class CardAnswers:
 
     def _compare(self, own: object, theirs: Mapping[Card, object]) -> None:
         """Keep the cards with this card's answer, and group the others by theirs."""
+        if all(answer == own for answer in theirs.values()):
+            return
         self.alike = [other for other, answer in theirs.items() if answer == own]
         groups: list[tuple[object, list[Card]]] = []
         for other, answer in theirs.items():
@@ -92,14 +96,29 @@ class CardAnswers:
         own = question(self.card)
         if not self.alike:
             return [(each, {}) for each in own]
-        answers = {key: question(card) for key, card in {_generation(other): other for other in self.alike}.items()}
-        theirs = {other: answers[_generation(other)] for other in self.alike}
+        theirs = {generation: question(cards[0]) for generation, cards in self._generations().items()}
         keys = [each.key for each in own]
-        self._compare(keys, {other: [each.key for each in found] for other, found in theirs.items()})
-        return [
-            (each, {other: theirs[other][n].nbytes for other in self.alike if theirs[other][n].nbytes != each.nbytes})
-            for n, each in enumerate(own)
-        ]
+        if any([each.key for each in found] != keys for found in theirs.values()):
+            by_card = {other: [each.key for each in theirs[_generation(other)]] for other in self.alike}
+            self._compare(keys, by_card)
+        return [(each, self._sizes_elsewhere(each.nbytes, n, theirs)) for n, each in enumerate(own)]
+
+    def _sizes_elsewhere(self, nbytes: int, number: int, theirs: Mapping[Hashable, Sequence[Workspace]]) -> Sizes:
+        """Return the bytes of the workspace with that number on alike cards where it has others."""
+        return {
+            card: theirs[generation][number].nbytes
+            for generation, cards in self._generations().items()
+            if theirs[generation][number].nbytes != nbytes
+            for card in cards
+        }
+
+    def _generations(self) -> Mapping[Hashable, list[Card]]:
+        """Return the alike cards, grouped by what decides about their workspaces."""
+        if self._grouped_from is not self.alike:
+            self._grouped_from, self._grouped = self.alike, {}
+            for card in self.alike:
+                self._grouped.setdefault(_generation(card), []).append(card)
+        return self._grouped
 
     def read(self, field: str) -> None:
         """Note that the program has read a field of the card's properties. Its name and its size decide nothing."""
