@@ -53,6 +53,8 @@ class Stopping:
         """Latest steps, the last one first: their allocations and the peaks after them."""
         self._equal = [0] * _LONGEST_ROUND
         """For a round of 1, 2, ... steps: steps in a row that were equal to the one a round before."""
+        self._repeated: set[tuple[int, ...]] = set()
+        """Steps that repeated when a library's trainer was asked to go on: of these, one suffices from then on."""
         self._passes_after = deque([0], maxlen=_LONGEST_ROUND + 1)
         """Forward and backward passes after each of the latest steps, the last one first."""
         self._phases = phases
@@ -93,6 +95,8 @@ class Stopping:
         self._calm = self._calm + 1 if self._last and self._last[0][1:] == step[1:] else 0
         earlier = itertools.zip_longest(self._last, self._equal)
         self._equal = [count + 1 if step == before else 0 for before, count in earlier]
+        if self._repeats_again(step):
+            self._equal[0] = max(self._equal[0], _STABLE_ROUNDS)
         self._last.appendleft(step)
         self._passes_after.appendleft(self._phases.all_passes())
         if self._settings.steps is not None:
@@ -100,6 +104,11 @@ class Stopping:
                 self._end(say("vgpu.stopping.steps_done", steps=steps))
         elif self._settings.until_stable:
             self._end_if_stable(steps, has_optimizer=has_optimizer)
+
+    def _repeats_again(self, step: tuple[tuple[int, ...], int, int]) -> bool:
+        """Return True for a step that repeated before, raises no peak, and is not on the way to an epoch's end."""
+        raises_none = bool(self._last) and self._last[0][1:] == step[1:]
+        return step[0] in self._repeated and raises_none and not self._evaluations.is_ending()
 
     def shorten_evaluations(self) -> None:
         """Shorten evaluations, too, from now on."""
@@ -149,6 +158,8 @@ class Stopping:
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
         if loop is not None and loop.place.file.endswith(trainers.FILES) and self._asks_trainer(frame, loop):
+            if self._equal[0] >= _STABLE_ROUNDS:
+                self._repeated.add(self._last[0][0])
             self._equal = [0] * _LONGEST_ROUND
             return
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
