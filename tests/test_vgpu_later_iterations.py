@@ -126,6 +126,55 @@ def played(code: str, folder: Path) -> dict[str, object]:
     return found
 
 
+FREED = f"""{MODEL}
+MIB = 1 << 20
+held = []
+
+def step(size):
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+    torch.empty(size * MIB, dtype=torch.uint8, device="cuda")
+
+def assert_peak(mib):
+    assert mib <= torch.cuda.max_memory_allocated() / MIB < mib + 20, torch.cuda.max_memory_allocated() / MIB
+
+def train(epoch, loader):
+    for number, batch in enumerate(loader):
+        iteration = epoch * len(loader) + number
+        held = [200]
+        if iteration < 313:
+            del held[:]
+        step(sum(held) or 1)
+
+for number in range(1000):
+    held = [100]
+    if number < 700:
+        held.clear()
+    step(sum(held) or 1)
+assert_peak(100)
+
+for epoch in range(60):
+    for number in range(6):
+        iteration = epoch * 6 + number
+        held = [150]
+        if iteration != 333:
+            held = [0]
+        step(sum(held) or 1)
+assert_peak(150)
+
+for epoch in range(100):
+    train(epoch, torch.utils.data.DataLoader(torch.zeros(6, 8)))
+assert_peak(200)
+"""
+"""Blocks that free memory in early iterations, but not in later ones: in a loop, in one within one, in a function."""
+
+
+def test_iterations_are_played_in_which_a_block_no_longer_frees_memory(tmp_path: Path) -> None:
+    found = played(FREED, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert found["peak"]["allocated_bytes"] >= 200 << 20
+
+
 def test_later_sizes_settings_and_kept_copies_are_played(tmp_path: Path) -> None:
     """Sizes by shifts and powers, copies that a loop keeps every so often, settings of a search, the largest number."""
     found = played(LATER, tmp_path)

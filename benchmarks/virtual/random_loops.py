@@ -3,8 +3,9 @@
     python benchmarks/virtual/random_loops.py --first 0 --count 100 [--jobs 2]
 
 Each loop takes some hundred steps and allocates tensors of different sizes behind conditions in many forms: counters,
-inner loops, functions, objects, `match`, blocks behind others. The truth is the largest tensor that the same script
-asks for where torch is replaced by something that only notes sizes. This shows lines that a dry run passes over.
+inner loops, functions, objects, `match`, blocks behind others, blocks that free what is held. The truth is the most
+that the tensors of the same script take together where torch is replaced by something that only counts them. This
+shows lines that a dry run passes over.
 `--far` writes more of what a loop's source does not lead to: decorators, closures, properties, modules, growing lists.
 One row a script: `right`, `listed` (another peak, and lines named that were not played) or `WRONG`.
 """
@@ -134,6 +135,39 @@ REACHED = (
         """,
     ),
     (
+        """
+        def make_{name}():
+            n = 0
+            def inner():
+                nonlocal n
+                n += 1
+                held = {tensor}
+                if not ({if_n}):
+                    held = None
+                {other}
+            return inner
+        {name} = make_{name}()
+        """,
+        "{name}()",
+    ),
+    (
+        """
+        class Of{name}:
+            n = 0
+            def step(self):
+                self.n += 1
+                held = {tensor}
+                if not ({if_field}):
+                    del held
+                {other}
+        class To{name}(Of{name}):
+            def step(self):
+                super().step()
+        {name} = To{name}()
+        """,
+        "{name}.step()",
+    ),
+    (
         "{name} = []",
         """
         {name}.append(1)
@@ -243,6 +277,7 @@ class Writer:
         """Define what a loop's source does not lead to; return the statements that lead there."""
         name, sizes = next(self._names), self._sizes
         given = {"name": name, "counter": counter, "tensor": self._tensor(), "tensor_of_size": self._tensor("size")}
+        given["other"] = self._tensor()
         given |= {f"if_{each}": self._condition(each, most) for each in ("s", "n")}
         given["if_field"] = self._condition("self.n", most)
         given |= {"if_length": self._condition(f"len({name})", most), "if_next": self._condition(f"next({name})", most)}
@@ -279,8 +314,32 @@ class Writer:
                     [f"match {counter} % 90:", f"    case {self._random.randrange(90)}:", f"        {self._tensor()}"],
                     self._counted(most),
                     [f"({test(counter, most)}) and {self._tensor()}"],
+                    self._freed(counter, most),
+                    self._freed(counter, most),
                 )
             )
+
+    def _freed(self, counter: str, most: int) -> list[str]:
+        """Return statements that free what they hold, as long as a condition holds, and then need more."""
+        moment, period = self._random.randrange(most // 3, most - 1), self._random.choice(PERIODS)
+        given, is_called = counter, self._random.random() < 0.5
+        counter = "s" if is_called else counter
+        test = self._random.choice(
+            (
+                f"{counter} < {moment}",
+                f"not {counter} > {moment}",
+                f"{counter} != {moment}",
+                f"{counter} % {period} != {self._random.randrange(period)}",
+                f"{counter} <= {moment} or done",
+            )
+        )
+        name = next(self._names)
+        frees = self._random.choice(("held = None", "del held", "held = held[:1].clone()"))
+        lines = [f"held = {self._tensor()}", f"if {test}:", f"    {frees}", self._tensor(), "held = None"]
+        if not is_called:
+            return lines
+        self._defined += [f"def {name}(s):", *(f"    {line}" for line in lines)]
+        return [f"{name}({given})"]
 
     def _body(self, counter: str, most: int, indent: int = 1) -> list[str]:
         return [" " * 4 * indent + line for line in (*TRAINING, *self._statements(counter, most))]
@@ -343,16 +402,29 @@ class _Module:
 
 
 def largest_of(script: str) -> int:
-    """Return the MiB of the largest tensor of a script, which runs with something in place of torch."""
-    largest = [0]
+    """Return the most MiB that a script's tensors take together; it runs with something in place of torch."""
+    largest, taken = [0], [0]
 
-    def zeros(size: int, *others: object, **options: object) -> bool:
-        largest[0] = max(largest[0], size // MIB)
-        return True
+    class Held:
+        """A tensor that is not there."""
+
+        def __init__(self, size: int, *others: object, **options: object) -> None:
+            self.mib = size // MIB
+            taken[0] += self.mib
+            largest[0] = max(largest[0], taken[0])
+
+        def __del__(self) -> None:
+            taken[0] -= self.mib
+
+        def __getitem__(self, key: object) -> "Held":
+            return Held(0)
+
+        def clone(self) -> "Held":
+            return self
 
     nn = types.SimpleNamespace(Module=_Module, Linear=_Module)
     torch = types.ModuleType("torch")
-    for name, value in {"zeros": zeros, "uint8": None, "nn": nn, "optim": _Anything()}.items():
+    for name, value in {"zeros": Held, "uint8": None, "nn": nn, "optim": _Anything()}.items():
         setattr(torch, name, value)
     sys.modules["torch"] = torch
     exec(compile(script, "script", "exec"), {"__name__": "__main__"})

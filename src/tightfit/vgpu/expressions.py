@@ -22,6 +22,10 @@ NUMBERS = (int, float, str, type(None))
 """Kinds of values that count, or that conditions compare."""
 
 
+INNER = "tightfit.inner"
+"""Begins the names, which no script can have, of counters of loops within a loop that is followed."""
+
+
 class UnknownError(Exception):
     """A value that only running the script would give."""
 
@@ -75,6 +79,8 @@ class Reader:
         """Values that were looked at, by their expressions."""
 
     def _name(self, name: str) -> object:
+        if name.startswith(INNER):
+            return 0
         value = self._names.get(name, self._others.get(name, UnknownError))
         if name in self._unsure or value is UnknownError:
             raise UnknownError

@@ -112,7 +112,10 @@ class History:
 
     def decides(self) -> bool:
         """Return True if a new value may allocate something else."""
-        return bool(self.missing() if self.watched.lines else self.values and not self.is_idle)
+        if self.watched.lines:
+            return bool(self.missing())
+        has_both = len(self.values) == 2 and all(isinstance(each, bool) for each in self.values)
+        return bool(self.values) and not (self.is_idle or has_both)
 
     def belongs_to(self, place: Place, now: Iterations) -> bool:
         groups = self.groups.get(place)

@@ -16,9 +16,9 @@ from typing import TypeGuard, TypeVar
 
 from torch import Tensor
 
-from tightfit.vgpu.expressions import is_chance, is_computed
+from tightfit.vgpu.expressions import INNER, is_chance, is_computed
 from tightfit.vgpu.frames import Frame, is_own
-from tightfit.vgpu.loop_source import allocating_lines, function_node, head_line, is_harmless
+from tightfit.vgpu.loop_source import allocating_lines, frees_nothing, function_node, head_line, is_harmless
 from tightfit.vgpu.plain_branches import UNKNOWN
 from tightfit.vgpu.running_loops import SUSPENDS
 
@@ -26,6 +26,8 @@ S = TypeVar("S", bound=ast.stmt)
 
 WATCHED = "tightfit.watched"
 """Name, which no script can have, under which an iteration's expressions of the counters leave their values."""
+HOLDS = "holds:"
+"""Begins the keys of conditions among them."""
 _DEPTH = 4
 _MOST_STATEMENTS = 3000
 _MOST_ITEMS = 16
@@ -120,6 +122,7 @@ def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mappin
     else:
         made.node = ast.For(node.target, node.iter, body, [])
     ast.copy_location(made.node, node)
+    builder.count_tests()
     return made
 
 
@@ -150,6 +153,8 @@ class _Scope:
     """Expressions of the loop's function for its parameters and variables."""
     globals: Mapping[str, object]
     offset: int
+    once: frozenset[str] = frozenset()
+    """Variables that the function assigns in one place only."""
 
 
 class _Translator(ast.NodeTransformer):
@@ -194,6 +199,12 @@ class _Builder:
     def __init__(self, made: InlinedLoop, look: Look, code: CodeType, names: Mapping[str, object]) -> None:
         self._made, self._look, self._code, self._names = made, look, code, names
         self._left = _MOST_STATEMENTS
+        self._tests: list[ast.expr] = []
+
+    def count_tests(self) -> None:
+        """Count the conditions that may change among the watched expressions."""
+        stored = {ast.unparse(each) for each in _targets(self._made.node)}
+        self._made.watches += sum(_reads(test, stored) for test in self._tests)
 
     def statements(self, block: Sequence[ast.stmt], scope: _Scope, depth: int) -> list[ast.stmt]:
         """Return the statements of a block with the functions that they call before them."""
@@ -208,7 +219,9 @@ class _Builder:
     def _statement(self, statement: ast.stmt, scope: _Scope, depth: int) -> list[ast.stmt]:
         match statement:
             case ast.If(test=test, body=body, orelse=other):
-                return [self._branch(statement, test, body, other, scope, depth)]
+                branch = self._branch(statement, test, body, other, scope, depth)
+                may_free = not other and not all(map(frees_nothing, body))
+                return [*self._watched_test(branch.test, scope, depth), branch] if may_free else [branch]
             case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
                 return [self._branch(statement, test, [as_statement(one)], [as_statement(two)], scope, depth)]
             case ast.With() | ast.AsyncWith() | ast.Try():
@@ -258,11 +271,28 @@ class _Builder:
                 values = {**scope.values, loop.target.id: ast.fix_missing_locations(ast.copy_location(item, loop))}
                 made += self.statements(loop.body, replace(scope, values=values), depth)
             return made
+        target = loop.target if scope.code is None else self._counter_of(loop, scope)
         body, behind = (self.statements(block, scope, depth) for block in (loop.body, loop.orelse))
-        inner = ast.copy_location(ast.For(loop.target, items, body, behind), loop)
-        if scope.code is not None:
-            inner.target = ast.Name(UNKNOWN, ast.Store())
+        inner = ast.copy_location(ast.For(target, items, body, behind), loop)
         return [*self._simple(loop.iter, scope, depth), self._placed(inner, scope)]
+
+    def _counter_of(self, loop: ast.For, scope: _Scope) -> ast.expr:
+        """Return a name of its own for the counter of a function's loop, and let the function's name stand for it."""
+        match loop:
+            case ast.For(target=ast.Name(id=name), iter=ast.Call(func=ast.Name(id="range"))):
+                counts = name
+            case ast.For(
+                target=ast.Tuple(elts=[ast.Name(id=name), *_]),
+                iter=ast.Call(func=ast.Name(id="enumerate"), args=[_], keywords=[]),
+            ):
+                counts = name
+            case _:
+                counts = ""
+        if counts not in scope.once:
+            return ast.Name(UNKNOWN, ast.Store())
+        own = f"{INNER}:{scope.offset + loop.lineno}"
+        scope.values[counts] = ast.fix_missing_locations(ast.copy_location(ast.Name(own, ast.Load()), loop))
+        return ast.Name(own, ast.Store())
 
     def _simple(self, value: ast.expr, scope: _Scope, depth: int) -> list[ast.stmt]:
         """Return the bodies of the functions that an expression calls, and its parts that the counters decide."""
@@ -279,6 +309,16 @@ class _Builder:
                 found.append(ast.copy_location(ast.Assign([target], part), value))
                 self._made.watches += 1
         return found
+
+    def _watched_test(self, test: ast.expr, scope: _Scope, depth: int) -> Iterator[ast.stmt]:
+        """Watch a condition alone: without its block, which may free memory, an iteration may need more."""
+        is_counted = any(map(_is_named, ast.walk(test))) and not self._reads_item(test)
+        if is_counted and self._look(test) is not None:
+            holds = ast.UnaryOp(ast.Not(), ast.UnaryOp(ast.Not(), test))
+            key = ast.Constant(f"{HOLDS}{scope.offset}:{test.lineno}:{test.col_offset}:{depth}")
+            target = ast.Subscript(ast.Name(WATCHED, ast.Load()), key, ast.Store())
+            yield ast.fix_missing_locations(ast.copy_location(ast.Assign([target], holds), test))
+            self._tests.append(test)
 
     def _reads_item(self, part: ast.expr) -> bool:
         """Return True if an expression depends on a tensor, or on the loop's item: only the item itself could tell."""
@@ -298,8 +338,17 @@ class _Builder:
         match made:
             case ast.Assign(targets=[target], value=value) | ast.AugAssign(target=target, value=value):
                 is_local = isinstance(target, ast.Name) and target.id in scope.values
+                self._learn(statement, scope, depth)
                 made = as_statement(value, made) if is_local else self._in_own_words(made, scope, depth)
         return [self._placed(made, scope)]
+
+    def _learn(self, statement: ast.stmt, scope: _Scope, depth: int) -> None:
+        """Let a variable that is assigned here only stand for its value."""
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in scope.once and name in scope.values:
+                known = self.translated(value, scope, depth)
+                if self._look(known) is not None:
+                    scope.values[name] = known
 
     def _in_own_words(self, statement: ast.stmt, scope: _Scope, depth: int) -> ast.stmt:
         translator = _Translator(scope, self, depth)
@@ -366,18 +415,18 @@ class _Builder:
         self._made.modules.add(function.__globals__.get("__name__"))
         values = dict.fromkeys((*code.co_varnames, *code.co_cellvars), _unknown())
         values |= _given(call, node, owner)
-        scope = _Scope(code, values, function.__globals__, offset)
-        self._read_variables(node, scope, set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]))
+        stored = Counter(
+            each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+        )
+        given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        values |= {name: _unknown() for name in given if name in stored}
+        once = frozenset(name for name, times in stored.items() if times == 1 and name not in given)
+        scope = _Scope(code, values, function.__globals__, offset, once)
+        self._read_variables(node, scope)
         return scope
 
-    def _read_variables(self, node: ast.FunctionDef, scope: _Scope, given: set[str]) -> None:
+    def _read_variables(self, node: ast.FunctionDef, scope: _Scope) -> None:
         """Learn the variables of a function that are assigned once, from known values."""
-        times: dict[str, int] = {}
-        for each in ast.walk(node):
-            if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
-                times[each.id] = times.get(each.id, 0) + 1
-        for name in given & times.keys():
-            scope.values[name] = _unknown()
         for statement in node.body:
             if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
                 continue
@@ -392,7 +441,7 @@ class _Builder:
                 else [(part, ast.Subscript(value, ast.Constant(place), ast.Load())) for place, part in enumerate(parts)]
             )
             for part, each_value in pairs:
-                if isinstance(part, ast.Name) and times.get(part.id) == 1 and part.id in scope.values:
+                if isinstance(part, ast.Name) and part.id in scope.once and part.id in scope.values:
                     scope.values[part.id] = ast.fix_missing_locations(ast.copy_location(each_value, statement))
 
 

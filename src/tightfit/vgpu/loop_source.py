@@ -319,6 +319,18 @@ def is_harmless(call: ast.Call) -> bool:
     return _name_of(call.func) in _HARMLESS
 
 
+def frees_nothing(statement: ast.stmt) -> bool:
+    """Return True for a statement that prints, counts, or leaves the loop."""
+    match statement:
+        case ast.Expr(value=ast.Call() as call):
+            return is_harmless(call)
+        case ast.Assign(value=ast.Constant(value=value)):
+            return value is not None
+        case ast.Expr() | ast.AugAssign() | ast.Pass() | ast.Break() | ast.Continue() | ast.Return() | ast.Raise():
+            return True
+    return False
+
+
 def blocks_of(statement: ast.stmt) -> list[list[ast.stmt]]:
     """List the bodies within a statement, without those of functions, classes and error handling."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

@@ -16,8 +16,18 @@ from typing import TypeGuard, cast
 
 from torch import Tensor
 
-from tightfit.vgpu.expressions import NUMBERS, PLAIN, Reader, UnknownError, Unsure, is_chance, known_part, value_in
-from tightfit.vgpu.inlined_loop import WATCHED
+from tightfit.vgpu.expressions import (
+    INNER,
+    NUMBERS,
+    PLAIN,
+    Reader,
+    UnknownError,
+    Unsure,
+    is_chance,
+    known_part,
+    value_in,
+)
+from tightfit.vgpu.inlined_loop import HOLDS, WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
 
@@ -48,6 +58,11 @@ class _Reduced:
         self.has_end = False
         """True if the counters lead out of the loop."""
         self._depth = 0
+        self.inner_counters: set[str] = set()
+        """Counters of loops within the loop."""
+        self.set_anew: set[str] = set()
+        """Names that such a loop computes in each of its iterations, and nothing adds to."""
+        self._added_to: set[str] = set()
         self.counters: dict[str, ast.expr] = {}
         """Expressions of the names and attributes that count, by their text."""
 
@@ -80,10 +95,18 @@ class _Reduced:
                     ast.AugAssign(target=ast.Name() | ast.Attribute() | ast.Subscript() as target, value=value)
                     | ast.Assign(targets=[ast.Name() | ast.Attribute() | ast.Subscript() as target], value=value)
                 ) if self._is_count(target, value, isinstance(statement, ast.AugAssign)):
-                    text = ast.unparse(target)
-                    self.counters[text] = ast.parse(text, mode="eval").body
+                    self._count(ast.unparse(target), value, is_added=isinstance(statement, ast.AugAssign))
                     kept.append(statement)
+        self.set_anew -= self._added_to
         return kept
+
+    def _count(self, text: str, value: ast.expr, *, is_added: bool) -> None:
+        self.counters[text] = ast.parse(text, mode="eval").body
+        reads_itself = any(isinstance(each, ast.expr) and ast.unparse(each) == text for each in ast.walk(value))
+        if is_added or reads_itself:
+            self._added_to.add(text)
+        elif self._depth:
+            self.set_anew.add(text)
 
     def _append(self, text: str, of: ast.expr) -> list[ast.stmt]:
         """Let a list grow by copies of its last entry if its length is read and the entry is no tensor."""
@@ -103,13 +126,17 @@ class _Reduced:
         counter = loop.target if _is_call(loop.iter, "range") else None
         if _is_call(loop.iter, "enumerate") and isinstance(loop.target, ast.Tuple):
             counter = loop.target.elts[0]
+        elif isinstance(loop.target, ast.Name) and loop.target.id.startswith(INNER):
+            counter = loop.target
         items = ast.parse(f"range({count})", mode="eval").body
         if isinstance(counter, ast.Name) and self._reader.has(counter):
-            self.counters[counter.id] = ast.Name(counter.id, ast.Load())
+            if not counter.id.startswith(INNER):
+                self.counters[counter.id] = ast.Name(counter.id, ast.Load())
+                self.inner_counters.add(counter.id)
             if _is_call(loop.iter, "range") and self._reader.knows_items(loop.iter):
                 items = loop.iter
         else:
-            counter = ast.Name(_INNER, ast.Store())
+            counter = ast.Name(INNER, ast.Store())
         others = frozenset(_given(loop)) - {counter.id}
         with self._reader.without(others):
             self._depth += 1
@@ -159,8 +186,6 @@ def _is_call(node: ast.expr, name: str) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
 
 
-_INNER = "tightfit.inner"
-"""Counter, which no script can have, of a loop within the loop."""
 _MOST_INNER = 1_000_000
 """Iterations of such a loop up to which it is followed."""
 _PLAY = ast.parse("assert False").body[0]
@@ -204,11 +229,14 @@ class Skip:
         }
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
+        self._inner_counters, self._set_anew = set[str](), set[str]()
         self._cut_off = 0
         """Iterations before it that could not be followed to their ends."""
         self._unsure: Unsure = frozenset()
         self._watched: dict[str, object] = {}
         """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
+        self._holding: set[str] = set()
+        """Conditions that hold and were never seen not to."""
         self.is_changing = False
         """True if iterations were passed up to one in which such a value changes, here or in functions far away."""
         self.unsure_lines: frozenset[int] = frozenset()
@@ -243,6 +271,7 @@ class Skip:
         self._far = self._begin_far() if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
         self._watched = self._steady(code, reduced, names, others) if is_counting and self._watches else {}
+        self._holding = self._pop_conditions()
         self._seen.add(frozenset(self._watched.items()))
         goes_on = is_counting and self._has_aim(reduced)
         while goes_on and time.monotonic() < until:
@@ -259,11 +288,18 @@ class Skip:
             if not goes_on:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken)
+        _forget_inner_counters(names)
         self.is_over = True
+
+    def _pop_conditions(self) -> set[str]:
+        """Take the conditions out of the watched values; return those that hold and were never seen not to."""
+        values = {key: self._watched.pop(key) for key in [*self._watched] if key.startswith(HOLDS)}
+        self._seen |= {frozenset({(key, value)}) for key, value in values.items()}
+        return {key for key in values if frozenset({(key, False)}) not in self._seen}
 
     def _has_aim(self, reduced: _Reduced) -> bool:
         """Return True if an iteration that has to run may come: for a line, a size, or the loop's end."""
-        is_watching = bool(self._watched) and not reduced.uncounted
+        is_watching = bool(self._watched or self._holding) and not reduced.uncounted
         is_sought = not set(self._missing) <= reduced.unknown | reduced.uncounted
         goes_to_end = self._to_end and reduced.has_end and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end
@@ -277,6 +313,11 @@ class Skip:
             try:
                 found = _followed(code, others, names)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
+                return False
+            closed = {frozenset({(key, False)}) for key in self._holding if not found.get(key, True)}
+            if closed:
+                self._seen |= closed
+                self.is_changing = True
                 return False
             if any(found.get(key, value) != value for key, value in self._watched.items()):
                 values = frozenset((key, found.get(key, value)) for key, value in self._watched.items())
@@ -360,6 +401,8 @@ class Skip:
             self._cut_off += 1
         expected = self._values(reduced, names, others)
         self._restore(before, reduced, names, others)
+        _forget_inner_counters(names)
+        self._inner_counters, self._set_anew = reduced.inner_counters, reduced.set_anew | reduced.inner_counters
         return expected, {text: value for text, value in read.items() if isinstance(value, NUMBERS)}
 
     def _compare(
@@ -371,13 +414,22 @@ class Skip:
     ) -> None:
         """Trust no name that the iteration that ran changed otherwise than was read from its source."""
         reader = Reader(names, others, frozenset())
-        wrong = set()
+        wrong, smaller = set(), set()
         for text, value in {**read, **expected}.items():
             node = ast.parse(text, mode="eval").body
             found = reader.value(node) if reader.knows(node) else reader
             if not isinstance(found, NUMBERS) or found != value:  # a tensor, by now
                 wrong.add(text)
+            if isinstance(found, int) and isinstance(value, int) and found < value:
+                smaller.add(text)
+        if smaller & self._inner_counters:  # its batches between were left out, so it ended with a smaller number
+            wrong -= self._set_anew & smaller
         self._unsure = frozenset(wrong)
+
+
+def _forget_inner_counters(names: dict[str, object]) -> None:
+    for name in [each for each in names if each.startswith(INNER)]:
+        del names[name]
 
 
 def _is_copied(entry: object) -> bool:
