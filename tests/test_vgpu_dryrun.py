@@ -84,6 +84,22 @@ def test_nanogpt_issue_88() -> None:
     assert round(found["failure"]["allocated_bytes"] / GIB, 2) == 10.16
 
 
+EVALUATES_WITH_GRADIENTS = """
+import sys
+import torch
+
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).cuda()
+frozen = torch.nn.Linear(8, 8).cuda().eval()
+optimizer = torch.optim.Adam(model.parameters())
+while True:
+    model.train()
+    frozen(model(torch.ones(4, 8, device="cuda"))).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+    model.train(sys.argv[1] == "train")
+    model(torch.ones(4, 8, device="cuda")).tolist()
+"""
+
+
 class TestTraining:
     def test_a_step_is_followed_until_it_repeats(self) -> None:
         found = dryrun("--gpu", "RTX 4090", LOOP, *SMALL, code=0)
@@ -102,6 +118,13 @@ class TestTraining:
         found = dryrun("--gpu", "RTX 4090", SCRIPTS / "several_cards.py", "none", code=0)
         assert any(note.startswith("no evaluation ran") for note in found["notes"])
         assert not any("evaluation" in note for note in dryrun("--gpu", "RTX 4090", LOOP, *SMALL)["notes"])
+
+    @pytest.mark.parametrize("mode", ["eval", "train"])
+    def test_an_evaluation_with_gradients_is_one(self, mode: str, tmp_path: Path) -> None:
+        script = tmp_path / "scores.py"
+        script.write_text(EVALUATES_WITH_GRADIENTS)
+        notes = dryrun("--gpu", "RTX 4090", script, mode)["notes"]
+        assert any(note.startswith("no evaluation ran") for note in notes) == (mode == "train")
 
     def test_repeating_steps_play_on_for_an_evaluation_that_did_not_run(self, tmp_path: Path) -> None:
         script = tmp_path / "late.py"

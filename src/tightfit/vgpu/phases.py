@@ -66,6 +66,9 @@ class Phases:
         """Forward passes with gradients, and optimizer steps."""
         self.evaluated = 0
         """Forward passes without."""
+        self.has_evaluated = False
+        """True once one of these ran, or one with gradients of a module that trains at other times, in eval mode."""
+        self._trained_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.backwards = 0
         self.after_module: Callable[[nn.Module], None] | None = None
         """Called after each forward pass of a module, while lines are followed."""
@@ -204,7 +207,17 @@ class Phases:
             course.is_untraced = self.pause_trace()
             course.with_grad = torch.is_grad_enabled()
             self._outside = "loss" if course.with_grad else "eval"
+            self._note_mode(module)
         course.depth += 1
+
+    def _note_mode(self, module: nn.Module | None) -> None:
+        """Tell an evaluation with gradients from a frozen teacher: only the former's module trains at other times."""
+        if module is None or self.has_evaluated or not self._course.with_grad:
+            return
+        is_known = module in self._trained_modules
+        if module.training and not is_known:
+            self._trained_modules.update(module.modules())
+        self.has_evaluated = is_known and not module.training
 
     def _after_forward(self, module: nn.Module | None, args: object, output: object) -> None:
         if not _in_backward():
@@ -223,6 +236,7 @@ class Phases:
     def _count_pass(self, with_grad: bool) -> None:
         self.trained += with_grad
         self.evaluated += not with_grad
+        self.has_evaluated = self.has_evaluated or not with_grad
         if not with_grad and self.after_evaluation is not None:
             self.after_evaluation()
 

@@ -195,7 +195,7 @@ class Stopping:
             self._equal = [0] * _LONGEST_ROUND
             return
         self.not_played, self._is_left = not_played, True
-        if "eval" not in self._recorder.phase_peaks:
+        if "eval" not in self._recorder.phase_peaks and not self._phases.has_evaluated:
             self._note(say("vgpu.stopping.no_evaluation"))
         self._end(say("vgpu.stopping.repeats", first=first, last=steps))
 
