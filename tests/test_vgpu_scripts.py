@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +377,29 @@ def test_a_file_saved_just_before_is_from_before(tmp_path: Path) -> None:
         found = findings(["--gpu", "A100", script], folder=folder, environ={**os.environ, **PATCHES})
         assert [Path(each).name for each in found["not_written"]] == ["saved.txt"]
         assert [each.name for each in folder.iterdir()] == ["saved.txt"]
+
+
+ASKS_ITS_TERMINAL = """
+import getpass, os, subprocess, torch
+
+rows, columns = os.popen("stty size", "r").read().split()
+torch.ones(int(rows), int(columns), 1 << 10, device="cuda")
+for ask in (input, getpass.getpass):
+    try:
+        raise SystemExit(f"somebody typed {ask()!r}")
+    except EOFError:
+        pass
+subprocess.run(["cat"], check=True, timeout=10)
+"""
+
+
+def test_a_script_on_a_terminal_knows_its_size_and_waits_for_nobody(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(ASKS_ITS_TERMINAL)
+    keyboard, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (33, 111))
+    words = [sys.executable, "-m", "tightfit", "dryrun", "--json", "--gpu", "RTX 4090", "train.py"]
+    done = subprocess.run(words, stdin=terminal, capture_output=True, cwd=tmp_path, timeout=60)
+    os.close(keyboard), os.close(terminal)
+    found = json.loads(done.stdout)
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["peak"]["requested_bytes"] == 4 * 33 * 111 * 2**10

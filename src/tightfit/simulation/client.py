@@ -23,6 +23,7 @@ from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.requests import AnyRequest, Ask, Failed, Reply, Request, decode_answer
 from tightfit.simulation.wire import Frames, send
 from tightfit.storage import has_temporary_folder, without_temporary_folder
+from tightfit.system.stand_in_terminal import input_for_plays
 from tightfit.vgpu.records import END_SIGNAL
 from tightfit.wording import say
 
@@ -211,11 +212,11 @@ def _start_server(*mode: str, environ: Mapping[str, str]) -> tuple["subprocess.P
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
     ours, theirs = socket.socketpair()
     words = [sys.executable, "-m", "tightfit.simulation.server", str(theirs.fileno()), *mode]
-    with theirs:
+    with theirs, input_for_plays() as (stdin, kept):
         environ = _with_this_package(environ)
         # In a session of its own: what a terminal or `timeout` sends to all is for this process, which passes it on.
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, env=environ, pass_fds=(theirs.fileno(),), start_new_session=True
+            words, stdin=stdin, env=environ, pass_fds=(theirs.fileno(), *kept), start_new_session=True
         )
     return process, ours
 
