@@ -17,6 +17,14 @@ picked = torch.randn(1 << 20, 64, device="cuda")[places.flatten()]
 if x.sum().item() > 1000:
     torch.ones(1 << 28, device="cuda")
 """
+EMPTY = """
+import torch
+
+nothing = torch.empty(0, device="cuda")
+assert len(nothing.unique(return_counts=True)[1]) == len(nothing.nonzero()) == len(nothing[nothing > 0]) == 0
+assert len(torch.repeat_interleave(nothing.long())) == 0
+torch.ones(1 << 20, device="cuda")
+"""
 EVALUATING = """
 import torch
 
@@ -43,6 +51,13 @@ def test_lengths_and_values_are_assumed(tmp_path: Path) -> None:
     picked = (1 << 20) * 64 * 4
     assert most["peak"]["allocated_bytes"] == (1 << 22) + (8 << 20) + 2 * picked
     assert few["peak"]["allocated_bytes"] > 4 << 28, "the branch that 2000 leads to"
+
+
+def test_without_data_no_length_depends_on_data(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(EMPTY)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert not any("length of a result" in note or "made up" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize(("until", "outcome"), [("steps", 0), ("eval", 1), ("end", 2)])

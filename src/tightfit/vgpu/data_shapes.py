@@ -222,7 +222,7 @@ def _repeat_interleave(device: Device, func: OpOverload, repeats: Tensor, *, out
     elif true is not None:
         length = int(true.sum())
     else:
-        length = device.length(repeats.numel())
+        length = device.length(repeats.numel(), None if repeats.numel() else 0)
     out = device.make(func, (repeats,), (length,), repeats.dtype)
     if true is not None:
         device.values.learn(out, torch.repeat_interleave(true))

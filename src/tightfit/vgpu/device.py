@@ -309,8 +309,10 @@ class VirtualDevice:
     def length(self, played: int, largest: int | None = None) -> int:
         """Return the length of a result that depends on data: `played` if the user gave none for the running line.
 
-        It counts as made up. `largest` bounds it; nothing does if None.
+        It counts as made up, unless it can only be 0. `largest` bounds it; nothing does if None.
         """
+        if largest == 0:
+            return 0
         frames = self._frames(self.phases.now())
         self.values.count("the length of a result that depends on data", frames)
         return self.assumed.length(frames, played, largest)
