@@ -84,6 +84,23 @@ def test_nanogpt_issue_88() -> None:
     assert round(found["failure"]["allocated_bytes"] / GIB, 2) == 10.16
 
 
+BROKEN_DATASET = """
+import torch
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, number):
+        if number == 3:
+            raise ValueError(f"image {number} is broken")
+        return torch.zeros(4)
+
+torch.ones(8, device="cuda")
+list(torch.utils.data.DataLoader(Images(), batch_size=2, num_workers=2))
+"""
+
+
 EVALUATES_WITH_GRADIENTS = """
 import sys
 import torch
@@ -271,6 +288,12 @@ class TestMistakes:
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_an_error_of_a_dataloaders_worker_is_named_without_its_traceback(self, tmp_path: Path) -> None:
+        script = tmp_path / "broken.py"
+        script.write_text(BROKEN_DATASET)
+        reason = dryrun("--gpu", "RTX 4090", script)["stopped_because"]
+        assert reason == "the script failed: ValueError: image 3 is broken (in DataLoader worker process 1)"
 
     def test_an_error_of_the_script_is_its_own(self, tmp_path: Path) -> None:
         script = tmp_path / "broken.py"

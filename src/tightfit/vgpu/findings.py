@@ -76,8 +76,23 @@ def _why_it_ended(session: VirtualSession, error: BaseException | None, failure:
     if failure:
         return say("vgpu.findings.out_of_memory")
     if error is not None:
-        return say("vgpu.findings.failed", error=f"{type(error).__name__}: {error!s:.500}")
+        return say("vgpu.findings.failed", error=_in_short(error))
     return session.stopped_because
+
+
+def _in_short(error: BaseException) -> str:
+    """Name an error as the last line of its traceback does.
+
+    One that torch carries over from a worker of a DataLoader or a thread holds a whole traceback in its message, with
+    the error itself at the end (`torch._utils.ExceptionWrapper`).
+    """
+    where, carried, traceback = str(error).partition("\nOriginal Traceback (most recent call last):\n")
+    if not carried:
+        return f"{type(error).__name__}: {error!s:.500}"
+    lines = traceback.rstrip().splitlines()
+    first = max((number for number, line in enumerate(lines) if line[:1].isspace()), default=-1) + 1
+    text = "\n".join(lines[first:] or lines[-1:])
+    return f"{text:.500} ({where.removeprefix(f'Caught {type(error).__name__} ').rstrip('.')})"
 
 
 def _failure(session: VirtualSession) -> Failure | None:
