@@ -84,7 +84,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
         first = [] if evidence.framework in programs("applications") else first
         windows = facts.kind in _WITH_PAGING and evidence.is_maybe_on_windows
         paging = [_remedy("windows_paging", facts, evidence)] if windows else []
-        is_sure = "windows" in evidence.run.signs
+        is_sure = not evidence.run.signs.isdisjoint({"windows", "wsl"})
         first = paging if _OF_HOST.search(evidence.run.text) else [*paging, *first] if is_sure else [*first, *paging]
         cures = [_remedy("watched_card", facts, evidence)]
     if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):

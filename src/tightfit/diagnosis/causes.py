@@ -1,6 +1,6 @@
 """Causes of a failure, the most important first, each with its figures and its evidence."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from tightfit.diagnosis import kind_sentences
 from tightfit.diagnosis.cause_records import (
@@ -88,7 +88,19 @@ def causes_of(
     found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
     shown = tuple(found) or (_of_little(facts),)
     is_bare = facts.requested_bytes is None and evidence is not None and not (culprit or first)
-    return (*causes_of_purpose(facts, evidence), *shown) if is_bare and evidence is not None else shown
+    if evidence is None or not (is_bare or _is_of_server(facts, evidence, found)):
+        return shown
+    at = int(shown[0].code == "fills_card")
+    return (*shown[:at], *causes_of_purpose(facts, evidence), *shown[at:])
+
+
+_SERVERS = ("vllm", "sglang", "tgi", "lmdeploy", "tensorrt_llm")
+
+
+def _is_of_server(facts: Facts, evidence: Evidence, found: Sequence[Cause]) -> bool:
+    """Return True for a server of language models at its start or in its work, where no figure decides."""
+    decides = any(each.code in DECISIVE or each.code.startswith("grows_") for each in found)
+    return evidence.framework in _SERVERS and facts.phase in (None, "warmup") and not decides
 
 
 _FULL = 0.8

@@ -10,6 +10,7 @@ from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.tables import read_table
 
 _CODE = re.compile(r"[\w\]] ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
+_WORD = re.compile(r"[A-Za-z_]\w*")
 _LOGGED = re.compile(r"^\[?\d{2,4}[-/:]\d\d[-/:]\d\d|\b(?:INFO|DEBUG|WARNING)\b|\b(?:Namespace|Config\w*|Arguments)\(")
 """Lines of a logger, and printed options, which look like code."""
 _LINES = 4
@@ -107,10 +108,12 @@ def line_before_message(text: str) -> TraceFrame | None:
     """
     lines = text[: text.find("ried to allocate")].splitlines()[:-1] if "ried to allocate" in text else []
     last = [each.strip(" `>|\t") for each in lines[-_LINES:]]
+    has_carets = False
     while last and _ONLY_CARETS.fullmatch(last[-1]):
-        last.pop()
+        has_carets = bool(last.pop().strip()) or has_carets
     for line in last[-1:]:
-        if _CODE.search(line) and not _LOGGED.search(line):
+        is_code = _CODE.search(line) or (has_carets and _WORD.search(line))
+        if is_code and not _LOGGED.search(line):
             return TraceFrame(file="", line=None, function="", source=line[:400])
     return None
 

@@ -9,6 +9,10 @@ from tightfit.tables import read_patterns
 
 _SENTENCE = re.compile(r"(?<=[^\d\s])[.!?。！？](?=\s|$)|\n")
 _ITEM = re.compile(r"\s*(?:[-*•]|\d{1,2}[.)]) ")
+_ADVICE = re.compile(
+    r"ried to allocate(?s:.){0,700}?(?:max_split_size_mb|expandable_segments:True)\s+to\s+avoid\s+fragmentation"
+)
+"""PyTorch's message, whose words would read as a person's: tried, already, try setting."""
 _LONG = 20_000
 """Characters of a report, up to which a person's words are looked for."""
 _ALIKE = {"smaller_batch": "split_general", "split_logged": "split_general", "split_in_parts": "split_general"}
@@ -27,7 +31,7 @@ def tried_in(text: str) -> frozenset[str]:
     """
     found: set[str] = set()
     is_list_of_tried = False
-    for sentence in _SENTENCE.split(text[:_LONG]):
+    for sentence in _SENTENCE.split(_ADVICE.sub("", text[:_LONG])):
         is_item = bool(_ITEM.match(sentence))
         in_vain = bool(_tables()["vain"]["words"].search(sentence))
         if not is_item and sentence.strip():

@@ -293,6 +293,17 @@ _TOOLS = {"hip": "rocm-smi", "xpu": "xpu-smi ps", "npu": "npu-smi info"}
 _OF_AMD = re.compile(r"\bHIP\b|\bROCm\d?\b|hipError|rocm_driver", re.IGNORECASE)
 
 
+_SETTING = re.compile(r"PYTORCH_(?:HIP_)?ALLOC_CONF")
+
+
+def _setting(facts: Facts, vendor: str) -> str:
+    """Return the name of the allocator's setting on the user's device: on AMD's cards that of the message."""
+    named = _SETTING.search(facts.message)
+    return {"npu": "PYTORCH_NPU_ALLOC_CONF", "hip": named[0] if named else "PYTORCH_HIP_ALLOC_CONF"}.get(
+        vendor, "PYTORCH_CUDA_ALLOC_CONF"
+    )
+
+
 def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windows: bool) -> tuple[Remedy, ...]:
     """Return the remedies with the tool of the card's vendor, and with settings as the user's shell takes them.
 
@@ -300,6 +311,7 @@ def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windo
     """
     is_amd = _OF_AMD.search(facts.message) or "hipErrorOutOfMemory" in text
     vendor = "hip" if is_amd else facts.kind.partition("_")[0]
+    setting = _setting(facts, vendor)
     if vendor not in _TOOLS and not on_windows:
         return tuple(remedies)
     tool = _TOOLS.get(vendor, "nvidia-smi")
@@ -307,7 +319,7 @@ def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windo
 
     def said(line: str) -> str:
         line = known.get(line, line)
-        line = line.replace("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF") if vendor == "npu" else line
+        line = line.replace("PYTORCH_CUDA_ALLOC_CONF", setting)
         return re.sub(r"^export (?=\w+=)", "set ", line) if on_windows else line
 
     def of_machine(each: Remedy) -> Remedy:

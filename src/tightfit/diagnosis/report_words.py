@@ -29,8 +29,13 @@ def _is_own(remedy: Remedy, evidence: Evidence) -> bool:
     return is_printed or has_own(code, evidence.framework or "")
 
 
+_HINT = re.compile(r"To run the model in eager mode, set [^\n]*")
+"""vLLM's own hint, which names an option that the run does not have."""
+
+
 def _stands(remedy: Remedy, text: str) -> bool:
     """Return True for a remedy if all its lines already stand in the log: it did not help."""
+    text = _HINT.sub("", text)
     lines = [line.partition("  #")[0].strip() for line in remedy.paste]
     return bool(lines) and all(len(line) > _SHORT_LINE and (line in text or _is_set(line, text)) for line in lines)
 
@@ -124,6 +129,8 @@ _DOMAINS = {
 
 def inputs_of(evidence: Evidence) -> str:
     """Return the remedy by smaller inputs that names what an unknown program works on, if the report shows one."""
+    if evidence.grows == "logits":  # only texts have them
+        return "shorter_length"
     found = {code: len(sign.findall(evidence.run.text)) for code, sign in _DOMAINS.items()}
     most = max(found.values())
     fitting = [code for code, count in found.items() if count == most]

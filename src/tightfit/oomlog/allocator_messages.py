@@ -42,6 +42,7 @@ _OLD_NAMES = {
 }
 _NEW = re.compile(
     rf"GPU#?(?P<index>\d{{0,4}})hasatotal(?P<word>capaci?ty)of(?P<total>{SIZE})"
+    rf"|GPU#?(?P<cut_index>\d{{1,4}})hasatotalcapaci?ty(?:of(?:\d{{1,6}}(?:\.\d{{0,2}})?)?)?$"
     rf"|ofwhich(?P<free>{SIZE})(?:isfree)?"
     rf"|Process(?P<pid>\d{{1,10}})has(?P<theirs>{SIZE})(?:memoryinuse)?"
     rf"|thisprocesshas(?P<process>{SIZE})(?:memoryinuse)?"
@@ -196,6 +197,8 @@ def _new_sentences(message: Message, text: str, begin: int, stop: int) -> None:
                 message.torch_format = "T5b"
             word = match["word"]
             message.take("total_bytes", match["total"])
+        elif match["cut_index"]:
+            message.device_index = int(match["cut_index"])
         elif match["theirs"]:
             figure = Figure.printed(match["theirs"])
             if figure and len(message.other_processes) < 1000:

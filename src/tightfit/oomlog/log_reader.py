@@ -38,7 +38,7 @@ from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.same_failure import complete_each_other, is_same, joined, later_format, stated_in
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
-from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, phase_of
+from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_warm_up, phase_of
 from tightfit.units import GIB, MIB
 
 _AFTER = 2 * REACH
@@ -63,6 +63,8 @@ _REPORT = 2_000
 """Characters of a text that is a person's report if its title names the failure and nothing in it advises."""
 _PROSE = 20_000
 """Characters of a report, of which any line that names a lack of memory is taken as what failed."""
+_TITLE = 3
+"""Lines of a log of which one may be a report's title: what happened stands behind it."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
 
@@ -230,16 +232,18 @@ class _Scan:
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
         before: list[str] = []
+        behind = [each.line.body for each in stream.entries[index + 1 : index + 40]]
         if stand in (Standing.FAILURE, Standing.REPORT) and self._stacks < _STACKS:
             self._stacks += 1
             before = stream.before(index, earlier)
-            frames = frames_of(before) or frames_behind(
-                [each.line.body for each in stream.entries[index + 1 : index + 40]]
-            )
+            frames = frames_of(before) or frames_behind(behind)
         words = stream.words(message, index, column, finish)
         said = entry.line.body[max(column - 60, 0) :] if message.kind == "program_words" else ""
         body = entry.line.body[max(column - 80, 0) :] if column > _WIDE_LINE else entry.line.body
-        self._add(_facts(message, entry, words, frames, before, said), stand, body)
+        facts = _facts(message, entry, words, frames, before, said)
+        if facts.phase is None and not frames and entry.number <= _TITLE and is_warm_up(behind):
+            facts = replace(facts, phase="warmup")
+        self._add(facts, stand, body)
 
     def _add(self, facts: Facts, stand: Standing, body: str) -> None:
         """Keep a failure, or count it as a repetition."""

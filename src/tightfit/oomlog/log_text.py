@@ -121,6 +121,8 @@ def clean(text: str) -> str:
 
 _RANKS = re.compile(r" (?=\[rank\d{1,6}\]:)")
 """The place between two lines of ranks that a paste joined."""
+_ROW = re.compile(r"\s*(?:\|\s*){1,4}(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*)\s*\|(.*?)\|?\s*$")
+"""A row of a table of log lines, as a web page prints them: its time, and its text."""
 _LINK = re.compile(r"\[([^\]\n]{1,400})\]\(https?://[^)\s]{1,400}\)")
 """A link of Markdown; Colab makes one of each file's name in a traceback."""
 
@@ -134,6 +136,8 @@ def lines_of(text: str) -> list[str]:
             if raw.isascii() and raw.isprintable() and "&" not in raw and "#033[" not in raw
             else clean(raw).split("\n")
         ):
+            if line.rstrip().endswith("|") and (row := _ROW.match(line)):
+                line = row[2]
             if "](http" in line:
                 line = _LINK.sub(r"\1", line)
             if line.count("[rank") > 1:

@@ -32,8 +32,10 @@ def own_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]
     one, too, however much libraries and NCCL add to it.
     """
     allocated = figures.get("allocated_bytes")
-    if "process_bytes" in figures or allocated is None:
+    if "process_bytes" in figures:
         return None
+    if allocated is None:
+        return _only_process(processes, figures)
     cache = figures.get("unallocated_bytes")
     reserved = figures.get("reserved_bytes") or (allocated + cache if cache else allocated)
     total = figures.get("total_bytes")
@@ -46,6 +48,15 @@ def own_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]
 
     fitting = list(filter(holds_it, processes))
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _only_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]) -> OtherProcess | None:
+    """Return the one listed process if what it leaves of the card has no room for another one's context."""
+    total, free = figures.get("total_bytes"), figures.get("free_bytes")
+    if len(processes) != 1 or total is None or free is None:
+        return None
+    rest = total.high - free.low - processes[0].bytes + _rounding(processes[0])
+    return processes[0] if rest < LEAST_CONTEXT else None
 
 
 def _rounding(process: OtherProcess) -> int:

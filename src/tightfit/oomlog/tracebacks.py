@@ -66,9 +66,20 @@ def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     else:
         start = -1
     found = list(_frames(lines[start + 1 :]))
+    if found and start > 0 and found[0].file == "<stdin>" and found[0].source is None:
+        found[0] = replace(found[0], source=_statement(lines[start - 1]))
     if start < 0 and found:  # the head was cut off, or is far away: only what stands close together
         return tuple(found[-60:])
     return tuple(found)
+
+
+_STATEMENT = re.compile(r"[\w.\[\], '\"]{1,80}? ?[-+*/|&]?= ?\S|[\w.]{1,80}\(.*\)$")
+
+
+def _statement(line: str) -> str | None:
+    """Return the statement typed at Python's prompt, which stands right before the head of the traceback."""
+    line = line.strip()
+    return line[:400] if _STATEMENT.match(line) else None
 
 
 def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
@@ -221,6 +232,11 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
     }
     found = next((phase for phase, shows in of_stack.items() if shows()), None) if frames else None
     return found or _phase_of_lines(lines)
+
+
+def is_warm_up(lines: Sequence[str]) -> bool:
+    """Return True if a server warms up in the lines: behind a report's title, they tell what it was doing."""
+    return any(map(_signs()["lines"]["warmup"].search, lines))
 
 
 _LINES_BEFORE = 60
