@@ -155,6 +155,8 @@ def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
         return None
     if any(call in frame.source for call in _CALLS) or _WHOLE_MODEL.search(frame.source):
         return None
+    if facts.frames and evidence.run.text.rstrip(" `\n").endswith(frame.source):  # the paste ends within a traceback
+        return None
     name = frame.file.replace("\\", "/").rsplit("/", 1)[-1]
     place = f"{name}:{frame.line}" if frame.file and frame.line else name
     return LineRequest(

@@ -208,6 +208,9 @@ def with_arithmetic(stated: Mapping[str, Figure]) -> tuple[dict[str, Figure], li
     if "process_bytes" in figures and (own is None or not own.bytes):
         notes.append("process_memory_unknown")
         sane.pop("process_bytes", None)
+    if "free_bytes" in figures and "free_bytes" not in sane:  # a difference below zero, without its sign
+        notes.append("free_below_zero")
+        figures.pop("free_bytes")
     if figures.get("allowed_bytes") and "allowed_bytes" not in sane:
         notes.append("no_limit_set")
 

@@ -140,7 +140,7 @@ def run_facts_in(text: str) -> RunFacts:
         known = names.get(quantity, "")
         if quantity == "batch_size" and _OF_ONE_CARD.search(known) and not _OF_ONE_CARD.search(name):
             continue
-        if quantity == "batch_size" and _is_of_other_run(text, match):
+        if quantity == "batch_size" and (_is_of_other_run(text, match) or _is_in_evaluation(text, match)):
             continue
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
@@ -196,6 +196,30 @@ def _is_of_other_run(text: str, match: re.Match[str]) -> bool:
     """Return True if the words around a batch say that it is not the one that failed."""
     before = _OTHER_RUN.search(text, max(match.start() - 40, 0), match.start())
     return bool(before or _WENT_WELL.match(text, match.end()))
+
+
+_SECTION = re.compile(r"[\"']?([A-Za-z_]\w{0,40})[\"']?\s{0,3}[:=]\s{0,3}(?:dict\(|\{)?\s*$")
+"""The head of a part of a configuration: `Eval:` in YAML, `val_dataloader = dict(` in Python."""
+_OF_EVALUATION = re.compile(
+    r"(?:eval|val|valid|validation|evaluation|test|infer|inference|predict)(?:_?[Dd]ata\w*|_?loader)?", re.I
+)
+_PART = 80
+"""Lines above a value in which the head of its part stands."""
+
+
+def _is_in_evaluation(text: str, match: re.Match[str]) -> bool:
+    """Return True if a value stands in the part of a printed configuration that is about evaluation."""
+    start = text.rfind("\n", 0, match.start()) + 1
+    column = match.start() - start
+    for line in reversed(text[max(start - 8000, 0) : start].splitlines()[-_PART:]):
+        if not column:
+            return False
+        head = _SECTION.search(line)
+        if head and head.start() < column:
+            column = head.start()
+            if _OF_EVALUATION.fullmatch(head[1]):
+                return True
+    return False
 
 
 def _sentences(text: str) -> Iterator[tuple[str, int]]:

@@ -94,7 +94,12 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     ends = (at for at in range(start, len(lines)) if _HEAD in lines[at] or "out of memory" in lines[at].lower())
     behind = lines[start : next(ends, len(lines))]
     found = () if start and any(map(_EXCEPTION.match, behind)) else tuple(_frames(behind))
-    return () if any(_LAUNCHER.search(each.file) for each in found) else found
+    on_host = any(_ON_HOST.search(each.source or "") for each in found[-2:])
+    return () if on_host or any(_LAUNCHER.search(each.file) for each in found) else found
+
+
+_ON_HOST = re.compile(r"map_location ?= ?(?:torch\.device\()?[\"']cpu")
+"""A call that asks for no memory on a device: the traceback behind the message is another failure's."""
 
 
 _LAUNCHER = re.compile(
