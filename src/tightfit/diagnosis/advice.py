@@ -211,7 +211,9 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         if evidence.tensor == "gathered_parameters":
             return
     if grows is not None:
-        yield _of_weights(facts, evidence, trains=trains) if grows == "model" else grows
+        is_divided = grows == "state" and not evidence.run.signs.isdisjoint({"deepspeed", "fsdp"})
+        own = "state_divided" if is_divided else grows
+        yield _of_weights(facts, evidence, trains=trains) if grows == "model" else own
         yield from ["eval"] if facts.phase == "eval" else []
         return
     yield from _lists_of_phase(facts, evidence, trains=trains)
@@ -288,7 +290,8 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
-        "less_at_once": not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(run, program))
+        "less_at_once": _is_of_use_only(facts, evidence)
+        or not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(run, program))
         or (evidence.has_no_smaller_batch and not _has_parts(run, program))
         or (program == "webui" and evidence.run.numbers.get("batch_size", 1) == 1),
         "checkpointing_general": keeps_nothing
@@ -428,6 +431,15 @@ def _attends(evidence: Evidence) -> bool:
 def _has_parts(run: RunFacts, program: str | None) -> bool:
     """Return True if a program works on parts of a batch: by its words, or by an option that the report prints."""
     return has_own("less_at_once", program or "") or bool(options_of("less_at_once", run.text))
+
+
+def _is_of_use_only(facts: Facts, evidence: Evidence) -> bool:
+    """Return True in a training, where a program's words for smaller parts are those of using a trained model."""
+    program = evidence.framework or ""
+    if facts.phase in ("eval", "sample") or program in programs("parts_of_training"):
+        return False
+    is_training = evidence.purpose == TRAINING and not evidence.infers
+    return is_training and has_own("less_at_once", program) and not options_of("less_at_once", evidence.run.text)
 
 
 def _batch_would_do(facts: Facts, evidence: Evidence) -> bool:

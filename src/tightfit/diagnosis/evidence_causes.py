@@ -119,6 +119,8 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
         yield SmallRequest(code=code, requested_bytes=requested, tensor_high=high)
     elif culprit is None and evidence.within is not None and evidence.within.high < MIB and not had_room(facts):
         yield Request(code="tiny_request", requested_bytes=requested)
+    elif culprit is None and requested is None and facts.frames and (line := _line_of(facts, evidence)):
+        yield line
     elif culprit is None and evidence.within is not None:
         made_by = None if evidence.is_complete else _line_of(facts, evidence)
         untold = _not_told(facts, evidence, unplayed_because)
@@ -154,6 +156,8 @@ def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     if frame is None or not frame.source or facts.phase == "backward" or frame.source.startswith("raise "):
         return None
     if any(call in frame.source for call in _CALLS) or _WHOLE_MODEL.search(frame.source):
+        return None
+    if "traceback_cut" in facts.notes:
         return None
     if facts.frames and evidence.run.text.rstrip(" `\n").endswith(frame.source):  # the paste ends within a traceback
         return None

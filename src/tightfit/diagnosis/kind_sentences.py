@@ -228,6 +228,10 @@ def _lines(code: str, run: RunFacts) -> list[str]:
     return next((own[each] for each in run.frameworks if each in own), _table().paste.get(code, []))
 
 
+_SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b", re.IGNORECASE)
+"""A program's word for a batch that it left out."""
+
+
 def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield the sentences on a log without a failure."""
     sentences, kind = wording.words(words.language), reading.kind_of_nothing or "nothing"
@@ -236,8 +240,9 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     if reading.caught is not None:
         decisive = (cause for cause in causes_of_figures(reading.caught) if cause.code in DECISIVE)
         yield from (words("causes", cause.code, **msgspec.structs.asdict(cause)) for cause in decisive)
-    if sentences.has("nothing", f"{kind}_hint"):
-        yield sentences("nothing", f"{kind}_hint")
+    hint = "skipped" if kind.startswith("caught") and _SKIPPED.search(reading.evidence) else f"{kind}_hint"
+    if sentences.has("nothing", hint):
+        yield sentences("nothing", hint)
 
 
 def follows_lines(reading: LogReading, words: "Words") -> Iterator[str]:

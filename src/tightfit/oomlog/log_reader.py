@@ -38,7 +38,7 @@ from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.same_failure import complete_each_other, is_same, joined, later_format, stated_in
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
-from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_warm_up, phase_of
+from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_cut, is_warm_up, phase_of
 from tightfit.units import GIB, MIB
 
 _AFTER = 2 * REACH
@@ -232,15 +232,20 @@ class _Scan:
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
         before: list[str] = []
+        is_before = False
         behind = [each.line.body for each in stream.entries[index + 1 : index + 40]]
         if stand in (Standing.FAILURE, Standing.REPORT) and self._stacks < _STACKS:
             self._stacks += 1
             before = stream.before(index, earlier)
-            frames = frames_of(before) or frames_behind(behind)
+            frames = frames_of(before)
+            is_before = bool(frames)
+            frames = frames or frames_behind(behind)
         words = stream.words(message, index, column, finish)
         said = entry.line.body[max(column - 60, 0) :] if message.kind == "program_words" else ""
         body = entry.line.body[max(column - 80, 0) :] if column > _WIDE_LINE else entry.line.body
         facts = _facts(message, entry, words, frames, before, said)
+        if frames and not is_before and is_cut(behind):
+            facts = replace(facts, notes=(*facts.notes, "traceback_cut"))
         if facts.phase is None and not frames and entry.number <= _TITLE and is_warm_up(behind):
             facts = replace(facts, phase="warmup")
         self._add(facts, stand, body)

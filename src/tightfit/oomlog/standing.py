@@ -101,6 +101,8 @@ def standing(
     named = message.exception or ""
     bare = before[: before.rfind(named)] if named and named in before else before
     leads = not _DECORATION.sub("", bare, count=1).strip()
+    if message.kind == "program_words" and _SKIPS.match(line.body, column):
+        return Standing.CAUGHT
     if named.endswith("Warning") or (message.kind != "nccl" and _WARNS.search(before)):
         return Standing.WARNING
     if _is_code(message, line, before, after, is_title=is_title):
@@ -152,6 +154,8 @@ _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memo
 """Kinds whose words have no other meaning in a sentence."""
 
 
+_SKIPS = re.compile(r"ran out of memory\b[^\n]{0,60}?\b(?:skipping|retrying)\b", re.IGNORECASE)
+"""A program's warning that it leaves a batch out, or tries it again."""
 _PRINTED = re.compile(r"\s*[\w.]{0,60}(?:Error|Exception)\((['\"]).{1,2000}\1,?\)\s*$")
 """An exception as a program prints it with repr; code that raises one does not know a card's figures."""
 

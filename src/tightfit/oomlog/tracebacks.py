@@ -98,6 +98,12 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     return () if on_host or any(_LAUNCHER.search(each.file) for each in found) else found
 
 
+def is_cut(lines: Sequence[str]) -> bool:
+    """Return True if the lines behind a message hold the head of a traceback, and not the message that ends it."""
+    heads = [at for at, line in enumerate(lines) if _HEAD in line]
+    return bool(heads) and not any("out of memory" in line.lower() for line in lines[heads[0] :])
+
+
 _ON_HOST = re.compile(r"map_location ?= ?(?:torch\.device\()?[\"']cpu")
 """A call that asks for no memory on a device: the traceback behind the message is another failure's."""
 
@@ -236,7 +242,15 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
         "setup": lambda: stack.called("setup") or stack.entered("setup"),
     }
     found = next((phase for phase, shows in of_stack.items() if shows()), None) if frames else None
+    if found in ("forward", "loss", "setup") and _ends_in_engine(lines):
+        return "backward"
     return found or _phase_of_lines(lines)
+
+
+def _ends_in_engine(lines: Sequence[str]) -> bool:
+    """Return True if the last line before a message is autograd's engine, whose frame a paste left out."""
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return bool(_signs()["lines"]["backward"].search(last))
 
 
 def is_warm_up(lines: Sequence[str]) -> bool:
