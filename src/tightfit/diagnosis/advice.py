@@ -232,6 +232,8 @@ def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterat
     """Yield the lists for a failure of which the phase alone is known."""
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
+    if facts.phase == "setup" and not evidence.run.signs.isdisjoint({"fsdp", "deepspeed"}) and not evidence.infers:
+        yield "training"
     if facts.phase == "save":  # what one pass holds is gone by then
         return
     if facts.phase == "load":
@@ -306,6 +308,9 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "no_gradients": "no_grad" in run.signs
         or _is_foreign(facts, evidence)
         or not (evidence.infers or evidence.is_of_unknown_purpose or facts.phase in ("eval", "sample")),
+        "shorter_length": evidence.infers
+        and facts.phase in (None, "forward", "sample")
+        and has_own("less_at_once", program or ""),
         "chunked_general": program in ("unsloth", "grpo"),  # its own loss is in chunks
         "half_precision": "half" in run.signs
         or (evidence.is_of_unknown_purpose and program == "sentence_transformers")
@@ -347,6 +352,7 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "smaller_model": not (evidence.infers and (is_too_large or program is None))
         and not has_own("smaller_model", program or ""),
         "shard": run.numbers.get("zero_stage") == 3
+        or "full_shard" in run.signs
         or "qlora" in run.signs  # DeepSpeed's stage 3 takes no quantised weights
         or program == "unsloth"  # a library for one card
         or run.numbers.get("world_size") == 1

@@ -81,9 +81,15 @@ def _model_class(run: RunFacts) -> str:
     return "AutoModelForCausalLM" if _OF_CAUSAL.search(run.text) else "MODEL_CLASS"
 
 
+_FSDP = re.compile(r"(--fsdp[ =][\"'])full_shard( auto_wrap[\"'])")
+"""The Trainer's option for FSDP, without offloading."""
+
+
 def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
     """Return the user's own options, as printed, where the program has no words of its own for this remedy."""
     program = evidence.framework
+    if code == "offload" and (fsdp := _FSDP.search(evidence.run.text)):
+        return Pasted(lines=(f"{fsdp[1]}full_shard offload{fsdp[2]}",))
     is_of_script = program in programs("libraries") and code in _BY_SCRIPTS
     if program is not None and has_own(code, program) and not is_of_script:
         printed = () if code in _IN_PARTS or not has_fixed_lines(code, program) else options_of(code, evidence.run.text)

@@ -51,6 +51,7 @@ def detail_names() -> set[str]:
 
 
 _OF_THE_RUN = {
+    "small_pool",
     "small_array",
     "eval",
     "one",
@@ -110,12 +111,16 @@ _TOLD = {
         re.IGNORECASE,
     ),
     "resume": re.compile(rf"{_WHEN}\bresum(?:e|es|ed|ing)\b|(?:恢复|断点续)训练|再開", re.IGNORECASE),
+    "setup": re.compile(
+        rf"{_WHEN}\b(?:initiali[sz](?:ation|ing)|before the first (?:training )?step)\b", re.IGNORECASE
+    ),
     "load": re.compile(
         rf"{_WHEN}\bload(?:ing|s)?\b[^.\n]{{0,20}}\b(?:model|weights|checkpoint|shards|unet|transformer)\b",
         re.IGNORECASE,
     ),
 }
 """A person's words for the phase in which memory ran out, in the sentence that tells of it."""
+_ERROR = re.compile(r"\b(?:the|this) error (?:occurs|happens|appears|comes)\b", re.IGNORECASE)
 _SENTENCE_ENDS = re.compile(r"(?<=[^\d])[.!?。！？](?=\s|$)|\n")
 _LOADS_ON = re.compile(r"Loading (?:safetensors )?(?:checkpoint|pipeline) (?:shards|components): +(?!100%)\d{1,2}%")
 
@@ -128,6 +133,8 @@ def _with_phase(facts: Facts, run: RunFacts) -> Facts:
         return msgspec.structs.replace(facts, phase="load")
     for sentence in _SENTENCE_ENDS.split(run.text[:_REPORT]):
         if not _LACK.search(sentence):
+            if _ERROR.search(sentence) and _TOLD["setup"].search(sentence):
+                return _with(msgspec.structs.replace(facts, phase="setup"), "told_phase")
             continue
         told = next((phase for phase, words in _TOLD.items() if words.search(sentence)), None)
         if told is not None:
@@ -178,12 +185,16 @@ def _of_driver(facts: Facts, run: RunFacts) -> Facts:
 def _of_pool(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of TensorFlow with the limit of its pool, where the tensor alone is larger."""
     limit = _LIMIT.search(run.text)
+    if limit is not None and int(limit[1]) < _SMALL_POOL:
+        return _with(facts, "small_pool", f"{int(limit[1]) / MIB:.1f} MiB")
     if limit is None or facts.requested_bytes is None or facts.requested_bytes <= int(limit[1]):
         return facts
     name = "beyond_flat" if facts.details.get("shape", ",").isdigit() else "beyond"
     return _with(_with(facts, name), "beyond", f"{int(limit[1]) / GIB:.2f} GiB")
 
 
+_SMALL_POOL = GIB // 2
+"""Bytes below which TensorFlow's pool is no part of a card that it has for itself."""
 _LIMIT = re.compile(r"\bLimit: {1,40}(\d{6,15})\b")
 """Bytes that TensorFlow's pool may hold at most, in its statistics."""
 

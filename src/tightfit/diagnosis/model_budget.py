@@ -146,7 +146,8 @@ def _budget(
 ) -> Budget:
     stage, world = run.numbers.get("zero_stage"), run.numbers.get("world_size")
     divides = bool(run.signs & {"deepspeed", "fsdp"})
-    ranks = world if divides and stage == 3 and world else 1
+    of_all = stage == 3 or "full_shard" in run.signs
+    ranks = world if divides and of_all and world else 1
     return Budget(
         model=model.name,
         parameters=parameters,

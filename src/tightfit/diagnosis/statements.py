@@ -84,7 +84,8 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
 
 def _told_phase(facts: Facts, words: Words) -> Iterator[str]:
     """Yield the phase, where the sentence on the failure does not name it."""
-    has_figures = facts.free_bytes is not None and facts.total_bytes is not None and is_of_device(facts)
+    has_figures = facts.free_bytes is not None and facts.total_bytes is not None and bool(facts.short_by_bytes)
+    has_figures = has_figures and is_of_device(facts)
     if facts.phase is not None and not has_figures and is_of_device(facts):
         yield words("problem", "told_phase" if "told_phase" in facts.details else "in_phase", phase=facts.phase)
     elif "told_phase" in facts.details and not has_figures:

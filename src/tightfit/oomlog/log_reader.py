@@ -248,14 +248,15 @@ class _Scan:
             facts = replace(facts, notes=(*facts.notes, "traceback_cut"))
         if facts.phase is None and not frames and entry.number <= _TITLE and is_warm_up(behind):
             facts = replace(facts, phase="warmup")
-        self._add(facts, stand, body)
+        self._add(facts, stand, body, is_title=is_title)
 
-    def _add(self, facts: Facts, stand: Standing, body: str) -> None:
-        """Keep a failure, or count it as a repetition."""
+    def _add(self, facts: Facts, stand: Standing, body: str, *, is_title: bool) -> None:
+        """Keep a failure, or count it as a repetition; lines behind a report's title are not progress after it."""
         for record in reversed(self.records[-60:]):
             over = record.survived and stand is not Standing.CAUGHT
             if record.standing is stand and not over and is_same(record.facts, facts):
                 known = record.facts
+                record.closed = record.closed and is_title
                 better = facts if facts.frames and not known.frames else known
                 if not known.figures and facts.figures:  # the first says only that it failed
                     known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
@@ -273,7 +274,7 @@ class _Scan:
                     torch_format=later_format(known, facts),
                 )
                 return
-        self.records.append(_Record(facts, stand, body[:300]))
+        self.records.append(_Record(facts, stand, body[:300], closed=is_title))
 
     def reading(self) -> LogReading:
         failures = [record for record in self.records if record.standing is Standing.FAILURE]

@@ -158,12 +158,25 @@ def run_facts_in(text: str) -> RunFacts:
         names=names,
         texts=texts,
         signs=signs,
-        frameworks=tuple(_found("frameworks", paths)),
+        frameworks=_frameworks(paths),
         shapes=tuple(_shapes(text)),
         tensor_name=(named[1] or named[2]).rstrip(".") if named else None,
         family=family[-1] if family else None,
         text=text,
     )
+
+
+_ENVIRONMENT = re.compile(r"\benvs/[\w.-]{1,80}/")
+"""The folder of an environment, whose name may be that of another program."""
+
+
+def _frameworks(paths: str) -> tuple[str, ...]:
+    """Return the programs that a text shows; those that only an environment's name shows come last."""
+    found = tuple(_found("frameworks", paths))
+    if "envs/" not in paths or len(found) < 2:
+        return found
+    sure = tuple(_found("frameworks", _ENVIRONMENT.sub("envs/", paths)))
+    return (*sure, *(each for each in found if each not in sure))
 
 
 def _texts_in(text: str) -> dict[str, str]:

@@ -109,7 +109,13 @@ def standing(
         return Standing.CODE
     if memory_of(message.kind) == "harmless":
         return Standing.HARMLESS
-    if line.level in ("debug", "info", "warning") and not (leads and named) and not _fails_at_any_level(message, bare):
+    is_traced = "Traceback (most recent" in after
+    if (
+        line.level in ("debug", "info", "warning")
+        and not is_traced
+        and not (leads and named)
+        and not _fails_at_any_level(message, bare)
+    ):
         return Standing.CAUGHT
     mine = _has("first_person", bare) or (is_title and "class_without_message" in message.notes)
     if (_has("caught", bare) and not mine) or _has("fallback", after[:80]):

@@ -231,7 +231,7 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
         "save": lambda: stack.called("save") or stack.named("save") or stack.in_files("save"),
         "resume": lambda: (stack.called("resume") or stack.named("resume")) and not stack.entered("load"),
         "load": lambda: stack.called("load") or stack.entered("load") or stack.in_files("load"),
-        "eval": lambda: stack.entered("eval") or stack.called("eval"),
+        "eval": lambda: stack.entered("eval") or stack.called("eval") or stack.in_files("eval"),
         "gather": lambda: stack.entered("gather") or stack.in_files("gather"),
         "sample": lambda: stack.entered("sample") or stack.called("sample") or stack.in_files("sample"),
         "optimizer": lambda: stack.called("optimizer") or stack.in_files("optimizer"),
