@@ -241,8 +241,19 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
         decisive = (cause for cause in causes_of_figures(reading.caught) if cause.code in DECISIVE)
         yield from (words("causes", cause.code, **msgspec.structs.asdict(cause)) for cause in decisive)
     hint = "skipped" if kind.startswith("caught") and _SKIPPED.search(reading.evidence) else f"{kind}_hint"
+    if reading.caught is not None and "llama_cpp" in reading.caught.details and kind == "caught":
+        hint = "retried_hint"
     if sentences.has("nothing", hint):
         yield sentences("nothing", hint)
+    if hint.startswith("caught") and (reading.caught is None or _batch_avoids(reading.caught)):
+        yield sentences("nothing", "caught_batch")
+
+
+def _batch_avoids(facts: Facts) -> bool:
+    """Return True for a lack of device memory that a smaller batch may avoid: one of PyTorch's, in a card's size."""
+    total, requested = facts.figures.get("total_bytes"), facts.requested_bytes
+    too_large = total is not None and requested is not None and requested > total.high
+    return "llama_cpp" not in facts.details and not too_large
 
 
 def follows_lines(reading: LogReading, words: "Words") -> Iterator[str]:
@@ -250,5 +261,7 @@ def follows_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     sentences = wording.words(words.language)
     if reading.failure is not None and "failed_afterwards" in reading.failure.notes:
         yield sentences("follows", "failed_afterwards", afterwards=reading.failure.details["afterwards"])
+    if reading.failure is not None and "failed_afterwards_cut" in reading.failure.notes:
+        yield sentences("follows", "failed_afterwards_cut")
     kinds = dict.fromkeys(each.kind for each in reading.others if each.standing == "failure")
     yield from (sentences("follows", kind) for kind in kinds if sentences.has("follows", kind))

@@ -51,7 +51,17 @@ _STACKS = 40
 """Failures whose traceback is read."""
 _BUDGET = 25_000
 """Lines that are looked at closely, before the last piece; logs that consist of nothing else are sampled."""
-_PROGRESS = ("it/s]", "s/it]", ": loss ", "loss=", "loss: ", "'loss':", "train loss")
+_PROGRESS = (
+    "it/s]",
+    "s/it]",
+    ": loss ",
+    "loss=",
+    "loss: ",
+    "'loss':",
+    "train loss",
+    "n_slots =",
+    "server is listening",
+)
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
 _WIDE_LINE = 120
 """Columns before a message, from which on a progress bar or another line stands before it."""
@@ -65,6 +75,10 @@ _PROSE = 20_000
 """Characters of a report, of which any line that names a lack of memory is taken as what failed."""
 _TITLE = 3
 """Lines of a log of which one may be a report's title: what happened stands behind it."""
+_REPORTS = re.compile(r"\bOOM: Ran out of memory with exception\b")
+"""fairseq's line on any lack of memory, those that it does not survive, too."""
+_RECOVERS = re.compile(r"\brecover from OOM\b")
+_TRACEBACK = "Traceback (most recent call last)"
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
 
@@ -280,7 +294,7 @@ class _Scan:
         failures = [record for record in self.records if record.standing is Standing.FAILURE]
         chosen = _choose(failures) or next((each for each in self.records if each.standing is Standing.REPORT), None)
         chosen = chosen or self._failed_afterwards()
-        rest = [record for record in self.records if record is not chosen]
+        rest = [record for record in self.records if not _is_of(record, chosen)]
         others = tuple(map(_other, rest[:100]))
         count = self.uncounted + sum(map(_counts, rest))
         context = printed_in("\n".join(lines_of(self._head)))
@@ -314,7 +328,15 @@ class _Scan:
         handled = [each for each in self.records if each.standing is Standing.CAUGHT and not each.survived]
         last = last_words(lines_of(self._ending)[-400:], with_lines_before=False) if handled else None
         record = handled[-1] if handled else None
-        if record is None or last is None or last[1][:60] in record.body or record.progress:
+        if record is None or record.progress:
+            return None
+        behind = self._ending[self._ending.rfind(record.body[:60]) :]
+        if _REPORTS.search(record.body) and not _RECOVERS.search(behind):
+            return _with_facts(record, record.facts)
+        is_cut_off = last is None or last[0] == "incomplete"
+        if is_cut_off and _RECOVERS.search(behind) and _TRACEBACK in behind:
+            return _with_facts(record, replace(record.facts, notes=(*record.facts.notes, "failed_afterwards_cut")))
+        if last is None or last[1][:60] in record.body:
             return None
         if self._ending.rfind(last[1][:60]) < self._ending.rfind(record.body[:60]):
             is_the_matter = self._head.startswith("# ") and reported_in(lines_of(self._head[:4000])) is not None
@@ -385,6 +407,13 @@ class _Scan:
 def _with_facts(record: _Record, facts: Facts) -> _Record:
     """Return a failure with other facts."""
     return _Record(facts, Standing.FAILURE, record.body, record.progress, record.closed)
+
+
+def _is_of(record: _Record, chosen: _Record | None) -> bool:
+    """Return True for the chosen failure itself, also as what was handled first."""
+    if chosen is None or record is chosen:
+        return record is chosen
+    return record.standing is Standing.CAUGHT and record.facts.line == chosen.facts.line
 
 
 def _counts(record: _Record) -> bool:

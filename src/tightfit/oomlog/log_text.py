@@ -183,6 +183,7 @@ _TIME = re.compile(
     r"| [AP]M)?[\]|]?[:,-]? ?(?:-(?: |$))?"
     r"|\[?\d{4}[-/]\d{2}[-/]\d{2}\]? |[A-Z][a-z]{2} [ \d]\d \d{2}:\d{2}:\d{2} |\d{2}-\d{2} (?=\d{2}:)"
     r"|\d{4} \d{2}:\d{2}:\d{2}"
+    r"|\d{1,3}\.\d{2}\.\d{3}\.\d{3} (?:[DIWE] )?"
 )
 _LEVEL = re.compile(
     r"[\[<|(]?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?: *[\]>|)])?(?::[A-Za-z_][\w.]{0,60}:"
