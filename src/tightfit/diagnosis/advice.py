@@ -150,7 +150,8 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
         codes.sort(key=lambda code: not has_own(code, evidence.framework or ""))
     if "not_python" in evidence.run.signs and not any(each.file.endswith(".py") for each in facts.frames):
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
-    if evidence.infers and evidence.run.numbers.get("batch_size", 1) > 1 and "less_at_once" in codes:
+    would_do = not is_oversized(facts) or _batch_would_do(facts, evidence)
+    if evidence.infers and would_do and evidence.run.numbers.get("batch_size", 1) > 1 and "less_at_once" in codes:
         codes = ["less_at_once", *codes]  # the report prints a batch that may be smaller
     if is_filled_by_library(facts):
         codes = ["fewer_environments", *codes]
@@ -264,7 +265,7 @@ def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str,
     if code == "smaller_inputs":
         return not any(_applies(each, facts, evidence, needless) for each in ("shorter_length", "smaller_picture"))
     if code == "shorter_length" and program in programs("pictures"):
-        return False
+        return has_own(code, program or "")
     if facts.kind in _NOT_CUDA and code in _ON_CUDA_ONLY - (
         _ON_NPU if facts.kind == "npu_out_of_memory" else frozenset()
     ):
@@ -273,11 +274,12 @@ def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str,
         return True
     needs_words = code in _tables()["needs_words"]["codes"] or program in programs("applications")
     needs_words = needs_words or (program in programs("without_torch") and code not in _IN_ANY_LANGUAGE)
-    if not needs_words:
-        return True
+    return not needs_words or _words(code, evidence) is not None
+
+
+def _words(code: str, evidence: Evidence) -> Pasted | None:
     parts = divided(evidence)
-    words = own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
-    return words is not None
+    return own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
 
 
 def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
@@ -463,8 +465,17 @@ def _has_no_offload(facts: Facts, evidence: Evidence) -> bool:
     """Return True where a program's words for offloading are about another part of its work."""
     loads = facts.phase in ("load", "setup") and not evidence.trains
     if (_keeps_nothing(facts, evidence) and facts.phase != "eval") or loads:
-        return not (has_own("offload", evidence.framework or "") or options_of("offload", evidence.run.text))
+        words = _words("offload", evidence)
+        of_training = words is not None and any(_OF_STATE.search(line) for line in words.lines)
+        has_words = has_own("offload", evidence.framework or "") or options_of("offload", evidence.run.text)
+        return of_training or not has_words or bool(_BEFORE_OFFLOAD.search(evidence.run.text))
     return evidence.framework == "diffusers"
+
+
+_OF_STATE = re.compile(r"zero_?(?:stage|3)|offload_optimizer|deepspeed|full_shard", re.IGNORECASE)
+"""Words of lines that move a training's optimizer state, of which loading a model for its use has none."""
+_BEFORE_OFFLOAD = re.compile(r"\bInvokeAI,? version:? ?[1-4]\.")
+"""Programs of a version older than their option."""
 
 
 def _is_half(shape: PrintedShape | None) -> bool:
@@ -494,8 +505,7 @@ _BATCH_NORM = re.compile(r"batch_?norm|BatchNorm")
 
 
 def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
-    parts = divided(evidence)
-    words = own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
+    words = _words(code, evidence)
     if code == "half_precision" and facts.kind in _NOT_CUDA:
         words = _autocast(facts.kind.partition("_")[0])
     if code == "no_gradients" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
@@ -516,7 +526,7 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         paste=words.lines if words else (),
         page=words.page if words else "",
     )
-    batch, size, passes = parts
+    batch, size, passes = divided(evidence)
     if code == "split_general" and evidence.framework in programs("without_accumulation"):
         code = "smaller_batch"
         return replace(remedy, code=code, reason=code, exact=False, applicability=applicability(code))

@@ -179,6 +179,8 @@ def _of_driver(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of the CUDA runtime in a validation, or with a batch that cannot be smaller."""
     if facts.phase == "eval":
         return _with(facts, "eval")
+    if facts.phase in ("load", "setup"):
+        return _with(facts, "loading")
     return _with(facts, "one") if run.numbers.get("batch_size") == 1 else facts
 
 

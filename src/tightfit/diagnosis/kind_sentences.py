@@ -53,6 +53,10 @@ _TINY = 2**20
 """Bytes below which a request fails only if the card was full before it."""
 
 
+_MOVES = re.compile(r"\.to\(|\.cuda\(|\bcuda\.set_device\(|_lazy_init\(")
+"""Lines of code that open a card, or move a model there."""
+
+
 def values_of(facts: Facts) -> dict[str, object]:
     """Return the values that sentences on a failure may name: its figures, what follows from them, its details."""
     found: dict[str, object] = {
@@ -69,7 +73,8 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["unsized"] = math.prod(int(size) for size in shape.split(",") if size.strip().isdigit()) * 4
     if facts.phase == "eval" and any("transformers/trainer" in frame.file.replace("\\", "/") for frame in facts.frames):
         found["predictions"] = True
-    if facts.phase == "setup" and facts.kind == "cuda_driver":
+    is_moved = any(_MOVES.search(frame.source or "") for frame in facts.frames)
+    if facts.phase == "setup" and facts.kind == "cuda_driver" and is_moved:
         found["at_start"] = True
     if facts.requested_bytes is not None and facts.requested_bytes < _TINY:
         found["tiny"] = True
@@ -228,7 +233,7 @@ def _lines(code: str, run: RunFacts) -> list[str]:
     return next((own[each] for each in run.frameworks if each in own), _table().paste.get(code, []))
 
 
-_SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b", re.IGNORECASE)
+_SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b|^\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
 """A program's word for a batch that it left out."""
 
 

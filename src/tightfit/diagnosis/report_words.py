@@ -16,7 +16,7 @@ _SHORT_LINE = 12
 """Characters up to which a line may stand in a log by chance."""
 
 
-_BEFORE_OWN = frozenset({"other_library", "fused_kernel"})
+_BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
 """Cures of a known cause, which come before the user's own options."""
 
 
@@ -60,9 +60,22 @@ _VARIABLE = re.compile(r"(?:export|set) (\w+)=(\w+)")
 
 
 def _is_set(line: str, text: str) -> bool:
-    """Return True if the report's code sets the variable of a shell's line to the same value."""
+    """Return True if the report sets the variable of a shell's line, or a command's options, to the same value."""
     found = _VARIABLE.fullmatch(line)
-    return found is not None and bool(re.search(rf"\b{found[1]}\W{{1,8}}{found[2]}\b", text))
+    if found is not None:
+        return bool(re.search(rf"\b{found[1]}\W{{1,8}}{found[2]}\b", text))
+    _, dots, options = line.partition(" ... ")
+    return bool(dots) and options.startswith("-") and all(_has(each, text) for each in _OPTIONS.findall(options))
+
+
+_OPTIONS = re.compile(r"(--?[A-Za-z][\w-]*)(?:[ =]([^\s-]\S*))?")
+
+
+def _has(option: tuple[str, str], text: str) -> bool:
+    """Return True if a text has an option with its value, which a shell may need quotes for."""
+    name, value = option
+    behind = rf"[ =][\"']?{re.escape(value)}(?![\w.*])" if value else r"(?![\w-])"
+    return bool(re.search(rf"(?<!\S){re.escape(name)}{behind}", text))
 
 
 IN_WORDS = {

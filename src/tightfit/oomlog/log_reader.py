@@ -315,7 +315,7 @@ class _Scan:
             kind_of_nothing=nothing,
             evidence=evidence,
             caught=caught[-1].facts if caught else None,
-            went_on=any(each.progress for each in caught),
+            went_on=any(each.progress or _goes_on_with_next(each) for each in caught),
         )
 
     def _both_ends(self) -> str:
@@ -407,6 +407,15 @@ class _Scan:
 def _with_facts(record: _Record, facts: Facts) -> _Record:
     """Return a failure with other facts."""
     return _Record(facts, Standing.FAILURE, record.body, record.progress, record.closed)
+
+
+_OF_ITEM = re.compile(r"^\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
+"""A program's line on one of its inputs, which it leaves out."""
+
+
+def _goes_on_with_next(record: _Record) -> bool:
+    """Return True for the same line on a second input: the program went on after the first."""
+    return record.facts.repeats > 1 and bool(_OF_ITEM.match(record.body))
 
 
 def _is_of(record: _Record, chosen: _Record | None) -> bool:

@@ -179,14 +179,15 @@ _RANK = re.compile(
     r"|(?P<e>\d{1,4}): (?=(?:Traceback|  ?File|    |torch|Runtime|\w{1,40}Error))"
 )
 _TIME = re.compile(
-    r"\[?(?:\d{4}[-/.]\d{1,2}[-/.]\d{1,2}[T _|]{0,2})?\d{1,2}:\d{2}:\d{2}(?:[.,]\d{1,9})?(?:Z|[+-]\d{2}:?\d{2}"
+    r"\[?(?:\d{2}(?:\d{2})?[-/.]\d{1,2}[-/.]\d{1,2}[T _|]{0,2})?"
+    r"\d{1,2}:\d{2}:\d{2}(?:[.,]\d{1,9})?(?:Z|[+-]\d{2}:?\d{2}"
     r"| [AP]M)?[\]|]?[:,-]? ?(?:-(?: |$))?"
     r"|\[?\d{4}[-/]\d{2}[-/]\d{2}\]? |[A-Z][a-z]{2} [ \d]\d \d{2}:\d{2}:\d{2} |\d{2}-\d{2} (?=\d{2}:)"
     r"|\d{4} \d{2}:\d{2}:\d{2}"
     r"|\d{1,3}\.\d{2}\.\d{3}\.\d{3} (?:[DIWE] )?"
 )
 _LEVEL = re.compile(
-    r"[\[<|(]?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?: *[\]>|)])?(?::[A-Za-z_][\w.]{0,60}:"
+    r"(?:[\[<|(]|\| )?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?: *[\]>|)])?(?::[A-Za-z_][\w.]{0,60}:"
     r"|[:\s|/-]| *$)[ -]*"
 )
 _SOURCE = re.compile(
