@@ -101,12 +101,20 @@ def _of_card(facts: Facts) -> Iterator[Cause]:
     elif had_room(facts) and (room := room_beside_own(facts)) is not None:
         yield MoreFree(code="room_beside_own", free_bytes=room)
     elif "more_free_than_requested" in facts.notes and not ownership(facts).decides:
-        code = "more_free_than_requested" if had_room(facts) else "hardly_more_free"
-        yield MoreFree(code=code, free_bytes=facts.free_bytes)
+        hardly = (facts.free_bytes or 0) < _HARDLY * (facts.requested_bytes or 0)
+        code = "more_free_than_requested" if had_room(facts) else "hardly_more_free" if hardly else "little_free"
+        yield MoreFree(code=code, label=LIKELY if code == "little_free" else MEASURED, free_bytes=facts.free_bytes)
+
+
+_HARDLY = 1.5
+"""Times the request that hardly more than it is below."""
 
 
 def _of_others(facts: Facts) -> Iterator[Cause]:
     found, total, need = ownership(facts), facts.total_bytes or 0, facts.figures.get("requested_bytes")
+    if found.ranks and not found.ranks_bytes:  # their sizes are unknown in a container
+        yield RanksInRow(code="ranks_in_row", label=LIKELY, count=len(found.ranks))
+        return
     if found.ranks:
         yield OwnRanks(
             code="own_ranks_decide" if found.decides else "own_ranks",

@@ -109,8 +109,14 @@ def _of_part(model: Model, parameters: int, total: int | None, trained: int, run
     return msgspec.structs.replace(found, trained=trained, is_sure=False)
 
 
+_BITS = re.compile(r"\b[Ee][Xx][Ll][23][-_ ](\d)[._](\d{1,2})(?!\d)|(?<![\d.])(\d(?:\.\d{1,2})?)[ -]?bpw\b")
+"""Bits of a weight in the name of a quantised model."""
+
+
 def _stored(run: RunFacts) -> float:
     """Return the bytes of a parameter in the format that the log names; 16 bits where it names none."""
+    if bits := _BITS.search(run.text):
+        return float(".".join(each for each in (bits[1] or bits[3], bits[2]) if each)) / 8
     return _QUANTIZED if "quantized_4" in run.signs else 1.0 if "quantized_8" in run.signs else _WEIGHT
 
 

@@ -166,14 +166,14 @@ def run_facts_in(text: str) -> RunFacts:
     )
 
 
-_ENVIRONMENT = re.compile(r"\benvs/[\w.-]{1,80}/")
+_ENVIRONMENT = re.compile(r"\benvs/[\w.-]{1,80}/|\b[\w.-]{1,80}/\.?venv/")
 """The folder of an environment, whose name may be that of another program."""
 
 
 def _frameworks(paths: str) -> tuple[str, ...]:
     """Return the programs that a text shows; those that only an environment's name shows come last."""
     found = tuple(_found("frameworks", paths))
-    if "envs/" not in paths or len(found) < 2:
+    if not _ENVIRONMENT.search(paths) or len(found) < 2:
         return found
     sure = tuple(_found("frameworks", _ENVIRONMENT.sub("envs/", paths)))
     return (*sure, *(each for each in found if each not in sure))
