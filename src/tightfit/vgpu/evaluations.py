@@ -7,12 +7,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from types import CodeType, FrameType
+from types import CodeType, FrameType, GeneratorType
 from typing import TYPE_CHECKING, TypeGuard
 
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.longest_batch import longest, stacks_samples
+from tightfit.vgpu.loop_items import length_of, within_enumerate
 from tightfit.vgpu.loop_source import calls_of_loop
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
@@ -30,6 +31,8 @@ _MOST_LOOKED_AT = 100_000
 """Batches of an epoch among which the longest sample is looked for."""
 _SECONDS = 5.0
 """Time for drawing the numbers of an epoch's samples: some epochs have 10 ** 10 of them."""
+_MOST_AHEAD = 10_000
+"""Batches ahead of a loop that are looked at before some are passed over."""
 _DRAWN_AT_ONCE = 256
 
 
@@ -139,16 +142,25 @@ class Evaluations:
             return usual(batches)
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)
+        self._lines.has_to_run = self._has_to_run
 
     def _drops_next(self, batches: "dataloader._BaseDataLoaderIter") -> bool:
         """Take the next batch of an epoch away without loading it, unless it is the last one."""
+        return _is_of_map(batches) and _ahead_of(batches).drop()
+
+    def _has_to_run(self, items: object, count: int) -> bool:
+        """Return True if the next `count` items of a loop have the last batch of an epoch, or the longest sample."""
+        items = within_enumerate(items)
+        batches = self._latest() if isinstance(items, GeneratorType) else items
         if not _is_of_map(batches):
             return False
-        left = batches._sampler_iter
-        if not isinstance(left, _Ahead):
-            left = _Ahead(left)
-            assign(batches, _sampler_iter=left)
-        return left.drop()
+        left = _ahead_of(batches)
+        if not left.is_looked_at:
+            left.is_looked_at = True
+            if not stacks_samples(batches._collate_fn):
+                skipped = left.seen_ahead(_MOST_AHEAD)
+                left.kept = self._longest(batches, skipped, max(len(skipped), length_of(items) or 0))
+        return left.has_to_run(count)
 
     def end_epoch(self) -> bool:
         """Let the DataLoader that was asked last go on to its last batch; return True if that leaves any out."""
@@ -193,7 +205,7 @@ class Evaluations:
         sent: int = getattr(batches, "_send_idx", batches._num_yielded)
         left: Iterator[object] = batches._sampler_iter
         count = -sent % max(length, 1)
-        dropped = left.dropped if isinstance(left, _Ahead) else []
+        dropped, looked_for = (left.dropped, left.kept) if isinstance(left, _Ahead) else ([], [])
         sampler = batches._index_sampler
         with self._phases.untraced():  # a sampler may be the script's own, and fail
             first, last, drawn = _drawn(left, count) if id(sampler) not in self._long else ([], [], 0)
@@ -204,6 +216,7 @@ class Evaluations:
                 return False
             last, left = [end], iter(())
         kept = self._longest(batches, [*dropped, *first], len(dropped) + count)
+        kept = kept or [each for each in first if any(each is one for one in looked_for)]
         assign(batches, _sampler_iter=itertools.chain(kept, last, left))
         self._lines.has_passed |= count > 1
         return count > 1
@@ -232,6 +245,14 @@ def _is_of_map(batches: object) -> "TypeGuard[dataloader._BaseDataLoaderIter]":
     """Return True for batches of a DataLoader over a dataset with numbered items."""
     module = import_module("torch.utils.data.dataloader")
     return isinstance(batches, module._BaseDataLoaderIter) and batches._dataset_kind == module._DatasetKind.Map
+
+
+def _ahead_of(batches: "dataloader._BaseDataLoaderIter") -> "_Ahead":
+    left = batches._sampler_iter
+    if not isinstance(left, _Ahead):
+        left = _Ahead(left)
+        assign(batches, _sampler_iter=left)
+    return left
 
 
 def _drawn(left: Iterator[object], count: int) -> tuple[list[object], list[object], int]:
@@ -266,6 +287,10 @@ class _Ahead:
     def __init__(self, left: Iterator[object]) -> None:
         self._left, self._next = left, deque[object]()
         self.dropped: list[object] = []
+        self.kept: list[object] = []
+        """Batches that are not to be dropped."""
+        self.is_looked_at = False
+        """True once they were looked for."""
 
     def __iter__(self) -> "_Ahead":
         return self
@@ -273,10 +298,19 @@ class _Ahead:
     def __next__(self) -> object:
         return self._next.popleft() if self._next else next(self._left)
 
+    def seen_ahead(self, count: int) -> list[object]:
+        """Return the next batches, which still come; as many as there are, if not `count`."""
+        self._next.extend(itertools.islice(self._left, max(count - len(self._next), 0)))
+        return list(itertools.islice(self._next, count))
+
+    def has_to_run(self, count: int) -> bool:
+        """Return True if the next `count` batches hold one that is kept, or there are no more than these."""
+        ahead = self.seen_ahead(count + 1)
+        return len(ahead) <= count or any(each is kept for each in ahead[:count] for kept in self.kept)
+
     def drop(self) -> bool:
         """Drop the next batch; False if it is the last one or there is none."""
-        self._next.extend(itertools.islice(self._left, 2 - len(self._next)))
-        if len(self._next) < 2:
+        if len(self.seen_ahead(2)) < 2:
             return False
         batch = self._next.popleft()
         if len(self.dropped) < _MOST_LOOKED_AT:

@@ -252,10 +252,11 @@ class Skip:
         self.is_over = False
         """True when the next iteration has to run, or nothing more can be passed."""
 
-    def at_head(self, frame: FrameType, advance: Callable[[], bool]) -> None:
+    def at_head(self, frame: FrameType, advance: Callable[[], bool], has_to_run: Callable[[int], bool]) -> None:
         """Pass over as many iterations as can be, at the line of the loop.
 
-        `advance` takes the next item of a `for` loop away; False if there is none.
+        `advance` takes the next item of a `for` loop away; False if there is none. `has_to_run` is True if so many
+        items hold one that is not to be taken away.
         """
         self.names, others = frame.f_locals, frame.f_globals  # read once: Python writes what changes there back
         names = self.names
@@ -276,7 +277,7 @@ class Skip:
         goes_on = is_counting and self._has_aim(reduced)
         while goes_on and time.monotonic() < until:
             before = self._values(reduced, names, others)
-            if not self._runs(code, names, others, self.steps):
+            if has_to_run(self.steps) or not self._runs(code, names, others, self.steps):
                 self._restore(before, reduced, names, others)
                 self.is_reached = True
                 break

@@ -118,6 +118,8 @@ class LineWatch:
         self._far = FarConditions(self._training_iterations, self._iterations_around)
         self._passings: dict[tuple[CodeType, int], Passing] = {}
         """For loops whose iterations are passed over, how functions that they lead to are followed."""
+        self.has_to_run: Callable[[object, int], bool] = lambda items, count: False
+        """Tells whether some of the next items of a loop are not to be passed over."""
         self.at_head: Callable[[FrameType, int], None] | None = None
         """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
         """
@@ -577,7 +579,11 @@ class LineWatch:
             del self._skips[place]
             return
         with self._passing():
-            skip.at_head(frame, lambda: not self.is_cut_short and (items is None or self._takes(items)))
+            skip.at_head(
+                frame,
+                lambda: not self.is_cut_short and (items is None or self._takes(items)),
+                lambda count: items is not None and self.has_to_run(items, count),
+            )
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
