@@ -155,7 +155,7 @@ class _Reading:
             if isinstance(statement, ast.If):
                 lines = {True: self._frames(statement.body), False: self._frames(statement.orelse)}
                 yield from self._conditions(statement.test, lines)
-                if not statement.orelse and not all(map(frees_nothing, statement.body)):
+                if not all(map(frees_nothing, [*statement.body, *statement.orelse])):
                     yield from self._holding(statement.test)
             elif not isinstance(statement, ast.While):
                 for value in (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.expr)):

@@ -8,6 +8,7 @@ import ast
 import builtins
 import copy
 import inspect
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -220,8 +221,9 @@ class _Builder:
         match statement:
             case ast.If(test=test, body=body, orelse=other):
                 branch = self._branch(statement, test, body, other, scope, depth)
-                may_free = not other and not all(map(frees_nothing, body))
-                return [*self._watched_test(branch.test, scope, depth), branch] if may_free else [branch]
+                watched = [] if all(map(frees_nothing, body)) else [branch.test]
+                watched += [] if all(map(frees_nothing, other)) else [ast.UnaryOp(ast.Not(), branch.test)]
+                return [*itertools.chain(*(self._watched_test(each, scope, depth) for each in watched)), branch]
             case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
                 return [self._branch(statement, test, [as_statement(one)], [as_statement(two)], scope, depth)]
             case ast.With() | ast.AsyncWith() | ast.Try():
@@ -315,9 +317,10 @@ class _Builder:
         is_counted = any(map(_is_named, ast.walk(test))) and not self._reads_item(test)
         if is_counted and self._look(test) is not None:
             holds = ast.UnaryOp(ast.Not(), ast.UnaryOp(ast.Not(), test))
-            key = ast.Constant(f"{HOLDS}{scope.offset}:{test.lineno}:{test.col_offset}:{depth}")
+            at = test.operand if isinstance(test, ast.UnaryOp) else test
+            key = ast.Constant(f"{HOLDS}{scope.offset}:{at.lineno}:{at.col_offset}:{at is test}:{depth}")
             target = ast.Subscript(ast.Name(WATCHED, ast.Load()), key, ast.Store())
-            yield ast.fix_missing_locations(ast.copy_location(ast.Assign([target], holds), test))
+            yield ast.fix_missing_locations(ast.copy_location(ast.Assign([target], holds), at))
             self._tests.append(test)
 
     def _reads_item(self, part: ast.expr) -> bool:

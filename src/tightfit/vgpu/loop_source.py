@@ -324,6 +324,8 @@ def frees_nothing(statement: ast.stmt) -> bool:
     match statement:
         case ast.Expr(value=ast.Call() as call):
             return is_harmless(call)
+        case ast.If():
+            return all(map(frees_nothing, [*statement.body, *statement.orelse]))
         case ast.Assign(value=ast.Constant(value=value)):
             return value is not None
         case ast.Expr() | ast.AugAssign() | ast.Pass() | ast.Break() | ast.Continue() | ast.Return() | ast.Raise():
