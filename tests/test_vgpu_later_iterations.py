@@ -175,6 +175,47 @@ def test_iterations_are_played_in_which_a_block_no_longer_frees_memory(tmp_path:
     assert found["peak"]["allocated_bytes"] >= 200 << 20
 
 
+COUNTED_TO_THE_END = f"""{MODEL}
+number = 0
+for epoch in range(10):
+    for batch in range(300):
+        step(4)
+        number += 1
+        if number >= 2500:
+            break
+        if number > 2400:
+            torch.ones(1 << 20, device="cuda")
+    if number >= 2500:
+        torch.ones(1 << 25, device="cuda")
+        break
+"""
+"""What comes at the end of training depends on a number that an inner loop counts."""
+LONGEST = f"""{MODEL}
+samples = [torch.ones(3 if number != 160 else 3000) for number in range(239)]
+
+def padded(batch):
+    return torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+
+for number, batch in enumerate(torch.utils.data.DataLoader(samples, 4, collate_fn=padded)):
+    step(4)
+    torch.ones(len(batch), batch.shape[1] << 9, device="cuda")
+    torch.ones(2 if number > 56 else 1, 1 << 10, device="cuda")
+"""
+"""Iterations are passed over up to another size, and the longest sample is among them."""
+
+
+def test_what_an_inner_loop_counts_is_counted_to_its_end(tmp_path: Path) -> None:
+    found = played(COUNTED_TO_THE_END, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert found["peak"]["allocated_bytes"] >= 4 << 25
+
+
+def test_the_longest_sample_is_not_passed_over(tmp_path: Path) -> None:
+    found = played(LONGEST, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert found["peak"]["allocated_bytes"] > 3000 * 4 * 512 * 4
+
+
 def test_later_sizes_settings_and_kept_copies_are_played(tmp_path: Path) -> None:
     """Sizes by shifts and powers, copies that a loop keeps every so often, settings of a search, the largest number."""
     found = played(LATER, tmp_path)

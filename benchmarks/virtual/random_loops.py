@@ -211,7 +211,8 @@ class Writer:
 
     def script(self) -> str:
         steps = self._random.choice((300, 700, 1500))
-        forms = (self._for, self._while, self._endless, self._epochs, self._function, self._generator, self._trainer)
+        forms = (self._for, self._while, self._endless, self._epochs, self._until, self._function, self._generator)
+        forms = (*forms, self._trainer)
         loop = self._random.choice(forms)(steps)
         model = LINEAR
         if self._far and self._random.random() < 0.3:
@@ -359,6 +360,17 @@ class Writer:
         count = f"        i = epoch * {each} + batch"
         after = [f"    {line}" for line in self._statements("epoch", 6)]
         return [*head, count, *self._body("i", each, 2), *after]
+
+    def _until(self, steps: int) -> list[str]:
+        """Write epochs that end with a number of steps."""
+        ends = [f"if i >= {steps}:", f"    {self._tensor()}", "    break"]
+        inner = ["i += 1", f"if i >= {steps}:", "    break"]
+        return [
+            *("i = 0", "for epoch in range(1000):", f"    for batch in range({steps // 3 + 7}):"),
+            *self._body("i", steps, 2),
+            *(f"        {line}" for line in inner),
+            *(f"    {line}" for line in (*self._statements("i", steps), *ends)),
+        ]
 
     def _function(self, steps: int) -> list[str]:
         body = self._body("i", steps, 2)

@@ -240,6 +240,19 @@ def steps_after(loop: ast.For | ast.While, file: str, first: int, name: str) -> 
     return any(_is_step(each) and each.lineno > (loop.end_lineno or loop.lineno) for each in calls)
 
 
+def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str) -> bool:
+    """Return True if a loop adds to an attribute or an item, or to a name that its function reads outside of it."""
+    counts = [each.target for each in ast.walk(loop) if isinstance(each, ast.AugAssign)]
+    names = {each.id for each in counts if isinstance(each, ast.Name)}
+    if len(names) < len({ast.unparse(each) for each in counts}):
+        return True
+    lines = range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)
+    read = (
+        each for statement in _body(file, first, name) for each in ast.walk(statement) if isinstance(each, ast.Name)
+    )
+    return any(each.id in names and each.lineno not in lines and isinstance(each.ctx, ast.Load) for each in read)
+
+
 _NO_OPTIMIZERS = ("prof", "sched", "bar", "env", "timer", "log", "writer", "track", "lr")
 """Parts of names of what has a method `step`, too."""
 _MAY_STEP = ("step", "optim", "update", "train", "accumulat", "fit")

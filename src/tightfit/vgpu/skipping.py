@@ -218,7 +218,7 @@ class Skip:
         """
         self._seen = set() if seen is None else seen
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
-        self._lengths, self._to_end, self._watches = lengths, to_end, watches
+        self._lengths, self.to_end, self.watches = lengths, to_end, watches
         self._begin_far, self._far = far, cast("Callable[[int], bool] | None", None)
         self.passed = 0
         """Iterations that were passed over."""
@@ -271,7 +271,7 @@ class Skip:
         until = time.monotonic() + _SECONDS
         self._far = self._begin_far() if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
-        self._watched = self._steady(code, reduced, names, others) if is_counting and self._watches else {}
+        self._watched = self._steady(code, reduced, names, others) if is_counting and self.watches else {}
         self._holding = self._pop_conditions()
         self._seen.add(frozenset(self._watched.items()))
         goes_on = is_counting and self._has_aim(reduced)
@@ -302,7 +302,7 @@ class Skip:
         """Return True if an iteration that has to run may come: for a line, a size, or the loop's end."""
         is_watching = bool(self._watched or self._holding) and not reduced.uncounted
         is_sought = not set(self._missing) <= reduced.unknown | reduced.uncounted
-        goes_to_end = self._to_end and reduced.has_end and not reduced.uncounted
+        goes_to_end = self.to_end and (reduced.has_end or isinstance(self._node, ast.For)) and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end
 
     def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int) -> bool:

@@ -21,6 +21,7 @@ from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest
 from tightfit.vgpu.loop_source import (
     Loop,
     bodies_on_line,
+    counts_for_later,
     endless_test,
     loop_heads,
     loop_node,
@@ -48,6 +49,8 @@ _MOST_CHANGES = 32
 """Iterations of a loop that are played because a size may change in them."""
 
 _CHANGES_OF_A_START = 8
+_MOST_ENDS = 32
+"""Times that the iterations left of one loop are passed over, instead of a jump behind it."""
 """The same for a loop that ends before any iteration is passed over: a few starts are enough."""
 
 
@@ -116,6 +119,8 @@ class LineWatch:
         self._at_training: Iterations | None = None
         """Iterations of the training loops, until one of them begins another."""
         self._far = FarConditions(self._training_iterations, self._iterations_around)
+        self._ends: Counter[tuple[CodeType, int]] = Counter()
+        """Times that the iterations left of a loop were passed over; the most of them if that cannot be done."""
         self._passings: dict[tuple[CodeType, int], Passing] = {}
         """For loops whose iterations are passed over, how functions that they lead to are followed."""
         self.has_to_run: Callable[[object, int], bool] = lambda items, count: False
@@ -255,8 +260,30 @@ class LineWatch:
         if epoch_ends and found and found[0][1].has_items:
             del found[0]
         for code, loop in found:
-            self.leave(code, loop)
+            if not self._pass_to_end(code, loop):
+                self.leave(code, loop)
         return bool(found)
+
+    def _pass_to_end(self, code: CodeType, loop: Loop) -> bool:
+        """Pass over the iterations that are left of a loop which counts something that is read behind it.
+
+        A jump would leave the count where it is. False if nothing is counted, or nobody can count it.
+        """
+        place = code, loop.first
+        made = self._read.loops.get(place)
+        if made is None or code.co_flags & SUSPENDS or place in self._skips or self._ends[place] >= _MOST_ENDS:
+            return False
+        if not counts_for_later(made.node, code.co_filename, code.co_firstlineno, code.co_name):
+            return False
+        self._ends[place] += 1
+        before, now = (at[place] for at in self._at_steps)
+        ran = made.lines_of(self.ran) | self.ran(code)
+        lengths = partial(self._lengths.of, {code: 0, **made.functions})
+        self._skips[place] = (
+            loop,
+            Skip(made.node, (), ran, now - before, made.line, lengths, to_end=True, watches=False),
+        )
+        return True
 
     def note_state(self, frame: FrameType | None, state: Hashable) -> dict[tuple[CodeType, int], bool]:
         """Note how steps repeat in this iteration of the outer training loops; return if they did so in the one before.
@@ -587,14 +614,17 @@ class LineWatch:
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
+            if skip.to_end and not (skip.passed or skip.is_reached):
+                self._ends[place] = _MOST_ENDS
             self._end_passing(place, skip)
             own = (line for line in map(abs, skip.unsure_lines) if first <= line <= loop.last)
             self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
             by_chance = (self._read.loops[place].frame_of(abs(line)) for line in skip.chance_lines)
             self.unsure += [each for each in by_chance if each is not None]
             found_one = skip.is_changing or skip.is_reached
-            changes = self._read.changes[place] - _CHANGES_OF_A_START + 1
-            self._read.changes[place] = changes if found_one else _MOST_CHANGES
+            if skip.watches:
+                changes = self._read.changes[place] - _CHANGES_OF_A_START + 1
+                self._read.changes[place] = changes if found_one else _MOST_CHANGES
             self._read.reached[place] = skip.steps if skip.is_reached else 0
             if skip.is_changing:  # the lines that it was for are still to come
                 self._read.tried = {each for each in self._read.tried if each[:2] != place}
