@@ -6,6 +6,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from types import FunctionType
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import function_node, may_change
+from tightfit.vgpu.pure_functions import is_pure
 
 PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
 
@@ -162,7 +164,25 @@ class Reader:
                 return _called(_OF_MATH[name], [self.value(each) for each in arguments])
             case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS:
                 return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
+            case ast.Call(func=ast.Name() | ast.Attribute() as func):
+                return self._of_pure_function(node, func)
         raise UnknownError
+
+    def _of_pure_function(self, call: ast.Call, func: ast.Name | ast.Attribute) -> object:
+        """Return the value of a function of the script that only computes. UnknownError if it does more."""
+        arguments = [self.value(each) for each in call.args]
+        options = {each.arg: self.value(each.value) for each in call.keywords if each.arg is not None}
+        if isinstance(func, ast.Attribute):
+            owner = self.value(func.value)
+            found = inspect.getattr_static(type(owner), func.attr, None)
+            arguments.insert(0, owner)
+        else:
+            found = self._names.get(func.id, self._others.get(func.id))
+        if not isinstance(found, FunctionType) or len(options) < len(call.keywords):
+            raise UnknownError
+        if not is_pure(found, arguments, options):
+            raise UnknownError
+        return _called(partial(found, **options), arguments)
 
     def _length(self, node: ast.expr, of: object) -> object:
         text = ast.unparse(node)

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 from tightfit.vgpu.expressions import known_part
 from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.inlined_loop import as_statement, without_returns
-from tightfit.vgpu.loop_source import allocating_lines, blocks_of, frees_nothing, function_nodes, is_harmless
+from tightfit.vgpu.loop_source import allocating_lines, blocks_of, changes_nothing, function_nodes, is_harmless
 
 _FUNCTIONS: dict[str, object] = {each.__name__: each for each in (min, max, abs, int, float, bool, round, divmod)}
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
@@ -155,7 +155,7 @@ class _Reading:
             if isinstance(statement, ast.If):
                 lines = {True: self._frames(statement.body), False: self._frames(statement.orelse)}
                 yield from self._conditions(statement.test, lines)
-                if not all(map(frees_nothing, [*statement.body, *statement.orelse])):
+                if not all(map(changes_nothing, [*statement.body, *statement.orelse])):
                     yield from self._holding(statement.test)
             elif not isinstance(statement, ast.While):
                 for value in (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.expr)):
@@ -175,7 +175,7 @@ class _Reading:
             yield made
 
     def _holding(self, test: ast.expr) -> Iterator[Watched]:
-        """Yield if a condition holds: without its block, which may free memory, an iteration may need more."""
+        """Yield if a condition holds: its block may free memory, or change what later iterations need."""
         made = self._watched(ast.UnaryOp(ast.Not(), ast.UnaryOp(ast.Not(), test)), {})
         if made is not None:
             yield made

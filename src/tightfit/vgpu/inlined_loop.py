@@ -8,7 +8,6 @@ import ast
 import builtins
 import copy
 import inspect
-import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tightfit.vgpu.expressions import INNER, is_chance, is_computed
 from tightfit.vgpu.frames import Frame, is_own
-from tightfit.vgpu.loop_source import allocating_lines, frees_nothing, function_node, head_line, is_harmless
+from tightfit.vgpu.loop_source import allocating_lines, changes_nothing, function_node, head_line, is_harmless
 from tightfit.vgpu.plain_branches import UNKNOWN
 from tightfit.vgpu.running_loops import SUSPENDS
 
@@ -221,9 +220,8 @@ class _Builder:
         match statement:
             case ast.If(test=test, body=body, orelse=other):
                 branch = self._branch(statement, test, body, other, scope, depth)
-                watched = [] if all(map(frees_nothing, body)) else [branch.test]
-                watched += [] if all(map(frees_nothing, other)) else [ast.UnaryOp(ast.Not(), branch.test)]
-                return [*itertools.chain(*(self._watched_test(each, scope, depth) for each in watched)), branch]
+                changes = not all(map(changes_nothing, [*body, *other]))
+                return [*self._watched_test(branch.test, scope, depth), branch] if changes else [branch]
             case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
                 return [self._branch(statement, test, [as_statement(one)], [as_statement(two)], scope, depth)]
             case ast.With() | ast.AsyncWith() | ast.Try():
@@ -313,14 +311,13 @@ class _Builder:
         return found
 
     def _watched_test(self, test: ast.expr, scope: _Scope, depth: int) -> Iterator[ast.stmt]:
-        """Watch a condition alone: without its block, which may free memory, an iteration may need more."""
+        """Watch a condition alone: its block may free memory, or change what later iterations need."""
         is_counted = any(map(_is_named, ast.walk(test))) and not self._reads_item(test)
         if is_counted and self._look(test) is not None:
             holds = ast.UnaryOp(ast.Not(), ast.UnaryOp(ast.Not(), test))
-            at = test.operand if isinstance(test, ast.UnaryOp) else test
-            key = ast.Constant(f"{HOLDS}{scope.offset}:{at.lineno}:{at.col_offset}:{at is test}:{depth}")
+            key = ast.Constant(f"{HOLDS}{scope.offset}:{test.lineno}:{test.col_offset}:{depth}")
             target = ast.Subscript(ast.Name(WATCHED, ast.Load()), key, ast.Store())
-            yield ast.fix_missing_locations(ast.copy_location(ast.Assign([target], holds), at))
+            yield ast.fix_missing_locations(ast.copy_location(ast.Assign([target], holds), test))
             self._tests.append(test)
 
     def _reads_item(self, part: ast.expr) -> bool:

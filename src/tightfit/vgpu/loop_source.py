@@ -332,15 +332,13 @@ def is_harmless(call: ast.Call) -> bool:
     return _name_of(call.func) in _HARMLESS
 
 
-def frees_nothing(statement: ast.stmt) -> bool:
-    """Return True for a statement that prints, counts, or leaves the loop."""
+def changes_nothing(statement: ast.stmt) -> bool:
+    """Return True for a statement that prints, counts, or leaves the loop: it neither takes nor frees memory later."""
     match statement:
         case ast.Expr(value=ast.Call() as call):
             return is_harmless(call)
         case ast.If():
-            return all(map(frees_nothing, [*statement.body, *statement.orelse]))
-        case ast.Assign(value=ast.Constant(value=value)):
-            return value is not None
+            return all(map(changes_nothing, [*statement.body, *statement.orelse]))
         case ast.Expr() | ast.AugAssign() | ast.Pass() | ast.Break() | ast.Continue() | ast.Return() | ast.Raise():
             return True
     return False

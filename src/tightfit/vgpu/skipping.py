@@ -235,8 +235,8 @@ class Skip:
         self._unsure: Unsure = frozenset()
         self._watched: dict[str, object] = {}
         """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
-        self._holding: set[str] = set()
-        """Conditions that hold and were never seen not to."""
+        self._holding: dict[str, object] = {}
+        """Conditions that always came out as they do now."""
         self.is_changing = False
         """True if iterations were passed up to one in which such a value changes, here or in functions far away."""
         self.unsure_lines: frozenset[int] = frozenset()
@@ -292,11 +292,11 @@ class Skip:
         _forget_inner_counters(names)
         self.is_over = True
 
-    def _pop_conditions(self) -> set[str]:
-        """Take the conditions out of the watched values; return those that hold and were never seen not to."""
+    def _pop_conditions(self) -> dict[str, object]:
+        """Take the conditions out of the watched values; return those that always came out as they do now."""
         values = {key: self._watched.pop(key) for key in [*self._watched] if key.startswith(HOLDS)}
         self._seen |= {frozenset({(key, value)}) for key, value in values.items()}
-        return {key for key in values if frozenset({(key, False)}) not in self._seen}
+        return {key: value for key, value in values.items() if frozenset({(key, not value)}) not in self._seen}
 
     def _has_aim(self, reduced: _Reduced) -> bool:
         """Return True if an iteration that has to run may come: for a line, a size, or the loop's end."""
@@ -315,9 +315,9 @@ class Skip:
                 found = _followed(code, others, names)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
                 return False
-            closed = {frozenset({(key, False)}) for key in self._holding if not found.get(key, True)}
-            if closed:
-                self._seen |= closed
+            turned = {key for key, value in self._holding.items() if found.get(key, value) != value}
+            if turned:
+                self._seen |= {frozenset({(key, found[key])}) for key in turned}
                 self.is_changing = True
                 return False
             if any(found.get(key, value) != value for key, value in self._watched.items()):
