@@ -122,7 +122,7 @@ while True:
     if step == 1_000_000:
         break
 torch.ones(1 << 27, device="cuda")
-assert step < 20
+assert step == 1_000_000
 """
 LAST_IN_TRY = """
 import torch
@@ -259,7 +259,7 @@ while True:
     if total > 10_000:
         break
 sizes = Run().epochs()
-assert len(sizes) < 40 and 5 in sizes, sizes
+assert len(sizes) < 45 and 5 in sizes, sizes
 assert sorted(played) == [1, 2, 3, 4], played
 peaks_at(5)
 """

@@ -73,6 +73,8 @@ class Evaluations:
         self.found_longer = False
         self._seen_whole: set[int] = set()
         """Those of them whose samples were all looked at."""
+        self._last_played: set[int] = set()
+        """Datasets of which the last batch of an epoch was not passed over."""
         self._ended: set[int] = set()
         """Datasets of the epochs that were asked to go on to their last batch."""
         self._long: dict[int, object | None] = {}
@@ -160,7 +162,10 @@ class Evaluations:
             if not stacks_samples(batches._collate_fn):
                 skipped = left.seen_ahead(_MOST_AHEAD)
                 left.kept = self._longest(batches, skipped, max(len(skipped), length_of(items) or 0))
-        return left.has_to_run(count)
+        ends = left.ends_within(count) and id(batches._dataset) not in self._last_played
+        if ends:
+            self._last_played.add(id(batches._dataset))
+        return ends or left.keeps_within(count)
 
     def end_epoch(self) -> bool:
         """Let the DataLoader that was asked last go on to its last batch; return True if that leaves any out."""
@@ -303,10 +308,13 @@ class _Ahead:
         self._next.extend(itertools.islice(self._left, max(count - len(self._next), 0)))
         return list(itertools.islice(self._next, count))
 
-    def has_to_run(self, count: int) -> bool:
-        """Return True if the next `count` batches hold one that is kept, or there are no more than these."""
-        ahead = self.seen_ahead(count + 1)
-        return len(ahead) <= count or any(each is kept for each in ahead[:count] for kept in self.kept)
+    def ends_within(self, count: int) -> bool:
+        """Return True if there are no more than `count` batches."""
+        return len(self.seen_ahead(count + 1)) <= count
+
+    def keeps_within(self, count: int) -> bool:
+        """Return True if one of the next `count` batches is kept."""
+        return any(each is kept for each in self.seen_ahead(count) for kept in self.kept)
 
     def drop(self) -> bool:
         """Drop the next batch; False if it is the last one or there is none."""

@@ -241,16 +241,25 @@ def steps_after(loop: ast.For | ast.While, file: str, first: int, name: str) -> 
 
 
 def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str) -> bool:
-    """Return True if a loop adds to an attribute or an item, or to a name that its function reads outside of it."""
+    """Return True if a loop adds to an item, to an attribute that its file reads elsewhere, or to a name likewise.
+
+    Names count only if the loop's own function reads them.
+    """
     counts = [each.target for each in ast.walk(loop) if isinstance(each, ast.AugAssign)]
-    names = {each.id for each in counts if isinstance(each, ast.Name)}
-    if len(names) < len({ast.unparse(each) for each in counts}):
+    if any(isinstance(each, ast.Subscript) for each in counts):
         return True
+    names = {each.id for each in counts if isinstance(each, ast.Name)}
+    attributes = {each.attr for each in counts if isinstance(each, ast.Attribute)}
     lines = range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)
-    read = (
-        each for statement in _body(file, first, name) for each in ast.walk(statement) if isinstance(each, ast.Name)
+    of_function = (each for statement in _body(file, first, name) for each in ast.walk(statement))
+    parts = [*of_function, *(ast.walk(_tree(file)) if attributes else ())]
+    read = (each for each in parts if isinstance(getattr(each, "ctx", None), ast.Load))
+    behind = [each for each in read if getattr(each, "lineno", 0) not in lines]
+    return any(
+        (isinstance(each, ast.Name) and each.id in names)
+        or (isinstance(each, ast.Attribute) and each.attr in attributes)
+        for each in behind
     )
-    return any(each.id in names and each.lineno not in lines and isinstance(each.ctx, ast.Load) for each in read)
 
 
 _NO_OPTIMIZERS = ("prof", "sched", "bar", "env", "timer", "log", "writer", "track", "lr")

@@ -311,14 +311,16 @@ class Skip:
             if self._far is not None and self._far(self.passed + number):
                 self.is_changing = True
                 return False
+            found: dict[str, object] = {}
+            has_run = True
             try:
-                found = _followed(code, others, names)
+                _followed(code, others, names, found)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
-                return False
+                has_run = False
             turned = {key for key, value in self._holding.items() if found.get(key, value) != value}
-            if turned:
-                self._seen |= {frozenset({(key, found[key])}) for key in turned}
-                self.is_changing = True
+            self._seen |= {frozenset({(key, found[key])}) for key in turned}
+            self.is_changing = self.is_changing or (has_run and bool(turned))
+            if turned or not has_run:
                 return False
             if any(found.get(key, value) != value for key, value in self._watched.items()):
                 values = frozenset((key, found.get(key, value)) for key, value in self._watched.items())
@@ -336,7 +338,7 @@ class Skip:
         ahead: list[dict[str, object]] = []
         for _ in range(2):
             with contextlib.suppress(*FAILURES):
-                ahead.append(_followed(code, others, names))
+                ahead.append(_followed(code, others, names, {}))
         self._restore(before, reduced, names, others)
         if len(ahead) < 2:
             return self._watched
@@ -397,7 +399,7 @@ class Skip:
         code, reduced, read = self._code(frame, names, others)
         before = self._values(reduced, names, others)
         try:
-            self._watched = _followed(code, others, names)
+            self._watched = _followed(code, others, names, {})
         except FAILURES:  # as above
             self._cut_off += 1
         expected = self._values(reduced, names, others)
@@ -449,9 +451,13 @@ def _is_size(value: object) -> bool:
     return all(map(_is_size, value)) if isinstance(value, tuple) else isinstance(value, (int, str))
 
 
-def _followed(code: CodeType, others: dict[str, object], names: dict[str, object]) -> dict[str, object]:
-    """Run the script's own counts and conditions of one iteration, and nothing else; return the watched values."""
-    found: dict[str, object] = {}
+def _followed(
+    code: CodeType, others: dict[str, object], names: dict[str, object], found: dict[str, object]
+) -> dict[str, object]:
+    """Run the script's own counts and conditions of one iteration, and nothing else; return the watched values.
+
+    An iteration that is not followed to its end leaves in `found` what it came to.
+    """
     names[WATCHED] = found
     try:
         exec(code, others, names)
@@ -459,7 +465,9 @@ def _followed(code: CodeType, others: dict[str, object], names: dict[str, object
         pass
     finally:
         del names[WATCHED]
-    return {key: value for key, value in found.items() if _is_size(value)}
+    for key in [key for key, value in found.items() if not _is_size(value)]:
+        del found[key]
+    return found
 
 
 def _given(node: ast.For | ast.While) -> dict[str, ast.Name | ast.Attribute]:
