@@ -26,6 +26,7 @@ from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
     NO_EFFECT,
+    OTHERS_DO,
     UNCHECKED,
     WITH_SPLIT_SIZE,
     Remedy,
@@ -87,7 +88,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
         is_sure = not evidence.run.signs.isdisjoint({"windows", "wsl"})
         first = paging if _OF_HOST.search(evidence.run.text) else [*paging, *first] if is_sure else [*first, *paging]
         cures = [_remedy("watched_card", facts, evidence)]
-    if others.reason == "others_might_do" and not any(each.code == "set_device" for each in first):
+    if others.reason in OTHERS_DO and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
         decides = others.label == MEASURED or ownership(facts).decides
         comes_first = decides and evidence.grows not in _OWN_CAUSES and not _are_few(others, facts)

@@ -24,7 +24,7 @@ from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.ownership import had_room
+from tightfit.oomlog.ownership import had_room, others_might_do
 from tightfit.oomlog.printed import Printed
 
 _DEVICE_KINDS = frozenset(
@@ -90,7 +90,7 @@ def causes_of(
     is_bare = facts.requested_bytes is None and evidence is not None and not (culprit or first)
     if evidence is None or not (is_bare or _is_of_server(facts, evidence, found)):
         return shown
-    at = int(shown[0].code == "fills_card")
+    at = int(shown[0].code in ("fills_card", "fills_card_alone"))
     return (*shown[:at], *causes_of_purpose(facts, evidence), *shown[at:])
 
 
@@ -111,14 +111,19 @@ def _of_full_card(facts: Facts) -> Iterator[Cause]:
     """Yield that the process itself fills the card, where its figures show that."""
     held, total = facts.process_bytes or facts.reserved_bytes or facts.allocated_bytes, facts.total_bytes
     if held and total and _FULL * total <= held <= total and not had_room(facts):
-        yield FillsCard(code="fills_card", held_bytes=held, total_bytes=total)
+        yield FillsCard(code=_code_of_full(facts), held_bytes=held, total_bytes=total)
+
+
+def _code_of_full(facts: Facts) -> str:
+    """Return the code that this process must need less only where neither the cache nor other programs are a way out."""
+    return "fills_card_alone" if facts.cache_would_do is False and not others_might_do(facts) else "fills_card"
 
 
 def _of_little(facts: Facts) -> Cause:
     """Return the one cause of a message that shows no other."""
     held, total = facts.process_bytes or facts.allocated_bytes, facts.total_bytes
     if held and total and held > total // 2:
-        return FillsCard(code="fills_card", held_bytes=held, total_bytes=total)
+        return FillsCard(code=_code_of_full(facts), held_bytes=held, total_bytes=total)
     return Cause(code="unstated" if facts.requested_bytes is None else "request_alone")
 
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.ownership import had_room, ownership
+from tightfit.oomlog.ownership import had_room, others_might_do, ownership
 from tightfit.tables import read_table
 
 FITS, FITS_SLOWLY, UNCHECKED = "fits", "fits_slowly", "unchecked"
@@ -254,6 +254,12 @@ def _cache_figures(facts: Facts) -> Figures:
     return Figures(cache_bytes=facts.cache_bytes, free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes)
 
 
+_OTHERS_DO = {False: "others_might_do", True: "others_may_hold"}
+_OTHERS_TOO_LITTLE = {False: "others_too_little", True: "others_at_most"}
+"""Reasons by whether the memory of others is an estimate."""
+OTHERS_DO = frozenset(_OTHERS_DO.values())
+
+
 def close_others(facts: Facts) -> Remedy:
     """Judge closing other programs: their memory and the free memory together must hold the request."""
     code, free, requested = "close_others", facts.free_bytes, facts.requested_bytes
@@ -264,16 +270,20 @@ def close_others(facts: Facts) -> Remedy:
     if had_room(facts):
         figures = Figures(free_bytes=free, requested_bytes=requested)
         return Remedy(code=code, verdict=NO_EFFECT, reason="enough_was_free", label=MEASURED, figures=figures)
+    might_do = others_might_do(facts)
     if found.others is None:
+        if might_do:  # a desktop or a small context may hold what is missing
+            return _unchecked(code, "unstated")
         label = MEASURED if facts.others_bytes is not None else LIKELY
         return Remedy(code=code, verdict=NO_EFFECT, reason="no_others", label=label)
-    others = found.others.low if found.is_estimated else found.others.bytes
-    enough = found.decides or free + others >= requested
+    least = found.others.low if found.is_estimated else found.others.bytes
+    enough = found.decides or might_do
+    others = least if free + least >= requested or not found.is_estimated else found.others.high
     process = facts.process_bytes or facts.reserved_bytes or 0
     return Remedy(
         code=code,
         verdict=UNCHECKED if enough else DOES_NOT_FIT,
-        reason="others_might_do" if enough else "others_too_little",
+        reason=_OTHERS_DO[found.is_estimated] if enough else _OTHERS_TOO_LITTLE[found.is_estimated],
         label=LIKELY if found.is_estimated else MEASURED,
         saved_bytes=others,
         paste=to_paste(code),

@@ -106,6 +106,20 @@ def ownership(facts: Facts) -> Ownership:
     return Ownership(others=others, is_estimated=is_estimated, ranks=_ranks(facts), row=_row(facts), decides=decides)
 
 
+def most_of_others(facts: Facts) -> int | None:
+    """Return the bytes that other programs hold at most; None if the message does not tell."""
+    others, outside = facts.figures.get("others_bytes"), facts.figures.get("not_reserved_bytes")
+    if others is not None:
+        return max(others.high, 0)
+    return None if outside is None else max(outside.high - LEAST_CONTEXT, 0)
+
+
+def others_might_do(facts: Facts) -> bool:
+    """Return True unless the request would fail for certain after all other programs are closed."""
+    free, need, most = facts.figures.get("free_bytes"), facts.figures.get("requested_bytes"), most_of_others(facts)
+    return free is None or need is None or most is None or free.high + most >= need.low
+
+
 def _least_of_others(facts: Facts) -> int:
     """Return the bytes from which on not all of them are this process's: on small cards, a third of the card."""
     third = (facts.total_bytes or 0) // 3
