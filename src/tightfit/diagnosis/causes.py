@@ -115,7 +115,7 @@ def _of_full_card(facts: Facts) -> Iterator[Cause]:
 
 
 def _code_of_full(facts: Facts) -> str:
-    """Return the code that this process must need less only where neither the cache nor other programs are a way out."""
+    """Return the code that says `must` only where neither the cache nor other programs are a way out."""
     return "fills_card_alone" if facts.cache_would_do is False and not others_might_do(facts) else "fills_card"
 
 
