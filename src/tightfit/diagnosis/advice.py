@@ -45,9 +45,9 @@ from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.tables import read_table
 
 _BEFORE_AUTOCAST = ("T0", "T1")
-"""Messages of PyTorch up to 1.3, which has no autocast."""
+"""Messages of PyTorch up to 1.3, which has neither autocast nor PEFT's adapters."""
 _BEFORE_INFERENCE_MODE = ("T0", "T1", "T2")
-"""Messages of PyTorch up to 1.10: the older of them have no_grad alone."""
+"""Messages of PyTorch up to 1.10, the older of which have no_grad alone; or of a later one, cut at its end."""
 _NOT_CUDA = ("mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
 _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
 """Remedies that stand on libraries for CUDA."""
@@ -132,6 +132,8 @@ _WITH_PAGING = ("cuda_out_of_memory", "hip_out_of_memory", "device_out_of_memory
 def _segments(facts: Facts, evidence: Evidence) -> Remedy:
     """Return the allocator's setting that the user's PyTorch has: Windows, and versions up to 2.0, know only one."""
     found, on_windows = expandable_segments(facts), "windows" in evidence.run.signs
+    if found.reason == "cache_needs_newer" and on_windows:  # expandable segments are not for Windows
+        return replace(found, reason="unstated")
     if found.reason == "cache_might_do" and (on_windows or facts.torch_format == WITH_SPLIT_SIZE):
         return max_split_size(found)
     return found
@@ -307,6 +309,7 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "fused_attention": "flash" in run.signs
         or (evidence.line is not None and evidence.line.tensor == "attention_output")
         or (_keeps_little(facts, evidence) and not is_oversized(facts))
+        or evidence.grows == "pairs"
         or (is_oversized(facts) and evidence.grows is None and not _attends(evidence)),
         "no_gradients": "no_grad" in run.signs
         or _is_foreign(facts, evidence)
@@ -342,11 +345,11 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "no_reserve": not _RESERVES.search(run.text),
         "share_of_card": program in programs("with_servers") and not re.search(r"vllm|sglang", run.text, re.IGNORECASE),
         "fewer_pixels": not (_SEES.search(run.text) or options_of("fewer_pixels", run.text)),
-        "lora": bool(run.signs & {"lora", "qlora"}),
+        "lora": bool(run.signs & {"lora", "qlora"}) or _is_before("lora", facts, program),
         "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,
         "shard_quantized": "qlora" not in run.signs or evidence.infers or run.numbers.get("world_size") == 1,
         "fewer_trained": evidence.budget is None or evidence.budget.what != "partial",
-        "qlora": bool(run.signs & {"qlora", "four_bit"}),
+        "qlora": bool(run.signs & {"qlora", "four_bit"}) or _is_before("qlora", facts, program),
         "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
         or (evidence.trains and not has_own("quantized_weights", program or "")),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
@@ -365,6 +368,11 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "optimizer_foreach": not any("foreach" in f"{each.source} {each.function}" for each in facts.frames[-2:]),
         "optimizer_8bit": "8bit" in run.texts.get("optimizer", "").lower() or not _has_large_state(facts, evidence),
     }
+
+
+def _is_before(code: str, facts: Facts, program: str | None) -> bool:
+    """Return True for a PyTorch older than the library of a remedy, unless the program has words of its own for it."""
+    return facts.torch_format in _BEFORE_AUTOCAST and not has_own(code, program or "")
 
 
 _OF_SCORES = 2**29
@@ -490,6 +498,28 @@ def _autocast(device: str) -> Pasted:
     return Pasted(lines=(f"with torch.autocast('{device}', dtype=torch.{dtype}):",), page=page)
 
 
+_NEWER_WORDS = (
+    (", use_reentrant=False", ""),
+    ("torch.autocast('cuda', dtype=torch.bfloat16):", "torch.cuda.amp.autocast():  # PyTorch 1.6 or later"),
+    ("inference_mode", "no_grad"),
+    ("model.to(torch.bfloat16)", "model.half()"),
+)
+"""Words that PyTorch up to 1.9 does not have, and those that all versions take."""
+_PAGES = {"inference_mode": "no_grad"}
+
+
+def _for_version(words: Pasted, facts: Facts) -> Pasted:
+    """Return the lines as the PyTorch of the message takes them."""
+    if facts.torch_format not in _BEFORE_INFERENCE_MODE:
+        return words
+    lines, page = words.lines, words.page
+    for newer, older in _NEWER_WORDS:
+        lines = tuple(line.replace(newer, older) for line in lines)
+    for newer, older in _PAGES.items():
+        page = page.replace(f"autograd.grad_mode.{newer}", older)
+    return Pasted(lines=lines, page=page)
+
+
 def of_one_sequence(fix: Remedy, evidence: Evidence) -> Remedy:
     """Return the fix of a smaller batch with one sequence a pass."""
     assert isinstance(fix.change, Resized)
@@ -509,11 +539,7 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     words = _words(code, evidence)
     if code == "half_precision" and facts.kind in _NOT_CUDA:
         words = _autocast(facts.kind.partition("_")[0])
-    if code == "no_gradients" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
-        page = "https://docs.pytorch.org/docs/stable/generated/torch.no_grad.html"
-        words = Pasted(lines=tuple(line.replace("inference_mode", "no_grad") for line in words.lines), page=page)
-    if code == "smaller_weights" and words and facts.torch_format in _BEFORE_INFERENCE_MODE:
-        words = Pasted(lines=("model = model.half()",), page=words.page)
+    words = words and _for_version(words, facts)
     effect = applicability(code)
     if code == "split_general" and _BATCH_NORM.search(evidence.run.text):
         effect = "changes_result"
