@@ -80,6 +80,27 @@ def _of(code: str, text: str) -> Iterator[tuple[str, str]]:
                     break
 
 
+@functools.cache
+def _switched_on(name: str) -> re.Pattern[str]:
+    """Return the pattern of a switch that is on: --name, --name True, name: true or name=True."""
+    each = re.escape(name).replace("_", "[_-]")
+    alone = r"(?=\s*(?:\\|$|\s--?[A-Za-z]))"
+    return re.compile(
+        rf"(?m)(?<![\w.-])(?:--{each}(?:[ =](?:True|true|on|1)\b|{alone})|{each}[\"']? ?[:=] ?(?:True|true)\b)"
+    )
+
+
+def is_on(code: str, text: str) -> bool:
+    """Return True if the text prints a switch of the remedy that is on already.
+
+    >>> is_on("checkpointing_general", "train.py --grad_checkpoint True --lr 1e-4")
+    True
+    >>> is_on("checkpointing_general", "gradient_checkpointing: false")
+    False
+    """
+    return any(_switched_on(name).search(text) for name in _names()["on"].get(code, ()))
+
+
 def _changed(how: str, code: str, value: str) -> str | None:
     """Return the value that takes less memory; None for one that already does, or is no value."""
     if how == "on":

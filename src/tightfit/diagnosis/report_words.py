@@ -9,7 +9,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import divided, option_line, own_option
 from tightfit.diagnosis.framework_words import has_own, programs
 from tightfit.diagnosis.measures import in_order_of_report
-from tightfit.diagnosis.own_options import options_of
+from tightfit.diagnosis.own_options import is_on, options_of
 from tightfit.diagnosis.remedies import Remedy, Resized
 
 _SHORT_LINE = 12
@@ -65,9 +65,14 @@ def _is_set(line: str, text: str) -> bool:
     if found is not None:
         return bool(re.search(rf"\b{found[1]}\W{{1,8}}{found[2]}\b", text))
     _, dots, options = line.partition(" ... ")
-    return bool(dots) and options.startswith("-") and all(_has(each, text) for each in _OPTIONS.findall(options))
+    options = options if dots else line
+    if not dots and not _OPTIONS_ONLY.fullmatch(line):
+        return False
+    return options.startswith("-") and all(_has(each, text) for each in _OPTIONS.findall(options))
 
 
+_OPTIONS_ONLY = re.compile(r"(?:--[A-Za-z][\w-]*(?:[ =][^\s\"'=-]\S*)?(?:\s+|$))+")
+"""A line of nothing but options, none of them in quotation marks."""
 _OPTIONS = re.compile(r"(--?[A-Za-z][\w-]*)(?:[ =]([^\s-]\S*))?")
 
 
@@ -97,7 +102,7 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     A trainer of language models has words for nearly all of them: its order is the tables'.
     """
     text = evidence.run.text
-    found = [each for each in remedies if not (_stands(each, text) or _raises(each, text))]
+    found = [each for each in remedies if not (_stands(each, text) or _raises(each, text) or is_on(each.code, text))]
     found = in_order_of_report(found, text)
     if evidence.framework in programs("trainers"):
         return found
