@@ -166,17 +166,31 @@ def run_facts_in(text: str) -> RunFacts:
     )
 
 
-_ENVIRONMENT = re.compile(r"\benvs/[\w.-]{1,80}/|\b[\w.-]{1,80}/\.?venv/")
-"""The folder of an environment, whose name may be that of another program."""
+_ENVIRONMENT = re.compile(
+    r"\b(?:envs|virtualenvs)/[\w.-]{1,80}/|\b[\w.-]{1,80}/\.?venv/|(?m:^ ?\([\w.-]{1,40}\) (?=\S*[@:$#>~]|[A-Z]:/))"
+)
+"""The folder or the prompt of an environment, whose name may be that of another program."""
+_ADDRESS = re.compile(r"(?<!clone )(?<!git\+)\bhttps?://[^\s)\]>\"']+")
+"""An address in a report; that of a command which fetches the program counts."""
+_OWN_FILE = re.compile(
+    r'File \\?"(?:/|[A-Z]:/)(?![^"\n]*(?:/site-packages/|/dist-packages/|/lib/python\d))[^"\n]+", line \d'
+)
+"""The full path of a file that is no library's, in a traceback."""
+_PROSE = re.compile(r"(?m)^(?![ \t]*File )[^\n/_=|\[\](){}<>$#`\\]*(?:[A-Za-z0-9,.'-]+ +){4}[^\n/_=|\[\](){}<>$#`\\]*$")
+"""A line of words alone."""
 
 
 def _frameworks(paths: str) -> tuple[str, ...]:
-    """Return the programs that a text shows; those that only an environment's name shows come last."""
-    found = tuple(_found("frameworks", paths))
-    if not _ENVIRONMENT.search(paths) or len(found) < 2:
-        return found
-    sure = tuple(_found("frameworks", _ENVIRONMENT.sub("envs/", paths)))
-    return (*sure, *(each for each in found if each not in sure))
+    """Return the programs that a text shows by files, functions, commands or its own words.
+
+    An address shows none, and the name of an environment only where nothing else does. Where a traceback has the full
+    path of the user's own files, a person's sentences do not either: they may be about another program.
+    """
+    paths = _ADDRESS.sub("", paths)
+    shown = _ENVIRONMENT.sub("envs/", paths)
+    if _OWN_FILE.search(shown):
+        return tuple(_found("frameworks", _PROSE.sub("", shown)))
+    return tuple(_found("frameworks", shown)) or tuple(_found("frameworks", paths))
 
 
 def _texts_in(text: str) -> dict[str, str]:
