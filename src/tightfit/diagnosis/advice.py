@@ -483,7 +483,7 @@ def _has_no_offload(facts: Facts, evidence: Evidence) -> bool:
 
 _OF_STATE = re.compile(r"zero_?(?:stage|3)|offload_optimizer|deepspeed|full_shard", re.IGNORECASE)
 """Words of lines that move a training's optimizer state, of which loading a model for its use has none."""
-_BEFORE_OFFLOAD = re.compile(r"\bInvokeAI,? version:? ?[1-4]\.")
+_BEFORE_OFFLOAD = re.compile(r"\bInvokeAI,? version:? ?[1-4]\.|\bopensora-v1")
 """Programs of a version older than their option."""
 
 
