@@ -57,7 +57,11 @@ def causes_of_figures(facts: Facts) -> Iterator[Cause]:
 def is_oversized(facts: Facts) -> bool:
     """Return True if the request alone is larger than the card."""
     requested, total = facts.figures.get("requested_bytes"), facts.figures.get("total_bytes")
-    return requested is not None and total is not None and requested.low > total.high
+    return requested is not None and requested.low > (_LARGEST_CARD if total is None else total.high)
+
+
+_LARGEST_CARD = 512 * GIB
+"""Bytes that no card has: a larger request is larger than the user's card, too, where the message does not name it."""
 
 
 _XPU_BLOCK = 4 * GIB
