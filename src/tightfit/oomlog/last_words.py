@@ -19,12 +19,15 @@ _OF_CODE = re.compile(
 """Mistakes in a program, which may name an attribute or an option that has memory in its name."""
 _MEMORY = re.compile(
     r"\b(?:out of|insufficient|no enough|not enough|exceed\w*|lack of|low on|more|run\w* out of|too (?:much|little))"
-    r" [\w -]{0,25}memory\b|\bOOM\b|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
+    r" [\w -]{0,25}memory\b|\bOOM\b(?![=:] ?[\d.])"
+    r"|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
     r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
     re.IGNORECASE,
 )
 
-_LACK = re.compile(r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b", re.IGNORECASE)
+_LACK = re.compile(
+    r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b(?![=:] ?[\d.])", re.IGNORECASE
+)
 _LEFT_OUT = re.compile(r"\bran out of (?:\w+ )?memory\b[^\n]{0,40}\bskip", re.IGNORECASE)
 """A part of the work that a program left out for want of memory: what it did not write is then missing."""
 _NEAR = 20
@@ -113,11 +116,11 @@ def tells_of_failure(text: str) -> bool:
 _REPORTED = re.compile(
     r"\b(?:runs?|ran|running) out of (?:the )?(?:cuda|gpu|device) (?:memory|mem|ram)\b"
     r"|\b(?:cuda|gpu|hip|device|video|graphics?(?: card)?)\W{0,3}(?:\w+ )?(?:runs?|ran|running|goes|went|is|was)?[ -]*"
-    r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b)"
+    r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b(?![=:] ?[\d.]))"
     r"|\bOutOfMemoryError\b|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)"
     r"|\b(?:gpus?|cuda|vram) ?(?:memory|mem)?\b[^.\n]{0,20}\b(?:memory )?leak"
     r"|\bout of vram\b|\bvram (?:oom|is full)"
-    r"|\bOOM\b(?! ?kill)|显存(?:不足|不够|溢出|爆)|爆显存"
+    r"|\bOOM\b(?! ?kill|[=:] ?[\d.])|显存(?:不足|不够|溢出|爆)|爆显存"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
     re.IGNORECASE,
 )
@@ -250,7 +253,7 @@ def advises(lines: Sequence[str]) -> bool:
 
 _ANYHOW = re.compile(
     r"out[\s_-]{0,3}of[\s_-]{0,3}(?:(?:device|host|gpu|video|shared|cuda)[\s_-]{0,3})?mem|OutOf(?:Gpu|Device|Host)?Mem"
-    r"|\bOOM\b|bad[\s_]alloc|(?:can ?not|could not|unable to|fail(?:ed|ure)?(?: to)?|no more) ?alloc"
+    r"|\bOOM\b(?![=:] ?[\d.])|bad[\s_]alloc|(?:can ?not|could not|unable to|fail(?:ed|ure)?(?: to)?|no more) ?alloc"
     r"|alloc\w* (?:fail|error)|memory (?:exhausted|overflow|limit|allocation|is (?:full|not enough)|not enough)"
     r"|(?:insufficient|not enough|no enough) .{0,20}memory|显存|内存不足|内存不够|メモリ(?:ー)?(?:が)?(?:不足|足り)",
     re.IGNORECASE,

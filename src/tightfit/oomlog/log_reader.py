@@ -83,6 +83,15 @@ _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
 
 
+_NO_MEMORY = ("none", "unshown")
+"""Memory of kinds of messages that do not tell of a lack of any."""
+
+
+def _ran_out(record: "_Record") -> bool:
+    """Return True if a message is of memory that ran out, not of a setting or another error that was warned of."""
+    return memory_of(record.facts.kind) not in _NO_MEMORY and record.facts.kind != "vllm_sequence_too_long"
+
+
 class Other(Struct, frozen=True, kw_only=True):
     """Another failure, or mention of one, in brief; `Facts` describes the fields."""
 
@@ -306,7 +315,9 @@ class _Scan:
             failure = self._unnamed(nothing, evidence)
             run = run_facts_in("\n".join(lines_of(self._both_ends())))
             return LogReading(failure=failure, others=others, others_count=count, context=context, run=run)
-        caught = [each for each in self.records if each.standing is Standing.CAUGHT or each.survived]
+        caught = [
+            each for each in self.records if (each.standing is Standing.CAUGHT or each.survived) and _ran_out(each)
+        ]
         return LogReading(
             failure=None,
             others=others,
@@ -315,13 +326,19 @@ class _Scan:
             kind_of_nothing=nothing,
             evidence=evidence,
             caught=caught[-1].facts if caught else None,
-            went_on=any(each.progress or _goes_on_with_next(each) for each in caught),
+            went_on=any(self._went_on(each) for each in caught),
         )
 
     def _both_ends(self) -> str:
         if self._size <= _HEAD + _TAIL:
             return self._head
         return self._head[:_HEAD] + "\n" + self._ending[-_TAIL:]
+
+    def _went_on(self, record: _Record) -> bool:
+        """Return True if progress follows a failure; behind a traceback, more than a progress bar's last lines."""
+        behind = self._ending[self._ending.rfind(record.body[:60]) :]
+        least = _SURVIVED if _TRACEBACK in behind else 1
+        return record.progress >= least or _goes_on_with_next(record)
 
     def _failed_afterwards(self) -> _Record | None:
         """Return an out of memory that the program handled, if it shows no progress after it and ends with an error."""
@@ -349,7 +366,7 @@ class _Scan:
         if not self._head.strip():
             return "empty", ""
         for record in reversed(self.records):
-            if record.survived or record.standing is Standing.CAUGHT:
+            if (record.survived or record.standing is Standing.CAUGHT) and _ran_out(record):
                 return "caught", record.body
         last = last_words(lines_of(self._ending)[-400:])
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
@@ -367,7 +384,8 @@ class _Scan:
         if self._size < _PROSE and (met := met_in(lines_of(self._head))) is not None:
             return "reported", met
         for record in self.records:
-            return record.standing.value, record.body
+            if record.standing is not Standing.CAUGHT or _ran_out(record):
+                return record.standing.value, record.body
         told = host_words_in(lines_of(self._head)) if self._size < _PROSE else None
         if self._size < _PROSE and (mention := mentioned_in(lines_of(self._head))) is not None:
             if told is not None and not mention[1]:

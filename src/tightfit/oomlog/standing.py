@@ -38,7 +38,7 @@ _CODE = re.compile(
     r"console\.\w{1,20}|\w{1,40}\.append|\w{0,40}Error|\w{0,40}Exception|isinstance|pytest\.raises|re\.\w{1,10})\(|"
     r"//|/\*|[\w.\[\]]{1,60} ?[+=]?= ?[frb(\[]{0,3}[\"'])"
 )
-_COMMENT = re.compile(r"\s*#")
+_COMMENT = re.compile(r"\s*#(?!\d{1,3} (?:\d+\.\d|ERROR|DONE|CANCELED|\[))")
 _IN_CODE = re.compile(
     r"[\"'](?: not)? in (?:str|repr|e\b|err|msg|message|ex|exc)|[\"']\.(?:lower|format)\(|isinstance\("
     r"|==? ?[frb]?[\"'] ?$"
