@@ -238,6 +238,7 @@ def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterat
         yield str(facts.phase)
     if facts.phase == "setup" and not evidence.run.signs.isdisjoint({"fsdp", "deepspeed"}) and not evidence.infers:
         yield "training"
+        return  # before any pass
     if facts.phase == "save":  # what one pass holds is gone by then
         return
     if facts.phase == "load":
@@ -531,6 +532,8 @@ def of_one_sequence(fix: Remedy, evidence: Evidence) -> Remedy:
     return replace(fix, change=change, paste=words.lines if words else ())
 
 
+_OLD_DEEPSPEED = re.compile(r"\bdeepspeed[/\\]pt[/\\]")
+"""Files of DeepSpeed up to 0.2, which has no stage 3."""
 _BATCH_NORM = re.compile(r"batch_?norm|BatchNorm")
 """Words of a report whose model normalises over the batch, which smaller parts of a batch change."""
 
@@ -540,6 +543,8 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     if code == "half_precision" and facts.kind in _NOT_CUDA:
         words = _autocast(facts.kind.partition("_")[0])
     words = words and _for_version(words, facts)
+    if code in ("shard", "offload") and words and _OLD_DEEPSPEED.search(evidence.run.text):
+        words = replace(words, lines=tuple(f"{line}  # DeepSpeed 0.3.13 or later" for line in words.lines))
     effect = applicability(code)
     if code == "split_general" and _BATCH_NORM.search(evidence.run.text):
         effect = "changes_result"
