@@ -70,6 +70,8 @@ def weights(models: Iterable[Model], within: Range, elements: Mapping[str, float
     for model in models:
         for shape in dict.fromkeys(tuple(sorted(each)) for each in model.matrices()):
             for dtype, size in elements.items():
+                if dtype in FOUR_BIT and model.vocabulary in shape:  # embeddings stay in 16 bits
+                    continue
                 if within.holds(round(prod(shape) * size)):
                     found.setdefault((shape, dtype), []).append(model.name)
     return tuple(
