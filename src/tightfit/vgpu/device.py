@@ -67,6 +67,8 @@ _FACTORIES = {
 _NO_SCALED_PRODUCTS = (
     "torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0 or 8.9, or ROCm MI300+"
 )
+_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+"""Operators that cuDNN computes with a workspace of its own choice."""
 _DEVICE_OF = torch.ops.prim.device.default
 _attention: Callable[..., Argument] = attention
 _UNKNOWN_SHAPE = (DynamicOutputShapeException, DataDependentOutputException, UnsupportedOperatorException)
@@ -389,6 +391,8 @@ class VirtualDevice:
         """Take the memory that a library keeps from its first call on, for an operator that is about to run."""
         if self._is_host:
             return
+        if func in _CONVOLUTIONS and torch.backends.cudnn.enabled:
+            self.note(say("vgpu.device.cudnn_workspaces"))
         for workspace, elsewhere in self.answers.workspaces(lambda card: kernels.workspaces(func, args, kwargs, card)):
             self._take_workspace(workspace.key, workspace.nbytes, phase or self.phases.now(), elsewhere)
 
