@@ -17,8 +17,10 @@ import pytest
 from warm import in_process
 
 from tightfit.config import TrainConfig
+from tightfit.questions.asking import detail_request
 from tightfit.simulation import cache
 from tightfit.simulation.client import Simulator, run_once
+from tightfit.simulation.details import Detail
 from tightfit.simulation.dry_run import dryrun_script
 from tightfit.simulation.requests import Ask, Failed, HostRates, HostRequest, Reply, StepRequest, StepTrace
 from tightfit.simulation.wire import Frames, send
@@ -191,6 +193,16 @@ class TestPlays:
         script.write_text(THREE_STEPS)
         found = dryrun_script(str(script), [], Settings(gpu="RTX 4090"), on_step=seen.append)
         assert (found.outcome, seen) == ("fits", [1, 2, 3])
+
+    def test_steps_of_questions_about_a_script_are_counted_together(self, home: Path, tmp_path: Path) -> None:
+        script, seen = tmp_path / "script.py", list[int]()
+        script.write_text(THREE_STEPS)
+        settings = Settings(gpu="RTX 4090")
+        requests = [detail_request([str(script), word], settings) for word in ("one", "two")]
+        with Simulator(on_step=seen.append) as simulator:
+            answers = simulator.play(requests)
+        assert [each.findings.steps for each in answers if isinstance(each, Detail)] == [3, 3]
+        assert seen == [0, 1, 2, 3, 4, 5, 6]
 
     def test_what_cannot_be_played_says_why(self, home: Path) -> None:
         with Simulator() as simulator:

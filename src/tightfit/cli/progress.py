@@ -19,27 +19,35 @@ class Progress:
     """The stage of a command and the plays done in it."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._done, self._total = text, 0, 0
+        self._text, self._done, self._total, self._steps = text, 0, 0, 0
         self._started = time.monotonic()
 
     def stage(self, text: str) -> None:
         """Begin another stage."""
-        self._text, self._done, self._total = text, 0, 0
+        self._text, self._done, self._total, self._steps = text, 0, 0, 0
 
     def count(self, done: int, total: int) -> None:
         """Note how many of the stage's plays are done."""
         self._done, self._total = done, total
 
+    def count_steps(self, steps: int) -> None:
+        """Note how many optimizer steps the stage's plays have done together."""
+        self._steps = steps
+
     def state(self) -> tuple[str, int, int]:
         """Return the stage, the plays that are done in it and all of them; 0 plays if they are not known."""
-        return self._text, self._done, self._total
+        text = say("cli.progress.with_steps", text=self._text, steps=self._steps) if self._steps else self._text
+        return text, self._done, self._total
 
     def line(self) -> str:
         """Describe the state in a line."""
-        seconds = time.monotonic() - self._started
-        if self._total:
-            return say("cli.progress.counted", text=self._text, done=self._done, total=self._total, seconds=seconds)
-        return say("cli.progress.line", text=self._text, seconds=seconds)
+        fields = {"text": self._text, "done": self._done, "total": self._total, "steps": self._steps}
+        plays = "counted" if self._total > 1 else "line"
+        return say(
+            f"cli.progress.{plays}_steps" if self._steps else f"cli.progress.{plays}",
+            **fields,
+            seconds=time.monotonic() - self._started,
+        )
 
 
 @contextmanager

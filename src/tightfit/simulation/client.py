@@ -43,8 +43,16 @@ Progress = Callable[[int, int], object]
 class Simulator:
     """Answers requests by playing them on the virtual GPU, two or more at a time. To be closed."""
 
-    def __init__(self, *, workers: int | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        progress: Progress | None = None,
+        on_step: Callable[[int], object] = lambda steps: None,
+    ) -> None:
+        """`on_step` hears how many optimizer steps the plays of one call of `play` have done together."""
         self._workers, self._progress = workers or min(4, os.cpu_count() or 1), progress
+        self._on_step = on_step
         self.will_compile = False
         """Load the compiler when the server starts: a play that needs it is expected."""
         self.will_shard = False
@@ -85,11 +93,17 @@ class Simulator:
         for number, request in enumerate(requests):
             if request.is_remembered and (found := recall(request)) is not None and request.still_holds(found):
                 answers[number] = found
+        steps: dict[int, int] = {}
+        self._on_step(0)
         missing = [number for number in range(len(requests)) if number not in answers]
         self.played += len(missing)
         self._report(len(answers), len(requests))
         for reply in self._asked({number: requests[number] for number in missing}):
             request = requests[reply.number]
+            if reply.steps:
+                steps[reply.number] = reply.steps
+                self._on_step(sum(steps.values()))
+                continue
             if reply.failed is None:
                 answers[reply.number] = answer = decode_answer(request, reply.answer)
                 if request.is_remembered:
@@ -104,7 +118,7 @@ class Simulator:
             self._progress(done, total)
 
     def _asked(self, requests: Mapping[int, Request[A]]) -> Iterator[Reply]:
-        """Replies to `requests`, as they come; each request has one."""
+        """Yield replies to `requests` as they come: one to each, and before it those that count its steps."""
         waiting = set(requests)
         if not waiting:
             return
@@ -116,7 +130,8 @@ class Simulator:
                 send(connection, Ask(number=number, request=cast(AnyRequest, request)))
             while waiting:
                 for reply in self._received(connection):
-                    waiting.discard(reply.number)
+                    if not reply.steps:
+                        waiting.discard(reply.number)
                     yield reply
         except ConnectionError:
             self.close()

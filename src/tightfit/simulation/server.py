@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -120,7 +121,7 @@ def _serve_once(connection: socket.socket) -> None:
                 os.chdir(received(script.folder))  # before a module remembers it
                 _load(("tightfit.vgpu.script",))
                 gc.freeze()
-            send(connection, _reply(ask, protection, partial(_tell_steps, connection)))
+            send(connection, _reply(ask, protection, partial(_tell_steps, connection, ask.number, os.getpid())))
             return
 
 
@@ -136,9 +137,23 @@ def _end_at_terminate() -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
-def _tell_steps(connection: socket.socket, steps: int) -> None:
+def _tell_steps(connection: socket.socket, number: int, process: int, steps: int) -> None:
+    if os.getpid() != process:  # a fork of the script's, whose message could fall into the middle of another one
+        return
     with contextlib.suppress(OSError):  # the client has gone, and the kernel ends this process
-        send(connection, Reply(number=0, steps=steps))
+        send(connection, Reply(number=number, steps=steps))
+
+
+@dataclass
+class Child:
+    """A process that plays one request."""
+
+    number: int
+    """Number of the request."""
+    process: int
+    connection: socket.socket
+    frames: Frames[Reply] = field(default_factory=lambda: Frames(Reply))
+    answer: Reply | None = None
 
 
 class Server:
@@ -148,8 +163,8 @@ class Server:
         self._connection, self._workers, self._has_compiler = connection, workers, has_compiler
         self._selector = selectors.DefaultSelector()
         self._waiting: deque[Ask] = deque()
-        self._children: dict[int, tuple[int, int, bytearray]] = {}
-        """Number of the request, process, and its answer so far, by the pipe that carries it."""
+        self._children: dict[int, Child] = {}
+        """By the number of the file that carries what they send."""
         self._compiler: socket.socket | None = None
         self._compiling = 0
 
@@ -202,17 +217,18 @@ class Server:
     def _forward(self, frames: Frames[Reply]) -> None:
         assert self._compiler is not None
         for reply in frames.feed(self._compiler.recv(_CHUNK)):
-            self._compiling -= 1
+            self._compiling -= not reply.steps
             send(self._connection, reply)
 
     def _fork(self, ask: Ask) -> None:
-        reading, writing = os.pipe()
-        if child := _forked():
-            os.close(writing)
-            self._children[reading] = (ask.number, child, bytearray())
-            self._selector.register(reading, selectors.EVENT_READ)
+        ours, theirs = socket.socketpair()
+        if process := _forked():
+            theirs.close()
+            self._children[ours.fileno()] = Child(ask.number, process, ours)
+            self._selector.register(ours.fileno(), selectors.EVENT_READ)
             return
         try:
+            ours.close()
             self._close_all()
             null = os.open(os.devnull, os.O_RDWR)
             # What a script prints is for the person who plays it; what libraries print in other plays is for nobody.
@@ -221,33 +237,32 @@ class Server:
             for source, stream in ((null, 0), (output, 1), (output, 2)):
                 os.dup2(source, stream)
             protection = _protected(script) if script else None
-            answer = msgspec.json.encode(_reply(ask, protection))
-            while answer:
-                answer = answer[os.write(writing, answer) :]
+            send(theirs, _reply(ask, protection, partial(_tell_steps, theirs, ask.number, os.getpid())))
         finally:
             os._exit(0)
 
-    def _read_child(self, pipe: int) -> None:
-        number, child, received = self._children[pipe]
-        if data := os.read(pipe, _CHUNK):
-            received += data
+    def _read_child(self, file: int) -> None:
+        child = self._children[file]
+        if data := child.connection.recv(_CHUNK):
+            for reply in child.frames.feed(data):
+                if reply.steps:
+                    send(self._connection, reply)
+                else:
+                    child.answer = reply
             return
-        self._selector.unregister(pipe)
-        os.close(pipe)
-        del self._children[pipe]
-        _, status = os.waitpid(child, 0)
+        self._selector.unregister(file)
+        child.connection.close()
+        del self._children[file]
+        _, status = os.waitpid(child.process, 0)
         code = os.waitstatus_to_exitcode(status)
-        if received:
-            reply = msgspec.json.decode(received, type=Reply)
-        else:
-            reply = Reply(number=number, failed=Failed(error=say("simulation.server.no_answer", code=code)))
-        send(self._connection, reply)
+        failed = Failed(error=say("simulation.server.no_answer", code=code))
+        send(self._connection, child.answer or Reply(number=child.number, failed=failed))
 
     def _end_children(self) -> None:
         """Kill what still plays, and wait until it is gone; the compiler's process does so with its own."""
-        for _, child, _ in self._children.values():
+        for child in self._children.values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+                os.kill(child.process, signal.SIGKILL)
         if self._compiler is not None:
             self._compiler.close()
         with contextlib.suppress(ChildProcessError):
@@ -255,11 +270,11 @@ class Server:
                 os.wait()
 
     def _close_all(self) -> None:
-        """Close the inherited pipes and sockets, so that each ends with its owner."""
+        """Close the inherited sockets, so that each ends with its owner."""
         self._selector.close()
         self._connection.close()
-        for pipe in self._children:
-            os.close(pipe)
+        for child in self._children.values():
+            child.connection.close()
         if self._compiler is not None:
             self._compiler.close()
 
