@@ -26,8 +26,8 @@ from tightfit.gpus import all_gpus, context_bytes
 from tightfit.questions.asking import Asked
 from tightfit.questions.cards import every_card
 from tightfit.questions.compare import Comparison, Side, compare, varied
-from tightfit.questions.largest import Search, largest
-from tightfit.report.question_pages import compare_page
+from tightfit.questions.largest import Largest, Search, Trial, largest, unevenness
+from tightfit.report.question_pages import compare_page, largest_page
 from tightfit.simulation.details import Detail
 from tightfit.units import GIB, MIB
 from tightfit.vgpu.records import Settings, VirtualCard
@@ -60,6 +60,20 @@ ATTEND = """\
 import torch
 q = torch.randn(8, 8, 512, 64, device="cuda", dtype=torch.float16, requires_grad=True)
 torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+"""
+FRAGMENTS = """\
+import os, torch
+size = int(os.environ.get("BATCH", "4")) * 2**20
+kept = []
+for _ in range(3):
+    large = torch.empty(20 * size, dtype=torch.uint8, device="cuda")
+    del large
+    kept.append(torch.empty(11 * size, dtype=torch.uint8, device="cuda"))
+"""
+CONVOLVE = """\
+import os, torch
+x = torch.randn(int(os.environ.get("BATCH", "32")), 3, 64, 64, device="cuda")
+torch.nn.Conv2d(3, 64, 3).cuda()(x).sum().backward()
 """
 
 
@@ -130,6 +144,116 @@ class TestLargest:
             largest(asked("--width=64"), "ignored", multiple=8)
         with pytest.raises(ConfigError, match=r"does not run with --rows=8: .* own options are --batch-size, --acc"):
             largest(asked("--width=64"), "rows", multiple=8)
+
+    @pytest.mark.parametrize(("period", "rest"), [(2, 0), (7, 5), (16, 15)])
+    def test_no_larger_value_that_was_played_fits(self, folder: Path, period: int, rest: int) -> None:
+        """Blocks of the cache may let a larger value take less, such as every second one."""
+        (one,) = asked().play([asked().request()])
+
+        def at(value: int) -> Detail:
+            nbytes = 50_000 * value + (0 if value % period == rest else 60 * MIB)
+            peak = replace(one.findings.peak, device_bytes=nbytes, allocated_bytes=50_000 * value)
+            outcome = "fits" if nbytes <= one.findings.gpu.total_bytes else "out_of_memory"
+            return replace(one, findings=replace(one.findings, outcome=outcome, peak=peak, phases={"forward": nbytes}))
+
+        search = Search("train.py", "rows", lambda values: list(map(at, values)), 1)
+        fits, fails = search.run(1024)
+        assert fails == fits + 1
+        assert fits == max(value for value, each in search.tried.items() if each.findings.outcome == "fits")
+        assert search.tried[fails].findings.outcome == "out_of_memory"
+
+    def test_fragments_of_the_cache_are_explained_and_the_setting_is_played(self, folder: Path) -> None:
+        """Three segments of 20 BATCH MiB, each of which an 11 BATCH MiB tensor keeps from the next request."""
+        (folder / "fragments.py").write_text(FRAGMENTS)
+        settings = Settings(gpu="RTX 3060 12GB", memory_bytes=1000 * MIB, context_bytes=30 * MIB)
+        found = largest(Asked.of(simulator(), settings, ["fragments.py"]), "BATCH")
+        assert (found.largest, found.next_value) == (970 // 60, 970 // 60 + 1)
+        failing = next(each for each in found.trials if each.value == 17)
+        assert (failing.allocated_bytes, failing.reserved_bytes) == (2 * 11 * 17 * MIB, 2 * 20 * 17 * MIB)
+        assert found.expandable is not None
+        assert (found.expandable.value, found.expandable.outcome) == (17, "fits")
+        remarks = points(found)
+        assert any("306.00 MiB are free blocks of its cache" in each for each in remarks)
+        assert any("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in each and "fits" in each for each in remarks)
+        own = Asked.of(simulator(), settings, ["fragments.py"], {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+        assert largest(own, "BATCH").expandable is None
+
+    def test_convolutions_leave_the_workspaces_of_cudnn_out(self, folder: Path) -> None:
+        (folder / "convolve.py").write_text(CONVOLVE)
+        settings = Settings(gpu="RTX 3060 12GB", memory_bytes=GIB)
+        found = largest(Asked.of(simulator(), settings, ["convolve.py"]), "BATCH", multiple=32)
+        assert any("cuDNN's workspaces for convolutions" in each for each in points(found))
+        assert not any("cuDNN" in each for each in points(largest(asked(), "batch_size", multiple=8)))
+
+
+def trial(value: int, outcome: str = "fits", *, reserved: int, allocated: int) -> Trial:
+    nbytes = {"device_bytes": reserved * MIB, "allocated_bytes": allocated * MIB, "reserved_bytes": reserved * MIB}
+    return Trial(value=value, outcome=outcome, reason="", **nbytes)
+
+
+def points(found: Largest) -> list[str]:
+    return [point for section in largest_page(found, words("en")).sections for point in section.points]
+
+
+class TestUnevenness:
+    """Whether the answer may claim that smaller values fit, from what was played."""
+
+    def found(self, *trials: Trial) -> tuple[str, list[str]]:
+        (one,) = asked().play([asked().request()])
+        card = one.findings.gpu
+        fits = max(each.value for each in trials if each.outcome == "fits")
+        after = next(each for each in trials if each.value > fits)
+        record = Largest(
+            name="bs",
+            place="argument",
+            file="",
+            gpu=card,
+            largest=fits,
+            next_value=after.value,
+            next_outcome=after.outcome,
+            multiple=1,
+            device_bytes=900 * MIB,
+            free_bytes=124 * MIB,
+            unevenness=unevenness(trials, fits, 124 * MIB),
+            expandable=None,
+            effective_batch=None,
+            accumulation=None,
+            processes=1,
+            command=[],
+            trials=list(trials),
+            not_modelled=[],
+            plays=3,
+            seconds=1.0,
+        )
+        return largest_page(record, words("en")).verdict, points(record)
+
+    def test_memory_that_grows_with_the_value(self, folder: Path) -> None:
+        small, large = trial(32, reserved=500, allocated=480), trial(60, reserved=900, allocated=870)
+        after = trial(61, "out_of_memory", reserved=910, allocated=885)
+        verdict, remarks = self.found(small, large, after)
+        assert verdict.startswith("LARGEST bs THAT FITS")
+        assert not remarks
+
+    def test_a_smaller_value_that_takes_more(self, folder: Path) -> None:
+        small, large = trial(59, reserved=940, allocated=800), trial(60, reserved=900, allocated=870)
+        verdict, remarks = self.found(small, large, trial(61, "out_of_memory", reserved=910, allocated=885))
+        assert verdict.startswith("bs=60 FITS on ")
+        assert verdict.endswith(", and 61 does not")
+        assert "59 takes 940.00 MiB, and 60 takes 900.00 MiB" in remarks[0]
+
+    def test_a_smaller_value_that_fails(self, folder: Path) -> None:
+        small = trial(59, "out_of_memory", reserved=910, allocated=870)
+        after = trial(61, "out_of_memory", reserved=910, allocated=885)
+        verdict, remarks = self.found(small, trial(60, reserved=900, allocated=870), after)
+        assert verdict.startswith("bs=60 FITS on ")
+        assert "59 does not fit, and 60 does" in remarks[0]
+
+    def test_a_margin_below_what_the_cache_differs_by(self, folder: Path) -> None:
+        small, large = trial(32, reserved=500, allocated=480), trial(60, reserved=900, allocated=870)
+        _, remarks = self.found(small, large, trial(61, "out_of_memory", reserved=900, allocated=740))
+        assert "30.00 MiB with bs=60 and 160.00 MiB with 61" in remarks[0]
+        larger = trial(120, "out_of_memory", reserved=900, allocated=740)  # twice the value, so twice the cache
+        assert not self.found(small, large, larger)[1]
 
 
 class TestCards:

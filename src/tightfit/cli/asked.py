@@ -23,7 +23,7 @@ def answer(options: argparse.Namespace, settings: Settings) -> int:
     question = _question(options)
     command = [options.script, *options.arguments]
     text = say("cli.progress.asking", script=program_word(command), question=question)
-    with shown(text) as progress, Simulator(progress=progress.count) as simulator:
+    with shown(text) as progress, Simulator(progress=progress.count, on_step=progress.count_steps) as simulator:
         asked = Asked.of(simulator, settings, command)
         record, page, fits = _ANSWERS[question](asked, options, progress)
     if options.json:
@@ -63,7 +63,12 @@ def _largest(asked: Asked, options: argparse.Namespace, progress: Progress) -> A
     from tightfit.questions.largest import largest
     from tightfit.report.question_pages import largest_page
 
-    found = largest(asked, options.largest, multiple=1 if options.multiple is None else options.multiple)
+    def tell(name: str, values: Sequence[int]) -> None:
+        shown = say("cli.progress.several_values").join(map(str, values))
+        progress.stage(say("cli.progress.valued", script=asked.script, name=name, values=shown))
+
+    multiple = 1 if options.multiple is None else options.multiple
+    found = largest(asked, options.largest, multiple=multiple, tell=tell)
     return found, lambda t: largest_page(found, t), found.largest is not None
 
 

@@ -11,6 +11,9 @@ from typing import Literal
 from tightfit.errors import ConfigError
 from tightfit.wording import say
 
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""Variable with the settings of PyTorch's allocator."""
+EXPANDABLE = "expandable_segments:True"
 _FILES = (".yaml", ".yml", ".json", ".toml")
 _BATCH = re.compile(r"(.*[._])?((micro|mini)_?)?(batch(_?size)?|bs?|batch_size_per_.*)")
 _NOT_TRAINING = re.compile(r"eval|test|valid|val[_.]|generation|sample")
@@ -76,6 +79,14 @@ def find_knob(variant: Variant, name: str, *, is_wanted: Callable[[str], bool] =
     found = _in_words(variant.words, bare) or _in_environment(variant, name.strip())
     found = found or _in_files(variant, bare, is_wanted) or _constant(variant, bare)
     return found or _added(variant.words, bare)
+
+
+def with_expandable_segments(variant: Variant) -> Variant | None:
+    """Return the variant with the allocator's setting against fragments; None if the user has set the allocator."""
+    given = {*variant.environ, *(word.partition("=")[0] for word in variant.words)}
+    if not given.isdisjoint((ALLOCATOR, "PYTORCH_ALLOC_CONF")):
+        return None
+    return replace(variant, environ={**variant.environ, ALLOCATOR: EXPANDABLE})
 
 
 def number_in_words(words: Sequence[str], is_wanted: Callable[[str], bool]) -> Knob | None:

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import msgspec
 
-from tightfit.config.knob import Knob, Variant, accumulation_of, find_knob, is_batch, options_of
+from tightfit.config.knob import (
+    Knob,
+    Variant,
+    accumulation_of,
+    find_knob,
+    is_batch,
+    options_of,
+    with_expandable_segments,
+)
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
 from tightfit.simulation.details import Detail, FailedAt
@@ -27,6 +35,8 @@ _MOST_OPTIONS = 12
 _MOST_SLOW = 2
 """Guesses that may leave more than half of the open range, before it is halved."""
 Play = Callable[[Sequence[int]], list[Detail]]
+Tell = Callable[[str, Sequence[int]], object]
+"""Called with the name of the argument and values of it."""
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,10 +47,34 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """fits, out_of_memory or error."""
     device_bytes: int
     """Peak of the process; where it failed, with the request that failed."""
+    allocated_bytes: int
+    """Highest allocated bytes; where it failed, those at the failure."""
+    reserved_bytes: int
+    """Highest reserved bytes; where it failed, those at the failure."""
     reason: str
     """Why the play ended."""
     failure: FailedAt | None = None
     """The request that the card could not meet."""
+
+    @property
+    def cached_bytes(self) -> int:
+        """Reserved bytes beyond the allocated ones."""
+        return self.reserved_bytes - self.allocated_bytes
+
+    @property
+    def is_fragmented(self) -> bool:
+        """True if the cache takes more than a quarter of what is allocated."""
+        return self.cached_bytes > self.allocated_bytes / 4
+
+
+class Unevenness(msgspec.Struct, frozen=True, kw_only=True):
+    """Sign that memory may fall where the value grows, so that a value below one that fits may fail."""
+
+    kind: str
+    """fails (the smaller value fails, the larger one fits), falls (the smaller value takes more), or margin (the cache
+    of another value is larger than that of the answer by more than the answer leaves free)."""
+    low: Trial
+    high: Trial
 
 
 class Largest(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +95,11 @@ class Largest(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int | None
     """Peak with the largest value."""
     free_bytes: int | None
+    unevenness: Unevenness | None
+    """None where no play shows that memory falls between two values."""
+    expandable: Trial | None
+    """Play with expandable segments, where much of the reserved memory was in the cache: of the next value, or of the
+    smallest one where none fits."""
     effective_batch: int | None
     """Samples of an optimizer step: batch, passes and processes; None for a value that is no batch size."""
     accumulation: int | None
@@ -68,13 +107,18 @@ class Largest(msgspec.Struct, frozen=True, kw_only=True):
     command: list[str]
     """Words to run it with; empty for a value in a file."""
     trials: list[Trial]
+    not_modelled: list[str]
+    """Memory that the plays leave out."""
     plays: int
     """Plays that were made; others were remembered."""
     seconds: float
 
 
-def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
-    """Find the largest multiple that fits. ConfigError for a value on which no memory depends."""
+def largest(asked: Asked, name: str, *, multiple: int = 1, tell: Tell = lambda name, values: None) -> Largest:
+    """Find the largest multiple that fits. ConfigError for a value on which no memory depends.
+
+    `tell` hears of the values that are about to be played.
+    """
     if multiple < 1:
         raise ConfigError(say("questions.largest.multiple", multiple=multiple))
     started, played = time.monotonic(), asked.simulator.played
@@ -83,6 +127,7 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
     later = replace(asked, trusts_errors=True)
 
     def play(values: Sequence[int]) -> list[Detail]:
+        tell(knob.name, values)
         return asked.play(
             [(asked if value == start else later).request(knob.set(asked.variant, value)) for value in values]
         )
@@ -91,6 +136,7 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
     fits, fails = search.run(start, explain=lambda reason: _why_not(asked, knob, start, reason))
     best = search.tried.get(fits) if fits else None
     known = best or search.tried[fails or start]
+    trials = [_trial(value, search.tried[value]) for value in sorted(search.tried)]
     passes, size = accumulation_of(asked.variant) if is_batch(knob.name) else None, _processes(asked.variant)
     return Largest(
         name=knob.name,
@@ -103,14 +149,50 @@ def largest(asked: Asked, name: str, *, multiple: int = 1) -> Largest:
         multiple=multiple,
         device_bytes=best.findings.peak.device_bytes if best else None,
         free_bytes=best.findings.free_bytes if best else None,
+        unevenness=unevenness(trials, fits, best.findings.free_bytes) if best else None,
+        expandable=_with_expandable(asked, knob, trials, fits, fails),
         effective_batch=fits * (passes or 1) * size if fits and is_batch(knob.name) else None,
         accumulation=passes,
         processes=size,
         command=_command(asked, knob, fits),
-        trials=[_trial(value, search.tried[value]) for value in sorted(search.tried)],
+        trials=trials,
+        not_modelled=known.findings.not_modelled,
         plays=asked.simulator.played - played,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def unevenness(trials: Sequence[Trial], fits: int, free_bytes: int) -> Unevenness | None:
+    """Return the clearest sign among the values that were played."""
+    answer = next(each for each in trials if each.value == fits)
+    fitting = [each for each in trials if each.outcome == "fits"]
+    pairs = [(low, high) for high in fitting for low in trials if low.value < high.value]
+    if fails := [pair for pair in pairs if pair[0].outcome == "out_of_memory"]:
+        low, high = fails[-1]
+        return Unevenness(kind="fails", low=low, high=high)
+    falls = [pair for pair in pairs if pair[0].outcome == "fits" and pair[0].reserved_bytes > pair[1].reserved_bytes]
+    if falls:
+        low, high = max(falls, key=lambda pair: pair[0].reserved_bytes - pair[1].reserved_bytes)
+        return Unevenness(kind="falls", low=low, high=high)
+    # The cache grows with the value, too, so that of a larger one counts by the share of the values.
+    other = max(trials, key=lambda each: each.cached_bytes * min(1, fits / each.value))
+    if other.cached_bytes * min(1, fits / other.value) - answer.cached_bytes > free_bytes:
+        low, high = sorted((answer, other), key=lambda each: each.value)
+        return Unevenness(kind="margin", low=low, high=high)
+    return None
+
+
+def _with_expandable(asked: Asked, knob: Knob, trials: Sequence[Trial], fits: int, fails: int | None) -> Trial | None:
+    """Play the value that fails with expandable segments, if fragments of the cache are a reason and it has none."""
+    failing = next((each for each in trials if each.value == fails and each.outcome == "out_of_memory"), None)
+    answer = next((each for each in trials if each.value == fits), failing)
+    if failing is None or not any(each is not None and each.is_fragmented for each in (failing, answer)):
+        return None
+    variant = with_expandable_segments(knob.set(asked.variant, failing.value))
+    if variant is None:
+        return None
+    (detail,) = asked.play([replace(asked, trusts_errors=True).request(variant)])
+    return _trial(failing.value, detail)
 
 
 def _numeric_knob(variant: Variant, name: str) -> Knob:
@@ -185,9 +267,12 @@ class Search:
         self.tried.update(zip(new, self._play(new), strict=True))
 
     def _bracket(self) -> tuple[int, int | None]:
-        """More batch never needs less memory, so one value each decides for all below and above it."""
-        fails = min((value for value, each in self.tried.items() if each.findings.outcome != "fits"), default=None)
-        return max((value for value in self._fitting() if fails is None or value < fails), default=0), fails
+        """Return the largest value that fits and the next one above it that was played.
+
+        A smaller value that failed decides nothing: the blocks of the cache may make a larger one take less.
+        """
+        fits = max(self._fitting(), default=0)
+        return fits, min((value for value in self.tried if value > fits), default=None)
 
     def _candidates(self, fits: int, fails: int | None) -> list[int]:
         """Return the guess and its neighbour: if the lines are right, they are the answer."""
@@ -253,11 +338,13 @@ def _rounded(value: int, multiple: int) -> int:
 
 
 def _trial(value: int, detail: Detail) -> Trial:
-    found = detail.findings
+    found, failure = detail.findings, detail.findings.failure
     return Trial(
         value=value,
         outcome=found.outcome,
         device_bytes=found.needed_bytes,
+        allocated_bytes=failure.allocated_bytes if failure else found.peak.allocated_bytes,
+        reserved_bytes=failure.reserved_bytes if failure else found.peak.reserved_bytes,
         reason=found.stopped_because,
-        failure=msgspec.convert(found.failure, FailedAt, from_attributes=True) if found.failure else None,
+        failure=msgspec.convert(failure, FailedAt, from_attributes=True) if failure else None,
     )

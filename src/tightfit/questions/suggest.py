@@ -24,6 +24,7 @@ from tightfit.config.knob import (
     options_of,
     read_text,
     text_of,
+    with_expandable_segments,
 )
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
@@ -55,8 +56,6 @@ _PASSES = (
 _TAKES_ARGUMENTS = re.compile(
     r"argparse|sys\.argv|HfArgumentParser|configurator|\bclick\b|\btyper\b|\bfire\b|hydra|absl"
 )
-_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-_EXPANDABLE = "expandable_segments:True"
 _LARGEST_FILE = 1 << 20
 _STEPS_AFTER = 2
 """Steps beyond the one that failed, in which a change shows whether it may help."""
@@ -162,11 +161,8 @@ class Workshop:
 
     def expandable(self) -> Change | None:
         """Return the run with the allocator's setting against fragments; None if it has one already."""
-        environ = self._variant.environ
-        if environ.get(_ALLOCATOR) or environ.get("PYTORCH_ALLOC_CONF"):
-            return None
-        variant = with_fields(self._variant, environ={**environ, _ALLOCATOR: _EXPANDABLE})
-        return Change(("expandable_segments",), variant, {})
+        variant = with_expandable_segments(self._variant)
+        return Change(("expandable_segments",), variant, {}) if variant else None
 
     def diff(self, variant: Variant) -> str:
         """Return the changes of files as a unified diff, with paths from this folder."""

@@ -3,9 +3,10 @@
 import shlex
 from collections.abc import Sequence
 
+from tightfit.config.knob import ALLOCATOR, EXPANDABLE
 from tightfit.questions.cards import CardRow, Cards
 from tightfit.questions.compare import Comparison, LineRow
-from tightfit.questions.largest import Largest, Trial
+from tightfit.questions.largest import Largest, Trial, Unevenness
 from tightfit.report.dryrun_page import card_text
 from tightfit.report.sections import Page, Section, Table
 from tightfit.report.tensor_texts import place_text
@@ -34,6 +35,8 @@ def largest_page(found: Largest, t: Words) -> Page:
     if found.command:
         heading = say("questions.largest_page.command")
         sections.insert(0, Section(id="command", title=heading, code=shlex.join(found.command)))
+    if points := [*_uneven(found), *_fragments(found), *_left_out(found, t)]:
+        sections.append(Section(id="remarks", title=t("dryrun", "remarks"), points=points))
     return Page(
         title=say("questions.largest_page.title", name=found.name),
         verdict=_largest_verdict(found, t),
@@ -49,6 +52,8 @@ def _largest_verdict(found: Largest, t: Words) -> str:
         return say("questions.largest_page.none", **fields, value=found.trials[0].value)
     if found.next_value is None:
         return say("questions.largest_page.unlimited", **fields, value=found.largest)
+    if found.unevenness is not None:
+        return say("questions.largest_page.found_uneven", **fields, value=found.largest, next=found.next_value)
     return say("questions.largest_page.found", **fields, value=found.largest)
 
 
@@ -73,6 +78,44 @@ def _largest_facts(found: Largest, t: Words) -> list[tuple[str, str, str]]:
     if failing is not None and failing.failure is not None:
         facts.append((say("questions.largest_page.where"), "", failed_at(failing.failure, t)))
     return facts
+
+
+def _uneven(found: Largest) -> list[str]:
+    """Say that values between those that were played may differ, where the plays give a sign of it."""
+    sign = found.unevenness
+    if sign is None:
+        return []
+    fields = {"name": found.name.lstrip("-"), "low": sign.low.value, "high": sign.high.value}
+    if sign.kind == "fails":
+        return [say("questions.largest_page.uneven_fails", **fields)]
+    if sign.kind == "falls":
+        sizes = {"more": sign.low.device_bytes, "less": sign.high.device_bytes}
+        return [say("questions.largest_page.uneven_falls", **fields, **sizes)]
+    return [say("questions.largest_page.uneven_margin", **fields, free=found.free_bytes, **_caches(sign))]
+
+
+def _caches(sign: Unevenness) -> dict[str, int]:
+    return {"low_cached": sign.low.cached_bytes, "high_cached": sign.high.cached_bytes}
+
+
+def _fragments(found: Largest) -> list[str]:
+    """Explain reserved memory far above what is allocated, and whether expandable segments helped."""
+    shown = [each for each in found.trials if each.value in (found.largest, found.next_value) and each.is_fragmented]
+    if not shown:
+        return []
+    most = max(shown, key=lambda each: each.cached_bytes)
+    fields = {"name": found.name.lstrip("-"), "value": most.value, "cached": most.cached_bytes}
+    sizes = {"reserved": most.reserved_bytes, "allocated": most.allocated_bytes}
+    points = [say("questions.largest_page.fragments", **fields, **sizes)]
+    if (other := found.expandable) is not None:
+        helps = "helps" if other.outcome == "fits" else "does_not_help"
+        fields = {"name": found.name.lstrip("-"), "value": other.value, "setting": f"{ALLOCATOR}={EXPANDABLE}"}
+        points.append(say(f"questions.largest_page.expandable_{helps}", **fields, size=other.device_bytes))
+    return points
+
+
+def _left_out(found: Largest, t: Words) -> list[str]:
+    return [t("dryrun", "not_modelled", what=what) for what in found.not_modelled]
 
 
 def _next(after: Trial) -> str:
