@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plays import findings
 
 from tightfit.units import GIB, MIB
+from tightfit.vgpu.child import print_traceback
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LOOP = SCRIPTS / "nanogpt_like.py"
@@ -294,6 +296,29 @@ class TestMistakes:
         script.write_text(BROKEN_DATASET)
         reason = dryrun("--gpu", "RTX 4090", script)["stopped_because"]
         assert reason == "the script failed: ValueError: image 3 is broken (in DataLoader worker process 1)"
+
+    def test_a_traceback_counts_the_frames_of_torch_where_memory_ran_out(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(error: Exception) -> str:
+            def forward(x: object) -> object:
+                raise error
+
+            layer = torch.nn.Identity()
+            layer.forward = forward
+            try:
+                torch.nn.Sequential(layer)(1)
+            except type(error) as raised:
+                print_traceback(raised)
+            return capsys.readouterr().err
+
+        text = fail(torch.OutOfMemoryError("no room"))
+        assert "torch.nn.Sequential(layer)(1)" in text
+        assert "raise error" in text
+        assert "torch/nn/modules" not in text
+        assert re.search(r"^  \[[4-9] frames of torch and Python left out\]$", text, re.MULTILINE)
+        assert text.endswith("OutOfMemoryError: no room\n\n")
+        assert "torch/nn/modules/container.py" in fail(TypeError("anything else may lie there"))
 
     def test_an_error_of_the_script_is_its_own(self, tmp_path: Path) -> None:
         script = tmp_path / "broken.py"

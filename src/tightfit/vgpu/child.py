@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from tightfit.vgpu.play_folder import ChildSettings, held_by_others, watch
+from tightfit.wording import say
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -186,13 +188,24 @@ def _run_played(run: Callable[[], None], part: Part) -> None:
 
 
 def print_traceback(error: BaseException) -> None:
-    """Print the traceback without our frames and torch's dispatch below, as it would look on a real card."""
+    """Print the traceback without our frames and torch's dispatch below, as it would look on a real card.
+
+    Where memory ran out, frames of torch and the standard library are only counted: the verdict that follows names the
+    user's line, and any other error may lie in them.
+    """
+    from tightfit.vgpu.frames import is_library
+
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = traceback.StackSummary.from_list(
-        frame for frame in frames if not frame.filename.startswith((ours, "<frozen runpy>"))
-    )
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((ours, "<frozen runpy>"))
+    ]
+    is_long = type(error).__name__ != "OutOfMemoryError" or all(is_library(each.filename) for each in frames)
     print("Traceback (most recent call last):", file=sys.stderr)
-    print("".join(frames.format()), end="", file=sys.stderr)
+    for left_out, part in groupby(frames, key=lambda frame: not is_long and is_library(frame.filename)):
+        several = traceback.StackSummary.from_list(list(part))
+        counted = f"  [{say('vgpu.child.left_out', count=len(several))}]\n"
+        print(counted if left_out else "".join(several.format()), end="", file=sys.stderr)
     text = "".join(traceback.format_exception_only(error))
     print(text if len(text) < _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ...", file=sys.stderr)
