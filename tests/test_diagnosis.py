@@ -345,6 +345,23 @@ def test_the_card_is_the_usual_one_of_that_size_and_said_to_be_assumed():
         card_of(reading.failure, reading.context, "no such card")
 
 
+def test_an_assumed_card_is_named_before_what_was_simulated_on_it():
+    found = explain(STORY, lang="en")
+    card = card_of(found.facts, found.reading.context, None)
+    problem, _, after = render(msgspec.structs.replace(found, card=card, played="script"), words("en")).partition(
+        "Cause\n"
+    )
+    assert "Assumed card: GeForce RTX 3060 12GB" in problem
+    assert "Assumed card" not in after
+
+
+def test_without_a_log_no_log_is_blamed_for_the_missing_card(tmp_path: Path):
+    script = tmp_path / "train.py"
+    script.write_text("import torch\n")
+    with pytest.raises(ConfigError, match="nothing names the card to play the script on; name it with --gpu"):
+        explain("", script=str(script), lang="en")
+
+
 def test_the_configuration_that_a_log_prints_is_played(monkeypatch: pytest.MonkeyPatch):
 
     asked = []

@@ -299,7 +299,7 @@ def _with_script(
     """Explain by playing the user's own script on the card of the log, or on `gpu`."""
     card = card_of(plain.facts or Facts(kind="cuda_out_of_memory"), plain.reading.context, gpu)
     if card is None:
-        raise ConfigError(say("explain.explaining.no_card"))
+        raise ConfigError(say("explain.explaining.no_card" if plain.facts else "explain.explaining.no_card_at_all"))
     own = OwnScript(card, script, arguments, progress=progress)
     log(say("explain.explaining.playing_script", script=script, gpu=card.name))
     outcome = own.play(own.arguments)

@@ -68,6 +68,7 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield words("problem", "on_device", index=facts.device_index)
     if facts.rank is not None:
         yield words("problem", "on_rank", rank=facts.rank)
+    yield from _card_lines(explanation, words)
     if culprit is not None:
         yield from _culprit(culprit, words)
     frame = users_frame(facts)
@@ -80,6 +81,13 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     yield from kind_sentences.follows_lines(explanation.reading, words)
     if count := explanation.reading.others_count:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
+
+
+def _card_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """Yield the card of the simulation, where nobody named it: all that is simulated depends on it."""
+    card = explanation.card
+    if explanation.played and card is not None and card.how_named == "assumed":
+        yield words("assumed", "card", name=card.name, total=card.total_bytes)
 
 
 def _told_phase(facts: Facts, words: Words) -> Iterator[str]:
@@ -140,15 +148,12 @@ def _compared(each: Compared, words: Words) -> str:
 
 
 def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
-    """Yield assumptions of the verdicts: the card and the configuration, where nobody named them."""
+    """Yield assumptions of the verdicts on fixes: the configuration, where nobody named it."""
     if explanation.foreign is not None:
         yield from _foreign_lines(explanation, explanation.foreign, words)
     if explanation.unplayed_because:
         suffix = "_elsewhere" if explanation.is_elsewhere else "_unnamed" if explanation.is_unnamed else ""
         yield words("unplayed", explanation.unplayed_because + suffix)
-    card = explanation.card
-    if explanation.played and card is not None and card.how_named == "assumed":
-        yield words("assumed", "card", name=card.name, total=card.total_bytes)
     if explanation.model_run is not None:
         yield _step_line(explanation.model_run, words)
     if explanation.played == "log":
