@@ -36,6 +36,7 @@ from tightfit.planner.predict import Prediction
 from tightfit.planner.search import Choice
 from tightfit.planner.survey import CardRow
 from tightfit.report.bars import Part, parts_table
+from tightfit.report.dryrun_page import dryrun_page
 from tightfit.report.html import explanation_report, findings_report, run_report
 from tightfit.report.page import render, write
 from tightfit.report.plan_page import cards_page, plan_page
@@ -168,6 +169,18 @@ def findings(timeline: dict | None = None, **changes) -> Findings:
         "notes": ["a note"],
     }
     return msgspec.convert({**found, "timeline": timeline, **changes}, Findings)
+
+
+def test_the_first_lines_of_a_dry_run_name_its_made_up_answers_and_the_free_blocks_of_the_cache() -> None:
+    peak = {"allocated_bytes": 7 * GIB, "reserved_bytes": 11 * GIB, "requested_bytes": 7 * GIB, "phase": "forward"}
+    with_gap = findings(peak={**peak, "device_bytes": 12 * GIB})
+    head, _, _ = page_text(dryrun_page(with_gap, words("en"))).partition("\n\n")
+    assert re.search(r"Highest reserved +11.00 GiB +at least 4.00 GiB of it in free blocks of the cache", head)
+    assert re.search(r"Made-up answers +4 +mostly at train.py:9", head)
+    without = findings(peak={**peak, "reserved_bytes": 8 * GIB, "device_bytes": 9 * GIB}, made_up_values=[])
+    head, _, _ = page_text(dryrun_page(without, words("en"))).partition("\n\n")
+    assert "free blocks" not in head
+    assert "Made-up" not in head
 
 
 LOG = """Traceback (most recent call last):

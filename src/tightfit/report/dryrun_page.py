@@ -11,6 +11,9 @@ from tightfit.units import format_bytes
 from tightfit.vgpu.records import Findings, VirtualCard
 from tightfit.wording.report import Words
 
+_GAP = 4
+"""Part of the allocated bytes above which the cache's free blocks are explained."""
+
 
 def dryrun_page(found: Findings, t: Words) -> Page:
     """Lay out findings for a page or a terminal."""
@@ -58,13 +61,24 @@ def _facts(found: Findings, t: Words) -> list[tuple[str, str, str]]:
         ("device", peak.device_bytes, t("dryrun", "with_context", context=format_bytes(found.gpu.context_bytes))),
         ("requested", peak.requested_bytes, in_phase),
         ("allocated", peak.allocated_bytes, ""),
-        ("reserved", peak.reserved_bytes, ""),
+        ("reserved", peak.reserved_bytes, _cache_text(found, t)),
     ]
     if failure:
         facts += [("asked", failure.requested_bytes, ""), ("free", failure.free_bytes, "")]
     else:
         facts.append(("left", max(0, found.free_bytes), ""))
-    return [(t("dryrun", key), format_bytes(nbytes), remark) for key, nbytes, remark in facts]
+    rows = [(t("dryrun", key), format_bytes(nbytes), remark) for key, nbytes, remark in facts]
+    if times := sum(each.times for each in found.made_up_values):
+        mostly = t("dryrun", "mostly_at", place=place_text(found.made_up_values[0]))
+        rows.append((t("dryrun", "made_up_answers"), f"{times:,}", mostly))
+    return rows
+
+
+def _cache_text(found: Findings, t: Words) -> str:
+    """Explain a gap of more than a quarter between the highest reserved and allocated bytes."""
+    cached = found.peak.reserved_bytes - found.peak.allocated_bytes
+    is_large = cached > found.peak.allocated_bytes / _GAP
+    return t("dryrun", "fragments", cached=format_bytes(cached)) if is_large else ""
 
 
 def _failure(found: Findings, t: Words) -> list[Section]:
