@@ -29,7 +29,7 @@ from tightfit.questions.compare import Comparison, Side, compare, varied
 from tightfit.questions.largest import Largest, Search, Trial, largest, unevenness
 from tightfit.report.question_pages import compare_page, largest_page
 from tightfit.simulation.details import Detail
-from tightfit.units import GIB, MIB
+from tightfit.units import GIB, MIB, format_bytes
 from tightfit.vgpu.records import Settings, VirtualCard
 from tightfit.wording.report import words
 
@@ -359,10 +359,34 @@ class TestCompare:
             categories=[],
             lines=[],
             other_bytes=[GIB, GIB],
+            not_modelled=[],
             plays=2,
             seconds=1.0,
         )
         assert compare_page(found, words("en")).verdict.startswith("ALL VARIANTS NEED THE SAME")
+
+    def test_a_variant_that_fails_does_not_need_least(self, folder: Path) -> None:
+        """It fails at its first large request, before it has taken what it needs."""
+        both = compare(asked("--width=256", memory=4 * GIB), ["--batch-size=8", "--batch-size=64"])
+        less = both.sides[1].device_bytes - both.sides[0].device_bytes
+        verdict = compare_page(both, words("en")).verdict
+        assert verdict.startswith("--batch-size=8 NEEDS LEAST on ")
+        assert verdict.endswith(f", which is {format_bytes(less)} less than --batch-size=64")
+        one = compare(asked("--width=256"), ["--batch-size=8", "--batch-size=9000"])
+        page = compare_page(one, words("en"))
+        assert page.verdict.startswith("ONLY --batch-size=8 FITS on ")
+        peaks = page.sections[0].tables[0].rows[1]
+        assert peaks[1:] == [
+            format_bytes(one.sides[0].device_bytes),
+            f"at least {format_bytes(one.sides[1].device_bytes)}",
+        ]
+        none = compare(asked("--width=256"), ["--batch-size=4000", "--batch-size=9000"])
+        assert compare_page(none, words("en")).verdict.startswith("NO VARIANT FITS on ")
+
+    def test_lines_that_differ_are_shown_with_their_source(self, folder: Path) -> None:
+        found = compare(asked("--width=256"), ["--batch-size 8", "--batch-size=64"])
+        (table,) = compare_page(found, words("en")).sections[2].tables
+        assert table.rows[0][0].splitlines()[1].strip() == "model(x).square().mean().backward()"
 
     def test_asked_again_it_is_played_once_a_file_is_another(self, folder: Path) -> None:
         (folder / "part.py").write_text("SIZE = 4\n")

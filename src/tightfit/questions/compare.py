@@ -66,6 +66,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """The lines that differ, the largest difference first."""
     other_bytes: list[int]
     """Allocated bytes of the lines that do not differ, or little."""
+    not_modelled: list[str]
+    """Memory that the plays leave out."""
     plays: int
     seconds: float
 
@@ -85,6 +87,7 @@ def compare(asked: Asked, changes: Sequence[str]) -> Comparison:
         categories=_categories(details),
         lines=lines,
         other_bytes=others,
+        not_modelled=list(dict.fromkeys(what for each in details for what in each.findings.not_modelled)),
         plays=asked.simulator.played - played,
         seconds=round(time.monotonic() - started, 1),
     )

@@ -5,16 +5,19 @@ from collections.abc import Sequence
 
 from tightfit.config.knob import ALLOCATOR, EXPANDABLE
 from tightfit.questions.cards import CardRow, Cards
-from tightfit.questions.compare import Comparison, LineRow
+from tightfit.questions.compare import Comparison, LineRow, Side
 from tightfit.questions.largest import Largest, Trial, Unevenness
 from tightfit.report.dryrun_page import card_text
 from tightfit.report.sections import Page, Section, Table
-from tightfit.report.tensor_texts import place_text
+from tightfit.report.tensor_texts import place_text, source_line
 from tightfit.simulation.details import FailedAt
 from tightfit.units import format_bytes, format_duration
 from tightfit.vgpu.records import Origin
 from tightfit.wording import say
 from tightfit.wording.report import Words
+
+_SOURCE = 48
+"""Characters of a line of source that stand beside columns of figures."""
 
 
 def largest_page(found: Largest, t: Words) -> Page:
@@ -191,18 +194,13 @@ def failed_at(failure: FailedAt, t: Words) -> str:
 def compare_page(found: Comparison, t: Words) -> Page:
     """Lay out variants side by side."""
     names = [side.change or say("questions.compare_page.as_is") for side in found.sides]
-    least = min(found.sides, key=lambda side: (side.outcome != "fits", side.device_bytes))
-    needs = {"card": card_text(found.gpu, t), "size": least.device_bytes}
-    if len({format_bytes(side.device_bytes) for side in found.sides}) == 1:
-        verdict = say("questions.compare_page.equal", **needs)
-    else:
-        verdict = say("questions.compare_page.verdict", **needs, change=names[found.sides.index(least)])
     notes = [say("questions.compare_page.cost", plays=found.plays, seconds=found.seconds)]
     if any(side.outcome != "fits" for side in found.sides):
         notes.insert(0, say("questions.compare_page.at_failure"))
+    notes += [t("dryrun", "not_modelled", what=what) for what in found.not_modelled]
     return Page(
         title=say("questions.compare_page.title", script=found.script),
-        verdict=verdict,
+        verdict=_compared_verdict(found, names, t),
         is_bad=all(side.outcome != "fits" for side in found.sides),
         sections=[
             _sides(found, names, t),
@@ -211,6 +209,24 @@ def compare_page(found: Comparison, t: Words) -> Page:
             Section(id="remarks", title=t("dryrun", "remarks"), points=notes),
         ],
     )
+
+
+def _compared_verdict(found: Comparison, names: Sequence[str], t: Words) -> str:
+    """Name the variant that needs least among those that fit: the others failed before they took all they need."""
+    card, sides = card_text(found.gpu, t), found.sides
+    fitting = [number for number, side in enumerate(sides) if side.outcome == "fits"]
+    if not fitting:
+        return say("questions.compare_page.none", card=card)
+    least = min(fitting, key=lambda number: sides[number].device_bytes)
+    needs = {"card": card, "change": names[least], "size": sides[least].device_bytes}
+    if len(fitting) == 1:
+        return say("questions.compare_page.only", **needs)
+    if len(fitting) == len(sides) and len({format_bytes(side.device_bytes) for side in sides}) == 1:
+        return say("questions.compare_page.equal", **needs)
+    if len(sides) == 2:
+        less = sides[1 - least].device_bytes - sides[least].device_bytes
+        return say("questions.compare_page.less", **needs, less=less, other=names[1 - least])
+    return say("questions.compare_page.verdict", **needs)
 
 
 def _sides(found: Comparison, names: Sequence[str], t: Words) -> Section:
@@ -222,7 +238,7 @@ def _sides(found: Comparison, names: Sequence[str], t: Words) -> Section:
     unknown = say("questions.compare_page.unknown")
     rows = [
         [say("questions.compare_page.outcome"), *outcomes],
-        [say("questions.compare_page.peak"), *(format_bytes(side.device_bytes) for side in sides)],
+        [say("questions.compare_page.peak"), *map(_needed, sides)],
         [say("questions.compare_page.phase"), *(t.name("phase", side.phase) for side in sides)],
         [say("questions.compare_page.left"), *(format_bytes(max(0, side.free_bytes)) for side in sides)],
         [
@@ -231,6 +247,12 @@ def _sides(found: Comparison, names: Sequence[str], t: Words) -> Section:
         ],
     ]
     return Section(id="sides", title=title, tables=[_side_table(title, names, rows)])
+
+
+def _needed(side: Side) -> str:
+    if side.outcome == "fits":
+        return format_bytes(side.device_bytes)
+    return say("questions.compare_page.at_least", size=side.device_bytes)
 
 
 def step_time(seconds: float) -> str:
@@ -266,7 +288,10 @@ def _line(row: LineRow, t: Words) -> str:
         file=row.file, line=row.line, function=row.function, shape=(), dtype="", operator="", category=row.category
     )
     place = place_text(origin) if row.file else say("questions.compare_page.no_line")
-    return t("page", "separator").join([place, t.name("category", row.category)])
+    named = t("page", "separator").join([place, t.name("category", row.category)])
+    source = source_line(row)
+    source = source if len(source) <= _SOURCE else f"{source[: _SOURCE - 1]}…"
+    return f"{named}\n  {source}" if source else named
 
 
 def _with_difference(row: Sequence[int]) -> list[str]:
