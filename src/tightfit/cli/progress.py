@@ -41,13 +41,15 @@ class Progress:
 
     def line(self) -> str:
         """Describe the state in a line."""
-        fields = {"text": self._text, "done": self._done, "total": self._total, "steps": self._steps}
-        plays = "counted" if self._total > 1 else "line"
-        return say(
-            f"cli.progress.{plays}_steps" if self._steps else f"cli.progress.{plays}",
-            **fields,
-            seconds=time.monotonic() - self._started,
-        )
+        text, seconds = self._text, time.monotonic() - self._started
+        if self._total > 1:
+            counts = {"done": self._done, "total": self._total}
+            if self._steps:
+                return say("cli.progress.counted_steps", text=text, **counts, steps=self._steps, seconds=seconds)
+            return say("cli.progress.counted", text=text, **counts, seconds=seconds)
+        if self._steps:
+            return say("cli.progress.line_steps", text=text, steps=self._steps, seconds=seconds)
+        return say("cli.progress.line", text=text, seconds=seconds)
 
 
 @contextmanager

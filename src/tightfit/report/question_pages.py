@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tightfit.config.knob import ALLOCATOR, EXPANDABLE
 from tightfit.questions.cards import CardRow, Cards
 from tightfit.questions.compare import Comparison, LineRow, Side
-from tightfit.questions.largest import Largest, Trial, Unevenness
+from tightfit.questions.largest import Largest, Trial
 from tightfit.report.dryrun_page import card_text
 from tightfit.report.sections import Page, Section, Table
 from tightfit.report.tensor_texts import place_text, source_line
@@ -93,12 +93,11 @@ def _uneven(found: Largest) -> list[str]:
         return [say("questions.largest_page.uneven_fails", **fields)]
     if sign.kind == "falls":
         sizes = {"more": sign.low.device_bytes, "less": sign.high.device_bytes}
+        if sign.low.allocated_bytes > sign.high.allocated_bytes:
+            return [say("questions.largest_page.uneven_tensors", **fields, **sizes)]
         return [say("questions.largest_page.uneven_falls", **fields, **sizes)]
-    return [say("questions.largest_page.uneven_margin", **fields, free=found.free_bytes, **_caches(sign))]
-
-
-def _caches(sign: Unevenness) -> dict[str, int]:
-    return {"low_cached": sign.low.cached_bytes, "high_cached": sign.high.cached_bytes}
+    caches = {"low_cached": sign.low.cached_bytes, "high_cached": sign.high.cached_bytes}
+    return [say("questions.largest_page.uneven_margin", **fields, **caches, free=found.free_bytes)]
 
 
 def _fragments(found: Largest) -> list[str]:
@@ -111,9 +110,11 @@ def _fragments(found: Largest) -> list[str]:
     sizes = {"reserved": most.reserved_bytes, "allocated": most.allocated_bytes}
     points = [say("questions.largest_page.fragments", **fields, **sizes)]
     if (other := found.expandable) is not None:
-        helps = "helps" if other.outcome == "fits" else "does_not_help"
         fields = {"name": found.name.lstrip("-"), "value": other.value, "setting": f"{ALLOCATOR}={EXPANDABLE}"}
-        points.append(say(f"questions.largest_page.expandable_{helps}", **fields, size=other.device_bytes))
+        if other.outcome == "fits":
+            points.append(say("questions.largest_page.expandable_helps", **fields, size=other.device_bytes))
+        else:
+            points.append(say("questions.largest_page.expandable_does_not_help", **fields))
     return points
 
 
