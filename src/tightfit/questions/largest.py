@@ -124,14 +124,7 @@ def largest(asked: Asked, name: str, *, multiple: int = 1, tell: Tell = lambda n
     started, played = time.monotonic(), asked.simulator.played
     knob = _numeric_knob(asked.variant, name)
     start = _rounded(knob.number or _START, multiple)
-    later = replace(asked, trusts_errors=True)
-
-    def play(values: Sequence[int]) -> list[Detail]:
-        tell(knob.name, values)
-        return asked.play(
-            [(asked if value == start else later).request(knob.set(asked.variant, value)) for value in values]
-        )
-
+    play = _player(asked, knob, start, tell)
     search = Search(asked.script, knob.name, play, multiple)
     fits, fails = search.run(start, explain=lambda reason: _why_not(asked, knob, start, reason))
     best = search.tried.get(fits) if fits else None
@@ -160,6 +153,19 @@ def largest(asked: Asked, name: str, *, multiple: int = 1, tell: Tell = lambda n
         plays=asked.simulator.played - played,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _player(asked: Asked, knob: Knob, start: int, tell: Tell) -> Play:
+    """Return a function that plays values; errors that are remembered count once the first value has run."""
+    later = replace(asked, trusts_errors=True)
+
+    def play(values: Sequence[int]) -> list[Detail]:
+        tell(knob.name, values)
+        return asked.play(
+            [(asked if value == start else later).request(knob.set(asked.variant, value)) for value in values]
+        )
+
+    return play
 
 
 def unevenness(trials: Sequence[Trial], fits: int, free_bytes: int) -> Unevenness | None:
