@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _LONGEST_ERROR = 2000
 """Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
+_CALLS = os.path.join("torch", "nn", "modules", "module.py")
 _EARLIER_S = 3.0
 """Seconds before the play's time limit at which a process of it ends: the one that started it may kill it then."""
 _WORKER_LOOP = "_worker_loop"
@@ -190,20 +191,20 @@ def _run_played(run: Callable[[], None], part: Part) -> None:
 def print_traceback(error: BaseException) -> None:
     """Print the traceback without our frames and torch's dispatch below, as it would look on a real card.
 
-    Where memory ran out, frames of torch and the standard library are only counted: the verdict that follows names the
-    user's line, and any other error may lie in them.
+    Where memory ran out, calls in torch.nn.Module are only counted: they are most of a long traceback. Any other frame
+    stays, because `tightfit explain` reads the phase and the layer from it.
     """
-    from tightfit.vgpu.frames import is_library
-
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith((ours, "<frozen runpy>"))
     ]
-    is_long = type(error).__name__ != "OutOfMemoryError" or all(is_library(each.filename) for each in frames)
+    is_short = type(error).__name__ == "OutOfMemoryError"
     print("Traceback (most recent call last):", file=sys.stderr)
-    for left_out, part in groupby(frames, key=lambda frame: not is_long and is_library(frame.filename)):
+    for left_out, part in groupby(
+        frames, key=lambda frame: is_short and frame is not frames[-1] and frame.filename.endswith(_CALLS)
+    ):
         several = traceback.StackSummary.from_list(list(part))
         counted = f"  [{say('vgpu.child.left_out', count=len(several))}]\n"
         print(counted if left_out else "".join(several.format()), end="", file=sys.stderr)

@@ -93,7 +93,7 @@ def _facts(code: CodeType) -> _Code:
     known = _codes.get(id(code))
     if known is None:
         file = code.co_filename
-        counts = not (file.startswith("<") or is_library(file))
+        counts = not (file.startswith("<") or _is_library(file))
         known = _codes[id(code)] = _Code(code, counts, counts and not _is_packages_file(file), {})
     return known
 
@@ -103,7 +103,7 @@ def _frame(code: _Code, line: int) -> Frame:
     return made
 
 
-def is_library(file: str) -> bool:
+def _is_library(file: str) -> bool:
     """Return True if a file is torch's, ours or the standard library's, rather than another installed package's."""
     name = os.path.realpath(file)
     return name.startswith(_LIBRARIES[:2]) or (name.startswith(_LIBRARIES) and not name.startswith(_SITE))
@@ -116,4 +116,4 @@ def frames_of_text(trace: str) -> tuple[Frame, ...]:
     (Frame(file='model.py', line=186, function='forward'),)
     """
     found = [Frame(file, int(line), function) for file, line, function in _PRINTED.findall(trace)]
-    return tuple(frame for frame in reversed(found) if not is_library(frame.file))
+    return tuple(frame for frame in reversed(found) if not _is_library(frame.file))
