@@ -214,13 +214,17 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
         yield evidence.tensor
         if evidence.tensor == "gathered_parameters":
             return
-    if grows is not None:
-        is_divided = grows == "state" and not evidence.run.signs.isdisjoint({"deepspeed", "fsdp"})
-        own = "state_divided" if is_divided else grows
-        yield _of_weights(facts, evidence, trains=trains) if grows == "model" else own
-        yield from ["eval"] if facts.phase == "eval" else []
+    if grows is None:
+        yield from _lists_of_phase(facts, evidence, trains=trains)
         return
-    yield from _lists_of_phase(facts, evidence, trains=trains)
+    yield _of_weights(facts, evidence, trains=trains) if grows == "model" else _of_growing(grows, evidence)
+    yield from ["eval"] if facts.phase == "eval" else []
+
+
+def _of_growing(grows: str, evidence: Evidence) -> str:
+    """Return the list for what grows, for optimizer state that is divided among cards one of its own."""
+    is_divided = grows == "state" and not evidence.run.signs.isdisjoint({"deepspeed", "fsdp"})
+    return "state_divided" if is_divided else grows
 
 
 def _of_weights(facts: Facts, evidence: Evidence, *, trains: bool) -> str:
@@ -298,10 +302,7 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
-        "less_at_once": _is_of_use_only(facts, evidence)
-        or not (evidence.infers or evidence.is_of_unknown_purpose or _has_parts(run, program))
-        or (evidence.has_no_smaller_batch and not _has_parts(run, program))
-        or (program == "webui" and evidence.run.numbers.get("batch_size", 1) == 1),
+        "less_at_once": _is_of_use_only(facts, evidence) or _has_one_pass(evidence),
         "checkpointing_general": keeps_nothing
         or "checkpointing" in run.signs
         or _encodes_pictures(facts, program)
@@ -327,6 +328,17 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "pairs_in_parts": evidence.grows != "pairs" or has_own("pairs_on_host", program or ""),
         "release_logits": not any(each.function == "estimate_loss" for each in facts.frames),
     }
+
+
+def _has_one_pass(evidence: Evidence) -> bool:
+    """Return True where one pass cannot be made smaller, as far as its program and its batch tell."""
+    run, program = evidence.run, evidence.framework
+    has_parts = _has_parts(run, program)
+    return (
+        not (evidence.infers or evidence.is_of_unknown_purpose or has_parts)
+        or (evidence.has_no_smaller_batch and not has_parts)
+        or (program == "webui" and run.numbers.get("batch_size", 1) == 1)
+    )
 
 
 def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:

@@ -80,16 +80,20 @@ def causes_of(
     decisive = [each for each in figures if each.code in DECISIVE]
     others = figures[len(decisive) :]
     if facts.kind == "mps_out_of_memory":  # PyTorch's own limit is what every such message is about
-        rest = [*others, *rest]
-        others = []
+        rest, others = [*others, *rest], []
     full = [*_of_full_card(facts)] if evidence is not None and not (first or decisive or found) else []
     if any(each.code.startswith("grows_") for each in rest):
         full = []
     found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
     shown = tuple(found) or (_of_little(facts),)
-    is_bare = facts.requested_bytes is None and evidence is not None and not (culprit or first)
-    if evidence is None or not (is_bare or _is_of_server(facts, evidence, found)):
-        return shown
+    is_bare = facts.requested_bytes is None and not (culprit or first)
+    if evidence is not None and (is_bare or _is_of_server(facts, evidence, found)):
+        return _with_purpose(shown, facts, evidence)
+    return shown
+
+
+def _with_purpose(shown: tuple[Cause, ...], facts: Facts, evidence: Evidence) -> tuple[Cause, ...]:
+    """Put what the program was doing first, behind the figures of a full card alone."""
     at = int(shown[0].code in ("fills_card", "fills_card_alone"))
     return (*shown[:at], *causes_of_purpose(facts, evidence), *shown[at:])
 

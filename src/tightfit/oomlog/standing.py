@@ -109,34 +109,26 @@ def standing(
         return Standing.CODE
     if memory_of(message.kind) == "harmless":
         return Standing.HARMLESS
-    is_traced = "Traceback (most recent" in after
-    if (
-        line.level in ("debug", "info", "warning")
-        and not is_traced
-        and not (leads and named)
-        and not _fails_at_any_level(message, bare)
-    ):
+    fails = "Traceback (most recent" in after or (leads and named) or _fails_at_any_level(message, bare)
+    if line.level in ("debug", "info", "warning") and not fails:
         return Standing.CAUGHT
     mine = _has("first_person", bare) or (is_title and "class_without_message" in message.notes)
     if (_has("caught", bare) and not mine) or _has("fallback", after[:80]):
         return Standing.CAUGHT
     if message.states_figures or message.kind in ("cuda_async", "nvml_assert"):
-        return (
-            Standing.DOCUMENT if not leads and not _has("asking", bare) and _has("strict", bare) else Standing.FAILURE
-        )
+        is_told = not leads and not _has("asking", bare) and _has("strict", bare)
+        return Standing.DOCUMENT if is_told else Standing.FAILURE
     if message.kind == "program_words" and line.level == "error" and not _has("conditional", before):
         return Standing.FAILURE
     if (is_of_allocator(message.kind) and not message.is_sure) or message.kind == "program_words":
         return _of_plain_words(message, before, after, leads=leads, mine=mine, short_log=short_log)
     if leads and (named or _TAIL.match(after) or line.level == "error"):
         return Standing.FAILURE
-    if (message.is_sure or message.kind in _SPEAKS_FOR_ITSELF) and not _has("strict", bare):
-        return Standing.FAILURE
-    if not _speaks_of_it(bare, after, named=bool(named), mine=mine):
+    is_plain = (message.is_sure or message.kind in _SPEAKS_FOR_ITSELF) and not _has("strict", bare)
+    if is_plain or not _speaks_of_it(bare, after, named=bool(named), mine=mine):
         return Standing.FAILURE
     is_class = after.startswith(":") if named else line.body[:end].rstrip().endswith("Error:")
-    is_of_report = is_title and is_class and not _has("conditional", bare)
-    return Standing.REPORT if is_of_report else Standing.DOCUMENT
+    return Standing.REPORT if is_title and is_class and not _has("conditional", bare) else Standing.DOCUMENT
 
 
 def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:

@@ -56,11 +56,9 @@ class Phases:
         self.after_forward: Callable[[nn.Module], None] | None = None
         """Called with each module of the script after its forward pass."""
         self._course = _Course()
-        self._outside: Phase = "setup"
-        """Phase of operators outside all modules; it follows the course of a step."""
+        self._outside: Phase = "setup"  # of operators outside all modules: it follows the course of a step
         self.trace: TraceFunction | None = None
-        """Python's trace function while lines around the steps are followed. It makes all Python slower, by half or
-        more, so that it is off within modules and operators."""
+        """Python's trace function while lines are followed: off in modules and operators, which it slows down."""
         self.steps = 0
         self.trained = 0
         """Forward passes with gradients, and optimizer steps."""
