@@ -21,9 +21,9 @@ import psutil
 from tightfit.errors import DeviceError
 from tightfit.simulation.cache import recall, remember
 from tightfit.simulation.requests import AnyRequest, Ask, Failed, Reply, Request, decode_answer
+from tightfit.simulation.stand_in_terminal import input_for_plays
 from tightfit.simulation.wire import Frames, send
 from tightfit.storage import has_temporary_folder, without_temporary_folder
-from tightfit.system.stand_in_terminal import input_for_plays
 from tightfit.vgpu.records import END_SIGNAL
 from tightfit.wording import say
 
