@@ -158,7 +158,7 @@ class Stopping:
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
         if loop is not None and loop.place.file.endswith(trainers.FILES) and self._asks_trainer(frame, loop):
-            if self._equal[0] >= _STABLE_ROUNDS:
+            if self._equal[0] >= _STABLE_ROUNDS and trainers.ends_when_asked(loop.place.file):
                 self._repeated.add(self._last[0][0])
             self._equal = [0] * _LONGEST_ROUND
             return

@@ -279,10 +279,8 @@ class LineWatch:
         before, now = (at[place] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
-        self._skips[place] = (
-            loop,
-            Skip(made.node, (), ran, now - before, made.line, lengths, to_end=True, watches=False),
-        )
+        skip = Skip(made.node, (), ran, now - before, made.line, lengths, to_end=True, watches=False)
+        self._skips[place] = loop, skip
         return True
 
     def note_state(self, frame: FrameType | None, state: Hashable) -> dict[tuple[CodeType, int], bool]:
@@ -614,7 +612,7 @@ class LineWatch:
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
-            if skip.to_end and not (skip.passed or skip.is_reached):
+            if skip.to_end and not (skip.is_exhausted or skip.is_reached):  # it took too long, or nobody can count it
                 self._ends[place] = _MOST_ENDS
             self._end_passing(place, skip)
             own = (line for line in map(abs, skip.unsure_lines) if first <= line <= loop.last)
