@@ -27,7 +27,7 @@ S = TypeVar("S", bound=ast.stmt)
 WATCHED = "tightfit.watched"
 """Name, which no script can have, under which an iteration's expressions of the counters leave their values."""
 HOLDS = "holds:"
-"""Begins the keys of conditions among them."""
+"""Begins the keys of conditions among them, with the first line of the block behind, if it is not on the same line."""
 _DEPTH = 4
 _MOST_STATEMENTS = 3000
 _MOST_ITEMS = 16
@@ -221,7 +221,8 @@ class _Builder:
             case ast.If(test=test, body=body, orelse=other):
                 branch = self._branch(statement, test, body, other, scope, depth)
                 changes = not all(map(changes_nothing, [*body, *other]))
-                return [*self._watched_test(branch.test, scope, depth), branch] if changes else [branch]
+                first = body[0].lineno + scope.offset if body[0].lineno > test.lineno else 0
+                return [*self._watched_test(branch.test, first, scope, depth), branch] if changes else [branch]
             case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
                 return [self._branch(statement, test, [as_statement(one)], [as_statement(two)], scope, depth)]
             case ast.With() | ast.AsyncWith() | ast.Try():
@@ -310,12 +311,12 @@ class _Builder:
                 self._made.watches += 1
         return found
 
-    def _watched_test(self, test: ast.expr, scope: _Scope, depth: int) -> Iterator[ast.stmt]:
+    def _watched_test(self, test: ast.expr, first: int, scope: _Scope, depth: int) -> Iterator[ast.stmt]:
         """Watch a condition alone: its block may free memory, or change what later iterations need."""
         is_counted = any(map(_is_named, ast.walk(test))) and not self._reads_item(test)
         if is_counted and self._look(test) is not None:
             holds = ast.UnaryOp(ast.Not(), ast.UnaryOp(ast.Not(), test))
-            key = ast.Constant(f"{HOLDS}{scope.offset}:{test.lineno}:{test.col_offset}:{depth}")
+            key = ast.Constant(f"{HOLDS}{first}:{scope.offset}:{test.lineno}:{test.col_offset}:{depth}")
             target = ast.Subscript(ast.Name(WATCHED, ast.Load()), key, ast.Store())
             yield ast.fix_missing_locations(ast.copy_location(ast.Assign([target], holds), test))
             self._tests.append(test)

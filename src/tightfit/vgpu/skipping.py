@@ -296,6 +296,8 @@ class Skip:
         """Take the conditions out of the watched values; return those that always came out as they do now."""
         values = {key: self._watched.pop(key) for key in [*self._watched] if key.startswith(HOLDS)}
         self._seen |= {frozenset({(key, value)}) for key, value in values.items()}
+        held = (key for key in values if int(key.removeprefix(HOLDS).split(":")[0]) in self._ran)
+        self._seen |= {frozenset({(key, True)}) for key in held}
         return {key: value for key, value in values.items() if frozenset({(key, not value)}) not in self._seen}
 
     def _has_aim(self, reduced: _Reduced) -> bool:
