@@ -279,7 +279,8 @@ class LineWatch:
         before, now = (at[place] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
-        skip = Skip(made.node, (), ran, now - before, made.line, lengths, to_end=True, watches=False)
+        far = partial(self._begin_passing, place)
+        skip = Skip(made.node, (), ran, now - before, made.line, lengths, to_end=True, watches=False, far=far)
         self._skips[place] = loop, skip
         return True
 
