@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from plays import findings
 
 MODEL = """
@@ -202,6 +203,60 @@ for number, batch in enumerate(torch.utils.data.DataLoader(samples, 4, collate_f
     torch.ones(2 if number > 56 else 1, 1 << 10, device="cuda")
 """
 """Iterations are passed over up to another size, and the longest sample is among them."""
+
+FROZEN = f"""{MODEL}
+wide = torch.nn.Linear(8, 1 << 22, bias=False).cuda()
+momentum = torch.optim.SGD(wide.parameters(), momentum=0.9)
+
+def train(epoch):
+    for number in range(6):
+        iteration = epoch * 6 + number
+        wide(torch.ones(1, 8, device="cuda")).sum().backward()
+        if iteration < 313:
+            for parameter in wide.parameters():
+                parameter.grad = None
+        momentum.step(), momentum.zero_grad()
+
+for epoch in range(100):
+    train(epoch)
+"""
+"""Weights, gradients and, from iteration 313 on, their momentum: 128 MiB each."""
+LONGER = f"""{MODEL}
+class Data(torch.utils.data.Dataset):
+    length = 8
+    def __len__(self):
+        return 40
+    def __getitem__(self, number):
+        return torch.zeros(self.length, 8)
+
+data = Data()
+for epoch in range(30):
+    if epoch == 12:
+        data.length = 1 << 19
+    for batch in torch.utils.data.DataLoader(data, 4):
+        model(batch.cuda()).sum().backward()
+        optimizer.step(), optimizer.zero_grad()
+"""
+"""A setting for later epochs is changed by a line that allocates nothing: 64 MiB of samples, and as much of results."""
+TABLE = f"""{MODEL}
+schedule = [(0, 16), (400, 256), (900, 1024)]
+
+def length(number):
+    for start, found in reversed(schedule):
+        if number >= start:
+            return found
+
+for number in range(1500):
+    step(4)
+    torch.ones(length(number) << 16, device="cuda")
+"""
+
+
+@pytest.mark.parametrize(("code", "least"), [(FROZEN, 384 << 20), (LONGER, 128 << 20), (TABLE, 256 << 20)])
+def test_what_turns_later_is_played(code: str, least: int, tmp_path: Path) -> None:
+    found = played(code, tmp_path)
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["peak"]["allocated_bytes"] >= least
 
 
 def test_what_an_inner_loop_counts_is_counted_to_its_end(tmp_path: Path) -> None:
