@@ -18,7 +18,7 @@ from tightfit.config.knob import (
 from tightfit.errors import ConfigError
 from tightfit.questions.asking import Asked
 from tightfit.simulation.details import Detail, FailedAt
-from tightfit.vgpu.records import VirtualCard
+from tightfit.vgpu.records import VirtualCard, is_fragmented
 from tightfit.wording import say
 
 _FIXED = ("parameters", "optimizer state")
@@ -64,7 +64,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_fragmented(self) -> bool:
         """True if the cache takes more than a quarter of what is allocated."""
-        return self.cached_bytes > self.allocated_bytes / 4
+        return is_fragmented(self.reserved_bytes, self.allocated_bytes)
 
 
 class Unevenness(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,11 +8,8 @@ from tightfit.report.sections import Page, Section, Segment, Table
 from tightfit.report.tensor_texts import place_text, shape_text, source_line
 from tightfit.report.timeline_chart import timeline_section
 from tightfit.units import format_bytes
-from tightfit.vgpu.records import Findings, VirtualCard
+from tightfit.vgpu.records import Findings, VirtualCard, is_fragmented
 from tightfit.wording.report import Words
-
-_GAP = 4
-"""Part of the allocated bytes above which the cache's free blocks are explained."""
 
 
 def dryrun_page(found: Findings, t: Words) -> Page:
@@ -77,7 +74,7 @@ def _facts(found: Findings, t: Words) -> list[tuple[str, str, str]]:
 def _cache_text(found: Findings, t: Words) -> str:
     """Explain a gap of more than a quarter between the highest reserved and allocated bytes."""
     cached = found.peak.reserved_bytes - found.peak.allocated_bytes
-    is_large = cached > found.peak.allocated_bytes / _GAP
+    is_large = is_fragmented(found.peak.reserved_bytes, found.peak.allocated_bytes)
     return t("dryrun", "fragments", cached=format_bytes(cached)) if is_large else ""
 
 

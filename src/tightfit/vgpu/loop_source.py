@@ -241,9 +241,9 @@ def steps_after(loop: ast.For | ast.While, file: str, first: int, name: str) -> 
 
 
 def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str) -> bool:
-    """Return True if a loop adds to an item, to an attribute that its file reads elsewhere, or to a name likewise.
+    """Return True if a loop adds to a number that is read behind it.
 
-    Names count only if the loop's own function reads them.
+    Any item may be; an attribute if its file reads it elsewhere, a name if the loop's function does.
     """
     counts = [each.target for each in ast.walk(loop) if isinstance(each, ast.AugAssign)]
     if any(isinstance(each, ast.Subscript) for each in counts):

@@ -174,6 +174,11 @@ class Peak(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
 
 
+def is_fragmented(reserved_bytes: int, allocated_bytes: int) -> bool:
+    """Return True if the cache's free blocks take more than a quarter of what is allocated."""
+    return reserved_bytes - allocated_bytes > allocated_bytes / 4
+
+
 class MadeUp(Place, frozen=True, kw_only=True):
     """A value that the script read although nothing computed it."""
 

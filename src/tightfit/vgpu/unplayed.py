@@ -16,7 +16,7 @@ from tightfit.vgpu.expressions import always, value_in
 from tightfit.vgpu.far_conditions import FarConditions, Passing
 from tightfit.vgpu.frames import Frame, is_package
 from tightfit.vgpu.histories import Iterations
-from tightfit.vgpu.inlined_loop import ReadLoops, Tried, inlined
+from tightfit.vgpu.inlined_loop import InlinedLoop, ReadLoops, Tried, inlined
 from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
 from tightfit.vgpu.loop_source import (
     Loop,
@@ -276,13 +276,29 @@ class LineWatch:
         if not counts_for_later(made.node, code.co_filename, code.co_firstlineno, code.co_name):
             return False
         self._ends[place] += 1
+        self._begin_skip(place, loop, made, frozenset(), to_end=True, watches=False)
+        return True
+
+    def _begin_skip(
+        self,
+        place: tuple[CodeType, int],
+        loop: Loop,
+        made: InlinedLoop,
+        missing: frozenset[int],
+        *,
+        to_end: bool,
+        watches: bool,
+    ) -> None:
+        """Pass over iterations of a loop from its next one on."""
+        code = place[0]
         before, now = (at[place] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
+        seen = self._read.seen[place] if watches else None
         far = partial(self._begin_passing, place)
-        skip = Skip(made.node, (), ran, now - before, made.line, lengths, to_end=True, watches=False, far=far)
+        steps = now - before
+        skip = Skip(made.node, missing, ran, steps, made.line, lengths, to_end, seen, watches, far)
         self._skips[place] = loop, skip
-        return True
 
     def note_state(self, frame: FrameType | None, state: Hashable) -> dict[tuple[CodeType, int], bool]:
         """Note how steps repeat in this iteration of the outer training loops; return if they did so in the one before.
@@ -360,13 +376,7 @@ class LineWatch:
             return False
         self._read.tried.add((code, loop.first, missing))
         self._read.changes[code, loop.first] += _CHANGES_OF_A_START
-        before, now = (at[code, loop.first] for at in self._at_steps)
-        ran = made.lines_of(self.ran) | self.ran(code)
-        lengths = partial(self._lengths.of, {code: 0, **made.functions})
-        seen = self._read.seen[code, loop.first]
-        far = partial(self._begin_passing, (code, loop.first))
-        skip = Skip(made.node, missing, ran, now - before, made.line, lengths, to_end, seen, watches, far)
-        self._skips[code, loop.first] = loop, skip
+        self._begin_skip((code, loop.first), loop, made, missing, to_end=to_end, watches=watches)
         self.sought = Sought(code, loop, missing)
         return True
 
