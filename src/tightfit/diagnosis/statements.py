@@ -63,6 +63,8 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     facts, culprit = explanation.facts, explanation.culprit
     assert facts is not None
     yield _problem(facts, words)
+    if "log_ends_within" in facts.notes:
+        yield words("problem", "ends_within")
     yield from _told_phase(facts, words)
     if facts.device_index and "tpu" not in facts.details:
         yield words("problem", "on_device", index=facts.device_index)

@@ -8,6 +8,8 @@ from tightfit.oomlog.log_text import part
 _ENDED = re.compile(r"^[\s>]*((?:[A-Za-z_][\w.]{0,80})?(?:Error|Exception|Interrupt|Exit)\b[^\n]{0,300})")
 _LAST_LINE = re.compile(r"[A-Za-z_][\w.]{2,80}(?:: .*)?$")
 """The line that ends a traceback, whatever the class is called."""
+_BEGUN = re.compile(r"[A-Za-z_][\w.]*(?<!Error)(?<!Exception)(?<!Interrupt)(?<!Exit)(?<!Warning)")
+"""A word at the very end of a log, where the name of an error may be cut."""
 _HEAD = re.compile(r"(?:(?P<named>[\w.]{3,80})\s{2,})?Traceback \(most recent call last\)")
 _FRAME = re.compile(
     r'\s*File "[^"\n]{1,500}", line \d+|\s*(?:Cell In|Input In) ?\[|\s*-+> ?\d+'
@@ -24,6 +26,8 @@ _MEMORY = re.compile(
     r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
     re.IGNORECASE,
 )
+_OF_MEMORY = re.compile(r"(?:\w+\.)*\w*(?:OutOf\w{0,12}Memory|MemoryError|ResourceExhausted)")
+"""Classes of errors whose name says that memory ran out, whatever their message."""
 
 _LACK = re.compile(
     r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b(?![=:] ?[\d.])", re.IGNORECASE
@@ -70,7 +74,7 @@ def _of_error(error: str, bodies: Sequence[str]) -> tuple[str, str]:
     if _OF_CODE.match(error):
         left_out = next((each for each in bodies if _LEFT_OUT.search(each)), None)
         return ("memory_words", left_out.strip()[:300]) if left_out else ("other_error", error)
-    if _MEMORY.search(error):
+    if _MEMORY.search(error) or _OF_MEMORY.match(error):
         return "memory_words", error
     near = _lack_in(bodies)
     return ("memory_words", near.strip()[:300]) if near else ("other_error", error)
@@ -356,8 +360,9 @@ def _cut_traceback(bodies: Sequence[str]) -> str | None:
             named, start = head["named"] or "", at + 1
             break
     after = [body for body in bodies[start or 0 :] if body.strip()]
+    begun = bodies[-1] if bodies and _BEGUN.fullmatch(bodies[-1]) else None
     if start is None:
         return "" if len(after) >= 2 and _FRAME.match(after[-2]) and after[-1].startswith("    ") else None
-    if any(_LAST_LINE.match(body) and not _FRAME.match(body) for body in after):
+    if any(_LAST_LINE.match(body) and not _FRAME.match(body) for body in after if body != begun):
         return None
     return named

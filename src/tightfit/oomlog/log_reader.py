@@ -13,6 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
+from tightfit.oomlog.cut_message import begun_message, completed, last_line
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, memory_of, status_of
 from tightfit.oomlog.last_words import (
@@ -67,7 +68,7 @@ _WIDE_LINE = 120
 """Columns before a message, from which on a progress bar or another line stands before it."""
 _HEAD, _TAIL = 28_000, 16_000
 """Characters of a long log's beginning and end that are looked through for what the program prints of its run."""
-_TOLD = ("incomplete", "memory_words", "reported", "mentioned", "host_memory_error", "host_killed")
+_TOLD = ("incomplete", "begun", "memory_words", "reported", "mentioned", "host_memory_error", "host_killed")
 """Kinds of failures that no format names."""
 _REPORT = 2_000
 """Characters of a text that is a person's report if its title names the failure and nothing in it advises."""
@@ -178,6 +179,8 @@ class _Scan:
         self._head = ""
         self._ending = ""
         self._size = 0
+        self._missing = ""
+        """End of the last message that the log lacks, and that was read as if it were there."""
 
     def look_at(self, before: str, text: str, after: str, *, last: bool = False) -> None:
         """Read the messages that start in `text`."""
@@ -190,6 +193,7 @@ class _Scan:
             self._handled = min(self._handled, _HANDLED * 3 // 4)
             self._stacks = min(self._stacks, _STACKS * 3 // 4)
             self._ending = before[-4000:] + text[-20_000:]
+            text, self._missing = completed(text)
         behind = 0
         for start, end in regions_of(text, at_end=at_end):
             self._go_on(text[behind:start])
@@ -309,7 +313,8 @@ class _Scan:
         context = printed_in("\n".join(lines_of(self._head)))
         run = run_facts_in("\n".join(lines_of(self._both_ends()))) if failures or chosen else RunFacts()
         if chosen:
-            return LogReading(failure=chosen.facts, others=others, others_count=count, context=context, run=run)
+            failure = self._as_printed(chosen.facts)
+            return LogReading(failure=failure, others=others, others_count=count, context=context, run=run)
         nothing, evidence = self._nothing()
         if nothing in _TOLD:
             failure = self._unnamed(nothing, evidence)
@@ -362,6 +367,14 @@ class _Scan:
         notes = (*record.facts.notes, "failed_afterwards")
         return _with_facts(record, replace(record.facts, notes=notes, details=details))
 
+    def _as_printed(self, facts: Facts) -> Facts:
+        """Return a failure whose message ends with the log without the words that were added to it."""
+        if not self._missing or facts.line <= self._lines or facts.figures:
+            return facts
+        printed = last_line(self._ending)
+        message = facts.message if facts.message in printed else printed
+        return replace(facts, message=message, notes=(*facts.notes, "log_ends_within"))
+
     def _nothing(self) -> tuple[str, str]:
         if not self._head.strip():
             return "empty", ""
@@ -369,6 +382,8 @@ class _Scan:
             if (record.survived or record.standing is Standing.CAUGHT) and _ran_out(record):
                 return "caught", record.body
         last = last_words(lines_of(self._ending)[-400:])
+        if last is not None and last[0] in ("other_error", "incomplete") and (begun := begun_message(self._ending)):
+            return "begun", begun
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
             last = ("memory_words", last[1])
         if last is not None and last[0] == "memory_words" and is_told(last[1]):
@@ -417,6 +432,8 @@ class _Scan:
             kind, details = "program_words", _as_reported(evidence)
         elif kind in ("host_memory_error", "host_killed"):
             details = {"reported": evidence} | ({"job": "yes"} if is_of_job(evidence) else {})
+        elif kind == "begun":
+            kind, details = "incomplete", {"said": evidence, "begun": "yes"}
         else:
             details = {"said": evidence} if evidence else {}
         return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)

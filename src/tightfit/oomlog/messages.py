@@ -214,15 +214,18 @@ def _other_message(form: _Format, found: re.Match[str]) -> Message:
     return message
 
 
-_NOT_REPEATED = frozenset({"size", "floor", "bytes", "t0", "device", "what", "need", "limit", "unsure", "pid", "rss"})
+_NOT_REPEATED = frozenset(
+    {"size", "asked", "floor", "bytes", "t0", "device", "what", "need", "limit", "unsure", "pid", "rss"}
+)
 
 
 def _take_request(message: Message, groups: dict[str, str]) -> None:
     """Keep the size of the request: a number of bytes, a printed size, whole GB, or a tensor's shape and dtype."""
     if "bytes" in groups:
         message.take("requested_bytes", f"{groups['bytes'].replace(',', '')} bytes")
-    if "size" in groups:
-        message.take("requested_bytes", groups["size"])
+    for name in ("size", "asked"):
+        if name in groups:
+            message.take("requested_bytes", groups[name])
     if "floor" in groups:  # printed with integer division
         low = int(groups["floor"]) * 2**30
         message.figures["requested_bytes"] = Figure(bytes=low, low=low, high=low + 2**30 - 1)
