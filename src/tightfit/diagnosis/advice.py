@@ -38,7 +38,7 @@ from tightfit.diagnosis.remedies import (
     ranked,
     to_paste,
 )
-from tightfit.diagnosis.report_words import IN_WORDS, in_own_words_first, inputs_of, is_in_words
+from tightfit.diagnosis.report_words import IN_WORDS, hears, in_own_words_first, inputs_of, is_in_words
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, ownership
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
@@ -257,6 +257,8 @@ def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterat
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
 
 
+_OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
+"""Remedies that ComfyUI has for models of pictures."""
 _OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs"})
 """Quantities that a tensor larger than the card may well grow with."""
 
@@ -266,6 +268,8 @@ def _applies(code: str, facts: Facts, evidence: Evidence, needless: Mapping[str,
     program = evidence.framework
     if needless.get(code, False):
         return False
+    if hears(evidence) and code in ("smaller_inputs", *_OF_PICTURES):
+        return code == "smaller_inputs"
     if code == "smaller_inputs" and program in programs("texts"):
         return has_own(code, program or "")
     if code == "smaller_inputs" and any(is_in_words(each, evidence) for each in IN_WORDS):
@@ -436,9 +440,12 @@ def _encodes_pictures(facts: Facts, program: str | None) -> bool:
 
 def _is_foreign(facts: Facts, evidence: Evidence) -> bool:
     """Return True for an unknown program that uses a trained model, in a report without any line of its code."""
-    return evidence.infers and evidence.framework is None and not facts.frames and "import " not in evidence.run.text
+    uses = evidence.infers or evidence.is_of_unknown_purpose
+    return uses and evidence.framework is None and not facts.frames and not _IS_CODE.search(evidence.run.text)
 
 
+_IS_CODE = re.compile(r"\bimport |\btorch\.(?!cuda\.OutOf|OutOf)\w+|\w+\(\w+\)|^\s{0,20}[\w.]+ = ", re.MULTILINE)
+"""Signs of the user's own program in a report."""
 _VAE_NODE = re.compile(r"(?:executing|Node Type:\W*)\s*VAE")
 
 

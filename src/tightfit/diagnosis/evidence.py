@@ -189,6 +189,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     """Return the evidence in a log."""
     figure = facts.figures.get("requested_bytes")
     within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
+    run = _without_servers(facts, run)
     model = model_of(run) or (_by_flat_tensor(run, within) if within is not None else None)
     run = _with_adapters(run, model)
     line = _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
@@ -218,6 +219,18 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         fits = tuple(_whole(model, run, within))
         return msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits))
     return msgspec.structs.replace(found, fits=fits, is_complete=is_complete)
+
+
+_TRAINS = ("backward", "optimizer")
+"""Phases that only a training has."""
+
+
+def _without_servers(facts: Facts, run: RunFacts) -> RunFacts:
+    """Return the facts without programs that only use trained models, where the traceback is of a training's step."""
+    if facts.phase not in _TRAINS or not facts.frames:
+        return run
+    kept = tuple(each for each in run.frameworks if each not in programs("servers"))
+    return msgspec.structs.replace(run, frameworks=kept)
 
 
 def _by_flat_tensor(run: RunFacts, within: Range) -> Model | None:

@@ -4,7 +4,7 @@ import re
 
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.framework_words import Pasted, has_fixed_lines, has_own, programs
-from tightfit.diagnosis.own_options import options_of
+from tightfit.diagnosis.own_options import attributes_of, options_of
 from tightfit.oomlog.run_facts import RunFacts
 
 _PARTS = 4
@@ -90,7 +90,7 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
     program = evidence.framework
     if code == "offload" and (fsdp := _FSDP.search(evidence.run.text)):
         return Pasted(lines=(f"{fsdp[1]}full_shard offload{fsdp[2]}",))
-    is_of_script = program in programs("libraries") and code in _BY_SCRIPTS
+    is_of_script = program in programs("libraries") and (code in _BY_SCRIPTS or _is_of_command(code, evidence))
     if program is not None and has_own(code, program) and not is_of_script:
         printed = () if code in _IN_PARTS or not has_fixed_lines(code, program) else options_of(code, evidence.run.text)
         return Pasted(lines=printed) if printed else None
@@ -100,12 +100,30 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
     if code != "split_general":
         lines = options_of(code, evidence.run.text)
         return Pasted(lines=lines) if lines else None
-    if program is not None or size is None or "batch_size" not in names:
+    if program is None and "batch_size" not in names:
+        return _without_number(evidence.run.text)
+    if not (program is None or is_of_script) or size is None or "batch_size" not in names:
         return None
     lines = (option_line(names["batch_size"], size, evidence.run.text),)
     if "accumulation" in names and passes:
         lines = (*lines, option_line(names["accumulation"], passes, evidence.run.text))
     return Pasted(lines=lines)
+
+
+_ALL_AT_ONCE = re.compile(r"(?<![\w.])batch_size ?= ?None\b")
+
+
+def _without_number(text: str) -> Pasted | None:
+    """Return the words for a batch that the report names without its size: all data at once, or an option's name."""
+    if _ALL_AT_ONCE.search(text):
+        return Pasted(lines=("batch_size=1024  # a number instead of None, which takes all data at once",))
+    lines = attributes_of("split_general", text)
+    return Pasted(lines=lines) if lines else None
+
+
+def _is_of_command(code: str, evidence: Evidence) -> bool:
+    """Return True if the user's command has an option for the batch, which comes before a library's."""
+    return code == "split_general" and evidence.run.names.get("batch_size", "").startswith("-")
 
 
 _IN_PARTS = frozenset({"split_general", "checkpointing_general", "half_precision", "offload"})

@@ -64,6 +64,7 @@ _OF_THE_RUN = {
     "loading",
     "kernel",
     "single",
+    "map_location",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -179,13 +180,30 @@ def _of_driver(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of the CUDA runtime in a validation, or with a batch that cannot be smaller."""
     if facts.phase == "eval":
         return _with(facts, "eval")
+    if any(_ONTO_CARD.search(each.source or "") for each in facts.frames):
+        return _with(facts, "map_location")
     if facts.phase in ("load", "setup"):
         return _with(facts, "loading")
     return _with(facts, "one") if run.numbers.get("batch_size") == 1 else facts
 
 
+_ONTO_CARD = re.compile(r"\bload\w*\(.*\bmap_location ?= ?(?!.{0,20}[\"']cpu)")
+"""A line that loads a file straight onto the card."""
+_RANDOM = re.compile(r"\[Op:(?:RandomStandardNormal|RandomUniform|(?:Parameterized)?TruncatedNormal)\]")
+"""TensorFlow's operators that make a weight's first values, and noise."""
+_LARGE_AXIS = 512
+"""Rows and columns from which on random numbers are a weight's, and no batch of noise."""
+
+
+def _is_first_value(facts: Facts, run: RunFacts) -> bool:
+    sizes = [int(each) for each in facts.details.get("shape", "").split(",") if each.strip().isdigit()]
+    return len(sizes) == 2 and min(sizes) >= _LARGE_AXIS and bool(_RANDOM.search(run.text))
+
+
 def _of_pool(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of TensorFlow with the limit of its pool, where the tensor alone is larger."""
+    if _is_first_value(facts, run):
+        facts = _with(facts, "created")
     limit = _LIMIT.search(run.text)
     if limit is not None and int(limit[1]) < _SMALL_POOL:
         return _with(facts, "small_pool", f"{int(limit[1]) / MIB:.1f} MiB")

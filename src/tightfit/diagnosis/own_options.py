@@ -22,6 +22,8 @@ _MOST = 2
 """Options of one remedy that are shown: height and width, or a length and a number of frames."""
 _OFF = {"False": "True", "false": "true", "off": "on", "no": "yes", "0": "1"}
 """Values of a switch that is off, and how the same program writes that it is on."""
+SMALLER = "  # a smaller value"
+"""Mark of an option whose value the log does not show."""
 _TABLE = "own_options.toml"
 _FRAMES = 4
 """Frames that video models compress into one, beside the first: 81 becomes 41."""
@@ -48,6 +50,7 @@ def _signature(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?m)^.{{0,200}}\bin \w+\([^)\n]{{0,400}}\b{name}\b(?!=True)[^)\n]{{0,400}}\)")
 
 
+@functools.lru_cache(maxsize=64)  # asked for each remedy several times
 def options_of(code: str, text: str) -> tuple[str, ...]:
     """Return the options that the text prints and a remedy changes, with their new values.
 
@@ -57,10 +60,68 @@ def options_of(code: str, text: str) -> tuple[str, ...]:
     ('gradient_checkpointing: true',)
     """
     found: dict[str, str] = {}
+    text = _ARGUMENTS.sub(lambda match: match[0].replace("'", "").replace('"', ""), text)
     for each in (code, *_WITH.get(code, ())):
         for name, line in _of(each, text):
             found.setdefault(name, line)
-    return tuple(found.values())[:_MOST]
+    if not found:
+        found = dict(_alike(code, text))
+    return tuple(found.values())[:_MOST] or attributes_of(code, text)
+
+
+_OF_LIBRARY = re.compile(r'File "[^"\n]*(?:site|dist)-packages[^"\n]*", line \d+[^\n]*\n[^\n]*')
+_HOLDER = r"(?<![\w.])(?:self\.)?(?:args?|opts?|cfg|conf|hparams|hps|FLAGS|flags|settings)\.(?:\w+\.)*"
+"""The object in which programs keep their options."""
+_OF_BUFFER = "(?:replay|buffer|memory|rollout)_?(?:\\w{1,12}_)?(?:size|capacity|length)"
+
+
+@functools.cache
+def _attribute(code: str) -> re.Pattern[str] | None:
+    known = [re.escape(each) for each in _names()["half"].get(code, ())]
+    names = {"smaller_buffer": [_OF_BUFFER], "split_general": _BATCHES}.get(code, known)
+    return re.compile(rf"{_HOLDER}(?:{'|'.join(names)})\b(?! ?=[^=])") if names else None
+
+
+_BATCHES = ["batch_size", "train_batch_size", "per_device_train_batch_size", "micro_batch_size", "batchsize", "bs"]
+
+
+def attributes_of(code: str, text: str) -> tuple[str, ...]:
+    """Return an option that a line of the user's own code reads, and a remedy changes, without its value.
+
+    >>> attributes_of("smaller_buffer", "    mem = ReplayMemory(args.replay_size, args)")
+    ('args.replay_size  # a smaller value',)
+    """
+    pattern = _attribute(code)
+    found = pattern.search(_OF_LIBRARY.sub("", text)) if pattern else None
+    return (f"{found[0]}{SMALLER}",) if found else ()
+
+
+_ARGUMENTS = re.compile(
+    r"(?im)^.{0,60}?\b(?:arguments|args|namespace|options|opts?|hparams|hyperparameters|settings|parsed)\b[^\n{]{0,20}\{[^\n]*"
+)
+"""A line that prints the options of a run as a dictionary: its quotation marks are not a model's configuration."""
+
+
+@functools.cache
+def _like(code: str) -> re.Pattern[str] | None:
+    """Return the pattern of options whose names follow a habit, as programs of all kinds have it."""
+    names = _names()["like"].get(code)
+    if names is None:
+        return None
+    each = "|".join(names).replace("_", "[_-]?")
+    return re.compile(rf"(?i)(?<![\w.\"'-])((?:--?)?(?:[a-z]\w*\.)*)({each})( ?[:=] ?|(?<=\w) )(\d{{1,6}})(?![\w.%-])")
+
+
+def _alike(code: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yield options with a name like those that a remedy changes; the last place where one stands counts."""
+    for each in (code, *_WITH.get(code, ())):
+        pattern = _like(each)
+        for dashes, printed, sign, value in reversed(pattern.findall(text)) if pattern else ():
+            is_option = dashes.startswith("-") or sign.strip()
+            is_large = int(value) >= 2 * _LEAST[each]
+            changed = _changed("half", each, value) if is_option and is_large else None
+            if changed is not None:
+                yield printed, f"{dashes}{printed}{sign}{changed}"
 
 
 def _of(code: str, text: str) -> Iterator[tuple[str, str]]:

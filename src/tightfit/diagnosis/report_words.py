@@ -9,7 +9,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import divided, option_line, own_option
 from tightfit.diagnosis.framework_words import has_own, programs
 from tightfit.diagnosis.measures import in_order_of_report
-from tightfit.diagnosis.own_options import is_on, options_of
+from tightfit.diagnosis.own_options import SMALLER, is_on, options_of
 from tightfit.diagnosis.remedies import Remedy, Resized
 
 _SHORT_LINE = 12
@@ -36,7 +36,7 @@ _HINT = re.compile(r"To run the model in eager mode, set [^\n]*")
 def _stands(remedy: Remedy, text: str) -> bool:
     """Return True for a remedy if all its lines already stand in the log: it did not help."""
     text = _HINT.sub("", text)
-    lines = [line.partition("  #")[0].strip() for line in remedy.paste]
+    lines = [line.partition("  #")[0].strip() for line in remedy.paste if not line.endswith(SMALLER)]
     return bool(lines) and all(len(line) > _SHORT_LINE and (line in text or _is_set(line, text)) for line in lines)
 
 
@@ -106,13 +106,17 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     found = in_order_of_report(found, text)
     if evidence.framework in programs("trainers"):
         return found
-    return sorted(found, key=lambda each: each.code not in _BEFORE_OWN and not _is_own(each, evidence))
+    first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
+    found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
+    return sorted(found, key=lambda each: each.code not in first and not _is_own(each, evidence))
 
 
 _OF_KINDS = {
     "kind_smaller_batch": (),
     "kind_less_in_pass": ("shorter_length", "smaller_picture", "smaller_inputs"),
     "kind_smaller_inputs_only": ("shorter_length", "smaller_picture", "smaller_inputs"),
+    "kind_jax_environments": ("fewer_environments", "smaller_buffer"),
+    "kind_replay_smaller": ("fewer_environments", "smaller_buffer"),
 }
 """Fixes of kinds of failures that name no option, and remedies whose printed options they may quote."""
 _WITH_BATCH = ("kind_smaller_batch", "kind_less_in_pass")
@@ -137,6 +141,20 @@ def _own_lines(code: str, evidence: Evidence) -> tuple[str, ...]:
     return next(filter(None, (options_of(each, run.text) for each in _OF_KINDS[code])), ())
 
 
+_OF_STACK = re.compile(
+    r"(?m)^[^\w\n]*\d{1,3} frames[^\w\n]*$|\b(?:stack|internal|hidden|library|inner|outer|call) frames\b"
+    r"|\bframes? (?:hidden|from the traceback)"
+)
+"""Frames of a traceback, which Colab counts, and JAX leaves out."""
+_NODES = re.compile(r"(?i)custom_nodes[\\/][^\"\n]*?(?:tts|speech|voice|audio|whisper|music|chatterbox)")
+"""Nodes of ComfyUI that work on sound."""
+
+
+def hears(evidence: Evidence) -> bool:
+    """Return True if a node of ComfyUI that works on sound failed: words for pictures are not about it."""
+    return evidence.framework == "comfyui" and bool(_NODES.search(evidence.run.text))
+
+
 _DOMAINS = {
     "fewer_frames": re.compile(r"\b[Vv]ideos?\b(?! ?(?:memory|card|RAM|ram))|\bframes\b|\.mp4\b"),
     "smaller_volumes": re.compile(r"\b3[Dd]\b|\bvolumes?\b|\bC?B?CT\b|\bMRI\b|\.nii\b|[Cc]onv3d|CBCT"),
@@ -149,7 +167,10 @@ def inputs_of(evidence: Evidence) -> str:
     """Return the remedy by smaller inputs that names what an unknown program works on, if the report shows one."""
     if evidence.grows == "logits":  # only texts have them
         return "shorter_length"
-    found = {code: len(sign.findall(evidence.run.text)) for code, sign in _DOMAINS.items()}
+    if hears(evidence):
+        return "shorter_audio"
+    text = _OF_STACK.sub("", evidence.run.text)
+    found = {code: len(sign.findall(text)) for code, sign in _DOMAINS.items()}
     most = max(found.values())
     fitting = [code for code, count in found.items() if count == most]
     return fitting[0] if most and len(fitting) == 1 and evidence.framework is None else "smaller_inputs"

@@ -88,6 +88,8 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     A program that logs an exception before its traceback, or a person, put them there. A traceback of its own, with
     a last line that names another exception, is another failure's.
     """
+    chained = next((at for at, line in enumerate(lines) if _CHAINED.search(line)), None)
+    lines = lines[:chained]
     heads = [at for at, line in enumerate(lines) if _HEAD in line]
     first = heads[0] if heads and not any(map(_FRAME.search, lines[: heads[0]])) else None
     start = first + 1 if first is not None and first <= _NEAR else 0
@@ -104,6 +106,8 @@ def is_cut(lines: Sequence[str]) -> bool:
     return bool(heads) and not any("out of memory" in line.lower() for line in lines[heads[0] :])
 
 
+_CHAINED = re.compile(r"During handling of the above exception|direct cause of the following exception")
+"""Python's words before the traceback of another exception, raised while the first was handled."""
 _ON_HOST = re.compile(r"map_location ?= ?(?:torch\.device\()?[\"']cpu")
 """A call that asks for no memory on a device: the traceback behind the message is another failure's."""
 
