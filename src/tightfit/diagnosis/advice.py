@@ -156,6 +156,8 @@ def _codes(facts: Facts, evidence: Evidence) -> list[str]:
     would_do = not is_oversized(facts) or _batch_would_do(facts, evidence)
     if evidence.infers and would_do and evidence.run.numbers.get("batch_size", 1) > 1 and "less_at_once" in codes:
         codes = ["less_at_once", *codes]  # the report prints a batch that may be smaller
+    if evidence.infers and evidence.framework is None:  # a program of another's has one model, and keeps no gradients
+        codes.sort(key=lambda code: code in _RARELY_ONES_OWN)
     if is_filled_by_library(facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], facts, evidence, {}) else ["other_library", *codes]
@@ -257,6 +259,8 @@ def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterat
         yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
 
 
+_RARELY_ONES_OWN = ("smaller_model", "no_gradients")
+"""Remedies that a program for the use of a trained model mostly has no room for."""
 _OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
 """Remedies that ComfyUI has for models of pictures."""
 _OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs"})

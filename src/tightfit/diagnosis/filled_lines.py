@@ -4,7 +4,7 @@ import re
 
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.framework_words import Pasted, has_fixed_lines, has_own, programs
-from tightfit.diagnosis.own_options import attributes_of, options_of
+from tightfit.diagnosis.own_options import attributes_of, options_of, search_of
 from tightfit.oomlog.run_facts import RunFacts
 
 _PARTS = 4
@@ -99,6 +99,8 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
         return Pasted(lines=(option_line(names["batch_size"], size, evidence.run.text),))
     if code != "split_general":
         lines = options_of(code, evidence.run.text)
+        if not lines and code == "less_at_once" and program is None:
+            lines = search_of(evidence.run.text)
         return Pasted(lines=lines) if lines else None
     if program is None and "batch_size" not in names:
         return _without_number(evidence.run.text)

@@ -60,6 +60,8 @@ def in_order_of_report(cures: Sequence[Remedy], text: str) -> list[Remedy]:
     def place(fix: Remedy) -> int:
         if fix.code in tried or _ALIKE.get(fix.code) in tried:
             return 2
+        if fix.code == "shorter_length" and not fix.paste:  # nobody's option: what the title asks for is the length
+            return 1
         return 0 if fix.code in titled or (_ALIKE.get(fix.code) in titled and fix.code != "less_at_once") else 1
 
     return sorted(cures, key=place)

@@ -96,6 +96,28 @@ def attributes_of(code: str, text: str) -> tuple[str, ...]:
     return (f"{found[0]}{SMALLER}",) if found else ()
 
 
+_FOLDER = re.compile(
+    r'File "(?P<posix>/(?:[\w.~+-]+/)+)[\w.+-]+\.py", line \d|File "(?P<windows>[A-Za-z]:\\(?:[\w.+-]+\\)+)[\w.+-]+\.py", line \d'
+)
+"""The folder of a program in a traceback, of characters that no shell takes for anything else."""
+_INSTALLED = re.compile(r"[\\/](?:site-packages|dist-packages|[Ll]ib[\\/]python\d|envs|bin)[\\/]")
+
+
+def search_of(text: str) -> tuple[str, ...]:
+    """Return a command that lists a program's own options for what one pass holds, if a traceback shows its folder.
+
+    >>> search_of('  File "/home/u/tracks/demo.py", line 178, in main')
+    ('grep -rnE "batch_?size|chunk|tile|max_" --include=*.py --include=*.yaml /home/u/tracks/',)
+    """
+    folders = (match for match in _FOLDER.finditer(text) if not _INSTALLED.search(match[0]))
+    first = next(folders, None)  # the outermost file: the program's own folder
+    if first is None:
+        return ()
+    if first["windows"]:
+        return (f'findstr /s /n /i "batch_size chunk tile max_" {first["windows"]}*.py',)
+    return (f'grep -rnE "batch_?size|chunk|tile|max_" --include=*.py --include=*.yaml {first["posix"]}',)
+
+
 _ARGUMENTS = re.compile(
     r"(?im)^.{0,60}?\b(?:arguments|args|namespace|options|opts?|hparams|hyperparameters|settings|parsed)\b[^\n{]{0,20}\{[^\n]*"
 )

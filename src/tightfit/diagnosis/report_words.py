@@ -156,11 +156,20 @@ def hears(evidence: Evidence) -> bool:
 
 
 _DOMAINS = {
-    "fewer_frames": re.compile(r"\b[Vv]ideos?\b(?! ?(?:memory|card|RAM|ram))|\bframes\b|\.mp4\b"),
+    "fewer_frames": re.compile(r"\b\w{0,12}[Vv]ideos?\b(?! ?(?:memory|card|RAM|ram))|\bframes\b|\.mp4\b"),
     "smaller_volumes": re.compile(r"\b3[Dd]\b|\bvolumes?\b|\bC?B?CT\b|\bMRI\b|\.nii\b|[Cc]onv3d|CBCT"),
     "shorter_audio": re.compile(r"\b[Aa]udio\b|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"),
 }
 """Words of what a program works on, by the remedy that names it."""
+
+
+_PICTURES = re.compile(
+    r"\b(?:images?|imgs?|pictures?|photos?|pixels?|masks?)\b|\.(?:png|jpe?g|tiff?)\b|[Cc]onv2d|torchvision"
+)
+_TEXTS = re.compile(
+    r"\b(?:tokens?|prompts?|LLMs?|sequences?|time series|forecasts?|texts?|sentences?|documents?|lengths?)\b|transformers/|\btokenizer"
+)
+"""Words of programs that work on pictures, and of those that work on texts or other sequences."""
 
 
 def inputs_of(evidence: Evidence) -> str:
@@ -171,6 +180,13 @@ def inputs_of(evidence: Evidence) -> str:
         return "shorter_audio"
     text = _OF_STACK.sub("", evidence.run.text)
     found = {code: len(sign.findall(text)) for code, sign in _DOMAINS.items()}
+    if evidence.framework is not None:
+        return "smaller_inputs"
     most = max(found.values())
     fitting = [code for code, count in found.items() if count == most]
-    return fitting[0] if most and len(fitting) == 1 and evidence.framework is None else "smaller_inputs"
+    if most:
+        return fitting[0] if len(fitting) == 1 else "smaller_inputs"
+    pictures, texts = (len(sign.findall(text)) for sign in (_PICTURES, _TEXTS))
+    if pictures and not texts:
+        return "smaller_picture"
+    return "shorter_length" if texts and not pictures else "smaller_inputs"

@@ -189,6 +189,10 @@ _LOSS_OF_CALL = re.compile(r"(?:cross_entropy|criterion|loss_fn|nll_loss)\(\s*[\
 """A loss of a model's outputs that are computed on the same line."""
 
 
+_QUANTISES = re.compile(r"quanti[sz]e|calibrat|gptq|\bawq", re.IGNORECASE)
+_MOVES_MODEL = re.compile(r"\b(?:model|net|module|pipe|pipeline|unet|transformer)\w*\.(?:to|cuda)\(")
+
+
 class _Stack:
     """Signs of a phase on a stack."""
 
@@ -214,6 +218,10 @@ class _Stack:
         places = [place for place, each in enumerate(self._frames) if _LOSS_OF_CALL.search(each.source or "")]
         deeper = self._frames[places[-1] + 1 :] if places else ()
         return any(each.function.rsplit(".", 1)[-1] == "forward" and "loss" not in each.file for each in deeper)
+
+    def quantises(self) -> bool:
+        """Return True for weights that are quantised one by one: a copy of one is no model that is moved."""
+        return any(map(_QUANTISES.search, self._names)) and not _MOVES_MODEL.search(self._code)
 
     def in_files(self, phase: str) -> bool:
         """Return True for a file, or a function of a file, that only this phase runs."""
@@ -243,7 +251,7 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
         "compile": lambda: stack.entered("compile") and stack.in_files("compile"),
         "loss": lambda: (stack.called("loss") and not stack.computes_outputs()) or stack.named("loss"),
         "forward": lambda: stack.entered("forward"),
-        "setup": lambda: stack.called("setup") or stack.entered("setup"),
+        "setup": lambda: (stack.called("setup") or stack.entered("setup")) and not stack.quantises(),
     }
     found = next((phase for phase, shows in of_stack.items() if shows()), None) if frames else None
     if found in ("forward", "loss", "setup") and _ends_in_engine(lines):
