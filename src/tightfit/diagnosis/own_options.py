@@ -97,7 +97,7 @@ def attributes_of(code: str, text: str) -> tuple[str, ...]:
 
 
 _FOLDER = re.compile(
-    r'File "(?P<posix>/(?:[\w.~+-]+/)+)[\w.+-]+\.py", line \d|File "(?P<windows>[A-Za-z]:\\(?:[\w.+-]+\\)+)[\w.+-]+\.py", line \d'
+    r'File "(?:(?P<posix>/(?:[\w.~+-]+/)+)|(?P<windows>[A-Za-z]:\\(?:[\w.+-]+\\)+))[\w.+-]+\.py", line \d'
 )
 """The folder of a program in a traceback, of characters that no shell takes for anything else."""
 _INSTALLED = re.compile(r"[\\/](?:site-packages|dist-packages|[Ll]ib[\\/]python\d|envs|bin)[\\/]")

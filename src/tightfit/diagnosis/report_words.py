@@ -167,7 +167,8 @@ _PICTURES = re.compile(
     r"\b(?:images?|imgs?|pictures?|photos?|pixels?|masks?)\b|\.(?:png|jpe?g|tiff?)\b|[Cc]onv2d|torchvision"
 )
 _TEXTS = re.compile(
-    r"\b(?:tokens?|prompts?|LLMs?|sequences?|time series|forecasts?|texts?|sentences?|documents?|lengths?)\b|transformers/|\btokenizer"
+    r"\b(?:tokens?|prompts?|LLMs?|sequences?|time series|forecasts?|texts?|sentences?|documents?|lengths?)\b"
+    r"|transformers/|\btokenizer"
 )
 """Words of programs that work on pictures, and of those that work on texts or other sequences."""
 
