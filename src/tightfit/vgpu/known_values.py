@@ -480,6 +480,8 @@ def _assumed(func: OpOverload, source: Argument, other: Argument, out: Tensor) -
         return True  # a script checks that all of something is valid
     if func in _OF_TENSORS:
         return _OF_TENSORS[func]
+    if func in _IN_SET:
+        return False  # no special number: a text that is generated goes on until its longest length
     if func in _OF_NUMBERS and isinstance(source, Tensor) and isinstance(other, (int, float)):
         return _compared(func, source.dtype, other)
     return None
@@ -524,6 +526,7 @@ _RANGES: dict[OpOverload, int] = {
 _ALL = {aten.all.default, aten.all.dim, aten.all.dims, aten._is_all_true.default}
 _EQUAL = {aten.eq.Scalar, aten.ne.Scalar}
 _OF_NUMBERS = {*_EQUAL, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar}
+_IN_SET = {aten.isin.Tensor_Tensor, aten.isin.Tensor_Scalar}
 _OF_TENSORS: dict[OpOverload, bool] = {
     aten.eq.Tensor: True,
     aten.ne.Tensor: False,

@@ -22,7 +22,7 @@ from tightfit.vgpu.card_arguments import torch_versions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.lazy_dynamo import keep_dynamo_out
-from tightfit.vgpu.patches import backend, trainers
+from tightfit.vgpu.patches import backend, generation, trainers
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.records import END_SIGNAL, Settings
@@ -191,6 +191,7 @@ class VirtualSession:
             if self.settings.until_stable:
                 self._stopping.shorten_evaluations()
                 trainers.install(self.phases)
+                generation.install(self.device.recorder, self.notes)
             VirtualSession._running = self
         elif VirtualSession._running is not self:
             raise DeviceError(say("vgpu.session.one_card", card=VirtualSession._running.gpu.name))

@@ -1,0 +1,47 @@
+"""Texts that transformers generates come to their greatest length, and later ones do not take their time again."""
+
+from pathlib import Path
+
+from plays import findings, simulator
+
+from tightfit.simulation.dry_run import dryrun_script
+from tightfit.vgpu.records import Settings
+
+GENERATES = """
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sizes = dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, eos_token_id=2, pad_token_id=3)).cuda()
+passes = []
+model.register_forward_hook(lambda *_: passes.append(1))
+
+def generate(rows, prompt, tokens, **more):
+    passes.clear()
+    ids = torch.randint(5, 999, (rows, prompt)).cuda()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, **more)
+    return len(passes), tuple(getattr(out, "sequences", out).shape)
+
+assert generate(4, 10, 20) == (20, (4, 30)), "no made-up token ends a text"
+assert generate(4, 8, 20) == (SHORT or 20, (4, 28)), "a shorter one takes less memory"
+assert generate(8, 10, 20) == (20, (8, 30))
+assert generate(4, 12, 20) == (20, (4, 32)) , "a longer one takes more"
+assert generate(4, 10, 20, return_dict_in_generate=True, output_scores=True) == (20, (4, 30)), "scores stay"
+held = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+assert generate(4, 10, 20) == (20, (4, 30)), "beside more memory"
+assert generate(4, 10, 20) == (SHORT or 20, (4, 30))
+"""
+
+
+def test_texts_come_to_their_greatest_length(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(GENERATES.replace("SHORT", "4"))
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert any("were played for 4 tokens" in note for note in found["notes"])
+
+
+def test_all_tokens_are_played_where_steps_are_not_waited_for(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(GENERATES.replace("SHORT", "0"))
+    found = dryrun_script(str(script), [], Settings(gpu="A100", until_stable=False), simulator=simulator())
+    assert found.outcome == "fits", found.stopped_because
