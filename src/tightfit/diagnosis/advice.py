@@ -571,10 +571,11 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     effect = applicability(code)
     if code == "split_general" and _BATCH_NORM.search(evidence.run.text):
         effect = "changes_result"
+    named = inputs_of(evidence) if code == "smaller_inputs" and not words else code
     remedy = Remedy(
-        code=inputs_of(evidence) if code == "smaller_inputs" and not words else code,
+        code=named,
         verdict=UNCHECKED,
-        reason=code,
+        reason=named if named in ("fewer_atoms", "shorter_protein") else code,
         label=COMPUTED,
         exact={"exact": True, "changes_result": False}.get(effect),
         applicability=effect,

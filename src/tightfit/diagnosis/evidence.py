@@ -330,7 +330,9 @@ def _fits(found: Evidence, within: Range) -> tuple[tuple[Fit, ...], bool]:
     if tensor in _OF_PARAMETERS:
         if "four_bit" in run.signs:
             return weights([model] if model and model.hidden else all_models(), within, FOUR_BIT), False
-        return (weights([model], within) if model and model.hidden else usual_weights(within)), False
+        if model and model.hidden:
+            return weights([model], within), False
+        return usual_weights(within, draws=found.framework in programs("pictures")), False
     if tensor is not None or model is None:
         return (), False
     is_complete = bool(model.hidden and model.parameters and {"batch_size", "length"} <= run.numbers.keys())

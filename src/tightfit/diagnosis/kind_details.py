@@ -65,6 +65,9 @@ _OF_THE_RUN = {
     "kernel",
     "single",
     "map_location",
+    "computing",
+    "at_once",
+    "large_request",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -89,6 +92,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         return _of_pool(facts, run)
     if facts.kind == "cuda_driver":
         return _of_driver(facts, run)
+    if facts.kind == "host_allocator":
+        return _of_host_allocator(facts)
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
         return _with(facts, "loading")
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
@@ -252,7 +257,24 @@ def _of_jax(facts: Facts, run: RunFacts) -> Facts:
         return _with(facts, "weights")
     if purpose_of(facts, run) == INFERENCE:
         return _with(facts, "inference")
-    return _with(facts, "large_program", f"{found[1]} {found[2]}iB") if found and "tpu" not in facts.details else facts
+    if found and "tpu" not in facts.details:
+        return _with(facts, "large_program", f"{found[1]} {found[2]}iB")
+    return _with(facts, "large_request") if (facts.requested_bytes or 0) >= _MOST_OF_A_CARD else facts
+
+
+_MOST_OF_A_CARD = 30 * GIB
+"""Bytes of one request that few cards have, beside anything else."""
+_LAYERS = re.compile(r"torch[\\/]nn[\\/](?:modules[\\/](?!module\.py)|functional\.py)")
+"""Files of the layers, whose requests are for what they compute."""
+_ONE_ARRAY = 16 * GIB
+"""Bytes of a request that is a large part of a data set, or all of it."""
+
+
+def _of_host_allocator(facts: Facts) -> Facts:
+    """Return a failure on the host with what was requested: a layer's result, or a large array at once."""
+    if facts.frames and _LAYERS.search(facts.frames[-1].file):
+        return _with(facts, "computing")
+    return _with(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts
 
 
 _CREATES = frozenset({"__init__", "init", "init_params", "create_train_state", "init_state"})

@@ -77,29 +77,37 @@ _OF_BUFFER = "(?:replay|buffer|memory|rollout)_?(?:\\w{1,12}_)?(?:size|capacity|
 
 @functools.cache
 def _attribute(code: str) -> re.Pattern[str] | None:
-    known = [re.escape(each) for each in _names()["half"].get(code, ())]
+    codes = (code, *_WITH.get(code, ()))
+    known = [re.escape(name) for each in codes for name in _names()["half"].get(each, ())]
+    known += [name for each in codes if each in _OF_INPUTS for name in _names()["like"].get(each, ())]
     names = {"smaller_buffer": [_OF_BUFFER], "split_general": _BATCHES}.get(code, known)
     return re.compile(rf"{_HOLDER}(?:{'|'.join(names)})\b(?! ?=[^=])") if names else None
 
 
+_OF_INPUTS = ("smaller_picture", "smaller_inputs", "shorter_length", "coarser_points")
+"""Remedies whose options programs name after one habit."""
 _BATCHES = ["batch_size", "train_batch_size", "per_device_train_batch_size", "micro_batch_size", "batchsize", "bs"]
 
 
 def attributes_of(code: str, text: str) -> tuple[str, ...]:
-    """Return an option that a line of the user's own code reads, and a remedy changes, without its value.
+    """Return the options that a line of the user's own code reads, and a remedy changes, without their values.
 
     >>> attributes_of("smaller_buffer", "    mem = ReplayMemory(args.replay_size, args)")
     ('args.replay_size  # a smaller value',)
+    >>> attributes_of("smaller_picture", "    model(input_size=(3, opt.crop_height, opt.crop_width))")
+    ('opt.crop_height  # a smaller value', 'opt.crop_width  # a smaller value')
     """
     pattern = _attribute(code)
-    found = pattern.search(_OF_LIBRARY.sub("", text)) if pattern else None
-    return (f"{found[0]}{SMALLER}",) if found else ()
+    found = pattern.finditer(_OF_LIBRARY.sub("", text)) if pattern else ()
+    return tuple(dict.fromkeys(f"{each[0]}{SMALLER}" for each in found))[:_MOST]
 
 
 _FOLDER = re.compile(
     r'File "(?:(?P<posix>/(?:[\w.~+-]+/)+)|(?P<windows>[A-Za-z]:\\(?:[\w.+-]+\\)+))[\w.+-]+\.py", line \d'
 )
 """The folder of a program in a traceback, of characters that no shell takes for anything else."""
+SEARCHES = ("grep ", "findstr ")
+"""Beginnings of a command that looks for options: it is none itself."""
 _INSTALLED = re.compile(r"[\\/](?:site-packages|dist-packages|[Ll]ib[\\/]python\d|envs|bin)[\\/]")
 
 

@@ -9,7 +9,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import divided, option_line, own_option
 from tightfit.diagnosis.framework_words import has_own, programs
 from tightfit.diagnosis.measures import in_order_of_report
-from tightfit.diagnosis.own_options import SMALLER, is_on, options_of
+from tightfit.diagnosis.own_options import SEARCHES, SMALLER, is_on, options_of
 from tightfit.diagnosis.remedies import Remedy, Resized
 
 _SHORT_LINE = 12
@@ -18,6 +18,8 @@ _SHORT_LINE = 12
 
 _BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
 """Cures of a known cause, which come before the user's own options."""
+_NAMED = frozenset({"fewer_atoms", "shorter_protein"})
+"""Inputs that have no batch: one system or one structure is what a pass holds."""
 
 
 def _is_own(remedy: Remedy, evidence: Evidence) -> bool:
@@ -25,7 +27,7 @@ def _is_own(remedy: Remedy, evidence: Evidence) -> bool:
     is_of_batch = isinstance(remedy.change, Resized) or remedy.code == "smaller_batch"
     code = "split_general" if is_of_batch else remedy.code
     words = own_option(code, evidence, divided(evidence))
-    is_printed = words is not None and words.lines == remedy.paste
+    is_printed = words is not None and words.lines == remedy.paste and not remedy.paste[0].startswith(SEARCHES)
     return is_printed or has_own(code, evidence.framework or "")
 
 
@@ -108,6 +110,7 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
         return found
     first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
     found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
+    first |= _NAMED
     return sorted(found, key=lambda each: each.code not in first and not _is_own(each, evidence))
 
 
@@ -158,6 +161,8 @@ def hears(evidence: Evidence) -> bool:
 _DOMAINS = {
     "fewer_frames": re.compile(r"\b\w{0,12}[Vv]ideos?\b(?! ?(?:memory|card|RAM|ram))|\bframes\b|\.mp4\b"),
     "smaller_volumes": re.compile(r"\b3[Dd]\b|\bvolumes?\b|\bC?B?CT\b|\bMRI\b|\.nii\b|[Cc]onv3d|CBCT"),
+    "fewer_atoms": re.compile(r"\batoms?\b|\bLAMMPS\b|\bsupercells?\b"),
+    "shorter_protein": re.compile(r"\b[Pp]roteins?\b|\bresidues?\b|\b[Aa]mino[- ]?[Aa]cids?\b|\.(?:fasta|a3m)\b"),
     "shorter_audio": re.compile(r"\b[Aa]udio\b|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"),
 }
 """Words of what a program works on, by the remedy that names it."""
@@ -167,7 +172,7 @@ _PICTURES = re.compile(
     r"\b(?:images?|imgs?|pictures?|photos?|pixels?|masks?)\b|\.(?:png|jpe?g|tiff?)\b|[Cc]onv2d|torchvision"
 )
 _TEXTS = re.compile(
-    r"\b(?:tokens?|prompts?|LLMs?|sequences?|time series|forecasts?|texts?|sentences?|documents?|lengths?)\b"
+    r"\b(?:tokens?|prompts?|LLMs?|sequences?|time series|forecasts?|(?<!Error )texts?|sentences?|documents?|lengths?)\b"
     r"|transformers/|\btokenizer"
 )
 """Words of programs that work on pictures, and of those that work on texts or other sequences."""
@@ -179,6 +184,8 @@ def inputs_of(evidence: Evidence) -> str:
         return "shorter_length"
     if hears(evidence):
         return "shorter_audio"
+    if evidence.tensor == "resized_image" and evidence.framework is None:
+        return "smaller_picture"
     text = _OF_STACK.sub("", evidence.run.text)
     found = {code: len(sign.findall(text)) for code, sign in _DOMAINS.items()}
     if evidence.framework is not None:

@@ -80,9 +80,14 @@ def weights(models: Iterable[Model], within: Range, elements: Mapping[str, float
     )
 
 
-def usual_weights(within: Range) -> tuple[Fit, ...]:
-    """Return the weights of all usual models that make the request."""
-    return weights(all_models(), within)
+def usual_weights(within: Range, *, draws: bool = False) -> tuple[Fit, ...]:
+    """Return the weights of all usual models that make the request, or of those in a program that draws pictures."""
+    models = (each for each in all_models() if not draws or each.kind == "diffusion" or each.family in _TEXT_ENCODERS)
+    return weights(models, within)
+
+
+_TEXT_ENCODERS = ("t5", "clip")
+"""Families of the models that read the prompts of a picture."""
 
 
 def all_fits(model: Model, run: RunFacts, within: Range) -> tuple[Fit, ...]:

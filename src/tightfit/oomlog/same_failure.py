@@ -5,6 +5,8 @@ from msgspec.structs import replace
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, is_of_allocator
 
+_ASYNC = "cuda_async"
+"""The kind that PyTorch's allocator cudaMallocAsync reports under the class of the other allocator."""
 _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
 
@@ -13,9 +15,10 @@ def is_same(one: Facts, two: Facts) -> bool:
     """Return True if two messages report one failure: loggers print it, and so does Python at the end."""
     if one.rank != two.rank and None not in (one.rank, two.rank):
         return False
-    if one.kind != two.kind:
+    only_class = "class_without_message" in one.notes and one.rank == two.rank
+    if one.kind != two.kind and not (only_class and two.kind == _ASYNC):
         return False
-    if "class_without_message" in one.notes and one.rank == two.rank:  # a notebook's head, far above the message
+    if only_class:  # a notebook's head, far above the message
         return two.line - one.line <= _NOTEBOOK_LINES
     if not is_of_allocator(one.kind) and _overlap(one.figures.get(_REQUEST), two.figures.get(_REQUEST)):
         return True  # one line prints the size, and another the shape

@@ -95,9 +95,15 @@ def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     start = first + 1 if first is not None and first <= _NEAR else 0
     ends = (at for at in range(start, len(lines)) if _HEAD in lines[at] or "out of memory" in lines[at].lower())
     behind = lines[start : next(ends, len(lines))]
-    found = () if start and any(map(_EXCEPTION.match, behind)) else tuple(_frames(behind))
+    found = () if start and any(map(_EXCEPTION.match, behind)) else _outermost_first(tuple(_frames(behind)))
     on_host = any(_ON_HOST.search(each.source or "") for each in found[-2:])
     return () if on_host or any(_LAUNCHER.search(each.file) for each in found) else found
+
+
+def _outermost_first(found: tuple[TraceFrame, ...]) -> tuple[TraceFrame, ...]:
+    """Return frames in Python's order: a debugger of an editor prints the innermost first, and the script last."""
+    reverse = len(found) > 1 and found[-1].function == "<module>" != found[0].function and not found[-1].is_library
+    return found[::-1] if reverse else found
 
 
 def is_cut(lines: Sequence[str]) -> bool:
