@@ -375,7 +375,7 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or (evidence.trains and not has_own("quantized_weights", program or "")),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
         or ("half" in run.signs and evidence.infers)
-        or _is_foreign(facts, evidence),
+        or ((_is_foreign(facts, evidence) or evidence.is_of_unknown_purpose) and not _is_full_of_its_own(facts)),
         "smaller_model": not (evidence.infers and (is_too_large or program is None))
         and not has_own("smaller_model", program or ""),
         "shard": run.numbers.get("zero_stage") == 3
@@ -446,6 +446,18 @@ def _is_foreign(facts: Facts, evidence: Evidence) -> bool:
     """Return True for an unknown program that uses a trained model, in a report without any line of its code."""
     uses = evidence.infers or evidence.is_of_unknown_purpose
     return uses and evidence.framework is None and not facts.frames and not _IS_CODE.search(evidence.run.text)
+
+
+_OWN_SHARE, _SMALL_SHARE = 0.85, 0.02
+"""Shares of a card: what a process holds if it nearly fills it, and a request that is small beside that."""
+
+
+def _is_full_of_its_own(facts: Facts) -> bool:
+    """Return True if tensors of this process nearly fill the card, and the request is small: weights, mostly."""
+    total, held, requested = (facts.figures.get(f"{name}_bytes") for name in ("total", "allocated", "requested"))
+    if total is None or held is None or requested is None:
+        return False
+    return held.bytes >= _OWN_SHARE * total.bytes and requested.bytes <= _SMALL_SHARE * total.bytes
 
 
 _IS_CODE = re.compile(r"\bimport |\btorch\.(?!cuda\.OutOf|OutOf)\w+|\w+\(\w+\)|^\s{0,20}[\w.]+ = ", re.MULTILINE)

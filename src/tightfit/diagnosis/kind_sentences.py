@@ -149,11 +149,15 @@ def _fields(sentence: object) -> set[str]:
     return {name for _, name, _, _ in parsed if name}
 
 
+_TWO_ENDS = re.compile(r"([?!])\.(?=\s|$)")
+"""A quoted question, and the end of the sentence that quotes it."""
+
+
 def said(table: str, facts: Facts, words: "Words") -> str:
     """Return the sentence of a failure in the table `problem` or `cause`."""
     sentences, known = wording.words(words.language), values_of(facts)
     if (key := _key(sentences.table(table), facts.kind, known)) is not None:
-        return sentences(table, key, **known)
+        return _TWO_ENDS.sub(r"\1", sentences(table, key, **known))
     return words({"problem": "kinds", "cause": "kind_causes"}[table], facts.kind)
 
 

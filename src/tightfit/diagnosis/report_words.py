@@ -20,6 +20,8 @@ _BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
 """Cures of a known cause, which come before the user's own options."""
 _NAMED = frozenset({"fewer_atoms", "shorter_protein"})
 """Inputs that have no batch: one system or one structure is what a pass holds."""
+_LARGE_INPUTS = frozenset({"smaller_volumes", "coarser_points"})
+"""Inputs of which a program that uses a trained model mostly takes one at a time."""
 
 
 def _is_own(remedy: Remedy, evidence: Evidence) -> bool:
@@ -110,7 +112,7 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
         return found
     first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
     found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
-    first |= _NAMED
+    first |= _NAMED | (_LARGE_INPUTS if evidence.infers or evidence.is_of_unknown_purpose else frozenset())
     return sorted(found, key=lambda each: each.code not in first and not _is_own(each, evidence))
 
 
@@ -163,7 +165,7 @@ _DOMAINS = {
     "smaller_volumes": re.compile(r"\b3[Dd]\b|\bvolumes?\b|\bC?B?CT\b|\bMRI\b|\.nii\b|[Cc]onv3d|CBCT"),
     "fewer_atoms": re.compile(r"\batoms?\b|\bLAMMPS\b|\bsupercells?\b"),
     "shorter_protein": re.compile(r"\b[Pp]roteins?\b|\bresidues?\b|\b[Aa]mino[- ]?[Aa]cids?\b|\.(?:fasta|a3m)\b"),
-    "shorter_audio": re.compile(r"\b[Aa]udio\b|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"),
+    "shorter_audio": re.compile(r"\b[Aa]udio\b|\bA(?:udio|UDIO)[A-Z]\w*|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"),
 }
 """Words of what a program works on, by the remedy that names it."""
 

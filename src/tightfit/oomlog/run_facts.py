@@ -206,7 +206,8 @@ def _texts_in(text: str) -> dict[str, str]:
 
 
 _OTHER_RUN = re.compile(
-    r"\b(?:work(?:s|ed|ing)?|runs?|ran|fine(?![- ]?tun)|fits?|succeed(?:s|ed)|okay|trained|able to|max(?:imum)?)\b"
+    r"\b(?:work(?:s|ed|ing)?|runs?|ran|fine(?![- ]?tun)|fits?|succeed(?:s|ed)|okay|trained|able to|max(?:imum)?"
+    r"|successfully(?! (?:set|chang|reduc|lower)\w*))\b"
     r"[^\n.!?]{0,25}$"
 )
 """Words right before a batch that another run had: one that went well, or somebody else's."""
