@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from plays import findings
 
 QUANTIZED = """
@@ -79,3 +80,25 @@ def test_lists_of_the_cards_numbers_become_tensors(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LISTS)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert found["outcome"] == "fits", found["stopped_because"]
+
+
+COMPILES = """
+import torch
+
+@torch.compile(backend="cudagraphs")
+def doubled(x):
+    return x * 2
+
+layer = torch.nn.Linear(8, 8).cuda()
+for _ in range(CALLS):
+    layer(doubled(torch.ones(8, device="cuda")))
+"""
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_function_that_is_not_compiled_here_is_named_if_it_is_called(tmp_path: Path, calls: int) -> None:
+    """Libraries hand functions to torch.compile as they load, which a script may never call."""
+    (tmp_path / "train.py").write_text(COMPILES.replace("CALLS", str(calls)))
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert any("torch.compile" in each for each in found["not_modelled"]) == bool(calls)

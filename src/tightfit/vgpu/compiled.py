@@ -70,10 +70,9 @@ class Compiler:
         if disable:
             return model
         if isinstance(backend, str) and backend not in ("inductor", *_EAGER):
-            self._device.note(say("vgpu.compiled.other_backend", backend=repr(backend)))
-            return model
+            return self._eagerly(model, say("vgpu.compiled.other_backend", backend=repr(backend)))
         if not self._prepare():
-            return model
+            return self._eagerly(model, say("vgpu.compiled.no_triton"))
         if backend not in ("inductor", None):
             compiled = self._compile(model, fullgraph=fullgraph, dynamic=dynamic, backend=backend, options=options)
             return compiled if isinstance(model, nn.Module) else self._without_hooks(compiled)
@@ -116,9 +115,20 @@ class Compiler:
             self._ready = importlib.util.find_spec("triton") is not None
             if self._ready:
                 self._prepare_inductor()
-            else:
-                self._device.note(say("vgpu.compiled.no_triton"))
         return self._ready
+
+    def _eagerly(self, model: nn.Module | Callable[P, R], note: str) -> nn.Module | Callable[P, R]:
+        """Return what runs as it is. Of a function the note waits for a call: libraries compile some as they load."""
+        if isinstance(model, nn.Module):
+            self._device.note(note)
+            return model
+
+        @functools.wraps(model)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            self._device.note(note)
+            return model(*args, **kwargs)
+
+        return call
 
     def backend(
         self, graph: fx.GraphModule, inputs: Sequence[Tensor | int | torch.SymInt | None], with_graphs: bool = False
