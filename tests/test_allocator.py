@@ -451,6 +451,23 @@ def test_record_stream_delays_reuse():
     assert heard[-2:] == [("free_completed", 20 * MIB), ("alloc", 20 * MIB)]
 
 
+def test_an_event_brings_back_what_was_freed_before_it():
+    allocator = make()
+    blocks = [allocator.malloc(20 * MIB) for _ in range(3)]
+    for block in blocks:
+        allocator.record_stream(block, 7)
+    allocator.free(blocks[0])
+    event = allocator.waited
+    allocator.free(blocks[1])
+    allocator.finish(event)
+    assert allocator.malloc(20 * MIB).address == blocks[0].address
+    assert allocator.malloc(20 * MIB).address != blocks[1].address
+    allocator.finish(event)
+    assert blocks[1].pending
+    allocator.synchronize()
+    assert allocator.malloc(20 * MIB).address == blocks[1].address
+
+
 def test_the_last_resort_waits_for_streams():
     allocator = make(30 * MIB)
     block = allocator.malloc(20 * MIB)

@@ -102,3 +102,36 @@ def test_a_function_that_is_not_compiled_here_is_named_if_it_is_called(tmp_path:
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert found["outcome"] == "fits", found["stopped_because"]
     assert any("torch.compile" in each for each in found["not_modelled"]) == bool(calls)
+
+
+PREFETCHES = """
+import torch
+
+side, layer = torch.cuda.Stream(), torch.nn.Linear(1024, 1024).cuda()
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+def fetch():
+    with torch.cuda.stream(side):
+        batch = torch.empty(4 << 20, dtype=torch.uint8, device="cuda")
+    batch.record_stream(torch.cuda.current_stream())
+
+reserved = []
+for _ in range(20):
+    for _ in range(5):
+        fetch()
+        WAIT
+    layer(torch.ones(8, 1024, device="cuda")).mean().backward()
+    optimizer.step()
+    reserved.append(torch.cuda.memory_reserved() >> 20)
+assert reserved[2] == reserved[-1], reserved
+"""
+EVENT = "event = torch.cuda.Event(); event.record(); event.synchronize()"
+
+
+@pytest.mark.parametrize("wait", ["pass", EVENT, "layer.weight.sum().item()", "side.synchronize()"])
+def test_memory_that_waits_for_a_stream_comes_back(tmp_path: Path, wait: str) -> None:
+    """As in FSDP, which waits for an event, and in loops that copy the next batch on a stream of its own."""
+    (tmp_path / "train.py").write_text(PREFETCHES.replace("WAIT", wait))
+    found = findings(["--gpu", "A100", "--steps", "20", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    assert found["peak"]["reserved_bytes"] < 110 << 20

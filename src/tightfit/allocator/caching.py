@@ -89,6 +89,7 @@ class CachingAllocator:
         self._device_bytes = 0  # reserved, in whole device pages
         self._pending: list[Block] = []  # freed while other streams used them
         self._finished: list[Block] = []  # those whose events have happened
+        self.waited = 0  # blocks so far that were freed while other streams used them
         self._allowed_bytes: int | None = None
         self.set_memory_fraction(self.settings.per_process_memory_fraction)
 
@@ -132,6 +133,7 @@ class CachingAllocator:
         if block.used_by:
             block.pending = True
             self._pending.append(block)
+            self.waited += 1
         else:
             self._recycle(block)
 
@@ -142,8 +144,13 @@ class CachingAllocator:
 
     def synchronize(self) -> None:
         """Finish all streams. As in PyTorch, blocks that waited for them come back at the next request."""
-        self._finished += self._pending
-        self._pending = []
+        self.finish(self.waited)
+
+    def finish(self, waited: int) -> None:
+        """Finish what other streams did with blocks that were freed when `waited` had this value, or before."""
+        count = max(0, len(self._pending) - (self.waited - waited))
+        self._finished += self._pending[:count]
+        del self._pending[:count]
 
     def process_events(self) -> None:
         """Take back the blocks whose other streams have finished; not during a capture."""

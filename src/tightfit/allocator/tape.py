@@ -80,9 +80,9 @@ class TapedAllocator(CachingAllocator):
             self.tape.append(("record_stream", self._numbers[id(block)], stream))
         super().record_stream(block, stream)
 
-    def synchronize(self) -> None:
-        self.tape.append(("synchronize",))
-        super().synchronize()
+    def finish(self, waited: int) -> None:
+        self.tape.append(("finish", waited))
+        super().finish(waited)
 
     def empty_cache(self) -> None:
         self.tape.append(("empty_cache",))

@@ -493,10 +493,16 @@ class VirtualDevice:
         if self.capture_stream:
             raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 
+    def wait_for_streams(self) -> None:
+        """Take back, at the next request, what other streams used: the host has waited for their work."""
+        with self.recorder.exclusive():
+            self.recorder.allocator.finish(self.recorder.allocator.waited)
+
     def _read_scalar(self, func: OpOverload, tensor: Tensor) -> Argument:
         if isinstance(tensor, FakeTensor):
             if tensor.fake_device.type == "cuda":
                 self.check_not_capturing()
+                self.wait_for_streams()
             return self.values.scalar(tensor)
         number: Argument = func(tensor)
         return number

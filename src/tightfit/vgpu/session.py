@@ -91,6 +91,9 @@ class VirtualSession:
         TraceLog.attach(self.device.recorder)
         self._reads_settings = environ is None
         self._stopping = Stopping(settings, self.device.recorder, self.phases, self.notes)
+        self._waited_a_step_ago = 0
+        """Mark of the blocks freed before the latest step: the host runs ahead of a card by 1024 kernels, which is less
+        than a step of most models."""
         self._files: FileGuard
 
     @classmethod
@@ -238,6 +241,9 @@ class VirtualSession:
             again.start()
 
     def _after_step(self) -> None:
+        with self.device.recorder.exclusive():
+            self.allocator.finish(self._waited_a_step_ago)
+            self._waited_a_step_ago = self.allocator.waited
         self.device.roles.mark_all()
         self.on_step(self.phases.steps)
         self._stopping.after_step(self.phases.steps, has_optimizer=self.phases.has_optimizer)

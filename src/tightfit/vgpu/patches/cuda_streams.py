@@ -5,19 +5,40 @@ import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace, TracebackType
+from typing import ClassVar
 
 import torch
 
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.recorder import Recorder
 
 Where = torch.device | str | int | None
 
 
 def install(device: VirtualDevice) -> None:
     """Patch this process for good."""
+    _Waits.recorder = device.recorder
     _install_streams(device)
     _install_random()
+
+
+class _Waits:
+    """Freed blocks whose memory waits for another stream come back once the host has waited for that stream, too."""
+
+    recorder: ClassVar[Recorder | None] = None
+
+    @classmethod
+    def waited(cls) -> int:
+        """Return a mark of the blocks that were freed up to now."""
+        return 0 if cls.recorder is None else cls.recorder.allocator.waited
+
+    @classmethod
+    def finish(cls, waited: int) -> None:
+        """Finish what streams did with the blocks that were freed up to a mark."""
+        if cls.recorder is not None:
+            with cls.recorder.exclusive():
+                cls.recorder.allocator.finish(waited)
 
 
 class VirtualStream:
@@ -47,12 +68,17 @@ class VirtualStream:
 
     def wait_event(self, event: object) -> None: ...
     def wait_stream(self, stream: object) -> None: ...
-    def synchronize(self) -> None: ...
+
+    def synchronize(self) -> None:
+        _Waits.finish(_Waits.waited())
 
     def record_event(self, event: "VirtualEvent | None" = None) -> "VirtualEvent":
-        return VirtualEvent() if event is None else event
+        event = VirtualEvent() if event is None else event
+        event.record(self)
+        return event
 
     def query(self) -> bool:
+        self.synchronize()
         return True
 
     def is_capturing(self) -> bool:
@@ -104,6 +130,7 @@ class VirtualEvent:
         self.device = torch.device("cuda", 0)
         self.event_id = self.cuda_event = id(self)
         self.enable_timing, self.blocking = enable_timing, blocking
+        self._waited = 0
 
     @classmethod
     def from_ipc_handle(cls, device: Where, handle: bytes) -> "VirtualEvent":
@@ -112,11 +139,16 @@ class VirtualEvent:
     def ipc_handle(self) -> bytes:
         return bytes(64)
 
-    def record(self, stream: object = None) -> None: ...
+    def record(self, stream: object = None) -> None:
+        self._waited = _Waits.waited()
+
     def wait(self, stream: object = None) -> None: ...
-    def synchronize(self) -> None: ...
+
+    def synchronize(self) -> None:
+        _Waits.finish(self._waited)
 
     def query(self) -> bool:
+        self.synchronize()
         return True
 
     def elapsed_time(self, end_event: object) -> float:
