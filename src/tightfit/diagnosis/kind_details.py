@@ -253,7 +253,8 @@ def _of_jax(facts: Facts, run: RunFacts) -> Facts:
     found = _PROGRAM.search(run.text)
     if found and float(found[1]) * _UNITS[found[2]] < _SMALL_PROGRAM:
         return _with(facts, "program", f"{found[1]} {found[2]}iB")
-    if any(each.function.rsplit(".", 1)[-1] in _CREATES and not each.is_library for each in facts.frames):
+    own = [each for each in facts.frames if not each.is_library]
+    if any(each.function.rsplit(".", 1)[-1] in _CREATES for each in own) or (own and _creates(own[-1].source)):
         return _with(facts, "weights")
     if purpose_of(facts, run) == INFERENCE:
         return _with(facts, "inference")
@@ -277,7 +278,14 @@ def _of_host_allocator(facts: Facts) -> Facts:
     return _with(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts
 
 
-_CREATES = frozenset({"__init__", "init", "init_params", "create_train_state", "init_state"})
+def _creates(source: str | None) -> bool:
+    """Return True for a line that calls a function in which parameters are created."""
+    return source is not None and any(
+        re.search(rf"(?<![\w.]){name}\(", source) for name in _CREATES - {"init", "__init__"}
+    )
+
+
+_CREATES = frozenset({"__init__", "init", "init_params", "create_train_state", "init_train_state", "init_state"})
 """Functions in which a program of JAX creates its parameters."""
 
 

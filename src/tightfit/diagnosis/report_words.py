@@ -20,7 +20,7 @@ _BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
 """Cures of a known cause, which come before the user's own options."""
 _NAMED = frozenset({"fewer_atoms", "shorter_protein"})
 """Inputs that have no batch: one system or one structure is what a pass holds."""
-_LARGE_INPUTS = frozenset({"smaller_volumes", "coarser_points"})
+_LARGE_INPUTS = frozenset({"smaller_volumes", "coarser_points", "fewer_frames"})
 """Inputs of which a program that uses a trained model mostly takes one at a time."""
 
 
