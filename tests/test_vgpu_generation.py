@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from plays import simulator
+from plays import findings, simulator
 
 from tightfit.simulation.dry_run import dryrun_script
 from tightfit.vgpu.records import Settings
@@ -48,3 +48,50 @@ def test_texts_come_to_their_greatest_length(tmp_path: Path) -> None:
     whole = dryrun_script(str(script), [], Settings(gpu="A100", until_stable=False), simulator=simulator())
     assert whole.outcome == "fits", whole.stopped_because
     assert shortened.peak.allocated_bytes == pytest.approx(whole.peak.allocated_bytes, rel=3e-3)
+
+
+BEAMS = """
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+sizes = dict(vocab_size=500, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0)
+model = T5ForConditionalGeneration(T5Config(**sizes)).cuda()
+passes = []
+model.register_forward_hook(lambda *_: passes.append(1))
+model.generate(torch.randint(5, 400, (4, 10)).cuda(), max_new_tokens=24, num_beams=4)
+assert len(passes) == 24, len(passes)
+"""
+
+
+def test_beams_stay_open(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(BEAMS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+
+
+LENGTHS = """
+import torch
+
+ids = torch.randint(5, 9, (4, 3)).cuda()
+lengths = ids.new(4)
+for row in range(4):
+    lengths[row] = 5 + row
+decoded = ids.new(4, min(lengths.max().item() + 1, 25)).fill_(0)
+for row in range(4):
+    decoded[row, : lengths[row]] = torch.ones(5 + row, device="cuda", dtype=torch.int64)
+"""
+PLACES = """
+import torch
+
+values = torch.rand(12, device="cuda")
+places = torch.where(values.log() > values)[0].add_(1).tolist()
+assert places == list(range(1, 13)), "true everywhere"
+"""
+
+
+@pytest.mark.parametrize("script", [LENGTHS, PLACES])
+def test_lengths_and_places_hold_together(tmp_path: Path, script: str) -> None:
+    """As transformers 4 ends a beam search, and Whisper looks for timestamps."""
+    (tmp_path / "train.py").write_text(script)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]

@@ -43,6 +43,8 @@ Handler = Callable[..., Argument]
 """A function of (device, operator, *args of the operator, **kwargs of the operator)."""
 
 _MASKS = (torch.bool, torch.uint8)
+_MOST_PLACES = 1 << 16
+"""Elements of a mask up to which the places that it has if it is true everywhere are kept: a script may read them."""
 Indices = Sequence[Tensor | None]
 
 
@@ -55,6 +57,8 @@ def _nonzero(device: Device, func: OpOverload, source: Tensor) -> Tensor:
         out = by_dimension.t()
     if places is not None:
         device.values.learn(out, places)
+    elif source.numel() <= _MOST_PLACES:
+        device.values.learn(out, torch.ones(source.shape, device="cpu").nonzero()[:count], made_up=True)
     return out
 
 

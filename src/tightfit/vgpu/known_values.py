@@ -59,6 +59,8 @@ _FILLED: dict[OpOverload, Scalar] = {
     aten.ones_like.default: 1,
     aten.new_ones.default: 1,
 }
+_UNWRITTEN = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
+"""Operators whose result a script may write element by element, as a list of lengths."""
 _FILLED_BY_ARGUMENT: dict[OpOverload, int] = {
     aten.full.default: 1,
     aten.full_like.default: 1,
@@ -200,6 +202,8 @@ class Values:
         filled = _filled_with(func, args)
         if filled is not None:
             return Fact(torch.tensor(filled, dtype=out.dtype, device="cpu"))
+        if func in _UNWRITTEN:
+            return Fact(torch.tensor(0, dtype=out.dtype, device="cpu"), made_up=True) if _may_be_lengths(out) else None
         if traits.is_random:
             self._picks.learn(func, args, kwargs, out)
             drawn = _drawn(func, args)
@@ -392,7 +396,8 @@ class Values:
 
     def learn(self, tensor: Tensor, source: Tensor, made_up: bool = False) -> None:
         """Keep the values of `tensor`, which is a copy of the host's `source`."""
-        self._ranges.learn(tensor, source)
+        if not made_up:
+            self._ranges.learn(tensor, source)
         if source.layout is not torch.strided or not 0 < source.numel() <= _LOOKED_AT:
             return
         if not (_is_small(source) or _is_uniform(source)):
@@ -569,6 +574,10 @@ def _is_uniform(data: Tensor) -> bool:
 def _covers(tensor: Tensor) -> bool:
     """Return True if a tensor covers its whole storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _may_be_lengths(tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and tensor.dtype in (torch.int32, torch.int64) and _is_small(tensor)
 
 
 def _limit(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ once.
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ def _change(module: ModuleType, recorder: Recorder, notes: list[str]) -> None:
     usual: Callable[..., Any] | None = getattr(mixin, "_sample", None)
     if usual is None:
         return
+    _keep_beams_open(mixin)
     played: WeakKeyDictionary[nn.Module, dict[bool, list[_Call]]] = WeakKeyDictionary()
 
     def full(edge: int, model: Any, input_ids: Tensor, named: dict[str, Any]) -> object:
@@ -97,6 +99,29 @@ def _change(module: ModuleType, recorder: Recorder, notes: list[str]) -> None:
         return _longer(texts, longest)
 
     assign(mixin, _sample=sample)
+
+
+def _keep_beams_open(mixin: Any) -> None:
+    """Let a beam search go on to the greatest length: only scores that nobody computed could tell that it is over."""
+    usual = getattr(mixin, "_beam_search_has_unfinished_sequences", None)
+    if usual is None or len(inspect.signature(usual).parameters) != len(_OF_BEAMS):
+        return
+
+    @functools.wraps(usual)
+    def has_unfinished(*conditions: Any) -> Tensor:
+        usual(*conditions)
+        return ~torch.all(conditions[_OF_BEAMS.index("next_token_hits_stopping_criteria")])
+
+    assign(mixin, _beam_search_has_unfinished_sequences=staticmethod(has_unfinished))
+
+
+_OF_BEAMS = (
+    "is_early_stop_heuristic_unsatisfied",
+    "is_sent_finished",
+    "next_token_hits_stopping_criteria",
+    "early_stopping",
+)
+"""What transformers asks before each token of a beam search."""
 
 
 def _longest(criteria: Any, named: Mapping[str, Any]) -> int | None:
