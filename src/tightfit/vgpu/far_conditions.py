@@ -7,7 +7,7 @@ back to the script's objects. The next call shows if that was right.
 
 import ast
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -18,12 +18,16 @@ from tightfit.vgpu.expressions import Reader, UnknownError
 from tightfit.vgpu.far_expressions import NO_VALUE, OfModule, Watched, watched_of, watched_of_module
 from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.histories import History, InnerTrend, Iterations, Place, Trend, grown
+from tightfit.vgpu.inlined_loop import CHANGES_IN_TURN
 from tightfit.vgpu.running_loops import SUSPENDS
+from tightfit.vgpu.watched_values import Extremes
 
 _MOST_ITEMS = 64
 """Items of a list that is an input."""
 _MOST_CALLERS = 40
 """Callers of a function that are looked at."""
+_MOST_AHEAD = 100_000
+"""Iterations in which the largest and the smallest size are looked for."""
 _PATIENCE = 8
 """Iterations that are played to learn how inputs grow."""
 
@@ -39,26 +43,39 @@ class _Deciding(NamedTuple):
     gap: int
     """Iterations from one with a call to the next."""
     calls: range
+    chosen: frozenset[int] | None = None
+    """Iterations that have to run; None if each with a new value has to."""
 
     @classmethod
-    def on(cls, trend: Trend) -> "_Deciding":
+    def on(cls, trend: Trend, first: int, left: int | None) -> "_Deciding":
+        """Look at iterations from the `first` on, of which so many are `left`; None if nobody knows."""
         value_at = trend.history.watched.along(trend.inputs, trend.changes, trend.inner)
-        return cls(trend.history, value_at, trend.iteration, trend.gap, range(trend.calls()))
+        made = cls(trend.history, value_at, trend.iteration, trend.gap, range(trend.calls()))
+        changes_often = not trend.history.watched.lines and len(trend.history.values) > CHANGES_IN_TURN
+        return made._replace(chosen=made._choose(first, left)) if changes_often and left is not None else made
+
+    def _choose(self, first: int, left: int) -> frozenset[int]:
+        """Return the iterations with the largest and the smallest value, if they exceed those so far."""
+        extremes = Extremes(self.history.values)
+        for iteration in range(first, first + min(left, _MOST_AHEAD)):
+            for value in self._values(iteration):
+                extremes.note(value, iteration)
+        return extremes.chosen()
 
     def is_new(self, iteration: int) -> bool:
-        """Return True if the expression has a new value in an iteration."""
+        """Return True if the expression has a new value in an iteration that has to run."""
+        is_chosen = self.chosen is None or iteration in self.chosen
+        return is_chosen and any(value not in self.history.values for value in self._values(iteration))
+
+    def _values(self, iteration: int) -> Iterator[object]:
         times, remainder = divmod(iteration - self.iteration, self.gap)
-        if remainder:
-            return False
-        history = self.history
-        for call in self.calls:
+        for call in self.calls if not remainder else ():
             try:
-                value = history.of_interest(self.value_at(times, call))
+                value = self.history.of_interest(self.value_at(times, call))
             except NO_VALUE:
                 continue
-            if value is not None and value not in history.values:
-                return True
-        return False
+            if value is not None:
+                yield value
 
 
 class FarConditions:
@@ -184,10 +201,10 @@ class FarConditions:
                 history.is_idle |= not history.watched.lines
         self._hits, self._state = [], state
 
-    def passing(self, place: Place) -> "Passing":
-        """Begin to pass over iterations of a loop."""
+    def passing(self, place: Place, left: int | None) -> "Passing":
+        """Begin to pass over iterations of a loop that has so many `left`; None if nobody knows."""
         sound = [each for each in self._trends(place) if each.is_sound()]
-        return Passing(place, sound, self._iterations().get(place, 0))
+        return Passing(place, sound, self._iterations().get(place, 0), left)
 
     def end(self, passing: "Passing", passed: int, *, is_exhausted: bool, is_stuck: bool) -> None:
         """Write inputs back after so many iterations were passed over.
@@ -228,12 +245,12 @@ class FarConditions:
 class Passing:
     """The expressions of one loop while its iterations are passed over."""
 
-    def __init__(self, place: Place, trends: list[Trend], iteration: int) -> None:
+    def __init__(self, place: Place, trends: list[Trend], iteration: int, left: int | None) -> None:
         """`iteration` is the number of the first one that is passed over."""
         self.place, self.trends, self._first = place, trends, iteration
         self.hits: list[History] = []
         """Expressions with a new value in the iteration that has to run."""
-        self._deciding = [_Deciding.on(each) for each in trends if each.history.decides()]
+        self._deciding = [_Deciding.on(each, iteration, left) for each in trends if each.history.decides()]
         self._before = [(trend, current(trend.history.watched.inputs, trend.history.roots)) for trend in trends]
 
     def has_to_run(self, passed: int) -> bool:

@@ -28,6 +28,14 @@ WATCHED = "tightfit.watched"
 """Name, which no script can have, under which an iteration's expressions of the counters leave their values."""
 HOLDS = "holds:"
 """Begins the keys of conditions among them, with the first line of the block behind, if it is not on the same line."""
+MOST_CHANGES = 32
+"""Iterations of a loop that are played because a size may change in them."""
+CHANGES_OF_A_START = 8
+"""The same for a loop that ends before any iteration is passed over: a few starts are enough."""
+CHANGES_IN_TURN = 12
+"""Changes after which only the largest and the smallest sizes are played."""
+_MOST_RUNS = 64
+"""Runs of one loop in which changes are looked for once more."""
 _DEPTH = 4
 _MOST_STATEMENTS = 3000
 _MOST_ITEMS = 16
@@ -110,6 +118,16 @@ class ReadLoops:
     """Those that were tried again, each with an outer loop and its iteration."""
     reached: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
     """Iterations that have to run to their end, because lines that never ran may come in them."""
+    begun: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
+    """Runs of loops in which their sizes were looked at again."""
+    growing: set[tuple[CodeType, int]] = field(default_factory=set)
+    """Loops in which a size changed."""
+
+    def begin_again(self, place: tuple[CodeType, int]) -> None:
+        """Let the sizes of a loop that runs once more be watched again: they may go on growing."""
+        if place in self.growing and self.changes[place] > CHANGES_IN_TURN and self.begun[place] < _MOST_RUNS:
+            self.begun[place] += 1
+            self.changes[place] = CHANGES_IN_TURN + 1
 
 
 def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object]) -> InlinedLoop:

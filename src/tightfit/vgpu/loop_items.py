@@ -113,6 +113,23 @@ def length_of(items: Any) -> int | None:
     return left + 1 if left >= 0 else None
 
 
+def left_of(items: Any) -> int | None:
+    """Return how many items an iterator still has; None if that cannot be seen."""
+    from torch.utils.data import dataloader
+
+    items = within_enumerate(items)
+    match items:
+        case dataloader._BaseDataLoaderIter():
+            return length_of(items) and len(items) - items._num_yielded
+        case zip():
+            each = [left for part in items.__reduce__()[1] if (left := left_of(part)) is not None]
+            return min(each, default=None)
+        case GeneratorType(gi_frame=FrameType(f_locals={"n": int(given), "iterable": _})):  # of a bar of tqdm's
+            length = length_of(items)
+            return None if length is None else length - given - 1
+    return operator.length_hint(items) if isinstance(items, _AT_HAND) else None
+
+
 def _is_made_by(items: "GeneratorType[object, object, object]", owner: object) -> bool:
     method = getattr(type(owner), "__iter__", None)
     return getattr(method, "__code__", None) is items.gi_code

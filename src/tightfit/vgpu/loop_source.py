@@ -243,7 +243,8 @@ def steps_after(loop: ast.For | ast.While, file: str, first: int, name: str) -> 
 def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str) -> bool:
     """Return True if a loop adds to a number that is read behind it.
 
-    Any item may be; an attribute if its file reads it elsewhere, a name if the loop's function does.
+    Any item may be; an attribute if its file reads it elsewhere, a name if the loop's function does. A name that
+    outlives the loop's run and is read in the loop itself is read when it runs again.
     """
     counts = [each.target for each in ast.walk(loop) if isinstance(each, ast.AugAssign)]
     if any(isinstance(each, ast.Subscript) for each in counts):
@@ -251,7 +252,11 @@ def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str
     names = {each.id for each in counts if isinstance(each, ast.Name)}
     attributes = {each.attr for each in counts if isinstance(each, ast.Attribute)}
     lines = range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)
-    of_function = (each for statement in _body(file, first, name) for each in ast.walk(statement))
+    of_function = [each for statement in _body(file, first, name) for each in ast.walk(statement)]
+    is_inner = len(loops_around(file, first, name, loop.lineno)) > 1
+    shared = {each for part in of_function if isinstance(part, (ast.Global, ast.Nonlocal)) for each in part.names}
+    if (names if is_inner else names & shared) & _names_read_in(loop):
+        return True
     parts = [*of_function, *(ast.walk(_tree(file)) if attributes else ())]
     read = (each for each in parts if isinstance(getattr(each, "ctx", None), ast.Load))
     behind = [each for each in read if getattr(each, "lineno", 0) not in lines]
@@ -260,6 +265,19 @@ def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str
         or (isinstance(each, ast.Attribute) and each.attr in attributes)
         for each in behind
     )
+
+
+def _names_read_in(loop: ast.For | ast.While) -> set[str]:
+    """Return the names that a loop's statements read, without those that only print or count."""
+    heads = [
+        part
+        for statement in _statements(loop.body)
+        if not changes_nothing(statement)
+        for part in ast.iter_child_nodes(statement)
+        if isinstance(part, (ast.expr, ast.withitem))
+    ]
+    names = [each for head in heads for each in ast.walk(head) if isinstance(each, ast.Name)]
+    return {each.id for each in names if isinstance(each.ctx, ast.Load)}
 
 
 _NO_OPTIMIZERS = ("prof", "sched", "bar", "env", "timer", "log", "writer", "track", "lr")

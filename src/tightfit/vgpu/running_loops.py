@@ -70,6 +70,8 @@ class LoopLengths:
 
     def __init__(self) -> None:
         self._known: dict[tuple[CodeType, int], int] = {}
+        self._taken: dict[tuple[CodeType, int], int] = {}
+        """Items that were taken of loops since they began."""
         self._begun: set[tuple[CodeType, int]] = set()
         """Loops in their first iteration."""
         self._looked_at: set[tuple[CodeType, int]] = set()
@@ -83,14 +85,29 @@ class LoopLengths:
             self._looked_at.add(place)
             if differ(items):
                 self.of_settings.add(place)
+        if place in self._taken:
+            self._taken[place] += 1
+        if is_first:
+            self._taken.pop(place, None)
         if is_first and iterator_of(frame) is None:  # else it began before it was followed
             self._begun.add(place)
+            self._taken[place] = 0
         elif not is_first and place in self._begun:
             self._begun.discard(place)
             self._known.pop(place, None)
             length = length_of(iterator_of(frame))
             if length is not None:
                 self._known[place] = length
+
+    def pass_over(self, place: tuple[CodeType, int], count: int) -> None:
+        """Note that so many items of a loop were taken away."""
+        if place in self._taken:
+            self._taken[place] += count
+
+    def left(self, place: tuple[CodeType, int]) -> int | None:
+        """Return how many items a loop has left at the start of an iteration; None if that cannot be seen."""
+        taken = self._taken.get(place)
+        return self._known[place] - taken if taken is not None and place in self._known else None
 
     def of(self, functions: Mapping[CodeType, int]) -> dict[int, int]:
         """Return the numbers by the loops' lines, to which each function adds its offset."""

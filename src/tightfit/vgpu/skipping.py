@@ -10,7 +10,7 @@ import contextlib
 import copy
 import operator
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import CodeType, FrameType
 from typing import TypeGuard, cast
 
@@ -27,9 +27,10 @@ from tightfit.vgpu.expressions import (
     known_part,
     value_in,
 )
-from tightfit.vgpu.inlined_loop import HOLDS, WATCHED
+from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
+from tightfit.vgpu.watched_values import Values, WatchedValues
 
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
@@ -204,21 +205,20 @@ class Skip:
         line: int = 0,
         lengths: Callable[[], Mapping[int, int]] = dict,
         to_end: bool = False,
-        seen: set[frozenset[tuple[str, object]]] | None = None,
-        watches: bool = True,
-        far: Callable[[], Callable[[int], bool] | None] | None = None,
+        watched: WatchedValues | None = None,
+        far: Callable[[int | None], Callable[[int], bool] | None] | None = None,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
         the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
-        if nothing is missing. `seen` has the watched values of iterations that ran, and takes those of the next.
-        `watches`: stop where such values are new, too. `far` is called when iterations begin to be passed over; it
-        returns a function of their number that is True if the next one has to run, for conditions not in this loop.
+        if nothing is missing. `watched` tells where values that may decide sizes are new. `far` is called when
+        iterations begin to be passed over, with those that are left; it returns a function of their number that is
+        True if the next one has to run, for conditions not in this loop.
         """
-        self._seen = set() if seen is None else seen
+        self.watched = watched or WatchedValues()
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
-        self._lengths, self.to_end, self.watches = lengths, to_end, watches
+        self._lengths, self.to_end = lengths, to_end
         self._begin_far, self._far = far, cast("Callable[[int], bool] | None", None)
         self.passed = 0
         """Iterations that were passed over."""
@@ -233,10 +233,8 @@ class Skip:
         self._cut_off = 0
         """Iterations before it that could not be followed to their ends."""
         self._unsure: Unsure = frozenset()
-        self._watched: dict[str, object] = {}
+        self._found: Values = {}
         """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
-        self._holding: dict[str, object] = {}
-        """Conditions that always came out as they do now."""
         self.is_changing = False
         """True if iterations were passed up to one in which such a value changes, here or in functions far away."""
         self.unsure_lines: frozenset[int] = frozenset()
@@ -252,11 +250,13 @@ class Skip:
         self.is_over = False
         """True when the next iteration has to run, or nothing more can be passed."""
 
-    def at_head(self, frame: FrameType, advance: Callable[[], bool], has_to_run: Callable[[int], bool]) -> None:
+    def at_head(
+        self, frame: FrameType, advance: Callable[[], bool], has_to_run: Callable[[int], bool], left: int | None
+    ) -> None:
         """Pass over as many iterations as can be, at the line of the loop.
 
         `advance` takes the next item of a `for` loop away; False if there is none. `has_to_run` is True if so many
-        items hold one that is not to be taken away.
+        items hold one that is not to be taken away. `left` is how many a `for` loop has left; None if nobody knows.
         """
         self.names, others = frame.f_locals, frame.f_globals  # read once: Python writes what changes there back
         names = self.names
@@ -269,11 +269,15 @@ class Skip:
         self._compare(*self._before, names, others)
         code, reduced, _ = self._code(frame, names, others)
         until = time.monotonic() + _SECONDS
-        self._far = self._begin_far() if self._begin_far is not None else None
+        self._far = self._begin_far(left) if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
-        self._watched = self._steady(code, reduced, names, others) if is_counting and self.watches else {}
-        self._holding = self._pop_conditions()
-        self._seen.add(frozenset(self._watched.items()))
+        steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
+        self.watched.start(steady, self._ran)
+        most = left if isinstance(self._node, ast.For) else _MOST_INNER
+        if self.watched.only_extremes and self.watched.sizes and most is not None:
+            before = self._values(reduced, names, others)
+            self.watched.choose(self._ahead(code, names, others, most))
+            self._restore(before, reduced, names, others)
         goes_on = is_counting and self._has_aim(reduced)
         while goes_on and time.monotonic() < until:
             before = self._values(reduced, names, others)
@@ -292,17 +296,22 @@ class Skip:
         _forget_inner_counters(names)
         self.is_over = True
 
-    def _pop_conditions(self) -> dict[str, object]:
-        """Take the conditions out of the watched values; return those that always came out as they do now."""
-        values = {key: self._watched.pop(key) for key in [*self._watched] if key.startswith(HOLDS)}
-        self._seen |= {frozenset({(key, value)}) for key, value in values.items()}
-        held = (key for key in values if int(key.removeprefix(HOLDS).split(":")[0]) in self._ran)
-        self._seen |= {frozenset({(key, True)}) for key in held}
-        return {key: value for key, value in values.items() if frozenset({(key, not value)}) not in self._seen}
+    def _ahead(
+        self, code: CodeType, names: dict[str, object], others: dict[str, object], most: int
+    ) -> Iterator[Values]:
+        """Yield the watched values of the next iterations, up to one that has to run anyway."""
+        until = time.monotonic() + _SECONDS
+        for _ in range(most):
+            if time.monotonic() >= until:
+                break
+            try:
+                yield _followed(code, others, names, {})
+            except FAILURES:  # as above
+                break
 
     def _has_aim(self, reduced: _Reduced) -> bool:
         """Return True if an iteration that has to run may come: for a line, a size, or the loop's end."""
-        is_watching = bool(self._watched or self._holding) and not reduced.uncounted
+        is_watching = bool(self.watched.sizes or self.watched.conditions) and not reduced.uncounted
         is_sought = not set(self._missing) <= reduced.unknown | reduced.uncounted
         goes_to_end = self.to_end and (reduced.has_end or isinstance(self._node, ast.For)) and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end
@@ -313,23 +322,19 @@ class Skip:
             if self._far is not None and self._far(self.passed + number):
                 self.is_changing = True
                 return False
-            found: dict[str, object] = {}
+            found: Values = {}
             has_run = True
             try:
                 _followed(code, others, names, found)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
                 has_run = False
-            turned = {key for key, value in self._holding.items() if found.get(key, value) != value}
-            self._seen |= {frozenset({(key, found[key])}) for key in turned}
-            self.is_changing = self.is_changing or (has_run and bool(turned))
-            if turned or not has_run:
+            has_turned = self.watched.has_turned(found)
+            if not has_run or has_turned:
+                self.is_changing = self.is_changing or has_run
                 return False
-            if any(found.get(key, value) != value for key, value in self._watched.items()):
-                values = frozenset((key, found.get(key, value)) for key, value in self._watched.items())
-                if values not in self._seen:
-                    self._seen.add(values)
-                    self.is_changing = True
-                    return False
+            if self.watched.has_to_run(self.passed + number, found):
+                self.is_changing = True
+                return False
         return True
 
     def _steady(
@@ -343,9 +348,9 @@ class Skip:
                 ahead.append(_followed(code, others, names, {}))
         self._restore(before, reduced, names, others)
         if len(ahead) < 2:
-            return self._watched
+            return self._found
         one, two = ahead
-        return {key: value for key, value in self._watched.items() if key in one and one[key] in (value, two.get(key))}
+        return {key: value for key, value in self._found.items() if key in one and one[key] in (value, two.get(key))}
 
     def _code(
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
@@ -401,7 +406,7 @@ class Skip:
         code, reduced, read = self._code(frame, names, others)
         before = self._values(reduced, names, others)
         try:
-            self._watched = _followed(code, others, names, {})
+            self._found = _followed(code, others, names, {})
         except FAILURES:  # as above
             self._cut_off += 1
         expected = self._values(reduced, names, others)

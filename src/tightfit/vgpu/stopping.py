@@ -137,7 +137,7 @@ class Stopping:
         left = self._lines.unplayed_of([*self._given_up, *self._lines.unsure, *far]) + (
             [] if saw_longest else list(self._differing)
         )
-        self.not_played = list(dict.fromkeys((*self.not_played, *left)))
+        self.not_played = list(dict.fromkeys((*self.not_played, *left, *self._lines.changing)))
         self._lines.stop()
 
     def _end_if_stable(self, steps: int, *, has_optimizer: bool) -> None:

@@ -16,8 +16,24 @@ from tightfit.vgpu.expressions import always, value_in
 from tightfit.vgpu.far_conditions import FarConditions, Passing
 from tightfit.vgpu.frames import Frame, is_package
 from tightfit.vgpu.histories import Iterations
-from tightfit.vgpu.inlined_loop import InlinedLoop, ReadLoops, Tried, inlined
-from tightfit.vgpu.loop_items import FAILURES, are_at_hand, iterator_of, largest_left, makes_items, replace_iterator
+from tightfit.vgpu.inlined_loop import (
+    CHANGES_IN_TURN,
+    CHANGES_OF_A_START,
+    MOST_CHANGES,
+    InlinedLoop,
+    ReadLoops,
+    Tried,
+    inlined,
+)
+from tightfit.vgpu.loop_items import (
+    FAILURES,
+    are_at_hand,
+    iterator_of,
+    largest_left,
+    left_of,
+    makes_items,
+    replace_iterator,
+)
 from tightfit.vgpu.loop_source import (
     Loop,
     bodies_on_line,
@@ -40,18 +56,14 @@ from tightfit.vgpu.running_loops import (
     package_frames,
 )
 from tightfit.vgpu.skipping import Skip, closed_lines, lines_in_reach
+from tightfit.vgpu.watched_values import WatchedValues
 
 _SECONDS_TO_LEAVE = 3.0
 """Time for taking away the items of a loop that nothing follows."""
 _JUMP = FrameType.__dict__["f_lineno"].__set__
 """Sets a frame's next line, which Python lets trace functions do alone."""
-_MOST_CHANGES = 32
-"""Iterations of a loop that are played because a size may change in them."""
-
-_CHANGES_OF_A_START = 8
 _MOST_ENDS = 32
 """Times that the iterations left of one loop are passed over, instead of a jump behind it."""
-"""The same for a loop that ends before any iteration is passed over: a few starts are enough."""
 
 
 class Sought(NamedTuple):
@@ -114,6 +126,8 @@ class LineWatch:
         """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.unsure: list[Frame] = []
         """Lines of loops that may allocate, behind conditions that nobody can tell, in iterations passed over."""
+        self.changing: list[Frame] = []
+        """Lines with sizes that change further in iterations that were not played."""
         self._endless: dict[tuple[CodeType, int], bool] = {}
         """Loops that cannot end; True for one whose function may be left from within it."""
         self._at_training: Iterations | None = None
@@ -210,7 +224,7 @@ class LineWatch:
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
                     continue
                 place, missing = (code, loop.first), made.missing(self.ran)
-                watches = made.watches and self._read.changes[place] < _MOST_CHANGES
+                watches = made.watches and self._read.changes[place] < MOST_CHANGES
                 is_tried = any(each[:2] == place and missing <= each[2] for each in self._read.tried)
                 is_on_its_way = place in self._skips or self._read.reached[place] > 0
                 if watches or is_on_its_way or self._far.is_open(place) or (missing and not is_tried):
@@ -294,10 +308,11 @@ class LineWatch:
         before, now = (at[place] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
-        seen = self._read.seen[place] if watches else None
+        only_extremes = self._read.changes[place] > CHANGES_IN_TURN + CHANGES_OF_A_START
+        watched = WatchedValues(self._read.seen[place] if watches else None, is_on=watches, only_extremes=only_extremes)
         far = partial(self._begin_passing, place)
         steps = now - before
-        skip = Skip(made.node, missing, ran, steps, made.line, lengths, to_end, seen, watches, far)
+        skip = Skip(made.node, missing, ran, steps, made.line, lengths, to_end, watched, far)
         self._skips[place] = loop, skip
 
     def note_state(self, frame: FrameType | None, state: Hashable) -> dict[tuple[CodeType, int], bool]:
@@ -371,17 +386,17 @@ class LineWatch:
         tried = (code, loop.first, missing)
         if tried in self._read.tried and not self._begins_another_run(tried):
             missing, to_end = frozenset(), False  # such a line may be on its way in this very iteration
-        watches = bool(made.watches) and self._read.changes[code, loop.first] < _MOST_CHANGES
+        watches = bool(made.watches) and self._read.changes[code, loop.first] < MOST_CHANGES
         if not (missing or watches or to_end or self._far.can_pass((code, loop.first))):
             return False
         self._read.tried.add((code, loop.first, missing))
-        self._read.changes[code, loop.first] += _CHANGES_OF_A_START
+        self._read.changes[code, loop.first] += CHANGES_OF_A_START
         self._begin_skip((code, loop.first), loop, made, missing, to_end=to_end, watches=watches)
         self.sought = Sought(code, loop, missing)
         return True
 
-    def _begin_passing(self, place: tuple[CodeType, int]) -> Callable[[int], bool] | None:
-        passing = self._passings[place] = self._far.passing(place)
+    def _begin_passing(self, place: tuple[CodeType, int], left: int | None) -> Callable[[int], bool] | None:
+        passing = self._passings[place] = self._far.passing(place, left)
         return passing.has_to_run if passing.trends else None
 
     def _begins_another_run(self, tried: Tried) -> bool:
@@ -512,7 +527,10 @@ class LineWatch:
         if first is None or self._comes_back(frame, first):
             return self._line
         self._read.reached[code, first] -= 1
-        self._lengths.learn(frame, first, is_first=(code, first) not in self._begun)
+        is_first = (code, first) not in self._begun
+        self._lengths.learn(frame, first, is_first=is_first)
+        if is_first:
+            self._read.begin_again((code, first))
         if not self._iterations[code, first]:
             self._learn_end(frame, first)
         self._iterates(code, first)
@@ -619,6 +637,7 @@ class LineWatch:
                 frame,
                 lambda: not self.is_cut_short and (items is None or self._takes(items)),
                 lambda count: items is not None and self.has_to_run(items, count),
+                self._lengths.left(place) if (left := left_of(items)) is None else left,
             )
         self.forget_names(frame, skip.names)
         if skip.is_over:
@@ -626,14 +645,24 @@ class LineWatch:
             if skip.to_end and not (skip.is_exhausted or skip.is_reached):  # it took too long, or nobody can count it
                 self._ends[place] = _MOST_ENDS
             self._end_passing(place, skip)
+            made = self._read.loops[place]
             own = (line for line in map(abs, skip.unsure_lines) if first <= line <= loop.last)
             self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
-            by_chance = (self._read.loops[place].frame_of(abs(line)) for line in skip.chance_lines)
+            by_chance = (made.frame_of(abs(line)) for line in skip.chance_lines)
             self.unsure += [each for each in by_chance if each is not None]
             found_one = skip.is_changing or skip.is_reached
-            if skip.watches:
-                changes = self._read.changes[place] - _CHANGES_OF_A_START + 1
-                self._read.changes[place] = changes if found_one else _MOST_CHANGES
+            self._lengths.pass_over(place, skip.passed)
+            if skip.watched.is_changing:
+                self._read.growing.add(place)
+            if skip.watched.is_on:
+                changes = self._read.changes[place] - CHANGES_OF_A_START + 1
+                self._read.changes[place] = changes if found_one else MOST_CHANGES
+                if found_one and changes >= MOST_CHANGES:
+                    each_size = (
+                        made.frame_of(line) or Frame(code.co_filename, line, code.co_qualname)
+                        for line in skip.watched.lines()
+                    )
+                    self.changing += each_size
             self._read.reached[place] = skip.steps if skip.is_reached else 0
             if skip.is_changing:  # the lines that it was for are still to come
                 self._read.tried = {each for each in self._read.tried if each[:2] != place}

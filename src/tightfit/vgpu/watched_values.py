@@ -1,0 +1,113 @@
+"""Values of a loop's iterations that may decide sizes: an iteration with a value that never ran has to run.
+
+A value that changes too often for that runs only where it is larger, or smaller, than ever before.
+"""
+
+from collections.abc import Collection, Iterable
+
+from tightfit.vgpu.inlined_loop import HOLDS
+
+Values = dict[str, object]
+"""Values of watched expressions by their keys."""
+Seen = set[frozenset[tuple[str, object]]]
+
+
+class WatchedValues:
+    """The watched values of one loop while its iterations are passed over."""
+
+    def __init__(self, seen: Seen | None = None, *, is_on: bool = True, only_extremes: bool = False) -> None:
+        """`seen` has the values of iterations that ran, and takes those of the next.
+
+        `is_on`: sizes are watched, not conditions alone. `only_extremes`: only the largest and the smallest count.
+        """
+        self._seen: Seen = set() if seen is None else seen
+        self.is_on, self.only_extremes = is_on, only_extremes
+        self.sizes: Values = {}
+        """Values in the iteration that ran before any is passed over."""
+        self.conditions: Values = {}
+        """Conditions that always came out as they do now."""
+        self.is_changing = False
+        """True if an iteration has a new size."""
+        self._chosen: frozenset[int] | None = None
+        """Iterations to run, by the number that were passed over before; None if any new value counts."""
+
+    def start(self, steady: Values, ran: Collection[int]) -> None:
+        """Take what the iteration that ran came to, but for values that change each time; `ran` are lines that ran."""
+        conditions = {key: value for key, value in steady.items() if key.startswith(HOLDS)}
+        self.sizes = {key: value for key, value in steady.items() if not key.startswith(HOLDS)}
+        self._seen |= {frozenset({each}) for each in conditions.items()}
+        held = (key for key in conditions if int(key.removeprefix(HOLDS).split(":")[0]) in ran)
+        self._seen |= {frozenset({(key, True)}) for key in held}
+        self.conditions = {
+            key: value for key, value in conditions.items() if frozenset({(key, not value)}) not in self._seen
+        }
+        self._seen.add(frozenset(self.sizes.items()))
+
+    def choose(self, ahead: Iterable[Values]) -> None:
+        """Let only those of the next iterations run in which a value is larger, or smaller, than in any that ran."""
+        ran: dict[str, list[object]] = {key: [] for key in self.sizes}
+        for key, value in (each for values in self._seen for each in values):
+            if key in ran:
+                ran[key].append(value)
+        extremes = {key: Extremes(values) for key, values in ran.items()}
+        for number, found in enumerate(ahead):
+            for key in extremes.keys() & found.keys():
+                extremes[key].note(found[key], number)
+        self._chosen = frozenset().union(*(each.chosen() for each in extremes.values()))
+
+    def lines(self) -> list[int]:
+        """Lines of the values that may decide sizes, as the loop's statements are moved."""
+        places = (key.split(":") for key in self.sizes)
+        return sorted({int(offset) + int(line) for offset, line, *_ in places})
+
+    def has_turned(self, found: Values) -> bool:
+        """Return True for an iteration in which a condition comes out otherwise than ever before."""
+        turned = {key for key, value in self.conditions.items() if found.get(key, value) != value}
+        self._seen |= {frozenset({(key, found[key])}) for key in turned}
+        return bool(turned)
+
+    def has_to_run(self, number: int, found: Values) -> bool:
+        """Return True for an iteration with new values, before which `number` were passed over."""
+        if all(found.get(key, value) == value for key, value in self.sizes.items()):
+            return False
+        values = frozenset((key, found.get(key, value)) for key, value in self.sizes.items())
+        if values in self._seen or not (self._chosen is None or number in self._chosen):
+            return False
+        self._seen.add(values)
+        self.is_changing = True
+        return True
+
+
+class Extremes:
+    """The largest and the smallest value of an expression in the iterations ahead."""
+
+    def __init__(self, ran: Iterable[object]) -> None:
+        """`ran` are its values in iterations that ran."""
+        self._largest: object = None
+        self._smallest: object = None
+        self._at: dict[bool, int] = {}
+        """Iterations with the largest value (True) and the smallest, if they exceed those that ran."""
+        for value in ran:
+            self.note(value, -1)
+        self._at.clear()
+
+    def note(self, value: object, number: int) -> None:
+        """Take the value in an iteration; those that cannot be compared count as alike."""
+        if self._largest is None:
+            self._largest = self._smallest = value
+        if _exceeds(value, self._largest):
+            self._largest, self._at[True] = value, number
+        if _exceeds(self._smallest, value):
+            self._smallest, self._at[False] = value, number
+
+    def chosen(self) -> frozenset[int]:
+        return frozenset(self._at.values())
+
+
+def _exceeds(one: object, other: object) -> bool:
+    match one, other:
+        case (int(), int()):
+            return one > other
+        case (tuple(), tuple()):
+            return len(one) == len(other) and any(map(_exceeds, one, other))
+    return False
