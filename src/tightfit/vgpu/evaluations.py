@@ -296,6 +296,8 @@ class _Ahead:
         """Batches that are not to be dropped."""
         self.is_looked_at = False
         """True once they were looked for."""
+        self.passed = 0
+        """Batches that were dropped."""
 
     def __iter__(self) -> "_Ahead":
         return self
@@ -321,6 +323,7 @@ class _Ahead:
         if len(self.seen_ahead(2)) < 2:
             return False
         batch = self._next.popleft()
+        self.passed += 1
         if len(self.dropped) < _MOST_LOOKED_AT:
             self.dropped.append(batch)
         return True

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from types import FunctionType
+from typing import cast
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import function_node, may_change
+from tightfit.vgpu.plain_branches import ENDS
 from tightfit.vgpu.pure_functions import is_pure
 
 PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
@@ -154,6 +156,8 @@ class Reader:
                 if isinstance(key, ast.Constant):
                     self.read[text] = item
                 return item
+            case ast.Call(func=ast.Name(id=name), args=[of]) if name == ENDS and ENDS in self._names:
+                return cast("Callable[[object], bool]", self._names[ENDS])(self.value(of))
             case ast.Call(func=ast.Name(id="len"), args=[of], keywords=[]):
                 return self._length(node, self.value(of))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
@@ -298,7 +302,7 @@ def known_part(test: ast.expr, knows: Callable[[ast.expr], bool]) -> ast.expr | 
     return ast.BoolOp(test.op, parts) if len(parts) > 1 else (parts[0] if parts else None)
 
 
-_CHANCE = ("next", "random", "rand", "randint", "randrange", "uniform", "choice", "bernoulli")
+_CHANCE = ("next", ENDS, "random", "rand", "randint", "randrange", "uniform", "choice", "bernoulli")
 
 
 def is_chance(node: ast.AST) -> bool:

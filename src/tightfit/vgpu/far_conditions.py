@@ -295,7 +295,8 @@ def _read(reader: Reader, each_input: ast.expr) -> object:
 def _plain(value: object) -> object:
     """Return numbers, text and short collections of them as they are, and one object for everything else."""
     if isinstance(value, (tuple, list, set, frozenset, dict)):
-        is_plain = len(value) <= _MOST_ITEMS and all(isinstance(each, (int, float, str)) for each in value)
+        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        is_plain = len(value) <= _MOST_ITEMS and all(isinstance(each, (int, float, str)) for each in parts)
     else:
         is_plain = isinstance(value, (int, float, str, range, type(None)))
     return value if is_plain else _OBJECT

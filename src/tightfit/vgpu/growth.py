@@ -6,7 +6,7 @@ from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.unplayed import LineWatch, Sought
 
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 16
 """A list of losses on the card grows, too, without making a difference."""
 _SECONDS = 40.0
 """Seconds of the processor for playing such lines again."""
@@ -19,22 +19,30 @@ class Growth:
         self._recorder, self._lines = recorder, lines
         self._before: dict[Sought, int] = {}
         """Lines that iterations were passed over for, and the bytes that repeating steps held before them."""
+        self._grown: list[Sought] = []
+        """Those of them after which more was held, until a step tells which of the lines run in each."""
         self._begun: float | None = None
         self._again: list[Frame] = []
         """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""
 
     def again(self) -> list[Frame]:
-        """List the lines to play again, because they ran and left more allocated than before."""
+        """List the lines to play again, because they ran, do not run in each step, and left more allocated."""
         now = time.process_time()
+        for sought in self._grown:
+            rare = self._lines.rare_of(sought)
+            if rare.lines and now - (self._begun or now) < _SECONDS:
+                self._again += self._lines.seek_again(rare)
+        self._grown = []
         ran = [each for each in self._before if not self._lines.is_seeking(each)]
         if ran:
             self._again = []
         for sought in ran:
             if self._recorder.allocator.allocated_bytes - self._before.pop(sought) >= _LEAST_BYTES:
                 self._begun = self._begun or now
-                if now - self._begun < _SECONDS:
-                    self._again += self._lines.seek_again(sought)
-        return self._again
+                self._grown.append(sought)
+        if self._grown:
+            self._lines.note_reruns()
+        return [*self._again, *(line for each in self._grown for line in each.frames())]
 
     def note(self) -> None:
         """Remember the allocated bytes if iterations begin to be passed over for lines."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from tightfit.vgpu.expressions import INNER, is_chance, is_computed
 from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.loop_source import allocating_lines, changes_nothing, function_node, head_line, is_harmless
-from tightfit.vgpu.plain_branches import UNKNOWN
+from tightfit.vgpu.plain_branches import ENDS, UNKNOWN
 from tightfit.vgpu.running_loops import SUSPENDS
 
 S = TypeVar("S", bound=ast.stmt)
@@ -358,7 +358,8 @@ class _Builder:
             case ast.Assign(targets=[target], value=value) | ast.AugAssign(target=target, value=value):
                 is_local = isinstance(target, ast.Name) and target.id in scope.values
                 self._learn(statement, scope, depth)
-                made = as_statement(value, made) if is_local else self._in_own_words(made, scope, depth)
+                own = as_statement(self.translated(value, scope, depth), made)
+                made = own if is_local else self._in_own_words(made, scope, depth)
         return [self._placed(made, scope)]
 
     def _learn(self, statement: ast.stmt, scope: _Scope, depth: int) -> None:
@@ -394,7 +395,7 @@ class _Builder:
         """Return a name's expression in the loop's function."""
         if node.id in scope.values:
             return copy.deepcopy(scope.values[node.id])
-        if scope.code is None:
+        if scope.code is None or node.id == ENDS:
             return node
         if node.id not in scope.globals:
             is_builtin = hasattr(builtins, node.id) or node.id in self._code.co_cellvars

@@ -120,7 +120,8 @@ def left_of(items: Any) -> int | None:
     items = within_enumerate(items)
     match items:
         case dataloader._BaseDataLoaderIter():
-            return length_of(items) and len(items) - items._num_yielded
+            dropped = getattr(items._sampler_iter, "passed", 0)
+            return None if length_of(items) is None else len(items) - items._num_yielded - dropped
         case zip():
             each = [left for part in items.__reduce__()[1] if (left := left_of(part)) is not None]
             return min(each, default=None)

@@ -1,13 +1,16 @@
-"""Statements that choose, written as `if`: `test and call()` and `match`.
+"""Statements that choose, written as `if`: `test and call()`, `match`, and `next` with `except StopIteration`.
 
 Who reads a loop needs to know one kind of branch only. Every statement keeps its place in the file.
 """
 
 import ast
 from collections.abc import Sequence
+from typing import TypeGuard
 
 UNKNOWN = "tightfit.unknown"
 """Name, which no script can have, for what only the script could tell."""
+ENDS = "tightfit.ends"
+"""The same for a function that tells if an iterator is at its end."""
 
 
 class AsIf(ast.NodeTransformer):
@@ -37,6 +40,22 @@ class AsIf(ast.NodeTransformer):
             made.end_lineno, made.end_col_offset = node.end_lineno, node.end_col_offset
             chain = [ast.fix_missing_locations(made)]
         return [_placed(ast.Expr(node.subject), node.subject), *chain]
+
+    def visit_Try(self, node: ast.Try) -> ast.AST | list[ast.stmt]:
+        """Write `try: item = next(items)` with `except StopIteration:` as `if` the items are at their end."""
+        self.generic_visit(node)
+        taken = [each for statement in node.body for each in ast.walk(statement) if is_next(each)]
+        ends = [each for each in node.handlers if isinstance(each.type, ast.Name) and each.type.id == "StopIteration"]
+        if not taken or len(ends) != 1 or len(node.handlers) != 1 or node.finalbody:
+            return node
+        test = ast.Call(ast.Name(ENDS, ast.Load()), [taken[0].args[0]], [])
+        test.lineno, test.col_offset = test.end_lineno, test.end_col_offset = node.lineno, node.col_offset
+        return _placed(ast.If(test, ends[0].body, [*node.body, *node.orelse]), node)
+
+
+def is_next(node: ast.AST) -> TypeGuard[ast.Call]:
+    """Return True for `next(items)`."""
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "next" and len(node.args) == 1
 
 
 def _placed(made: ast.stmt, at: ast.AST) -> ast.stmt:

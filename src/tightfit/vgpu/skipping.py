@@ -11,11 +11,14 @@ import copy
 import operator
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import CodeType, FrameType
 from typing import TypeGuard, cast
 
 from torch import Tensor
 
+from tightfit.vgpu.ending_iterators import EndingIterators, begins_alike
 from tightfit.vgpu.expressions import (
     INNER,
     NUMBERS,
@@ -30,11 +33,14 @@ from tightfit.vgpu.expressions import (
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
+from tightfit.vgpu.plain_branches import ENDS, is_next
 from tightfit.vgpu.watched_values import Values, WatchedValues
 
 _SECONDS = 10.0
 """Time for passing over iterations of one loop, after which they run again."""
 _MOST_CUT_OFF = 3
+_TAKE, _ANEW = "tightfit.take", "tightfit.anew"
+"""Names, which no script can have, of functions that count what is taken of an iterator."""
 
 
 class _Reduced:
@@ -47,8 +53,10 @@ class _Reduced:
         ran: Collection[int],
         lengths: Mapping[int, int],
         lists: Collection[str] = (),
+        ending: Collection[str] = (),
     ) -> None:
-        """`lists` are expressions of lists whose lengths the loop reads."""
+        """`lists` are expressions of lists whose lengths the loop reads, `ending` of iterators whose end it handles."""
+        self._ending = ending
         self._reader, self._missing, self._ran, self._lengths, self._lists = reader, missing, ran, lengths, lists
         self.unknown: set[int] = set()
         """Lines of `missing` behind a condition that only the script could tell."""
@@ -70,6 +78,7 @@ class _Reduced:
     def body(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
         kept: list[ast.stmt] = []
         for statement in statements:
+            kept += self._next_items(statement)
             match statement:
                 case ast.If():
                     kept += self._branch(statement)
@@ -100,6 +109,18 @@ class _Reduced:
                     kept.append(statement)
         self.set_anew -= self._added_to
         return kept
+
+    def _next_items(self, statement: ast.stmt) -> list[ast.stmt]:
+        """Return what a statement does with iterators whose end the loop handles: takes an item, or begins anew."""
+        match statement:
+            case ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id="iter"), args=[items])):
+                text = ast.unparse(target)
+                if text in self._ending and self._reader.knows(items) and begins_alike(self._reader.value(items)):
+                    return [_call(_ANEW, ast.Constant(text), ast.parse(text, mode="eval").body, items)]
+            case ast.Assign() | ast.Expr() | ast.AugAssign() | ast.AnnAssign():
+                taken = [each.args[0] for each in ast.walk(statement) if is_next(each)]
+                return [_call(_TAKE, each) for each in taken if ast.unparse(each) in self._ending]
+        return []
 
     def _count(self, text: str, value: ast.expr, *, is_added: bool) -> None:
         self.counters[text] = ast.parse(text, mode="eval").body
@@ -157,6 +178,10 @@ class _Reduced:
             self.by_chance |= behind if any(map(is_chance, ast.walk(statement.test))) else set()
             return self.body(statement.orelse) if statement.body[0].lineno not in self._ran else []
         body, other = (self._taken(each) for each in (statement.body, statement.orelse))
+        if _is_end(test):
+            test = ast.Call(test.func, [*test.args, ast.Constant(ast.unparse(test.args[0]))], [])
+            if not any(map(_begins_anew, body)):
+                body = [_PLAY]  # nobody knows how the iterator goes on
         return [ast.If(test, body or [ast.Pass()], other)] if body or other else []
 
     def _taken(self, block: list[ast.stmt]) -> list[ast.stmt]:
@@ -183,6 +208,19 @@ class _Reduced:
         return numbers and self._reader.has(target)
 
 
+def _call(name: str, *arguments: ast.expr) -> ast.stmt:
+    return ast.Expr(ast.Call(ast.Name(name, ast.Load()), list(arguments), []))
+
+
+def _is_end(test: ast.AST) -> TypeGuard[ast.Call]:
+    return isinstance(test, ast.Call) and getattr(test.func, "id", "") == ENDS
+
+
+def _begins_anew(statement: ast.stmt) -> bool:
+    calls = (each for each in ast.walk(statement) if isinstance(each, ast.Call))
+    return any(getattr(each.func, "id", "") == _ANEW for each in calls)
+
+
 def _is_call(node: ast.expr, name: str) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
 
@@ -191,6 +229,23 @@ _MOST_INNER = 1_000_000
 """Iterations of such a loop up to which it is followed."""
 _PLAY = ast.parse("assert False").body[0]
 _NEXT = ast.parse("raise StopIteration").body[0]
+
+
+HasThose = Callable[[object, int], bool]
+"""Tells if so many next items of an iterator hold one that is not to be taken away."""
+
+
+@dataclass(frozen=True)
+class LoopItems:
+    """Items of the loop whose iterations are passed over."""
+
+    left: int | None
+    """Items that a `for` loop has left; None if nobody knows."""
+    advance: Callable[[], bool]
+    """Takes the next item away; False if there is none."""
+    has_to_run: Callable[[int], bool]
+    """Tells if so many next items hold one that is not to be taken away."""
+    has_those: HasThose
 
 
 class Skip:
@@ -227,6 +282,8 @@ class Skip:
         self._lists = {
             ast.unparse(each.args[0]) for each in ast.walk(node) if isinstance(each, ast.Call) and _has_length(each)
         }
+        self._ending = {ast.unparse(each.args[0]) for each in ast.walk(node) if _is_end(each)}
+        self._ends = EndingIterators()
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
         self._inner_counters, self._set_anew = set[str](), set[str]()
@@ -250,16 +307,17 @@ class Skip:
         self.is_over = False
         """True when the next iteration has to run, or nothing more can be passed."""
 
-    def at_head(
-        self, frame: FrameType, advance: Callable[[], bool], has_to_run: Callable[[int], bool], left: int | None
-    ) -> None:
-        """Pass over as many iterations as can be, at the line of the loop.
+    def at_head(self, frame: FrameType, items: LoopItems) -> None:
+        """Pass over as many iterations as can be, at the line of the loop."""
+        self.names = frame.f_locals  # read once: Python writes what changes there back
+        self.names |= {ENDS: self._ends.is_at_end, _TAKE: self._ends.take, _ANEW: self._ends.begin_anew}
+        try:
+            self._follow(frame, self.names, frame.f_globals, items)
+        finally:
+            for name in (ENDS, _TAKE, _ANEW):
+                del self.names[name]
 
-        `advance` takes the next item of a `for` loop away; False if there is none. `has_to_run` is True if so many
-        items hold one that is not to be taken away. `left` is how many a `for` loop has left; None if nobody knows.
-        """
-        self.names, others = frame.f_locals, frame.f_globals  # read once: Python writes what changes there back
-        names = self.names
+    def _follow(self, frame: FrameType, names: dict[str, object], others: dict[str, object], items: LoopItems) -> None:
         if self._before is None:
             cut_off = self._cut_off
             expected = self._expected(frame, names, others)
@@ -269,30 +327,35 @@ class Skip:
         self._compare(*self._before, names, others)
         code, reduced, _ = self._code(frame, names, others)
         until = time.monotonic() + _SECONDS
-        self._far = self._begin_far(left) if self._begin_far is not None else None
+        self._far = self._begin_far(items.left) if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
         steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
         self.watched.start(steady, self._ran)
-        most = left if isinstance(self._node, ast.For) else _MOST_INNER
+        most = items.left if isinstance(self._node, ast.For) else _MOST_INNER
         if self.watched.only_extremes and self.watched.sizes and most is not None:
             before = self._values(reduced, names, others)
             self.watched.choose(self._ahead(code, names, others, most))
             self._restore(before, reduced, names, others)
         goes_on = is_counting and self._has_aim(reduced)
+        assign = partial(_assign, names, others)
+        self._ends.is_passing = True
         while goes_on and time.monotonic() < until:
             before = self._values(reduced, names, others)
-            if has_to_run(self.steps) or not self._runs(code, names, others, self.steps):
+            if items.has_to_run(self.steps) or not self._runs(code, names, others, self.steps, items.has_those):
                 self._restore(before, reduced, names, others)
                 self.is_reached = True
                 break
+            self._ends.keep(assign)
             self.unsure_lines, self.chance_lines = frozenset(reduced.unknown), frozenset(reduced.by_chance)
-            taken = sum(advance() for _ in range(self.steps))
+            taken = sum(items.advance() for _ in range(self.steps))
             self.passed += taken
             goes_on = taken == self.steps
             self.is_exhausted = not goes_on
             if not goes_on:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
-                self._runs(code, names, others, taken)
+                self._runs(code, names, others, taken, items.has_those)
+                self._ends.keep(assign)
+        self._ends.put_back(assign)
         _forget_inner_counters(names)
         self.is_over = True
 
@@ -316,7 +379,9 @@ class Skip:
         goes_to_end = self.to_end and (reduced.has_end or isinstance(self._node, ast.For)) and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end
 
-    def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int) -> bool:
+    def _runs(
+        self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int, has_those: HasThose
+    ) -> bool:
         """Count so many iterations; False if one of them has to run."""
         for number in range(count):
             if self._far is not None and self._far(self.passed + number):
@@ -335,7 +400,7 @@ class Skip:
             if self.watched.has_to_run(self.passed + number, found):
                 self.is_changing = True
                 return False
-        return True
+        return not any(has_those(iterator, taken) for iterator, taken in self._ends.counted())
 
     def _steady(
         self, code: CodeType, reduced: _Reduced, names: dict[str, object], others: dict[str, object]
@@ -356,7 +421,7 @@ class Skip:
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
     ) -> tuple[CodeType, _Reduced, dict[str, object]]:
         reader = Reader(names, others, self._unsure)
-        reduced = _Reduced(reader, self._missing, self._ran, self._lengths(), self._lists)
+        reduced = _Reduced(reader, self._missing, self._ran, self._lengths(), self._lists, self._ending)
         body = reduced.body(self._node.body)
         if isinstance(self._node, ast.While):
             body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))
@@ -383,21 +448,14 @@ class Skip:
     def _restore(
         self, values: dict[str, object], reduced: _Reduced, names: dict[str, object], others: dict[str, object]
     ) -> None:
-        reader = Reader(names, others, frozenset())
+        self._ends.back()
         for text, value in values.items():
             target = reduced.counters[text]
             if isinstance(target, ast.Call) and isinstance(value, int):  # a list's length
+                reader = Reader(names, others, frozenset())
                 del cast("list[object]", reader.value(target.args[0]))[value:]
-            elif isinstance(target, ast.Attribute):
-                setattr(reader.value(target.value), target.attr, value)
-            elif isinstance(target, ast.Subscript):
-                operator.setitem(
-                    cast("dict[object, object]", reader.value(target.value)), reader.value(target.slice), value
-                )
-            elif text in names:
-                names[text] = value
             else:
-                others[text] = value
+                _assign(names, others, text, value)
 
     def _expected(
         self, frame: FrameType, names: dict[str, object], others: dict[str, object]
@@ -435,6 +493,20 @@ class Skip:
         if smaller & self._inner_counters:  # its batches between were left out, so it ended with a smaller number
             wrong -= self._set_anew & smaller
         self._unsure = frozenset(wrong)
+
+
+def _assign(names: dict[str, object], others: dict[str, object], text: str, value: object) -> None:
+    """Assign to a name, an attribute or an item of a running function."""
+    reader = Reader(names, others, frozenset())
+    match ast.parse(text, mode="eval").body:
+        case ast.Attribute(value=owner, attr=name):
+            setattr(reader.value(owner), name, value)
+        case ast.Subscript(value=owner, slice=key):
+            operator.setitem(cast("dict[object, object]", reader.value(owner)), reader.value(key), value)
+        case _ if text in names:
+            names[text] = value
+        case _:
+            others[text] = value
 
 
 def _forget_inner_counters(names: dict[str, object]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Hashable
 from types import FrameType
+from typing import NamedTuple
 
 from tightfit.vgpu.accumulation import Accumulation
 from tightfit.vgpu.evaluations import Evaluations
@@ -30,6 +31,8 @@ _PLAY_ON_S = 20.0
 """Seconds of the processor that repeating steps play on for lines of the loop, or after it, that did not run yet."""
 _WAIT_ON_S = 120.0
 """The same by the clock, for a script that waits, or a busy machine."""
+_KEPT_BYTES = 1 << 16
+"""Bytes kept of a step for which it counts as unlike the one before."""
 _LISTED_UNPLAYED = 10
 _CALM_STEPS = 16
 """Steps without a higher peak from which a loop whose steps differ can be left."""
@@ -37,6 +40,25 @@ _CALM_STEPS_BEFORE_LONGEST = 4
 """The same where the batch with the longest sample is played before the loop ends."""
 _EPOCHS_OF_TRAINER = 2
 """Epochs of a library's trainer that are played up to their last batch."""
+
+
+class _Step(NamedTuple):
+    """What one optimizer step took."""
+
+    allocations: tuple[int, ...]
+    peak: int
+    reserved: int
+    """Highest reserved bytes."""
+    held: int
+    """Bytes that are allocated after it."""
+
+    def raises_none(self, before: "_Step") -> bool:
+        """Return True if no peak is higher than after the step before."""
+        return self[1:3] == before[1:3]
+
+    def repeats(self, before: "_Step | None") -> bool:
+        """Return True for a step like an earlier one; what is kept of each step may reach a peak again later."""
+        return before is not None and self[:3] == before[:3] and self.held - before.held < _KEPT_BYTES
 
 
 class Stopping:
@@ -49,8 +71,8 @@ class Stopping:
         self.not_played: list[Frame] = []
         """Lines that an early stop left out, although they may allocate."""
         self._mark = 0
-        self._last: deque[tuple[tuple[int, ...], int, int]] = deque(maxlen=_LONGEST_ROUND)
-        """Latest steps, the last one first: their allocations and the peaks after them."""
+        self._last: deque[_Step] = deque(maxlen=_LONGEST_ROUND)
+        """Latest steps, the last one first."""
         self._equal = [0] * _LONGEST_ROUND
         """For a round of 1, 2, ... steps: steps in a row that were equal to the one a round before."""
         self._repeated: set[tuple[int, ...]] = set()
@@ -91,10 +113,11 @@ class Stopping:
         if steps == 1:
             self._evaluated = self._phases.evaluated
         recorder = self._recorder
-        step = (self._pattern(), recorder.peak_allocated, recorder.allocator.peak_reserved_bytes)
-        self._calm = self._calm + 1 if self._last and self._last[0][1:] == step[1:] else 0
+        allocator = recorder.allocator
+        step = _Step(self._pattern(), recorder.peak_allocated, allocator.peak_reserved_bytes, allocator.allocated_bytes)
+        self._calm = self._calm + 1 if self._last and step.raises_none(self._last[0]) else 0
         earlier = itertools.zip_longest(self._last, self._equal)
-        self._equal = [count + 1 if step == before else 0 for before, count in earlier]
+        self._equal = [count + 1 if step.repeats(before) else 0 for before, count in earlier]
         if self._repeats_again(step):
             self._equal[0] = max(self._equal[0], _STABLE_ROUNDS)
         self._last.appendleft(step)
@@ -105,10 +128,10 @@ class Stopping:
         elif self._settings.until_stable:
             self._end_if_stable(steps, has_optimizer=has_optimizer)
 
-    def _repeats_again(self, step: tuple[tuple[int, ...], int, int]) -> bool:
+    def _repeats_again(self, step: _Step) -> bool:
         """Return True for a step that repeated before, raises no peak, and is not on the way to an epoch's end."""
-        raises_none = bool(self._last) and self._last[0][1:] == step[1:]
-        return step[0] in self._repeated and raises_none and not self._evaluations.is_ending()
+        raises_none = bool(self._last) and step.raises_none(self._last[0])
+        return step.allocations in self._repeated and raises_none and not self._evaluations.is_ending()
 
     def shorten_evaluations(self) -> None:
         """Shorten evaluations, too, from now on."""
@@ -159,7 +182,7 @@ class Stopping:
             return
         if loop is not None and loop.place.file.endswith(trainers.FILES) and self._asks_trainer(frame, loop):
             if self._equal[0] >= _STABLE_ROUNDS and trainers.ends_when_asked(loop.place.file):
-                self._repeated.add(self._last[0][0])
+                self._repeated.add(self._last[0].allocations)
             self._equal = [0] * _LONGEST_ROUND
             return
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
@@ -255,7 +278,7 @@ class Stopping:
 
     def _state(self, size: int) -> Hashable:
         """Describe the steps that repeat: their allocations, and the allocated bytes if a round is one step."""
-        patterns = frozenset(step[0] for step, _ in zip(self._last, range(size), strict=False))
+        patterns = frozenset(step.allocations for step, _ in zip(self._last, range(size), strict=False))
         return patterns, self._recorder.allocator.allocated_bytes if len(patterns) == 1 else 0
 
     def _leaves_loops(self, frame: FrameType, loop: TrainingLoop | None, state: Hashable) -> bool:

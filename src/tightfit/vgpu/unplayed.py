@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FrameType
@@ -55,7 +55,7 @@ from tightfit.vgpu.running_loops import (
     own_frames,
     package_frames,
 )
-from tightfit.vgpu.skipping import Skip, closed_lines, lines_in_reach
+from tightfit.vgpu.skipping import LoopItems, Skip, closed_lines, lines_in_reach
 from tightfit.vgpu.watched_values import WatchedValues
 
 _SECONDS_TO_LEAVE = 3.0
@@ -72,6 +72,9 @@ class Sought(NamedTuple):
     code: CodeType
     loop: Loop
     lines: frozenset[int]
+
+    def frames(self) -> list[Frame]:
+        return [Frame(self.code.co_filename, abs(line), self.code.co_qualname) for line in self.lines]
 
 
 class LineWatch:
@@ -97,6 +100,9 @@ class LineWatch:
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._ran: dict[CodeType, set[int]] = {}
         """Lines that ran; negative for the body of an `if` on its line."""
+        self._reruns: defaultdict[CodeType, set[int]] = defaultdict(set)
+        """The same since some moment, if they are noted."""
+        self._notes_reruns = False
         self._followed: dict[int, CodeType] = {}
         """These functions' code by its identity: to hash code costs more than the rest of a call."""
         self._modules: set[object] = set()
@@ -417,7 +423,20 @@ class LineWatch:
         """Let the lines of a loop be looked for once more, and list them."""
         code = sought.code
         self._read.tried = {each for each in self._read.tried if each[0] is not code or not each[2] & sought.lines}
-        return [Frame(code.co_filename, abs(line), code.co_qualname) for line in sought.lines]
+        return sought.frames()
+
+    def note_reruns(self) -> None:
+        """Begin to note which lines run from now on."""
+        self._reruns.clear()
+        self._notes_reruns = True
+
+    def rare_of(self, sought: Sought) -> Sought:
+        """Return those of the lines that did not run since `note_reruns`, and note no more."""
+        self._notes_reruns = False
+        reruns = self._reruns
+        made = self._read.loops[sought.code, sought.loop.first]
+        often = made.lines_of(lambda code: reruns.get(code, set())) | reruns.get(sought.code, set())
+        return sought._replace(lines=sought.lines - often)
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
@@ -521,6 +540,8 @@ class LineWatch:
             if event == "opcode":
                 return self._line
         self._ran[code].add(frame.f_lineno)
+        if self._notes_reruns:
+            self._reruns[code].add(frame.f_lineno)
         if event == "return":
             self._far.returned(frame)
         first = self._heads[code].get(frame.f_lineno) if event == "line" else None
@@ -633,12 +654,9 @@ class LineWatch:
             del self._skips[place]
             return
         with self._passing():
-            skip.at_head(
-                frame,
-                lambda: not self.is_cut_short and (items is None or self._takes(items)),
-                lambda count: items is not None and self.has_to_run(items, count),
-                self._lengths.left(place) if (left := left_of(items)) is None else left,
-            )
+            left = self._lengths.left(place) if (seen := left_of(items)) is None else seen
+            takes = partial(self._takes_next, items)
+            skip.at_head(frame, LoopItems(left, takes, partial(self._has_to_run, items), self.has_to_run))
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
@@ -670,6 +688,13 @@ class LineWatch:
                 self._read.tried = {
                     each for each in self._read.tried if each[0] is not code or not first < each[1] <= loop.last
                 }
+
+    def _takes_next(self, items: object) -> bool:
+        """Take an item of a `for` loop away; False if there is none, or no more time."""
+        return not self.is_cut_short and (items is None or self._takes(items))
+
+    def _has_to_run(self, items: object, count: int) -> bool:
+        return items is not None and self.has_to_run(items, count)
 
     def _end_passing(self, place: tuple[CodeType, int], skip: Skip) -> None:
         passing = self._passings.pop(place, None)
