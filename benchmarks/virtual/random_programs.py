@@ -244,7 +244,7 @@ HABITS = (
         after="if step >= {moment}:\n    score = critic(logits.detach()).mean()\n    critic_optimizer.zero_grad()\n    score.backward()\n    critic_optimizer.step()",
     ),
     Habit(
-        each_epoch="confusion = torch.zeros(VOCAB, VOCAB, device=device)\nwith torch.no_grad():\n    for x, y in test_loader:\n        guess = net(x.to(device)).argmax(-1).flatten()\n        confusion.index_put_((y.to(device).flatten(), guess), torch.ones(guess.shape, device=device), accumulate=True)\nprint(confusion.diag().sum().item())",
+        each_epoch="confusion = torch.zeros(512, 512, device=device)\nwith torch.no_grad():\n    for x, y in test_loader:\n        guess = net(x.to(device)).argmax(-1).flatten()\n        confusion.index_put_((y.to(device).flatten() % 512, guess % 512), torch.ones(guess.shape, device=device), accumulate=True)\nprint(confusion.diag().sum().item())",
     ),
     Habit(
         after="worst_losses = F.cross_entropy(logits.detach().flatten(0, 1), y.flatten(), reduction='none')\nhard = worst_losses.topk(4).indices\nif step % {often} == 1:\n    print(hard.tolist())",
@@ -384,10 +384,10 @@ def script(seed: int) -> str:
     choose = rng.choice
     numbers = {
         "seed": seed,
-        "vocab": choose((500, 1000, 4000)),
+        "vocab": choose((8000, 16_000, 50_000)),
         "epochs": rng.randrange(3, 7),
         "batch": choose((4, 6, 8)),
-        "width": choose((64, 128)),
+        "width": choose((256, 512)),
         "depth": choose((1, 2)),
         "samples": rng.randrange(90, 260),
         "length": choose((32, 48, 64)),

@@ -186,6 +186,10 @@ class Evaluations:
         self.found_longer = False
         return self.can_find_longest() and self.end_epoch() and self.found_longer
 
+    def has_batches(self) -> bool:
+        """Return True if a DataLoader was asked for a batch of a dataset with numbered items."""
+        return _is_of_map(self._latest())
+
     def can_find_longest(self) -> bool:
         """Return True if the samples of the DataLoader that was asked last can be looked at, and may differ in size."""
         batches = self._latest()

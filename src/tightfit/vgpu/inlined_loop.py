@@ -67,6 +67,8 @@ class InlinedLoop:
     """Those of them with their body on the line of the `if`."""
     watches: int = 0
     """Expressions of the counters that may decide sizes."""
+    collecting: set[int] = field(default_factory=set)
+    """Lines behind conditions that put tensors of the card into a list or a dictionary, as they are moved."""
 
     def missing(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
         """Lines that may allocate in these functions, behind conditions of the counters or of chance, and never ran."""
@@ -122,6 +124,18 @@ class ReadLoops:
     """Runs of loops in which their sizes were looked at again."""
     growing: set[tuple[CodeType, int]] = field(default_factory=set)
     """Loops in which a size changed."""
+    collected: set[tuple[CodeType, int]] = field(default_factory=set)
+    """Loops whose lines that collect tensors were looked for a second time."""
+
+    def has_to_collect(self, place: tuple[CodeType, int]) -> bool:
+        """Return True if what a loop collects behind conditions was not looked at a second time: it may grow."""
+        return place not in self.collected and bool(self.loops[place].collecting)
+
+    def collect(self, place: tuple[CodeType, int]) -> set[int]:
+        """Return the lines to look for a second time, once."""
+        lines = self.loops[place].collecting if self.has_to_collect(place) else set[int]()
+        self.collected.add(place)
+        return lines
 
     def begin_again(self, place: tuple[CodeType, int]) -> None:
         """Let the sizes of a loop that runs once more be watched again: they may go on growing."""
@@ -217,6 +231,7 @@ class _Builder:
     def __init__(self, made: InlinedLoop, look: Look, code: CodeType, names: Mapping[str, object]) -> None:
         self._made, self._look, self._code, self._names = made, look, code, names
         self._left = _MOST_STATEMENTS
+        self._branches = 0
         self._tests: list[ast.expr] = []
 
     def count_tests(self) -> None:
@@ -255,6 +270,9 @@ class _Builder:
             case ast.While() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 return [self._placed(copy.deepcopy(statement), scope)]
         values = [each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.expr)]
+        holder = _collected_in(statement) if self._branches else None
+        if holder is not None and _holds_tensors(self._look(self.translated(holder, scope, depth))):
+            self._made.collecting.add(scope.offset + statement.lineno)
         before = [each for value in values for each in self._simple(value, scope, depth)]
         return [*before, *self._kept(statement, scope, depth)]
 
@@ -267,11 +285,13 @@ class _Builder:
         scope: _Scope,
         depth: int,
     ) -> ast.If:
+        self._branches += 1
         made = ast.If(
             self.translated(test, scope, depth),
             self.statements(body, scope, depth) or [ast.copy_location(ast.Pass(), statement)],
             self.statements(other, scope, depth),
         )
+        self._branches -= 1
         if scope.code is not None:
             self._made.put_in.append(made)
             if isinstance(statement, ast.If) and body[0].lineno == statement.lineno:
@@ -463,6 +483,24 @@ class _Builder:
             for part, each_value in pairs:
                 if isinstance(part, ast.Name) and part.id in scope.once and part.id in scope.values:
                     scope.values[part.id] = ast.fix_missing_locations(ast.copy_location(each_value, statement))
+
+
+def _collected_in(statement: ast.stmt) -> ast.expr | None:
+    """Return the list or dictionary that a statement puts something into."""
+    match statement:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend"))):
+            return holder
+        case ast.Assign(targets=[ast.Subscript(value=holder)]):
+            return holder
+    return None
+
+
+def _holds_tensors(holder: object) -> bool:
+    """Return True if the latest entry of a list or dictionary has a tensor of the card."""
+    entries = list(holder.values()) if isinstance(holder, dict) else holder
+    latest = entries[-1:] if isinstance(entries, list) else []
+    parts = [part for each in latest for part in (each if isinstance(each, (tuple, list)) else [each])]
+    return any(isinstance(each, Tensor) and each.is_cuda for each in parts)
 
 
 def _is_short(items: Sequence[object]) -> bool:

@@ -267,9 +267,9 @@ class Skip:
 
         `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
         the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
-        if nothing is missing. `watched` tells where values that may decide sizes are new. `far` is called when
-        iterations begin to be passed over, with those that are left; it returns a function of their number that is
-        True if the next one has to run, for conditions not in this loop.
+        if nothing is missing, or to its last step if that takes several iterations. `watched` tells where values that
+        may decide sizes are new. `far` is called when iterations begin to be passed over, with those that are left; it
+        returns a function of their number that is True if the next one has to run, for conditions not in this loop.
         """
         self.watched = watched or WatchedValues()
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
@@ -339,10 +339,16 @@ class Skip:
         goes_on = is_counting and self._has_aim(reduced)
         assign = partial(_assign, names, others)
         self._ends.is_passing = True
+        accumulates = self.to_end and self.steps > 1
+        earlier = before = self._values(reduced, names, others)
         while goes_on and time.monotonic() < until:
-            before = self._values(reduced, names, others)
-            if items.has_to_run(self.steps) or not self._runs(code, names, others, self.steps, items.has_those):
-                self._restore(before, reduced, names, others)
+            earlier, before = before, self._values(reduced, names, others)
+            is_last = accumulates and most is not None and most - self.passed <= self.steps
+            has_to_run = is_last or items.has_to_run(self.steps)
+            if has_to_run or not self._runs(code, names, others, self.steps, items.has_those):
+                goes_back = accumulates and self.passed and isinstance(self._node, ast.While) and not self._ending
+                self._restore(earlier if goes_back else before, reduced, names, others)
+                self.passed -= self.steps if goes_back else 0
                 self.is_reached = True
                 break
             self._ends.keep(assign)

@@ -285,6 +285,8 @@ class Stopping:
         """Leave training loops in which all lines ran: by the last batch of their DataLoader, or by a jump."""
         if loop is None or is_package(loop.place) or any(map(loop.has, self._unplayed)):
             return False
+        if self._lines.passes_to_end(frame, has_batches=self._evaluations.has_batches()):
+            return True
         ends = self._evaluations.end_epoch()
         is_ending = self._evaluations.is_ending()
         if not self._ended_epoch and ends:

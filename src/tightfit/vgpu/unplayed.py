@@ -232,6 +232,7 @@ class LineWatch:
                 place, missing = (code, loop.first), made.missing(self.ran)
                 watches = made.watches and self._read.changes[place] < MOST_CHANGES
                 is_tried = any(each[:2] == place and missing <= each[2] for each in self._read.tried)
+                watches = watches or self._read.has_to_collect(place)
                 is_on_its_way = place in self._skips or self._read.reached[place] > 0
                 if watches or is_on_its_way or self._far.is_open(place) or (missing and not is_tried):
                     found.append(Frame(code.co_filename, loop.first, code.co_qualname))
@@ -280,20 +281,33 @@ class LineWatch:
         if epoch_ends and found and found[0][1].has_items:
             del found[0]
         for code, loop in found:
-            if not self._pass_to_end(code, loop):
+            if not (self._counts_for_later(code, loop) and self._pass_to_end(code, loop)):
                 self.leave(code, loop)
         return bool(found)
 
-    def _pass_to_end(self, code: CodeType, loop: Loop) -> bool:
-        """Pass over the iterations that are left of a loop which counts something that is read behind it.
+    def _counts_for_later(self, code: CodeType, loop: Loop) -> bool:
+        """Return True if a loop counts something that is read behind it: a jump would leave the count where it is."""
+        made = self._read.loops.get((code, loop.first))
+        return made is not None and counts_for_later(made.node, code.co_filename, code.co_firstlineno, code.co_name)
 
-        A jump would leave the count where it is. False if nothing is counted, or nobody can count it.
+    def passes_to_end(self, frame: FrameType | None, *, has_batches: bool) -> bool:
+        """Pass over the iterations that are left of the innermost training loop if a step takes several of them.
+
+        Its last step is played, so that what is held behind the loop is what an accumulation leaves there.
+        `has_batches`: a DataLoader's batches, whose number is known.
         """
+        for each, training in self._training_around(frame):
+            for loop in training[-1:]:
+                before, now = (at[each.f_code, loop.first] for at in self._at_steps)
+                is_known = has_batches or loop.first in self._lengths.of({each.f_code: 0})
+                return now - before > 1 and is_known and self._pass_to_end(each.f_code, loop)
+        return False
+
+    def _pass_to_end(self, code: CodeType, loop: Loop) -> bool:
+        """Pass over the iterations that are left of a loop; False if nobody can count them."""
         place = code, loop.first
         made = self._read.loops.get(place)
         if made is None or code.co_flags & SUSPENDS or place in self._skips or self._ends[place] >= _MOST_ENDS:
-            return False
-        if not counts_for_later(made.node, code.co_filename, code.co_firstlineno, code.co_name):
             return False
         self._ends[place] += 1
         self._begin_skip(place, loop, made, frozenset(), to_end=True, watches=False)
@@ -389,6 +403,7 @@ class LineWatch:
         if self._far.waits((code, loop.first)):
             return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
+        missing |= self._read.collect((code, loop.first))
         tried = (code, loop.first, missing)
         if tried in self._read.tried and not self._begins_another_run(tried):
             missing, to_end = frozenset(), False  # such a line may be on its way in this very iteration
@@ -436,7 +451,8 @@ class LineWatch:
         reruns = self._reruns
         made = self._read.loops[sought.code, sought.loop.first]
         often = made.lines_of(lambda code: reruns.get(code, set())) | reruns.get(sought.code, set())
-        return sought._replace(lines=sought.lines - often)
+        with_bodies = {*self._bodies[sought.code], *(each.lineno for each in made.on_line)}  # which may not have run
+        return sought._replace(lines=sought.lines - (often - with_bodies))
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
