@@ -20,7 +20,7 @@ class Growth:
         self._before: dict[Sought, int] = {}
         """Lines that iterations were passed over for, and the bytes that repeating steps held before them."""
         self._grown: list[Sought] = []
-        """Those of them after which more was held, until a step tells which of the lines run in each."""
+        """Those of them after which more was held, until the next step tells which of the lines run in each."""
         self._begun: float | None = None
         self._again: list[Frame] = []
         """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""
@@ -29,9 +29,8 @@ class Growth:
         """List the lines to play again, because they ran, do not run in each step, and left more allocated."""
         now = time.process_time()
         for sought in self._grown:
-            rare = self._lines.rare_of(sought)
-            if rare.lines and now - (self._begun or now) < _SECONDS:
-                self._again += self._lines.seek_again(rare)
+            often = {*sought.frames()} - {*self._lines.rare_of(sought).frames()}
+            self._again = [each for each in self._again if each not in often]
         self._grown = []
         ran = [each for each in self._before if not self._lines.is_seeking(each)]
         if ran:
@@ -39,10 +38,12 @@ class Growth:
         for sought in ran:
             if self._recorder.allocator.allocated_bytes - self._before.pop(sought) >= _LEAST_BYTES:
                 self._begun = self._begun or now
-                self._grown.append(sought)
+                if now - self._begun < _SECONDS:
+                    self._again += self._lines.seek_again(sought)
+                    self._grown.append(sought)
         if self._grown:
             self._lines.note_reruns()
-        return [*self._again, *(line for each in self._grown for line in each.frames())]
+        return self._again
 
     def note(self) -> None:
         """Remember the allocated bytes if iterations begin to be passed over for lines."""

@@ -124,6 +124,8 @@ class ReadLoops:
     """Runs of loops in which their sizes were looked at again."""
     growing: set[tuple[CodeType, int]] = field(default_factory=set)
     """Loops in which a size changed."""
+    waiting: set[tuple[CodeType, int]] = field(default_factory=set)
+    """Loops with a condition that never came out otherwise."""
     collected: set[tuple[CodeType, int]] = field(default_factory=set)
     """Loops whose lines that collect tensors were looked for a second time."""
 
@@ -137,9 +139,19 @@ class ReadLoops:
         self.collected.add(place)
         return lines
 
+    def note_changes(self, place: tuple[CodeType, int], *, sizes: bool, conditions: bool) -> None:
+        """Note if a loop had a new size, and if it has a condition that never came out otherwise."""
+        if sizes:
+            self.growing.add(place)
+        (self.waiting.add if conditions else self.waiting.discard)(place)
+
     def begin_again(self, place: tuple[CodeType, int]) -> None:
         """Let the sizes of a loop that runs once more be watched again: they may go on growing."""
-        if place in self.growing and self.changes[place] > CHANGES_IN_TURN and self.begun[place] < _MOST_RUNS:
+        if (
+            place in self.growing | self.waiting
+            and self.changes[place] > CHANGES_IN_TURN
+            and self.begun[place] < _MOST_RUNS
+        ):
             self.begun[place] += 1
             self.changes[place] = CHANGES_IN_TURN + 1
 

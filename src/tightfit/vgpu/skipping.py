@@ -9,10 +9,10 @@ import ast
 import contextlib
 import copy
 import operator
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import monotonic, process_time
 from types import CodeType, FrameType
 from typing import TypeGuard, cast
 
@@ -36,8 +36,8 @@ from tightfit.vgpu.loop_source import blocks_of, head_line
 from tightfit.vgpu.plain_branches import ENDS, is_next
 from tightfit.vgpu.watched_values import Values, WatchedValues
 
-_SECONDS = 10.0
-"""Time for passing over iterations of one loop, after which they run again."""
+_SECONDS, _WAIT = 10.0, 40.0
+"""Seconds of the processor, and of the clock, for passing over iterations of one loop; then they run again."""
 _MOST_CUT_OFF = 3
 _TAKE, _ANEW = "tightfit.take", "tightfit.anew"
 """Names, which no script can have, of functions that count what is taken of an iterator."""
@@ -278,7 +278,7 @@ class Skip:
         self.passed = 0
         """Iterations that were passed over."""
         self.is_exhausted = False
-        """True if there were no more."""
+        """True if there were no more, but for those of a last step that takes several."""
         self._lists = {
             ast.unparse(each.args[0]) for each in ast.walk(node) if isinstance(each, ast.Call) and _has_length(each)
         }
@@ -326,7 +326,7 @@ class Skip:
             return
         self._compare(*self._before, names, others)
         code, reduced, _ = self._code(frame, names, others)
-        until = time.monotonic() + _SECONDS
+        begun = process_time(), monotonic()
         self._far = self._begin_far(items.left) if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
         steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
@@ -339,19 +339,26 @@ class Skip:
         goes_on = is_counting and self._has_aim(reduced)
         assign = partial(_assign, names, others)
         self._ends.is_passing = True
-        accumulates = self.to_end and self.steps > 1
+        accumulates = self.steps > 1
         earlier = before = self._values(reduced, names, others)
-        while goes_on and time.monotonic() < until:
+        while goes_on and not _is_late(*begun):
             earlier, before = before, self._values(reduced, names, others)
             is_last = accumulates and most is not None and most - self.passed <= self.steps
             has_to_run = is_last or items.has_to_run(self.steps)
             if has_to_run or not self._runs(code, names, others, self.steps, items.has_those):
-                goes_back = accumulates and self.passed and isinstance(self._node, ast.While) and not self._ending
+                goes_back = (
+                    accumulates
+                    and self.to_end
+                    and self.passed
+                    and isinstance(self._node, ast.While)
+                    and not self._ending
+                )
                 self._restore(earlier if goes_back else before, reduced, names, others)
                 self.passed -= self.steps if goes_back else 0
-                self.is_reached = True
+                self.is_reached, self.is_exhausted = True, is_last
                 break
-            self._ends.keep(assign)
+            if self._ending:
+                self._ends.keep(assign)
             self.unsure_lines, self.chance_lines = frozenset(reduced.unknown), frozenset(reduced.by_chance)
             taken = sum(items.advance() for _ in range(self.steps))
             self.passed += taken
@@ -369,9 +376,9 @@ class Skip:
         self, code: CodeType, names: dict[str, object], others: dict[str, object], most: int
     ) -> Iterator[Values]:
         """Yield the watched values of the next iterations, up to one that has to run anyway."""
-        until = time.monotonic() + _SECONDS
+        begun = process_time(), monotonic()
         for _ in range(most):
-            if time.monotonic() >= until:
+            if _is_late(*begun):
                 break
             try:
                 yield _followed(code, others, names, {})
@@ -406,7 +413,8 @@ class Skip:
             if self.watched.has_to_run(self.passed + number, found):
                 self.is_changing = True
                 return False
-        return not any(has_those(iterator, taken) for iterator, taken in self._ends.counted())
+        counted = self._ends.counted() if self._ending else ()
+        return not any(has_those(iterator, taken) for iterator, taken in counted)
 
     def _steady(
         self, code: CodeType, reduced: _Reduced, names: dict[str, object], others: dict[str, object]
@@ -513,6 +521,11 @@ def _assign(names: dict[str, object], others: dict[str, object], text: str, valu
             names[text] = value
         case _:
             others[text] = value
+
+
+def _is_late(cpu: float, clock: float) -> bool:
+    """Return True if it began too long ago, in seconds of the processor or of the clock."""
+    return process_time() - cpu > _SECONDS or monotonic() - clock > _WAIT
 
 
 def _forget_inner_counters(names: dict[str, object]) -> None:

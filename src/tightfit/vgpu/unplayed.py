@@ -684,10 +684,9 @@ class LineWatch:
             self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
             by_chance = (made.frame_of(abs(line)) for line in skip.chance_lines)
             self.unsure += [each for each in by_chance if each is not None]
-            found_one = skip.is_changing or skip.is_reached
+            found_one = (skip.is_changing or skip.is_reached) and not skip.is_exhausted
             self._lengths.pass_over(place, skip.passed)
-            if skip.watched.is_changing:
-                self._read.growing.add(place)
+            self._read.note_changes(place, sizes=skip.watched.has_new_size, conditions=bool(skip.watched.conditions))
             if skip.watched.is_on:
                 changes = self._read.changes[place] - CHANGES_OF_A_START + 1
                 self._read.changes[place] = changes if found_one else MOST_CHANGES

@@ -26,7 +26,7 @@ class WatchedValues:
         """Values in the iteration that ran before any is passed over."""
         self.conditions: Values = {}
         """Conditions that always came out as they do now."""
-        self.is_changing = False
+        self.has_new_size = False
         """True if an iteration has a new size."""
         self._chosen: frozenset[int] | None = None
         """Iterations to run, by the number that were passed over before; None if any new value counts."""
@@ -74,7 +74,7 @@ class WatchedValues:
         if values in self._seen or not (self._chosen is None or number in self._chosen):
             return False
         self._seen.add(values)
-        self.is_changing = True
+        self.has_new_size = True
         return True
 
 
