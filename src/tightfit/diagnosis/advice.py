@@ -353,10 +353,11 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
     """Return for each remedy of weights and optimizer state True where it is done already, or cannot help."""
     run, program = evidence.run, evidence.framework
     is_too_large = evidence.budget is not None and evidence.budget.exceeds
+    adapts_quantized = bool(run.signs & {"qlora", "four_bit"})
     rearranges = any("bitsandbytes" in each.file for each in facts.frames)  # each 8-bit weight, for the state dict
     return {
         "offload": _has_no_offload(facts, evidence)
-        or ("qlora" in run.signs and not evidence.infers)  # DeepSpeed's stage 3 takes no quantised weights
+        or (adapts_quantized and not evidence.infers)  # DeepSpeed's stage 3 takes no quantised weights
         or (evidence.trains and program == "unsloth")
         or not (_has_large_state(facts, evidence) or evidence.infers or has_own("offload", program or "")),
         "save_from_host": evidence.is_of_one_process,
@@ -368,9 +369,9 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "fewer_pixels": not (_SEES.search(run.text) or options_of("fewer_pixels", run.text)),
         "lora": bool(run.signs & {"lora", "qlora"}) or _is_before("lora", facts, program),
         "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,
-        "shard_quantized": "qlora" not in run.signs or evidence.infers or run.numbers.get("world_size") == 1,
+        "shard_quantized": not adapts_quantized or evidence.infers or run.numbers.get("world_size") == 1,
         "fewer_trained": evidence.budget is None or evidence.budget.what != "partial",
-        "qlora": bool(run.signs & {"qlora", "four_bit"}) or _is_before("qlora", facts, program),
+        "qlora": adapts_quantized or _is_before("qlora", facts, program),
         "quantized_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4"})
         or (evidence.trains and not has_own("quantized_weights", program or "")),
         "smaller_weights": bool(run.signs & {"qlora", "four_bit", "quantized_4", "quantized_8"})
@@ -380,7 +381,7 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         and not has_own("smaller_model", program or ""),
         "shard": run.numbers.get("zero_stage") == 3
         or "full_shard" in run.signs
-        or "qlora" in run.signs  # DeepSpeed's stage 3 takes no quantised weights
+        or adapts_quantized  # DeepSpeed's stage 3 takes no quantised weights
         or program == "unsloth"  # a library for one card
         or run.numbers.get("world_size") == 1
         or evidence.tensor == "gathered_parameters"

@@ -215,27 +215,15 @@ def is_filled_by_library(facts: Facts) -> bool:
     return outside.low > max(_OF_LIBRARY * total, 2 * GIB)
 
 
-_LITTLE = 0.25
-"""Share of the card that a process holds at most, if a limit of its own is likely to have stopped it."""
-
-
-def _holds_little(facts: Facts) -> bool:
-    """Return True if a process on CUDA had room and holds little of the card: a memory fraction may explain it."""
-    held = (facts.allocated_bytes or 0) + (facts.cache_bytes or 0) + (facts.requested_bytes or 0)
-    is_cuda = facts.kind in ("cuda_out_of_memory", "hip_out_of_memory")
-    return is_cuda and had_room(facts) and 0 < held < _LITTLE * (facts.total_bytes or 0)
-
-
 def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
     """Yield fixes of the decisive causes that are neither about other programs nor about the cache."""
     codes = {cause.code for cause in causes_of_figures(facts)}
-    is_cause = "limit_decides" in codes
-    if is_cause or ("more_free_than_requested" in codes and _holds_little(facts)):
+    if "limit_decides" in codes:
         yield Remedy(
             code="raise_fraction",
             verdict=UNCHECKED,
-            reason="limit_is_cause" if is_cause else "limit_may_be",
-            label=MEASURED if is_cause else LIKELY,
+            reason="limit_is_cause",
+            label=MEASURED,
             paste=to_paste("raise_fraction"),
             figures=Figures(free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes),
         )

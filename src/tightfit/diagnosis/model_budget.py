@@ -81,8 +81,9 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
         each = _QUANTIZED if "qlora" in run.signs else stored
         return _budget(model, parameters, total, each, each, "weights", run)
-    if not _trains(facts, run):
-        if purpose == TRAINING and model.kind not in _OF_PICTURES:
+    takes_all = facts.phase == "backward" and (facts.requested_bytes or 0) >= parameters  # no adapter's gradients
+    if not _trains(facts, run) and not takes_all:
+        if (purpose == TRAINING or facts.phase == "backward") and model.kind not in _OF_PICTURES:
             found = _budget(model, parameters, total, _LEAST_STATE, _MOST_STATE, "training", run)
             return msgspec.structs.replace(found, is_sure=False)
         if "spread" in run.signs:  # over several cards, or a part of it on the host
@@ -122,7 +123,7 @@ def _stored(run: RunFacts) -> float:
 
 def _trains(facts: Facts, run: RunFacts) -> bool:
     """Return True if the log shows a training of all parameters."""
-    if facts.phase in ("backward", "optimizer"):
+    if facts.phase == "optimizer":  # the state of adapters is small; a backward pass is one of any training
         return True
     trainable, parameters = run.numbers.get("trainable"), run.numbers.get("parameters")
     if trainable and parameters:

@@ -3,18 +3,22 @@
 from msgspec.structs import replace
 
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
-from tightfit.oomlog.kinds import consequences, is_of_allocator
+from tightfit.oomlog.kinds import consequences, is_of_allocator, memory_of
 
 _ASYNC = "cuda_async"
 """The kind that PyTorch's allocator cudaMallocAsync reports under the class of the other allocator."""
 _NOTEBOOK_LINES = 1000
 """Lines between the head of a notebook's traceback, which names the class, and its message."""
+_EXPLAINED = 60
+"""Lines between a message and the words by which a program explains it."""
 
 
 def is_same(one: Facts, two: Facts) -> bool:
     """Return True if two messages report one failure: loggers print it, and so does Python at the end."""
     if one.rank != two.rank and None not in (one.rank, two.rank):
         return False
+    if "explains" in two.details and memory_of(one.kind) == "device":  # a program's own words about the message before
+        return two.line - one.line <= _EXPLAINED
     only_class = "class_without_message" in one.notes and one.rank == two.rank
     if one.kind != two.kind and not (only_class and two.kind == _ASYNC):
         return False
