@@ -20,7 +20,7 @@ class Growth:
         self._before: dict[Sought, int] = {}
         """Lines that iterations were passed over for, and the bytes that repeating steps held before them."""
         self._grown: list[Sought] = []
-        """Those of them after which more was held, until the next step tells which of the lines run in each."""
+        """Those of them after which more was held, until some steps tell which of the lines run in each."""
         self._begun: float | None = None
         self._again: list[Frame] = []
         """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""
@@ -28,10 +28,8 @@ class Growth:
     def again(self) -> list[Frame]:
         """List the lines to play again, because they ran, do not run in each step, and left more allocated."""
         now = time.process_time()
-        for sought in self._grown:
-            often = {*sought.frames()} - {*self._lines.rare_of(sought).frames()}
-            self._again = [each for each in self._again if each not in often]
-        self._grown = []
+        rare = [self._lines.rare_of(each) for each in self._grown] if self._lines.knows_reruns() else []
+        self._grown = [] if rare else self._grown
         ran = [each for each in self._before if not self._lines.is_seeking(each)]
         if ran:
             self._again = []
@@ -39,11 +37,11 @@ class Growth:
             if self._recorder.allocator.allocated_bytes - self._before.pop(sought) >= _LEAST_BYTES:
                 self._begun = self._begun or now
                 if now - self._begun < _SECONDS:
-                    self._again += self._lines.seek_again(sought)
                     self._grown.append(sought)
-        if self._grown:
-            self._lines.note_reruns()
-        return self._again
+                    self._lines.note_reruns()
+        for sought in rare:
+            self._again += self._lines.seek_again(sought) if sought.lines else []
+        return [*self._again, *(line for each in self._grown for line in each.frames())]
 
     def note(self) -> None:
         """Remember the allocated bytes if iterations begin to be passed over for lines."""

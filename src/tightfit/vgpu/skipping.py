@@ -246,6 +246,8 @@ class LoopItems:
     has_to_run: Callable[[int], bool]
     """Tells if so many next items hold one that is not to be taken away."""
     has_those: HasThose
+    differ: bool = False
+    """True if the last one may be smaller than the others, and what is held of it behind the loop."""
 
 
 class Skip:
@@ -339,15 +341,15 @@ class Skip:
         goes_on = is_counting and self._has_aim(reduced)
         assign = partial(_assign, names, others)
         self._ends.is_passing = True
-        accumulates = self.steps > 1
+        plays_last = self.steps > 1 or (self.to_end and items.differ)
         earlier = before = self._values(reduced, names, others)
         while goes_on and not _is_late(*begun):
             earlier, before = before, self._values(reduced, names, others)
-            is_last = accumulates and most is not None and most - self.passed <= self.steps
+            is_last = plays_last and most is not None and most - self.passed <= self.steps
             has_to_run = is_last or items.has_to_run(self.steps)
             if has_to_run or not self._runs(code, names, others, self.steps, items.has_those):
                 goes_back = (
-                    accumulates
+                    plays_last
                     and self.to_end
                     and self.passed
                     and isinstance(self._node, ast.While)

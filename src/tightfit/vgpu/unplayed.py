@@ -62,6 +62,8 @@ _SECONDS_TO_LEAVE = 3.0
 """Time for taking away the items of a loop that nothing follows."""
 _JUMP = FrameType.__dict__["f_lineno"].__set__
 """Sets a frame's next line, which Python lets trace functions do alone."""
+_STEPS_TO_COMPARE = 3
+"""Steps that tell which lines run in each."""
 _MOST_ENDS = 32
 """Times that the iterations left of one loop are passed over, instead of a jump behind it."""
 
@@ -100,8 +102,8 @@ class LineWatch:
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._ran: dict[CodeType, set[int]] = {}
         """Lines that ran; negative for the body of an `if` on its line."""
-        self._reruns: defaultdict[CodeType, set[int]] = defaultdict(set)
-        """The same since some moment, if they are noted."""
+        self._reruns: list[defaultdict[CodeType, set[int]]] = []
+        """The same in each of the latest steps, the last one first, while they are noted."""
         self._notes_reruns = False
         self._followed: dict[int, CodeType] = {}
         """These functions' code by its identity: to hash code costs more than the rest of a call."""
@@ -177,6 +179,8 @@ class LineWatch:
     def after_step(self) -> None:
         """Note how many iterations each loop had at an optimizer step."""
         self._at_steps.append(self._iterations.copy())
+        if self._notes_reruns and not self.knows_reruns():
+            self._reruns.insert(0, defaultdict(set))
 
     def stop(self) -> None:
         if self.is_on:
@@ -400,6 +404,8 @@ class LineWatch:
         made = self._read.loops.get((code, loop.first))
         if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
+        if self._notes_reruns:
+            return False
         if self._far.waits((code, loop.first)):
             return False
         missing = frozenset(lines_in_reach(made.node, lines, of_inner=True) | made.missing(self.ran))
@@ -441,14 +447,19 @@ class LineWatch:
         return sought.frames()
 
     def note_reruns(self) -> None:
-        """Begin to note which lines run from now on."""
-        self._reruns.clear()
+        """Begin to note which lines run in the next steps; until then no iterations begin to be passed over."""
+        self._reruns = [defaultdict(set)]
         self._notes_reruns = True
 
+    def knows_reruns(self) -> bool:
+        """Return True once enough steps were noted."""
+        return len(self._reruns) > _STEPS_TO_COMPARE
+
     def rare_of(self, sought: Sought) -> Sought:
-        """Return those of the lines that did not run since `note_reruns`, and note no more."""
+        """Return those of the lines that did not run in each of the steps noted, and note no more."""
         self._notes_reruns = False
-        reruns = self._reruns
+        steps = self._reruns[1:]
+        reruns = {code: set.intersection(*(each[code] for each in steps)) for code in steps[0]}
         made = self._read.loops[sought.code, sought.loop.first]
         often = made.lines_of(lambda code: reruns.get(code, set())) | reruns.get(sought.code, set())
         with_bodies = {*self._bodies[sought.code], *(each.lineno for each in made.on_line)}  # which may not have run
@@ -557,7 +568,7 @@ class LineWatch:
                 return self._line
         self._ran[code].add(frame.f_lineno)
         if self._notes_reruns:
-            self._reruns[code].add(frame.f_lineno)
+            self._reruns[0][code].add(frame.f_lineno)
         if event == "return":
             self._far.returned(frame)
         first = self._heads[code].get(frame.f_lineno) if event == "line" else None
@@ -672,7 +683,8 @@ class LineWatch:
         with self._passing():
             left = self._lengths.left(place) if (seen := left_of(items)) is None else seen
             takes = partial(self._takes_next, items)
-            skip.at_head(frame, LoopItems(left, takes, partial(self._has_to_run, items), self.has_to_run))
+            has_to_run = partial(self._has_to_run, items)
+            skip.at_head(frame, LoopItems(left, takes, has_to_run, self.has_to_run, makes_items(items)))
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
