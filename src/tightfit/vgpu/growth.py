@@ -26,7 +26,10 @@ class Growth:
         """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""
 
     def again(self) -> list[Frame]:
-        """List the lines to play again, because they ran, do not run in each step, and left more allocated."""
+        """List the lines to play again, because they ran, do not run in each step, and left more allocated.
+
+        And loops in which some may be.
+        """
         now = time.process_time()
         rare = [self._lines.rare_of(each) for each in self._grown] if self._lines.knows_reruns() else []
         self._grown = [] if rare else self._grown
@@ -41,7 +44,7 @@ class Growth:
                     self._lines.note_reruns()
         for sought in rare:
             self._again += self._lines.seek_again(sought) if sought.lines else []
-        return [*self._again, *(line for each in self._grown for line in each.frames())]
+        return [*self._again, *(each.head() for each in self._grown)]
 
     def note(self) -> None:
         """Remember the allocated bytes if iterations begin to be passed over for lines."""

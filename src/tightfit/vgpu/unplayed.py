@@ -75,6 +75,9 @@ class Sought(NamedTuple):
     loop: Loop
     lines: frozenset[int]
 
+    def head(self) -> Frame:
+        return Frame(self.code.co_filename, self.loop.first, self.code.co_qualname)
+
     def frames(self) -> list[Frame]:
         return [Frame(self.code.co_filename, abs(line), self.code.co_qualname) for line in self.lines]
 
