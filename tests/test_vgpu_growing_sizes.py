@@ -1,0 +1,171 @@
+"""Sizes that grow for many iterations, ends of iterators, and what loops keep: the truth is arithmetic, in MiB."""
+
+from pathlib import Path
+
+import pytest
+from plays import findings
+
+MODEL = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+
+def train(mib):
+    held = torch.zeros(int(mib) << 20, dtype=torch.uint8, device="cuda")
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+"""
+COUNTED = """
+for step in range(1500):
+    train(4 + step // 5)
+"""
+FROM_A_BAR = """
+from tqdm import tqdm
+for step in tqdm(range(1500)):
+    train(4 + step // 5)
+"""
+SHRINKING = """
+step = 1500
+while step > 0:
+    step -= 1
+    train(310 - step // 5)
+"""
+OVER_EPOCHS = """
+step = 0
+def epoch():
+    global step
+    for _ in range(300):
+        train(4 + step // 5)
+        step += 1
+for _ in range(6):
+    epoch()
+"""
+IN_A_CLASS = """
+class Trainer:
+    step = 0
+    def length(self):
+        return 4 + 200 * min(self.step / 700, 1.0)
+    def one(self):
+        train(self.length())
+        self.step += 1
+    def fit(self, data):
+        for _ in range(5):
+            for number, (x,) in enumerate(data):
+                self.one()
+Trainer().fit(DataLoader(TensorDataset(torch.zeros(800, 8)), batch_size=4, shuffle=True))
+"""
+AT_AN_END = """
+data = DataLoader(TensorDataset(torch.zeros(1000, 8)), batch_size=4)
+batches = iter(data)
+def next_batch():
+    global batches
+    try:
+        return next(batches)
+    except StopIteration:
+        torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+        batches = iter(data)
+        return next(batches)
+for step in range(3000):
+    next_batch()
+    train(4)
+"""
+BY_EPOCH = """
+{data}
+batches, epoch = iter(data), 0
+for step in range(300):
+    try:
+        x = next(batches)
+    except StopIteration:
+        epoch += 1
+        batches = iter(data)
+        x = next(batches)
+    train(4 + 4 * epoch)
+"""
+OWN_BATCHES = """
+class Batches:
+    def __len__(self):
+        return 22
+    def __iter__(self):
+        yield from range(22)
+data = Batches()
+"""
+UNKNOWN_END = """
+def numbers():
+    with open("numbers.txt") as file:
+        for line in file:
+            yield int(line)
+with open("numbers.txt", "w") as file:
+    file.writelines("1\\n" for _ in range(1500))
+for step, number in enumerate(numbers()):
+    train(4 + step // 5)
+"""
+
+GROWING = [
+    (COUNTED, 303, 150),
+    (FROM_A_BAR, 303, 150),
+    (SHRINKING, 310, 150),
+    (OVER_EPOCHS, 363, 250),
+    (IN_A_CLASS, 204, 250),
+    (AT_AN_END, 256, 40),
+    (BY_EPOCH.format(data="data = [torch.zeros(4) for _ in range(22)]"), 56, 120),
+    (BY_EPOCH.format(data=OWN_BATCHES), 56, 120),
+]
+NAMES = ("counted", "bar", "shrinking", "epochs", "class", "end", "lists", "own batches")
+ACCUMULATED = """
+data = DataLoader(TensorDataset(torch.zeros(174, 8)), batch_size=8)
+for epoch in range(40):
+    for i, (x,) in enumerate(data):
+        (model(x.cuda()).sum() / 4).backward()
+        if (i + 1) % 4 == 0 or i + 1 == len(data):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert model.weight.grad is None
+"""
+KEPT_UNTIL_CLEARED = """
+kept, most = [], 0
+for step in range(220):
+    kept.append(torch.zeros(1 << 20, dtype=torch.uint8, device="cuda"))
+    train(200 if step < 44 else 4)
+    if (step + 1) % 44 == 0:
+        most = max(most, len(kept)) if step > 44 else 0
+        kept.clear()
+assert most == 44, most
+"""
+KEPT_EVERY_SO_OFTEN = """
+kept = []
+for step in range(300):
+    train(4)
+    if step % 10 == 0:
+        kept.append(torch.zeros(2 << 20, dtype=torch.uint8, device="cuda")[:1])
+assert len(kept) == 30, len(kept)
+"""
+
+
+def played(code: str, folder: Path) -> dict[str, object]:
+    (folder / "train.py").write_text(MODEL + code)
+    return findings(["--gpu", "A100", folder / "train.py"])
+
+
+@pytest.mark.parametrize(("code", "mib", "steps"), GROWING, ids=NAMES)
+def test_the_largest_size_is_played(code: str, mib: int, steps: int, tmp_path: Path) -> None:
+    found = played(code, tmp_path)
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert mib << 20 <= found["peak"]["allocated_bytes"] < (mib + 20) << 20
+    assert found["steps"] < steps
+
+
+def test_lines_whose_sizes_go_on_growing_are_named(tmp_path: Path) -> None:
+    """Nobody knows where the script's own generator ends."""
+    found = played(UNKNOWN_END, tmp_path)
+    reached = found["peak"]["allocated_bytes"] >= 303 << 20
+    lines = [place["line"] for place in found["not_played"]]
+    assert reached or any("train(4 + step // 5)" in (MODEL + UNKNOWN_END).splitlines()[line - 1] for line in lines)
+
+
+@pytest.mark.parametrize("code", [ACCUMULATED, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])
+def test_what_a_loop_leaves_is_there(code: str, tmp_path: Path) -> None:
+    found = played(code, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert "play with all of them" not in str(found["notes"])
