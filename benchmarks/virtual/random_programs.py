@@ -5,8 +5,8 @@
 Each program has a data set (samples of one length or of many), a way of looping (epochs, steps, a class, functions) and
 some habits of public training scripts: accumulation, validation, EMA, unfreezing, a memory bank, growing lengths,
 sampling, phases one after the other. The truth is the same virtual GPU that passes over nothing, so this shows only
-what is lost by passing over iterations. One row a program: `right`, `above` (by at most 5%), `listed` (another peak, and
-lines named that were not played) or `WRONG`.
+what is lost by passing over iterations. One row a program: `right`, `above` (by at most 5%), `listed`
+(another peak, and lines named that were not played) or `WRONG`.
 """
 
 import argparse
@@ -168,89 +168,241 @@ EVALUATIONS = (
 
 HABITS = (
     Habit(setup="scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)", after="scheduler.step()"),
-    Habit(after="if step % {often} == 0:\n    print(epoch, step, loss.item())"),
+    Habit(
+        after="""
+            if step % {often} == 0:
+                print(epoch, step, loss.item())
+            """
+    ),
     Habit(setup="history = []", after="history.append(loss.item())", end="print(sum(history) / len(history))"),
     Habit(setup="history = []", after="history.append(loss.detach())", end="print(torch.stack(history).mean().item())"),
     Habit(
         setup="kept = []",
         after="kept.append(logits.detach())",
-        each_epoch="print(torch.cat([k.flatten(0, 1) for k in kept]).mean().item())\nkept.clear()",
+        each_epoch="""
+            print(torch.cat([k.flatten(0, 1) for k in kept]).mean().item())
+            kept.clear()
+            """,
     ),
-    Habit(setup="kept = []", after="if step % {often} == 0:\n    kept.append(logits.detach()[:, :1])"),
+    Habit(
+        setup="kept = []",
+        after="""
+            if step % {often} == 0:
+                kept.append(logits.detach()[:, :1])
+            """,
+    ),
     Habit(each_epoch="print('validation', evaluate(net, test_loader))"),
-    Habit(after="if step % {seldom} == 0:\n    print('validation', evaluate(net, test_loader))"),
+    Habit(
+        after="""
+            if step % {seldom} == 0:
+                print('validation', evaluate(net, test_loader))
+            """
+    ),
     Habit(
         setup="best, best_state = float('inf'), None",
-        each_epoch="value = evaluate(net, test_loader)\nif value < best:\n    best, best_state = value, copy.deepcopy(net.state_dict())",
-        end="if best_state is not None:\n    net.load_state_dict(best_state)\nprint(evaluate(net, test_loader))",
+        each_epoch="""
+            value = evaluate(net, test_loader)
+            if value < best:
+                best, best_state = value, copy.deepcopy(net.state_dict())
+            """,
+        end="""
+            if best_state is not None:
+                net.load_state_dict(best_state)
+            print(evaluate(net, test_loader))
+            """,
     ),
     Habit(
         setup="ema = None",
-        after="if step >= {moment}:\n    if ema is None:\n        ema = copy.deepcopy(net)\n    with torch.no_grad():\n        for a, b in zip(ema.parameters(), net.parameters()):\n            a.lerp_(b, 0.01)",
-        end="if ema is not None:\n    print(evaluate(ema, test_loader))",
+        after="""
+            if step >= {moment}:
+                if ema is None:
+                    ema = copy.deepcopy(net)
+                with torch.no_grad():
+                    for a, b in zip(ema.parameters(), net.parameters()):
+                        a.lerp_(b, 0.01)
+            """,
+        end="""
+            if ema is not None:
+                print(evaluate(ema, test_loader))
+            """,
     ),
     Habit(
-        setup="for p in net.embed.parameters():\n    p.requires_grad = False",
-        each_epoch="if epoch == {late}:\n    for p in net.embed.parameters():\n        p.requires_grad = True",
+        setup="""
+            for p in net.embed.parameters():
+                p.requires_grad = False
+            """,
+        each_epoch="""
+            if epoch == {late}:
+                for p in net.embed.parameters():
+                    p.requires_grad = True
+            """,
     ),
     Habit(
         setup="bank = collections.deque(maxlen={many})",
-        before="with torch.no_grad():\n    bank.append(net.features(x).mean(1))\nkeys = torch.cat(tuple(bank))\nloss = loss + (net.features(x).mean(1) @ keys.T).logsumexp(1).mean()",
+        before="""
+            with torch.no_grad():
+                bank.append(net.features(x).mean(1))
+            keys = torch.cat(tuple(bank))
+            loss = loss + (net.features(x).mean(1) @ keys.T).logsumexp(1).mean()
+            """,
     ),
     Habit(
-        before="if epoch >= {late}:\n    noisy = net(torch.randint_like(x, VOCAB))\n    loss = loss + F.mse_loss(noisy, logits.detach())"
+        before="""
+            if epoch >= {late}:
+                noisy = net(torch.randint_like(x, VOCAB))
+                loss = loss + F.mse_loss(noisy, logits.detach())
+            """
     ),
     Habit(
-        before="if step > {moment}:\n    loss = loss + 0.1 * F.kl_div(F.log_softmax(net(x), -1), F.softmax(logits, -1), reduction='batchmean')"
+        before="""
+            if step > {moment}:
+                loss = loss + 0.1 * F.kl_div(F.log_softmax(net(x), -1), F.softmax(logits, -1), reduction='batchmean')
+            """
     ),
     Habit(
-        after="if step % {seldom} == {seldom} - 1:\n    h = net.features(x).detach().requires_grad_()\n    out = net.head(h).sum()\n    (g,) = torch.autograd.grad(out, h, create_graph=True)\n    g.pow(2).sum().backward()\n    optimizer.zero_grad()"
+        after="""
+            if step % {seldom} == {seldom} - 1:
+                h = net.features(x).detach().requires_grad_()
+                out = net.head(h).sum()
+                (g,) = torch.autograd.grad(out, h, create_graph=True)
+                g.pow(2).sum().backward()
+                optimizer.zero_grad()
+            """
     ),
     Habit(
-        setup="@torch.no_grad()\ndef sample(net, count, n={long}):\n    net.eval()\n    text = torch.zeros(count, 1, dtype=torch.long, device=device)\n    for _ in range(n):\n        logits = net(text)\n        text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], 1)\n    net.train()\n    return text",
+        setup="""
+            @torch.no_grad()
+            def sample(net, count, n={long}):
+                net.eval()
+                text = torch.zeros(count, 1, dtype=torch.long, device=device)
+                for _ in range(n):
+                    logits = net(text)
+                    text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], 1)
+                net.train()
+                return text
+            """,
         each_epoch="sample(net, 4)",
     ),
     Habit(
-        setup="def save(step):\n    torch.save({'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'step': step}, 'last.pt')",
-        after="if step > 0 and step % {seldom} == 0:\n    save(step)",
-        end="save(step)\nstate = torch.load('last.pt', map_location=device)\nnet.load_state_dict(state['model'])",
+        setup="""
+            def save(step):
+                torch.save({'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'step': step}, 'last.pt')
+            """,
+        after="""
+            if step > 0 and step % {seldom} == 0:
+                save(step)
+            """,
+        end="""
+            save(step)
+            state = torch.load('last.pt', map_location=device)
+            net.load_state_dict(state['model'])
+            """,
     ),
     Habit(
-        end="for p in net.blocks.parameters():\n    p.requires_grad = False\nhead_optimizer = torch.optim.AdamW(net.head.parameters())\nfor tuning in range(2):\n    for x, y in train_loader:\n        x, y = x.to(device), y.to(device)\n        loss = F.cross_entropy(net(x).flatten(0, 1), y.flatten())\n        head_optimizer.zero_grad()\n        loss.backward()\n        head_optimizer.step()",
+        end="""
+            for p in net.blocks.parameters():
+                p.requires_grad = False
+            head_optimizer = torch.optim.AdamW(net.head.parameters())
+            for tuning in range(2):
+                for x, y in train_loader:
+                    x, y = x.to(device), y.to(device)
+                    loss = F.cross_entropy(net(x).flatten(0, 1), y.flatten())
+                    head_optimizer.zero_grad()
+                    loss.backward()
+                    head_optimizer.step()
+            """,
     ),
     Habit(
         setup="swa = torch.optim.swa_utils.AveragedModel(net)",
-        each_epoch="if epoch > {late}:\n    swa.update_parameters(net)",
+        each_epoch="""
+            if epoch > {late}:
+                swa.update_parameters(net)
+            """,
         end="print(evaluate(swa, test_loader))",
     ),
     Habit(
         setup="patience, worst = 0, float('inf')",
-        each_epoch="value = evaluate(net, test_loader)\npatience = 0 if value < worst else patience + 1\nworst = min(value, worst)\nprint(patience)",
+        each_epoch="""
+            value = evaluate(net, test_loader)
+            patience = 0 if value < worst else patience + 1
+            worst = min(value, worst)
+            print(patience)
+            """,
     ),
     Habit(
-        each_epoch="print(torch.cuda.max_memory_allocated())\ntorch.cuda.empty_cache()\nif epoch == {late}:\n    for group in optimizer.param_groups:\n        group['lr'] *= 0.1",
+        each_epoch="""
+            print(torch.cuda.max_memory_allocated())
+            torch.cuda.empty_cache()
+            if epoch == {late}:
+                for group in optimizer.param_groups:
+                    group['lr'] *= 0.1
+            """,
     ),
     Habit(
         setup="replay = []",
-        after="if len(replay) < {many}:\n    replay.append((x, y))\nelse:\n    replay[random.randrange(len(replay))] = (x, y)\nif len(replay) == {many}:\n    old_x, old_y = replay[0]\n    F.cross_entropy(net(old_x).flatten(0, 1), old_y.flatten()).backward()\n    optimizer.step()\n    optimizer.zero_grad()",
+        after="""
+            if len(replay) < {many}:
+                replay.append((x, y))
+            else:
+                replay[random.randrange(len(replay))] = (x, y)
+            if len(replay) == {many}:
+                old_x, old_y = replay[0]
+                F.cross_entropy(net(old_x).flatten(0, 1), old_y.flatten()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            """,
     ),
     Habit(
         setup="teacher = copy.deepcopy(net).eval()",
-        before="with torch.no_grad():\n    target = teacher(x)\nloss = loss + F.mse_loss(logits, target)",
-        each_epoch="if epoch % 2:\n    teacher.load_state_dict(net.state_dict())",
+        before="""
+            with torch.no_grad():
+                target = teacher(x)
+            loss = loss + F.mse_loss(logits, target)
+            """,
+        each_epoch="""
+            if epoch % 2:
+                teacher.load_state_dict(net.state_dict())
+            """,
     ),
     Habit(
-        setup="critic = nn.Sequential(nn.Linear(VOCAB, 256), nn.ReLU(), nn.Linear(256, 1)).to(device)\ncritic_optimizer = torch.optim.Adam(critic.parameters())",
-        after="if step >= {moment}:\n    score = critic(logits.detach()).mean()\n    critic_optimizer.zero_grad()\n    score.backward()\n    critic_optimizer.step()",
+        setup="""
+            critic = nn.Sequential(nn.Linear(VOCAB, 256), nn.ReLU(), nn.Linear(256, 1)).to(device)
+            critic_optimizer = torch.optim.Adam(critic.parameters())
+            """,
+        after="""
+            if step >= {moment}:
+                score = critic(logits.detach()).mean()
+                critic_optimizer.zero_grad()
+                score.backward()
+                critic_optimizer.step()
+            """,
     ),
     Habit(
-        each_epoch="confusion = torch.zeros(512, 512, device=device)\nwith torch.no_grad():\n    for x, y in test_loader:\n        guess = net(x.to(device)).argmax(-1).flatten()\n        confusion.index_put_((y.to(device).flatten() % 512, guess % 512), torch.ones(guess.shape, device=device), accumulate=True)\nprint(confusion.diag().sum().item())",
+        each_epoch="""
+            confusion = torch.zeros(512, 512, device=device)
+            with torch.no_grad():
+                for x, y in test_loader:
+                    guess = net(x.to(device)).argmax(-1).flatten()
+                    found = y.to(device).flatten() % 512, guess % 512
+                    confusion.index_put_(found, torch.ones(guess.shape, device=device), accumulate=True)
+            print(confusion.diag().sum().item())
+            """,
     ),
     Habit(
-        after="worst_losses = F.cross_entropy(logits.detach().flatten(0, 1), y.flatten(), reduction='none')\nhard = worst_losses.topk(4).indices\nif step % {often} == 1:\n    print(hard.tolist())",
+        after="""
+            worst_losses = F.cross_entropy(logits.detach().flatten(0, 1), y.flatten(), reduction='none')
+            hard = worst_losses.topk(4).indices
+            if step % {often} == 1:
+                print(hard.tolist())
+            """,
     ),
     Habit(
-        end="big_loader = DataLoader(TensorDataset(torch.randint(VOCAB, ({samples}, {long}))), batch_size={big})\nwith torch.no_grad():\n    for (x,) in big_loader:\n        net(x.to(device))",
+        end="""
+            big_loader = DataLoader(TensorDataset(torch.randint(VOCAB, ({samples}, {long}))), batch_size={big})
+            with torch.no_grad():
+                for (x,) in big_loader:
+                    net(x.to(device))
+            """,
     ),
 )
 
@@ -259,8 +411,14 @@ LENGTHS = (
     "",
     "",
     "x, y = x[:, : 4 + 4 * epoch], y[:, : 4 + 4 * epoch]",
-    "now = min(x.shape[1], 4 + step // {often})\nx, y = x[:, :now], y[:, :now]",
-    "if step < {moment}:\n    x, y = x[: len(x) // 2 + 1], y[: len(y) // 2 + 1]",
+    """
+            now = min(x.shape[1], 4 + step // {often})
+            x, y = x[:, :now], y[:, :now]
+            """,
+    """
+            if step < {moment}:
+                x, y = x[: len(x) // 2 + 1], y[: len(y) // 2 + 1]
+            """,
 )
 
 TRAIN = """\
@@ -274,10 +432,29 @@ loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
 """
 
 UPDATES = (
-    "optimizer.zero_grad()\nloss.backward()\noptimizer.step()",
-    "loss.backward()\nnn.utils.clip_grad_norm_(net.parameters(), 1.0)\noptimizer.step()\noptimizer.zero_grad(set_to_none=True)",
-    "(loss / {few}).backward()\nif (i + 1) % {few} == 0 or i + 1 == len(train_loader):\n    optimizer.step()\n    optimizer.zero_grad()",
-    "(loss / {few}).backward()\nif (step + 1) % {few} == 0:\n    optimizer.step()\n    optimizer.zero_grad()",
+    """
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            """,
+    """
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            """,
+    """
+            (loss / {few}).backward()
+            if (i + 1) % {few} == 0 or i + 1 == len(train_loader):
+                optimizer.step()
+                optimizer.zero_grad()
+            """,
+    """
+            (loss / {few}).backward()
+            if (step + 1) % {few} == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            """,
 )
 
 LOOPS = (
@@ -362,7 +539,11 @@ LOOPS = (
 OPTIMIZERS = (
     "optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)",
     "optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)",
-    "optimizer = torch.optim.Adam([{{'params': net.head.parameters()}}, {{'params': [p for n, p in net.named_parameters() if 'head' not in n]}}])",
+    """
+    head = {{id(p) for p in net.head.parameters()}}
+    rest = [p for p in net.parameters() if id(p) not in head]
+    optimizer = torch.optim.Adam([{{'params': net.head.parameters()}}, {{'params': rest}}])
+    """,
 )
 
 
@@ -402,11 +583,11 @@ def script(seed: int) -> str:
         "long": choose((40, 100)),
         "big": choose((32, 64)),
     }
-    habits = {each.setup.partition(" = ")[0] or place: each for place, each in enumerate(rng.sample(HABITS, 4))}
+    habits = {each.setup.partition(" = ")[0].strip() or place: each for place, each in enumerate(rng.sample(HABITS, 4))}
     habits = list(habits.values())[: rng.randrange(2, 5)]
 
     def lines(*parts: str) -> str:
-        text = "\n".join(part for part in parts if part)
+        text = "\n".join(textwrap.dedent(part).strip("\n") for part in parts if part)
         for name, value in numbers.items():
             text = text.replace("{" + name + "}", str(value))
         return text
@@ -420,12 +601,12 @@ def script(seed: int) -> str:
         "end": lines(*(each.end for each in habits)) or "print('done')",
     }
     loop = filled(choose(LOOPS), parts).replace("{globals}", names)
-    setup = [each.setup for each in habits]
+    setup = [textwrap.dedent(each.setup).strip("\n") for each in habits]
     blocks = (
         HEAD,
         textwrap.dedent(choose(DATA)).strip("\n"),
         "net = Net().to(device)",
-        choose(OPTIMIZERS).replace("{{", "{").replace("}}", "}"),
+        textwrap.dedent(choose(OPTIMIZERS)).strip("\n").replace("{{", "{").replace("}}", "}"),
         textwrap.dedent(choose(EVALUATIONS)).strip("\n"),
         *(each for each in setup if each),
         loop,
