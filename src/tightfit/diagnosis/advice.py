@@ -305,6 +305,7 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
     return {
         "vae_in_tiles": program in ("comfyui", "diffusers", "diffusers_pipeline") and not _shows_vae(facts, run),
         "split_general": evidence.has_no_smaller_batch
+        or (facts.phase == "eval" and _EVAL_BATCH.search(run.text) is not None)
         or program in programs("without_batch")
         or (keeps_nothing and (is_known or evidence.infers))
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
@@ -401,6 +402,10 @@ _OF_SCORES = 2**29
 """Bytes from which on a request of a program that uses a trained model may well be of attention's scores."""
 
 
+_EVAL_BATCH = re.compile(
+    r"\b(?:eval|val|valid|validation|test)_?batch_?size\W{1,4}\d|\beval_batch\W{1,4}\d", re.IGNORECASE
+)
+"""An option for the batch of an evaluation alone: the training's batch does not change it."""
 _RESERVES = re.compile(r"\btrain\.py\b[^\n]*\s(?:-o|--occupy)\b")
 """YOLOX's option to take the card's memory before the training."""
 _SEES = re.compile(r"[Qq]wen\S{0,8}VL(?![A-Za-z])|[Qq]wen\S{0,8}[-_]vl|\bMAX_PIXELS\b|\bmax_pixels\b")

@@ -241,6 +241,10 @@ _SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b|^\W*(?:failed \()?CUDA out of mem
 """A program's word for a batch that it left out."""
 
 
+_WITHOUT_BATCH = re.compile(r"regular VAE|\blora \S{1,80}\.weight\b")
+"""Words for a part of a program for pictures that no batch makes smaller."""
+
+
 def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield the sentences on a log without a failure."""
     sentences, kind = wording.words(words.language), reading.kind_of_nothing or "nothing"
@@ -254,7 +258,8 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
         hint = "retried_hint"
     if sentences.has("nothing", hint):
         yield sentences("nothing", hint)
-    if hint.startswith("caught") and (reading.caught is None or _batch_avoids(reading.caught)):
+    has_batch = not _WITHOUT_BATCH.search(reading.evidence)
+    if hint.startswith("caught") and has_batch and (reading.caught is None or _batch_avoids(reading.caught)):
         yield sentences("nothing", "caught_batch")
 
 

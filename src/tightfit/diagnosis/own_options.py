@@ -108,7 +108,9 @@ _FOLDER = re.compile(
 """The folder of a program in a traceback, of characters that no shell takes for anything else."""
 SEARCHES = ("grep ", "findstr ")
 """Beginnings of a command that looks for options: it is none itself."""
-_INSTALLED = re.compile(r"[\\/](?:site-packages|dist-packages|[Ll]ib[\\/]python\d|envs|bin)[\\/]")
+_INSTALLED = re.compile(
+    r"[\\/](?:site-packages|dist-packages|[Ll]ib[\\/]python[\d.]{1,6}|envs|bin|ipykernel_\d+|\w*compiled_cache)[\\/]"
+)
 
 
 def search_of(text: str) -> tuple[str, ...]:

@@ -163,8 +163,11 @@ def hears(evidence: Evidence) -> bool:
 _DOMAINS = {
     "fewer_frames": re.compile(r"\b\w{0,12}[Vv]ideos?\b(?! ?(?:memory|card|RAM|ram))|\bframes\b|\.mp4\b"),
     "smaller_volumes": re.compile(r"\b3[Dd]\b|\bvolumes?\b|\bC?B?CT\b|\bMRI\b|\.nii\b|[Cc]onv3d|CBCT"),
-    "fewer_atoms": re.compile(r"\batoms?\b|\bLAMMPS\b|\bsupercells?\b"),
-    "shorter_protein": re.compile(r"\b[Pp]roteins?\b|\bresidues?\b|\b[Aa]mino[- ]?[Aa]cids?\b|\.(?:fasta|a3m)\b"),
+    "fewer_atoms": re.compile(r"\batoms\b(?! (?:theme|package|editor))|\bLAMMPS\b|\bsupercells?\b"),
+    "shorter_protein": re.compile(
+        r"\b[Pp]roteins?[- ](?:sequences?|structures?|complex(?:es)?|chains?|folding|design|docking|pairs?|language)\b"
+        r"|\bresidues\b|\b[Aa]mino[- ]?[Aa]cids?\b|\.a3m\b"
+    ),
     "shorter_audio": re.compile(r"\b[Aa]udio\b|\bA(?:udio|UDIO)[A-Z]\w*|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"),
 }
 """Words of what a program works on, by the remedy that names it."""
