@@ -142,6 +142,27 @@ for step in range(300):
 assert len(kept) == 30, len(kept)
 """
 
+EXAMPLES = """
+import json, random
+with open("examples.jsonl", "w") as file:
+    lengths = [random.randint(20, 100) for _ in range(6000)] + [3000]
+    file.writelines(json.dumps([1] * length) + "\\n" for length in lengths)
+def examples():
+    with open("examples.jsonl") as file:
+        for line in file:
+            yield json.loads(line)
+texts = torch.nn.Sequential(torch.nn.Embedding(50, 4096), *[torch.nn.Identity() for _ in range(100)]).cuda()
+seen = 0
+for step in range(1000):
+    if step % 250 == 0:
+        for number, example in enumerate(examples()):
+            with torch.no_grad():
+                texts(torch.tensor(example).cuda()).sum().item()
+            seen += 1
+    train(4)
+assert seen < 12_000, seen
+"""
+
 
 def played(code: str, folder: Path) -> dict[str, object]:
     (folder / "train.py").write_text(MODEL + code)
@@ -162,6 +183,13 @@ def test_lines_whose_sizes_go_on_growing_are_named(tmp_path: Path) -> None:
     reached = found["peak"]["allocated_bytes"] >= 303 << 20
     lines = [place["line"] for place in found["not_played"]]
     assert reached or any("train(4 + step // 5)" in (MODEL + UNKNOWN_END).splitlines()[line - 1] for line in lines)
+
+
+def test_a_long_evaluation_whose_examples_differ_goes_on_to_the_largest(tmp_path: Path) -> None:
+    found = played(EXAMPLES, tmp_path)
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["peak"]["allocated_bytes"] >= 3000 * 4096 * 4
+    assert "differ, but many in a row raised no peak" in str(found["notes"])
 
 
 @pytest.mark.parametrize("code", [ACCUMULATED, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])

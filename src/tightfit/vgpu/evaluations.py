@@ -6,6 +6,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from types import CodeType, FrameType, GeneratorType
 from typing import TYPE_CHECKING, TypeGuard
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 _REPEATS = 3
 """Iterations in a row that must have allocated as the one before, and left nothing."""
+_CALM_PASSES = 64
+"""Forward passes in a row, of one place of a loop, that differ and raise no peak: then the loop goes on to its largest
+item.
+"""
+_CALM_PASSES_AGAIN = 16
+"""The same for a loop that was left so before."""
+_PASSES_OF_A_BATCH = 8
+"""Forward passes without gradients that one batch may have: a model in parts has one for each."""
+_CALM_SECONDS = 5.0
+"""Seconds of the processor that such a loop plays at least, when it runs for the first time."""
 _BLOCK = 512
 _MOST_LOOKED_AT = 100_000
 """Batches of an epoch among which the longest sample is looked for."""
@@ -44,6 +55,13 @@ class Repetition:
         self._pattern: tuple[int, ...] = ()
         self._peak = recorder.allocator.peak_reserved_bytes
         self.count = 0
+        self.calm, self._begun = 0, time.process_time()
+
+    def is_calm(self, *, again: bool) -> bool:
+        """Return True if iterations that differ raised no peak for long; sooner where they did so before (`again`)."""
+        if again:
+            return self.calm >= _CALM_PASSES_AGAIN
+        return self.calm >= _CALM_PASSES and time.process_time() - self._begun >= _CALM_SECONDS
 
     def repeats(self) -> bool:
         sizes = self._recorder.sizes_since(self._mark)
@@ -51,6 +69,7 @@ class Repetition:
         peak = self._recorder.allocator.peak_reserved_bytes
         same = bool(pattern) and not sum(pattern) and (pattern, peak) == (self._pattern, self._peak)
         self.count = self.count + 1 if same else 0
+        self.calm = self.calm + 1 if peak == self._peak else 0
         self._mark, self._pattern, self._peak = len(self._recorder.events), pattern, peak
         return self.count >= _REPEATS
 
@@ -65,6 +84,10 @@ class Evaluations:
         self._recorder, self._phases, self._lines, self._notes = recorder, phases, lines, notes
         self._places: dict[tuple[CodeType, int], Repetition] = {}
         self._loop: tuple[CodeType, int, int] | None = None
+        self._calm: set[object] = set()
+        """Loops, and identities of datasets, that were left although their iterations differ."""
+        self._asked_after = -_PASSES_OF_A_BATCH - 1
+        """Forward passes without gradients before a DataLoader was asked last."""
         self._latest: weakref.ref[object] = weakref.ref(self)
         """Batches of the DataLoader that was asked last."""
         self._ending: weakref.ref[object] | None = None
@@ -96,15 +119,26 @@ class Evaluations:
             self._places[frame.f_code, frame.f_lineno] = Repetition(self._recorder)
             return
         repeats = place.repeats()
-        if place.count == 1:
+        if place.count == 1 or place.calm == _CALM_PASSES_AGAIN // 2:
             self._lines.start(frame)
             self._lines.follow(frame)
-        if repeats:
-            place_of = self._place(frame)
-            self._lines.leave_if_closed(
-                frame.f_code, loop, self._missed(frame, loop.first), lambda: self._tell(place_of)
-            )
+        differs = not repeats and not self._is_of_loader() and self._is_calm(place, (frame.f_code, loop.first))
+        if repeats or differs:
+            note = partial(self._tell, self._place(frame), differs=differs)
+            missed = self._missed(frame, loop.first)
+            self._lines.leave_if_closed(frame.f_code, loop, missed, note, differs=differs)
             self._loop = None
+
+    def _is_calm(self, passes: Repetition, loop: object) -> bool:
+        """Return True for a loop, or a dataset, whose passes differ, but raised no peak for long."""
+        if not passes.is_calm(again=loop in self._calm):
+            return False
+        self._calm.add(loop)
+        return True
+
+    def _is_of_loader(self) -> bool:
+        """Return True if a DataLoader gave the batch of the latest forward passes."""
+        return self._phases.evaluated - self._asked_after <= _PASSES_OF_A_BATCH
 
     def _missed(self, frame: FrameType, first: int) -> list[int]:
         code = frame.f_code
@@ -116,9 +150,10 @@ class Evaluations:
         place = next(own_frames(frame), None)
         return Frame(place.f_code.co_filename, place.f_lineno, place.f_code.co_qualname) if place else None
 
-    def _tell(self, where: Frame | None) -> None:
+    def _tell(self, where: Frame | None, *, differs: bool = False) -> None:
         if where is not None:
-            note = say("vgpu.evaluations.left_out", file=where.file, line=where.line)
+            place = {"file": where.file, "line": where.line}
+            note = say("vgpu.evaluations.calm", **place) if differs else say("vgpu.evaluations.left_out", **place)
             if note not in self._notes:
                 self._notes.append(note)
 
@@ -134,13 +169,16 @@ class Evaluations:
                 return None
             self._latest = weakref.ref(batches)
             trained, evaluated = self._phases.trained, self._phases.evaluated
+            self._asked_after = evaluated
             before = followed.get(id(batches))
             if before is None or before[0] != trained or before[1] == evaluated or not batches._num_yielded:
                 followed[id(batches)] = (trained, evaluated, Repetition(self._recorder))
             else:
                 followed[id(batches)] = (trained, evaluated, before[2])
-                if before[2].repeats() and self._to_last(batches):
-                    self._tell(self._place(sys._getframe(1)))
+                repeats = before[2].repeats()
+                differs = not repeats and self._is_calm(before[2], id(batches._dataset))
+                if (repeats or differs) and self._to_last(batches):
+                    self._tell(self._place(sys._getframe(1)), differs=differs)
             return usual(batches)
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)

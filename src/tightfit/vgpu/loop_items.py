@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from itertools import islice, product
 from pathlib import Path
 from types import FrameType, GeneratorType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -136,8 +136,17 @@ def _is_made_by(items: "GeneratorType[object, object, object]", owner: object) -
     return getattr(method, "__code__", None) is items.gi_code
 
 
-def largest_left(items: Any, played: object, is_over: Callable[[], bool]) -> object | None:
-    """Take the items that are left, as far as the time goes, and return the largest; None if none exceeds `played`."""
+class Largest(NamedTuple):
+    """The largest of the items that an iterator had left."""
+
+    item: object | None
+    """None if no item is larger than the one that was played."""
+    is_of_all: bool
+    """False if there was no time to look at all of them."""
+
+
+def largest_left(items: Any, played: object, is_over: Callable[[], bool]) -> Largest:
+    """Take the items that are left, as far as the time goes, and return the largest, if it is larger than `played`."""
     is_counted = type(items) is enumerate
     largest, most = None, _rank(played, is_counted=is_counted)
     until = time.monotonic() + _SECONDS
@@ -145,10 +154,10 @@ def largest_left(items: Any, played: object, is_over: Callable[[], bool]) -> obj
         try:
             item = next(items)
         except (StopIteration, *FAILURES):  # the script's own, which ends with its loop
-            break
+            return Largest(largest, is_of_all=True)
         if (rank := _rank(item, is_counted=is_counted)) > most:
             largest, most = item, rank
-    return largest
+    return Largest(largest, is_of_all=False)
 
 
 def _rank(item: object, *, is_counted: bool) -> tuple[int, float]:

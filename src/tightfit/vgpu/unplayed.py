@@ -119,6 +119,8 @@ class LineWatch:
         """Loops of functions to leave before their next iteration."""
         self._if_closed: dict[tuple[CodeType, Loop], tuple[frozenset[int], Callable[[], object]]] = {}
         """Lines that such a loop must not be able to come to, and what to call when it is left."""
+        self._differing: set[tuple[CodeType, Loop]] = set()
+        """Such loops with iterations that are not alike."""
         self._iterations: Counter[tuple[CodeType, int]] = Counter()
         self._lengths = LoopLengths()
         self._earliest: dict[tuple[CodeType, int], int] = {}
@@ -512,9 +514,16 @@ class LineWatch:
         if loop not in loops:
             loops.append(loop)
 
-    def leave_if_closed(self, code: CodeType, loop: Loop, lines: Iterable[int], then: Callable[[], object]) -> None:
-        """Leave a loop likewise if its conditions keep it from the lines, and call `then`."""
+    def leave_if_closed(
+        self, code: CodeType, loop: Loop, lines: Iterable[int], then: Callable[[], object], *, differs: bool
+    ) -> None:
+        """Leave a loop likewise if its conditions keep it from the lines, and call `then`.
+
+        `differs`: its iterations are not alike.
+        """
         self._if_closed[code, loop] = frozenset(lines), then
+        if differs:
+            self._differing.add((code, loop))
         self.leave(code, loop)
 
     def _may_leave(self, frame: FrameType, loop: Loop) -> bool:
@@ -658,7 +667,9 @@ class LineWatch:
         self.forget_names(frame, names)
         with self._passing():
             largest = largest_left(items, played, lambda: self.is_cut_short)
-        return largest is not None and replace_iterator(frame, iter([largest]))
+        if (frame.f_code, loop) in self._differing and not largest.is_of_all:
+            self.changing.append(Frame(frame.f_code.co_filename, loop.first, frame.f_code.co_qualname))
+        return largest.item is not None and replace_iterator(frame, iter([largest.item]))
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[None]:
