@@ -45,6 +45,7 @@ _OF_NOTHING = {
     "empty": "empty",
     "binary": "empty",
     "told": "cause_not_shown",
+    "cut_error": "incomplete",
     "caught": "survived",
     "warning": "mention",
     "document": "mention",

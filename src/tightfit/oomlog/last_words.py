@@ -108,6 +108,22 @@ _FAILED = re.compile(
 )
 
 
+_ERRS = re.compile(
+    r"\b[A-Z]\w*(?:Error|Exception):|\b(?:CUDA|HIP) [Ee]rror\b|\b[Ee]rror: |\bERROR\b|\bFATAL\b"
+    r"|\b[Rr]esource exhausted:|\b[Ee]xecution failed:|\buncaught exception\b"
+)
+
+
+def error_at_end(text: str) -> str | None:
+    """Return the last line of a log if it tells of an error, of which the rest may be missing.
+
+    >>> error_at_end("step 1\\n`(EngineCore) ValueError: To serve at least one"), error_at_end("0 errors\\n")
+    ('`(EngineCore) ValueError: To serve at least one', None)
+    """
+    last = text.rstrip().rpartition("\n")[2].strip()
+    return last if _ERRS.search(last) else None
+
+
 def tells_of_failure(text: str) -> bool:
     """Return True for a report that has a title and tells of a failure.
 

@@ -18,6 +18,7 @@ from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, memory_of, status_of
 from tightfit.oomlog.last_words import (
     advises,
+    error_at_end,
     host_words_in,
     is_of_job,
     is_told,
@@ -309,7 +310,8 @@ class _Scan:
         chosen = chosen or self._failed_afterwards()
         rest = [record for record in self.records if not _is_of(record, chosen)]
         others = tuple(map(_other, rest[:100]))
-        count = self.uncounted + sum(map(_counts, rest))
+        apart = [record for record in rest if chosen is None or record.facts.line != chosen.facts.line]
+        count = self.uncounted + sum(map(_counts, apart))
         context = printed_in("\n".join(lines_of(self._head)))
         run = run_facts_in("\n".join(lines_of(self._both_ends()))) if failures or chosen else RunFacts()
         if chosen:
@@ -399,6 +401,8 @@ class _Scan:
         if self._size < _PROSE and (met := met_in(lines_of(self._head))) is not None:
             return "reported", met
         for record in self.records:
+            if record.standing is Standing.FAILURE:
+                return "survived_error", record.body
             if record.standing is not Standing.CAUGHT or _ran_out(record):
                 return record.standing.value, record.body
         told = host_words_in(lines_of(self._head)) if self._size < _PROSE else None
@@ -412,6 +416,8 @@ class _Scan:
             return "other_error", line
         if not is_text(self._head):
             return "binary", ""
+        if (line := error_at_end(self._ending)) is not None:
+            return "cut_error", line
         return ("told" if tells_of_failure(self._head[:_REPORT]) else "nothing"), ""
 
     def _is_short_report(self) -> bool:
