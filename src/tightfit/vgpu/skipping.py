@@ -338,25 +338,35 @@ class Skip:
             before = self._values(reduced, names, others)
             self.watched.choose(self._ahead(code, names, others, most))
             self._restore(before, reduced, names, others)
-        goes_on = is_counting and self._has_aim(reduced)
+        if is_counting and self._has_aim(reduced):
+            self._pass_over(code, reduced, names, others, items, begun)
+        _forget_inner_counters(names)
+        self.is_over = True
+
+    def _pass_over(
+        self,
+        code: CodeType,
+        reduced: _Reduced,
+        names: dict[str, object],
+        others: dict[str, object],
+        items: LoopItems,
+        begun: tuple[float, float],
+    ) -> None:
+        """Pass over iterations, a step's at a time, up to one that has to run, or the loop's end or last step."""
         assign = partial(_assign, names, others)
         self._ends.is_passing = True
         plays_last = self.steps > 1 or (self.to_end and items.differ)
+        has_left = plays_last and isinstance(self._node, ast.For) and items.left is not None
+        goes_back = plays_last and self.to_end and isinstance(self._node, ast.While) and not self._ending
         earlier = before = self._values(reduced, names, others)
-        while goes_on and not _is_late(*begun):
+        while not (self.is_exhausted or _is_late(*begun)):
             earlier, before = before, self._values(reduced, names, others)
-            is_last = plays_last and most is not None and most - self.passed <= self.steps
+            is_last = has_left and (items.left or 0) - self.passed <= self.steps
             has_to_run = is_last or items.has_to_run(self.steps)
             if has_to_run or not self._runs(code, names, others, self.steps, items.has_those):
-                goes_back = (
-                    plays_last
-                    and self.to_end
-                    and self.passed
-                    and isinstance(self._node, ast.While)
-                    and not self._ending
-                )
-                self._restore(earlier if goes_back else before, reduced, names, others)
-                self.passed -= self.steps if goes_back else 0
+                is_behind = goes_back and self.passed > 0  # the loop's last step
+                self._restore(earlier if is_behind else before, reduced, names, others)
+                self.passed -= self.steps if is_behind else 0
                 self.is_reached, self.is_exhausted = True, is_last
                 break
             if self._ending:
@@ -364,15 +374,12 @@ class Skip:
             self.unsure_lines, self.chance_lines = frozenset(reduced.unknown), frozenset(reduced.by_chance)
             taken = sum(items.advance() for _ in range(self.steps))
             self.passed += taken
-            goes_on = taken == self.steps
-            self.is_exhausted = not goes_on
-            if not goes_on:  # there were fewer iterations than were counted
+            self.is_exhausted = taken < self.steps
+            if self.is_exhausted:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken, items.has_those)
                 self._ends.keep(assign)
         self._ends.put_back(assign)
-        _forget_inner_counters(names)
-        self.is_over = True
 
     def _ahead(
         self, code: CodeType, names: dict[str, object], others: dict[str, object], most: int

@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FrameType
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tightfit.vgpu.collected import go_to_last
 from tightfit.vgpu.expressions import always, value_in
 from tightfit.vgpu.far_conditions import FarConditions, Passing
-from tightfit.vgpu.frames import Frame, is_package
+from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.histories import Iterations
 from tightfit.vgpu.inlined_loop import (
     CHANGES_IN_TURN,
@@ -36,21 +36,19 @@ from tightfit.vgpu.loop_items import (
 )
 from tightfit.vgpu.loop_source import (
     Loop,
-    bodies_on_line,
     counts_for_later,
     endless_test,
-    loop_heads,
     loop_node,
     loops_around,
     reachable_calls,
 )
 from tightfit.vgpu.phases import Phases
+from tightfit.vgpu.ran_lines import RanLines
 from tightfit.vgpu.running_loops import (
     SUSPENDS,
     LoopLengths,
     TrainingLoop,
     counted_frames,
-    is_behind,
     loops_at,
     own_frames,
     package_frames,
@@ -62,8 +60,6 @@ _SECONDS_TO_LEAVE = 3.0
 """Time for taking away the items of a loop that nothing follows."""
 _JUMP = FrameType.__dict__["f_lineno"].__set__
 """Sets a frame's next line, which Python lets trace functions do alone."""
-_STEPS_TO_COMPARE = 3
-"""Steps that tell which lines run in each."""
 _MOST_ENDS = 32
 """Times that the iterations left of one loop are passed over, instead of a jump behind it."""
 
@@ -97,23 +93,11 @@ class LineWatch:
 
     def __init__(self, phases: Phases) -> None:
         self._phases = phases
-        self._heads: dict[CodeType, dict[int, int]] = {}
-        """First lines of loops by the lines at which their iterations begin."""
+        self._ran = RanLines()
         self._begun: dict[tuple[CodeType, int], int] = {}
         """Backward passes when each loop's latest iteration began."""
         self._training: set[tuple[CodeType, int]] = set()
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
-        self._ran: dict[CodeType, set[int]] = {}
-        """Lines that ran; negative for the body of an `if` on its line."""
-        self._reruns: list[defaultdict[CodeType, set[int]]] = []
-        """The same in each of the latest steps, the last one first, while they are noted."""
-        self._notes_reruns = False
-        self._followed: dict[int, CodeType] = {}
-        """These functions' code by its identity: to hash code costs more than the rest of a call."""
-        self._modules: set[object] = set()
-        """Names of these functions' modules: to look at code is slow wherever Python has an audit hook."""
-        self._bodies: dict[CodeType, dict[int, int]] = {}
-        """Columns of these bodies."""
         self._given_up: set[tuple[CodeType, Loop]] = set()
         self._leaving: dict[CodeType, list[Loop]] = {}
         """Loops of functions to leave before their next iteration."""
@@ -169,23 +153,16 @@ class LineWatch:
     def follow(self, frame: FrameType | None) -> None:
         for each in (*own_frames(frame), *package_frames(frame)):
             code = each.f_code
-            if code not in self._ran:
-                self._modules.add(each.f_globals.get("__name__"))
-                self._add(code)
-                self._ran[code].add(each.f_lineno)
+            if code not in self._ran.of:
+                self._ran.modules.add(each.f_globals.get("__name__"))
+                self._ran.add(code)
+                self._ran.note(each)
             each.f_trace, each.f_trace_lines = self._line, True
-
-    def _add(self, code: CodeType) -> None:
-        self._followed[id(code)] = code
-        self._ran[code] = set()
-        self._heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
-        self._bodies[code] = bodies_on_line(code.co_filename, code.co_firstlineno, code.co_name)
 
     def after_step(self) -> None:
         """Note how many iterations each loop had at an optimizer step."""
         self._at_steps.append(self._iterations.copy())
-        if self._notes_reruns and not self.knows_reruns():
-            self._reruns.insert(0, defaultdict(set))
+        self._ran.after_step()
 
     def stop(self) -> None:
         if self.is_on:
@@ -204,7 +181,7 @@ class LineWatch:
             earlier.setdefault(place.file, set()).update((place.line, -place.line))
         for each in own_frames(frame):
             code = each.f_code
-            ran = self._ran.get(code, set()) | earlier.get(code.co_filename, set())
+            ran = self.ran(code) | earlier.get(code.co_filename, set())
             calls = reachable_calls(code.co_filename, code.co_firstlineno, code.co_name, each.f_lineno)
             around = [loop for loop in loops_at(each) if (code, loop.first) in self._endless]
             missed = [abs(call.first) for call in calls if call.is_missed(ran)]
@@ -257,9 +234,9 @@ class LineWatch:
         if node is not None:
             made = inlined(node, lambda each: value_in(each, names, others), code, others)
             self._read.loops[code, first] = made
-            self._modules |= made.modules
-            for each in made.functions.keys() - self._ran.keys():
-                self._add(each)
+            self._ran.modules |= made.modules
+            for each in made.functions.keys() - self._ran.of.keys():
+                self._ran.add(each)
         self._read.unread.discard((code, first))
         self.forget_names(frame, names)
 
@@ -409,7 +386,7 @@ class LineWatch:
         made = self._read.loops.get((code, loop.first))
         if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
-        if self._notes_reruns:
+        if self._ran.notes_steps:
             return False
         if self._far.waits((code, loop.first)):
             return False
@@ -453,22 +430,19 @@ class LineWatch:
 
     def note_reruns(self) -> None:
         """Begin to note which lines run in the next steps; until then no iterations begin to be passed over."""
-        self._reruns = [defaultdict(set)]
-        self._notes_reruns = True
+        self._ran.begin_steps()
 
     def knows_reruns(self) -> bool:
         """Return True once enough steps were noted."""
-        return len(self._reruns) > _STEPS_TO_COMPARE
+        return self._ran.knows_steps()
 
     def rare_of(self, sought: Sought) -> Sought:
         """Return those of the lines that did not run in each of the steps noted, and note no more."""
-        self._notes_reruns = False
-        steps = self._reruns[1:]
-        reruns = {code: set.intersection(*(each[code] for each in steps)) for code in steps[0]}
-        made = self._read.loops[sought.code, sought.loop.first]
-        often = made.lines_of(lambda code: reruns.get(code, set())) | reruns.get(sought.code, set())
-        with_bodies = {*self._bodies[sought.code], *(each.lineno for each in made.on_line)}  # which may not have run
-        return sought._replace(lines=sought.lines - (often - with_bodies))
+        made, code = self._read.loops[sought.code, sought.loop.first], sought.code
+        in_each = self._ran.in_each_step()
+        with_bodies = {*self._ran.bodies[code], *(each.lineno for each in made.on_line)}  # which may not have run
+        often = (made.lines_of(in_each) | in_each(code)) - with_bodies
+        return sought._replace(lines=sought.lines - often)
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
@@ -490,13 +464,7 @@ class LineWatch:
 
     def unplayed_of(self, places: Iterable[Frame]) -> list[Frame]:
         """List those of the lines that did not run since; a package's loop was not played to its end."""
-        ran = {
-            (code.co_filename, abs(line))
-            for code, lines in self._ran.items()
-            for line in lines
-            if line < 0 or line not in self._bodies[code]
-        }
-        return [place for place in places if is_package(place) or (place.file, place.line) not in ran]
+        return self._ran.missing_of(places)
 
     def _training_loops(self, code: CodeType, around: Sequence[Loop]) -> Sequence[Loop]:
         """Return those of the loops around a line, outermost first, that have backward passes in an iteration."""
@@ -559,11 +527,12 @@ class LineWatch:
 
     def ran(self, code: CodeType) -> set[int]:
         """Lines of a followed function that ran."""
-        return self._ran.get(code, set())
+        return self._ran.of.get(code, set())
 
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
-        if frame.f_globals.get("__name__") not in self._modules or id(code := frame.f_code) not in self._followed:
+        if not self._ran.follows(frame):
             return self._far.called(frame) if self._far.is_own(frame) else None
+        code = frame.f_code
         for place in [each for each in self._begun if each[0] is code]:  # backward passes before this call
             del self._begun[place]
             self._far.reopen(place)
@@ -574,16 +543,14 @@ class LineWatch:
         if self._stale is not None:
             self._stale.clear()
             self._stale = None
-        if self._bodies[code]:
-            self._follow_body(frame, event)
+        if self._ran.bodies[code]:
+            self._ran.note_body(frame, event)
             if event == "opcode":
                 return self._line
-        self._ran[code].add(frame.f_lineno)
-        if self._notes_reruns:
-            self._reruns[0][code].add(frame.f_lineno)
+        self._ran.note(frame)
         if event == "return":
             self._far.returned(frame)
-        first = self._heads[code].get(frame.f_lineno) if event == "line" else None
+        first = self._ran.heads[code].get(frame.f_lineno) if event == "line" else None
         if first is None or self._comes_back(frame, first):
             return self._line
         self._read.reached[code, first] -= 1
@@ -610,14 +577,6 @@ class LineWatch:
         place = (frame.f_code, first)
         earliest = self._earliest[place] = min(self._earliest.get(place, frame.f_lasti), frame.f_lasti)
         return first != frame.f_lineno and frame.f_lasti > earliest
-
-    def _follow_body(self, frame: FrameType, event: str) -> None:
-        """Note if the body of an `if` on its line runs, by the instructions of that line."""
-        code, line = frame.f_code, frame.f_lineno
-        column = self._bodies[code].get(line)
-        if event == "opcode" and column is not None and is_behind(frame, column):
-            self._ran[code].add(-line)
-        frame.f_trace_opcodes = column is not None and -line not in self._ran[code]
 
     def _leave_now(self, frame: FrameType, loop: Loop) -> None:
         """Jump behind a loop at its line, or take all items away that are left if nothing follows it."""
@@ -705,23 +664,9 @@ class LineWatch:
             if skip.to_end and not (skip.is_exhausted or skip.is_reached):  # it took too long, or nobody can count it
                 self._ends[place] = _MOST_ENDS
             self._end_passing(place, skip)
-            made = self._read.loops[place]
-            own = (line for line in map(abs, skip.unsure_lines) if first <= line <= loop.last)
-            self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
-            by_chance = (made.frame_of(abs(line)) for line in skip.chance_lines)
-            self.unsure += [each for each in by_chance if each is not None]
-            found_one = (skip.is_changing or skip.is_reached) and not skip.is_exhausted
             self._lengths.pass_over(place, skip.passed)
-            self._read.note_changes(place, sizes=skip.watched.has_new_size, conditions=bool(skip.watched.conditions))
-            if skip.watched.is_on:
-                changes = self._read.changes[place] - CHANGES_OF_A_START + 1
-                self._read.changes[place] = changes if found_one else MOST_CHANGES
-                if found_one and changes >= MOST_CHANGES:
-                    each_size = (
-                        made.frame_of(line) or Frame(code.co_filename, line, code.co_qualname)
-                        for line in skip.watched.lines()
-                    )
-                    self.changing += each_size
+            self._list_open(place, loop, skip)
+            self._note_changes(place, skip)
             self._read.reached[place] = skip.steps if skip.is_reached else 0
             if skip.is_changing:  # the lines that it was for are still to come
                 self._read.tried = {each for each in self._read.tried if each[:2] != place}
@@ -729,6 +674,28 @@ class LineWatch:
                 self._read.tried = {
                     each for each in self._read.tried if each[0] is not code or not first < each[1] <= loop.last
                 }
+
+    def _list_open(self, place: tuple[CodeType, int], loop: Loop, skip: Skip) -> None:
+        """List lines that may have run in iterations passed over."""
+        code = place[0]
+        own = (line for line in map(abs, skip.unsure_lines) if loop.first <= line <= loop.last)
+        self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
+        by_chance = (self._read.loops[place].frame_of(abs(line)) for line in skip.chance_lines)
+        self.unsure += [each for each in by_chance if each is not None]
+
+    def _note_changes(self, place: tuple[CodeType, int], skip: Skip) -> None:
+        """Note if another iteration may have a size that never was; list such lines if they changed too often."""
+        watched, code = skip.watched, place[0]
+        self._read.note_changes(place, sizes=watched.has_new_size, conditions=bool(watched.conditions))
+        if not watched.is_on:
+            return
+        changes = self._read.changes[place] - CHANGES_OF_A_START + 1
+        goes_on = (skip.is_changing or skip.is_reached) and not skip.is_exhausted
+        self._read.changes[place] = changes if goes_on else MOST_CHANGES
+        if goes_on and changes >= MOST_CHANGES:
+            for line in watched.lines():
+                found = self._read.loops[place].frame_of(line)
+                self.changing.append(found or Frame(code.co_filename, line, code.co_qualname))
 
     def _takes_next(self, items: object) -> bool:
         """Take an item of a `for` loop away; False if there is none, or no more time."""
@@ -772,7 +739,7 @@ class LineWatch:
         found: dict[tuple[CodeType, int], int] = {}
         while frame is not None:
             code = frame.f_code
-            if id(code) in self._followed:
+            if self._ran.has(code):
                 places = [(code, loop.first) for loop in loops_at(frame)]
                 found |= {place: self._iterations[place] for place in places if place in self._iterations}
             frame = frame.f_back

@@ -1,0 +1,89 @@
+"""Lines that ran in the functions that Python's tracing follows."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from types import CodeType, FrameType
+
+from tightfit.vgpu.frames import Frame, is_package
+from tightfit.vgpu.loop_source import bodies_on_line, loop_heads
+from tightfit.vgpu.running_loops import is_behind
+
+_STEPS_TO_COMPARE = 3
+"""Steps that tell which lines run in each."""
+Lines = defaultdict[CodeType, set[int]]
+
+
+class RanLines:
+    """The functions that are followed, and which of their lines ran."""
+
+    def __init__(self) -> None:
+        self.of: dict[CodeType, set[int]] = {}
+        """Lines that ran, by their function; negative for the body of an `if` on its line."""
+        self.heads: dict[CodeType, dict[int, int]] = {}
+        """First lines of loops by the lines at which their iterations begin."""
+        self.bodies: dict[CodeType, dict[int, int]] = {}
+        """Columns of bodies on the line of their `if`."""
+        self.modules: set[object] = set()
+        """Names of these functions' modules: to look at code is slow wherever Python has an audit hook."""
+        self._followed: dict[int, CodeType] = {}
+        """Their code by its identity: to hash code costs more than the rest of a call."""
+        self._steps: list[Lines] = []
+        """Lines that ran in each of the latest steps, the last one first, while that is noted."""
+        self.notes_steps = False
+
+    def add(self, code: CodeType) -> None:
+        """Follow a function from now on."""
+        self._followed[id(code)] = code
+        self.of[code] = set()
+        self.heads[code] = loop_heads(code.co_filename, code.co_firstlineno, code.co_name)
+        self.bodies[code] = bodies_on_line(code.co_filename, code.co_firstlineno, code.co_name)
+
+    def follows(self, frame: FrameType) -> bool:
+        return frame.f_globals.get("__name__") in self.modules and id(frame.f_code) in self._followed
+
+    def has(self, code: CodeType) -> bool:
+        """Return True for a function that is followed, whatever its module."""
+        return id(code) in self._followed
+
+    def note(self, frame: FrameType) -> None:
+        """Note that a function is at a line."""
+        code = frame.f_code
+        self.of[code].add(frame.f_lineno)
+        if self.notes_steps:
+            self._steps[0][code].add(frame.f_lineno)
+
+    def note_body(self, frame: FrameType, event: str) -> None:
+        """Note if the body of an `if` on its line runs, by the instructions of that line."""
+        code, line = frame.f_code, frame.f_lineno
+        column = self.bodies[code].get(line)
+        if event == "opcode" and column is not None and is_behind(frame, column):
+            self.of[code].add(-line)
+        frame.f_trace_opcodes = column is not None and -line not in self.of[code]
+
+    def begin_steps(self) -> None:
+        """Begin to note which lines run in each of the next steps."""
+        self._steps, self.notes_steps = [defaultdict(set)], True
+
+    def after_step(self) -> None:
+        if self.notes_steps and not self.knows_steps():
+            self._steps.insert(0, defaultdict(set))
+
+    def knows_steps(self) -> bool:
+        """Return True once enough steps were noted."""
+        return len(self._steps) > _STEPS_TO_COMPARE
+
+    def in_each_step(self) -> Callable[[CodeType], set[int]]:
+        """Return a function of functions for the lines that ran in all the steps noted; note no more."""
+        self.notes_steps = False
+        steps = self._steps[1:]
+        return lambda code: set.intersection(*(each[code] for each in steps))
+
+    def missing_of(self, places: Iterable[Frame]) -> list[Frame]:
+        """List those of the lines that did not run since; a package's loop was not played to its end."""
+        ran = {
+            (code.co_filename, abs(line))
+            for code, lines in self.of.items()
+            for line in lines
+            if line < 0 or line not in self.bodies[code]
+        }
+        return [place for place in places if is_package(place) or (place.file, place.line) not in ran]
