@@ -264,6 +264,7 @@ class Skip:
         to_end: bool = False,
         watched: WatchedValues | None = None,
         far: Callable[[int | None], Callable[[int], bool] | None] | None = None,
+        newly: Callable[[], Collection[int]] = tuple,
     ) -> None:
         """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
 
@@ -272,10 +273,12 @@ class Skip:
         if nothing is missing, or to its last step if that takes several iterations. `watched` tells where values that
         may decide sizes are new. `far` is called when iterations begin to be passed over, with those that are left; it
         returns a function of their number that is True if the next one has to run, for conditions not in this loop.
+        `newly` returns the lines that ran for the first time since.
         """
         self.watched = watched or WatchedValues()
         self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
         self._lengths, self.to_end = lengths, to_end
+        self._newly = newly
         self._begin_far, self._far = far, cast("Callable[[int], bool] | None", None)
         self.passed = 0
         """Iterations that were passed over."""
@@ -320,6 +323,7 @@ class Skip:
                 del self.names[name]
 
     def _follow(self, frame: FrameType, names: dict[str, object], others: dict[str, object], items: LoopItems) -> None:
+        self._missing = set(self._missing) - set(self._newly())
         if self._before is None:
             cut_off = self._cut_off
             expected = self._expected(frame, names, others)

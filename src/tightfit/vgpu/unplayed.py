@@ -318,8 +318,19 @@ class LineWatch:
         watched = WatchedValues(self._read.seen[place] if watches else None, is_on=watches, only_extremes=only_extremes)
         far = partial(self._begin_passing, place)
         steps = now - before
-        skip = Skip(made.node, missing, ran, steps, made.line, lengths, to_end, watched, far)
+        newly = partial(self._ran_since, code, made, frozenset(ran))
+        skip = Skip(made.node, missing, ran, steps, made.line, lengths, to_end, watched, far, newly)
         self._skips[place] = loop, skip
+
+    def _ran_since(self, code: CodeType, made: InlinedLoop, before: frozenset[int]) -> set[int]:
+        """Return the lines of a loop that ran for the first time since."""
+        newly = (made.lines_of(self.ran) | self.ran(code)) - before
+        with_bodies = self._with_bodies(code, made)
+        return {abs(line) for line in newly if line < 0 or line not in with_bodies}
+
+    def _with_bodies(self, code: CodeType, made: InlinedLoop) -> set[int]:
+        """Return the lines of a loop on which an `if` has its body, which may not have run."""
+        return {*self._ran.bodies[code], *(each.lineno for each in made.on_line)}
 
     def note_state(self, frame: FrameType | None, state: Hashable) -> dict[tuple[CodeType, int], bool]:
         """Note how steps repeat in this iteration of the outer training loops; return if they did so in the one before.
@@ -440,8 +451,7 @@ class LineWatch:
         """Return those of the lines that did not run in each of the steps noted, and note no more."""
         made, code = self._read.loops[sought.code, sought.loop.first], sought.code
         in_each = self._ran.in_each_step()
-        with_bodies = {*self._ran.bodies[code], *(each.lineno for each in made.on_line)}  # which may not have run
-        often = (made.lines_of(in_each) | in_each(code)) - with_bodies
+        often = (made.lines_of(in_each) | in_each(code)) - self._with_bodies(code, made)
         return sought._replace(lines=sought.lines - often)
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
