@@ -23,18 +23,18 @@ class _Anew(NamedTuple):
     text: str
     """Expression that holds it."""
     items: object
-    """What it iterates over."""
+    """Its list, DataLoader or the like."""
 
 
 class _Counted:
-    """One iterator and the items that iterations passed over take of it."""
+    """One iterator, and the items that are taken from it in iterations passed over."""
 
     def __init__(self, iterator: Iterator[object]) -> None:
         self.iterator = iterator
         self.left = left_of(iterator)
         """Items that it still has; None if that cannot be seen."""
         self.taken = 0
-        """Items that were counted as taken of it, or of the one that is begun anew."""
+        """Items counted as taken: from it, or from the iterator that is begun anew."""
         self.anew: _Anew | None = None
         self.text = ""
         """Expression that holds it."""
@@ -96,7 +96,7 @@ class EndingIterators:
         return [(each.iterator, each.taken) for each in self._counted.values() if each.taken and each.anew is None]
 
     def back(self) -> None:
-        """Forget what was counted since items were taken last."""
+        """Forget all counts since items were taken last."""
         self._counted = {key: each for key, each in self._counted.items() if each.seen}
         for each in self._counted.values():
             each.taken, each.left = 0, None

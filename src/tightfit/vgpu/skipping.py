@@ -40,7 +40,7 @@ _SECONDS, _WAIT = 10.0, 40.0
 """Seconds of the processor, and of the clock, for passing over iterations of one loop; then they run again."""
 _MOST_CUT_OFF = 3
 _TAKE, _ANEW = "tightfit.take", "tightfit.anew"
-"""Names, which no script can have, of functions that count what is taken of an iterator."""
+"""Names, which no script can have, of functions that count the items of an iterator."""
 
 
 class _Reduced:
@@ -55,7 +55,7 @@ class _Reduced:
         lists: Collection[str] = (),
         ending: Collection[str] = (),
     ) -> None:
-        """`lists` are expressions of lists whose lengths the loop reads, `ending` of iterators whose end it handles."""
+        """`lists`: expressions of lists, if the loop reads their lengths. `ending`: of iterators with `except StopIteration`."""
         self._ending = ending
         self._reader, self._missing, self._ran, self._lengths, self._lists = reader, missing, ran, lengths, lists
         self.unknown: set[int] = set()
@@ -111,7 +111,7 @@ class _Reduced:
         return kept
 
     def _next_items(self, statement: ast.stmt) -> list[ast.stmt]:
-        """Return what a statement does with iterators whose end the loop handles: takes an item, or begins anew."""
+        """Return statements that take an item of such an iterator, or begin it anew, if this statement does so."""
         match statement:
             case ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id="iter"), args=[items])):
                 text = ast.unparse(target)
@@ -237,7 +237,7 @@ HasThose = Callable[[object, int], bool]
 
 @dataclass(frozen=True)
 class LoopItems:
-    """Items of the loop whose iterations are passed over."""
+    """Items of the loop that is passed over."""
 
     left: int | None
     """Items that a `for` loop has left; None if nobody knows."""
@@ -247,7 +247,7 @@ class LoopItems:
     """Tells if so many next items hold one that is not to be taken away."""
     has_those: HasThose
     differ: bool = False
-    """True if the last one may be smaller than the others, and what is held of it behind the loop."""
+    """True if the last one may be smaller than the others: tensors of it may be held behind the loop."""
 
 
 class Skip:

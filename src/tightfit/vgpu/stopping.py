@@ -43,7 +43,7 @@ _EPOCHS_OF_TRAINER = 2
 
 
 class _Step(NamedTuple):
-    """What one optimizer step took."""
+    """The memory of one optimizer step."""
 
     allocations: tuple[int, ...]
     peak: int
@@ -57,7 +57,7 @@ class _Step(NamedTuple):
         return self[1:3] == before[1:3]
 
     def repeats(self, before: "_Step | None") -> bool:
-        """Return True for a step like an earlier one; what is kept of each step may reach a peak again later."""
+        """Return True for a step like an earlier one. Tensors kept from each step may reach a peak again later."""
         return before is not None and self[:3] == before[:3] and self.held - before.held < _KEPT_BYTES
 
 

@@ -32,7 +32,7 @@ class WatchedValues:
         """Iterations to run, by the number that were passed over before; None if any new value counts."""
 
     def start(self, steady: Values, ran: Collection[int]) -> None:
-        """Take what the iteration that ran came to, but for values that change each time; `ran` are lines that ran."""
+        """Take the values of the iteration that ran, without those that change each time; `ran` are lines that ran."""
         conditions = {key: value for key, value in steady.items() if key.startswith(HOLDS)}
         self.sizes = {key: value for key, value in steady.items() if not key.startswith(HOLDS)}
         self._seen |= {frozenset({each}) for each in conditions.items()}
