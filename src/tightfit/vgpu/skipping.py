@@ -55,7 +55,7 @@ class _Reduced:
         lists: Collection[str] = (),
         ending: Collection[str] = (),
     ) -> None:
-        """`lists`: expressions of lists, if the loop reads their lengths. `ending`: of iterators with `except StopIteration`."""
+        """`lists`: expressions of lists with lengths that it reads. `ending`: of iterators that it begins anew."""
         self._ending = ending
         self._reader, self._missing, self._ran, self._lengths, self._lists = reader, missing, ran, lengths, lists
         self.unknown: set[int] = set()
