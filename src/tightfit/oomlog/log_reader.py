@@ -253,6 +253,7 @@ class _Scan:
     def _message(self, message: Message, stream: Stream, index: int, earlier: str) -> None:
         """Keep a message that starts on the line `index` of its stream."""
         entry, (column, finish) = stream.entries[index], stream.span(message, index)
+        message.exception = _own_class(entry.line.body[:column], message.exception)
         is_title = entry.number == 1 and entry.line.body.startswith("# ")
         stand = standing(message, entry.line, column, finish, short_log=self._size < PATIENCE, is_title=is_title)
         following = stream.entries[index + 1 : index + 13]
@@ -443,6 +444,16 @@ class _Scan:
         else:
             details = {"said": evidence} if evidence else {}
         return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=self._lines + 1)
+
+
+def _own_class(before: str, named: str | None) -> str | None:
+    """Return the name of an exception as its line has it: without white space, the line before is joined to it.
+
+    >>> _own_class("torch.OutOfMemoryError: ", "bashtorch.OutOfMemoryError")
+    'torch.OutOfMemoryError'
+    """
+    last = before.rstrip(": ").rpartition(" ")[2]
+    return last if named and last and named not in before and named.endswith(last) else named
 
 
 def _with_facts(record: _Record, facts: Facts) -> _Record:
