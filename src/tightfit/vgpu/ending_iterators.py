@@ -26,16 +26,22 @@ class _Anew(NamedTuple):
     """Its list, DataLoader or the like."""
 
 
+class _Count(NamedTuple):
+    """Items of one iterator, or of the one that it is begun anew by."""
+
+    left: int | None
+    """None if that cannot be seen."""
+    taken: int = 0
+    anew: _Anew | None = None
+
+
 class _Counted:
     """One iterator, and the items that are taken from it in iterations passed over."""
 
     def __init__(self, iterator: Iterator[object]) -> None:
         self.iterator = iterator
-        self.left = left_of(iterator)
-        """Items that it still has; None if that cannot be seen."""
-        self.taken = 0
-        """Items counted as taken: from it, or from the iterator that is begun anew."""
-        self.anew: _Anew | None = None
+        self.now = self.kept = _Count(left_of(iterator))
+        """The count in the iteration that is followed, and in those that are certainly passed over."""
         self.text = ""
         """Expression that holds it."""
         self.seen: deque[object] = deque()
@@ -58,31 +64,28 @@ class EndingIterators:
         found = self._of(iterator)
         if found is None:
             return False
-        if found.left is not None:
-            return found.left <= 0
-        if self.is_passing and text and len(found.seen) == found.taken:
+        if found.now.left is not None:
+            return found.now.left <= 0
+        if self.is_passing and text and len(found.seen) == found.now.taken:
             found.text = text
             try:
                 found.seen.append(next(found.iterator))
             except (StopIteration, *FAILURES):  # the script's own, which it raises again where it goes on
-                found.left = 0
                 return True
         return False
 
     def take(self, iterator: object) -> None:
         """Count an item as taken."""
         found = self._of(iterator)
-        if found is None or found.left == 0:
-            return
-        found.taken += 1
-        if found.left is not None:
-            found.left -= 1
+        if found is not None and found.now.left != 0:
+            left = found.now.left
+            found.now = found.now._replace(left=None if left is None else left - 1, taken=found.now.taken + 1)
 
     def begin_anew(self, text: str, iterator: object, items: object) -> None:
         """Count the iterator that the expression `text` holds as begun anew over `items`."""
         found = self._of(iterator)
         if found is not None:
-            found.anew, found.taken, found.left = _Anew(text, items), 0, len(cast("Sized", items))
+            found.now = _Count(len(cast("Sized", items)), 0, _Anew(text, items))
 
     def _of(self, iterator: object) -> _Counted | None:
         if id(iterator) not in self._counted:
@@ -92,40 +95,42 @@ class EndingIterators:
         return self._counted[id(iterator)]
 
     def counted(self) -> list[tuple[object, int]]:
-        """List the iterators with the items that were counted since items were taken last."""
-        return [(each.iterator, each.taken) for each in self._counted.values() if each.taken and each.anew is None]
+        """List the iterators with the items that were counted, unless they are begun anew."""
+        each_count = ((each.iterator, each.now) for each in self._counted.values())
+        return [(iterator, now.taken) for iterator, now in each_count if now.taken and now.anew is None]
 
     def back(self) -> None:
-        """Forget all counts since items were taken last."""
-        self._counted = {key: each for key, each in self._counted.items() if each.seen}
+        """Forget the counts of the iteration that is followed."""
         for each in self._counted.values():
-            each.taken, each.left = 0, None
+            each.now = each.kept
 
-    def keep(self, assign: Assign) -> None:
-        """Take the items that were counted, and begin iterators anew by way of `assign`."""
-        for key, each in [*self._counted.items()]:
-            iterator = each.iterator
-            if each.anew is not None:
-                iterator = iter(each.anew.items)  # type: ignore[call-overload]
-                assign(each.anew.text, iterator)
-            while each.seen and each.taken:
-                each.seen.popleft()
-                each.taken -= 1
-            with contextlib.suppress(StopIteration, *FAILURES):  # as above
-                for _ in range(each.taken):
-                    next(iterator)
-            each.taken = 0
-            if not each.seen:
-                del self._counted[key]
-
-    def put_back(self, assign: Assign) -> None:
-        """Let items that were only seen come first in the iterations that run."""
+    def keep(self) -> None:
+        """Pass over the iteration that was followed."""
         for each in self._counted.values():
             if each.seen:
-                assign(each.text, itertools.chain(each.seen, each.iterator))
+                for _ in range(each.now.taken):
+                    each.seen.popleft()
+                each.now = each.now._replace(taken=0)
+            each.kept = each.now
+
+    def end(self, assign: Assign) -> None:
+        """Take the items of all iterations passed over, and begin iterators anew, by way of `assign`."""
+        for each in self._counted.values():
+            iterator = each.iterator
+            if each.kept.anew is not None:
+                iterator = iter(each.kept.anew.items)  # type: ignore[call-overload]
+                assign(each.kept.anew.text, iterator)
+            with contextlib.suppress(StopIteration, *FAILURES):  # as above
+                for _ in range(each.kept.taken):
+                    next(iterator)
+            if each.seen:  # they come first where the loop goes on
+                assign(each.text, itertools.chain(each.seen, iterator))
         self._counted.clear()
 
 
 def begins_alike(items: object) -> bool:
     """Return True if `iter(items)` does nothing else in the script, and the number of items is known."""
-    return isinstance(items, (DataLoader, list, tuple, range)) and hasattr(items, "__len__")
+    try:
+        return isinstance(items, (DataLoader, list, tuple, range)) and len(items) > 0
+    except FAILURES:  # of a dataset without a length
+        return False

@@ -357,7 +357,6 @@ class Skip:
         begun: tuple[float, float],
     ) -> None:
         """Pass over iterations, a step's at a time, up to one that has to run, or the loop's end or last step."""
-        assign = partial(_assign, names, others)
         self._ends.is_passing = True
         plays_last = self.steps > 1 or (self.to_end and items.differ)
         has_left = plays_last and isinstance(self._node, ast.For) and items.left is not None
@@ -374,7 +373,7 @@ class Skip:
                 self.is_reached, self.is_exhausted = True, is_last
                 break
             if self._ending:
-                self._ends.keep(assign)
+                self._ends.keep()
             self.unsure_lines, self.chance_lines = frozenset(reduced.unknown), frozenset(reduced.by_chance)
             taken = sum(items.advance() for _ in range(self.steps))
             self.passed += taken
@@ -382,8 +381,8 @@ class Skip:
             if self.is_exhausted:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken, items.has_those)
-                self._ends.keep(assign)
-        self._ends.put_back(assign)
+                self._ends.keep()
+        self._ends.end(partial(_assign, names, others))
 
     def _ahead(
         self, code: CodeType, names: dict[str, object], others: dict[str, object], most: int
