@@ -217,15 +217,11 @@ class _SkipToStep(Skip):
         found = False
         while count < most and not found and time.monotonic() < until:
             before = self._values(reduced, names, others)
-            found = not self._runs(code, names, others, self.steps, _holds_nothing)
+            found = not self._runs(code, names, others, self.steps)
             count += not found
         if found or not keep:
             self._restore(before if keep else start, reduced, names, others)
         return count, found
-
-
-def _holds_nothing(items: object, count: int) -> bool:
-    return False
 
 
 def _items_left(items: object) -> int | None:

@@ -147,11 +147,8 @@ class ReadLoops:
 
     def begin_again(self, place: tuple[CodeType, int]) -> None:
         """Let the sizes of a loop that runs once more be watched again: they may go on growing."""
-        if (
-            place in self.growing | self.waiting
-            and self.changes[place] > CHANGES_IN_TURN
-            and self.begun[place] < _MOST_RUNS
-        ):
+        may_change = place in self.growing or place in self.waiting
+        if may_change and self.changes[place] > CHANGES_IN_TURN and self.begun[place] < _MOST_RUNS:
             self.begun[place] += 1
             self.changes[place] = CHANGES_IN_TURN + 1
 

@@ -231,10 +231,6 @@ _PLAY = ast.parse("assert False").body[0]
 _NEXT = ast.parse("raise StopIteration").body[0]
 
 
-HasThose = Callable[[object, int], bool]
-"""Tells if so many next items of an iterator hold one that is not to be taken away."""
-
-
 @dataclass(frozen=True)
 class LoopItems:
     """Items of the loop that is passed over."""
@@ -245,7 +241,8 @@ class LoopItems:
     """Takes the next item away; False if there is none."""
     has_to_run: Callable[[int], bool]
     """Tells if so many next items hold one that is not to be taken away."""
-    has_those: HasThose
+    has_those: Callable[[object, int], bool]
+    """Tells the same of any iterator."""
     differ: bool = False
     """True if the last one may be smaller than the others: tensors of it may be held behind the loop."""
 
@@ -366,7 +363,7 @@ class Skip:
             earlier, before = before, self._values(reduced, names, others)
             is_last = has_left and (items.left or 0) - self.passed <= self.steps
             has_to_run = is_last or items.has_to_run(self.steps)
-            if has_to_run or not self._runs(code, names, others, self.steps, items.has_those):
+            if has_to_run or not self._runs(code, names, others, self.steps) or self._takes_kept(items):
                 is_behind = goes_back and self.passed > 0  # the loop's last step
                 self._restore(earlier if is_behind else before, reduced, names, others)
                 self.passed -= self.steps if is_behind else 0
@@ -380,7 +377,7 @@ class Skip:
             self.is_exhausted = taken < self.steps
             if self.is_exhausted:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
-                self._runs(code, names, others, taken, items.has_those)
+                self._runs(code, names, others, taken)
                 self._ends.keep()
         self._ends.end(partial(_assign, names, others))
 
@@ -404,9 +401,7 @@ class Skip:
         goes_to_end = self.to_end and (reduced.has_end or isinstance(self._node, ast.For)) and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end
 
-    def _runs(
-        self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int, has_those: HasThose
-    ) -> bool:
+    def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int) -> bool:
         """Count so many iterations; False if one of them has to run."""
         for number in range(count):
             if self._far is not None and self._far(self.passed + number):
@@ -425,8 +420,12 @@ class Skip:
             if self.watched.has_to_run(self.passed + number, found):
                 self.is_changing = True
                 return False
+        return True
+
+    def _takes_kept(self, items: LoopItems) -> bool:
+        """Return True if the iterations that were counted take an item by `next` that is not to be taken away."""
         counted = self._ends.counted() if self._ending else ()
-        return not any(has_those(iterator, taken) for iterator, taken in counted)
+        return any(items.has_those(iterator, taken) for iterator, taken in counted)
 
     def _steady(
         self, code: CodeType, reduced: _Reduced, names: dict[str, object], others: dict[str, object]
