@@ -21,7 +21,7 @@ from tightfit.allocator.blocks import SegmentRecord
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import user_frames, users_line
 from tightfit.vgpu.longest_batch import are_of_one_size, stacks_samples
-from tightfit.vgpu.loop_items import iterator_of, within_enumerate
+from tightfit.vgpu.loop_items import iterator_of, left_of, within_enumerate
 from tightfit.vgpu.loop_source import calls_of_loop, loop_node, optimizer_calls, steps_after
 from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import Phases
@@ -240,11 +240,10 @@ def _items_left(items: object) -> int | None:
 
     if isinstance(items, dataloader._BaseDataLoaderIter):
         try:
-            left = len(items) - items._num_yielded
             count = len(items._dataset)  # type: ignore[arg-type]
         except TypeError:
             return None
-        return left if stacks_samples(items._collate_fn) or are_of_one_size(items._dataset, count) else 0
+        return left_of(items) if stacks_samples(items._collate_fn) or are_of_one_size(items._dataset, count) else 0
     return None
 
 
