@@ -1,6 +1,7 @@
 """Iterations that are not like those before are played, wherever in a loop they come."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 from plays import findings
@@ -118,6 +119,16 @@ encode(trange(0, len(data), 16))
 encode(trange(0, len(data), 16, disable=True))
 encode(tqdm(list(range(0, len(data), 16))))
 encode([*range(0, len(data), 16)])
+"""
+
+WITH_GRADIENTS = f"""{MODEL}
+step(4)
+model.eval()
+for start in range(1000):
+    print(model(torch.ones(4, 8, device="cuda")).sum().item())
+for start in range(60):
+    found = model(torch.ones(4, 8, device="cuda"))
+    found.sum().backward()
 """
 
 
@@ -287,8 +298,16 @@ def test_lists_of_an_evaluation_get_all_their_entries(tmp_path: Path) -> None:
     """sentence-transformers puts the entries back into the order of its sentences."""
     found = played(COLLECTED, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
-    assert "the iterations of a loop without gradients repeat" in str(found["notes"])
+    assert "the iterations of a loop that trains nothing repeat" in str(found["notes"])
     assert "play with all of them" not in str(found["notes"])
+
+
+def test_an_evaluation_with_gradients_is_shortened(tmp_path: Path) -> None:
+    """One without torch.no_grad(), of a model in eval mode; a loop with backward passes is not one."""
+    found = played(WITH_GRADIENTS, tmp_path)
+    lines = (tmp_path / "train.py").read_text().splitlines()
+    left_out = [str(note) for note in cast(list[str], found["notes"]) if "trains nothing" in str(note)]
+    assert [lines[int(note.split(":")[1]) - 1].strip()[:6] for note in left_out] == ["print("]
 
 
 def test_a_script_that_counts_its_iterations_is_played_with_all_of_them(tmp_path: Path) -> None:

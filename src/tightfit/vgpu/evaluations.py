@@ -110,7 +110,7 @@ class Evaluations:
         frame, loop, _ = next((each for each in around if each[1] or not each[2]), (None, None, True))
         if frame is None or loop is None:
             return
-        here = (frame.f_code, loop.first, self._phases.trained)
+        here = (frame.f_code, loop.first, self._phases.learned())
         if here != self._loop:
             self._places.clear()
             self._loop = here
@@ -168,13 +168,13 @@ class Evaluations:
             if self._lines.is_passing and self._drops_next(batches):
                 return None
             self._latest = weakref.ref(batches)
-            trained, evaluated = self._phases.trained, self._phases.evaluated
+            learned, evaluated = self._phases.learned(), self._phases.evaluated
             self._asked_after = evaluated
             before = followed.get(id(batches))
-            if before is None or before[0] != trained or before[1] == evaluated or not batches._num_yielded:
-                followed[id(batches)] = (trained, evaluated, Repetition(self._recorder))
+            if before is None or before[0] != learned or before[1] == evaluated or not batches._num_yielded:
+                followed[id(batches)] = (learned, evaluated, Repetition(self._recorder))
             else:
-                followed[id(batches)] = (trained, evaluated, before[2])
+                followed[id(batches)] = (learned, evaluated, before[2])
                 repeats = before[2].repeats()
                 differs = not repeats and self._is_calm(before[2], id(batches._dataset))
                 if (repeats or differs) and self._to_last(batches):

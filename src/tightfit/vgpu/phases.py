@@ -43,6 +43,8 @@ class _Course(threading.local):
         self.is_untraced = False
         """True while the trace function is off for the sake of these."""
         self.with_grad = True
+        self.evaluates = False
+        """True in a forward pass of an evaluation, with gradients or without."""
         self.steps_open = 0
         self.named: list[Phase] = []
 
@@ -61,11 +63,12 @@ class Phases:
         """Python's trace function while lines are followed: off in modules and operators, which it slows down."""
         self.steps = 0
         self.trained = 0
-        """Forward passes with gradients, and optimizer steps."""
+        """Forward passes with gradients, but those of an evaluation, and optimizer steps."""
         self.evaluated = 0
-        """Forward passes without."""
+        """Those of an evaluation: without gradients, or of a module in eval mode that trains at other times."""
+        self._evaluated_with_grad = 0
         self.has_evaluated = False
-        """True once one of these ran, or one with gradients of a module that trains at other times, in eval mode."""
+        """True once one of these ran."""
         self._trained_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.backwards = 0
         self.after_module: Callable[[nn.Module], None] | None = None
@@ -97,7 +100,11 @@ class Phases:
 
     def all_passes(self) -> int:
         """Return the number of forward passes with gradients and backward passes so far."""
-        return self.backwards + self.trained - self.steps
+        return self.backwards + self.trained + self._evaluated_with_grad - self.steps
+
+    def learned(self) -> int:
+        """Return a number that grows with each forward pass in training, backward pass and optimizer step."""
+        return self.backwards + self.trained
 
     def is_asked(self, what: str) -> bool:
         """Return True once for each time that a library's trainer was asked for this."""
@@ -205,17 +212,17 @@ class Phases:
             course.is_untraced = self.pause_trace()
             course.with_grad = torch.is_grad_enabled()
             self._outside = "loss" if course.with_grad else "eval"
-            self._note_mode(module)
+            course.evaluates = not course.with_grad or self._evaluates_with_grad(module)
         course.depth += 1
 
-    def _note_mode(self, module: nn.Module | None) -> None:
+    def _evaluates_with_grad(self, module: nn.Module | None) -> bool:
         """Tell an evaluation with gradients from a frozen teacher: only the former's module trains at other times."""
-        if module is None or self.has_evaluated or not self._course.with_grad:
-            return
+        if module is None:
+            return False
         is_known = module in self._trained_modules
         if module.training and not is_known:
             self._trained_modules.update(module.modules())
-        self.has_evaluated = is_known and not module.training
+        return is_known and not module.training
 
     def _after_forward(self, module: nn.Module | None, args: object, output: object) -> None:
         if not _in_backward():
@@ -225,17 +232,18 @@ class Phases:
                 if course.is_untraced:
                     self.resume_trace()
                 if not course.steps_open:  # an optimizer may call modules and compiled functions of its own
-                    self._count_pass(course.with_grad)
+                    self._count_pass(course)
             if self.after_forward is not None and module is not None:
                 self.after_forward(module)
             if self.after_module is not None and module is not None:
                 self.after_module(module)
 
-    def _count_pass(self, with_grad: bool) -> None:
-        self.trained += with_grad
-        self.evaluated += not with_grad
-        self.has_evaluated = self.has_evaluated or not with_grad
-        if not with_grad and self.after_evaluation is not None:
+    def _count_pass(self, course: _Course) -> None:
+        self.trained += not course.evaluates
+        self.evaluated += course.evaluates
+        self._evaluated_with_grad += course.evaluates and course.with_grad
+        self.has_evaluated = self.has_evaluated or course.evaluates
+        if course.evaluates and self.after_evaluation is not None:
             self.after_evaluation()
 
     def after_compiled_step(self) -> None:
