@@ -131,6 +131,38 @@ for start in range(60):
     found.sum().backward()
 """
 
+AHEAD = f"""{MODEL}
+from torch.utils.data import DataLoader
+
+class Ahead:
+    '''Holds the next batch while one is used, as accelerate's loaders do.'''
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        now = next(batches)
+        while True:
+            try:
+                after = next(batches)
+            except StopIteration:
+                yield now
+                return
+            yield now
+            now = after
+
+steps = 0
+for epoch in range(3):
+    for number, batch in enumerate(Ahead(DataLoader(torch.randn(82, 8), batch_size=4))):
+        assert len(batch) == (2 if number == 20 else 4)
+        step(len(batch))
+        steps += 1
+        if steps % 15 == 0:
+            torch.save(model.state_dict(), "model.pt")
+assert number == 20
+"""
+
 
 def played(code: str, folder: Path) -> dict[str, object]:
     (folder / "train.py").write_text(code)
@@ -308,6 +340,13 @@ def test_an_evaluation_with_gradients_is_shortened(tmp_path: Path) -> None:
     lines = (tmp_path / "train.py").read_text().splitlines()
     left_out = [str(note) for note in cast(list[str], found["notes"]) if "trains nothing" in str(note)]
     assert [lines[int(note.split(":")[1]) - 1].strip()[:6] for note in left_out] == ["print("]
+
+
+def test_a_batch_that_a_loader_holds_for_later_is_a_real_one(tmp_path: Path) -> None:
+    found = played(AHEAD, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
+    assert cast(int, found["steps"]) < 50
+    assert "played twice" not in str(found["notes"])
 
 
 def test_a_script_that_counts_its_iterations_is_played_with_all_of_them(tmp_path: Path) -> None:

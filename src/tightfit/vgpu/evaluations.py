@@ -1,5 +1,8 @@
 """Long loops without gradients: iterations that repeat are left out, and the last batch still comes."""
 
+import contextlib
+import ctypes
+import inspect
 import itertools
 import sys
 import time
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.longest_batch import longest, stacks_samples
-from tightfit.vgpu.loop_items import length_of, within_enumerate
+from tightfit.vgpu.loop_items import FAILURES, length_of, within_enumerate
 from tightfit.vgpu.loop_source import calls_of_loop
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
@@ -100,6 +103,7 @@ class Evaluations:
         """Datasets of which the last batch of an epoch was not passed over."""
         self._ended: set[int] = set()
         """Datasets of the epochs that were asked to go on to their last batch."""
+        self._given_ahead = _GivenAhead()
         self._long: dict[int, object | None] = {}
         """Last batches, where they are known, of the samplers with more of them than can be drawn, by their identity.
         """
@@ -166,7 +170,7 @@ class Evaluations:
 
         def following(batches: "dataloader._BaseDataLoaderIter") -> object:
             if self._lines.is_passing and self._drops_next(batches):
-                return None
+                return self._given_ahead.stand_in(batches, sys._getframe(1))
             self._latest = weakref.ref(batches)
             learned, evaluated = self._phases.learned(), self._phases.evaluated
             self._asked_after = evaluated
@@ -183,6 +187,7 @@ class Evaluations:
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)
         self._lines.has_to_run = self._has_to_run
+        self._lines.took, self._lines.after_passing = self._given_ahead.took, self._given_ahead.load
 
     def _drops_next(self, batches: "dataloader._BaseDataLoaderIter") -> bool:
         """Take the next batch of an epoch away without loading it, unless it is the last one."""
@@ -368,4 +373,62 @@ class _Ahead:
         self.passed += 1
         if len(self.dropped) < _MOST_LOOKED_AT:
             self.dropped.append(batch)
+        self._latest = batch
         return True
+
+    def take_back(self) -> None:
+        """Let the batch that was dropped last come next."""
+        self._next.appendleft(self._latest)
+        self.passed -= 1
+        if self.dropped and self.dropped[-1] is self._latest:
+            self.dropped.pop()
+
+
+class _StandIn:
+    """Stands for a batch that was dropped."""
+
+
+class _GivenAhead:
+    """A batch that a generator around a DataLoader, such as accelerate's, holds for its next item.
+
+    If that batch was dropped, it is loaded after all, once no more iterations are passed over.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        """Batches that were dropped and are not among the items that were taken away since."""
+        self._held: tuple[dataloader._BaseDataLoaderIter, FrameType, _StandIn] | None = None
+        """The batches, the function that took the latest dropped one, and what stands for it."""
+
+    def stand_in(self, batches: "dataloader._BaseDataLoaderIter", taker: FrameType) -> _StandIn:
+        """Return what a function gets for a batch that was dropped."""
+        stand_in = _StandIn()
+        if taker.f_code.co_flags & inspect.CO_GENERATOR:
+            self._held = (batches, taker, stand_in)
+            self._count += 1
+        return stand_in
+
+    def took(self, item: object) -> None:
+        """Note an item that a loop does not get."""
+        self._count -= _has_stand_in(item)
+
+    def load(self) -> None:
+        """Load the latest batch if its place in an epoch is still to come."""
+        held, count = self._held, self._count
+        self._held, self._count = None, 0
+        if held is None or not count:
+            return
+        batches, taker, stand_in = held
+        names = taker.f_locals
+        places = [name for name, value in names.items() if value is stand_in]
+        if places:
+            _ahead_of(batches).take_back()
+            with contextlib.suppress(StopIteration, *FAILURES):  # the script's own
+                names |= dict.fromkeys(places, next(batches))
+        if sys.version_info < (3, 13):
+            ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(taker), ctypes.c_int(0))
+            names.clear()  # Python keeps them with the frame, and so the tensors of now
+
+
+def _has_stand_in(item: object) -> bool:
+    return isinstance(item, _StandIn) or (isinstance(item, tuple) and any(map(_has_stand_in, item)))

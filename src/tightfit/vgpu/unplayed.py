@@ -136,6 +136,10 @@ class LineWatch:
         """For loops whose iterations are passed over, how functions that they lead to are followed."""
         self.has_to_run: Callable[[object, int], bool] = lambda items, count: False
         """Tells whether some of the next items of a loop are not to be passed over."""
+        self.took: Callable[[object], None] = lambda item: None
+        """Called with each item that a loop does not get."""
+        self.after_passing: Callable[[], None] = lambda: None
+        """Called when no more items are taken away for now."""
         self.at_head: Callable[[FrameType, int], None] | None = None
         """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
         """
@@ -647,13 +651,16 @@ class LineWatch:
             yield
         finally:
             self.is_passing = False
+            self.after_passing()
 
     def _takes(self, items: object) -> bool:
         """Take one item of an iterator away; False if there is none."""
         try:
-            return next(items, self) is not self  # type: ignore[call-overload]
+            item = next(items, self)  # type: ignore[call-overload]
         except FAILURES:  # the script's own, which it raises again where the loop goes on
             return False
+        self.took(item)
+        return item is not self
 
     def _skip(self, frame: FrameType, first: int) -> None:
         """Pass over iterations of the loop that a function is at."""
