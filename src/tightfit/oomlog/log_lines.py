@@ -181,6 +181,18 @@ def entries_of(area: str, first: int) -> list[Entry]:
         elif line.prefix and not line.quoted and line.level:
             rank = None
         entries.append(Entry(number, piece, line, rank))
+    return _without_wrappers_level(entries)
+
+
+_FRAME = re.compile(r'\s*File "[^"\n]{1,400}", line \d')
+
+
+def _without_wrappers_level(entries: list[Entry]) -> list[Entry]:
+    """Leave out levels that the lines of a traceback have, too: a program that wrapped another one put them there."""
+    levels = {_mask(each.line.prefix) for each in entries if each.line.level and _FRAME.match(each.line.body)}
+    for each in entries if levels else ():
+        if each.line.level and _mask(each.line.prefix) in levels:
+            each.line = replace(each.line, level=None)
     return entries
 
 

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import IO
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
@@ -32,14 +32,15 @@ from tightfit.oomlog.last_words import (
     titled_error,
 )
 from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
-from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces
+from tightfit.oomlog.log_text import clean, is_text, lines_of, part, pieces, without_shared_prefix
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.ownership import own_process
 from tightfit.oomlog.printed import READ, Printed, printed_in
+from tightfit.oomlog.progress import Counts, advanced, counters_of
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.same_failure import complete_each_other, is_same, joined, later_format, stated_in
-from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
+from tightfit.oomlog.standing import OF_ITEM, PATIENCE, Standing, goes_on, standing
 from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_cut, is_warm_up, phase_of
 from tightfit.units import GIB, MIB
 
@@ -81,6 +82,8 @@ _REPORTS = re.compile(r"\bOOM: Ran out of memory with exception\b")
 """fairseq's line on any lack of memory, those that it does not survive, too."""
 _RECOVERS = re.compile(r"\brecover from OOM\b")
 _TRACEBACK = "Traceback (most recent call last)"
+_COUNTED = 2**14
+"""Characters behind a failure, up to the next one, in which counts are compared."""
 _SURVIVED = 3
 """Lines of progress after a failure that show it was survived; a progress bar is redrawn once or twice at the end."""
 
@@ -148,17 +151,22 @@ class _Record(Struct):
     progress: int = 0
     closed: bool = False
     """True if another run starts behind it."""
+    counters: dict[str, Counts] = field(default_factory=dict)
+    """Counts of the lines of progress before it, by their text."""
+    advanced: int = 0
+    """Lines behind it whose counts are higher."""
 
     @property
     def survived(self) -> bool:
-        return self.progress >= _SURVIVED
+        # Behind a traceback, another process may have counted on to the next step before it was ended.
+        return self.progress >= _SURVIVED or self.advanced > bool(self.facts.frames)
 
 
 def read_log(source: str | bytes | IO[bytes] | IO[str]) -> LogReading:
     """Read a log, or a pasted message with anything around it; never raises, whatever the text is."""
     scan = _Scan()
     before, current = "", ""
-    for piece in pieces(source):
+    for piece in without_shared_prefix(pieces(source)):
         if current:
             scan.look_at(before, current, piece[:_AFTER])
             before = (before + current)[-BEFORE:]
@@ -216,6 +224,10 @@ class _Scan:
         until = min(starts, default=len(text))
         record.closed = bool(starts)
         record.progress += sum(text.count(words, 0, until) for words in _PROGRESS)
+        if record.counters and record.advanced < _SURVIVED:
+            behind = map(part, lines_of(text[: min(until, _COUNTED)]))
+            own = (each.body for each in behind if each.rank in (None, record.facts.rank))
+            record.advanced += advanced(record.counters, own)
 
     def _region(self, before: str, text: str, after: str, start: int, end: int) -> None:
         lead = before[max(before.rfind("\n", 0, max(len(before) - 300, 0)), 0) :] if start == 0 else ""
@@ -263,9 +275,10 @@ class _Scan:
         before: list[str] = []
         is_before = False
         behind = [each.line.body for each in stream.entries[index + 1 : index + 40]]
-        if stand in (Standing.FAILURE, Standing.REPORT) and self._stacks < _STACKS:
+        if stand in (Standing.FAILURE, Standing.REPORT, Standing.CAUGHT) and self._stacks < _STACKS:
             self._stacks += 1
             before = stream.before(index, earlier)
+        if before and stand is not Standing.CAUGHT:
             frames = frames_of(before)
             is_before = bool(frames)
             frames = frames or frames_behind(behind)
@@ -277,10 +290,12 @@ class _Scan:
             facts = replace(facts, notes=(*facts.notes, "traceback_cut"))
         if facts.phase is None and not frames and entry.number <= _TITLE and is_warm_up(behind):
             facts = replace(facts, phase="warmup")
-        self._add(facts, stand, body, is_title=is_title)
+        record = _Record(facts, stand, body[:300], closed=is_title, counters=counters_of(before))
+        self._add(record, is_title=is_title)
 
-    def _add(self, facts: Facts, stand: Standing, body: str, *, is_title: bool) -> None:
+    def _add(self, found: _Record, *, is_title: bool) -> None:
         """Keep a failure, or count it as a repetition; lines behind a report's title are not progress after it."""
+        facts, stand = found.facts, found.standing
         for record in reversed(self.records[-60:]):
             over = record.survived and stand is not Standing.CAUGHT
             if record.standing is stand and not over and is_same(record.facts, facts):
@@ -303,7 +318,7 @@ class _Scan:
                     torch_format=later_format(known, facts),
                 )
                 return
-        self.records.append(_Record(facts, stand, body[:300], closed=is_title))
+        self.records.append(found)
 
     def reading(self) -> LogReading:
         failures = [record for record in self.records if record.standing is Standing.FAILURE]
@@ -346,14 +361,14 @@ class _Scan:
         """Return True if progress follows a failure; behind a traceback, more than a progress bar's last lines."""
         behind = self._ending[self._ending.rfind(record.body[:60]) :]
         least = _SURVIVED if _TRACEBACK in behind else 1
-        return record.progress >= least or _goes_on_with_next(record)
+        return record.progress >= least or record.advanced > 0 or _goes_on_with_next(record)
 
     def _failed_afterwards(self) -> _Record | None:
         """Return an out of memory that the program handled, if it shows no progress after it and ends with an error."""
         handled = [each for each in self.records if each.standing is Standing.CAUGHT and not each.survived]
         last = last_words(lines_of(self._ending)[-400:], with_lines_before=False) if handled else None
         record = handled[-1] if handled else None
-        if record is None or record.progress:
+        if record is None or record.progress or record.advanced:
             return None
         behind = self._ending[self._ending.rfind(record.body[:60]) :]
         if _REPORTS.search(record.body) and not _RECOVERS.search(behind):
@@ -461,13 +476,9 @@ def _with_facts(record: _Record, facts: Facts) -> _Record:
     return _Record(facts, Standing.FAILURE, record.body, record.progress, record.closed)
 
 
-_OF_ITEM = re.compile(r"^\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
-"""A program's line on one of its inputs, which it leaves out."""
-
-
 def _goes_on_with_next(record: _Record) -> bool:
     """Return True for the same line on a second input: the program went on after the first."""
-    return record.facts.repeats > 1 and bool(_OF_ITEM.match(record.body))
+    return record.facts.repeats > 1 and bool(OF_ITEM.match(record.body))
 
 
 def _is_of(record: _Record, chosen: _Record | None) -> bool:

@@ -2,6 +2,7 @@
 
 import codecs
 import html
+import os
 import re
 from collections.abc import Iterator
 from typing import IO
@@ -175,7 +176,7 @@ _RANK = re.compile(
     r"\[(?:rank|default) ?(?P<a>\d{1,6})\]:? ?|\(\w{0,20}[Ww]orker\w{0,20}?(?:_?TP|_DP\d{1,4}_TP"
     r"| rank=)(?P<b>\d{1,6})[^)\n]{0,60}\) ?"
     r"|\[\d{1,4},(?P<c>\d{1,6})\]<std\w{2,4}>:? ?|\[?[Rr][Aa][Nn][Kk][ =:#-]?(?P<d>\d{1,6})\]?(?:[:|]|\]) ?"
-    r"|\(\w{1,30} pid=\d{1,9}\)"
+    r"|\(\w{1,30} pid=\d{1,9}\) ?"
     r"|(?P<e>\d{1,4}): (?=(?:Traceback|  ?File|    |torch|Runtime|\w{1,40}Error))"
 )
 _TIME = re.compile(
@@ -235,3 +236,64 @@ def part(line: str) -> Line:
         if at == begin:
             break
     return Line(line[at:], rank, level, line[:at], quoted)
+
+
+_SAMPLE = 400
+"""Lines from a log's beginning of which all must have a prefix."""
+_MARK = re.compile(r"[|*;](?: |$)")
+"""A mark that stands before each line of a quotation."""
+
+
+def without_shared_prefix(parts: Iterator[str]) -> Iterator[str]:
+    """Yield the pieces of a log without the prefix that all its lines have: a wrapper's, which tells of none.
+
+    Ranks stay, and so do levels of errors.
+
+    >>> list(without_shared_prefix(iter(["12:00:01 - INFO - step 1\\n12:00:09 - INFO - step 2\\n"])))
+    ['step 1\\nstep 2\\n']
+    """
+    pattern: re.Pattern[str] | None = None
+    for number, text in enumerate(parts):
+        if not number and (prefix := _shared_prefix(text)):
+            pattern = _pattern_of(prefix)
+        yield pattern.sub("", text) if pattern else text
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"\d+", "0", text)
+
+
+def _shared_prefix(text: str) -> str:
+    """Return the prefix of all lines of a piece, with each number as 0; empty if they have none."""
+    lines = [line for line in text.split("\n", _SAMPLE)[:_SAMPLE] if line.strip()]
+    parted = [_wrapped(line) for line in lines]
+    first = parted[0].prefix if len(lines) > 1 else ""
+    if not first.strip() or parted[0].rank is not None:
+        return ""
+    masks = [_masked(each.prefix) for each in parted if each.body.strip()]
+    shared = os.path.commonprefix(masks)
+    shared = shared if shared in masks else shared[: shared.rfind(" ") + 1]
+    while shared and not _OF_WRAPPER.fullmatch(shared):
+        shared = shared[: shared.rstrip().rfind(" ") + 1]
+    if not shared.strip() or not all(_masked(line).startswith(shared.rstrip()) for line in lines):
+        return ""
+    pattern = _pattern_of(shared)
+    left = (part(pattern.sub("", line)).body for line in lines)
+    cut = (one.removesuffix(two.body.lstrip()) for one, two in zip(left, parted, strict=True))
+    return shared if _MARK.match(first) or not any(re.search(r"\w", each) for each in cut) else ""
+
+
+_OF_WRAPPER = re.compile(r"(?:[\W\d_]|(?<=\d)[TZ]|\b(?:INFO|DEBUG|WARN(?:ING)?)\b|\b[A-Za-z]\w* pid=\d+)+")
+"""Times, numbers of processes and all levels but an error's: a program's name in a prefix is evidence."""
+
+
+def _pattern_of(prefix: str) -> re.Pattern[str]:
+    """Return the pattern of a prefix at the beginning of a line; lines without text lack its last spaces."""
+    plain = re.sub(r"0", lambda _: r"\d+", re.escape(prefix.rstrip()))
+    return re.compile(rf"(?m)^{plain}(?:{' ' * (len(prefix) - len(prefix.rstrip()))}| *$)")
+
+
+def _wrapped(line: str) -> Line:
+    """Return a line without a mark of quotation, or without the prefix of a logger."""
+    mark = _MARK.match(line)
+    return Line(line[mark.end() :], prefix=mark[0]) if mark else part(line)

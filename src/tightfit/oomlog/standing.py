@@ -101,7 +101,7 @@ def standing(
     named = message.exception or ""
     bare = before[: before.rfind(named)] if named and named in before else before
     leads = not _DECORATION.sub("", bare, count=1).strip()
-    if message.kind == "program_words" and _SKIPS.match(line.body, column):
+    if (message.kind == "program_words" and _SKIPS.match(line.body, column)) or OF_ITEM.match(line.body):
         return Standing.CAUGHT
     if named.endswith("Warning") or (message.kind != "nccl" and _WARNS.search(before)):
         return Standing.WARNING
@@ -154,6 +154,8 @@ _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memo
 
 _SKIPS = re.compile(r"ran out of memory\b[^\n]{0,60}?\b(?:skipping|retrying)\b", re.IGNORECASE)
 """A program's warning that it leaves a batch out, or tries it again."""
+OF_ITEM = re.compile(r"\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
+"""A program's line on one of its inputs, which it leaves out."""
 _PRINTED = re.compile(r"\s*[\w.]{0,60}(?:Error|Exception)\((['\"]).{1,2000}\1,?\)\s*$")
 """An exception as a program prints it with repr; code that raises one does not know a card's figures."""
 
