@@ -217,8 +217,16 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         and facts.phase in (None, "backward", "optimizer", "setup")
     ):
         fits = tuple(_whole(model, run, within))
-        return msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits))
-    return msgspec.structs.replace(found, fits=fits, is_complete=is_complete)
+        return _of_all(msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits)))
+    return _of_all(msgspec.structs.replace(found, fits=fits, is_complete=is_complete))
+
+
+def _of_all(found: Evidence) -> Evidence:
+    """Return the evidence with all parameters as trained, where a flat tensor of all of them shows it."""
+    budget = found.budget
+    if budget is None or budget.what != "training" or found.tensor != "shard":
+        return found
+    return msgspec.structs.replace(found, budget=msgspec.structs.replace(budget, is_sure=True))
 
 
 _TRAINS = ("backward", "optimizer")

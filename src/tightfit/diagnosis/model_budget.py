@@ -71,7 +71,7 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     stored, trained = _stored(run), run.numbers.get("trainable", 0)
     if _LEAST_PART * parameters < trained <= parameters // 2:
         return _of_part(model, parameters, total, trained, run)
-    if total is None and (run.signs & {"lora", "qlora"} or not _trains(facts, run)):
+    if total is None and (run.signs & {"lora", "qlora"} or not _trains(facts, run, parameters)):
         if run.signs & {"lora", "qlora"} or purpose != TRAINING or model.kind != "causal" or run.frameworks:
             return None
         found = _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
@@ -82,7 +82,7 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
         each = _QUANTIZED if "qlora" in run.signs else stored
         return _budget(model, parameters, total, each, each, "weights", run)
     takes_all = facts.phase == "backward" and (facts.requested_bytes or 0) >= parameters  # no adapter's gradients
-    if not _trains(facts, run) and not takes_all:
+    if not _trains(facts, run, parameters) and not takes_all:
         if (purpose == TRAINING or facts.phase == "backward") and model.kind not in _OF_PICTURES:
             found = _budget(model, parameters, total, _LEAST_STATE, _MOST_STATE, "training", run)
             return msgspec.structs.replace(found, is_sure=False)
@@ -121,18 +121,14 @@ def _stored(run: RunFacts) -> float:
     return _QUANTIZED if "quantized_4" in run.signs else 1.0 if "quantized_8" in run.signs else _WEIGHT
 
 
-def _trains(facts: Facts, run: RunFacts) -> bool:
-    """Return True if the log shows a training of all parameters."""
+def _trains(facts: Facts, run: RunFacts, size: int) -> bool:
+    """Return True if the log shows a training of all parameters of a model of this size."""
     if facts.phase == "optimizer":  # the state of adapters is small; a backward pass is one of any training
         return True
-    trainable, parameters = run.numbers.get("trainable"), run.numbers.get("parameters")
-    if trainable and parameters:
-        return trainable > parameters // 2
-    if trains_all(run):
-        return True
-    return "batch_size" in run.numbers and any(
-        name in run.frameworks for name in ("transformers_trainer", "llama_factory", "axolotl", "deepspeed", "fsdp")
-    )
+    trainable = run.numbers.get("trainable")
+    if trainable:
+        return trainable > run.numbers.get("parameters", size) // 2
+    return trains_all(run)
 
 
 def trains_all(run: RunFacts) -> bool:

@@ -253,7 +253,8 @@ def _is_in_evaluation(text: str, match: re.Match[str]) -> bool:
 def _sentences(text: str) -> Iterator[tuple[str, int]]:
     for quantity in _tables()["sentences"]:
         for match in _pattern("sentences", quantity).finditer(text):
-            value = int(next(filter(None, match.groups())).replace(",", "") or 0)
+            printed = next(filter(None, match.groups())).replace(",", "")
+            value = int(printed) if printed.isdecimal() else int(printed.isalpha())  # `one`, `single`
             if quantity == "batch_size" and _is_of_other_run(text, match):
                 continue
             if 0 < value < _MOST:
