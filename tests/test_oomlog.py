@@ -384,3 +384,31 @@ def test_a_model_that_is_called_within_its_loss_is_in_the_forward_pass():
     loss = TraceFrame(file="torch/nn/modules/loss.py", line=9, function="forward", source="return F.cross_entropy(")
     assert phase_of([call, inner]) == "forward"
     assert phase_of([call]) == phase_of([call, loss]) == "loss"
+
+
+TRACEBACK = """step 3
+Traceback (most recent call last):
+  File "train.py", line 9, in step
+    loss.backward()
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB."""
+LIBRARYS = "loading\nterminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc"
+REPORTED = "# GPU out of memory\n\nIt happens in the third epoch."
+
+
+@pytest.mark.parametrize("text", [TRACEBACK, LIBRARYS, REPORTED], ids=["traceback", "library", "report"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["INFO ", "WARNING ", "2024-05-01 12:00:00,123 - INFO - ", "(Worker pid=123) ", "| ", "> "],
+)
+def test_prefix_of_all_lines_changes_nothing(text: str, prefix: str):
+    plain = read_log(text)
+    wrapped = read_log("\n".join(prefix + line for line in text.split("\n")))
+    assert plain.failure is not None
+    assert wrapped.failure is not None
+    assert (wrapped.failure.kind, wrapped.failure.figures) == (plain.failure.kind, plain.failure.figures)
+    assert wrapped.failure.frames == plain.failure.frames
+
+
+def test_level_of_a_traceback_in_the_middle_of_a_log_changes_nothing():
+    wrapped = "starting\n" + "\n".join(f"INFO {line}" for line in TRACEBACK.split("\n")) + "\ndone"
+    assert read_log(wrapped).status == "out_of_memory"

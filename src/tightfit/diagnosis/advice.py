@@ -22,6 +22,7 @@ from tightfit.diagnosis.framework_words import Pasted, frameworks, has_own, past
 from tightfit.diagnosis.measures import tried_in
 from tightfit.diagnosis.model_budget import trains_all
 from tightfit.diagnosis.own_options import options_of
+from tightfit.diagnosis.own_place import placed
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import (
     DOES_NOT_FIT,
@@ -74,6 +75,8 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     """Return the remedies, those that cure this case first; a measured verdict that one does not help is kept."""
     cures = [_remedy(code, facts, evidence) for code in _codes(facts, evidence)]
     cures = in_own_words_first(cures, evidence)
+    if evidence.framework is None:
+        cures = [placed(each, facts.frames) for each in cures]
     if evidence.framework in programs("without_torch"):
         return ranked(cures)
     others, segments = close_others(facts), _segments(facts, evidence)

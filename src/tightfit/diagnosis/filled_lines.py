@@ -96,7 +96,8 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
         return Pasted(lines=printed) if printed else None
     names, (_, size, passes) = evidence.run.names, parts
     if code == "less_at_once" and size is not None and "batch_size" in names:
-        return Pasted(lines=(option_line(names["batch_size"], size, evidence.run.text),))
+        parts_of_items = [each for each in options_of(code, evidence.run.text) if not re.search(r"\D1$", each)]
+        return Pasted(lines=(option_line(names["batch_size"], size, evidence.run.text), *parts_of_items))
     if code != "split_general":
         lines = options_of(code, evidence.run.text)
         if not lines and code == "less_at_once" and program is None:

@@ -64,11 +64,15 @@ def options_of(code: str, text: str) -> tuple[str, ...]:
     for each in (code, *_WITH.get(code, ())):
         for name, line in _of(each, text):
             found.setdefault(name, line)
+    if len(found.keys() & _SIDES_OF_ONE) == 1:  # of a network, mostly
+        found = {name: line for name, line in found.items() if name not in _SIDES_OF_ONE}
     if not found:
         found = dict(_alike(code, text))
     return tuple(found.values())[:_MOST] or attributes_of(code, text)
 
 
+_SIDES_OF_ONE = frozenset({"height", "width"})
+"""Names of a picture's sides, which mean something else where one stands without the other."""
 _OF_LIBRARY = re.compile(r'File "[^"\n]*(?:site|dist)-packages[^"\n]*", line \d+[^\n]*\n[^\n]*')
 _HOLDER = r"(?<![\w.])(?:self\.)?(?:args?|opts?|cfg|conf|hparams|hps|FLAGS|flags|settings)\.(?:\w+\.)*"
 """The object in which programs keep their options."""
@@ -130,6 +134,7 @@ def search_of(text: str) -> tuple[str, ...]:
 
 _ARGUMENTS = re.compile(
     r"(?im)^.{0,60}?\b(?:arguments|args|namespace|options|opts?|hparams|hyperparameters|settings|parsed)\b[^\n{]{0,20}\{[^\n]*"
+    r"|^ ?\{(?=[^\n]*[\"'](?:lr|learning_rate|n?_?epochs|num_epochs|batch_size|bs|seed)[\"'] ?:)[^\n]*"
 )
 """A line that prints the options of a run as a dictionary: its quotation marks are not a model's configuration."""
 
@@ -209,13 +214,15 @@ def _changed(how: str, code: str, value: str) -> str | None:
         return None
     number = int(sides[0])
     if how == "one":
-        return "1" if number > 1 else None
+        return "1" if 1 < number <= _MOST_RESULTS else None
     if number < _LEAST[code]:
         return None
     is_of_frames = code == "smaller_inputs" and number % _FRAMES == 1
     return str((number // 2 + _FRAMES - 1) // _FRAMES * _FRAMES + 1 if is_of_frames else number // 2)
 
 
+_MOST_RESULTS = 64
+"""Results of one pass at most: a larger number is one of data."""
 _NUMBER, _SIDE, _SIDES_ONLY = re.compile(r"\d+(?:\.\d+)?"), re.compile(r"\d+"), re.compile(r"[\d x*×,()\[\]]+")
 _NAMED = {"1080p": "720p", "720p": "480p", "480p": "240p", "768px": "256px"}
 """Names of resolutions, and of the next lower one that video models have."""
