@@ -19,7 +19,8 @@ _OF_PASS = frozenset(
 _MODULE = re.compile(r"forward|__call__|call|_call_impl|apply|<lambda>|wrapper|inner|decorate\w*|new_func")
 """Functions within a model, and wrappers."""
 _CALL = re.compile(
-    r"(?:(?P<to>[\w.]+(?:, ?[\w.]+)*) ?= ?|return )?(?P<callee>(?:self\.)?\w+(?:\[\w+\])?)\((?P<given>[\w.]+(?:, ?[\w.]+)*)\)$"
+    r"(?:(?P<to>[\w.]+(?:, ?[\w.]+)*) ?= ?|return )?(?P<callee>(?:self\.)?\w+(?:\[\w+\])?)"
+    r"\((?P<given>[\w.]+(?:, ?[\w.]+)*)\)$"
 )
 """A line that is one call of a part of a model, with names alone as arguments."""
 _STEP = re.compile(r"(?:^|[^\w.])[\w.]*\([^\n]*")

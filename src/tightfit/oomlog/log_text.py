@@ -2,7 +2,6 @@
 
 import codecs
 import html
-import os
 import re
 from collections.abc import Iterator
 from typing import IO
@@ -271,7 +270,7 @@ def _shared_prefix(text: str) -> str:
     if not first.strip() or parted[0].rank is not None:
         return ""
     masks = [_masked(each.prefix) for each in parted if each.body.strip()]
-    shared = os.path.commonprefix(masks)
+    shared = _beginning_of(masks)
     shared = shared if shared in masks else shared[: shared.rfind(" ") + 1]
     while shared and not _OF_WRAPPER.fullmatch(shared):
         shared = shared[: shared.rstrip().rfind(" ") + 1]
@@ -281,6 +280,13 @@ def _shared_prefix(text: str) -> str:
     left = (part(pattern.sub("", line)).body for line in lines)
     cut = (one.removesuffix(two.body.lstrip()) for one, two in zip(left, parted, strict=True))
     return shared if _MARK.match(first) or not any(re.search(r"\w", each) for each in cut) else ""
+
+
+def _beginning_of(texts: list[str]) -> str:
+    """Return the characters with which all texts begin."""
+    first, last = min(texts, default=""), max(texts, default="")
+    length = next((at for at, both in enumerate(zip(first, last, strict=False)) if both[0] != both[1]), len(first))
+    return first[:length]
 
 
 _OF_WRAPPER = re.compile(r"(?:[\W\d_]|(?<=\d)[TZ]|\b(?:INFO|DEBUG|WARN(?:ING)?)\b|\b[A-Za-z]\w* pid=\d+)+")

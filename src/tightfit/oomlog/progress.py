@@ -11,7 +11,9 @@ _COUNTS = re.compile(
     re.IGNORECASE,
 )
 """Words for what a program counts."""
-_NO_COUNT = re.compile(r"[=:]? ?[-+]?\d+(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+)|(?<!\d)\d{1,3}(?::\d\d){1,2}\b|[|#█▏▎▍▌▋▊▉ ]+|\d+%")
+_NO_COUNT = re.compile(
+    r"[=:]? ?[-+]?\d+(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+)|(?<!\d)\d{1,3}(?::\d\d){1,2}\b|[|#█▏▎▍▌▋▊▉ ]+|\d+%"
+)
 """Measures, times and bars, which differ in every line."""
 _BAR_END = re.compile(r"\[(?=[^\]\n]{0,60}(?:it/s|s/it|\?it))")
 _LAST = 60
