@@ -163,6 +163,17 @@ for epoch in range(3):
 assert number == 20
 """
 
+OF_A_KIND = f"""{MODEL}
+def train(every):
+    for number in range(900):
+        step(4)
+        if isinstance(every, int | float) and not isinstance(every, (str, torch.Tensor)):
+            if number % every == 0:
+                torch.ones(1 << 20, device="cuda")
+        assert number in (*range(20), 899), "all iterations run"
+train(None)
+"""
+
 
 def played(code: str, folder: Path) -> dict[str, object]:
     (folder / "train.py").write_text(code)
@@ -347,6 +358,12 @@ def test_a_batch_that_a_loader_holds_for_later_is_a_real_one(tmp_path: Path) -> 
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert cast(int, found["steps"]) < 50
     assert "played twice" not in str(found["notes"])
+
+
+def test_a_condition_on_a_kind_of_value_is_known(tmp_path: Path) -> None:
+    """`isinstance(checkpointing_steps, int)` of accelerate's examples."""
+    found = played(OF_A_KIND, tmp_path)
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
 
 
 def test_a_script_that_counts_its_iterations_is_played_with_all_of_them(tmp_path: Path) -> None:

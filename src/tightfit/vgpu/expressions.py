@@ -1,13 +1,15 @@
 """Values of a running function's expressions, read without calling anything of the script's."""
 
 import ast
+import builtins
 import contextlib
 import inspect
 import math
 import operator
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
-from types import FunctionType
+from types import FunctionType, UnionType
 from typing import cast
 
 from torch import Tensor
@@ -65,6 +67,7 @@ _IDENTITY = (ast.Is, ast.IsNot)
 _FUNCTIONS: dict[str, Callable[..., object]] = {
     each.__name__: each for each in (len, int, float, bool, min, max, abs, round, divmod, sum)
 }
+_CHECKS = (type.__instancecheck__, ABCMeta.__instancecheck__, UnionType.__instancecheck__)
 _OF_MATH: dict[str, Callable[..., object]] = {
     name: getattr(math, name)
     for name in ["ceil", "floor", "trunc", "sqrt", "isqrt", "exp", "log", "log2", "log10", "cos", "sin", "gcd", "fmod"]
@@ -160,6 +163,8 @@ class Reader:
                 return cast("Callable[[object], bool]", self._names[ENDS])(self.value(of))
             case ast.Call(func=ast.Name(id="len"), args=[of], keywords=[]):
                 return self._length(node, self.value(of))
+            case ast.Call(func=ast.Name(id="isinstance"), args=[of, kinds], keywords=[]):
+                return _called(isinstance, [self.value(of), self._kinds(kinds)])
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
                 return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
             case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _OF_MATH:
@@ -187,6 +192,16 @@ class Reader:
         if not is_pure(found, arguments, options):
             raise UnknownError
         return _called(partial(found, **options), arguments)
+
+    def _kinds(self, node: ast.expr) -> object:
+        """Return the classes of an `isinstance`. UnknownError if one of them decides on its instances itself."""
+        if isinstance(node, ast.Tuple):
+            return tuple(map(self._kinds, node.elts))
+        is_builtin = isinstance(node, ast.Name) and node.id not in {**self._others, **self._names}
+        found = vars(builtins).get(ast.unparse(node)) if is_builtin else self.value(node)
+        if getattr(type(found), "__instancecheck__", None) not in _CHECKS:
+            raise UnknownError
+        return found
 
     def _length(self, node: ast.expr, of: object) -> object:
         text = ast.unparse(node)

@@ -442,10 +442,14 @@ def _name_of(function: ast.expr) -> str:
 
 
 def may_change(test: ast.expr, changing: Set[str]) -> bool:
-    """Return True if a condition calls something, or reads a name or attribute that is among those `changing`."""
+    """Return True if a condition calls something, or reads a name or attribute that is among those `changing`.
+
+    `isinstance` is no such call.
+    """
     names = {each.id for each in ast.walk(test) if isinstance(each, ast.Name)}
     names |= {each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)}
-    return bool(names & changing) or any(isinstance(each, ast.Call) for each in ast.walk(test))
+    calls = (each.func for each in ast.walk(test) if isinstance(each, ast.Call))
+    return bool(names & changing) or any(not isinstance(of, ast.Name) or of.id != "isinstance" for of in calls)
 
 
 def _stored(loop: ast.stmt | ast.Module) -> set[str]:
