@@ -173,6 +173,16 @@ def train(every):
         assert number in (*range(20), 899), "all iterations run"
 train(None)
 """
+UNSET = f"""{MODEL}
+best = 0
+for epoch in range(3):
+    for _ in range(9): step(4)
+    with torch.no_grad():
+        top = model(torch.ones(4, 8, device="cuda")).topk(2).indices[0].tolist()
+    if int(7 in top) > best:
+        best, best_epoch = 1, epoch
+print(best_epoch)
+"""
 
 
 def played(code: str, folder: Path) -> dict[str, object]:
@@ -364,6 +374,18 @@ def test_a_condition_on_a_kind_of_value_is_known(tmp_path: Path) -> None:
     """`isinstance(checkpointing_steps, int)` of accelerate's examples."""
     found = played(OF_A_KIND, tmp_path)
     assert (found["outcome"], found["not_played"]) == ("fits", [])
+
+
+def test_a_name_that_a_made_up_answer_leaves_unset_is_no_error_of_the_script(tmp_path: Path) -> None:
+    found = played(UNSET, tmp_path)
+    line = UNSET.splitlines().index("        best, best_epoch = 1, epoch") + 1
+    assert (found["outcome"], [each["line"] for each in cast(list[dict[str, int]], found["not_played"])]) == (
+        "fits",
+        [line],
+    )
+    assert "because an answer was made up" in str(found["stopped_because"])
+    found = played(UNSET.replace("print(best_epoch)", "print(best_epochs)"), tmp_path)
+    assert found["outcome"] == "error"
 
 
 def test_a_script_that_counts_its_iterations_is_played_with_all_of_them(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def _run(run: Callable[[], object], program: Program, session: VirtualSession) -
         if error is None and not session.ends_early:
             last = exits.call(_error_of)
             error = last if isinstance(last, torch.OutOfMemoryError) else None
-    return error
+    return None if error is not None and session.ends_unset(error) else error
 
 
 def _error_of(run: Callable[[], object]) -> BaseException | None:

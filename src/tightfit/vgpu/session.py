@@ -28,6 +28,7 @@ from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.records import END_SIGNAL, Settings
 from tightfit.vgpu.snapshot import TraceLog, write_snapshot
 from tightfit.vgpu.stopping import Stopping
+from tightfit.vgpu.unset_names import lines_that_set
 from tightfit.wording import say
 
 _PATIENCE_S = 3.0
@@ -149,6 +150,13 @@ class VirtualSession:
     def is_shortened(self) -> bool:
         """True if iterations that repeat were passed over."""
         return self._stopping.is_shortened
+
+    def ends_unset(self, error: BaseException) -> bool:
+        """Return True for an error of a name that may be unset because an answer was made up, after some steps."""
+        lines = lines_that_set(error) if self.phases.steps and self.device.values.made_up else []
+        if lines:
+            self._stopping.end_unset(error, lines)
+        return bool(lines)
 
     @property
     def ends_early(self) -> bool:

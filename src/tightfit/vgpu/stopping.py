@@ -4,7 +4,7 @@ import itertools
 import sys
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from types import FrameType
 from typing import NamedTuple
 
@@ -150,6 +150,12 @@ class Stopping:
         self.reason = say("vgpu.stopping.interrupted") if interrupted else reason
         line = users_line(user_frames(frame))
         self.not_played = self._unplayed or ([line] if line else [])
+
+    def end_unset(self, error: BaseException, lines: Sequence[Frame]) -> None:
+        """Note that a script read a name that only these lines set."""
+        self._is_left = True
+        self.reason = say("vgpu.stopping.unset", error=error)
+        self.not_played = [*self.not_played, *lines]
 
     def close(self) -> None:
         saw_longest = self._evaluations.saw_longest() and not self._lines.is_cut_short
