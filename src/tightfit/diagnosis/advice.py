@@ -1,13 +1,14 @@
 """The remedies for a failure that was not played: those that cure this case first, in the user's own words."""
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 
 from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
-from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.evidence import Evidence, named_bytes
 from tightfit.diagnosis.failing_line import feeds_back
 from tightfit.diagnosis.figure_causes import (
     cache_is_large,
@@ -44,6 +45,7 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, ownership
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.tables import read_table
+from tightfit.units import GIB
 
 _BEFORE_AUTOCAST = ("T0", "T1")
 """Messages of PyTorch up to 1.3, which has neither autocast nor PEFT's adapters."""
@@ -80,7 +82,11 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     if evidence.framework in programs("without_torch"):
         return ranked(cures)
     others, segments = close_others(facts), _segments(facts, evidence)
-    first = [*fixes_of_figures(facts), *(each for each in cures if each.code == "kept_graph")]
+    first = [
+        *_other_device(facts, evidence),
+        *fixes_of_figures(facts),
+        *(each for each in cures if each.code == "kept_graph"),
+    ]
     cures = [each for each in cures if each.code != "kept_graph"]
     if is_of_one_block(facts):
         first, cures = [_remedy("xpu_relaxed_limit", facts, evidence), *first], cures[:2]
@@ -90,7 +96,8 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
         paging = [_remedy("windows_paging", facts, evidence)] if windows else []
         is_sure = not evidence.run.signs.isdisjoint({"windows", "wsl"})
         first = paging if _OF_HOST.search(evidence.run.text) else [*paging, *first] if is_sure else [*first, *paging]
-        cures = [_remedy("watched_card", facts, evidence)]
+        less = [each for each in cures if each.code in _LESS_OF_ALL and each.paste]
+        cures = [_remedy("watched_card", facts, evidence), *less[:2]]
     if others.reason in OTHERS_DO and not any(each.code == "set_device" for each in first):
         # A small estimate may be all this process's own libraries.
         decides = others.label == MEASURED or ownership(facts).decides
@@ -115,6 +122,16 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     return ranked([*first, *cures, *last, *([] if facts.kind in _NOT_CUDA else [empty_cache(facts)])])
 
 
+def _other_device(facts: Facts, evidence: Evidence) -> Iterator[Remedy]:
+    """Yield the remedy of a run on a card that is much smaller than those that the report names."""
+    if named_bytes(facts, evidence) is not None:
+        yield Remedy(
+            code="other_device", verdict=UNCHECKED, reason="other_device", label=LIKELY, paste=to_paste("other_device")
+        )
+
+
+_LESS_OF_ALL = frozenset({"less_at_once", "split_in_parts", "split_logged", "smaller_batch", "smaller_model"})
+"""Remedies that lessen what the program needs of the card and of what backs it, whatever refused the request."""
 _FEW = 0.05
 """Share of the card up to which other programs are a desktop, and no fix comes from ending them first."""
 
@@ -222,8 +239,14 @@ def _lists(facts: Facts, evidence: Evidence) -> Iterator[str]:
     if grows is None:
         yield from _lists_of_phase(facts, evidence, trains=trains)
         return
+    if evidence.infers and grows in _OF_SEQUENCES_AT_ONCE and has_own("share_of_card", evidence.framework or ""):
+        yield "warmup"
     yield _of_weights(facts, evidence, trains=trains) if grows == "model" else _of_growing(grows, evidence)
     yield from ["eval"] if facts.phase == "eval" else []
+
+
+_OF_SEQUENCES_AT_ONCE = frozenset({"logits", "batch", "attention", "mask"})
+"""Quantities that a server holds for as many sequences as it takes at once, beside its cache."""
 
 
 def _of_growing(grows: str, evidence: Evidence) -> str:
@@ -314,9 +337,10 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),
-        "less_at_once": _is_of_use_only(facts, evidence) or _has_one_pass(evidence),
+        "less_at_once": _is_of_use_only(facts, evidence) or _has_one_pass(evidence) or _slides(facts, evidence),
         "checkpointing_general": keeps_nothing
         or "checkpointing" in run.signs
+        or (program in programs("checkpoint_always") and not _RECOMPUTES_NOT.search(run.text))
         or _encodes_pictures(facts, program)
         or evidence.is_of_unknown_purpose,
         "fused_kernel": evidence.line is None or evidence.line.tensor != "attention_output",
@@ -324,7 +348,8 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         or (evidence.line is not None and evidence.line.tensor == "attention_output")
         or (_keeps_little(facts, evidence) and not is_oversized(facts))
         or evidence.grows == "pairs"
-        or (is_oversized(facts) and evidence.grows is None and not _attends(evidence)),
+        or (is_oversized(facts) and evidence.grows != "attention" and not _may_attend(evidence)),
+        "eval_batch": program in programs("evaluate_one"),
         "no_gradients": "no_grad" in run.signs
         or _is_foreign(facts, evidence)
         or not (evidence.infers or evidence.is_of_unknown_purpose or facts.phase in ("eval", "sample")),
@@ -340,6 +365,17 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "pairs_in_parts": evidence.grows != "pairs" or has_own("pairs_on_host", program or ""),
         "release_logits": not any(each.function == "estimate_loss" for each in facts.frames),
     }
+
+
+def _slides(facts: Facts, evidence: Evidence) -> bool:
+    """Return True if the traceback shows that a picture is looked at in parts, as the program's words would have it."""
+    words = _words("less_at_once", evidence)
+    is_slid = any(each.function.rpartition(".")[2] == "slide_inference" for each in facts.frames)
+    return is_slid and words is not None and any("'slide'" in line for line in words.lines)
+
+
+_RECOMPUTES_NOT = re.compile(r"disable_gradient_checkpointing\W{1,4}[Tt]rue")
+"""A switch that turns off what a program does by default."""
 
 
 def _has_one_pass(evidence: Evidence) -> bool:
@@ -368,10 +404,14 @@ def _needless_for_model(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "save_sharded": evidence.is_of_one_process,
         "save_on_host": not evidence.is_of_one_process or bool(run.signs & {"lora", "qlora"}) or rearranges,
         "save_adapters": not run.signs & {"lora", "qlora"} or not evidence.is_of_one_process or rearranges,
+        "built_divided": not any(each.function == "_configure_distributed_model" for each in facts.frames)
+        or run.numbers.get("zero_stage") != 3,
         "no_reserve": not _RESERVES.search(run.text),
         "share_of_card": program in programs("with_servers") and not re.search(r"vllm|sglang", run.text, re.IGNORECASE),
         "fewer_pixels": not (_SEES.search(run.text) or options_of("fewer_pixels", run.text)),
-        "lora": bool(run.signs & {"lora", "qlora"}) or _is_before("lora", facts, program),
+        "lora": bool(run.signs & {"lora", "qlora"})
+        or (evidence.budget is not None and evidence.budget.what == "partial")  # adapters, and whole layers beside them
+        or _is_before("lora", facts, program),
         "text_encoder_first": "network" not in run.text and "LoRA" not in run.text,
         "shard_quantized": not adapts_quantized or evidence.infers or run.numbers.get("world_size") == 1,
         "fewer_trained": evidence.budget is None or evidence.budget.what != "partial",
@@ -484,6 +524,11 @@ _ROOM = 0.8
 """Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
 
 
+def _may_attend(evidence: Evidence) -> bool:
+    """Return True unless the failing line shows another tensor than attention's scores."""
+    return evidence.line is None and _attends(evidence)
+
+
 def _attends(evidence: Evidence) -> bool:
     """Return True if the log is from the user's own program and shows that it works on sequences."""
     is_own = evidence.framework not in programs("applications")
@@ -582,6 +627,33 @@ _BATCH_NORM = re.compile(r"batch_?norm|BatchNorm")
 """Words of a report whose model normalises over the batch, which smaller parts of a batch change."""
 
 
+_BY_OPTIONS = re.compile(r"(?<=\s)--(?:per_device_train_batch_size|finetuning_type|model_name_or_path)[ =]")
+"""Options of a trainer that takes its configuration from the command, too."""
+_KEY = re.compile(r"^([a-z]\w*): ([\w*/.-]+)$")
+"""A key with a plain value in YAML."""
+_SHARE = re.compile(r"(?<=[ =])0?\.\d{1,2}\b")
+_OF_CONTEXT, _SPARE = GIB // 2, 0.03
+"""Bytes of a process's context on the card, and the share of it that is left free."""
+_IN_PYTHON, _IN_SHELL = (
+    re.compile(r"\bLLM\(\s*\n?\s*\w"),
+    re.compile(r"--gpu-memory-utilization|\bvllm serve\b|api_server"),
+)
+
+
+def _beside_others(line: str, facts: Facts, evidence: Evidence) -> str:
+    """Return a line with the share of the card that other programs leave, as an argument where the user has Python."""
+    others = facts.others_bytes or max((facts.not_reserved_bytes or 0) - _OF_CONTEXT, 0)
+    printed = _SHARE.search(line)
+    if printed and others and facts.total_bytes:
+        share = math.floor(10 * (1 - others / facts.total_bytes - _SPARE)) / 10
+        if 0 < share < float(printed[0]):
+            line = f"{line[: printed.start()]}{share:g}{line[printed.end() :]}"
+    if line.startswith("--gpu-memory-utilization") and _IN_PYTHON.search(evidence.run.text):
+        is_shell = _IN_SHELL.search(evidence.run.text)
+        return line if is_shell else f"LLM(..., gpu_memory_utilization={line.rpartition(' ')[2]})"
+    return line
+
+
 def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     words = _words(code, evidence)
     if code == "half_precision" and facts.kind in _NOT_CUDA:
@@ -589,6 +661,10 @@ def _remedy(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     words = words and _for_version(words, facts)
     if code in ("shard", "offload") and words and _OLD_DEEPSPEED.search(evidence.run.text):
         words = replace(words, lines=tuple(f"{line}  # DeepSpeed 0.3.13 or later" for line in words.lines))
+    if words and evidence.framework in programs("options_in_files") and _BY_OPTIONS.search(evidence.run.text):
+        words = replace(words, lines=tuple(_KEY.sub(r"--\1 \2", line) for line in words.lines))
+    if code == "share_of_card" and words:
+        words = replace(words, lines=tuple(_beside_others(line, facts, evidence) for line in words.lines))
     effect = applicability(code)
     if code == "split_general" and _BATCH_NORM.search(evidence.run.text):
         effect = "changes_result"

@@ -39,6 +39,14 @@ class FillsCard(Cause, frozen=True, kw_only=True):
     total_bytes: int
 
 
+class OtherCard(Cause, frozen=True, kw_only=True):
+    """A card that is much smaller than any that the report names."""
+
+    total_bytes: int
+    named_bytes: int
+    """The least memory of the named ones."""
+
+
 class ModelStep(Cause, frozen=True, kw_only=True):
     """A simulated training step of the model that a configuration names."""
 

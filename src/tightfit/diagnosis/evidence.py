@@ -12,9 +12,11 @@ import msgspec
 from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget, budget_of
+from tightfit.diagnosis.named_card import least_bytes_in_words
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.diagnosis.tensor_fits import (
     FOUR_BIT,
+    HALF,
     Fit,
     Range,
     all_fits,
@@ -136,7 +138,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def trains(self) -> bool:
         """True if the log is of a program that trains."""
-        return bool(programs("trainers").intersection(self.run.frameworks)) or "deepspeed" in self.run.signs
+        divides = "deepspeed" in self.run.signs or not _ALSO_SERVE.isdisjoint(self.run.frameworks)
+        trainers = programs("trainers").intersection(self.run.frameworks) - _ALSO_SERVE
+        return bool(trainers) or (divides and self.purpose != INFERENCE)
 
     @property
     def infers(self) -> bool:
@@ -171,6 +175,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return self.batch_is_one or "no_batch" in self.run.signs
 
 
+_ALSO_SERVE = frozenset({"deepspeed", "fsdp"})
+"""Libraries of trainings that also use trained models."""
 _DIVIDES = re.compile(
     r"fsdp|fullyshard|fully_shard|deepspeed|state_dict_utils|\bzero_?[123]?\b|nproc|\brank", re.IGNORECASE
 )
@@ -231,6 +237,17 @@ def _of_all(found: Evidence) -> Evidence:
 
 _TRAINS = ("backward", "optimizer")
 """Phases that only a training has."""
+
+
+_MUCH = 2
+"""Times a card's memory from which on another card is a different one, and no part of it is in use."""
+
+
+def named_bytes(facts: Facts, evidence: Evidence) -> int | None:
+    """Return the least memory of the cards that a report of several names, if the one that failed is much smaller."""
+    several = (facts.device_index or 0) > 0
+    named = least_bytes_in_words(evidence.run.text) if several and facts.total_bytes else None
+    return named if named is not None and named > _MUCH * (facts.total_bytes or 0) else None
 
 
 def _without_servers(facts: Facts, run: RunFacts) -> RunFacts:
@@ -338,6 +355,9 @@ def _fits(found: Evidence, within: Range) -> tuple[tuple[Fit, ...], bool]:
     if tensor in _OF_PARAMETERS:
         if "four_bit" in run.signs:
             return weights([model] if model and model.hidden else all_models(), within, FOUR_BIT), False
+        if run.framework in programs("merge_weights"):
+            known = [model] if model and model.hidden else all_models()
+            return weights(known, within, HALF, merged=True), False
         if model and model.hidden:
             return weights([model], within), False
         return usual_weights(within, draws=found.framework in programs("pictures")), False

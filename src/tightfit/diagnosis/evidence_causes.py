@@ -11,6 +11,7 @@ from tightfit.diagnosis.cause_records import (
     LineRequest,
     LogitTokens,
     ModelBudget,
+    OtherCard,
     PrintedBatch,
     Request,
     Shard,
@@ -20,7 +21,7 @@ from tightfit.diagnosis.cause_records import (
     SmallRequest,
 )
 from tightfit.diagnosis.culprit import Culprit
-from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.evidence import Evidence, named_bytes
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
@@ -39,12 +40,20 @@ def causes_of_evidence(
 
     That the model alone is too large comes before all others.
     """
+    other = [*_of_other_card(facts, evidence)]
     tensor = [*_of_kept(facts, evidence), *_of_tensor(facts, culprit, evidence, unplayed_because)]
     budget = [*_of_budget(evidence.budget)] if evidence.budget else []
     run = [*_of_run(facts, evidence)]
     if evidence.budget is not None and (evidence.budget.exceeds or evidence.budget.what == "partial"):
-        return budget, [*tensor, *run]
-    return [], [*budget, *tensor, *run] if evidence.grows is None else [*tensor, *budget, *run]
+        return [*other, *budget], [*tensor, *run]
+    return other, [*budget, *tensor, *run] if evidence.grows is None else [*tensor, *budget, *run]
+
+
+def _of_other_card(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield that the card is much smaller than those that the report names."""
+    named, total = named_bytes(facts, evidence), facts.total_bytes
+    if named is not None and total is not None:
+        yield OtherCard(code="other_card", total_bytes=total, named_bytes=named)
 
 
 def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:

@@ -12,8 +12,9 @@ import msgspec
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.kind_details import detail_names
+from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
-from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.log_reader import LogReading
 from tightfit.oomlog.run_facts import RunFacts
@@ -201,6 +202,11 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     codes = _table().fixes[key] if key else [facts.kind]
     if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
         codes = [code for code in codes if code != "fewer_workers"]
+    if facts.kind == "jax_out_of_memory" and _is_beyond_named_card(facts, run):
+        codes = [
+            *(code for code in codes if code not in _OF_SHARE),
+            *(["jax_unified"] if "jax_unified" not in codes else []),
+        ]
     if facts.kind == "host_killed" and not _IN_PYTHON.search(run.text):
         codes = [code for code in codes if code != "data_in_parts"]
     if run.numbers.get("batch_size") == 1:
@@ -216,6 +222,18 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
         )
         for code in codes
     )
+
+
+_OF_SHARE = frozenset({"jax_preallocate", "jax_fraction", "other_programs"})
+"""Fixes by more of the card: they do not help a program that is larger than the whole card."""
+
+
+def _is_beyond_named_card(facts: Facts, run: RunFacts) -> bool:
+    """Return True if a request, or all that XLA plans, is more than the one card that the report names has."""
+    total = facts.total_bytes or bytes_in_words(run.text)
+    planned = Figure.printed(facts.details.get("large_program", ""))
+    need = max(facts.requested_bytes or 0, planned.bytes if planned else 0)
+    return total is not None and need > total and "tpu" not in facts.details
 
 
 _OF_ONE = {"less_in_pass": "smaller_inputs_only", "smaller_batch_program": "smaller_inputs_only"}

@@ -19,6 +19,8 @@ _LEAST_STATE, _MOST_STATE = 8, 16
 2 + 2 + 4 (float32 master) + 4 + 4, which is also 4 + 4 + 4 + 4 in float32."""
 _SMALL_STATE = {"8bit": 6, "adafactor": 4, "lomo": 2, "galore": 4, "sgd": 4, "muon": 6, "lion": 6, "adagrad": 6}
 """At least as many bytes of a parameter with other optimizers."""
+_WITH_WEIGHTS = ("forward", "loss", "sample", "warmup", "eval")
+"""Phases in which a model that is only used has its weights on the card: they fit."""
 _WITHOUT_TRAINING = ("sample", "compile")
 
 
@@ -80,13 +82,17 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
         return _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
         each = _QUANTIZED if "qlora" in run.signs else stored
+        if facts.phase in _WITH_WEIGHTS and each * parameters > total:
+            return None
         return _budget(model, parameters, total, each, each, "weights", run)
     takes_all = facts.phase == "backward" and (facts.requested_bytes or 0) >= parameters  # no adapter's gradients
     if not _trains(facts, run, parameters) and not takes_all:
         if (purpose == TRAINING or facts.phase == "backward") and model.kind not in _OF_PICTURES:
             found = _budget(model, parameters, total, _LEAST_STATE, _MOST_STATE, "training", run)
             return msgspec.structs.replace(found, is_sure=False)
-        if "spread" in run.signs:  # over several cards, or a part of it on the host
+        if "spread" in run.signs or (
+            facts.phase in _WITH_WEIGHTS and stored * parameters > total
+        ):  # on several cards, or in a smaller format than 16 bits
             return None
         return _budget(model, parameters, total, stored, stored, "weights", run)
     optimizer = run.texts.get("optimizer", "").lower()

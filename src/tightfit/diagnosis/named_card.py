@@ -17,7 +17,7 @@ _SPREAD = 0.02
 _IN_WORDS = re.compile(
     r"\b((?:(?:NVIDIA|GeForce|Tesla|RTX|GTX|Quadro) ?)+"
     r"(?:[1-5]0[5-9]0(?: ?(?:Ti|SUPER|Super|D)\b){0,2}|A\d{4}|[TPVALHB]\d{1,3}[SG]?)"
-    r"|[345]090(?: ?Ti)?|T4|L40S?|A10G|A40|A30|H200|B200)\b"
+    r"|[345]090(?: ?Ti)?|[2345]0[678]0(?: ?(?:Ti|ti|TI|SUPER|Super)\b| (?=GPU|card))|T4|L40S?|A10G|A40|A30|H200|B200)\b"
     r"(?! ?(?:Mobile|Max-Q|[Ll]aptop|[Nn]otebook|MiB|MB|tokens|steps|images))"
 )
 """Names of cards as people write them."""
@@ -30,9 +30,27 @@ def bytes_in_words(text: str) -> int | None:
     (25311576064, None, None)
     """
     names = dict.fromkeys(match[1] for match in _IN_WORDS.finditer(text))
-    cards = [find_gpu(name if not name[:1].isdigit() else f"RTX {name}") for name in names]
+    cards = [find_gpu(name if not name[:1].isdigit() else f"RTX {name.strip()}") for name in names]
     sizes = {card.memory_bytes_min if card else None for card in cards}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def least_bytes_in_words(text: str) -> int | None:
+    """Return the least memory that any card has whose name a text gives; None if it names no known one.
+
+    >>> least_bytes_in_words("three A100 cards") // 2**30, least_bytes_in_words("our cluster")
+    (39, None)
+    """
+    names = {match[1].rpartition(" ")[2] for match in _IN_WORDS.finditer(text)}
+    names |= set(_OF_SEVERAL_SIZES.findall(text))
+    known = {
+        name: [each.memory_bytes_min for each in all_gpus() if name in re.split(r"[\s-]", each.name)] for name in names
+    }
+    return min((min(sizes) for sizes in known.values() if sizes), default=None) if all(known.values()) else None
+
+
+_OF_SEVERAL_SIZES = re.compile(r"\b([AHV]100)\b")
+"""Cards whose names leave their memory open."""
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):

@@ -40,10 +40,16 @@ _HINT = re.compile(r"To run the model in eager mode, set [^\n]*")
 def _stands(remedy: Remedy, text: str) -> bool:
     """Return True for a remedy if all its lines already stand in the log: it did not help."""
     text = _HINT.sub("", text)
+    if remedy.code == "offload" and _ON_CARD.search(text):
+        return False
     lines = [line.partition("  #")[0].strip() for line in remedy.paste if not line.endswith(SMALLER)]
     return bool(lines) and all(len(line) > _SHORT_LINE and (line in text or _is_set(line, text)) for line in lines)
 
 
+_ON_CARD = re.compile(
+    r"from_pretrained\([^)]{0,400}\)\.to\([\"']cuda|\bpipe(?:line)?(?: ?= ?pipe(?:line)?)?\.(?:to\([\"']cuda|cuda\()"
+)
+"""A pipeline that is put on the card as a whole, for which offloading comes too late."""
 _OPTION = re.compile(r"(--[A-Za-z][\w-]*)[= ](\d+)\b")
 _BY_LESS = frozenset({"smaller_picture", "smaller_inputs", "less_at_once", "fewer_environments", "eval_batch"})
 """Remedies by a smaller number."""
@@ -168,7 +174,10 @@ _DOMAINS = {
         r"\b[Pp]roteins?[- ](?:sequences?|structures?|complex(?:es)?|chains?|folding|design|docking|pairs?|language)\b"
         r"|\bresidues\b|\b[Aa]mino[- ]?[Aa]cids?\b|\.a3m\b"
     ),
-    "shorter_audio": re.compile(r"\b[Aa]udio\b|\bA(?:udio|UDIO)[A-Z]\w*|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"),
+    "shorter_audio": re.compile(
+        r"\b[Aa]udio\b|\bA(?:udio|UDIO)[A-Z]\w*|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"
+        r"|\basr\b|\btranscri(?:be|ption|pts?)\w*|[Ww]hisper\w*|\.srt\b|_srt\b"
+    ),
 }
 """Words of what a program works on, by the remedy that names it."""
 

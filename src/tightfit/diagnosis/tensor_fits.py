@@ -64,11 +64,17 @@ def range_of(requested: Figure) -> Range:
     return Range(low=first - _ROUND + 1, high=last)
 
 
-def weights(models: Iterable[Model], within: Range, elements: Mapping[str, float] = ELEMENTS) -> tuple[Fit, ...]:
+HALF = {"bfloat16/float16": 2.0}
+"""Bytes of a number in a server's weights, unless they are quantised."""
+
+
+def weights(
+    models: Iterable[Model], within: Range, elements: Mapping[str, float] = ELEMENTS, *, merged: bool = False
+) -> tuple[Fit, ...]:
     """Return the weights of some models that make the request; a shape of several models is one fit."""
     found: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for model in models:
-        for shape in dict.fromkeys(tuple(sorted(each)) for each in model.matrices()):
+        for shape in dict.fromkeys(tuple(sorted(each)) for each in model.matrices(merged=merged)):
             for dtype, size in elements.items():
                 if dtype in FOUR_BIT and model.vocabulary in shape:  # embeddings stay in 16 bits
                     continue

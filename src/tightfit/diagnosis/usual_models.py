@@ -42,17 +42,19 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     is_by_name: bool = False
     """True if the number of parameters is the one in its name: 33B."""
 
-    def matrices(self) -> Iterator[tuple[int, ...]]:
-        """Yield the shape of each kind of large weight."""
+    def matrices(self, *, merged: bool = False) -> Iterator[tuple[int, ...]]:
+        """Yield the shape of each kind of large weight; `merged` as servers hold those that read the same input."""
         hidden, inner = self.hidden, self.inner
         if self.vocabulary and hidden:
             yield self.vocabulary, hidden
         if hidden and inner:
             yield from ((inner, hidden), (hidden, inner))
-            if self.gated and self.family == "phi3":  # gate_up_proj
+            if self.gated and (merged or self.family == "phi3"):  # gate_up_proj
                 yield 2 * inner, hidden
         if hidden and self.heads and self.head_dim:
             rows = self.heads * self.head_dim
+            if merged:  # qkv_proj
+                yield rows + 2 * (self.kv_heads or self.heads) * self.head_dim, hidden
             yield rows, hidden
             if rows != hidden:
                 yield hidden, rows

@@ -298,7 +298,7 @@ def met_in(lines: Sequence[str]) -> str | None:
     """
     if not any(map(_OF_DEVICE.search, lines)):
         return None
-    told = (line for line in lines if _MEETS.search(line) and not re.search(r"\bif\b", line))
+    told = (line for line in lines if _MEETS.search(line) and not re.search(r"\bif\b(?! [Ii]\b)", line))
     found = next((line for line in told if not _denies(line)), None)
     return " ".join(found.split()).strip(" #*`")[:300] if found else None
 

@@ -170,8 +170,8 @@ _ENVIRONMENT = re.compile(
     r"\b(?:envs|virtualenvs)/[\w.-]{1,80}/|\b[\w.-]{1,80}/\.?venv/|(?m:^ ?\([\w.-]{1,40}\) (?=\S*[@:$#>~]|[A-Z]:/))"
 )
 """The folder or the prompt of an environment, whose name may be that of another program."""
-_ADDRESS = re.compile(r"(?<!clone )(?<!git\+)\bhttps?://[^\s)\]>\"']+")
-"""An address in a report; that of a command which fetches the program counts."""
+_ADDRESS = re.compile(r"(?<!clone )(?<!git\+)\bhttps?://(?![^\s)]{1,200}/blob/[^\s)]{1,200}\.py#L\d)[^\s)\]>\"']+")
+"""An address in a report; that of a command which fetches the program counts, and that of one of its lines."""
 _OWN_FILE = re.compile(
     r'File \\?"(?:/|[A-Z]:/)(?![^"\n]*(?:/site-packages/|/dist-packages/|/lib/python\d))[^"\n]+", line \d'
 )
