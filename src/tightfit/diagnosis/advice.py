@@ -266,6 +266,8 @@ def _of_weights(facts: Facts, evidence: Evidence, *, trains: bool) -> str:
 
 def _lists_of_phase(facts: Facts, evidence: Evidence, *, trains: bool) -> Iterator[str]:
     """Yield the lists for a failure of which the phase alone is known."""
+    if facts.phase == "eval" and evidence.framework in programs("share_batch"):
+        yield "shared_batch"
     if facts.phase in _tables()["fixes"]:
         yield str(facts.phase)
     if facts.phase == "setup" and not evidence.run.signs.isdisjoint({"fsdp", "deepspeed"}) and not evidence.infers:
@@ -333,7 +335,7 @@ def _needless_for_pass(facts: Facts, evidence: Evidence) -> dict[str, bool]:
         "split_general": evidence.has_no_smaller_batch
         or (facts.phase == "eval" and _EVAL_BATCH.search(run.text) is not None)
         or program in programs("without_batch")
-        or (keeps_nothing and (is_known or evidence.infers))
+        or (keeps_nothing and (is_known or evidence.infers) and program not in programs("share_batch"))
         or (is_oversized(facts) and not _batch_would_do(facts, evidence))
         or evidence.is_of_unknown_purpose
         or (evidence.grows == "pairs" and not is_known and not run.numbers.get("batch_size")),

@@ -113,6 +113,7 @@ _TOLD = {
     ),
     "eval": re.compile(
         rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|testing)\b(?! (?:set|data|images?|split)\b)"
+        r"|\bval(?:idation)? (?:occupies|takes|uses|needs|consumes)\b"
         r"|\beval(?:uation)?[ _](?:period|interval|steps|strategy)\b"
         r"|^[#\s]*(?:testing|validation|evaluation)\b|(?:验证|评估|评测|eval)(?:阶段|时|过程)|検証(?:中|時)|評価(?:中|時)",
         re.IGNORECASE,

@@ -43,7 +43,18 @@ def _stands(remedy: Remedy, text: str) -> bool:
     if remedy.code == "offload" and _ON_CARD.search(text):
         return False
     lines = [line.partition("  #")[0].strip() for line in remedy.paste if not line.endswith(SMALLER)]
-    return bool(lines) and all(len(line) > _SHORT_LINE and (line in text or _is_set(line, text)) for line in lines)
+    return bool(lines) and all(
+        len(line) > _SHORT_LINE and (_is_last(line, text) or _is_set(line, text)) for line in lines
+    )
+
+
+_ASSIGNED = re.compile(r"(-{0,2}[A-Za-z_][\w.-]* ?[=: ] ?)[\d(\[]")
+
+
+def _is_last(line: str, text: str) -> bool:
+    """Return True if a text has a line; of an option with several values, the last is the run's."""
+    option = _ASSIGNED.match(line)
+    return text.startswith(line, text.rfind(option[1])) if option and option[1] in text else line in text
 
 
 _ON_CARD = re.compile(
