@@ -3,15 +3,16 @@
 import ast
 import builtins
 import contextlib
+import enum
 import inspect
 import math
 import operator
-from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
-from types import FunctionType, UnionType
+from types import FunctionType, ModuleType
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
@@ -20,8 +21,12 @@ from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import function_node, may_change
 from tightfit.vgpu.plain_branches import ENDS
 from tightfit.vgpu.pure_functions import is_pure
+from tightfit.vgpu.read_calls import NotReadError, body_of, bound, is_question, returned
 
-PLAIN = (int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range)
+PLAIN = (
+    *(int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range),
+    *(type, enum.Enum, torch.dtype, torch.device),
+)
 
 
 NUMBERS = (int, float, str, type(None))
@@ -65,14 +70,27 @@ _OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {
 }
 _IDENTITY = (ast.Is, ast.IsNot)
 _FUNCTIONS: dict[str, Callable[..., object]] = {
-    each.__name__: each for each in (len, int, float, bool, min, max, abs, round, divmod, sum)
+    each.__name__: each for each in (len, int, float, bool, str, min, max, abs, round, divmod, sum, any, all)
 }
-_CHECKS = (type.__instancecheck__, ABCMeta.__instancecheck__, UnionType.__instancecheck__)
+_OF_KINDS: dict[str, Callable[..., object]] = {
+    each.__name__: each for each in (isinstance, issubclass, callable, type, hasattr)
+}
+"""Functions that ask what an object is."""
 _OF_MATH: dict[str, Callable[..., object]] = {
     name: getattr(math, name)
     for name in ["ceil", "floor", "trunc", "sqrt", "isqrt", "exp", "log", "log2", "log10", "cos", "sin", "gcd", "fmod"]
 }
-_METHODS = ("size", "numel", "dim", "get", "is_integer", "bit_length", "startswith", "endswith")
+_METHODS = (
+    *("size", "numel", "dim", "is_floating_point", "is_complex", "get", "is_integer", "bit_length"),
+    *("startswith", "endswith"),
+)
+_OF_TEXTS = ("lower", "upper", "strip", "split", "isdigit")
+_KINDS: dict[str, object] = {name: each for name, each in vars(builtins).items() if isinstance(each, type)}
+_DEPTH = 4
+"""Functions, each called by the one before, up to which they are read."""
+
+_OF_TENSORS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "is_sparse")
+"""A tensor's attributes that no kernel computes."""
 
 Unsure = frozenset[str]
 
@@ -80,8 +98,11 @@ Unsure = frozenset[str]
 class Reader:
     """Evaluates expressions of a running function without calling anything of the script's."""
 
-    def __init__(self, names: Mapping[str, object], others: Mapping[str, object], unsure: Unsure) -> None:
-        self._names, self._others, self._unsure = names, others, unsure
+    def __init__(
+        self, names: Mapping[str, object], others: Mapping[str, object], unsure: Unsure, depth: int = 0
+    ) -> None:
+        """`depth`: functions around the one that is read."""
+        self._names, self._others, self._unsure, self._depth = names, others, unsure, depth
         self.read: dict[str, object] = {}
         """Values that were looked at, by their expressions."""
 
@@ -89,6 +110,8 @@ class Reader:
         if name.startswith(INNER):
             return 0
         value = self._names.get(name, self._others.get(name, UnknownError))
+        if value is UnknownError and name in _KINDS:
+            return _KINDS[name]
         if name in self._unsure or value is UnknownError:
             raise UnknownError
         self.read[name] = value
@@ -96,7 +119,7 @@ class Reader:
 
     def _attribute(self, node: ast.Attribute, holder: object) -> object:
         text = ast.unparse(node)
-        if text in self._unsure or isinstance(holder, Tensor):
+        if text in self._unsure or (isinstance(holder, Tensor) and node.attr not in _OF_TENSORS):
             raise UnknownError
         value = _of_property(holder, node.attr)
         if value is None:
@@ -104,6 +127,8 @@ class Reader:
                 value = getattr(holder, node.attr)
             except FAILURES:  # a library's property may raise anything
                 raise UnknownError from None
+        if self._depth and _may_count(value) and not isinstance(holder, (ModuleType, Tensor)):
+            raise UnknownError  # nobody follows what a function's objects count
         self.read[text] = value
         return value
 
@@ -115,6 +140,13 @@ class Reader:
         except UnknownError:
             return False
         return True
+
+    def peek(self, node: ast.expr) -> object:
+        """Return the value of an expression; None where only the script could give it."""
+        try:
+            return self.value(node)
+        except UnknownError:
+            return None
 
     def knows_items(self, items: ast.expr) -> bool:
         """Return True if all arguments of `range(...)` have such values."""
@@ -153,55 +185,96 @@ class Reader:
             case ast.IfExp(test=test, body=one, orelse=two):
                 return self.value(one if self.value(test) else two)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
-                return [self.value(each) for each in parts]
+                values = [self.value(each) for each in parts]
+                return tuple(values) if isinstance(node, ast.Tuple) else values
             case ast.Subscript(value=of, slice=key) if (text := ast.unparse(node)) not in self._unsure:
                 item = _item(self.value(of), self.value(key))
                 if isinstance(key, ast.Constant):
                     self.read[text] = item
                 return item
+            case ast.Call():
+                return self._call(node)
+        raise UnknownError
+
+    def _call(self, node: ast.Call) -> object:
+        match node:
             case ast.Call(func=ast.Name(id=name), args=[of]) if name == ENDS and ENDS in self._names:
                 return cast("Callable[[object], bool]", self._names[ENDS])(self.value(of))
             case ast.Call(func=ast.Name(id="len"), args=[of], keywords=[]):
                 return self._length(node, self.value(of))
-            case ast.Call(func=ast.Name(id="isinstance"), args=[of, kinds], keywords=[]):
-                return _called(isinstance, [self.value(of), self._kinds(kinds)])
+            case ast.Call(func=ast.Name(id="getattr"), args=[of, ast.Constant(value=str(name)), *default]):
+                owner = self.value(of)
+                if default and not hasattr(owner, name):
+                    return self.value(default[0])
+                return self._attribute(ast.Attribute(of, name, ast.Load()), owner)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-                return _called(_FUNCTIONS[name], [self.value(each) for each in arguments])
+                return _called(_FUNCTIONS[name], [self._host(each) for each in arguments])
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _OF_KINDS:
+                return _called(_OF_KINDS[name], [self.value(each) for each in arguments])
             case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _OF_MATH:
                 if self.value(of) is not math:
                     raise UnknownError
                 return _called(_OF_MATH[name], [self.value(each) for each in arguments])
-            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS:
+            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS or (
+                name in _OF_TEXTS and isinstance(self.value(of), str)
+            ):
                 return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
             case ast.Call(func=ast.Name() | ast.Attribute() as func):
-                return self._of_pure_function(node, func)
+                return self._of_function(node, func)
         raise UnknownError
 
-    def _of_pure_function(self, call: ast.Call, func: ast.Name | ast.Attribute) -> object:
-        """Return the value of a function of the script that only computes. UnknownError if it does more."""
+    def _host(self, node: ast.expr) -> object:
+        """Return the value of an expression that is no tensor: an operator would run."""
+        value = self.value(node)
+        if isinstance(value, Tensor):
+            raise UnknownError
+        return value
+
+    def _of_function(self, call: ast.Call, func: ast.Name | ast.Attribute) -> object:
+        """Return the value of a function that only tells, chooses or computes. UnknownError if it does more."""
+        if (text := ast.unparse(call)) in self._unsure:
+            raise UnknownError
         arguments = [self.value(each) for each in call.args]
         options = {each.arg: self.value(each.value) for each in call.keywords if each.arg is not None}
-        if isinstance(func, ast.Attribute):
-            owner = self.value(func.value)
-            found = inspect.getattr_static(type(owner), func.attr, None)
-            arguments.insert(0, owner)
+        if len(options) < len(call.keywords):
+            raise UnknownError
+        function, owner = self._function(func)
+        if is_question(function):
+            found = _called(partial(cast("Callable[..., object]", function), **options), arguments)
+        elif isinstance(function, FunctionType):
+            arguments = [*owner, *arguments]
+            if is_pure(function, arguments, options):
+                return _called(partial(function, **options), arguments)
+            found = self._read(function, arguments, options)
         else:
-            found = self._names.get(func.id, self._others.get(func.id))
-        if not isinstance(found, FunctionType) or len(options) < len(call.keywords):
             raise UnknownError
-        if not is_pure(found, arguments, options):
-            raise UnknownError
-        return _called(partial(found, **options), arguments)
-
-    def _kinds(self, node: ast.expr) -> object:
-        """Return the classes of an `isinstance`. UnknownError if one of them decides on its instances itself."""
-        if isinstance(node, ast.Tuple):
-            return tuple(map(self._kinds, node.elts))
-        is_builtin = isinstance(node, ast.Name) and node.id not in {**self._others, **self._names}
-        found = vars(builtins).get(ast.unparse(node)) if is_builtin else self.value(node)
-        if getattr(type(found), "__instancecheck__", None) not in _CHECKS:
-            raise UnknownError
+        if isinstance(found, NUMBERS):
+            self.read[text] = found
         return found
+
+    def _function(self, func: ast.Name | ast.Attribute) -> tuple[object, list[object]]:
+        """Return the function that is called, and the object whose method it is, if it is one."""
+        if isinstance(func, ast.Name):
+            return self._names.get(func.id, self._others.get(func.id)), []
+        owner = self.value(func.value)
+        if isinstance(owner, ModuleType):
+            return inspect.getattr_static(owner, func.attr, None), []
+        return inspect.getattr_static(type(owner), func.attr, None), [owner]
+
+    def _read(self, function: FunctionType, arguments: list[object], options: dict[str, object]) -> object:
+        """Return what a short function returns, of its source. UnknownError if it may do more, or may count."""
+        body, names = body_of(function), bound(function, arguments, options)
+        if body is None or names is None or self._depth >= _DEPTH:
+            raise UnknownError
+        others = function.__globals__
+
+        def evaluate(value: ast.expr, variables: Mapping[str, object]) -> object:
+            return Reader(variables, others, self._unsure, self._depth + 1).value(value)
+
+        try:
+            return returned(body, names, evaluate)
+        except NotReadError:
+            raise UnknownError from None
 
     def _length(self, node: ast.expr, of: object) -> object:
         text = ast.unparse(node)
@@ -237,6 +310,10 @@ class Reader:
         return True
 
 
+def _may_count(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _of_property(holder: object, name: str) -> object:
     """Return a property of the script's that only returns an expression; None for anything else that has this name.
 
@@ -267,9 +344,14 @@ def _left_out(node: ast.AST) -> list[ast.expr]:
     match node:
         case ast.BoolOp(values=parts) | ast.Compare(comparators=[_, *parts]):
             return parts
-        case ast.IfExp(body=one, orelse=two):
-            return [one, two]
+        case ast.IfExp(test=test, body=one, orelse=two):
+            return [] if _asks_kind(test) else [one, two]
     return []
+
+
+def _asks_kind(test: ast.expr) -> bool:
+    """Return True for `hasattr(...)`, `isinstance(...)` and the like: only one of the parts has a value at all."""
+    return isinstance(test, ast.Call) and getattr(test.func, "id", "") in _OF_KINDS
 
 
 _ITEM = ast.Subscript(ast.Name("", ast.Load()), ast.Name("", ast.Load()), ast.Load())
@@ -328,7 +410,4 @@ def is_chance(node: ast.AST) -> bool:
 
 def value_in(node: ast.expr, names: Mapping[str, object], others: Mapping[str, object]) -> object:
     """Return an expression's value in a running function; None where only the script could give it."""
-    try:
-        return Reader(names, others, frozenset()).value(node)
-    except UnknownError:
-        return None
+    return Reader(names, others, frozenset()).peek(node)

@@ -41,7 +41,7 @@ class Growth:
                 self._begun = self._begun or now
                 if now - self._begun < _SECONDS:
                     self._grown.append(sought)
-                    self._lines.note_reruns()
+                    self._lines.note_reruns(sought)
         for sought in rare:
             self._again += self._lines.seek_again(sought) if sought.lines else []
         return [*self._again, *(each.head() for each in self._grown)]

@@ -52,6 +52,24 @@ class AsIf(ast.NodeTransformer):
         test.lineno, test.col_offset = test.end_lineno, test.end_col_offset = node.lineno, node.col_offset
         return _placed(ast.If(test, ends[0].body, [*node.body, *node.orelse]), node)
 
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """Write `torch.isnan(loss).any()` as False, and `math.isfinite(loss)` as True: made-up numbers are finite."""
+        self.generic_visit(node)
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        of = getattr(node.func, "value", None)
+        if called in _OF_FINITE_NUMBERS and len(node.args) == 1:
+            return ast.copy_location(ast.Constant(_OF_FINITE_NUMBERS[called]), node)
+        if called in _SAME and not node.args and isinstance(of, ast.Constant) and isinstance(of.value, bool):
+            return of
+        match node:
+            case ast.Call(func=ast.Name(id="any" | "all"), args=[ast.GeneratorExp(elt=ast.Constant() as each)]):
+                return each
+        return node
+
+
+_OF_FINITE_NUMBERS = {"isnan": False, "isinf": False, "isposinf": False, "isneginf": False, "isfinite": True}
+_SAME = ("any", "all", "item", "sum")
+
 
 def is_next(node: ast.AST) -> TypeGuard[ast.Call]:
     """Return True for `next(items)`."""

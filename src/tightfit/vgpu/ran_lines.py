@@ -1,7 +1,7 @@
 """Lines that ran in the functions that Python's tracing follows."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import CodeType, FrameType
 
 from tightfit.vgpu.frames import Frame, is_package
@@ -29,6 +29,9 @@ class RanLines:
         """Their code by its identity: to hash code costs more than the rest of a call."""
         self._steps: list[Lines] = []
         """Lines that ran in each of the latest steps, the last one first, while that is noted."""
+        self._loop: tuple[CodeType, int] | None = None
+        self._iterations: list[Lines] = []
+        """Lines that ran in each of that loop's iterations since, the last one first."""
         self.notes_steps = False
 
     def add(self, code: CodeType) -> None:
@@ -50,7 +53,8 @@ class RanLines:
         code = frame.f_code
         self.of[code].add(frame.f_lineno)
         if self.notes_steps:
-            self._steps[0][code].add(frame.f_lineno)
+            for each in (*self._steps[:1], *self._iterations[:1]):
+                each[code].add(frame.f_lineno)
 
     def note_body(self, frame: FrameType, event: str) -> None:
         """Note if the body of an `if` on its line runs, by the instructions of that line."""
@@ -60,23 +64,30 @@ class RanLines:
             self.of[code].add(-line)
         frame.f_trace_opcodes = column is not None and -line not in self.of[code]
 
-    def begin_steps(self) -> None:
-        """Begin to note which lines run in each of the next steps."""
-        self._steps, self.notes_steps = [defaultdict(set)], True
+    def begin_steps(self, loop: tuple[CodeType, int]) -> None:
+        """Begin to note which lines run in each of the next steps, and in each iteration of a loop."""
+        self._steps, self._iterations = [defaultdict(set)], []
+        self._loop, self.notes_steps = loop, True
 
     def after_step(self) -> None:
         if self.notes_steps and not self.knows_steps():
             self._steps.insert(0, defaultdict(set))
 
+    def at_iteration(self, loop: tuple[CodeType, int]) -> None:
+        """Note that an iteration of a loop begins."""
+        if self.notes_steps and loop == self._loop:
+            self._iterations.insert(0, defaultdict(set))
+
     def knows_steps(self) -> bool:
         """Return True once enough steps were noted."""
         return len(self._steps) > _STEPS_TO_COMPARE
 
-    def in_each_step(self) -> Callable[[CodeType], set[int]]:
-        """Return a function of functions for the lines that ran in all the steps noted; note no more."""
+    def in_each(self, code: CodeType) -> set[int]:
+        """Return the lines of a function that ran in all the steps noted, or in all iterations; note no more."""
         self.notes_steps = False
-        steps = self._steps[1:]
-        return lambda code: set.intersection(*(each[code] for each in steps))
+        iterations = self._iterations[1:]  # but for the one that runs
+        in_iterations = set.intersection(*(each[code] for each in iterations)) if len(iterations) > 1 else set[int]()
+        return in_iterations.union(set.intersection(*(each[code] for each in self._steps[1:])))
 
     def missing_of(self, places: Iterable[Frame]) -> list[Frame]:
         """List those of the lines that did not run since; a package's loop was not played to its end."""

@@ -34,6 +34,7 @@ from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
 from tightfit.vgpu.plain_branches import ENDS, is_next
+from tightfit.vgpu.tensor_conditions import stays
 from tightfit.vgpu.watched_values import Values, WatchedValues
 
 _SECONDS, _WAIT = 10.0, 40.0
@@ -62,6 +63,8 @@ class _Reduced:
         """Lines of `missing` behind a condition that only the script could tell."""
         self.by_chance: set[int] = set()
         """Those of them behind one that chance, or an iterator, decides."""
+        self.staying: set[int] = set()
+        """Those of them behind one that comes out as before in a play, however long it goes on."""
         self.uncounted: set[int] = set()
         """Those of them in a loop within the loop whose iterations nobody can count."""
         self.has_end = False
@@ -176,6 +179,7 @@ class _Reduced:
             behind = {line for line in self._missing if _covers(statement, line)}
             self.unknown |= behind
             self.by_chance |= behind if any(map(is_chance, ast.walk(statement.test))) else set()
+            self.staying |= behind if stays(statement.test, self._reader.peek) else set()
             return self.body(statement.orelse) if statement.body[0].lineno not in self._ran else []
         body, other = (self._taken(each) for each in (statement.body, statement.orelse))
         if _is_end(test):
@@ -300,6 +304,8 @@ class Skip:
         """Lines that may have run in iterations passed over: only the script could tell their conditions."""
         self.chance_lines: frozenset[int] = frozenset()
         """Those of them that chance, or an iterator, decides on."""
+        self.staying_lines: frozenset[int] = frozenset()
+        """Lines behind conditions that come out as before, however long the play goes on."""
         self.is_reached = False
         """True if they were passed up to one that has to run."""
         self.names: dict[str, object] = {}
@@ -329,6 +335,7 @@ class Skip:
             return
         self._compare(*self._before, names, others)
         code, reduced, _ = self._code(frame, names, others)
+        self.staying_lines = frozenset(reduced.staying)
         begun = process_time(), monotonic()
         self._far = self._begin_far(items.left) if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None

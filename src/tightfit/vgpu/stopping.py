@@ -198,7 +198,7 @@ class Stopping:
         state = self._state(steps - first + 1)
         if self._lines.skip_ahead(frame, self._unplayed, state):
             self._after_skip(frame, first)
-        is_late = self._repeats_for_long()
+        is_late = self._repeats_for_long() or self._waits_in_vain(loop)
         differing = self._lines.differing(frame, state)
         more = bool(self._unplayed or self._given_up or differing)
         if more and (self._leaves_loops(frame, loop, state) or (is_late and self._gives_up(frame, loop))):
@@ -259,6 +259,10 @@ class Stopping:
         now = time.process_time(), time.monotonic()
         begun = self._repeats_since = self._repeats_since or now
         return now[0] - begun[0] >= _PLAY_ON_S or now[1] - begun[1] >= _WAIT_ON_S
+
+    def _waits_in_vain(self, loop: TrainingLoop | None) -> bool:
+        """Return True if no iteration comes to the lines of a training loop that did not run."""
+        return loop is not None and self._lines.waits_in_vain([each for each in self._unplayed if loop.has(each)])
 
     def _asks_trainer(self, frame: FrameType, loop: TrainingLoop) -> bool:
         """Ask a library's trainer for an evaluation, then for the last batch of two epochs, then for its end.

@@ -6,7 +6,7 @@ import inspect
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -123,6 +123,8 @@ class LineWatch:
         """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.unsure: list[Frame] = []
         """Lines of loops that may allocate, behind conditions that nobody can tell, in iterations passed over."""
+        self._staying: set[Frame] = set()
+        """Those that no further iteration of the play comes to, although one of a card may."""
         self.changing: list[Frame] = []
         """Lines with sizes that change further in iterations that were not played."""
         self._endless: dict[tuple[CodeType, int], bool] = {}
@@ -443,19 +445,18 @@ class LineWatch:
         self._read.tried = {each for each in self._read.tried if each[0] is not code or not each[2] & sought.lines}
         return sought.frames()
 
-    def note_reruns(self) -> None:
+    def note_reruns(self, sought: Sought) -> None:
         """Begin to note which lines run in the next steps; until then no iterations begin to be passed over."""
-        self._ran.begin_steps()
+        self._ran.begin_steps((sought.code, sought.loop.first))
 
     def knows_reruns(self) -> bool:
         """Return True once enough steps were noted."""
         return self._ran.knows_steps()
 
     def rare_of(self, sought: Sought) -> Sought:
-        """Return those of the lines that did not run in each of the steps noted, and note no more."""
+        """Return those of the lines that did not run in each step or iteration noted, and note no more."""
         made, code = self._read.loops[sought.code, sought.loop.first], sought.code
-        in_each = self._ran.in_each_step()
-        often = (made.lines_of(in_each) | in_each(code)) - self._with_bodies(code, made)
+        often = (made.lines_of(self._ran.in_each) | self._ran.in_each(code)) - self._with_bodies(code, made)
         return sought._replace(lines=sought.lines - often)
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
@@ -475,6 +476,10 @@ class LineWatch:
                     self.leave(code, loop)
                     return True
         return False
+
+    def waits_in_vain(self, unplayed: Collection[Frame]) -> bool:
+        """Return True if no further iteration of the play comes to any of the lines."""
+        return bool(unplayed) and self._staying.issuperset(unplayed)
 
     def unplayed_of(self, places: Iterable[Frame]) -> list[Frame]:
         """List those of the lines that did not run since; a package's loop was not played to its end."""
@@ -695,6 +700,7 @@ class LineWatch:
     def _list_open(self, place: tuple[CodeType, int], loop: Loop, skip: Skip) -> None:
         """List lines that may have run in iterations passed over."""
         code = place[0]
+        self._staying |= {Frame(code.co_filename, abs(line), code.co_qualname) for line in skip.staying_lines}
         own = (line for line in map(abs, skip.unsure_lines) if loop.first <= line <= loop.last)
         self.unsure += [Frame(code.co_filename, line, code.co_qualname) for line in own]
         by_chance = (self._read.loops[place].frame_of(abs(line)) for line in skip.chance_lines)
@@ -774,6 +780,7 @@ class LineWatch:
     def _iterates(self, code: CodeType, first: int) -> None:
         """Note that an iteration of a loop begins."""
         self._iterations[code, first] += 1
+        self._ran.at_iteration((code, first))
         self._at_training = None
         now = self._phases.all_passes()
         if self._begun.get((code, first), now) < now:
