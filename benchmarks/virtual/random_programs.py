@@ -4,7 +4,7 @@
 
 Each program has a data set (samples of one length or of many), a way of looping (epochs, steps, a class, functions) and
 some habits of public training scripts: accumulation, validation, EMA, unfreezing, a memory bank, growing lengths,
-sampling, phases one after the other. The truth is the same virtual GPU that passes over nothing, so this shows only
+sampling, phases one after the other, and a guard such as `if torch.isnan(loss):`. The truth is the same virtual GPU that passes over nothing, so this shows only
 what is lost by passing over iterations. One row a program: `right`, `above` (by at most 5%), `listed`
 (another peak, and lines named that were not played) or `WRONG`.
 """
@@ -27,7 +27,7 @@ ABOVE = 1.05
 """Share of the peak up to which a play is above it: a longer batch came together with something else."""
 
 HEAD = """\
-import collections, copy, itertools, math, os, random
+import collections, copy, itertools, math, os, random, time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -406,6 +406,79 @@ HABITS = (
     ),
 )
 
+GUARD_SETUP = """
+class Due:
+    def __init__(self, every):
+        self.every, self.count = every, 0
+
+    def __call__(self):
+        self.count += 1
+        return self.count % self.every == 0
+
+
+class Plateau:
+    def __init__(self, patience):
+        self.patience, self.best, self.bad = patience, float("inf"), 0
+
+    def step(self, value):
+        self.bad = 0 if value < self.best else self.bad + 1
+        self.best = min(value, self.best)
+        return self.bad > self.patience
+
+
+def unwrapped(net):
+    return net.module if hasattr(net, "module") else net
+
+
+def is_main():
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return True
+    return torch.distributed.get_rank() == 0
+
+
+def has_started(step, warmup=({moment})):
+    if warmup <= 0:
+        return True
+    return step >= warmup
+
+
+due, plateau, settings = Due({seldom}), Plateau({many}), {"debug": False, "mode": "train", "ratio": 0.5}
+begun = time.time()
+"""
+GUARDS = (
+    "logits.shape[1] == 6",
+    "logits.shape[:2] != y.shape",
+    "logits.dtype == torch.float16",
+    "isinstance(logits, (tuple, list)) or hasattr(net, 'module')",
+    "getattr(net, 'config', None) is not None",
+    "torch.isnan(loss).any() or not math.isfinite(loss.item())",
+    "loss.item() > 1e4",
+    "loss > 1e6 and is_main()",
+    "is_main() and step % {seldom} == {few}",
+    "not is_main() or settings['debug']",
+    "settings.get('mode') == 'train' and step == {moment}",
+    "has_started(step) and isinstance(loss, torch.Tensor)",
+    "due()",
+    "due() and not torch.isnan(loss)",
+    "plateau.step(loss.item())",
+    "time.time() - begun > 36000",
+    "unwrapped(net).training and epoch == {late}",
+    "any(p.dtype == torch.float16 for p in net.parameters())",
+    "len(optimizer.param_groups) > 3",
+    "optimizer.param_groups[0]['lr'] < 1e-9",
+    "step in ({moment}, {many})",
+    "os.path.exists('stop')",
+    "x.size(0) == 1 and x.device.type == 'cuda'",
+    "f'{epoch}' == '2' and i == 1",
+)
+"""Conditions of which some never hold, some always, some now and then."""
+GUARDED = (
+    "loss = loss + net(x.repeat(3, 1)).mean()",
+    "loss = loss + torch.cat([logits, logits, logits]).pow(2).mean()",
+    "print(evaluate(net, test_loader))",
+    "logits = torch.cat([logits] * 6)[: len(logits)]",
+)
+
 LENGTHS = (
     "",
     "",
@@ -592,8 +665,13 @@ def script(seed: int) -> str:
             text = text.replace("{" + name + "}", str(value))
         return text
 
+    guards = random.Random(f"guard {seed}")
+    guard = f"if {guards.choice(GUARDS)}:\n    {guards.choice(GUARDED)}"
     train = {"lengths": lines(choose(LENGTHS)), "update": lines(choose(UPDATES))}
-    train |= {"before": lines(*(each.before for each in habits)), "after": lines(*(each.after for each in habits))}
+    train |= {
+        "before": lines(*(each.before for each in habits), guard),
+        "after": lines(*(each.after for each in habits)),
+    }
     names = "".join(f", {name}" for name in ("ema", "best", "best_state", "patience", "worst"))
     parts = {
         "train": filled(TRAIN, train),
@@ -601,7 +679,7 @@ def script(seed: int) -> str:
         "end": lines(*(each.end for each in habits)) or "print('done')",
     }
     loop = filled(choose(LOOPS), parts).replace("{globals}", names)
-    setup = [textwrap.dedent(each.setup).strip("\n") for each in habits]
+    setup = [lines(GUARD_SETUP), *(textwrap.dedent(each.setup).strip("\n") for each in habits)]
     blocks = (
         HEAD,
         textwrap.dedent(choose(DATA)).strip("\n"),
@@ -625,12 +703,12 @@ def played(seed: int) -> str:
         found, whole = tightfit.dryrun(path, gpu=GPU), tightfit.dryrun(path, gpu=GPU, until_stable=False)
     figures = [f"{each.peak.allocated_bytes / 2**20:.2f}" for each in (whole, found)]
     if found.outcome != "fits" or whole.outcome != "fits":
-        return f"{seed},{figures[0]},{figures[1]},{whole.steps},{found.steps},{found.outcome}"
+        return f"{seed},{figures[0]},{figures[1]},{whole.steps},{found.steps},{len(found.not_played)},{found.outcome}"
     true = whole.peak.allocated_bytes
     is_right = abs(found.peak.allocated_bytes - true) <= CLOSE * true
     is_above = true < found.peak.allocated_bytes <= ABOVE * true
     verdict = "right" if is_right else "above" if is_above else "listed" if found.not_played else "WRONG"
-    return f"{seed},{figures[0]},{figures[1]},{whole.steps},{found.steps},{verdict}"
+    return f"{seed},{figures[0]},{figures[1]},{whole.steps},{found.steps},{len(found.not_played)},{verdict}"
 
 
 def main() -> None:
@@ -648,7 +726,7 @@ def main() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # for what the programs print
     os.dup2(nowhere, 2)
-    print("seed,whole_mib,peak_mib,whole_steps,steps,verdict", file=rows)
+    print("seed,whole_mib,peak_mib,whole_steps,steps,lines_not_played,verdict", file=rows)
     verdicts: Counter[str] = Counter()
     seeds = range(options.first, options.first + options.count)
     with ThreadPoolExecutor(options.jobs) as pool:

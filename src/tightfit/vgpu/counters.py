@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import cast
 
-from tightfit.vgpu.expressions import NUMBERS, Reader, UnknownError
+from tightfit.vgpu.expressions import Reader
 from tightfit.vgpu.loop_items import FAILURES
+from tightfit.vgpu.operations import NUMBERS, UnknownError
 
 
 @dataclass(frozen=True)

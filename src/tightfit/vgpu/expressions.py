@@ -1,12 +1,9 @@
 """Values of a running function's expressions, read without calling anything of the script's."""
 
 import ast
-import builtins
 import contextlib
-import enum
 import inspect
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from types import FunctionType, ModuleType
@@ -15,82 +12,34 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tightfit.syntax import ARITHMETIC, COMPARISONS, SIGNS
 from tightfit.vgpu.frames import is_own
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import function_node, may_change
+from tightfit.vgpu.operations import (
+    FUNCTIONS,
+    KINDS,
+    METHODS,
+    MOST_ITEMS,
+    NUMBERS,
+    OF_KINDS,
+    OF_MATH,
+    OF_MODULES,
+    OF_TENSORS,
+    OF_TEXTS,
+    UnknownError,
+    called,
+    item_of,
+    operated,
+)
 from tightfit.vgpu.plain_branches import ENDS
 from tightfit.vgpu.pure_functions import is_pure
 from tightfit.vgpu.read_calls import NotReadError, body_of, bound, is_question, returned
 
-PLAIN = (
-    *(int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range),
-    *(type, enum.Enum, torch.dtype, torch.device),
-)
-
-
-NUMBERS = (int, float, str, type(None))
-"""Kinds of values that count, or that conditions compare."""
-
-
 INNER = "tightfit.inner"
 """Begins the names, which no script can have, of counters of loops within a loop that is followed."""
 
-
-class UnknownError(Exception):
-    """A value that only running the script would give."""
-
-
-_MOST_BITS = 4096
-"""Bits of a number to which shifts and powers are computed."""
-
-
-def _left_shift(value: int, places: int) -> int:
-    if value.bit_length() + places > _MOST_BITS:
-        raise UnknownError
-    return value << places
-
-
-def _power(base: float, exponent: float) -> object:
-    if isinstance(base, int) and abs(exponent) * base.bit_length() > _MOST_BITS:
-        raise UnknownError
-    return base**exponent
-
-
-_OPERATIONS: dict[type[ast.AST], Callable[..., object]] = {
-    **ARITHMETIC,
-    **COMPARISONS,
-    **SIGNS,
-    ast.LShift: _left_shift,
-    ast.RShift: operator.rshift,
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-    ast.Pow: _power,
-}
-_IDENTITY = (ast.Is, ast.IsNot)
-_FUNCTIONS: dict[str, Callable[..., object]] = {
-    each.__name__: each for each in (len, int, float, bool, str, min, max, abs, round, divmod, sum, any, all)
-}
-_OF_KINDS: dict[str, Callable[..., object]] = {
-    each.__name__: each for each in (isinstance, issubclass, callable, type, hasattr)
-}
-"""Functions that ask what an object is."""
-_OF_MATH: dict[str, Callable[..., object]] = {
-    name: getattr(math, name)
-    for name in ["ceil", "floor", "trunc", "sqrt", "isqrt", "exp", "log", "log2", "log10", "cos", "sin", "gcd", "fmod"]
-}
-_METHODS = (
-    *("size", "numel", "dim", "is_floating_point", "is_complex", "get", "is_integer", "bit_length"),
-    *("startswith", "endswith"),
-)
-_OF_TEXTS = ("lower", "upper", "strip", "split", "isdigit")
-_KINDS: dict[str, object] = {name: each for name, each in vars(builtins).items() if isinstance(each, type)}
 _DEPTH = 4
 """Functions, each called by the one before, up to which they are read."""
-
-_OF_TENSORS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "is_sparse")
-"""A tensor's attributes that no kernel computes."""
 
 Unsure = frozenset[str]
 
@@ -110,8 +59,8 @@ class Reader:
         if name.startswith(INNER):
             return 0
         value = self._names.get(name, self._others.get(name, UnknownError))
-        if value is UnknownError and name in _KINDS:
-            return _KINDS[name]
+        if value is UnknownError and name in KINDS:
+            return KINDS[name]
         if name in self._unsure or value is UnknownError:
             raise UnknownError
         self.read[name] = value
@@ -119,7 +68,7 @@ class Reader:
 
     def _attribute(self, node: ast.Attribute, holder: object) -> object:
         text = ast.unparse(node)
-        if text in self._unsure or (isinstance(holder, Tensor) and node.attr not in _OF_TENSORS):
+        if text in self._unsure or (isinstance(holder, Tensor) and node.attr not in OF_TENSORS):
             raise UnknownError
         value = _of_property(holder, node.attr)
         if value is None:
@@ -177,9 +126,9 @@ class Reader:
             case ast.BoolOp():
                 return self._any_or_all(node)
             case ast.UnaryOp(op=op, operand=operand):
-                return _of(op, self.value(operand))
+                return operated(op, self.value(operand))
             case ast.BinOp(left=left, op=op, right=right):
-                return _of(op, self.value(left), self.value(right))
+                return operated(op, self.value(left), self.value(right))
             case ast.Compare():
                 return self._comparison(node)
             case ast.IfExp(test=test, body=one, orelse=two):
@@ -188,13 +137,45 @@ class Reader:
                 values = [self.value(each) for each in parts]
                 return tuple(values) if isinstance(node, ast.Tuple) else values
             case ast.Subscript(value=of, slice=key) if (text := ast.unparse(node)) not in self._unsure:
-                item = _item(self.value(of), self.value(key))
+                item = item_of(self.value(of), self.value(key))
                 if isinstance(key, ast.Constant):
                     self.read[text] = item
                 return item
+            case ast.Slice():
+                ends = (node.lower, node.upper, node.step)
+                return slice(*(None if each is None else self.value(each) for each in ends))
+            case ast.GeneratorExp(generators=[part]) | ast.ListComp(generators=[part]):
+                return self._listed(node.elt, part)
             case ast.Call():
                 return self._call(node)
         raise UnknownError
+
+    def _listed(self, entry: ast.expr, part: ast.comprehension) -> list[object]:
+        """Return the entries of a comprehension that reads nothing of the function but what it goes through."""
+        names = {each.id for each in ast.walk(part.target) if isinstance(each, ast.Name)}
+        read = {each.id for one in (entry, *part.ifs) for each in ast.walk(one) if isinstance(each, ast.Name)}
+        if not isinstance(part.target, ast.Name) or not self._is_global(read - names):
+            raise UnknownError  # Python would not find it: conditions run in a scope of their own
+        found: list[object] = []
+        for item in self._gone_through(part.iter):
+            inner = Reader({part.target.id: item}, self._others, self._unsure, self._depth + 1)
+            if all(inner.value(each) for each in part.ifs):
+                found.append(inner.value(entry))
+        return found
+
+    def _is_global(self, names: Set[str]) -> bool:
+        return all(name in self._others or name not in self._names for name in names)
+
+    def _gone_through(self, items: ast.expr) -> Sequence[object]:
+        match items:
+            case ast.Call(func=ast.Attribute(attr=name, value=of), args=[], keywords=[]) if name in OF_MODULES:
+                model = self.value(of)
+                found: object = list(getattr(model, name)()) if isinstance(model, torch.nn.Module) else None
+            case _:
+                found = self.value(items)
+        if not isinstance(found, (list, tuple, range)) or len(found) > MOST_ITEMS:
+            raise UnknownError
+        return found
 
     def _call(self, node: ast.Call) -> object:
         match node:
@@ -207,18 +188,18 @@ class Reader:
                 if default and not hasattr(owner, name):
                     return self.value(default[0])
                 return self._attribute(ast.Attribute(of, name, ast.Load()), owner)
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-                return _called(_FUNCTIONS[name], [self._host(each) for each in arguments])
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _OF_KINDS:
-                return _called(_OF_KINDS[name], [self.value(each) for each in arguments])
-            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _OF_MATH:
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
+                return called(FUNCTIONS[name], [self._host(each) for each in arguments])
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in OF_KINDS:
+                return called(OF_KINDS[name], [self.value(each) for each in arguments])
+            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in OF_MATH:
                 if self.value(of) is not math:
                     raise UnknownError
-                return _called(_OF_MATH[name], [self.value(each) for each in arguments])
-            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in _METHODS or (
-                name in _OF_TEXTS and isinstance(self.value(of), str)
+                return called(OF_MATH[name], [self.value(each) for each in arguments])
+            case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in METHODS or (
+                name in OF_TEXTS and isinstance(self.value(of), str)
             ):
-                return _called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
+                return called(getattr(self.value(of), name, None), [self.value(each) for each in arguments])
             case ast.Call(func=ast.Name() | ast.Attribute() as func):
                 return self._of_function(node, func)
         raise UnknownError
@@ -240,11 +221,11 @@ class Reader:
             raise UnknownError
         function, owner = self._function(func)
         if is_question(function):
-            found = _called(partial(cast("Callable[..., object]", function), **options), arguments)
+            found = called(partial(cast("Callable[..., object]", function), **options), arguments)
         elif isinstance(function, FunctionType):
             arguments = [*owner, *arguments]
             if is_pure(function, arguments, options):
-                return _called(partial(function, **options), arguments)
+                return called(partial(function, **options), arguments)
             found = self._read(function, arguments, options)
         else:
             raise UnknownError
@@ -280,7 +261,7 @@ class Reader:
         text = ast.unparse(node)
         if text in self._unsure:
             raise UnknownError
-        found = self.read[text] = _called(len, [of])
+        found = self.read[text] = called(len, [of])
         return found
 
     def _any_or_all(self, node: ast.BoolOp) -> object:
@@ -304,7 +285,7 @@ class Reader:
         one = self.value(node.left)
         for op, right in zip(node.ops, node.comparators, strict=True):
             other = self.value(right)
-            if not _of(op, one, other):
+            if not operated(op, one, other):
                 return False
             one = other
         return True
@@ -331,14 +312,6 @@ def _of_property(holder: object, name: str) -> object:
     raise UnknownError
 
 
-def _item(of: object, key: object) -> object:
-    if isinstance(of, dict) and isinstance(key, Tensor):  # an optimizer's states
-        if key not in of:
-            raise UnknownError
-        return of[key]
-    return _of(_ITEM, of, key)
-
-
 def _left_out(node: ast.AST) -> list[ast.expr]:
     """List the parts of an expression that Python evaluates only for some values of the others."""
     match node:
@@ -351,34 +324,12 @@ def _left_out(node: ast.AST) -> list[ast.expr]:
 
 def _asks_kind(test: ast.expr) -> bool:
     """Return True for `hasattr(...)`, `isinstance(...)` and the like: only one of the parts has a value at all."""
-    return isinstance(test, ast.Call) and getattr(test.func, "id", "") in _OF_KINDS
-
-
-_ITEM = ast.Subscript(ast.Name("", ast.Load()), ast.Name("", ast.Load()), ast.Load())
-
-
-def _of(op: ast.AST, *values: object) -> object:
-    if not isinstance(op, _IDENTITY) and not all(isinstance(each, PLAIN) for each in values):
-        raise UnknownError
-    if isinstance(op, ast.Subscript):
-        return _called(operator.getitem, values)
-    if type(op) not in _OPERATIONS:
-        raise UnknownError
-    return _called(_OPERATIONS[type(op)], values)
-
-
-def _called(function: Callable[..., object] | None, values: Sequence[object]) -> object:
-    if function is None:
-        raise UnknownError
-    try:
-        return function(*values)
-    except FAILURES:  # whatever the script would raise there
-        raise UnknownError from None
+    return isinstance(test, ast.Call) and getattr(test.func, "id", "") in OF_KINDS
 
 
 def is_computed(call: ast.Call) -> bool:
     """Return True if a call gives a number of its arguments, as `min(...)` does."""
-    return isinstance(call.func, ast.Name) and call.func.id in _FUNCTIONS
+    return isinstance(call.func, ast.Name) and call.func.id in FUNCTIONS
 
 
 def always(test: ast.expr, names: Mapping[str, object], others: Mapping[str, object], changing: Set[str]) -> bool:

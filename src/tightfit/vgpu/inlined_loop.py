@@ -44,6 +44,7 @@ _OTHER_FILE = 10_000_000
 _DERIVED = (ast.IfExp, ast.Subscript, ast.BinOp, ast.Compare, ast.BoolOp, ast.Call)
 _HIDE_NAMES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr, ast.Await)
 
+_COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp)
 _LOAD = ast.Load()
 
 Look = Callable[[ast.expr], object]
@@ -206,7 +207,8 @@ class _Translator(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, _HIDE_NAMES):
-            return ast.Name(UNKNOWN, ast.Load())
+            is_kept = isinstance(node, _COMPREHENSIONS) and self._scope.code is None and not self._scope.values
+            return node if is_kept else ast.Name(UNKNOWN, ast.Load())
         found: ast.AST = super().visit(node)
         return found
 

@@ -19,20 +19,11 @@ from typing import TypeGuard, cast
 from torch import Tensor
 
 from tightfit.vgpu.ending_iterators import EndingIterators, begins_alike
-from tightfit.vgpu.expressions import (
-    INNER,
-    NUMBERS,
-    PLAIN,
-    Reader,
-    UnknownError,
-    Unsure,
-    is_chance,
-    known_part,
-    value_in,
-)
+from tightfit.vgpu.expressions import INNER, Reader, Unsure, is_chance, known_part, value_in
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
+from tightfit.vgpu.operations import NUMBERS, PLAIN, UnknownError
 from tightfit.vgpu.plain_branches import ENDS, is_next
 from tightfit.vgpu.tensor_conditions import stays
 from tightfit.vgpu.watched_values import Values, WatchedValues
