@@ -28,6 +28,7 @@ from tightfit.vgpu.operations import (
     OF_TEXTS,
     UnknownError,
     called,
+    is_plain_kind,
     item_of,
     operated,
 )
@@ -191,7 +192,10 @@ class Reader:
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
                 return called(FUNCTIONS[name], [self._host(each) for each in arguments])
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in OF_KINDS:
-                return called(OF_KINDS[name], [self.value(each) for each in arguments])
+                values = [self.value(each) for each in arguments]
+                if len(values) == 2 and name in ("isinstance", "issubclass") and not is_plain_kind(values[1]):
+                    raise UnknownError
+                return called(OF_KINDS[name], values)
             case ast.Call(func=ast.Attribute(attr=name, value=of), args=arguments, keywords=[]) if name in OF_MATH:
                 if self.value(of) is not math:
                     raise UnknownError

@@ -5,7 +5,9 @@ import builtins
 import enum
 import math
 import operator
+from abc import ABCMeta
 from collections.abc import Callable, Sequence
+from types import UnionType
 
 import torch
 from torch import Tensor
@@ -62,6 +64,7 @@ OF_KINDS: dict[str, Callable[..., object]] = {
     each.__name__: each for each in (isinstance, issubclass, callable, type, hasattr)
 }
 """Functions that ask what an object is."""
+_CHECKS = (type.__instancecheck__, ABCMeta.__instancecheck__, UnionType.__instancecheck__)
 OF_MATH: dict[str, Callable[..., object]] = {
     name: getattr(math, name)
     for name in ["ceil", "floor", "trunc", "sqrt", "isqrt", "exp", "log", "log2", "log10", "cos", "sin", "gcd", "fmod"]
@@ -98,6 +101,13 @@ def operated(op: ast.AST, *values: object) -> object:
     if type(op) not in _OPERATIONS:
         raise UnknownError
     return called(_OPERATIONS[type(op)], values)
+
+
+def is_plain_kind(kind: object) -> bool:
+    """Return False for a class that decides on its instances itself, by code of a script or a package."""
+    if isinstance(kind, tuple):
+        return all(map(is_plain_kind, kind))
+    return getattr(type(kind), "__instancecheck__", None) in _CHECKS
 
 
 def called(function: Callable[..., object] | None, values: Sequence[object]) -> object:
