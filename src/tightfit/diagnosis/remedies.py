@@ -314,6 +314,19 @@ def _setting(facts: Facts, vendor: str) -> str:
     )
 
 
+_ON_LINUX = re.compile(
+    r"\b(?:Colab|Kaggle|Ubuntu|Debian|WSL)\b|(?<![\w.:])/(?:home|content|root|mnt|kaggle|workspace)/|\bwebui\.sh\b"
+)
+_SET = re.compile(r"^set (?=[A-Z_]{3,40}=)")
+
+
+def _exported(line: str) -> str:
+    """Return a setting of Windows' shell as another shell takes it."""
+    found = _SET.sub("export ", line)
+    name, equals, value = found.partition("=")
+    return f'{name}{equals}"{value}"' if found != line and " " in value else found
+
+
 def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windows: bool) -> tuple[Remedy, ...]:
     """Return the remedies with the tool of the card's vendor, and with settings as the user's shell takes them.
 
@@ -322,6 +335,8 @@ def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windo
     is_amd = _OF_AMD.search(facts.message) or "hipErrorOutOfMemory" in text
     vendor = "hip" if is_amd else facts.kind.partition("_")[0]
     setting = _setting(facts, vendor)
+    if not on_windows and _ON_LINUX.search(text):
+        remedies = [replace(each, paste=tuple(map(_exported, each.paste))) for each in remedies]
     if vendor not in _TOOLS and not on_windows:
         return tuple(remedies)
     tool = _TOOLS.get(vendor, "nvidia-smi")

@@ -186,7 +186,7 @@ _DOMAINS = {
         r"|\bresidues\b|\b[Aa]mino[- ]?[Aa]cids?\b|\.a3m\b"
     ),
     "shorter_audio": re.compile(
-        r"\b[Aa]udio\b|\bA(?:udio|UDIO)[A-Z]\w*|\b[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"
+        r"\b[Aa]udio\b|\bA(?:udio|UDIO)[A-Z]\w*|\b(?:[Dd]eep_?)?[Ss]peech\b|\butterances?\b|\.wav\b|\bASR\b"
         r"|\basr\b|\btranscri(?:be|ption|pts?)\w*|[Ww]hisper\w*|\.srt\b|_srt\b"
     ),
 }
