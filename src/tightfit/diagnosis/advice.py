@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from msgspec.structs import replace
 
 from tightfit.diagnosis.cause_records import COMPUTED, LIKELY, MEASURED
-from tightfit.diagnosis.evidence import Evidence, named_bytes
+from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back
 from tightfit.diagnosis.figure_causes import (
     cache_is_large,
@@ -127,6 +127,10 @@ def _other_device(facts: Facts, evidence: Evidence) -> Iterator[Remedy]:
     if named_bytes(facts, evidence) is not None:
         yield Remedy(
             code="other_device", verdict=UNCHECKED, reason="other_device", label=LIKELY, paste=to_paste("other_device")
+        )
+    if weights_leave_room(facts, evidence):
+        yield Remedy(
+            code="card_in_use", verdict=UNCHECKED, reason="card_in_use", label=LIKELY, paste=to_paste("close_others")
         )
 
 

@@ -250,6 +250,18 @@ def named_bytes(facts: Facts, evidence: Evidence) -> int | None:
     return named if named is not None and named > _MUCH * (facts.total_bytes or 0) else None
 
 
+def weights_leave_room(facts: Facts, evidence: Evidence) -> bool:
+    """Return True if a server got no memory for a weight, and all its weights are far less than the named card has.
+
+    Something else fills that card then, or it is not the one that was meant. A message with figures tells more.
+    """
+    budget = evidence.budget
+    if budget is None or budget.what != "weights" or budget.total_bytes is None or facts.total_bytes is not None:
+        return False
+    is_weight = evidence.infers and evidence.grows == "model" and evidence.line is not None
+    return is_weight and _MUCH * budget.low_bytes < budget.total_bytes
+
+
 def _without_servers(facts: Facts, run: RunFacts) -> RunFacts:
     """Return the facts without programs that only use trained models, where the traceback is of a training's step."""
     if facts.phase not in _TRAINS or not facts.frames:

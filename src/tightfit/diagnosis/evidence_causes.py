@@ -21,7 +21,7 @@ from tightfit.diagnosis.cause_records import (
     SmallRequest,
 )
 from tightfit.diagnosis.culprit import Culprit
-from tightfit.diagnosis.evidence import Evidence, named_bytes
+from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
@@ -42,6 +42,8 @@ def causes_of_evidence(
     """
     other = [*_of_other_card(facts, evidence)]
     tensor = [*_of_kept(facts, evidence), *_of_tensor(facts, culprit, evidence, unplayed_because)]
+    if evidence.budget is not None and weights_leave_room(facts, evidence):
+        other.append(_budget_as(evidence.budget, "weights_leave_room"))
     budget = [*_of_budget(evidence.budget)] if evidence.budget else []
     run = [*_of_run(facts, evidence)]
     if evidence.budget is not None and (evidence.budget.exceeds or evidence.budget.what == "partial"):
@@ -229,9 +231,12 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
 
 
 def _of_budget(budget: Budget) -> Iterator[Cause]:
-    if (code := _code_of(budget)) is None:
-        return
-    yield ModelBudget(
+    if (code := _code_of(budget)) is not None:
+        yield _budget_as(budget, code)
+
+
+def _budget_as(budget: Budget, code: str) -> ModelBudget:
+    return ModelBudget(
         code=code,
         label=COMPUTED,
         of=_name(budget.model),
