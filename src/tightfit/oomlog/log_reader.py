@@ -13,6 +13,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from tightfit.oomlog.allocator_messages import REACH
+from tightfit.oomlog.counted_lines import Counts, advanced, counters_of
 from tightfit.oomlog.cut_message import begun_message, completed, last_line
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, memory_of, status_of
@@ -37,7 +38,6 @@ from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.ownership import own_process
 from tightfit.oomlog.printed import READ, Printed, printed_in
-from tightfit.oomlog.progress import Counts, advanced, counters_of
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.same_failure import complete_each_other, is_same, joined, later_format, stated_in
 from tightfit.oomlog.standing import OF_ITEM, PATIENCE, Standing, goes_on, standing
