@@ -30,7 +30,7 @@ def counters_of(lines: list[str]) -> dict[str, Counts]:
 
 
 def advanced(counters: Mapping[str, Counts], lines: Iterable[str]) -> int:
-    """Return the number of lines of progress whose counts are higher than before.
+    """Return the number of lines of progress with a higher count than before.
 
     >>> advanced({'step0loss': (11,)}, ["step 11 | loss 2.30", "step 13 | loss 2.29"])
     1

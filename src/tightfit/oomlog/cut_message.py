@@ -1,4 +1,4 @@
-"""A log that ends within the name or the words of an error: what is missing, where no other message begins so."""
+"""A log that ends within the name or the words of an error: the missing end, where only one message begins so."""
 
 import functools
 import re
@@ -48,7 +48,7 @@ def last_line(text: str) -> str:
 
 
 def missing_end(text: str) -> str:
-    """Return what the last message of a log lacks up to its first figure; empty if that is not sure, or nothing.
+    """Return the missing end of a log's last message, up to its first figure; empty if it is complete or not sure.
 
     >>> missing_end("torch.OutOfMemoryError: CU"), missing_end("RuntimeError: CUDA ")
     ('DA out of memory. Tried to allocate', '')

@@ -51,7 +51,7 @@ def own_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]
 
 
 def _only_process(processes: Sequence[OtherProcess], figures: Mapping[str, Figure]) -> OtherProcess | None:
-    """Return the one listed process if what it leaves of the card has no room for another one's context."""
+    """Return the one listed process if it leaves no room on the card for another one's context."""
     total, free = figures.get("total_bytes"), figures.get("free_bytes")
     if len(processes) != 1 or total is None or free is None:
         return None

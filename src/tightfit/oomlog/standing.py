@@ -94,7 +94,7 @@ def standing(
 ) -> Standing:
     """Return the standing of a message from `column` to `end` in the line's body; `end` may lie behind it.
 
-    `is_title` is true for a report's first line, whose `#` marks a title and no comment.
+    `is_title` is true for a report's first line: its `#` marks a title, not a comment.
     The class of the exception stands before the message, and belongs to `before`.
     """
     before, after = line.body[:column], line.body[end:] if end < len(line.body) else ""

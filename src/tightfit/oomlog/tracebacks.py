@@ -266,13 +266,13 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
 
 
 def _ends_in_engine(lines: Sequence[str]) -> bool:
-    """Return True if the last line before a message is autograd's engine, whose frame a paste left out."""
+    """Return True if the last line before a message is autograd's engine, without its frame."""
     last = next((line for line in reversed(lines) if line.strip()), "")
     return bool(_signs()["lines"]["backward"].search(last))
 
 
 def is_warm_up(lines: Sequence[str]) -> bool:
-    """Return True if a server warms up in the lines: behind a report's title, they tell what it was doing."""
+    """Return True if a server warms up in the lines, which stand behind a report's title."""
     return any(map(_signs()["lines"]["warmup"].search, lines))
 
 
