@@ -93,7 +93,7 @@ def causes_of(
 
 
 def _with_purpose(shown: tuple[Cause, ...], facts: Facts, evidence: Evidence) -> tuple[Cause, ...]:
-    """Put what the program was doing first, behind the figures of a full card alone."""
+    """Put the program's activity first, or second where a full card's figures stand alone."""
     at = int(shown[0].code in ("fills_card", "fills_card_alone"))
     return (*shown[:at], *causes_of_purpose(facts, evidence), *shown[at:])
 

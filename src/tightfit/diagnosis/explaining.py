@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeGuard
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeGuard
 
 from msgspec.structs import replace
 
@@ -25,9 +25,9 @@ from tightfit.diagnosis.model_run import model_run_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
+from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
 from tightfit.diagnosis.remedies import Remedy, for_machine
-from tightfit.diagnosis.report_words import in_own_options
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
@@ -69,7 +69,7 @@ def explain(
 
     With `config`, or keys that the log prints, the run is played on a virtual card of the log's size, and so is every
     remedy; with `script` and its `arguments` that script is. `gpu` names the card. `foreign` is a configuration of
-    another program, whose values count like those that the log prints. Raises TightfitError for a file, card or
+    another program; its values count like those that the log prints. Raises TightfitError for a file, card or
     script that cannot be used; a log in which nothing failed is an answer. `log` gets a line when plays begin,
     `progress` hears of those done.
     """
@@ -77,30 +77,61 @@ def explain(
     lang = chosen_language(lang)  # an unknown one is refused before anything is played
     if not _is_log(source) and (source is not None or script is None):
         raise ConfigError(say("explain.explaining.no_source", value=source))
-    if gpu is not None:
-        check_name(gpu)
-        gpu = split_count(gpu)[2]
+    gpu = _checked_gpu(gpu)
     if script is not None and config is not None:
         raise ConfigError(say("explain.explaining.two_runs"))
-    reading = _read(source)
+    reading = _with_run(_read(source), foreign)
+    plain = Explanation(facts=reading.failure, reading=reading, language=lang, foreign=foreign)
+    player = _Player(gpu=gpu, workers=workers, log=log, progress=progress)
+    found = _for_machine(
+        _explained(plain, config, player) if script is None else _with_script(plain, script, arguments, player)
+    )
+    return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
+
+
+class _Player(NamedTuple):
+    """Settings of the plays of a run."""
+
+    gpu: str | None
+    """The card that the user names."""
+    workers: int
+    log: Callable[[str], object]
+    progress: "Progress | None"
+
+
+def _checked_gpu(gpu: str | None) -> str | None:
+    """Return the name of one card of those that the user names."""
+    if gpu is None:
+        return None
+    check_name(gpu)
+    return split_count(gpu)[2]
+
+
+def _with_run(reading: LogReading, foreign: Foreign | None) -> LogReading:
+    """Return a reading with the values of another program's configuration, and the failure with details of its run."""
     if foreign is not None:
         reading = replace(reading, run=with_foreign(reading.run, foreign))
-    if reading.failure is not None:
-        reading = _of_torch(replace(reading, failure=with_run(reading.failure, reading.run)))
-    facts, plain = reading.failure, Explanation(facts=reading.failure, reading=reading, language=lang, foreign=foreign)
-    if script is not None:
-        found = _with_script(plain, gpu, script, arguments, log, progress)
-    elif facts is None:
-        found = plain
-    elif not is_of_device(facts):
-        found = _of_kind(plain, facts)
-    else:
-        found = _of_device(plain, facts, config, gpu, workers, log, progress)
-    if found.facts is not None:
-        run = found.reading.run
-        remedies = for_machine(found.remedies, found.facts, run.text, on_windows="windows" in run.signs)
-        found = replace(found, remedies=remedies)
-    return replace(found, config_names=tuple(config_names), seconds=time.monotonic() - started)
+    if reading.failure is None:
+        return reading
+    return _of_torch(replace(reading, failure=with_run(reading.failure, reading.run)))
+
+
+def _explained(plain: Explanation, config: TrainConfig | None, player: _Player) -> Explanation:
+    """Explain a log without the user's script."""
+    if plain.facts is None:
+        return plain
+    if not is_of_device(plain.facts):
+        return _of_kind(plain, plain.facts)
+    return _of_device(plain, plain.facts, config, player)
+
+
+def _for_machine(found: Explanation) -> Explanation:
+    """Return an explanation with lines to paste for the user's shell."""
+    if found.facts is None:
+        return found
+    run = found.reading.run
+    remedies = for_machine(found.remedies, found.facts, run.text, on_windows="windows" in run.signs)
+    return replace(found, remedies=remedies)
 
 
 def explain_dryrun(findings: Findings, script: str, arguments: Sequence[str] = (), *, lang: str = "en") -> Explanation:
@@ -159,61 +190,52 @@ def _text_only(reading: LogReading, path: Path | None = None) -> LogReading:
     raise ConfigError(say("explain.explaining.binary_file", path=path))
 
 
-def _of_device(
-    plain: Explanation,
-    facts: Facts,
-    config: TrainConfig | None,
-    gpu: str | None,
-    workers: int,
-    log: Callable[[str], object],
-    progress: "Progress | None",
-) -> Explanation:
+def _of_device(plain: Explanation, facts: Facts, config: TrainConfig | None, player: _Player) -> Explanation:
     """Explain memory that ran out on a device: by plays if the configuration and the card are known."""
     printed, evidence = plain.reading.context, evidence_of(facts, plain.reading.run)
     played = "config" if config is not None else "log"
     if config is None and plain.foreign is None:
         config = _printed_config(printed, evidence)
-    card = card_of(facts, printed, gpu)
-    of_model = _of_model(plain, facts, card, evidence, log, progress) if card is not None else None
+    card = card_of(facts, printed, player.gpu)
+    of_model = _of_model(plain, facts, card, evidence, player) if card is not None else None
     if of_model is not None:
         return of_model
     if config is None or card is None:
         return _unplayed(plain, facts, card, "config" if config is None else "card", evidence)
-    log(say("explain.explaining.playing", gpu=card.name))
-    with Stage(card, workers=workers, progress=progress) as stage:
+    return replace(_of_plays(plain, facts, card, evidence, config, player), played=played)
+
+
+def _of_plays(
+    plain: Explanation, facts: Facts, card: Card, evidence: Evidence, config: TrainConfig, player: _Player
+) -> Explanation:
+    """Explain by plays of the trainer's step with this configuration."""
+    player.log(say("explain.explaining.playing", gpu=card.name))
+    with Stage(card, workers=player.workers, progress=player.progress) as stage:
         plays = Plays(facts, card, variant_of(config, card))
         plays.play(stage)
     culprit = culprit_of_play(facts, plays.base) or culprit_of_evidence(facts, evidence)
     is_simulated = culprit is not None and culprit.label == SIMULATED
-    remedies = verdicts(plays, max_iters=config.max_iters, eval_iters=config.eval_iters)
+    causes = causes_of(
+        facts,
+        plain.reading.context,
+        run=plays.run,
+        culprit=culprit,
+        base=plays.base,
+        train=plays.train,
+        evidence=None if is_simulated else evidence,
+    )
     return replace(
         plain,
         card=card,
         culprit=culprit,
-        causes=causes_of(
-            facts,
-            printed,
-            run=plays.run,
-            culprit=culprit,
-            base=plays.base,
-            train=plays.train,
-            evidence=None if is_simulated else evidence,
-        ),
-        remedies=remedies or advice(facts, evidence),
-        played=played,
+        causes=causes,
+        remedies=verdicts(plays, max_iters=config.max_iters, eval_iters=config.eval_iters) or advice(facts, evidence),
         not_modelled=plays.base.not_modelled,
         max_iters=config.max_iters,
     )
 
 
-def _of_model(
-    plain: Explanation,
-    facts: Facts,
-    card: Card,
-    evidence: Evidence,
-    log: Callable[[str], object],
-    progress: "Progress | None",
-) -> Explanation | None:
+def _of_model(plain: Explanation, facts: Facts, card: Card, evidence: Evidence, player: _Player) -> Explanation | None:
     """Explain by a training step of the model in another program's configuration; None where it cannot be played."""
     run = model_run_of(plain.foreign, evidence) if plain.foreign is not None else None
     if run is None:
@@ -222,8 +244,8 @@ def _of_model(
 
     if not can_play():
         return None
-    log(say("explain.explaining.playing_model", model=run.name, gpu=card.name))
-    return ModelPlay(run, card, progress=progress).explained(plain, facts, evidence)
+    player.log(say("explain.explaining.playing_model", model=run.name, gpu=card.name))
+    return ModelPlay(run, card, progress=player.progress).explained(plain, facts, evidence)
 
 
 def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str, evidence: Evidence) -> Explanation:
@@ -288,23 +310,16 @@ def _printed_config(printed: Printed, evidence: Evidence) -> TrainConfig | None:
         return None
 
 
-def _with_script(
-    plain: Explanation,
-    gpu: str | None,
-    script: str,
-    arguments: Sequence[str],
-    log: Callable[[str], object],
-    progress: "Progress | None",
-) -> Explanation:
-    """Explain by playing the user's own script on the card of the log, or on `gpu`."""
-    card = card_of(plain.facts or Facts(kind="cuda_out_of_memory"), plain.reading.context, gpu)
+def _with_script(plain: Explanation, script: str, arguments: Sequence[str], player: _Player) -> Explanation:
+    """Explain by playing the user's own script on the card of the log, or on the one that the user names."""
+    card = card_of(plain.facts or Facts(kind="cuda_out_of_memory"), plain.reading.context, player.gpu)
     if card is None:
         raise ConfigError(say("explain.explaining.no_card" if plain.facts else "explain.explaining.no_card_at_all"))
-    own = OwnScript(card, script, arguments, progress=progress)
-    log(say("explain.explaining.playing_script", script=script, gpu=card.name))
+    own = OwnScript(card, script, arguments, progress=player.progress)
+    player.log(say("explain.explaining.playing_script", script=script, gpu=card.name))
     outcome = own.play(own.arguments)
     if plain.facts is None and outcome.failure is not None:
         reading = read_failure(outcome)
         plain = replace(plain, facts=reading.failure, reading=reading)
-    log(say("explain.explaining.checking", script=script, gpu=card.name))
+    player.log(say("explain.explaining.checking", script=script, gpu=card.name))
     return own.explained(plain, outcome)

@@ -274,7 +274,7 @@ _ONE_ARRAY = 16 * GIB
 
 
 def _of_host_allocator(facts: Facts) -> Facts:
-    """Return a failure on the host with what was requested: a layer's result, or a large array at once."""
+    """Return a failure on the host with the kind of its request: a layer's result, or a large array at once."""
     if facts.frames and _LAYERS.search(facts.frames[-1].file):
         return _with(facts, "computing")
     return _with(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from tightfit.diagnosis.advice import advice, of_one_sequence
+from tightfit.diagnosis.advice import advice
 from tightfit.diagnosis.cause_records import SIMULATED, Cause, Held, ModelStep
 from tightfit.diagnosis.causes import by_size, causes_of, play_fits
 from tightfit.diagnosis.culprit import Culprit, culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.explanation import Explanation
+from tightfit.diagnosis.fix_words import of_one_sequence
 from tightfit.diagnosis.model_run import ModelRun
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.outcome import Outcome, outcome_of_findings

@@ -36,7 +36,7 @@ def bytes_in_words(text: str) -> int | None:
 
 
 def least_bytes_in_words(text: str) -> int | None:
-    """Return the least memory that any card has whose name a text gives; None if it names no known one.
+    """Return the memory of the smallest card that a text names; None if it names no known card.
 
     >>> least_bytes_in_words("three A100 cards") // 2**30, least_bytes_in_words("our cluster")
     (39, None)

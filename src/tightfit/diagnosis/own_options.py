@@ -141,7 +141,7 @@ _ARGUMENTS = re.compile(
 
 @functools.cache
 def _like(code: str) -> re.Pattern[str] | None:
-    """Return the pattern of options whose names follow a habit, as programs of all kinds have it."""
+    """Return the pattern of options with a usual name, such as `max_..._length`."""
     names = _names()["like"].get(code)
     if names is None:
         return None

@@ -1,0 +1,159 @@
+"""A failure as the rules of the advice read it: yes-or-no properties of its request, its program and its pass."""
+
+from typing import NamedTuple
+
+from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.figure_causes import is_oversized
+from tightfit.diagnosis.framework_words import has_own, programs
+from tightfit.diagnosis.own_options import options_of
+from tightfit.diagnosis.report_words import shows
+from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.run_facts import RunFacts
+
+_BEFORE_AUTOCAST = ("T0", "T1")
+"""Messages of PyTorch up to 1.3, which has neither autocast nor PEFT's adapters."""
+_OF_SCORES = 2**29
+"""Bytes from which on a request of a program that uses a trained model may well be of attention's scores."""
+_OWN_SHARE, _SMALL_SHARE = 0.85, 0.02
+"""Shares of a card: what a process holds if it nearly fills it, and a request that is small beside that."""
+_ROOM = 0.8
+"""Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
+
+
+class Case(NamedTuple):
+    """A failure, with the evidence in its log."""
+
+    facts: Facts
+    evidence: Evidence
+
+    @property
+    def run(self) -> RunFacts:
+        return self.evidence.run
+
+    @property
+    def program(self) -> str | None:
+        return self.evidence.framework
+
+    def has_own(self, code: str) -> bool:
+        """Return True if the user's program has words of its own for a remedy."""
+        return has_own(code, self.program or "")
+
+    def is_of(self, group: str) -> bool:
+        """Return True if the user's program is one of a group (program_groups.toml)."""
+        return self.program in programs(group)
+
+    def shows(self, words: str) -> bool:
+        """Return True if the report has one of the words of a list (report_words.toml)."""
+        return shows(self.run.text, words)
+
+    def has_sign(self, *signs: str) -> bool:
+        """Return True if the run shows one of the signs."""
+        return not self.run.signs.isdisjoint(signs)
+
+    @property
+    def is_oversized(self) -> bool:
+        """True if the request alone is larger than the card."""
+        return is_oversized(self.facts)
+
+    @property
+    def batch_would_do(self) -> bool:
+        """True if the request of one sequence of the printed batch, in proportion, has room on the card."""
+        batch = self.run.numbers.get("batch_size", 1)
+        return (self.facts.requested_bytes or 0) / batch < _ROOM * (self.facts.total_bytes or 0)
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """True if the program keeps no activations for a backward pass."""
+        phase = self.facts.phase
+        return phase in ("eval", "sample") or (self.evidence.infers and phase in (None, "forward"))
+
+    @property
+    def has_small_scores(self) -> bool:
+        """True if a program uses a trained model, and nothing shows that attention's scores did not fit."""
+        if not self.evidence.infers or self.evidence.grows is not None:
+            return False
+        is_large = (self.facts.requested_bytes or 0) >= _OF_SCORES
+        return not (is_large and self.has_own("fused_attention"))
+
+    @property
+    def has_large_state(self) -> bool:
+        """True if the optimizer's state may be much of the memory: of language models, or by the failing line."""
+        evidence = self.evidence
+        is_shown = (
+            self.facts.phase == "optimizer"
+            or self.has_own("optimizer_8bit")
+            or evidence.grows in ("state", "model")
+            or evidence.budget is not None
+        )
+        return is_shown or evidence.trains or evidence.is_bare or self.is_of("language_models")
+
+    @property
+    def is_too_large(self) -> bool:
+        """True if the known model does not fit the card."""
+        return self.evidence.budget is not None and self.evidence.budget.exceeds
+
+    @property
+    def trains_part(self) -> bool:
+        """True if a part of the parameters is trained, and a large one."""
+        return self.evidence.budget is not None and self.evidence.budget.what == "partial"
+
+    @property
+    def adapts(self) -> bool:
+        """True if adapters are trained."""
+        return self.has_sign("lora", "qlora")
+
+    @property
+    def adapts_quantized(self) -> bool:
+        """True if the model has 4-bit weights below its adapters."""
+        return self.has_sign("qlora", "four_bit")
+
+    @property
+    def is_attentions_output(self) -> bool:
+        """True if the failing line shows the output of a fused attention."""
+        return self.evidence.line is not None and self.evidence.line.tensor == "attention_output"
+
+    @property
+    def may_attend(self) -> bool:
+        """True if the user's own program works on sequences, and the failing line shows no other tensor."""
+        return self.evidence.line is None and not self.is_of("applications") and self.shows("subject.sequences")
+
+    @property
+    def is_foreign(self) -> bool:
+        """True for an unknown program that uses a trained model, in a report without any line of its code."""
+        uses = self.evidence.infers or self.evidence.is_of_unknown_purpose
+        return uses and self.program is None and not self.facts.frames and not self.shows("subject.own_code")
+
+    @property
+    def is_full_of_its_own(self) -> bool:
+        """True if tensors of this process nearly fill the card, and the request is small: weights, mostly."""
+        total, held, requested = (
+            self.facts.figures.get(f"{name}_bytes") for name in ("total", "allocated", "requested")
+        )
+        if total is None or held is None or requested is None:
+            return False
+        return held.bytes >= _OWN_SHARE * total.bytes and requested.bytes <= _SMALL_SHARE * total.bytes
+
+    @property
+    def shows_vae(self) -> bool:
+        """True unless the log shows that another part than the VAE failed."""
+        shown = " ".join(f"{each.file} {each.function} {each.source}" for each in self.facts.frames)
+        if not shown:
+            return self.shows("subject.vae")
+        return shows(shown, "subject.vae") or self.shows("subject.vae_node")
+
+    def calls(self, *functions: str) -> bool:
+        """Return True if one of the functions is in the traceback."""
+        return any(each.function.rpartition(".")[2] in functions for each in self.facts.frames)
+
+    def passes_file(self, name: str) -> bool:
+        """Return True if a file with this name in its path is in the traceback."""
+        return any(name in each.file for each in self.facts.frames)
+
+    @property
+    def has_parts(self) -> bool:
+        """True if a program works on parts of a batch: by its words, or by an option that the report prints."""
+        return self.has_own("less_at_once") or bool(options_of("less_at_once", self.run.text))
+
+    def is_before(self, code: str) -> bool:
+        """Return True for a PyTorch older than a remedy's library, unless the program has words of its own for it."""
+        return self.facts.torch_format in _BEFORE_AUTOCAST and not self.has_own(code)

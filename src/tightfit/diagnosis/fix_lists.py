@@ -1,0 +1,220 @@
+"""The lists of advice.toml that fit a failure, and the codes of those fixes that its run can take."""
+
+from collections.abc import Iterator
+
+from tightfit.diagnosis.failing_line import feeds_back
+from tightfit.diagnosis.failure_case import Case
+from tightfit.diagnosis.figure_causes import fills_by_metal, is_filled_by_library
+from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, words_of
+from tightfit.diagnosis.framework_words import frameworks
+from tightfit.diagnosis.model_budget import trains_all
+from tightfit.diagnosis.needless import needless
+from tightfit.diagnosis.own_options import options_of
+from tightfit.diagnosis.purpose import TRAINING
+from tightfit.diagnosis.report_words import hears, is_in_words, names_inputs
+
+_ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
+"""Remedies that stand on libraries for CUDA."""
+_ON_NPU = frozenset({"shard", "offload"})
+"""Those of them that DeepSpeed and FSDP have on Ascend NPUs, too."""
+_IN_ANY_LANGUAGE = frozenset({"less_at_once", "smaller_inputs", "smaller_model", "shapes_first"})
+"""Remedies without a line of Python."""
+_OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
+"""Kinds of tensors with fixes of their own."""
+_RARELY_ONES_OWN = ("smaller_model", "no_gradients")
+"""Remedies that a program for the use of a trained model mostly has no room for."""
+_OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
+"""Remedies that ComfyUI has for models of pictures."""
+_OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs"})
+"""Quantities that a tensor larger than the card may well grow with."""
+_OF_SEQUENCES_AT_ONCE = frozenset({"logits", "batch", "attention", "mask"})
+"""Quantities that a server holds for as many sequences as it takes at once, beside its cache."""
+_OF_A_STEP = (None, "forward", "loss", "backward", "compile", "setup", "optimizer")
+"""Phases of which a smaller pass is the usual fix; None is unknown."""
+_MOST_OF_WEIGHTS = 0.4
+"""Share of the card that weights in 16 bits may take, for adapters to be trained beside them without quantising."""
+
+
+def codes_for(case: Case) -> list[str]:
+    """Return the codes of remedies that this run can take, the surest first."""
+    left_out = needless(case)
+    applied = [code for code in dict.fromkeys(_fitting(case)) if _applies(code, case, left_out)]
+    adapters = [each for each in applied if each in ("lora", "qlora")]
+    if adapters == ["qlora", "lora"] and _fits_unquantized(case):
+        applied = [{"lora": "qlora", "qlora": "lora"}.get(code, code) for code in applied]
+    return applied
+
+
+def _fitting(case: Case) -> list[str]:
+    """Return the codes of the lists that fit, in the order of this run's purpose."""
+    facts, evidence = case
+    codes = [code for cause in _lists(case) for code in fix_tables()["fixes"][cause]]
+    if facts.phase == "eval" and evidence.framework in frameworks():  # the program's own options come first
+        codes.sort(key=lambda code: not case.has_own(code))
+    if case.has_sign("not_python") and not any(each.file.endswith(".py") for each in facts.frames):
+        codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
+    if _prints_divisible_batch(case) and "less_at_once" in codes:
+        codes = ["less_at_once", *codes]
+    if evidence.infers and evidence.framework is None:  # a program of another's has one model, and keeps no gradients
+        codes.sort(key=lambda code: code in _RARELY_ONES_OWN)
+    if is_filled_by_library(facts):
+        codes = ["fewer_environments", *codes]
+        codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
+    if case.has_sign("growing") or feeds_back(facts.frames):
+        codes = ["kept_graph", *codes]
+    return codes
+
+
+def _prints_divisible_batch(case: Case) -> bool:
+    """Return True if a program that uses a trained model prints a batch that may be smaller, and that would do."""
+    would_do = not case.is_oversized or case.batch_would_do
+    return case.evidence.infers and would_do and case.run.numbers.get("batch_size", 1) > 1
+
+
+def _fits_unquantized(case: Case) -> bool:
+    """Return True if the weights of the known model, in 16 bits, leave room on the card: LoRA does."""
+    budget = case.evidence.budget
+    return bool(budget and budget.total_bytes and 2 * budget.parameters < _MOST_OF_WEIGHTS * budget.total_bytes)
+
+
+def _lists(case: Case) -> Iterator[str]:
+    """Yield the lists of advice.toml that fit this failure, the most fitting first."""
+    facts, evidence = case
+    if fills_by_metal(facts):
+        yield "metal"
+    elif case.has_sign("loads_model") and evidence.infers and evidence.grows is None:
+        yield "model"
+    elif evidence.is_all_parameters and not case.trains_part:  # a smaller batch does not change it
+        yield from _lists_of_budget(case)
+        yield "training"
+    else:
+        yield from _lists_of_budget(case)
+        yield from _lists_of_tensor(case)
+
+
+def _lists_of_budget(case: Case) -> Iterator[str]:
+    """Yield the lists for a known model that does not fit the card, or hardly."""
+    budget, evidence = case.evidence.budget, case.evidence
+    if budget is None:
+        return
+    if budget.exceeds:
+        yield "training" if budget.what == "training" or evidence.trains else "model"
+    if budget.what == "partial":
+        yield "partial"
+    if budget.what != "training" or budget.exceeds or evidence.is_all_parameters:
+        return
+    if not evidence.batch_is_one:
+        nearly = "if_all" if budget.exceeds_if_all else "nearly_full"
+        yield from [nearly] if budget.may_exceed or budget.total_bytes is None else []
+    elif budget.total_bytes is None and evidence.framework is None:
+        yield "if_all"
+
+
+def _lists_of_tensor(case: Case) -> Iterator[str]:
+    """Yield the lists for the failed tensor; where the log does not show it, those for the phase."""
+    evidence, grows = case.evidence, case.evidence.grows
+    if case.is_oversized:
+        yield from [grows] if grows in _OVERSIZED else []
+        yield "oversized_weight" if grows == "model" else "oversized"
+        return
+    if evidence.gathers_on_first_card(case.facts):
+        yield "cards"
+    if evidence.infers and case.facts.phase in (None, "forward") and grows is None:
+        yield "sample"
+        return
+    if evidence.tensor in _OWN_LISTS:
+        yield evidence.tensor
+    if evidence.tensor == "gathered_parameters":
+        return
+    if grows is None:
+        yield from _lists_of_phase(case)
+        return
+    if evidence.infers and grows in _OF_SEQUENCES_AT_ONCE and case.has_own("share_of_card"):
+        yield "warmup"
+    yield _of_weights(case) if grows == "model" else _of_growing(grows, case)
+    yield from ["eval"] if case.facts.phase == "eval" else []
+
+
+def _trains(case: Case) -> bool:
+    """Return True if the log is of a program that trains, or its known model is one in training."""
+    budget = case.evidence.budget
+    return case.evidence.trains or (budget is not None and budget.what == "training")
+
+
+def _of_growing(grows: str, case: Case) -> str:
+    """Return the list for what grows, for optimizer state that is divided among cards one of its own."""
+    return "state_divided" if grows == "state" and case.has_sign("deepspeed", "fsdp") else grows
+
+
+def _of_weights(case: Case) -> str:
+    """Return the list for a tensor that grows with the model."""
+    phase, evidence = case.facts.phase, case.evidence
+    if phase == "save":
+        return "save"
+    if _trains(case) or (evidence.framework is None and evidence.purpose == TRAINING):
+        return "weights_to_train" if phase in ("load", "setup") else "training"
+    return "model"
+
+
+def _lists_of_phase(case: Case) -> Iterator[str]:
+    """Yield the lists for a failure of which the phase alone is known."""
+    phase, evidence = case.facts.phase, case.evidence
+    if phase == "eval" and case.is_of("share_batch"):
+        yield "shared_batch"
+    if phase in fix_tables()["fixes"]:
+        yield str(phase)
+    if phase == "setup" and case.has_sign("fsdp", "deepspeed") and not evidence.infers:
+        yield "training"
+        return  # before any pass
+    if phase == "save":  # what one pass holds is gone by then
+        return
+    if phase == "load":
+        yield "weights_to_train" if _trains(case) or evidence.purpose == TRAINING else "model"
+    if evidence.batch_is_one:
+        yield from _lists_of_one(case)
+    if phase in _OF_A_STEP:
+        yield from ["undivided"] if case.run.numbers.get("zero_stage") in (1, 2) and not evidence.infers else []
+        yield "unknown_purpose" if evidence.is_of_unknown_purpose else "unknown"
+
+
+def _lists_of_one(case: Case) -> Iterator[str]:
+    """Yield the lists for a batch that is one already."""
+    if case.is_of("trainers_of_one"):
+        yield "of_one"
+    if case.is_of("trainers") and not case.evidence.infers:
+        yield "of_one_adapter" if case.adapts else "of_one_full" if trains_all(case.run) else "of_one_text"
+
+
+def _applies(code: str, case: Case, left_out: frozenset[str]) -> bool:
+    """Return True if this run can take a remedy: it does not have it already, and its program has words for it."""
+    if code in left_out:
+        return False
+    if hears(case.evidence) and code in ("smaller_inputs", *_OF_PICTURES):
+        return code == "smaller_inputs"
+    if code == "smaller_inputs":
+        return _names_smaller_inputs(case, left_out)
+    if code == "shorter_length" and case.is_of("pictures"):
+        return case.has_own(code)
+    if case.facts.kind in NOT_CUDA and code in _ON_CUDA_ONLY:
+        is_on_npu = case.facts.kind == "npu_out_of_memory" and code in _ON_NPU
+        return is_on_npu and _has_words(code, case)
+    return is_in_words(code, case.evidence) or _has_words(code, case)
+
+
+def _names_smaller_inputs(case: Case, left_out: frozenset[str]) -> bool:
+    """Return True if no remedy says more exactly which inputs are to be smaller."""
+    if case.is_of("texts"):
+        return case.has_own("smaller_inputs")
+    if names_inputs(case.evidence):
+        return bool(options_of("smaller_inputs", case.run.text))
+    return not any(_applies(each, case, left_out) for each in ("shorter_length", "smaller_picture"))
+
+
+def _has_words(code: str, case: Case) -> bool:
+    """Return True unless a remedy needs words of the program, and it has none."""
+    needs_words = (
+        code in fix_tables()["needs_words"]["codes"]
+        or case.is_of("applications")
+        or (case.is_of("without_torch") and code not in _IN_ANY_LANGUAGE)
+    )
+    return not needs_words or words_of(code, case.evidence) is not None

@@ -1,0 +1,255 @@
+"""Fixes that are needless here: the run has them already, or they cannot help. A new rule is an entry of a table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tightfit.diagnosis.failure_case import Case
+from tightfit.diagnosis.fix_words import words_of
+from tightfit.diagnosis.own_options import options_of
+from tightfit.diagnosis.purpose import TRAINING
+
+
+class _Rule(NamedTuple):
+    """A reason to leave a remedy out."""
+
+    code: str
+    reason: str
+    holds: Callable[[Case], bool]
+
+
+def _has_eval_batch(case: Case) -> bool:
+    return case.facts.phase == "eval" and case.shows("switches.eval_batch")
+
+
+def _is_known(case: Case) -> bool:
+    return case.program not in (None, "nanogpt")
+
+
+def _has_batch_of_training(case: Case) -> bool:
+    """Return True if the program's words for a batch are those of its training, and it keeps nothing for one."""
+    return case.keeps_nothing and (_is_known(case) or case.evidence.infers) and not case.is_of("share_batch")
+
+
+def _has_pairs_of_all(case: Case) -> bool:
+    return case.evidence.grows == "pairs" and not _is_known(case) and not case.run.numbers.get("batch_size")
+
+
+def _is_of_use_only(case: Case) -> bool:
+    """Return True in a training, where a program's words for smaller parts are those of using a trained model."""
+    if case.facts.phase in ("eval", "sample") or case.is_of("parts_of_training"):
+        return False
+    is_training = case.evidence.purpose == TRAINING and not case.evidence.infers
+    return is_training and case.has_own("less_at_once") and not options_of("less_at_once", case.run.text)
+
+
+def _has_one_pass(case: Case) -> bool:
+    """Return True where one pass cannot be made smaller, as far as its program and its batch tell."""
+    evidence, has_parts = case.evidence, case.has_parts
+    return (
+        not (evidence.infers or evidence.is_of_unknown_purpose or has_parts)
+        or (evidence.has_no_smaller_batch and not has_parts)
+        or (case.program == "webui" and case.run.numbers.get("batch_size", 1) == 1)
+    )
+
+
+def _slides(case: Case) -> bool:
+    """Return True if the traceback shows that a picture is looked at in parts, as the program's words would have it."""
+    words = words_of("less_at_once", case.evidence)
+    return case.calls("slide_inference") and words is not None and any("'slide'" in line for line in words.lines)
+
+
+def _recomputes(case: Case) -> bool:
+    return case.is_of("checkpoint_always") and not case.shows("switches.recomputes_not")
+
+
+def _encodes_pictures(case: Case) -> bool:
+    """Return True where a training of diffusers failed in its autoencoder, which keeps nothing for a backward pass."""
+    return case.program == "diffusers" and case.passes_file("autoencoder")
+
+
+def _is_oversized_without_attention(case: Case) -> bool:
+    return case.is_oversized and case.evidence.grows != "attention" and not case.may_attend
+
+
+def _needs_gradients(case: Case) -> bool:
+    evidence = case.evidence
+    return not (evidence.infers or evidence.is_of_unknown_purpose or case.facts.phase in ("eval", "sample"))
+
+
+def _takes_length_in_parts(case: Case) -> bool:
+    """Return True if a program uses a trained model, and has words for smaller parts: its option for a long input."""
+    return case.evidence.infers and case.facts.phase in (None, "forward", "sample") and case.has_own("less_at_once")
+
+
+_HALF = ("bfloat16", "float16", "half")
+_WORDS_OF_HALF = ("bf16", "fp16", "float16", "16-")
+
+
+def _is_in_half(case: Case) -> bool:
+    """Return True if the run works in half precision: by a sign, the failed tensor's dtype, or an option."""
+    shape, dtype = case.evidence.shape, case.run.texts.get("dtype", "")
+    is_tensor_half = shape is not None and shape.dtype in _HALF
+    return case.has_sign("half") or is_tensor_half or any(word in dtype for word in _WORDS_OF_HALF)
+
+
+def _would_embed_in_half(case: Case) -> bool:
+    return case.evidence.is_of_unknown_purpose and case.program == "sentence_transformers"
+
+
+def _has_no_offload(case: Case) -> bool:
+    """Return True where a program's words for offloading are about another part of its work."""
+    evidence, phase = case.evidence, case.facts.phase
+    loads = phase in ("load", "setup") and not evidence.trains
+    if not ((case.keeps_nothing and phase != "eval") or loads):
+        return case.program == "diffusers"
+    words = words_of("offload", evidence)
+    of_training = words is not None and any(_moves_state(line) for line in words.lines)
+    has_words = case.has_own("offload") or options_of("offload", case.run.text)
+    return of_training or not has_words or case.shows("versions.before_offload")
+
+
+_OF_STATE = ("zero_stage", "zerostage", "zero_3", "zero3", "offload_optimizer", "deepspeed", "full_shard")
+"""Words of lines that move a training's optimizer state, of which loading a model for its use has none."""
+
+
+def _moves_state(line: str) -> bool:
+    return any(word in line.lower() for word in _OF_STATE)
+
+
+def _has_little_to_move(case: Case) -> bool:
+    return not (case.has_large_state or case.evidence.infers or case.has_own("offload"))
+
+
+def _has_no_server(case: Case) -> bool:
+    return case.is_of("with_servers") and not case.shows("subject.vllm_or_sglang")
+
+
+def _has_no_pixels(case: Case) -> bool:
+    return not (case.shows("subject.any_picture_size") or options_of("fewer_pixels", case.run.text))
+
+
+def _has_one_card(case: Case) -> bool:
+    return case.run.numbers.get("world_size") == 1
+
+
+def _names_no_adapters(case: Case) -> bool:
+    return "network" not in case.run.text and "LoRA" not in case.run.text
+
+
+def _trains_without_quantizer(case: Case) -> bool:
+    return case.evidence.trains and not case.has_own("quantized_weights")
+
+
+def _has_small_weights(case: Case) -> bool:
+    """Return True for quantised weights, and for a program that uses a model in half precision."""
+    is_quantized = case.has_sign("qlora", "four_bit", "quantized_4", "quantized_8")
+    return is_quantized or (case.has_sign("half") and case.evidence.infers)
+
+
+def _may_have_no_weights(case: Case) -> bool:
+    is_unclear = case.is_foreign or case.evidence.is_of_unknown_purpose
+    return is_unclear and not case.is_full_of_its_own
+
+
+def _has_one_model(case: Case) -> bool:
+    """Return True unless the program has words for another model, or uses one that the user chose."""
+    uses_own = case.evidence.infers and (case.is_too_large or case.program is None)
+    return not uses_own and not case.has_own("smaller_model")
+
+
+def _may_train_nothing(case: Case) -> bool:
+    """Return True if a program uses a trained model, or an unknown one loads weights and shows no training."""
+    evidence = case.evidence
+    is_shown = case.program is not None or evidence.trains or evidence.purpose == TRAINING
+    return evidence.infers or (evidence.grows == "model" and not is_shown)
+
+
+def _fails_in_foreach(case: Case) -> bool:
+    return any("foreach" in f"{each.source} {each.function}" for each in case.facts.frames[-2:])
+
+
+_OF_THE_PASS = (
+    _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
+    _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),
+    _Rule("split_general", "the program has no batch", lambda case: case.is_of("without_batch")),
+    _Rule("split_general", "an evaluation has a batch of its own", _has_eval_batch),
+    _Rule("split_general", "the program trains with another batch", _has_batch_of_training),
+    _Rule("split_general", "one sequence is too large", lambda case: case.is_oversized and not case.batch_would_do),
+    _Rule("split_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
+    _Rule("split_general", "pairs are of all items, without a batch", _has_pairs_of_all),
+    _Rule("less_at_once", "the words are for the use of a model", _is_of_use_only),
+    _Rule("less_at_once", "one pass cannot be smaller", _has_one_pass),
+    _Rule("less_at_once", "a picture is taken in parts already", _slides),
+    _Rule("checkpointing_general", "nothing is kept for a backward pass", lambda case: case.keeps_nothing),
+    _Rule("checkpointing_general", "it is on", lambda case: case.has_sign("checkpointing")),
+    _Rule("checkpointing_general", "the program does it by itself", _recomputes),
+    _Rule("checkpointing_general", "the frozen encoder keeps nothing", _encodes_pictures),
+    _Rule("checkpointing_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
+    _Rule("fused_kernel", "the line is of something else", lambda case: not case.is_attentions_output),
+    _Rule("fused_attention", "it is on", lambda case: case.has_sign("flash") or case.is_attentions_output),
+    _Rule("fused_attention", "scores are small", lambda case: case.has_small_scores and not case.is_oversized),
+    _Rule("fused_attention", "the pairs are not of attention", lambda case: case.evidence.grows == "pairs"),
+    _Rule("fused_attention", "nothing shows attention", _is_oversized_without_attention),
+    _Rule("eval_batch", "it is one", lambda case: case.is_of("evaluate_one")),
+    _Rule("no_gradients", "they are off", lambda case: case.has_sign("no_grad")),
+    _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
+    _Rule("no_gradients", "a training needs them", _needs_gradients),
+    _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),
+    _Rule("chunked_general", "the program's own loss is in chunks", lambda case: case.is_of("chunked_loss")),
+    _Rule("half_precision", "it is on", _is_in_half),
+    _Rule("half_precision", "PyTorch is too old", lambda case: case.is_before("half_precision")),
+    _Rule("half_precision", "its words are for a training", _would_embed_in_half),
+    _Rule("pairs_in_parts", "there are no pairs", lambda case: case.evidence.grows != "pairs"),
+    _Rule("pairs_in_parts", "the program has a place for pairs", lambda case: case.has_own("pairs_on_host")),
+    _Rule("release_logits", "no loss is estimated", lambda case: not case.calls("estimate_loss")),
+)
+"""Remedies of memory that one pass holds."""
+
+_OF_THE_MODEL = (
+    _Rule("offload", "nothing can be moved", _has_no_offload),
+    _Rule("offload", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized and not case.evidence.infers),
+    _Rule("offload", "Unsloth does it by itself", lambda case: case.evidence.trains and case.program == "unsloth"),
+    _Rule("offload", "the state is small", _has_little_to_move),
+    _Rule("save_from_host", "one process saves", lambda case: case.evidence.is_of_one_process),
+    _Rule("save_sharded", "one process saves", lambda case: case.evidence.is_of_one_process),
+    _Rule("save_on_host", "several processes save", lambda case: not case.evidence.is_of_one_process),
+    _Rule("save_on_host", "only adapters are saved", lambda case: case.adapts),
+    _Rule("save_on_host", "8-bit weights are rearranged first", lambda case: case.passes_file("bitsandbytes")),
+    _Rule("save_adapters", "there are none", lambda case: not case.adapts),
+    _Rule("save_adapters", "several processes save", lambda case: not case.evidence.is_of_one_process),
+    _Rule("save_adapters", "8-bit weights are rearranged first", lambda case: case.passes_file("bitsandbytes")),
+    _Rule("built_divided", "Lightning builds none", lambda case: not case.calls("_configure_distributed_model")),
+    _Rule("built_divided", "ZeRO's stage is not 3", lambda case: case.run.numbers.get("zero_stage") != 3),
+    _Rule("no_reserve", "nothing is reserved", lambda case: not case.shows("switches.reserves")),
+    _Rule("share_of_card", "no server runs beside the training", _has_no_server),
+    _Rule("fewer_pixels", "the model takes no pictures of any size", _has_no_pixels),
+    _Rule("lora", "adapters are trained already", lambda case: case.adapts or case.trains_part),
+    _Rule("lora", "PyTorch is older than PEFT", lambda case: case.is_before("lora")),
+    _Rule("text_encoder_first", "it is for adapters", _names_no_adapters),
+    _Rule("shard_quantized", "the weights are not in 4 bits", lambda case: not case.adapts_quantized),
+    _Rule("shard_quantized", "nothing is trained", lambda case: case.evidence.infers),
+    _Rule("shard_quantized", "there is one card", _has_one_card),
+    _Rule("fewer_trained", "all or hardly any are trained", lambda case: not case.trains_part),
+    _Rule("qlora", "it is on", lambda case: case.adapts_quantized),
+    _Rule("qlora", "PyTorch is older than PEFT", lambda case: case.is_before("qlora")),
+    _Rule("quantized_weights", "they are", lambda case: case.has_sign("qlora", "four_bit", "quantized_4")),
+    _Rule("quantized_weights", "a training needs words for it", _trains_without_quantizer),
+    _Rule("smaller_weights", "they are small", _has_small_weights),
+    _Rule("smaller_weights", "the weights are not the user's", _may_have_no_weights),
+    _Rule("smaller_model", "the program has one model", _has_one_model),
+    _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),
+    _Rule("shard", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized),
+    _Rule("shard", "Unsloth is for one card", lambda case: case.program == "unsloth"),
+    _Rule("shard", "there is one card", _has_one_card),
+    _Rule("shard", "the shards are gathered", lambda case: case.evidence.tensor == "gathered_parameters"),
+    _Rule("shard", "nothing is trained", _may_train_nothing),
+    _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
+    _Rule("optimizer_8bit", "it is on", lambda case: "8bit" in case.run.texts.get("optimizer", "").lower()),
+    _Rule("optimizer_8bit", "the state is small", lambda case: not case.has_large_state),
+)
+"""Remedies of weights and optimizer state."""
+
+
+def needless(case: Case) -> frozenset[str]:
+    """Return the remedies that a rule leaves out."""
+    return frozenset(rule.code for rule in (*_OF_THE_PASS, *_OF_THE_MODEL) if rule.holds(case))

@@ -1,0 +1,74 @@
+"""Fixes in the user's own options, or the program's words, and those before the others."""
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from tightfit.diagnosis.done_already import is_done
+from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.filled_lines import divided, option_line, own_option
+from tightfit.diagnosis.framework_words import has_own, programs
+from tightfit.diagnosis.measures import in_order_of_report
+from tightfit.diagnosis.own_options import SEARCHES, options_of
+from tightfit.diagnosis.remedies import Remedy, Resized
+
+_BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
+"""Cures of a known cause, which come before the user's own options."""
+_NAMED = frozenset({"fewer_atoms", "shorter_protein"})
+"""Inputs that have no batch: one system or one structure is what a pass holds."""
+_LARGE_INPUTS = frozenset({"smaller_volumes", "coarser_points", "fewer_frames"})
+"""Inputs of which a program that uses a trained model mostly takes one at a time."""
+
+
+def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remedy]:
+    """Return the remedies that the report does not have already, those in the user's own or the program's words first.
+
+    A trainer of language models has words for nearly all of them: its order is the tables'.
+    """
+    text = evidence.run.text
+    found = in_order_of_report([each for each in remedies if not is_done(each, text)], text)
+    if evidence.framework in programs("trainers"):
+        return found
+    first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
+    found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
+    first |= _NAMED | (_LARGE_INPUTS if evidence.infers or evidence.is_of_unknown_purpose else frozenset())
+    return sorted(found, key=lambda each: each.code not in first and not _is_own(each, evidence))
+
+
+def _is_own(remedy: Remedy, evidence: Evidence) -> bool:
+    """Return True if a remedy's lines are the user's own options as the report prints them, or the program's."""
+    is_of_batch = isinstance(remedy.change, Resized) or remedy.code == "smaller_batch"
+    code = "split_general" if is_of_batch else remedy.code
+    words = own_option(code, evidence, divided(evidence))
+    is_printed = words is not None and words.lines == remedy.paste and not remedy.paste[0].startswith(SEARCHES)
+    return is_printed or has_own(code, evidence.framework or "")
+
+
+_OF_KINDS = {
+    "kind_smaller_batch": (),
+    "kind_less_in_pass": ("shorter_length", "smaller_picture", "smaller_inputs"),
+    "kind_smaller_inputs_only": ("shorter_length", "smaller_picture", "smaller_inputs"),
+    "kind_jax_environments": ("fewer_environments", "smaller_buffer"),
+    "kind_replay_smaller": ("fewer_environments", "smaller_buffer"),
+}
+"""Fixes of kinds of failures that name no option, and remedies whose printed options they may quote."""
+_WITH_BATCH = ("kind_smaller_batch", "kind_less_in_pass")
+
+
+def in_own_options(remedies: Sequence[Remedy], evidence: Evidence) -> tuple[Remedy, ...]:
+    """Return the fixes of a kind with the lines of the user's own options, where the report prints some.
+
+    A program of the tables has words of its own.
+    """
+    return tuple(
+        replace(each, paste=_own_lines(each.code, evidence)) if each.code in _OF_KINDS and not each.paste else each
+        for each in remedies
+    )
+
+
+def _own_lines(code: str, evidence: Evidence) -> tuple[str, ...]:
+    run, (_, size, _) = evidence.run, divided(evidence)
+    name = run.names.get("batch_size") if code in _WITH_BATCH else None
+    if name and size:
+        return (option_line(name, size, run.text),)
+    return next(filter(None, (options_of(each, run.text) for each in _OF_KINDS[code])), ())
