@@ -142,6 +142,47 @@ for step in range(300):
 assert len(kept) == 30, len(kept)
 """
 
+KEPT_UNDER_A_NAME = """
+samples = None
+for step in range(3000):
+    train(4)
+    if step % 300 == 0:
+        samples = torch.zeros(100 << 20, dtype=torch.uint8, device="cuda")
+"""
+WITHOUT_AN_END = """
+from torch.utils.data import RandomSampler
+class Trainer:
+    most, done = None, 0
+    def run(self, data):
+        batches = iter(data)
+        while True:
+            try:
+                x, = next(batches)
+            except StopIteration:
+                batches = iter(data)
+                x, = next(batches)
+            train(4)
+            self.done += 1
+            if self.done == 700:
+                train(100)
+            if self.most is not None and self.done >= self.most:
+                break
+data = TensorDataset(torch.zeros(1000, 8))
+sampler = RandomSampler(data, replacement=True, num_samples=10**10)
+Trainer().run(DataLoader(data, batch_size=4, sampler=sampler))
+"""
+CLOSED = """
+import time
+every = -1
+step = 0
+while step < 5000:
+    train(4)
+    time.sleep(1.5)
+    if every > 0 and step % every == 0:
+        train(100)
+    step += 1
+"""
+
 EXAMPLES = """
 import json, random
 with open("examples.jsonl", "w") as file:
@@ -164,9 +205,9 @@ assert seen < 12_000, seen
 """
 
 
-def played(code: str, folder: Path) -> dict[str, object]:
+def played(code: str, folder: Path, *options: str) -> dict[str, object]:
     (folder / "train.py").write_text(MODEL + code)
-    return findings(["--gpu", "A100", folder / "train.py"])
+    return findings(["--gpu", "A100", *options, folder / "train.py"])
 
 
 @pytest.mark.parametrize(("code", "mib", "steps"), GROWING, ids=NAMES)
@@ -197,3 +238,24 @@ def test_what_a_loop_leaves_is_there(code: str, tmp_path: Path) -> None:
     found = played(code, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert "play with all of them" not in str(found["notes"])
+
+
+def test_what_a_name_keeps_is_there_while_its_next_value_is_made(tmp_path: Path) -> None:
+    found = played(KEPT_UNDER_A_NAME, tmp_path)
+    assert found["outcome"] == "fits"
+    assert 200 << 20 <= found["peak"]["allocated_bytes"] < 230 << 20
+    assert found["steps"] < 50
+
+
+@pytest.mark.slow
+def test_a_loop_without_an_end_is_left(tmp_path: Path) -> None:
+    found = played(WITHOUT_AN_END, tmp_path, "--timeout", "60")
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert found["peak"]["allocated_bytes"] >= 100 << 20
+    assert found["steps"] < 200
+
+
+def test_lines_that_a_setting_keeps_out_are_not_named_at_a_time_limit(tmp_path: Path) -> None:
+    found = played(CLOSED, tmp_path, "--timeout", "4")
+    code = (MODEL + CLOSED).splitlines()
+    assert "train(100)" not in [code[place["line"] - 1].strip() for place in found["not_played"]]

@@ -37,7 +37,7 @@ class Growth:
         if ran:
             self._again = []
         for sought in ran:
-            if self._recorder.allocator.allocated_bytes - self._before.pop(sought) >= _LEAST_BYTES:
+            if self._recorder.allocator.requested_bytes - self._before.pop(sought) >= _LEAST_BYTES:
                 self._begun = self._begun or now
                 if now - self._begun < _SECONDS:
                     self._grown.append(sought)
@@ -50,5 +50,5 @@ class Growth:
         """Remember the allocated bytes if iterations begin to be passed over for lines."""
         sought, self._lines.sought = self._lines.sought, None
         if sought is not None and sought.lines:
-            self._before[sought] = self._recorder.allocator.allocated_bytes
+            self._before[sought] = self._recorder.allocator.requested_bytes
             self._again = []

@@ -243,6 +243,8 @@ class _Builder:
         self._made, self._look, self._code, self._names = made, look, code, names
         self._left = _MOST_STATEMENTS
         self._branches = 0
+        self._anew = set(_set_in_each(made.node.body))
+        """Names that each iteration sets."""
         self._tests: list[ast.expr] = []
 
     def count_tests(self) -> None:
@@ -281,11 +283,22 @@ class _Builder:
             case ast.While() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 return [self._placed(copy.deepcopy(statement), scope)]
         values = [each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.expr)]
-        holder = _collected_in(statement) if self._branches else None
-        if holder is not None and _holds_tensors(self._look(self.translated(holder, scope, depth))):
+        if self._branches and self._keeps(statement, scope, depth):
             self._made.collecting.add(scope.offset + statement.lineno)
         before = [each for value in values for each in self._simple(value, scope, depth)]
         return [*before, *self._kept(statement, scope, depth)]
+
+    def _keeps(self, statement: ast.stmt, scope: _Scope, depth: int) -> bool:
+        """Return True if a statement keeps tensors of the card for later iterations: in a list, or under a name."""
+        holder = _collected_in(statement)
+        if holder is not None:
+            return _holds_tensors(self._look(self.translated(holder, scope, depth)))
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name) as target]) if scope.code is None and name not in self._anew:
+                return _holds_tensors([self._look(target)])
+            case ast.Assign(targets=[ast.Attribute() as target]):
+                return _holds_tensors([self._look(self.translated(target, scope, depth))])
+        return False
 
     def _branch(
         self,
@@ -494,6 +507,16 @@ class _Builder:
             for part, each_value in pairs:
                 if isinstance(part, ast.Name) and part.id in scope.once and part.id in scope.values:
                     scope.values[part.id] = ast.fix_missing_locations(ast.copy_location(each_value, statement))
+
+
+def _set_in_each(block: Sequence[ast.stmt]) -> Iterator[str]:
+    """Yield the names that statements set whatever the conditions are."""
+    for statement in block:
+        match statement:
+            case ast.With(body=body) | ast.AsyncWith(body=body) | ast.Try(body=body):
+                yield from _set_in_each(body)
+            case ast.Assign(targets=targets):
+                yield from (each.id for one in targets for each in ast.walk(one) if isinstance(each, ast.Name))
 
 
 def _collected_in(statement: ast.stmt) -> ast.expr | None:

@@ -377,6 +377,8 @@ class Skip:
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken)
                 self._ends.keep()
+        if not (self.is_reached or self.is_exhausted):  # too far to be passed over to is too far to be played to
+            self.staying_lines = frozenset(self._missing)
         self._ends.end(partial(_assign, names, others))
 
     def _ahead(
@@ -616,8 +618,9 @@ def closed_lines(
     node: ast.For | ast.While, lines: Collection[int], names: Mapping[str, object], others: Mapping[str, object]
 ) -> set[int]:
     """Return those of the lines that a loop cannot come to: it never changes the condition that keeps it from them."""
-    stored = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
-    reader = Reader(names, others, frozenset(stored))
+    kept = (ast.Name, ast.Attribute, ast.Subscript)
+    stored = (each for each in ast.walk(node) if isinstance(each, kept) and isinstance(each.ctx, ast.Store))
+    reader = Reader(names, others, frozenset(map(ast.unparse, stored)))
     found: set[int] = set()
     for branch in (each for each in ast.walk(node) if isinstance(each, ast.If)):
         with contextlib.suppress(UnknownError):

@@ -3,7 +3,7 @@
 import itertools
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from types import FrameType
 from typing import NamedTuple
@@ -38,6 +38,8 @@ _CALM_STEPS = 16
 """Steps without a higher peak from which a loop whose steps differ can be left."""
 _CALM_STEPS_BEFORE_LONGEST = 4
 """The same where the batch with the longest sample is played before the loop ends."""
+_MOST_EPOCHS = 16
+"""Epochs of one loop that are shortened, until the script ends although nobody can leave the loop."""
 _EPOCHS_OF_TRAINER = 2
 """Epochs of a library's trainer that are played up to their last batch."""
 
@@ -50,7 +52,7 @@ class _Step(NamedTuple):
     reserved: int
     """Highest reserved bytes."""
     held: int
-    """Bytes that are allocated after it."""
+    """Bytes of tensors that are there after it: blocks may be larger, wherever they lie."""
 
     def raises_none(self, before: "_Step") -> bool:
         """Return True if no peak is higher than after the step before."""
@@ -84,6 +86,8 @@ class Stopping:
         self._evaluations = Evaluations(recorder, phases, self._lines, notes)
         self._growth = Growth(recorder, self._lines)
         self._ended_epoch = False
+        self._epochs_ended: Counter[Frame] = Counter()
+        """Epochs that were shortened, by the loop that went on."""
         self._has_jumped = self._has_skipped = False
         self._evaluated = 0
         """Forward passes without gradients before the first step ended."""
@@ -114,7 +118,7 @@ class Stopping:
             self._evaluated = self._phases.evaluated
         recorder = self._recorder
         allocator = recorder.allocator
-        step = _Step(self._pattern(), recorder.peak_allocated, allocator.peak_reserved_bytes, allocator.allocated_bytes)
+        step = _Step(self._pattern(), recorder.peak_allocated, allocator.peak_reserved_bytes, allocator.requested_bytes)
         self._calm = self._calm + 1 if self._last and step.raises_none(self._last[0]) else 0
         earlier = itertools.zip_longest(self._last, self._equal)
         self._equal = [count + 1 if step.repeats(before) else 0 for before, count in earlier]
@@ -166,7 +170,8 @@ class Stopping:
         left = self._lines.unplayed_of([*self._given_up, *self._lines.unsure, *far]) + (
             [] if saw_longest else list(self._differing)
         )
-        self.not_played = list(dict.fromkeys((*self.not_played, *left, *self._lines.changing)))
+        unplayed = [each for each in (*self.not_played, *left) if each not in self._lines.closed]
+        self.not_played = list(dict.fromkeys((*unplayed, *self._lines.changing)))
         self._lines.stop()
 
     def _end_if_stable(self, steps: int, *, has_optimizer: bool) -> None:
@@ -175,6 +180,7 @@ class Stopping:
         self._lines.start(frame)
         self._lines.follow(frame)
         self._lines.after_step()
+        self._lines.read_around(frame)
         unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
         self._unplayed = [each for each in unplayed if each not in self._given_up]
         first = self._repeats_from(steps, has_optimizer=has_optimizer)
@@ -289,7 +295,7 @@ class Stopping:
     def _state(self, size: int) -> Hashable:
         """Describe the steps that repeat: their allocations, and the allocated bytes if a round is one step."""
         patterns = frozenset(step.allocations for step, _ in zip(self._last, range(size), strict=False))
-        return patterns, self._recorder.allocator.allocated_bytes if len(patterns) == 1 else 0
+        return patterns, self._recorder.allocator.requested_bytes if len(patterns) == 1 else 0
 
     def _leaves_loops(self, frame: FrameType, loop: TrainingLoop | None, state: Hashable) -> bool:
         """Leave training loops in which all lines ran: by the last batch of their DataLoader, or by a jump."""
@@ -301,8 +307,11 @@ class Stopping:
         is_ending = self._evaluations.is_ending()
         if not self._ended_epoch and ends:
             self._lines.note_state(frame, state)
-        else:
-            ends = self._lines.leave_loops(frame, self._unplayed, state, epoch_ends=is_ending) or ends
+        elif self._lines.leave_loops(frame, self._unplayed, state, epoch_ends=is_ending):
+            ends = True
+        elif ends:  # the loop may begin its data anew without an end
+            self._epochs_ended[loop.place] += 1
+            ends = self._epochs_ended[loop.place] < _MOST_EPOCHS
         self._ended_epoch = self._ended_epoch or is_ending
         return ends
 

@@ -123,6 +123,8 @@ class LineWatch:
         """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.unsure: list[Frame] = []
         """Lines of loops that may allocate, behind conditions that nobody can tell, in iterations passed over."""
+        self.closed: set[Frame] = set()
+        """Lines behind conditions that keep loops from them, as nothing in these loops changes what they read."""
         self._staying: set[Frame] = set()
         """Those that no further iteration of the play comes to, although one of a card may."""
         self.changing: list[Frame] = []
@@ -207,6 +209,12 @@ class LineWatch:
                 self._endless[code, first] = found.returns
             self.forget_names(frame, names)
 
+    def read_around(self, frame: FrameType | None) -> None:
+        """Let the training loops around `frame` be read at their next iterations."""
+        for each, training in self._training_around(frame):
+            places = ((each.f_code, loop.first) for loop in training if not each.f_code.co_flags & SUSPENDS)
+            self._read.unread.update(place for place in places if place not in self._read.loops)
+
     def hidden(self, frame: FrameType | None) -> list[Frame]:
         """List the training loops around `frame` in which later iterations may do more in a function that they call.
 
@@ -240,6 +248,9 @@ class LineWatch:
         if node is not None:
             made = inlined(node, lambda each: value_in(each, names, others), code, others)
             self._read.loops[code, first] = made
+            inside = range(node.lineno, (node.end_lineno or 0) + 1)
+            closed = closed_lines(made.node, inside, names, others)
+            self.closed |= {Frame(code.co_filename, line, code.co_qualname) for line in closed}
             self._ran.modules |= made.modules
             for each in made.functions.keys() - self._ran.of.keys():
                 self._ran.add(each)
