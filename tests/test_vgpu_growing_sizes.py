@@ -149,6 +149,21 @@ for step in range(3000):
     if step % 300 == 0:
         samples = torch.zeros(100 << 20, dtype=torch.uint8, device="cuda")
 """
+SELDOM_WITH_THE_LARGEST = """
+class Due:
+    calls = 0
+    def __init__(self, every):
+        self.every = every
+    def __call__(self):
+        self.calls += 1
+        return self.calls % self.every == 0
+due = Due(16)
+for step in range(3000):
+    mib = 10 * 2 ** (step // 1000)
+    train(mib)
+    if due():
+        train(5 * mib)
+"""
 WITHOUT_AN_END = """
 from torch.utils.data import RandomSampler
 class Trainer:
@@ -259,3 +274,11 @@ def test_lines_that_a_setting_keeps_out_are_not_named_at_a_time_limit(tmp_path: 
     found = played(CLOSED, tmp_path, "--timeout", "4")
     code = (MODEL + CLOSED).splitlines()
     assert "train(100)" not in [code[place["line"] - 1].strip() for place in found["not_played"]]
+
+
+def test_what_runs_seldom_is_played_with_the_largest_size(tmp_path: Path) -> None:
+    """A regularisation every 16 steps while pictures grow."""
+    found = played(SELDOM_WITH_THE_LARGEST, tmp_path)
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert 200 << 20 <= found["peak"]["allocated_bytes"] < 230 << 20
+    assert found["steps"] < 60

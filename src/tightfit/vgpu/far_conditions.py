@@ -61,7 +61,7 @@ class _Deciding(NamedTuple):
         for iteration in range(first, first + min(left, _MOST_AHEAD)):
             for value in self._values(iteration):
                 extremes.note(value, iteration)
-        return extremes.chosen()
+        return frozenset(extremes.chosen())
 
     def is_new(self, iteration: int) -> bool:
         """Return True if the expression has a new value in an iteration that has to run."""

@@ -236,6 +236,16 @@ class _Translator(ast.NodeTransformer):
         return self._builder.translated(body[0].value, inner, self._depth + 1)
 
 
+class _Replaced(ast.NodeTransformer):
+    """Puts an expression in for a call."""
+
+    def __init__(self, call: ast.Call, by: ast.expr) -> None:
+        self._call, self._by = call, by
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        return self._by if node is self._call else node
+
+
 class _Builder:
     """Puts functions in for their calls."""
 
@@ -265,12 +275,15 @@ class _Builder:
     def _statement(self, statement: ast.stmt, scope: _Scope, depth: int) -> list[ast.stmt]:
         match statement:
             case ast.If(test=test, body=body, orelse=other):
-                branch = self._branch(statement, test, body, other, scope, depth)
+                before, value = self._asked(test, scope, depth)
+                branch = self._branch(statement, value, body, other, scope, depth)
                 changes = not all(map(changes_nothing, [*body, *other]))
                 first = body[0].lineno + scope.offset if body[0].lineno > test.lineno else 0
-                return [*self._watched_test(branch.test, first, scope, depth), branch] if changes else [branch]
+                watched = self._watched_test(branch.test, first, scope, depth) if changes else ()
+                return [*before, *watched, branch]
             case ast.Expr(value=ast.IfExp(test=test, body=one, orelse=two)):
-                return [self._branch(statement, test, [as_statement(one)], [as_statement(two)], scope, depth)]
+                value = self.translated(test, scope, depth)
+                return [self._branch(statement, value, [as_statement(one)], [as_statement(two)], scope, depth)]
             case ast.With() | ast.AsyncWith() | ast.Try():
                 made = copy.copy(statement)
                 made.body = self.statements(statement.body, scope, depth)
@@ -287,6 +300,25 @@ class _Builder:
             self._made.collecting.add(scope.offset + statement.lineno)
         before = [each for value in values for each in self._simple(value, scope, depth)]
         return [*before, *self._kept(statement, scope, depth)]
+
+    def _asked(self, test: ast.expr, scope: _Scope, depth: int) -> tuple[list[ast.stmt], ast.expr]:
+        """Return what a function that a condition calls first does before it returns, and the condition.
+
+        A function that counts its calls, `self.calls += 1`, and returns if one is due.
+        """
+        value = self.translated(test, scope, depth)
+        call = _first_call(value)
+        called = self.called(call) if call is not None and depth < _DEPTH else None
+        body = [each for each in called[0].body if not _is_text(each)] if called else []
+        match body:
+            case [*counts, ast.Return(value=ast.expr() as returned)] if counts and all(map(_is_assignment, counts)):
+                assert call is not None
+                assert called is not None
+                inner = self.scope_of(call, *called)
+                before = self.statements(counts, inner, depth + 1)
+                found = self.translated(returned, inner, depth + 1)
+                return before, _Replaced(call, found).visit(value)
+        return [], value
 
     def _keeps(self, statement: ast.stmt, scope: _Scope, depth: int) -> bool:
         """Return True if a statement keeps tensors of the card for later iterations: in a list, or under a name."""
@@ -311,7 +343,7 @@ class _Builder:
     ) -> ast.If:
         self._branches += 1
         made = ast.If(
-            self.translated(test, scope, depth),
+            test,
             self.statements(body, scope, depth) or [ast.copy_location(ast.Pass(), statement)],
             self.statements(other, scope, depth),
         )
@@ -507,6 +539,20 @@ class _Builder:
             for part, each_value in pairs:
                 if isinstance(part, ast.Name) and part.id in scope.once and part.id in scope.values:
                     scope.values[part.id] = ast.fix_missing_locations(ast.copy_location(each_value, statement))
+
+
+def _first_call(test: ast.expr) -> ast.Call | None:
+    """Return the call that Python makes first for a condition, whatever comes out of it."""
+    match test:
+        case ast.Call():
+            return test
+        case ast.UnaryOp(operand=first) | ast.BoolOp(values=[first, *_]) | ast.Compare(left=first):
+            return _first_call(first)
+    return None
+
+
+def _is_assignment(statement: ast.stmt) -> bool:
+    return isinstance(statement, (ast.Assign, ast.AugAssign, ast.AnnAssign))
 
 
 def _set_in_each(block: Sequence[ast.stmt]) -> Iterator[str]:

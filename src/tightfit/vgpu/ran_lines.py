@@ -10,6 +10,10 @@ from tightfit.vgpu.running_loops import is_behind
 
 _STEPS_TO_COMPARE = 3
 """Steps that tell which lines run in each."""
+_ITERATIONS_TO_COMPARE = 2
+"""Whole iterations that do: several optimizers step in each, or one in several."""
+_MOST_STEPS = 12
+"""Steps after which it no longer matters if there were as many iterations."""
 Lines = defaultdict[CodeType, set[int]]
 
 
@@ -80,14 +84,21 @@ class RanLines:
 
     def knows_steps(self) -> bool:
         """Return True once enough steps were noted."""
-        return len(self._steps) > _STEPS_TO_COMPARE
+        steps = len(self._steps) - 1
+        has_iterated = len(self._iterations) > _ITERATIONS_TO_COMPARE
+        return steps >= _STEPS_TO_COMPARE and (has_iterated or steps >= _MOST_STEPS)
 
     def in_each(self, code: CodeType) -> set[int]:
-        """Return the lines of a function that ran in all the steps noted, or in all iterations; note no more."""
+        """Return the lines of a function that ran in each of the latest steps, or iterations; note no more."""
         self.notes_steps = False
-        iterations = self._iterations[1:]  # but for the one that runs
-        in_iterations = set.intersection(*(each[code] for each in iterations)) if len(iterations) > 1 else set[int]()
-        return in_iterations.union(set.intersection(*(each[code] for each in self._steps[1:])))
+        noted = self._steps[1 : _STEPS_TO_COMPARE + 1], self._iterations[1 : _ITERATIONS_TO_COMPARE + 1]
+        is_enough = True, len(self._iterations) > _ITERATIONS_TO_COMPARE  # but for the one that runs
+        in_all = (
+            set.intersection(*(each[code] for each in one))
+            for one, enough in zip(noted, is_enough, strict=True)
+            if enough
+        )
+        return set().union(*in_all)
 
     def missing_of(self, places: Iterable[Frame]) -> list[Frame]:
         """List those of the lines that did not run since; a package's loop was not played to its end."""

@@ -333,7 +333,8 @@ class Skip:
         steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
         self.watched.start(steady, self._ran)
         most = items.left if isinstance(self._node, ast.For) else _MOST_INNER
-        if self.watched.only_extremes and self.watched.sizes and most is not None:
+        looks_ahead = self.watched.only_extremes or self.watched.grows
+        if looks_ahead and self.watched.sizes and most is not None:
             before = self._values(reduced, names, others)
             self.watched.choose(self._ahead(code, names, others, most))
             self._restore(before, reduced, names, others)

@@ -332,7 +332,8 @@ class LineWatch:
         ran = made.lines_of(self.ran) | self.ran(code)
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
         only_extremes = self._read.changes[place] > CHANGES_IN_TURN + CHANGES_OF_A_START
-        watched = WatchedValues(self._read.seen[place] if watches else None, is_on=watches, only_extremes=only_extremes)
+        seen, grows = self._read.seen[place] if watches else None, place in self._read.growing
+        watched = WatchedValues(seen, is_on=watches, only_extremes=only_extremes, grows=grows)
         far = partial(self._begin_passing, place)
         steps = now - before
         newly = partial(self._ran_since, code, made, frozenset(ran))

@@ -3,6 +3,7 @@
 A value that changes too often for that runs only where it is larger, or smaller, than ever before.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from tightfit.vgpu.inlined_loop import HOLDS
@@ -15,13 +16,16 @@ Seen = set[frozenset[tuple[str, object]]]
 class WatchedValues:
     """The watched values of one loop while its iterations are passed over."""
 
-    def __init__(self, seen: Seen | None = None, *, is_on: bool = True, only_extremes: bool = False) -> None:
+    def __init__(
+        self, seen: Seen | None = None, *, is_on: bool = True, only_extremes: bool = False, grows: bool = False
+    ) -> None:
         """`seen` has the values of iterations that ran, and takes those of the next.
 
         `is_on`: sizes are watched, not conditions alone. `only_extremes`: only the largest and the smallest count.
+        `grows`: a size changed before, so that what runs seldom may come with a larger one.
         """
         self._seen: Seen = set() if seen is None else seen
-        self.is_on, self.only_extremes = is_on, only_extremes
+        self.is_on, self.only_extremes, self.grows = is_on, only_extremes, grows
         self.sizes: Values = {}
         """Values in the iteration that ran before any is passed over."""
         self.conditions: Values = {}
@@ -30,12 +34,17 @@ class WatchedValues:
         """True if an iteration has a new size."""
         self._chosen: frozenset[int] | None = None
         """Iterations to run, by the number that were passed over before; None if any new value counts."""
+        self._seldom: list[str] = []
+        """Conditions that do not hold in the iteration that ran."""
+        self._together: defaultdict[int, list[frozenset[tuple[str, object]]]] = defaultdict(list)
+        """For iterations to run for a size under such a condition, both."""
 
     def start(self, steady: Values, ran: Collection[int]) -> None:
         """Take the values of the iteration that ran, without those that change each time; `ran` are lines that ran."""
         conditions = {key: value for key, value in steady.items() if key.startswith(HOLDS)}
         self.sizes = {key: value for key, value in steady.items() if not key.startswith(HOLDS)}
         self._seen |= {frozenset({each}) for each in conditions.items()}
+        self._seldom = [key for key, value in conditions.items() if value is False] if self.grows else []
         held = (key for key in conditions if int(key.removeprefix(HOLDS).split(":")[0]) in ran)
         self._seen |= {frozenset({(key, True)}) for key in held}
         self.conditions = {
@@ -44,16 +53,30 @@ class WatchedValues:
         self._seen.add(frozenset(self.sizes.items()))
 
     def choose(self, ahead: Iterable[Values]) -> None:
-        """Let only those of the next iterations run in which a value is larger, or smaller, than in any that ran."""
-        ran: dict[str, list[object]] = {key: [] for key in self.sizes}
-        for key, value in (each for values in self._seen for each in values):
-            if key in ran:
-                ran[key].append(value)
-        extremes = {key: Extremes(values) for key, values in ran.items()}
+        """Let those of the next iterations run in which a value is larger, or smaller, than in any that ran.
+
+        And those in which it is so under a condition that holds seldom.
+        """
+        alone = {key: Extremes(self._ran(key)) for key in self.sizes}
+        together: dict[tuple[str, str], Extremes] = {}
         for number, found in enumerate(ahead):
-            for key in extremes.keys() & found.keys():
-                extremes[key].note(found[key], number)
-        self._chosen = frozenset().union(*(each.chosen() for each in extremes.values()))
+            held = [key for key in self._seldom if found.get(key) is True]
+            for size in alone.keys() & found.keys():
+                alone[size].note(found[size], number)
+                for condition in held:
+                    if (size, condition) not in together:
+                        together[size, condition] = Extremes(self._ran(size, condition), takes_first=True)
+                    together[size, condition].note(found[size], number)
+        if self.only_extremes:
+            self._chosen = frozenset(number for each in alone.values() for number in each.chosen())
+        for (size, condition), each in together.items():
+            for number, value in each.chosen().items():
+                self._together[number].append(frozenset({(size, value), (condition, True)}))
+
+    def _ran(self, size: str, condition: str = "") -> list[object]:
+        """Return the values of a size in iterations that ran, or in those of them that were chosen for a condition."""
+        held = {(condition, True)} if condition else set[tuple[str, object]]()
+        return [value for values in self._seen if held <= values for key, value in values if key == size]
 
     def lines(self) -> list[int]:
         """Lines of the values that may decide sizes, as the loop's statements are moved."""
@@ -68,6 +91,9 @@ class WatchedValues:
 
     def has_to_run(self, number: int, found: Values) -> bool:
         """Return True for an iteration with new values, before which `number` were passed over."""
+        if number in self._together:
+            self._seen.update(self._together[number])
+            return True
         if all(found.get(key, value) == value for key, value in self.sizes.items()):
             return False
         values = frozenset((key, found.get(key, value)) for key, value in self.sizes.items())
@@ -81,8 +107,9 @@ class WatchedValues:
 class Extremes:
     """The largest and the smallest value of an expression in the iterations ahead."""
 
-    def __init__(self, ran: Iterable[object]) -> None:
-        """`ran` are its values in iterations that ran."""
+    def __init__(self, ran: Iterable[object], *, takes_first: bool = False) -> None:
+        """`ran` are its values in iterations that ran. `takes_first`: without any, the first one ahead counts."""
+        self._takes_first = False
         self._largest: object = None
         self._smallest: object = None
         self._at: dict[bool, int] = {}
@@ -90,18 +117,22 @@ class Extremes:
         for value in ran:
             self.note(value, -1)
         self._at.clear()
+        self._takes_first = takes_first
 
     def note(self, value: object, number: int) -> None:
         """Take the value in an iteration; those that cannot be compared count as alike."""
         if self._largest is None:
             self._largest = self._smallest = value
+            if self._takes_first:
+                self._at[True] = number
         if _exceeds(value, self._largest):
             self._largest, self._at[True] = value, number
         if _exceeds(self._smallest, value):
             self._smallest, self._at[False] = value, number
 
-    def chosen(self) -> frozenset[int]:
-        return frozenset(self._at.values())
+    def chosen(self) -> dict[int, object]:
+        """Return these iterations and their values."""
+        return {number: self._largest if is_largest else self._smallest for is_largest, number in self._at.items()}
 
 
 def _exceeds(one: object, other: object) -> bool:
