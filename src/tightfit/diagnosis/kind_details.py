@@ -59,6 +59,9 @@ _OF_THE_RUN = {
     "told_phase",
     "weights_of",
     "weights_size",
+    "in_share",
+    "printed_weights",
+    "printed_activations",
     "wide",
     "weights",
     "loading",
@@ -155,12 +158,30 @@ _REPORT = 8000
 
 
 def _of_vllm(facts: Facts, run: RunFacts) -> Facts:
-    """Return a cache without memory with the weights of the model, if they have 16 bits, and with a high share."""
+    """Return a cache without memory with the figures that vLLM prints, or the size of 16-bit weights."""
+    if _HIGH_SHARE.search(run.text):
+        facts = _with(facts, "share_is_high")
+    if (parts := _VLLM_PARTS.search(run.text)) is not None:
+        facts = _with(facts, "printed_weights", f"{parts['weights']} GiB")
+        facts = _with(facts, "printed_activations", f"{parts['activations']} GiB")
+        return _with(facts, "in_share", f"{parts['share']} GiB")
+    if (weights := _VLLM_WEIGHTS.search(run.text)) is not None:
+        return _with(facts, "printed_weights", f"{weights[1]} GiB")
     model = model_of(run)
     is_half = not run.signs & {"quantized_4", "quantized_8", "spread"}
     if model is not None and model.parameters and is_half:
         facts = _with(_with(facts, "weights_of", model.name), "weights_size", f"{2 * model.parameters / GIB:.1f} GiB")
-    return _with(facts, "share_is_high") if _HIGH_SHARE.search(run.text) else facts
+    return facts
+
+
+_VLLM_WEIGHTS = re.compile(r"(?:model weights took|Model loading took) (\d{1,4}\.\d{1,4}) ?(?:GiB|GB)\b")
+"""Weights of one card; vLLM's older versions print GB for 2**30 bytes."""
+_VLLM_PARTS = re.compile(
+    r"gpu_memory_utilization \(\d\.\d{1,3}\) = (?P<share>\d{1,4}\.\d{1,3}) ?GiB(?s:.){1,120}?"
+    r"model weights take (?P<weights>\d{1,4}\.\d{1,3}) ?GiB(?s:.){1,80}?"
+    r"activation peak memory takes (?P<activations>\d{1,4}\.\d{1,3}) ?GiB[^\n]{1,60}? is -\d"
+)
+"""The share, and its parts, of a card that they exceed."""
 
 
 _TOLD_BY_PEOPLE = ("cuda_out_of_memory", "hip_out_of_memory", "program_words", "memory_words")

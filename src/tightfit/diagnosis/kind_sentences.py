@@ -11,6 +11,7 @@ import msgspec
 
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
+from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import detail_names
 from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
@@ -209,6 +210,8 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
         ]
     if facts.kind == "host_killed" and not _IN_PYTHON.search(run.text):
         codes = [code for code in codes if code != "data_in_parts"]
+    if run.framework in programs("servers") and run.framework not in _table().programs["no_pinning"]:
+        codes = [code for code in codes if code != "no_pinning"]  # its users have no data loader
     if run.numbers.get("batch_size") == 1:
         codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]
     return tuple(

@@ -132,8 +132,9 @@ def _has_one_card(case: Case) -> bool:
     return case.run.numbers.get("world_size") == 1
 
 
-def _names_no_adapters(case: Case) -> bool:
-    return "network" not in case.run.text and "LoRA" not in case.run.text
+def _has_encoders_to_train(case: Case) -> bool:
+    """Return True unless adapters are trained, for a model whose text encoders' outputs can be cached."""
+    return not (case.shows("subject.adapters") and case.shows("subject.cached_encoders"))
 
 
 def _trains_without_quantizer(case: Case) -> bool:
@@ -225,7 +226,7 @@ _OF_THE_MODEL = (
     _Rule("fewer_pixels", "the model takes no pictures of any size", _has_no_pixels),
     _Rule("lora", "adapters are trained already", lambda case: case.adapts or case.trains_part),
     _Rule("lora", "PyTorch is older than PEFT", lambda case: case.is_before("lora")),
-    _Rule("text_encoder_first", "it is for adapters", _names_no_adapters),
+    _Rule("text_encoder_first", "the text encoders stay", _has_encoders_to_train),
     _Rule("shard_quantized", "the weights are not in 4 bits", lambda case: not case.adapts_quantized),
     _Rule("shard_quantized", "nothing is trained", lambda case: case.evidence.infers),
     _Rule("shard_quantized", "there is one card", _has_one_card),

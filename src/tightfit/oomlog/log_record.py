@@ -101,11 +101,18 @@ def in_brief(record: Record) -> Other:
 
 
 def _without_title(fatal: list[Record]) -> list[Record]:
-    """Leave out a report's title if a later failure's line holds the same words."""
+    """Leave out a report's title if a later failure's line holds the same words, or the only size."""
     title = next((each for each in fatal if each.facts.line == 1 and each.body.startswith("# ")), None)
     words = title.body.lstrip("# ").strip() if title else ""
-    repeated = any(words in each.body for each in fatal if each is not title) if words else False
-    return [each for each in fatal if each is not title] if repeated else fatal
+    rest = [each for each in fatal if each is not title]
+    repeated = any(words in each.body for each in rest) if words else False
+    is_shown = title is not None and not title.facts.figures and any(map(_states_size, rest))
+    return rest if repeated or is_shown else fatal
+
+
+def _states_size(record: Record) -> bool:
+    """Return True for memory that ran out with a size: what a title calls it counts less."""
+    return bool(record.facts.figures) and ran_out(record) and record.facts.kind not in consequences()
 
 
 def chosen_of(failures: list[Record]) -> Record | None:
