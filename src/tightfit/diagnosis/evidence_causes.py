@@ -64,6 +64,12 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield Cause(code="fed_back", label=LIKELY)
     elif "growing" in evidence.run.signs:
         yield Cause(code="growing", label=LIKELY)
+    elif "stepped" in evidence.run.signs and facts.phase in _OF_A_STEP and evidence.purpose == TRAINING:
+        yield Cause(code="stepped", label=LIKELY)
+
+
+_OF_A_STEP = (None, "forward", "loss", "backward", "optimizer")
+"""Phases of a training's step; None is unknown."""
 
 
 def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:

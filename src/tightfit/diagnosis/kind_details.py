@@ -17,6 +17,8 @@ _HIGH_SHARE = re.compile(r"gpu[-_]memory[-_]utilization\W{1,3}(?:0?\.9[1-9]\d?|1
 """A share of the card above vLLM's own 0.9."""
 _PROGRAM = re.compile(r"\btotal allocation: *([\d.]{1,9}) ?([KMG])iB")
 """Memory of a compiled program in XLA's report on its buffers."""
+_ONLY_COPIES = re.compile(r"preallocated temp allocation: +0B")
+"""XLA's line for a program without a result in between: it copies, converts or joins arrays."""
 _UNITS = {"K": KIB, "M": MIB, "G": GIB}
 _SMALL_PROGRAM = GIB
 """Bytes that any card has free for a program, unless something else fills it."""
@@ -60,6 +62,7 @@ _OF_THE_RUN = {
     "weights_of",
     "weights_size",
     "in_share",
+    "copied",
     "printed_weights",
     "printed_activations",
     "wide",
@@ -274,6 +277,8 @@ _MEM = re.compile(r"--mem[= ](\d{1,6}) ?([KMGTkmgt])")
 def _of_jax(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of JAX with a program that is small, or with the use of a trained model."""
     found = _PROGRAM.search(run.text)
+    if found and _ONLY_COPIES.search(run.text):
+        return _with(facts, "copied", f"{found[1]} {found[2]}iB")
     if found and float(found[1]) * _UNITS[found[2]] < _SMALL_PROGRAM:
         return _with(facts, "program", f"{found[1]} {found[2]}iB")
     own = [each for each in facts.frames if not each.is_library]

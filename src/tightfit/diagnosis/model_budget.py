@@ -65,7 +65,19 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | None) -> Budget | None:
-    """Return the memory that the model alone takes; None if its size or its use is unknown."""
+    """Return the memory that the model alone takes; None if its size or its use is unknown, or the log refutes it."""
+    found = _estimate(facts, run, model, purpose)
+    return None if found is not None and _is_refuted(found, run) else found
+
+
+def _is_refuted(found: Budget, run: RunFacts) -> bool:
+    """Return True if steps were made: by then weights, gradients and optimizer state had fitted together."""
+    is_beyond = found.total_bytes is not None and found.low_bytes > found.total_bytes
+    return found.what == "training" and is_beyond and "stepped" in run.signs
+
+
+def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | None) -> Budget | None:
+    """Return the memory by arithmetic; None if the model's size or its use is unknown."""
     parameters = model.parameters if model else None
     total = facts.total_bytes or run.numbers.get("card_gb", 0) * GIB or bytes_in_words(run.text)
     if model is None or not parameters or had_room(facts) or facts.phase == "save":  # by then it had fit
