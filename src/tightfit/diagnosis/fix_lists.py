@@ -160,6 +160,9 @@ def _of_weights(case: Case) -> str:
 def _lists_of_phase(case: Case) -> Iterator[str]:
     """Yield the lists for a failure of which the phase alone is known."""
     phase, evidence = case.facts.phase, case.evidence
+    if phase is None and case.has_sign("training_ended"):
+        yield "after_training"
+        return
     if phase == "eval" and case.is_of("share_batch"):
         yield "shared_batch"
     if phase in fix_tables()["fixes"]:

@@ -151,7 +151,7 @@ def _fields(sentence: object) -> set[str]:
     return {name for _, name, _, _ in parsed if name}
 
 
-_TWO_ENDS = re.compile(r"([?!])\.(?=\s|$)")
+_TWO_ENDS = re.compile(r"([?!…])\.(?=\s|$)")
 """A quoted question, and the end of the sentence that quotes it."""
 
 

@@ -133,7 +133,7 @@ def _has_one_card(case: Case) -> bool:
 
 
 def _has_encoders_to_train(case: Case) -> bool:
-    """Return True unless adapters are trained, for a model whose text encoders' outputs can be cached."""
+    """Return True unless adapters are trained for a model with text encoders that can be cached."""
     return not (case.shows("subject.adapters") and case.shows("subject.cached_encoders"))
 
 

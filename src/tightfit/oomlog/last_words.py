@@ -212,7 +212,7 @@ def reported_in(lines: Sequence[str]) -> str | None:
         ),
         None,
     )
-    return found.strip(" #*\t").removesuffix(".")[:200] if found else None
+    return shortened(sentence_in(found.strip(" #*\t"))) if found else None
 
 
 _SENTENCE_ENDS = re.compile(r"(?<=[^\d\W]{2}[.!?]) +(?=[A-Z#*])|(?<=[。！？])")
@@ -228,6 +228,19 @@ def sentence_in(line: str) -> str:
     if len(line) > _LONG_LINE:
         line = next((each for each in _SENTENCE_ENDS.split(line) if _ANYHOW.search(each)), line)
     return line.strip().removesuffix(".")
+
+
+_LONGEST = 200
+"""Characters of a person's words that are quoted."""
+
+
+def shortened(words: str) -> str:
+    """Return the beginning of a long text, up to a whole word.
+
+    >>> shortened("memory " * 40)[-12:]
+    'ory memory …'
+    """
+    return words if len(words) <= _LONGEST else words[: _LONGEST - 2].rpartition(" ")[0] + " …"
 
 
 def is_told(line: str) -> bool:

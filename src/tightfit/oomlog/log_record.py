@@ -111,7 +111,7 @@ def _without_title(fatal: list[Record]) -> list[Record]:
 
 
 def _states_size(record: Record) -> bool:
-    """Return True for memory that ran out with a size: what a title calls it counts less."""
+    """Return True for memory that ran out with a stated size, which tells more than a title."""
     return bool(record.facts.figures) and ran_out(record) and record.facts.kind not in consequences()
 
 

@@ -262,7 +262,9 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
     found = next((phase for phase, shows in of_stack.items() if shows()), None) if frames else None
     if found in ("forward", "loss", "setup") and _ends_in_engine(lines):
         return "backward"
-    return found or _phase_of_lines(lines)
+    by_line = found or _phase_of_lines(lines)
+    saved_before = found is None and by_line == "save" and bool(frames)  # a stack would show the saving itself
+    return None if saved_before else by_line
 
 
 def _ends_in_engine(lines: Sequence[str]) -> bool:
