@@ -282,3 +282,52 @@ def test_what_runs_seldom_is_played_with_the_largest_size(tmp_path: Path) -> Non
     assert (found["outcome"], found["not_played"]) == ("fits", [])
     assert 200 << 20 <= found["peak"]["allocated_bytes"] < 230 << 20
     assert found["steps"] < 60
+
+
+DOUBLED_IN_A_BRANCH = """
+mib = 5
+for step in range(3300):
+    if step and step % 800 == 0:
+        mib = 2 * mib
+    train(mib)
+"""
+STAGES = """
+stages = iter([(500, 20), (1000, 40), (1500, 80)])
+upcoming, mib = next(stages), 5
+for step in range(3000):
+    if upcoming is not None and step >= upcoming[0]:
+        mib = upcoming[1]
+        upcoming = next(stages, None)
+    train(mib)
+"""
+LOOKED_UP = """
+import bisect
+for step in range(3000):
+    train([5, 20, 80][bisect.bisect_right([700, 1400], step)])
+"""
+GROWN_IN_A_BRANCH = """
+for step in range(1, 2001):
+    train(5)
+    if step % 400 == 0:
+        with torch.no_grad():
+            torch.zeros(16 * (step // 400) << 20, dtype=torch.uint8, device="cuda")
+"""
+BEFORE_A_COPY = """
+copy = None
+for step in range(1000):
+    train(5)
+    if step == 500:
+        copy = torch.zeros(40 << 20, dtype=torch.uint8, device="cuda")
+    if step % 100 == 99:
+        torch.zeros(40 << 20, dtype=torch.uint8, device="cuda")
+"""
+LATER = [DOUBLED_IN_A_BRANCH, STAGES, LOOKED_UP, GROWN_IN_A_BRANCH, BEFORE_A_COPY]
+
+
+@pytest.mark.parametrize("code", LATER, ids=["doubled", "stages", "looked up", "grown", "copy"])
+def test_a_branch_that_ran_is_played_again_where_it_needs_more(code: str, tmp_path: Path) -> None:
+    """Eighty MiB at some late iteration, which are more than any of the first ones."""
+    found = played(code, tmp_path)
+    assert (found["outcome"], found["not_played"]) == ("fits", [])
+    assert 80 << 20 <= found["peak"]["allocated_bytes"] < 105 << 20
+    assert found["steps"] < 100

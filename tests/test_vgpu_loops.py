@@ -762,7 +762,7 @@ def test_conditions_in_other_forms_are_followed(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(FORMS)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["not_played"]) == ("fits", [])
-    assert found["steps"] < 100
+    assert found["steps"] < 120
     assert found["peak"]["allocated_bytes"] > 8 << 26
 
 

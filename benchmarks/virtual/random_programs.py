@@ -708,7 +708,8 @@ def played(seed: int) -> str:
     true = whole.peak.allocated_bytes
     is_right = abs(found.peak.allocated_bytes - true) <= CLOSE * true
     is_above = true < found.peak.allocated_bytes <= ABOVE * true
-    if abs(found.peak.requested_bytes - whole.peak.requested_bytes) <= CLOSE * whole.peak.requested_bytes and not is_right:
+    requested = whole.peak.requested_bytes
+    if not is_right and abs(found.peak.requested_bytes - requested) <= CLOSE * requested:
         is_above, is_right = False, True
         figures[1] += " blocks"
     verdict = "right" if is_right else "above" if is_above else "listed" if found.not_played else "WRONG"

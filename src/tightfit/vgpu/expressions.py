@@ -240,11 +240,14 @@ class Reader:
     def _function(self, func: ast.Name | ast.Attribute) -> tuple[object, list[object]]:
         """Return the function that is called, and the object whose method it is, if it is one."""
         if isinstance(func, ast.Name):
-            return self._names.get(func.id, self._others.get(func.id)), []
-        owner = self.value(func.value)
-        if isinstance(owner, ModuleType):
-            return inspect.getattr_static(owner, func.attr, None), []
-        return inspect.getattr_static(type(owner), func.attr, None), [owner]
+            found = self._names.get(func.id, self._others.get(func.id))
+        else:
+            owner = self.value(func.value)
+            if not isinstance(owner, ModuleType):
+                return inspect.getattr_static(type(owner), func.attr, None), [owner]
+            found = inspect.getattr_static(owner, func.attr, None)
+        of_kind = inspect.getattr_static(type(found), "__call__", None)
+        return (of_kind, [found]) if isinstance(of_kind, FunctionType) else (found, [])
 
     def _read(self, function: FunctionType, arguments: list[object], options: dict[str, object]) -> object:
         """Return what a short function returns, of its source. UnknownError if it may do more, or may count."""

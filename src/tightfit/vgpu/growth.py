@@ -1,6 +1,7 @@
-"""Lines that keep more memory each time they run: they are sought again, up to the loop's end or the card's."""
+"""Lines that keep more memory each time they run, or change the steps: they are sought again, up to some end."""
 
 import time
+from collections.abc import Hashable
 
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.recorder import Recorder
@@ -17,18 +18,18 @@ class Growth:
 
     def __init__(self, recorder: Recorder, lines: LineWatch) -> None:
         self._recorder, self._lines = recorder, lines
-        self._before: dict[Sought, int] = {}
-        """Lines that iterations were passed over for, and the bytes that repeating steps held before them."""
+        self._before: dict[Sought, tuple[int, Hashable]] = {}
+        """Lines that iterations were passed over for, and the bytes that repeating steps held and allocated before."""
         self._grown: list[Sought] = []
         """Those of them after which more was held, until some steps tell which of the lines run in each."""
         self._begun: float | None = None
         self._again: list[Frame] = []
         """Lines to play again, for which no iterations could be passed over yet: the steps differ from those before."""
 
-    def again(self) -> list[Frame]:
-        """List the lines to play again, because they ran, do not run in each step, and left more allocated.
+    def again(self, pattern: Hashable) -> list[Frame]:
+        """List the lines to play again: they ran, do not run in each step, and left more held, or steps of other sizes.
 
-        And loops in which some may be.
+        And loops in which some may be. `pattern`: the allocations of the steps that repeat now.
         """
         now = time.process_time()
         rare = [self._lines.rare_of(each) for each in self._grown] if self._lines.knows_reruns() else []
@@ -37,7 +38,8 @@ class Growth:
         if ran:
             self._again = []
         for sought in ran:
-            if self._recorder.allocator.requested_bytes - self._before.pop(sought) >= _LEAST_BYTES:
+            held, allocations = self._before.pop(sought)
+            if pattern != allocations or self._recorder.allocator.requested_bytes - held >= _LEAST_BYTES:
                 self._begun = self._begun or now
                 if now - self._begun < _SECONDS:
                     self._grown.append(sought)
@@ -46,9 +48,9 @@ class Growth:
             self._again += self._lines.seek_again(sought) if sought.lines else []
         return [*self._again, *(each.head() for each in self._grown)]
 
-    def note(self) -> None:
-        """Remember the allocated bytes if iterations begin to be passed over for lines."""
+    def note(self, pattern: Hashable) -> None:
+        """Remember the bytes of the steps that repeat if iterations begin to be passed over for lines."""
         sought, self._lines.sought = self._lines.sought, None
         if sought is not None and sought.lines:
-            self._before[sought] = self._recorder.allocator.requested_bytes
+            self._before[sought] = self._recorder.allocator.requested_bytes, pattern
             self._again = []

@@ -9,7 +9,7 @@ import builtins
 import copy
 import inspect
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType, MethodType
 from typing import TypeGuard, TypeVar
@@ -68,6 +68,8 @@ class InlinedLoop:
     """Those of them with their body on the line of the `if`."""
     watches: int = 0
     """Expressions of the counters that may decide sizes."""
+    seldom: int = 0
+    """Those of them behind conditions."""
     collecting: set[int] = field(default_factory=set)
     """Lines behind conditions that put tensors of the card into a list or a dictionary, as they are moved."""
 
@@ -156,8 +158,17 @@ class ReadLoops:
 
 def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object]) -> InlinedLoop:
     """Put functions in for their calls in the loop at `node` of a function with these global `names`."""
+    made = _inlined(node, look, code, names, {ast.unparse(each) for each in _targets(node)})
+    stored = {ast.unparse(each) for each in _targets(made.node)}
+    return _inlined(node, look, code, names, stored)
+
+
+def _inlined(
+    node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object], stored: Set[str]
+) -> InlinedLoop:
+    """Do so, watching also the names of `stored` where functions are given them."""
     made = InlinedLoop(node, head_line(node))
-    builder = _Builder(made, look, code, names)
+    builder = _Builder(made, look, code, names, stored)
     body = builder.statements(node.body, _Scope(None, {}, names, 0), 0)
     if isinstance(node, ast.While):
         made.node = ast.While(node.test, body, [])
@@ -249,8 +260,10 @@ class _Replaced(ast.NodeTransformer):
 class _Builder:
     """Puts functions in for their calls."""
 
-    def __init__(self, made: InlinedLoop, look: Look, code: CodeType, names: Mapping[str, object]) -> None:
-        self._made, self._look, self._code, self._names = made, look, code, names
+    def __init__(
+        self, made: InlinedLoop, look: Look, code: CodeType, names: Mapping[str, object], stored: Set[str]
+    ) -> None:
+        self._made, self._look, self._code, self._names, self._stored = made, look, code, names, stored
         self._left = _MOST_STATEMENTS
         self._branches = 0
         self._anew = set(_set_in_each(made.node.body))
@@ -397,12 +410,13 @@ class _Builder:
             called = self.called(call)
             if called is not None:
                 found += self.statements(called[0].body, self.scope_of(call, *called), depth + 1)
-        for part in _derived(whole):
+        for part in (*_derived(whole), *_given_names(whole, self._stored)):
             if self._look(part) is not None and not self._reads_item(part):
                 key = ast.Constant(f"{scope.offset}:{part.lineno}:{part.col_offset}:{depth}")
                 target = ast.Subscript(ast.Name(WATCHED, ast.Load()), key, ast.Store())
                 found.append(ast.copy_location(ast.Assign([target], part), value))
                 self._made.watches += 1
+                self._made.seldom += self._branches > 0
         return found
 
     def _watched_test(self, test: ast.expr, first: int, scope: _Scope, depth: int) -> Iterator[ast.stmt]:
@@ -655,6 +669,18 @@ def _derived(value: ast.expr) -> Iterator[ast.expr]:
             yield part
         parts += [each for each in ast.iter_child_nodes(part) if isinstance(each, ast.expr)]
         parts += [each.value for each in getattr(part, "keywords", [])]
+
+
+def _given_names(value: ast.expr, stored: Set[str]) -> Iterator[ast.expr]:
+    """Yield those of the names that are passed to functions, without those that print."""
+    for call in ast.walk(value):
+        if isinstance(call, ast.Call) and not is_harmless(call):
+            for part in (*call.args, *(each.value for each in call.keywords)):
+                yield from (each for each in _entries(part) if _is_named(each) and ast.unparse(each) in stored)
+
+
+def _entries(part: ast.expr) -> Sequence[ast.expr]:
+    return part.elts if isinstance(part, (ast.Tuple, ast.List)) else [part]
 
 
 def _is_named(node: ast.AST) -> TypeGuard[ast.Name | ast.Attribute]:

@@ -13,6 +13,8 @@ from types import FunctionType
 from tightfit.vgpu.loop_source import function_nodes
 
 _QUESTIONS = {
+    "bisect": ("bisect", "bisect_left", "bisect_right"),
+    "numpy": ("interp", "clip", "floor", "ceil", "isclose"),
     "os": ("getenv",),
     "os.path": ("exists", "isfile", "isdir", "join", "basename", "dirname"),
     "torch": (
@@ -26,7 +28,7 @@ _QUESTIONS = {
     "torch.backends.mps": ("is_available",),
     "torch.distributed": ("is_available", "is_initialized", "get_rank", "get_world_size"),
 }
-"""Functions, by their modules, that may be called at any time."""
+"""Functions, by their modules, that may be called at any time: they only tell, or look up."""
 _LONGEST = 12
 """Statements of a function up to which it is read."""
 

@@ -333,8 +333,7 @@ class Skip:
         steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
         self.watched.start(steady, self._ran)
         most = items.left if isinstance(self._node, ast.For) else _MOST_INNER
-        looks_ahead = self.watched.only_extremes or self.watched.grows
-        if looks_ahead and self.watched.sizes and most is not None:
+        if self.watched.looks_ahead and self.watched.is_on and most is not None:
             before = self._values(reduced, names, others)
             self.watched.choose(self._ahead(code, names, others, most))
             self._restore(before, reduced, names, others)
@@ -397,7 +396,7 @@ class Skip:
 
     def _has_aim(self, reduced: _Reduced) -> bool:
         """Return True if an iteration that has to run may come: for a line, a size, or the loop's end."""
-        is_watching = bool(self.watched.sizes or self.watched.conditions) and not reduced.uncounted
+        is_watching = self.watched.has_aim() and not reduced.uncounted
         is_sought = not set(self._missing) <= reduced.unknown | reduced.uncounted
         goes_to_end = self.to_end and (reduced.has_end or isinstance(self._node, ast.For)) and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end

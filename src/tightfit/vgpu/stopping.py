@@ -63,6 +63,15 @@ class _Step(NamedTuple):
         return before is not None and self[:3] == before[:3] and self.held - before.held < _KEPT_BYTES
 
 
+class _Round(NamedTuple):
+    """How steps repeat."""
+
+    patterns: frozenset[tuple[int, ...]]
+    """Their allocations."""
+    held: int
+    """Bytes after one of them if all are alike."""
+
+
 class Stopping:
     """Compares each optimizer step with the one before, and ends the script by EnoughSeen."""
 
@@ -199,11 +208,11 @@ class Stopping:
             return
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
             self._unplayed.append(loop.place)  # nobody knows what a package does only in some of its iterations
-        hidden = [*self._lines.hidden(frame), *self._growth.again()]
-        self._unplayed += [each for each in hidden if each not in self._given_up]
         state = self._state(steps - first + 1)
+        hidden = [*self._lines.hidden(frame), *self._growth.again(state.patterns)]
+        self._unplayed += [each for each in hidden if each not in self._given_up]
         if self._lines.skip_ahead(frame, self._unplayed, state):
-            self._after_skip(frame, first)
+            self._after_skip(frame, first, state.patterns)
         is_late = self._repeats_for_long() or self._waits_in_vain(loop)
         differing = self._lines.differing(frame, state)
         more = bool(self._unplayed or self._given_up or differing)
@@ -215,12 +224,12 @@ class Stopping:
         elif is_late or not (self._unplayed or differing):
             self._end_repeating(frame, first, steps, self._unplayed or differing)
 
-    def _after_skip(self, frame: FrameType, first: int) -> None:
+    def _after_skip(self, frame: FrameType, first: int, patterns: Hashable) -> None:
         """Note that iterations begin to be passed over, and loops in which later ones may do more."""
         if not self._has_skipped:  # said once, although many loops, or one many times, may be passed over
             self._note(say("vgpu.stopping.skipped", first=first))
         self._has_skipped = True
-        self._growth.note()
+        self._growth.note(patterns)
         self._unplayed += [each for each in self._lines.hidden(frame) if each not in self._unplayed]
         self._repeats_since = None
 
@@ -292,10 +301,10 @@ class Stopping:
         self._note(say("vgpu.stopping.trainer", file=loop.place.file, line=loop.place.line))
         return True
 
-    def _state(self, size: int) -> Hashable:
+    def _state(self, size: int) -> _Round:
         """Describe the steps that repeat: their allocations, and the allocated bytes if a round is one step."""
         patterns = frozenset(step.allocations for step, _ in zip(self._last, range(size), strict=False))
-        return patterns, self._recorder.allocator.requested_bytes if len(patterns) == 1 else 0
+        return _Round(patterns, self._recorder.allocator.requested_bytes if len(patterns) == 1 else 0)
 
     def _leaves_loops(self, frame: FrameType, loop: TrainingLoop | None, state: Hashable) -> bool:
         """Leave training loops in which all lines ran: by the last batch of their DataLoader, or by a jump."""

@@ -36,6 +36,7 @@ from tightfit.vgpu.loop_items import (
 )
 from tightfit.vgpu.loop_source import (
     Loop,
+    allocating_lines,
     counts_for_later,
     endless_test,
     loop_node,
@@ -333,7 +334,9 @@ class LineWatch:
         lengths = partial(self._lengths.of, {code: 0, **made.functions})
         only_extremes = self._read.changes[place] > CHANGES_IN_TURN + CHANGES_OF_A_START
         seen, grows = self._read.seen[place] if watches else None, place in self._read.growing
-        watched = WatchedValues(seen, is_on=watches, only_extremes=only_extremes, grows=grows)
+        watched = WatchedValues(
+            seen, is_on=watches, only_extremes=only_extremes, grows=grows, has_seldom=made.seldom > 0
+        )
         far = partial(self._begin_passing, place)
         steps = now - before
         newly = partial(self._ran_since, code, made, frozenset(ran))
@@ -466,10 +469,12 @@ class LineWatch:
         return self._ran.knows_steps()
 
     def rare_of(self, sought: Sought) -> Sought:
-        """Return those of the lines that did not run in each step or iteration noted, and note no more."""
+        """Return those of the lines, and of others in the loop that ran, that no step or iteration noted always ran."""
         made, code = self._read.loops[sought.code, sought.loop.first], sought.code
         often = (made.lines_of(self._ran.in_each) | self._ran.in_each(code)) - self._with_bodies(code, made)
-        return sought._replace(lines=sought.lines - often)
+        behind = lines_in_reach(made.node, {abs(first) for first, _ in allocating_lines(made.node.body)}, of_inner=True)
+        ran = made.lines_of(self.ran) | self.ran(code)
+        return sought._replace(lines=(sought.lines | (behind & ran)) - often)
 
     def training_loop(self, frame: FrameType | None) -> TrainingLoop | None:
         """Return the innermost training loop around `frame`, in the user's files or in a package."""

@@ -17,15 +17,23 @@ class WatchedValues:
     """The watched values of one loop while its iterations are passed over."""
 
     def __init__(
-        self, seen: Seen | None = None, *, is_on: bool = True, only_extremes: bool = False, grows: bool = False
+        self,
+        seen: Seen | None = None,
+        *,
+        is_on: bool = True,
+        only_extremes: bool = False,
+        grows: bool = False,
+        has_seldom: bool = False,
     ) -> None:
         """`seen` has the values of iterations that ran, and takes those of the next.
 
         `is_on`: sizes are watched, not conditions alone. `only_extremes`: only the largest and the smallest count.
-        `grows`: a size changed before, so that what runs seldom may come with a larger one.
+        `grows`: a size changed before, so that what runs seldom may come with a larger one. `has_seldom`: sizes are
+        read behind conditions.
         """
         self._seen: Seen = set() if seen is None else seen
         self.is_on, self.only_extremes, self.grows = is_on, only_extremes, grows
+        self.looks_ahead = only_extremes or grows or has_seldom
         self.sizes: Values = {}
         """Values in the iteration that ran before any is passed over."""
         self.conditions: Values = {}
@@ -61,14 +69,19 @@ class WatchedValues:
         together: dict[tuple[str, str], Extremes] = {}
         for number, found in enumerate(ahead):
             held = [key for key in self._seldom if found.get(key) is True]
-            for size in alone.keys() & found.keys():
-                alone[size].note(found[size], number)
+            for key, value in found.items():
+                if not key.startswith(HOLDS):
+                    alone.setdefault(key, Extremes(self._ran(key), takes_first=True)).note(value, number)
+            for size in self.sizes.keys() & found.keys():
                 for condition in held:
                     if (size, condition) not in together:
                         together[size, condition] = Extremes(self._ran(size, condition), takes_first=True)
                     together[size, condition].note(found[size], number)
+        for size in alone.keys() - self.sizes.keys():  # read behind conditions alone
+            for number, value in alone[size].chosen().items():
+                self._together[number].append(frozenset({(size, value)}))
         if self.only_extremes:
-            self._chosen = frozenset(number for each in alone.values() for number in each.chosen())
+            self._chosen = frozenset(number for size in self.sizes for number in alone[size].chosen())
         for (size, condition), each in together.items():
             for number, value in each.chosen().items():
                 self._together[number].append(frozenset({(size, value), (condition, True)}))
@@ -77,6 +90,10 @@ class WatchedValues:
         """Return the values of a size in iterations that ran, or in those of them that were chosen for a condition."""
         held = {(condition, True)} if condition else set[tuple[str, object]]()
         return [value for values in self._seen if held <= values for key, value in values if key == size]
+
+    def has_aim(self) -> bool:
+        """Return True if some iteration may have to run."""
+        return bool(self.sizes or self.conditions or self._together)
 
     def lines(self) -> list[int]:
         """Lines of the values that may decide sizes, as the loop's statements are moved."""
