@@ -2,12 +2,12 @@
 
     python benchmarks/virtual/random_programs.py --first 0 --count 50 [--jobs 2]
 
-Each program has a data set (samples of one length or of many), a way of looping (epochs, steps, a class, functions) and
-some habits of public training scripts: accumulation, validation, EMA, unfreezing, a memory bank, growing lengths,
-sampling, phases one after the other, and a guard such as `if torch.isnan(loss):`. The truth is the same virtual GPU that
-passes over nothing, so this shows only what is lost by passing over iterations. One row a program: `right`, `above` (by
-at most 5%), `listed` (another peak, and lines named that were not played) or `WRONG`. "blocks" stands where as much was
-requested, and the blocks for it are larger or smaller, as other tensors lay before them.
+Each program has a data set (samples of one length or of many), a way of looping (epochs, steps, a class, functions)
+and some habits of public training scripts: accumulation, validation, EMA, unfreezing, a memory bank, growing lengths,
+sampling, phases one after the other, and a guard such as `if torch.isnan(loss):`. The truth is the same virtual GPU
+that passes over nothing, so this shows only what is lost by passing over iterations. One row a program: `right`,
+`above` (by at most 5%), `listed` (another peak, and lines named that were not played) or `WRONG`. "blocks" stands
+where as much was requested, and the blocks for it are larger or smaller, as other tensors lay before them.
 """
 
 import argparse
