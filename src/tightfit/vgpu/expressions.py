@@ -174,6 +174,8 @@ class Reader:
                 found: object = list(getattr(model, name)()) if isinstance(model, torch.nn.Module) else None
             case _:
                 found = self.value(items)
+        if isinstance(found, (dict, set, frozenset)):
+            found = list(found)
         if not isinstance(found, (list, tuple, range)) or len(found) > MOST_ITEMS:
             raise UnknownError
         return found

@@ -331,7 +331,7 @@ class Skip:
         self._far = self._begin_far(items.left) if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
         steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
-        self.watched.start(steady, self._ran)
+        self.watched.start(steady, self._ran, self._found)
         most = items.left if isinstance(self._node, ast.For) else _MOST_INNER
         if self.watched.looks_ahead and self.watched.is_on and most is not None:
             before = self._values(reduced, names, others)

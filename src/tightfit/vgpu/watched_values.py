@@ -42,13 +42,19 @@ class WatchedValues:
         """True if an iteration has a new size."""
         self._chosen: frozenset[int] | None = None
         """Iterations to run, by the number that were passed over before; None if any new value counts."""
+        self._read: frozenset[str] = frozenset()
+        """Keys of the values that this iteration read."""
         self._seldom: list[str] = []
         """Conditions that do not hold in the iteration that ran."""
         self._together: defaultdict[int, list[frozenset[tuple[str, object]]]] = defaultdict(list)
         """For iterations to run for a size under such a condition, both."""
 
-    def start(self, steady: Values, ran: Collection[int]) -> None:
-        """Take the values of the iteration that ran, without those that change each time; `ran` are lines that ran."""
+    def start(self, steady: Values, ran: Collection[int], read: Collection[str]) -> None:
+        """Take the values of the iteration that ran, without those that change each time.
+
+        `ran` are lines that ran, `read` the keys of all values that it read.
+        """
+        self._read = frozenset(read)
         conditions = {key: value for key, value in steady.items() if key.startswith(HOLDS)}
         self.sizes = {key: value for key, value in steady.items() if not key.startswith(HOLDS)}
         self._seen |= {frozenset({each}) for each in conditions.items()}
@@ -70,7 +76,7 @@ class WatchedValues:
         for number, found in enumerate(ahead):
             held = [key for key in self._seldom if found.get(key) is True]
             for key, value in found.items():
-                if not key.startswith(HOLDS):
+                if key in alone or not (key in self._read or key.startswith(HOLDS)):
                     alone.setdefault(key, Extremes(self._ran(key), takes_first=True)).note(value, number)
             for size in self.sizes.keys() & found.keys():
                 for condition in held:
