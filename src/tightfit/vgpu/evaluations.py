@@ -130,7 +130,7 @@ class Evaluations:
         if repeats or differs:
             note = partial(self._tell, self._place(frame), differs=differs)
             missed = self._missed(frame, loop.first)
-            self._lines.leave_if_closed(frame.f_code, loop, missed, note, differs=differs)
+            self._lines.left.leave_if_closed(frame.f_code, loop, missed, note, differs=differs)
             self._loop = None
 
     def _is_calm(self, passes: Repetition, loop: object) -> bool:
@@ -169,7 +169,7 @@ class Evaluations:
         followed: dict[int, tuple[int, int, Repetition]] = {}
 
         def following(batches: "dataloader._BaseDataLoaderIter") -> object:
-            if self._lines.is_passing and self._drops_next(batches):
+            if self._lines.taken.is_passing and self._drops_next(batches):
                 return self._given_ahead.stand_in(batches, sys._getframe(1))
             self._latest = weakref.ref(batches)
             learned, evaluated = self._phases.learned(), self._phases.evaluated
@@ -187,7 +187,8 @@ class Evaluations:
 
         assign(dataloader._BaseDataLoaderIter, __next__=following)
         self._lines.has_to_run = self._has_to_run
-        self._lines.took, self._lines.after_passing = self._given_ahead.took, self._given_ahead.load
+        taken = self._lines.taken
+        taken.took, taken.after_passing = self._given_ahead.took, self._given_ahead.load
 
     def _drops_next(self, batches: "dataloader._BaseDataLoaderIter") -> bool:
         """Take the next batch of an epoch away without loading it, unless it is the last one."""
@@ -270,7 +271,7 @@ class Evaluations:
         kept = self._longest(batches, [*dropped, *first], len(dropped) + count)
         kept = kept or [each for each in first if any(each is one for one in looked_for)]
         assign(batches, _sampler_iter=itertools.chain(kept, last, left))
-        self._lines.has_passed |= count > 1
+        self._lines.taken.has_passed |= count > 1
         return count > 1
 
     def _longest(self, batches: "dataloader._BaseDataLoaderIter", skipped: list[object], count: int) -> list[object]:

@@ -119,7 +119,7 @@ class Stopping:
     @property
     def is_shortened(self) -> bool:
         """True if iterations that repeat were passed over."""
-        return self._lines.has_passed
+        return self._lines.taken.has_passed
 
     def after_step(self, steps: int, *, has_optimizer: bool) -> None:
         """Decide if another step could differ."""
@@ -157,7 +157,7 @@ class Stopping:
 
         The device ends the script at the next operator.
         """
-        self._lines.is_cut_short = self._is_left = True
+        self._lines.taken.is_cut_short = self._is_left = True
         seconds = f"{self._settings.timeout_s:g}" if self._settings.timeout_s else ""
         reason = say("vgpu.stopping.out_of_time", seconds=seconds)
         self.reason = say("vgpu.stopping.interrupted") if interrupted else reason
@@ -171,7 +171,7 @@ class Stopping:
         self.not_played = [*self.not_played, *lines]
 
     def close(self) -> None:
-        saw_longest = self._evaluations.saw_longest() and not self._lines.is_cut_short
+        saw_longest = self._evaluations.saw_longest() and not self._lines.taken.is_cut_short
         for loop, steps in self._differing.items():
             place = {"file": loop.file, "line": loop.line, "steps": steps}
             self._note(say("vgpu.stopping.longest", **place) if saw_longest else say("vgpu.stopping.differ", **place))
@@ -180,7 +180,7 @@ class Stopping:
             [] if saw_longest else list(self._differing)
         )
         unplayed = [each for each in (*self.not_played, *left) if each not in self._lines.closed]
-        self.not_played = list(dict.fromkeys((*unplayed, *self._lines.changing)))
+        self.not_played = list(dict.fromkeys((*unplayed, *self._lines.changing, *self._lines.left.unlike)))
         self._lines.stop()
 
     def _end_if_stable(self, steps: int, *, has_optimizer: bool) -> None:

@@ -1,17 +1,13 @@
 """Lines of the script's training loop that an early stop would leave unplayed, although they may allocate."""
 
-import ast
-import contextlib
 import inspect
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from tightfit.vgpu.collected import go_to_last
 from tightfit.vgpu.expressions import always, value_in
 from tightfit.vgpu.far_conditions import FarConditions, Passing
 from tightfit.vgpu.frames import Frame
@@ -25,14 +21,11 @@ from tightfit.vgpu.inlined_loop import (
     Tried,
     inlined,
 )
+from tightfit.vgpu.left_loops import LeftLoops
 from tightfit.vgpu.loop_items import (
-    FAILURES,
-    are_at_hand,
     iterator_of,
-    largest_left,
     left_of,
     makes_items,
-    replace_iterator,
 )
 from tightfit.vgpu.loop_source import (
     Loop,
@@ -55,12 +48,9 @@ from tightfit.vgpu.running_loops import (
     package_frames,
 )
 from tightfit.vgpu.skipping import LoopItems, Skip, closed_lines, lines_in_reach
+from tightfit.vgpu.taken_items import TakenItems
 from tightfit.vgpu.watched_values import WatchedValues
 
-_SECONDS_TO_LEAVE = 3.0
-"""Time for taking away the items of a loop that nothing follows."""
-_JUMP = FrameType.__dict__["f_lineno"].__set__
-"""Sets a frame's next line, which Python lets trace functions do alone."""
 _MOST_ENDS = 32
 """Times that the iterations left of one loop are passed over, instead of a jump behind it."""
 
@@ -83,12 +73,6 @@ class LineWatch:
     """Follows which lines of the functions around an optimizer step ran, by Python's own tracing."""
 
     is_on = False
-    is_passing = False
-    """True while iterations are passed over."""
-    has_passed = False
-    """True once iterations were passed over."""
-    is_cut_short = False
-    """True once the play's time is over: nothing more is passed over."""
     sought: Sought | None = None
     """Lines that iterations were passed over for last."""
 
@@ -100,12 +84,6 @@ class LineWatch:
         self._training: set[tuple[CodeType, int]] = set()
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._given_up: set[tuple[CodeType, Loop]] = set()
-        self._leaving: dict[CodeType, list[Loop]] = {}
-        """Loops of functions to leave before their next iteration."""
-        self._if_closed: dict[tuple[CodeType, Loop], tuple[frozenset[int], Callable[[], object]]] = {}
-        """Lines that such a loop must not be able to come to, and what to call when it is left."""
-        self._differing: set[tuple[CodeType, Loop]] = set()
-        """Such loops with iterations that are not alike."""
         self._iterations: Counter[tuple[CodeType, int]] = Counter()
         self._lengths = LoopLengths()
         self._earliest: dict[tuple[CodeType, int], int] = {}
@@ -118,8 +96,6 @@ class LineWatch:
         self._skips: dict[tuple[CodeType, int], tuple[Loop, Skip]] = {}
         """Loops, by their first lines, whose iterations are passed over from their next one on."""
         self._read = ReadLoops()
-        self._only_for_largest: tuple[CodeType, int] | None = None
-        """A loop to leave only by way of its largest item."""
         self._stale: dict[str, object] | None = None
         """Values of a function's names as they were read; Python keeps them until they are read again."""
         self.unsure: list[Frame] = []
@@ -141,10 +117,8 @@ class LineWatch:
         """For loops whose iterations are passed over, how functions that they lead to are followed."""
         self.has_to_run: Callable[[object, int], bool] = lambda items, count: False
         """Tells whether some of the next items of a loop are not to be passed over."""
-        self.took: Callable[[object], None] = lambda item: None
-        """Called with each item that a loop does not get."""
-        self.after_passing: Callable[[], None] = lambda: None
-        """Called when no more items are taken away for now."""
+        self.taken = TakenItems()
+        self.left = LeftLoops(self.taken, self.forget_names, self._far.left)
         self.at_head: Callable[[FrameType, int], None] | None = None
         """Called where an iteration of a loop begins that is neither left nor passed over, with the loop's first line.
         """
@@ -286,7 +260,7 @@ class LineWatch:
             del found[0]
         for code, loop in found:
             if not (self._counts_for_later(code, loop) and self._pass_to_end(code, loop)):
-                self.leave(code, loop)
+                self.left.leave(code, loop)
         return bool(found)
 
     def _counts_for_later(self, code: CodeType, loop: Loop) -> bool:
@@ -490,7 +464,7 @@ class LineWatch:
             for loop in reversed(self._training_loops(code, loops_at(each))):
                 if loop.after and (code, loop) not in self._given_up:
                     self._given_up.add((code, loop))
-                    self.leave(code, loop)
+                    self.left.leave(code, loop)
                     return True
         return False
 
@@ -511,40 +485,6 @@ class LineWatch:
         )
         return around[: innermost + 1]
 
-    def leave(self, code: CodeType, loop: Loop) -> None:
-        """Leave one loop of a running function before its next iteration."""
-        self._far.left((code, loop.first))
-        loops = self._leaving.setdefault(code, [])
-        if loop not in loops:
-            loops.append(loop)
-
-    def leave_if_closed(
-        self, code: CodeType, loop: Loop, lines: Iterable[int], then: Callable[[], object], *, differs: bool
-    ) -> None:
-        """Leave a loop likewise if its conditions keep it from the lines, and call `then`.
-
-        `differs`: its iterations are not alike.
-        """
-        self._if_closed[code, loop] = frozenset(lines), then
-        if differs:
-            self._differing.add((code, loop))
-        self.leave(code, loop)
-
-    def _may_leave(self, frame: FrameType, loop: Loop) -> bool:
-        lines, then = self._if_closed.pop((frame.f_code, loop), (frozenset[int](), None))
-        if then is not None and loop.has_items and not (loop.after or are_at_hand(iterator_of(frame))):
-            return False
-        if lines:
-            code, names = frame.f_code, frame.f_locals
-            node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, loop.first)
-            is_closed = node is not None and lines <= closed_lines(node, lines, names, frame.f_globals)
-            self.forget_names(frame, names)
-            if not is_closed:
-                return False
-        if then is not None:
-            then()
-        return True
-
     def go_to_largest(self, frame: FrameType | None) -> bool:
         """Let the innermost training loop go on to the largest item that it has left; False if it was asked before.
 
@@ -556,8 +496,7 @@ class LineWatch:
                 if not loop.has_items or place in self._read.asked_for_largest:
                     return False
                 self._read.asked_for_largest.add(place)
-                self._only_for_largest = place
-                self.leave(each.f_code, loop)
+                self.left.leave_with_largest(each.f_code, loop)
                 return True
         return False
 
@@ -599,9 +538,9 @@ class LineWatch:
         self._iterates(code, first)
         if (code, first) in self._read.unread:
             self._read_in(frame, first)
-        loop = next((each for each in self._leaving.get(code, ()) if each.first == first), None)
+        loop = self.left.of(code, first)
         if loop is not None:
-            self._leave_now(frame, loop)
+            self.left.leave_now(frame, loop)
         elif (code, first) in self._skips and frame.f_lineno == self._skips[code, first][1].line:
             self._skip(frame, first)
         elif self.at_head is not None:
@@ -614,76 +553,6 @@ class LineWatch:
         earliest = self._earliest[place] = min(self._earliest.get(place, frame.f_lasti), frame.f_lasti)
         return first != frame.f_lineno and frame.f_lasti > earliest
 
-    def _leave_now(self, frame: FrameType, loop: Loop) -> None:
-        """Jump behind a loop at its line, or take all items away that are left if nothing follows it."""
-        items = iterator_of(frame) if loop.has_items or not loop.after else None
-        if not loop.after and items is None:  # the loop only begins
-            return
-        self._leaving[frame.f_code].remove(loop)
-        is_evaluation = (frame.f_code, loop) in self._if_closed
-        if not self._may_leave(frame, loop):
-            return
-        self.has_passed = True
-        if is_evaluation and self._goes_to_last(frame, loop):
-            return
-        if self._only_for_largest == (frame.f_code, loop.first):
-            self._only_for_largest = None
-            if not makes_items(items):
-                return
-        if loop.has_items and items is not None and self._ends_with_largest(frame, loop, items):
-            return
-        if loop.after:
-            with contextlib.suppress(ValueError):  # a line that cannot be reached from here
-                # By way of a line without blocks: of the several places of a `with` or `for`, Python takes the one
-                # that keeps most of what is left behind, here the loop's iterator.
-                _JUMP(frame, loop.by_way_of)
-                _JUMP(frame, loop.after)
-            return
-        until = time.monotonic() + _SECONDS_TO_LEAVE
-        with self._passing():
-            while time.monotonic() < until and not self.is_cut_short and self._takes(items):
-                pass
-
-    def _goes_to_last(self, frame: FrameType, loop: Loop) -> bool:
-        """Let an evaluation go on to its last iteration if it collects results in lists."""
-        names = frame.f_locals
-        with self._passing():
-            goes = go_to_last(frame, loop, names)
-        self.forget_names(frame, names)
-        return goes
-
-    def _ends_with_largest(self, frame: FrameType, loop: Loop, items: object) -> bool:
-        """Let a loop end after the largest item that is left; False if Python hides its iterator or all are alike."""
-        node = loop_node(frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_code.co_name, loop.first)
-        if not isinstance(node, ast.For):
-            return False
-        names = frame.f_locals
-        played = value_in(node.target, names, frame.f_globals)
-        self.forget_names(frame, names)
-        with self._passing():
-            largest = largest_left(items, played, lambda: self.is_cut_short)
-        if (frame.f_code, loop) in self._differing and not largest.is_of_all:
-            self.changing.append(Frame(frame.f_code.co_filename, loop.first, frame.f_code.co_qualname))
-        return largest.item is not None and replace_iterator(frame, iter([largest.item]))
-
-    @contextlib.contextmanager
-    def _passing(self) -> Iterator[None]:
-        self.is_passing = self.has_passed = True
-        try:
-            yield
-        finally:
-            self.is_passing = False
-            self.after_passing()
-
-    def _takes(self, items: object) -> bool:
-        """Take one item of an iterator away; False if there is none."""
-        try:
-            item = next(items, self)  # type: ignore[call-overload]
-        except FAILURES:  # the script's own, which it raises again where the loop goes on
-            return False
-        self.took(item)
-        return item is not self
-
     def _skip(self, frame: FrameType, first: int) -> None:
         """Pass over iterations of the loop that a function is at."""
         place = code, _ = frame.f_code, first
@@ -692,7 +561,7 @@ class LineWatch:
         if loop.counts and items is None:
             del self._skips[place]
             return
-        with self._passing():
+        with self.taken.passing():
             left = self._lengths.left(place) if (seen := left_of(items)) is None else seen
             takes = partial(self._takes_next, items)
             has_to_run = partial(self._has_to_run, items)
@@ -739,7 +608,7 @@ class LineWatch:
 
     def _takes_next(self, items: object) -> bool:
         """Take an item of a `for` loop away; False if there is none, or no more time."""
-        return not self.is_cut_short and (items is None or self._takes(items))
+        return not self.taken.is_cut_short and (items is None or self.taken.take(items))
 
     def _has_to_run(self, items: object, count: int) -> bool:
         return items is not None and self.has_to_run(items, count)
@@ -764,9 +633,9 @@ class LineWatch:
         items = iterator_of(frame)
         if items is None:
             return
-        with self._passing():
+        with self.taken.passing():
             for _ in range(count):
-                if not self._takes(items):
+                if not self.taken.take(items):
                     break
 
     def _training_iterations(self) -> Iterations:
