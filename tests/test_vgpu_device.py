@@ -320,7 +320,7 @@ raise AssertionError("not ended")
 """)
     found = played(["--gpu", "RTX 3060 12GB", script])
     assert found.outcome == "fits"
-    assert found.stopped_because.startswith("steps 2 to 5 made the same allocations")
+    assert found.stopped_because.startswith("steps 2 to 4 made the same allocations")
 
 
 def test_a_step_in_a_function_leaves_nothing_behind(tmp_path: Path) -> None:

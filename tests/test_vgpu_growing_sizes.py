@@ -270,6 +270,7 @@ def test_a_loop_without_an_end_is_left(tmp_path: Path) -> None:
     assert found["steps"] < 200
 
 
+@pytest.mark.slow
 def test_lines_that_a_setting_keeps_out_are_not_named_at_a_time_limit(tmp_path: Path) -> None:
     found = played(CLOSED, tmp_path, "--timeout", "4")
     code = (MODEL + CLOSED).splitlines()
