@@ -34,7 +34,7 @@ from tightfit.vgpu.operations import (
 )
 from tightfit.vgpu.plain_branches import ENDS
 from tightfit.vgpu.pure_functions import is_pure
-from tightfit.vgpu.read_calls import NotReadError, body_of, bound, is_question, returned
+from tightfit.vgpu.read_calls import body_of, bound, is_question, returned
 
 INNER = "tightfit.inner"
 """Begins the names, which no script can have, of counters of loops within a loop that is followed."""
@@ -253,18 +253,15 @@ class Reader:
 
     def _read(self, function: FunctionType, arguments: list[object], options: dict[str, object]) -> object:
         """Return what a short function returns, of its source. UnknownError if it may do more, or may count."""
-        body, names = body_of(function), bound(function, arguments, options)
-        if body is None or names is None or self._depth >= _DEPTH:
+        if self._depth >= _DEPTH:
             raise UnknownError
+        body, names = body_of(function), bound(function, arguments, options)
         others = function.__globals__
 
         def evaluate(value: ast.expr, variables: Mapping[str, object]) -> object:
             return Reader(variables, others, self._unsure, self._depth + 1).value(value)
 
-        try:
-            return returned(body, names, evaluate)
-        except NotReadError:
-            raise UnknownError from None
+        return returned(body, names, evaluate)
 
     def _length(self, node: ast.expr, of: object) -> object:
         text = ast.unparse(node)

@@ -76,7 +76,7 @@ class InlinedLoop:
     def missing(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
         """Lines that may allocate in these functions, behind conditions of the counters or of chance, and never ran."""
         lines = self.lines_of(ran)
-        stored = {ast.unparse(each) for each in _targets(self.node)}
+        stored = _stored_in(self.node)
         found = set[int]()
         for branch in self.put_in:
             if _reads(branch.test, stored) or any(map(is_chance, ast.walk(branch.test))):
@@ -158,9 +158,11 @@ class ReadLoops:
 
 def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object]) -> InlinedLoop:
     """Put functions in for their calls in the loop at `node` of a function with these global `names`."""
-    made = _inlined(node, look, code, names, {ast.unparse(each) for each in _targets(node)})
-    stored = {ast.unparse(each) for each in _targets(made.node)}
-    return _inlined(node, look, code, names, stored)
+    own = _stored_in(node)
+    made = _inlined(node, look, code, names, own)
+    stored = _stored_in(made.node)
+    by_functions = any(not each.startswith(WATCHED) for each in stored - own)
+    return _inlined(node, look, code, names, stored) if by_functions else made
 
 
 def _inlined(
@@ -177,6 +179,11 @@ def _inlined(
     ast.copy_location(made.node, node)
     builder.count_tests()
     return made
+
+
+def _stored_in(node: ast.For | ast.While) -> set[str]:
+    """Return the names, attributes and items that a loop assigns, by their text."""
+    return {ast.unparse(each) for each in _targets(node)}
 
 
 def _targets(node: ast.For | ast.While) -> Iterator[ast.expr]:
@@ -272,7 +279,7 @@ class _Builder:
 
     def count_tests(self) -> None:
         """Count the conditions that may change among the watched expressions."""
-        stored = {ast.unparse(each) for each in _targets(self._made.node)}
+        stored = _stored_in(self._made.node)
         self._made.watches += sum(_reads(test, stored) for test in self._tests)
 
     def statements(self, block: Sequence[ast.stmt], scope: _Scope, depth: int) -> list[ast.stmt]:

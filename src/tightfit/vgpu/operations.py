@@ -19,8 +19,7 @@ PLAIN = (
     *(int, float, str, bool, type(None), tuple, list, set, frozenset, dict, range),
     *(slice, type, enum.Enum, torch.dtype, torch.device),
 )
-
-
+"""Kinds of values whose operators run nothing of a script and no kernel."""
 NUMBERS = (int, float, str, type(None))
 """Kinds of values that count, or that conditions compare."""
 

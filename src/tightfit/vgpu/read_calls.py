@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 
 from tightfit.vgpu.loop_source import function_nodes
+from tightfit.vgpu.operations import UnknownError
+from tightfit.vgpu.running_loops import SUSPENDS
 
 _QUESTIONS = {
     "bisect": ("bisect", "bisect_left", "bisect_right"),
@@ -45,33 +47,25 @@ def is_question(function: object) -> bool:
     )
 
 
-class NotReadError(Exception):
-    """A function that does more than choose and return a value."""
-
-
-def body_of(function: FunctionType) -> Sequence[ast.stmt] | None:
-    """Return the source of a short function; None if it cannot be told, or is long."""
+def body_of(function: FunctionType) -> Sequence[ast.stmt]:
+    """Return the source of a short function. UnknownError if it cannot be told, or is long."""
     code = function.__code__
-    nodes = [] if code.co_flags & _SUSPENDS else function_nodes(code.co_filename, code.co_firstlineno, code.co_name)
+    nodes = [] if code.co_flags & SUSPENDS else function_nodes(code.co_filename, code.co_firstlineno, code.co_name)
     if len(nodes) != 1:
-        return None
+        raise UnknownError
     body = nodes[0].body
     statements = body if isinstance(body, list) else [ast.Return(body)]
-    is_short = sum(isinstance(each, ast.stmt) for part in statements for each in ast.walk(part)) <= _LONGEST
-    return statements if is_short else None
+    if sum(isinstance(each, ast.stmt) for part in statements for each in ast.walk(part)) > _LONGEST:
+        raise UnknownError
+    return statements
 
 
-_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-def bound(
-    function: FunctionType, arguments: Sequence[object], options: Mapping[str, object]
-) -> dict[str, object] | None:
-    """Return the values of a function's parameters and outer variables in a call; None if they do not fit."""
+def bound(function: FunctionType, arguments: Sequence[object], options: Mapping[str, object]) -> dict[str, object]:
+    """Return the values of a function's parameters and outer variables in a call. UnknownError if they do not fit."""
     try:
         given = inspect.signature(function, follow_wrapped=False).bind(*arguments, **options)
     except (TypeError, ValueError):
-        return None
+        raise UnknownError from None
     given.apply_defaults()
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {**{name: cell.cell_contents for name, cell in cells if _is_set(cell)}, **given.arguments}
@@ -86,7 +80,7 @@ def _is_set(cell: object) -> bool:
 
 
 def returned(body: Sequence[ast.stmt], names: dict[str, object], evaluate: Evaluate) -> object:
-    """Return what a function returns. NotReadError if it does more, or whatever `evaluate` raises."""
+    """Return what a function returns. UnknownError if it does more than choose and return it."""
     found = _run(body, names, evaluate)
     return None if found is _GOES_ON else found
 
@@ -110,5 +104,5 @@ def _run(block: Sequence[ast.stmt], names: dict[str, object], evaluate: Evaluate
             case ast.Expr(value=ast.Constant()) | ast.Pass():
                 pass
             case _:
-                raise NotReadError
+                raise UnknownError
     return _GOES_ON

@@ -132,7 +132,7 @@ class Extremes:
 
     def __init__(self, ran: Iterable[object], *, takes_first: bool = False) -> None:
         """`ran` are its values in iterations that ran. `takes_first`: without any, the first one ahead counts."""
-        self._takes_first = False
+        self._takes_first = takes_first
         self._largest: object = None
         self._smallest: object = None
         self._at: dict[bool, int] = {}
@@ -140,7 +140,6 @@ class Extremes:
         for value in ran:
             self.note(value, -1)
         self._at.clear()
-        self._takes_first = takes_first
 
     def note(self, value: object, number: int) -> None:
         """Take the value in an iteration; those that cannot be compared count as alike."""
