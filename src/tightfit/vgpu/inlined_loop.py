@@ -322,9 +322,9 @@ class _Builder:
         return [*before, *self._kept(statement, scope, depth)]
 
     def _asked(self, test: ast.expr, scope: _Scope, depth: int) -> tuple[list[ast.stmt], ast.expr]:
-        """Return what a function that a condition calls first does before it returns, and the condition.
+        """Return the counts of a function that a condition calls first, and the condition with its result put in.
 
-        A function that counts its calls, `self.calls += 1`, and returns if one is due.
+        Such a function counts its calls, `self.calls += 1`, and tells if one is due.
         """
         value = self.translated(test, scope, depth)
         call = _first_call(value)

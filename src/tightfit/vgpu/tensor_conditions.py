@@ -1,4 +1,4 @@
-"""Conditions that a tensor's values or the time decide: however long a play goes on, they come out as before."""
+"""Conditions on a tensor's values or on the time: in a play they always come out as before."""
 
 import ast
 from collections.abc import Callable

@@ -443,7 +443,7 @@ class LineWatch:
         return self._ran.knows_steps()
 
     def rare_of(self, sought: Sought) -> Sought:
-        """Return those of the lines, and of others in the loop that ran, that no step or iteration noted always ran."""
+        """Return the lines that run seldom: not in each step noted, nor in each iteration. Also others of that loop."""
         made, code = self._read.loops[sought.code, sought.loop.first], sought.code
         often = (made.lines_of(self._ran.in_each) | self._ran.in_each(code)) - self._with_bodies(code, made)
         behind = lines_in_reach(made.node, {abs(first) for first, _ in allocating_lines(made.node.body)}, of_inner=True)
