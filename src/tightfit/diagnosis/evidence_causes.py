@@ -26,6 +26,7 @@ from tightfit.diagnosis.failing_line import feeds_back, line_before_message
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.diagnosis.purpose import TRAINING
+from tightfit.diagnosis.usual_models import printed_name
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room
 from tightfit.units import MIB
@@ -200,13 +201,30 @@ def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | 
     return "tensor_not_told" if evidence.framework == "nanogpt" or evidence.is_bare else "tensor_not_told_elsewhere"
 
 
+_CLASS_OF_MODEL = re.compile(r"\b([A-Z]\w{1,30}?)(?:DecoderLayer|ForCausalLM|ForConditionalGeneration|LMHeadModel)\b")
+
+
+def _classes_in(text: str) -> tuple[str, ...]:
+    """Return the families of models whose classes a report names, in small letters.
+
+    >>> _classes_in("--fsdp_transformer_layer_cls_to_wrap 'OPTDecoderLayer', AutoModelForCausalLM")
+    ('opt',)
+    """
+    return tuple(dict.fromkeys(name.lower() for name in _CLASS_OF_MODEL.findall(text) if name != "AutoModel"))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(filter(str.isalnum, text.lower()))
+
+
 def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
     """Yield tensors that have the request's size, where the log shows their kind."""
     run, fits, tokens = evidence.run, evidence.fits, evidence.tokens
+    classes = _classes_in(run.text)
     weights = tuple(
         SizedWeight(shape=fit.shape, dtype=fit.dtype, bytes=fit.bytes, models=", ".join(fit.models[:_SHOWN_MODELS]))
         for fit in fits
-        if fit.tensor == "weight"
+        if fit.tensor == "weight" and (not classes or any(map(_squeezed(" ".join(fit.models)).startswith, classes)))
     )
     is_other = _OF_PICTURES.search(run.tensor_name or "") or (evidence.model is None and _OF_OTHERS.search(run.text))
     if weights and not evidence.is_complete and not is_other:
@@ -221,7 +239,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
             label=COMPUTED,
             requested_bytes=requested,
             parameters=model.parameters,
-            of=_name(model.name),
+            of=_name(printed_name(model, run)),
             shares=shares,
         )
     if tokens and evidence.vocabulary:
@@ -230,7 +248,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
             label=COMPUTED,
             requested_bytes=requested,
             vocab_size=evidence.vocabulary,
-            of=_name(model.name if model else run.framework or ""),
+            of=_name(printed_name(model, run) if model else run.framework or ""),
             float_tokens=tokens[0],
             half_tokens=tokens[1],
         )

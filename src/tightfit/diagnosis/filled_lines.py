@@ -42,6 +42,7 @@ def values_to_fill(evidence: Evidence, parts: Divided) -> dict[str, int | str]:
         "share": _lower_share(evidence.run.text),
         "half": length // 2 if length else "HALF",
         "model_class": _model_class(evidence.run),
+        "smaller": smaller_size(evidence.run.text) or "MODEL",
     }
 
 
@@ -59,6 +60,24 @@ def _lower_share(text: str) -> str:
     """
     printed = [float(each) for each in _SHARE.findall(text)]
     return f"{max(_LEAST_SHARE, min([_USUAL_SHARE, *(each - _STEP for each in printed)])):.2g}"
+
+
+_SIZED = re.compile(r"\b(yolo(?:v?\d{1,2}))([nsmlx])(u?(?:6|-seg|-pose|-obb|-cls)?)\.(?:pt|yaml)\b")
+_SIZES = "nsmlx"
+"""Letters of YOLO's models, the smallest first; YOLOv5 and later have them all."""
+
+
+def smaller_size(text: str) -> str | None:
+    """Return the next smaller model of the one that a report of YOLO names last; None for the smallest, or none.
+
+    >>> smaller_size('YOLO("yolov8m.pt")'), smaller_size("yolo11n.pt")
+    ('yolov8s.pt', None)
+    """
+    named = _SIZED.findall(text)
+    if not named or named[-1][1] == _SIZES[0]:
+        return None
+    family, letter, kind = named[-1]
+    return f"{family}{_SIZES[_SIZES.index(letter) - 1]}{kind}.pt"
 
 
 _CLASSES = {
@@ -92,8 +111,9 @@ def own_option(code: str, evidence: Evidence, parts: Divided) -> Pasted | None:
         return Pasted(lines=(f"{fsdp[1]}full_shard offload{fsdp[2]}",))
     is_of_script = program in programs("libraries") and (code in _BY_SCRIPTS or _is_of_command(code, evidence))
     if program is not None and has_own(code, program) and not is_of_script:
-        printed = () if code in _IN_PARTS or not has_fixed_lines(code, program) else options_of(code, evidence.run.text)
-        return Pasted(lines=printed) if printed else None
+        printed = () if code in _IN_PARTS else options_of(code, evidence.run.text)
+        is_fitting = bool(printed) and (has_fixed_lines(code, program) or printed[0].startswith("--"))
+        return Pasted(lines=printed) if is_fitting else None
     names, (_, size, passes) = evidence.run.names, parts
     if code == "less_at_once" and size is not None and "batch_size" in names:
         parts_of_items = [each for each in options_of(code, evidence.run.text) if not re.search(r"\D1$", each)]

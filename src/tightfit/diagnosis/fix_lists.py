@@ -60,6 +60,10 @@ def _fitting(case: Case) -> list[str]:
     if is_filled_by_library(facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
+    if case.is_of("sized_models"):
+        codes.sort(key=lambda code: code == "smaller_model")
+    if case.has_sign("float32") and evidence.infers:
+        codes = ["smaller_weights", *codes]
     if case.has_sign("growing") or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes

@@ -12,6 +12,7 @@ from tightfit.diagnosis.cause_records import COMPUTED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import accumulation, divided, own_option, values_to_fill
 from tightfit.diagnosis.framework_words import Pasted, pasted, programs
+from tightfit.diagnosis.named_card import is_before_ampere
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy, Resized
 from tightfit.diagnosis.report_words import inputs_of, shows
 from tightfit.oomlog.facts import Facts
@@ -41,11 +42,15 @@ def words_of(code: str, evidence: Evidence) -> Pasted | None:
     return own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
 
 
+_ACROSS_BATCH = ("batch_norm", "pairs_in_batch")
+"""Subjects of reports of models whose samples of a batch depend on each other."""
+
+
 def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     """Return a remedy in the words for this run."""
     words = _reworded(code, words_of(code, evidence), facts, evidence)
     effect = applicability(code)
-    if code == "split_general" and shows(evidence.run.text, "subject.batch_norm"):
+    if code == "split_general" and any(shows(evidence.run.text, f"subject.{each}") for each in _ACROSS_BATCH):
         effect = "changes_result"
     named = inputs_of(evidence) if code == "smaller_inputs" and not words else code
     remedy = Remedy(
@@ -149,6 +154,58 @@ def _beside_others(line: str, facts: Facts, evidence: Evidence) -> str:
     return line if is_shell else f"LLM(..., gpu_memory_utilization={line.rpartition(' ')[2]})"
 
 
+_OLD_TORCH = ("T0", "T1", "T2", "T3")
+"""Messages of PyTorch up to 2.0, which has no 8-bit floating point numbers."""
+_TRANSFORMERS = re.compile(r"(?i:\btransformers\W{0,4}(?:version)?\W{0,4})v?(\d)\.(\d{1,2})\.\d")
+_FIRST_WITH = {"attn_implementation": (4, 36)}
+"""Arguments of Transformers, and the first version that takes them."""
+_OLD_PYTHON = re.compile(r"[/\\]lib[/\\]python3\.[5-7][/\\]")
+"""A Python whose last Transformers is 4.30."""
+
+
+def _with_its_version(line: str, facts: Facts, evidence: Evidence) -> str:
+    """Return a line with the version that it needs, if the report shows an older one."""
+    if "--fp8_base" in line and facts.torch_format in _OLD_TORCH:
+        return f"{line}  # PyTorch 2.1 or later"
+    named = next((name for name in _FIRST_WITH if name in line), None)
+    if named is None:
+        return line
+    printed, first = _TRANSFORMERS.search(evidence.run.text), _FIRST_WITH[named]
+    older = printed is not None and (int(printed[1]), int(printed[2])) < first
+    if older or (printed is None and _OLD_PYTHON.search(evidence.run.text)):
+        return f"{line}  # Transformers {first[0]}.{first[1]} or later"
+    return line
+
+
+_WITHOUT_BF16 = (
+    ("autocast('cuda', dtype=torch.bfloat16):", "autocast('cuda', dtype=torch.float16):  # in training: GradScaler"),
+    ("bf16=True  # fp16=True before Ampere", "fp16=True"),
+    ("torch.bfloat16", "torch.float16"),
+    ("mixed_precision=bf16", "mixed_precision=fp16"),
+    ("mixed_precision bf16", "mixed_precision fp16"),
+    ('"bf16"', '"fp16"'),
+    ("bf16: true", "fp16: true"),
+    ("bf16-", "16-"),
+    ("--quantization fp8", "--quantization bitsandbytes"),
+)
+"""Words for numbers that cards before Ampere do not have, and what they take instead."""
+
+
+def _before_ampere(line: str) -> str:
+    for newer, older in _WITHOUT_BF16:
+        line = line.replace(newer, older)
+    return line
+
+
+_SMALL_CARD = 5 * GIB
+
+
+def _for_small_card(line: str, facts: Facts, evidence: Evidence) -> str:
+    """Return a line with the stronger switch of a program, for a card of 4 GB or a run that has the weaker one."""
+    is_small = facts.total_bytes is not None and facts.total_bytes < _SMALL_CARD
+    return line.replace("--medvram", "--lowvram") if is_small or "--medvram" in evidence.run.text else line
+
+
 class _Change(NamedTuple):
     """A change of a remedy's lines that some runs need."""
 
@@ -159,6 +216,7 @@ class _Change(NamedTuple):
     """Returns a line, changed."""
 
 
+_BATCH_BY_NUMBER = "4  # a number instead of -1, which a short test chooses"
 _CHANGES = (
     _Change(
         ("shard", "offload"),
@@ -171,6 +229,18 @@ _CHANGES = (
             evidence.framework in programs("options_in_files") and shows(evidence.run.text, "switches.by_options")
         ),
         lambda line, facts, evidence: _KEY.sub(r"--\1 \2", line),
+    ),
+    _Change(
+        ("split_general",),
+        lambda evidence: shows(evidence.run.text, "switches.batch_measured"),
+        lambda line, facts, evidence: line.replace("BATCH/4", _BATCH_BY_NUMBER),
+    ),
+    _Change((), lambda evidence: True, _with_its_version),
+    _Change(("offload",), lambda evidence: True, _for_small_card),
+    _Change(
+        ("half_precision", "smaller_weights", "qlora", "quantized_weights"),
+        lambda evidence: is_before_ampere(evidence.run.text),
+        lambda line, facts, evidence: _before_ampere(line),
     ),
     _Change(("share_of_card",), lambda evidence: True, _beside_others),
 )

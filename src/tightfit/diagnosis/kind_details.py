@@ -6,7 +6,7 @@ import re
 import msgspec
 
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
-from tightfit.diagnosis.usual_models import model_of
+from tightfit.diagnosis.usual_models import model_of, printed_name
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.run_facts import RunFacts
@@ -74,6 +74,7 @@ _OF_THE_RUN = {
     "computing",
     "at_once",
     "large_request",
+    "printed_context",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -88,6 +89,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
             facts = msgspec.structs.replace(facts, kind=each.becomes, details={**told, **facts.details})
         if each.name:
             facts = _with(facts, each.name)
+    if (context := _CONTEXT.findall(run.text)) and {"llama_kv", "llama_host_kv"} & facts.details.keys():
+        facts = _with(facts, "printed_context", f"{int(context[-1]):,}")
     if facts.kind == "vllm_no_cache_blocks":
         return _of_vllm(facts, run)
     if facts.kind in _TOLD_BY_PEOPLE:
@@ -105,6 +108,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
 
 
+_CONTEXT = re.compile(r"\bn_ctx(?:_per_seq)? *= *(\d{3,8})\b")
+"""The context that llama.cpp prints."""
 _LACK = re.compile(
     r"out[ -]of[ -](?:\w+ )?memory|(?<![A-Za-z])OOM(?![A-Za-z])|OutOfMemory|\bout of (?:v?ram|cuda)\b"
     r"|显存|内存不足|メモリ(?:ー)?(?:が)?(?:不足|足り)",
@@ -118,7 +123,8 @@ _TOLD = {
         re.IGNORECASE,
     ),
     "eval": re.compile(
-        rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|testing)\b(?! (?:set|data|images?|split)\b)"
+        rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|testing)\b"
+        r"(?! (?:set|data|images?|split)\b|\.py\b)"
         r"|\bval(?:idation)? (?:occupies|takes|uses|needs|consumes)\b"
         r"|\beval(?:uation)?[ _](?:period|interval|steps|strategy)\b"
         r"|^[#\s]*(?:testing|validation|evaluation)\b|(?:验证|评估|评测|eval)(?:阶段|时|过程)|検証(?:中|時)|評価(?:中|時)",
@@ -134,7 +140,13 @@ _TOLD = {
     ),
 }
 """A person's words for the phase in which memory ran out, in the sentence that tells of it."""
-_ERROR = re.compile(r"\b(?:the|this) error (?:occurs|happens|appears|comes)\b", re.IGNORECASE)
+_ERROR = re.compile(
+    r"\b(?:the|this|that|same) (?:error|problem) (?:\w+ )?(?:occurs|happens|appears|comes)\b"
+    r"|\b(?:encounter|get|got|getting|face|facing|hit|have|report) (?:this|the same|that|an|the) (?:error|problem)\b",
+    re.IGNORECASE,
+)
+_OF_ERROR = ("setup", "eval", "save", "resume")
+"""Phases that count in a sentence on the error, which names no memory."""
 _SENTENCE_ENDS = re.compile(r"(?<=[^\d])[.!?。！？](?=\s|$)|\n")
 _LOADS_ON = re.compile(r"Loading (?:safetensors )?(?:checkpoint|pipeline) (?:shards|components): +(?!100%)\d{1,2}%")
 
@@ -146,14 +158,17 @@ def _with_phase(facts: Facts, run: RunFacts) -> Facts:
     if _LOADS_ON.search(run.text):
         return msgspec.structs.replace(facts, phase="load")
     for sentence in _SENTENCE_ENDS.split(run.text[:_REPORT]):
-        if not _LACK.search(sentence):
-            if _ERROR.search(sentence) and _TOLD["setup"].search(sentence):
-                return _with(msgspec.structs.replace(facts, phase="setup"), "told_phase")
-            continue
-        told = next((phase for phase, words in _TOLD.items() if words.search(sentence)), None)
+        told = next((phase for phase in _phases_for(sentence) if _TOLD[phase].search(sentence)), None)
         if told is not None:
             return _with(msgspec.structs.replace(facts, phase=told), "told_phase")
     return facts
+
+
+def _phases_for(sentence: str) -> tuple[str, ...]:
+    """Return the phases that count in a sentence: all on a lack of memory, some on the error."""
+    if _LACK.search(sentence):
+        return tuple(_TOLD)
+    return _OF_ERROR if _ERROR.search(sentence) else ()
 
 
 _REPORT = 8000
@@ -173,7 +188,11 @@ def _of_vllm(facts: Facts, run: RunFacts) -> Facts:
     model = model_of(run)
     is_half = not run.signs & {"quantized_4", "quantized_8", "spread"}
     if model is not None and model.parameters and is_half:
-        facts = _with(_with(facts, "weights_of", model.name), "weights_size", f"{2 * model.parameters / GIB:.1f} GiB")
+        facts = _with(
+            _with(facts, "weights_of", printed_name(model, run)),
+            "weights_size",
+            f"{2 * model.parameters / GIB:.1f} GiB",
+        )
     return facts
 
 

@@ -6,14 +6,14 @@ import msgspec
 
 from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.purpose import TRAINING
-from tightfit.diagnosis.usual_models import Model
+from tightfit.diagnosis.usual_models import Model, printed_name
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.units import GIB
 
-_WEIGHT, _QUANTIZED = 2.0, 0.5
-"""Bytes of a parameter in 16 bits, and in 4 bits."""
+_WHOLE, _WEIGHT, _QUANTIZED = 4.0, 2.0, 0.5
+"""Bytes of a parameter in 32 bits, in 16 bits, and in 4 bits."""
 _LEAST_STATE, _MOST_STATE = 8, 16
 """Bytes of a parameter in training with AdamW: 2 (weight) + 2 (gradient) + 2 + 2 (moments), all in 16 bits, up to
 2 + 2 + 4 (float32 master) + 4 + 4, which is also 4 + 4 + 4 + 4 in float32."""
@@ -136,7 +136,8 @@ def _stored(run: RunFacts) -> float:
     """Return the bytes of a parameter in the format that the log names; 16 bits where it names none."""
     if bits := _BITS.search(run.text):
         return float(".".join(each for each in (bits[1] or bits[3], bits[2]) if each)) / 8
-    return _QUANTIZED if "quantized_4" in run.signs else 1.0 if "quantized_8" in run.signs else _WEIGHT
+    whole = _WHOLE if "float32" in run.signs else _WEIGHT
+    return _QUANTIZED if "quantized_4" in run.signs else 1.0 if "quantized_8" in run.signs else whole
 
 
 def _trains(facts: Facts, run: RunFacts, size: int) -> bool:
@@ -170,7 +171,7 @@ def _budget(
     of_all = stage == 3 or "full_shard" in run.signs
     ranks = world if divides and of_all and world else 1
     return Budget(
-        model=model.name,
+        model=printed_name(model, run),
         parameters=parameters,
         low_bytes=round(parameters * low / ranks),
         high_bytes=round(parameters * high / ranks),

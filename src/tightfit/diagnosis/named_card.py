@@ -35,6 +35,24 @@ def bytes_in_words(text: str) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+_BEFORE_AMPERE = re.compile(
+    r"\b(?:T4|V100|P100|P40|K80|K40|M40|M60|RTX ?20[5678]0|20[678]0 ?(?:[Tt][Ii]|SUPER|Super)|1[06][35678]0 ?[Tt][Ii]"
+    r"|(?:GTX|gtx) ?(?:[679]\d0|1[06]\d0)|(?:Quadro|QUADRO|TITAN) RTX)\b"
+)
+_SINCE_AMPERE = re.compile(
+    r"\b(?:[AHBL]\d{2,3}[0SG]?|A10G?|L4|L40S?|[AR]TX ?A?[3-6]\d{3}|[345]0[5-9]0|RTX ?[3-6]0\d0|RTX (?:PRO|A)\w*)\b"
+)
+
+
+def is_before_ampere(text: str) -> bool:
+    """Return True if all cards that a text names are too old for bfloat16 and 8-bit floating point numbers.
+
+    >>> is_before_ampere("on a 2080Ti"), is_before_ampere("on a T4, then on an RTX 3060"), is_before_ampere("my GPU")
+    (True, False, False)
+    """
+    return bool(_BEFORE_AMPERE.search(text)) and not _SINCE_AMPERE.search(text)
+
+
 def least_bytes_in_words(text: str) -> int | None:
     """Return the memory of the smallest card that a text names; None if it names no known card.
 

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tightfit.diagnosis.failure_case import Case
+from tightfit.diagnosis.filled_lines import smaller_size
 from tightfit.diagnosis.fix_words import words_of
+from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
+from tightfit.units import GIB
 
 
 class _Rule(NamedTuple):
@@ -71,6 +74,11 @@ def _is_oversized_without_attention(case: Case) -> bool:
     return case.is_oversized and case.evidence.grows != "attention" and not case.may_attend
 
 
+def _is_without_fused_attention(case: Case) -> bool:
+    """Return True for a family of Transformers' models whose attention has no fused kernel."""
+    return case.run.family in programs("without_fused_attention")
+
+
 def _needs_gradients(case: Case) -> bool:
     evidence = case.evidence
     return not (evidence.infers or evidence.is_of_unknown_purpose or case.facts.phase in ("eval", "sample"))
@@ -90,6 +98,10 @@ def _is_in_half(case: Case) -> bool:
     shape, dtype = case.evidence.shape, case.run.texts.get("dtype", "")
     is_tensor_half = shape is not None and shape.dtype in _HALF
     return case.has_sign("half") or is_tensor_half or any(word in dtype for word in _WORDS_OF_HALF)
+
+
+def _halves(case: Case) -> bool:
+    return case.is_of("half_always") and not case.shows("switches.half_off")
 
 
 def _would_embed_in_half(case: Case) -> bool:
@@ -120,6 +132,16 @@ def _has_little_to_move(case: Case) -> bool:
     return not (case.has_large_state or case.evidence.infers or case.has_own("offload"))
 
 
+def _swaps_no_blocks(case: Case) -> bool:
+    return case.is_of("trainers_of_one") and not case.shows("subject.swapped_blocks")
+
+
+def _keeps_its_precision(case: Case) -> bool:
+    """Return True for a training, unless its program stores weights that it does not train in the batch's precision."""
+    trains = case.evidence.trains or case.evidence.purpose == TRAINING
+    return trains and (not case.is_of("half_frozen") or _is_in_half(case))
+
+
 def _has_no_server(case: Case) -> bool:
     return case.is_of("with_servers") and not case.shows("subject.vllm_or_sglang")
 
@@ -137,6 +159,11 @@ def _has_encoders_to_train(case: Case) -> bool:
     return not (case.shows("subject.adapters") and case.shows("subject.cached_encoders"))
 
 
+def _freezes_encoders(case: Case) -> bool:
+    """Return True where text encoders are not trained, or better leave the card."""
+    return case.shows("switches.encoders_frozen") or not _has_encoders_to_train(case)
+
+
 def _trains_without_quantizer(case: Case) -> bool:
     return case.evidence.trains and not case.has_own("quantized_weights")
 
@@ -145,6 +172,17 @@ def _has_small_weights(case: Case) -> bool:
     """Return True for quantised weights, and for a program that uses a model in half precision."""
     is_quantized = case.has_sign("qlora", "four_bit", "quantized_4", "quantized_8")
     return is_quantized or (case.has_sign("half") and case.evidence.infers)
+
+
+def _serves_in_half(case: Case) -> bool:
+    return case.program == "vllm" and not case.has_sign("float32")
+
+
+def _has_other_state(case: Case) -> bool:
+    """Return True for an optimizer with less state than Adam's, or one that a switch for it leaves in place."""
+    words = words_of("optimizer_8bit", case.evidence)
+    is_switch = words is not None and "--use_8bit_adam" in words.lines
+    return case.shows("subject.other_optimizer") or (is_switch and case.shows("subject.own_optimizer"))
 
 
 def _may_have_no_weights(case: Case) -> bool:
@@ -156,6 +194,17 @@ def _has_one_model(case: Case) -> bool:
     """Return True unless the program has words for another model, or uses one that the user chose."""
     uses_own = case.evidence.infers and (case.is_too_large or case.program is None)
     return not uses_own and not case.has_own("smaller_model")
+
+
+_SMALL_CARD = 6.5 * GIB
+
+
+def _has_other_size(case: Case) -> bool:
+    """Return True for models of several sizes, unless neither the batch nor the card leaves much else."""
+    if not case.is_of("sized_models"):
+        return False
+    is_last = case.evidence.batch_is_one or 0 < (case.facts.total_bytes or 0) < _SMALL_CARD
+    return not is_last or smaller_size(case.run.text) is None
 
 
 def _may_train_nothing(case: Case) -> bool:
@@ -188,6 +237,7 @@ _OF_THE_PASS = (
     _Rule("checkpointing_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
     _Rule("fused_kernel", "the line is of something else", lambda case: not case.is_attentions_output),
     _Rule("fused_attention", "it is on", lambda case: case.has_sign("flash") or case.is_attentions_output),
+    _Rule("fused_attention", "the model has none", _is_without_fused_attention),
     _Rule("fused_attention", "scores are small", lambda case: case.has_small_scores and not case.is_oversized),
     _Rule("fused_attention", "the pairs are not of attention", lambda case: case.evidence.grows == "pairs"),
     _Rule("fused_attention", "nothing shows attention", _is_oversized_without_attention),
@@ -198,6 +248,7 @@ _OF_THE_PASS = (
     _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),
     _Rule("chunked_general", "the program's own loss is in chunks", lambda case: case.is_of("chunked_loss")),
     _Rule("half_precision", "it is on", _is_in_half),
+    _Rule("half_precision", "the program does it by itself", _halves),
     _Rule("half_precision", "PyTorch is too old", lambda case: case.is_before("half_precision")),
     _Rule("half_precision", "its words are for a training", _would_embed_in_half),
     _Rule("pairs_in_parts", "there are no pairs", lambda case: case.evidence.grows != "pairs"),
@@ -210,6 +261,7 @@ _OF_THE_MODEL = (
     _Rule("offload", "nothing can be moved", _has_no_offload),
     _Rule("offload", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized and not case.evidence.infers),
     _Rule("offload", "Unsloth does it by itself", lambda case: case.evidence.trains and case.program == "unsloth"),
+    _Rule("offload", "the model's blocks cannot be swapped", _swaps_no_blocks),
     _Rule("offload", "the state is small", _has_little_to_move),
     _Rule("save_from_host", "one process saves", lambda case: case.evidence.is_of_one_process),
     _Rule("save_sharded", "one process saves", lambda case: case.evidence.is_of_one_process),
@@ -227,6 +279,7 @@ _OF_THE_MODEL = (
     _Rule("lora", "adapters are trained already", lambda case: case.adapts or case.trains_part),
     _Rule("lora", "PyTorch is older than PEFT", lambda case: case.is_before("lora")),
     _Rule("text_encoder_first", "the text encoders stay", _has_encoders_to_train),
+    _Rule("encoders_frozen", "they are, or can be cached", _freezes_encoders),
     _Rule("shard_quantized", "the weights are not in 4 bits", lambda case: not case.adapts_quantized),
     _Rule("shard_quantized", "nothing is trained", lambda case: case.evidence.infers),
     _Rule("shard_quantized", "there is one card", _has_one_card),
@@ -235,9 +288,17 @@ _OF_THE_MODEL = (
     _Rule("qlora", "PyTorch is older than PEFT", lambda case: case.is_before("qlora")),
     _Rule("quantized_weights", "they are", lambda case: case.has_sign("qlora", "four_bit", "quantized_4")),
     _Rule("quantized_weights", "a training needs words for it", _trains_without_quantizer),
+    _Rule("smaller_weights", "a training needs its precision", _keeps_its_precision),
+    _Rule(
+        "smaller_weights",
+        "a server keeps 16 bits by itself",
+        _serves_in_half,
+    ),
     _Rule("smaller_weights", "they are small", _has_small_weights),
     _Rule("smaller_weights", "the weights are not the user's", _may_have_no_weights),
     _Rule("smaller_model", "the program has one model", _has_one_model),
+    _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", _has_other_size),
+    _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
     _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),
     _Rule("shard", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized),
     _Rule("shard", "Unsloth is for one card", lambda case: case.program == "unsloth"),
@@ -246,6 +307,8 @@ _OF_THE_MODEL = (
     _Rule("shard", "nothing is trained", _may_train_nothing),
     _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
     _Rule("optimizer_8bit", "it is on", lambda case: "8bit" in case.run.texts.get("optimizer", "").lower()),
+    _Rule("optimizer_8bit", "it is on", lambda case: case.shows("switches.adam_8bit")),
+    _Rule("optimizer_8bit", "its state is not Adam's", _has_other_state),
     _Rule("optimizer_8bit", "the state is small", lambda case: not case.has_large_state),
 )
 """Remedies of weights and optimizer state."""

@@ -49,6 +49,7 @@ def _of_frames(frames: Sequence[TraceFrame]) -> str | None:
         if frame.is_library and "transformers/trainer" not in frame.file and "lightning" not in frame.file:
             continue
         found = _only("frames", f"{frame.file}:{frame.function.rsplit('.', 1)[-1]}".replace("\\", "/"))
+        found = found or _only("calls", frame.source or "")
         if found:
             return found
     return None

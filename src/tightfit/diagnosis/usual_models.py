@@ -145,6 +145,28 @@ def named_in(text: str) -> Iterator[Model]:
             yield model
 
 
+def printed_name(model: Model, run: RunFacts) -> str:
+    """Return a model's name, as the run prints it where that is another one of the same sizes.
+
+    >>> printed_name(next(named_in("Qwen2-7B-Instruct")), RunFacts(text="serve Qwen/Qwen2-7B-Instruct"))
+    'Qwen2-7B'
+    """
+    pattern = next((each for each, known in usual_models() if known.name == model.name), None)
+    text = f"{run.texts.get('model', '')}\n{run.text}"
+    joined = _SEPARATORS.sub("-", text.lower())
+    match = pattern.search(joined) if pattern else None
+    if match is None:
+        return model.name
+    words = r"[^A-Za-z0-9\n]{0,3}".join(map(re.escape, filter(None, match[0].split("-"))))
+    printed = re.search(words, text, re.IGNORECASE)
+    is_same = printed is None or _plain(printed[0]) == _plain(model.name)
+    return model.name if printed is None or is_same else printed[0]
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 def _printed(run: RunFacts) -> Model | None:
     """Return a model of the sizes that the log prints."""
     numbers = run.numbers

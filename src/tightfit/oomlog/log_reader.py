@@ -31,6 +31,7 @@ from tightfit.oomlog.log_record import (
     in_brief,
     is_failure_beside,
     is_of,
+    is_title,
     own_class,
     ran_out,
     with_facts,
@@ -77,6 +78,8 @@ _REPORTS = re.compile(r"\bOOM: Ran out of memory with exception\b")
 """fairseq's line on any lack of memory, those that it does not survive, too."""
 _RECOVERS = re.compile(r"\brecover from OOM\b")
 _TRACEBACK = "Traceback (most recent call last)"
+_CUT = "traceback_cut"
+"""The note of a failure whose traceback stands behind its name, without the message that ends it."""
 _COUNTED = 2**14
 """Characters behind a failure, up to the next one, in which counts are compared."""
 
@@ -219,8 +222,8 @@ class _Scan:
         """Keep a message that starts on the line `index` of its stream."""
         entry, (column, finish) = stream.entries[index], stream.span(message, index)
         message.exception = own_class(entry.line.body[:column], message.exception)
-        is_title = entry.number == 1 and entry.line.body.startswith("# ")
-        stand = standing(message, entry.line, column, finish, short_log=self._size < PATIENCE, is_title=is_title)
+        titles = entry.number == 1 and entry.line.body.startswith("# ")
+        stand = standing(message, entry.line, column, finish, short_log=self._size < PATIENCE, is_title=titles)
         following = stream.entries[index + 1 : index + 13]
         if stand is Standing.FAILURE and any(goes_on(later.line.body) for later in following):
             stand = Standing.CAUGHT
@@ -234,26 +237,26 @@ class _Scan:
         if before and stand is not Standing.CAUGHT:
             frames = frames_of(before)
             is_before = bool(frames)
-            frames = frames or frames_behind(behind)
+            frames = frames or frames_behind(behind, anywhere=titles)
         words = stream.words(message, index, column, finish)
         said = entry.line.body[max(column - 60, 0) :] if message.kind == "program_words" else ""
         body = entry.line.body[max(column - 80, 0) :] if column > _WIDE_LINE else entry.line.body
         facts = facts_of(message, entry, words, frames, before, said)
-        if frames and not is_before and is_cut(behind):
-            facts = replace(facts, notes=(*facts.notes, "traceback_cut"))
+        if frames and not is_before and (is_cut(behind) or _TRACEBACK in entry.line.body[column:]):
+            facts = replace(facts, notes=(*facts.notes, _CUT))
         if facts.phase is None and not frames and entry.number <= _TITLE and is_warm_up(behind):
             facts = replace(facts, phase="warmup")
-        record = Record(facts, stand, body[:300], closed=is_title, counters=counters_of(before))
-        self._add(record, is_title=is_title)
+        record = Record(facts, stand, body[:300], closed=titles, counters=counters_of(before))
+        self._add(record, titles=titles)
 
-    def _add(self, found: Record, *, is_title: bool) -> None:
+    def _add(self, found: Record, *, titles: bool) -> None:
         """Keep a failure, or count it as a repetition; lines behind a report's title are not progress after it."""
         facts, stand = found.facts, found.standing
         for record in reversed(self.records[-60:]):
             over = record.survived and stand is not Standing.CAUGHT
             if record.standing is stand and not over and is_same(record.facts, facts):
                 known = record.facts
-                record.closed = record.closed and is_title
+                record.closed = record.closed and titles
                 better = facts if facts.frames and not known.frames else known
                 if not known.figures and facts.figures:  # the first says only that it failed
                     known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
@@ -267,6 +270,7 @@ class _Scan:
                     frames=better.frames,
                     phase=better.phase,
                     details={**known.details, **facts.details},
+                    notes=tuple(each for each in known.notes if each != _CUT or each in facts.notes),
                     exception=known.exception or facts.exception,
                     torch_format=later_format(known, facts),
                 )
@@ -279,7 +283,11 @@ class _Scan:
         chosen = chosen or self._failed_afterwards()
         rest = [record for record in self.records if not is_of(record, chosen)]
         others = tuple(map(in_brief, rest[:100]))
-        apart = [record for record in rest if chosen is None or record.facts.line != chosen.facts.line]
+        apart = [
+            record
+            for record in rest
+            if chosen is None or not (is_title(record) or record.facts.line == chosen.facts.line)
+        ]
         count = self.uncounted + sum(map(is_failure_beside, apart))
         context = printed_in("\n".join(lines_of(self._head)))
         run = run_facts_in("\n".join(lines_of(self._both_ends()))) if failures or chosen else RunFacts()

@@ -1,7 +1,7 @@
 """A message in a log with its standing: the facts that it states, and the one of several that ended the run."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -102,17 +102,29 @@ def in_brief(record: Record) -> Other:
 
 def _without_title(fatal: list[Record]) -> list[Record]:
     """Leave out a report's title if a later failure's line holds the same words, or the only size."""
-    title = next((each for each in fatal if each.facts.line == 1 and each.body.startswith("# ")), None)
+    title = next(filter(is_title, fatal), None)
     words = title.body.lstrip("# ").strip() if title else ""
     rest = [each for each in fatal if each is not title]
     repeated = any(words in each.body for each in rest) if words else False
-    is_shown = title is not None and not title.facts.figures and any(map(_states_size, rest))
+    is_shown = title is not None and "total_bytes" not in title.facts.figures and any(map(_states_more(title), rest))
     return rest if repeated or is_shown else fatal
 
 
-def _states_size(record: Record) -> bool:
-    """Return True for memory that ran out with a stated size, which tells more than a title."""
-    return bool(record.facts.figures) and ran_out(record) and record.facts.kind not in consequences()
+def is_title(record: Record) -> bool:
+    """Return True for the title of a report, which names the failure that its text shows."""
+    return record.facts.line == 1 and record.body.startswith("# ")
+
+
+def _states_more(title: Record) -> Callable[[Record], bool]:
+    """Return the test for memory that ran out with the card's figures, or with a size where the title states none."""
+    name = "total_bytes" if title.facts.figures else None
+
+    def states(record: Record) -> bool:
+        figures = record.facts.figures
+        is_shown = bool(figures) if name is None else name in figures
+        return is_shown and ran_out(record) and record.facts.kind not in consequences()
+
+    return states
 
 
 def chosen_of(failures: list[Record]) -> Record | None:

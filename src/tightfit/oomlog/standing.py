@@ -39,6 +39,8 @@ _CODE = re.compile(
     r"//|/\*|[\w.\[\]]{1,60} ?[+=]?= ?[frb(\[]{0,3}[\"'])"
 )
 _COMMENT = re.compile(r"\s*#(?!\d{1,3} (?:\d+\.\d|ERROR|DONE|CANCELED|\[))")
+_FIELD = re.compile(r"[^\n:*]{2,40}:\*\*:? +")
+"""A bold label, in any language, of a field in a report of a failure that a program wrote."""
 _IN_CODE = re.compile(
     r"[\"'](?: not)? in (?:str|repr|e\b|err|msg|message|ex|exc)|[\"']\.(?:lower|format)\(|isinstance\("
     r"|==? ?[frb]?[\"'] ?$"
@@ -187,7 +189,8 @@ def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, m
     """Judge `CUDA out of memory` and nothing else: words that everybody also uses in sentences."""
     ends = bool(_TAIL.match(after)) or after.lstrip(". ").startswith("Tried to")
     if "class_without_message" in message.notes:
-        if (leads and (ends or after.lstrip().startswith("Traceback"))) or _has("labels", before):
+        is_value = _has("labels", before) or (ends and _FIELD.fullmatch(before))
+        if (leads and (ends or after.lstrip().startswith("Traceback"))) or is_value:
             return Standing.FAILURE
         return Standing.REPORT if mine and not _has("conditional", before) else Standing.CODE
     errs = bool(message.exception) or bool(re.search(r"\b[Ee]rror:? *$|\bERROR:? *$", before))

@@ -40,7 +40,11 @@ _NEAR = 8
 """Lines behind a message in which the head of its traceback stands."""
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
 """The last line of a traceback."""
-_FRAME = re.compile(r'File "([^"\n]{1,1000})", line (\d{1,9})(?:, in ([^\n]{1,300}))?')
+_FRAME = re.compile(
+    r'(?:File|Arquivo|Archivo|Fichier|Datei|Файл) "([^"\n]{1,1000})", '
+    r"(?:line|linha|línea|ligne|Zeile|строка) (\d{1,9})(?:, \w{1,4} ([^\n]{1,300}))?"
+)
+"""A frame's head; browsers that translate a page translate its words, too."""
 _NOTEBOOK = re.compile(
     r"(?:File )?(?P<file>(?:[A-Za-z]:)?[~/.\w<\\:][^\n,:()]{0,400}?)(?:\.py:(?P<line>\d{1,8}))?,? in "
     r"(?P<function>[\w.<>]{1,200})\("
@@ -82,17 +86,17 @@ def _statement(line: str) -> str | None:
     return line[:400] if _STATEMENT.match(line) else None
 
 
-def frames_behind(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
+def frames_behind(lines: Sequence[str], *, anywhere: bool = False) -> tuple[TraceFrame, ...]:
     """Return the frames that stand behind a message, up to the next traceback or message.
 
-    A program that logs an exception before its traceback, or a person, put them there. A traceback of its own, with
-    a last line that names another exception, is another failure's.
+    A program that logs an exception before its traceback, or a person, put them there; `anywhere` behind a title.
+    A traceback of its own, with a last line that names another exception, is another failure's.
     """
     chained = next((at for at, line in enumerate(lines) if _CHAINED.search(line)), None)
     lines = lines[:chained]
     heads = [at for at, line in enumerate(lines) if _HEAD in line]
     first = heads[0] if heads and not any(map(_FRAME.search, lines[: heads[0]])) else None
-    start = first + 1 if first is not None and first <= _NEAR else 0
+    start = first + 1 if first is not None and (anywhere or first <= _NEAR) else 0
     ends = (at for at in range(start, len(lines)) if _HEAD in lines[at] or "out of memory" in lines[at].lower())
     behind = lines[start : next(ends, len(lines))]
     found = () if start and any(map(_EXCEPTION.match, behind)) else _outermost_first(tuple(_frames(behind)))

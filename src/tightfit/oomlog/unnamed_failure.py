@@ -1,5 +1,6 @@
 """A log in which no format names a failure: its last words, its title or a person's sentences name one."""
 
+import re
 from collections.abc import Callable, Sequence
 
 from msgspec import Struct
@@ -30,6 +31,8 @@ _REPORT = 2_000
 """Characters of a text that is a person's report if its title names the failure and nothing in it advises."""
 _PROSE = 20_000
 """Characters of a report, of which any line that names a lack of memory is taken as what failed."""
+_OF_RUN = re.compile(r"\d%\|[█▏▎▍▌▋▊▉# ]|\d(?:it/s|s/it)\b|(?m:^\s*\$ \w)")
+"""A progress bar, or a command at a shell's prompt: a report with one is of a run, and no document."""
 _TITLES = 4_000
 """Characters in which a report's title is looked for."""
 _LAST_LINES = 400
@@ -143,10 +146,13 @@ class Unnamed(Struct):
         return None if line is None else ("cut_error", line)
 
     def _is_short_report(self) -> bool:
-        """Return True for a short text that has no code, no warning and no chapter of advice."""
-        if self.size >= _REPORT or any(each.standing is not Standing.DOCUMENT for each in self.records):
+        """Return True for a short text, or one that shows a run, without code, warnings and chapters of advice."""
+        shows_run = _OF_RUN.search(self.head)
+        most = _PROSE if shows_run else _REPORT
+        if self.size >= most or any(each.standing is not Standing.DOCUMENT for each in self.records):
             return False
-        return not advises(lines_of(self.head))
+        lines = lines_of(self.head)
+        return not advises([each for each in lines if each.startswith("#")] if shows_run else lines)
 
     def _last_lines(self) -> list[str]:
         return [part(line).body for line in lines_of(self.ending)[-_LAST_LINES:]]
