@@ -43,7 +43,10 @@ _BARE = 12
 """Characters besides the message, its class and its advice, below which a log without a traceback is bare."""
 _CLASS = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|ERROR)\b(?:\(|: ?|\[[^\]\n]*\])?|\[?[Rr]ank ?\d+\]?:?")
 """The class of an exception, or a rank, before a message."""
-_POSIX = re.compile(r"(?<![\w.:])/(?:home|usr|opt|root|mnt|data|workspace|Users|var|tmp|content|kaggle)/")
+_POSIX = re.compile(
+    r"(?<![\w.:])/(?:home|usr|opt|root|mnt|data|workspace|Users|var|tmp|content|kaggle)/|--nnodes\b|\b(?:srun|sbatch)\b"
+    r"|(?i:\bslurm|\bubuntu\b|\blinux\b|\bcentos\b|\bcolab\b|\bkaggle\b)|\bsudo |\bexport [A-Z_]{3,}="
+)
 _OF_PICTURES = re.compile(
     r"[Cc]onv[23]d|\b(?:images?|imgs?|masks?|pixels?|segment\w*|[Yy][Oo][Ll][Oo]\w*|[Uu]-?[Nn]et)\b|torchvision"
 )

@@ -49,7 +49,7 @@ def is_known(kind: str) -> bool:
 
 _LARGEST_CARD = 400 * 2**30
 """Bytes that no card or chip has."""
-_SMALL_ARRAY = 2**28
+_SMALL_ARRAY = 2**29
 """Bytes of an array on the host below which it fails only if the memory was full before it."""
 _TINY = 2**20
 """Bytes below which a request fails only if the card was full before it."""

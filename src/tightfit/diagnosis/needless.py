@@ -199,6 +199,10 @@ def _has_one_model(case: Case) -> bool:
 _SMALL_CARD = 6.5 * GIB
 
 
+def _starts_from_nothing(case: Case) -> bool:
+    return case.program == "nanogpt" and not case.shows("subject.starts_from_gpt2")
+
+
 def _has_other_size(case: Case) -> bool:
     """Return True for models of several sizes, unless neither the batch nor the card leaves much else."""
     if not case.is_of("sized_models"):
@@ -297,6 +301,7 @@ _OF_THE_MODEL = (
     _Rule("smaller_weights", "they are small", _has_small_weights),
     _Rule("smaller_weights", "the weights are not the user's", _may_have_no_weights),
     _Rule("smaller_model", "the program has one model", _has_one_model),
+    _Rule("smaller_model", "the run starts from no weights", _starts_from_nothing),
     _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", _has_other_size),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
     _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),

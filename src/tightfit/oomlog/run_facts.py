@@ -17,7 +17,7 @@ _OPEN, _ESCAPES, _LETTERS = (
     re.compile(r"[A-Za-z_]{2,}"),
 )
 """Signs of a pattern that is not plain, its escapes, and its words."""
-_OF_ONE_CARD = re.compile(r"micro|per_device|per_gpu|device_batch|local_batch")
+_OF_ONE_CARD = re.compile(r"micro|per_device|per_gpu|device_batch|local_batch", re.IGNORECASE)
 """Names of the batch of one pass on one card; `train_batch_size` may be that of a step over all cards."""
 _SHAPE = re.compile(
     r"empty_strided_(?:cuda|xpu|cpu)?\w{0,8}\(\((\d[\d, ]{0,80}?),?\), \([^)\n]{0,120}\),? ?(?:torch\.(\w{4,12}))?"
@@ -86,6 +86,8 @@ def _tables() -> dict[str, dict[str, list[str]]]:
 def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     """Return the pattern of all names of a table, and the quantity of each name."""
     quantity_of = {_plain(name): quantity for quantity, names in _tables()[table].items() for name in names}
+    constants = {name.upper(): quantity for name, quantity in quantity_of.items() if "_" in name and table == "numbers"}
+    quantity_of = constants | quantity_of
     names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
     value = r"(\d{1,12})(?![\w/%]|\.\w)" if table == "numbers" else r"([\w./:~@-]{2,200})"
     sign = r"[ \t]?[=:][ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
