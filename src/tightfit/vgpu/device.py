@@ -38,6 +38,7 @@ from tightfit.kernels.refused_types import refuse
 from tightfit.kernels.temporaries import Argument, Arguments, Options, Step
 from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.card_answers import CardAnswers, HiddenByCard, Sizes
+from tightfit.vgpu.chance import OF_TENSORS, Draws
 from tightfit.vgpu.data_shapes import HANDLERS
 from tightfit.vgpu.fakes import SharedFakeMode, fakes, has_fake, is_composite, is_on_card, is_on_meta, is_wrapper
 from tightfit.vgpu.frames import Frame, user_frames, users_line
@@ -98,6 +99,7 @@ class VirtualDevice:
         self.assumed = Assumed()
         self.values = Values(lambda frames: self.assumed.value(frames))
         self.phases = phases
+        self.draws = Draws()
         self.fake = SharedFakeMode()
         self.of_sparse: Callable[[OpOverload, Arguments, Options], Argument] | None = None
         """Finds results of operators on sparse tensors, of which fake tensors forget the elements."""
@@ -170,6 +172,8 @@ class VirtualDevice:
         if func in _FACTORIES and on_host and _is_large_parameter(func, args):
             return self.without_data(func, args, kwargs)
         out: Argument = func(*args, **kwargs)
+        if func in OF_TENSORS and isinstance(out, Tensor) and out.numel() == 1:
+            self.draws.into(out, func, args)
         return out
 
     def without_data(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:

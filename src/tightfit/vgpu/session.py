@@ -22,7 +22,7 @@ from tightfit.vgpu.card_arguments import torch_versions
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.lazy_dynamo import keep_dynamo_out
-from tightfit.vgpu.patches import backend, generation, trainers
+from tightfit.vgpu.patches import backend, generation, random_numbers, trainers
 from tightfit.vgpu.patches.files import FileGuard
 from tightfit.vgpu.phases import EnoughSeen, Phases
 from tightfit.vgpu.records import END_SIGNAL, Settings
@@ -91,7 +91,7 @@ class VirtualSession:
             self.device.answers.before_request = self.allocator.next_elsewhere
         TraceLog.attach(self.device.recorder)
         self._reads_settings = environ is None
-        self._stopping = Stopping(settings, self.device.recorder, self.phases, self.notes)
+        self._stopping = Stopping(settings, self.device.recorder, self.phases, self.device.draws, self.notes)
         self._waited_a_step_ago = 0
         """Mark of the blocks freed before the latest step: the host runs ahead of a card by 1024 kernels, which is less
         than a step of most models."""
@@ -203,6 +203,7 @@ class VirtualSession:
                 self._stopping.shorten_evaluations()
                 trainers.install(self.phases)
                 generation.install(self.device.recorder, self.notes)
+                random_numbers.install(self.device.draws)
             VirtualSession._running = self
         elif VirtualSession._running is not self:
             raise DeviceError(say("vgpu.session.one_card", card=VirtualSession._running.gpu.name))

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from tightfit.vgpu.accumulation import Accumulation
+from tightfit.vgpu.chance import Draws
 from tightfit.vgpu.evaluations import Evaluations
 from tightfit.vgpu.frames import Frame, is_package, user_frames, users_line
 from tightfit.vgpu.growth import Growth
@@ -75,9 +76,9 @@ class _Round(NamedTuple):
 class Stopping:
     """Compares each optimizer step with the one before, and ends the script by EnoughSeen."""
 
-    def __init__(self, settings: Settings, recorder: Recorder, phases: Phases, notes: list[str]) -> None:
+    def __init__(self, settings: Settings, recorder: Recorder, phases: Phases, draws: Draws, notes: list[str]) -> None:
         """`notes` gets what jumps and an early end leave open."""
-        self._settings, self._recorder, self._notes = settings, recorder, notes
+        self._settings, self._recorder, self._draws, self._notes = settings, recorder, draws, notes
         self.reason = say("vgpu.stopping.ended")
         self.not_played: list[Frame] = []
         """Lines that an early stop left out, although they may allocate."""
@@ -128,6 +129,7 @@ class Stopping:
         recorder = self._recorder
         allocator = recorder.allocator
         step = _Step(self._pattern(), recorder.peak_allocated, allocator.peak_reserved_bytes, allocator.requested_bytes)
+        self._draws.after_step(sum(size for size in step.allocations if size > 0))
         self._calm = self._calm + 1 if self._last and step.raises_none(self._last[0]) else 0
         earlier = itertools.zip_longest(self._last, self._equal)
         self._equal = [count + 1 if step.repeats(before) else 0 for before, count in earlier]
@@ -171,6 +173,9 @@ class Stopping:
         self.not_played = [*self.not_played, *lines]
 
     def close(self) -> None:
+        for line, (smallest, largest) in self._draws.deciding():
+            place = {"file": line.file, "line": line.line}
+            self._note(say("vgpu.stopping.drawn", smallest=str(smallest), largest=str(largest), **place))
         saw_longest = self._evaluations.saw_longest() and not self._lines.taken.is_cut_short
         for loop, steps in self._differing.items():
             place = {"file": loop.file, "line": loop.line, "steps": steps}
@@ -193,6 +198,8 @@ class Stopping:
         unplayed = self._lines.unplayed(frame, self._allocating_lines())[:_LISTED_UNPLAYED]
         self._unplayed = [each for each in unplayed if each not in self._given_up]
         first = self._repeats_from(steps, has_optimizer=has_optimizer)
+        if first is not None and self._draws.goes_on():
+            return
         loop = self._lines.training_loop(frame)
         if first is not None:
             self._calm = 0
@@ -209,7 +216,8 @@ class Stopping:
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
             self._unplayed.append(loop.place)  # nobody knows what a package does only in some of its iterations
         state = self._state(steps - first + 1)
-        hidden = [*self._lines.hidden(frame), *self._growth.again(state.patterns)]
+        drawing = self._lines.again(frame, self._draws.seldom())
+        hidden = [*self._lines.hidden(frame), *self._growth.again(state.patterns), *drawing]
         self._unplayed += [each for each in hidden if each not in self._given_up]
         if self._lines.skip_ahead(frame, self._unplayed, state):
             self._after_skip(frame, first, state.patterns)

@@ -434,6 +434,17 @@ class LineWatch:
         self._read.tried = {each for each in self._read.tried if each[0] is not code or not each[2] & sought.lines}
         return sought.frames()
 
+    def again(self, frame: FrameType | None, lines: Iterable[Frame]) -> list[Frame]:
+        """Let training loops around `frame` be passed over for their lines once more; list those among `lines`."""
+        loops = [
+            TrainingLoop(Frame(each.f_code.co_filename, loop.first, each.f_code.co_qualname), loop.last)
+            for each, training in self._training_around(frame)
+            for loop in training
+        ]
+        within = [line for line in lines if any(loop.has(line) for loop in loops)]
+        self._read.tried = {each for each in self._read.tried if not any(_is_at(each, line) for line in within)}
+        return within
+
     def note_reruns(self, sought: Sought) -> None:
         """Begin to note which lines run in the next steps; until then no iterations begin to be passed over."""
         self._ran.begin_steps((sought.code, sought.loop.first))
@@ -681,3 +692,8 @@ class LineWatch:
             if any(loop.first == first for loop in around):
                 del self._begun[code, line]
                 self._far.reopen((code, line))
+
+
+def _is_at(tried: Tried, line: Frame) -> bool:
+    code, _, lines = tried
+    return code.co_filename == line.file and line.line in lines
