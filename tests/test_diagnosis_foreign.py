@@ -14,6 +14,7 @@ from tightfit.diagnosis.foreign_config import Foreign, foreign_in
 from tightfit.diagnosis.model_run import ModelRun
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.remedies import Resized
+from tightfit.diagnosis.yaml_errors import first_error
 
 LOG = """\
 Traceback (most recent call last):
@@ -121,6 +122,38 @@ def test_json_that_is_cut_or_broken_is_called_json(
         told = capsys.readouterr().err
         assert said in told
         assert "Python" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "english", "japanese"),
+    [
+        ("batch: 4\n  bad: [1,2\n", 2, "indented below a line that has a value already", "値のある行の下"),
+        ("a:\n    b: 1\n  c: 2\n", 3, "its indentation fits no line above", "上のどの行とも"),
+        ("a: 1\n\tb: 2\n", 2, "a tab indents it", "タブ"),
+        ("a: [1,\n  2\nb: 3\n", 1, "is not closed", "閉じていません"),
+        ("a: b: c\n", 1, "put the value in quotation marks", "引用符で囲んで"),
+        ("a: 1\nbatch 4\n", 2, "no colon behind its key", "コロンがありません"),
+    ],
+)
+def test_yaml_that_is_broken_is_called_yaml(
+    text: str, line: int, english: str, japanese: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    log, config = tmp_path / "run.log", tmp_path / "sft.yaml"
+    log.write_text(LOG)
+    config.write_text("per_device_train_batch_size: 2\n" + text)
+    for language, said in (("en", english), ("ja", japanese)):
+        assert main(["explain", str(log), "--config", str(config), "--lang", language]) == 2
+        told = capsys.readouterr().err
+        assert f"sft.yaml:{line + 1}:" in told
+        assert said in told
+
+
+def test_yaml_that_may_be_right_is_read():
+    text = (
+        "a: &x {b: [1, 2], c: 'it''s: so'}\nd: |\n  e: f: g\n text\nh:\n- i: 1\n  j: k\n- |\n  l: m\n"
+        "n: two\n  lines\n# o\np: http://q:80/r  # s: t\n---\nu:\n  ? v\n  : w\n"
+    ).replace(" text", "  text")
+    assert first_error(text) is None
 
 
 def test_a_key_that_is_not_there_is_added_to_json():

@@ -164,8 +164,11 @@ _CALLS = (
     "main()",
 )
 """Calls in which a traceback that somebody cut ends: the request is further inside."""
-_WHOLE_MODEL = re.compile(r"(?<![\w.])(?:self\.)?(?:model|net|network|module)\(")
-"""A call of a compiled model, or of one whose own lines were cut: it may be any of its tensors."""
+_OF_MORE = (
+    re.compile(r"(?<![\w.])(?:self\.)?(?:model|net|network|module)\("),
+    re.compile(r"(?<!\w)(?:train(?:ing)?_step|train|fit|compute_loss|process_api|run|main|launch)\("),
+)
+"""Calls of a compiled model, or of a whole pass whose own lines were cut: it may be any of their tensors."""
 
 
 def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
@@ -173,7 +176,7 @@ def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     frame = facts.frames[-1] if facts.frames else line_before_message(evidence.run.text)
     if frame is None or not frame.source or facts.phase == "backward" or frame.source.startswith("raise "):
         return None
-    if any(call in frame.source for call in _CALLS) or _WHOLE_MODEL.search(frame.source):
+    if any(call in frame.source for call in _CALLS) or any(each.search(frame.source) for each in _OF_MORE):
         return None
     if "traceback_cut" in facts.notes:
         return None

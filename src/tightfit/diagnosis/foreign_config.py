@@ -14,6 +14,7 @@ import msgspec
 from tightfit.config import TrainConfig
 from tightfit.config.schema import defaults
 from tightfit.diagnosis.usual_models import all_models, named_in
+from tightfit.diagnosis.yaml_errors import first_error
 from tightfit.errors import ConfigError
 from tightfit.oomlog.run_facts import RunFacts, known_names, run_facts_in
 from tightfit.wording import say
@@ -48,13 +49,14 @@ def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
     """Return the configuration if a file or a key of the command line is another program's; None if all are ours.
 
     A file that cannot be read is left to the reader of our own, which reports it. ConfigError for JSON that ends too
-    early, and for JSON that no program is known by and that has an error.
+    early, for JSON that no program is known by and that has an error, and for YAML with a certain mistake.
     """
     read = [(path, text) for path in paths if (text := _read(path)) is not None]
     text = "\n".join([*(text for _, text in read), *(key.removeprefix("--") for key in keys)])
     program = _program(text)
     for path, each in read:
         _check_json(path, each, is_known=program is not None)
+        _check_yaml(path, each)
     return Foreign(program=program, text=text) if program else None
 
 
@@ -110,6 +112,15 @@ def _check_json(path: str, text: str, *, is_known: bool) -> None:
             raise ConfigError(say("explain.foreign_config.json_error", path=path, line=where, reason=reason)) from None
     except RecursionError:  # left to the reader of our own
         return
+
+
+def _check_yaml(path: str, text: str) -> None:
+    """Raise ConfigError for the first certain mistake of a YAML file."""
+    if Path(path).suffix.lower() not in (".yaml", ".yml") or len(text) >= _MOST:
+        return
+    if (error := first_error(text)) is not None:
+        reason = say(f"explain.yaml.{error.reason}")
+        raise ConfigError(say("explain.foreign_config.yaml_error", path=path, line=error.line, reason=reason))
 
 
 def _program(text: str) -> str | None:
