@@ -17,7 +17,7 @@ from tightfit.diagnosis.usual_models import all_models, named_in
 from tightfit.diagnosis.yaml_errors import first_error
 from tightfit.errors import ConfigError
 from tightfit.oomlog.run_facts import RunFacts, known_names, run_facts_in
-from tightfit.wording import say
+from tightfit.wording import say, term
 
 _MOST = 1_000_000
 """Characters of a file that are read."""
@@ -119,7 +119,7 @@ def _check_yaml(path: str, text: str) -> None:
     if Path(path).suffix.lower() not in (".yaml", ".yml") or len(text) >= _MOST:
         return
     if (error := first_error(text)) is not None:
-        reason = say(f"explain.yaml.{error.reason}")
+        reason = term("explain.yaml", error.reason)
         raise ConfigError(say("explain.foreign_config.yaml_error", path=path, line=error.line, reason=reason))
 
 
