@@ -64,7 +64,7 @@ def _fitting(case: Case) -> list[str]:
         codes.sort(key=lambda code: code == "smaller_model")
     if case.has_sign("float32") and evidence.infers:
         codes = ["smaller_weights", *codes]
-    if case.has_sign("growing") or feeds_back(facts.frames):
+    if (case.has_sign("growing") and not evidence.infers) or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes
 

@@ -4,6 +4,7 @@ import functools
 import re
 
 from tightfit.diagnosis.evidence import Evidence
+from tightfit.diagnosis.framework_words import programs
 from tightfit.tables import read_patterns
 
 patterns = functools.partial(read_patterns, "tightfit.diagnosis", "report_words.toml")
@@ -41,8 +42,10 @@ def names_inputs(evidence: Evidence) -> bool:
 
 
 def hears(evidence: Evidence) -> bool:
-    """Return True if a node of ComfyUI that works on sound failed: words for pictures are not about it."""
-    return evidence.framework == "comfyui" and shows(evidence.run.text, "subject.sound_nodes")
+    """Return True for a program, or a node of ComfyUI, that works on sound: words for pictures are not about it."""
+    if evidence.framework == "comfyui":
+        return shows(evidence.run.text, "subject.sound_nodes")
+    return evidence.framework in programs("voices")
 
 
 def inputs_of(evidence: Evidence) -> str:
