@@ -322,9 +322,20 @@ def captures_do_not_wait():
     assert "stream is capturing" in error_of(RuntimeError, capture)
 
 
+def tokens_come_from_a_file():
+    tokens = torch.empty(1 << 22, dtype=torch.uint16, pin_memory=True)
+    tokens.numpy()[:8] = 7, 50256, 7, 7, 50256, 7, 7, 7
+    assert (tokens[:8] == 50256).nonzero().flatten().tolist() == [1, 4]
+    ids = tokens[:8].to("cuda", dtype=torch.int32, non_blocking=True)
+    assert ids.max() == 50256
+    window = torch.tensor(1, dtype=torch.int32, device="cuda")
+    window.copy_(3, non_blocking=True)
+    assert window.item() == 3
+
+
 FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
-    *(captures_do_not_wait, counts_add_up, positions_that_differ),
+    *(captures_do_not_wait, counts_add_up, positions_that_differ, tokens_come_from_a_file),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

@@ -57,7 +57,7 @@ aten = torch.ops.aten
 LAZY_PARAMETER_ELEMENTS = 1 << 14
 """Elements from which a module's own host tensors have no data, so that a model of 70B fits any host."""
 _LAZY_PINNED_ELEMENTS = 1 << 22
-"""The same limit for pinned tensors, which receive data from the device; a batch of tokens or images is smaller."""
+"""The same limit for pinned tensors of floats, which receive data from the device; integers are read from files."""
 _CAN_PAUSE = sys.version_info < (3, 12)
 """From 3.12 on, taking a trace function off costs more than it saves within one operator."""
 
@@ -159,7 +159,7 @@ class VirtualDevice:
             return func(*args, **kwargs) if is_meta else self.execute(func, args, kwargs)
         if kwargs.get("pin_memory"):  # of the driver, which is not there
             kwargs = {**kwargs, "pin_memory": False}
-            is_lazy = func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS
+            is_lazy = _is_float(kwargs.get("dtype")) and func in _FACTORIES and _elements(args) >= _LAZY_PINNED_ELEMENTS
             made = self.without_data(func, args, kwargs) if is_lazy else self.run(func, args, kwargs)
             return pin(made) if isinstance(made, Tensor) else made
         device = kwargs.get("device")
@@ -659,6 +659,11 @@ def _elements(args: Arguments) -> int:
     """Elements of a factory's result: its first argument is the shape."""
     shape: Argument = args[0] if args else ()
     return math.prod(shape) if isinstance(shape, (list, tuple)) else 1
+
+
+def _is_float(dtype: Argument) -> bool:
+    """Return True for a factory's `dtype` that is of floats, as the default is."""
+    return dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype is None
 
 
 def _is_large_parameter(func: OpOverload, args: Arguments) -> bool:

@@ -88,8 +88,10 @@ class Transfers:
             make: Callable[..., Tensor] = torch.sparse_compressed_tensor
             return make(*places, values, source.shape, layout=source.layout, check_invariants=False)
 
-    def into(self, func: OpOverload, target: Tensor, source: Tensor, *rest: Argument) -> Argument:
-        """Run `copy_`."""
+    def into(self, func: OpOverload, target: Tensor, source: Tensor | complex, *rest: Argument) -> Argument:
+        """Run `copy_`; of a number, which torch makes a tensor of the host."""
+        if not isinstance(source, Tensor):
+            source = torch.tensor(source, device="cpu")
         args = (target, source, *rest)
         to_host = target.device.type == "cpu"
         if (

@@ -16,6 +16,10 @@ from tightfit.kernels.temporaries import Argument, Arguments, Options
 _LOOKED_AT = 1 << 25
 """Elements of a host tensor up to which its ends are looked for: 20 ms."""
 
+_WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_WIDENED = {torch.uint16, torch.uint32}
+"""Whole numbers whose ends torch finds on no host, such as tokens in files."""
+
 aten = torch.ops.aten
 
 _LARGEST = {aten.max.default, aten.amax.default}
@@ -30,9 +34,10 @@ class Ranges:
 
     def learn(self, tensor: Tensor, source: Tensor) -> None:
         """Keep the ends of `source`, of which `tensor` is a copy on the device."""
-        is_whole = not (source.is_floating_point() or source.is_complex() or source.dtype == torch.bool)
+        is_whole = source.dtype in _WHOLE or source.dtype in _WIDENED
         if is_whole and source.layout is torch.strided and 0 < source.numel() <= _LOOKED_AT and _can_tell(tensor):
-            low, high = (int(end) for end in source.aminmax())
+            seen = source.to(torch.int64) if source.dtype in _WIDENED else source
+            low, high = (int(end) for end in seen.aminmax())
             self._known[tensor.untyped_storage()] = low, high, tensor._version
 
     def end(self, func: OpOverload, source: object) -> tuple[int, bool] | None:
