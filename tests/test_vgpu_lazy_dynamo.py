@@ -36,6 +36,11 @@ def plain(x):
 plain(torch.ones(1))
 print(len(calls), torch._dynamo.__spec__.name, ConstantSource("x").name if hasattr(ConstantSource("x"), "name") else "")
 """
+PART = """
+import torch
+import torch._dynamo.convert_frame as part
+print("the same" if part is torch._dynamo.eval_frame.convert_frame else "a second copy")
+"""
 
 
 def _dry_run(folder: Path, script: str) -> str:
@@ -59,6 +64,11 @@ def test_dynamo_is_not_loaded_without_need(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_dynamo_is_there_for_a_script_that_asks(tmp_path: Path) -> None:
     assert "1 torch._dynamo" in _dry_run(tmp_path, ASKS)
+
+
+@pytest.mark.slow
+def test_a_part_that_loads_dynamo_is_there_once(tmp_path: Path) -> None:
+    assert "the same" in _dry_run(tmp_path, PART)
 
 
 @pytest.mark.slow

@@ -60,7 +60,33 @@ class _StandIn(types.ModuleType):
         if name.startswith("__") and not (name == "__path__" and self.__name__ == _DYNAMO):
             raise AttributeError(name)
         _load(self.__dict__["_package"])
+        if name == "__path__":
+            sys.meta_path.insert(0, _Loaded())
         return getattr(sys.modules[self.__name__], name)
+
+
+class _Loaded:
+    """Finder of one submodule: the package that its import loads has imported it already, and a copy would do nothing.
+
+    Python looks for it all the same, because the stand-in was there when the import began.
+    """
+
+    def find_spec(self, name: str, _path: object, target: object = None) -> ModuleSpec | None:
+        sys.meta_path.remove(self)
+        found = sys.modules.get(name) if target is None else None
+        if found is None or found.__spec__ is None:
+            return None
+        self._module = found
+        spec = importlib.util.spec_from_loader(name, self, origin=found.__spec__.origin)  # type: ignore[arg-type]
+        assert spec is not None
+        spec.submodule_search_locations = found.__spec__.submodule_search_locations
+        return spec
+
+    def create_module(self, _spec: ModuleSpec) -> types.ModuleType:
+        return self._module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
 
 
 def _load(spec: ModuleSpec) -> None:
