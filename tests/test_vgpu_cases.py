@@ -215,6 +215,9 @@ model = DistributedDataParallel(torch.compile(layers.cuda()), device_ids=[0], bu
 for _ in range(2):  # a graph for each of the gradients' buckets
     model(torch.zeros(8, 512, device="cuda")).sum().backward()
     assert len(torch.nn.modules.module._global_forward_hooks) == hooks, "one that is left is compiled next time"
+with torch.no_grad():
+    for rows in (3, 5):  # views, of which Dynamo makes its own
+        model(torch.zeros(8, 512, device="cuda")[-rows:])
 """
 
 

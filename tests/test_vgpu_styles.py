@@ -85,6 +85,19 @@ eager = peak(None)
 assert eager == peak(mine) == peak("eager"), (eager, peak(mine), peak("eager"))
 assert len(seen) == 1
 assert 0.5 < peak("aot_eager") / eager < 1.5
+
+@torch.compile
+def capped(x, weight, targets):
+    logits = 30 * torch.tanh(torch.nn.functional.linear(x, weight) / 30)
+    return torch.nn.functional.cross_entropy(logits.float().view(-1, 4096), targets)
+
+x = torch.ones(1, 8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+weight = torch.ones(4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+before = torch.cuda.memory_allocated()
+torch.cuda.reset_peak_memory_stats()
+capped(x, weight, torch.zeros(8192, dtype=torch.int64, device="cuda")).backward()
+logits = 8192 * 4096 * 2
+assert torch.cuda.max_memory_allocated() - before < 1.2 * logits, "their gradient is written over them"
 """
 SAFETENSORS = """
 import torch

@@ -5,8 +5,13 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from types import SimpleNamespace
 
-from torch import nn
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.phases import Phases
@@ -18,6 +23,7 @@ Running = Callable[[nn.Module | None], AbstractContextManager[None]]
 def install(device: VirtualDevice, properties: SimpleNamespace, running: Running) -> None:
     """Patch what Inductor asks of the machine; calls of a compiled module are made within `running`."""
     hide_mode_from_dynamo()
+    _trace_without_modes()
     _answer_for_card(device, properties)
     _answer_for_triton()
     _answer_for_measurements(device)
@@ -29,6 +35,18 @@ def hide_mode_from_dynamo() -> None:
     """Let Dynamo pass over the virtual device's dispatch mode instead of tracing it."""
     hide = import_module("torch._compile")._disable_dynamo
     assign(VirtualDeviceMode, __torch_dispatch__=hide(VirtualDeviceMode.__torch_dispatch__, recursive=True))
+
+
+def _trace_without_modes() -> None:
+    """Turn dispatch modes off while Dynamo traces: under DDP it leaves them on, and views would become ours."""
+    converter = import_module("torch._dynamo.convert_frame").ConvertFrameAssert
+    usual: Callable[..., object] = converter.__call__
+
+    def call(*args: object, **kwargs: object) -> object:
+        with _disable_current_modes():
+            return usual(*args, **kwargs)
+
+    assign(converter, __call__=call)
 
 
 def _answer_for_card(device: VirtualDevice, properties: SimpleNamespace) -> None:
@@ -75,7 +93,6 @@ def _answer_for_measurements(device: VirtualDevice) -> None:
     """Decide what Inductor would compute or time on the card, and start no compiling processes."""
     assign(
         import_module("torch._inductor.config"),
-        joint_graph_constant_folding=False,  # would compute constants on the device
         compile_threads=1,  # no kernels are compiled: workers would only be started
     )
 
@@ -85,11 +102,49 @@ def _answer_for_measurements(device: VirtualDevice) -> None:
         return True
 
     assign(import_module("torch._inductor.fx_passes.pad_mm"), get_cached_should_pad=pads)
+    _fold_on_host()
     # Torch gives the recomputation in backward the random state of forward: host memory alone.
     assign(
         import_module("torch._functorch.partitioners"),
         functionalize_rng_ops=lambda joint, forward, backward, symbols: (forward, backward),
     )
+
+
+class _OnHost(TorchDispatchMode):
+    """Runs operators on the host that name another device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Options | None = None
+    ) -> Argument:
+        def here(value: Argument) -> Argument:
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        out: Argument = func(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
+        return out
+
+
+def _fold_on_host() -> None:
+    """Let Inductor compute a graph's constants on the host: there are no values on the device."""
+    joint = import_module("torch._inductor.fx_passes.joint_graph")
+    usual = joint.UniformValueConstantFolder
+
+    class Folder(usual):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            with _OnHost():
+                super().__init__(*args, **kwargs)
+
+        def run(self, *args: object, **kwargs: object) -> object:
+            with _OnHost():
+                return super().run(*args, **kwargs)
+
+        def _deduce_value(self, node: fx.Node) -> object:
+            found = super()._deduce_value(node)
+            return self.unknown_value if isinstance(found, FakeTensor) else found
+
+    assign(joint, UniformValueConstantFolder=Folder)
 
 
 def _wrap_modules(phases: Phases, running: Running) -> None:
