@@ -78,8 +78,8 @@ def play(rows: list[Row], clone: Path, libraries: str) -> None:
 
 def checkout(clone: Path, commit: str, folder: Path) -> None:
     """Unpack the package, its benchmarks and the helpers of its tests at a commit, and name the package."""
-    for part in ("src", "benchmark", "test"):
-        done = subprocess.run(["git", "-C", clone, "archive", commit, part], capture_output=True, check=False)
+    for part in (["src"], ["benchmark/scripts"], ["test", ":!test/resources"]):
+        done = subprocess.run(["git", "-C", clone, "archive", commit, *part], capture_output=True, check=False)
         with tarfile.open(fileobj=BytesIO(done.stdout), mode="r|") as archive:
             archive.extractall(folder, filter="data")
     (folder / "src" / "liger_kernel-0.0.0.dist-info").mkdir()
