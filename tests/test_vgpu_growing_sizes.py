@@ -56,6 +56,48 @@ class Trainer:
                 self.one()
 Trainer().fit(DataLoader(TensorDataset(torch.zeros(800, 8)), batch_size=4, shuffle=True))
 """
+INTERPOLATED = """
+import numpy
+for step in range(1200):
+    train(round(float(numpy.interp(step, (0, 200, 900), (4, 4, 100)))))
+"""
+OF_A_SCHEDULE = """
+class Schedule:
+    start = 200
+    def __call__(self, step):
+        return 4 + max(0, step - self.start) * 0.05 * 5
+length, step = Schedule(), 0
+for epoch in range(12):
+    for i in range(100):
+        train(round(length(step)))
+        step += 1
+"""
+OF_AN_EPOCH = """
+class Trainer:
+    def length(self):
+        return 8 * 2 ** (self.epoch // 4)
+    def one(self):
+        for _ in range(80):
+            train(self.length())
+    def fit(self):
+        for self.epoch in range(20):
+            self.one()
+Trainer().fit()
+"""
+GRAPHS_BY_EPOCH = """
+def passes(epoch):
+    return [1, 1, 2, 4, 8, 8][epoch]
+weight = torch.ones(5 << 20, device="cuda", requires_grad=True)
+descent = torch.optim.SGD([weight])
+for epoch in range(6):
+    every = passes(epoch)
+    total = 0
+    for i in range(1, 161):
+        total = total + (weight * 2).square().sum()
+        if i % every == 0:
+            total.backward(), descent.step(), descent.zero_grad()
+            total = 0
+"""
 AT_AN_END = """
 data = DataLoader(TensorDataset(torch.zeros(1000, 8)), batch_size=4)
 batches = iter(data)
@@ -109,10 +151,15 @@ GROWING = [
     (OVER_EPOCHS, 363, 250),
     (IN_A_CLASS, 204, 250),
     (AT_AN_END, 256, 40),
+    (INTERPOLATED, 100, 150),
+    (OF_A_SCHEDULE, 253, 150),
+    (OF_AN_EPOCH, 128, 150),
+    (GRAPHS_BY_EPOCH, 240, 60),
     (BY_EPOCH.format(data="data = [torch.zeros(4) for _ in range(22)]"), 56, 120),
     (BY_EPOCH.format(data=OWN_BATCHES), 56, 120),
 ]
-NAMES = ("counted", "bar", "shrinking", "epochs", "class", "end", "lists", "own batches")
+COUNTING = ["counted", "bar", "shrinking", "epochs", "class", "end"]
+NAMES = [*COUNTING, "interpolated", "schedule", "epoch", "graphs", "lists", "batches"]
 ACCUMULATED = """
 data = DataLoader(TensorDataset(torch.zeros(174, 8)), batch_size=8)
 for epoch in range(40):

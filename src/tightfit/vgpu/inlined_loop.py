@@ -128,7 +128,7 @@ class ReadLoops:
     growing: set[tuple[CodeType, int]] = field(default_factory=set)
     """Loops in which a size changed."""
     waiting: set[tuple[CodeType, int]] = field(default_factory=set)
-    """Loops with a condition that never came out otherwise."""
+    """Loops with a size, or a condition, that never came out otherwise and may do so in their next run."""
     collected: set[tuple[CodeType, int]] = field(default_factory=set)
     """Loops whose lines that collect tensors were looked for a second time."""
 
@@ -142,11 +142,11 @@ class ReadLoops:
         self.collected.add(place)
         return lines
 
-    def note_changes(self, place: tuple[CodeType, int], *, sizes: bool, conditions: bool) -> None:
-        """Note if a loop had a new size, and if it has a condition that never came out otherwise."""
+    def note_changes(self, place: tuple[CodeType, int], *, sizes: bool, may_turn: bool) -> None:
+        """Note if a loop had a new size, and if one, or a condition, may come out otherwise in its next run."""
         if sizes:
             self.growing.add(place)
-        (self.waiting.add if conditions else self.waiting.discard)(place)
+        (self.waiting.add if may_turn else self.waiting.discard)(place)
 
     def begin_again(self, place: tuple[CodeType, int]) -> None:
         """Let the sizes of a loop that runs once more be watched again: they may go on growing."""
@@ -196,7 +196,18 @@ def _targets(node: ast.For | ast.While) -> Iterator[ast.expr]:
             case _:
                 parts = []
         for part in parts:
-            yield from part.elts if isinstance(part, (ast.Tuple, ast.List)) else [part]
+            yield from _assigned(part)
+
+
+def _assigned(target: ast.expr) -> Iterator[ast.expr]:
+    """Yield the names, attributes and items of a target, which may be a tuple of them."""
+    if isinstance(target, (ast.Tuple, ast.List)):
+        for each in target.elts:
+            yield from _assigned(each)
+    elif isinstance(target, ast.Starred):
+        yield from _assigned(target.value)
+    else:
+        yield target
 
 
 def _reads(test: ast.expr, texts: set[str]) -> bool:
@@ -439,7 +450,7 @@ class _Builder:
     def _reads_item(self, part: ast.expr) -> bool:
         """Return True if an expression depends on a tensor, or on the loop's item: only the item itself could tell."""
         loop = self._made.node
-        given = {ast.unparse(each) for each in ast.walk(loop.target)} if isinstance(loop, ast.For) else set[str]()
+        given = set(map(ast.unparse, _assigned(loop.target))) if isinstance(loop, ast.For) else set[str]()
         names = (each for each in ast.walk(part) if _is_named(each))
         values = ((ast.unparse(each), self._look(each)) for each in names)
         return any(

@@ -65,7 +65,8 @@ class _Reduced:
         """Counters of loops within the loop."""
         self.set_anew: set[str] = set()
         """Names that such a loop computes in each of its iterations, and nothing adds to."""
-        self._added_to: set[str] = set()
+        self.added_to: set[str] = set()
+        """Those that it adds to."""
         self.counters: dict[str, ast.expr] = {}
         """Expressions of the names and attributes that count, by their text."""
 
@@ -101,7 +102,7 @@ class _Reduced:
                 ) if self._is_count(target, value, isinstance(statement, ast.AugAssign)):
                     self._count(ast.unparse(target), value, is_added=isinstance(statement, ast.AugAssign))
                     kept.append(statement)
-        self.set_anew -= self._added_to
+        self.set_anew -= self.added_to
         return kept
 
     def _next_items(self, statement: ast.stmt) -> list[ast.stmt]:
@@ -120,7 +121,7 @@ class _Reduced:
         self.counters[text] = ast.parse(text, mode="eval").body
         reads_itself = any(isinstance(each, ast.expr) and ast.unparse(each) == text for each in ast.walk(value))
         if is_added or reads_itself:
-            self._added_to.add(text)
+            self.added_to.add(text)
         elif self._depth:
             self.set_anew.add(text)
 
@@ -289,6 +290,8 @@ class Skip:
         self._unsure: Unsure = frozenset()
         self._found: Values = {}
         """Values of the expressions that are watched, in the iteration that runs before any is passed over."""
+        self.counts_on = False
+        """True if the loop adds to numbers that it does not begin with: another run of it may have other sizes."""
         self.is_changing = False
         """True if iterations were passed up to one in which such a value changes, here or in functions far away."""
         self.unsure_lines: frozenset[int] = frozenset()
@@ -327,6 +330,7 @@ class Skip:
         self._compare(*self._before, names, others)
         code, reduced, _ = self._code(frame, names, others)
         self.staying_lines = frozenset(reduced.staying)
+        self.counts_on = bool(reduced.added_to)
         begun = process_time(), monotonic()
         self._far = self._begin_far(items.left) if self._begin_far is not None else None
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
@@ -508,8 +512,11 @@ class Skip:
         """Trust no name that the iteration that ran changed otherwise than was read from its source."""
         reader = Reader(names, others, frozenset())
         wrong, smaller = set(), set()
+        counted = {text for text, value in expected.items() if read.get(text, value) != value}
         for text, value in {**read, **expected}.items():
             node = ast.parse(text, mode="eval").body
+            if isinstance(node, ast.Call) and any(ast.unparse(each) in counted for each in _arguments(node)):
+                continue  # it was asked of other numbers
             found = reader.value(node) if reader.knows(node) else reader
             if not isinstance(found, NUMBERS) or found != value:  # a tensor, by now
                 wrong.add(text)
@@ -518,6 +525,12 @@ class Skip:
         if smaller & self._inner_counters:  # its batches between were left out, so it ended with a smaller number
             wrong -= self._set_anew & smaller
         self._unsure = frozenset(wrong)
+
+
+def _arguments(call: ast.Call) -> Iterator[ast.expr]:
+    """Yield the arguments of a call with their parts."""
+    for argument in (*call.args, *(each.value for each in call.keywords)):
+        yield from (each for each in ast.walk(argument) if isinstance(each, ast.expr))
 
 
 def _assign(names: dict[str, object], others: dict[str, object], text: str, value: object) -> None:

@@ -300,6 +300,7 @@ class LineWatch:
         *,
         to_end: bool,
         watches: bool,
+        is_outer: bool = False,
     ) -> None:
         """Pass over iterations of a loop from its next one on."""
         code = place[0]
@@ -309,7 +310,12 @@ class LineWatch:
         only_extremes = self._read.changes[place] > CHANGES_IN_TURN + CHANGES_OF_A_START
         seen, grows = self._read.seen[place] if watches else None, place in self._read.growing
         watched = WatchedValues(
-            seen, is_on=watches, only_extremes=only_extremes, grows=grows, has_seldom=made.seldom > 0
+            seen,
+            is_on=watches,
+            only_extremes=only_extremes,
+            grows=grows,
+            has_seldom=made.seldom > 0,
+            is_outer=is_outer,
         )
         far = partial(self._begin_passing, place)
         steps = now - before
@@ -381,14 +387,15 @@ class LineWatch:
             for loop in reversed(training):
                 if (code, loop.first) in self._skips:
                     return is_inner
-                is_inner = False
+                is_outer, is_inner = not is_inner and loop.counts, False
                 to_end = bool(unplayed) and not (loop.after or loop.counts)
-                if alike.get((code, loop.first), True) and self._start_skip(code, loop, lines, to_end=to_end):
+                is_alike = alike.get((code, loop.first), True)
+                if is_alike and self._start_skip(code, loop, lines, to_end=to_end, is_outer=is_outer):
                     self._far.begin(state)
                     return True
         return False
 
-    def _start_skip(self, code: CodeType, loop: Loop, lines: set[int], *, to_end: bool) -> bool:
+    def _start_skip(self, code: CodeType, loop: Loop, lines: set[int], *, to_end: bool, is_outer: bool) -> bool:
         made = self._read.loops.get((code, loop.first))
         if made is None or code.co_flags & SUSPENDS or self._read.reached[code, loop.first] > 0:
             return False
@@ -406,7 +413,7 @@ class LineWatch:
             return False
         self._read.tried.add((code, loop.first, missing))
         self._read.changes[code, loop.first] += CHANGES_OF_A_START
-        self._begin_skip((code, loop.first), loop, made, missing, to_end=to_end, watches=watches)
+        self._begin_skip((code, loop.first), loop, made, missing, to_end=to_end, watches=watches, is_outer=is_outer)
         self.sought = Sought(code, loop, missing)
         return True
 
@@ -606,7 +613,8 @@ class LineWatch:
     def _note_changes(self, place: tuple[CodeType, int], skip: Skip) -> None:
         """Note if another iteration may have a size that never was; list such lines if they changed too often."""
         watched, code = skip.watched, place[0]
-        self._read.note_changes(place, sizes=watched.has_new_size, conditions=bool(watched.conditions))
+        may_turn = bool(watched.conditions) or (bool(watched.sizes) and skip.counts_on)
+        self._read.note_changes(place, sizes=watched.has_new_size, may_turn=may_turn)
         if not watched.is_on:
             return
         changes = self._read.changes[place] - CHANGES_OF_A_START + 1

@@ -24,16 +24,17 @@ class WatchedValues:
         only_extremes: bool = False,
         grows: bool = False,
         has_seldom: bool = False,
+        is_outer: bool = False,
     ) -> None:
         """`seen` has the values of iterations that ran, and takes those of the next.
 
         `is_on`: sizes are watched, not conditions alone. `only_extremes`: only the largest and the smallest count.
         `grows`: a size changed before, so that what runs seldom may come with a larger one. `has_seldom`: sizes are
-        read behind conditions.
+        read behind conditions. `is_outer`: it has training loops in it, and values that change each time count, too.
         """
         self._seen: Seen = set() if seen is None else seen
-        self.is_on, self.only_extremes, self.grows = is_on, only_extremes, grows
-        self.looks_ahead = only_extremes or grows or has_seldom
+        self.is_on, self.only_extremes, self.grows, self.is_outer = is_on, only_extremes, grows, is_outer
+        self.looks_ahead = only_extremes or grows or has_seldom or is_outer
         self.sizes: Values = {}
         """Values in the iteration that ran before any is passed over."""
         self.conditions: Values = {}
@@ -44,17 +45,22 @@ class WatchedValues:
         """Iterations to run, by the number that were passed over before; None if any new value counts."""
         self._read: frozenset[str] = frozenset()
         """Keys of the values that this iteration read."""
+        self._changing: set[str] = set()
+        """Keys of those that change each time."""
         self._seldom: list[str] = []
         """Conditions that do not hold in the iteration that ran."""
         self._together: defaultdict[int, list[frozenset[tuple[str, object]]]] = defaultdict(list)
         """For iterations to run for a size under such a condition, both."""
 
-    def start(self, steady: Values, ran: Collection[int], read: Collection[str]) -> None:
-        """Take the values of the iteration that ran, without those that change each time.
+    def start(self, steady: Values, ran: Collection[int], found: Values) -> None:
+        """Take the values `found` in the iteration that ran, and those of them that do not change each time.
 
-        `ran` are lines that ran, `read` the keys of all values that it read.
+        `ran` are lines that ran.
         """
-        self._read = frozenset(read)
+        self._read = frozenset(found)
+        changing = found.keys() - steady.keys() if self.is_outer else set[str]()
+        self._changing = {key for key in changing if not key.startswith(HOLDS)}
+        self._seen |= {frozenset({(key, found[key])}) for key in self._changing}
         conditions = {key: value for key, value in steady.items() if key.startswith(HOLDS)}
         self.sizes = {key: value for key, value in steady.items() if not key.startswith(HOLDS)}
         self._seen |= {frozenset({each}) for each in conditions.items()}
@@ -71,7 +77,7 @@ class WatchedValues:
 
         And those in which it is so under a condition that holds seldom.
         """
-        alone = {key: Extremes(self._ran(key)) for key in self.sizes}
+        alone = {key: Extremes(self._ran(key)) for key in (*self.sizes, *self._changing)}
         together: dict[tuple[str, str], Extremes] = {}
         for number, found in enumerate(ahead):
             held = [key for key in self._seldom if found.get(key) is True]
