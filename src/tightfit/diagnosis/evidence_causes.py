@@ -23,6 +23,7 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
+from tightfit.diagnosis.figure_causes import is_oversized
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.diagnosis.purpose import TRAINING
@@ -63,7 +64,7 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield tensors that are kept from step to step, by a line that feeds a state back, or by the report's words."""
     if feeds_back(facts.frames):
         yield Cause(code="fed_back", label=LIKELY)
-    elif "growing" in evidence.run.signs:
+    elif "growing" in evidence.run.signs and not is_oversized(facts):  # no sum of small parts
         yield Cause(code="growing", label=LIKELY)
     elif "stepped" in evidence.run.signs and facts.phase in _OF_A_STEP and evidence.purpose == TRAINING:
         yield Cause(code="stepped", label=LIKELY)

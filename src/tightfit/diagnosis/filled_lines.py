@@ -92,12 +92,16 @@ _OF_CAUSAL = re.compile(
     r"CausalLM|\b(?:llama|qwen|mistral|mixtral|gemma|gpt|phi|falcon|chatglm|baichuan|vicuna)", re.IGNORECASE
 )
 
+_OF_PICTURES = re.compile(r"qwen[\w.-]{0,8}vl(?![a-z])|llava|internvl|mllama|paligemma", re.IGNORECASE)
+"""Models of pictures and text, which another class loads."""
+
 
 def _model_class(run: RunFacts) -> str:
     """Return the class of Transformers that loads the user's model; a word in capitals where the log does not tell."""
     if run.family is not None:
         return next((name for name, family in _CLASSES.items() if family.fullmatch(run.family)), "MODEL_CLASS")
-    return "AutoModelForCausalLM" if _OF_CAUSAL.search(run.text) else "MODEL_CLASS"
+    is_causal = _OF_CAUSAL.search(run.text) and not _OF_PICTURES.search(run.text)
+    return "AutoModelForCausalLM" if is_causal else "MODEL_CLASS"
 
 
 _FSDP = re.compile(r"(--fsdp[ =][\"'])full_shard( auto_wrap[\"'])")

@@ -64,7 +64,10 @@ def _fitting(case: Case) -> list[str]:
         codes.sort(key=lambda code: code == "smaller_model")
     if case.has_sign("float32") and evidence.infers:
         codes = ["smaller_weights", *codes]
-    if (case.has_sign("growing") and not evidence.infers) or feeds_back(facts.frames):
+    if evidence.infers and case.shows("subject.any_picture_size"):  # its pictures have any size
+        codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
+    grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
+    if grows or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes
 

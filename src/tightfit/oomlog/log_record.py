@@ -106,13 +106,26 @@ def _without_title(fatal: list[Record]) -> list[Record]:
     words = title.body.lstrip("# ").strip() if title else ""
     rest = [each for each in fatal if each is not title]
     repeated = any(words in each.body for each in rest) if words else False
-    is_shown = title is not None and "total_bytes" not in title.facts.figures and any(map(_states_more(title), rest))
+    is_shown = title is not None and (
+        any(_is_fuller(each, title) for each in rest)
+        or ("total_bytes" not in title.facts.figures and any(map(_states_more(title), rest)))
+    )
     return rest if repeated or is_shown else fatal
 
 
 def is_title(record: Record) -> bool:
     """Return True for the title of a report, which names the failure that its text shows."""
     return record.facts.line == 1 and record.body.startswith("# ")
+
+
+def _is_fuller(record: Record, title: Record) -> bool:
+    """Return True for a message of the title's request on the same card that states more of its memory."""
+    own, its = title.facts.figures, record.facts.figures
+    same = all(name in own and name in its and own[name].bytes == its[name].bytes for name in _OF_A_REQUEST)
+    return same and "allocated_bytes" in its and "allocated_bytes" not in own
+
+
+_OF_A_REQUEST = ("requested_bytes", "total_bytes")
 
 
 def _states_more(title: Record) -> Callable[[Record], bool]:

@@ -91,6 +91,7 @@ def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
     value = r"(\d{1,12})(?![\w/%]|\.\w)" if table == "numbers" else r"([\w./:~@-]{2,200})"
     sign = r"[ \t]?[=:][ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
+    sign += r"|[ \t]\.{4,60}[ \t]"  # in a table of arguments
     return re.compile(
         rf"(?<![\w.-])(--?)?((?:[A-Za-z]\w*\.){{0,4}})[\"']?({names})[\"']?({sign})[\"']?{value}"
     ), quantity_of
