@@ -32,7 +32,7 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, ownership
 
 _SHOWN_CURES = 4
-_OWN_CAUSES = frozenset({"loading", "saving", "outputs"})
+_OWN_CAUSES = frozenset({"loading", "resuming", "saving", "outputs"})
 """Quantities whose own cure comes before any other program's memory: it makes the request unnecessary."""
 _LESS_OF_ALL = frozenset({"less_at_once", "split_in_parts", "split_logged", "smaller_batch", "smaller_model"})
 """Remedies that lessen what the program needs of the card and of what backs it, whatever refused the request."""

@@ -68,6 +68,7 @@ _OF_THE_RUN = {
     "wide",
     "weights",
     "loading",
+    "resuming",
     "kernel",
     "single",
     "map_location",
@@ -104,7 +105,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     if facts.kind == "host_allocator":
         return _of_host_allocator(facts)
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
-        return _with(facts, "loading")
+        is_told = facts.phase == "resume" and "told_phase" in facts.details
+        return _with(facts, "resuming" if is_told else "loading")
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
 
 
@@ -130,7 +132,10 @@ _TOLD = {
         r"|^[#\s]*(?:testing|validation|evaluation)\b|(?:验证|评估|评测|eval)(?:阶段|时|过程)|検証(?:中|時)|評価(?:中|時)",
         re.IGNORECASE,
     ),
-    "resume": re.compile(rf"{_WHEN}\bresum(?:e|es|ed|ing)\b|(?:恢复|断点续)训练|再開", re.IGNORECASE),
+    "resume": re.compile(
+        rf"(?:{_WHEN}|\b(?:if|I)\b[^.\n]{{0,40}}?)(?:\w*args\.|--)?\bresum(?:e|es|ed|ing)\b|(?:恢复|断点续)训练|再開",
+        re.IGNORECASE,
+    ),
     "setup": re.compile(
         rf"{_WHEN}\b(?:initiali[sz](?:ation|ing)|before the first (?:training )?step)\b", re.IGNORECASE
     ),

@@ -74,6 +74,16 @@ def _is_oversized_without_attention(case: Case) -> bool:
     return case.is_oversized and case.evidence.grows != "attention" and not case.may_attend
 
 
+def _is_fused_by_itself(case: Case) -> bool:
+    """Return True for a training of one sequence where no line shows attention; an option may turn it on."""
+    grows = case.evidence.grows
+    return case.evidence.batch_is_one and grows is None and _trains(case) and not case.is_of("fused_by_option")
+
+
+def _trains(case: Case) -> bool:
+    return case.evidence.trains or case.evidence.purpose == TRAINING
+
+
 def _is_without_fused_attention(case: Case) -> bool:
     """Return True for a family of Transformers' models whose attention has no fused kernel."""
     return case.run.family in programs("without_fused_attention")
@@ -242,6 +252,7 @@ _OF_THE_PASS = (
     _Rule("fused_kernel", "the line is of something else", lambda case: not case.is_attentions_output),
     _Rule("fused_attention", "it is on", lambda case: case.has_sign("flash") or case.is_attentions_output),
     _Rule("fused_attention", "the model has none", _is_without_fused_attention),
+    _Rule("fused_attention", "it is on by itself", _is_fused_by_itself),
     _Rule("fused_attention", "scores are small", lambda case: case.has_small_scores and not case.is_oversized),
     _Rule("fused_attention", "the pairs are not of attention", lambda case: case.evidence.grows == "pairs"),
     _Rule("fused_attention", "nothing shows attention", _is_oversized_without_attention),

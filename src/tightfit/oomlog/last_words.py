@@ -297,10 +297,14 @@ _ANYHOW = re.compile(
 _MEETS = re.compile(
     r"\b(?:I|we|it|and)\b[^.\n]{0,40}\b(?:get|gets|getting|got|hit|hits|facing|keeps?|ran|runs?|met|receive\w*)\b"
     r"[^.\n]{0,40}\b(?:out[ -]of[ -]memory|OOM)\b"
-    r"|\b(?:CUDA|GPU) out of memory\b[^.\n]{0,20}\b(?:even|although|despite)\b",
+    r"|\b(?:CUDA|GPU) out of memory\b[^.\n]{0,20}\b(?:even|although|despite)\b"
+    r"|\b(?:CUDA|GPU)(?: memory)? (?:will be|is|was|gets?|got|goes|went|runs?|ran) out of memory\b",
     re.IGNORECASE,
 )
 """A person's words for device memory that ran out in the own run."""
+
+
+_SENTENCES = re.compile(r"(?<=[a-z\d)][.!?]) +(?=[A-Z])")
 
 
 def met_in(lines: Sequence[str]) -> str | None:
@@ -311,7 +315,8 @@ def met_in(lines: Sequence[str]) -> str | None:
     """
     if not any(map(_OF_DEVICE.search, lines)):
         return None
-    told = (line for line in lines if _MEETS.search(line) and not re.search(r"\bif\b(?! [Ii]\b)", line))
+    sentences = (each for line in lines if _MEETS.search(line) for each in _SENTENCES.split(line))
+    told = (each for each in sentences if _MEETS.search(each) and not re.search(r"\bif\b(?! [Ii]\b)", each))
     found = next((line for line in told if not _denies(line)), None)
     return " ".join(found.split()).strip(" #*`")[:300] if found else None
 
