@@ -30,6 +30,8 @@ TABLE = HERE / "results" / "public.csv"
 _PLAYED = re.compile(r"ROW.*?(\d+) (\d+) \d+$", re.MULTILINE)
 _FAILED = re.compile(r"^ERROR (\d+) (.*)$", re.MULTILINE)
 _ARGUMENTS = re.compile(r"(\S+) (\S*) x=(\S+) (.*)")
+_PLAYED_AT = re.compile(r"played at ([0-9a-f]{8})")
+"""A row's note where the code that was measured is not that of the commit in `source`."""
 _VERSION = "Metadata-Version: 2.1\nName: liger-kernel\nVersion: 0.0.0\n"
 
 
@@ -51,8 +53,14 @@ def groups(rows: Iterator[Row]) -> list[list[Row]]:
     """Group rows that one process plays: the same script at the same commit on the same card."""
     found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        found[row["source"], row["script"], row["card"], row["torch"]].append(row)
+        found[commit_of(row), row["script"], row["card"], row["torch"]].append(row)
     return list(found.values())
+
+
+def commit_of(row: Row) -> str:
+    """Return the commit whose code plays a row."""
+    other = _PLAYED_AT.search(row["note"])
+    return other[1] if other else row["source"].rpartition("@")[2]
 
 
 def play(rows: list[Row], clone: Path, libraries: str) -> None:
@@ -61,7 +69,7 @@ def play(rows: list[Row], clone: Path, libraries: str) -> None:
     kernel, _, script = first["script"].partition(" of ")
     wanted = [[kernel, *_ARGUMENTS.fullmatch(row["args"]).groups()] for row in rows]  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
-        checkout(clone, first["source"].rpartition("@")[2], Path(folder))
+        checkout(clone, commit_of(first), Path(folder))
         Path(folder, "wanted.json").write_text(json.dumps(wanted))
         words = ["dryrun", "--json", "--no-explain", "--gpu", first["card"], "--torch", first["torch"]]
         player = [str(HERE / "players" / "liger.py"), folder, script, f"{folder}/wanted.json"]

@@ -27,15 +27,27 @@ DTYPES = {str(each): each for each in (torch.float32, torch.bfloat16, torch.floa
 PROBED_BYTES = 2**30
 """Answer of the probe; it sizes only the sweep that is not played."""
 
-PROBES_WITH_PRODUCTS = {"benchmark_fused_moe.py"}
-"""Scripts whose probe multiplies matrices: transformers' experts."""
+PRODUCTS_BEFORE = {
+    "benchmark_fused_moe.py",
+    "benchmark_fused_linear_jsd.py",
+    "benchmark_grpo_loss.py",
+    "benchmark_fused_linear_cross_entropy.py",
+    "benchmark_kto_loss.py",
+    "benchmark_simpo_loss.py",
+    "benchmark_orpo_loss.py",
+}
+"""Scripts that multiply matrices, backward too, before they measure memory: in a probe, or for speed with PyTorch."""
+
+
+def multiply(script: str) -> None:
+    """Leave what such products leave in the process: the cuBLAS workspaces of forward and backward."""
+    if script in PRODUCTS_BEFORE:
+        x = torch.ones(16, 16, device="cuda", requires_grad=True)
+        (x @ x).sum().backward()
 
 
 def probe(script: str) -> int:
-    """Leave what the probe leaves in the process: the cuBLAS workspaces of forward and backward."""
-    if script in PROBES_WITH_PRODUCTS:
-        x = torch.ones(16, 16, device="cuda", requires_grad=True)
-        (x @ x).sum().backward()
+    multiply(script)
     return PROBED_BYTES
 
 
@@ -62,13 +74,14 @@ def configuration(text: str) -> dict[str, object]:
     return {key: DTYPES.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
 
 
-def player(wanted: list[list[str]], run_input: Callable[..., object]) -> Callable[..., None]:
+def player(wanted: list[list[str]], script: str, run_input: Callable[..., object]) -> Callable[..., None]:
     done = set()
 
     def run_benchmarks(
         bench_test_fn: Callable[[object], SimpleNamespace], kernel_name: str, metric_name: str, **_: object
     ) -> None:
         if metric_name != "memory":
+            multiply(script)
             return
         for place, (kernel, provider, mode, x, config) in enumerate(wanted):
             if kernel != kernel_name or place in done:
@@ -100,7 +113,7 @@ def main() -> None:
     sys.path[:0] = [str(folder / "src"), str(folder / "benchmark" / "scripts")]
     import utils
 
-    utils.run_benchmarks = player(wanted, utils.SingleBenchmarkRunInput)
+    utils.run_benchmarks = player(wanted, script, utils.SingleBenchmarkRunInput)
     utils._test_memory = median_peak
     if importlib.util.find_spec("benchmark_model_configs"):
         importlib.import_module("benchmark_model_configs").estimate_kernel_peak_memory = lambda **_: probe(script)
