@@ -170,6 +170,27 @@ for epoch in range(40):
             optimizer.zero_grad()
     assert model.weight.grad is None
 """
+BEGUN_ANEW = """
+data = DataLoader(TensorDataset(torch.zeros(26 * 8, 8)), batch_size=8)
+batches, i = iter(data), 0
+step = 0
+while step < 78:
+    try:
+        (x,) = next(batches)
+    except StopIteration:
+        i = 0
+        batches = iter(data)
+        (x,) = next(batches)
+    (model(x.cuda()).sum() / 4).backward()
+    if (i + 1) % 4 == 0 or i + 1 == len(data):
+        optimizer.step(), optimizer.zero_grad()
+    if step > 0 and step % 25 == 0:
+        torch.zeros(9, device="cuda")
+    step += 1
+    i += 1
+assert i == len(data) and model.weight.grad is None, i
+train(4)
+"""
 KEPT_UNTIL_CLEARED = """
 kept, most = [], 0
 for step in range(220):
@@ -295,7 +316,7 @@ def test_a_long_evaluation_whose_examples_differ_goes_on_to_the_largest(tmp_path
     assert "differ, but many in a row raised no peak" in str(found["notes"])
 
 
-@pytest.mark.parametrize("code", [ACCUMULATED, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])
+@pytest.mark.parametrize("code", [ACCUMULATED, BEGUN_ANEW, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])
 def test_what_a_loop_leaves_is_there(code: str, tmp_path: Path) -> None:
     found = played(code, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
@@ -369,10 +390,20 @@ for step in range(1000):
     if step % 100 == 99:
         torch.zeros(40 << 20, dtype=torch.uint8, device="cuda")
 """
-LATER = [DOUBLED_IN_A_BRANCH, STAGES, LOOKED_UP, GROWN_IN_A_BRANCH, BEFORE_A_COPY]
+IN_EACH_EPOCH = """
+kept = []
+for epoch in range(6):
+    for i in range(40):
+        train(5)
+        if i == 24:
+            torch.zeros(40 << 20, dtype=torch.uint8, device="cuda")
+    if epoch == 2:
+        kept.append(torch.zeros(40 << 20, dtype=torch.uint8, device="cuda"))
+"""
+LATER = [DOUBLED_IN_A_BRANCH, STAGES, LOOKED_UP, GROWN_IN_A_BRANCH, BEFORE_A_COPY, IN_EACH_EPOCH]
 
 
-@pytest.mark.parametrize("code", LATER, ids=["doubled", "stages", "looked up", "grown", "copy"])
+@pytest.mark.parametrize("code", LATER, ids=["doubled", "stages", "looked up", "grown", "copy", "epochs"])
 def test_a_branch_that_ran_is_played_again_where_it_needs_more(code: str, tmp_path: Path) -> None:
     """Eighty MiB at some late iteration, which are more than any of the first ones."""
     found = played(code, tmp_path)

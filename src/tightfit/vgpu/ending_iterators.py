@@ -104,6 +104,10 @@ class EndingIterators:
         for each in self._counted.values():
             each.now = each.kept
 
+    def forget(self) -> None:
+        """Look at the iterators anew, after an iteration that runs."""
+        self._counted.clear()
+
     def keep(self) -> None:
         """Pass over the iteration that was followed."""
         for each in self._counted.values():

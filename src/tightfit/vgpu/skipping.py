@@ -498,6 +498,7 @@ class Skip:
             self._cut_off += 1
         expected = self._values(reduced, names, others)
         self._restore(before, reduced, names, others)
+        self._ends.forget()
         _forget_inner_counters(names)
         self._inner_counters, self._set_anew = reduced.inner_counters, reduced.set_anew | reduced.inner_counters
         return expected, {text: value for text, value in read.items() if isinstance(value, NUMBERS)}

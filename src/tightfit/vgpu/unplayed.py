@@ -85,6 +85,8 @@ class LineWatch:
         """Loops with backward passes in an iteration, others than those over optimizers or parameters."""
         self._given_up: set[tuple[CodeType, Loop]] = set()
         self._iterations: Counter[tuple[CodeType, int]] = Counter()
+        self._runs: Counter[tuple[CodeType, int]] = Counter()
+        """Times that each loop began."""
         self._lengths = LoopLengths()
         self._earliest: dict[tuple[CodeType, int], int] = {}
         """First instruction at which an iteration of each loop began."""
@@ -452,6 +454,10 @@ class LineWatch:
         self._read.tried = {each for each in self._read.tried if not any(_is_at(each, line) for line in within)}
         return within
 
+    def run_of(self, sought: Sought) -> int:
+        """Return how often the loop of such lines began."""
+        return self._runs[sought.code, sought.loop.first]
+
     def note_reruns(self, sought: Sought) -> None:
         """Begin to note which lines run in the next steps; until then no iterations begin to be passed over."""
         self._ran.begin_steps((sought.code, sought.loop.first))
@@ -550,6 +556,7 @@ class LineWatch:
         is_first = (code, first) not in self._begun
         self._lengths.learn(frame, first, is_first=is_first)
         if is_first:
+            self._runs[code, first] += 1
             self._read.begin_again((code, first))
         if not self._iterations[code, first]:
             self._learn_end(frame, first)
