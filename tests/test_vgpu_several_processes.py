@@ -90,6 +90,15 @@ assert all(each.tolist() == [0, 1, 2] for each in found)
 uneven = [torch.empty(3 + rank, dtype=torch.int64, device="cuda") for rank in range(ranks)]
 distributed.all_gather(uneven, torch.arange(3, device="cuda"))
 assert uneven[0].tolist() == [0, 1, 2]
+many = [torch.empty(1 << 18, device="cuda") for _ in range(ranks)]
+before = torch.cuda.memory_allocated()
+work = distributed.all_gather(many, many[0], async_op=True)
+stacked = torch.cuda.memory_allocated() - before
+work.wait()
+assert (stacked, torch.cuda.memory_allocated()) == (ranks << 20, before), "NCCL gathers into one tensor"
+torch.cuda.reset_peak_memory_stats()
+distributed.reduce_scatter(many[0], many)
+assert torch.cuda.max_memory_allocated() - before == ranks << 20
 """
 
 

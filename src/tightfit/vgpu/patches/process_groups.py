@@ -243,11 +243,15 @@ def _give_own_work(module: ModuleType) -> None:
 class _Work:
     """Handle of a collective, with a future of its result."""
 
-    def __init__(self, work: object, tensor: Tensor) -> None:
-        self.own, self._tensor = work, tensor
+    def __init__(self, work: Any, result: list[Tensor], held: Tensor | None = None) -> None:
+        self.own, self._result, self._held = work, result, held
 
     def get_future(self) -> "torch.futures.Future[list[Tensor]]":
-        return _finished([self._tensor])
+        return _finished(self._result)
+
+    def wait(self, *args: object) -> object:
+        self._held = None
+        return self.own.wait(*args)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.own, name)
@@ -261,9 +265,34 @@ def _install_futures() -> None:
     @functools.wraps(usual)
     def all_reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
         work = usual(tensor, *args, **kwargs)
-        return None if work is None else _Work(work, tensor)
+        return None if work is None else _Work(work, [tensor])
 
     assign(distributed, distributed.distributed_c10d, all_reduce=all_reduce)
+    usual_gather: Callable[..., object] = distributed.all_gather
+    usual_scatter: Callable[..., object] = distributed.reduce_scatter
+
+    @functools.wraps(usual_gather)
+    def all_gather(tensor_list: list[Tensor], tensor: Tensor, *args: object, **kwargs: object) -> object:
+        stacked = _stacked(tensor_list)
+        work = usual_gather(tensor_list, tensor, *args, **kwargs)
+        return None if work is None else _Work(work, tensor_list, stacked)
+
+    @functools.wraps(usual_scatter)
+    def reduce_scatter(output: Tensor, input_list: list[Tensor], *args: object, **kwargs: object) -> object:
+        stacked = _stacked(input_list)
+        work = usual_scatter(output, input_list, *args, **kwargs)
+        return None if work is None else _Work(work, [output], stacked)
+
+    assign(distributed, distributed.distributed_c10d, all_gather=all_gather, reduce_scatter=reduce_scatter)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor | None:
+    """Take what NCCL's stacked copy of a list takes until the call is waited for; unlike sizes it does not stack."""
+    if not tensors or not all(isinstance(each, Tensor) and each.is_cuda for each in tensors):
+        return None
+    shape = tensors[0].shape
+    alike = all(each.shape == shape for each in tensors)
+    return tensors[0].new_empty((len(tensors), *shape)) if alike else None
 
 
 def _install_spawn(rank: int) -> None:
