@@ -191,6 +191,18 @@ while step < 78:
 assert i == len(data) and model.weight.grad is None, i
 train(4)
 """
+OF_NO_LENGTH = """
+def batches(count):
+    for _ in range(count):
+        yield torch.zeros(4, 8)
+for count in (61, 60):
+    for i, x in enumerate(batches(count)):
+        (model(x.cuda()).sum() / 4).backward()
+        if (i + 1) % 4 == 0:
+            optimizer.step(), optimizer.zero_grad()
+    assert i + 1 == count and (model.weight.grad is None) == (count == 60), (i, count)
+train(4)
+"""
 KEPT_UNTIL_CLEARED = """
 kept, most = [], 0
 for step in range(220):
@@ -316,7 +328,7 @@ def test_a_long_evaluation_whose_examples_differ_goes_on_to_the_largest(tmp_path
     assert "differ, but many in a row raised no peak" in str(found["notes"])
 
 
-@pytest.mark.parametrize("code", [ACCUMULATED, BEGUN_ANEW, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])
+@pytest.mark.parametrize("code", [ACCUMULATED, BEGUN_ANEW, OF_NO_LENGTH, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])
 def test_what_a_loop_leaves_is_there(code: str, tmp_path: Path) -> None:
     found = played(code, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")

@@ -239,6 +239,8 @@ class LoopItems:
     """Tells if so many next items hold one that is not to be taken away."""
     has_those: Callable[[object, int], bool]
     """Tells the same of any iterator."""
+    put_back: Callable[[int], bool]
+    """Lets the loop have so many of the items that were taken last; False if that cannot be done."""
     differ: bool = False
     """True if the last one may be smaller than the others: tensors of it may be held behind the loop."""
 
@@ -377,7 +379,12 @@ class Skip:
             taken = sum(items.advance() for _ in range(self.steps))
             self.passed += taken
             self.is_exhausted = taken < self.steps
-            if self.is_exhausted:  # there were fewer iterations than were counted
+            last = taken or self.steps
+            if self.is_exhausted and plays_last and self.passed >= last and items.put_back(last):
+                self._restore(before if taken else earlier, reduced, names, others)
+                self.passed -= last
+                self.is_reached = True
+            elif self.is_exhausted:  # there were fewer iterations than were counted
                 self._restore(before, reduced, names, others)
                 self._runs(code, names, others, taken)
                 self._ends.keep()

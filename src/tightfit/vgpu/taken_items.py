@@ -1,6 +1,7 @@
 """Items that are taken away from a loop's iterator, so that the loop does not get them."""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from tightfit.vgpu.loop_items import FAILURES
@@ -16,6 +17,8 @@ class TakenItems:
         """True once iterations were passed over."""
         self.is_cut_short = False
         """True once the play's time is over: nothing more is passed over."""
+        self.latest: deque[object] = deque(maxlen=0)
+        """As many of the items taken last as may have to be put back."""
         self.took: Callable[[object], None] = lambda item: None
         """Called with each item that a loop does not get."""
         self.after_passing: Callable[[], None] = lambda: None
@@ -38,4 +41,6 @@ class TakenItems:
         except FAILURES:  # the script's own, which it raises again where the loop goes on
             return False
         self.took(item)
+        if item is not self:
+            self.latest.append(item)
         return item is not self

@@ -1,12 +1,13 @@
 """Lines of the script's training loop that an early stop would leave unplayed, although they may allocate."""
 
 import inspect
+import itertools
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tightfit.vgpu.expressions import always, value_in
 from tightfit.vgpu.far_conditions import FarConditions, Passing
@@ -26,6 +27,7 @@ from tightfit.vgpu.loop_items import (
     iterator_of,
     left_of,
     makes_items,
+    replace_iterator,
 )
 from tightfit.vgpu.loop_source import (
     Loop,
@@ -274,13 +276,13 @@ class LineWatch:
         """Pass over the iterations that are left of the innermost training loop if a step takes several of them.
 
         Its last step is played, so that what is held behind the loop is what an accumulation leaves there.
-        `has_batches`: a DataLoader's batches, whose number is known.
+        `has_batches`: it takes a DataLoader's batches, whose number is known.
         """
         for each, training in self._training_around(frame):
             for loop in training[-1:]:
                 before, now = (at[each.f_code, loop.first] for at in self._at_steps)
-                is_known = has_batches or loop.first in self._lengths.of({each.f_code: 0})
-                return now - before > 1 and is_known and self._pass_to_end(each.f_code, loop)
+                is_finite = loop.counts or has_batches
+                return now - before > 1 and is_finite and self._pass_to_end(each.f_code, loop)
         return False
 
     def _pass_to_end(self, code: CodeType, loop: Loop) -> bool:
@@ -588,9 +590,10 @@ class LineWatch:
             return
         with self.taken.passing():
             left = self._lengths.left(place) if (seen := left_of(items)) is None else seen
-            takes = partial(self._takes_next, items)
-            has_to_run = partial(self._has_to_run, items)
-            skip.at_head(frame, LoopItems(left, takes, has_to_run, self.has_to_run, makes_items(items)))
+            takes, has_to_run = partial(self._takes_next, items), partial(self._has_to_run, items)
+            put_back = partial(self._put_back, frame, items)
+            self.taken.latest = deque(maxlen=skip.steps if loop.counts and left is None else 0)
+            skip.at_head(frame, LoopItems(left, takes, has_to_run, self.has_to_run, put_back, makes_items(items)))
         self.forget_names(frame, skip.names)
         if skip.is_over:
             del self._skips[place]
@@ -635,6 +638,13 @@ class LineWatch:
     def _takes_next(self, items: object) -> bool:
         """Take an item of a `for` loop away; False if there is none, or no more time."""
         return not self.taken.is_cut_short and (items is None or self.taken.take(items))
+
+    def _put_back(self, frame: FrameType, items: object, count: int) -> bool:
+        """Let a `for` loop have so many of the items that were taken last."""
+        latest = list(self.taken.latest)[-count:]
+        return len(latest) == count and replace_iterator(
+            frame, itertools.chain(latest, cast("Iterator[object]", items))
+        )
 
     def _has_to_run(self, items: object, count: int) -> bool:
         return items is not None and self.has_to_run(items, count)
