@@ -36,7 +36,7 @@ from tightfit.oomlog.log_record import (
     ran_out,
     with_facts,
 )
-from tightfit.oomlog.log_text import lines_of, part, pieces, without_shared_prefix
+from tightfit.oomlog.log_text import lines_of, part, pieces, without_rank, without_shared_prefix
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.printed import READ, Printed, printed_in
@@ -231,10 +231,11 @@ class _Scan:
         before: list[str] = []
         is_before = False
         behind = [each.line.body for each in stream.entries[index + 1 : index + 40]]
-        if stand in (Standing.FAILURE, Standing.REPORT, Standing.CAUGHT) and self._stacks < _STACKS:
+        is_read = stand in (Standing.FAILURE, Standing.REPORT, Standing.CAUGHT) and self._stacks < _STACKS
+        if is_read:
             self._stacks += 1
             before = stream.before(index, earlier)
-        if before and stand is not Standing.CAUGHT:
+        if is_read and stand is not Standing.CAUGHT:
             frames = frames_of(before)
             is_before = bool(frames)
             frames = frames or frames_behind(behind, anywhere=titles)
@@ -290,16 +291,15 @@ class _Scan:
         ]
         count = self.uncounted + sum(map(is_failure_beside, apart))
         context = printed_in("\n".join(lines_of(self._head)))
-        run = run_facts_in("\n".join(lines_of(self._both_ends()))) if failures or chosen else RunFacts()
+        run = self._run() if failures or chosen else RunFacts()
         if chosen:
             failure = self._as_printed(chosen.facts)
             return LogReading(failure=failure, others=others, others_count=count, context=context, run=run)
-        unnamed = Unnamed(self._head, self._ending, self._size, self.records)
+        unnamed = Unnamed(_without_ranks(self._head), _without_ranks(self._ending), self._size, self.records)
         nothing, evidence = unnamed.kind()
         if nothing in TOLD:
             failure = unnamed.facts(nothing, evidence, line=self._lines + 1)
-            run = run_facts_in("\n".join(lines_of(self._both_ends())))
-            return LogReading(failure=failure, others=others, others_count=count, context=context, run=run)
+            return LogReading(failure=failure, others=others, others_count=count, context=context, run=self._run())
         caught = [
             each for each in self.records if (each.standing is Standing.CAUGHT or each.survived) and ran_out(each)
         ]
@@ -313,6 +313,10 @@ class _Scan:
             caught=caught[-1].facts if caught else None,
             went_on=any(self._went_on(each) for each in caught),
         )
+
+    def _run(self) -> RunFacts:
+        """Return what the program prints of its run, on lines with a rank or an error's level before them, too."""
+        return run_facts_in(_without_ranks("\n".join(lines_of(self._both_ends()))))
 
     def _both_ends(self) -> str:
         if self._size <= _HEAD + _TAIL:
@@ -354,3 +358,7 @@ class _Scan:
         printed = last_line(self._ending)
         message = facts.message if facts.message in printed else printed
         return replace(facts, message=message, notes=(*facts.notes, "log_ends_within"))
+
+
+def _without_ranks(text: str) -> str:
+    return "\n".join(map(without_rank, text.split("\n")))

@@ -237,6 +237,17 @@ def part(line: str) -> Line:
     return Line(line[at:], rank, level, line[:at], quoted)
 
 
+def without_rank(line: str) -> str:
+    """Return a line without the rank or the process that a launcher writes before it.
+
+    >>> without_rank("[rank0]:   File x"), without_rank("12:00:01 - step 1")
+    ('  File x', '12:00:01 - step 1')
+    """
+    while match := _RANK.match(line):
+        line = line[match.end() :]
+    return line
+
+
 _SAMPLE = 400
 """Lines from a log's beginning of which all must have a prefix."""
 _MARK = re.compile(r"[|*;](?: |$)")
@@ -246,7 +257,7 @@ _MARK = re.compile(r"[|*;](?: |$)")
 def without_shared_prefix(parts: Iterator[str]) -> Iterator[str]:
     """Yield the pieces of a log without the prefix that all its lines have: a wrapper's, which tells of none.
 
-    Ranks stay, and so do levels of errors.
+    Ranks stay. A level that all lines have tells no error from the rest.
 
     >>> list(without_shared_prefix(iter(["12:00:01 - INFO - step 1\\n12:00:09 - INFO - step 2\\n"])))
     ['step 1\\nstep 2\\n']
@@ -289,8 +300,10 @@ def _beginning_of(texts: list[str]) -> str:
     return first[:length]
 
 
-_OF_WRAPPER = re.compile(r"(?:[\W\d_]|(?<=\d)[TZ]|\b(?:INFO|DEBUG|WARN(?:ING)?)\b|\b[A-Za-z]\w* pid=\d+)+")
-"""Times, numbers of processes and all levels but an error's: a program's name in a prefix is evidence."""
+_OF_WRAPPER = re.compile(
+    r"(?:[\W\d_]|(?<=\d)[TZ]|\b(?:INFO|DEBUG|WARN(?:ING)?|ERROR)\b|\b[A-Za-z]\w* pid=\d+|\b[a-z]\w*\.py:\d+)+"
+)
+"""Times, levels, processes and lines of code: any other name in a prefix is evidence."""
 
 
 def _pattern_of(prefix: str) -> re.Pattern[str]:

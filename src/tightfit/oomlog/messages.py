@@ -129,11 +129,14 @@ class _Finder:
         self._known = 0
         """All words before this place were found."""
         self._found: re.Match[str] | None = None
+        self._is_over = False
+        """True if the rest of the text has no match: it is not searched again for each message."""
 
     def at(self, position: int) -> re.Match[str] | None:
         """Return the first match that starts at or behind `position`."""
-        if self._found is None or self._found.start() < position:
+        if not self._is_over and (self._found is None or self._found.start() < position):
             self._found = self._search(position)
+            self._is_over = self._found is None
         return self._found
 
     def _search(self, position: int) -> re.Match[str] | None:
