@@ -42,11 +42,18 @@ def test_the_large_matrices_of_a_decoder_are_nearly_all_of_its_parameters(model)
         ("distilgpt2", None),
         ("xlm-roberta-large", None),
         ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral 8x7B"),
     ],
 )
 def test_a_model_is_known_by_its_name(name: str, found: str | None):
     model = model_of(run_facts_in(f"python train.py --model_name_or_path {name} --epochs 3"))
     assert (model.name if model and not model.is_by_name else None) == found
+
+
+def test_billions_in_a_name_are_not_the_blocks_of_a_network():
+    for text, billions in (("gpt2(2.6B) with mp=2 dp=8", 2.6), ("--name RealESRGAN_x4plus_anime_6B.pth", None)):
+        model = model_of(run_facts_in(text))
+        assert (model.parameters if model else None) == (billions * 10**9 if billions else None)
 
 
 def test_two_models_in_a_text_are_none():

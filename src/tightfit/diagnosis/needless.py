@@ -314,6 +314,9 @@ _OF_THE_MODEL = (
     _Rule("smaller_model", "the program has one model", _has_one_model),
     _Rule("smaller_model", "the run starts from no weights", _starts_from_nothing),
     _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", _has_other_size),
+    _Rule(
+        "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
+    ),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
     _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),
     _Rule("shard", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized),

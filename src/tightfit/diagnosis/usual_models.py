@@ -35,6 +35,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: int | None = None
     gated: bool = False
     """True if the MLP has a gate: three matrices instead of two."""
+    experts: int = 1
+    """MLPs of each layer."""
     tied: bool = False
     """True if the embedding and the output layer are one matrix."""
     printed: bool = False
@@ -69,7 +71,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
             return None
         rows, keys = self.heads * self.head_dim, (self.kv_heads or self.heads) * self.head_dim
         attention = 2 * hidden * rows + 2 * hidden * keys
-        mlp = (3 if self.gated else 2) * hidden * inner
+        mlp = self.experts * (3 if self.gated else 2) * hidden * inner
         return layers * (attention + mlp) + (1 if self.tied else 2) * self.vocabulary * hidden
 
 
@@ -98,7 +100,14 @@ def model_of(run: RunFacts) -> Model | None:
     printed = _printed(run)
     if printed is not None and not (named and named.hidden == printed.hidden):
         return printed
-    return named or _by_size_in_name(run)
+    sized = _by_size_in_name(run)
+    return sized if named is None or (sized is not None and _is_other_size(sized, named)) else named
+
+
+def _is_other_size(sized: Model, named: Model) -> bool:
+    """Return True if a name of a usual model stands with another size behind it: gpt2(2.6B)."""
+    known, stated = named.parameters or 0, sized.parameters or 0
+    return named in named_in(sized.name) and not known / 2 < stated < 2 * known
 
 
 _SIZE = r"(?:\d{1,2}x)?\d{1,3}(?:\.\d{1,2})?[bB](?![a-zA-Z0-9])"
@@ -107,11 +116,14 @@ _SIZED_NAME = re.compile(
     r"(?:[-_][A-Za-z0-9.]{1,20}){0,6}"
 )
 _SIZED_WORDS = re.compile(
-    r"\b((?:llama|qwen|mistral|gemma|opt|falcon|yi|baichuan|chatglm|glm|vicuna|deepseek|granite|bloom|mpt|internlm"
-    rf"|internvl|pythia|starcoder|codellama|galactica)[\w.]{{0,5}}(?:[ -][A-Za-z\d.]{{1,10}}){{0,2}}?[ -]({_SIZE}))",
+    r"\b((?:gpt(?:-?2|-?j|-neox?)?|llama|qwen|mistral|gemma|opt|falcon|yi|baichuan|chatglm|glm|vicuna|deepseek|granite|bloom|mpt|internlm"
+    rf"|internvl|pythia|starcoder|codellama|galactica)[\w.]{{0,5}}"
+    rf"(?:[ -][A-Za-z\d.]{{1,10}}){{0,2}}?(?:[ -]| ?\()({_SIZE}))",
     re.IGNORECASE,
 )
 """Names of models with their billions of parameters, in one piece and as people write them."""
+_SCALE = re.compile(r"(?:^|[-_])(?:x[1-8]|[1-8]x)(?:plus)?(?:[-_.]|$)", re.IGNORECASE)
+"""The scale in the name of a network that enlarges pictures: its other numbers count blocks."""
 _BILLION = 10**9
 
 
@@ -122,9 +134,9 @@ def _by_size_in_name(run: RunFacts) -> Model | None:
     33000000000
     """
     given = run.texts.get("model", "")
-    found = [(match[0], match[1]) for match in _SIZED_NAME.finditer(given)]
+    found = [(match[0], match[1]) for match in _SIZED_NAME.finditer(given) if not _SCALE.search(match[0])]
     if not found:
-        found = [(match[0], match[1]) for match in _SIZED_NAME.finditer(run.text)]
+        found = [(match[0], match[1]) for match in _SIZED_NAME.finditer(run.text) if not _SCALE.search(match[0])]
         found += [(match[1], match[2]) for match in _SIZED_WORDS.finditer(run.text)]
     sizes = {size.lower() for _, size in found}
     if len(sizes) != 1 or "x" in (size := sizes.pop()):

@@ -26,6 +26,8 @@ _LINE_BOUND = re.compile(
     r"|nohup))|^(?:已杀死|已终止|強制終了)\s*$)"
     r"|(?P<memory>^[\s`*>]*MemoryError\s*:?\s*$)"
 )
+_OF_LIBRARY = re.compile(r"C\+\+ Traceback \(")
+"""The head of a library's own report behind Python's MemoryError: its last lines name the memory that ran out."""
 _OF_SIGNAL = re.compile(r"killed by signal: ?Killed", re.IGNORECASE)
 """A message of PyTorch's, which ends with the same word."""
 _MARKS = ("#", "//", "*", "|", ";", "--")
@@ -130,13 +132,15 @@ class Stream:
 
     def line_bound(self) -> Iterator[Message]:
         """Yield messages that are a line by themselves, which text without line ends does not show."""
-        for entry, start in zip(self.entries, self.starts, strict=True):
+        for index, (entry, start) in enumerate(zip(self.entries, self.starts, strict=True)):
             body = entry.line.body
             if "Killed" not in body and "MemoryError" not in body and body.isascii():
                 continue
             match = _LINE_BOUND.search(body)
             if match and not _OF_SIGNAL.search(body, 0, match.end()):
                 at = start + len(squeeze(body[: match.start()]))
+                if match["memory"] and any(_OF_LIBRARY.match(each.line.body) for each in self.entries[index + 1 :][:6]):
+                    continue
                 kind = "host_memory_error" if match["memory"] else "host_killed"
                 message = Message(kind, at, at + len(squeeze(match[0])))
                 if kind == "host_killed":
