@@ -106,3 +106,18 @@ def test_an_item_that_chance_chooses_is_no_size(tmp_path: Path) -> None:
 
 def test_a_number_that_is_drawn_until_it_fits_ends(tmp_path: Path) -> None:
     assert played(UNTIL_FOUND, tmp_path)["peak"]["requested_bytes"] / 2**20 >= 248
+
+
+AS_THEY_WERE = """
+import pickle
+for function in (random.random, random.randint, np.random.rand, np.random.randint, random.Random(3).random):
+    assert callable(pickle.loads(pickle.dumps(function))), function
+rng = np.random.default_rng(1)
+assert isinstance(pickle.loads(pickle.dumps(rng)), np.random.Generator), rng
+assert repr(rng).startswith("Generator(PCG64)") and np.random.default_rng(rng) is rng, rng
+train(4)
+"""
+
+
+def test_generators_are_what_they_were(tmp_path: Path) -> None:
+    assert played(AS_THEY_WERE, tmp_path)["outcome"] == "fits"

@@ -104,6 +104,26 @@ def test_a_function_that_is_not_compiled_here_is_named_if_it_is_called(tmp_path:
     assert any("torch.compile" in each for each in found["not_modelled"]) == bool(calls)
 
 
+WITH_A_NUMBER = """
+import torch
+
+@torch.compile
+def scaled(x, by):
+    return (x * by).sigmoid().sum()
+
+for step in range(3):
+    scaled(torch.ones(64, 64, device="cuda", requires_grad=True), 1.0 + step / 10).backward()
+"""
+
+
+@pytest.mark.slow
+def test_a_number_that_changes_is_compiled_anew(tmp_path: Path) -> None:
+    """Dynamo traces such a function a second time, as an error within Inductor asks it to."""
+    script = tmp_path / "train.py"
+    script.write_text(WITH_A_NUMBER)
+    assert findings(["--gpu", "A100", script])["not_modelled"] == []
+
+
 PREFETCHES = """
 import torch
 

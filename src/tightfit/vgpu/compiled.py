@@ -134,12 +134,15 @@ class Compiler:
         self, graph: fx.GraphModule, inputs: Sequence[Tensor | int | torch.SymInt | None], with_graphs: bool = False
     ) -> Function:
         """Return a function for one of Dynamo's graphs that takes the memory of Inductor's code."""
+        from torch._dynamo.exc import RestartAnalysis
         from torch._inductor.compile_fx import compile_fx
 
         try:
             no_cache = importlib.import_module("torch._functorch.config").patch(enable_autograd_cache=False)
             with self._device.phases.named("compile"), _without_collector(), no_cache:
                 compiled = compile_fx(graph, inputs, functools.partial(self._compile_graph, with_graphs=with_graphs))
+        except RestartAnalysis:  # Dynamo traces the function otherwise, and comes back
+            raise
         except Exception as error:  # Inductor's passes and their libraries raise any kind; the script runs eagerly
             first = (str(error).splitlines() or [""])[0]
             self._device.note(say("vgpu.compiled.failed", kind=type(error).__name__, error=f"{first:.200}"))

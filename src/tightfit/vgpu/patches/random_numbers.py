@@ -3,7 +3,7 @@
 import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,24 +14,20 @@ from tightfit.vgpu.patches.on_import import after_import
 _DEVIATIONS = 3.7
 """Standard deviations beyond which one draw in 10,000 lies."""
 Function = Callable[..., Any]
+EndsByName = Mapping[str, Callable[..., Ends | None]]
 
 
 def install(draws: Draws) -> None:
     """Let `draws` follow what the script draws from now on."""
-    names = [name for name in _ENDS if hasattr(random.Random, name)]
-    assign(random.Random, **{name: _watched(getattr(random.Random, name), draws, _ENDS[name], 1) for name in names})
-    shared = random.seed.__self__  # type: ignore[attr-defined]
-    assign(random, **{name: getattr(shared, name) for name in names})
+    _watch_module(draws, random, _ENDS)
+    assign(random.Random, **_methods(draws, random.Random, _ENDS))
     after_import("numpy.random", functools.partial(_watch_numpy, draws))
 
 
 def _watch_numpy(draws: Draws, module: ModuleType) -> None:
-    names = [name for name in _ENDS_OF_NUMPY if hasattr(module, name)]
-    made = {name: _watched(getattr(module, name), draws, _ENDS_OF_NUMPY[name], 0) for name in names}
+    _watch_module(draws, module, _ENDS_OF_NUMPY)
     kind = module.Generator
-    of_kind = [name for name in (*_ENDS_OF_NUMPY, "integers") if hasattr(kind, name)]
-    methods = {name: _watched(getattr(kind, name), draws, _ENDS_OF_NUMPY.get(name, _integers), 1) for name in of_kind}
-    generator = type("Generator", (kind,), methods)
+    generator = type("Generator", (kind,), _methods(draws, kind, {**_ENDS_OF_NUMPY, "integers": _integers}))
     usual = module.default_rng
 
     @functools.wraps(usual)
@@ -39,7 +35,19 @@ def _watch_numpy(draws: Draws, module: ModuleType) -> None:
         rng = usual(*args, **kwargs)
         return generator(rng.bit_generator) if type(rng) is kind else rng
 
-    assign(module, **made, default_rng=default_rng)
+    assign(module, default_rng=default_rng)
+
+
+def _watch_module(draws: Draws, module: ModuleType, ends: EndsByName) -> None:
+    for name, of_name in ends.items():
+        made = _watched(getattr(module, name), draws, of_name, 0)
+        assign(made, __module__=module.__name__, __qualname__=name)  # pickle finds it so
+        assign(module, **{name: made})
+
+
+def _methods(draws: Draws, kind: type, ends: EndsByName) -> dict[str, Function]:
+    names = [name for name in ends if hasattr(kind, name)]
+    return {name: _watched(getattr(kind, name), draws, ends[name], 1) for name in names}
 
 
 def _watched(function: Function, draws: Draws, ends: Callable[..., Ends | None], skipped: int) -> Function:
@@ -53,6 +61,7 @@ def _watched(function: Function, draws: Draws, ends: Callable[..., Ends | None],
             return value
         return draws.given(frame, value, lambda: _as(type(value), ends(*args[skipped:], **kwargs)))
 
+    assign(draw, _torchdynamo_disable=True)  # Dynamo breaks its graph here, as at the function itself
     return draw
 
 
@@ -113,7 +122,7 @@ def _product(item: Any) -> int:
     return math.prod(map(_product, item)) if isinstance(item, (tuple, list)) else int(item)
 
 
-_ENDS: dict[str, Callable[..., Ends | None]] = {
+_ENDS: EndsByName = {
     "random": _fraction,
     "betavariate": _fraction,
     "uniform": _uniform,
@@ -125,7 +134,7 @@ _ENDS: dict[str, Callable[..., Ends | None]] = {
     "randrange": _range,
     "choice": _choice,
 }
-_ENDS_OF_NUMPY: dict[str, Callable[..., Ends | None]] = {
+_ENDS_OF_NUMPY: EndsByName = {
     "rand": _fraction,
     "random": _fraction,
     "random_sample": _fraction,
