@@ -165,6 +165,8 @@ _CALLS = (
     "main()",
 )
 """Calls in which a traceback that somebody cut ends: the request is further inside."""
+_COMPILED = re.compile(r"(?<![\w.])(?:_C|_ext|_cuda|\w+_(?:C|ext|cuda))\.\w+\(")
+"""A call of a module that was compiled: no line of Python is further inside."""
 _OF_MORE = (
     re.compile(r"(?<![\w.])(?:self\.)?(?:model|net|network|module)\("),
     re.compile(r"(?<!\w)(?:train(?:ing)?_step|train|fit|compute_loss|process_api|run|main|launch)\("),
@@ -177,7 +179,8 @@ def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     frame = facts.frames[-1] if facts.frames else line_before_message(evidence.run.text)
     if frame is None or not frame.source or facts.phase == "backward" or frame.source.startswith("raise "):
         return None
-    if any(call in frame.source for call in _CALLS) or any(each.search(frame.source) for each in _OF_MORE):
+    is_outer = any(call in frame.source for call in _CALLS) and not _COMPILED.search(frame.source)
+    if is_outer or any(each.search(frame.source) for each in _OF_MORE):
         return None
     if "traceback_cut" in facts.notes:
         return None

@@ -13,6 +13,11 @@ _CODE = re.compile(r"[\w\]] ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _LOGGED = re.compile(r"^\[?\d{2,4}[-/:]\d\d[-/:]\d\d|\b(?:INFO|DEBUG|WARNING)\b|\b(?:Namespace|Config\w*|Arguments)\(")
 """Lines of a logger, and printed options, which look like code."""
+_TOLD = re.compile(
+    r"\b(?:[Ee]rror|OOM|[Ee]xception|[Cc]rash(?:es|ed)?|[Ff]ail(?:s|ed|ure)?)\b[^\n\"'`]{0,40}?"
+    r"\b(?:in|at|on|from) (?:the |this )?(?:line )?[\"`“]([\w.]{1,60}(?: ?= ?[\w.]+)?\([^\"`”\n]{0,200}\))[\"`”]"
+)
+"""A person's sentence that quotes the line which failed: the error occurs in "x = f(y)"."""
 _LINES = 4
 """Lines before a message that may hold the failing line, with carets below it."""
 _ONLY_CARETS = re.compile(r"[\^~ ]+")
@@ -102,7 +107,7 @@ def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
 
 
 def line_before_message(text: str) -> TraceFrame | None:
-    """Return the line of code that stands right before the message of a report without a traceback.
+    """Return the line of code right before the message of a report without a traceback, or the one it says failed.
 
     Code that a report quotes further up is the program's, not the line that failed.
     """
@@ -115,7 +120,8 @@ def line_before_message(text: str) -> TraceFrame | None:
         is_code = _CODE.search(line) or (has_carets and _WORD.search(line))
         if is_code and not _LOGGED.search(line):
             return TraceFrame(file="", line=None, function="", source=line[:400])
-    return None
+    told = _TOLD.search(text)
+    return TraceFrame(file="", line=None, function="", source=told[1]) if told else None
 
 
 _CALL = re.compile(r"^\s*([\w*]+(?:, ?[\w*]+)+) ?= ?[\w.]*(?:model|net|network|rnn|lstm|gru)\w*\(([^\n]*)")

@@ -55,6 +55,8 @@ def detail_names() -> set[str]:
 _OF_THE_RUN = {
     "small_pool",
     "small_array",
+    "little",
+    "examples",
     "eval",
     "one",
     "tasks",

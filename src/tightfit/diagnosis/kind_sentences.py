@@ -88,10 +88,31 @@ def values_of(facts: Facts) -> dict[str, object]:
         found["square"] = True
     if facts.kind == "tensorflow_out_of_memory":
         found |= dict.fromkeys(_by_axes(facts.details.get("shape", "")), True)
+        if 0 < (facts.requested_bytes or 0) < _LITTLE:
+            found["little"] = True
+        if (examples := _examples(facts.details.get("shape", ""))) is not None:
+            found["examples"] = examples
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)
     return found
+
+
+_LITTLE = 2**24
+"""Bytes of a tensor below which the card was full before it."""
+_FEWEST_EXAMPLES = 16
+
+
+def _examples(shape: str) -> int | None:
+    """Return the first size of a tensor of three axes or more, which is that of the batch; None for a kernel.
+
+    >>> _examples("600,120,1503"), _examples("64,32,3,3"), _examples("3,3,512,512")
+    (600, None, None)
+    """
+    sizes = [int(size) for size in shape.split(",") if size.strip().isdigit()]
+    if len(sizes) < 3 or sizes[0] < _FEWEST_EXAMPLES or sizes[-2] == sizes[-1] <= _LARGEST_KERNEL:
+        return None
+    return sizes[0]
 
 
 _LONG_SIDE, _ALIKE = 20_000, 1.5
@@ -243,12 +264,14 @@ _OF_ONE = {"less_in_pass": "smaller_inputs_only", "smaller_batch_program": "smal
 """Fixes of a batch that cannot be smaller."""
 _LOADS = re.compile(
     r"\b(?:py)?torch|[Dd]ata_?[Ll]oader|workers|\b[Tt]rain|\b[Ee]poch"
-    r"|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow|\bstep \d"
+    r"|[Tt]ensor[Ff]low|[Kk]eras|\bjax\b|[Nn]extflow|\bstep \d{1,6}\b(?!\.\d)"
 )
 """Words of a program that may load data in worker processes."""
 
 
-_IN_PYTHON = re.compile(r"python|\.py\b|torch|numpy|pandas|jax|keras|tensorflow|\bstep \d", re.IGNORECASE)
+_IN_PYTHON = re.compile(
+    r"python|\.py\b|torch|numpy|pandas|jax|keras|tensorflow|\bstep \d{1,6}\b(?!\.\d)", re.IGNORECASE
+)
 """Signs of a program in Python, or of a training."""
 
 

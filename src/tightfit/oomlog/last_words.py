@@ -91,14 +91,18 @@ _LAUNCHER = re.compile(
 """Errors of a launcher, which follow from one further up."""
 
 
+_AFTER_CODE = re.compile(r"(?<=\) )([A-Z]\w{2,40}Error: [^\n]{1,300})")
+"""An error behind the line of code that raised it."""
+
+
 def titled_error(text: str) -> str | None:
     """Return the error that the title of a report names, if it is one.
 
-    >>> titled_error("# KeyError: 'model'")
-    "KeyError: 'model'"
+    >>> titled_error("# KeyError: 'model'"), titled_error("# return src.take(index) IndexError: out of range")
+    ("KeyError: 'model'", 'IndexError: out of range')
     """
     title = text.lstrip().partition("\n")[0].strip()
-    match = _ENDED.match(title.lstrip("# ")) if title.startswith("#") else None
+    match = (_ENDED.match(title.lstrip("# ")) or _AFTER_CODE.search(title)) if title.startswith("#") else None
     return match[1] if match and ":" in match[1] and "Warning" not in match[1] else None
 
 
