@@ -26,7 +26,7 @@ from tightfit.vgpu.loop_source import calls_of_loop, loop_node, optimizer_calls,
 from tightfit.vgpu.patches.on_import import after_import
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
-from tightfit.vgpu.skipping import Skip, lines_in_reach
+from tightfit.vgpu.skipping import Aims, Skip, lines_in_reach
 from tightfit.vgpu.unplayed import LineWatch
 from tightfit.wording import say
 
@@ -179,7 +179,7 @@ class _SkipToStep(Skip):
         steps: Collection[int],
     ) -> None:
         """`steps` are lines of optimizer steps in the loop; one iteration runs before any can be passed over."""
-        super().__init__(node, missing, ran, 1)
+        super().__init__(Aims(node, missing, ran))
         self._to_play, self._step_lines = {*missing, *steps}, steps
         self._missing = self._to_play
         self.names = frame.f_locals
@@ -207,7 +207,7 @@ class _SkipToStep(Skip):
 
     def _followed(self, frame: FrameType, lines: Collection[int], most: int, *, keep: bool = False) -> tuple[int, bool]:
         """Count iterations before one that runs some of the lines, and if there is one; `keep` the counters there."""
-        self._missing = lines
+        self._missing = set(lines)
         names, others = self.names, frame.f_globals
         code, reduced, _ = self._code(frame, names, others)
         if lines and set(lines) <= reduced.unknown:

@@ -9,222 +9,39 @@ import ast
 import contextlib
 import copy
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic, process_time
 from types import CodeType, FrameType
 from typing import TypeGuard, cast
 
-from torch import Tensor
-
-from tightfit.vgpu.ending_iterators import EndingIterators, begins_alike
-from tightfit.vgpu.expressions import INNER, Reader, Unsure, is_chance, known_part, value_in
+from tightfit.vgpu.ending_iterators import EndingIterators
+from tightfit.vgpu.expressions import INNER, Reader, Unsure, value_in
 from tightfit.vgpu.inlined_loop import WATCHED
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
 from tightfit.vgpu.operations import NUMBERS, PLAIN, UnknownError
-from tightfit.vgpu.plain_branches import ENDS, is_next
-from tightfit.vgpu.tensor_conditions import stays
+from tightfit.vgpu.plain_branches import ENDS
+from tightfit.vgpu.reduced_iteration import (
+    ANEW,
+    MOST_INNER,
+    PLAY,
+    TAKE,
+    ReducedIteration,
+    covers,
+    given,
+    is_call,
+    is_end,
+)
 from tightfit.vgpu.watched_values import Values, WatchedValues
 
 _SECONDS, _WAIT = 10.0, 40.0
 """Seconds of the processor, and of the clock, for passing over iterations of one loop; then they run again."""
 _MOST_CUT_OFF = 3
-_TAKE, _ANEW = "tightfit.take", "tightfit.anew"
-"""Names, which no script can have, of functions that count the items of an iterator."""
 
-
-class _Reduced:
-    """An iteration of a loop, reduced to its counters and to the conditions that lead to lines that never ran."""
-
-    def __init__(
-        self,
-        reader: Reader,
-        missing: Collection[int],
-        ran: Collection[int],
-        lengths: Mapping[int, int],
-        lists: Collection[str] = (),
-        ending: Collection[str] = (),
-    ) -> None:
-        """`lists`: expressions of lists with lengths that it reads. `ending`: of iterators that it begins anew."""
-        self._ending = ending
-        self._reader, self._missing, self._ran, self._lengths, self._lists = reader, missing, ran, lengths, lists
-        self.unknown: set[int] = set()
-        """Lines of `missing` behind a condition that only the script could tell."""
-        self.by_chance: set[int] = set()
-        """Those of them behind one that chance, or an iterator, decides."""
-        self.staying: set[int] = set()
-        """Those of them behind one that comes out as before in a play, however long it goes on."""
-        self.uncounted: set[int] = set()
-        """Those of them in a loop within the loop whose iterations nobody can count."""
-        self.has_end = False
-        """True if the counters lead out of the loop."""
-        self._depth = 0
-        self.inner_counters: set[str] = set()
-        """Counters of loops within the loop."""
-        self.set_anew: set[str] = set()
-        """Names that such a loop computes in each of its iterations, and nothing adds to."""
-        self.added_to: set[str] = set()
-        """Those that it adds to."""
-        self.counters: dict[str, ast.expr] = {}
-        """Expressions of the names and attributes that count, by their text."""
-
-    def body(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
-        kept: list[ast.stmt] = []
-        for statement in statements:
-            kept += self._next_items(statement)
-            match statement:
-                case ast.If():
-                    kept += self._branch(statement)
-                case ast.With() | ast.AsyncWith() | ast.Try():
-                    for block in blocks_of(statement):
-                        kept += self.body(block)
-                case ast.For():
-                    kept += self._inner(statement)
-                case ast.While():
-                    self._leave_uncounted(statement)
-                case ast.Break() | ast.Continue() if self._depth:
-                    kept.append(statement)
-                case ast.Break() | ast.Return() | ast.Raise():
-                    self.has_end = True
-                    kept.append(_PLAY)
-                case ast.Continue():
-                    kept.append(_NEXT)
-                case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name))], value=value) if name == WATCHED:
-                    if self._reader.knows(value):
-                        kept.append(statement)
-                case ast.Expr(value=ast.Call(func=ast.Attribute(value=of, attr="append"), args=[_])):
-                    kept += self._append(ast.unparse(of), of)
-                case (
-                    ast.AugAssign(target=ast.Name() | ast.Attribute() | ast.Subscript() as target, value=value)
-                    | ast.Assign(targets=[ast.Name() | ast.Attribute() | ast.Subscript() as target], value=value)
-                ) if self._is_count(target, value, isinstance(statement, ast.AugAssign)):
-                    self._count(ast.unparse(target), value, is_added=isinstance(statement, ast.AugAssign))
-                    kept.append(statement)
-        self.set_anew -= self.added_to
-        return kept
-
-    def _next_items(self, statement: ast.stmt) -> list[ast.stmt]:
-        """Return statements that take an item of such an iterator, or begin it anew, if this statement does so."""
-        match statement:
-            case ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id="iter"), args=[items])):
-                text = ast.unparse(target)
-                if text in self._ending and self._reader.knows(items) and begins_alike(self._reader.value(items)):
-                    return [_call(_ANEW, ast.Constant(text), ast.parse(text, mode="eval").body, items)]
-            case ast.Assign() | ast.Expr() | ast.AugAssign() | ast.AnnAssign():
-                taken = [each.args[0] for each in ast.walk(statement) if is_next(each)]
-                return [_call(_TAKE, each) for each in taken if ast.unparse(each) in self._ending]
-        return []
-
-    def _count(self, text: str, value: ast.expr, *, is_added: bool) -> None:
-        self.counters[text] = ast.parse(text, mode="eval").body
-        reads_itself = any(isinstance(each, ast.expr) and ast.unparse(each) == text for each in ast.walk(value))
-        if is_added or reads_itself:
-            self.added_to.add(text)
-        elif self._depth:
-            self.set_anew.add(text)
-
-    def _append(self, text: str, of: ast.expr) -> list[ast.stmt]:
-        """Let a list grow by copies of its last entry if its length is read and the entry is no tensor."""
-        found = self._reader.value(of) if text in self._lists and self._reader.knows(of) else None
-        if type(found) is not list or not found or not _is_copied(found[-1]):
-            return []
-        length = f"len({text})"
-        self.counters[length] = ast.parse(length, mode="eval").body
-        return ast.parse(f"{text}.append({text}[-1])").body
-
-    def _inner(self, loop: ast.For) -> list[ast.stmt]:
-        """Return a loop within the loop, reduced likewise, with as many iterations as it had when it ran last."""
-        count = self._lengths.get(loop.lineno)
-        if count is None or count > _MOST_INNER:
-            self._leave_uncounted(loop)
-            return self.body(loop.orelse)
-        counter = loop.target if _is_call(loop.iter, "range") else None
-        if _is_call(loop.iter, "enumerate") and isinstance(loop.target, ast.Tuple):
-            counter = loop.target.elts[0]
-        elif isinstance(loop.target, ast.Name) and loop.target.id.startswith(INNER):
-            counter = loop.target
-        items = ast.parse(f"range({count})", mode="eval").body
-        if isinstance(counter, ast.Name) and self._reader.has(counter):
-            if not counter.id.startswith(INNER):
-                self.counters[counter.id] = ast.Name(counter.id, ast.Load())
-                self.inner_counters.add(counter.id)
-            if _is_call(loop.iter, "range") and self._reader.knows_items(loop.iter):
-                items = loop.iter
-        else:
-            counter = ast.Name(INNER, ast.Store())
-        others = frozenset(_given(loop)) - {counter.id}
-        with self._reader.without(others):
-            self._depth += 1
-            body = self.body(loop.body)
-            self._depth -= 1
-        behind = self.body(loop.orelse)
-        return [ast.For(counter, items, body or [ast.Pass()], behind)] if body or behind else []
-
-    def _leave_uncounted(self, loop: ast.For | ast.While) -> None:
-        self.uncounted |= {line for line in self._missing if _covers(loop, line)}
-
-    def _branch(self, statement: ast.If) -> list[ast.stmt]:
-        test = known_part(statement.test, self._reader.knows)
-        if test is None or (test is not statement.test and self._holds_already(statement, test)):
-            behind = {line for line in self._missing if _covers(statement, line)}
-            self.unknown |= behind
-            self.by_chance |= behind if any(map(is_chance, ast.walk(statement.test))) else set()
-            self.staying |= behind if stays(statement.test, self._reader.peek) else set()
-            return self.body(statement.orelse) if statement.body[0].lineno not in self._ran else []
-        body, other = (self._taken(each) for each in (statement.body, statement.orelse))
-        if _is_end(test):
-            test = ast.Call(test.func, [*test.args, ast.Constant(ast.unparse(test.args[0]))], [])
-            if not any(map(_begins_anew, body)):
-                body = [_PLAY]  # nobody knows how the iterator goes on
-        return [ast.If(test, body or [ast.Pass()], other)] if body or other else []
-
-    def _taken(self, block: list[ast.stmt]) -> list[ast.stmt]:
-        return [_PLAY] if self._runs_missing(block) else self.body(block)
-
-    def _runs_missing(self, block: list[ast.stmt]) -> bool:
-        """Return True if a line of `missing` is in a block without a condition of its own."""
-        for statement in block:
-            if isinstance(statement, ast.If):
-                continue
-            inner = [each for each in blocks_of(statement) if each]
-            last = inner[0][0].lineno - 1 if inner else statement.end_lineno or 0
-            if any(statement.lineno <= line <= last for line in self._missing) or any(map(self._runs_missing, inner)):
-                return True
-        return False
-
-    def _holds_already(self, statement: ast.If, known: ast.expr) -> bool:
-        """Return True if the known part of a condition holds, and its lines did not run: the rest decides."""
-        return bool(self._reader.value(known)) and statement.body[0].lineno not in self._ran
-
-    def _is_count(self, target: ast.expr, value: ast.expr, is_added: bool) -> bool:
-        parts = (value, target) if is_added else (value,)
-        numbers = all(self._reader.knows(each) and isinstance(self._reader.value(each), NUMBERS) for each in parts)
-        return numbers and self._reader.has(target)
-
-
-def _call(name: str, *arguments: ast.expr) -> ast.stmt:
-    return ast.Expr(ast.Call(ast.Name(name, ast.Load()), list(arguments), []))
-
-
-def _is_end(test: ast.AST) -> TypeGuard[ast.Call]:
-    return isinstance(test, ast.Call) and getattr(test.func, "id", "") == ENDS
-
-
-def _begins_anew(statement: ast.stmt) -> bool:
-    calls = (each for each in ast.walk(statement) if isinstance(each, ast.Call))
-    return any(getattr(each.func, "id", "") == _ANEW for each in calls)
-
-
-def _is_call(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
-
-
-_MOST_INNER = 1_000_000
-"""Iterations of such a loop up to which it is followed."""
-_PLAY = ast.parse("assert False").body[0]
-_NEXT = ast.parse("raise StopIteration").body[0]
+Names = dict[str, object]
+"""Values of a function's own names, or of the global ones."""
 
 
 @dataclass(frozen=True)
@@ -245,44 +62,57 @@ class LoopItems:
     """True if the last one may be smaller than the others: tensors of it may be held behind the loop."""
 
 
+@dataclass(frozen=True)
+class Aims:
+    """A loop to pass over, and the iterations of it that have to run."""
+
+    node: ast.For | ast.While
+    missing: Collection[int] = ()
+    """Lines that never ran, for which an iteration has to."""
+    ran: Collection[int] = ()
+    """Lines that ran."""
+    steps: int = 1
+    """Iterations of one optimizer step: an iteration to run is reached with all of its step."""
+    line: int = 0
+    """Line where every iteration begins, if the body of `node` is not as it is in the file."""
+    to_end: bool = False
+    """Go on to the loop's end if nothing is missing, or to its last step if that takes several iterations."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Answers about a loop from the object that follows the script."""
+
+    lengths: Callable[[], Mapping[int, int]] = dict
+    """Returns the iterations of loops within the loop, by their lines, as far as they ran."""
+    far: Callable[[int | None], Callable[[int], bool] | None] = lambda left: None
+    """Is called when iterations begin to be passed over, with those that are left. Returns a function of their number
+    that is True if the next one has to run, for conditions not in this loop."""
+    newly: Callable[[], Collection[int]] = tuple
+    """Returns the lines that ran for the first time since."""
+
+
 class Skip:
     """Passes over the iterations of one loop of a running function."""
 
-    def __init__(
-        self,
-        node: ast.For | ast.While,
-        missing: Collection[int],
-        ran: Collection[int],
-        steps: int,
-        line: int = 0,
-        lengths: Callable[[], Mapping[int, int]] = dict,
-        to_end: bool = False,
-        watched: WatchedValues | None = None,
-        far: Callable[[int | None], Callable[[int], bool] | None] | None = None,
-        newly: Callable[[], Collection[int]] = tuple,
-    ) -> None:
-        """`steps` are the iterations of one optimizer step: an iteration to run is reached with all of its step.
-
-        `line` is where every iteration begins, if the body of `node` is not as it is in the file. `lengths` returns
-        the iterations of loops within the loop, by their lines, as far as they ran. `to_end`: go on to the loop's end
-        if nothing is missing, or to its last step if that takes several iterations. `watched` tells where values that
-        may decide sizes are new. `far` is called when iterations begin to be passed over, with those that are left; it
-        returns a function of their number that is True if the next one has to run, for conditions not in this loop.
-        `newly` returns the lines that ran for the first time since.
-        """
+    def __init__(self, aims: Aims, around: Surroundings | None = None, watched: WatchedValues | None = None) -> None:
+        """`watched` tells where values that may decide sizes are new."""
+        self._node, self._ran, self.to_end = aims.node, aims.ran, aims.to_end
+        self._around = around or Surroundings()
         self.watched = watched or WatchedValues()
-        self._node, self._missing, self._ran, self.steps = node, missing, ran, max(1, steps)
-        self._lengths, self.to_end = lengths, to_end
-        self._newly = newly
-        self._begin_far, self._far = far, cast("Callable[[int], bool] | None", None)
+        self.steps = max(1, aims.steps)
+        self._missing = set(aims.missing)
+        self._far: Callable[[int], bool] | None = None
         self.passed = 0
         """Iterations that were passed over."""
         self.is_exhausted = False
         """True if there were no more, but for those of a last step that takes several."""
         self._lists = {
-            ast.unparse(each.args[0]) for each in ast.walk(node) if isinstance(each, ast.Call) and _has_length(each)
+            ast.unparse(each.args[0])
+            for each in ast.walk(aims.node)
+            if isinstance(each, ast.Call) and _has_length(each)
         }
-        self._ending = {ast.unparse(each.args[0]) for each in ast.walk(node) if _is_end(each)}
+        self._ending = {ast.unparse(each.args[0]) for each in ast.walk(aims.node) if is_end(each)}
         self._ends = EndingIterators()
         self._before: tuple[dict[str, object], dict[str, object]] | None = None
         """The counters expected after the iteration that runs, and the values that its conditions read."""
@@ -306,7 +136,7 @@ class Skip:
         """True if they were passed up to one that has to run."""
         self.names: dict[str, object] = {}
         """The function's names as they were read last."""
-        self.line = line or head_line(node)
+        self.line = aims.line or head_line(aims.node)
         """Line at which every iteration begins."""
         self.is_over = False
         """True when the next iteration has to run, or nothing more can be passed."""
@@ -314,15 +144,15 @@ class Skip:
     def at_head(self, frame: FrameType, items: LoopItems) -> None:
         """Pass over as many iterations as can be, at the line of the loop."""
         self.names = frame.f_locals  # read once: Python writes what changes there back
-        self.names |= {ENDS: self._ends.is_at_end, _TAKE: self._ends.take, _ANEW: self._ends.begin_anew}
+        self.names |= {ENDS: self._ends.is_at_end, TAKE: self._ends.take, ANEW: self._ends.begin_anew}
         try:
             self._follow(frame, self.names, frame.f_globals, items)
         finally:
-            for name in (ENDS, _TAKE, _ANEW):
+            for name in (ENDS, TAKE, ANEW):
                 del self.names[name]
 
-    def _follow(self, frame: FrameType, names: dict[str, object], others: dict[str, object], items: LoopItems) -> None:
-        self._missing = set(self._missing) - set(self._newly())
+    def _follow(self, frame: FrameType, names: Names, others: Names, items: LoopItems) -> None:
+        self._missing -= set(self._around.newly())
         if self._before is None:
             cut_off = self._cut_off
             expected = self._expected(frame, names, others)
@@ -334,11 +164,11 @@ class Skip:
         self.staying_lines = frozenset(reduced.staying)
         self.counts_on = bool(reduced.added_to)
         begun = process_time(), monotonic()
-        self._far = self._begin_far(items.left) if self._begin_far is not None else None
+        self._far = self._around.far(items.left)
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
         steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
         self.watched.start(steady, self._ran, self._found)
-        most = items.left if isinstance(self._node, ast.For) else _MOST_INNER
+        most = items.left if isinstance(self._node, ast.For) else MOST_INNER
         if self.watched.looks_ahead and self.watched.is_on and most is not None:
             before = self._values(reduced, names, others)
             self.watched.choose(self._ahead(code, names, others, most))
@@ -351,9 +181,9 @@ class Skip:
     def _pass_over(
         self,
         code: CodeType,
-        reduced: _Reduced,
-        names: dict[str, object],
-        others: dict[str, object],
+        reduced: ReducedIteration,
+        names: Names,
+        others: Names,
         items: LoopItems,
         begun: tuple[float, float],
     ) -> None:
@@ -392,9 +222,7 @@ class Skip:
             self.staying_lines = frozenset(self._missing)
         self._ends.end(partial(_assign, names, others))
 
-    def _ahead(
-        self, code: CodeType, names: dict[str, object], others: dict[str, object], most: int
-    ) -> Iterator[Values]:
+    def _ahead(self, code: CodeType, names: Names, others: Names, most: int) -> Iterator[Values]:
         """Yield the watched values of the next iterations, up to one that has to run anyway."""
         begun = process_time(), monotonic()
         for _ in range(most):
@@ -405,14 +233,14 @@ class Skip:
             except FAILURES:  # as above
                 break
 
-    def _has_aim(self, reduced: _Reduced) -> bool:
+    def _has_aim(self, reduced: ReducedIteration) -> bool:
         """Return True if an iteration that has to run may come: for a line, a size, or the loop's end."""
         is_watching = self.watched.has_aim() and not reduced.uncounted
-        is_sought = not set(self._missing) <= reduced.unknown | reduced.uncounted
+        is_sought = not self._missing <= reduced.unknown | reduced.uncounted
         goes_to_end = self.to_end and (reduced.has_end or isinstance(self._node, ast.For)) and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end
 
-    def _runs(self, code: CodeType, names: dict[str, object], others: dict[str, object], count: int) -> bool:
+    def _runs(self, code: CodeType, names: Names, others: Names, count: int) -> bool:
         """Count so many iterations; False if one of them has to run."""
         for number in range(count):
             if self._far is not None and self._far(self.passed + number):
@@ -438,9 +266,7 @@ class Skip:
         counted = self._ends.counted() if self._ending else ()
         return any(items.has_those(iterator, taken) for iterator, taken in counted)
 
-    def _steady(
-        self, code: CodeType, reduced: _Reduced, names: dict[str, object], others: dict[str, object]
-    ) -> dict[str, object]:
+    def _steady(self, code: CodeType, reduced: ReducedIteration, names: Names, others: Names) -> dict[str, object]:
         """Return the watched values of the iteration that ran, without those that change from each one to the next."""
         before = self._values(reduced, names, others)
         ahead: list[dict[str, object]] = []
@@ -454,16 +280,16 @@ class Skip:
         return {key: value for key, value in self._found.items() if key in one and one[key] in (value, two.get(key))}
 
     def _code(
-        self, frame: FrameType, names: dict[str, object], others: dict[str, object]
-    ) -> tuple[CodeType, _Reduced, dict[str, object]]:
+        self, frame: FrameType, names: Names, others: Names
+    ) -> tuple[CodeType, ReducedIteration, dict[str, object]]:
         reader = Reader(names, others, self._unsure)
-        reduced = _Reduced(reader, self._missing, self._ran, self._lengths(), self._lists, self._ending)
+        reduced = ReducedIteration(reader, self._missing, self._ran, self._around.lengths(), self._lists, self._ending)
         body = reduced.body(self._node.body)
         if isinstance(self._node, ast.While):
-            body.insert(0, ast.If(self._node.test, [ast.Pass()], [_PLAY]))
+            body.insert(0, ast.If(self._node.test, [ast.Pass()], [PLAY]))
             is_endless = isinstance(self._node.test, ast.Constant)
             reduced.has_end = reduced.has_end or (reader.knows(self._node.test) and not is_endless)
-        for name, target in sorted(_given(self._node).items()):
+        for name, target in sorted(given(self._node).items()):
             if name not in self._unsure and type(value_in(target, names, others)) is int:
                 reduced.counters[name] = ast.parse(name, mode="eval").body
                 body.insert(0, ast.AugAssign(target, ast.Add(), ast.Constant(1)))
@@ -477,13 +303,11 @@ class Skip:
         module = ast.fix_missing_locations(ast.Module(copy.deepcopy(body), []))
         return compile(module, "<loop>", "exec"), reduced, reader.read
 
-    def _values(self, reduced: _Reduced, names: dict[str, object], others: dict[str, object]) -> dict[str, object]:
+    def _values(self, reduced: ReducedIteration, names: Names, others: Names) -> dict[str, object]:
         reader = Reader(names, others, frozenset())
         return {text: reader.value(target) for text, target in reduced.counters.items()}
 
-    def _restore(
-        self, values: dict[str, object], reduced: _Reduced, names: dict[str, object], others: dict[str, object]
-    ) -> None:
+    def _restore(self, values: dict[str, object], reduced: ReducedIteration, names: Names, others: Names) -> None:
         self._ends.back()
         for text, value in values.items():
             target = reduced.counters[text]
@@ -493,9 +317,7 @@ class Skip:
             else:
                 _assign(names, others, text, value)
 
-    def _expected(
-        self, frame: FrameType, names: dict[str, object], others: dict[str, object]
-    ) -> tuple[dict[str, object], dict[str, object]]:
+    def _expected(self, frame: FrameType, names: Names, others: Names) -> tuple[dict[str, object], dict[str, object]]:
         """Return the counters expected after the next iteration, and the values that its conditions read."""
         code, reduced, read = self._code(frame, names, others)
         before = self._values(reduced, names, others)
@@ -514,8 +336,8 @@ class Skip:
         self,
         expected: dict[str, object],
         read: dict[str, object],
-        names: dict[str, object],
-        others: dict[str, object],
+        names: Names,
+        others: Names,
     ) -> None:
         """Trust no name that the iteration that ran changed otherwise than was read from its source."""
         reader = Reader(names, others, frozenset())
@@ -541,7 +363,7 @@ def _arguments(call: ast.Call) -> Iterator[ast.expr]:
         yield from (each for each in ast.walk(argument) if isinstance(each, ast.expr))
 
 
-def _assign(names: dict[str, object], others: dict[str, object], text: str, value: object) -> None:
+def _assign(names: Names, others: Names, text: str, value: object) -> None:
     """Assign to a name, an attribute or an item of a running function."""
     reader = Reader(names, others, frozenset())
     match ast.parse(text, mode="eval").body:
@@ -565,15 +387,8 @@ def _forget_inner_counters(names: dict[str, object]) -> None:
         del names[name]
 
 
-def _is_copied(entry: object) -> bool:
-    """Return True for an entry of a list that may be repeated without hiding memory that tensors would take."""
-    if isinstance(entry, tuple):
-        return not any(isinstance(each, Tensor) for each in entry)
-    return isinstance(entry, NUMBERS)
-
-
 def _has_length(call: ast.Call) -> bool:
-    return _is_call(call, "len") and len(call.args) == 1
+    return is_call(call, "len") and len(call.args) == 1
 
 
 def _is_size(value: object) -> bool:
@@ -600,21 +415,6 @@ def _followed(
     return found
 
 
-def _given(node: ast.For | ast.While) -> dict[str, ast.Name | ast.Attribute]:
-    """Names and attributes that a loop itself assigns, by their text."""
-    if isinstance(node, ast.While):
-        return {}
-    parts = [node.target]
-    found: dict[str, ast.Name | ast.Attribute] = {}
-    while parts:
-        match parts.pop():
-            case ast.Name() | ast.Attribute() as part:
-                found[ast.unparse(part)] = part
-            case ast.Tuple(elts=inner) | ast.List(elts=inner):
-                parts += inner
-    return found
-
-
 def lines_in_reach(node: ast.For | ast.While, lines: Collection[int], *, of_inner: bool = False) -> set[int]:
     """Return those of the lines that conditions of the loop's own body decide on, rather than loops within it.
 
@@ -625,7 +425,7 @@ def lines_in_reach(node: ast.For | ast.While, lines: Collection[int], *, of_inne
     while bodies:
         for statement in bodies.pop():
             if isinstance(statement, ast.If):
-                found |= {line for line in lines if _covers(statement, line)}
+                found |= {line for line in lines if covers(statement, line)}
             elif isinstance(statement, (ast.With, ast.AsyncWith, ast.Try)) or (of_inner and _is_loop(statement)):
                 bodies += blocks_of(statement)
     return found
@@ -648,9 +448,5 @@ def closed_lines(
             value = reader.value(branch.test)
             if isinstance(value, PLAIN):
                 block = branch.orelse if value else branch.body
-                found |= {line for line in lines if any(_covers(each, abs(line)) for each in block)}
+                found |= {line for line in lines if any(covers(each, abs(line)) for each in block)}
     return found
-
-
-def _covers(statement: ast.stmt, line: int) -> bool:
-    return statement.lineno <= line <= (statement.end_lineno or 0)

@@ -49,7 +49,7 @@ from tightfit.vgpu.running_loops import (
     own_frames,
     package_frames,
 )
-from tightfit.vgpu.skipping import LoopItems, Skip, closed_lines, lines_in_reach
+from tightfit.vgpu.skipping import Aims, LoopItems, Skip, Surroundings, closed_lines, lines_in_reach
 from tightfit.vgpu.taken_items import TakenItems
 from tightfit.vgpu.watched_values import WatchedValues
 
@@ -310,21 +310,20 @@ class LineWatch:
         code = place[0]
         before, now = (at[place] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
-        lengths = partial(self._lengths.of, {code: 0, **made.functions})
-        only_extremes = self._read.changes[place] > CHANGES_IN_TURN + CHANGES_OF_A_START
-        seen, grows = self._read.seen[place] if watches else None, place in self._read.growing
+        around = Surroundings(
+            lengths=partial(self._lengths.of, {code: 0, **made.functions}),
+            far=partial(self._begin_passing, place),
+            newly=partial(self._ran_since, code, made, frozenset(ran)),
+        )
         watched = WatchedValues(
-            seen,
+            self._read.seen[place] if watches else None,
             is_on=watches,
-            only_extremes=only_extremes,
-            grows=grows,
+            only_extremes=self._read.changes[place] > CHANGES_IN_TURN + CHANGES_OF_A_START,
+            grows=place in self._read.growing,
             has_seldom=made.seldom > 0,
             is_outer=is_outer,
         )
-        far = partial(self._begin_passing, place)
-        steps = now - before
-        newly = partial(self._ran_since, code, made, frozenset(ran))
-        skip = Skip(made.node, missing, ran, steps, made.line, lengths, to_end, watched, far, newly)
+        skip = Skip(Aims(made.node, missing, ran, now - before, made.line, to_end), around, watched)
         self._skips[place] = loop, skip
 
     def _ran_since(self, code: CodeType, made: InlinedLoop, before: frozenset[int]) -> set[int]:
