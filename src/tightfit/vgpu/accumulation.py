@@ -208,19 +208,18 @@ class _SkipToStep(Skip):
     def _followed(self, frame: FrameType, lines: Collection[int], most: int, *, keep: bool = False) -> tuple[int, bool]:
         """Count iterations before one that runs some of the lines, and if there is one; `keep` the counters there."""
         self._missing = set(lines)
-        names, others = self.names, frame.f_globals
-        code, reduced, _ = self._code(frame, names, others)
-        if lines and set(lines) <= reduced.unknown:
+        each, _ = self._code(frame, self.names, frame.f_globals)
+        if lines and set(lines) <= each.reduced.unknown:
             return (most, False) if keep and most < sys.maxsize else (0, False)
-        start = before = self._values(reduced, names, others)
+        start = before = each.values()
         count, until = 0, time.monotonic() + _SECONDS
         found = False
         while count < most and not found and time.monotonic() < until:
-            before = self._values(reduced, names, others)
-            found = not self._runs(code, names, others, self.steps)
+            before = each.values()
+            found = not self._runs(each, self.steps)
             count += not found
         if found or not keep:
-            self._restore(before if keep else start, reduced, names, others)
+            self._restore(before if keep else start, each)
         return count, found
 
 

@@ -18,8 +18,8 @@ from tightfit.vgpu.expressions import Reader
 from tightfit.vgpu.far_expressions import NO_VALUE, OfModule, Watched, watched_of, watched_of_module
 from tightfit.vgpu.frames import Frame, is_own
 from tightfit.vgpu.histories import History, InnerTrend, Iterations, Place, Trend, grown
-from tightfit.vgpu.inlined_loop import CHANGES_IN_TURN
 from tightfit.vgpu.operations import UnknownError
+from tightfit.vgpu.read_loops import CHANGES_IN_TURN
 from tightfit.vgpu.running_loops import SUSPENDS
 from tightfit.vgpu.watched_values import Extremes
 

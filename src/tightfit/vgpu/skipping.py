@@ -8,17 +8,15 @@ anything else counts as not met. One iteration runs first, to check that the cou
 import ast
 import contextlib
 import copy
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic, process_time
-from types import CodeType, FrameType
-from typing import TypeGuard, cast
+from types import FrameType
+from typing import TypeGuard
 
 from tightfit.vgpu.ending_iterators import EndingIterators
 from tightfit.vgpu.expressions import INNER, Reader, Unsure, value_in
-from tightfit.vgpu.inlined_loop import WATCHED
+from tightfit.vgpu.followed_iteration import FollowedIteration, Names
 from tightfit.vgpu.loop_items import FAILURES
 from tightfit.vgpu.loop_source import blocks_of, head_line
 from tightfit.vgpu.operations import NUMBERS, PLAIN, UnknownError
@@ -39,9 +37,6 @@ from tightfit.vgpu.watched_values import Values, WatchedValues
 _SECONDS, _WAIT = 10.0, 40.0
 """Seconds of the processor, and of the clock, for passing over iterations of one loop; then they run again."""
 _MOST_CUT_OFF = 3
-
-Names = dict[str, object]
-"""Values of a function's own names, or of the global ones."""
 
 
 @dataclass(frozen=True)
@@ -160,76 +155,80 @@ class Skip:
                 self._before = expected
             return
         self._compare(*self._before, names, others)
-        code, reduced, _ = self._code(frame, names, others)
+        each, _ = self._code(frame, names, others)
+        reduced = each.reduced
         self.staying_lines = frozenset(reduced.staying)
         self.counts_on = bool(reduced.added_to)
         begun = process_time(), monotonic()
         self._far = self._around.far(items.left)
         is_counting = bool(reduced.counters) or isinstance(self._node, ast.For) or self._far is not None
-        steady = self._steady(code, reduced, names, others) if is_counting and self.watched.is_on else {}
+        steady = self._steady(each) if is_counting and self.watched.is_on else {}
         self.watched.start(steady, self._ran, self._found)
         most = items.left if isinstance(self._node, ast.For) else MOST_INNER
         if self.watched.looks_ahead and self.watched.is_on and most is not None:
-            before = self._values(reduced, names, others)
-            self.watched.choose(self._ahead(code, names, others, most))
-            self._restore(before, reduced, names, others)
+            before = each.values()
+            self.watched.choose(self._ahead(each, most))
+            self._restore(before, each)
         if is_counting and self._has_aim(reduced):
-            self._pass_over(code, reduced, names, others, items, begun)
+            self._pass_over(each, items, begun)
         _forget_inner_counters(names)
         self.is_over = True
 
-    def _pass_over(
-        self,
-        code: CodeType,
-        reduced: ReducedIteration,
-        names: Names,
-        others: Names,
-        items: LoopItems,
-        begun: tuple[float, float],
-    ) -> None:
+    def _pass_over(self, each: FollowedIteration, items: LoopItems, begun: tuple[float, float]) -> None:
         """Pass over iterations, a step's at a time, up to one that has to run, or the loop's end or last step."""
         self._ends.is_passing = True
         plays_last = self.steps > 1 or (self.to_end and items.differ)
         has_left = plays_last and isinstance(self._node, ast.For) and items.left is not None
         goes_back = plays_last and self.to_end and isinstance(self._node, ast.While) and not self._ending
-        earlier = before = self._values(reduced, names, others)
+        earlier = before = each.values()
         while not (self.is_exhausted or _is_late(*begun)):
-            earlier, before = before, self._values(reduced, names, others)
+            earlier, before = before, each.values()
             is_last = has_left and (items.left or 0) - self.passed <= self.steps
             has_to_run = is_last or items.has_to_run(self.steps)
-            if has_to_run or not self._runs(code, names, others, self.steps) or self._takes_kept(items):
+            if has_to_run or not self._runs(each, self.steps) or self._takes_kept(items):
                 is_behind = goes_back and self.passed > 0  # the loop's last step
-                self._restore(earlier if is_behind else before, reduced, names, others)
+                self._restore(earlier if is_behind else before, each)
                 self.passed -= self.steps if is_behind else 0
                 self.is_reached, self.is_exhausted = True, is_last
                 break
             if self._ending:
                 self._ends.keep()
-            self.unsure_lines, self.chance_lines = frozenset(reduced.unknown), frozenset(reduced.by_chance)
+            self.unsure_lines, self.chance_lines = frozenset(each.reduced.unknown), frozenset(each.reduced.by_chance)
             taken = sum(items.advance() for _ in range(self.steps))
             self.passed += taken
             self.is_exhausted = taken < self.steps
-            last = taken or self.steps
-            if self.is_exhausted and plays_last and self.passed >= last and items.put_back(last):
-                self._restore(before if taken else earlier, reduced, names, others)
-                self.passed -= last
-                self.is_reached = True
-            elif self.is_exhausted:  # there were fewer iterations than were counted
-                self._restore(before, reduced, names, others)
-                self._runs(code, names, others, taken)
+            if self.is_exhausted and not (plays_last and self._puts_back(each, items, taken, earlier, before)):
+                self._restore(before, each)  # there were fewer iterations than were counted
+                self._runs(each, taken)
                 self._ends.keep()
         if not (self.is_reached or self.is_exhausted):  # too far to be passed over to is too far to be played to
             self.staying_lines = frozenset(self._missing)
-        self._ends.end(partial(_assign, names, others))
+        self._ends.end(each.assign)
 
-    def _ahead(self, code: CodeType, names: Names, others: Names, most: int) -> Iterator[Values]:
+    def _puts_back(
+        self, each: FollowedIteration, items: LoopItems, taken: int, earlier: Values, before: Values
+    ) -> bool:
+        """Go back to the last step of a loop that is at its end; False if its items cannot be put back.
+
+        `taken` items are of a step that is cut off, which began with the counters `before`; the step before it began
+        with `earlier`.
+        """
+        last = taken or self.steps
+        if self.passed < last or not items.put_back(last):
+            return False
+        self._restore(before if taken else earlier, each)
+        self.passed -= last
+        self.is_reached = True
+        return True
+
+    def _ahead(self, each: FollowedIteration, most: int) -> Iterator[Values]:
         """Yield the watched values of the next iterations, up to one that has to run anyway."""
         begun = process_time(), monotonic()
         for _ in range(most):
             if _is_late(*begun):
                 break
             try:
-                yield _followed(code, others, names, {})
+                yield each.count()
             except FAILURES:  # as above
                 break
 
@@ -240,7 +239,7 @@ class Skip:
         goes_to_end = self.to_end and (reduced.has_end or isinstance(self._node, ast.For)) and not reduced.uncounted
         return is_watching or self._far is not None or is_sought or goes_to_end
 
-    def _runs(self, code: CodeType, names: Names, others: Names, count: int) -> bool:
+    def _runs(self, each: FollowedIteration, count: int) -> bool:
         """Count so many iterations; False if one of them has to run."""
         for number in range(count):
             if self._far is not None and self._far(self.passed + number):
@@ -249,7 +248,7 @@ class Skip:
             found: Values = {}
             has_run = True
             try:
-                _followed(code, others, names, found)
+                each.count(found)
             except FAILURES:  # an iteration to run, or whatever the script would raise there
                 has_run = False
             has_turned = self.watched.has_turned(found)
@@ -266,22 +265,21 @@ class Skip:
         counted = self._ends.counted() if self._ending else ()
         return any(items.has_those(iterator, taken) for iterator, taken in counted)
 
-    def _steady(self, code: CodeType, reduced: ReducedIteration, names: Names, others: Names) -> dict[str, object]:
+    def _steady(self, each: FollowedIteration) -> Values:
         """Return the watched values of the iteration that ran, without those that change from each one to the next."""
-        before = self._values(reduced, names, others)
-        ahead: list[dict[str, object]] = []
+        before = each.values()
+        ahead: list[Values] = []
         for _ in range(2):
             with contextlib.suppress(*FAILURES):
-                ahead.append(_followed(code, others, names, {}))
-        self._restore(before, reduced, names, others)
+                ahead.append(each.count())
+        self._restore(before, each)
         if len(ahead) < 2:
             return self._found
         one, two = ahead
         return {key: value for key, value in self._found.items() if key in one and one[key] in (value, two.get(key))}
 
-    def _code(
-        self, frame: FrameType, names: Names, others: Names
-    ) -> tuple[CodeType, ReducedIteration, dict[str, object]]:
+    def _code(self, frame: FrameType, names: Names, others: Names) -> tuple[FollowedIteration, Values]:
+        """Return the next iteration, and the values that its conditions read."""
         reader = Reader(names, others, self._unsure)
         reduced = ReducedIteration(reader, self._missing, self._ran, self._around.lengths(), self._lists, self._ending)
         body = reduced.body(self._node.body)
@@ -301,34 +299,25 @@ class Skip:
         if shared:
             body.insert(0, ast.Global(shared))
         module = ast.fix_missing_locations(ast.Module(copy.deepcopy(body), []))
-        return compile(module, "<loop>", "exec"), reduced, reader.read
+        return FollowedIteration(compile(module, "<loop>", "exec"), reduced, names, others), reader.read
 
-    def _values(self, reduced: ReducedIteration, names: Names, others: Names) -> dict[str, object]:
-        reader = Reader(names, others, frozenset())
-        return {text: reader.value(target) for text, target in reduced.counters.items()}
-
-    def _restore(self, values: dict[str, object], reduced: ReducedIteration, names: Names, others: Names) -> None:
+    def _restore(self, values: Values, each: FollowedIteration) -> None:
         self._ends.back()
-        for text, value in values.items():
-            target = reduced.counters[text]
-            if isinstance(target, ast.Call) and isinstance(value, int):  # a list's length
-                reader = Reader(names, others, frozenset())
-                del cast("list[object]", reader.value(target.args[0]))[value:]
-            else:
-                _assign(names, others, text, value)
+        each.write(values)
 
-    def _expected(self, frame: FrameType, names: Names, others: Names) -> tuple[dict[str, object], dict[str, object]]:
+    def _expected(self, frame: FrameType, names: Names, others: Names) -> tuple[Values, Values]:
         """Return the counters expected after the next iteration, and the values that its conditions read."""
-        code, reduced, read = self._code(frame, names, others)
-        before = self._values(reduced, names, others)
+        each, read = self._code(frame, names, others)
+        before = each.values()
         try:
-            self._found = _followed(code, others, names, {})
+            self._found = each.count()
         except FAILURES:  # as above
             self._cut_off += 1
-        expected = self._values(reduced, names, others)
-        self._restore(before, reduced, names, others)
+        expected = each.values()
+        self._restore(before, each)
         self._ends.forget()
         _forget_inner_counters(names)
+        reduced = each.reduced
         self._inner_counters, self._set_anew = reduced.inner_counters, reduced.set_anew | reduced.inner_counters
         return expected, {text: value for text, value in read.items() if isinstance(value, NUMBERS)}
 
@@ -363,20 +352,6 @@ def _arguments(call: ast.Call) -> Iterator[ast.expr]:
         yield from (each for each in ast.walk(argument) if isinstance(each, ast.expr))
 
 
-def _assign(names: Names, others: Names, text: str, value: object) -> None:
-    """Assign to a name, an attribute or an item of a running function."""
-    reader = Reader(names, others, frozenset())
-    match ast.parse(text, mode="eval").body:
-        case ast.Attribute(value=owner, attr=name):
-            setattr(reader.value(owner), name, value)
-        case ast.Subscript(value=owner, slice=key):
-            operator.setitem(cast("dict[object, object]", reader.value(owner)), reader.value(key), value)
-        case _ if text in names:
-            names[text] = value
-        case _:
-            others[text] = value
-
-
 def _is_late(cpu: float, clock: float) -> bool:
     """Return True if it began too long ago, in seconds of the processor or of the clock."""
     return process_time() - cpu > _SECONDS or monotonic() - clock > _WAIT
@@ -389,30 +364,6 @@ def _forget_inner_counters(names: dict[str, object]) -> None:
 
 def _has_length(call: ast.Call) -> bool:
     return is_call(call, "len") and len(call.args) == 1
-
-
-def _is_size(value: object) -> bool:
-    """Return True for a value that may decide a size, and can be compared: tensors within a tuple cannot."""
-    return all(map(_is_size, value)) if isinstance(value, tuple) else isinstance(value, (int, str))
-
-
-def _followed(
-    code: CodeType, others: dict[str, object], names: dict[str, object], found: dict[str, object]
-) -> dict[str, object]:
-    """Run the script's own counts and conditions of one iteration, and nothing else; return the watched values.
-
-    An iteration that is not followed to its end leaves in `found` what it came to.
-    """
-    names[WATCHED] = found
-    try:
-        exec(code, others, names)
-    except StopIteration:
-        pass
-    finally:
-        del names[WATCHED]
-    for key in [key for key, value in found.items() if not _is_size(value)]:
-        del found[key]
-    return found
 
 
 def lines_in_reach(node: ast.For | ast.While, lines: Collection[int], *, of_inner: bool = False) -> set[int]:

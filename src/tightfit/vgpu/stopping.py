@@ -216,9 +216,7 @@ class Stopping:
         if loop is not None and is_package(loop.place) and loop.place not in self._given_up:
             self._unplayed.append(loop.place)  # nobody knows what a package does only in some of its iterations
         state = self._state(steps - first + 1)
-        drawing = self._lines.again(frame, self._draws.seldom())
-        hidden = [*self._lines.hidden(frame), *self._growth.again(state.patterns), *drawing]
-        self._unplayed += [each for each in hidden if each not in self._given_up]
+        self._unplayed += [each for each in self._hidden(frame, state) if each not in self._given_up]
         if self._lines.skip_ahead(frame, self._unplayed, state):
             self._after_skip(frame, first, state.patterns)
         is_late = self._repeats_for_long() or self._waits_in_vain(loop)
@@ -231,6 +229,11 @@ class Stopping:
             self._equal = [0] * _LONGEST_ROUND
         elif is_late or not (self._unplayed or differing):
             self._end_repeating(frame, first, steps, self._unplayed or differing)
+
+    def _hidden(self, frame: FrameType, state: _Round) -> list[Frame]:
+        """List loops in which later iterations may do more, and lines to play again."""
+        found = self._lines.hidden(frame)
+        return [*found, *self._growth.again(state.patterns), *self._lines.again(frame, self._draws.seldom())]
 
     def _after_skip(self, frame: FrameType, first: int, patterns: Hashable) -> None:
         """Note that iterations begin to be passed over, and loops in which later ones may do more."""

@@ -13,15 +13,7 @@ from tightfit.vgpu.expressions import always, value_in
 from tightfit.vgpu.far_conditions import FarConditions, Passing
 from tightfit.vgpu.frames import Frame
 from tightfit.vgpu.histories import Iterations
-from tightfit.vgpu.inlined_loop import (
-    CHANGES_IN_TURN,
-    CHANGES_OF_A_START,
-    MOST_CHANGES,
-    InlinedLoop,
-    ReadLoops,
-    Tried,
-    inlined,
-)
+from tightfit.vgpu.inlined_loop import InlinedLoop, inlined
 from tightfit.vgpu.left_loops import LeftLoops
 from tightfit.vgpu.loop_items import (
     iterator_of,
@@ -40,6 +32,7 @@ from tightfit.vgpu.loop_source import (
 )
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.ran_lines import RanLines
+from tightfit.vgpu.read_loops import CHANGES_IN_TURN, CHANGES_OF_A_START, MOST_CHANGES, ReadLoops, Tried
 from tightfit.vgpu.running_loops import (
     SUSPENDS,
     LoopLengths,
@@ -440,9 +433,9 @@ class LineWatch:
 
     def seek_again(self, sought: Sought) -> list[Frame]:
         """Let the lines of a loop be looked for once more, and list them."""
-        code = sought.code
-        self._read.tried = {each for each in self._read.tried if each[0] is not code or not each[2] & sought.lines}
-        return sought.frames()
+        frames = sought.frames()
+        self._read.again(frames)
+        return frames
 
     def again(self, frame: FrameType | None, lines: Iterable[Frame]) -> list[Frame]:
         """Let training loops around `frame` be passed over for their lines once more; list those among `lines`."""
@@ -452,7 +445,7 @@ class LineWatch:
             for loop in training
         ]
         within = [line for line in lines if any(loop.has(line) for loop in loops)]
-        self._read.tried = {each for each in self._read.tried if not any(_is_at(each, line) for line in within)}
+        self._read.again(within)
         return within
 
     def run_of(self, sought: Sought) -> int:
@@ -604,11 +597,9 @@ class LineWatch:
             self._note_changes(place, skip)
             self._read.reached[place] = skip.steps if skip.is_reached else 0
             if skip.is_changing:  # the lines that it was for are still to come
-                self._read.tried = {each for each in self._read.tried if each[:2] != place}
+                self._read.forget(place)
             if skip.is_reached:  # the lines may be in a loop within the loop, far from its first iteration
-                self._read.tried = {
-                    each for each in self._read.tried if each[0] is not code or not first < each[1] <= loop.last
-                }
+                self._read.forget_within(code, first, loop.last)
 
     def _list_open(self, place: tuple[CodeType, int], loop: Loop, skip: Skip) -> None:
         """List lines that may have run in iterations passed over."""
@@ -716,8 +707,3 @@ class LineWatch:
             if any(loop.first == first for loop in around):
                 del self._begun[code, line]
                 self._far.reopen((code, line))
-
-
-def _is_at(tried: Tried, line: Frame) -> bool:
-    code, _, lines = tried
-    return code.co_filename == line.file and line.line in lines
