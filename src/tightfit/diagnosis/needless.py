@@ -85,7 +85,7 @@ def _trains(case: Case) -> bool:
 
 
 def _is_without_fused_attention(case: Case) -> bool:
-    """Return True for a family of Transformers' models whose attention has no fused kernel."""
+    """Return True for a family of Transformers' models without a fused attention kernel."""
     return case.run.family in programs("without_fused_attention")
 
 

@@ -25,14 +25,14 @@ _COMMENT = re.compile(r"(?:^|\s)#.*$")
 
 
 class _Reader(Struct):
-    """What is open at a line of a file."""
+    """Keys, lists and quotes that are open at a line of a file."""
 
     levels: list[int] = field(default_factory=lambda: [-1])
     """Columns of the keys around it, the outermost first."""
     has_value: bool = False
     """True if the last key has a plain value on its own line."""
     block: int | None = None
-    """Column of a key whose text follows line by line, behind | or >."""
+    """Column of a key with its text on the lines below, behind | or >."""
     opened: int = 0
     """The line of a bracket or a quotation mark that is not closed yet."""
     depth: int = 0

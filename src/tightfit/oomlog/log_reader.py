@@ -315,7 +315,7 @@ class _Scan:
         )
 
     def _run(self) -> RunFacts:
-        """Return what the program prints of its run, on lines with a rank or an error's level before them, too."""
+        """Return the program's own words on its run, on lines with a rank or an error's level before them, too."""
         return run_facts_in(_without_ranks("\n".join(lines_of(self._both_ends()))))
 
     def _both_ends(self) -> str:

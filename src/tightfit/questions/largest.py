@@ -63,7 +63,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_fragmented(self) -> bool:
-        """True if the cache takes more than a quarter of what is allocated."""
+        """True if the cache takes more than a quarter of the allocated bytes."""
         return is_fragmented(self.reserved_bytes, self.allocated_bytes)
 
 

@@ -84,7 +84,7 @@ def _largest_facts(found: Largest, t: Words) -> list[tuple[str, str, str]]:
 
 
 def _uneven(found: Largest) -> list[str]:
-    """Say that values between those that were played may differ, where the plays give a sign of it."""
+    """Say that values between the played ones may differ, where the plays give a sign that they do."""
     sign = found.unevenness
     if sign is None:
         return []
@@ -101,7 +101,7 @@ def _uneven(found: Largest) -> list[str]:
 
 
 def _fragments(found: Largest) -> list[str]:
-    """Explain reserved memory far above what is allocated, and whether expandable segments helped."""
+    """Explain reserved memory far above the allocated bytes, and whether expandable segments helped."""
     shown = [each for each in found.trials if each.value in (found.largest, found.next_value) and each.is_fragmented]
     if not shown:
         return []

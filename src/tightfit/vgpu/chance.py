@@ -140,7 +140,7 @@ class Draws:
                 yield each.frame
 
     def deciding(self) -> Iterator[tuple[Frame, Ends]]:
-        """Yield the lines whose ends made a difference, with these."""
+        """Yield the lines with ends that changed the steps, and these ends."""
         for each in self._places.values():
             if each.sizes[_SMALLEST] != each.sizes[_LARGEST] and each.stage == _OVER:
                 yield each.frame, each.ends

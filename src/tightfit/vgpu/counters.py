@@ -79,7 +79,7 @@ def current(inputs: Iterable[ast.expr], roots: Roots) -> tuple[object, ...]:
 
 
 def write(input_: ast.expr, roots: Roots, before: int, after: int) -> None:
-    """Set what an expression names, if it is still what it was before: else something else counts it."""
+    """Set the named value if it is as before: else something else counts it."""
     names = roots.names()
     reader = Reader(names, roots.others, frozenset())
     with contextlib.suppress(UnknownError, *FAILURES):

@@ -134,7 +134,7 @@ class Evaluations:
             self._loop = None
 
     def _is_calm(self, passes: Repetition, loop: object) -> bool:
-        """Return True for a loop, or a dataset, whose passes differ, but raised no peak for long."""
+        """Return True for a loop, or a dataset, with passes that differ but raised no peak for long."""
         if not passes.is_calm(again=loop in self._calm):
             return False
         self._calm.add(loop)
@@ -402,7 +402,7 @@ class _GivenAhead:
         """The batches, the function that took the latest dropped one, and what stands for it."""
 
     def stand_in(self, batches: "dataloader._BaseDataLoaderIter", taker: FrameType) -> _StandIn:
-        """Return what a function gets for a batch that was dropped."""
+        """Return the stand-in that a function gets for a dropped batch."""
         stand_in = _StandIn()
         if taker.f_code.co_flags & inspect.CO_GENERATOR:
             self._held = (batches, taker, stand_in)

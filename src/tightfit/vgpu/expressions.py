@@ -152,7 +152,7 @@ class Reader:
         raise UnknownError
 
     def _listed(self, entry: ast.expr, part: ast.comprehension) -> list[object]:
-        """Return the entries of a comprehension that reads nothing of the function but what it goes through."""
+        """Return the entries of a comprehension that reads nothing of the function but its own items."""
         names = {each.id for each in ast.walk(part.target) if isinstance(each, ast.Name)}
         read = {each.id for one in (entry, *part.ifs) for each in ast.walk(one) if isinstance(each, ast.Name)}
         if not isinstance(part.target, ast.Name) or not self._is_global(read - names):
@@ -240,7 +240,7 @@ class Reader:
         return found
 
     def _function(self, func: ast.Name | ast.Attribute) -> tuple[object, list[object]]:
-        """Return the function that is called, and the object whose method it is, if it is one."""
+        """Return the function that is called, and for a method its object."""
         if isinstance(func, ast.Name):
             found = self._names.get(func.id, self._others.get(func.id))
         else:
@@ -252,7 +252,7 @@ class Reader:
         return (of_kind, [found]) if isinstance(of_kind, FunctionType) else (found, [])
 
     def _read(self, function: FunctionType, arguments: list[object], options: dict[str, object]) -> object:
-        """Return what a short function returns, of its source. UnknownError if it may do more, or may count."""
+        """Return a short function's result, by its source. UnknownError if it may do more, or may count."""
         if self._depth >= _DEPTH:
             raise UnknownError
         body, names = body_of(function), bound(function, arguments, options)

@@ -1,4 +1,4 @@
-"""An iteration of a running loop, counted by what was read of its source; nothing else of the script runs."""
+"""An iteration of a running loop, counted as its source says; nothing else of the script runs."""
 
 import ast
 import operator
@@ -56,7 +56,7 @@ class FollowedIteration:
     def count(self, found: Values | None = None) -> Values:
         """Run the script's own counts and conditions, and nothing else; return the watched values.
 
-        An iteration that is not followed to its end leaves in `found` what it came to. Raises what the script would.
+        An iteration that is not followed to its end leaves in `found` the values before that. Raises the script's errors.
         """
         found = {} if found is None else found
         self.names[WATCHED] = found

@@ -509,7 +509,7 @@ class _Builder:
 
 
 def _first_call(test: ast.expr) -> ast.Call | None:
-    """Return the call that Python makes first for a condition, whatever comes out of it."""
+    """Return the call that Python makes first for a condition, in any case."""
     match test:
         case ast.Call():
             return test

@@ -31,7 +31,7 @@ class Loop(NamedTuple):
     by_way_of: int
     """Line of a statement in the same block that has no block of its own."""
     counts: bool = False
-    """True for `for`, whose end does not depend on what its body does."""
+    """True for `for`: its body does not decide when it ends."""
     is_listed: bool = False
     """True for a `for` over a list that is written out."""
     has_items: bool = False
@@ -405,7 +405,7 @@ def _calls(
 
 
 def _keeps_item(statement: ast.stmt) -> bool:
-    """Return True for `size = sizes[step]`: what is kept may be a size."""
+    """Return True for `size = sizes[step]`: the kept item may be a size."""
     match statement:
         case ast.Assign(targets=[ast.Name() | ast.Attribute()], value=ast.Subscript(value=of, slice=key)):
             is_chosen = not isinstance(key, (ast.Constant, ast.Slice, ast.Tuple, ast.UnaryOp))

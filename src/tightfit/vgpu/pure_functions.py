@@ -44,7 +44,7 @@ _MOST_ITEMS = 1000
 
 
 class _Reads(NamedTuple):
-    """What a function reads besides its arguments."""
+    """Names and attributes that a function reads besides its arguments."""
 
     names: frozenset[str]
     attributes: frozenset[str]

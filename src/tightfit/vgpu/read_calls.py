@@ -80,7 +80,7 @@ def _is_set(cell: object) -> bool:
 
 
 def returned(body: Sequence[ast.stmt], names: dict[str, object], evaluate: Evaluate) -> object:
-    """Return what a function returns. UnknownError if it does more than choose and return it."""
+    """Return a function's result. UnknownError if it does more than choose and return it."""
     found = _run(body, names, evaluate)
     return None if found is _GOES_ON else found
 

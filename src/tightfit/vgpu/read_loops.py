@@ -48,10 +48,10 @@ class ReadLoops:
     waiting: set[tuple[CodeType, int]] = field(default_factory=set)
     """Loops with a size, or a condition, that never came out otherwise and may do so in their next run."""
     collected: set[tuple[CodeType, int]] = field(default_factory=set)
-    """Loops whose lines that collect tensors were looked for a second time."""
+    """Loops with their collecting lines looked for a second time."""
 
     def has_to_collect(self, place: tuple[CodeType, int]) -> bool:
-        """Return True if what a loop collects behind conditions was not looked at a second time: it may grow."""
+        """Return True if a loop's lists behind conditions were not looked at a second time: they may grow."""
         return place not in self.collected and bool(self.loops[place].collecting)
 
     def collect(self, place: tuple[CodeType, int]) -> set[int]:

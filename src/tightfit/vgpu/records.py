@@ -175,7 +175,7 @@ class Peak(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_fragmented(reserved_bytes: int, allocated_bytes: int) -> bool:
-    """Return True if the cache's free blocks take more than a quarter of what is allocated."""
+    """Return True if the cache's free blocks take more than a quarter of the allocated bytes."""
     return reserved_bytes - allocated_bytes > allocated_bytes / 4
 
 

@@ -54,12 +54,12 @@ class LoopItems:
     put_back: Callable[[int], bool]
     """Lets the loop have so many of the items that were taken last; False if that cannot be done."""
     differ: bool = False
-    """True if the last one may be smaller than the others: tensors of it may be held behind the loop."""
+    """True if the last one may be smaller than the others: the loop may leave its tensors behind."""
 
 
 @dataclass(frozen=True)
 class Aims:
-    """A loop to pass over, and the iterations of it that have to run."""
+    """A loop to pass over, and its iterations that have to run."""
 
     node: ast.For | ast.While
     missing: Collection[int] = ()

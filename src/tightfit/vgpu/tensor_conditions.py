@@ -16,7 +16,7 @@ _CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "now")
 
 
 def stays(test: ast.expr, look: Look) -> bool:
-    """Return True if made-up values of tensors, or a clock, decide a condition together with what is known."""
+    """Return True if made-up values of tensors, or a clock, decide a condition together with known ones."""
     has_chance = any(map(is_chance, ast.walk(test)))
     return not has_chance and look(test) is None and _is_decided(test, look)
 

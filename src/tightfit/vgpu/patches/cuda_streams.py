@@ -24,7 +24,7 @@ def install(device: VirtualDevice) -> None:
 
 
 class _Waits:
-    """Freed blocks whose memory waits for another stream come back once the host has waited for that stream, too."""
+    """Freed blocks that another stream still uses come back once the host has waited for that stream, too."""
 
     recorder: ClassVar[Recorder | None] = None
 

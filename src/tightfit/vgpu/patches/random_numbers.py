@@ -18,7 +18,7 @@ EndsByName = Mapping[str, Callable[..., Ends | None]]
 
 
 def install(draws: Draws) -> None:
-    """Let `draws` follow what the script draws from now on."""
+    """Let `draws` follow the script's random numbers from now on."""
     _watch_module(draws, random, _ENDS)
     assign(random.Random, **_methods(draws, random.Random, _ENDS))
     after_import("numpy.random", functools.partial(_watch_numpy, draws))
