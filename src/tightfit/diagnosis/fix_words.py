@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.cause_records import COMPUTED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import accumulation, divided, own_option, values_to_fill
-from tightfit.diagnosis.framework_words import Pasted, pasted, programs
+from tightfit.diagnosis.framework_words import Pasted, has_own, pasted, programs
 from tightfit.diagnosis.named_card import is_before_ampere
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy, Resized
 from tightfit.diagnosis.report_words import inputs_of, shows
@@ -48,6 +48,8 @@ _ACROSS_BATCH = ("batch_norm", "pairs_in_batch")
 
 def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     """Return a remedy in the words for this run."""
+    if code == "smaller_picture" and _makes_videos(evidence):
+        code = "fewer_frames"
     words = _reworded(code, words_of(code, evidence), facts, evidence)
     effect = applicability(code)
     if code == "split_general" and any(shows(evidence.run.text, f"subject.{each}") for each in _ACROSS_BATCH):
@@ -64,6 +66,11 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         page=words.page if words else "",
     )
     return _divided_batch(remedy, evidence) if code == "split_general" else remedy
+
+
+def _makes_videos(evidence: Evidence) -> bool:
+    """Return True for a program that draws videos, too, in a report about one."""
+    return has_own("fewer_frames", evidence.framework or "") and shows(evidence.run.text, "inputs.fewer_frames")
 
 
 def _divided_batch(remedy: Remedy, evidence: Evidence) -> Remedy:

@@ -37,9 +37,9 @@ class _Detail(msgspec.Struct, frozen=True, kw_only=True):
     def is_shown(self, facts: Facts, text: str) -> bool:
         if facts.kind not in self.kinds or (self.with_detail and self.with_detail not in facts.details):
             return False
-        if self.shown and not re.search(self.shown, text):
+        if self.shown and not re.search(self.shown, text, re.ASCII):
             return False
-        return not (self.unless and re.search(self.unless, text))
+        return not (self.unless and re.search(self.unless, text, re.ASCII))
 
 
 @functools.cache

@@ -228,6 +228,11 @@ def _may_train_nothing(case: Case) -> bool:
     return evidence.infers or (evidence.grows == "model" and not is_shown)
 
 
+def _evaluates_one(case: Case) -> bool:
+    """Return True for a report of an unknown program's evaluation that says that the batch is one."""
+    return case.facts.phase == "eval" and case.program is None and case.evidence.batch_is_one
+
+
 def _fails_in_foreach(case: Case) -> bool:
     return any("foreach" in f"{each.source} {each.function}" for each in case.facts.frames[-2:])
 
@@ -257,6 +262,7 @@ _OF_THE_PASS = (
     _Rule("fused_attention", "the pairs are not of attention", lambda case: case.evidence.grows == "pairs"),
     _Rule("fused_attention", "nothing shows attention", _is_oversized_without_attention),
     _Rule("eval_batch", "it is one", lambda case: case.is_of("evaluate_one")),
+    _Rule("eval_batch", "the report says that it is one", _evaluates_one),
     _Rule("no_gradients", "they are off", lambda case: case.has_sign("no_grad")),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
@@ -302,6 +308,11 @@ _OF_THE_MODEL = (
     _Rule("qlora", "it is on", lambda case: case.adapts_quantized),
     _Rule("qlora", "PyTorch is older than PEFT", lambda case: case.is_before("qlora")),
     _Rule("quantized_weights", "they are", lambda case: case.has_sign("qlora", "four_bit", "quantized_4")),
+    _Rule(
+        "quantized_weights",
+        "they are, in the precision that the program has words for",
+        lambda case: case.is_of("quantize_to_8") and case.has_sign("quantized_8"),
+    ),
     _Rule("quantized_weights", "a training needs words for it", _trains_without_quantizer),
     _Rule("smaller_weights", "a training needs its precision", _keeps_its_precision),
     _Rule(

@@ -7,7 +7,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.framework_words import programs
 from tightfit.tables import read_patterns
 
-patterns = functools.partial(read_patterns, "tightfit.diagnosis", "report_words.toml")
+patterns = functools.partial(read_patterns, "tightfit.diagnosis", "report_words.toml", flags=re.ASCII)
 """Reads the tables of words."""
 
 

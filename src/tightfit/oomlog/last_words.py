@@ -24,15 +24,16 @@ _MEMORY = re.compile(
     r" [\w -]{0,25}memory\b|\bOOM\b(?![=:] ?[\d.])"
     r"|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
     r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 _OF_MEMORY = re.compile(r"(?:\w+\.)*\w*(?:OutOf\w{0,12}Memory|MemoryError|ResourceExhausted)")
 """Classes of errors whose name says that memory ran out, whatever their message."""
 
 _LACK = re.compile(
-    r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b(?![=:] ?[\d.])", re.IGNORECASE
+    r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b(?![=:] ?[\d.])",
+    re.IGNORECASE | re.ASCII,
 )
-_LEFT_OUT = re.compile(r"\bran out of (?:\w+ )?memory\b[^\n]{0,40}\bskip", re.IGNORECASE)
+_LEFT_OUT = re.compile(r"\bran out of (?:\w+ )?memory\b[^\n]{0,40}\bskip", re.IGNORECASE | re.ASCII)
 """A part of the work that a program left out for want of memory: what it did not write is then missing."""
 _NEAR = 20
 """Last lines of a log, in which a lack of memory is looked for before an error is called another one."""
@@ -108,7 +109,7 @@ def titled_error(text: str) -> str | None:
 
 _FAILED = re.compile(
     r"\b(?:fail(?:s|ed|ure)?|errors?|crash(?:es|ed)?|killed|aborted|stuck)\b|报错|失败|崩溃|エラー|失敗|落ち",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 
 
@@ -146,26 +147,26 @@ _REPORTED = re.compile(
     r"|\bout of vram\b|\bvram (?:oom|is full)"
     r"|\bOOM\b(?! ?kill|[=:] ?[\d.])|显存(?:不足|不够|溢出|爆)|爆显存"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """A person's words for device memory that ran out."""
-_REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", re.IGNORECASE)
+_REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", re.IGNORECASE | re.ASCII)
 _OF_DEVICE = re.compile(
     r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|(?:\dx ?)?[ahv]\d00|graphics card|nvidia|nppexception|managedcuda"
     r"|opencl)\b|\bPYTORCH_(?:CUDA_|HIP_)?ALLOC|CUDA_VISIBLE|\bnproc[-_]per[-_]node|\baccelerate launch\b|\bdeepspeed\b"
     r"|\bdevice: ?cuda",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """Signs of a card in a report, with which memory that ran out is mostly the card's."""
 _ADVICE = re.compile(
     r"\b(?:how to|avoid\w*|prevent\w*|tips?|guide|faq|troubleshoot\w*|reduc\w+|handl\w+|fix(?:es|ed)?|if|may)\b"
     r"|避|防|対処",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 _OF_JOB = re.compile(
     r"\b(?:slurm\w*|sbatch|cgroups?|kubernetes|k8s)\b[^\n]{0,60}?\b(?:OOM\b|out[- ]of[- ]memory)"
     r"|(?:\bOOM\b|out[- ]of[- ]memory)[^\n]{0,40}?\b(?:slurm\w*|sbatch|cgroups?|kubernetes|k8s)\b",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """A person's words for a job or a container that used up the host's memory it may have."""
 
@@ -180,7 +181,7 @@ def is_of_job(line: str) -> bool:
 
 
 _OF_HOST = re.compile(
-    r"(?<!V)\bRAM\b.{0,80}\b(?:OOM|kill|full)|\bkilled by (?:the )?(?:system|kernel|os)\b", re.IGNORECASE
+    r"(?<!V)\bRAM\b.{0,80}\b(?:OOM|kill|full)|\bkilled by (?:the )?(?:system|kernel|os)\b", re.IGNORECASE | re.ASCII
 )
 """A line on the host's memory, whatever else it names."""
 
@@ -193,7 +194,7 @@ def _denies(line: str) -> bool:
 _DENIED = re.compile(
     r"\b(?:not|no|isn't|never|without)\b[^.\n]{0,12}\b(?:out[ -]of[ -](?:\w+ )?memory|OOM\b)|enough (?:V?RAM|memory)\b"
     r"|显存(?:没问题|足够|充足|够用)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """Words for memory that did not run out."""
 _TITLE_LINES = 4
@@ -275,7 +276,7 @@ def quotes_error(line: str) -> bool:
 _CHAPTER = re.compile(
     r"^#+ .*(?:\b(?:faq|guide|tips?|troubleshoot\w*|common|how to)\b|対処|よくある)"
     r"|^(?:try|use|reduce|lower|set|if you) ",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 
 
@@ -293,7 +294,7 @@ _ANYHOW = re.compile(
     r"|\bOOM\b(?![=:] ?[\d.])|bad[\s_]alloc|(?:can ?not|could not|unable to|fail(?:ed|ure)?(?: to)?|no more) ?alloc"
     r"|alloc\w* (?:fail|error)|memory (?:exhausted|overflow|limit|allocation|is (?:full|not enough)|not enough)"
     r"|(?:insufficient|not enough|no enough) .{0,20}memory|显存|内存不足|内存不够|メモリ(?:ー)?(?:が)?(?:不足|足り)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """Words of any program, library or person for memory that ran out."""
 
@@ -303,7 +304,7 @@ _MEETS = re.compile(
     r"[^.\n]{0,40}\b(?:out[ -]of[ -]memory|OOM)\b"
     r"|\b(?:CUDA|GPU) out of memory\b[^.\n]{0,20}\b(?:even|although|despite)\b"
     r"|\b(?:CUDA|GPU)(?: memory)? (?:will be|is|was|gets?|got|goes|went|runs?|ran) out of memory\b",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """A person's words for device memory that ran out in the own run."""
 
@@ -352,6 +353,7 @@ _RAM = re.compile(
     r"|\bRAM\b[^.\n]{0,30}\b(?:swap|SWAP)\b[^.\n]{0,30}\b(?:exhausted|full|used)"
     r"|\b(?:blow|eat|fill|us|exhaust)\w* (?:up )?(?:all )?(?:of )?(?:my|all|the whole|the entire)(?: the| my)?"
     r" (?:(?:system|host|cpu|available) )*RAM\b"
+    r"|\b(?:us|tak|eat|fill|consum)\w* (?:up )?all (?:of )?(?:the |my )?\d+ ?[Gg][Bb] (?:of )?(?:RAM|ram)\b"
     r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
     r"|(?:服务器|物理|系统|主机|运行)内存.{0,20}(?:爆|不足|不够|耗尽|占满)|内存爆满|(?:システム|ホスト|物理)メモリー?.{0,8}(?:不足|足り)"
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
@@ -360,7 +362,7 @@ _RAM = re.compile(
 _KILLED = re.compile(
     r"^#[^\n]{0,40}\bkilled (?:while|when|during|after|on|at)\b|[\"'“`]killed[\"'”`.]"
     r"|\b(?:was|gets?|got|is|being) killed\b|\bkilled by (?:the )?(?:daemon|system|kernel|os)\b",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 """A person's words for a process that the kernel ended."""
 

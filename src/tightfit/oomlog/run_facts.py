@@ -93,7 +93,8 @@ def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     sign = r"[ \t]?[=:][ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
     sign += r"|[ \t]\.{4,60}[ \t]"  # in a table of arguments
     return re.compile(
-        rf"(?<![\w.-])(--?)?((?:[A-Za-z]\w*\.){{0,4}})[\"']?({names})[\"']?({sign})[\"']?{value}"
+        rf"(?<![\w.-])(--?)?((?:[A-Za-z]\w*\.){{0,4}})[\"']?({names})[\"']?({sign})[\"']?{value}",
+        re.ASCII,
     ), quantity_of
 
 
@@ -108,8 +109,11 @@ def _plain(name: str) -> str:
 
 @functools.cache
 def _pattern(table: str, name: str) -> re.Pattern[str]:
-    """Compile the signs of one name when a text first has its plain words."""
-    return re.compile("|".join(_tables()[table][name]))
+    """Compile the signs of one name when a text first has its plain words.
+
+    A word ends where Chinese or Japanese begins: \\b is that of ASCII.
+    """
+    return re.compile("|".join(_tables()[table][name]), re.ASCII)
 
 
 def _found(table: str, text: str) -> Iterator[str]:
