@@ -121,6 +121,20 @@ encode(tqdm(list(range(0, len(data), 16))))
 encode([*range(0, len(data), 16)])
 """
 
+ROLLOUTS = f"""{MODEL}
+buffer, returns = [], []
+for episode in range(8):
+    for number in range(60):
+        with torch.no_grad():
+            found = model(torch.ones(1, 8, device="cuda"))
+        buffer.append(found.cpu())
+        if number > 2:
+            returns.append(found.sum().item())
+    assert len(buffer) <= 60 * (episode + 1) and len(returns) <= len(buffer), (len(buffer), len(returns))
+    assert episode or len(buffer) == 60
+    step(len(buffer))
+"""
+
 WITH_GRADIENTS = f"""{MODEL}
 step(4)
 model.eval()
@@ -352,6 +366,13 @@ def test_lists_of_an_evaluation_get_all_their_entries(tmp_path: Path) -> None:
     found = played(COLLECTED, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert "the iterations of a loop that trains nothing repeat" in str(found["notes"])
+    assert "play with all of them" not in str(found["notes"])
+
+
+def test_lists_that_outlive_their_loop_grow_by_its_entries(tmp_path: Path) -> None:
+    """Rollouts of a reinforcement learner keep their steps, in one list for all episodes."""
+    found = played(ROLLOUTS, tmp_path)
+    assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert "play with all of them" not in str(found["notes"])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tightfit.vgpu.loop_items import iterator_of, length_of, replace_iterator, within_enumerate
-from tightfit.vgpu.loop_source import Loop, blocks_of, loop_node
+from tightfit.vgpu.loop_source import Loop, blocks_of, loop_node, loops_around
 
 _MOST_ENTRIES = 1_000_000
 _MOST_BYTES = 1 << 30
@@ -32,16 +32,46 @@ def go_to_last(frame: FrameType, loop: Loop, names: dict[str, object]) -> bool:
     if not isinstance(node, ast.For) or items is None:
         return False
     own = {*code.co_varnames, *code.co_cellvars} if names is not frame.f_globals else set(names)
-    values = [names.get(each.id) for each in _targets(node.body) if isinstance(each, ast.Name) and each.id in own]
-    lists = [each for each in values if isinstance(each, list) and each]
+    collecting = {each.id for each in _targets(node.body) if isinstance(each, ast.Name) and each.id in own}
+    lists = {name: found for name in collecting if isinstance(found := names.get(name), list) and found}
     total = _length(items) if lists else None
     if not lists or total is None:
         return False
     rest = list(items)  # type: ignore[call-overload]
     done = total - len(rest)
-    for each in lists if done > 0 and len(rest) > 1 else ():
-        _fill(each, done, len(rest) - 1)
+    for name, entries in lists.items() if done > 0 and len(rest) > 1 else ():
+        each = _appended(node.body, name)
+        if each is None and _is_empty_before(frame, loop, name):
+            each, remainder = divmod(len(entries), done)
+            each = 0 if remainder else each
+        _fill(entries, each or 0, len(rest) - 1)
     return replace_iterator(frame, iter(rest[-1:]))
+
+
+def _appended(body: list[ast.stmt], name: str) -> int | None:
+    """Return how many entries each iteration appends to a list; None if it does so in other ways, too."""
+    count = 0
+    for statement in body:
+        adds = any(isinstance(each, ast.Name) and each.id == name for each in _targets([statement]))
+        match statement:
+            case ast.Expr(value=ast.Call(func=ast.Attribute(attr="append"))) if adds:
+                count += 1
+            case ast.With() if (within := _appended(statement.body, name)) is not None:
+                count += within
+            case _ if adds:
+                return None
+    return count
+
+
+def _is_empty_before(frame: FrameType, loop: Loop, name: str) -> bool:
+    """Return True if a list is made anew for each run of a loop, or the loop runs once."""
+    code = frame.f_code
+    *outer, _ = loops_around(code.co_filename, code.co_firstlineno, code.co_name, loop.first)
+    node = loop_node(code.co_filename, code.co_firstlineno, code.co_name, outer[-1].first) if outer else None
+    if node is None:
+        return True
+    targets = [target for each in ast.walk(node) if isinstance(each, ast.Assign) for target in each.targets]
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
 
 
 def _length(items: Any) -> int | None:
@@ -55,12 +85,11 @@ def _length(items: Any) -> int | None:
     return len(inner.__reduce__()[1][0]) if place and isinstance(place[0], int) else None
 
 
-def _fill(entries: list[Any], done: int, left_out: int) -> None:
-    """Repeat the entries of the latest iteration, if each one of those `done` added as many."""
-    each, remainder = divmod(len(entries), done)
+def _fill(entries: list[Any], each: int, left_out: int) -> None:
+    """Repeat the latest `each` entries."""
     latest = entries[len(entries) - each :]
     size = left_out * sum(map(_bytes_of, latest))
-    if each and not remainder and left_out * each <= _MOST_ENTRIES and size <= _MOST_BYTES:
+    if each and left_out * each <= _MOST_ENTRIES and size <= _MOST_BYTES:
         entries.extend(latest * left_out)
 
 

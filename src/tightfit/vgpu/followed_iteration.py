@@ -56,7 +56,7 @@ class FollowedIteration:
     def count(self, found: Values | None = None) -> Values:
         """Run the script's own counts and conditions, and nothing else; return the watched values.
 
-        An iteration that is not followed to its end leaves in `found` the values before that. Raises the script's errors.
+        An iteration that is not followed to its end leaves in `found` the values before that. Raises the script's own.
         """
         found = {} if found is None else found
         self.names[WATCHED] = found
