@@ -179,8 +179,22 @@ def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
+_LLAMA_PARAMS = re.compile(
+    r"[\"']dim[\"']: ?(?P<dim>\d{2,6})\b(?=[^{}\n]{0,200}[\"']multiple_of[\"'])"
+    r"[^{}\n]{0,200}[\"']n_layers[\"']: ?(?P<layers>\d{1,3})\b"
+)
+"""Sizes of a Llama in the form of Meta's params.json."""
+
+
+def _is_llama(model: Model, hidden: int, layers: int) -> bool:
+    return model.family == "llama" and (model.hidden, model.layers) == (hidden, layers)
+
+
 def _printed(run: RunFacts) -> Model | None:
     """Return a model of the sizes that the log prints."""
+    if (params := _LLAMA_PARAMS.search(run.text)) is not None:
+        layers = int(params["layers"])
+        return next((each for each in all_models() if _is_llama(each, int(params["dim"]), layers)), None)
     numbers = run.numbers
     hidden, parameters = numbers.get("hidden"), numbers.get("parameters")
     if not (hidden and (numbers.get("inner") or numbers.get("vocabulary"))):
