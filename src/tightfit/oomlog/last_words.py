@@ -354,6 +354,7 @@ _RAM = re.compile(
     r"|\b(?:blow|eat|fill|us|exhaust)\w* (?:up )?(?:all )?(?:of )?(?:my|all|the whole|the entire)(?: the| my)?"
     r" (?:(?:system|host|cpu|available) )*RAM\b"
     r"|\b(?:us|tak|eat|fill|consum)\w* (?:up )?all (?:of )?(?:the |my )?\d+ ?[Gg][Bb] (?:of )?(?:RAM|ram)\b"
+    r"|\bnot enough [^.\n]{0,30}\bRAM\b"
     r"|\bRAM (?:is |was |gets? )?(?:full|exhausted|overflow)|\bcrash\w* [^.\n]{0,30}\blow on memory"
     r"|(?:服务器|物理|系统|主机|运行)内存.{0,20}(?:爆|不足|不够|耗尽|占满)|内存爆满|(?:システム|ホスト|物理)メモリー?.{0,8}(?:不足|足り)"
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
