@@ -1,4 +1,7 @@
-"""Private pools of CUDA graphs, and memory that several streams use: small scripts, their figures worked by hand."""
+"""Private pools of CUDA graphs, frames that a compilation keeps, and memory that several streams use.
+
+Small scripts, their figures worked by hand.
+"""
 
 import os
 from collections.abc import Callable
@@ -39,6 +42,21 @@ del x
 y = torch.empty(64 * 2**18, device="cuda")
 found.append(held())
 """
+FRAMES = """
+import gc, torch
+def held(): return torch.cuda.memory_allocated() // 2**20
+def loss(x, weight): return (x * weight).sum()
+@torch.compile
+def gradient(x, weight): return torch.func.grad(loss)(x, weight)
+found = []
+for size in (16, 32, 48):                          # MiB; compiled for one size, then for any
+    x, weight = (torch.ones(size * 2**18, device="cuda") for _ in range(2))
+    gradient(x, weight)
+    del x, weight
+    found.append(held())
+gc.collect()
+found.append(held())
+"""
 
 
 Found = Callable[..., list[int]]
@@ -48,14 +66,14 @@ Found = Callable[..., list[int]]
 def found(tmp_path: Path) -> Found:
     """Plays a script on an A100 and returns its list `found`; its names are given by keyword."""
 
-    def play(script: str, **names: Any) -> list[int]:
+    def play(script: str, *, release: str = "2.13", **names: Any) -> list[int]:
         result = tmp_path / "found.txt"
         result.unlink(missing_ok=True)  # a dry run does not write over what was there before
         lines = [f"{name} = {value!r}" for name, value in names.items()]
         end = f"open({str(result)!r}, 'w').write(' '.join(map(str, found)))"
         (tmp_path / "script.py").write_text("\n".join([*lines, script, end]))
         environ = {**os.environ, "TIGHTFIT_DRYRUN_FILES": "patches"}  # a private view would keep the file to itself
-        outcome = played(["--gpu", "A100", tmp_path / "script.py"], environ=environ)
+        outcome = played(["--gpu", "A100", "--torch", release, tmp_path / "script.py"], environ=environ)
         assert outcome.outcome == "fits"
         return [int(word) for word in result.read_text().split()]
 
@@ -86,3 +104,17 @@ def test_a_result_of_a_graph_does_not_survive_the_next_call(found: Found) -> Non
 @pytest.mark.parametrize(("record", "expected"), [(False, 64), (True, 128)])
 def test_memory_that_another_stream_uses_is_not_reused_at_once(found: Found, record: bool, expected: int) -> None:
     assert found(STREAMS, RECORD=record) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [
+        # Dynamo's cycle keeps both arguments; the second compilation collects those of the first, the script the rest.
+        ("2.5", [32, 64, 64, 0]),
+        pytest.param("2.6", [0, 0, 0, 0], marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_gradient_keeps_its_arguments_up_to_torch_2_5(
+    found: Found, release: str, expected: list[int]
+) -> None:
+    assert found(FRAMES, release=release) == expected

@@ -50,11 +50,17 @@ def main() -> None:
 
 
 def groups(rows: Iterator[Row]) -> list[list[Row]]:
-    """Group rows that one process plays: the same script at the same commit on the same card."""
+    """Group rows that one process plays: the same script at the same commit on the same card, in one configuration."""
     found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        found[commit_of(row), row["script"], row["card"], row["torch"]].append(row)
+        found[commit_of(row), row["script"], row["card"], row["torch"], config_of(row)].append(row)
     return list(found.values())
+
+
+def config_of(row: Row) -> str:
+    """Return the configuration of a row, as JSON."""
+    match = _ARGUMENTS.fullmatch(row["args"])
+    return match[4] if match else ""
 
 
 def commit_of(row: Row) -> str:

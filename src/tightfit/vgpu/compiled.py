@@ -20,6 +20,7 @@ from tightfit.kernels.temporaries import Argument
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.graphs import CudaGraphs
 from tightfit.vgpu.inductor_wrapper import Call, run_wrapper, wrapper_of
+from tightfit.vgpu.kept_frames import KeptFrames
 from tightfit.wording import say
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Compiler:
         self._compile: Callable[..., Function] = torch.compile
         self._ready: bool | None = None
         self._graphs = CudaGraphs(device)
+        self.kept_frames = KeptFrames(device.card.torch_version)
 
     def compile(
         self,
@@ -137,6 +139,7 @@ class Compiler:
         from torch._dynamo.exc import RestartAnalysis
         from torch._inductor.compile_fx import compile_fx
 
+        self.kept_frames.compiles(graph)
         try:
             no_cache = importlib.import_module("torch._functorch.config").patch(enable_autograd_cache=False)
             with self._device.phases.named("compile"), _without_collector(), no_cache:

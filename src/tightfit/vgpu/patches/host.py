@@ -1,6 +1,7 @@
 """The host's side of a script: torch's dealings with real files, parameters and threads, made safe for a dry run."""
 
 import functools
+import gc
 import math
 import threading
 from collections.abc import Callable
@@ -335,6 +336,7 @@ def _install_compile(device: VirtualDevice, properties: SimpleNamespace) -> None
     def compile_module(module: nn.Module, *args: object, **options: object) -> None:
         assign(module, _compiled_call_impl=compile_(module._call_impl, *args, **options))
 
+    assign(gc, collect=compiler.kept_frames.collecting())
     assign(torch, compile=compiler.compile)
     assign(nn.Module, compile=compile_module)
 
