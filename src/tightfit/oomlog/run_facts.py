@@ -34,6 +34,14 @@ _SHORT_OPTION = re.compile(r"\b(?:train\w*\.py\b|\w+\.py\b[^\n]{0,80} --do_train
 """The batch in a command that starts a training, as an option of one letter or two."""
 
 
+_RAISED = re.compile(
+    r"\b(?:increas|rais|chang)\w* (?:the |my )*(?:batch[ _-]?size\w*|\w*batch_size) from \d{1,5} to (\d{1,5})\b"
+    r"[^\n.]{0,30}\b(?:gives?|get|fails?|error|OOM|out of memory|crash\w*)\b",
+    re.IGNORECASE,
+)
+"""A person's words for a batch that works, and a larger one that does not."""
+
+
 class PrintedShape(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor's sizes in a line of code or of a message."""
 
@@ -152,6 +160,8 @@ def run_facts_in(text: str) -> RunFacts:
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
             names[quantity] = dashes + group + name
+    if (raised := _RAISED.search(text)) is not None:
+        numbers["batch_size"] = int(raised[1])
     if "batch_size" not in numbers and (short := _SHORT_OPTION.search(text)):
         numbers["batch_size"], names["batch_size"] = int(short[2]), short[1]
     texts = _texts_in(text)
@@ -221,7 +231,8 @@ _OTHER_RUN = re.compile(
 
 
 _WENT_WELL = re.compile(
-    r"[`'\")]{0,3}[ ,]{0,2}(?:\w+ ){0,2}?(?:works?|worked|runs?|fits?|succeed|(?:is|was|are) (?:fine|ok))\b"
+    r"[`'\")]{0,3}[ ,]{0,2}(?:for running|to (?:be able to |make (?:it|this) )?(?:run|work|fit))\b"
+    r"|[`'\")]{0,3}[ ,]{0,2}(?:\w+ ){0,2}?(?:works?|worked|runs?|fits?|succeed|(?:is|was|are) (?:fine|ok))\b"
     r"|[^\n.]{0,40}?\bwithout (?:\w+ ){0,3}(?:errors?|problems?|issues?|OOM)\b"
 )
 """Words right behind such a batch."""
