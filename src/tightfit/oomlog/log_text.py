@@ -261,6 +261,8 @@ def without_shared_prefix(parts: Iterator[str]) -> Iterator[str]:
 
     >>> list(without_shared_prefix(iter(["12:00:01 - INFO - step 1\\n12:00:09 - INFO - step 2\\n"])))
     ['step 1\\nstep 2\\n']
+    >>> list(without_shared_prefix(iter(["12:00:01 ERROR [a.py:3] step 1\\n12:00:09 ERROR [a.py:4] step 2\\n"])))
+    ['step 1\\nstep 2\\n']
     """
     pattern: re.Pattern[str] | None = None
     for number, text in enumerate(parts):
