@@ -160,8 +160,7 @@ def run_facts_in(text: str) -> RunFacts:
         if 0 < int(value) < _MOST:
             numbers[quantity] = int(value)
             names[quantity] = dashes + group + name
-    if (raised := _RAISED.search(text)) is not None:
-        numbers["batch_size"] = int(raised[1])
+    numbers |= _raised(text)
     if "batch_size" not in numbers and (short := _SHORT_OPTION.search(text)):
         numbers["batch_size"], names["batch_size"] = int(short[2]), short[1]
     texts = _texts_in(text)
@@ -181,6 +180,16 @@ def run_facts_in(text: str) -> RunFacts:
         family=family[-1] if family else None,
         text=text,
     )
+
+
+def _raised(text: str) -> dict[str, int]:
+    """Return the batch that failed where a person tells of a smaller one that works.
+
+    >>> _raised("If I increase the batch_size_train from 16 to 32 it gives me an error")
+    {'batch_size': 32}
+    """
+    match = _RAISED.search(text)
+    return {} if match is None else {"batch_size": int(match[1])}
 
 
 _ENVIRONMENT = re.compile(
