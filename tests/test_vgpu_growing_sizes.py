@@ -203,6 +203,25 @@ for count in (61, 60):
     assert i + 1 == count and (model.weight.grad is None) == (count == 60), (i, count)
 train(4)
 """
+WITH_A_MADE_UP_BRANCH = """
+data = DataLoader(TensorDataset(torch.zeros(26 * 8, 8)), batch_size=8)
+batches, step = iter(data), 0
+while step < 156:
+    try:
+        (x,) = next(batches)
+    except StopIteration:
+        assert model.weight.grad is None, step
+        batches = iter(data)
+        (x,) = next(batches)
+    loss = model(x.cuda()).sum()
+    if loss > 1e6:
+        torch.cat([loss[None]] * 6)
+    (loss / 2).backward()
+    if (step + 1) % 2 == 0:
+        optimizer.step(), optimizer.zero_grad()
+    step += 1
+train(4)
+"""
 KEPT_UNTIL_CLEARED = """
 kept, most = [], 0
 for step in range(220):
@@ -328,7 +347,9 @@ def test_a_long_evaluation_whose_examples_differ_goes_on_to_the_largest(tmp_path
     assert "differ, but many in a row raised no peak" in str(found["notes"])
 
 
-@pytest.mark.parametrize("code", [ACCUMULATED, BEGUN_ANEW, OF_NO_LENGTH, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])
+@pytest.mark.parametrize(
+    "code", [ACCUMULATED, BEGUN_ANEW, OF_NO_LENGTH, WITH_A_MADE_UP_BRANCH, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN]
+)
 def test_what_a_loop_leaves_is_there(code: str, tmp_path: Path) -> None:
     found = played(code, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")

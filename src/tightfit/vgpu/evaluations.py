@@ -211,10 +211,13 @@ class Evaluations:
             self._last_played.add(id(batches._dataset))
         return ends or left.keeps_within(count)
 
-    def end_epoch(self) -> bool:
-        """Let the DataLoader that was asked last go on to its last batch; return True if that leaves any out."""
+    def end_epoch(self, pace: int = 1) -> bool:
+        """Let the DataLoader that was asked last go on to its last batch; return True if that leaves any out.
+
+        `pace`: batches of one optimizer step. As many come before the last one that the epoch ends as it would.
+        """
         batches = self._latest()
-        ends = self._to_last(batches)
+        ends = self._to_last(batches, pace)
         if ends:
             self._ending = weakref.ref(batches)
         if _is_of_map(batches):
@@ -243,7 +246,7 @@ class Evaluations:
         """Return True while that DataLoader is on its way to the last batch."""
         return self._ending is not None and self._ending() is self._latest() is not None
 
-    def _to_last(self, batches: object) -> bool:
+    def _to_last(self, batches: object, pace: int = 1) -> bool:
         """Let the epoch go on to its last batch; return True if that leaves any out.
 
         The batch with the largest sample comes before it. The sampler may go on after the epoch: some loaders keep one
@@ -270,6 +273,8 @@ class Evaluations:
             last, left = [end], iter(())
         kept = self._longest(batches, [*dropped, *first], len(dropped) + count)
         kept = kept or [each for each in first if any(each is one for one in looked_for)]
+        before = (count - len(kept) - 1) % pace
+        last = [*first[len(first) - before :], *last] if before < len(first) else last
         assign(batches, _sampler_iter=itertools.chain(kept, last, left))
         self._lines.taken.has_passed |= count > 1
         return count > 1

@@ -323,7 +323,7 @@ class Stopping:
             return False
         if self._lines.passes_to_end(frame, has_batches=self._evaluations.has_batches()):
             return True
-        ends = self._evaluations.end_epoch()
+        ends = self._evaluations.end_epoch(self._lines.pace(frame))
         is_ending = self._evaluations.is_ending()
         if not self._ended_epoch and ends:
             self._lines.note_state(frame, state)
@@ -339,7 +339,7 @@ class Stopping:
         """Leave a training loop although some of its lines did not run, for the sake of the lines that follow."""
         if loop is None:
             return False
-        if not self._ended_epoch and self._evaluations.end_epoch():
+        if not self._ended_epoch and self._evaluations.end_epoch(self._lines.pace(frame)):
             self._ended_epoch = True
         elif not self._lines.give_up_loop(frame):
             return False

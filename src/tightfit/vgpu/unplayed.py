@@ -265,6 +265,14 @@ class LineWatch:
         made = self._read.loops.get((code, loop.first))
         return made is not None and counts_for_later(made.node, code.co_filename, code.co_firstlineno, code.co_name)
 
+    def pace(self, frame: FrameType | None) -> int:
+        """Return the iterations of the innermost training loop around `frame` that its latest optimizer step took."""
+        for each, training in self._training_around(frame):
+            for loop in training[-1:]:
+                before, now = (at[each.f_code, loop.first] for at in self._at_steps)
+                return max(1, now - before)
+        return 1
+
     def passes_to_end(self, frame: FrameType | None, *, has_batches: bool) -> bool:
         """Pass over the iterations that are left of the innermost training loop if a step takes several of them.
 
