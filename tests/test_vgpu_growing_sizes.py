@@ -222,6 +222,31 @@ while step < 156:
     step += 1
 train(4)
 """
+OF_A_FUNCTION = """
+class Callback:
+    best, wait, stop = float("inf"), 0, False
+    def at_end(self, value):
+        if value < self.best:
+            self.best, self.kept = value, torch.zeros(40 << 20, dtype=torch.uint8, device="cuda")
+        else:
+            self.wait += 1
+            self.stop = self.wait >= 3
+def fit(callback):
+    for epoch in range(8):
+        seen, total = 0, 0.0
+        for start in range(0, 3010, 32):
+            loss = model(torch.ones(4, 8, device="cuda")).sum()
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            seen += min(32, 3010 - start)
+            total += loss.item()
+            print(seen)
+        callback.at_end(total / seen)
+        if callback.stop:
+            break
+fit(Callback())
+assert torch.cuda.memory_allocated() < 30 << 20
+train(4)
+"""
 KEPT_UNTIL_CLEARED = """
 kept, most = [], 0
 for step in range(220):
@@ -347,9 +372,10 @@ def test_a_long_evaluation_whose_examples_differ_goes_on_to_the_largest(tmp_path
     assert "differ, but many in a row raised no peak" in str(found["notes"])
 
 
-@pytest.mark.parametrize(
-    "code", [ACCUMULATED, BEGUN_ANEW, OF_NO_LENGTH, WITH_A_MADE_UP_BRANCH, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN]
-)
+COUNTED_ON = [ACCUMULATED, BEGUN_ANEW, OF_NO_LENGTH, WITH_A_MADE_UP_BRANCH]
+
+
+@pytest.mark.parametrize("code", [*COUNTED_ON, OF_A_FUNCTION, KEPT_UNTIL_CLEARED, KEPT_EVERY_SO_OFTEN])
 def test_what_a_loop_leaves_is_there(code: str, tmp_path: Path) -> None:
     found = played(code, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")

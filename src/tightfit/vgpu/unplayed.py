@@ -594,7 +594,9 @@ class LineWatch:
             put_back = partial(self._put_back, frame, items)
             self.taken.latest = deque(maxlen=skip.steps if loop.counts and left is None else 0)
             skip.at_head(frame, LoopItems(left, takes, has_to_run, self.has_to_run, put_back, makes_items(items)))
+            self.taken.latest.clear()
         self.forget_names(frame, skip.names)
+        skip.names = {}  # they would keep the function's objects, if its loop ends before the next iteration
         if skip.is_over:
             del self._skips[place]
             if skip.to_end and not (skip.is_exhausted or skip.is_reached):  # it took too long, or nobody can count it
