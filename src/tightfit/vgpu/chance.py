@@ -26,6 +26,8 @@ RARE = 1e-4
 """Share of the draws of a fraction that lie outside of what counts as its smallest and its largest."""
 _ENOUGH = 12
 """Numbers that a line draws by itself before the others are tried, or go on."""
+_ENOUGH_ALIKE = 3
+"""Numbers of its own after which steps that repeat do so by themselves."""
 _MOST_SOUGHT = 8
 """Steps in which a line that draws seldom is looked for, each time."""
 
@@ -50,6 +52,8 @@ class _Place:
     ends: Ends = (0, 0)
     goes_on: object = None
     """The number that it goes on with."""
+    own: int = 0
+    """Numbers of its own since it came to the ends."""
     sought: int = 0
     """Steps in which it was looked for, since its latest draw."""
 
@@ -61,7 +65,7 @@ class _Place:
     def may_go_on(self) -> bool:
         """Return True if it may draw the same number from now on: not if it begins at 0, which chooses an item."""
         smallest = self.ends[0]
-        chooses = isinstance(smallest, int) and not isinstance(smallest, bool) and smallest <= 0
+        chooses = hasattr(smallest, "__index__") and not isinstance(smallest, bool) and int(smallest) <= 0
         return self.draws >= _ENOUGH and self.is_steady and not chooses
 
 
@@ -114,6 +118,7 @@ class Draws:
             place.ends, place.stage = found or place.ends, _SMALLEST if found else _OVER
         elif _NATURAL < place.stage < _OVER:
             place.stage += 1
+        place.own += place.stage == _OVER
         if place.may_go_on():
             place.goes_on = value
         if _NATURAL < place.stage < _OVER:
@@ -128,9 +133,13 @@ class Draws:
             each.sizes[stage] = max(each.sizes[stage], size)
 
     def goes_on(self) -> bool:
-        """Return True if lines that drew in the latest steps have not come to their ends, now that steps repeat."""
+        """Return True if lines that drew in the latest steps have not come to their ends, now that steps repeat.
+
+        Or if they came to them only now: steps with both ends may be alike where all others differ.
+        """
         self._repeats = True
-        return any(each.stage < _OVER and each.step >= self._step - 1 for each in self._places.values())
+        latest = [each for each in self._places.values() if each.step >= self._step - 1]
+        return any(each.stage < _OVER or (each.goes_on is None and each.own < _ENOUGH_ALIKE) for each in latest)
 
     def seldom(self) -> Iterator[Frame]:
         """Yield lines that drew a number, but not in the latest steps, and have not come to their ends."""
