@@ -74,9 +74,8 @@ class Draws:
 
     def __init__(self) -> None:
         self._places: dict[tuple[int, int], _Place] = {}
-        self._several: set[tuple[int, int]] = set()
-        """Lines that draw several numbers in a step, by the identity of their code, which `_codes` keeps."""
-        self._codes: list[CodeType] = []
+        self._several: dict[tuple[int, int], CodeType] = {}
+        """Code of lines that draw several numbers in a step: kept, so that its identity stays its own."""
         self._step = 0
         self._repeats = False
         """True once steps repeated."""
@@ -94,9 +93,7 @@ class Draws:
             return value
         if place.step == self._step:  # before the first step, a script may try what it will do in each
             if self._step and place.stage != _OVER:
-                self._several.add(key)
-                self._codes.append(place.code)
-                del self._places[key]
+                self._several[key] = self._places.pop(key).code
             return value
         place.step, place.draws, place.sought = self._step, place.draws + 1, 0
         return self._next(place, value, ends)
@@ -161,8 +158,13 @@ def drawing_frame() -> FrameType | None:
     return frame if is_own(frame.f_code) else None
 
 
-def _fraction(*_: object) -> Ends:
+def fraction(*_: object, **__: object) -> Ends:
     return RARE, 1 - RARE
+
+
+def uniform(low: float = 0.0, high: float = 1.0, *_: object, **__: object) -> Ends:
+    part = (high - low) * RARE
+    return low + part, high - part
 
 
 def _below(high: int, *_: object) -> Ends:
@@ -177,17 +179,12 @@ def _flag(*_: object) -> Ends:
     return 0, 1
 
 
-def _uniform(_: Tensor, low: float = 0.0, high: float = 1.0) -> Ends:
-    part = (high - low) * RARE
-    return low + part, high - part
-
-
 OF_TENSORS: dict[OpOverload, Callable[..., Ends]] = {
-    aten.rand.default: _fraction,
+    aten.rand.default: fraction,
     aten.randint.default: _below,
     aten.randint.low: _between,
     aten.bernoulli.default: _flag,
     aten.bernoulli_.float: _flag,
-    aten.uniform_.default: _uniform,
+    aten.uniform_.default: lambda tensor, *ends: uniform(*ends),
 }
 """Operators that draw, each with the ends by its arguments. They count where they draw one number on the host."""

@@ -1,4 +1,4 @@
-"""An iteration of a loop, reduced to what counts and to the conditions that lead to lines that never ran."""
+"""An iteration of a loop, reduced to its counters and to the conditions before lines that never ran."""
 
 import ast
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +19,7 @@ TAKE, ANEW = "tightfit.take", "tightfit.anew"
 
 
 class ReducedIteration:
-    """An iteration of a loop, reduced to its counters and to the conditions that lead to lines that never ran."""
+    """An iteration of a loop, reduced to its counters and to the conditions before lines that never ran."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ReducedIteration:
         self.set_anew: set[str] = set()
         """Names that such a loop computes in each of its iterations, and nothing adds to."""
         self.added_to: set[str] = set()
-        """Those that it adds to."""
+        """Counters that the loop adds to."""
         self.counters: dict[str, ast.expr] = {}
         """Expressions of the names and attributes that count, by their text."""
 

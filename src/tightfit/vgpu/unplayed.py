@@ -269,9 +269,12 @@ class LineWatch:
         """Return the iterations of the innermost training loop around `frame` that its latest optimizer step took."""
         for each, training in self._training_around(frame):
             for loop in training[-1:]:
-                before, now = (at[each.f_code, loop.first] for at in self._at_steps)
-                return max(1, now - before)
+                return max(1, self._pace((each.f_code, loop.first)))
         return 1
+
+    def _pace(self, place: tuple[CodeType, int]) -> int:
+        before, now = (at[place] for at in self._at_steps)
+        return now - before
 
     def passes_to_end(self, frame: FrameType | None, *, has_batches: bool) -> bool:
         """Pass over the iterations that are left of the innermost training loop if a step takes several of them.
@@ -281,9 +284,8 @@ class LineWatch:
         """
         for each, training in self._training_around(frame):
             for loop in training[-1:]:
-                before, now = (at[each.f_code, loop.first] for at in self._at_steps)
                 is_finite = loop.counts or has_batches
-                return now - before > 1 and is_finite and self._pass_to_end(each.f_code, loop)
+                return is_finite and self._pace((each.f_code, loop.first)) > 1 and self._pass_to_end(each.f_code, loop)
         return False
 
     def _pass_to_end(self, code: CodeType, loop: Loop) -> bool:
@@ -309,7 +311,6 @@ class LineWatch:
     ) -> None:
         """Pass over iterations of a loop from its next one on."""
         code = place[0]
-        before, now = (at[place] for at in self._at_steps)
         ran = made.lines_of(self.ran) | self.ran(code)
         around = Surroundings(
             lengths=partial(self._lengths.of, {code: 0, **made.functions}),
@@ -324,7 +325,7 @@ class LineWatch:
             has_seldom=made.seldom > 0,
             is_outer=is_outer,
         )
-        skip = Skip(Aims(made.node, missing, ran, now - before, made.line, to_end), around, watched)
+        skip = Skip(Aims(made.node, missing, ran, self._pace(place), made.line, to_end), around, watched)
         self._skips[place] = loop, skip
 
     def _ran_since(self, code: CodeType, made: InlinedLoop, before: frozenset[int]) -> set[int]:
@@ -447,11 +448,7 @@ class LineWatch:
 
     def again(self, frame: FrameType | None, lines: Iterable[Frame]) -> list[Frame]:
         """Let training loops around `frame` be passed over for their lines once more; list those among `lines`."""
-        loops = [
-            TrainingLoop(Frame(each.f_code.co_filename, loop.first, each.f_code.co_qualname), loop.last)
-            for each, training in self._training_around(frame)
-            for loop in training
-        ]
+        loops = [_placed(each.f_code, loop) for each, training in self._training_around(frame) for loop in training]
         within = [line for line in lines if any(loop.has(line) for loop in loops)]
         self._read.again(within)
         return within
@@ -480,7 +477,7 @@ class LineWatch:
         """Return the innermost training loop around `frame`, in the user's files or in a package."""
         for each, _ in counted_frames(frame):
             for loop in self._training_loops(each.f_code, loops_at(each))[-1:]:
-                return TrainingLoop(Frame(each.f_code.co_filename, loop.first, each.f_code.co_qualname), loop.last)
+                return _placed(each.f_code, loop)
         return None
 
     def give_up_loop(self, frame: FrameType | None) -> bool:
@@ -717,3 +714,7 @@ class LineWatch:
             if any(loop.first == first for loop in around):
                 del self._begun[code, line]
                 self._far.reopen((code, line))
+
+
+def _placed(code: CodeType, loop: Loop) -> TrainingLoop:
+    return TrainingLoop(Frame(code.co_filename, loop.first, code.co_qualname), loop.last)

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.chance import RARE, Draws, Ends, drawing_frame
+from tightfit.vgpu.chance import RARE, Draws, Ends, drawing_frame, fraction, uniform
 from tightfit.vgpu.patches.on_import import after_import
 
 _DEVIATIONS = 3.7
@@ -70,15 +70,6 @@ def _as(kind: Callable[[object], object], ends: Ends | None) -> Ends | None:
     return ends if ends is None or isinstance(ends[0], (tuple, list)) else (kind(ends[0]), kind(ends[1]))
 
 
-def _fraction(*_: object, **__: object) -> Ends:
-    return RARE, 1 - RARE
-
-
-def _uniform(low: float = 0.0, high: float = 1.0, *_: object, **__: object) -> Ends:
-    part = (high - low) * RARE
-    return low + part, high - part
-
-
 def _triangular(low: float = 0.0, high: float = 1.0, *_: object, **__: object) -> Ends:
     return low, high
 
@@ -123,9 +114,9 @@ def _product(item: Any) -> int:
 
 
 _ENDS: EndsByName = {
-    "random": _fraction,
-    "betavariate": _fraction,
-    "uniform": _uniform,
+    "random": fraction,
+    "betavariate": fraction,
+    "uniform": uniform,
     "triangular": _triangular,
     "gauss": _normal,
     "normalvariate": _normal,
@@ -135,11 +126,11 @@ _ENDS: EndsByName = {
     "choice": _choice,
 }
 _ENDS_OF_NUMPY: EndsByName = {
-    "rand": _fraction,
-    "random": _fraction,
-    "random_sample": _fraction,
-    "beta": _fraction,
-    "uniform": _uniform,
+    "rand": fraction,
+    "random": fraction,
+    "random_sample": fraction,
+    "beta": fraction,
+    "uniform": uniform,
     "normal": _normal,
     "randint": _integers,
     "choice": _choice,
