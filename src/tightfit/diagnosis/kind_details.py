@@ -131,7 +131,8 @@ _TOLD = {
         r"(?! (?:set|data|images?|split)\b|\.py\b)"
         r"|\bval(?:idation)? (?:occupies|takes|uses|needs|consumes)\b"
         r"|\beval(?:uation)?[ _](?:period|interval|steps|strategy)\b"
-        r"|^[#\s]*(?:testing|validation|evaluation)\b|(?:验证|评估|评测|eval)(?:阶段|时|过程)|検証(?:中|時)|評価(?:中|時)",
+        r"|^[#\s]*(?:testing|validation|evaluation)\b|検証(?:中|時)|評価(?:中|時)"
+        r"|(?:验证|评估|评测|eval(?:uat\w+)?|validat\w+) ?(?:阶段|时|过程|的时候)",
         re.IGNORECASE,
     ),
     "resume": re.compile(

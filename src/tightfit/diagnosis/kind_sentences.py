@@ -13,6 +13,7 @@ from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import detail_names
+from tightfit.diagnosis.measures import tried_in
 from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
 from tightfit.oomlog.facts import Facts, Figure
@@ -219,7 +220,23 @@ def expected_said(facts: Facts, words: "Words") -> str:
 
 def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     """Return the fixes of a failure that no tensor on a device caused, in the words of the program if it has some."""
-    known = values_of(facts)
+    known, tried = values_of(facts), tried_in(run.text)
+    codes = sorted(_codes_of(facts, run, known), key=lambda code: _MEASURES.get(code) in tried)
+    return tuple(
+        Remedy(
+            code=f"kind_{code}",
+            verdict=UNCHECKED,
+            reason="general",
+            label=LIKELY,
+            exact=None,
+            paste=tuple(line.format(**known) for line in _lines(code, run)),
+        )
+        for code in codes
+    )
+
+
+def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[str]:
+    """Return the fixes of a failure's kind without those that its run has no use for."""
     key = _key(_table().fixes, facts.kind, known)
     codes = _table().fixes[key] if key else [facts.kind]
     if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
@@ -235,19 +252,11 @@ def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
         codes = [code for code in codes if code != "no_pinning"]  # its users have no data loader
     if run.numbers.get("batch_size") == 1:
         codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]
-    return tuple(
-        Remedy(
-            code=f"kind_{code}",
-            verdict=UNCHECKED,
-            reason="general",
-            label=LIKELY,
-            exact=None,
-            paste=tuple(line.format(**known) for line in _lines(code, run)),
-        )
-        for code in codes
-    )
+    return codes
 
 
+_MEASURES = {"smaller_batch": "split_general", "less_in_pass": "split_general", "mixed_precision": "half_precision"}
+"""Measures that a report may say were tried in vain: those fixes come last."""
 _OF_SHARE = frozenset({"jax_preallocate", "jax_fraction", "other_programs"})
 """Fixes by more of the card: they do not help a program that is larger than the whole card."""
 

@@ -146,8 +146,10 @@ def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
 
 
 def _fails_at_any_level(message: Message, before: str) -> bool:
-    """Return True for a failure that programs log as a warning: NCCL's, a lost worker's, a failed job's."""
-    return message.kind in ("nccl", "worker_lost") or (message.kind == "host_killed" and "ailed" in before)
+    """Return True for a failure that programs log as less: NCCL's, a lost worker's or rank's, a failed job's."""
+    return message.kind in ("nccl", "worker_lost", "rank_failed") or (
+        message.kind == "host_killed" and "ailed" in before
+    )
 
 
 _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memory", "windows_commit_limit", "nccl"})
