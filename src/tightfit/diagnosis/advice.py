@@ -36,6 +36,8 @@ _OWN_CAUSES = frozenset({"loading", "resuming", "saving", "outputs"})
 """Quantities whose own cure comes before any other program's memory: it makes the request unnecessary."""
 _LESS_OF_ALL = frozenset({"less_at_once", "split_in_parts", "split_logged", "smaller_batch", "smaller_model"})
 """Remedies that lessen what the program needs of the card and of what backs it, whatever refused the request."""
+_OF_MANY_TENSORS = frozenset({"checkpointing_general", "half_precision", "optimizer_8bit", "offload", "shard"})
+"""Remedies that lessen the sum of many tensors; a single large one shrinks with its batch and its length first."""
 _FEW = 0.05
 """Share of the card up to which other programs are a desktop, and no fix comes from ending them first."""
 _BEFORE_WATERMARK = 2
@@ -73,7 +75,10 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
 def _cures(case: Case) -> list[Remedy]:
     """Return the fixes that lower the program's own need, in its user's words."""
     facts, evidence = case
-    cures = in_own_words_first([fix(code, facts, evidence) for code in codes_for(case)], evidence)
+    codes = list(codes_for(case))
+    if case.is_most_of_card:
+        codes.sort(key=lambda code: code in _OF_MANY_TENSORS)
+    cures = in_own_words_first([fix(code, facts, evidence) for code in codes], evidence)
     return cures if evidence.framework is not None else [placed(each, facts.frames) for each in cures]
 
 

@@ -56,6 +56,14 @@ class Case(NamedTuple):
         return is_oversized(self.facts)
 
     @property
+    def is_most_of_card(self) -> bool:
+        """True if one request of a training is most of the card, and no optimizer's or model's tensor."""
+        total, requested = self.facts.figures.get("total_bytes"), self.facts.requested_bytes or 0
+        if self.evidence.infers or self.evidence.grows in ("state", "model"):
+            return False
+        return total is not None and requested > total.bytes / 2
+
+    @property
     def batch_would_do(self) -> bool:
         """True if the request of one sequence of the printed batch, in proportion, has room on the card."""
         batch = self.run.numbers.get("batch_size", 1)

@@ -214,7 +214,7 @@ _VLLM_PARTS = re.compile(
 """The share, and its parts, of a card that they exceed."""
 
 
-_TOLD_BY_PEOPLE = ("cuda_out_of_memory", "hip_out_of_memory", "program_words", "memory_words")
+_TOLD_BY_PEOPLE = ("cuda_out_of_memory", "hip_out_of_memory", "cuda_driver", "program_words", "memory_words")
 _TOLD_SIZE = re.compile(
     r"\b(?:tried|tries|trying|try|attempt\w*|wants?|wanted|asks?|asked) to (?:re)?alloc\w* "
     r"(?:about |around |over |more than )?(\d{1,9}(?:\.\d{1,3})?) ?(KiB|MiB|GiB|TiB|PiB|EiB|KB|MB|GB|TB|PB|EB)\b",

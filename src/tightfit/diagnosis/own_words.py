@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.done_already import is_done
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import divided, option_line, own_option
+from tightfit.diagnosis.fix_words import words_of
 from tightfit.diagnosis.framework_words import has_own, programs
 from tightfit.diagnosis.measures import in_order_of_report
 from tightfit.diagnosis.own_options import SEARCHES, options_of
@@ -71,4 +72,23 @@ def _own_lines(code: str, evidence: Evidence) -> tuple[str, ...]:
     name = run.names.get("batch_size") if code in _WITH_BATCH else None
     if name and size:
         return (option_line(name, size, run.text),)
-    return next(filter(None, (options_of(each, run.text) for each in _OF_KINDS[code])), ())
+    return next(filter(None, (options_of(each, run.text) for each in _OF_KINDS[code])), ()) or _of_program(
+        code, evidence
+    )
+
+
+_OF_PROGRAMS = {
+    "kind_smaller_batch": ("split_general", "less_at_once"),
+    "kind_less_in_pass": ("split_general", "less_at_once", "smaller_picture", "shorter_length"),
+    "kind_smaller_inputs_only": ("smaller_picture", "shorter_length"),
+}
+"""Remedies whose words in the user's program serve for a fix of a kind; those of a training's batch come first."""
+
+
+def _of_program(code: str, evidence: Evidence) -> tuple[str, ...]:
+    """Return the lines of the user's program for less in one pass; none of a training where a model is only used."""
+    known = [each for each in _OF_PROGRAMS.get(code, ()) if has_own(each, evidence.framework or "")]
+    if evidence.infers:
+        known = [each for each in known if each != "split_general"]
+    words = words_of(known[0], evidence) if known else None
+    return words.lines if words else ()

@@ -235,6 +235,25 @@ def sentence_in(line: str) -> str:
     return line.strip().removesuffix(".")
 
 
+def told_in(line: str) -> str:
+    """Return the sentence of a person's line that names a lack of memory, on one line and without its mark.
+
+    >>> told_in("I have a T4. It failed   because of out of CUDA memory.")
+    'It failed because of out of CUDA memory'
+    """
+    said = _part_with_lack(_SENTENCE_ENDS.split(line), line)
+    if len(said) > _LONG_LINE:
+        said = _part_with_lack(_CLAUSES.split(said), said)
+    return " ".join(said.split()).strip(" #*").removesuffix(".")
+
+
+_CLAUSES = re.compile(r"[,;:)] (?:but |and |so )?")
+
+
+def _part_with_lack(parts: Sequence[str], otherwise: str) -> str:
+    return next((each for each in parts if _ANYHOW.search(each) or _REPORTED.search(each)), otherwise)
+
+
 _LONGEST = 200
 """Characters of a person's words that are quoted."""
 

@@ -18,13 +18,17 @@ from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import status_of
 from tightfit.oomlog.last_words import (
     last_words,
+    quotes_error,
     reported_in,
+    shortened,
+    told_in,
 )
 from tightfit.oomlog.log_lines import BEFORE, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_record import (
     SURVIVED,
     Other,
     Record,
+    as_reported,
     chosen_of,
     facts_of,
     goes_on_with_next,
@@ -242,7 +246,11 @@ class _Scan:
         words = stream.words(message, index, column, finish)
         said = entry.line.body[max(column - 60, 0) :] if message.kind == "program_words" else ""
         body = entry.line.body[max(column - 80, 0) :] if column > _WIDE_LINE else entry.line.body
-        facts = facts_of(message, entry, words, frames, before, said)
+        told = told_in(entry.line.body) if said and stand is Standing.REPORT else ""
+        is_told = bool(told) and not quotes_error(told)
+        facts = facts_of(message, entry, words, frames, before, "" if is_told else said)
+        if is_told:
+            facts = replace(facts, details={**facts.details, **as_reported(shortened(told))})
         if frames and not is_before and (is_cut(behind) or _TRACEBACK in entry.line.body[column:]):
             facts = replace(facts, notes=(*facts.notes, _CUT))
         if facts.phase is None and not frames and entry.number <= _TITLE and is_warm_up(behind):

@@ -212,11 +212,20 @@ def _frameworks(paths: str) -> tuple[str, ...]:
     An address shows none, and the name of an environment only where nothing else does. Where a traceback has the full
     path of the user's own files, a person's sentences do not either: they may be about another program.
     """
-    paths = _ADDRESS.sub("", paths)
+    linked, paths = paths, _ADDRESS.sub("", paths)
     shown = _ENVIRONMENT.sub("envs/", paths)
     if _OWN_FILE.search(shown):
         return tuple(_found("frameworks", _PROSE.sub("", shown)))
-    return tuple(_found("frameworks", shown)) or tuple(_found("frameworks", paths))
+    return tuple(_found("frameworks", shown)) or tuple(_found("frameworks", paths)) or _linked(linked)
+
+
+_LINKED = re.compile(r"\bgithub\.com/([^\s/]{1,60}/[^\s/]{1,60})/(?:blob|tree)/\S{1,200}")
+"""An address of a file or a folder of a program, which a report links to as what it runs."""
+
+
+def _linked(text: str) -> tuple[str, ...]:
+    """Return the programs whose own files a report links to, where nothing else shows one."""
+    return tuple(_found("frameworks", "\n".join(_LINKED.findall(text))))
 
 
 def _texts_in(text: str) -> dict[str, str]:

@@ -160,7 +160,7 @@ _SKIPS = re.compile(r"ran out of memory\b[^\n]{0,60}?\b(?:skipping|retrying)\b",
 """A program's warning that it leaves a batch out, or tries it again."""
 OF_ITEM = re.compile(r"\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
 """A program's line on one of its inputs, which it leaves out."""
-_PRINTED = re.compile(r"\s*[\w.]{0,60}(?:Error|Exception)\((['\"]).{1,2000}\1,?\)\s*$")
+_PRINTED = re.compile(r"\s*[\w.]{0,60}(?:Error|Exception)\(['\"]")
 """An exception as a program prints it with repr; code that raises one does not know a card's figures."""
 
 
