@@ -60,12 +60,15 @@ def _is_set(line: str, text: str) -> bool:
     if found is not None:
         return bool(re.search(rf"\b{found[1]}\W{{1,8}}{found[2]}\b", text))
     _, dots, options = line.partition(" ... ")
-    options = options if dots else line
+    options = options if dots else _SCRIPT.sub("", line)
+    dots = dots or options is not line
     if not dots and not _OPTIONS_ONLY.fullmatch(line):
         return False
     return options.startswith("-") and all(_has(each, text) for each in _OPTIONS.findall(options))
 
 
+_SCRIPT = re.compile(r"python3? \S+\.py (?=--)")
+"""The command before the options of a line."""
 _OPTIONS_ONLY = re.compile(r"(?:--[A-Za-z][\w-]*(?:[ =][^\s\"'=-]\S*)?(?:\s+|$))+")
 """A line of nothing but options, none of them in quotation marks."""
 _OPTIONS = re.compile(r"(--?[A-Za-z][\w-]*)(?:[ =]([^\s-]\S*))?")

@@ -25,7 +25,7 @@ _RARELY_ONES_OWN = ("smaller_model", "no_gradients")
 """Remedies that a program for the use of a trained model mostly has no room for."""
 _OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
 """Remedies that ComfyUI has for models of pictures."""
-_OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "windows"})
+_OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "windows", "data"})
 """Quantities that a tensor larger than the card may well grow with."""
 _OF_SEQUENCES_AT_ONCE = frozenset({"logits", "batch", "attention", "mask"})
 """Quantities that a server holds for as many sequences as it takes at once, beside its cache."""

@@ -47,6 +47,11 @@ def has_own(code: str, program: str) -> bool:
     return code in _tables().get(program, {})
 
 
+def has_words(code: str, program: str) -> bool:
+    """Return True if a program, or one that it is like, has words for a remedy; PyTorch's own do not count."""
+    return program in _tables() and any(has_own(code, each) for each in _chain([program]) if each != _LAST)
+
+
 def has_fixed_lines(code: str, program: str) -> bool:
     """Return True if a program's words for a remedy hold no value of the user's run."""
     entry = _tables().get(program, {}).get(code)

@@ -202,7 +202,10 @@ _OWN_FILE = re.compile(
     r'File \\?"(?:/|[A-Z]:/)(?![^"\n]*(?:/site-packages/|/dist-packages/|/lib/python\d))[^"\n]+", line \d'
 )
 """The full path of a file that is no library's, in a traceback."""
-_PROSE = re.compile(r"(?m)^(?![ \t]*File )[^\n/_=|\[\](){}<>$#`\\]*(?:[A-Za-z0-9,.'-]+ +){4}[^\n/_=|\[\](){}<>$#`\\]*$")
+_PROSE = re.compile(
+    r"(?m)^(?![ \t]*File )(?![^\n]* --\w)[^\n/_=|\[\](){}<>$#`\\]*"
+    r"(?:[A-Za-z0-9,.'-]+ +){4}[^\n/_=|\[\](){}<>$#`\\]*$"
+)
 """A line of words alone."""
 
 
