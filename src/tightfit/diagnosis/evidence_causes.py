@@ -282,6 +282,10 @@ def _budget_as(budget: Budget, code: str) -> ModelBudget:
     )
 
 
+_PARTS_OF_16_BITS = 4
+"""Weights, gradients and two moments: of equal size where all are in 16 bits."""
+
+
 def _code_of(budget: Budget) -> str | None:
     """Return the code of the sentence on the memory that a model alone takes; None if it says nothing."""
     if budget.what == "partial":
@@ -292,7 +296,8 @@ def _code_of(budget: Budget) -> str | None:
         return "budget_of_unknown_card"
     is_doubtful = budget.what == "training" and budget.may_exceed and not budget.is_divided
     if is_doubtful and budget.exceeds_if_all:
-        return "budget_if_all"
+        weights = budget.low_bytes // _PARTS_OF_16_BITS
+        return "budget_beyond_adapters" if weights > budget.total_bytes else "budget_if_all"
     return "budget_may_exceed" if is_doubtful else None
 
 

@@ -11,6 +11,7 @@ from tightfit.diagnosis.fix_words import words_of
 from tightfit.diagnosis.framework_words import has_own, has_words, programs
 from tightfit.diagnosis.measures import in_order_of_report
 from tightfit.diagnosis.own_options import SEARCHES, options_of
+from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, Resized
 
 _BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
@@ -87,9 +88,9 @@ _OF_PROGRAMS = {
 
 def _of_program(code: str, evidence: Evidence) -> tuple[str, ...]:
     """Return the lines of the user's program for less in one pass; none of a training where a model is only used."""
-    known = [each for each in _OF_PROGRAMS.get(code, ()) if has_words(each, evidence.framework or "")]
-    if evidence.infers:
+    program, trains = evidence.framework or "", evidence.trains or evidence.purpose == TRAINING
+    known = [each for each in _OF_PROGRAMS.get(code, ()) if has_words(each, program)]
+    if evidence.infers or not (trains or has_own("split_general", program)):
         known = [each for each in known if each != "split_general"]
-    known.sort(key=lambda each: not has_own(each, evidence.framework or ""))
     words = words_of(known[0], evidence) if known else None
     return words.lines if words else ()
