@@ -61,7 +61,7 @@ def _is_set(line: str, text: str) -> bool:
         return bool(re.search(rf"\b{found[1]}\W{{1,8}}{found[2]}\b", text))
     _, dots, options = line.partition(" ... ")
     options = options if dots else _SCRIPT.sub("", line)
-    is_of_script = bool(dots) or options is not line
+    is_of_script = bool(dots) or options != line
     if not is_of_script and not _OPTIONS_ONLY.fullmatch(line):
         return False
     return options.startswith("-") and all(_has(each, text) for each in _OPTIONS.findall(options))
