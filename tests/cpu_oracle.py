@@ -19,6 +19,7 @@ from tightfit.allocator.caching import CachingAllocator
 from tightfit.kernels.card import Card
 from tightfit.models.model import GPT, GPTConfig
 from tightfit.models.optimizer import build_optimizer
+from tightfit.vgpu.autotuning import Trials
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, inductor
@@ -190,7 +191,10 @@ def predicted(configuration: Configuration) -> int:
         ids = torch.zeros(BATCH, BLOCK, dtype=torch.int64)
         if configuration.compiled:
             inductor.hide_mode_from_dynamo()
-        with mock.patch("torch.compile", partial(torch.compile, backend=Compiler(device, lambda: None).backend)):
+        with mock.patch(
+            "torch.compile",
+            partial(torch.compile, backend=Compiler(device, Trials(device, lambda: 0), lambda: None).backend),
+        ):
             called = _compiled(model, configuration.compiled)
         _step(configuration, called, optimizer, ids)
         device.recorder.settle()

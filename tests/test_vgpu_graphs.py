@@ -1,4 +1,4 @@
-"""Private pools of CUDA graphs, frames that a compilation keeps, and memory that several streams use.
+"""Private pools of CUDA graphs, what a compilation tries and keeps, and memory that several streams use.
 
 Small scripts, their figures worked by hand.
 """
@@ -56,6 +56,23 @@ for size in (16, 32, 48):                          # MiB; compiled for one size,
     found.append(held())
 gc.collect()
 found.append(held())
+"""
+TRIED = """
+import torch
+def held(): return torch.cuda.max_memory_reserved() // 2**20
+double = torch.compile(lambda x: x * 2)
+x = torch.ones(16 * 2**18, device="cuda")          # 16 MiB
+found = [held()]
+for _ in range(2):
+    double(x)
+    found.append(held())
+"""
+PADDED = """
+import torch
+weight = torch.nn.Parameter(torch.ones(2048, 8191, device="cuda", dtype=torch.bfloat16))
+product = torch.compile(lambda x: x @ weight)
+x = torch.ones(4096, 2048, device="cuda", dtype=torch.bfloat16)
+product(x)
 """
 
 
@@ -118,3 +135,27 @@ def test_a_compiled_gradient_keeps_its_arguments_up_to_torch_2_5(
     found: Found, release: str, expected: list[int]
 ) -> None:
     assert found(FRAMES, release=release) == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "buffer"),
+    [
+        ("2.13", 40),  # an A100's L2 cache
+        ("2.6", 256),  # Triton's own benchmark writes as much on every card
+    ],
+)
+def test_a_kernel_is_tried_once_with_a_buffer_that_clears_the_cache(found: Found, release: str, buffer: int) -> None:
+    # The buffer's block is cut for the result of the second call, which the first one's block could hold, too.
+    assert found(TRIED, release=release) == [16, 32 + buffer, 32 + buffer]
+
+
+def test_a_trial_of_padding_may_not_fit(tmp_path: Path) -> None:
+    """Matrices of 32, 16 and 64 MiB are tried as they are and padded, before the product itself."""
+    (tmp_path / "script.py").write_text(PADDED)
+    outcome = played(["--gpu", "A100", "--context", "0", "--memory", "150MiB", tmp_path / "script.py"])
+    assert (outcome.outcome, outcome.steps) == ("out_of_memory", 0)
+    assert outcome.failure is not None
+    assert (outcome.failure.phase, outcome.failure.category) == ("compile", "workspace")
+    assert outcome.failure.line == PADDED.splitlines().index("product(x)") + 1
+    roomy = played(["--gpu", "A100", "--context", "0", "--memory", "300MiB", tmp_path / "script.py"])
+    assert roomy.outcome == "fits"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plays import findings
+from plays import findings, played
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MIB = 2**20
@@ -265,6 +265,33 @@ def test_forum_user_retries_with_half_the_batch(tmp_path: Path) -> None:
     assert (found["outcome"], found["steps"]) == ("fits", 2)
     assert found["caught_failures"] == 4
     assert found["peak"]["reserved_bytes"] <= 0.9 * found["gpu"]["total_bytes"]
+
+
+GIVES_UP = """
+import sys, torch
+try:
+    torch.empty(1 << 30, device="cuda")
+except torch.OutOfMemoryError as error:
+    {answer}
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ("print(error)", "out_of_memory"),
+        ("sys.exit(1)", "out_of_memory"),
+        ("raise ValueError('use a smaller batch') from None", "out_of_memory"),
+        ("torch.empty(1 << 20, device='cuda')", "fits"),
+        ("torch.empty(1 << 20, device='cuda'); sys.exit('no image in the folder')", "error"),
+    ],
+)
+def test_a_script_that_catches_the_error_and_gives_up_did_not_fit(tmp_path: Path, answer: str, outcome: str) -> None:
+    (tmp_path / "script.py").write_text(GIVES_UP.format(answer=answer))
+    found = played(["--gpu", "A100", "--memory", "2GiB", tmp_path / "script.py"])
+    assert found.outcome == outcome
+    assert (found.failure and found.failure.line) == (4 if outcome == "out_of_memory" else None)
+    assert found.stopped_because.endswith("gave up") == (outcome == "out_of_memory")
 
 
 def test_forum_user_fails_at_the_line(tmp_path: Path) -> None:

@@ -209,5 +209,7 @@ def _show(found: Findings, options: argparse.Namespace) -> None:
         from tightfit.diagnosis.explaining import explain_dryrun
 
         with shown(say("cli.progress.checking", script=_program(options), gpu=found.gpu.name), bar=False):
-            explanation = explain_dryrun(found, options.script, options.arguments, lang=options.lang)
+            explanation = explain_dryrun(
+                found, options.script, options.arguments, settings=settings_of(options), lang=options.lang
+            )
         print(f"\n{text_for_terminal(explanation)}")

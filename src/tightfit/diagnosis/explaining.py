@@ -37,7 +37,7 @@ from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
 from tightfit.vgpu.card_arguments import check_name
-from tightfit.vgpu.records import Findings
+from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import chosen_language, say
 
 _MAY_BE_PATH = re.compile(r"[^\n\0]{1,1024}")
@@ -134,13 +134,15 @@ def _for_machine(found: Explanation) -> Explanation:
     return replace(found, remedies=remedies)
 
 
-def explain_dryrun(findings: Findings, script: str, arguments: Sequence[str] = (), *, lang: str = "en") -> Explanation:
-    """Explain a dry run that ran out of memory, from its findings; remedies are played in the same way."""
+def explain_dryrun(
+    findings: Findings, script: str, arguments: Sequence[str] = (), *, settings: Settings, lang: str = "en"
+) -> Explanation:
+    """Explain a dry run that ran out of memory, from its findings; remedies are played with the same settings."""
     started = time.monotonic()
     outcome, card = outcome_of_findings(findings), card_of_findings(findings)
     reading = read_failure(outcome)
     plain = Explanation(facts=reading.failure, reading=reading, language=lang)
-    found = OwnScript(card, script, arguments).explained(plain, outcome)
+    found = OwnScript(card, script, arguments, settings=settings).explained(plain, outcome)
     if found.culprit is not None:  # the message is the play's own: there is nothing to compare
         found = replace(found, culprit=replace(found.culprit, compared=()))
     return replace(found, seconds=time.monotonic() - started)
@@ -317,7 +319,7 @@ def _with_script(plain: Explanation, script: str, arguments: Sequence[str], play
         raise ConfigError(say("explain.explaining.no_card" if plain.facts else "explain.explaining.no_card_at_all"))
     own = OwnScript(card, script, arguments, progress=player.progress)
     player.log(say("explain.explaining.playing_script", script=script, gpu=card.name))
-    outcome = own.play(own.arguments)
+    outcome = own.play(own.arguments, is_quiet=False)
     if plain.facts is None and outcome.failure is not None:
         reading = read_failure(outcome)
         plain = replace(plain, facts=reading.failure, reading=reading)

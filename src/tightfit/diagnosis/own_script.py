@@ -52,9 +52,17 @@ class OwnScript:
     """A script with its arguments on one card."""
 
     def __init__(
-        self, card: Card, script: str, arguments: Sequence[str], *, progress: "Progress | None" = None
+        self,
+        card: Card,
+        script: str,
+        arguments: Sequence[str],
+        *,
+        settings: Settings | None = None,
+        progress: "Progress | None" = None,
     ) -> None:
+        """`settings` are those of the play that failed, such as its torch: the card's figures stand in `card`."""
         self._progress = progress
+        self._settings = replace(settings or Settings(gpu=card.name), timeline=False, snapshot=None)
         self.card, self.script, self.arguments = card, script, list(arguments)
         self._simulator: Simulator | None = None
 
@@ -65,20 +73,23 @@ class OwnScript:
         environ: Mapping[str, str] | None = None,
         used_bytes: int | None = None,
         timeout_s: float | None = None,
+        is_quiet: bool = True,
     ) -> Outcome:
         """Play the script on the virtual GPU; `used_bytes` are those of other processes, if not the card's."""
         card = self.card
-        settings = Settings(
+        settings = replace(
+            self._settings,
             gpu=card.name,
             memory_bytes=card.total_bytes if card.total_stated else None,
             used_bytes=card.used_bytes if used_bytes is None else used_bytes,
             context_bytes=card.context_bytes,
             capability=card.capability if find_gpu(card.name) is None else None,
-            timeout_s=timeout_s,
+            timeout_s=timeout_s or self._settings.timeout_s,
         )
         from tightfit.simulation.dry_run import dryrun_script
 
-        return outcome_of_findings(dryrun_script(self.script, arguments, settings, environ, simulator=self._simulator))
+        found = dryrun_script(self.script, arguments, settings, environ, simulator=self._simulator, is_quiet=is_quiet)
+        return outcome_of_findings(found)
 
     def explained(self, plain: Explanation, outcome: Outcome) -> Explanation:
         """Explain the outcome of the script. ConfigError for a script that fails for another reason."""

@@ -38,15 +38,16 @@ def dryrun_script(
     environ: Mapping[str, str] | None = None,
     *,
     simulator: Simulator | None = None,
+    is_quiet: bool = False,
     on_step: Callable[[int], object] = lambda steps: None,
 ) -> Findings:
     """Play a script on a virtual GPU, in `environ` instead of this process's environment.
 
     It runs in a new process, or in a fork of `simulator`'s, which starts at once; in a new one `on_step` hears of the
-    optimizer steps done. Raises this package's errors for an
-    unknown card or script, DeviceError if the process left no result.
+    optimizer steps done. What the script prints is left out if `is_quiet`. Raises this package's errors for an unknown
+    card or script, DeviceError if the process left no result.
     """
-    request = script_request(script, arguments, settings, environ)
+    request = replace(script_request(script, arguments, settings, environ), is_quiet=is_quiet)
     environ = {received(name): received(value) for name, value in request.environ.items()}
 
     def played(asked: ScriptRequest) -> Findings | Failed:

@@ -113,9 +113,11 @@ def _serve_once(connection: socket.socket) -> None:
     frames = Frames(Ask)
     while data := connection.recv(_CHUNK):
         for ask in frames.feed(data):
+            script, protection = _script_of(ask.request), None
+            if script and script.is_quiet:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os.dup2(2, 1)  # output of the play goes where a person reads it, and no program expects an answer
-            protection = None
-            if script := _script_of(ask.request):
+            if script:
                 _end_at_terminate()
                 protection = _protected(script)
                 os.chdir(received(script.folder))  # before a module remembers it

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu.autotuning import Trials
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.graphs import CudaGraphs
 from tightfit.vgpu.inductor_wrapper import Call, run_wrapper, wrapper_of
@@ -39,9 +40,9 @@ _GRAPHS_OPTION = "triton.cudagraphs"
 class Compiler:
     """Stands in for `torch.compile` in a process with a virtual GPU."""
 
-    def __init__(self, device: VirtualDevice, prepare_inductor: Callable[[], None]) -> None:
+    def __init__(self, device: VirtualDevice, trials: Trials, prepare_inductor: Callable[[], None]) -> None:
         """`prepare_inductor` is called once, before the first compilation."""
-        self._device, self._prepare_inductor = device, prepare_inductor
+        self._device, self._trials, self._prepare_inductor = device, trials, prepare_inductor
         self._compile: Callable[..., Function] = torch.compile
         self._ready: bool | None = None
         self._graphs = CudaGraphs(device)
@@ -144,7 +145,7 @@ class Compiler:
             no_cache = importlib.import_module("torch._functorch.config").patch(enable_autograd_cache=False)
             with self._device.phases.named("compile"), _without_collector(), no_cache:
                 compiled = compile_fx(graph, inputs, functools.partial(self._compile_graph, with_graphs=with_graphs))
-        except RestartAnalysis:  # Dynamo traces the function otherwise, and comes back
+        except (RestartAnalysis, torch.OutOfMemoryError):  # Dynamo traces the function otherwise, or passes it on
             raise
         except Exception as error:  # Inductor's passes and their libraries raise any kind; the script runs eagerly
             first = (str(error).splitlines() or [""])[0]
@@ -166,7 +167,7 @@ class Compiler:
         """Return Inductor's wrapper of one forward or backward graph, as a function of a list of its inputs."""
         with self._device.phases.named("compile"):
             wrapper = wrapper_of(graph, inputs, is_backward=is_backward, is_inference=is_inference)
-        call = run_wrapper(wrapper, self._device)
+        call = run_wrapper(wrapper, self._device, self._trials)
         if with_graphs and wrapper.no_cuda_graph_because:
             self._device.note(say("vgpu.compiled.no_cuda_graph", reason=wrapper.no_cuda_graph_because))
             with_graphs = False

@@ -23,7 +23,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
     """
     device, recorder = session.device, session.device.recorder
     error = error or device.thread_error
-    failure = _failure(session) if isinstance(error, torch.OutOfMemoryError) else None
+    failure = _failure(session) if _ran_out(session, error) else None
     alive = recorder.alive_at(len(recorder.events) if failure else recorder.peak_event)
     return Findings(
         outcome="out_of_memory" if failure else ("fits" if error is None else "error"),
@@ -50,6 +50,35 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
     )
 
 
+def _ran_out(session: VirtualSession, error: BaseException | None) -> bool:
+    """Return True if the script failed because memory ran out, or caught that error and then gave up.
+
+    It gave up if it took no more memory and ended, by an error of its own in place of the first one, or by itself and
+    without an optimizer step since: a script that leaves out the batches that do not fit goes on with others.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    device = session.device
+    since = device.recorder.events[device.events_at_failure :]
+    if device.failure is None or any(number > 0 for number in since):
+        return False
+    if error is not None:
+        return _comes_of_memory(error)
+    return not session.ends_early and session.phases.steps == device.steps_at_first_failure
+
+
+def _comes_of_memory(error: BaseException) -> bool:
+    """Return True for an error that was raised where an out-of-memory error was dealt with."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        if isinstance(cause, torch.OutOfMemoryError):
+            return True
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def _card(session: VirtualSession) -> VirtualCard:
     allocator = session.allocator
     return VirtualCard(
@@ -74,7 +103,8 @@ def _peak(session: VirtualSession) -> Peak:
 
 def _why_it_ended(session: VirtualSession, error: BaseException | None, failure: Failure | None) -> str:
     if failure:
-        return say("vgpu.findings.out_of_memory")
+        caught = not isinstance(error, torch.OutOfMemoryError)
+        return say("vgpu.findings.gave_up" if caught else "vgpu.findings.out_of_memory")
     if error is not None:
         return say("vgpu.findings.failed", error=_in_short(error))
     return session.stopped_because

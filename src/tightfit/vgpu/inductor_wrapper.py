@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.kernels.cost import fused_kernel, kernel_of
 from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu.autotuning import Kernel, Trials
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame, frames_of_text
 
@@ -86,9 +87,9 @@ def _lines_of_buffers(lowering: "GraphLowering") -> dict[str, tuple[Frame, ...]]
     return lines
 
 
-def run_wrapper(wrapper: Wrapper, device: VirtualDevice) -> Call:
+def run_wrapper(wrapper: Wrapper, device: VirtualDevice, trials: Trials) -> Call:
     """Return the wrapper's function; while it runs, `device.compiled_line` holds the lines of the next buffer."""
-    names = _answers(device)
+    names = _answers(device, trials)
     tree = ast.parse(wrapper.code)
     tree.body = [statement for statement in tree.body if not _bound_names(statement) & names.keys()]
     tree = ast.fix_missing_locations(_TellBuffers().visit(tree))
@@ -122,9 +123,9 @@ class _TellBuffers(ast.NodeTransformer):
         return [ast.Expr(told), statement]
 
 
-def _answers(device: VirtualDevice) -> dict[str, object]:
+def _answers(device: VirtualDevice, trials: Trials) -> dict[str, object]:
     """Names of the wrapper with their stand-ins for kernels, streams and allocations."""
-    kernels = _NoKernels(device)
+    kernels = _NoKernels(device, trials)
     names = ("async_compile", "triton", "tl", "start_graph", "end_graph", "triton_heuristics")
     return {
         "__name__": "tightfit.vgpu.inductor_wrapper",
@@ -157,10 +158,16 @@ def _reinterpret(tensor: Tensor, size: Sequence[int], stride: Sequence[int], off
 class _NoKernels:
     """Stands in for compiled kernels and their compilers: accepts every call, does nothing."""
 
-    def __init__(self, device: VirtualDevice) -> None:
-        self._device = device
+    def __init__(self, device: VirtualDevice, trials: Trials, kernel: Kernel | None = None) -> None:
+        self._device, self._trials, self._kernel = device, trials, kernel
+
+    def triton(self, name: str, source: str, *_: object, **__: object) -> "_NoKernels":
+        """Define a kernel of Inductor's, given its Python source."""
+        return _NoKernels(self._device, self._trials, self._trials.kernel(source))
 
     def __call__(self, *args: object, **kwargs: object) -> "_NoKernels":
+        if self._kernel is not None:
+            self._kernel.tune(args)
         if self._device.observer is not None:
             buffers = [argument for argument in args if isinstance(argument, Tensor)]
             if buffers:

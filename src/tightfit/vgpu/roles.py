@@ -23,6 +23,8 @@ class Roles:
 
     def category(self, tensor: Tensor, func: OpOverload, args: Arguments, phase: Phase) -> Category:
         """Return the category of a result of `func`, by its shape, its source and the phase."""
+        if phase == "compile":  # a candidate that Inductor times
+            return "workspace"
         by_vocabulary = tensor.dim() >= 2 and tensor.shape[-1] == self._phases.vocabulary
         if by_vocabulary and tensor.is_floating_point() and not (args and self._is_parameter(args[0])):
             is_weight = phase == "backward" and func is aten.embedding_dense_backward.default

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.temporaries import Argument
 from tightfit.vgpu.assign import assign
+from tightfit.vgpu.autotuning import Trials
 from tightfit.vgpu.compiled import Compiler
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import backend, inductor, lazy_modules, tensor_kinds, torchscript
@@ -329,7 +330,8 @@ def _install_threads(device: VirtualDevice) -> None:
 
 
 def _install_compile(device: VirtualDevice, properties: SimpleNamespace) -> None:
-    compiler = Compiler(device, lambda: inductor.install(device, properties, compiler.running))
+    trials = Trials(device, lambda: int(properties.L2_cache_size))
+    compiler = Compiler(device, trials, lambda: inductor.install(device, properties, trials, compiler.running))
 
     compile_: Callable[..., Callable[..., object]] = compiler.compile
 

@@ -13,20 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.assign import assign
+from tightfit.vgpu.autotuning import Trials
 from tightfit.vgpu.device import VirtualDevice, VirtualDeviceMode
 from tightfit.vgpu.phases import Phases
-from tightfit.wording import say
 
 Running = Callable[[nn.Module | None], AbstractContextManager[None]]
 
 
-def install(device: VirtualDevice, properties: SimpleNamespace, running: Running) -> None:
+def install(device: VirtualDevice, properties: SimpleNamespace, trials: Trials, running: Running) -> None:
     """Patch what Inductor asks of the machine; calls of a compiled module are made within `running`."""
     hide_mode_from_dynamo()
     _trace_without_modes()
     _answer_for_card(device, properties)
     _answer_for_triton()
-    _answer_for_measurements(device)
+    trials.install()
+    _decide_beforehand()
     _wrap_modules(device.phases, running)
     _make_states_on_card(device)
 
@@ -89,19 +90,12 @@ def _answer_for_triton() -> None:
     assign(scheduler, **{name: answer for name, answer in has_triton.items() if hasattr(scheduler, name)})
 
 
-def _answer_for_measurements(device: VirtualDevice) -> None:
-    """Decide what Inductor would compute or time on the card, and start no compiling processes."""
+def _decide_beforehand() -> None:
+    """Decide what Inductor would compute on the card, and start no compiling processes."""
     assign(
         import_module("torch._inductor.config"),
         compile_threads=1,  # no kernels are compiled: workers would only be started
     )
-
-    def pads(key: object) -> bool:
-        """Return True: a card times whether padding unaligned matrices pays, and it nearly always does."""
-        device.note(say("vgpu.inductor.padding"))
-        return True
-
-    assign(import_module("torch._inductor.fx_passes.pad_mm"), get_cached_should_pad=pads)
     _fold_on_host()
     # Torch gives the recomputation in backward the random state of forward: host memory alone.
     assign(

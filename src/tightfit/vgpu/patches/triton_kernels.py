@@ -13,11 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.vgpu.assign import assign
+from tightfit.vgpu.autotuning import TRITON_CACHE_BYTES
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.on_import import after_import
-
-_CACHE_BYTES = 256 * 2**20
-"""Of the buffer that Triton's benchmarks write to clear the card's cache (`get_empty_cache_for_benchmark`)."""
 
 _NO_TIME_MS = 1e-3
 """As between two events of the virtual card: nothing was computed."""
@@ -100,7 +98,7 @@ class _Driver:
         return _benchmark
 
     def get_empty_cache_for_benchmark(self) -> Tensor:
-        return torch.empty(_CACHE_BYTES // 4, dtype=torch.int32, device="cuda")
+        return torch.empty(TRITON_CACHE_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def clear_cache(self, cache: Tensor) -> None: ...
 
@@ -110,7 +108,7 @@ def _benchmark(
 ) -> object:
     """Run a function once, with the memory that a benchmark of Triton takes; no time is measured."""
     fn()
-    cache = torch.empty(_CACHE_BYTES // 4, dtype=torch.int32, device="cuda")
+    cache = torch.empty(TRITON_CACHE_BYTES // 4, dtype=torch.int32, device="cuda")
     fn()
     del cache
     return [_NO_TIME_MS] * len(quantiles) if quantiles else _NO_TIME_MS
