@@ -25,6 +25,15 @@ assert len(nothing.unique(return_counts=True)[1]) == len(nothing.nonzero()) == l
 assert len(torch.repeat_interleave(nothing.long())) == 0
 torch.ones(1 << 20, device="cuda")
 """
+NEEDED = """
+import torch
+
+x = torch.randn(1 << 20, 8, device="cuda")
+mask = torch.zeros(1 << 20, 8, device="cuda")
+mask[:, :2] = 1
+cropped = torch.masked_select(x, mask.bool()).view(1 << 20, 2)
+few = x[x[:, 0] > 3] + torch.ones(1 << 10, 8, device="cuda")
+"""
 EVALUATING = """
 import torch
 
@@ -51,6 +60,20 @@ def test_lengths_and_values_are_assumed(tmp_path: Path) -> None:
     picked = (1 << 20) * 64 * 4
     assert most["peak"]["allocated_bytes"] == (1 << 22) + (8 << 20) + 2 * picked
     assert few["peak"]["allocated_bytes"] > 4 << 28, "the branch that 2000 leads to"
+
+
+def test_a_length_is_the_only_one_that_a_later_line_works_with(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.py").write_text(NEEDED)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
+    for line, length in (7, 2 << 20), (8, 1 << 10):
+        assert any(
+            f"train.py:{line}: the length of a result depends on data; {length} was" in x for x in found["notes"]
+        )
+    assert found["peak"]["allocated_bytes"] < 4 * (32 << 20), "less than with the longest"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_without_data_no_length_depends_on_data(tmp_path: Path) -> None:

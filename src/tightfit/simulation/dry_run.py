@@ -23,6 +23,8 @@ from tightfit.wording import say
 
 _IN_FULL_S = 40.0
 """Seconds for playing all iterations of a script that failed after some were passed over."""
+_MOST_LENGTHS = 8
+"""Plays of a script that fails because lengths were made up, each with one more that fits its later lines."""
 _CALL = """\
 import pickle
 with open({path!r}, "rb") as file:
@@ -54,6 +56,14 @@ def dryrun_script(
         return simulator.play([asked])[0] if simulator else run_once(asked, environ=environ, on_step=on_step)
 
     answer = played(request)
+    for _ in range(_MOST_LENGTHS):
+        if not isinstance(answer, Findings):
+            raise error_of(answer)
+        if answer.needed is None:
+            break
+        needed = (*request.settings.needed, answer.needed)
+        request = replace(request, settings=replace(request.settings, needed=needed))
+        answer = played(request)
     if not isinstance(answer, Findings):
         raise error_of(answer)
     return _in_full(answer, request, played) if answer.outcome == "error" and answer.is_shortened else answer

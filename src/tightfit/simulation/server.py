@@ -303,6 +303,7 @@ def _reply(
     ask: Ask, protection: Protection | None = None, on_step: Callable[[int], object] = lambda steps: None
 ) -> Reply:
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # it remarks on a card that is not here
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # no card logs a script's errors
     try:
         answer = _answer(ask.request, protection, on_step)
         return Reply(number=ask.number, answer=msgspec.Raw(_encoded(answer)))

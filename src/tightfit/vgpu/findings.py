@@ -45,6 +45,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
         never_modelled=list(NOT_MODELLED),
         notes=[*session.notes, *device.assumed.sentences()],
         is_shortened=session.is_shortened,
+        needed=device.assumed.needed_by(error) if error is not None and failure is None else None,
         seconds=round(seconds, 3),
         timeline=timeline_of(recorder) if session.settings.timeline else None,
     )

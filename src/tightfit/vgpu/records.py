@@ -32,6 +32,16 @@ END_SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGTERM)
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 
+class NeededLength(msgspec.Struct, frozen=True, kw_only=True):
+    """Length of a line's result that depends on data, with which alone a later line works."""
+
+    file: str
+    line: int
+    largest: int
+    """Bound of the length where the line ran."""
+    length: int
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The card, its free memory, and the condition to stop at."""
 
@@ -53,6 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     None goes on after that for a while only."""
     assumed: tuple[tuple[str, float], ...] = ()
     """Expressions, or FILE:LINE, and the values or lengths that only the card's data decide there."""
+    needed: tuple[NeededLength, ...] = ()
+    """Lengths that an earlier play of the script found out."""
     timeout_s: float | None = None
     """Stop at the first operator after so many seconds."""
     snapshot: str | None = None
@@ -290,6 +302,8 @@ class Findings(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     Landlock's refusal of writes elsewhere or without."""
     is_shortened: bool = False
     """True if iterations that repeat were passed over."""
+    needed: NeededLength | None = None
+    """Length without which the script fails; a play with it may go on."""
     seconds: float = 0.0
     timeline: Timeline | None = None
 

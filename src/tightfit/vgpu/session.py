@@ -84,7 +84,7 @@ class VirtualSession:
         """Called with the optimizer steps done after each of them."""
         self.phases = Phases(self._after_step)
         self.device = VirtualDevice(self._card_of(self.gpu), self.allocator, self.phases)
-        self.device.assumed = Assumed(settings.assumed)
+        self.device.assumed = Assumed(settings.assumed, settings.needed)
         self.device.end_soon = self._end_soon
         self.device.answers.alike = self._others()
         if isinstance(self.allocator, TapedAllocator):
