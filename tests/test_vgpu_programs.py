@@ -234,6 +234,32 @@ def test_a_script_that_puts_nothing_on_the_card_is_told_so(tmp_path: Path) -> No
     assert not any(told in each for each in found["notes"])
 
 
+CAUGHT_AND_ENDED = """
+import sys, torch
+
+try:
+    {}
+except Exception as error:
+    print("Error executing job with overrides: []")
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "outcome", "why"),
+    [
+        ("torch.empty(1 << 42, device='cuda')", "out_of_memory", "out of memory"),
+        ("raise KeyError('lr')", "error", "KeyError: 'lr'"),
+        ("raise RuntimeError('<urlopen error [Errno -3] Temporary failure in name resolution>')", "error", "network"),
+    ],
+)
+def test_the_error_is_told_for_which_a_script_ended_itself(line: str, outcome: str, why: str, tmp_path: Path) -> None:
+    """Hydra prints errors, and ends the script by its own."""
+    found = findings(["--gpu", "A100", written(tmp_path, CAUGHT_AND_ENDED.format(line))])
+    assert found["outcome"] == outcome, found["stopped_because"]
+    assert why in found["stopped_because"]
+
+
 def test_gradients_that_come_back_with_a_model_are_gradients(tmp_path: Path) -> None:
     """BERT-pytorch saves its model from the host, and then tests it."""
     found = findings(["--gpu", "A100", written(tmp_path, SAVED_FROM_HOST)])

@@ -37,7 +37,12 @@ _NETWORK_NAMES = (
 )
 _NETWORK_ERRORS = frozenset(_NETWORK_NAMES.split())
 """Errors that the standard library, requests, httpx, urllib3, huggingface_hub, datasets and wandb raise offline."""
-_NETWORK_PLACES = ("Network is unreachable", "huggingface.co", "Hugging Face Hub")
+_NETWORK_PLACES = (
+    "Network is unreachable",
+    "Temporary failure in name resolution",
+    "huggingface.co",
+    "Hugging Face Hub",
+)
 """Texts of errors whose libraries hide the first one, as `evaluate.load` does."""
 
 
@@ -119,13 +124,35 @@ def _error_of(run: Callable[[], object]) -> BaseException | None:
     except EnoughSeen:
         pass
     except SystemExit as end:
-        return end if end.code not in (None, 0) else None
+        return _behind(end) if end.code not in (None, 0) else None
     except BaseException as failure:  # the script's own, whatever it is: the findings name it
         session = VirtualSession.running()
         if session is None or session.device.assumed.needed_by(failure) is None:  # else it is played once more
             print_traceback(failure)
         return failure
     return None
+
+
+def _behind(end: SystemExit) -> BaseException | None:
+    """Return the error for which the script ended itself, as Hydra does once it has printed one; else its own end.
+
+    A text of the script's own says more than such an error, unless memory ran out.
+    """
+    errors = list(_chain(end))
+    if any(isinstance(each, EnoughSeen) for each in errors):
+        return None
+    memory = next((each for each in errors if isinstance(each, torch.OutOfMemoryError)), None)
+    return memory or (end if isinstance(end.code, str) else errors[min(1, len(errors) - 1)])
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _limit_of_view(error: BaseException, has_network: bool) -> str:
@@ -142,14 +169,10 @@ def _limit_of_view(error: BaseException, has_network: bool) -> str:
 
 def _wants_network(error: BaseException) -> bool:
     """Return True if an error, or one that led to it, is that of a missing network."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        if type(cause).__name__ in _NETWORK_ERRORS or any(place in str(cause) for place in _NETWORK_PLACES):
-            return True
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return False
+    return any(
+        type(each).__name__ in _NETWORK_ERRORS or any(place in str(each) for place in _NETWORK_PLACES)
+        for each in _chain(error)
+    )
 
 
 def _set_environment(program: Program, settings: Settings) -> None:
