@@ -234,6 +234,25 @@ def test_a_script_that_puts_nothing_on_the_card_is_told_so(tmp_path: Path) -> No
     assert not any(told in each for each in found["notes"])
 
 
+DRAWN = """
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(), torch.nn.ReLU()).cuda()
+writer = SummaryWriter("runs")
+writer.add_graph(net, torch.rand(1 << 16, 64, device="cuda"))
+assert net.training
+writer.close()
+"""
+
+
+def test_a_model_that_tensorboard_draws_runs_once(tmp_path: Path) -> None:
+    found = findings(["--gpu", "A100", written(tmp_path, DRAWN)], folder=tmp_path)
+    assert found["outcome"] == "fits", found["stopped_because"]
+    rows = found["peak"]["requested_bytes"] - found["categories"]["workspace"]
+    assert rows == (64 * 64 + 64) * 4 + 3 * (64 << 16) * 4, "weights, input, product, and its positive part"
+
+
 CAUGHT_AND_ENDED = """
 import sys, torch
 

@@ -3,18 +3,21 @@
 import copy
 import functools
 import sys
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Mapping
+from types import FunctionType, ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.checkpoints import File
+from tightfit.vgpu.patches.on_import import after_import
 from tightfit.wording import say
 
 _DERIVATIVES = "torch._decomp.decompositions_for_jvp"
+_WRITERS = ("torch.utils.tensorboard.writer", "tensorboardX.writer")
+"""Modules with a `SummaryWriter`, which draws the graph of a model that it traces."""
 
 
 def install(device: VirtualDevice) -> None:
@@ -25,11 +28,13 @@ def install(device: VirtualDevice) -> None:
     state = torch.jit._state
     state.disable()
 
-    def noted(usual: Callable[..., object]) -> Callable[..., object]:
+    def noted(usual: Callable[..., object], before: Callable[..., None] | None = None) -> Callable[..., object]:
         @functools.wraps(usual)
         def as_python(*args: object, **options: object) -> object:
             asker = sys._getframe(1).f_globals.get("__name__", "")
             if asker != _DERIVATIVES:
+                if before is not None:
+                    before(*args, **options)
                 made = usual(*args, **options)
                 if asker.partition(".")[0] == "torch":
                     return _with_save(made)
@@ -45,8 +50,39 @@ def install(device: VirtualDevice) -> None:
 
         return as_python
 
-    assign(torch.jit, script=noted(torch.jit.script), trace=noted(torch.jit.trace))
+    assign(torch.jit, script=noted(torch.jit.script), trace=noted(torch.jit.trace, before=_run_once))
+    for writer in _WRITERS:
+        after_import(writer, _change_writer)
     _install_files()
+
+
+def _run_once(
+    func: Callable[..., object],
+    example_inputs: object = None,
+    *rest: object,
+    example_kwarg_inputs: Mapping[str, object] | None = None,
+    **options: object,
+) -> None:
+    """Run what is traced on its example, as the tracer does."""
+    if example_inputs is not None or example_kwarg_inputs is not None:
+        several = example_inputs or () if not isinstance(example_inputs, (Tensor, dict)) else (example_inputs,)
+        assert isinstance(several, (tuple, list))
+        func(*several, **(example_kwarg_inputs or {}))
+
+
+def _change_writer(module: ModuleType) -> None:
+    """Let a writer of TensorBoard run the model whose graph it would draw, and draw nothing."""
+
+    def add_graph(self: object, model: nn.Module, input_to_model: object = None, *args: object, **rest: object) -> None:
+        modes = [(each, each.training) for each in model.modules()]
+        model.eval()
+        try:
+            _run_once(model, input_to_model)
+        finally:
+            for each, is_training in modes:
+                each.training = is_training
+
+    assign(module.__dict__["SummaryWriter"], add_graph=add_graph)
 
 
 def _noted_when_called(function: FunctionType, device: VirtualDevice) -> Callable[..., object]:
