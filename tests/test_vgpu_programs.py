@@ -253,6 +253,27 @@ def test_a_model_that_tensorboard_draws_runs_once(tmp_path: Path) -> None:
     assert rows == (64 * 64 + 64) * 4 + 3 * (64 << 16) * 4, "weights, input, product, and its positive part"
 
 
+OWN_KERNELS = """
+from torch.utils.cpp_extension import load_inline
+import torch
+
+kernel = "__global__ void scan() {}"
+try:
+    load_inline(name="fast_scan", cpp_sources="", cuda_sources=kernel)
+except RuntimeError:
+    torch.ones(1 << 20, device="cuda")
+load_inline(name="only_scan", cpp_sources="", cuda_sources=kernel)
+"""
+
+
+def test_cuda_code_of_the_scripts_own_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    found = findings(["--gpu", "A100", written(tmp_path, OWN_KERNELS)])
+    assert "CUDA code of its own, only_scan" in found["stopped_because"]
+    assert "line 10" in found["stopped_because"]
+    assert found["peak"]["requested_bytes"] == 4 << 20, "the code for a machine without a compiler"
+    assert any("fast_scan: not compiled" in each for each in found["not_modelled"])
+
+
 CAUGHT_AND_ENDED = """
 import sys, torch
 

@@ -1,8 +1,11 @@
-"""Seldom used parts of `torch.cuda` on the virtual GPU: NVTX, NCCL, memory pools, tuned products, DataParallel."""
+"""Seldom used parts of `torch.cuda` on the virtual GPU: NVTX, NCCL, pools, tuned products, DataParallel, extensions."""
 
 import contextlib
+import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +14,11 @@ from torch import Tensor
 from tightfit.allocator.caching import PoolId
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.frames import user_frames, users_line
+from tightfit.vgpu.patches.on_import import after_import
+from tightfit.wording import say
 
+_CUDA_FILES = (".cu", ".cuh")
 _NCCL_VERSION = (2, 27, 5)
 """The version that torch's wheels of 2.9 to 2.13 bring along."""
 
@@ -32,6 +39,26 @@ def install(device: VirtualDevice) -> None:
     _install_pools(device)
     _install_tunable()
     _install_copies()
+    after_import("torch.utils.cpp_extension", lambda module: _refuse_cuda_sources(module, device))
+
+
+def _refuse_cuda_sources(module: ModuleType, device: VirtualDevice) -> None:
+    """Raise NotImplementedError where the script compiles kernels of its own: their memory is unknown.
+
+    Scripts that have other code for such a failure go on with that.
+    """
+    usual: Callable[..., object] = module.__dict__["_jit_compile"]
+
+    @functools.wraps(usual)
+    def compiled(name: str, sources: Sequence[str], *args: object, **options: object) -> object:
+        if not any(str(each).endswith(_CUDA_FILES) for each in sources):
+            return usual(name, sources, *args, **options)
+        line = users_line(user_frames(sys._getframe(1)))
+        place = say("vgpu.device.place", file=line.file, line=line.line) if line else ""
+        device.note(say("vgpu.patches.extension", name=name))
+        raise NotImplementedError(say("vgpu.patches.extension_unknown", name=name, place=place))
+
+    assign(module, _jit_compile=compiled)
 
 
 def _benchmark_limit() -> dict[str, Callable[..., object]]:
