@@ -34,6 +34,17 @@ mask[:, :2] = 1
 cropped = torch.masked_select(x, mask.bool()).view(1 << 20, 2)
 few = x[x[:, 0] > 3] + torch.ones(1 << 10, 8, device="cuda")
 """
+CLASSES = """
+import torch
+
+logits = torch.rand(4096, 10, device="cuda")
+for found in (logits.argmax(1), logits.max(1)[1].flatten().int(), logits.topk(2)[1], logits.argmax(1, True).clone()):
+    values, places, counts = found.unique(return_inverse=True, return_counts=True)
+    assert len(values) == len(found.flatten().bincount()) == 10, "as metrics check that classes are few enough"
+    assert places.shape == found.shape and counts.sum() == found.numel()
+found += 1
+assert len(found.unique()) == 4096
+"""
 EVALUATING = """
 import torch
 
@@ -74,6 +85,12 @@ def test_a_length_is_the_only_one_that_a_later_line_works_with(
         )
     assert found["peak"]["allocated_bytes"] < 4 * (32 << 20), "less than with the longest"
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_predicted_classes_are_no_more_than_the_logits(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(CLASSES)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits", found["stopped_because"]
 
 
 def test_without_data_no_length_depends_on_data(tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ def _unique(
     answers: tuple[Tensor, ...] = ()
     if true is None:
         inverse = tuple(source.shape) if dim is None else (source.shape[dim],)
-        most = source.numel() if dim is None else source.shape[dim]
+        elements = most = source.numel() if dim is None else source.shape[dim]
+        if dim is None and (bound := device.values.bound(source)) is not None:
+            most = min(most, bound)
         length = device.length(most, most)
         different = (length,) if dim is None else (*largest[:dim], length, *largest[dim:][1:])
         shapes = [different, inverse if has_inverse else (0,), (length,) if has_counts else (0,)]
@@ -208,7 +210,7 @@ def _unique(
     for tensor, answer in zip(out, answers, strict=False):
         device.values.learn(tensor, answer)
     if not answers and has_counts:
-        device.values.learn(out[2], _counts_of(most, length), made_up=True)
+        device.values.learn(out[2], _counts_of(elements, length), made_up=True)
     return out
 
 
@@ -240,7 +242,9 @@ def _bincount(
     true = device.values.exactly(source)
     length = minlength
     if true is None:
-        length = max(minlength, device.length(minlength))
+        bound = device.values.bound(source)
+        most = minlength if bound is None else max(minlength, bound)
+        length = max(minlength, device.length(most, None if bound is None else most))
     elif true.numel():
         length = max(length, int(true.max()) + 1)
     dtype = torch.int64 if weights is None else (torch.float32 if weights.dtype == torch.float32 else torch.float64)

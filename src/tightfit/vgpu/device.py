@@ -100,7 +100,7 @@ class VirtualDevice:
         self.answers = CardAnswers(card)
         self.recorder = Recorder(allocator)
         self.assumed = Assumed()
-        self.values = Values(lambda frames: self.assumed.value(frames))
+        self.values = Values(lambda frames: self.assumed.value(frames), lambda: phases.steps)
         self.phases = phases
         self.draws = Draws()
         self.fake = SharedFakeMode()

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.temporaries import Argument, Arguments, Options, tensors_in
 from tightfit.vgpu.frames import Frame, user_frames, users_line
+from tightfit.vgpu.undecided_loops import UndecidedLoops
 from tightfit.vgpu.value_ranges import Picks, Ranges
 
 Scalar = bool | int | float
@@ -154,9 +155,14 @@ def _traits(func: OpOverload) -> _Traits:
 class Values:
     """Known values of tensors, and a count of the values that were made up."""
 
-    def __init__(self, given: Callable[[tuple[Frame, ...]], Scalar | None] = lambda frames: None) -> None:
-        """`given` returns the user's value for lines that read one."""
+    def __init__(
+        self,
+        given: Callable[[tuple[Frame, ...]], Scalar | None] = lambda frames: None,
+        steps: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`given` returns the user's value for lines that read one, `steps` the number of optimizer steps so far."""
         self._given = given
+        self.undecided = UndecidedLoops(steps)
         self._known: WeakKeyDictionary[torch.UntypedStorage, Fact] = WeakKeyDictionary()
         self._ranges = Ranges()
         self._picks = Picks()
@@ -170,6 +176,7 @@ class Values:
         if func in _QUANTIZES or (isinstance(out, Tensor) and out.layout is not torch.strided):
             return
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
+        self._ranges.follow(func, args, kwargs, out)
         if traits.gathers:
             self._follow_gather(args[0], args[1])
         elif traits.writes:
@@ -422,6 +429,10 @@ class Values:
 
     # Answers
 
+    def bound(self, tensor: Tensor) -> int | None:
+        """Return a number above all whole numbers in a tensor, of which none is below 0; None where none is known."""
+        return self._ranges.bound(tensor)
+
     def exactly(self, tensor: Tensor) -> Tensor | None:
         """Return the true values of a tensor on the host; None if any is unknown or made up."""
         if not isinstance(tensor, FakeTensor):
@@ -438,7 +449,8 @@ class Values:
             self.count("a value read from the device", frames)
             if (given := self._given(frames)) is not None:
                 return torch.tensor(given, device="cpu").to(tensor.dtype).item()
-        return fact.seen_by(tensor).item()
+        exactly = None if fact.made_up else self.exactly
+        return self.undecided.answer(sys._getframe(1), fact.seen_by(tensor).item(), exactly)
 
     def on_host(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a host tensor for a copy from the device; its pages cost memory only when written."""

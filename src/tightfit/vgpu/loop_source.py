@@ -325,6 +325,12 @@ def _body(file: str, first: int, name: str) -> list[ast.stmt]:
     return node.body if node is not None else []
 
 
+@cache
+def function_statements(file: str, first: int, name: str) -> tuple[ast.stmt, ...]:
+    """Return all statements of a function, the outer ones before those within them."""
+    return tuple(_statements(_body(file, first, name)))
+
+
 def function_node(file: str, first: int, name: str) -> ast.FunctionDef | None:
     """Return the source of a function that does not suspend."""
     node = _function(file, first, name)

@@ -26,11 +26,49 @@ _LARGEST = {aten.max.default, aten.amax.default}
 _ENDS = _LARGEST | {aten.min.default, aten.amin.default}
 
 
+_POSITIONS = {
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.default,
+}
+"""Operators whose last result are positions along a dimension of their first argument."""
+_COPIES = {aten._to_copy.default, aten.clone.default}
+
+
 class Ranges:
     """The ends of whole numbers on the device, as long as nobody writes there."""
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int, int]] = WeakKeyDictionary()
+        self._bounds: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int]] = WeakKeyDictionary()
+        """A number above all positions that an operator found, with the version of their tensor."""
+
+    def follow(self, func: OpOverload, args: Arguments, kwargs: Options, out: Argument) -> None:
+        """Note a bound of the positions that an operator returns: predicted classes may be fewer than the samples."""
+        if func not in _POSITIONS and func not in _COPIES:
+            return
+        positions, source = out[-1] if isinstance(out, tuple) else out, args[0]
+        if not isinstance(positions, Tensor) or not isinstance(source, Tensor) or not _can_tell(positions):
+            return
+        bound = _extent(func, args, kwargs, source) if func in _POSITIONS else self.bound(source)
+        if bound is not None:
+            self._bounds[positions.untyped_storage()] = bound, positions._version
+
+    def bound(self, tensor: Tensor) -> int | None:
+        """Return a number above all whole numbers in a tensor, of which none is below 0; None where none is known."""
+        if not _can_tell(tensor) or tensor.dtype not in _WHOLE:
+            return None
+        storage, version = tensor.untyped_storage(), tensor._version
+        low, high, seen = self._known.get(storage, (0, 0, -1))
+        if seen == version and low >= 0:
+            return high + 1
+        bound, seen = self._bounds.get(storage, (0, -1))
+        return bound if seen == version else None
 
     def learn(self, tensor: Tensor, source: Tensor) -> None:
         """Keep the ends of `source`, of which `tensor` is a copy on the device."""
@@ -52,6 +90,13 @@ class Ranges:
             return None
         is_whole = source.numel() * source.element_size() == source.untyped_storage().nbytes()
         return high if func in _LARGEST else low, is_whole
+
+
+def _extent(func: OpOverload, args: Arguments, kwargs: Options, source: Tensor) -> int:
+    """Return the number of positions along the dimension of such an operator; without one, that of all elements."""
+    place = next(place for place, each in enumerate(func._schema.arguments) if each.name == "dim")
+    dim = args[place] if place < len(args) else kwargs.get("dim", func._schema.arguments[place].default_value)
+    return source.shape[dim] if isinstance(dim, int) and source.dim() else source.numel()
 
 
 class _Picked(NamedTuple):
