@@ -290,6 +290,7 @@ except Exception as error:
     [
         ("torch.empty(1 << 42, device='cuda')", "out_of_memory", "out of memory"),
         ("raise KeyError('lr')", "error", "KeyError: 'lr'"),
+        ("import argparse; argparse.ArgumentParser().parse_args(['-x'])", "error", "unrecognized arguments: -x"),
         ("raise RuntimeError('<urlopen error [Errno -3] Temporary failure in name resolution>')", "error", "network"),
     ],
 )

@@ -1,5 +1,6 @@
 """Run a program on the virtual GPU as Python would, and return the findings."""
 
+import argparse
 import contextlib
 import errno
 import importlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -142,7 +144,17 @@ def _behind(end: SystemExit) -> BaseException | None:
     if any(isinstance(each, EnoughSeen) for each in errors):
         return None
     memory = next((each for each in errors if isinstance(each, torch.OutOfMemoryError)), None)
-    return memory or (end if isinstance(end.code, str) else errors[min(1, len(errors) - 1)])
+    if memory is not None or isinstance(end.code, str):
+        return memory or end
+    refusal = _refusal_of(end)
+    return argparse.ArgumentError(None, refusal) if refusal else errors[min(1, len(errors) - 1)]
+
+
+def _refusal_of(end: SystemExit) -> str:
+    """Return argparse's remark on the arguments for which it ended the script, or nothing."""
+    frames = (frame for frame, _ in traceback.walk_tb(end.__traceback__))
+    refusals = (each for each in frames if each.f_code is argparse.ArgumentParser.error.__code__)
+    return next((str(each.f_locals["message"]) for each in refusals), "")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
