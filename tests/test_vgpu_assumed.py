@@ -44,6 +44,8 @@ for found in (logits.argmax(1), logits.max(1)[1].flatten().int(), logits.topk(2)
     assert places.shape == found.shape and counts.sum() == found.numel()
 found += 1
 assert len(found.unique()) == 4096
+with torch.inference_mode():
+    assert len((logits + 1).argmax(1).flatten().unique()) == 10
 """
 EVALUATING = """
 import torch

@@ -274,6 +274,30 @@ def test_cuda_code_of_the_scripts_own_is_refused_in_a_sentence(tmp_path: Path) -
     assert any("fast_scan: not compiled" in each for each in found["not_modelled"])
 
 
+MASKS_OF_THE_HOST = """
+import torch
+
+class Merged(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(256, 768)
+        chosen = self.weight.new_zeros((768,), dtype=torch.bool).view(3, -1)
+        chosen[[True, False, True], :] = True
+        self.chosen = chosen.view(-1)
+        found = self.weight[self.weight > 0], self.weight.nonzero(), self.weight.unique()
+        assert {each.device.type for each in (chosen, *found)} == {"cpu"}
+
+layer = Merged().cuda()
+rows = torch.zeros(8, 768, device="cuda")
+rows[:, layer.chosen.cuda()] = torch.ones(8, 512, device="cuda")
+"""
+
+
+def test_masks_on_parameters_of_the_host_stay_there(tmp_path: Path) -> None:
+    """loralib's MergedLinear makes one."""
+    found = findings(["--gpu", "A100", written(tmp_path, MASKS_OF_THE_HOST)])
+    assert found["outcome"] == "fits", found["stopped_because"]
+
+
 CAUGHT_AND_ENDED = """
 import sys, torch
 

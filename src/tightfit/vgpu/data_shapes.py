@@ -84,19 +84,20 @@ def _index(
         return source
     plain: list[Tensor | None] = []
     for index in indices:
-        plain += _columns(device, index) if index is not None and index.dtype in _MASKS else [index]
+        is_mask = index is not None and index.dtype in _MASKS
+        plain += _columns(device, index, source.device) if index is not None and is_mask else [index]
     if written:
         plain = _cut(device, source, plain, written[0])
     return device.execute(func, (source, plain, *written), kwargs)
 
 
-def _columns(device: Device, mask: Tensor) -> tuple[Tensor, ...]:
+def _columns(device: Device, mask: Tensor, where: torch.device) -> tuple[Tensor, ...]:
     if isinstance(mask, FakeTensor):
         places = _places(device, mask)
         with device.fake:
             return places.unbind(1)
     with device.mode():
-        return tuple(column.to(device.where) for column in mask.nonzero().unbind(1))
+        return tuple(column.to(where) for column in mask.nonzero().unbind(1))
 
 
 def _fills(device: Device, source: Tensor, indices: Indices, value: Argument, accumulate: Argument = False) -> bool:
@@ -108,7 +109,7 @@ def _fills(device: Device, source: Tensor, indices: Indices, value: Argument, ac
     before, index = given[0]
     behind = source.dim() - before - index.dim()
     with device.mode():
-        mask = index.to(device.where)
+        mask = index.to(source.device)
         mask = mask.reshape(mask.shape + (1,) * behind).bool()
     device.execute(aten.masked_fill_.Scalar, (source, mask, value.item()), {})
     return True

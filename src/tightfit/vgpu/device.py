@@ -278,8 +278,9 @@ class VirtualDevice:
 
     def make(self, func: OpOverload, args: Arguments, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Make a result of the caller's `shape`, for an operator with a shape that depends on data."""
+        where = next((each.fake_device for each in fakes(args)), self.where)  # parameters of the host are fake, too
         with self.fake:
-            out = torch.empty(shape, dtype=dtype, device=self.where)
+            out = torch.empty(shape, dtype=dtype, device=where)
         self.track(out, func, args, self.phases.now(func._schema.name))
         return out
 

@@ -245,6 +245,9 @@ class Values:
             self._follow_unscaling(*args)
             return
         written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in traits.writes]
+        for target in tensors_in(written):
+            if isinstance(target, FakeTensor) and target.layout is torch.strided:
+                self._ranges.forget(target.untyped_storage())
         results, made_up = self._of_writes(func, args, kwargs, traits, written) or (None, False)
         for place, target in enumerate(written):
             if isinstance(target, FakeTensor) and results and target.layout is torch.strided:

@@ -45,30 +45,33 @@ class Ranges:
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int, int]] = WeakKeyDictionary()
-        self._bounds: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int]] = WeakKeyDictionary()
-        """A number above all positions that an operator found, with the version of their tensor."""
+        self._bounds: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+        """A number above all positions that an operator found."""
 
     def follow(self, func: OpOverload, args: Arguments, kwargs: Options, out: Argument) -> None:
         """Note a bound of the positions that an operator returns: predicted classes may be fewer than the samples."""
         if func not in _POSITIONS and func not in _COPIES:
             return
         positions, source = out[-1] if isinstance(out, tuple) else out, args[0]
-        if not isinstance(positions, Tensor) or not isinstance(source, Tensor) or not _can_tell(positions):
+        if not isinstance(positions, Tensor) or not isinstance(source, Tensor):
             return
         bound = _extent(func, args, kwargs, source) if func in _POSITIONS else self.bound(source)
-        if bound is not None:
-            self._bounds[positions.untyped_storage()] = bound, positions._version
+        if bound is not None and positions.layout is torch.strided:
+            self._bounds[positions.untyped_storage()] = bound
+
+    def forget(self, storage: torch.UntypedStorage) -> None:
+        """Drop the bound of positions that something was written to."""
+        self._bounds.pop(storage, None)
 
     def bound(self, tensor: Tensor) -> int | None:
         """Return a number above all whole numbers in a tensor, of which none is below 0; None where none is known."""
-        if not _can_tell(tensor) or tensor.dtype not in _WHOLE:
+        if tensor.dtype not in _WHOLE or tensor.layout is not torch.strided:
             return None
-        storage, version = tensor.untyped_storage(), tensor._version
-        low, high, seen = self._known.get(storage, (0, 0, -1))
-        if seen == version and low >= 0:
+        storage = tensor.untyped_storage()
+        low, high, version = self._known.get(storage, (0, 0, -1)) if _can_tell(tensor) else (0, 0, -1)
+        if low >= 0 and version >= 0 and version == tensor._version:
             return high + 1
-        bound, seen = self._bounds.get(storage, (0, -1))
-        return bound if seen == version else None
+        return self._bounds.get(storage)
 
     def learn(self, tensor: Tensor, source: Tensor) -> None:
         """Keep the ends of `source`, of which `tensor` is a copy on the device."""
