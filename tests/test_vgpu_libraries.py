@@ -155,3 +155,89 @@ def test_memory_that_waits_for_a_stream_comes_back(tmp_path: Path, wait: str) ->
     found = findings(["--gpu", "A100", "--steps", "20", tmp_path / "train.py"])
     assert found["outcome"] == "fits", found["stopped_because"]
     assert found["peak"]["reserved_bytes"] < 110 << 20
+
+
+ENGINE = """
+class Events:
+    ITERATION_COMPLETED, DATALOADER_STOP_ITERATION, EPOCH_COMPLETED, COMPLETED = range(4)
+
+class State:
+    pass
+
+class Engine:
+    def __init__(self, process):
+        self.process, self.handlers, self.state = process, {}, State()
+        self.ends_epoch = self.ends = False
+
+    def _fire_event(self, event_name):
+        for handler in self.handlers.get(event_name, []):
+            handler()
+
+    def terminate_epoch(self):
+        self.ends_epoch = True
+
+    def terminate(self):
+        self.ends = True
+
+    def _epoch(self):
+        batches = iter(self.state.dataloader)
+        self.ends_epoch = False
+        for number in range(self.state.epoch_length):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                self._fire_event(Events.DATALOADER_STOP_ITERATION)
+                if self.ends_epoch:
+                    return
+                batches = iter(self.state.dataloader)
+                batch = next(batches)
+            self.process(batch)
+            self._fire_event(Events.ITERATION_COMPLETED)
+            yield
+            if self.ends_epoch or self.ends:
+                return
+
+    def run(self, loader, epochs):
+        self.state.dataloader, self.state.epoch_length = loader, len(loader)
+        for _ in range(epochs):
+            for _ in self._epoch():
+                pass
+            self._fire_event(Events.EPOCH_COMPLETED)
+            if self.ends:
+                break
+        self._fire_event(Events.COMPLETED)
+"""
+TRAINED_BY_ENGINE = """
+import torch
+from ignite.engine.engine import Engine, Events
+
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+
+def step(batch):
+    optimizer.zero_grad()
+    model(batch[0].cuda()).sum().backward()
+    optimizer.step()
+
+@torch.no_grad()
+def judge(batch):
+    model(torch.ones(1 << 16, 64, device="cuda"))
+
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(16 * 1000, 64)), batch_size=16)
+trainer, evaluator = Engine(step), Engine(judge)
+trainer.handlers[Events.COMPLETED] = [lambda: evaluator.run(loader, 1)]
+trainer.run(loader, 50)
+torch.ones(1 << 28, device="cuda")
+"""
+
+
+def test_an_engine_is_asked_for_its_end(tmp_path: Path) -> None:
+    """Ignite's, of which a short one is here: its loop is a generator, and handlers of its end evaluate."""
+    (tmp_path / "ignite/engine").mkdir(parents=True)
+    (tmp_path / "ignite/engine/engine.py").write_text(ENGINE)
+    (tmp_path / "train.py").write_text(TRAINED_BY_ENGINE)
+    found = findings(["--gpu", "A100", "--timeout", "30", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"], found["not_played"]) == ("fits", "the script ended", [])
+    assert found["phases"]["eval"] > (1 << 16) * 64 * 4
+    assert found["steps"] < 100
+    assert found["peak"]["allocated_bytes"] >= 4 << 28

@@ -208,6 +208,9 @@ class Stopping:
             self._ends_differing(frame, loop)
         if first is None or not (has_optimizer or any(map(is_in_loop, own_frames(frame)))):
             return
+        if trainers.is_engine(frame) and self._asks_engine(first, steps):
+            self._equal = [0] * _LONGEST_ROUND
+            return
         if loop is not None and loop.place.file.endswith(trainers.FILES) and self._asks_trainer(frame, loop):
             if self._equal[0] >= _STABLE_ROUNDS and trainers.ends_when_asked(loop.place.file):
                 self._repeated.add(self._last[0].allocations)
@@ -310,6 +313,19 @@ class Stopping:
         elif not self._lines.give_up_loop(frame):
             return False
         self._note(say("vgpu.stopping.trainer", file=loop.place.file, line=loop.place.line))
+        return True
+
+    def _asks_engine(self, first: int, steps: int) -> bool:
+        """Ask an engine for the end of two epochs, then for its own; False if steps go on to repeat after that."""
+        if self._asked > _EPOCHS_OF_TRAINER:
+            return False
+        self._asked += 1
+        self._is_left = True
+        if self._asked > _EPOCHS_OF_TRAINER:
+            self._phases.asked.add("end")
+        elif not self._evaluations.end_epoch():
+            self._phases.asked.add("epoch")
+        self._note(say("vgpu.stopping.jumped", first=first, last=steps))
         return True
 
     def _state(self, size: int) -> _Round:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from tightfit.vgpu.assign import assign
@@ -12,6 +12,8 @@ from tightfit.vgpu.phases import Phases
 _LIGHTNING = "loops/training_epoch_loop.py"
 FILES = ("transformers/trainer.py", f"lightning/pytorch/{_LIGHTNING}", f"pytorch_lightning/{_LIGHTNING}")
 """Files of the training loops that answer."""
+_ENGINE = "ignite/engine/engine.py"
+"""File of an engine whose loop is a generator; what evaluates is called at the end of an epoch, or of all."""
 
 
 def ends_when_asked(file: str) -> bool:
@@ -19,8 +21,18 @@ def ends_when_asked(file: str) -> bool:
     return file.endswith(FILES[0])
 
 
+def is_engine(frame: FrameType | None) -> bool:
+    """Return True if a step runs in an engine of Ignite."""
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_ENGINE):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def install(phases: Phases) -> None:
-    """Let the trainers of transformers and Lightning hear what `phases.asked` has for them."""
+    """Let the trainers of transformers, Lightning and Ignite hear what `phases.asked` has for them."""
+    after_import("ignite.engine.engine", lambda module: _change_ignite(module, phases))
     after_import("transformers.trainer_callback", lambda module: _change_transformers(module, phases))
     for package in ("lightning.pytorch", "pytorch_lightning"):
         after_import(f"{package}.loops.training_epoch_loop", lambda module: _change_lightning(module, phases))
@@ -58,3 +70,28 @@ def _change_lightning(module: ModuleType, phases: Phases) -> None:
         return usual(self, *args) or (asked and self._should_check_val_epoch())
 
     assign(loop, _should_check_val_fx=should_check)
+
+
+def _change_ignite(module: ModuleType, phases: Phases) -> None:
+    engine, events = module.__dict__["Engine"], module.__dict__["Events"]
+    usual: Callable[..., None] = engine._fire_event
+
+    @functools.wraps(usual)
+    def fire_event(self: Any, event_name: object, *args: object, **options: object) -> None:
+        """`Any`: the library's own engine."""
+        usual(self, event_name, *args, **options)
+        if event_name is events.ITERATION_COMPLETED and phases.is_asked("epoch"):
+            self.terminate_epoch()
+        if event_name is events.ITERATION_COMPLETED and phases.is_asked("end"):
+            self.terminate()
+        if event_name is events.DATALOADER_STOP_ITERATION and self.state.epoch_length == _length(self.state.dataloader):
+            self.terminate_epoch()  # else it takes the batches that were left out from the loader's next run
+
+    assign(engine, _fire_event=fire_event)
+
+
+def _length(items: object) -> int | None:
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except TypeError:
+        return None
