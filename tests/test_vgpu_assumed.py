@@ -33,6 +33,9 @@ mask = torch.zeros(1 << 20, 8, device="cuda")
 mask[:, :2] = 1
 cropped = torch.masked_select(x, mask.bool()).view(1 << 20, 2)
 few = x[x[:, 0] > 3] + torch.ones(1 << 10, 8, device="cuda")
+rows, given = torch.zeros(1 << 10, 8, device="cuda"), torch.ones(1 << 9, 8, device="cuda", requires_grad=True)
+rows[x[: 1 << 10, 0] > 3] = given
+rows.sum().backward()
 """
 CLASSES = """
 import torch
@@ -81,7 +84,7 @@ def test_a_length_is_the_only_one_that_a_later_line_works_with(
     (tmp_path / "train.py").write_text(NEEDED)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert found["outcome"] == "fits", found["stopped_because"]
-    for line, length in (7, 2 << 20), (8, 1 << 10):
+    for line, length in (7, 2 << 20), (8, 1 << 10), (10, 1 << 9):
         assert any(
             f"train.py:{line}: the length of a result depends on data; {length} was" in x for x in found["notes"]
         )

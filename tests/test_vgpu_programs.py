@@ -287,6 +287,7 @@ class Merged(torch.nn.Linear):
         assert {each.device.type for each in (chosen, *found)} == {"cpu"}
 
 layer = Merged().cuda()
+assert int(layer.chosen.sum()) == 512, "the positions are data of the host"
 rows = torch.zeros(8, 768, device="cuda")
 rows[:, layer.chosen.cuda()] = torch.ones(8, 512, device="cuda")
 """

@@ -23,6 +23,7 @@ _PAIRS = tuple(
             r"Expected (?:size )?(\d+)(?: in dimension \d+)? but got (?:size )?(\d+)",
             r"target size \(torch\.Size\(\[(\d+)[^)]*\)\).* input size \(torch\.Size\(\[(\d+)",
             r"same reduction dim, but got \[\d+, (\d+)\] X \[(\d+),",
+            r"got \[(\d+)[\d, ]*\] but expected shape compatible with \[(\d+)",
             r"cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)",
         ),
     )

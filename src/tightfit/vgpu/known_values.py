@@ -245,9 +245,9 @@ class Values:
             self._follow_unscaling(*args)
             return
         written = [args[key] if isinstance(key, int) else kwargs.get(key) for key in traits.writes]
-        for target in tensors_in(written):
-            if isinstance(target, FakeTensor) and target.layout is torch.strided:
-                self._ranges.forget(target.untyped_storage())
+        for tensor in tensors_in(written):
+            if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
+                self._ranges.forget(tensor.untyped_storage())
         results, made_up = self._of_writes(func, args, kwargs, traits, written) or (None, False)
         for place, target in enumerate(written):
             if isinstance(target, FakeTensor) and results and target.layout is torch.strided:
@@ -379,7 +379,7 @@ class Values:
     def _fact(self, tensor: Tensor, invent: bool = False) -> Fact | None:
         """Return the fact of a tensor; with `invent`, make one up (and keep it) for a single element."""
         if not isinstance(tensor, FakeTensor):
-            return Fact(tensor.detach().reshape(())) if tensor.numel() == 1 else None
+            return _fact_of_host(tensor)
         if tensor.layout is not torch.strided:
             return None
         storage = tensor.untyped_storage()
@@ -557,6 +557,14 @@ _OF_TENSORS: dict[OpOverload, bool] = {
     aten.isclose.default: True,
 }
 """Comparisons of tensors that nobody computed."""
+
+
+def _fact_of_host(tensor: Tensor) -> Fact | None:
+    """Return the fact of a host tensor with data, such as the positions at which others are written."""
+    if tensor.numel() == 1:
+        return Fact(tensor.detach().reshape(()))
+    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_floating_point()
+    return _stored(tensor.detach(), tensor, made_up=False) if is_plain and _is_small(tensor) else None
 
 
 def _seen_by(tensor: Tensor, fact: Fact) -> Tensor:
