@@ -311,18 +311,17 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("line", "outcome", "why"),
+    ("line", "why"),
     [
-        ("torch.empty(1 << 42, device='cuda')", "out_of_memory", "out of memory"),
-        ("raise KeyError('lr')", "error", "KeyError: 'lr'"),
-        ("import argparse; argparse.ArgumentParser().parse_args(['-x'])", "error", "unrecognized arguments: -x"),
-        ("raise RuntimeError('<urlopen error [Errno -3] Temporary failure in name resolution>')", "error", "network"),
+        ("raise KeyError('lr')", "KeyError: 'lr'"),
+        ("import argparse; argparse.ArgumentParser().parse_args(['-x'])", "unrecognized arguments: -x"),
+        ("raise RuntimeError('<urlopen error [Errno -3] Temporary failure in name resolution>')", "network"),
     ],
 )
-def test_the_error_is_told_for_which_a_script_ended_itself(line: str, outcome: str, why: str, tmp_path: Path) -> None:
+def test_the_error_is_told_for_which_a_script_ended_itself(line: str, why: str, tmp_path: Path) -> None:
     """Hydra prints errors, and ends the script by its own."""
     found = findings(["--gpu", "A100", written(tmp_path, CAUGHT_AND_ENDED.format(line))])
-    assert found["outcome"] == outcome, found["stopped_because"]
+    assert found["outcome"] == "error"
     assert why in found["stopped_because"]
 
 

@@ -138,14 +138,13 @@ def _error_of(run: Callable[[], object]) -> BaseException | None:
 def _behind(end: SystemExit) -> BaseException | None:
     """Return the error for which the script ended itself, as Hydra does once it has printed one; else its own end.
 
-    A text of the script's own says more than such an error, unless memory ran out.
+    A text of the script's own says more than such an error. What it means that memory ran out before, others judge.
     """
     errors = list(_chain(end))
     if any(isinstance(each, EnoughSeen) for each in errors):
         return None
-    memory = next((each for each in errors if isinstance(each, torch.OutOfMemoryError)), None)
-    if memory is not None or isinstance(end.code, str):
-        return memory or end
+    if isinstance(end.code, str) or any(isinstance(each, torch.OutOfMemoryError) for each in errors):
+        return end
     refusal = _refusal_of(end)
     return argparse.ArgumentError(None, refusal) if refusal else errors[min(1, len(errors) - 1)]
 
