@@ -274,6 +274,27 @@ def test_cuda_code_of_the_scripts_own_is_refused_in_a_sentence(tmp_path: Path) -
     assert any("fast_scan: not compiled" in each for each in found["not_modelled"])
 
 
+FAILS_BY_ITS_CODE = """
+import sys, torch
+
+print("begun", file=sys.stderr)
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+for step in range(2000):
+    model(torch.ones(4, 8, device="cuda")).sum().backward()
+    optimizer.step()
+torch.ones(8, device="cuda").sum(normalize=True)
+"""
+
+
+def test_a_wrong_call_is_told_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No iteration that was passed over can cause it: they are not played for it."""
+    found = findings(["--gpu", "A100", written(tmp_path, FAILS_BY_ITS_CODE)])
+    assert found["outcome"] == "error"
+    assert found["steps"] < 20
+    assert capfd.readouterr().err.count("begun") == 1
+
+
 MASKS_OF_THE_HOST = """
 import torch
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,12 @@ from tightfit.wording import say
 
 _IN_FULL_S = 40.0
 """Seconds for playing all iterations of a script that failed after some were passed over."""
+_OF_ITS_CODE = re.compile(
+    r"unexpected keyword argument|invalid combination of arguments|required (positional|keyword-only) argument|"
+    r"positional arguments? but|"
+    r"ModuleNotFoundError|ImportError|module '[^']*' has no attribute|Parent directory .* does not exist"
+)
+"""Errors that come of the script's code and versions of libraries, whichever iterations ran before."""
 _MOST_LENGTHS = 8
 """Plays of a script that fails because lengths were made up, each with one more that fits its later lines."""
 _CALL = """\
@@ -55,18 +62,23 @@ def dryrun_script(
     def played(asked: ScriptRequest) -> Findings | Failed:
         return simulator.play([asked])[0] if simulator else run_once(asked, environ=environ, on_step=on_step)
 
-    answer = played(request)
-    for _ in range(_MOST_LENGTHS):
+    answer, request = _with_needed_lengths(request, played)
+    may_be_ours = answer.outcome == "error" and answer.is_shortened and not _OF_ITS_CODE.search(answer.stopped_because)
+    return _in_full(answer, request, played) if may_be_ours else answer
+
+
+def _with_needed_lengths(
+    request: ScriptRequest, play: Callable[[ScriptRequest], Findings | Failed]
+) -> tuple[Findings, ScriptRequest]:
+    """Play a script, and again with each length without which it fails; return the last findings and their request."""
+    while True:
+        answer = play(request)
         if not isinstance(answer, Findings):
             raise error_of(answer)
-        if answer.needed is None:
-            break
-        needed = (*request.settings.needed, answer.needed)
-        request = replace(request, settings=replace(request.settings, needed=needed))
-        answer = played(request)
-    if not isinstance(answer, Findings):
-        raise error_of(answer)
-    return _in_full(answer, request, played) if answer.outcome == "error" and answer.is_shortened else answer
+        known = request.settings.needed
+        if answer.needed is None or len(known) == _MOST_LENGTHS:
+            return answer, request
+        request = replace(request, settings=replace(request.settings, needed=(*known, answer.needed)))
 
 
 def _in_full(failed: Findings, request: ScriptRequest, play: Callable[[ScriptRequest], Findings | Failed]) -> Findings:
