@@ -19,7 +19,7 @@ FEATURES = (
     *("graphs", "one_card_of_many", "smi", "recurrent", "losses_and_layouts", "values_hold", "unknown_operator"),
     *("kernels_in_python", "caught_failures_keep_nothing", "types_are_refused", "sparse_elements_are_kept"),
     *("pinned_memory_is_known", "captures_do_not_wait", "counts_add_up", "positions_that_differ"),
-    "tokens_come_from_a_file",
+    *("tokens_come_from_a_file", "sparse_rows_multiply", "views_change_in_place"),
 )
 
 

@@ -291,6 +291,30 @@ def sparse_elements_are_kept():
     assert gradients[0][0] == 4
 
 
+def sparse_rows_multiply():
+    rows = torch.eye(6)[[0, 2, 2]].to_sparse_csr().cuda()
+    dense = torch.ones(6, 4, device="cuda", requires_grad=True)
+    for product in (
+        rows @ dense,
+        torch.sparse.mm(rows, dense),
+        torch.addmm(torch.zeros(3, 4, device="cuda"), rows, dense),
+    ):
+        product.sum().backward()
+        assert product.shape == (3, 4)
+    assert (dense.grad.shape, rows._nnz(), rows.t().layout) == (dense.shape, 3, torch.sparse_csc)
+    assert (rows.values().device.type, rows.to_dense().shape) == ("cuda", (3, 6))
+
+
+def views_change_in_place():
+    numbers = torch.arange(6).reshape(2, 3).cuda()
+    numbers.t_().unsqueeze_(0)
+    assert numbers.tolist() == [[[0, 3], [1, 4], [2, 5]]]
+    assert numbers.transpose_(1, 2).squeeze_(0).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert torch.logsumexp(numbers.float(), 1, out=torch.empty(0, device="cuda")).shape == (2,)
+    numbers.t().add_(1)
+    assert numbers.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
 def pinned_memory_is_known():
     host = torch.ones(4, pin_memory=True)
     assert host.is_pinned()
@@ -336,6 +360,7 @@ def tokens_come_from_a_file():
 FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
     *(captures_do_not_wait, counts_add_up, positions_that_differ, tokens_come_from_a_file),
+    *(sparse_rows_multiply, views_change_in_place),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

@@ -372,7 +372,7 @@ def _var(t: Temporaries, card: Card, input: Tensor, dim: Dims = None, *_: object
 
 
 @row("logsumexp")
-def _logsumexp(t: Temporaries, card: Card, input: Tensor, dim: Dims, keepdim: bool = False) -> None:
+def _logsumexp(t: Temporaries, card: Card, input: Tensor, dim: Dims, *_: object, **__: object) -> None:
     """Compute log(sum(exp(x - max))) + max with a difference as large as the input: ATen/native/ReduceOps.cpp."""
     dims = _dims(dim) or range(input.dim())
     kept = math.prod(size for d, size in enumerate(input.shape) if d not in {x % input.dim() for x in dims})

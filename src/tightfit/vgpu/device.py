@@ -261,7 +261,7 @@ class VirtualDevice:
             refuse(func._schema.name.removeprefix("aten::"), args)
             if func is aten._scaled_mm.default and not self.answers.ask(lambda card: card.capability >= (8, 9)):
                 raise RuntimeError(_NO_SCALED_PRODUCTS)
-        if any(tensor.layout is torch.sparse_coo for tensor in fakes(args)) and self.of_sparse is not None:
+        if any(tensor.layout is not torch.strided for tensor in fakes(args)) and self.of_sparse is not None:
             return self.of_sparse(func, args, kwargs)
         return self.without_data(func, args, kwargs)
 

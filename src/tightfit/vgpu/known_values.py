@@ -131,13 +131,19 @@ class _Traits(NamedTuple):
 
 
 _GATHERS = {"c10d::allgather_", "c10d::_allgather_base_", "c10d::gather_"}
+_VIEWS_IN_PLACE = {
+    *(aten.as_strided_.default, aten.detach_.default, aten.t_.default, aten.transpose_.default),
+    *(aten.unsqueeze_.default, aten.squeeze_.default, aten.squeeze_.dim, aten.squeeze_.dims),
+}
+"""They change how a tensor looks on its storage, and write nothing, although their schemas say so."""
 _UNSAID_WRITES = {aten.native_batch_norm.default: (3, 4), aten.cudnn_batch_norm.default: (3, 4)}
 """Running statistics, which these operators write although their schemas do not list them."""
 
 
 @cache
 def _traits(func: OpOverload) -> _Traits:
-    arguments = func._schema.arguments
+    is_view = func.is_view or func in _VIEWS_IN_PLACE
+    arguments = () if is_view else func._schema.arguments
     return _Traits(
         writes=tuple(
             argument.name if argument.kwarg_only else position
@@ -145,7 +151,7 @@ def _traits(func: OpOverload) -> _Traits:
             if argument.alias_info is not None and argument.alias_info.is_write
         )
         or _UNSAID_WRITES.get(func, ()),
-        is_view=func.is_view,
+        is_view=is_view,
         is_pointwise=torch.Tag.pointwise in func.tags,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
         gathers=func._schema.name in _GATHERS,

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.fakes import fakes
 from tightfit.vgpu.patches.backend import KEPT
 
 aten = torch.ops.aten
@@ -247,9 +248,37 @@ _SPARSE_ON_HOST = frozenset((aten.clone.default, aten.add.Tensor, aten.sub.Tenso
 """Operators for which fake tensors forget how many elements a sparse tensor has."""
 
 
+_PRODUCTS = frozenset(
+    (aten.mm.default, aten.addmm.default, aten.mv.default, aten.addmv.default, aten._sparse_addmm.default)
+)
+_COMPRESSED = frozenset((torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc))
+
+
+def _of_compressed(fake: FakeTensorMode, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
+    """Return the result of an operator on matrices compressed by row or column; a product with a dense one is dense."""
+    compressed = [tensor for tensor in fakes(args) if tensor.layout in _COMPRESSED]
+
+    def as_dense(value: Argument) -> Argument:
+        if not isinstance(value, Tensor) or value.layout not in _COMPRESSED:
+            return value
+        return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
+
+    with fake:
+        if func in _PRODUCTS and len(compressed) == 1:
+            func = aten.addmm.default if func is aten._sparse_addmm.default else func
+            args = tuple(map(as_dense, args))
+        try:
+            made: Argument = func(*args, **kwargs)
+        except RuntimeError as error:
+            raise NotImplementedError(str(func)) from error
+        return made
+
+
 def _of_sparse(fake: FakeTensorMode, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
     """Return the result of an operator on sparse tensors; one that adds to a dense tensor returns that."""
     first = args[0]
+    if any(tensor.layout in _COMPRESSED for tensor in fakes(args)):
+        return _of_compressed(fake, func, args, kwargs)
     if func is aten.add_.Tensor and isinstance(first, FakeTensor) and first.layout is torch.strided:
         return first
     if func not in _SPARSE_ON_HOST:

@@ -73,9 +73,11 @@ class Transfers:
         return out
 
     def _upload_sparse(self, source: Tensor, func: OpOverload, dtype: torch.dtype) -> Tensor:
-        values = self._upload(source._values() if source.layout == torch.sparse_coo else source.values(), func, dtype)
         if source.layout == torch.sparse_coo:
-            indices = self._upload(source._indices(), func, torch.int64)
+            values, indices = (
+                self._upload(source._values(), func, dtype),
+                self._upload(source._indices(), func, torch.int64),
+            )
             with self._card.fake:
                 return torch.sparse_coo_tensor(
                     indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
@@ -83,10 +85,12 @@ class Transfers:
         by_row = source.layout in (torch.sparse_csr, torch.sparse_bsr)
         outer = source.crow_indices() if by_row else source.ccol_indices()
         inner = source.col_indices() if by_row else source.row_indices()
-        places = [self._upload(each, func, each.dtype) for each in (outer, inner)]
-        with self._card.fake:
-            make: Callable[..., Tensor] = torch.sparse_compressed_tensor
-            return make(*places, values, source.shape, layout=source.layout, check_invariants=False)
+        parts = [torch.empty_like(each, device="meta") for each in (outer, inner, source.values().to(dtype))]
+        make: Callable[..., Tensor] = torch.sparse_compressed_tensor
+        made = make(*parts, source.shape, layout=source.layout, check_invariants=False)
+        out = FakeTensor(self._card.fake, made, self._card.where)  # fake tensors cannot be made into one
+        self._card.track(out, func, (source,), self._card.phases.now())
+        return out
 
     def into(self, func: OpOverload, target: Tensor, source: Tensor | complex, *rest: Argument) -> Argument:
         """Run `copy_`; of a number, which torch makes a tensor of the host."""
