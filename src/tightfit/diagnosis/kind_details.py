@@ -78,6 +78,8 @@ _OF_THE_RUN = {
     "at_once",
     "large_request",
     "printed_context",
+    "padded",
+    "pieces",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -123,7 +125,7 @@ _WHEN = r"\b(?:when|while|during|in|at|on|after|before|for|until)\b(?! (?:the )?
 _TOLD = {
     "save": re.compile(
         rf"{_WHEN}\b(?:saving|saves?|saved|save_pretrained|checkpointing|save_model|state_dict)\b"
-        r"|\bsaving\b[^.\n]{0,40}(?:checkpoints?|model|state)|保存(?:模型|权重|检查点|checkpoint)|モデルの?保存",
+        r"|\bsaving\b[^.\n]{0,40}(?:checkpoints?|model|state)|保存(?:模型|权重|检查点|checkpoint|ckpt)|モデルの?保存",
         re.IGNORECASE,
     ),
     "eval": re.compile(
@@ -303,6 +305,7 @@ _MEM = re.compile(r"--mem[= ](\d{1,6}) ?([KMGTkmgt])")
 
 def _of_jax(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of JAX with a program that is small, or with the use of a trained model."""
+    facts = _of_tpu(facts, run)
     found = _PROGRAM.search(run.text)
     if found and _ONLY_COPIES.search(run.text):
         return _with(facts, "copied", f"{found[1]} {found[2]}iB")
@@ -316,6 +319,23 @@ def _of_jax(facts: Facts, run: RunFacts) -> Facts:
     if found and "tpu" not in facts.details:
         return _with(facts, "large_program", f"{found[1]} {found[2]}iB")
     return _with(facts, "large_request") if (facts.requested_bytes or 0) >= _MOST_OF_A_CARD else facts
+
+
+_PADDING = re.compile(r"Unpadded \(([\d.]{1,9})([KMG])\) Padded \(([\d.]{1,9})([KMG])\)")
+"""XLA's figures for the values of a TPU's arrays, and for the tiles that hold them."""
+_MOSTLY_PADDING = 2
+"""Times of its values that a program takes, from which on the shapes are the cause."""
+
+
+def _of_tpu(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure on a TPU whose arrays are mostly padding, or whose free memory is in pieces."""
+    if (found := _PADDING.search(run.text)) is not None:
+        values, tiles = (float(found[each]) * _UNITS[found[each + 1]] for each in (1, 3))
+        if tiles >= _MOSTLY_PADDING * values:
+            facts = _with(_with(facts, "unpadded", f"{found[1]} {found[2]}iB"), "padded", f"{found[3]} {found[4]}iB")
+    asked, free = facts.requested_bytes, facts.free_bytes
+    is_in_pieces = "reservable" in run.text and asked is not None and free is not None and free >= asked
+    return _with(facts, "pieces") if is_in_pieces else facts
 
 
 _MOST_OF_A_CARD = 30 * GIB

@@ -287,7 +287,12 @@ _IN_PYTHON = re.compile(
 def _lines(code: str, run: RunFacts) -> list[str]:
     """Return the lines to paste for a fix, in the words of the outermost program that has some."""
     own = _table().programs.get(code, {})
-    return next((own[each] for each in run.frameworks if each in own), _table().paste.get(code, []))
+    lines = next((own[each] for each in run.frameworks if each in own), _table().paste.get(code, []))
+    return ["rocm-smi"] if lines == ["nvidia-smi"] and _OF_AMD.search(run.text) else lines
+
+
+_OF_AMD = re.compile(r"\bHIP_ERROR|\bhipError|\bHIP (?:out of memory|error)|\brocm[_/]\w|\bROCm\d?\b|\bgfx\d{3,4}\b")
+"""Words of a log for a card of AMD's."""
 
 
 _SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b|^\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)

@@ -53,12 +53,17 @@ def titled_in(text: str) -> frozenset[str]:
     return frozenset(code for code, words in _tables()["titled"].items() if words.search(title))
 
 
+def is_among(fix: Remedy, tried: frozenset[str]) -> bool:
+    """Return True if a fix, or another one with the same words, was tried in vain."""
+    return fix.code in tried or _ALIKE.get(fix.code) in tried
+
+
 def in_order_of_report(cures: Sequence[Remedy], text: str) -> list[Remedy]:
     """Return the fixes with those of the quantity in the title first, and those that were tried in vain last."""
     titled, tried = titled_in(text), tried_in(text)
 
     def place(fix: Remedy) -> int:
-        if fix.code in tried or _ALIKE.get(fix.code) in tried:
+        if is_among(fix, tried):
             return 2
         if fix.code == "shorter_length" and not fix.paste:  # nobody's option: what the title asks for is the length
             return 1

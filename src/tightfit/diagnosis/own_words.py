@@ -9,7 +9,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import divided, option_line, own_option
 from tightfit.diagnosis.fix_words import words_of
 from tightfit.diagnosis.framework_words import has_own, has_words, programs
-from tightfit.diagnosis.measures import in_order_of_report
+from tightfit.diagnosis.measures import in_order_of_report, is_among, tried_in
 from tightfit.diagnosis.own_options import SEARCHES, options_of
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, Resized
@@ -34,7 +34,12 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
     found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
     first |= _NAMED | (_LARGE_INPUTS if evidence.infers or evidence.is_of_unknown_purpose else frozenset())
-    return sorted(found, key=lambda each: each.code not in first and not _is_own(each, evidence))
+    tried = tried_in(text)
+
+    def place(each: Remedy) -> int:
+        return 2 if is_among(each, tried) else int(each.code not in first and not _is_own(each, evidence))
+
+    return sorted(found, key=place)
 
 
 def _is_own(remedy: Remedy, evidence: Evidence) -> bool:

@@ -144,7 +144,7 @@ _REPORTED = re.compile(
     r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b(?![=:] ?[\d.]))"
     r"|\bOutOfMemoryError\b|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)"
     r"|\b(?:gpus?|cuda|vram) ?(?:memory|mem)?\b[^.\n]{0,20}\b(?:memory )?leak"
-    r"|\bout of vram\b|\bvram (?:oom|is full)"
+    r"|\bout of vram\b|\bvram (?:oom|is full)|\b(?:cuda|gpu) memory (?:usage )?(?:explod|blow)\w*"
     r"|\bOOM\b(?! ?kill|[=:] ?[\d.])|显存(?:不足|不够|溢出|爆)|爆显存"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
     re.IGNORECASE | re.ASCII,
@@ -382,6 +382,15 @@ _RAM = re.compile(
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
 )
 """A person's words for the host's memory that ran out."""
+_OF_CPU = re.compile(
+    r"\bout[- ]of[- ](?:CPU|host|system|main)[- ](?:memory|RAM)\b|\b(?:CPU|host|system) (?:RAM |memory )?OOMs?\b"
+    r"|\b(?:us|tak|eat|fill|consum|exhaust)\w* (?:up )?all (?:of )?(?:(?:my|the) )?"
+    r"(?:(?:machine|system|host|computer)(?:'s)? )?(?:D?RAM|memory of the (?:machine|host|node|server))\b"
+    r"|\bmemory \(not (?:the )?(?:GPU|VRAM)[^)\n]*\)[^.\n]{0,40}\b(?:full|out|exhausted)\b"
+    r"|(?<!V)\bRAM is the bottleneck\b",
+    re.IGNORECASE,
+)
+"""Words for the host's memory that ran out, which leave no doubt."""
 _KILLED = re.compile(
     r"^#[^\n]{0,40}\bkilled (?:while|when|during|after|on|at)\b|[\"'“`]killed[\"'”`.]"
     r"|\b(?:was|gets?|got|is|being) killed\b|\bkilled by (?:the )?(?:daemon|system|kernel|os)\b",
@@ -396,13 +405,23 @@ def host_words_in(lines: Sequence[str]) -> tuple[str, str] | None:
     >>> host_words_in(["It crashes due to low RAM."])
     ('host_memory_error', 'It crashes due to low RAM.')
     """
-    for kind, words in (("host_killed", _OF_JOB), ("host_memory_error", _RAM), ("host_killed", _KILLED)):
+    kinds = (("host_killed", _OF_JOB), ("host_memory_error", _OF_CPU), ("host_memory_error", _RAM))
+    for kind, words in (*kinds, ("host_killed", _KILLED)):
         for line in lines:
             if words.search(line) and not (_ADVICE.search(line) and "VRAM" in line):
                 told = _SENTENCE_ENDS.split(line) if len(line) > _LONG_LINE else [line]
                 said = next(filter(words.search, told), line)
                 return kind, " ".join(said.split()).strip(" #*")[:300]
     return None
+
+
+def cpu_words_in(lines: Sequence[str]) -> tuple[str, str] | None:
+    """Return the kind and the line of a report that names the host's memory beside the words for a lack of memory.
+
+    >>> cpu_words_in(["# out-of-memory in the second epoch", "It is an out-of-CPU-memory error."])
+    ('host_memory_error', 'It is an out-of-CPU-memory error.')
+    """
+    return host_words_in([line for line in lines if _OF_CPU.search(line)])
 
 
 _SHORT = 30

@@ -218,8 +218,10 @@ def _frameworks(paths: str) -> tuple[str, ...]:
     linked, paths = paths, _ADDRESS.sub("", paths)
     shown = _ENVIRONMENT.sub("envs/", paths)
     if _OWN_FILE.search(shown):
-        return tuple(_found("frameworks", _PROSE.sub("", shown)))
-    return tuple(_found("frameworks", shown)) or tuple(_found("frameworks", paths)) or _linked(linked)
+        found = tuple(_found("frameworks", _PROSE.sub("", shown)))
+    else:
+        found = tuple(_found("frameworks", shown)) or tuple(_found("frameworks", paths)) or _linked(linked)
+    return tuple(dict.fromkeys((*_found("hosts", shown), *found)))
 
 
 _LINKED = re.compile(r"\bgithub\.com/([^\s/]{1,60}/[^\s/]{1,60})/(?:blob|tree)/\S{1,200}")

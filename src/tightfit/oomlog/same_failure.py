@@ -17,13 +17,16 @@ def is_same(one: Facts, two: Facts) -> bool:
     """Return True if two messages report one failure: loggers print it, and so does Python at the end."""
     if one.rank != two.rank and None not in (one.rank, two.rank):
         return False
-    if "explains" in two.details and memory_of(one.kind) == "device":  # a program's own words about the message before
+    is_lack = memory_of(one.kind) == "device" or one.kind == "tensorflow_host_memory"
+    if "explains" in two.details and is_lack:  # a program's own words about the message before
         return two.line - one.line <= _EXPLAINED
     only_class = "class_without_message" in one.notes and one.rank == two.rank
     if one.kind != two.kind and not (only_class and two.kind == _ASYNC):
         return False
     if only_class:  # a notebook's head, far above the message
         return two.line - one.line <= _NOTEBOOK_LINES
+    if "pool" in one.details and "pool" in two.details:  # it asks for less and less
+        return two.line - one.line <= _EXPLAINED
     if not is_of_allocator(one.kind) and _overlap(one.figures.get(_REQUEST), two.figures.get(_REQUEST)):
         return True  # one line prints the size, and another the shape
     stated = {name: figure for name, figure in two.figures.items() if figure.stated}

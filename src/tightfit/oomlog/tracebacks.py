@@ -32,7 +32,11 @@ class TraceFrame(msgspec.Struct, frozen=True, kw_only=True):
         """True if the file belongs to an installed package or to Python rather than to the user."""
         path = self.file.replace("\\", "/")
         inside = ("site-packages/", "dist-packages/", "/lib/python", "<frozen", "importlib", "torchinductor_")
-        return any(part in path for part in inside) or path.startswith("torch/")
+        return any(part in path for part in inside) or path.startswith("torch/") or bool(_COMMAND.search(path))
+
+
+_COMMAND = re.compile(r"/(?:bin|Scripts)/[\w-]{1,60}$")
+"""A file without an ending that starts an installed command."""
 
 
 _HEAD = "most recent call last"

@@ -9,6 +9,7 @@ from tightfit.oomlog.cut_message import begun_message
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.last_words import (
     advises,
+    cpu_words_in,
     error_at_end,
     host_words_in,
     is_of_job,
@@ -97,7 +98,7 @@ class Unnamed(Struct):
             return told
         title = reported_in(lines_of(self.head[:_TITLES])) if last is None or last == _CUT_OFF else None
         if title is not None and (self._has_frames() or self._is_short_report()):
-            return "reported", title
+            return cpu_words_in(lines_of(self.head)) or ("reported", title)
         return last
 
     def _last(self) -> _Found | None:
