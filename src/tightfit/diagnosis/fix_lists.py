@@ -19,7 +19,9 @@ _ON_NPU = frozenset({"shard", "offload"})
 """Those of them that DeepSpeed and FSDP have on Ascend NPUs, too."""
 _IN_ANY_LANGUAGE = frozenset({"less_at_once", "smaller_inputs", "smaller_model", "shapes_first"})
 """Remedies without a line of Python."""
-_OWN_LISTS = ("optimizer_temporary", "gathered_parameters")
+_GATHERED = "gathered_parameters"
+"""Parameters of one layer, gathered from all cards."""
+_OWN_LISTS = ("optimizer_temporary", _GATHERED)
 """Kinds of tensors with fixes of their own."""
 _RARELY_ONES_OWN = ("smaller_model", "no_gradients")
 """Remedies that a program for the use of a trained model mostly has no room for."""
@@ -94,6 +96,9 @@ def _lists(case: Case) -> Iterator[str]:
     elif evidence.is_all_parameters and not case.trains_part:  # a smaller batch does not change it
         yield from _lists_of_budget(case)
         yield "training"
+    elif evidence.tensor == _GATHERED and not case.is_oversized:  # what is gathered at once comes before the model
+        yield from _lists_of_tensor(case)
+        yield from _lists_of_budget(case)
     else:
         yield from _lists_of_budget(case)
         yield from _lists_of_tensor(case)
@@ -132,7 +137,7 @@ def _lists_of_tensor(case: Case) -> Iterator[str]:
         return
     if evidence.tensor in _OWN_LISTS:
         yield evidence.tensor
-    if evidence.tensor == "gathered_parameters":
+    if evidence.tensor == _GATHERED:
         return
     if grows is None:
         yield from _lists_of_phase(case)

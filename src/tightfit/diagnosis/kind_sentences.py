@@ -252,7 +252,14 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
         codes = [code for code in codes if code != "no_pinning"]  # its users have no data loader
     if run.numbers.get("batch_size") == 1:
         codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]
-    return codes
+    return [code for code in codes if not _is_given(_lines(code, run), run.text)]
+
+
+def _is_given(lines: Sequence[str], text: str) -> bool:
+    """Return True for options of a command that the report's command has already."""
+    return bool(lines) and all(
+        line.startswith("--") and re.search(rf"{re.escape(line)}(?![\w.-])", text) for line in lines
+    )
 
 
 _MEASURES = {"smaller_batch": "split_general", "less_in_pass": "split_general", "mixed_precision": "half_precision"}

@@ -192,7 +192,8 @@ def _denies(line: str) -> bool:
 
 
 _DENIED = re.compile(
-    r"\b(?:not|no|isn't|never|without)\b[^.\n]{0,12}\b(?:out[ -]of[ -](?:\w+ )?memory|OOM\b)|enough (?:V?RAM|memory)\b"
+    r"\b(?:not|no|isn't|never|without)\b[^.\n]{0,12}\b(?:out[ -]of[ -](?:(?:\w+ )?memory|v?ram\b)|OOM\b)"
+    r"|enough (?:V?RAM|memory)\b"
     r"|显存(?:没问题|足够|充足|够用)",
     re.IGNORECASE | re.ASCII,
 )

@@ -109,6 +109,8 @@ def standing(
         return Standing.WARNING
     if _is_code(message, line, before, after, is_title=is_title):
         return Standing.CODE
+    if message.kind == "program_words" and _NEGATED.search(before):
+        return Standing.DOCUMENT
     if memory_of(message.kind) == "harmless":
         return Standing.HARMLESS
     fails = "Traceback (most recent" in after or (leads and named) or _fails_at_any_level(message, bare)
@@ -131,6 +133,10 @@ def standing(
         return Standing.FAILURE
     is_class = after.startswith(":") if named else line.body[:end].rstrip().endswith("Error:")
     return Standing.REPORT if is_title and is_class and not _has("conditional", bare) else Standing.DOCUMENT
+
+
+_NEGATED = re.compile(r"\b(?:without|never|not|no longer|no)\b[^.\n]{0,12}$", re.IGNORECASE)
+"""Words right before a message, which say that it did not come."""
 
 
 def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
