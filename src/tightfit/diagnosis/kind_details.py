@@ -129,7 +129,7 @@ _TOLD = {
         re.IGNORECASE,
     ),
     "eval": re.compile(
-        rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|testing)\b"
+        rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|(?<!for )testing)\b"
         r"(?! (?:set|data|images?|split)\b|\.py\b)"
         r"|\bval(?:idation)? (?:occupies|takes|uses|needs|consumes)\b"
         r"|\beval(?:uation)?[ _](?:period|interval|steps|strategy)\b"

@@ -92,6 +92,8 @@ def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
         return msgspec.structs.replace(found, is_sure=False)
     if total is None:
         return _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
+    if run.framework == "vllm" and "spread" in run.signs:  # each card holds a part
+        return None
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
         each = _QUANTIZED if "qlora" in run.signs else stored
         if facts.phase in _WITH_WEIGHTS and each * parameters > total:

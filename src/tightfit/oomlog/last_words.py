@@ -388,7 +388,7 @@ _OF_CPU = re.compile(
     r"|\b(?:us|tak|eat|fill|consum|exhaust)\w* (?:up )?all (?:of )?(?:(?:my|the) )?"
     r"(?:(?:machine|system|host|computer)(?:'s)? )?(?:D?RAM|memory of the (?:machine|host|node|server))\b"
     r"|\bmemory \(not (?:the )?(?:GPU|VRAM)[^)\n]*\)[^.\n]{0,40}\b(?:full|out|exhausted)\b"
-    r"|(?<!V)\bRAM is the bottleneck\b",
+    r"|(?<!V)\bRAM is the bottleneck\b|\bmain memory usage\b[^.\n]{0,40}\b(?:increas|grow|ris)\w*",
     re.IGNORECASE,
 )
 """Words for the host's memory that ran out, which leave no doubt."""

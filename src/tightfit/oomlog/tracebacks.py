@@ -45,7 +45,7 @@ _NEAR = 8
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
 """The last line of a traceback."""
 _FRAME = re.compile(
-    r'(?:File|Arquivo|Archivo|Fichier|Datei|Файл) "([^"\n]{1,1000})", '
+    r'(?:File|Arquivo|Archivo|Fichier|Datei|Файл) ["“”]([^"“”\n]{1,1000})["“”], '
     r"(?:line|linha|línea|ligne|Zeile|строка) (\d{1,9})(?:, \w{1,4} ([^\n]{1,300}))?"
 )
 """A frame's head; browsers that translate a page translate its words, too."""

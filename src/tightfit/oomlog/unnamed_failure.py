@@ -58,6 +58,7 @@ class Unnamed(Struct):
             self._empty,
             self._survived,
             self._in_last_words,
+            self._met_on_the_host,
             self._met_by_a_person,
             self._warned_of,
             self._in_prose,
@@ -111,6 +112,10 @@ class Unnamed(Struct):
         if last is not None and last[0] == "memory_words" and is_told(last[1]):
             return "reported", last[1]
         return last
+
+    def _met_on_the_host(self) -> _Found | None:
+        """Return the sentence in which a person tells that the host's memory ran out, in words that leave no doubt."""
+        return cpu_words_in(lines_of(self.head)) if self.size < _PROSE else None
 
     def _met_by_a_person(self) -> _Found | None:
         """Return the sentence in which a person tells of the failure."""
