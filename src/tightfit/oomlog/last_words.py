@@ -394,7 +394,8 @@ _OF_CPU = re.compile(
 """Words for the host's memory that ran out, which leave no doubt."""
 _KILLED = re.compile(
     r"^#[^\n]{0,40}\bkilled (?:while|when|during|after|on|at)\b|[\"'“`]killed[\"'”`.]"
-    r"|\b(?:was|gets?|got|is|being) killed\b|\bkilled by (?:the )?(?:daemon|system|kernel|os)\b",
+    r"|\b(?:was|gets?|got|is|being) killed\b|\b(?:data ?)?loader workers? (?:\w+ )?killed\b"
+    r"|\bkilled by (?:the )?(?:daemon|system|kernel|os)\b",
     re.IGNORECASE | re.ASCII,
 )
 """A person's words for a process that the kernel ended."""

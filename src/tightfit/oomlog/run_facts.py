@@ -221,7 +221,8 @@ def _frameworks(paths: str) -> tuple[str, ...]:
         found = tuple(_found("frameworks", _PROSE.sub("", shown)))
     else:
         found = tuple(_found("frameworks", shown)) or tuple(_found("frameworks", paths)) or _linked(linked)
-    return tuple(dict.fromkeys((*_found("hosts", shown), *found)))
+    found = tuple(dict.fromkeys((*_found("hosts", shown), *found)))
+    return tuple(each for each in found if each not in _tables()["models_of"].get(found[0], ()))
 
 
 _LINKED = re.compile(r"\bgithub\.com/([^\s/]{1,60}/[^\s/]{1,60})/(?:blob|tree)/\S{1,200}")
