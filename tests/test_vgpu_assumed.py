@@ -78,9 +78,7 @@ def test_lengths_and_values_are_assumed(tmp_path: Path) -> None:
     assert few["peak"]["allocated_bytes"] > 4 << 28, "the branch that 2000 leads to"
 
 
-def test_a_length_is_the_only_one_that_a_later_line_works_with(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_length_is_the_only_one_that_a_later_line_works_with(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(NEEDED)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert found["outcome"] == "fits", found["stopped_because"]
@@ -89,7 +87,6 @@ def test_a_length_is_the_only_one_that_a_later_line_works_with(
             f"train.py:{line}: the length of a result depends on data; {length} was" in x for x in found["notes"]
         )
     assert found["peak"]["allocated_bytes"] < 4 * (32 << 20), "less than with the longest"
-    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_predicted_classes_are_no_more_than_the_logits(tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ _OF_ITS_CODE = re.compile(
     r"ModuleNotFoundError|ImportError|module '[^']*' has no attribute|Parent directory .* does not exist"
 )
 """Errors that come of the script's code and versions of libraries, whichever iterations ran before."""
+_BY_MISSING_ITERATIONS = re.compile(
+    r"NoneType|sequence of length|non-empty|empty (list|sequence|TensorList)|IndexError|KeyError|ZeroDivisionError|"
+    r"UnboundLocalError"
+)
+"""Errors as scripts make them of results that some iterations did not leave behind."""
 _MOST_LENGTHS = 8
 """Plays of a script that fails because lengths were made up, each with one more that fits its later lines."""
 _CALL = """\
@@ -84,11 +89,15 @@ def _with_needed_lengths(
 def _in_full(failed: Findings, request: ScriptRequest, play: Callable[[ScriptRequest], Findings | Failed]) -> Findings:
     """Play a script that failed after iterations were passed over once more, with all of them.
 
-    It may count its iterations, and fail because of those that did not run. Without an end in time, the failure stays.
+    It may count its iterations, and fail because of those that did not run. Without an end in time, the failure stays,
+    unless such iterations are what an error like it comes of.
     """
     seconds = min(request.settings.timeout_s or _IN_FULL_S, _IN_FULL_S)
     again = play(replace(request, settings=replace(request.settings, until_stable=False, timeout_s=seconds)))
     if not isinstance(again, Findings) or (again.outcome == "fits" and again.not_played):
+        if isinstance(again, Findings) and _BY_MISSING_ITERATIONS.search(failed.stopped_because):
+            why = say("simulation.dry_run.by_missing", error=failed.stopped_because, seconds=f"{seconds:g}")
+            return replace(failed, outcome="fits", stopped_because=why, not_played=again.not_played)
         return replace(failed, notes=[*failed.notes, say("simulation.dry_run.shortened")])
     note = say("simulation.dry_run.in_full", error=failed.stopped_because)
     return replace(again, notes=[*again.notes, note]) if again.outcome != "error" else again
