@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from plays import findings
+from warm import in_process
 
 PIPELINE = """
 import torch, torch.distributed as dist
@@ -64,6 +65,27 @@ def test_a_pipeline_stage_answers_what_it_can(tmp_path: Path) -> None:
 
 def test_distributed_checkpoints_and_join_play(tmp_path: Path) -> None:
     assert played(CHECKPOINT, tmp_path)[0] == "fits"
+
+
+def test_ddp_finds_no_timer_that_would_ask_the_driver() -> None:
+    """In a build of torch with CUDA, the reducer's timers record CUDA's events; the host's stand for them."""
+    said = in_process("""
+        import ctypes, pathlib, torch, torch.distributed as dist
+        from tightfit.vgpu.patches import backend
+        def step():
+            module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
+            for _ in range(2):
+                module(torch.ones(2, 8)).sum().backward()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        print(step())
+        (library,) = (pathlib.Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")
+        backend._forget_timers(ctypes.CDLL(str(library)))
+        try:
+            step()
+        except RuntimeError as error:  # DDP's log asks for the timer; a play has none
+            print("timer_" in str(error))
+    """)
+    assert said.split() == ["None", "True"]
 
 
 OBJECTS = """

@@ -14,6 +14,7 @@ answer twice, and all results of made-up values are marked. Every made-up answer
 
 import math
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -455,7 +456,8 @@ class Values:
         assert fact is not None, "item() is asked of tensors with one element"
         if fact.made_up:
             frames = user_frames(sys._getframe(1))
-            if not frames:  # autograd's own check for NaN (`detect_anomaly`): no line of the script reads it
+            if not frames and threading.get_ident() not in _python_threads():
+                # autograd's own check for NaN (`detect_anomaly`), in a thread of its engine: no line reads it
                 return fact.seen_by(tensor).item()
             self.count("a value read from the device", frames)
             if (given := self._given(frames)) is not None:
@@ -573,6 +575,10 @@ def _fact_of_host(tensor: Tensor) -> Fact | None:
         return Fact(tensor.detach().reshape(()))
     is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_floating_point()
     return _stored(tensor.detach(), tensor, made_up=False) if is_plain and _is_small(tensor) else None
+
+
+def _python_threads() -> set[int | None]:
+    return {thread.ident for thread in threading.enumerate()}
 
 
 def _seen_by(tensor: Tensor, fact: Fact) -> Tensor:

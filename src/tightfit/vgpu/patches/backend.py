@@ -33,6 +33,9 @@ _CUDA, _META, _PRIVATE_USE = 1, 14, 20
 """c10::DeviceType: places in the registry of device guards."""
 _REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 _GET_CUDA_HOOKS = "_ZN2at6detail12getCUDAHooksEv"
+_TIMERS = "_ZN4c10d13TimerRegistryEv"
+_MOST_BUCKETS = 64
+"""Of the registry of timers, which has one timer for each kind of device."""
 _DEVICE_COUNT_SLOT = 15
 """Of `deviceCount` in the virtual table of a device guard, which for "meta" returns 1: a function that says yes."""
 _EXCHANGE_STREAM_SLOT = 9
@@ -168,8 +171,33 @@ def _install_guard() -> None:
     get_hooks = getattr(cpu, _GET_CUDA_HOOKS)
     get_hooks.restype = ctypes.c_void_p
     _replace_virtual_functions(get_hooks(), dict.fromkeys(_HOOKS_SLOTS.values(), yes), _HOOKS_TABLE_SLOTS)
+    if hasattr(torch._C, "_cuda_getDeviceCount"):
+        _forget_timers(cpu)
     accelerator = torch._C._accelerator_getAccelerator()
     assert str(accelerator) == "cuda", f"the accelerator is {accelerator}"
+
+
+class _HashTable(ctypes.Structure):
+    """The head of libstdc++'s `std::unordered_map`, with which a `c10::Registry` begins."""
+
+    _fields_ = (
+        ("buckets", ctypes.c_void_p),
+        ("bucket_count", ctypes.c_size_t),
+        ("first", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+    )
+
+
+def _forget_timers(cpu: ctypes.CDLL) -> None:
+    """Empty the registry of DDP's timers: one of CUDA asks the driver, which is not there. DDP does without any."""
+    get_timers = getattr(cpu, _TIMERS, None)
+    if get_timers is None:  # a build without torch.distributed
+        return
+    get_timers.restype = ctypes.c_void_p
+    table = _HashTable.from_address(get_timers())
+    if table.count <= table.bucket_count <= _MOST_BUCKETS:
+        ctypes.memset(table.buckets, 0, ctypes.sizeof(ctypes.c_void_p) * table.bucket_count)
+        table.first, table.count = None, 0
 
 
 def _never_free(pointed_at: object) -> None:
