@@ -8,6 +8,7 @@ import pytest
 
 from tightfit.cli.main import main
 from tightfit.diagnosis import model_play
+from tightfit.diagnosis.explaining import explain
 from tightfit.diagnosis.failing_line import line_kind
 from tightfit.diagnosis.framework_words import frameworks, pasted, programs
 from tightfit.diagnosis.own_options import options_of
@@ -232,3 +233,91 @@ def test_smaller_parts_of_a_batch_are_not_exact_with_batch_normalisation(
     fixes = json.loads(capsys.readouterr().out)["remedies"]
     found = [each["applicability"] for each in fixes if each["code"].startswith("split")]
     assert found == ["changes_result"]
+
+
+FULL = "RuntimeError: CUDA out of memory. Tried to allocate 34.00 MiB (GPU 0; 10.91 GiB total capacity; 9.97 GiB already allocated; 17.56 MiB free; 10.20 GiB reserved in total by PyTorch)"
+
+
+@pytest.mark.parametrize(
+    ("title", "code"),
+    [
+        ("training a ResNet-50 on CIFAR", "smaller_picture"),
+        ("语义分割训练", "smaller_picture"),
+        ("finetune chatglm", "shorter_length"),
+        ("RLHF of a Llama-2 model with PPO: training fails", "shorter_length"),
+        ("training wav2vec2 on librispeech", "shorter_audio"),
+        ("声学模型训练", "shorter_audio"),
+        ("training PointPillars on KITTI", "coarser_points"),
+        ("training BERT4Rec and a ResNet together", "smaller_inputs"),
+        ("training fails", "smaller_inputs"),
+    ],
+)
+def test_names_of_models_and_data_show_which_inputs_can_be_smaller(title: str, code: str):
+    codes = [each.code for each in explain(f"# {title}\n{FULL}").remedies]
+    kinds = {"smaller_picture", "shorter_length", "shorter_audio", "coarser_points", "smaller_inputs"}
+    assert [each for each in codes if each in kinds] == [code]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_told"),
+    [
+        ("It trains with a loss of 0.3, but fails after 4.5k iterations.", True),
+        ("The training survives the first epoch and stops at the second epoch.", True),
+        ("It backpropagates the loss for some batches, but then it fails.", True),
+        ("训练到了第4轮就报错", True),
+        ("学習は 3 エポック目で落ちます。", True),
+        ("The training fails in step 1.", False),
+        ("I train for 100 epochs with Adam.", False),
+    ],
+)
+def test_steps_before_the_failure_had_room(words: str, is_told: bool):
+    assert ("ran_first" in [each.code for each in explain(f"# training fails\n{words}\n{FULL}").causes]) == is_told
+
+
+@pytest.mark.parametrize(
+    ("words", "en", "ja"),
+    [
+        ("# an epoch of training fails", "this is a training run", "学習中のエラー"),
+        ("# inference fails", "a trained model was in use", "学習済みモデルの利用"),
+        ("# it fails", None, None),
+    ],
+)
+def test_the_purpose_of_a_run_is_told_where_its_phase_is_not(words: str, en: str | None, ja: str | None):
+    for language, said in (("en", en), ("ja", ja)):
+        text = "".join(str(explain(f"{words}\n{FULL}", lang=language)).split())
+        known = "Judgingbythereport" in text or "報告の内容から" in text
+        assert ("".join(said.split()) in text) if said else not known
+
+
+@pytest.mark.parametrize(
+    ("log", "first"),
+    [
+        (
+            "Traceback (most recent call last):\n"
+            '  File "/home/u/net/model.py", line 8, in forward\n    h = self.act(self.fc(x))\n'
+            "RuntimeError: CUDA error: out of memory",
+            ["less_at_once", "no_gradients", "kind_other_programs"],
+        ),
+        (
+            "# my training fails in an epoch with batch_size=16\nRuntimeError: CUDA error: out of memory",
+            ["kind_other_programs", "split_in_parts", "checkpointing_general"],
+        ),
+    ],
+)
+def test_a_pass_that_the_runtime_gives_no_memory_is_made_smaller(log: str, first: list[str]):
+    assert [each.code for each in explain(log).remedies][:3] == first
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "# Memory leak for RAM\nDuring the training the free memory keeps decreasing.",
+        "While training I found the host memory costs too much, nearly 90% of 500 GB.",
+        "A warning says that the system does not have enough memory to store the complete replay buffer 63GB > 55GB.",
+        "训练时主机内存不断增长",
+    ],
+)
+def test_words_for_the_hosts_memory(words: str):
+    facts = explain(words).facts
+    assert facts is not None
+    assert facts.kind == "host_memory_error"

@@ -68,6 +68,15 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield Cause(code="growing", label=LIKELY)
     elif "stepped" in evidence.run.signs and facts.phase in _OF_A_STEP and evidence.purpose == TRAINING:
         yield Cause(code="stepped", label=LIKELY)
+    else:
+        yield from _of_earlier_steps(facts, evidence)
+
+
+def _of_earlier_steps(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield that by the report's words earlier steps of the training went well."""
+    may_be = "ran_first" in evidence.run.signs and facts.phase in _OF_A_STEP and not is_oversized(facts)
+    if may_be and evidence.purpose == TRAINING and "growing" not in facts.details:
+        yield Cause(code="ran_first", label=LIKELY)
 
 
 _OF_A_STEP = (None, "forward", "loss", "backward", "optimizer")
@@ -83,6 +92,7 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if evidence.line is not None and evidence.line.is_named:
         yield Request(code=f"grows_{evidence.line.grows}", requested_bytes=facts.requested_bytes)
     yield from _of_budget(evidence.budget) if evidence.budget else ()
+    yield from _of_earlier_steps(facts, evidence)
     yield from causes_of_purpose(facts, evidence)
     if evidence.batch_is_one:
         yield Cause(code="batch_at_floor")

@@ -27,6 +27,7 @@ from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
+from tightfit.diagnosis.purpose import INFERENCE, TRAINING
 from tightfit.diagnosis.remedies import Remedy, for_machine
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
@@ -261,8 +262,16 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
         remedies=advice(facts, evidence),
         unplayed_because=because,
         framework=evidence.framework,
+        purpose=_purpose(evidence),
         is_bare=evidence.is_bare,
     )
+
+
+def _purpose(evidence: Evidence) -> str | None:
+    """Return the purpose that the fixes suppose."""
+    if evidence.infers:
+        return INFERENCE
+    return TRAINING if evidence.trains else evidence.purpose
 
 
 def _of_kind(plain: Explanation, facts: Facts) -> Explanation:
@@ -276,24 +285,42 @@ def _of_kind(plain: Explanation, facts: Facts) -> Explanation:
 _TOLD = ("program_words", "memory_words")
 """Kinds of failures of which a person's or a program's words tell, and perhaps a traceback."""
 _REST, _OTHERS, _KEPT = "kind_rest_of_log", "kind_other_programs", "kind_kept_tensors"
+_PINNING = "kind_no_pinning"
+
+
+_PASSES = ("forward", "loss", "backward", "optimizer", "sample", "gather")
+_BEFORE_PASS = ("setup", "load", "resume")
+_BEFORE_OTHERS = 2
+"""Fixes of a pass that come before a look at other programs on the card."""
+
+
+def _of_runtime(found: tuple[Remedy, ...], cures: tuple[Remedy, ...], *, is_in_pass: bool) -> tuple[Remedy, ...]:
+    """Return the fixes of a runtime that got no memory: those of a pass first, where the traceback is of one."""
+    others = tuple(each for each in found if each.code == _OTHERS)
+    pinning = tuple(each for each in found if each.code == _PINNING)
+    first, rest = cures[:_BEFORE_OTHERS], cures[_BEFORE_OTHERS:]
+    return (*first, *others, *pinning, *rest) if is_in_pass else (*others, *first, *pinning, *rest)
 
 
 def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     """Return the fixes of a kind; of a report in a person's words, those in the words of the program that it names."""
     found = fixes_of(facts, plain.reading.run)
     evidence = evidence_of(facts, plain.reading.run)
-    is_plain = facts.details.keys() <= {"native"}
-    of_runtime = facts.kind == "cuda_driver" and evidence.infers and facts.phase != "setup" and is_plain
+    is_plain = facts.details.keys() <= {"native", "one"}
+    of_runtime = facts.kind == "cuda_driver" and facts.phase not in _BEFORE_PASS and is_plain
+    has_purpose = evidence.framework is not None or evidence.purpose is not None
+    if of_runtime and (facts.phase in _PASSES or has_purpose):
+        return _of_runtime(found, advice(facts, evidence), is_in_pass=facts.phase in _PASSES)
     known = programs("trainers") | programs("applications")
     is_of_known = facts.kind == "memory_words" and evidence.framework in known
     in_phase = facts.kind in ("program_words", "memory_words") and facts.phase in ("save", "eval")
     is_shown = evidence.purpose is not None and "growing" not in facts.details
     is_told = facts.kind == "program_words" and (is_shown or evidence.framework is not None)
-    is_known = is_told or (evidence.framework is not None and (of_runtime or is_of_known))
+    is_known = is_told or (evidence.framework is not None and is_of_known)
     if not (is_known or in_phase):
         return in_own_options(found, evidence)
     loads = facts.phase in ("load", "setup")
-    first = (_REST, _KEPT, *((_OTHERS,) if of_runtime or loads else ()))
+    first = (_REST, _KEPT, *((_OTHERS,) if loads else ()))
     kept = tuple(each for each in found if each.code in first)
     return (*kept, *advice(facts, evidence)) or found
 

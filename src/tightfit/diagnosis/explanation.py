@@ -35,6 +35,8 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     """A key of the words' table `unplayed`, where nothing was played."""
     framework: str | None = None
     """The program that made the log, a table of frameworks.toml; None where it is not known."""
+    purpose: str | None = None
+    """training or inference, as far as the report shows it; None for a play."""
     is_bare: bool = False
     """True if the log is hardly more than the message."""
     foreign: Foreign | None = None

@@ -33,7 +33,12 @@ def shows(text: str, name: str) -> bool:
 def is_in_words(code: str, evidence: Evidence) -> bool:
     """Return True if a report of an unknown program shows by its words that a remedy is about it."""
     known = patterns()["remedies"].get(code)
-    return known is not None and evidence.framework is None and known.search(evidence.run.text) is not None
+    return known is not None and _is_users_own(evidence) and known.search(evidence.run.text) is not None
+
+
+def _is_users_own(evidence: Evidence) -> bool:
+    """Return True for an unknown program, and for a script that stands on a library alone."""
+    return evidence.framework is None or evidence.framework in programs("libraries")
 
 
 def names_inputs(evidence: Evidence) -> bool:
@@ -49,21 +54,29 @@ def hears(evidence: Evidence) -> bool:
 
 
 def inputs_of(evidence: Evidence) -> str:
-    """Return the remedy by smaller inputs that names what an unknown program works on, if the report shows one."""
+    """Return the remedy by smaller inputs that names what a program works on, if the report shows it."""
     if evidence.grows == "logits":  # only texts have them
         return "shorter_length"
     if hears(evidence):
         return "shorter_audio"
-    if evidence.framework is not None:
-        return "smaller_inputs"
     if evidence.tensor == "resized_image":
         return "smaller_picture"
     text = sign("not_inputs.stack_frames").sub("", evidence.run.text)
     counts = _counts("inputs", text)
-    most = max(counts.values())
-    common = _counts("common_inputs", text)
-    fitting = [code for code, count in (counts if most else common).items() if count and count >= most]
-    return fitting[0] if len(fitting) == 1 else "smaller_inputs"
+    if any(counts.values()) and _is_users_own(evidence):
+        return _most_of(counts, times=1)
+    tables = (counts, _counts("common_inputs", text), _counts("named_inputs", text))
+    return _most_of({code: sum(each.get(code, 0) for each in tables) for code in {*tables[0], *tables[1]}})
+
+
+_CLEARLY = 2
+"""Times as many words as of any other kind of inputs, for words that other reports have, too."""
+
+
+def _most_of(counts: dict[str, int], times: int = _CLEARLY) -> str:
+    """Return the code with clearly most hits; that of inputs of any kind where none has."""
+    (first, most), (_, second) = sorted(counts.items(), key=lambda each: -each[1])[:2]
+    return first if most > second and most >= times * second else "smaller_inputs"
 
 
 def _counts(table: str, text: str) -> dict[str, int]:

@@ -12,6 +12,7 @@ from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
 from tightfit.diagnosis.foreign_config import Foreign
 from tightfit.diagnosis.model_run import ModelRun
 from tightfit.diagnosis.named_card import Card
+from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, SplitBatch
 from tightfit.diagnosis.stable_codes import stable_code
 from tightfit.diagnosis.usual_models import model_of
@@ -66,6 +67,7 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     if "log_ends_within" in facts.notes:
         yield words("problem", "ends_within")
     yield from _told_phase(facts, words)
+    yield from _told_purpose(explanation, words)
     if facts.device_index and "tpu" not in facts.details:
         yield words("problem", "on_device", index=facts.device_index)
     if facts.rank is not None:
@@ -100,6 +102,18 @@ def _told_phase(facts: Facts, words: Words) -> Iterator[str]:
         yield words("problem", "told_phase" if "told_phase" in facts.details else "in_phase", phase=facts.phase)
     elif "told_phase" in facts.details and not has_figures:
         yield words("problem", "told_phase", phase=facts.phase)
+
+
+def _told_purpose(explanation: "Explanation", words: Words) -> Iterator[str]:
+    """Yield what the run was for, where no phase of it is known and no cause names it."""
+    facts, purpose = explanation.facts, explanation.purpose
+    is_named = any(each.code.startswith(_OF_PURPOSE) for each in explanation.causes)
+    if facts is not None and facts.phase in (None, "forward") and purpose is not None and not is_named:
+        yield words("problem", "told_training" if purpose == TRAINING else "told_inference")
+
+
+_OF_PURPOSE = ("pass_of_", "held_by_server", "share_of_server")
+"""Causes that name a training, or the use of a trained model."""
 
 
 def _problem(facts: Facts, words: Words) -> str:

@@ -388,6 +388,13 @@ _OF_CPU = re.compile(
     r"|\b(?:us|tak|eat|fill|consum|exhaust)\w* (?:up )?all (?:of )?(?:(?:my|the) )?"
     r"(?:(?:machine|system|host|computer)(?:'s)? )?(?:D?RAM|memory of the (?:machine|host|node|server))\b"
     r"|\bmemory \(not (?:the )?(?:GPU|VRAM)[^)\n]*\)[^.\n]{0,40}\b(?:full|out|exhausted)\b"
+    r"|(?<!GPU )\b(?:host|CPU|system|main|RAM) memory\b(?: \w+){0,4}? "
+    r"(?:costs? too much|(?:is |was |gets? )?(?:exhausted|full)\b|(?:increas|grow|climb|leak)\w*)"
+    r"|\bmemory leak\w*[^.\n]{0,20} (?:on|in|of|for) (?:the )?(?:(?:CPU|host|system|main) (?:RAM|memory)|RAM)\b"
+    r"|(?<!GPU )(?<!V)\bRAM (?:usage |consumption |use )?(?:keeps? |continu\w+ (?:to )?|steadily |slowly |constantly )+"
+    r"(?:increas|grow|climb|ris)\w*"
+    r"|\bnot? (?:apparently )?(?:have )?(?:apparently )?enough memory to store the complete replay buffer"
+    r"|(?:CPU|主机|系统|物理)内存(?:泄[漏露]|一直|不断|持续|逐渐|越来越)"
     r"|(?<!V)\bRAM is the bottleneck\b|\bmain memory usage\b[^.\n]{0,40}\b(?:increas|grow|ris)\w*",
     re.IGNORECASE,
 )
