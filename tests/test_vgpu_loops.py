@@ -986,3 +986,32 @@ assert played == {"function", "method"} and lengths == {4, 5, 6, 7, 11, "later"}
 def test_what_later_iterations_do_in_functions_is_played(tmp_path: Path) -> None:
     """A guard in a function that the loop calls, a size that its counters decide, and a generator's longest batch."""
     assert_all_of_it_plays(tmp_path, HIDDEN, steps=150)
+
+
+RESULT_OF_LATE_EPOCHS = """
+import torch
+
+def run():
+    model = torch.nn.Linear(8, 8).cuda()
+    optimizer = torch.optim.SGD(model.parameters())
+    result = None
+    for epoch in range(12):
+        for step in range(40):
+            model(torch.ones(4, 8, device="cuda")).sum().backward()
+            optimizer.step()
+        if epoch >= 9:
+            result = model(torch.ones(1 << 20, 8, device="cuda")).mean().item()
+    return result
+
+results = []
+for number in range(200):
+    results.append(torch.tensor(run()))
+"""
+
+
+def test_a_name_that_late_iterations_set_is_set(tmp_path: Path) -> None:
+    """As in CIFAR speed runs, which repeat whole trainings and keep what their last epochs measure."""
+    (tmp_path / "train.py").write_text(RESULT_OF_LATE_EPOCHS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["stopped_because"], found["not_played"]) == ("fits", "the script ended", [])
+    assert found["steps"] < 200

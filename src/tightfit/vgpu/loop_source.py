@@ -267,6 +267,34 @@ def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str
     )
 
 
+def sets_for_later(loop: ast.For | ast.While, file: str, first: int, name: str) -> bool:
+    """Return True if a `for` loop sets a name under a condition on its own item, as a result of late epochs is set.
+
+    The loop's function reads it behind the loop.
+    """
+    if isinstance(loop, ast.While):
+        return False
+    names = _set_by_number(loop)
+    lines = range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)
+    parts = [each for statement in _body(file, first, name) for each in ast.walk(statement)] if names else []
+    return any(
+        isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load) and each.id in names and each.lineno not in lines
+        for each in parts
+    )
+
+
+def _set_by_number(loop: ast.For) -> set[str]:
+    own = {each.id for each in ast.walk(loop.target) if isinstance(each, ast.Name)}
+    return {
+        each.id
+        for condition in ast.walk(loop)
+        if isinstance(condition, ast.If)
+        and own & {each.id for each in ast.walk(condition.test) if isinstance(each, ast.Name)}
+        for each in ast.walk(condition)
+        if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+    }
+
+
 def _names_read_in(loop: ast.For | ast.While) -> set[str]:
     """Return the names that a loop's statements read, without those that only print or count."""
     heads = [

@@ -72,6 +72,8 @@ class Aims:
     """Line where every iteration begins, if the body of `node` is not as it is in the file."""
     to_end: bool = False
     """Go on to the loop's end if nothing is missing, or to its last step if that takes several iterations."""
+    plays_last: bool = False
+    """Go on to its last step also if that is one iteration."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Skip:
     def __init__(self, aims: Aims, around: Surroundings | None = None, watched: WatchedValues | None = None) -> None:
         """`watched` tells where values that may decide sizes are new."""
         self._node, self._ran, self.to_end = aims.node, aims.ran, aims.to_end
+        self._plays_last = aims.plays_last
         self._around = around or Surroundings()
         self.watched = watched or WatchedValues()
         self.steps = max(1, aims.steps)
@@ -177,7 +180,7 @@ class Skip:
     def _pass_over(self, each: FollowedIteration, items: LoopItems, begun: tuple[float, float]) -> None:
         """Pass over iterations, a step's at a time, up to one that has to run, or the loop's end or last step."""
         self._ends.is_passing = True
-        plays_last = self.steps > 1 or (self.to_end and items.differ)
+        plays_last = self.steps > 1 or self._plays_last or (self.to_end and items.differ)
         has_left = plays_last and isinstance(self._node, ast.For) and items.left is not None
         goes_back = plays_last and self.to_end and isinstance(self._node, ast.While) and not self._ending
         earlier = before = each.values()

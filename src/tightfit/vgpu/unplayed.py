@@ -29,6 +29,7 @@ from tightfit.vgpu.loop_source import (
     loop_node,
     loops_around,
     reachable_calls,
+    sets_for_later,
 )
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.ran_lines import RanLines
@@ -256,14 +257,18 @@ class LineWatch:
         if epoch_ends and found and found[0][1].has_items:
             del found[0]
         for code, loop in found:
-            if not (self._counts_for_later(code, loop) and self._pass_to_end(code, loop)):
+            if not self._ends_for_later(code, loop):
                 self.left.leave(code, loop)
         return bool(found)
 
-    def _counts_for_later(self, code: CodeType, loop: Loop) -> bool:
-        """Return True if a loop counts something that is read behind it: a jump would leave the count where it is."""
+    def _ends_for_later(self, code: CodeType, loop: Loop) -> bool:
+        """Pass over the rest of a loop that counts, or sets late, what is read behind it: a jump would not do that."""
         made = self._read.loops.get((code, loop.first))
-        return made is not None and counts_for_later(made.node, code.co_filename, code.co_firstlineno, code.co_name)
+        if made is None:
+            return False
+        of_loop = made.node, code.co_filename, code.co_firstlineno, code.co_name
+        sets = sets_for_later(*of_loop)
+        return (sets or counts_for_later(*of_loop)) and self._pass_to_end(code, loop, plays_last=sets)
 
     def pace(self, frame: FrameType | None) -> int:
         """Return the iterations of the innermost training loop around `frame` that its latest optimizer step took."""
@@ -288,14 +293,14 @@ class LineWatch:
                 return is_finite and self._pace((each.f_code, loop.first)) > 1 and self._pass_to_end(each.f_code, loop)
         return False
 
-    def _pass_to_end(self, code: CodeType, loop: Loop) -> bool:
+    def _pass_to_end(self, code: CodeType, loop: Loop, *, plays_last: bool = False) -> bool:
         """Pass over the iterations that are left of a loop; False if nobody can count them."""
         place = code, loop.first
         made = self._read.loops.get(place)
         if made is None or code.co_flags & SUSPENDS or place in self._skips or self._ends[place] >= _MOST_ENDS:
             return False
         self._ends[place] += 1
-        self._begin_skip(place, loop, made, frozenset(), to_end=True, watches=False)
+        self._begin_skip(place, loop, made, frozenset(), to_end=True, watches=False, plays_last=plays_last)
         return True
 
     def _begin_skip(
@@ -308,6 +313,7 @@ class LineWatch:
         to_end: bool,
         watches: bool,
         is_outer: bool = False,
+        plays_last: bool = False,
     ) -> None:
         """Pass over iterations of a loop from its next one on."""
         code = place[0]
@@ -325,7 +331,7 @@ class LineWatch:
             has_seldom=made.seldom > 0,
             is_outer=is_outer,
         )
-        skip = Skip(Aims(made.node, missing, ran, self._pace(place), made.line, to_end), around, watched)
+        skip = Skip(Aims(made.node, missing, ran, self._pace(place), made.line, to_end, plays_last), around, watched)
         self._skips[place] = loop, skip
 
     def _ran_since(self, code: CodeType, made: InlinedLoop, before: frozenset[int]) -> set[int]:
