@@ -153,7 +153,7 @@ class CachingAllocator:
         del self._pending[:count]
 
     def process_events(self) -> None:
-        """Take back the blocks whose other streams have finished; not during a capture."""
+        """Take back blocks for which other streams have finished; not during a capture."""
         if not self.capturing:
             finished, self._finished = self._finished, []
             for block in finished:

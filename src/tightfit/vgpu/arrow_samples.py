@@ -10,9 +10,9 @@ _DATASET = "datasets.arrow_dataset.Dataset"
 
 
 def arrow_sizes(dataset: Any) -> Callable[[Sequence[object]], list[int]] | None:
-    """Return what tells the sizes of samples by their numbers.
+    """Return a function that tells the sizes of samples by their numbers.
 
-    None for other datasets, and where a sample is not what the columns hold: a transform, an image, nested lists.
+    None for other datasets, and where samples differ from the columns: with a transform, an image, nested lists.
     """
     if f"{type(dataset).__module__}.{type(dataset).__qualname__}" != _DATASET or dataset.format["type"] == "custom":
         return None

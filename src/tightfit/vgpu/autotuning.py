@@ -1,4 +1,4 @@
-"""What Inductor tries out on the card: a kernel in several configurations, a matrix product padded and as it is.
+"""Trials of Inductor on the card: of a kernel in several configurations, of a matrix product as it is and padded.
 
 It times each candidate between passes over a buffer that clears the card's L2 cache. The buffer is freed at once, but
 the allocator keeps its block: a card that compiles for the first time reserves more than one that finds the choices
@@ -33,7 +33,7 @@ class Trials:
     """The candidates that Inductor times on a virtual card. Nothing is measured: only their memory is taken."""
 
     def __init__(self, device: VirtualDevice, l2_cache_bytes: Callable[[], int]) -> None:
-        """`l2_cache_bytes` is asked for each buffer: what a play asked of its card tells on which others it holds."""
+        """`l2_cache_bytes` is called for each buffer: a play holds on other cards if they answer all calls alike."""
         self._device = device
         self._own_buffer_bytes = l2_cache_bytes
         self._kernels: dict[str, Kernel] = {}
@@ -90,7 +90,7 @@ class Trials:
 
 
 class _Choices:
-    """What Inductor's heuristics decided of a kernel, in place of the kernel that tunes itself."""
+    """A kernel as Inductor's heuristics decided, in place of the one that tunes itself."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Kernel:
                 self._trials.time(lambda: [torch.empty_like(tensor) for tensor in copied])
 
     def _choices(self) -> _Choices | None:
-        """None for a template, whose configuration was chosen before."""
+        """Return the heuristics' choices; None for a template, for which one configuration was chosen before."""
         decorator = self._source.partition(_DECORATOR)[2].partition(_DECORATOR_ENDS)[0]
         if not decorator:
             return None

@@ -138,7 +138,7 @@ def _error_of(run: Callable[[], object]) -> BaseException | None:
 def _behind(end: SystemExit) -> BaseException | None:
     """Return the error for which the script ended itself, as Hydra does once it has printed one; else its own end.
 
-    A text of the script's own says more than such an error. What it means that memory ran out before, others judge.
+    A text of the script's own says more than such an error. An out-of-memory error is left for the findings to judge.
     """
     errors = list(_chain(end))
     if any(isinstance(each, EnoughSeen) for each in errors):

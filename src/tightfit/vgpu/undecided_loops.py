@@ -35,8 +35,7 @@ class UndecidedLoops:
     def answer(self, start: FrameType | None, value: Scalar, exactly: Exactly | None = None) -> Scalar:
         """Return a value that is read at a line, or another one if it alone keeps a loop going.
 
-        `exactly` is given for a value that is known: what it is compared from may never change, because a made-up
-        value decides that.
+        `exactly` is given for a known value: its other side may never change, because a made-up value decides that.
         """
         frame = _reader(start)
         if frame is None:

@@ -71,7 +71,7 @@ def _run_once(
 
 
 def _change_writer(module: ModuleType) -> None:
-    """Let a writer of TensorBoard run the model whose graph it would draw, and draw nothing."""
+    """Let a writer of TensorBoard run the model, and draw no graph of it."""
 
     def add_graph(self: object, model: nn.Module, input_to_model: object = None, *args: object, **rest: object) -> None:
         modes = [(each, each.training) for each in model.modules()]
