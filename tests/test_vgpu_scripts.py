@@ -291,7 +291,7 @@ def test_a_script_that_catches_the_error_and_gives_up_did_not_fit(tmp_path: Path
     found = played(["--gpu", "A100", "--memory", "2GiB", tmp_path / "script.py"])
     assert found.outcome == outcome
     assert (found.failure and found.failure.line) == (4 if outcome == "out_of_memory" else None)
-    assert found.stopped_because.endswith("gave up") == (outcome == "out_of_memory")
+    assert found.stopped_because.endswith("caught the error and ended") == (outcome == "out_of_memory")
 
 
 def test_forum_user_fails_at_the_line(tmp_path: Path) -> None:
