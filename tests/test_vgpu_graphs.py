@@ -159,3 +159,15 @@ def test_a_trial_of_padding_may_not_fit(tmp_path: Path) -> None:
     assert outcome.failure.line == PADDED.splitlines().index("product(x)") + 1
     roomy = played(["--gpu", "A100", "--context", "0", "--memory", "300MiB", tmp_path / "script.py"])
     assert roomy.outcome == "fits"
+
+
+def test_a_setting_to_tune_all_products_is_left_out_and_told(tmp_path: Path) -> None:
+    """Inductor would time templates of its own beside cuBLAS's products, on tensors of the card."""
+    setting = "torch._inductor.config.max_autotune = True\n"
+    product = PADDED.replace("import torch\n", f"import torch\n{setting}").replace("8191", "8192")
+    (tmp_path / "script.py").write_text(f"{product.rstrip()}.sum().backward()\n")
+    outcome = played(["--gpu", "A100", tmp_path / "script.py"])
+    assert outcome.outcome == "fits"
+    assert [each for each in outcome.not_modelled if "compile" in each] == [
+        "torch.compile with max-autotune: memory for trying out kernels while compiling"
+    ]

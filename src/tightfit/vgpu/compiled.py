@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 import torch
@@ -154,6 +155,15 @@ class Compiler:
         assert callable(compiled)
         return compiled
 
+    def _without_templates(self) -> AbstractContextManager[object]:
+        """Return a context in which Inductor takes cuBLAS's products: it would time its own templates on the card."""
+        config = importlib.import_module("torch._inductor.config")
+        names = ("max_autotune", "max_autotune_gemm")
+        if any(getattr(config, name) for name in names):
+            self._device.note(say("vgpu.compiled.max_autotune"))
+        patched: AbstractContextManager[object] = config.patch(dict.fromkeys(names, False))
+        return patched
+
     def _compile_graph(
         self,
         graph: fx.GraphModule,
@@ -165,7 +175,7 @@ class Compiler:
         **_: object,
     ) -> "OutputCode":
         """Return Inductor's wrapper of one forward or backward graph, as a function of a list of its inputs."""
-        with self._device.phases.named("compile"):
+        with self._device.phases.named("compile"), self._without_templates():
             wrapper = wrapper_of(graph, inputs, is_backward=is_backward, is_inference=is_inference)
         call = run_wrapper(wrapper, self._device, self._trials)
         if with_graphs and wrapper.no_cuda_graph_because:
