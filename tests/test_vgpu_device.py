@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from plays import played
 from warm import in_process
 
@@ -462,3 +463,69 @@ def test_a_call_that_is_made_again_gives_the_same_kind_of_result() -> None:
                     print("modified by an inplace operation" in str(error), w.grad.shape)
     """)
     assert said.splitlines() == ["[False, False, True, True]", "5 blocks", *["True torch.Size([6, 6])"] * 2]
+
+
+# Builds of torch with and without CUDA
+
+
+def test_eager_code_runs_no_decomposition_of_a_compiler() -> None:
+    """Upsampling is one kernel, whichever kernels this build of torch has, and in inference mode too."""
+    printed = on_card("""
+import torch.nn.functional as F
+found = []
+for mode in (torch.no_grad, torch.inference_mode):
+    with mode():
+        images = torch.zeros(4, 8, 64, 64, device="cuda", dtype=torch.float16)
+        for kind in ("nearest", "nearest-exact", "bilinear"):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            larger = F.interpolate(images, scale_factor=2, mode=kind)
+            found.append((torch.cuda.max_memory_allocated() - before) / larger.nbytes)
+print(*found)
+""")
+    assert printed == ["1.0 1.0 1.0 1.0 1.0 1.0"]
+
+
+@pytest.mark.parametrize(("card", "layouts"), [("RTX 3060 12GB", "True True False"), ("T4", "True False False")])
+def test_convolutions_keep_channels_last_as_cudnn_does(card: str, layouts: str) -> None:
+    script = """
+found = []
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    images = torch.zeros(2, 8, 16, 16, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.zeros(4, 8, 3, 3, device="cuda", dtype=dtype)
+    found.append(torch.nn.functional.conv2d(images, weight).is_contiguous(memory_format=torch.channels_last))
+print(*found)
+"""
+    assert on_card(script, CARD.replace("RTX 3060 12GB", card)) == [layouts]
+
+
+def test_no_setting_asks_the_driver() -> None:
+    printed = on_card("""
+settings = torch.backends.cuda
+plans = settings.cufft_plan_cache
+plans.max_size = 8
+plans.clear()
+print(plans.size, plans.max_size, settings.preferred_linalg_library("cusolver").name)
+q = torch.zeros(1, 2, 64, 64, device="cuda", dtype=torch.float16)
+masked = settings.SDPAParams(q, q, q, q[0], 0.0, False, False)
+causal = settings.SDPAParams(q, q, q, None, 0.0, True, False)
+for call in (causal, masked):
+    print(settings.can_use_flash_attention(call), settings.can_use_efficient_attention(call))
+print(settings.is_flash_attention_available(), torch._C._accelerator_getDefaultGenerator(0).device)
+torch.accelerator.memory.empty_host_cache() if hasattr(torch.accelerator.memory, "empty_host_cache") else None
+start, end = torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)
+print(type(start.elapsed_time(end)).__name__, q[0, 0, 0].numpy(force=True).shape)
+""")
+    assert printed == ["0 8 Cusolver", "True True", "False True", "True cuda", "float (64,)"]
+
+
+def test_profilers_see_the_host() -> None:
+    printed = on_card("""
+x = torch.ones(4, device="cuda")
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    x + x
+print(any(event.key == "aten::add" for event in profiler.key_averages()))
+with torch.autograd.profiler.emit_nvtx():
+    x + x
+""")
+    assert printed == ["True"]

@@ -56,7 +56,7 @@ def cublas_bytes(card: Card, environ: Mapping[str, str]) -> int:
     return 32 * MIB if large else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-def _cublaslt_bytes(environ: Mapping[str, str]) -> int:
+def cublaslt_bytes(environ: Mapping[str, str]) -> int:
     """Bytes of CUBLASLT_WORKSPACE_SIZE (in KiB), else 1 MiB, as in `parseCUDABlasLtWorkspaceSize`."""
     given = re.match(r"\s*(\d+)", environ.get("CUBLASLT_WORKSPACE_SIZE", ""))
     return (int(given[1]) if given else 1024) * 1024
@@ -114,7 +114,7 @@ def workspaces(
     found = [Workspace("cublas", cublas_bytes(card, environ))]
     kept_apart = card.torch_version >= (2, 9) and not _unified(card, environ)
     if kept_apart and _uses_lt(name, args, kwargs, card, environ):
-        size = _cublaslt_bytes(environ)
+        size = cublaslt_bytes(environ)
         if card.torch_version == (2, 11) and environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE") is None:
             size = min(size, found[0].nbytes)
         found.append(Workspace("cublaslt", size))
@@ -149,9 +149,9 @@ def _product(t: Temporaries, card: Card, name: str, args: Sequence[Argument], kw
         t.take(_unusual_layout(matrix))
     lt = _uses_lt(name, args, kwargs, card, os.environ)
     if not _keeps_workspaces(card, os.environ):
-        t.take(_cublaslt_bytes(os.environ) if lt else cublas_bytes(card, os.environ))
+        t.take(cublaslt_bytes(os.environ) if lt else cublas_bytes(card, os.environ))
     elif lt and card.torch_version < (2, 9) and not _unified(card, os.environ):
-        t.take(_cublaslt_bytes(os.environ))
+        t.take(cublaslt_bytes(os.environ))
 
 
 @row("mm")

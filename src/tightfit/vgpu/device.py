@@ -204,10 +204,11 @@ class VirtualDevice:
     def _in_parts(self, func: OpOverload, *args: Argument, **kwargs: Argument) -> Argument:
         """Run an operator as those that it is made of; `to` with a device, too, as no fake tensor shows where it goes.
 
-        Autograd takes them apart before; only in inference mode they come here whole.
+        Autograd takes them apart before; only in inference mode they come here whole. `func.decompose` would prefer
+        the decompositions in Python that compilers use.
         """
         with self.mode():
-            parts: Argument = func.decompose(*args, **kwargs)
+            parts: Argument = func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         return parts
 
     def _launch(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:

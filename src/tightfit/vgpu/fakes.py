@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tightfit.kernels.temporaries import Argument, Arguments, Options
 
+_COMPOSITE = "CompositeImplicitAutograd"
+
 
 class SharedFakeMode(FakeTensorMode):
     """A fake mode for all threads of a script; `lock` lets one of them in at a time.
@@ -69,10 +71,11 @@ def is_wrapper(kind: type) -> bool:
 def is_composite(func: OpOverload, device: str) -> bool:
     """Return True if a device runs an operator as several others, and not as one kernel.
 
-    Autograd takes such operators apart; tensors of inference mode do not pass it.
+    Autograd takes such operators apart; tensors of inference mode do not pass it. Decompositions in Python are for
+    compilers: eager code runs `upsample_nearest2d` as one kernel, also where this build of torch has none for CUDA.
     """
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func._name, device.upper())
-    return func._can_decompose() and not has_kernel
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(func._name, _COMPOSITE) and not has_kernel(func._name, device.upper())
 
 
 def fakes(values: Iterable[Argument]) -> Iterator[FakeTensor]:

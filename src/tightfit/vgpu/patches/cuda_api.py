@@ -1,6 +1,7 @@
 """`torch.cuda` on the virtual GPU: its Python half, and the compiled half that this asks."""
 
 import re
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from tightfit.kernels.card import max_threads_per_sm
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.card_properties import capability_of, watched
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches import cuda_extras, cuda_graphs, cuda_streams, cuda_types
+from tightfit.vgpu.patches import cuda_extras, cuda_graphs, cuda_streams, cuda_types, library_settings
 from tightfit.vgpu.recorder import Allocation
 from tightfit.vgpu.snapshot import Snapshot, snapshot_of
 
@@ -78,6 +79,7 @@ def install(device: VirtualDevice, gpu: GPU, count: int = 1) -> None:
     cuda_graphs.install(device)
     cuda_extras.install(device)
     cuda_types.install()
+    library_settings.install(device)
 
 
 def _install_devices(device: VirtualDevice, card: SimpleNamespace) -> None:
@@ -187,6 +189,7 @@ def _install_compiled_devices(device: VirtualDevice, count: int) -> None:
         _cuda_set_sync_debug_mode=lambda mode: None,
         _cuda_getCurrentBlasHandle=lambda: 0,
         _cuda_getCurrentSolverHandle=lambda: 0,
+        _cuda_hasPrimaryContext=lambda index: True,
         _get_accelerator=lambda check=None: torch.device("cuda"),
     )
     if not hasattr(torch._C, "_cuda_CUDAAllocator_AllocatorState"):  # imported where torch.cuda is there
@@ -247,6 +250,7 @@ class _Memory:
 
 def _install_compiled_memory(device: VirtualDevice, allocator: CachingAllocator) -> None:
     memory = _Memory(device, allocator)
+    _install_labels()
     assign(
         torch._C,
         _cuda_synchronize=memory.synchronize,
@@ -271,9 +275,22 @@ def _install_compiled_memory(device: VirtualDevice, allocator: CachingAllocator)
         _cuda_getCurrentRawStream=lambda index: device.current_stream,
         _accelerator_isAllocatorInitialized=lambda: True,
         _accelerator_emptyCache=memory.empty_cache,
+        _accelerator_emptyHostCache=lambda: None,
         _accelerator_getDeviceStats=memory.stats,
         _accelerator_resetAccumulatedStats=lambda index: allocator.reset_accumulated_stats(),
         _accelerator_resetPeakStats=lambda index: device.reset_peak_stats(),
         _accelerator_getMemoryInfo=lambda index: allocator.mem_get_info(),
         _accelerator_synchronizeDevice=memory.synchronize,
+    )
+
+
+def _install_labels() -> None:
+    """Keep the label that a thread gives its requests from torch 2.15; snapshots are without them."""
+    labels = threading.local()
+    assign(
+        torch._C,
+        _cuda_memoryMetadataSupported=lambda: True,
+        _cuda_setMemoryMetadata=lambda label: setattr(labels, "now", label),
+        _cuda_getMemoryMetadata=lambda: getattr(labels, "now", ""),
+        _cuda_annotateMemory=lambda address, label: None,
     )

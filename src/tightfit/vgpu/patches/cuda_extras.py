@@ -192,6 +192,7 @@ def _install_tunable() -> None:
         _cuda_tunableop_get_validators=tuple,
         _cuda_tunableop_read_file=lambda filename: False,
         _cuda_tunableop_set_numerical_check_tolerances=lambda *_: None,
+        _cuda_tunableop_clear_all=lambda: None,
     )
 
 

@@ -156,6 +156,13 @@ class VirtualEvent:
         return 1e-3
 
 
+class _AcceleratorEvent(VirtualEvent):
+    """An event as `torch.Event` makes it: its first argument is the device."""
+
+    def __init__(self, device: Where = None, **options: bool) -> None:
+        super().__init__(**options)
+
+
 class VirtualGenerator(torch.Generator):
     """A generator that a script made for the device: real numbers, which no kernel uses."""
 
@@ -229,7 +236,7 @@ def _install_streams(virtual: VirtualDevice) -> None:
 
     assign(torch.cuda, torch.cuda.streams, Stream=VirtualStream, Event=VirtualEvent)
     assign(torch.cuda, torch.cuda.streams, ExternalStream=VirtualExternalStream)
-    assign(torch, Stream=VirtualStream, Event=VirtualEvent)
+    assign(torch, Stream=VirtualStream, Event=_AcceleratorEvent)
     assign(
         torch.cuda,
         current_stream=current_stream,
@@ -279,4 +286,6 @@ def _install_random() -> None:
         initial_seed=lambda: seeds.value,
     )
     assign(torch, Generator=VirtualGenerator)
-    assign(torch.cuda, default_generators=(VirtualGenerator("cuda"),))
+    default = VirtualGenerator("cuda")
+    assign(torch.cuda, default_generators=(default,))
+    assign(torch._C, _accelerator_getDefaultGenerator=lambda index: default)

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, library, nn
@@ -47,6 +47,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     torchscript.install(device)
     lazy_modules.install()
     _install_attention(device)
+    _install_convolutions(device)
     _install_scalars(device)
 
 
@@ -223,10 +224,8 @@ def _install_fake_tensors(device: VirtualDevice) -> None:
     """Let a fake tensor answer like a tensor on a card, where torch's own refuses to."""
     usual_format: Callable[[Tensor, str], str] = torch.Tensor.__format__
 
-    def to_numpy(
-        tensor: Tensor, *args: object, **kwargs: object
-    ) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
-        if tensor.device.type == "cuda":
+    def to_numpy(tensor: Tensor, *, force: bool = False) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
+        if tensor.device.type == "cuda" and not force:
             raise TypeError(
                 "can't convert cuda:0 device type tensor to numpy. "
                 "Use Tensor.cpu() to copy the tensor to host memory first."
@@ -355,6 +354,29 @@ def _install_attention(device: VirtualDevice) -> None:
     for key in ("AutogradCUDA", "CUDA"):
         operators.impl("scaled_dot_product_attention", chosen, key, allow_override=True)
     backend.KEPT.append(operators)
+
+
+def _install_convolutions(device: VirtualDevice) -> None:
+    """Lay out results of convolutions as cuDNN does, for which torch asks the driver, or which its build lacks.
+
+    Follows `cudnn_conv_suggest_memory_format` (ATen/native/ConvUtils.h): "channels last" where the input or the
+    weight is, but not in float64. Cards before Ampere have no convolution in bfloat16 there.
+    """
+    usual: Callable[[Tensor, Tensor, Any], torch.memory_format] = torch._C._conv_determine_backend_memory_format
+    by_dims = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+    def layout(input: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+        if input.device.type != "cuda":
+            return usual(input, weight, backend)
+        last = by_dims.get(weight.dim(), torch.contiguous_format)
+        if last not in map(torch._prims_common.suggest_memory_format, (input, weight)):
+            return torch.contiguous_format
+        unknown = torch.float64 in (input.dtype, weight.dtype) or not torch.backends.cudnn.enabled
+        if unknown or (input.dtype == torch.bfloat16 and device.answers.ask(lambda card: card.capability < (8, 0))):
+            return torch.contiguous_format
+        return last
+
+    assign(torch._C, _conv_determine_backend_memory_format=layout)
 
 
 def _install_scalars(device: VirtualDevice) -> None:
