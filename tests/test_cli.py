@@ -455,7 +455,7 @@ class TestPublicFace:
 FLOORS = [
     ("errors", "units", "display", "tables", "syntax"),
     ("wording",),
-    ("foreign", "storage", "config", "gpus"),
+    ("foreign", "packages", "storage", "config", "gpus"),
     ("links",),
     ("allocator", "kernels", "models", "data"),
     ("vgpu", "system"),

@@ -27,6 +27,7 @@ from tightfit.config.knob import (
     with_expandable_segments,
 )
 from tightfit.errors import ConfigError
+from tightfit.packages import is_packages_file
 from tightfit.questions.asking import Asked
 from tightfit.questions.edits import KINDS, Kind
 from tightfit.simulation.details import Detail, StepTime
@@ -364,11 +365,10 @@ def _outcome(detail: Detail) -> str:
 
 def _readable(files: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the Python files of the user among those that a play read, with their texts."""
-    installed = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    of_python = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
     for path in files:
-        real = os.path.realpath(path)
-        is_own = not any(real.startswith(folder + os.sep) for folder in installed)
-        if not path.endswith(".py") or not is_own or "site-packages" in real:
+        is_own = not (is_packages_file(path) or os.path.realpath(path).startswith(of_python))
+        if not path.endswith(".py") or not is_own:
             continue
         try:
             data = Path(path).read_bytes()

@@ -3,11 +3,12 @@
 import os
 import re
 import sysconfig
-from functools import cache
 from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
+
+from tightfit.packages import is_packages_file, package_folders
 
 _LIBRARIES = tuple(
     os.path.realpath(path) + os.sep
@@ -17,7 +18,7 @@ _LIBRARIES = tuple(
         os.path.join(sysconfig.get_paths()["stdlib"]),
     )
 )
-_SITE = tuple({os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in ("purelib", "platlib")})
+
 MAX_FRAMES = 8
 _PRINTED = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
@@ -74,14 +75,7 @@ def is_own(code: CodeType) -> bool:
 
 def is_package(frame: Frame) -> bool:
     """Return True if a frame is in an installed package, rather than in the user's own files."""
-    return _is_packages_file(frame.file)
-
-
-@cache
-def _is_packages_file(file: str) -> bool:
-    """Return True for a file of this Python's packages, or of others that a `.pth` file or PYTHONPATH adds."""
-    name = os.path.realpath(file)
-    return name.startswith(_SITE) or f"{os.sep}site-packages{os.sep}" in name
+    return is_packages_file(frame.file)
 
 
 def users_line(frames: tuple[Frame, ...]) -> Frame | None:
@@ -94,7 +88,7 @@ def _facts(code: CodeType) -> _Code:
     if known is None:
         file = code.co_filename
         counts = not (file.startswith("<") or _is_library(file))
-        known = _codes[id(code)] = _Code(code, counts, counts and not _is_packages_file(file), {})
+        known = _codes[id(code)] = _Code(code, counts, counts and not is_packages_file(file), {})
     return known
 
 
@@ -106,7 +100,7 @@ def _frame(code: _Code, line: int) -> Frame:
 def _is_library(file: str) -> bool:
     """Return True if a file is torch's, ours or the standard library's, rather than another installed package's."""
     name = os.path.realpath(file)
-    return name.startswith(_LIBRARIES[:2]) or (name.startswith(_LIBRARIES) and not name.startswith(_SITE))
+    return name.startswith(_LIBRARIES[:2]) or (name.startswith(_LIBRARIES) and not name.startswith(package_folders()))
 
 
 def frames_of_text(trace: str) -> tuple[Frame, ...]:
