@@ -321,3 +321,64 @@ def test_words_for_the_hosts_memory(words: str):
     facts = explain(words).facts
     assert facts is not None
     assert facts.kind == "host_memory_error"
+
+
+@pytest.mark.parametrize(
+    ("words", "cause", "fix"),
+    [
+        ("The inference accumulates memory: after about 10 images it fails.", "kept_between_passes", "less_at_once"),
+        ("Inference fails at frame 135: memory is not released after a frame.", "kept_between_passes", "less_at_once"),
+        ("推理几次之后，显存没有释放\n    y = model(x)", "kept_between_passes", "no_gradients"),
+        ("In a training, the memory is not released after each batch.", "growing", "kept_graph"),
+        ("The inference fails.", None, "less_at_once"),
+    ],
+)
+def test_what_a_program_keeps_from_pass_to_pass(words: str, cause: str | None, fix: str):
+    found = explain(f"# it fails\n{words}\n{FULL}")
+    kept = {"kept_between_passes", "growing", "ran_first"} & {each.code for each in found.causes}
+    assert kept == ({cause} if cause else set())
+    assert found.remedies[0].code == fix
+
+
+@pytest.mark.parametrize(
+    ("cached", "is_first"),
+    [("700.00 MiB", False), ("1.10 GiB", True), ("4.90 GiB", True)],
+    ids=["alike", "more", "most"],
+)
+def test_fragments_of_about_the_size_of_the_request_are_no_cause(cached: str, is_first: bool):
+    log = (
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 300.00 MiB. GPU 0 has a total capacity of 11.00 GiB "
+        "of which 100.00 MiB is free. Including non-PyTorch memory, this process has 10.90 GiB memory in use. Of the "
+        f"allocated memory 5.50 GiB is allocated by PyTorch, and {cached} is reserved by PyTorch but unallocated."
+    )
+    assert (explain(log).causes[0].code == "cache_decides") == is_first
+
+
+def test_a_batch_that_is_no_option_is_not_the_runs():
+    assert "batch_size" not in run_facts_in("`--train_batch_size 16` wasn't an option with this file").numbers
+    assert run_facts_in("`--train_batch_size 16` is what I use").numbers["batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("title", "kind"),
+    [
+        (
+            "# Out of Memory Error: run_detect.py\nIt takes more than 12GB on a single GPU, around image 135 of 199.",
+            "program_words",
+        ),
+        (
+            "# Try to release GPU memory during the inference\nThe memory cost is increasing until it OOM.",
+            "program_words",
+        ),
+        ("# loading model was Killed\n程序在加载模型中被kill了，torch版本 2.1\nKilled", "host_killed"),
+        (
+            "# RAM usage increasing as training progresses\nMy CPU RAM (not GPU) usage is increasing continuously.",
+            "host_memory_error",
+        ),
+        ("# High RAM usage when training\nBefore the first epoch finished, it ran out.", "host_memory_error"),
+    ],
+)
+def test_kinds_of_failures_that_people_tell(title: str, kind: str):
+    facts = explain(title).facts
+    assert facts is not None
+    assert facts.kind == kind

@@ -64,7 +64,9 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield tensors that are kept from step to step, by a line that feeds a state back, or by the report's words."""
     if feeds_back(facts.frames):
         yield Cause(code="fed_back", label=LIKELY)
-    elif "growing" in evidence.run.signs and not is_oversized(facts):  # no sum of small parts
+    elif evidence.infers and evidence.run.signs & _OF_PASSES and not (is_oversized(facts) or had_room(facts)):
+        yield Cause(code="kept_between_passes", label=LIKELY)
+    elif _grows(facts, evidence):
         yield Cause(code="growing", label=LIKELY)
     elif "stepped" in evidence.run.signs and facts.phase in _OF_A_STEP and evidence.purpose == TRAINING:
         yield Cause(code="stepped", label=LIKELY)
@@ -72,8 +74,21 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield from _of_earlier_steps(facts, evidence)
 
 
+def _grows(facts: Facts, evidence: Evidence) -> bool:
+    """Return True if the report says that memory grows, and the request is no single large one."""
+    says_so = "growing" in evidence.run.signs or ("accumulates" in evidence.run.signs and not had_room(facts))
+    return says_so and not is_oversized(facts)
+
+
+_OF_PASSES = frozenset({"growing", "accumulates", "ran_first"})
+"""Signs of passes that went well before the one that failed."""
+
+
 def _of_earlier_steps(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield that by the report's words earlier steps of the training went well."""
+    if evidence.infers and evidence.run.signs & _OF_PASSES and "growing" not in facts.details:
+        yield Cause(code="kept_between_passes", label=LIKELY)
+        return
     may_be = "ran_first" in evidence.run.signs and facts.phase in _OF_A_STEP and not is_oversized(facts)
     if may_be and evidence.purpose == TRAINING and "growing" not in facts.details:
         yield Cause(code="ran_first", label=LIKELY)

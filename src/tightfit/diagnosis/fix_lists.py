@@ -12,6 +12,7 @@ from tightfit.diagnosis.needless import needless
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.report_words import hears, is_in_words, names_inputs
+from tightfit.oomlog.ownership import had_room
 
 _ON_CUDA_ONLY = frozenset({"optimizer_8bit", "shard", "offload", "quantized_weights", "qlora"})
 """Remedies that stand on libraries for CUDA."""
@@ -25,6 +26,8 @@ _OWN_LISTS = ("optimizer_temporary", _GATHERED)
 """Kinds of tensors with fixes of their own."""
 _RARELY_ONES_OWN = ("smaller_model", "no_gradients")
 """Remedies that a program for the use of a trained model mostly has no room for."""
+_OF_KEPT_RESULTS = ("no_gradients", "outputs_to_host")
+"""Remedies for what a program that uses a trained model keeps from one pass to the next."""
 _OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
 """Remedies that ComfyUI has for models of pictures."""
 _OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "windows", "data"})
@@ -59,6 +62,7 @@ def _fitting(case: Case) -> list[str]:
         codes = ["less_at_once", *codes]
     if evidence.infers and evidence.framework is None:  # a program of another's has one model, and keeps no gradients
         codes.sort(key=lambda code: code in _RARELY_ONES_OWN)
+        codes = ["no_gradients", *codes] if "no_gradients" in codes and case.shows("subject.own_loop") else codes
     if is_filled_by_library(facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
@@ -68,7 +72,12 @@ def _fitting(case: Case) -> list[str]:
         codes = ["smaller_weights", *codes]
     if evidence.infers and case.shows("subject.any_picture_size"):  # its pictures have any size
         codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
+    is_users_own = (case.program is None or case.is_of("libraries")) and not case.is_foreign
+    may_keep = not (case.is_oversized or had_room(facts))
+    if evidence.infers and is_users_own and may_keep and case.has_sign("growing", "accumulates", "ran_first"):
+        codes = [*_OF_KEPT_RESULTS, *codes]
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
+    grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
     if grows or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes

@@ -100,6 +100,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         return _of_vllm(facts, run)
     if facts.kind in _TOLD_BY_PEOPLE:
         facts = _with_phase(_in_prose(facts, run), run)
+    if facts.kind in _GROWS and "accumulates" in run.signs and not facts.frames and facts.phase is None:
+        facts = _with(facts, "growing")
     if facts.kind == "jax_out_of_memory":
         return _of_jax(facts, run)
     if facts.kind == "tensorflow_out_of_memory":
@@ -114,6 +116,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
 
 
+_GROWS = ("program_words", "memory_words", "cuda_driver")
+"""Kinds of failures with a sentence on memory that grows."""
 _CONTEXT = re.compile(r"\bn_ctx(?:_per_seq)? *= *(\d{3,8})\b")
 """The context that llama.cpp prints."""
 _LACK = re.compile(

@@ -94,12 +94,18 @@ def _card_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield words("assumed", "card", name=card.name, total=card.total_bytes)
 
 
+_OF_PASS = ("forward", "loss", "backward", "optimizer", "sample")
+"""Phases of one pass, which the sentence on a runtime without memory does not name."""
+
+
 def _told_phase(facts: Facts, words: Words) -> Iterator[str]:
     """Yield the phase, where the sentence on the failure does not name it."""
     has_figures = facts.free_bytes is not None and facts.total_bytes is not None and bool(facts.short_by_bytes)
     has_figures = has_figures and is_of_device(facts)
     if facts.phase is not None and not has_figures and is_of_device(facts):
         yield words("problem", "told_phase" if "told_phase" in facts.details else "in_phase", phase=facts.phase)
+    elif facts.kind == "cuda_driver" and facts.phase in _OF_PASS and "told_phase" not in facts.details:
+        yield words("problem", "in_phase", phase=facts.phase)
     elif "told_phase" in facts.details and not has_figures:
         yield words("problem", "told_phase", phase=facts.phase)
 

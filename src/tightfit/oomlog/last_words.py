@@ -322,6 +322,7 @@ _ANYHOW = re.compile(
 _MEETS = re.compile(
     r"\b(?:I|we|it|and)\b[^.\n]{0,40}\b(?:get|gets|getting|got|hit|hits|facing|keeps?|ran|runs?|met|receive\w*)\b"
     r"[^.\n]{0,40}\b(?:out[ -]of[ -]memory|OOM)\b"
+    r"|\buntil (?:it |I |we |the \w+ )?(?:gets? |goes |hits? |is |runs? )?(?:OOM|out[ -]of[ -]memory)\b"
     r"|\b(?:CUDA|GPU) out of memory\b[^.\n]{0,20}\b(?:even|although|despite)\b"
     r"|\b(?:CUDA|GPU)(?: memory)? (?:will be|is|was|gets?|got|goes|went|runs?|ran) out of memory\b",
     re.IGNORECASE | re.ASCII,
@@ -383,16 +384,20 @@ _RAM = re.compile(
     r"|\b(?:giv\w+|g[eo]t\w*|throws?|rais\w+|with) (?:a |an )?MemoryError\b|^#.{0,60}\bMemoryError\b"
 )
 """A person's words for the host's memory that ran out."""
+_HOSTS = (
+    r"(?<!GPU )\b(?:(?:host|CPU|system|main|RAM) (?:memory|RAM)|RAM)\b(?: \([^)\n]{1,20}\))?"
+    r"(?: usage| use| consumption| utili[sz]ation| footprint)?"
+)
+"""The host's memory in a person's words."""
 _OF_CPU = re.compile(
     r"\bout[- ]of[- ](?:CPU|host|system|main)[- ](?:memory|RAM)\b|\b(?:CPU|host|system) (?:RAM |memory )?OOMs?\b"
     r"|\b(?:us|tak|eat|fill|consum|exhaust)\w* (?:up )?all (?:of )?(?:(?:my|the) )?"
     r"(?:(?:machine|system|host|computer)(?:'s)? )?(?:D?RAM|memory of the (?:machine|host|node|server))\b"
     r"|\bmemory \(not (?:the )?(?:GPU|VRAM)[^)\n]*\)[^.\n]{0,40}\b(?:full|out|exhausted)\b"
-    r"|(?<!GPU )\b(?:host|CPU|system|main|RAM) memory\b(?: \w+){0,4}? "
-    r"(?:costs? too much|(?:is |was |gets? )?(?:exhausted|full)\b|(?:increas|grow|climb|leak)\w*)"
+    rf"|{_HOSTS}(?: \w+){{0,4}}? (?:costs? too much|(?:increas|grow|climb|leak|explod|overflow)\w*"
+    r"|ris(?:es|ing)|(?:is |was |gets? )?(?:exhausted|full|too high)\b|r[au]ns? out\b)"
     r"|\bmemory leak\w*[^.\n]{0,20} (?:on|in|of|for) (?:the )?(?:(?:CPU|host|system|main) (?:RAM|memory)|RAM)\b"
-    r"|(?<!GPU )(?<!V)\bRAM (?:usage |consumption |use )?(?:keeps? |continu\w+ (?:to )?|steadily |slowly |constantly )+"
-    r"(?:increas|grow|climb|ris)\w*"
+    rf"|\b(?:too much|high|huge|excessive|insane|crazy) {_HOSTS}"
     r"|\bnot? (?:apparently )?(?:have )?(?:apparently )?enough memory to store the complete replay buffer"
     r"|(?:CPU|主机|系统|物理)内存(?:泄[漏露]|一直|不断|持续|逐渐|越来越)"
     r"|(?<!V)\bRAM is the bottleneck\b|\bmain memory usage\b[^.\n]{0,40}\b(?:increas|grow|ris)\w*",

@@ -262,10 +262,17 @@ _WENT_WELL = re.compile(
 """Words right behind such a batch."""
 
 
+_NO_OPTION = re.compile(
+    r"[`'\")]{0,3} (?:(?:is|was|are)(?:n'?t| not)|does(?:n'?t| not)) "
+    r"(?:an? (?:\w+ )?(?:option|argument|parameter|flag)|exist|available|supported|recogni[sz]ed|accepted|work)\b"
+)
+"""Words right behind an option that the program does not have."""
+
+
 def _is_of_other_run(text: str, match: re.Match[str]) -> bool:
     """Return True if the words around a batch say that it is not the one that failed."""
     before = _OTHER_RUN.search(text, max(match.start() - 40, 0), match.start())
-    return bool(before or _WENT_WELL.match(text, match.end()))
+    return bool(before or _WENT_WELL.match(text, match.end()) or _NO_OPTION.match(text, match.end()))
 
 
 _SECTION = re.compile(r"[\"']?([A-Za-z_]\w{0,40})[\"']?\s{0,3}[:=]\s{0,3}(?:dict\(|\{)?\s*$")

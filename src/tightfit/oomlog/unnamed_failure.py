@@ -109,9 +109,15 @@ class Unnamed(Struct):
             return "begun", begun
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
             last = ("memory_words", last[1])
-        if last is not None and last[0] == "memory_words" and is_told(last[1]):
-            return "reported", last[1]
+        if last is not None and last[0] == "memory_words" and (is_told(last[1]) or self._titles_a_card(last[1])):
+            return "reported", last[1].strip(" #")
         return last
+
+    def _titles_a_card(self, words: str) -> bool:
+        """Return True for the title of a person's report of a card's memory, in words of no library."""
+        title = self.head.lstrip().partition("\n")[0]
+        is_title = title.startswith("# ") and words.strip(" #") == title.strip(" #")
+        return is_title and self._is_short_report() and reported_in(lines_of(self.head[:_TITLES])) is not None
 
     def _met_on_the_host(self) -> _Found | None:
         """Return the sentence in which a person tells that the host's memory ran out, in words that leave no doubt."""
