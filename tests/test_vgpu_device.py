@@ -519,6 +519,18 @@ print(type(start.elapsed_time(end)).__name__, q[0, 0, 0].numpy(force=True).shape
     assert printed == ["0 8 Cusolver", "True True", "False True", "True cuda", "float (64,)"]
 
 
+def test_grids_are_sampled_by_cudnn() -> None:
+    """A build of torch with CUDA takes this operator for `grid_sample(..., align_corners=True)`."""
+    printed = on_card("""
+images = torch.zeros(2, 3, 8, 8, device="cuda", requires_grad=True)
+grid = torch.zeros(2, 4, 5, 2, device="cuda", requires_grad=True)
+sampled = torch.cudnn_grid_sampler(images, grid)
+sampled.sum().backward()
+print(*sampled.shape, images.grad.shape == images.shape, grid.grad.shape == grid.shape)
+""")
+    assert printed == ["2 3 4 5 True True"]
+
+
 def test_profilers_see_the_host() -> None:
     printed = on_card("""
 x = torch.ones(4, device="cuda")

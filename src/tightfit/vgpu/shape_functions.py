@@ -223,7 +223,22 @@ def _int_repr(fake: FakeTensorMode, func: OpOverload, source: Tensor) -> Tensor:
         return torch.empty(source.shape, dtype=_WHOLE.get(source.dtype, torch.int8), device=source.device)
 
 
+def _grid_sampler(fake: FakeTensorMode, func: OpOverload, source: Tensor, grid: Tensor) -> Tensor:
+    """GridSampler.cpp of cuDNN, which a build of torch with CUDA takes where corners are aligned."""
+    with fake:
+        return source.new_empty((*source.shape[:2], *grid.shape[1:3]))
+
+
+def _grid_sampler_backward(
+    fake: FakeTensorMode, func: OpOverload, source: Tensor, grid: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    with fake:
+        return source.new_empty(source.shape), grid.new_empty(grid.shape)
+
+
 _OF_OTHERS: dict[OpOverload, Callable[..., Argument]] = {
+    aten.cudnn_grid_sampler.default: _grid_sampler,
+    aten.cudnn_grid_sampler_backward.default: _grid_sampler_backward,
     aten.linalg_lstsq.default: _lstsq,
     aten.int_repr.default: _int_repr,
 }
