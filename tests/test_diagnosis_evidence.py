@@ -248,13 +248,22 @@ FULL = "RuntimeError: CUDA out of memory. Tried to allocate 34.00 MiB (GPU 0; 10
         ("training wav2vec2 on librispeech", "shorter_audio"),
         ("声学模型训练", "shorter_audio"),
         ("training PointPillars on KITTI", "coarser_points"),
+        ("training with a patch of 128x128x128", "smaller_volumes"),
+        ("training of Auto3D", "smaller_volumes"),
         ("training BERT4Rec and a ResNet together", "smaller_inputs"),
         ("training fails", "smaller_inputs"),
     ],
 )
 def test_names_of_models_and_data_show_which_inputs_can_be_smaller(title: str, code: str):
     codes = [each.code for each in explain(f"# {title}\n{FULL}").remedies]
-    kinds = {"smaller_picture", "shorter_length", "shorter_audio", "coarser_points", "smaller_inputs"}
+    kinds = {
+        "smaller_volumes",
+        "smaller_picture",
+        "shorter_length",
+        "shorter_audio",
+        "coarser_points",
+        "smaller_inputs",
+    }
     assert [each for each in codes if each in kinds] == [code]
 
 
@@ -382,3 +391,23 @@ def test_kinds_of_failures_that_people_tell(title: str, kind: str):
     facts = explain(title).facts
     assert facts is not None
     assert facts.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("# High RAM usage\nThe script is killed at the validation step after epoch 0.", "kind_results_reduced"),
+        ("# RAM is full\n検証中に落ちます。", "kind_results_reduced"),
+        ("# High RAM usage\nIt comes before the first epoch.", "kind_data_in_parts"),
+        ("# GPU OOM problem\nMy GPU Memory-Usage increases during the training.", "kind_kept_tensors"),
+        (
+            "The GPU memory keeps increasing in training. At last, it returns an error: Out of Memory.",
+            "kind_kept_tensors",
+        ),
+    ],
+)
+def test_the_first_fix_of_what_people_tell_of_memory(words: str, first: str):
+    for language in ("en", "ja"):
+        found = explain(words, lang=language)
+        assert found.remedies[0].code == first
+        assert "{" not in str(found)
