@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from plays import findings, played
 
+from tightfit.report.dryrun_page import dryrun_page
+from tightfit.wording.report import words
+
 SCRIPTS = Path(__file__).parent / "scripts"
 MIB = 2**20
 
@@ -270,10 +273,13 @@ def test_forum_user_retries_with_half_the_batch(tmp_path: Path) -> None:
 GIVES_UP = """
 import sys, torch
 try:
-    torch.empty(1 << 30, device="cuda")
+    torch.nn.Linear(8, 128).cuda()(torch.empty(1 << 22, 8, device="cuda"))
 except torch.OutOfMemoryError as error:
     {answer}
 """
+
+
+FILLS = 'held = [torch.empty(1 << 26, device="cuda") for _ in range(100)]'
 
 
 @pytest.mark.parametrize(
@@ -292,6 +298,15 @@ def test_a_script_that_catches_the_error_and_gives_up_did_not_fit(tmp_path: Path
     assert found.outcome == outcome
     assert (found.failure and found.failure.line) == (4 if outcome == "out_of_memory" else None)
     assert found.stopped_because.endswith("caught the error and ended") == (outcome == "out_of_memory")
+
+
+def test_a_script_that_fills_the_card_on_purpose_is_told_so(tmp_path: Path) -> None:
+    code = GIVES_UP.replace('torch.nn.Linear(8, 128).cuda()(torch.empty(1 << 22, 8, device="cuda"))', FILLS)
+    (tmp_path / "script.py").write_text(code.format(answer="print(error)"))
+    found = played(["--gpu", "A100", "--memory", "2GiB", tmp_path / "script.py"])
+    verdict = dryrun_page(found, words("en")).verdict
+    assert verdict.startswith("FITS on ")
+    assert verdict.endswith("It ran out of memory 1 time, which the script caught.")
 
 
 def test_forum_user_fails_at_the_line(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def verdict_of(found: Findings, t: Words) -> str:
         reason=found.stopped_because,
     )
     processes = [each.file for each in found.not_played if not each.line]
+    if found.outcome == "fits" and found.caught_failures:
+        verdict += t("outcome", "caught", count=found.caught_failures)
     return " ".join([verdict, *(t("outcome", "process_not_played", command=each) for each in processes)])
 
 

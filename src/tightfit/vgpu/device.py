@@ -86,7 +86,6 @@ class VirtualDevice:
     caught_failures = 0
     events_at_failure = 0
     """Number of the recorder's events when memory last ran out."""
-    steps_at_first_failure = 0
     thread_error: torch.OutOfMemoryError | None = None
     """Error that ended a thread of the script."""
     out_of_time = False
@@ -469,8 +468,6 @@ class VirtualDevice:
             failed = allocation if isinstance(allocation, Allocation) else allocation(0)
             failed.nbytes = error.tensor_bytes
             self.failure = (failed, error.with_traceback(None))  # a traceback would keep the script's tensors
-            if not self.caught_failures:
-                self.steps_at_first_failure = self.phases.steps
             self.caught_failures += 1
             self.events_at_failure = len(self.recorder.events)
             raise torch.OutOfMemoryError(error.message(self.card.torch_version)) from None

@@ -54,8 +54,8 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
 def _ran_out(session: VirtualSession, error: BaseException | None) -> bool:
     """Return True if the script failed because memory ran out, or caught that error and then gave up.
 
-    It gave up if it took no more memory and ended, by an error of its own in place of the first one, or by itself and
-    without an optimizer step since: a script that leaves out the batches that do not fit goes on with others.
+    It gave up if it took no more memory and ended, by an error of its own in place of the first one, or by itself in
+    its first step. After steps, it may leave out a batch that does not fit; in the setup, it may try the card's size.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -65,7 +65,7 @@ def _ran_out(session: VirtualSession, error: BaseException | None) -> bool:
         return False
     if error is not None:
         return _comes_of_memory(error)
-    return not session.ends_early and session.phases.steps == device.steps_at_first_failure
+    return not (session.ends_early or session.phases.steps or device.failure[0].phase == "setup")
 
 
 def _comes_of_memory(error: BaseException) -> bool:
