@@ -239,7 +239,7 @@ def sentence_in(line: str) -> str:
 def told_in(line: str) -> str:
     """Return the sentence of a person's line that names a lack of memory, on one line and without its mark.
 
-    >>> told_in("I have a T4. It failed   because of out of CUDA memory.")
+    >>> told_in("I have a small card. It failed   because of out of CUDA memory.")
     'It failed because of out of CUDA memory'
     """
     said = _part_with_lack(_SENTENCE_ENDS.split(line), line)
