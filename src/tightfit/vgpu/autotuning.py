@@ -29,6 +29,14 @@ _DECORATOR = "@triton_heuristics."
 _DECORATOR_ENDS = "\n@triton.jit"
 
 
+def run_as_timed(candidate: Callable[[], object], buffer_bytes: int) -> None:
+    """Run a candidate as a benchmark does: alone first, then beside the buffer that clears the cache."""
+    candidate()
+    buffer = torch.empty(buffer_bytes // 4, dtype=torch.int, device="cuda")
+    candidate()
+    del buffer
+
+
 class Trials:
     """The candidates that Inductor times on a virtual card. Nothing is measured: only their memory is taken."""
 
@@ -40,10 +48,7 @@ class Trials:
 
     def time(self, candidate: Callable[[], object], *_: object, **__: object) -> float:
         """Take the memory of one candidate's timing; no time passes."""
-        candidate()
-        buffer = torch.empty(self._buffer_bytes // 4, dtype=torch.int, device="cuda")
-        candidate()
-        del buffer
+        run_as_timed(candidate, self._buffer_bytes)
         return 0.0
 
     @property

@@ -40,7 +40,16 @@ from tightfit.vgpu.assumed import Assumed
 from tightfit.vgpu.card_answers import CardAnswers, HiddenByCard, Sizes
 from tightfit.vgpu.chance import OF_TENSORS, Draws
 from tightfit.vgpu.data_shapes import HANDLERS
-from tightfit.vgpu.fakes import SharedFakeMode, fakes, has_fake, is_composite, is_on_card, is_on_meta, is_wrapper
+from tightfit.vgpu.fakes import (
+    SharedFakeMode,
+    compressed_parts,
+    fakes,
+    has_fake,
+    is_composite,
+    is_on_card,
+    is_on_meta,
+    is_wrapper,
+)
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.known_values import Values
 from tightfit.vgpu.phases import EnoughSeen, Phases
@@ -340,9 +349,7 @@ class VirtualDevice:
         with self.fake:
             if tensor.layout == torch.sparse_coo:
                 return tensor._indices(), tensor._values()
-            if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-                return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-            return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+            return compressed_parts(tensor)
 
     def _describe(self, tensor: Tensor, func: OpOverload, args: Arguments, phase: Phase) -> Callable[[int], Allocation]:
         def describe(nbytes: int) -> Allocation:

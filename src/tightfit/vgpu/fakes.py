@@ -86,6 +86,13 @@ def fakes(values: Iterable[Argument]) -> Iterator[FakeTensor]:
             yield from fakes(value)
 
 
+def compressed_parts(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the places and values of a matrix that is compressed by row (CSR, BSR) or by column (CSC, BSC)."""
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
 def is_on_meta(args: Arguments, device: Argument) -> bool:
     """Return True for an operator that gives a result without memory: it needs no virtual device."""
     if isinstance(device, torch.device):

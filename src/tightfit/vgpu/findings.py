@@ -1,7 +1,7 @@
 """Findings of a session: the peak and its tensors, the failure, and the assumptions."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -54,8 +54,8 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
 def _ran_out(session: VirtualSession, error: BaseException | None) -> bool:
     """Return True if the script failed because memory ran out, or caught that error and then gave up.
 
-    It gave up if it took no more memory and ended, by an error of its own in place of the first one, or by itself in
-    its first step. After steps, it may leave out a batch that does not fit; in the setup, it may try the card's size.
+    To give up is to take no more memory and to end with another error, or without one in the first step. A script that
+    did steps may leave out a single batch, and one in its setup may fill the card on purpose: these did not give up.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -64,20 +64,18 @@ def _ran_out(session: VirtualSession, error: BaseException | None) -> bool:
     if device.failure is None or any(number > 0 for number in since):
         return False
     if error is not None:
-        return _comes_of_memory(error)
+        return any(isinstance(each, torch.OutOfMemoryError) for each in errors_behind(error))
     return not (session.ends_early or session.phases.steps or device.failure[0].phase == "setup")
 
 
-def _comes_of_memory(error: BaseException) -> bool:
-    """Return True for an error that was raised where an out-of-memory error was dealt with."""
-    chain: list[BaseException] = []
+def errors_behind(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it."""
+    seen: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        if isinstance(cause, torch.OutOfMemoryError):
-            return True
-        chain.append(cause)
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def _card(session: VirtualSession) -> VirtualCard:

@@ -1,7 +1,7 @@
 """Loops of a script's functions, read from their source: where they lead, and which of their lines may allocate."""
 
 import ast
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -251,20 +251,13 @@ def counts_for_later(loop: ast.For | ast.While, file: str, first: int, name: str
         return True
     names = {each.id for each in counts if isinstance(each, ast.Name)}
     attributes = {each.attr for each in counts if isinstance(each, ast.Attribute)}
-    lines = range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)
     of_function = [each for statement in _body(file, first, name) for each in ast.walk(statement)]
     is_inner = len(loops_around(file, first, name, loop.lineno)) > 1
     shared = {each for part in of_function if isinstance(part, (ast.Global, ast.Nonlocal)) for each in part.names}
     if (names if is_inner else names & shared) & _names_read_in(loop):
         return True
     parts = [*of_function, *(ast.walk(_tree(file)) if attributes else ())]
-    read = (each for each in parts if isinstance(getattr(each, "ctx", None), ast.Load))
-    behind = [each for each in read if getattr(each, "lineno", 0) not in lines]
-    return any(
-        (isinstance(each, ast.Name) and each.id in names)
-        or (isinstance(each, ast.Attribute) and each.attr in attributes)
-        for each in behind
-    )
+    return _are_read_behind(loop, parts, names, attributes)
 
 
 def sets_for_later(loop: ast.For | ast.While, file: str, first: int, name: str) -> bool:
@@ -275,11 +268,21 @@ def sets_for_later(loop: ast.For | ast.While, file: str, first: int, name: str) 
     if isinstance(loop, ast.While):
         return False
     names = _set_by_number(loop)
-    lines = range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)
     parts = [each for statement in _body(file, first, name) for each in ast.walk(statement)] if names else []
+    return _are_read_behind(loop, parts, names)
+
+
+def _are_read_behind(
+    loop: ast.For | ast.While, parts: Iterable[ast.AST], names: Set[str], attributes: Set[str] = frozenset()
+) -> bool:
+    """Return True if some of the `parts` that are not in a loop read one of the names or attributes."""
+    lines = range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)
+    read = (each for each in parts if isinstance(getattr(each, "ctx", None), ast.Load))
     return any(
-        isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load) and each.id in names and each.lineno not in lines
-        for each in parts
+        (isinstance(each, ast.Name) and each.id in names)
+        or (isinstance(each, ast.Attribute) and each.attr in attributes)
+        for each in read
+        if getattr(each, "lineno", 0) not in lines
     )
 
 

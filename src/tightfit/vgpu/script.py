@@ -25,7 +25,7 @@ from tightfit.vgpu.at_exit import ExitFunctions
 from tightfit.vgpu.child import Part, print_traceback
 from tightfit.vgpu.children import Children
 from tightfit.vgpu.command_line import Program
-from tightfit.vgpu.findings import findings_of
+from tightfit.vgpu.findings import errors_behind, findings_of
 from tightfit.vgpu.notebooks import in_cells, notebook_script
 from tightfit.vgpu.phases import EnoughSeen
 from tightfit.vgpu.records import Findings, Settings
@@ -140,7 +140,7 @@ def _behind(end: SystemExit) -> BaseException | None:
 
     A text of the script's own says more than such an error. An out-of-memory error is left for the findings to judge.
     """
-    errors = list(_chain(end))
+    errors = list(errors_behind(end))
     if any(isinstance(each, EnoughSeen) for each in errors):
         return None
     if isinstance(end.code, str) or any(isinstance(each, torch.OutOfMemoryError) for each in errors):
@@ -154,16 +154,6 @@ def _refusal_of(end: SystemExit) -> str:
     frames = (frame for frame, _ in traceback.walk_tb(end.__traceback__))
     refusals = (each for each in frames if each.f_code is argparse.ArgumentParser.error.__code__)
     return next((str(each.f_locals["message"]) for each in refusals), "")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that led to it."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        seen.append(cause)
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _limit_of_view(error: BaseException, has_network: bool) -> str:
@@ -182,7 +172,7 @@ def _wants_network(error: BaseException) -> bool:
     """Return True if an error, or one that led to it, is that of a missing network."""
     return any(
         type(each).__name__ in _NETWORK_ERRORS or any(place in str(each) for place in _NETWORK_PLACES)
-        for each in _chain(error)
+        for each in errors_behind(error)
     )
 
 

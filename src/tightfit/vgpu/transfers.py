@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu.fakes import compressed_parts
 
 if TYPE_CHECKING:
     from tightfit.vgpu.device import VirtualDevice
@@ -82,10 +83,8 @@ class Transfers:
                 return torch.sparse_coo_tensor(
                     indices, values, source.shape, is_coalesced=source.is_coalesced(), check_invariants=False
                 )
-        by_row = source.layout in (torch.sparse_csr, torch.sparse_bsr)
-        outer = source.crow_indices() if by_row else source.ccol_indices()
-        inner = source.col_indices() if by_row else source.row_indices()
-        parts = [torch.empty_like(each, device="meta") for each in (outer, inner, source.values().to(dtype))]
+        *places, values = compressed_parts(source)
+        parts = [torch.empty_like(each, device="meta") for each in (*places, values.to(dtype))]
         make: Callable[..., Tensor] = torch.sparse_compressed_tensor
         made = make(*parts, source.shape, layout=source.layout, check_invariants=False)
         out = FakeTensor(self._card.fake, made, self._card.where)  # fake tensors cannot be made into one

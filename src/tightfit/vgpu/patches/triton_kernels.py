@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.autotuning import TRITON_CACHE_BYTES
+from tightfit.vgpu.autotuning import TRITON_CACHE_BYTES, run_as_timed
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches.on_import import after_import
 
@@ -107,8 +107,5 @@ def _benchmark(
     fn: Callable[[], object], *_: object, quantiles: list[float] | None = None, return_mode: str = "mean", **__: object
 ) -> object:
     """Run a function once, with the memory that a benchmark of Triton takes; no time is measured."""
-    fn()
-    cache = torch.empty(TRITON_CACHE_BYTES // 4, dtype=torch.int32, device="cuda")
-    fn()
-    del cache
+    run_as_timed(fn, TRITON_CACHE_BYTES)
     return [_NO_TIME_MS] * len(quantiles) if quantiles else _NO_TIME_MS
