@@ -76,6 +76,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     budget: Budget | None = None
     purpose: str | None = None
     """training, inference, or None where the log does not show it."""
+    purpose_sign: str = ""
+    """The words of the log that show it; empty where its phase or its program does."""
     is_bare: bool = False
     """True if the log is hardly more than the message: anybody's run, perhaps one of nanoGPT."""
 
@@ -202,7 +204,8 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     model = model_of(run) or (_by_flat_tensor(run, within) if within is not None else None)
     run = _with_adapters(run, model)
     line = _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
-    shape, purpose = _printed_shape(run, within) if within else None, purpose_of(facts, run)
+    shape, shown = _printed_shape(run, within) if within else None, purpose_of(facts, run)
+    purpose = shown.purpose if shown else None
     if run.framework in programs("quantizers"):
         purpose = INFERENCE
     found = Evidence(
@@ -214,6 +217,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or ""),
         budget=budget_of(facts, run, model, purpose),
         purpose=purpose,
+        purpose_sign=shown.sign if shown and shown.purpose == purpose else "",
         is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text, facts.message),
     )
     if within is None or within.is_small or shape is not None:

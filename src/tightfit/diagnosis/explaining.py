@@ -262,7 +262,8 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
         remedies=advice(facts, evidence),
         unplayed_because=because,
         framework=evidence.framework,
-        purpose=_purpose(evidence),
+        purpose=(purpose := _purpose(evidence)),
+        purpose_sign=evidence.purpose_sign if purpose == evidence.purpose else "",
         is_bare=evidence.is_bare,
     )
 

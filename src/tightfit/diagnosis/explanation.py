@@ -37,6 +37,8 @@ class Explanation(Displayed, msgspec.Struct, frozen=True, kw_only=True):
     """The program that made the log, a table of frameworks.toml; None where it is not known."""
     purpose: str | None = None
     """training or inference, as far as the report shows it; None for a play."""
+    purpose_sign: str = ""
+    """The words of the report that show it; empty where its program does."""
     is_bare: bool = False
     """True if the log is hardly more than the message."""
     foreign: Foreign | None = None

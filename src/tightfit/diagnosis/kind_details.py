@@ -318,7 +318,8 @@ def _of_jax(facts: Facts, run: RunFacts) -> Facts:
     own = [each for each in facts.frames if not each.is_library]
     if any(each.function.rsplit(".", 1)[-1] in _CREATES for each in own) or (own and _creates(own[-1].source)):
         return _with(facts, "weights")
-    if purpose_of(facts, run) == INFERENCE:
+    shown = purpose_of(facts, run)
+    if shown is not None and shown.purpose == INFERENCE:
         return _with(facts, "inference")
     if found and "tpu" not in facts.details:
         return _with(facts, "large_program", f"{found[1]} {found[2]}iB")

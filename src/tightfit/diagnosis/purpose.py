@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.run_facts import RunFacts
@@ -21,11 +22,22 @@ _signs = functools.partial(read_patterns, "tightfit.diagnosis", "purposes.toml",
 """Reads `frames`, `commands` or `words`, and of each the purposes."""
 
 
-def purpose_of(facts: Facts, run: RunFacts) -> str | None:
-    """Return TRAINING, INFERENCE, or None where the log does not show it; the surest sign decides."""
+class Shown(NamedTuple):
+    """What a log shows of its run's purpose."""
+
+    purpose: str
+    """TRAINING or INFERENCE."""
+    sign: str = ""
+    """The words of the log that show it, to be quoted; empty where the phase does."""
+
+
+def purpose_of(facts: Facts, run: RunFacts) -> Shown | None:
+    """Return the purpose, or None where the log does not show it; the surest sign decides."""
+    phase = _PHASES.get(facts.phase or "")
+    if phase is not None:
+        return Shown(phase)
     return (
-        _PHASES.get(facts.phase or "")
-        or _of_frames(facts.frames)
+        _of_frames(facts.frames)
         or _first_of_options(run.text)
         or _only("commands", "\n".join(match[1] for match in _COMMAND.finditer(run.text)))
         or _only("words", _title(run.text))
@@ -33,9 +45,10 @@ def purpose_of(facts: Facts, run: RunFacts) -> str | None:
     )
 
 
-def _first_of_options(text: str) -> str | None:
+def _first_of_options(text: str) -> Shown | None:
     """Return the purpose that the options of a command name; to train and then to test is a training."""
-    return next((purpose for purpose, sign in _signs()["options"].items() if sign.search(text)), None)
+    found = ((purpose, sign.search(text)) for purpose, sign in _signs()["options"].items())
+    return next((Shown(purpose, match[0]) for purpose, match in found if match), None)
 
 
 def _title(text: str) -> str:
@@ -44,18 +57,33 @@ def _title(text: str) -> str:
     return first if first.startswith("# ") else ""
 
 
-def _of_frames(frames: Sequence[TraceFrame]) -> str | None:
+def _of_frames(frames: Sequence[TraceFrame]) -> Shown | None:
     for frame in reversed(frames):
         if frame.is_library and "transformers/trainer" not in frame.file and "lightning" not in frame.file:
             continue
-        found = _only("frames", f"{frame.file}:{frame.function.rsplit('.', 1)[-1]}".replace("\\", "/"))
-        found = found or _only("calls", frame.source or "")
+        name = f"{frame.file}:{frame.function.rsplit('.', 1)[-1]}".replace("\\", "/")
+        found = _only("frames", name) or _only("calls", frame.source or "")
         if found:
-            return found
+            return Shown(found.purpose, f"{name.rpartition('/')[-1].partition(':')[0]}, {frame.function}")
     return None
 
 
-def _only(kind: str, text: str) -> str | None:
+def _only(kind: str, text: str) -> Shown | None:
     """Return the purpose that the text has signs of, if it has none of the other."""
-    found = [purpose for purpose, sign in _signs()[kind].items() if text and sign.search(text)]
-    return found[0] if len(found) == 1 else None
+    found = [(purpose, sign.search(text)) for purpose, sign in _signs()[kind].items() if text]
+    matches = [Shown(purpose, _word(match)) for purpose, match in found if match]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _word(match: re.Match[str]) -> str:
+    """Return the whole word, or the few words, that a sign stands in."""
+    text = match.string
+    start, end = match.span()
+    before = _WORD_START.search(text[max(0, start - _LONGEST) : start])
+    after = _WORD_END.match(text, end, end + _LONGEST)
+    return " ".join(f"{before[0] if before else ''}{match[0]}{after[0] if after else ''}".split())
+
+
+_LONGEST = 24
+"""Characters of a word before or behind a sign."""
+_WORD_START, _WORD_END = re.compile(r"[A-Za-z0-9_.\-]*$"), re.compile(r"[A-Za-z0-9_\-]*(?:\.[A-Za-z]+)?")

@@ -115,9 +115,13 @@ def _told_purpose(explanation: "Explanation", words: Words) -> Iterator[str]:
     facts, purpose = explanation.facts, explanation.purpose
     is_named = any(each.code.startswith(_OF_PURPOSE) for each in explanation.causes)
     if facts is not None and facts.phase in (None, "forward") and purpose is not None and not is_named:
-        yield words("problem", "told_training" if purpose == TRAINING else "told_inference")
+        sign = explanation.purpose_sign
+        supposed, shown = _TRAINS if purpose == TRAINING else _INFERS
+        yield words("problem", shown if sign else supposed, sign=sign)
 
 
+_TRAINS, _INFERS = ("told_training", "told_training_by"), ("told_inference", "told_inference_by")
+"""Sentences on a purpose that is supposed, and on one that words of the log show."""
 _OF_PURPOSE = ("pass_of_", "held_by_server", "share_of_server")
 """Causes that name a training, or the use of a trained model."""
 
