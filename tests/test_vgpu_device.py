@@ -531,6 +531,32 @@ print(*sampled.shape, images.grad.shape == images.shape, grid.grad.shape == grid
     assert printed == ["2 3 4 5 True True"]
 
 
+def test_batches_are_normalised_by_cudnn() -> None:
+    """cuDNN keeps two statistics of 512 bytes in training and none in evaluation; in bfloat16 it has no kernel."""
+    printed = on_card("""
+weight, bias = (torch.ones(64, device="cuda", requires_grad=True) for _ in range(2))
+mean, variance = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+def kept(dtype, training):
+    images = torch.randn(8, 64, 32, 32, device="cuda", dtype=dtype, requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    out = torch.nn.functional.batch_norm(images, mean, variance, weight, bias, training)
+    return torch.cuda.memory_allocated() - before - out.nbytes, out
+print(*(kept(dtype, training)[0] for dtype in (torch.float16, torch.bfloat16) for training in (True, False)))
+out = kept(torch.float16, True)[1]
+before = torch.cuda.memory_allocated()
+torch.cuda.reset_peak_memory_stats()
+out.sum().backward()  # its gradient is one number at all places, which cuDNN's kernel wants laid out
+print((torch.cuda.max_memory_allocated() - before) // out.nbytes)
+images = torch.randn(2, 64, 4, 4, device="cuda")
+print(*torch.nn.InstanceNorm2d(64, affine=True).cuda()(images).shape, *torch.nn.functional.instance_norm(images).shape)
+try:
+    torch.nn.functional.batch_norm(images, mean[:8], variance, weight, bias, True)
+except RuntimeError as error:
+    print(error)
+""")
+    assert printed == ["1024 0 1024 1024", "2", "2 64 4 4 2 64 4 4", "running_mean should contain 64 elements not 8"]
+
+
 def test_profilers_see_the_host() -> None:
     printed = on_card("""
 x = torch.ones(4, device="cuda")

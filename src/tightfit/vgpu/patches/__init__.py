@@ -3,7 +3,7 @@
 import os
 
 from tightfit.gpus import GPU
-from tightfit.vgpu import recurrent, shape_functions
+from tightfit.vgpu import batch_norm, recurrent, shape_functions
 from tightfit.vgpu.card_properties import watched
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.patches import (
@@ -44,6 +44,7 @@ def install(device: VirtualDevice, gpu: GPU | None = None, *, guards_files: bool
     shape_functions.install(device)
     torchvision_operators.install()
     bitsandbytes_library.install()
+    batch_norm.install()
     recurrent.install(device)
     process_groups.install(device, rank)
     pipeline_stages.install()
