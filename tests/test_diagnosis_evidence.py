@@ -284,6 +284,62 @@ def test_steps_before_the_failure_had_room(words: str, is_told: bool):
 
 
 @pytest.mark.parametrize(
+    ("words", "phase"),
+    [
+        ("Training goes well, but it fails in the evaluation step.", "eval"),
+        ("I've successfully run the training process, but encountered a problem during evaluation.", "eval"),
+        ("train is ok, test is oom", "eval"),
+        ("训练完成一轮后验证时报错", "eval"),
+        ("1エポック学習後の検証でOOMになってしまいます。", "eval"),
+        ("훈련은 정상적으로 되지만 평가 단계에서 오류가 납니다.", "eval"),
+        ("Training funktioniert, bei der Evaluierung kommt dann der Fehler.", "eval"),
+        ("I resume a run. It proceeds without issues until the point when a new checkpoint is saved.", "save"),
+        ("It crashes when the model is being saved after epoch 1.", "save"),
+        ("체크포인트에서 학습을 재개하면 오류가 납니다.", "resume"),
+        ("Evaluation is fine, but training runs out of memory.", None),
+        ("评估没有问题，但是训练的时候爆显存", None),
+        ("評価は問題なくできますが、学習時にメモリ不足になります。", None),
+        ("Testing shows that the batch size does not matter, it is always out of memory.", None),
+        ("It fails with OOM on the validation csv of my preprocessing.", None),
+    ],
+)
+def test_a_report_tells_the_phase_that_failed_not_the_one_that_went_well(words: str, phase: str | None):
+    failure = explain(f"# out of memory\n{words}\n{FULL}").facts
+    assert failure is not None
+    assert failure.phase == phase
+
+
+LOADED = """Traceback (most recent call last):
+  File "run.py", line 8, in finalize
+    {line}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "en", "ja"),
+    [
+        ("self.optimizer.load_state_dict(best)", "In loading a checkpoint,", "チェックポイントの読み込み"),
+        ("self.resume(torch.load(path))", "In resuming,", "再開"),
+    ],
+)
+def test_a_checkpoint_may_be_loaded_for_another_end_than_to_resume(line: str, en: str, ja: str):
+    for language, said in (("en", en), ("ja", ja)):
+        assert said in str(explain(LOADED.format(line=line) + FULL, lang=language))
+
+
+def test_an_evaluation_gets_no_accumulation_of_the_training():
+    log = LOADED.replace("finalize", "evaluate").format(line="y = torch.cat([a, b])")
+    codes = [each.code for each in explain(f"python train.py --batch_size 32\n{log}{FULL}").remedies]
+    assert "split_in_parts" not in codes
+    assert "eval_batch" in codes
+
+
+def test_a_report_of_saving_without_figures_gets_the_fixes_of_saving():
+    found = explain("It fails when the checkpoint is saved.\nRuntimeError: CUDA error: out of memory")
+    assert [each.code for each in found.remedies][:2] == ["save_on_host", "kind_other_programs"]
+
+
+@pytest.mark.parametrize(
     ("words", "en", "ja"),
     [
         ("# an epoch of training fails", "a training run (“epoch”)", "学習の実行についてのものです（「epoch」）"),

@@ -63,7 +63,8 @@ def causes_of(
 ) -> tuple[Cause, ...]:
     """Return all known causes, and hints that look like one. `base` and `train` are plays of `run`."""
     if not is_of_device(facts):
-        told = [*causes_of_report(facts, evidence)] if evidence is not None and facts.kind == "program_words" else []
+        is_told = facts.kind == "program_words" or (facts.kind == "cuda_driver" and facts.phase == "save")
+        told = [*causes_of_report(facts, evidence)] if evidence is not None and is_told else []
         return (*told, OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid))
     found: list[Cause] = []
     if base is not None and (culprit is None or culprit.label != SIMULATED):

@@ -29,6 +29,7 @@ from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING
 from tightfit.diagnosis.remedies import Remedy, for_machine
+from tightfit.diagnosis.report_words import shows
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
@@ -280,7 +281,9 @@ def _of_kind(plain: Explanation, facts: Facts) -> Explanation:
     evidence = evidence_of(facts, plain.reading.run)
     culprit = culprit_of_evidence(facts, evidence) if facts.kind in _TOLD and evidence.line else None
     causes = causes_of(facts, plain.reading.context, evidence=evidence, culprit=culprit)
-    return replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts), culprit=culprit)
+    is_plain = facts.kind == "cuda_driver" and facts.details.keys() <= _PLAIN
+    purpose = _purpose(evidence) if is_plain else None
+    return replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts), culprit=culprit, purpose=purpose)
 
 
 _TOLD = ("program_words", "memory_words")
@@ -290,6 +293,8 @@ _PINNING = "kind_no_pinning"
 
 
 _PASSES = ("forward", "loss", "backward", "optimizer", "sample", "gather")
+_PLAIN = frozenset({"native", "one"})
+"""Details of a runtime's failure that name no program."""
 _BEFORE_PASS = ("setup", "load", "resume")
 _BEFORE_OTHERS = 2
 """Fixes of a pass that come before a look at other programs on the card."""
@@ -307,11 +312,14 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     """Return the fixes of a kind; of a report in a person's words, those in the words of the program that it names."""
     found = fixes_of(facts, plain.reading.run)
     evidence = evidence_of(facts, plain.reading.run)
-    is_plain = facts.details.keys() <= {"native", "one"}
+    is_plain = facts.details.keys() <= _PLAIN
     of_runtime = facts.kind == "cuda_driver" and facts.phase not in _BEFORE_PASS and is_plain
     has_purpose = evidence.framework is not None or evidence.purpose is not None
     if of_runtime and (facts.phase in _PASSES or has_purpose):
         return _of_runtime(found, advice(facts, evidence), is_in_pass=facts.phase in _PASSES)
+    if facts.kind == "cuda_driver" and facts.phase == "save":
+        cures, others = advice(facts, evidence), tuple(each for each in found if each.code == _OTHERS)
+        return (*cures[:1], *others, *cures[1:])
     known = programs("trainers") | programs("applications")
     is_of_known = facts.kind == "memory_words" and evidence.framework in known
     in_phase = facts.kind in ("program_words", "memory_words") and facts.phase in ("save", "eval")
@@ -320,8 +328,8 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     is_known = is_told or (evidence.framework is not None and is_of_known)
     if not (is_known or in_phase):
         return in_own_options(found, evidence)
-    loads = facts.phase in ("load", "setup")
-    first = (_REST, _KEPT, *((_OTHERS,) if loads else ()))
+    asks_for_others = facts.phase in ("load", "setup") or shows(evidence.run.text, "subject.other_programs")
+    first = (_REST, _KEPT, *((_OTHERS,) if asks_for_others else ()))
     kept = tuple(each for each in found if each.code in first)
     return (*kept, *advice(facts, evidence)) or found
 

@@ -78,7 +78,7 @@ def _fitting(case: Case) -> list[str]:
         codes = [*_OF_KEPT_RESULTS, *codes]
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
     grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
-    if grows or feeds_back(facts.frames):
+    if (grows and facts.phase != "save") or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes
 

@@ -5,7 +5,8 @@ import re
 
 import msgspec
 
-from tightfit.diagnosis.purpose import INFERENCE, purpose_of
+from tightfit.diagnosis.purpose import INFERENCE, TRAINING, purpose_of, purpose_of_frames
+from tightfit.diagnosis.told_phase import phase_told
 from tightfit.diagnosis.usual_models import model_of, printed_name
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
@@ -120,73 +121,23 @@ _GROWS = ("program_words", "memory_words", "cuda_driver")
 """Kinds of failures with a sentence on memory that grows."""
 _CONTEXT = re.compile(r"\bn_ctx(?:_per_seq)? *= *(\d{3,8})\b")
 """The context that llama.cpp prints."""
-_LACK = re.compile(
-    r"out[ -]of[ -](?:\w+ )?memory|(?<![A-Za-z])OOM(?![A-Za-z])|OutOfMemory|\bout of (?:v?ram|cuda)\b"
-    r"|显存|内存不足|メモリ(?:ー)?(?:が)?(?:不足|足り)",
-    re.IGNORECASE,
-)
-_WHEN = r"\b(?:when|while|during|in|at|on|after|before|for|until)\b(?! (?:the )?training\b)[^.\n]{0,40}?"
-_TOLD = {
-    "save": re.compile(
-        rf"{_WHEN}\b(?:saving|saves?|saved|save_pretrained|checkpointing|save_model|state_dict)\b"
-        r"|\bsaving\b[^.\n]{0,40}(?:checkpoints?|model|state)|保存(?:模型|权重|检查点|checkpoint|ckpt)|モデルの?保存",
-        re.IGNORECASE,
-    ),
-    "eval": re.compile(
-        rf"{_WHEN}\b(?:validat(?:ion|ing|e)|evaluat(?:ion|ing|e)|eval|(?<!for )testing)\b"
-        r"(?! (?:set|data|images?|split)\b|\.py\b)"
-        r"|\bval(?:idation)? (?:occupies|takes|uses|needs|consumes)\b"
-        r"|\beval(?:uation)?[ _](?:period|interval|steps|strategy)\b"
-        r"|^[#\s]*(?:testing|validation|evaluation)\b|検証(?:中|時)|評価(?:中|時)"
-        r"|(?:验证|评估|评测|eval(?:uat\w+)?|validat\w+) ?(?:阶段|时|过程|的时候)",
-        re.IGNORECASE,
-    ),
-    "resume": re.compile(
-        rf"(?:{_WHEN}|\b(?:if|I)\b[^.\n]{{0,40}}?)(?:\w*args\.|--)?\bresum(?:e|es|ed|ing)\b|(?:恢复|断点续)训练|再開",
-        re.IGNORECASE,
-    ),
-    "setup": re.compile(
-        rf"{_WHEN}\b(?:initiali[sz](?:ation|ing)|before the first (?:training )?step)\b", re.IGNORECASE
-    ),
-    "load": re.compile(
-        rf"{_WHEN}\bload(?:ing|s)?\b[^.\n]{{0,20}}\b(?:model|weights|checkpoint|shards|unet|transformer)\b",
-        re.IGNORECASE,
-    ),
-}
-"""A person's words for the phase in which memory ran out, in the sentence that tells of it."""
-_ERROR = re.compile(
-    r"\b(?:the|this|that|same) (?:error|problem) (?:\w+ )?(?:occurs|happens|appears|comes)\b"
-    r"|\b(?:encounter|get|got|getting|face|facing|hit|have|report) (?:this|the same|that|an|the) (?:error|problem)\b",
-    re.IGNORECASE,
-)
-_OF_ERROR = ("setup", "eval", "save", "resume")
-"""Phases that count in a sentence on the error, which names no memory."""
-_SENTENCE_ENDS = re.compile(r"(?<=[^\d])[.!?。！？](?=\s|$)|\n")
 _LOADS_ON = re.compile(r"Loading (?:safetensors )?(?:checkpoint|pipeline) (?:shards|components): +(?!100%)\d{1,2}%")
 
 
 def _with_phase(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure with the phase that the report tells, where neither a traceback nor a line shows one."""
-    if facts.phase is not None or facts.frames or memory_of(facts.kind) == "host":
+    if memory_of(facts.kind) == "host" or facts.phase not in _OPEN_PHASES:
         return facts
-    if _LOADS_ON.search(run.text):
+    if facts.phase is None and not facts.frames and _LOADS_ON.search(run.text):
         return msgspec.structs.replace(facts, phase="load")
-    for sentence in _SENTENCE_ENDS.split(run.text[:_REPORT]):
-        told = next((phase for phase in _phases_for(sentence) if _TOLD[phase].search(sentence)), None)
-        if told is not None:
-            return _with(msgspec.structs.replace(facts, phase=told), "told_phase")
-    return facts
+    told = phase_told(run.text)
+    if facts.frames or facts.phase is not None:  # a pass of an evaluation may look like any other
+        told = told if told == "eval" and purpose_of_frames(facts.frames) != TRAINING else None
+    return facts if told is None else _with(msgspec.structs.replace(facts, phase=told), "told_phase")
 
 
-def _phases_for(sentence: str) -> tuple[str, ...]:
-    """Return the phases that count in a sentence: all on a lack of memory, some on the error."""
-    if _LACK.search(sentence):
-        return tuple(_TOLD)
-    return _OF_ERROR if _ERROR.search(sentence) else ()
-
-
-_REPORT = 8000
-"""Characters of a report in which a person tells what happened."""
+_OPEN_PHASES = (None, "forward")
+"""Phases that leave open what a pass was for."""
 
 
 def _of_vllm(facts: Facts, run: RunFacts) -> Facts:

@@ -33,6 +33,11 @@ def _has_batch_of_training(case: Case) -> bool:
     return case.keeps_nothing and (_is_known(case) or case.evidence.infers) and not case.is_of("share_batch")
 
 
+def _evaluates_in_training(case: Case) -> bool:
+    """Return True for an evaluation of an unknown program: its traceback or its user shows that no step failed."""
+    return case.facts.phase == "eval" and not case.is_of("share_batch")
+
+
 def _has_pairs_of_all(case: Case) -> bool:
     return case.evidence.grows == "pairs" and not _is_known(case) and not case.run.numbers.get("batch_size")
 
@@ -122,7 +127,7 @@ def _has_no_offload(case: Case) -> bool:
     """Return True where a program's words for offloading are about another part of its work."""
     evidence, phase = case.evidence, case.facts.phase
     loads = phase in ("load", "setup") and not evidence.trains
-    if not ((case.keeps_nothing and phase != "eval") or loads):
+    if not ((case.keeps_nothing and (phase != "eval" or evidence.infers)) or loads):
         return case.program == "diffusers"
     words = words_of("offload", evidence)
     of_training = words is not None and any(_moves_state(line) for line in words.lines)
@@ -243,6 +248,7 @@ _OF_THE_PASS = (
     _Rule("split_general", "the program has no batch", lambda case: case.is_of("without_batch")),
     _Rule("split_general", "an evaluation has a batch of its own", _has_eval_batch),
     _Rule("split_general", "the program trains with another batch", _has_batch_of_training),
+    _Rule("split_general", "no step of the training failed", _evaluates_in_training),
     _Rule("split_general", "one sequence is too large", lambda case: case.is_oversized and not case.batch_would_do),
     _Rule("split_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
     _Rule("split_general", "pairs are of all items, without a batch", _has_pairs_of_all),

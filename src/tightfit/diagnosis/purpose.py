@@ -37,7 +37,7 @@ def purpose_of(facts: Facts, run: RunFacts) -> Shown | None:
     if phase is not None:
         return Shown(phase)
     return (
-        _of_frames(facts.frames)
+        purpose_of_frames(facts.frames)
         or _first_of_options(run.text)
         or _only("commands", "\n".join(match[1] for match in _COMMAND.finditer(run.text)))
         or _only("words", _title(run.text))
@@ -57,7 +57,8 @@ def _title(text: str) -> str:
     return first if first.startswith("# ") else ""
 
 
-def _of_frames(frames: Sequence[TraceFrame]) -> Shown | None:
+def purpose_of_frames(frames: Sequence[TraceFrame]) -> Shown | None:
+    """Return the purpose that a traceback shows, by the innermost of the user's frames."""
     for frame in reversed(frames):
         if frame.is_library and "transformers/trainer" not in frame.file and "lightning" not in frame.file:
             continue

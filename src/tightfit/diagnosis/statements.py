@@ -98,16 +98,24 @@ _OF_PASS = ("forward", "loss", "backward", "optimizer", "sample")
 """Phases of one pass, which the sentence on a runtime without memory does not name."""
 
 
+def _phase_named(facts: Facts) -> str | None:
+    """Return the phase under which the problem is told: a checkpoint may be loaded for another end than to resume."""
+    resumes = "told_phase" in facts.details or any(
+        "resum" in f"{each.function} {each.source}".lower() for each in facts.frames
+    )
+    return "restore" if facts.phase == "resume" and not resumes else facts.phase
+
+
 def _told_phase(facts: Facts, words: Words) -> Iterator[str]:
     """Yield the phase, where the sentence on the failure does not name it."""
     has_figures = facts.free_bytes is not None and facts.total_bytes is not None and bool(facts.short_by_bytes)
     has_figures = has_figures and is_of_device(facts)
     if facts.phase is not None and not has_figures and is_of_device(facts):
-        yield words("problem", "told_phase" if "told_phase" in facts.details else "in_phase", phase=facts.phase)
+        yield words("problem", "told_phase" if "told_phase" in facts.details else "in_phase", phase=_phase_named(facts))
     elif facts.kind == "cuda_driver" and facts.phase in _OF_PASS and "told_phase" not in facts.details:
-        yield words("problem", "in_phase", phase=facts.phase)
+        yield words("problem", "in_phase", phase=_phase_named(facts))
     elif "told_phase" in facts.details and not has_figures:
-        yield words("problem", "told_phase", phase=facts.phase)
+        yield words("problem", "told_phase", phase=_phase_named(facts))
 
 
 def _told_purpose(explanation: "Explanation", words: Words) -> Iterator[str]:
@@ -135,7 +143,7 @@ def _problem(facts: Facts, words: Words) -> str:
         return words("problem", "message_missing" if cut else "figures_missing")
     if free is None or total is None:
         return words("problem", "request_only", requested=requested)
-    short, phase = facts.short_by_bytes, facts.phase
+    short, phase = facts.short_by_bytes, _phase_named(facts)
     key = "device_enough_free" if short is None else "device_in_phase" if phase is not None else "device"
     key = "device_nearly" if short == 0 else key
     return words("problem", key, requested=requested, free=free, total=total, short=short, phase=phase)
