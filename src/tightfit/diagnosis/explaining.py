@@ -256,17 +256,22 @@ def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str,
     """Explain by the log alone."""
     culprit = culprit_of_evidence(facts, evidence)
     return replace(
-        plain,
+        _with_purpose(plain, evidence),
         card=card,
         culprit=culprit,
         causes=causes_of(facts, plain.reading.context, culprit=culprit, evidence=evidence, unplayed_because=because),
         remedies=advice(facts, evidence),
         unplayed_because=because,
         framework=evidence.framework,
-        purpose=(purpose := _purpose(evidence)),
-        purpose_sign=evidence.purpose_sign if purpose == evidence.purpose else "",
         is_bare=evidence.is_bare,
     )
+
+
+def _with_purpose(plain: Explanation, evidence: Evidence) -> Explanation:
+    """Return an explanation with the purpose that its fixes suppose, and the words that show it."""
+    purpose = _purpose(evidence)
+    sign = evidence.purpose_sign if purpose == evidence.purpose else ""
+    return replace(plain, purpose=purpose, purpose_sign=sign)
 
 
 def _purpose(evidence: Evidence) -> str | None:
@@ -281,9 +286,9 @@ def _of_kind(plain: Explanation, facts: Facts) -> Explanation:
     evidence = evidence_of(facts, plain.reading.run)
     culprit = culprit_of_evidence(facts, evidence) if facts.kind in _TOLD and evidence.line else None
     causes = causes_of(facts, plain.reading.context, evidence=evidence, culprit=culprit)
+    found = replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts), culprit=culprit)
     is_plain = facts.kind == "cuda_driver" and facts.details.keys() <= _PLAIN
-    purpose = _purpose(evidence) if is_plain else None
-    return replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts), culprit=culprit, purpose=purpose)
+    return _with_purpose(found, evidence) if is_plain else found
 
 
 _TOLD = ("program_words", "memory_words")

@@ -132,7 +132,8 @@ def _with_phase(facts: Facts, run: RunFacts) -> Facts:
         return msgspec.structs.replace(facts, phase="load")
     told = phase_told(run.text)
     if facts.frames or facts.phase is not None:  # a pass of an evaluation may look like any other
-        told = told if told == "eval" and purpose_of_frames(facts.frames) != TRAINING else None
+        shown = purpose_of_frames(facts.frames)
+        told = told if told == "eval" and (shown is None or shown.purpose != TRAINING) else None
     return facts if told is None else _with(msgspec.structs.replace(facts, phase=told), "told_phase")
 
 
