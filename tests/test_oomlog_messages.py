@@ -2,8 +2,10 @@
 """Every format of message, in every surrounding: kind and figures exact."""
 
 import random
+import re
 import tomllib
 from importlib.resources import files
+from pathlib import Path
 
 import oom_messages
 import pytest
@@ -11,6 +13,8 @@ from oom_messages import FORMS, SURROUNDINGS, write
 
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.log_reader import read_log
+from tightfit.oomlog.message import SIZE
+from tightfit.oomlog.messages import messages_in
 
 CODES = tomllib.loads(files("tightfit.oomlog").joinpath("codes.toml").read_text())
 
@@ -120,3 +124,79 @@ def test_whether_the_cache_would_have_been_enough():
     assert failure(text.format("3.00 GiB")).short_by_bytes == 2 * 2**30
     assert failure(text.format("3.00 GiB")).unallocated_bytes is None
     assert failure(text.format("2.00 MiB")).notes[-1] == "request_says_little"
+
+
+CASES = sorted((Path(__file__).parent / "explain_cases").glob("*.toml"))
+
+
+def examples() -> dict[str, tuple[str, str]]:
+    """Return the fullest message of each format that captures anything, with the words that each message has."""
+    texts = [case["log"] for file in CASES for case in tomllib.loads(file.read_text())["case"] if "log" in case]
+    texts += [write(form, random.Random(form)).text for form in FORMS]
+    squeezed = [("".join(text.split()), "".join(text.split()).lower()) for text in texts]
+    found = {}
+    for each in tomllib.loads(files("tightfit.oomlog").joinpath("formats.toml").read_text())["format"]:
+        pattern, anchor = re.compile(each["pattern"].replace("{SIZE}", SIZE), re.IGNORECASE), each["anchor"].lower()
+        matches = [match for text, low in squeezed if anchor in low for match in pattern.finditer(text)]
+        if matches and pattern.groups:
+            longest = max(matches, key=lambda match: (len([one for one in match.groups() if one]), len(match[0])))
+            found[each["pattern"]] = (anchor, longest[0])
+    return found
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize("pattern", EXAMPLES)
+def test_words_of_a_format_before_or_behind_a_message_do_not_change_its_figures(pattern):
+    anchor, message = EXAMPLES[pattern]
+
+    def read(text):
+        return [(each.kind, each.figures, each.details, each.pid) for each in messages_in(text)]
+
+    alone = max(read(f"{'~' * 800}{message}~"), key=lambda each: len(each[1]) + len(each[2]))
+    for distance in range(max(500 - len(message), 320), 501, max(len(message) // 20, 1)):
+        assert alone in read(f"{anchor}{'~' * distance}{message}~"), distance
+        assert alone in read(f"{message}{'~' * distance}{anchor}"), distance
+
+
+@pytest.mark.parametrize(
+    ("text", "requested"),
+    [
+        ("buffer of size 2830172160\n12 models are loaded", None),
+        ("buffer of size 2830172160 12 models are loaded", 2830172160),
+        ("buffer of size 2830172160\n\n12 models are loaded", 2830172160),
+        ("buffer of size 2830172160\n2024-01-02 12:00:00 INFO 12 models", 2830172160),
+        ("buffer of size 283017\n2160" + "\n" + "~" * 93, 2830172160),
+        ("buffer of size 283017\n2160", None),
+    ],
+)  # fmt: skip
+def test_digits_behind_a_number_are_joined_to_it_only_where_a_terminal_broke_the_line(text, requested):
+    found = failure(f"onnxruntime: [ONNXRuntimeError] Failed to allocate memory for requested {text}")
+    assert found.requested_bytes == requested
+
+
+@pytest.mark.parametrize(
+    ("cut", "figures"),
+    [
+        ("2.88 GiB already allocated; 170.14 MiB fre", {"allocated_bytes": "2.88 GiB", "free_bytes": "170.14 MiB"}),
+        ("2.88 GiB already allo", {"allocated_bytes": "2.88 GiB"}),
+        ("2.88 GiB already allocated; 170.14 MiB", {"allocated_bytes": "2.88 GiB", "free_bytes": "170.14 MiB"}),
+        ("2.88 GiB already allocated; 0 bytes free; 2.97 GiB re", {"allocated_bytes": "2.88 GiB", "reserved_bytes": "2.97 GiB"}),
+        ("2.88 GiB already allocated; 0 bytes free; 1.25 GiB cac", {"allocated_bytes": "2.88 GiB", "unallocated_bytes": "1.25 GiB"}),
+        ("2.88 GiB already allocated; 170", {"allocated_bytes": "2.88 GiB"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("behind", ["", "`", "\n```\nMy card has 4 GB.\n", "..."])
+def test_a_figure_before_a_name_that_was_cut_is_the_one_of_its_place(cut, figures, behind):
+    found = failure(f"CUDA out of memory. Tried to allocate 195.25 MiB (GPU 0; 4.00 GiB total capacity; {cut}{behind}")
+    for name, size in figures.items():
+        assert getattr(found, name) == oom_messages.exact(size), name
+    assert found.free_bytes is None or "free_bytes" in figures or "0 bytes free" in cut
+
+
+def test_the_mark_that_ends_a_quotation_is_no_code():
+    found = failure(
+        '`  File "run.py", line 276, in main\n    model = model.cuda()`\nRuntimeError: CUDA error: out of memory'
+    )
+    assert found.frames[-1].source == "model = model.cuda()"

@@ -162,25 +162,35 @@ def _old_parenthesis(message: Message, text: str, begin: int, stop: int) -> None
             if text.startswith("Ifreservedmemory", match.end()):
                 message.torch_format = "T3"
             break
-    _cut_figure(message, text, stop)
+    _cut_figure(message, text)
     if "total_bytes" not in message.figures or not {"reserved_bytes", "unallocated_bytes"} & set(message.figures):
         message.note("message_cut")
 
 
-_ORDER = ("total_bytes", "allocated_bytes", "free_bytes")
-"""Figures of the parenthesis in its order; what follows depends on the version."""
-_CUT_FIGURE = re.compile(rf"[;(,]({SIZE})$", re.IGNORECASE)
+_ORDER = {
+    "total_bytes": "totalcapacity",
+    "allocated_bytes": "alreadyallocated",
+    "free_bytes": "free",
+    "reserved_bytes": "reservedintotalbypytorch",
+    "unallocated_bytes": "cached",
+}
+"""Figures of the parenthesis in its order, with their names; the version decides on the last two."""
+_CUT_FIGURE = re.compile(rf"[;(,](?P<size>{SIZE})(?:(?P<name>[A-Za-z]{{2}})|(?=$|[`…]|\.\.))", re.IGNORECASE)
 
 
-def _cut_figure(message: Message, text: str, stop: int) -> None:
-    """Read the last figure of a parenthesis that was cut off before the figure's name."""
-    if stop < len(text) or message.kind not in ("cuda_out_of_memory", "hip_out_of_memory"):
+def _cut_figure(message: Message, text: str) -> None:
+    """Read the last figure of a parenthesis that was cut off before the figure's name, or within it."""
+    if message.kind not in ("cuda_out_of_memory", "hip_out_of_memory"):
         return
     match = _CUT_FIGURE.match(text, max(message.end - 1, 0))
-    name = next((name for name in _ORDER if name not in message.figures), None)
+    begun = (match["name"] or "").lower() if match else ""
+    missing = [name for name in _ORDER if name not in message.figures]
+    expected = missing[:1] if missing and missing[0] in tuple(_ORDER)[:3] else missing if begun else []
+    name = next((name for name in expected if _ORDER[name].startswith(begun)), None)
     if match and name:
-        message.take(name, match[1])
-        message.end = match.end()
+        message.take(name, match["size"])
+        message.torch_format = message.torch_format or {"reserved_bytes": "T2", "unallocated_bytes": "T1"}.get(name)
+        message.end = match.end("size")
 
 
 def _new_sentences(message: Message, text: str, begin: int, stop: int) -> None:

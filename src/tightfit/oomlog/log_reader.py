@@ -43,6 +43,7 @@ from tightfit.oomlog.log_record import (
 from tightfit.oomlog.log_text import lines_of, part, pieces, without_rank, without_shared_prefix
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
+from tightfit.oomlog.number_ends import with_own_number
 from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
 from tightfit.oomlog.same_failure import complete_each_other, is_same, joined, later_format, stated_in
@@ -201,7 +202,8 @@ class _Scan:
 
     def _stream(self, stream: Stream, limit: int, earlier: str) -> None:
         """Read the messages of one rank's lines up to line `limit`; `earlier` is the text before them."""
-        found = sorted([*messages_in(stream.joined), *stream.line_bound()], key=lambda message: message.start)
+        messages = (with_own_number(each, stream) for each in messages_in(stream.joined))
+        found = sorted([*messages, *stream.line_bound()], key=lambda message: message.start)
         seen = 0
         for message in found:
             index = bisect_right(stream.starts, message.start) - 1

@@ -1,7 +1,6 @@
 """A message in a log with its standing: the facts that it states, and the one of several that ended the run."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -172,7 +171,7 @@ def facts_of(
         rounding = 5 * MIB if own.bytes >= GIB else MIB // 100
         near = replace(figure, low=own.bytes - rounding, high=own.bytes + rounding, stated=False)
         message.figures = {**message.figures, "process_bytes": near}
-    figures, notes = with_arithmetic(_without_next_line(message.figures, words))
+    figures, notes = with_arithmetic(message.figures)
     if message.kind == "cuda_out_of_memory" and (message.torch_format or "") >= "T4":
         silent = own is not None or "process_bytes" not in figures
         silent = silent and "message_cut" not in message.notes
@@ -194,18 +193,6 @@ def facts_of(
         own_pid=own.pid if own else None,
         details=message.details | (_said(said) if said else {}),
     )
-
-
-_RUNS_ON = re.compile(r"(?<![\d.])(\d{4,20})\s{2,}(\d+)$")
-"""A number at the end of a message, and the digits that begin the text behind an empty line."""
-
-
-def _without_next_line(figures: Mapping[str, Figure], words: str) -> Mapping[str, Figure]:
-    """Return the figures without digits of the following text in the size that was requested."""
-    requested, match = figures.get("requested_bytes"), _RUNS_ON.search(words)
-    if requested is None or match is None or requested.bytes != int(match[1] + match[2]):
-        return figures
-    return {**figures, "requested_bytes": Figure(bytes=int(match[1]), low=int(match[1]), high=int(match[1]))}
 
 
 def _said(words: str) -> dict[str, str]:

@@ -57,27 +57,40 @@ def _pattern(pattern: str) -> re.Pattern[str]:
 
 _LONGEST_RUN = 100
 """Words around which one search looks."""
+_BEFORE_WORDS, _BEHIND_WORDS = 700, 500
+"""Characters before and behind the words of a format in which its pattern begins and can be seen."""
 
 
 def messages_in(squeezed: str) -> Iterator[Message]:
     """Yield every message in text without white space, in order, each up to its last figure."""
     search, position = _Search(squeezed), 0
     while (message := search.next(position)) is not None:
-        if message.exception is None and squeezed[message.start - 1 : message.start] == ":":
-            found = _CLASS.search(squeezed, max(0, message.start - 120), message.start)
-            message.exception = found[1] if found else None
-        if message.kind in ("cuda_out_of_memory", "hip_out_of_memory"):
-            date(message, squeezed)
-        elif message.torch_format not in ("T0", "T9"):
-            message.torch_format = None
-        requested = message.figures.get("requested_bytes")
-        if "request_beyond_1eb" in message.notes or (requested is not None and requested.low > _LARGEST):
-            message.kind = "impossible_size"
-        after = lower(squeezed[message.end : message.end + 400])
-        if "ignoringthischoice" in after or "forbenchmarkchoice" in after[:120]:
-            message.kind = "autotune_choice"
-        yield message
+        yield _in_full(message, squeezed)
         position = max(message.end, position + 1)
+
+
+def message_at(squeezed: str, start: int) -> Message | None:
+    """Return the message that begins at `start` in text without white space; None if none does."""
+    message = _Search(squeezed).next(start)
+    return _in_full(message, squeezed) if message and message.start == start else None
+
+
+def _in_full(message: Message, squeezed: str) -> Message:
+    """Return a message with the name of its exception, its version, and the kind that its size shows."""
+    if message.exception is None and squeezed[message.start - 1 : message.start] == ":":
+        found = _CLASS.search(squeezed, max(0, message.start - 120), message.start)
+        message.exception = found[1] if found else None
+    if message.kind in ("cuda_out_of_memory", "hip_out_of_memory"):
+        date(message, squeezed)
+    elif message.torch_format not in ("T0", "T9"):
+        message.torch_format = None
+    requested = message.figures.get("requested_bytes")
+    if "request_beyond_1eb" in message.notes or (requested is not None and requested.low > _LARGEST):
+        message.kind = "impossible_size"
+    after = lower(squeezed[message.end : message.end + 400])
+    if "ignoringthischoice" in after or "forbenchmarkchoice" in after[:120]:
+        message.kind = "autotune_choice"
+    return message
 
 
 class _Search:
@@ -89,7 +102,7 @@ class _Search:
         self._heads = _Finder(HEAD, HEAD_WORDS, text, lowered, 50, 150)
         self._plains = _Finder(_PLAIN, ("outofmemory",), text, lowered, 30, 50)
         self._others = [
-            (each, _Finder(_pattern(each.pattern), (anchor,), text, lowered, 230, 500))
+            (each, _Finder(_pattern(each.pattern), (anchor,), text, lowered, _BEFORE_WORDS, _BEHIND_WORDS))
             for anchor, each in _formats()
             if anchor in lowered
         ]
@@ -146,9 +159,18 @@ class _Finder:
             # One search around them all: nearly always there is no match.
             first = self._pattern.search(self._text, max(position, run[0] - self._back), run[-1] + self._on)
             for near in run if first else ():
-                found = self._pattern.search(self._text, max(position, near - self._back), near + self._on)
+                found = self._around(max(position, near - self._back), near + self._on)
                 if found:
                     return found
+        return None
+
+    def _around(self, start: int, stop: int) -> re.Match[str] | None:
+        """Return the first match that starts from `start` on and can be seen before `stop`, in full."""
+        while found := self._pattern.search(self._text, start, stop):
+            # A search that ends at `stop` may end in the middle of a number, or before words that rule a match out.
+            if whole := self._pattern.match(self._text, found.start()):
+                return whole
+            start = found.start() + 1
         return None
 
     def _run(self, at: int) -> list[int]:

@@ -152,12 +152,12 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
             continue
         if waiting and boxed:
             if code := _RICH_CODE.match(line.strip()):
-                yield replace(waiting, source=code["source"].strip()[:400] or None)
+                yield replace(waiting, source=_code(code["source"]) or None)
                 waiting, boxed = None, False
             continue
         if arrow := _ARROW.match(line.strip()):
             if waiting:
-                yield replace(waiting, line=int(arrow[1]), source=arrow[2].strip()[:400] or None)
+                yield replace(waiting, line=int(arrow[1]), source=_code(arrow[2]) or None)
                 waiting = None
             continue
         if notebook := _notebook(line):
@@ -168,10 +168,21 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
             continue  # IPython prints the lines around the failing one, which has an arrow
         elif waiting and waiting.line is not None and line.strip() and not _CARETS.fullmatch(line):
             ends = len(line) - len(line.lstrip()) < column  # a line of code is indented at least as far as its file
-            yield waiting if ends else replace(waiting, source=line.strip()[:400])
+            yield waiting if ends else replace(waiting, source=_code(line))
             waiting = None
     if waiting and waiting.line is not None:
         yield waiting
+
+
+def _code(text: str) -> str:
+    """Return a line of code without the marks of a quotation that begins or ends with it.
+
+    >>> _code("    model = model.cuda()`"), _code("y = f'`{x}`'")
+    ('model = model.cuda()', "y = f'`{x}`'")
+    """
+    text = text.strip()
+    is_quoted = text.endswith("`") and (text.startswith("`") or text.count("`") % 2)
+    return (text.strip("`").strip() if is_quoted else text)[:400]
 
 
 _QUOTED_FILE = re.compile(r"^[^\n]{0,40}?\bFile \[?(?=[A-Za-z]:\\|~|/|<)")
