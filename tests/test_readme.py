@@ -31,7 +31,7 @@ PLAY = "tightfit dryrun"
 DRYRUN = f'{PLAY} --gpu "RTX 3060 12GB" --used 2GiB'
 SQUEEZED = (
     "(ulimit -d 680000; tightfit train configs/train_stdlib.py --device=cpu --fit=off "
-    "--max_iters=3 --log_interval=1 --sample_at_end=0"
+    "--batch_size=96 --max_iters=3 --log_interval=1 --sample_at_end=0"
 )
 EXPLAIN = "tightfit explain examples/oom.log"
 OPENWEBTEXT = "configs/train_openwebtext.py"
