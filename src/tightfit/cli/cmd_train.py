@@ -19,9 +19,11 @@ from tightfit.wording import say
 PREPARED_WHEN_MISSING = ("stdlib", "shakespeare", "shakespeare_char")
 """Datasets so small that training makes them itself; openwebtext takes 54 GB and an hour."""
 
-_SPIN = ("GOMP_SPINCOUNT", "100000")
+_SPIN = ("GOMP_SPINCOUNT", "5000")
 """Rounds that an OpenMP thread waits actively for the others; read when torch is loaded. GNU's default of 300,000 made
-a small model's step 300 times slower (17 ms to 5.8 s) when another program used the cores; this costs nothing alone."""
+a small model's step 300 times slower (17 ms to 5.8 s) when another program used the cores. On busy cores a step of the
+README's example takes 1,200 to 1,700 ms of processor time with 100,000 rounds, 840 with 20,000 and 670 with 5,000.
+Alone they differ by less than runs do, also with a tiny model: 4.4 to 5.4 ms a step, 4.4 to 5.2 with 5,000."""
 
 
 def parser() -> Parser:
