@@ -161,7 +161,8 @@ class TestExactResume:
 
     def test_a_run_that_is_done_has_nothing_more_to_do(self, copy: Path, data_dir: Path, finished: Path) -> None:
         printed = successful(arguments(copy, data_dir, eval_interval=4, init_from="resume"))
-        assert "iter" not in printed.split("resuming")[1].replace("init_from", "")
+        assert "step 12 of 12: nothing is left to train; set a larger --max_iters to go on" in printed
+        assert "iter " not in printed.split("resuming")[1]
         assert_same_end(finished, copy)
 
     def test_a_longer_run_goes_on_where_the_shorter_ended(self, tmp_path: Path, data_dir: Path) -> None:

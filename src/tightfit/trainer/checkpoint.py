@@ -47,7 +47,7 @@ from tightfit.wording import say
 _FORMAT = 1
 _MOST_PICKLE_BYTES = 32 * MIB
 """Size of the pickle in a checkpoint, without its numbers; GPT-2 XL's with AdamW's state is 0.6 MiB."""
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +170,15 @@ def _write(path: Path, content: Mapping[str, object], size: int) -> None:
         if not found or is_out_of_memory(error):
             raise
         if any(each.errno in FULL_DISK for each in found):
-            raise DoesNotFit(say("trainer.checkpoint.no_room", path=path, size=size)) from None
+            raise DoesNotFit(say("trainer.checkpoint.no_room", path=path, size=size, kept=kept(path))) from None
         reason = found[0].strerror or str(found[0])
-        raise CannotSave(say("trainer.checkpoint.not_written", path=path, reason=reason)) from None
+        raise CannotSave(say("trainer.checkpoint.not_written", path=path, reason=reason, kept=kept(path))) from None
+
+
+def kept(path: Path) -> str:
+    """Return the words that an earlier checkpoint stays, if one is in the folder of this one."""
+    there = (path.parent / place for name in CHECKPOINTS for place in (name, folder_of(name)))
+    return say("trainer.checkpoint.kept") if any(map(Path.exists, there)) else ""
 
 
 def _predecessors(folder: Path) -> list[Path]:

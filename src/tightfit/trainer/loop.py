@@ -604,7 +604,9 @@ class _Run:
     def _resume(self, start: Checkpoint) -> None:
         self.step, self.best_val_loss, self.evaluated = start.step, start.best_val_loss, start.evaluated
         self.reporter.log(say("trainer.loop.resumes", path=start.path, step=start.step))
-        if changes := data_order_changes(self.config, start):
+        if self.step >= self.config.max_iters:
+            self.reporter.log(say("trainer.loop.nothing_left", step=self.step, steps=self.config.max_iters))
+        elif changes := data_order_changes(self.config, start):
             self.reporter.log(say("trainer.loop.data_order_changes", changes=", ".join(changes)))
 
     def _log(self, result: StepResult, watch: Stopwatch) -> None:

@@ -48,7 +48,7 @@ from tightfit.storage import (
     sync_folder,
     write_aside,
 )
-from tightfit.trainer.checkpoint import FULL_DISK, Checkpoint
+from tightfit.trainer.checkpoint import FULL_DISK, Checkpoint, kept
 from tightfit.trainer.distributed import World
 from tightfit.trainer.out_of_memory import error_chain, is_out_of_memory
 from tightfit.trainer.recovery import exchanging
@@ -266,9 +266,9 @@ def _agreed(place: Path, world: World, result: dict[str, Part] | _Failure) -> di
     if "memory" in failures:
         raise MemoryError(failures["memory"])
     if "disk full" in failures:
-        raise DoesNotFit(say("trainer.parts.no_room", path=place))
+        raise DoesNotFit(say("trainer.parts.no_room", path=place, kept=kept(place)))
     if failures:
-        raise CannotSave(say("trainer.checkpoint.not_written", path=place, reason=failures["disk"]))
+        raise CannotSave(say("trainer.checkpoint.not_written", path=place, reason=failures["disk"], kept=kept(place)))
     return {name: part for each in results if not isinstance(each, _Failure) for name, part in each.items()}
 
 
