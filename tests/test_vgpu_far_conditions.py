@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from plays import findings
 from test_vgpu_loops import assert_all_of_it_plays
 
@@ -326,6 +327,54 @@ while trainer.steps < 10_000:
 assert len(played) == 2, played
 """
 )
+
+POSITIONS = (
+    HEAD
+    + """
+class Batches:
+    def __init__(self):
+        self.begin()
+
+    def begin(self):
+        self.tokens, self.at = torch.arange(2442), 0
+
+    def next_after(self):
+        batch = self.tokens[self.at : self.at + 64].view(8, 8)
+        self.at += 64
+        if self.at + 64 > len(self.tokens):
+            self.tokens, self.at = torch.arange(2442), 0
+        return batch
+
+    def next_round(self):
+        batch = self.tokens[self.at : self.at + 64].view(8, 8)
+        if self.at == 64 and len(self.tokens) < 64:
+            big("never")
+        self.at = (self.at + 64) % 2432
+        return batch
+
+training, validation = Batches(), Batches()
+take = {take}
+for step in range(1000):
+    if step % 250 == 0:
+        validation.begin()
+        for _ in range(20):
+            model(take(validation).float().cuda())
+    for _ in range(8):
+        model(take(training).float().cuda()).sum().backward()
+    optimizer.step(), optimizer.zero_grad()
+    if step == 999:
+        big("the last step")
+assert played == {"the last step"}
+"""
+)
+
+
+@pytest.mark.parametrize("take", ["Batches.next_after", "Batches.next_round"])
+def test_positions_that_begin_anew_do_not_grow_on(take: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(POSITIONS.replace("{take}", take))
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert found["outcome"] == "fits"
+    assert found["steps"] < 30
 
 
 def test_what_comes_after_an_endless_loop_is_not_listed(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class Watched:
     """The expression itself, with `input_name(0)` and so on in place of its inputs."""
     lines: Mapping[bool, tuple[Frame, ...]] = field(default_factory=dict)
     """For True and False, lines that may allocate if a condition has that value; empty for a size."""
+    cyclic: frozenset[int] = frozenset()
+    """Places of inputs that the function sets to a remainder, so that they begin anew."""
 
     @cached_property
     def _code(self) -> CodeType:
@@ -147,6 +149,7 @@ class _Reading:
     def __init__(self, code: CodeType, node: ast.FunctionDef | ast.Lambda) -> None:
         self._code = code
         self._meanings = _meanings(node) if isinstance(node, ast.FunctionDef) else {}
+        self._cyclic = frozenset(_set_to_remainders(node))
 
     def of_block(self, block: list[ast.stmt]) -> Iterator[Watched]:
         for statement in block:
@@ -207,7 +210,8 @@ class _Reading:
             return None
         if not inputs.found:
             return None
-        return Watched(tuple(inputs.found.values()), pure, lines)
+        cyclic = frozenset(place for place, text in enumerate(inputs.found) if text in self._cyclic)
+        return Watched(tuple(inputs.found.values()), pure, lines, cyclic)
 
 
 def _copied(value: ast.expr) -> ast.expr:
@@ -239,6 +243,14 @@ def _meanings(node: ast.FunctionDef) -> dict[str, ast.expr]:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if times[name] == 1:
                 found[name] = value
     return found
+
+
+def _set_to_remainders(node: ast.AST) -> Iterator[str]:
+    """Yield what a function sets to a remainder, as in `self.at = (self.at + 1) % self.size`."""
+    for each in ast.walk(node):
+        match each:
+            case ast.Assign(targets=[target], value=ast.BinOp(op=ast.Mod())) | ast.AugAssign(target, ast.Mod()):
+                yield ast.unparse(target)
 
 
 def _is_written_out(node: ast.BinOp) -> bool:

@@ -70,6 +70,8 @@ class History:
     """Calls so far."""
     varied: set[Place] = field(default_factory=set)
     """Loops with a whole number among the inputs that changed from one iteration to the next."""
+    directions: set[tuple[int, bool]] = field(default_factory=set)
+    """Inputs by their place, with True for one that grew from one iteration to the next, False for one that fell."""
     is_refuted: bool = False
     """True if a call had other inputs than expected."""
     is_idle: bool = False
@@ -81,6 +83,7 @@ class History:
         for place, number in around.items():
             groups = self.groups.setdefault(place, deque(maxlen=_KEPT))
             if not groups or groups[-1].iteration != number:
+                self.directions |= _directions(*list(groups)[-2:])
                 groups.append(_Group(number, [inputs]))
                 if len(groups) > 1 and differ(groups[-2].calls[0], inputs):
                     self.varied.add(place)
@@ -150,6 +153,10 @@ class History:
     def _within(self, place: Place) -> InnerTrend | None:
         return self.within if self.within is not None and self.within.place != place else None
 
+    def _begins_anew(self, place: int) -> bool:
+        """Return True for an input that turns back, such as a position in data: it grows evenly only up to there."""
+        return place in self.watched.cyclic or {(place, True), (place, False)} <= self.directions
+
     def trends(self, place: Place, now: Iterations) -> "list[Trend]":
         """Return the growth of the inputs from one iteration of a loop to the next, for each call in an iteration."""
         groups = self._evenly(place)
@@ -161,7 +168,7 @@ class History:
         for ordinal in range(1 if inner else min(len(each.calls) for each in groups)):
             calls = [each.calls[ordinal] for each in groups]
             changes = _changes(calls)
-            if changes is None:
+            if changes is None or any(change and self._begins_anew(at) for at, change in enumerate(changes)):
                 return []
             if not self.watched.lines and len(set(map(self.value, calls))) == len(calls):
                 continue  # a size that is another one in each iteration would not let steps repeat
@@ -226,6 +233,15 @@ def _is_count(value: object) -> bool:
 def differ(one: Inputs, two: Inputs) -> bool:
     """Return True if a whole number is another one."""
     return any(_is_count(a) and _is_count(b) and a != b for a, b in zip(one, two, strict=True))
+
+
+def _directions(*groups: _Group) -> set[tuple[int, bool]]:
+    """Return the places of inputs that grew or fell between two iterations with as many calls."""
+    if len(groups) < 2 or len(groups[0].calls) != len(groups[1].calls):
+        return set()
+    pairs = (zip(one, two, strict=True) for one, two in zip(groups[0].calls, groups[1].calls, strict=True))
+    places = ((place, a, b) for pair in pairs for place, (a, b) in enumerate(pair))
+    return {(place, b > a) for place, a, b in places if isinstance(a, int) and isinstance(b, int) and a != b}
 
 
 def _changes(calls: list[Inputs]) -> tuple[int, ...] | None:
