@@ -327,10 +327,11 @@ class TestMistakes:
 
     def test_an_error_of_the_script_is_its_own(self, tmp_path: Path) -> None:
         script = tmp_path / "broken.py"
-        script.write_text("import torch\nx = torch.zeros(3, device='cuda')\nraise KeyError('mine')\n")
-        found = dryrun("--gpu", "A100", script, code=1)
-        assert found["outcome"] == "error"
-        assert found["stopped_because"] == "the script failed: KeyError: 'mine'"
+        for raised, named in (("KeyError('mine')", "KeyError: 'mine'"), ("AssertionError", "AssertionError")):
+            script.write_text(f"import torch\nx = torch.zeros(3, device='cuda')\nraise {raised}\n")
+            found = dryrun("--gpu", "A100", script, code=1)
+            assert found["outcome"] == "error"
+            assert found["stopped_because"] == f"the script failed: {named}"
 
     def test_unknown_cards_can_be_described(self, tmp_path: Path) -> None:
         script = tmp_path / "little.py"

@@ -315,6 +315,7 @@ class Answers:
     [
         ("ValueError: expected sequence of length 6 at dim 1 (got 4)", "fits"),
         ("RuntimeError: Could not infer dtype of NoneType", "fits"),
+        ("FileNotFoundError: [Errno 2] No such file or directory: 'best.pt'", "fits"),
         ("RuntimeError: no such font", "error"),
     ],
 )

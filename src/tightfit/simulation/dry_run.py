@@ -32,9 +32,9 @@ _OF_ITS_CODE = re.compile(
 """Errors that come of the script's code and versions of libraries, whichever iterations ran before."""
 _BY_MISSING_ITERATIONS = re.compile(
     r"NoneType|sequence of length|non-empty|empty (list|sequence|TensorList)|IndexError|KeyError|ZeroDivisionError|"
-    r"UnboundLocalError"
+    r"UnboundLocalError|NameError|FileNotFoundError"
 )
-"""Errors as scripts make them of results that some iterations did not leave behind."""
+"""Errors as scripts make them of results, or files, that some iterations did not leave behind."""
 _MOST_LENGTHS = 8
 """Plays of a script that fails because lengths were made up, each with one more that fits its later lines."""
 _CALL = """\

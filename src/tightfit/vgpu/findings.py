@@ -117,7 +117,7 @@ def _in_short(error: BaseException) -> str:
     """
     where, carried, traceback = str(error).partition("\nOriginal Traceback (most recent call last):\n")
     if not carried:
-        return f"{type(error).__name__}: {error!s:.500}"
+        return f"{type(error).__name__}: {error!s:.500}".rstrip().removesuffix(":")
     lines = traceback.rstrip().splitlines()
     first = max((number for number, line in enumerate(lines) if line[:1].isspace()), default=-1) + 1
     text = "\n".join(lines[first:] or lines[-1:])
