@@ -20,6 +20,7 @@ FEATURES = (
     *("kernels_in_python", "caught_failures_keep_nothing", "types_are_refused", "sparse_elements_are_kept"),
     *("pinned_memory_is_known", "captures_do_not_wait", "counts_add_up", "positions_that_differ"),
     *("tokens_come_from_a_file", "sparse_rows_multiply", "views_change_in_place"),
+    "arguments_by_name",
 )
 
 
@@ -78,6 +79,10 @@ SHARDED = """
     for layer in late:
         layer.reset_parameters()
     optimizer = torch.optim.AdamW(late.parameters())
+    on_host = dist.new_group(backend="gloo")
+    on_host.monitored_barrier()
+    assert (dist.get_backend(), dist.get_backend(on_host), dist.get_world_size(on_host)) == ("nccl", "gloo", 2)
+    nn.parallel.DistributedDataParallel(module=nn.Linear(64, 64).cuda(), process_group=on_host)(x).sum().backward()
     for _ in range(2):
         late(x).sum().backward()
         optimizer.step()
@@ -85,7 +90,7 @@ SHARDED = """
 """
 
 
-def test_shards_of_buffers_of_meta_models_and_of_fsdp1() -> None:
+def test_shards_of_buffers_of_meta_models_and_of_fsdp1_and_groups_on_the_host() -> None:
     local, whole = map(int, run_on_card(SHARDED, WORLD_SIZE="2").split())
     assert local == whole // 2
 

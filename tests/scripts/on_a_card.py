@@ -5,6 +5,7 @@ import gc
 import json
 import pickle
 import subprocess
+import tempfile
 import traceback
 
 import torch
@@ -357,10 +358,27 @@ def tokens_come_from_a_file():
     assert window.item() == 3
 
 
+def arguments_by_name():
+    class Named(torch.nn.Module):
+        def forward(self, x, module=None):
+            return x
+
+    layer = torch.nn.Linear(4, 4).cuda()
+    scripted = torch.jit.script(layer.eval())
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(obj=layer.state_dict(), f=f"{folder}/layer.pt")
+        layer.load_state_dict(torch.load(f=f"{folder}/layer.pt", map_location="cuda"))
+        torch.jit.save(m=torch.jit.freeze(mod=scripted), f=f"{folder}/scripted.pt")
+        torch.jit.load(f=f"{folder}/scripted.pt")
+    torch.set_default_tensor_type(t="torch.FloatTensor")
+    torch.compile(Named().cuda(), backend="eager")(torch.ones(2, device="cuda"), module=layer)
+    error_of(TypeError, lambda: torch.compile(layer, limit_of_mine=4))
+
+
 FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
     *(captures_do_not_wait, counts_add_up, positions_that_differ, tokens_come_from_a_file),
-    *(sparse_rows_multiply, views_change_in_place),
+    *(sparse_rows_multiply, views_change_in_place, arguments_by_name),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

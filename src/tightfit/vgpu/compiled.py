@@ -10,9 +10,10 @@ import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,6 +46,7 @@ class Compiler:
         """`prepare_inductor` is called once, before the first compilation."""
         self._device, self._trials, self._prepare_inductor = device, trials, prepare_inductor
         self._compile: Callable[..., Function] = torch.compile
+        self._arguments = inspect.signature(torch.compile).parameters.keys()
         self._ready: bool | None = None
         self._graphs = CudaGraphs(device)
         self.kept_frames = KeptFrames(device.card.torch_version)
@@ -59,8 +61,14 @@ class Compiler:
         mode: str | None = None,
         options: Mapping[str, str | int | bool | Function] | None = None,
         disable: bool = False,
+        **others: Any,  # as torch takes them
     ) -> Function:
-        """Compile like `torch.compile`; a model that cannot be compiled here runs eagerly, and the report names it."""
+        """Compile like `torch.compile`; a model that cannot be compiled here runs eagerly, and the report names it.
+
+        `others` are arguments of newer versions of torch, which change no memory.
+        """
+        for name in others.keys() - self._arguments:
+            raise TypeError(f"compile() got an unexpected keyword argument {name!r}")
         if model is None:
             return functools.partial(
                 self.compile,
@@ -70,6 +78,7 @@ class Compiler:
                 mode=mode,
                 options=options,
                 disable=disable,
+                **others,
             )
         if disable:
             return model

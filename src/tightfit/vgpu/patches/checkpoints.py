@@ -61,20 +61,20 @@ class _Checkpoints:
         self._saved: list[object] = []
         self._places: dict[str, int] = {}
 
-    def save(self, content: object, file: File, *args: object, **kwargs: object) -> None:
+    def save(self, obj: object, f: File, *args: object, **kwargs: object) -> None:
         """Keep an outline of the content, and write a stand-in into a buffer."""
         with self._device.phases.named("save"):
-            name = _name(file)
+            name = _name(f)
             if not self._guard.is_discarded(name):  # else the guard has noted the old file already
                 self._device.not_written.append(name)
-            self._saved.append(_outline(content, {}, self._device))
-            if isinstance(file, (str, os.PathLike)):
-                self._places[os.path.realpath(file)] = len(self._saved) - 1
-                self._guard.checkpoints.add(os.path.realpath(file))
+            self._saved.append(_outline(obj, {}, self._device))
+            if isinstance(f, (str, os.PathLike)):
+                self._places[os.path.realpath(f)] = len(self._saved) - 1
+                self._guard.checkpoints.add(os.path.realpath(f))
                 if not self._guard.is_needed:
-                    self._write_stand_in(file)
+                    self._write_stand_in(f)
             else:
-                file.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
+                f.write(_STAND_IN + len(self._saved).to_bytes(_NUMBER_BYTES))
 
     def _write_stand_in(self, file: str | os.PathLike[str]) -> None:
         """Write the file itself, as scripts look for it; nothing stays on the disk."""
@@ -90,15 +90,15 @@ class _Checkpoints:
         """Return True for a file that this run saved."""
         return os.path.realpath(file) in self._places or _number_in(file) is not None
 
-    def load(self, file: File, map_location: object = None, *args: object, **kwargs: object) -> object:
+    def load(self, f: File, map_location: object = None, *args: object, **kwargs: object) -> object:
         """Load a checkpoint of this run or a real file, and move its tensors to the device if asked to."""
         of_card = _OfCard()
         with self._device.phases.named("resume"):
-            number = self._places.get(os.path.realpath(file)) if isinstance(file, (str, os.PathLike)) else None
+            number = self._places.get(os.path.realpath(f)) if isinstance(f, (str, os.PathLike)) else None
             if number is None:
-                number = _number_in(file)
+                number = _number_in(f)
             if number is None:
-                content = self._usual_load(file, of_card.on_host, *args, **kwargs)
+                content = self._usual_load(f, of_card.on_host, *args, **kwargs)
             else:
                 content = _outline(self._saved[number], {}, self._device)
             return _moved(content, lambda tensor: _place(map_location, of_card.has(tensor)), {})

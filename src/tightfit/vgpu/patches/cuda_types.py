@@ -111,15 +111,15 @@ def _install_default_type(types: dict[str, VirtualType]) -> None:
             return usual_new(*args, **options)
         return default[0](*args[1:])
 
-    def set_default_tensor_type(kind: object) -> None:
-        wanted = types.get(kind) if isinstance(kind, str) else kind
+    def set_default_tensor_type(t: object) -> None:
+        wanted = types.get(t) if isinstance(t, str) else t
         if isinstance(wanted, VirtualType):
             default[:] = [wanted]
             torch.set_default_dtype(wanted.dtype)
             torch.set_default_device("cuda")
             assign(torch.Tensor, __new__=new)
             return
-        usual_default(kind)
+        usual_default(t)
         if default:
             default.clear()
             torch.set_default_device(None)

@@ -147,7 +147,7 @@ def _wrap_modules(phases: Phases, running: Running) -> None:
     compiled_modules = dynamo.OptimizedModule
     usual: Callable[..., object] = compiled_modules.__call__
 
-    def call(module: nn.Module, *args: object, **kwargs: object) -> object:
+    def call(module: nn.Module, /, *args: object, **kwargs: object) -> object:
         if phases.compiled_calls:  # Dynamo's own, too: it makes one of each graph that it splits for DDP's buckets
             return usual(module, *args, **kwargs)
         original = module._orig_mod

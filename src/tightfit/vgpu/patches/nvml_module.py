@@ -78,7 +78,7 @@ def _answers(device: VirtualDevice, card: SimpleNamespace) -> dict[str, object]:
         nvmlDeviceGetCount=lambda: device.count,
         nvmlDeviceGetHandleByIndex=by_index,
         nvmlDeviceGetHandleByUUID=lambda uuid: 0,
-        nvmlDeviceGetHandleByPciBusId=lambda bus: 0,
+        nvmlDeviceGetHandleByPciBusId=lambda pciBusId: 0,
         nvmlDeviceGetIndex=lambda handle: handle,
         nvmlDeviceGetMemoryInfo=memory,
         nvmlDeviceGetCudaComputeCapability=lambda handle: device.answers.ask(lambda card: card.capability),

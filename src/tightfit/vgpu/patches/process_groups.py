@@ -71,7 +71,9 @@ def install(device: VirtualDevice, rank: int = 0) -> None:
         return
     played = rank
     usual_group = distributed.init_process_group
+    usual_new: Callable[..., object] = distributed.new_group
     names = {}
+    """Backends that the script asked for, by the names of their groups; "world" for the first one."""
 
     def init_process_group(
         backend: object = None,
@@ -91,15 +93,28 @@ def install(device: VirtualDevice, rank: int = 0) -> None:
         usual_group("fake", store=FakeStore(), rank=own, world_size=size)
         names["world"] = str(backend or "undefined").lower()
 
+    @functools.wraps(usual_new)
+    def new_group(
+        ranks: object = None, timeout: object = None, backend: object = None, *args: object, **kwargs: object
+    ) -> object:
+        made = usual_new(ranks, timeout, None, *args, **kwargs)
+        name = getattr(made, "group_name", None)  # None for a group without this process
+        if backend is not None and name is not None:
+            names[name] = str(backend).lower()
+        return made
+
     usual_backend: Callable[..., str] = distributed.get_backend
 
     def get_backend(group: object = None) -> str:
         """Return the name that the script asked for; torch's own functions read that of the fake group."""
         found = usual_backend(group)
-        return names["world"] if found == "fake" and ":" not in names["world"] else found
+        asked = names.get(getattr(group, "group_name", "world"), names["world"])
+        return asked if found == "fake" and ":" not in asked else found
 
     mesh = importlib.import_module("torch.distributed.device_mesh")
-    assign(distributed, distributed.distributed_c10d, mesh, init_process_group=init_process_group)
+    assign(distributed, distributed.distributed_c10d, mesh, init_process_group=init_process_group, new_group=new_group)
+    assign(distributed, distributed.distributed_c10d, monitored_barrier=lambda *args, **kwargs: None)
+    assign(distributed.ProcessGroup, monitored_barrier=lambda *args, **kwargs: None)
     assign(distributed, get_backend=get_backend)
     assign(distributed, is_nccl_available=lambda: True)  # its own module would use classes that there are not
     _install_ddp(device)
@@ -135,11 +150,11 @@ def _install_ddp(device: VirtualDevice) -> None:
 
     in_place.__annotations__ = {}  # DDP accepts none or its own types
 
-    def init_ddp(module: DistributedDataParallel, *args: object, **kwargs: object) -> None:
-        usual(module, *args, **kwargs)
+    def init_ddp(made: DistributedDataParallel, /, *args: object, **kwargs: object) -> None:
+        usual(made, *args, **kwargs)
         register: Callable[..., None] = vars(distributed)["_register_comm_hook"]
-        register(module.reducer, weakref.ref(module), in_place)
-        assign(module, logger=_Silent())
+        register(made.reducer, weakref.ref(made), in_place)
+        assign(made, logger=_Silent())
 
     assign(
         DistributedDataParallel,
@@ -157,11 +172,11 @@ def _register_comm_hook(module: "DistributedDataParallel", state: object, hook: 
     module._comm_hooks.append((hook, state))
 
 
-def _register_builtin(module: "DistributedDataParallel", kind: object) -> None:
+def _register_builtin(module: "DistributedDataParallel", comm_hook_type: object) -> None:
     """Register the hook in Python that does as one of the reducer's own."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-    halves = "FP16" in str(kind)
+    halves = "FP16" in str(comm_hook_type)
     module.register_comm_hook(None, default_hooks.fp16_compress_hook if halves else default_hooks.allreduce_hook)
 
 

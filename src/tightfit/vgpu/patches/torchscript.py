@@ -112,21 +112,21 @@ def _install_files() -> None:
     """Save and load a scripted module as any other object of the script."""
     usual: Callable[..., object] = torch.jit.load
 
-    def save(module: object, file: File, *args: object, **options: object) -> None:
-        torch.save(module, file)
+    def save(m: object, f: File, *args: object, **options: object) -> None:
+        torch.save(m, f)
 
     @functools.wraps(usual)
-    def load(file: File, map_location: object = None, *args: object, **options: object) -> object:
+    def load(f: File, map_location: object = None, *args: object, **options: object) -> object:
         try:
-            found = torch.load(file, weights_only=False)
+            found = torch.load(f, weights_only=False)
         except RuntimeError:  # a real archive, of which torch.load leaves TorchScript to torch.jit.load
-            return usual(file, map_location, *args, **options)
+            return usual(f, map_location, *args, **options)
         if not isinstance(found, nn.Module):
             return found
         copied = copy.deepcopy(found)
         return copied.to(map_location) if isinstance(map_location, (str, torch.device)) else copied
 
-    def unchanged(module: object, *args: object, **options: object) -> object:
-        return module
+    def unchanged(mod: object, *args: object, **options: object) -> object:
+        return mod
 
     assign(torch.jit, save=save, load=load, freeze=unchanged, optimize_for_inference=unchanged)

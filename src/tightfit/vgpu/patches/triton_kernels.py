@@ -29,7 +29,7 @@ def install(device: VirtualDevice, card: SimpleNamespace) -> None:
 
 
 def _launcher(device: VirtualDevice) -> Callable[..., object]:
-    def run(kernel: object, *args: object, grid: object = None, warmup: bool = False, **kwargs: object) -> _Compiled:
+    def run(kernel: object, /, *args: object, grid: object = None, warmup: bool = False, **kwargs: object) -> _Compiled:
         """Act as a launch: check where the tensors are, and forget their known values."""
         for position, value in enumerate((*args, *kwargs.values())):
             if isinstance(value, FakeTensor) and value.fake_device.type != "cpu":
