@@ -7,6 +7,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -95,17 +96,27 @@ def _row(check: Check, words: Words) -> Row:
 
 
 def print_table(checks: Sequence[Check], words: Words, console: Console) -> None:
-    """Print one row a check: status, title, the sentence with the next step below it; then the counts."""
+    """Print one row a check: status, title, the sentence with the next step below it; then the counts.
+
+    In a narrow terminal the sentence begins below the title.
+    """
     statuses = [words("words", status) for status in _STATUSES]
     titles = [check.title(words) for check in checks]
     used = max(map(cell_len, statuses)) + max(map(cell_len, titles)) + 2 * _GAP
+    is_narrow = console.width - used < _LEAST_WIDTH
+    width = console.width - (_GAP if is_narrow else used)
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=False)
     for _ in range(3):
         table.add_column(no_wrap=True, overflow="fold")
     for check, title in zip(checks, titles, strict=True):
         status = Text(words("words", check.status), style=_STYLES[check.status])
-        table.add_row(status, Text(title), _finding(check, words, width=max(_LEAST_WIDTH, console.width - used)))
-    console.print(table)
+        row = (status, Text(title), _finding(check, words, width=width))
+        if is_narrow:
+            console.print(*row[:2])
+            console.print(Padding(row[2], (0, 0, 0, _GAP)))
+        else:
+            table.add_row(*row)
+    console.print(table, end="")
     console.print()
     console.print(_summary(checks, words))
 
