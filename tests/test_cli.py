@@ -189,7 +189,7 @@ class TestBrokenInput:
         said = refusal(arguments(out_dir, data_dir, dataset="tinny"), out_dir=out_dir, real=real)
         assert said == (
             f"there is no dataset 'tinny' in {data_dir}; did you mean tiny? "
-            "Otherwise make it with: tightfit prepare tinny"
+            f"Otherwise make it with: tightfit prepare tinny --input PATH --data_dir={data_dir}"
         )
 
     @pytest.mark.parametrize(

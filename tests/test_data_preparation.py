@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -340,13 +341,14 @@ def test_a_dataset_that_is_cut_short_or_of_another_format(tmp_path: Path) -> Non
 
 
 def test_a_missing_dataset_names_the_command_and_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no dataset 'owt' in .*: tightfit prepare owt"):
+    place = re.escape(f"--data_dir={tmp_path}") + "$"
+    with pytest.raises(DataError, match=rf"there is no dataset 'owt' in .*: tightfit prepare owt --input PATH {place}"):
         open_dataset("owt", tmp_path)
     folder = write_dataset(tmp_path / "shakespeare_char", [1], [1])
     with pytest.raises(DataError, match=r"did you mean shakespeare_char\? .*: tightfit prepare shakespear_char"):
         open_dataset("shakespear_char", tmp_path)
     (folder / "val.bin").unlink()
-    with pytest.raises(DataError, match=r"has no val\.bin; make it with: tightfit prepare shakespeare_char"):
+    with pytest.raises(DataError, match=rf"has no val\.bin; make it with: tightfit prepare shakespeare_char {place}"):
         open_dataset("shakespeare_char", tmp_path)
 
 

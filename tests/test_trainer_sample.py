@@ -175,7 +175,7 @@ class TestCommand:
         assert done.code == 2
         assert re.fullmatch(
             r"tightfit: .*ckpt\.pt was trained on the dataset 'tiny', whose vocabulary is not in .*; "
-            r"make it again with tightfit prepare tiny, or set --data_dir to its folder\n",
+            r"make it again with tightfit prepare tiny --input PATH --data_dir=\S+, or set --data_dir to its folder\n",
             done.err,
         )
 

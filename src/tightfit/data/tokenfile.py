@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,12 +159,14 @@ def open_dataset(name: str | Path, data_dir: str | Path = "data") -> Dataset:
     """Open the dataset `<data_dir>/<name>`, or the folder at the path `name`. DataError if there is none."""
     folder = _find_folder(str(name), Path(data_dir))
     if publishing(folder):
-        raise DataError(say("data.tokenfile.interrupted", folder=folder, name=name))
+        raise DataError(say("data.tokenfile.interrupted", folder=folder, command=preparation(folder)))
     for file_name in ("train.bin", "val.bin"):
         if not (folder / file_name).is_file():
             if (folder / WORK_FOLDER).exists():
-                raise DataError(say("data.tokenfile.unfinished", folder=folder, file=file_name, name=name))
-            raise DataError(say("data.tokenfile.lacks_file", folder=folder, file=file_name, name=name))
+                lacks = say("data.tokenfile.unfinished", folder=folder, file=file_name, command=preparation(folder))
+                raise DataError(lacks)
+            lacks = say("data.tokenfile.lacks_file", folder=folder, file=file_name, command=preparation(folder))
+            raise DataError(lacks)
     meta = read_meta(folder)
     dtype = meta.dtype if meta else "uint16"
     train, val = (TokenFile.open(folder / file_name, dtype) for file_name in ("train.bin", "val.bin"))
@@ -171,6 +174,19 @@ def open_dataset(name: str | Path, data_dir: str | Path = "data") -> Dataset:
     val.validate(expected_tokens=meta.val_tokens if meta else None)
     vocab_size = meta.vocab_size if meta else None
     return Dataset(folder=folder, train=train, val=val, dtype=dtype, vocab_size=vocab_size, meta=meta)
+
+
+def preparation(folder: Path) -> str:
+    """Return the command that makes the dataset of this folder.
+
+    >>> preparation(Path("data/stdlib")), preparation(Path("sets/novels"))
+    ('tightfit prepare stdlib', 'tightfit prepare novels --input PATH --data_dir=sets')
+    """
+    from tightfit.data.recipes import NAMES  # training itself has no use for what reads and fetches text
+
+    own = "" if folder.name in NAMES else " --input PATH"
+    elsewhere = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
+    return f"tightfit prepare {shlex.quote(folder.name)}{own}{elsewhere}"
 
 
 def _find_folder(name: str, data_dir: Path) -> Path:
@@ -181,6 +197,6 @@ def _find_folder(name: str, data_dir: Path) -> Path:
         return Path(name)
     there = sorted(path.parent.name for path in data_dir.glob("*/train.bin"))
     close = difflib.get_close_matches(name, there, n=1)
-    make = say("data.tokenfile.make", name=name)
+    make = say("data.tokenfile.make", command=preparation(folder))
     hint = say("data.tokenfile.did_you_mean", near=close[0], make=make) if close else make
     raise DataError(say("data.tokenfile.no_dataset", name=name, folder=data_dir, hint=hint))

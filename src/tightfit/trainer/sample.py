@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tightfit.config import SampleConfig
 from tightfit.data import Dataset, Tokenizer, load_tokenizer, read_meta
+from tightfit.data.tokenfile import preparation
 from tightfit.errors import ConfigError, DataError
 from tightfit.models.attention import KeyValueCache
 from tightfit.models.model import GPT, GPT2_VOCAB
@@ -115,7 +116,8 @@ def _tokenizer_of(start: Checkpoint, data_dir: str) -> Tokenizer:
     if name and folder.is_dir():
         return load_tokenizer(read_meta(folder), folder)
     if name and start.model_config.vocab_size < GPT2_VOCAB:
-        raise DataError(say("trainer.sample.no_vocabulary", path=start.path, name=name, folder=folder))
+        said = {"path": start.path, "name": name, "folder": folder, "command": preparation(folder)}
+        raise DataError(say("trainer.sample.no_vocabulary", **said))
     return load_tokenizer(None, folder)
 
 
