@@ -3,13 +3,18 @@
 Small scripts, their figures worked by hand.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from plays import played
+
+from tightfit.vgpu.inductor_wrapper import Wrapper, run_wrapper
 
 MIB = 2**20
 HEAD = """
@@ -73,6 +78,20 @@ weight = torch.nn.Parameter(torch.ones(2048, 8191, device="cuda", dtype=torch.bf
 product = torch.compile(lambda x: x @ weight)
 x = torch.ones(4096, 2048, device="cuda", dtype=torch.bfloat16)
 product(x)
+"""
+
+CONVOLUTIONS = """
+layers = [torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(64, 64, 3)]
+torch.compile(torch.nn.Sequential(*layers).cuda())(torch.ones(8, 3, 16, 16, device="cuda")).sum().backward()
+"""
+OTHERWISE = """
+import torch
+@torch.library.custom_op("mine::turned", mutates_args=())
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return x.t().contiguous().t()
+@turned.register_fake
+def _(x): return torch.empty_like(x)               # says that rows lie one after the other
+torch.compile(lambda x: turned(x) + 1)(torch.ones(8, 4, device="cuda"))
 """
 
 
@@ -162,12 +181,35 @@ def test_a_trial_of_padding_may_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_setting_to_tune_all_products_is_left_out_and_told(tmp_path: Path) -> None:
-    """Inductor would time templates of its own beside cuBLAS's products, on tensors of the card."""
+    """Inductor would time templates of its own beside cuBLAS's products, on tensors of the card.
+
+    What it lays out "channels last" in the forward pass of a convolution, the backward pass finds so: else it is told.
+    """
     setting = "torch._inductor.config.max_autotune = True\n"
     product = PADDED.replace("import torch\n", f"import torch\n{setting}").replace("8191", "8192")
-    (tmp_path / "script.py").write_text(f"{product.rstrip()}.sum().backward()\n")
+    (tmp_path / "script.py").write_text(f"{product.rstrip()}.sum().backward()\n{CONVOLUTIONS}")
     outcome = played(["--gpu", "A100", tmp_path / "script.py"])
     assert outcome.outcome == "fits"
     assert [each for each in outcome.not_modelled if "compile" in each] == [
         "torch.compile with max-autotune: memory for trying out kernels while compiling"
     ]
+
+
+@pytest.mark.slow
+def test_a_result_that_its_shape_function_describes_wrongly_fails_as_on_a_card(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(OTHERWISE)
+    outcome = played(["--gpu", "A100", tmp_path / "script.py"])
+    assert outcome.outcome == "error"
+    assert "expected size 8==8, stride 1==4 at dim=0" in outcome.stopped_because
+
+
+def test_another_layout_than_inductor_expects_is_told_for_operators_of_torch() -> None:
+    told: list[str] = []
+    check = "assert_size_stride(args[0], (2, 3), (1, 2), 'torch.ops.{operator}.default')"
+    for operator in ("aten.mm", "mine.turned"):
+        code = f"def call(args):\n    {check.format(operator=operator)}\n    return args"
+        call = run_wrapper(Wrapper(code, {}, ""), SimpleNamespace(note=told.append), None)
+        call([torch.ones(3, 2).t()])
+        with pytest.raises(AssertionError) if operator == "mine.turned" else contextlib.nullcontext():
+            call([torch.ones(2, 3)])
+    assert [each.partition("(")[2].partition(")")[0] for each in told] == ["torch.ops.aten.mm.default"]

@@ -1,12 +1,14 @@
 """Inductor's wrapper code, run without kernels: its buffers are virtual tensors."""
 
 import ast
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tightfit.kernels.cost import fused_kernel, kernel_of
@@ -14,6 +16,7 @@ from tightfit.kernels.temporaries import Argument
 from tightfit.vgpu.autotuning import Kernel, Trials
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import Frame, frames_of_text
+from tightfit.wording import say
 
 if TYPE_CHECKING:
     from torch._inductor.graph import GraphLowering
@@ -65,11 +68,24 @@ def wrapper_of(
         )
         with V.set_graph_handler(lowering):
             lowering.run(*inputs)
+            if context.output_strides is not None:
+                context.output_strides.extend(_strides_of_outputs(lowering))
             code = lowering.codegen()[0]
             reason = lowering.disable_cudagraphs_reason or ""
             if not reason and "cpu" in lowering.device_types:
                 reason = "it also uses tensors of the host"
             return Wrapper(str(getattr(code, "value", code)), _lines_of_buffers(lowering), reason.strip())
+
+
+def _strides_of_outputs(lowering: "GraphLowering") -> Iterator[tuple[int, ...] | None]:
+    """Yield the strides that Inductor chose for each output; None for those of no tensor, and of unknown sizes.
+
+    The graph of the backward pass is then compiled for saved tensors as they are, "channels last" for example.
+    """
+    for out in lowering.graph_outputs or ():
+        strides: Sequence[object] = out.get_layout().stride if out.has_tensor_output() else (None,)
+        known = [int(str(stride)) for stride in strides if str(stride).isdecimal()]  # a number, or a formula of sizes
+        yield tuple(known) if len(known) == len(strides) else None
 
 
 def _lines_of_buffers(lowering: "GraphLowering") -> dict[str, tuple[Frame, ...]]:
@@ -134,7 +150,7 @@ def _answers(device: VirtualDevice, trials: Trials) -> dict[str, object]:
         "extern_kernels": _Gemms(device),
         "get_raw_stream": lambda index: 0,
         "get_cuda_stream": lambda index: 0,
-        "assert_size_stride": lambda *args, **kwargs: None,
+        **dict(_layout_checks(device)),
         "assert_alignment": lambda *args, **kwargs: None,
         "empty_strided_cuda": _empty,
         "empty_strided_cpu": _empty_host,
@@ -153,6 +169,33 @@ def _empty_host(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, 
 
 def _reinterpret(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int = 0) -> Tensor:
     return torch.as_strided(tensor, size, stride, int(tensor.storage_offset()) + offset)
+
+
+def _layout_checks(device: VirtualDevice) -> Iterator[tuple[str, Callable[..., None]]]:
+    """Yield what Inductor's code calls to compare tensors with the sizes and strides that it was written for."""
+    places = (guards, sys.modules.get("torch._inductor.runtime.runtime_utils"))  # loaded if code has been written
+    for name in ("assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata"):
+        check = next((vars(place)[name] for place in places if name in vars(place or object)), None)  # 2.15 has three
+        if check is not None:
+            yield name, _noted(device, check)
+
+
+def _noted(device: VirtualDevice, check: Callable[..., None]) -> Callable[..., None]:
+    """Return a check that notes where the virtual GPU differs. An operator of the script fails as on a card."""
+
+    def noted(*args: object) -> None:
+        operator = args[-1] if isinstance(args[-1], str) else "input"
+        try:
+            check(*args)
+        except (AssertionError, RuntimeError):
+            if not operator.startswith(_OF_TORCH):
+                raise
+            device.note(say("vgpu.compiled.layout", operator=operator))
+
+    return noted
+
+
+_OF_TORCH = ("input", "torch.ops.aten.", "torch.ops.prims.", "torch.ops.inductor.", "torch.ops.prim.")
 
 
 class _NoKernels:
