@@ -704,3 +704,17 @@ class TestTwoProcesses:
         with pytest.raises(OutOfMemory, match="step 0: setup needs more memory than there is"):
             alone.tried("setup", work)
         assert len(calls) == recovery.MOST_TRIES
+
+    def test_the_end_is_told_in_the_words_that_name_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Errors that follow from the same shortage name a thread, or a primitive."""
+        monkeypatch.setattr(recovery, "WAIT_S", 0.0)
+        alone = Recovery(World(), torch.device("cpu"), lambda line: None, lambda step, values: None)
+        refusal = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
+        errors = iter([RuntimeError(refusal), *[RuntimeError("can't start new thread")] * recovery.MOST_TRIES])
+
+        def work() -> None:
+            raise next(errors)
+
+        with pytest.raises(OutOfMemory) as caught:
+            alone.tried("setup", work)
+        assert refusal in caught.value.message

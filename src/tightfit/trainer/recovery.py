@@ -125,6 +125,8 @@ class Recovery(Guard):
     _exchange: GradientExchange | None = None
     _flag: Tensor | None = None
     _tries: Counter[tuple[int, bool, Settings | None]] = field(default_factory=Counter)
+    _refusal: tuple[int, str] = (-1, "")
+    """Step and message of the newest error that names a size; libraries word the ones after it in many ways."""
     _reserve: Reserve | None = None
     _thread: ThreadPoolExecutor | None = None
     """Runs the work in place of the main thread, after an error that left that thread unable to run new kernels."""
@@ -311,9 +313,13 @@ class Recovery(Guard):
 
     def _go_back(self, failure: _Failure, seconds: float, alone: bool) -> None:
         now, found = self._settings(), failure.found
+        if found.requested_bytes is not None:
+            self._refusal = self.step, found.message
         if failure.is_last:
             error = OutOfMemory(self._last_message(failure, now))
-            error.of_all, error.message, error.settings = not alone, found.message, now
+            step, refusal = self._refusal
+            error.message = refusal if step == self.step else found.message
+            error.of_all, error.settings = not alone, now
             raise error
         self._growth.after_error()
         self._release_reserve()
