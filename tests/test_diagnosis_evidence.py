@@ -309,6 +309,101 @@ def test_a_report_tells_the_phase_that_failed_not_the_one_that_went_well(words: 
     assert failure.phase == phase
 
 
+@pytest.mark.parametrize(
+    ("words", "never"),
+    [
+        ("I set the batch_size to 10 and 128, and both result in the error.", "split_general"),
+        ("batch size从32改到4，还是一样报错", "split_general"),
+        ("バッチサイズを8、4、2と変えても同じエラーになります", "split_general"),
+        ("어떤 배치 사이즈로 해도 같은 오류가 납니다", "split_general"),
+        ("图像的微调：无论怎么调低分辨率都会报错", "smaller_picture"),
+        ("Images are resized. block_size=1, still the same error", "shorter_length"),
+        ("- changing batch size to [auto, 1, 2, 4]\nNone of the above attempts work.", "split_general"),
+        ("With batch size 64 and 128 it fails, with 32 it works.", None),
+        ("Batch size 2, 24GB card, still OOM.", None),
+        ("any batch size above 4 fails", None),
+    ],
+)
+def test_a_quantity_of_which_no_value_helped_is_no_fix(words: str, never: str | None):
+    found = explain(f"# Training fails\n{words}\n{FULL}")
+    codes = {each.code for each in found.remedies}
+    assert ("fixed_part" in [each.code for each in found.causes]) == (never is not None)
+    assert never not in codes
+    if never == "split_general":
+        assert not codes & {"smaller_batch", "less_at_once", "split_logged", "split_in_parts"}
+    if never is not None:
+        assert "smaller_model" in codes
+        assert "解決しません" in str(explain(f"# Training fails\n{words}\n{FULL}", lang="ja"))
+
+
+MPS = "MPS backend out of memory (MPS allocated: 6.04 GB, other allocations: 1.04 GB, max allowed: 6.77 GB). Tried to allocate 459.07 MB on private pool."
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "is_left"),
+    [
+        (f"Any workaround exept PYTORCH_MPS_HIGH_WATERMARK_RATIO?\n{MPS}", "mps_watermark", False),
+        (f"It fails, except on my other Mac.\n{MPS}", "mps_watermark", True),
+        (f"Is there a way to train on images without lowering the resolution?\n{FULL}", "smaller_picture", False),
+        (f"Is there a way to train on images?\n{FULL}", "smaller_picture", True),
+        (f"CUDA out of memory in evaluation, the batch size during evaluation is 1.\n{FULL}", "eval_batch", False),
+        (f"CUDA out of memory in evaluation, the batch size during training is 2.\n{FULL}", "eval_batch", True),
+        (f"I train on KITTI for depth estimation.\n{FULL}", "coarser_points", False),
+        (f"I train on point clouds of KITTI.\n{FULL}", "coarser_points", True),
+        (
+            "num_workers=1\nRuntimeError: DataLoader worker (pid 2) is killed by signal: Killed.",
+            "kind_fewer_workers",
+            False,
+        ),
+        (
+            "num_workers=0 is flat, num_workers=8 is killed.\n"
+            "RuntimeError: DataLoader worker (pid 2) is killed by signal: Killed.",
+            "kind_fewer_workers",
+            True,
+        ),
+    ],
+)
+def test_a_fix_that_is_excluded_or_without_place_is_left_out(log: str, code: str, is_left: bool):
+    assert (code in [each.code for each in explain(log).remedies]) == is_left
+
+
+@pytest.mark.parametrize(
+    ("words", "helps"),
+    [
+        ("Sometimes I turn off the terminal that was running python before, and I can run it successfully.", True),
+        ("杀掉其他进程之后就能跑了", True),
+        ("別のプロセスを終了すると動きます。", True),
+        ("다른 터미널을 끄면 실행됩니다.", True),
+        ("Wenn ich das andere Terminal schließe, läuft es.", True),
+        ("I closed all other programs but it still fails.", False),
+        ("The process is killed after it runs for an hour.", False),
+        ("他のプロセスを終了しても同じエラーです", False),
+    ],
+)
+def test_a_program_that_was_closed_with_success_comes_first(words: str, helps: bool):
+    for message, code in ((FULL, "close_others"), ("RuntimeError: CUDA error: out of memory", "kind_other_programs")):
+        found = explain(f"{words}\n{message}")
+        assert (found.causes[0].code == "others_closed") == helps
+        assert not helps or found.remedies[0].code == code
+
+
+@pytest.mark.parametrize(
+    ("words", "is_told"),
+    [
+        ("When I run eval.py, after it generates 15 pictures, the error shows.", True),
+        ("The demo rendered 8 views but then failed.", True),
+        ("渲染到第20帧时报错", True),
+        ("推論です。15枚生成した後に落ちます", True),
+        ("I use 35 pictures and try to generate a picture of 1008 * 756.", False),
+        ("生成15张图片的推理", False),
+    ],
+)
+def test_results_before_the_failure_may_be_kept(words: str, is_told: bool):
+    found = explain(f"# rendering\n{words}\n{FULL}")
+    assert ("kept_between_passes" in [each.code for each in found.causes]) == is_told
+    assert not is_told or "outputs_to_host" in [each.code for each in found.remedies]
+
+
 LOADED = """Traceback (most recent call last):
   File "run.py", line 8, in finalize
     {line}

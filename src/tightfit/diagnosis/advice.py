@@ -1,6 +1,6 @@
 """The remedies for a failure that was not played: those that cure this case first, in the user's own words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -70,6 +70,25 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
         watermark = _likely("mps_watermark")
         return ranked([*first, *cures[:_BEFORE_WATERMARK], watermark, *cures[_BEFORE_WATERMARK:]])
     return ranked([*first, *cures, *last, *([] if facts.kind in NOT_CUDA else [empty_cache(facts)])])
+
+
+def closing_first(remedies: Sequence[Remedy]) -> tuple[Remedy, ...]:
+    """Return the remedies of a report in which closing another program helped, with that one first."""
+    known = [each for each in remedies if each.code == _OF_KIND]
+    closing = known or [
+        Remedy(
+            code="close_others",
+            verdict=UNCHECKED,
+            reason="closing_helped",
+            label=LIKELY,
+            paste=to_paste("close_others"),
+        )
+    ]
+    return (*closing, *(each for each in remedies if each.code not in ("close_others", _OF_KIND)))
+
+
+_OF_KIND = "kind_other_programs"
+"""The fix of a kind of failures that looks who uses the card."""
 
 
 def _cures(case: Case) -> list[Remedy]:

@@ -34,6 +34,13 @@ class LineRequest(Cause, frozen=True, kw_only=True):
     source: str
 
 
+class FixedPart(Cause, frozen=True, kw_only=True):
+    """What fills the card whatever the inputs are, as a quantity without effect shows."""
+
+    quantity: str
+    """The code of its remedy."""
+
+
 class FillsCard(Cause, frozen=True, kw_only=True):
     held_bytes: int
     total_bytes: int

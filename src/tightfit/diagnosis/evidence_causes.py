@@ -1,13 +1,14 @@
 """Causes by the evidence for the failed tensor, and by the memory that the model alone takes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tightfit.diagnosis.cause_records import (
     COMPUTED,
     LIKELY,
     Cause,
     FirstAxis,
+    FixedPart,
     LineRequest,
     LogitTokens,
     ModelBudget,
@@ -23,6 +24,7 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
+from tightfit.diagnosis.failure_case import Case
 from tightfit.diagnosis.figure_causes import is_oversized
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
@@ -108,6 +110,7 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield Request(code=f"grows_{evidence.line.grows}", requested_bytes=facts.requested_bytes)
     yield from _of_budget(evidence.budget) if evidence.budget else ()
     yield from _of_earlier_steps(facts, evidence)
+    yield from _of_fixed_part(facts, evidence)
     yield from causes_of_purpose(facts, evidence)
     if evidence.batch_is_one:
         yield Cause(code="batch_at_floor")
@@ -116,7 +119,8 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
 def causes_of_purpose(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield the quantities that fill a card in such a run, where neither a line nor a figure shows more."""
     budget, trains = evidence.budget, evidence.trains or evidence.purpose == TRAINING
-    if budget is not None and (budget.exceeds or budget.what == "partial"):
+    has_no_effect = Case(facts, evidence).quantity_without_effect is not None
+    if has_no_effect or (budget is not None and (budget.exceeds or budget.what == "partial")):
         return
     code = _code_of_purpose(facts, evidence, trains=trains)
     if code is not None and "growing" not in facts.details:
@@ -335,6 +339,24 @@ def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield PrintedBatch(code="data_parallel" if batch_size else "data_parallel_gathers", batch_size=batch_size)
     if evidence.batch_is_one:
         yield Cause(code="batch_at_floor")
+    yield from _of_fixed_part(facts, evidence)
+
+
+_UNDECIDED = ("others_too", "others_open", "others_estimated_too", "others_estimated_open")
+"""Causes that leave open whether the end of other programs helps, or deny it."""
+
+
+def with_closed(causes: Sequence[Cause]) -> tuple[Cause, ...]:
+    """Return the causes of a report in which closing another program helped, with that one first."""
+    closed = Cause(code="others_closed", label=LIKELY)
+    return (closed, *(each for each in causes if each.code not in _UNDECIDED))
+
+
+def _of_fixed_part(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield that a quantity of the inputs has no effect, by the report's words."""
+    quantity = Case(facts, evidence).quantity_without_effect
+    if quantity is not None:
+        yield FixedPart(code="fixed_part", label=LIKELY, quantity=quantity)
 
 
 def _name(model: str) -> str:

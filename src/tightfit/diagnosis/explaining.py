@@ -11,16 +11,18 @@ from msgspec.structs import replace
 
 from tightfit.config import TrainConfig
 from tightfit.config.schema import from_dict
-from tightfit.diagnosis.advice import advice
+from tightfit.diagnosis.advice import advice, closing_first
 from tightfit.diagnosis.cause_records import SIMULATED
 from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
+from tightfit.diagnosis.evidence_causes import with_closed
 from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import with_run
 from tightfit.diagnosis.kind_sentences import fixes_of
+from tightfit.diagnosis.measures import excluded_in
 from tightfit.diagnosis.model_run import model_run_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
@@ -35,6 +37,7 @@ from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
 from tightfit.links import split_count
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
@@ -129,10 +132,14 @@ def _explained(plain: Explanation, config: TrainConfig | None, player: _Player) 
 
 def _for_machine(found: Explanation) -> Explanation:
     """Return an explanation with lines to paste for the user's shell."""
-    if found.facts is None:
+    facts, run = found.facts, found.reading.run
+    if facts is None:
         return found
-    run = found.reading.run
-    remedies = for_machine(found.remedies, found.facts, run.text, on_windows="windows" in run.signs)
+    excluded = excluded_in(run.text)
+    wanted = tuple(each for each in found.remedies if not excluded.has(each))
+    if shows(run.text, "subject.closing_helps") and memory_of(facts.kind) == "device":
+        found, wanted = replace(found, causes=with_closed(found.causes)), closing_first(wanted)
+    remedies = for_machine(wanted, facts, run.text, on_windows="windows" in run.signs)
     return replace(found, remedies=remedies)
 
 

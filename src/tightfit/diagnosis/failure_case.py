@@ -5,6 +5,7 @@ from typing import NamedTuple
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.figure_causes import is_oversized
 from tightfit.diagnosis.framework_words import has_own, programs
+from tightfit.diagnosis.measures import without_effect
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.report_words import shows
 from tightfit.oomlog.facts import Facts
@@ -16,6 +17,8 @@ _OF_SCORES = 2**29
 """Bytes from which on a request of a program that uses a trained model may well be of attention's scores."""
 _OWN_SHARE, _SMALL_SHARE = 0.85, 0.02
 """Shares of a card: what a process holds if it nearly fills it, and a request that is small beside that."""
+_OF_INPUTS = ("split_general", "smaller_picture", "shorter_length")
+"""Remedies by less in one pass."""
 _ROOM = 0.8
 """Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
 
@@ -93,6 +96,7 @@ class Case(NamedTuple):
             or evidence.grows in ("state", "model")
             or evidence.budget is not None
         )
+        is_shown = is_shown or self.quantity_without_effect is not None
         return is_shown or evidence.trains or evidence.is_bare or self.is_of("language_models")
 
     @property
@@ -104,6 +108,19 @@ class Case(NamedTuple):
     def trains_part(self) -> bool:
         """True if a part of the parameters is trained, and a large one."""
         return self.evidence.budget is not None and self.evidence.budget.what == "partial"
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Codes of the quantities that by the report change nothing, and of a length that is at its floor."""
+        found = without_effect(self.run.text)
+        return found | {"shorter_length"} if self.run.numbers.get("length") == 1 else found
+
+    @property
+    def quantity_without_effect(self) -> str | None:
+        """The remedy by smaller inputs that changes nothing: what a training holds whatever they are fills the card."""
+        is_open = (self.program is None or self.is_of("libraries")) and not self.evidence.infers
+        found = [each for each in _OF_INPUTS if each in self.without_effect]
+        return found[0] if found and is_open else None
 
     @property
     def adapts(self) -> bool:

@@ -68,14 +68,17 @@ def _fitting(case: Case) -> list[str]:
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
     if case.is_of("sized_models"):
         codes.sort(key=lambda code: code == "smaller_model")
+    if case.quantity_without_effect is not None:
+        name = "fixed_part_of_unknown" if evidence.is_of_unknown_purpose else "fixed_part"
+        codes = [*fix_tables()["fixes"][name], *codes]
     if case.has_sign("float32") and evidence.infers:
         codes = ["smaller_weights", *codes]
     if evidence.infers and case.shows("subject.any_picture_size"):  # its pictures have any size
         codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
-    is_users_own = (case.program is None or case.is_of("libraries")) and not case.is_foreign
+    is_open = case.program is None or case.is_of("libraries")
     may_keep = not (case.is_oversized or had_room(facts))
-    if evidence.infers and is_users_own and may_keep and case.has_sign("growing", "accumulates", "ran_first"):
-        codes = [*_OF_KEPT_RESULTS, *codes]
+    if evidence.infers and is_open and may_keep and case.has_sign("growing", "accumulates", "ran_first"):
+        codes = [*_OF_KEPT_RESULTS, *codes]  # gradients are for the user's own code: a rule leaves them out
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
     grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
     if (grows and facts.phase != "save") or feeds_back(facts.frames):

@@ -13,7 +13,7 @@ from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import detail_names
-from tightfit.diagnosis.measures import tried_in
+from tightfit.diagnosis.measures import tried_in, without_effect
 from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
 from tightfit.oomlog.facts import Facts, Figure
@@ -221,7 +221,8 @@ def expected_said(facts: Facts, words: "Words") -> str:
 def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
     """Return the fixes of a failure that no tensor on a device caused, in the words of the program if it has some."""
     known, tried = values_of(facts), tried_in(run.text)
-    codes = sorted(_codes_of(facts, run, known), key=lambda code: _MEASURES.get(code) in tried)
+    codes = [code for code in _codes_of(facts, run, known) if _MEASURES.get(code) not in without_effect(run.text)]
+    codes.sort(key=lambda code: _MEASURES.get(code) in tried)
     return tuple(
         Remedy(
             code=f"kind_{code}",
@@ -240,6 +241,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     key = _key(_table().fixes, facts.kind, known)
     codes = _table().fixes[key] if key else [facts.kind]
     if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
+        codes = [code for code in codes if code != "fewer_workers"]
+    if "one_worker" in known:
         codes = [code for code in codes if code != "fewer_workers"]
     if facts.kind == "jax_out_of_memory" and _is_beyond_named_card(facts, run):
         codes = [

@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tightfit.diagnosis.remedies import Remedy
 from tightfit.tables import read_patterns
@@ -39,6 +40,97 @@ def tried_in(text: str) -> frozenset[str]:
         if in_vain or (is_item and is_list_of_tried):
             found.update(code for code, words in _tables()["measures"].items() if words.search(sentence))
     return frozenset(found)
+
+
+@functools.lru_cache(maxsize=8)
+def without_effect(text: str) -> frozenset[str]:
+    """Return the codes of the quantities of which the report says that no value helped.
+
+    >>> sorted(without_effect("I set the batch_size to 10 and 128, and both result in the error."))
+    ['split_general']
+    >>> without_effect("With batch size 64 and 128 it fails, with 32 it works.")
+    frozenset()
+    """
+    found: set[str] = set()
+    is_list_of_tried = False
+    sentences = _SENTENCE.split(_ADVICE.sub("", text[:_LONG]))
+    for sentence, next_one in zip(sentences, [*sentences[1:], ""], strict=True):
+        is_item = bool(_ITEM.match(sentence))
+        if not is_item and sentence.strip():
+            is_list_of_tried = bool(_words("no_effect", "all_fail").search(sentence))
+        if _words("no_effect", "works").search(sentence):
+            continue
+        of_all = is_list_of_tried or bool(_words("no_effect", "all_fail").search(f"{sentence} {next_one}"))
+        found.update(code for code, (whatever, several) in _knobs().items() if whatever.search(sentence))
+        found.update(code for code, (_, several) in _knobs().items() if of_all and _differ(several.search(sentence)))
+    return frozenset(found)
+
+
+_FEWEST, _APART = 3, 4
+"""Values that show that none helps, and how many times the smaller one the larger of fewer values is."""
+
+
+def _differ(values: re.Match[str] | None) -> bool:
+    """Return True for values far enough apart that one of them should have helped."""
+    if values is None:
+        return False
+    numbers = [float(each) for each in re.findall(r"\d+(?:\.\d+)?", values[0])]
+    return len(numbers) >= _FEWEST or (len(numbers) > 1 and max(numbers) >= _APART * min(numbers))
+
+
+@functools.cache
+def _words(table: str, name: str) -> re.Pattern[str]:
+    return _tables()[table][name]
+
+
+@functools.cache
+def _knobs() -> dict[str, tuple[re.Pattern[str], re.Pattern[str]]]:
+    """Return for each quantity the words that no value of it helps, and those for several values."""
+    whatever, several, values = (_words("no_effect", name).pattern for name in ("any_value", "values", "several"))
+    return {
+        code: tuple(  # type: ignore[misc]
+            re.compile(each.replace("KNOB", f"(?:{words.pattern})").replace("VALUES", values), re.IGNORECASE)
+            for each in (whatever, several)
+        )
+        for code, words in _tables()["knobs"].items()
+    }
+
+
+class Excluded(NamedTuple):
+    """Ways that the report's writer does not want."""
+
+    words: tuple[str, ...]
+    codes: frozenset[str]
+
+    def has(self, fix: Remedy) -> bool:
+        """Return True for a fix with one of the names in its lines, or about one of the quantities."""
+        return fix.code in self.codes or any(name in line for name in self.words for line in fix.paste)
+
+
+_NAME = re.compile(r"\b[A-Z]{2,}_[A-Z_\d]{4,}\b|--[a-z][\w-]{3,}")
+"""A variable of the environment, or an option."""
+_KEEPS_BATCH = "split_general"
+"""A smaller batch with more accumulation, which a wish for the same batch does not exclude."""
+
+
+def excluded_in(text: str) -> Excluded:
+    """Return the ways that the report asks to do without.
+
+    >>> sorted(excluded_in("Is there a way to train it without lowering the resolution?").codes)
+    ['smaller_picture']
+    >>> excluded_in("Any workaround except PYTORCH_MPS_HIGH_WATERMARK_RATIO?").words
+    ('PYTORCH_MPS_HIGH_WATERMARK_RATIO',)
+    """
+    tables, words, codes = _tables(), list[str](), set[str]()
+    for sentence in _SENTENCE.split(_ADVICE.sub("", text[:_LONG])):
+        if not tables["excluded"]["asks"].search(sentence):
+            continue
+        for found in tables["excluded"]["but"].finditer(sentence):
+            what = found[found.lastgroup or 0]
+            words += _NAME.findall(what)
+            codes.update(code for code, each in tables["knobs"].items() if each.search(what))
+            codes.update(code for code, each in tables["measures"].items() if each.search(what))
+    return Excluded(tuple(words), frozenset(codes - {_KEEPS_BATCH}))
 
 
 def titled_in(text: str) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """Fixes that are needless here: the run has them already, or they cannot help. A new rule is an entry of a table."""
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -169,6 +170,12 @@ def _has_one_card(case: Case) -> bool:
     return case.run.numbers.get("world_size") == 1
 
 
+def _spreads_over_all(case: Case) -> bool:
+    """Return True if the report prints that the model is spread over as many cards as it names."""
+    cards = case.run.numbers.get("world_size", 1)
+    return cards > 1 and bool(re.search(rf"tensor[-_]parallel(?:[-_]size)?\W{{1,4}}{cards}\b", case.run.text))
+
+
 def _has_encoders_to_train(case: Case) -> bool:
     """Return True unless adapters are trained for a model with text encoders that can be cached."""
     return not (case.shows("subject.adapters") and case.shows("subject.cached_encoders"))
@@ -208,7 +215,7 @@ def _may_have_no_weights(case: Case) -> bool:
 def _has_one_model(case: Case) -> bool:
     """Return True unless the program has words for another model, or uses one that the user chose."""
     uses_own = case.evidence.infers and (case.is_too_large or case.program is None)
-    return not uses_own and not case.has_own("smaller_model")
+    return not (uses_own or case.quantity_without_effect is not None or case.has_own("smaller_model"))
 
 
 _SMALL_CARD = 6.5 * GIB
@@ -235,7 +242,8 @@ def _may_train_nothing(case: Case) -> bool:
 
 def _evaluates_one(case: Case) -> bool:
     """Return True for a report of an unknown program's evaluation that says that the batch is one."""
-    return case.facts.phase == "eval" and case.program is None and case.evidence.batch_is_one
+    is_one = case.evidence.batch_is_one or case.has_sign("eval_batch_at_floor")
+    return case.facts.phase == "eval" and case.program is None and is_one
 
 
 def _fails_in_foreach(case: Case) -> bool:
@@ -288,6 +296,7 @@ _OF_THE_MODEL = (
     _Rule("offload", "nothing can be moved", _has_no_offload),
     _Rule("offload", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized and not case.evidence.infers),
     _Rule("offload", "Unsloth does it by itself", lambda case: case.evidence.trains and case.program == "unsloth"),
+    _Rule("offload", "PyTorch is too old", lambda case: case.is_before("offload")),
     _Rule("offload", "the model's blocks cannot be swapped", _swaps_no_blocks),
     _Rule("offload", "the state is small", _has_little_to_move),
     _Rule("save_from_host", "one process saves", lambda case: case.evidence.is_of_one_process),
@@ -335,6 +344,7 @@ _OF_THE_MODEL = (
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
     ),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
+    _Rule("spread_model", "it is on, over all cards", _spreads_over_all),
     _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),
     _Rule("shard", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized),
     _Rule("shard", "Unsloth is for one card", lambda case: case.program == "unsloth"),
@@ -344,6 +354,7 @@ _OF_THE_MODEL = (
     _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
     _Rule("optimizer_8bit", "it is on", lambda case: "8bit" in case.run.texts.get("optimizer", "").lower()),
     _Rule("optimizer_8bit", "it is on", lambda case: case.shows("switches.adam_8bit")),
+    _Rule("optimizer_8bit", "PyTorch is older than 8-bit optimizers", lambda case: case.is_before("optimizer_8bit")),
     _Rule("optimizer_8bit", "its state is not Adam's", _has_other_state),
     _Rule("optimizer_8bit", "the state is small", lambda case: not case.has_large_state),
 )
@@ -352,4 +363,13 @@ _OF_THE_MODEL = (
 
 def needless(case: Case) -> frozenset[str]:
     """Return the remedies that a rule leaves out."""
-    return frozenset(rule.code for rule in (*_OF_THE_PASS, *_OF_THE_MODEL) if rule.holds(case))
+    found = {rule.code for rule in (*_OF_THE_PASS, *_OF_THE_MODEL) if rule.holds(case)}
+    return frozenset(found | {each for code in case.without_effect for each in (code, *_WITH.get(code, ()))})
+
+
+_WITH = {
+    "split_general": ("less_at_once",),
+    "smaller_picture": ("smaller_inputs",),
+    "shorter_length": ("smaller_inputs",),
+}
+"""Remedies under other words for a quantity that by the report changes nothing."""
