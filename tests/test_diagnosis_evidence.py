@@ -404,6 +404,31 @@ def test_results_before_the_failure_may_be_kept(words: str, is_told: bool):
     assert not is_told or "outputs_to_host" in [each.code for each in found.remedies]
 
 
+@pytest.mark.parametrize(
+    ("words", "ran"),
+    [
+        ("Update from 0.1.29 to 0.1.30 (reverting back to 0.1.29 fixed)", True),
+        ("It worked in the previous version but since the latest update it's out of memory.", True),
+        ("更新之后就爆显存了，旧版本没问题", True),
+        ("アップデートしたらメモリ不足になった。前のバージョンでは動いていました", True),
+        ("업데이트 후에 OOM이 발생합니다. 이전 버전에서는 잘 됐습니다", True),
+        ("I updated to the latest version and still get the error.", False),
+        ("I update the batch from 8 to 4 and it works.", False),
+        ("I tried to downgrade to 1.13 but the same problem.", False),
+    ],
+)
+def test_an_older_version_that_ran_is_the_first_fix(words: str, ran: bool):
+    found = explain(f"{words}\n{FULL}")
+    assert (found.remedies[0].code == "older_version") == ran
+    assert not ran or "動いていた以前のバージョン" in str(explain(f"{words}\n{FULL}", lang="ja"))
+
+
+def test_an_export_that_was_killed_reads_no_data():
+    codes = [each.code for each in explain("$ python tools/export_onnx.py -r best.pth # torch\nKilled").remedies]
+    assert "kind_kernel_log" in codes
+    assert not {"kind_data_in_parts", "kind_fewer_workers"} & set(codes)
+
+
 LOADED = """Traceback (most recent call last):
   File "run.py", line 8, in finalize
     {line}

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from tightfit.config import TrainConfig
 from tightfit.config.schema import from_dict
 from tightfit.diagnosis.advice import advice, closing_first
-from tightfit.diagnosis.cause_records import SIMULATED
+from tightfit.diagnosis.cause_records import LIKELY, SIMULATED
 from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
@@ -30,7 +30,7 @@ from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING
-from tightfit.diagnosis.remedies import Remedy, for_machine
+from tightfit.diagnosis.remedies import UNCHECKED, Remedy, for_machine
 from tightfit.diagnosis.report_words import shows
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
@@ -130,6 +130,10 @@ def _explained(plain: Explanation, config: TrainConfig | None, player: _Player) 
     return _of_device(plain, plain.facts, config, player)
 
 
+_OLDER_VERSION = (Remedy(code="older_version", verdict=UNCHECKED, reason="older_version", label=LIKELY, exact=None),)
+"""The fix of a report that tells of an older version that ran."""
+
+
 def _for_machine(found: Explanation) -> Explanation:
     """Return an explanation with lines to paste for the user's shell."""
     facts, run = found.facts, found.reading.run
@@ -139,6 +143,8 @@ def _for_machine(found: Explanation) -> Explanation:
     wanted = tuple(each for each in found.remedies if not excluded.has(each))
     if shows(run.text, "subject.closing_helps") and memory_of(facts.kind) == "device":
         found, wanted = replace(found, causes=with_closed(found.causes)), closing_first(wanted)
+    if shows(run.text, "subject.older_worked"):
+        wanted = (*_OLDER_VERSION, *wanted)
     remedies = for_machine(wanted, facts, run.text, on_windows="windows" in run.signs)
     return replace(found, remedies=remedies)
 

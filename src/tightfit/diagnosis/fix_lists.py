@@ -78,12 +78,20 @@ def _fitting(case: Case) -> list[str]:
     is_open = case.program is None or case.is_of("libraries")
     may_keep = not (case.is_oversized or had_room(facts))
     if evidence.infers and is_open and may_keep and case.has_sign("growing", "accumulates", "ran_first"):
-        codes = [*_OF_KEPT_RESULTS, *codes]  # gradients are for the user's own code: a rule leaves them out
+        codes = _with_kept_results(codes, case)
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
     grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
     if (grows and facts.phase != "save") or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes
+
+
+def _with_kept_results(codes: list[str], case: Case) -> list[str]:
+    """Return the codes with those for kept results: first in the user's own code, else behind a smaller pass."""
+    if not case.is_foreign:
+        return [*_OF_KEPT_RESULTS, *codes]
+    place = codes.index("less_at_once") + 1 if "less_at_once" in codes else 0
+    return [*codes[:place], "outputs_to_host", *codes[place:]]
 
 
 def _prints_divisible_batch(case: Case) -> bool:

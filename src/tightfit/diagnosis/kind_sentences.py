@@ -240,7 +240,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     """Return the fixes of a failure's kind without those that its run has no use for."""
     key = _key(_table().fixes, facts.kind, known)
     codes = _table().fixes[key] if key else [facts.kind]
-    if facts.kind != "dataloader_killed" and not _LOADS.search(run.text):
+    has_workers = _LOADS.search(run.text) and _TRAINS.search(run.text)
+    if facts.kind != "dataloader_killed" and not has_workers:
         codes = [code for code in codes if code != "fewer_workers"]
     if "one_worker" in known:
         codes = [code for code in codes if code != "fewer_workers"]
@@ -249,7 +250,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
             *(code for code in codes if code not in _OF_SHARE),
             *(["jax_unified"] if "jax_unified" not in codes else []),
         ]
-    if facts.kind == "host_killed" and not _IN_PYTHON.search(run.text):
+    converts = _CONVERTS.search(run.text) and not has_workers
+    if facts.kind == "host_killed" and (converts or not _IN_PYTHON.search(run.text)):
         codes = [code for code in codes if code != "data_in_parts"]
     if run.framework in programs("servers") and run.framework not in _table().programs["no_pinning"]:
         codes = [code for code in codes if code != "no_pinning"]  # its users have no data loader
@@ -288,6 +290,17 @@ _LOADS = re.compile(
 """Words of a program that may load data in worker processes."""
 
 
+_TRAINS = re.compile(
+    r"[Dd]ata_?[Ll]oader|[Ww]orkers|\b[Tt]rain(?!ed\b)|\b[Ee]poch|\b[Dd]ata[_ ]?[Ss]et|[Tt]ensor[Ff]low|[Kk]eras"
+    r"|\bjax\b|[Nn]extflow|\bstep \d{1,6}\b(?!\.\d)|训练|学習|학습"
+)
+"""Words of a program that has a data set: one that converts or exports a trained model has none."""
+_CONVERTS = re.compile(
+    r"\b(?:export|convert|quanti[sz]e|merge)\w*\.py\b|\bonnx\.export\("
+    r"|\b(?:export|convert)\w* (?:[\w.]+ ){0,6}(?:to|into|as) (?:onnx|tensorrt|gguf|coreml|tflite)\b",
+    re.IGNORECASE,
+)
+"""Words of a program that writes a trained model in another form, and reads no data."""
 _IN_PYTHON = re.compile(
     r"python|\.py\b|torch|numpy|pandas|jax|keras|tensorflow|\bstep \d{1,6}\b(?!\.\d)", re.IGNORECASE
 )
