@@ -90,3 +90,11 @@ def test_a_shell_script_plays_what_it_starts(tmp_path: Path) -> None:
     found = play(tmp_path, code, "bash", "run.sh")
     assert (found.outcome, found.peak.allocated_bytes) == ("fits", 4 * MIB)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("started", ["threading.Thread(", "mp.get_context('fork').Process("])
+def test_what_nobody_waits_for_is_played_to_its_end(started: str, tmp_path: Path) -> None:
+    """Python itself waits for threads and processes that are not daemons when a script is over."""
+    work = "import time\ndef work():\n    import torch\n    time.sleep(0.2)\n    torch.ones(1 << 20, device='cuda')\n"
+    found = play(tmp_path, f"import multiprocessing as mp, threading\n{work}{started}target=work).start()\n")
+    assert found.peak.allocated_bytes == 4 * MIB
