@@ -332,6 +332,9 @@ def counts_add_up():
     window = torch.hann_window(40, device="cuda")
     waves = torch.stft(torch.randn(2, 400, device="cuda"), 40, 10, window=window, return_complex=True)
     assert torch.istft(waves, 40, 10, window=window, length=400).shape == (2, 400)
+    times = torch.linspace(0, 1, 100, device="cuda")
+    assert all(torch.isclose(time, times).sum() == 1 for time in times)
+    assert torch.eye(4, device="cuda").sum() == 4
     eights = torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn)
     one = torch.tensor(1.0, device="cuda")
     assert "8.9" in error_of(RuntimeError, lambda: torch._scaled_mm(eights, eights.t(), scale_a=one, scale_b=one))

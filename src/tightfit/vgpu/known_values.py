@@ -92,7 +92,11 @@ _KEPT = {
 """Operators whose result has the same value everywhere if their argument has."""
 
 _QUANTIZES = {aten.quantize_per_tensor.default, aten.quantize_per_channel.default}
-_COUNTED = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+_COUNTED = {
+    *(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.logspace.default),
+    *(aten.eye.default, aten.eye.m, aten.tril_indices.default, aten.triu_indices.default),
+}
+"""Operators that make their result of numbers alone."""
 _COUNTS = {aten.sum.default, aten.sum.dim_IntList}
 _COPIES = {aten.copy_.default, aten.fill_.Tensor}
 _GRADIENTS_ARE_FINITE = aten._amp_foreach_non_finite_check_and_unscale_.default
