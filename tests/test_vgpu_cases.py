@@ -86,6 +86,9 @@ SHARDED = """
     for _ in range(2):
         late(x).sum().backward()
         optimizer.step()
+    norm = nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(64)).cuda()
+    norm(x).sum().backward()
+    assert not any("length of a result" in note for note in gpu.findings().notes)
     print(sum(weight.to_local().numel() for weight in late.parameters()), sum(w.numel() for w in late.parameters()))
 """
 

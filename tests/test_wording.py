@@ -94,8 +94,8 @@ def test_the_language_of_a_process(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_noun_takes_its_number(monkeypatch: pytest.MonkeyPatch):
     words = Words("tightfit.wording.config", "en")
-    shown = [words.vformat("{n:pass|passes}, {s:time}", (), {"n": n, "s": 75}) for n in (1, 4)]
-    assert shown == ["1 pass, 1m15s", "4 passes, 1m15s"]
+    shown = [words.vformat("{n:pass|passes}, {s:time}", (), {"n": n, "s": 75}) for n in (1, "1", 4)]
+    assert shown == ["1 pass, 1m15s", "1 pass, 1m15s", "4 passes, 1m15s"]
 
 
 class TestLanguageOfACommand:

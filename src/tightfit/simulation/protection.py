@@ -84,7 +84,7 @@ def protect(
         return _without_view(places, ways, str(error))
     note = say("simulation.protection.view") if network else say("simulation.protection.view_without_network")
     if view.read_only:
-        note += " " + say("simulation.protection.read_only", paths=", ".join(view.read_only[:5]))
+        note += say("simulation.protection.read_only", paths=", ".join(view.read_only[:5]))
     return Protection("view", note, view, doors)
 
 

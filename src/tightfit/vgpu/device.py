@@ -108,6 +108,8 @@ class VirtualDevice:
         self.answers = CardAnswers(card)
         self.recorder = Recorder(allocator)
         self.assumed = Assumed()
+        self.has_whole_lengths = False
+        """True while lengths that depend on data are known to be the largest."""
         self.values = Values(lambda frames: self.assumed.value(frames), lambda: phases.steps)
         self.phases = phases
         self.draws = Draws()
@@ -330,8 +332,8 @@ class VirtualDevice:
 
         It counts as made up, unless it can only be 0. `largest` bounds it; nothing does if None.
         """
-        if largest == 0:
-            return 0
+        if largest == 0 or (self.has_whole_lengths and largest is not None):
+            return largest
         frames = self._frames(self.phases.now())
         self.values.count("the length of a result that depends on data", frames)
         return self.assumed.length(frames, played, largest)

@@ -105,7 +105,7 @@ class Words(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if "|" in format_spec:
             one, several = format_spec.split("|")
-            return f"{value} {one if value == 1 else several}"
+            return f"{value} {one if str(value) == '1' else several}"
         own = self.formats.get(format_spec)
         return own(value) if own else str(super().format_field(value, format_spec))
 

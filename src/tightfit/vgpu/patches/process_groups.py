@@ -118,6 +118,7 @@ def install(device: VirtualDevice, rank: int = 0) -> None:
     assign(distributed, get_backend=get_backend)
     assign(distributed, is_nccl_available=lambda: True)  # its own module would use classes that there are not
     _install_ddp(device)
+    _install_batch_norm(device)
     _install_spawn(rank)
     _install_objects()
 
@@ -162,6 +163,21 @@ def _install_ddp(device: VirtualDevice) -> None:
         register_comm_hook=_register_comm_hook,
         _register_builtin_comm_hook=_register_builtin,
     )
+
+
+def _install_batch_norm(device: VirtualDevice) -> None:
+    """Let SyncBatchNorm take the statistics of all processes: it would leave out those without a batch."""
+    of_all = importlib.import_module("torch.nn.modules._functions").SyncBatchNorm
+    usual: Callable[..., object] = of_all.forward
+
+    def forward(*args: object) -> object:
+        device.has_whole_lengths = True
+        try:
+            return usual(*args)
+        finally:
+            device.has_whole_lengths = False
+
+    assign(of_all, forward=staticmethod(forward))
 
 
 def _register_comm_hook(module: "DistributedDataParallel", state: object, hook: Hook) -> None:
