@@ -445,3 +445,17 @@ def test_a_script_on_a_terminal_knows_its_size_and_waits_for_nobody(tmp_path: Pa
     found = json.loads(done.stdout)
     assert found["outcome"] == "fits", found["stopped_because"]
     assert found["peak"]["requested_bytes"] == 4 * 33 * 111 * 2**10
+
+
+def test_a_modules_package_finds_the_card(tmp_path: Path) -> None:
+    (tmp_path / "of_mine").mkdir()
+    (tmp_path / "of_mine" / "__init__.py").write_text("import torch\nDEVICE = torch.cuda.is_available() and 'cuda'\n")
+    (tmp_path / "of_mine" / "train.py").write_text(
+        "import of_mine, torch\ntorch.ones(1 << 20, device=of_mine.DEVICE)\n"
+    )
+    found = findings(["--gpu", "A100", "-m", "of_mine.train"], folder=tmp_path)
+    assert (found["outcome"], found["peak"]["allocated_bytes"]) == ("fits", 1 << 22)
+    (tmp_path / "of_mine" / "__init__.py").write_text("import nothing_of_the_kind\n")
+    assert (
+        "nothing_of_the_kind" in findings(["--gpu", "A100", "-m", "of_mine.train"], folder=tmp_path)["stopped_because"]
+    )

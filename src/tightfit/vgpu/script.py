@@ -15,6 +15,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -218,12 +219,22 @@ def _prepared(program: Program) -> Iterator[tuple[Callable[[], object] | None, l
 
 
 def _check_module(name: str) -> None:
-    try:
-        is_there = importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        is_there = False
-    if not is_there:
+    if not _is_there(name):
         raise ConfigError(say("vgpu.command.no_module", module=name, folder=os.getcwd()))
+
+
+def _is_there(name: str) -> bool:
+    """Return True if a module is there. Its package is not imported, which may look for a card, or fail by itself."""
+    first, *rest = name.split(".")
+    try:
+        found = importlib.util.find_spec(first)
+    except (ImportError, ValueError):
+        return False
+    for part in rest:
+        first = f"{first}.{part}"
+        folders = found.submodule_search_locations if found else None
+        found = PathFinder.find_spec(first, folders) if folders is not None else None
+    return found is not None
 
 
 def _run_code(code: str) -> None:
