@@ -82,7 +82,7 @@ class TestPicture:
         assert "918.00 MiB of 12.00 GiB used" in shown  # Xorg's 600 and the driver's 318
         assert "Xorg (pid 1432) 600.00 MiB" in shown
         assert "step 20, loss 3.2500, 45.0K tokens/s" in shown
-        assert "reserved 6.00 GiB, peak 7.00 GiB" in shown
+        assert "memory 6.00 GiB, peak 7.00 GiB" in shown
         assert shown.count("last 2.0s") == 3  # host, card and run
 
     def test_parts_of_a_card_and_what_is_not_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ class TestCommand:
         assert running.wait(timeout=20) == 0
         text = shown.decode()
         assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
-        assert "予約 6.00 GiB、最大 7.00 GiB" in text
+        assert "メモリー 6.00 GiB、最大 7.00 GiB" in text
         assert "Traceback" not in text
 
     @pytest.mark.parametrize(
