@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failure_case import Case
-from tightfit.diagnosis.figure_causes import cache_is_large, fixes_of_figures, is_of_one_block
+from tightfit.diagnosis.figure_causes import cache_is_large, causes_of_figures, fixes_of_figures, is_of_one_block
 from tightfit.diagnosis.fix_lists import codes_for
 from tightfit.diagnosis.fix_words import NOT_CUDA, fix
 from tightfit.diagnosis.measures import tried_in
@@ -111,6 +111,7 @@ def _of_figures(case: Case, cures: list[Remedy]) -> _Order:
     facts, evidence = case
     first = [
         *_other_device(case),
+        *_of_shared_memory(case),
         *fixes_of_figures(facts),
         *(each for each in cures if each.code == "kept_graph"),
     ]
@@ -129,6 +130,14 @@ def _other_device(case: Case) -> Iterator[Remedy]:
         yield _likely("other_device")
     if weights_leave_room(*case):
         yield _likely("card_in_use", pasted="close_others")
+
+
+def _of_shared_memory(case: Case) -> Iterator[Remedy]:
+    """Yield the fixes of a GPU that shares the machine's memory, where much of it is not PyTorch's."""
+    if any(each.code == "host_shares_memory" for each in causes_of_figures(case.facts)):
+        yield _likely("host_looked_at")
+        yield _likely("no_second_copy")
+        yield from [_likely("gtt_limit")] if case.facts.kind == "hip_out_of_memory" else []
 
 
 def _of_room(case: Case, first: list[Remedy]) -> list[Remedy]:

@@ -20,7 +20,7 @@ from tightfit.diagnosis.cause_records import (
 )
 from tightfit.diagnosis.remedies import UNCHECKED, Figures, Remedy, to_paste
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.ownership import had_room, ownership, room_beside_own
+from tightfit.oomlog.ownership import had_room, ownership, room_beside_own, shares_host
 from tightfit.units import GIB
 
 _LARGE_CACHE, _MOST_OF_CARD, _TIMES = 0.05, 0.4, 2.5
@@ -32,7 +32,14 @@ _SMALL_REST = 2**29
 DECISIVE = frozenset(
     {
         *("larger_than_card", "spills_to_host", "limit_decides", "own_ranks_decide", "others_decide", "ranks_in_row"),
-        *("others_estimated_decide", "cache_decides", "block_limit", "room_beside_own", "outside_decides"),
+        *(
+            "host_shares_memory",
+            "others_estimated_decide",
+            "cache_decides",
+            "block_limit",
+            "room_beside_own",
+            "outside_decides",
+        ),
     }
 )
 """Codes of causes that come before any tensor: without them the request would have fit, or no fix of a batch helps."""
@@ -51,9 +58,20 @@ _OTHERS = {
 
 def causes_of_figures(facts: Facts) -> Iterator[Cause]:
     """Yield the causes that the message's figures show, those of `DECISIVE` first."""
-    rest = () if is_oversized(facts) else (*_of_others(facts), *_of_cache(facts))
+    rest = (*_of_others(facts), *_of_cache(facts)) if not is_oversized(facts) else _of_many_others(facts)
     found = [*_of_card(facts), *rest, *_of_own(facts)]
     yield from sorted(found, key=lambda cause: cause.code not in DECISIVE)
+
+
+_MUCH_OF_CARD = 0.25
+"""Share of the card that others hold at least, if they matter beside a request that is larger than all of it."""
+
+
+def _of_many_others(facts: Facts) -> Iterator[Cause]:
+    """Yield other programs' memory if it is much of a card that is too small without it, too."""
+    others, total = ownership(facts).others, facts.total_bytes or 0
+    if others is not None and others.low >= _MUCH_OF_CARD * total:
+        yield from _of_others(facts)
 
 
 def is_oversized(facts: Facts) -> bool:
@@ -116,7 +134,22 @@ _HARDLY = 1.5
 """Times the request that hardly more than it is below."""
 
 
+def _of_shared_memory(facts: Facts) -> Iterator[Cause]:
+    """Yield the machine's own use of a memory that GPU and host share, where it is much of it."""
+    outside, total = facts.figures.get("not_reserved_bytes"), facts.total_bytes or 0
+    if outside is not None and outside.low >= _MUCH_OF_CARD * total:
+        yield OutsidePyTorch(
+            code="host_shares_memory",
+            label=LIKELY,
+            outside_bytes=outside.bytes,
+            low_bytes=outside.low,
+            high_bytes=total,
+        )
+
+
 def _of_others(facts: Facts) -> Iterator[Cause]:
+    if shares_host(facts):
+        yield from _of_shared_memory(facts)
     found, total, need = ownership(facts), facts.total_bytes or 0, facts.figures.get("requested_bytes")
     if found.ranks and not found.ranks_bytes:  # their sizes are unknown in a container
         yield RanksInRow(code="ranks_in_row", label=LIKELY, count=len(found.ranks))

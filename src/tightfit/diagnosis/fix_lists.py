@@ -148,7 +148,8 @@ def _lists_of_tensor(case: Case) -> Iterator[str]:
     evidence, grows = case.evidence, case.evidence.grows
     if case.is_oversized:
         yield from [grows] if grows in _OVERSIZED else []
-        yield "oversized_weight" if grows == "model" else "oversized"
+        of_weight = "oversized_table" if _is_of_own_layer(case) else "oversized_weight"
+        yield of_weight if grows == "model" else "oversized"
         return
     if evidence.gathers_on_first_card(case.facts):
         yield "cards"
@@ -166,6 +167,15 @@ def _lists_of_tensor(case: Case) -> Iterator[str]:
         yield "warmup"
     yield _of_weights(case) if grows == "model" else _of_growing(grows, case)
     yield from ["eval"] if case.facts.phase == "eval" else []
+
+
+_OF_ONE_WEIGHT = ("moved_model", "converted_weight", "created_weight")
+"""Kinds of tensors that are one weight of a model."""
+
+
+def _is_of_own_layer(case: Case) -> bool:
+    """Return True for one weight of a model that the user's own program builds: its sizes can be other ones."""
+    return case.program is None and case.evidence.model is None and case.evidence.tensor in _OF_ONE_WEIGHT
 
 
 def _trains(case: Case) -> bool:

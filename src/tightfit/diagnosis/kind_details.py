@@ -5,8 +5,10 @@ import re
 
 import msgspec
 
+from tightfit.diagnosis.host_array import with_array
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING, purpose_of, purpose_of_frames
 from tightfit.diagnosis.told_phase import phase_told
+from tightfit.diagnosis.told_shape import shape_of_pairs
 from tightfit.diagnosis.usual_models import model_of, printed_name
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
@@ -81,6 +83,10 @@ _OF_THE_RUN = {
     "printed_context",
     "padded",
     "pieces",
+    "fork",
+    "pairs_shape",
+    "flat_input",
+    "fork_workers",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -97,6 +103,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
             facts = _with(facts, each.name)
     if (context := _CONTEXT.findall(run.text)) and {"llama_kv", "llama_host_kv"} & facts.details.keys():
         facts = _with(facts, "printed_context", f"{int(context[-1]):,}")
+    if facts.kind in _ON_SHARED_MEMORY and _shares_host(facts, run.text):
+        facts = _with(facts, "shares_host")
     if facts.kind == "vllm_no_cache_blocks":
         return _of_vllm(facts, run)
     if facts.kind in _TOLD_BY_PEOPLE:
@@ -111,6 +119,10 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         return _of_driver(facts, run)
     if facts.kind == "host_allocator":
         return _of_host_allocator(facts)
+    if facts.kind in ("host_memory_error", "host_numpy"):
+        return with_array(_of_fork(facts), run.text)
+    if facts.kind == "program_words" and (shape := shape_of_pairs(run.text)):
+        return _with(facts, "pairs_shape", shape)
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
         is_told = facts.phase == "resume" and "told_phase" in facts.details
         return _with(facts, "resuming" if is_told else "loading")
@@ -122,6 +134,29 @@ _GROWS = ("program_words", "memory_words", "cuda_driver")
 _CONTEXT = re.compile(r"\bn_ctx(?:_per_seq)? *= *(\d{3,8})\b")
 """The context that llama.cpp prints."""
 _LOADS_ON = re.compile(r"Loading (?:safetensors )?(?:checkpoint|pipeline) (?:shards|components): +(?!100%)\d{1,2}%")
+
+
+_ON_SHARED_MEMORY = ("cuda_out_of_memory", "hip_out_of_memory")
+_SHARED_MEMORY = re.compile(
+    r"\b(?:(?P<hip>Strix ?(?:Halo|Point)|Ryzen AI Max|Radeon 80[56]0S|gfx115[0-3]|gfx1103)"
+    r"|(?P<cuda>Jetson|AGX Orin|Orin (?:NX|Nano)|DGX Spark|GB10))\b"
+)
+"""Names of machines on which GPU and host share one memory, by the vendor."""
+_NAMED_MEMORY = re.compile(r"(?<![\w.])(\d{2,3}) ?(?:GB|GiB|G)\b(?! ?(?:of )?(?:VRAM|vram|HBM|GPU|card))")
+
+
+def _shares_host(facts: Facts, text: str) -> bool:
+    """Return True if a report names such a machine, or one with all of the memory that an AMD GPU has.
+
+    A card of its own has a little less than the whole number of GiB that it is sold with.
+    """
+    total, vendor = facts.figures.get("total_bytes"), facts.kind.partition("_")[0]
+    is_named = any(each.lastgroup == vendor for each in _SHARED_MEMORY.finditer(text))
+    if total is None or is_named:
+        return is_named and total is not None
+    whole = round(total.bytes / GIB)
+    is_whole = facts.kind == "hip_out_of_memory" and total.low <= whole * GIB <= total.high
+    return is_whole and str(whole) in _NAMED_MEMORY.findall(text)
 
 
 def _with_phase(facts: Facts, run: RunFacts) -> Facts:
@@ -216,10 +251,22 @@ def _is_first_value(facts: Facts, run: RunFacts) -> bool:
     return len(sizes) == 2 and min(sizes) >= _LARGE_AXIS and bool(_RANDOM.search(run.text))
 
 
+_COUNT = 8192
+"""Size of an axis that is neither a batch nor the width of a layer."""
+
+
+def _has_two_counts(facts: Facts) -> bool:
+    """Return True for a tensor of two axes, both of which count something, and no batch."""
+    sizes = [int(each) for each in facts.details.get("shape", "").split(",") if each.strip().isdigit()]
+    return len(sizes) == 2 and min(sizes) > _COUNT
+
+
 def _of_pool(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of TensorFlow with the limit of its pool, where the tensor alone is larger."""
     if _is_first_value(facts, run):
         facts = _with(facts, "created")
+    if _has_two_counts(facts) and (shown := purpose_of(facts, run)) is not None and shown.purpose == INFERENCE:
+        facts = _with(facts, "flat_input")
     limit = _LIMIT.search(run.text)
     if limit is not None and int(limit[1]) < _SMALL_POOL:
         return _with(facts, "small_pool", f"{int(limit[1]) / MIB:.1f} MiB")
@@ -308,6 +355,21 @@ def _of_host_allocator(facts: Facts) -> Facts:
     if facts.frames and _LAYERS.search(facts.frames[-1].file):
         return _with(facts, "computing")
     return _with(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts
+
+
+_FORKS = re.compile(r"\bos\.(?:popen|fork|system|spawn\w+|posix_spawn)\(|\bfork_exec\(|\bPopen\(|\bsubprocess\.\w+\(")
+"""Lines of code that start another process."""
+
+
+def _of_fork(facts: Facts) -> Facts:
+    """Return a failure of the host's memory at the start of another process: a worker, or a command."""
+    innermost = facts.frames[-1] if facts.frames else None
+    if "Cannot allocate memory" not in facts.message or innermost is None:
+        return facts
+    if not _FORKS.search(innermost.source or "") and innermost.function not in ("_execute_child", "_fork_exec"):
+        return facts
+    is_worker = any("multiprocessing" in each.file for each in facts.frames)
+    return _with(facts, "fork_workers" if is_worker else "fork")
 
 
 def _creates(source: str | None) -> bool:

@@ -16,6 +16,7 @@ from tightfit.diagnosis.kind_details import detail_names
 from tightfit.diagnosis.measures import tried_in, without_effect
 from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
+from tightfit.oomlog.dtypes import ELEMENT_BYTES
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.log_reader import LogReading
@@ -91,14 +92,15 @@ def values_of(facts: Facts) -> dict[str, object]:
         found |= dict.fromkeys(_by_axes(facts.details.get("shape", "")), True)
         if 0 < (facts.requested_bytes or 0) < _LITTLE:
             found["little"] = True
-        if (examples := _examples(facts.details.get("shape", ""))) is not None:
-            found["examples"] = examples
+    if facts.kind in _OF_TENSORFLOW and (examples := _examples(facts.details.get("shape", ""))) is not None:
+        found["examples"] = examples
     if facts.total_bytes and facts.free_bytes is not None:
         found["share_fits"] = f"{int(100 * facts.free_bytes / facts.total_bytes) / 100:.2f}"
         found.setdefault("others", facts.total_bytes - facts.free_bytes)
     return found
 
 
+_OF_TENSORFLOW = ("tensorflow_out_of_memory", "tensorflow_host_memory")
 _LITTLE = 2**24
 """Bytes of a tensor below which the card was full before it."""
 _FEWEST_EXAMPLES = 16
@@ -190,7 +192,7 @@ def label_of(facts: Facts) -> str:
     if "cause_unstated" in facts.notes:
         return LIKELY
     if "reported" in facts.details and facts.kind == "program_words":  # its sentence says what is not known
-        return LIKELY if {"growing", "loading", "resuming"} & facts.details.keys() else MEASURED
+        return LIKELY if {"growing", "loading", "resuming", "pairs_shape"} & facts.details.keys() else MEASURED
     causes, values = wording.words("en").table("cause"), values_of(facts)
     if (_key(causes, facts.kind, values) or "").partition("__")[2] in detail_names():  # words elsewhere in the log
         return LIKELY
@@ -253,6 +255,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     converts = _CONVERTS.search(run.text) and not has_workers
     if facts.kind == "host_killed" and (converts or not _IN_PYTHON.search(run.text)):
         codes = [code for code in codes if code != "data_in_parts"]
+    if ELEMENT_BYTES.get(facts.details.get("dtype", ""), 4) <= _SMALL_ELEMENT:
+        codes = [code for code in codes if code != "smaller_elements"]
     if run.framework in programs("servers") and run.framework not in _table().programs["no_pinning"]:
         codes = [code for code in codes if code != "no_pinning"]  # its users have no data loader
     if run.numbers.get("batch_size") == 1:
@@ -267,6 +271,8 @@ def _is_given(lines: Sequence[str], text: str) -> bool:
     )
 
 
+_SMALL_ELEMENT = 2
+"""Bytes of a number that hardly has a smaller type."""
 _MEASURES = {"smaller_batch": "split_general", "less_in_pass": "split_general", "mixed_precision": "half_precision"}
 """Measures that a report may say were tried in vain: those fixes come last."""
 _OF_SHARE = frozenset({"jax_preallocate", "jax_fraction", "other_programs"})

@@ -246,6 +246,15 @@ def _evaluates_one(case: Case) -> bool:
     return case.facts.phase == "eval" and case.program is None and is_one
 
 
+_BROADCAST = re.compile(r"unsqueeze\(|\bNone\b")
+
+
+def _broadcasts(case: Case) -> bool:
+    """Return True for a line that makes all pairs by a broadcast of vectors."""
+    line = case.evidence.line
+    return line is not None and bool(_BROADCAST.search(line.frame.source or ""))
+
+
 def _fails_in_foreach(case: Case) -> bool:
     return any("foreach" in f"{each.source} {each.function}" for each in case.facts.frames[-2:])
 
@@ -288,6 +297,7 @@ _OF_THE_PASS = (
     _Rule("half_precision", "its words are for a training", _would_embed_in_half),
     _Rule("pairs_in_parts", "there are no pairs", lambda case: case.evidence.grows != "pairs"),
     _Rule("pairs_in_parts", "the program has a place for pairs", lambda case: case.has_own("pairs_on_host")),
+    _Rule("pairs_as_product", "no broadcast makes them", lambda case: not _broadcasts(case)),
     _Rule("release_logits", "no loss is estimated", lambda case: not case.calls("estimate_loss")),
 )
 """Remedies of memory that one pass holds."""

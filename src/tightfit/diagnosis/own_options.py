@@ -14,6 +14,7 @@ _LEAST = {
     "coarser_points": 256,
     "fewer_pixels": 2,
     "fewer_environments": 2,
+    "smaller_cache": 256,
 }
 """Values from which on a number is halved."""
 _WITH = {"smaller_inputs": ("shorter_length", "smaller_picture")}

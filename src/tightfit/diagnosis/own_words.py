@@ -1,5 +1,6 @@
 """Fixes in the user's own options, or the program's words, and those before the others."""
 
+import re
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -98,4 +99,11 @@ def _of_program(code: str, evidence: Evidence) -> tuple[str, ...]:
     if evidence.infers or not (trains or has_own("split_general", program)):
         known = [each for each in known if each != "split_general"]
     words = words_of(known[0], evidence) if known else None
+    if program == "tensorflow" and _GRAPH.search(evidence.run.text) and not _KERAS.search(evidence.run.text):
+        return ()  # its words are Keras's
     return words.lines if words else ()
+
+
+_GRAPH = re.compile(r"\[\[Node: |client[\\/]session\.py|tf\.Session|tensorflow[\\/]contrib")
+_KERAS = re.compile(r"[Kk]eras|\bfit\(|\bfit_generator\b")
+"""Signs of TensorFlow's graphs, and of Keras, whose models have `fit`."""

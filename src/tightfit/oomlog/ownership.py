@@ -82,8 +82,15 @@ class Ownership(msgspec.Struct, frozen=True, kw_only=True):
         return sum(each.bytes for each in self.ranks)
 
 
+def shares_host(facts: Facts) -> bool:
+    """Return True for a GPU whose memory is the machine's own, so that files that are read count, too."""
+    return "shares_host" in facts.details
+
+
 def ownership(facts: Facts) -> Ownership:
     """Return the owners of the card's memory, as far as the figures tell."""
+    if shares_host(facts):
+        return Ownership(ranks=_ranks(facts))
     others, is_estimated = facts.figures.get("others_bytes"), False
     if others is None and facts.kind in ("cuda_out_of_memory", "hip_out_of_memory"):
         outside = facts.figures.get("not_reserved_bytes")
