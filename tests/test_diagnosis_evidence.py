@@ -346,6 +346,8 @@ MPS = "MPS backend out of memory (MPS allocated: 6.04 GB, other allocations: 1.0
         (f"It fails, except on my other Mac.\n{MPS}", "mps_watermark", True),
         (f"Is there a way to train on images without lowering the resolution?\n{FULL}", "smaller_picture", False),
         (f"Is there a way to train on images?\n{FULL}", "smaller_picture", True),
+        (f"画像の学習です。解像度を下げずに動かす方法はありますか？\n{FULL}", "smaller_picture", False),
+        (f"I train on images of size 512 instead of image size 64, how to fix?\n{FULL}", "smaller_picture", True),
         (f"CUDA out of memory in evaluation, the batch size during evaluation is 1.\n{FULL}", "eval_batch", False),
         (f"CUDA out of memory in evaluation, the batch size during training is 2.\n{FULL}", "eval_batch", True),
         (f"I train on KITTI for depth estimation.\n{FULL}", "coarser_points", False),
@@ -421,6 +423,30 @@ def test_an_older_version_that_ran_is_the_first_fix(words: str, ran: bool):
     found = explain(f"{words}\n{FULL}")
     assert (found.remedies[0].code == "older_version") == ran
     assert not ran or "動いていた以前のバージョン" in str(explain(f"{words}\n{FULL}", lang="ja"))
+
+
+@pytest.mark.parametrize(
+    ("words", "is_size"),
+    [
+        ("When I increase the hidden size to 512 I get OOM, with 256 it works.", True),
+        ("The small version trains fine but the large one OOMs.", True),
+        ("파라미터 값을 키울 경우 cuda out of memory가 뜹니다. 모델을 학습합니다.", True),
+        ("学習です。モデルを大きくするとメモリ不足になります", True),
+        ("When I increase the batch size in training I get OOM.", False),
+        ("The small images of the training work, the large ones OOM.", False),
+    ],
+)
+def test_a_model_that_fits_in_a_smaller_size_only_is_made_smaller(words: str, is_size: bool):
+    codes = [each.code for each in explain(f"# out of memory\n{words}\n{FULL}").remedies]
+    assert ("smaller_model" in codes) == is_size
+
+
+def test_a_memory_error_without_a_data_loader_is_not_about_workers():
+    for place, has_limit in (("", False), ("I run it in docker. ", True)):
+        codes = [each.code for each in explain(f"{place}x = np.zeros((n, 10))\nMemoryError").remedies]
+        assert codes[:2] == ["kind_data_in_parts", "kind_less_on_host"]
+        assert ("kind_raise_limit" in codes) == has_limit
+        assert "kind_fewer_workers" not in codes
 
 
 def test_an_export_that_was_killed_reads_no_data():

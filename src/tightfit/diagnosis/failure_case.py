@@ -123,6 +123,12 @@ class Case(NamedTuple):
         return found[0] if found and is_open else None
 
     @property
+    def fits_smaller_model(self) -> bool:
+        """True if the user's own model fails in a larger size only, by the report."""
+        is_open = self.program is None or self.is_of("libraries")
+        return is_open and self.shows("subject.model_size")
+
+    @property
     def adapts(self) -> bool:
         """True if adapters are trained."""
         return self.has_sign("lora", "qlora")

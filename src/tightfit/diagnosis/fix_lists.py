@@ -68,6 +68,8 @@ def _fitting(case: Case) -> list[str]:
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
     if case.is_of("sized_models"):
         codes.sort(key=lambda code: code == "smaller_model")
+    if case.fits_smaller_model:
+        codes = ["smaller_model", *codes]
     if case.quantity_without_effect is not None:
         name = "fixed_part_of_unknown" if evidence.is_of_unknown_purpose else "fixed_part"
         codes = [*fix_tables()["fixes"][name], *codes]

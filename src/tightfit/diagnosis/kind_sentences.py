@@ -252,6 +252,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
             *(code for code in codes if code not in _OF_SHARE),
             *(["jax_unified"] if "jax_unified" not in codes else []),
         ]
+    if facts.kind == "host_memory_error" and not _HAS_LIMIT.search(run.text):
+        codes = [code for code in codes if code != "raise_limit"]
     converts = _CONVERTS.search(run.text) and not has_workers
     if facts.kind == "host_killed" and (converts or not _IN_PYTHON.search(run.text)):
         codes = [code for code in codes if code != "data_in_parts"]
@@ -301,6 +303,10 @@ _TRAINS = re.compile(
     r"|\bjax\b|[Nn]extflow|\bstep \d{1,6}\b(?!\.\d)|训练|学習|학습"
 )
 """Words of a program that has a data set: one that converts or exports a trained model has none."""
+_HAS_LIMIT = re.compile(
+    r"docker|container|kubernetes|k8s|\bpods?\b|slurm|sbatch|cgroup|ulimit|コンテナ|容器", re.IGNORECASE
+)
+"""Words of a place with a limit of its own for the host's memory."""
 _CONVERTS = re.compile(
     r"\b(?:export|convert|quanti[sz]e|merge)\w*\.py\b|\bonnx\.export\("
     r"|\b(?:export|convert)\w* (?:[\w.]+ ){0,6}(?:to|into|as) (?:onnx|tensorrt|gguf|coreml|tflite)\b",

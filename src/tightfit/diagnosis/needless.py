@@ -215,7 +215,8 @@ def _may_have_no_weights(case: Case) -> bool:
 def _has_one_model(case: Case) -> bool:
     """Return True unless the program has words for another model, or uses one that the user chose."""
     uses_own = case.evidence.infers and (case.is_too_large or case.program is None)
-    return not (uses_own or case.quantity_without_effect is not None or case.has_own("smaller_model"))
+    sized = case.quantity_without_effect is not None or case.fits_smaller_model
+    return not (uses_own or sized or case.has_own("smaller_model"))
 
 
 _SMALL_CARD = 6.5 * GIB
