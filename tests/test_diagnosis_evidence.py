@@ -320,6 +320,8 @@ def test_a_report_tells_the_phase_that_failed_not_the_one_that_went_well(words: 
         ("Images are resized. block_size=1, still the same error", "shorter_length"),
         ("- changing batch size to [auto, 1, 2, 4]\nNone of the above attempts work.", "split_general"),
         ("With batch size 64 and 128 it fails, with 32 it works.", None),
+        ("tried bs=16, bs=8, bs=4 all OOM", "split_general"),
+        ("The paper uses batch sizes 16, 32 and 64, and I always get the error with the third.", None),
         ("Batch size 2, 24GB card, still OOM.", None),
         ("any batch size above 4 fails", None),
     ],

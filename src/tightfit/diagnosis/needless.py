@@ -36,7 +36,8 @@ def _has_batch_of_training(case: Case) -> bool:
 
 def _evaluates_in_training(case: Case) -> bool:
     """Return True for an evaluation of an unknown program: its traceback or its user shows that no step failed."""
-    return case.facts.phase == "eval" and not case.is_of("share_batch")
+    shares_batch = case.is_of("share_batch") or case.program == "nanogpt"
+    return case.facts.phase == "eval" and not shares_batch
 
 
 def _has_pairs_of_all(case: Case) -> bool:
