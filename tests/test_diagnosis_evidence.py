@@ -338,6 +338,17 @@ def test_a_quantity_of_which_no_value_helped_is_no_fix(words: str, never: str | 
         assert "解決しません" in str(explain(f"# Training fails\n{words}\n{FULL}", lang="ja"))
 
 
+def test_the_failing_tensor_comes_before_what_else_fills_the_card():
+    log = (
+        "I train with batch_size 10 and 128, both fail.\nTraceback (most recent call last):\n"
+        '  File "/x/torch/nn/_functions/thnn/sparse.py", line 80, in backward\n'
+        "    grad_weight = grad_output.new(ctx._weight_size).zero_()\nRuntimeError: cuda runtime error (2) : out of memory"
+    )
+    codes = [each.code for each in explain(log).remedies]
+    assert codes[0] != "smaller_model"
+    assert "smaller_model" in codes
+
+
 MPS = "MPS backend out of memory (MPS allocated: 6.04 GB, other allocations: 1.04 GB, max allowed: 6.77 GB). Tried to allocate 459.07 MB on private pool."
 
 

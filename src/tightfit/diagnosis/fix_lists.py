@@ -34,6 +34,8 @@ _OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "wind
 """Quantities that a tensor larger than the card may well grow with."""
 _OF_SEQUENCES_AT_ONCE = frozenset({"logits", "batch", "attention", "mask"})
 """Quantities that a server holds for as many sequences as it takes at once, beside its cache."""
+_OF_INPUTS = frozenset({None, "batch", "attention", "logits"})
+"""Quantities of a tensor that smaller inputs would make smaller, and an unknown one."""
 _OF_A_STEP = (None, "forward", "loss", "backward", "compile", "setup", "optimizer")
 """Phases of which a smaller pass is the usual fix; None is unknown."""
 _MOST_OF_WEIGHTS = 0.4
@@ -72,7 +74,8 @@ def _fitting(case: Case) -> list[str]:
         codes = ["smaller_model", *codes]
     if case.quantity_without_effect is not None:
         name = "fixed_part_of_unknown" if evidence.is_of_unknown_purpose else "fixed_part"
-        codes = [*fix_tables()["fixes"][name], *codes]
+        fixed = fix_tables()["fixes"][name]
+        codes = [*fixed, *codes] if evidence.grows in _OF_INPUTS else [*codes, *fixed]
     if case.has_sign("float32") and evidence.infers:
         codes = ["smaller_weights", *codes]
     if evidence.infers and case.shows("subject.any_picture_size"):  # its pictures have any size
