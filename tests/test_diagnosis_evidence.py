@@ -343,6 +343,7 @@ def test_the_failing_tensor_comes_before_what_else_fills_the_card():
         "I train with batch_size 10 and 128, both fail.\nTraceback (most recent call last):\n"
         '  File "/x/torch/nn/_functions/thnn/sparse.py", line 80, in backward\n'
         "    grad_weight = grad_output.new(ctx._weight_size).zero_()\nRuntimeError: cuda runtime error (2) : out of memory"
+        " at /pytorch/torch/lib/THC/generic/THCStorage.cu:66"
     )
     codes = [each.code for each in explain(log).remedies]
     assert codes[0] != "smaller_model"
