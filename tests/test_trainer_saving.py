@@ -55,6 +55,19 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, data_dir: Pa
     assert not (out_dir / OWNER).exists()
 
 
+def test_a_folder_that_no_run_can_use_is_told_before_anything_is_planned(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tightfit.planner.fit.fit", lambda *args, **kwargs: pytest.fail("it was planned"))
+    (tmp_path / "file").touch()
+    done = here(arguments(tmp_path / "file" / "out", data_dir, fit="auto"))
+    assert (done.code, done.err.count("cannot be written (Not a directory); set another")) == (2, 1)
+    (tmp_path / "taken").mkdir()
+    with owning(tmp_path / "taken"):
+        done = here(arguments(tmp_path / "taken", data_dir, fit="auto"))
+    assert (done.code, done.err.count("belongs to a run that is still going")) == (2, 1)
+
+
 @pytest.mark.parametrize("code", ["EIO", "ESTALE", "EROFS", "ETIMEDOUT", "EINTR", "EACCES", "EFBIG"])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_an_error_of_the_disk(

@@ -55,8 +55,11 @@ def _run(arguments: Sequence[str], resolved: Resolved[TrainConfig]) -> int:
     fallback, plan = None, None
     if resolved.config.fit == "auto" and not resolved.config.eval_only:
         from tightfit.planner.fit import fit
+        from tightfit.trainer.checkpoint import check_folder
 
         is_main = os.environ.get("RANK", "0") == "0"
+        if is_main:
+            check_folder(Path(resolved.config.out_dir))  # planning takes a minute
         fitted = fit(resolved, log=lambda line: print(line, flush=True) if is_main else None)
         resolved, fallback = fitted.resolved, fitted.fallback
         if resolved.config.shard != "none":

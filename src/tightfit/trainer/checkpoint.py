@@ -86,6 +86,18 @@ def own_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError if another run writes to the folder, or none can; one that is not there yet is not kept."""
+    if folder.is_dir():
+        with own_folder(folder):
+            return
+    with folder_errors(folder):
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True)
+        for each in made:
+            each.rmdir()
+
+
 @contextlib.contextmanager
 def folder_errors(folder: Path) -> Iterator[None]:
     """Raise DoesNotFit for a full disk, ConfigError for a folder that cannot be made, read or written."""
