@@ -9,18 +9,18 @@ from tightfit.oomlog.dtypes import ELEMENT_BYTES
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.units import MIB
 
-_MADE = re.compile(
+_MADE = (
     r"(?<![\w.])(?:np|numpy)\.(?P<function>zeros|ones|empty|ndarray|full)\(\s*(?:shape ?= ?)?"
     r"[\[(](?P<sizes>[^\[\]()]{1,120})[\])](?P<rest>[^\n]*)"
 )
-_DTYPE = re.compile(
+_DTYPE = (
     r"(?:dtype ?= ?|^ ?, ?)(?:np\.|numpy\.|[\"'])?"
     r"(?P<dtype>float(?:16|32|64)|u?int(?:8|16|32|64)|complex(?:64|128)|bool)_?\b"
 )
-_ANY_DTYPE = re.compile(r"dtype|^ ?, ?[\w.\"']")
-_CREATES = re.compile(r"(?:np|numpy)\.\w+\(")
-_NAME = re.compile(r"[A-Za-z_][\w.]*")
-_PRODUCT = re.compile(r"(?<![\w.])\d[\d,_]{0,14}(?: ?[x×*] ?\d[\d,_]{0,14}){1,5}(?![\w.]\d)")
+_ANY_DTYPE = r"dtype|^ ?, ?[\w.\"']"
+_CREATES = r"(?:np|numpy)\.\w+\("
+_NAME = r"[A-Za-z_][\w.]*"
+_PRODUCT = r"(?<![\w.])\d[\d,_]{0,14}(?: ?[x×*] ?\d[\d,_]{0,14}){1,5}(?![\w.]\d)"
 _MOST_REAL, _LEAST = 2**44, 16 * MIB
 """Bytes between which an array may well be the reason: larger is a mistake in a size, smaller fails only if the memory
 was full before."""
@@ -46,7 +46,7 @@ def array_of_line(source: str, text: str) -> HostArray | None:
     (82783, 196, 512)
     >>> array_of_line("f = np.empty([n, 196])", "n is large")
     """
-    made = _MADE.search(source) if len(_CREATES.findall(source)) == 1 else None
+    made = re.search(_MADE, source) if len(re.findall(_CREATES, source)) == 1 else None
     dtype = _dtype_of(made["function"], made["rest"]) if made else None
     if made is None or dtype is None:
         return None
@@ -57,9 +57,9 @@ def array_of_line(source: str, text: str) -> HostArray | None:
 
 def _dtype_of(function: str, rest: str) -> str | None:
     """Return the dtype of the elements; NumPy's own is float64, but that of a filled array is the value's."""
-    if (stated := _DTYPE.search(rest)) is not None:
+    if (stated := re.search(_DTYPE, rest)) is not None:
         return stated["dtype"]
-    return None if function == "full" or _ANY_DTYPE.search(rest) else "float64"
+    return None if function == "full" or re.search(_ANY_DTYPE, rest) else "float64"
 
 
 def _literal(sizes: list[str]) -> tuple[int, ...] | None:
@@ -69,7 +69,7 @@ def _literal(sizes: list[str]) -> tuple[int, ...] | None:
 
 def _products(text: str) -> list[tuple[int, ...]]:
     """Return the products of numbers that a text writes out, such as 82783x196x512."""
-    found = (re.split(r" ?[x×*] ?", match[0]) for match in _PRODUCT.finditer(text))
+    found = (re.split(r" ?[x×*] ?", match[0]) for match in re.finditer(_PRODUCT, text))
     return [tuple(int(each.replace(",", "").replace("_", "")) for each in sizes) for sizes in found]
 
 
@@ -78,7 +78,7 @@ def _in_place(sizes: list[str], numbers: tuple[int, ...]) -> tuple[int, ...] | N
     known = [size.replace("_", "") for size in sizes]
     fits = len(known) == len(numbers) and any(map(str.isdigit, known))
     same = fits and all(
-        _NAME.fullmatch(size) or size == str(number) for size, number in zip(known, numbers, strict=True)
+        re.fullmatch(_NAME, size) or size == str(number) for size, number in zip(known, numbers, strict=True)
     )
     return numbers if same else None
 

@@ -142,7 +142,7 @@ _SHARED_MEMORY = re.compile(
     r"|(?P<cuda>Jetson|AGX Orin|Orin (?:NX|Nano)|DGX Spark|GB10))\b"
 )
 """Names of machines on which GPU and host share one memory, by the vendor."""
-_NAMED_MEMORY = re.compile(r"(?<![\w.])(\d{2,3}) ?(?:GB|GiB|G)\b(?! ?(?:of )?(?:VRAM|vram|HBM|GPU|card))")
+_NAMED_MEMORY = r"(?<![\w.])(\d{2,3}) ?(?:GB|GiB|G)\b(?! ?(?:of )?(?:VRAM|vram|HBM|GPU|card))"
 
 
 def _shares_host(facts: Facts, text: str) -> bool:
@@ -156,7 +156,7 @@ def _shares_host(facts: Facts, text: str) -> bool:
         return is_named and total is not None
     whole = round(total.bytes / GIB)
     is_whole = facts.kind == "hip_out_of_memory" and total.low <= whole * GIB <= total.high
-    return is_whole and str(whole) in _NAMED_MEMORY.findall(text)
+    return is_whole and str(whole) in re.findall(_NAMED_MEMORY, text)
 
 
 def _with_phase(facts: Facts, run: RunFacts) -> Facts:
@@ -357,7 +357,7 @@ def _of_host_allocator(facts: Facts) -> Facts:
     return _with(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts
 
 
-_FORKS = re.compile(r"\bos\.(?:popen|fork|system|spawn\w+|posix_spawn)\(|\bfork_exec\(|\bPopen\(|\bsubprocess\.\w+\(")
+_FORKS = r"\bos\.(?:popen|fork|system|spawn\w+|posix_spawn)\(|\bfork_exec\(|\bPopen\(|\bsubprocess\.\w+\("
 """Lines of code that start another process."""
 
 
@@ -366,7 +366,7 @@ def _of_fork(facts: Facts) -> Facts:
     innermost = facts.frames[-1] if facts.frames else None
     if "Cannot allocate memory" not in facts.message or innermost is None:
         return facts
-    if not _FORKS.search(innermost.source or "") and innermost.function not in ("_execute_child", "_fork_exec"):
+    if not re.search(_FORKS, innermost.source or "") and innermost.function not in ("_execute_child", "_fork_exec"):
         return facts
     is_worker = any("multiprocessing" in each.file for each in facts.frames)
     return _with(facts, "fork_workers" if is_worker else "fork")

@@ -2,18 +2,17 @@
 
 import re
 
-_SHAPE = re.compile(
+_SHAPE = (
     r"\b(?:shapes?|sizes?|tensors?|matri(?:x|ces)|spaces?|dimensions?|arrays?|形状|大小|维度|テンソル|行列)\b[^\n()\[\]]{0,30}?"
     r"(?P<shape>[(\[] ?\w{1,16}(?: ?[,x×*] ?\w{1,16}){2,4} ?[)\]])"
 )
-_PART = re.compile(r"\w+")
-_STEM = re.compile(r"(?P<stem>[nN]|num|len|[A-Za-z])_?(?P<of>\d|(?![bchdw]\b)[a-z]{1,3})")
-_COUNTS = re.compile(r"(?:[nNmMlLsSpPqQ]|(?:num|n|len)_\w{1,12})")
+_PART = r"\w+"
+_STEM = r"(?P<stem>[nN]|num|len|[A-Za-z])_?(?P<of>\d|(?![bchdw]\b)[a-z]{1,3})"
+_COUNTS = r"(?:[nNmMlLsSpPqQ]|(?:num|n|len)_\w{1,12})"
 """Names of counts; not of the sides of a picture, of channels, or of a batch."""
 _ALIKE = ({"n", "m"}, {"s", "t"}, {"p", "q"})
-_OF_PAIRS = re.compile(
-    r"\b(?:node|point|pair|entit(?:y|ie)|vert(?:ex|ice)|atom|residue|edge|item|box(?:e)?|token)s?\b|broadcast",
-    re.IGNORECASE,
+_OF_PAIRS = (
+    r"(?i)\b(?:node|point|pair|entit(?:y|ie)|vert(?:ex|ice)|atom|residue|edge|item|box(?:e)?|token)s?\b|broadcast"
 )
 
 
@@ -25,10 +24,10 @@ def shape_of_pairs(text: str) -> str | None:
     >>> shape_of_pairs("features of shape (B, N, C) for N points")
     >>> shape_of_pairs("images of shape (n, h, w, c)")
     """
-    if not _OF_PAIRS.search(text):
+    if not re.search(_OF_PAIRS, text):
         return None
-    for match in _SHAPE.finditer(text):
-        names = _PART.findall(match["shape"])
+    for match in re.finditer(_SHAPE, text):
+        names = re.findall(_PART, match["shape"])
         if any(map(_is_pair, names[:-2], names[1:-1])):
             return match["shape"]
     return None
@@ -39,7 +38,7 @@ def _is_pair(one: str, other: str) -> bool:
     if one.isdigit() or other.isdigit():
         return False
     if one == other:
-        return bool(_COUNTS.fullmatch(one))
-    stems = _STEM.fullmatch(one), _STEM.fullmatch(other)
+        return bool(re.fullmatch(_COUNTS, one))
+    stems = re.fullmatch(_STEM, one), re.fullmatch(_STEM, other)
     is_alike = stems[0] is not None and stems[1] is not None and stems[0]["stem"] == stems[1]["stem"]
     return is_alike or {one.lower(), other.lower()} in _ALIKE
