@@ -309,6 +309,16 @@ def test_a_script_that_fills_the_card_on_purpose_is_told_so(tmp_path: Path) -> N
     assert verdict.endswith("It ran out of memory 1 time, which the script caught.")
 
 
+def test_a_script_that_catches_its_own_error_before_a_model_runs_is_told_so(tmp_path: Path) -> None:
+    """A library that is missing here, or a wrong path: the card had room, and nothing is known of the training."""
+    lines = ["try:", "    net = torch.nn.Linear(8, 8).cuda()", "    {act}", "except Exception as error: print(error)"]
+    for act, is_told in (("raise FileNotFoundError", True), ("net(torch.ones(1, 8, device='cuda'))", False)):
+        (tmp_path / "script.py").write_text("import torch\n" + "\n".join(lines).format(act=act))
+        found = played(["--gpu", "A100", tmp_path / "script.py"])
+        told = "No model was called, and no optimizer step was made."
+        assert dryrun_page(found, words("en")).verdict.endswith(told) == is_told
+
+
 def test_forum_user_fails_at_the_line(tmp_path: Path) -> None:
     found = dryrun(tmp_path, "forum_user.py", "--no-retry", "--batch-size", "200000")
     assert found["outcome"] == "out_of_memory"

@@ -25,6 +25,9 @@ def dryrun_page(found: Findings, t: Words) -> Page:
     )
 
 
+_BEFORE_A_MODEL_RUNS = {"setup", "resume"}
+
+
 def verdict_of(found: Findings, t: Words) -> str:
     """Return the outcome with the card, and the memory that the card has left."""
     as_played = found.outcome == "fits" and found.not_played
@@ -39,6 +42,8 @@ def verdict_of(found: Findings, t: Words) -> str:
     processes = [each.file for each in found.not_played if not each.line]
     if found.outcome == "fits" and found.caught_failures:
         verdict += t("outcome", "caught", count=found.caught_failures)
+    elif found.outcome == "fits" and not found.steps and found.phases.keys() <= _BEFORE_A_MODEL_RUNS:
+        verdict += t("outcome", "no_model_ran")
     return " ".join([verdict, *(t("outcome", "process_not_played", command=each) for each in processes)])
 
 
