@@ -365,6 +365,7 @@ def test_lines_whose_sizes_go_on_growing_are_named(tmp_path: Path) -> None:
     assert reached or any("train(4 + step // 5)" in (MODEL + UNKNOWN_END).splitlines()[line - 1] for line in lines)
 
 
+@pytest.mark.slow
 def test_a_long_evaluation_whose_examples_differ_goes_on_to_the_largest(tmp_path: Path) -> None:
     found = played(EXAMPLES, tmp_path)
     assert (found["outcome"], found["not_played"]) == ("fits", [])

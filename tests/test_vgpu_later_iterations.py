@@ -248,6 +248,7 @@ assert_peak(200)
 """Blocks that free memory in early iterations, but not in later ones: in a loop, in one within one, in a function."""
 
 
+@pytest.mark.slow
 def test_iterations_are_played_in_which_a_block_no_longer_frees_memory(tmp_path: Path) -> None:
     found = played(FREED, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")

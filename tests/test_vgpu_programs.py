@@ -402,6 +402,7 @@ def test_gradients_that_come_back_with_a_model_are_gradients(tmp_path: Path) -> 
     assert (found["categories"]["parameters"], found["categories"]["gradients"]) == (weights, weights)
 
 
+@pytest.mark.slow
 def test_a_script_that_waits_as_an_object_dies_is_ended_after_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tightfit", "--lang", "en", "dryrun", "--gpu", "A100", "--timeout", "1"]
     ended = subprocess.run(
