@@ -46,7 +46,7 @@ from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.number_ends import with_own_number
 from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
-from tightfit.oomlog.same_failure import complete_each_other, is_same, joined, later_format, stated_in
+from tightfit.oomlog.same_failure import complete_each_other, is_general_for, is_same, joined, later_format, stated_in
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
 from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_cut, is_warm_up
 from tightfit.oomlog.unnamed_failure import TOLD, Unnamed
@@ -269,7 +269,8 @@ class _Scan:
                 known = record.facts
                 record.closed = record.closed and titles
                 better = facts if facts.frames and not known.frames else known
-                if not known.figures and facts.figures:  # the first says only that it failed
+                is_first_less = is_general_for(known, facts) or (not known.figures and bool(facts.figures))
+                if is_first_less:  # it says only that it failed
                     known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
                 elif complete_each_other(known, facts):
                     known = joined(known, facts)

@@ -21,6 +21,8 @@ def is_same(one: Facts, two: Facts) -> bool:
     if "explains" in two.details and is_lack:  # a program's own words about the message before
         return two.line - one.line <= _EXPLAINED
     only_class = "class_without_message" in one.notes and one.rank == two.rank
+    if one.kind != two.kind and (is_general_for(one, two) or is_general_for(two, one)):
+        return two.line - one.line <= (_NOTEBOOK_LINES if one.line == 1 else _EXPLAINED)  # a report's title is far above
     if one.kind != two.kind and not (only_class and two.kind == _ASYNC):
         return False
     if only_class:  # a notebook's head, far above the message
@@ -37,6 +39,16 @@ def is_same(one: Facts, two: Facts) -> bool:
     if stated and any(figure.stated for figure in one.figures.values()):
         return complete_each_other(one, two)
     return two.line - one.line <= 60 or two.kind in consequences()
+
+
+def is_general_for(one: Facts, two: Facts) -> bool:
+    """Return True if a message holds only words of the CUDA runtime that another, more specific one holds, too."""
+    is_general = one.kind == "cuda_driver" and not one.figures and not one.details and bool(one.message)
+    return is_general and one.kind != two.kind and _squeezed(one.message) in _squeezed(two.message)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split()).lower()
 
 
 _REQUEST = "requested_bytes"
