@@ -143,12 +143,9 @@ def _of_shared_memory(case: Case) -> Iterator[Remedy]:
 def _of_room(case: Case, first: list[Remedy]) -> list[Remedy]:
     """Return the first fixes of a card that had room: on Windows, its paging file may have been full."""
     first = [] if case.is_of("applications") else first
-    if case.facts.kind not in _WITH_PAGING or not case.evidence.is_maybe_on_windows:
-        return [] if case.shows("subject.host_memory") else first
-    paging = fix("windows_paging", *case)
-    if case.shows("subject.host_memory"):
-        return [paging]
-    return [paging, *first] if case.has_sign("windows", "wsl") else [*first, paging]
+    of_host = case.shows("subject.host_memory")
+    paging = case.facts.kind in _WITH_PAGING and case.evidence.is_on_windows
+    return [*([fix("windows_paging", *case)] if paging else []), *([] if of_host else first)]
 
 
 def _with_others(case: Case, order: _Order) -> _Order:

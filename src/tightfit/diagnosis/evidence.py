@@ -43,10 +43,6 @@ _BARE = 12
 """Characters besides the message, its class and its advice, below which a log without a traceback is bare."""
 _CLASS = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|ERROR)\b(?:\(|: ?|\[[^\]\n]*\])?|\[?[Rr]ank ?\d+\]?:?")
 """The class of an exception, or a rank, before a message."""
-_POSIX = re.compile(
-    r"(?<![\w.:])/(?:home|usr|opt|root|mnt|data|workspace|Users|var|tmp|content|kaggle)/|--nnodes\b|\b(?:srun|sbatch)\b"
-    r"|(?i:\bslurm|\bubuntu\b|\blinux\b|\bcentos\b|\bcolab\b|\bkaggle\b)|\bsudo |\bexport [A-Z_]{3,}="
-)
 _OF_PICTURES = re.compile(
     r"[Cc]onv[23]d|\b(?:images?|imgs?|masks?|pixels?|segment\w*|[Yy][Oo][Ll][Oo]\w*|[Uu]-?[Nn]et)\b|torchvision"
 )
@@ -159,9 +155,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return not is_shown and self.framework in _OF_ANY_PURPOSE and not self.is_bare
 
     @property
-    def is_maybe_on_windows(self) -> bool:
-        """True unless a path shows another system."""
-        return "windows" in self.run.signs or not _POSIX.search(self.run.text)
+    def is_on_windows(self) -> bool:
+        """True if the report shows Windows, or a Linux on top of it."""
+        return not self.run.signs.isdisjoint({"windows", "wsl"})
 
     @property
     def is_of_one_process(self) -> bool:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.tables import read_table
@@ -100,10 +101,62 @@ def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
     if inner and _is_engine(inner):
         return None
     for frame in inner:
-        for kind in kinds_of_lines():
-            if kind.shown_by(frame):
-                return LineKind(tensor=kind.tensor, grows=kind.grows, frame=frame, is_named=kind.is_named)
+        kind = _kind_shown(frame)
+        if kind is not None and kind.grows == "batch" and frame is frames[-1] and (own := operators_alone(frames)):
+            kind = _kind_shown(own) or _ACTIVATION
+        if kind is not None:
+            return LineKind(tensor=kind.tensor, grows=kind.grows, frame=frame, is_named=kind.is_named)
     return None
+
+
+def _kind_shown(frame: TraceFrame) -> _Kind | None:
+    return next((kind for kind in kinds_of_lines() if kind.shown_by(frame)), None)
+
+
+_ACTIVATION = _Kind(
+    tensor="activation", grows="batch", code=None, files=None, functions=None, alone=None, is_named=False
+)
+"""The result of an operator that no table of lines.toml describes."""
+_OF_MODULE = re.compile(
+    r"(?<![\w.])(?:self(?:\.\w+|\[[^\[\]\n]{0,40}\])*?(?:\.(?!TENSOR\()\w+|\[[^\[\]\n]{0,40}\])"
+    r"|(?!conv\dd|conv_tr)(?:conv|deconv|layer|block|module|head|encoder|decoder|norm|bn|mlp|attn)\w{0,12}"
+    r"(?:\[[^\[\]\n]{0,40}\])?)(?=\()".replace(
+        "TENSOR",
+        "(?:to|cuda|cpu|float|half|clone|copy_?|contiguous|reshape|view|matmul|mm|bmm|sum|mean|exp|log|sqrt|pow|add_?"
+        "|mul_?|sub_?|div_?|repeat|expand|softmax|sigmoid|detach|index_select|gather|masked_fill_?|zero_|fill_)",
+    )
+)
+"""The name of a module, or of a method of the user's, that a line calls; no method of a tensor."""
+_OPERATOR = re.compile(
+    r"\b(?:torch|F)\.(?!device|nn\.|no_grad|relu\b|jit|utils|autocast|cuda|tensor\()\w+\("
+    r"|\.(?:contiguous|clone|reshape|flatten|repeat|repeat_interleave|softmax|log_softmax|matmul|bmm|mm|sum|mean"
+    r"|masked_fill|float|half|sigmoid|exp|pow|sqrt)\("
+    r"|[\w)\]] ?(?:\*\*|[-+*/@])=? ?[A-Za-z_(\[]"
+)
+"""An operator of PyTorch's that leaves no frame in a traceback."""
+_INDEX = re.compile(r"(?<=[\w\])])\[[^\[\]\n]{0,80}\]")
+
+
+def operators_alone(frames: Sequence[TraceFrame]) -> TraceFrame | None:
+    """Return the innermost frame without the modules that its line calls, if an operator on the line failed.
+
+    Calls of modules leave frames in a traceback. Where one of PyTorch's modules has left some, the innermost line's
+    own modules have none: they had returned, or were not called yet.
+
+    >>> module = TraceFrame(file="torch/nn/modules/module.py", line=1, function="__call__")
+    >>> line = TraceFrame(file="net.py", line=2, function="forward", source="x = torch.cat([self.conv(x), x], 1)")
+    >>> operators_alone([module, line]).source
+    'x = torch.cat([called(x), x], 1)'
+    """
+    frame = frames[-1] if frames else None
+    if frame is None or frame.is_library or not frame.source:
+        return None
+    if not any(each.file.replace("\\", "/").endswith("nn/modules/module.py") for each in frames):
+        return None
+    source, calls = _OF_MODULE.subn("called", frame.source)
+    if not calls or not _OPERATOR.search(_INDEX.sub("", source)):
+        return None
+    return replace(frame, source=source)
 
 
 def line_before_message(text: str) -> TraceFrame | None:

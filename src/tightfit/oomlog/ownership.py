@@ -140,6 +140,9 @@ _MOST_OF_IT = 0.25
 _FULL = 0.1
 """Share of the card below which what is free may have been freed while the message was written."""
 
+_NEARLY_ALL = 0.9
+"""Share of the free memory from which on a request is too large for it."""
+
 
 def room_beside_own(facts: Facts) -> int | None:
     """Return an Intel GPU's bytes beside this process's own; its messages state no free memory."""
@@ -150,11 +153,16 @@ def room_beside_own(facts: Facts) -> int | None:
 
 
 def had_room(facts: Facts) -> bool:
-    """Return True if the card had room for the request, so that neither others nor its size stopped it."""
-    free, total = facts.figures.get("free_bytes"), facts.total_bytes or 0
+    """Return True if the card had room for the request, so that neither others nor its size stopped it.
+
+    Free memory is not one piece, and requests are rounded up: what takes nearly all of it had no room.
+    """
+    free, total, requested = facts.figures.get("free_bytes"), facts.total_bytes or 0, facts.requested_bytes or 0
     if (room := room_beside_own(facts)) is not None:
-        return room > (facts.requested_bytes or 0) + _FULL * total
-    return "more_free_than_requested" in facts.notes and free is not None and free.low > _FULL * total
+        return room > requested + _FULL * total
+    if "more_free_than_requested" not in facts.notes or free is None:
+        return False
+    return free.low > _FULL * total and requested < _NEARLY_ALL * free.low
 
 
 def _ranks(facts: Facts) -> tuple[OtherProcess, ...]:
