@@ -22,6 +22,7 @@ from tightfit.diagnosis.foreign_config import Foreign, with_foreign
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import with_run
 from tightfit.diagnosis.kind_sentences import fixes_of
+from tightfit.diagnosis.lower_values import below_stated, is_of_llama_cpp
 from tightfit.diagnosis.measures import excluded_in
 from tightfit.diagnosis.model_run import model_run_of
 from tightfit.diagnosis.named_card import Card, card_of
@@ -37,7 +38,7 @@ from tightfit.diagnosis.verdicts import verdicts
 from tightfit.errors import ConfigError, TightfitError
 from tightfit.links import split_count
 from tightfit.oomlog.facts import Facts
-from tightfit.oomlog.kinds import memory_of
+from tightfit.oomlog.kinds import is_of_allocator, memory_of
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
@@ -140,7 +141,9 @@ def _for_machine(found: Explanation) -> Explanation:
     if facts is None:
         return found
     excluded = excluded_in(run.text)
-    wanted = tuple(each for each in found.remedies if not excluded.has(each))
+    wanted = tuple(below_stated(each, run.text) for each in found.remedies if not excluded.has(each))
+    if is_of_allocator(facts.kind):
+        wanted = tuple(each for each in wanted if not is_of_llama_cpp(each))
     if shows(run.text, "subject.closing_helps") and memory_of(facts.kind) == "device":
         found, wanted = replace(found, causes=with_closed(found.causes)), closing_first(wanted)
     if shows(run.text, "subject.older_worked"):

@@ -22,7 +22,8 @@ def is_same(one: Facts, two: Facts) -> bool:
         return two.line - one.line <= _EXPLAINED
     only_class = "class_without_message" in one.notes and one.rank == two.rank
     if one.kind != two.kind and (is_general_for(one, two) or is_general_for(two, one)):
-        return two.line - one.line <= (_NOTEBOOK_LINES if one.line == 1 else _EXPLAINED)  # a report's title is far above
+        reach = _NOTEBOOK_LINES if one.line == 1 else _EXPLAINED  # a report's title may stand far above
+        return two.line - one.line <= reach
     if one.kind != two.kind and not (only_class and two.kind == _ASYNC):
         return False
     if only_class:  # a notebook's head, far above the message
