@@ -13,6 +13,8 @@ from tightfit.oomlog.run_facts import RunFacts
 
 _BEFORE_AUTOCAST = ("T0", "T1")
 """Messages of PyTorch up to 1.3, which has neither autocast nor PEFT's adapters."""
+_BEFORE_REENTRANT = ("T0", "T1", "T2")
+"""Messages of PyTorch up to 1.9."""
 _OF_SCORES = 2**29
 """Bytes from which on a request of a program that uses a trained model may well be of attention's scores."""
 _OWN_SHARE, _SMALL_SHARE = 0.85, 0.02
@@ -184,6 +186,11 @@ class Case(NamedTuple):
     def has_parts(self) -> bool:
         """True if a program works on parts of a batch: by its words, or by an option that the report prints."""
         return self.has_own("less_at_once") or bool(options_of("less_at_once", self.run.text))
+
+    @property
+    def is_before_reentrant(self) -> bool:
+        """True for a PyTorch up to 1.9, whose checkpoint() has no argument use_reentrant."""
+        return self.facts.torch_format in _BEFORE_REENTRANT
 
     def is_before(self, code: str) -> bool:
         """Return True for a PyTorch older than a remedy's library, unless the program has words of its own for it."""

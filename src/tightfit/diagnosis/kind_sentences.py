@@ -257,6 +257,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     converts = _CONVERTS.search(run.text) and not has_workers
     if facts.kind == "host_killed" and (converts or not _IN_PYTHON.search(run.text)):
         codes = [code for code in codes if code != "data_in_parts"]
+    if facts.kind in ("host_killed", "host_memory_error"):
+        codes = _for_data(codes, run)
     if ELEMENT_BYTES.get(facts.details.get("dtype", ""), 4) <= _SMALL_ELEMENT:
         codes = [code for code in codes if code != "smaller_elements"]
     if run.framework in programs("servers") and run.framework not in _table().programs["no_pinning"]:
@@ -264,6 +266,26 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     if run.numbers.get("batch_size") == 1:
         codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]
     return [code for code in codes if not _is_given(_lines(code, run), run.text)]
+
+
+_OF_PYTHON = ("data_in_parts", "fewer_workers")
+"""Fixes that stand on libraries of Python."""
+_RESIDENT = re.compile(
+    r"\b(?:whole|full|entire|complete|all(?: of)?(?: the| my)?) (?:data ?sets?|data|corpus)\b[^.\n]{0,40}?"
+    r"\b(?:(?:in|into|in the|into the) (?:\w+ )?(?:memory|RAM)\b|(?:memory[- ])?resident\b)"
+    r"|(?:全部|整个)数据(?:集)?[^。\n]{0,10}内存|(?:全データ|データ(?:セット)?(?:全体|をすべて|を全て))[^。\n]{0,10}メモリ",
+    re.IGNORECASE,
+)
+"""Words of a person whose data are held as a whole."""
+
+
+def _for_data(codes: list[str], run: RunFacts) -> list[str]:
+    """Return the fixes that suit the program's data: none of Python's libraries where nothing shows deep learning."""
+    if not (run.frameworks or _IN_PYTHON.search(run.text) or _LEARNS.search(run.text)):
+        codes = [code for code in codes if code not in _OF_PYTHON]
+    elif _RESIDENT.search(run.text):
+        codes = ["data_in_parts", *(code for code in codes if code != "data_in_parts")]
+    return [code for code in codes if code != "windows_paging" or "windows" in run.signs]
 
 
 def _is_given(lines: Sequence[str], text: str) -> bool:
@@ -314,9 +336,16 @@ _CONVERTS = re.compile(
 )
 """Words of a program that writes a trained model in another form, and reads no data."""
 _IN_PYTHON = re.compile(
-    r"python|\.py\b|torch|numpy|pandas|jax|keras|tensorflow|\bstep \d{1,6}\b(?!\.\d)", re.IGNORECASE
+    r"python|\.py\b|torch|numpy|pandas|jax|keras|tensorflow|\bstep \d{1,6}\b(?!\.\d)|data_?loader|workers\b|traceback"
+    r"|MemoryError|\bconda|\bpip3? install|\.ipynb|jupyter|colab\b|kaggle|hugging ?face|\bpklz?\b|transformers",
+    re.IGNORECASE,
 )
 """Signs of a program in Python, or of a training."""
+_LEARNS = re.compile(
+    r"\b(?:epoch|batch|token|image|network|model|iteration|algorithm|script|checkpoint|fine-?tun|nextflow)",
+    re.IGNORECASE,
+)
+"""Words of deep learning, whose programs are mostly in Python."""
 
 
 def _lines(code: str, run: RunFacts) -> list[str]:

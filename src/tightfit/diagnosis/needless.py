@@ -68,6 +68,24 @@ def _slides(case: Case) -> bool:
     return case.calls("slide_inference") and words is not None and any("'slide'" in line for line in words.lines)
 
 
+_TAKES_GRADIENTS = re.compile(r"(?<![\w.])(?:torch\.)?(?:autograd\.)?grad\((?!\))")
+_IN_TEXT = re.compile(r"\bcreate_graph ?= ?True\b|\bautograd\.grad\(")
+"""Gradients that a program takes itself, in a failing line and anywhere in a log."""
+
+
+def _is_refused_by_grad(case: Case) -> bool:
+    """Return True where gradients are taken by grad(): checkpoint() raises there without use_reentrant=False.
+
+    The lines of most programs do not have it, and PyTorch up to 1.10 does not take it.
+    """
+    words = words_of("checkpointing_general", case.evidence)
+    keeps = words is not None and any("use_reentrant=False" in line for line in words.lines)
+    if words is None or (keeps and not case.is_before_reentrant):
+        return False
+    in_lines = any(_TAKES_GRADIENTS.search(each.source or "") for each in case.facts.frames)
+    return in_lines or bool(_IN_TEXT.search(case.run.text))
+
+
 def _recomputes(case: Case) -> bool:
     return case.is_of("checkpoint_always") and not case.shows("switches.recomputes_not")
 
@@ -275,6 +293,7 @@ _OF_THE_PASS = (
     _Rule("less_at_once", "one pass cannot be smaller", _has_one_pass),
     _Rule("less_at_once", "a picture is taken in parts already", _slides),
     _Rule("checkpointing_general", "nothing is kept for a backward pass", lambda case: case.keeps_nothing),
+    _Rule("checkpointing_general", "grad() refuses it", _is_refused_by_grad),
     _Rule("checkpointing_general", "it is on", lambda case: case.has_sign("checkpointing")),
     _Rule("checkpointing_general", "the program does it by itself", _recomputes),
     _Rule("checkpointing_general", "the frozen encoder keeps nothing", _encodes_pictures),
