@@ -46,6 +46,13 @@ class FillsCard(Cause, frozen=True, kw_only=True):
     total_bytes: int
 
 
+class LargeRequest(Cause, frozen=True, kw_only=True):
+    """A request that is most of the card."""
+
+    requested_bytes: int | None
+    total_bytes: int | None
+
+
 class OtherCard(Cause, frozen=True, kw_only=True):
     """A card that is much smaller than any that the report names."""
 

@@ -9,6 +9,7 @@ from tightfit.diagnosis.cause_records import (
     Cause,
     FirstAxis,
     FixedPart,
+    LargeRequest,
     LineRequest,
     LogitTokens,
     ModelBudget,
@@ -25,7 +26,7 @@ from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
 from tightfit.diagnosis.failure_case import Case
-from tightfit.diagnosis.figure_causes import is_oversized
+from tightfit.diagnosis.figure_causes import is_most_of_card, is_oversized
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.diagnosis.purpose import TRAINING
@@ -67,7 +68,7 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if feeds_back(facts.frames):
         yield Cause(code="fed_back", label=LIKELY)
     elif evidence.infers and evidence.run.signs & _OF_PASSES and not (is_oversized(facts) or had_room(facts)):
-        yield Cause(code="kept_between_passes", label=LIKELY)
+        yield Cause(code="larger_input" if is_most_of_card(facts) else "kept_between_passes", label=LIKELY)
     elif _grows(facts, evidence):
         yield Cause(code="growing", label=LIKELY)
     elif "stepped" in evidence.run.signs and facts.phase in _OF_A_STEP and evidence.purpose == TRAINING:
@@ -152,6 +153,8 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
         yield Request(code=f"grows_{evidence.grows}", requested_bytes=requested)
     elif evidence.grows is None and facts.phase == "load":
         yield Request(code="grows_model", label=LIKELY, requested_bytes=requested)
+    if is_most_of_card(facts) and evidence.grows not in _OF_NO_INPUT and facts.phase != "load":
+        yield LargeRequest(code="most_of_card", requested_bytes=requested, total_bytes=facts.total_bytes)
     yield from _of_sizes(requested, evidence)
     if culprit is not None and evidence.shape is not None and culprit.shape[0] > 1 and evidence.grows == "batch":
         first, whole = culprit.shape[0], culprit.bytes
@@ -178,6 +181,8 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
             yield Request(code=untold, requested_bytes=requested)
 
 
+_OF_NO_INPUT = ("state", "model", "saving", "loading", "bucket", "table", "cards")
+"""Quantities of tensors that a smaller input leaves as they are."""
 _OF_PICTURES = re.compile(r"diffusion|unet|transformer_blocks|first_stage|decoder\.up")
 """Names of parameters of models of pictures, which the table of language models does not hold."""
 _OF_OTHERS = re.compile(r"diffusion|audio|\bunet\b|\bvae\b|\bimages?\b|\bvideos?\b|speech|voice", re.IGNORECASE)

@@ -80,6 +80,14 @@ def is_oversized(facts: Facts) -> bool:
     return requested is not None and requested.low > (_LARGEST_CARD if total is None else total.high)
 
 
+def is_most_of_card(facts: Facts) -> bool:
+    """Return True if the request alone is most of the card."""
+    requested, total = facts.figures.get("requested_bytes"), facts.total_bytes
+    return requested is not None and total is not None and _MOST * total < requested.bytes and not is_oversized(facts)
+
+
+_MOST = 0.6
+"""Share of the card above which one request leaves hardly anything else room."""
 _LARGEST_CARD = 512 * GIB
 """Bytes that no card has: a larger request is larger than the user's card, too, where the message does not name it."""
 

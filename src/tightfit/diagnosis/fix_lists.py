@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tightfit.diagnosis.failing_line import feeds_back
 from tightfit.diagnosis.failure_case import Case
-from tightfit.diagnosis.figure_causes import fills_by_metal, is_filled_by_library
+from tightfit.diagnosis.figure_causes import fills_by_metal, is_filled_by_library, is_most_of_card
 from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, words_of
 from tightfit.diagnosis.framework_words import frameworks
 from tightfit.diagnosis.model_budget import trains_all
@@ -81,7 +81,7 @@ def _fitting(case: Case) -> list[str]:
     if evidence.infers and case.shows("subject.any_picture_size"):  # its pictures have any size
         codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
     is_open = case.program is None or case.is_of("libraries")
-    may_keep = not (case.is_oversized or had_room(facts))
+    may_keep = not (case.is_oversized or is_most_of_card(facts) or had_room(facts))
     if evidence.infers and is_open and may_keep and case.has_sign("growing", "accumulates", "ran_first"):
         codes = _with_kept_results(codes, case)
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized

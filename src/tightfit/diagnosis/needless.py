@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tightfit.diagnosis.failure_case import Case
+from tightfit.diagnosis.figure_causes import is_most_of_card
 from tightfit.diagnosis.filled_lines import smaller_size
 from tightfit.diagnosis.fix_words import words_of
 from tightfit.diagnosis.framework_words import programs
@@ -238,6 +239,11 @@ def _has_one_model(case: Case) -> bool:
     return not (uses_own or sized or case.has_own("smaller_model"))
 
 
+def _fills_it_at_once(case: Case) -> bool:
+    """Return True for a tensor of an unknown kind that is most of the card, and no weight of the model."""
+    return is_most_of_card(case.facts) and case.evidence.grows is None and case.facts.phase not in ("load", "setup")
+
+
 _SMALL_CARD = 6.5 * GIB
 
 
@@ -370,6 +376,7 @@ _OF_THE_MODEL = (
     _Rule("smaller_weights", "the weights are not the user's", _may_have_no_weights),
     _Rule("smaller_model", "the program has one model", _has_one_model),
     _Rule("smaller_model", "the run starts from no weights", _starts_from_nothing),
+    _Rule("smaller_model", "one request for its inputs is most of the card", _fills_it_at_once),
     _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", _has_other_size),
     _Rule(
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
