@@ -167,6 +167,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return not several and not run.signs & {"fsdp", "deepspeed"} and not _DIVIDES.search(run.text)
 
     @property
+    def may_be_of_nanogpt(self) -> bool:
+        """True for nanoGPT's own log, and for a message alone; a report's title is a person's, about some program."""
+        return self.framework == "nanogpt" or (self.is_bare and not self.run.text.lstrip().startswith("# "))
+
+    @property
     def batch_is_one(self) -> bool:
         return self.run.numbers.get("batch_size") == 1 or "batch_at_floor" in self.run.signs
 

@@ -25,7 +25,7 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
-from tightfit.diagnosis.failure_case import Case
+from tightfit.diagnosis.failure_case import Case, loads_on_first_card
 from tightfit.diagnosis.figure_causes import is_most_of_card, is_oversized
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
@@ -45,8 +45,12 @@ def causes_of_evidence(
 
     That the model alone is too large comes before all others.
     """
-    other = [*_of_other_card(facts, evidence)]
-    tensor = [*_of_kept(facts, evidence), *_of_tensor(facts, culprit, evidence, unplayed_because)]
+    other = [*_of_other_card(facts, evidence), *_of_loading(facts, evidence)]
+    tensor = [
+        *_of_first_card(facts, evidence),
+        *_of_kept(facts, evidence),
+        *_of_tensor(facts, culprit, evidence, unplayed_because),
+    ]
     if evidence.budget is not None and weights_leave_room(facts, evidence):
         other.append(_budget_as(evidence.budget, "weights_leave_room"))
     budget = [*_of_budget(evidence.budget)] if evidence.budget else []
@@ -61,6 +65,18 @@ def _of_other_card(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     named, total = named_bytes(facts, evidence), facts.total_bytes
     if named is not None and total is not None:
         yield OtherCard(code="other_card", total_bytes=total, named_bytes=named)
+
+
+def _of_loading(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield that by the report's words the checkpoints of all processes are on the first card."""
+    if loads_on_first_card(Case(facts, evidence)):
+        yield Cause(code="all_on_first_card", label=LIKELY)
+
+
+def _of_first_card(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield that by the report's words nn.DataParallel leaves the other cards without work."""
+    if Case(facts, evidence).first_card_works_alone:
+        yield Cause(code="first_card_alone", label=LIKELY)
 
 
 def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
@@ -109,6 +125,8 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         return
     if evidence.line is not None and evidence.line.is_named:
         yield Request(code=f"grows_{evidence.line.grows}", requested_bytes=facts.requested_bytes)
+    yield from _of_loading(facts, evidence)
+    yield from _of_first_card(facts, evidence)
     yield from _of_budget(evidence.budget) if evidence.budget else ()
     yield from _of_earlier_steps(facts, evidence)
     yield from _of_fixed_part(facts, evidence)
@@ -239,7 +257,7 @@ def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | 
         return "tensor_not_told_by_sizes"
     if facts.phase == "backward":
         return "tensor_not_told_in_backward"
-    return "tensor_not_told" if evidence.framework == "nanogpt" or evidence.is_bare else "tensor_not_told_elsewhere"
+    return "tensor_not_told" if evidence.may_be_of_nanogpt else "tensor_not_told_elsewhere"
 
 
 _CLASS_OF_MODEL = re.compile(r"\b([A-Z]\w{1,30}?)(?:DecoderLayer|ForCausalLM|ForConditionalGeneration|LMHeadModel)\b")
@@ -339,7 +357,7 @@ def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield what else the log prints of the run: a batch that cannot shrink, DataParallel."""
     if "training_ended" in evidence.run.signs and evidence.grows in (None, "saving"):
         yield Cause(code="training_ended")
-    if evidence.gathers_on_first_card(facts):
+    if evidence.gathers_on_first_card(facts) and not Case(facts, evidence).first_card_works_alone:
         batch_size = evidence.run.numbers.get("batch_size")
         yield PrintedBatch(code="data_parallel" if batch_size else "data_parallel_gathers", batch_size=batch_size)
     if evidence.batch_is_one:

@@ -1,5 +1,6 @@
 """A failure as the rules of the advice read it: yes-or-no properties of its request, its program and its pass."""
 
+import re
 from typing import NamedTuple
 
 from tightfit.diagnosis.evidence import Evidence
@@ -23,6 +24,10 @@ _OF_INPUTS = ("split_general", "smaller_picture", "shorter_length")
 """Remedies by less in one pass."""
 _ROOM = 0.8
 """Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
+
+
+_DATA_PARALLEL = re.compile(r"\bDataParallel\b|\bData Parallel\b")
+"""PyTorch's class for several cards in one process, whose name ends that of the other class, too."""
 
 
 class Case(NamedTuple):
@@ -54,6 +59,12 @@ class Case(NamedTuple):
     def has_sign(self, *signs: str) -> bool:
         """Return True if the run shows one of the signs."""
         return not self.run.signs.isdisjoint(signs)
+
+    @property
+    def first_card_works_alone(self) -> bool:
+        """True if the report says that nn.DataParallel leaves all work to the first card."""
+        wraps = _DATA_PARALLEL.search(self.run.text) is not None
+        return wraps and not self.facts.device_index and self.shows("subject.first_card_works")
 
     @property
     def is_oversized(self) -> bool:
@@ -195,3 +206,13 @@ class Case(NamedTuple):
     def is_before(self, code: str) -> bool:
         """Return True for a PyTorch older than a remedy's library, unless the program has words of its own for it."""
         return self.facts.torch_format in _BEFORE_AUTOCAST and not self.has_own(code)
+
+
+_BEFORE_A_STEP = (None, "load", "resume", "setup")
+"""Phases in which a checkpoint may be read; None is unknown."""
+
+
+def loads_on_first_card(case: Case) -> bool:
+    """Return True if the report says that every process loads its checkpoint onto the first card."""
+    may_be = case.facts.phase in _BEFORE_A_STEP or "told_phase" in case.facts.details
+    return may_be and case.shows("subject.reads_checkpoint") and case.shows("subject.all_on_first_card")

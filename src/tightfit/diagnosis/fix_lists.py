@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tightfit.diagnosis.failing_line import feeds_back
-from tightfit.diagnosis.failure_case import Case
+from tightfit.diagnosis.failure_case import Case, loads_on_first_card
 from tightfit.diagnosis.figure_causes import fills_by_metal, is_filled_by_library, is_most_of_card
 from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, words_of
 from tightfit.diagnosis.framework_words import frameworks
@@ -68,6 +68,8 @@ def _fitting(case: Case) -> list[str]:
     if is_filled_by_library(facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
+    if loads_on_first_card(case):
+        codes = ["load_on_host", *codes]
     if case.is_of("sized_models"):
         codes.sort(key=lambda code: code == "smaller_model")
     if case.fits_smaller_model:
@@ -156,7 +158,7 @@ def _lists_of_tensor(case: Case) -> Iterator[str]:
         of_weight = "oversized_table" if _is_of_own_layer(case) else "oversized_weight"
         yield of_weight if grows == "model" else "oversized"
         return
-    if evidence.gathers_on_first_card(case.facts):
+    if evidence.gathers_on_first_card(case.facts) or case.first_card_works_alone:
         yield "cards"
     if evidence.infers and case.facts.phase in (None, "forward") and grows is None:
         yield "sample"

@@ -86,6 +86,7 @@ _OF_THE_RUN = {
     "fork",
     "pairs_shape",
     "flat_input",
+    "share_asked",
     "fork_workers",
 }
 """Details that the phase, the batch or the traceback shows."""
@@ -111,6 +112,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         facts = _with_phase(_in_prose(facts, run), run)
     if facts.kind in _GROWS and "accumulates" in run.signs and not facts.frames and facts.phase is None:
         facts = _with(facts, "growing")
+    if facts.kind in ("program_words", "memory_words") and (share := _share_asked(run)):
+        facts = _with(facts, "share_asked", share)
     if facts.kind == "jax_out_of_memory":
         return _of_jax(facts, run)
     if facts.kind == "tensorflow_out_of_memory":
@@ -205,6 +208,27 @@ _VLLM_PARTS = re.compile(
     r"activation peak memory takes (?P<activations>\d{1,4}\.\d{1,3}) ?GiB[^\n]{1,60}? is -\d"
 )
 """The share, and its parts, of a card that they exceed."""
+
+
+_ASKS_FOR_SHARE = re.compile(
+    r"(?:\b(?:is there|are there|any|how|(?:can|could|may|should) (?:i|we|one|you)|possible|(?:a|some) way|want"
+    r"|would like|need)\b[^.?\n]{0,80}?\b(?:allocate|use|limit|cap|restrict|reserve|take|occupy)\b[^.?%\n]{0,40}?"
+    r"(?P<en>\d{2}(?:\.\d)?) ?(?:%|percent)[^.?\n]{0,30}(?:\bmemory\b|\bv?ram\b|\bgpu\b)"
+    r"|\b(?:limit|cap|restrict)\w*\b[^.?\n]{0,30}\b(?:memory|vram)\b[^.?%\n]{0,20}?\b(?:to|at)\b ?(?P<to>\d{2})"
+    r" ?(?:%|percent)"
+    r"|(?:限制|只(?:用|占|分配))[^。\n]{0,12}?(?P<zh>\d{2}) ?%"
+    r"|(?P<ja>\d{2}) ?(?:%|％|パーセント)[^。\n]{0,10}(?:制限|だけ|まで))",
+    re.IGNORECASE,
+)
+"""A person's question for a setting by which a program takes only a part of the card."""
+_OWN_SHARE = frozenset({"vllm", "sglang", "tgi", "lmdeploy", "tensorflow", "jax", "paddle"})
+"""Programs with a setting of their own for that."""
+
+
+def _share_asked(run: RunFacts) -> str | None:
+    """Return the part of the card that the report wants a program to take, as a fraction."""
+    asked = None if _OWN_SHARE.intersection(run.frameworks) else _ASKS_FOR_SHARE.search(run.text)
+    return f"{float(asked[asked.lastgroup or 0]) / 100:g}" if asked else None
 
 
 _TOLD_BY_PEOPLE = ("cuda_out_of_memory", "hip_out_of_memory", "cuda_driver", "program_words", "memory_words")

@@ -187,12 +187,20 @@ def said(table: str, facts: Facts, words: "Words") -> str:
     return words({"problem": "kinds", "cause": "kind_causes"}[table], facts.kind)
 
 
+_TOLD_CAUSES = frozenset({"growing", "loading", "resuming", "pairs_shape", "share_asked"})
+"""Details of a person's report by which its sentence names a likely cause."""
+
+
 def label_of(facts: Facts) -> str:
     """Return the evidence of a kind's cause: measured where the message itself names it."""
     if "cause_unstated" in facts.notes:
         return LIKELY
     if "reported" in facts.details and facts.kind == "program_words":  # its sentence says what is not known
-        return LIKELY if {"growing", "loading", "resuming", "pairs_shape"} & facts.details.keys() else MEASURED
+        return (
+            LIKELY
+            if {"growing", "loading", "resuming", "pairs_shape", "share_asked"} & facts.details.keys()
+            else MEASURED
+        )
     causes, values = wording.words("en").table("cause"), values_of(facts)
     if (_key(causes, facts.kind, values) or "").partition("__")[2] in detail_names():  # words elsewhere in the log
         return LIKELY

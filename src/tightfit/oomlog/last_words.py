@@ -145,7 +145,7 @@ _REPORTED = re.compile(
     r"|\bOutOfMemoryError\b|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)"
     r"|\b(?:gpus?|cuda|vram) ?(?:memory|mem)?\b[^.\n]{0,20}\b(?:memory )?leak"
     r"|\bout of vram\b|\bvram (?:oom|is full)|\b(?:cuda|gpu) memory (?:usage )?(?:explod|blow)\w*"
-    r"|\bOOM\b(?! ?kill|[=:] ?[\d.])|显存(?:不足|不够|溢出|爆)|爆显存"
+    r"|\bOOM\b(?! ?kill|[=:] ?[\d.])|(?:显存|显卡的?内存)(?:不足|不够|溢出|爆)|爆(?:显存|显卡内存)"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",
     re.IGNORECASE | re.ASCII,
 )
@@ -194,7 +194,7 @@ def _denies(line: str) -> bool:
 _DENIED = re.compile(
     r"\b(?:not|no|isn't|never|without)\b[^.\n]{0,12}\b(?:out[ -]of[ -](?:(?:\w+ )?memory|v?ram\b)|OOM\b)"
     r"|enough (?:V?RAM|memory)\b"
-    r"|显存(?:没问题|足够|充足|够用)",
+    r"|(?:显存|显卡的?内存)(?:没问题|足够|充足|够用)",
     re.IGNORECASE | re.ASCII,
 )
 """Words for memory that did not run out."""
@@ -313,7 +313,7 @@ _ANYHOW = re.compile(
     r"out[\s_-]{0,3}of[\s_-]{0,3}(?:(?:device|host|gpu|video|shared|cuda)[\s_-]{0,3})?mem|OutOf(?:Gpu|Device|Host)?Mem"
     r"|\bOOM\b(?![=:] ?[\d.])|bad[\s_]alloc|(?:can ?not|could not|unable to|fail(?:ed|ure)?(?: to)?|no more) ?alloc"
     r"|alloc\w* (?:fail|error)|memory (?:exhausted|overflow|limit|allocation|is (?:full|not enough)|not enough)"
-    r"|(?:insufficient|not enough|no enough) .{0,20}memory|显存|内存不足|内存不够|メモリ(?:ー)?(?:が)?(?:不足|足り)",
+    r"|(?:insufficient|not? enough) .{0,20}memory|显存|显卡的?内存|内存不[足够]|メモリ(?:ー)?(?:が)?(?:不足|足り)",
     re.IGNORECASE | re.ASCII,
 )
 """Words of any program, library or person for memory that ran out."""
@@ -362,7 +362,7 @@ def mentioned_in(lines: Sequence[str]) -> tuple[str, bool] | None:
             and not (_ADVICE.search(line) and len(line) > len(found[0]) + _SHORT)
         ):
             text = " ".join(line.split()).strip(" #*`")
-            is_device = bool(_OF_DEVICE.search(line) or "显存" in line)
+            is_device = bool(_OF_DEVICE.search(line) or re.search("显存|显卡的?内存", line))
             return text[:300], is_device or any(map(_OF_DEVICE.search, lines))
     return None
 
