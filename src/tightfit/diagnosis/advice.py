@@ -8,7 +8,13 @@ from msgspec.structs import replace
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failure_case import Case
-from tightfit.diagnosis.figure_causes import cache_is_large, causes_of_figures, fixes_of_figures, is_of_one_block
+from tightfit.diagnosis.figure_causes import (
+    cache_holds_request,
+    cache_is_large,
+    causes_of_figures,
+    fixes_of_figures,
+    is_of_one_block,
+)
 from tightfit.diagnosis.fix_lists import codes_for
 from tightfit.diagnosis.fix_words import NOT_CUDA, fix
 from tightfit.diagnosis.measures import tried_in
@@ -158,7 +164,8 @@ def _with_others(case: Case, order: _Order) -> _Order:
         return _Order(first, cures, last)
     # A small estimate may be all this process's own libraries.
     decides = others.label == MEASURED or ownership(case.facts).decides
-    if decides and case.evidence.grows not in _OWN_CAUSES and not _are_few(others, case.facts):
+    is_own = case.evidence.grows in _OWN_CAUSES and not _have_card(others, case.facts)
+    if decides and not is_own and not _are_few(others, case.facts):
         return _Order([*first, others], cures, last)
     return _Order(first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]], last)
 
@@ -167,6 +174,19 @@ def _are_few(others: Remedy, facts: Facts) -> bool:
     """Return True if other programs hold so little that a run that needs it has hardly a chance without them."""
     held = others.figures.others_bytes or 0
     return 0 < held < _FEW * (facts.total_bytes or 0)
+
+
+def _have_card(others: Remedy, facts: Facts) -> bool:
+    """Return True if other programs hold most of the card, and this one hardly any of it.
+
+    A request that is made unnecessary is then not the last one. Ranks that load onto one card hold more each.
+    """
+    total = facts.total_bytes or 0
+    return (others.figures.others_bytes or 0) > total / 2 and (facts.allocated_bytes or 0) < _HARDLY_ANY * total
+
+
+_HARDLY_ANY = 0.02
+"""Share of the card that a process has at its start."""
 
 
 def _with_allocator_setting(case: Case, order: _Order) -> _Order:
@@ -181,7 +201,8 @@ def _with_allocator_setting(case: Case, order: _Order) -> _Order:
     if segments.reason in ("cache_might_do", "cache_needs_newer"):
         is_cause = cache_is_large(case.facts) and grows not in _OWN_CAUSES
         is_too_large = grows == "model" and not is_cause  # the next weights of the model need more still
-        place = 0 if is_cause else len(cures) if is_too_large else min(len(cures), _SHOWN_CURES)
+        usual = 1 if cache_holds_request(case.facts) else _SHOWN_CURES
+        place = 0 if is_cause else len(cures) if is_too_large else min(len(cures), usual)
         return _Order(first, [*cures[:place], segments, *cures[place:]], last)
     return _Order(first, cures, [segments, *last]) if segments.verdict == DOES_NOT_FIT else order
 

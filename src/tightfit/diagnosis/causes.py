@@ -20,7 +20,7 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.evidence_causes import causes_of_evidence, causes_of_purpose, causes_of_report
-from tightfit.diagnosis.figure_causes import DECISIVE, causes_of_figures
+from tightfit.diagnosis.figure_causes import DECISIVE, cache_holds_request, causes_of_figures
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.variants import Variant
 from tightfit.oomlog.facts import Facts
@@ -85,12 +85,21 @@ def causes_of(
     full = [*_of_full_card(facts)] if evidence is not None and not (first or decisive or found) else []
     if any(each.code.startswith("grows_") for each in rest):
         full = []
+    if cache_holds_request(facts):
+        rest, others = _with_pieces(rest, others)
     found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
     shown = tuple(found) or (_of_little(facts),)
     is_bare = facts.requested_bytes is None and not (culprit or first)
     if evidence is not None and (is_bare or _is_of_server(facts, evidence, found)):
         return _with_purpose(shown, facts, evidence)
     return shown
+
+
+def _with_pieces(rest: list[Cause], others: list[Cause]) -> tuple[list[Cause], list[Cause]]:
+    """Return the causes with the cache's fragments before those that only say that something is not known."""
+    pieces = [each for each in others if each.code == "cache_fragmented"]
+    at = next((at for at, each in enumerate(rest) if each.code.startswith("tensor_not_told")), len(rest))
+    return [*rest[:at], *pieces, *rest[at:]], [each for each in others if each not in pieces]
 
 
 def _with_purpose(shown: tuple[Cause, ...], facts: Facts, evidence: Evidence) -> tuple[Cause, ...]:

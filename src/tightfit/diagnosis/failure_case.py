@@ -7,6 +7,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.figure_causes import is_oversized
 from tightfit.diagnosis.framework_words import has_own, programs
 from tightfit.diagnosis.measures import without_effect
+from tightfit.diagnosis.one_item import takes_one_item
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.report_words import shows
 from tightfit.oomlog.facts import Facts
@@ -84,6 +85,11 @@ class Case(NamedTuple):
         """True if the request of one sequence of the printed batch, in proportion, has room on the card."""
         batch = self.run.numbers.get("batch_size", 1)
         return (self.facts.requested_bytes or 0) / batch < _ROOM * (self.facts.total_bytes or 0)
+
+    @property
+    def takes_one_item(self) -> bool:
+        """True if an unknown program works on one document or recording at a time, by its lines or its user's words."""
+        return (self.program is None or self.is_of("libraries")) and takes_one_item(self.facts, self.run)
 
     @property
     def keeps_nothing(self) -> bool:

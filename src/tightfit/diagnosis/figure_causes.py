@@ -211,6 +211,17 @@ def cache_is_large(facts: Facts) -> bool:
     return is_far_more or cache_bytes > _MOST_OF_CARD * total
 
 
+def cache_holds_request(facts: Facts) -> bool:
+    """Return True if the cache alone, and not a small one, holds clearly more than the request, in pieces."""
+    cache_bytes, total = facts.cache_bytes or 0, facts.total_bytes or 0
+    is_large = cache_bytes > _MUCH_CACHED * total and cache_bytes > _CLEARLY * (facts.requested_bytes or 0)
+    return is_large and facts.cache_would_do is True
+
+
+_MUCH_CACHED, _CLEARLY = 0.1, 1.5
+"""Share of the card, and times the request."""
+
+
 def _of_own(facts: Facts) -> Iterator[Cause]:
     """Yield this process's own memory: its number, its pools, its context."""
     printed = facts.figures.get("process_bytes")

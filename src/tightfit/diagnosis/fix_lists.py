@@ -82,6 +82,8 @@ def _fitting(case: Case) -> list[str]:
         codes = ["smaller_weights", *codes]
     if evidence.infers and case.shows("subject.any_picture_size"):  # its pictures have any size
         codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
+    if case.takes_one_item and facts.phase != "eval":
+        codes.sort(key=lambda code: code not in ("smaller_inputs", "shorter_length"))
     is_open = case.program is None or case.is_of("libraries")
     may_keep = not (case.is_oversized or is_most_of_card(facts) or had_room(facts))
     if evidence.infers and is_open and may_keep and case.has_sign("growing", "accumulates", "ran_first"):

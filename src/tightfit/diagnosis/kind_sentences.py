@@ -15,6 +15,7 @@ from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import detail_names
 from tightfit.diagnosis.measures import tried_in, without_effect
 from tightfit.diagnosis.named_card import bytes_in_words
+from tightfit.diagnosis.one_item import takes_one_item
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
 from tightfit.oomlog.dtypes import ELEMENT_BYTES
 from tightfit.oomlog.facts import Facts, Figure
@@ -271,6 +272,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
         codes = [code for code in codes if code != "smaller_elements"]
     if run.framework in programs("servers") and run.framework not in _table().programs["no_pinning"]:
         codes = [code for code in codes if code != "no_pinning"]  # its users have no data loader
+    if takes_one_item(facts, run):
+        codes = [{"eval_batch_smaller": "smaller_inputs_only", **_OF_ONE}.get(code, code) for code in codes]
     if run.numbers.get("batch_size") == 1:
         codes = [_OF_ONE.get(code, code) for code in codes if code != "smaller_batch"]
     return [code for code in codes if not _is_given(_lines(code, run), run.text)]

@@ -241,7 +241,8 @@ def _has_one_model(case: Case) -> bool:
 
 def _fills_it_at_once(case: Case) -> bool:
     """Return True for a tensor of an unknown kind that is most of the card, and no weight of the model."""
-    return is_most_of_card(case.facts) and case.evidence.grows is None and case.facts.phase not in ("load", "setup")
+    is_input = case.evidence.grows is None and case.facts.phase not in ("load", "setup")
+    return is_most_of_card(case.facts) and is_input and not case.has_own("smaller_model")
 
 
 _SMALL_CARD = 6.5 * GIB
@@ -288,6 +289,8 @@ def _fails_in_foreach(case: Case) -> bool:
 _OF_THE_PASS = (
     _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
     _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),
+    _Rule("split_general", "one item is taken at a time", lambda case: case.takes_one_item),
+    _Rule("eval_batch", "one item is taken at a time", lambda case: case.takes_one_item),
     _Rule("split_general", "the program has no batch", lambda case: case.is_of("without_batch")),
     _Rule("split_general", "an evaluation has a batch of its own", _has_eval_batch),
     _Rule("split_general", "the program trains with another batch", _has_batch_of_training),
