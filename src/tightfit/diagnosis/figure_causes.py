@@ -27,6 +27,8 @@ _LARGE_CACHE, _MOST_OF_CARD, _TIMES = 0.05, 0.4, 2.5
 """Share of the card above which the cache's fragments are taken for the cause if they are that many times the request,
 and the share above which they are in any case. Where they are about the size of the request, it was mostly cured by
 less in one pass."""
+_LEAST_CACHE = 2**28
+"""Bytes of pieces that any run on a small card has."""
 _SMALL_REST = 2**29
 """Bytes up to which what is neither free nor allocated is no more than a CUDA context."""
 DECISIVE = frozenset(
@@ -207,7 +209,7 @@ def cache_is_large(facts: Facts) -> bool:
     """Return True if the cache's fragments are more than any run has: they are taken for the first cause."""
     cache_bytes, requested = facts.cache_bytes or 0, facts.requested_bytes or 0
     total = facts.total_bytes or cache_bytes
-    is_far_more = cache_bytes > _LARGE_CACHE * total and cache_bytes > _TIMES * requested
+    is_far_more = cache_bytes > max(_LARGE_CACHE * total, _LEAST_CACHE) and cache_bytes > _TIMES * requested
     return is_far_more or cache_bytes > _MOST_OF_CARD * total
 
 
