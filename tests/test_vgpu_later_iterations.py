@@ -1,10 +1,14 @@
 """Iterations that are not like those before are played, wherever in a loop they come."""
 
+import ast
 from pathlib import Path
 from typing import cast
 
 import pytest
 from plays import findings
+
+from tightfit.vgpu.expressions import Reader
+from tightfit.vgpu.reduced_iteration import ReducedIteration
 
 MODEL = """
 import itertools, math
@@ -342,6 +346,17 @@ def test_what_an_inner_loop_counts_is_counted_to_its_end(tmp_path: Path) -> None
     found = played(COUNTED_TO_THE_END, tmp_path)
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert found["peak"]["allocated_bytes"] >= 4 << 25
+
+
+@pytest.mark.parametrize(("counted", "kept"), [(3, True), (None, False)])
+def test_a_mean_over_a_loop_that_nobody_can_count_is_not_computed(counted: int | None, kept: bool) -> None:
+    """Not followed, the loop would leave a count of 0, by which the iteration would seem to divide."""
+    node = ast.parse("total = 0\nfor each in examples:\n    total += 1\nmean = 6 / total\nsteps = 2 + steps")
+    names = {"total": 3, "mean": 2.0, "steps": 1}
+    reader = Reader(names, {}, frozenset())
+    reduced = ReducedIteration(reader, (), (), {} if counted is None else {2: counted})
+    followed = ast.unparse(ast.fix_missing_locations(ast.Module(reduced.body(node.body), [])))
+    assert ("mean = 6 / total" in followed, "steps = 2 + steps" in followed) == (kept, True)
 
 
 def test_the_longest_sample_is_not_passed_over(tmp_path: Path) -> None:

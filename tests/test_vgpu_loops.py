@@ -381,14 +381,13 @@ def test_each_size_of_a_sweep_is_played(tmp_path: Path) -> None:
 
 
 DIFFERING = """
-import random
+import os
 import torch
 
-random.seed(1)
 model = torch.nn.Linear(512, 512).cuda()
 optimizer = torch.optim.SGD(model.parameters())
 for step in range(100_000):
-    model(torch.ones(random.randint(1, 4000), 512, device="cuda")).sum().backward()
+    model(torch.ones(1 + int.from_bytes(os.urandom(2)) % 4000, 512, device="cuda")).sum().backward()
     optimizer.step()
 torch.ones(1 << 27, device="cuda")
 """
@@ -400,7 +399,7 @@ def test_a_loop_whose_steps_differ_is_left_and_listed(tmp_path: Path) -> None:
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["stopped_because"]) == ("fits", "the script ended")
     assert found["peak"]["allocated_bytes"] >= 4 << 27
-    assert [each["line"] for each in found["not_played"]] == [8], "a longer sample may come"
+    assert [each["line"] for each in found["not_played"]] == [7], "a longer sample may come"
     assert any("a longer sample" in each for each in found["notes"])
 
 

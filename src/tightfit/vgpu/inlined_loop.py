@@ -68,7 +68,7 @@ class InlinedLoop:
     def missing(self, ran: Callable[[CodeType], set[int]]) -> set[int]:
         """Lines that may allocate in these functions, behind conditions of the counters or of chance, and never ran."""
         lines = self.lines_of(ran)
-        stored = _stored_in(self.node)
+        stored = stored_in(self.node)
         found = set[int]()
         for branch in self.put_in:
             if _reads(branch.test, stored) or any(map(is_chance, ast.walk(branch.test))):
@@ -93,9 +93,9 @@ class InlinedLoop:
 
 def inlined(node: ast.For | ast.While, look: Look, code: CodeType, names: Mapping[str, object]) -> InlinedLoop:
     """Put functions in for their calls in the loop at `node` of a function with these global `names`."""
-    own = _stored_in(node)
+    own = stored_in(node)
     made = _inlined(node, look, code, names, own)
-    stored = _stored_in(made.node)
+    stored = stored_in(made.node)
     by_functions = any(not each.startswith(WATCHED) for each in stored - own)
     return _inlined(node, look, code, names, stored) if by_functions else made
 
@@ -116,7 +116,7 @@ def _inlined(
     return made
 
 
-def _stored_in(node: ast.For | ast.While) -> set[str]:
+def stored_in(node: ast.For | ast.While) -> set[str]:
     """Return the names, attributes and items that a loop assigns, by their text."""
     return {ast.unparse(each) for each in _targets(node)}
 
@@ -225,7 +225,7 @@ class _Builder:
 
     def count_tests(self) -> None:
         """Count the conditions that may change among the watched expressions."""
-        stored = _stored_in(self._made.node)
+        stored = stored_in(self._made.node)
         self._made.watches += sum(_reads(test, stored) for test in self._tests)
 
     def statements(self, block: Sequence[ast.stmt], scope: _Scope, depth: int) -> list[ast.stmt]:

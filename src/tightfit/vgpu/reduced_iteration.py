@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tightfit.vgpu.ending_iterators import begins_alike
 from tightfit.vgpu.expressions import INNER, Reader, is_chance, known_part
-from tightfit.vgpu.inlined_loop import WATCHED
+from tightfit.vgpu.inlined_loop import WATCHED, stored_in
 from tightfit.vgpu.loop_source import blocks_of
 from tightfit.vgpu.operations import NUMBERS
 from tightfit.vgpu.plain_branches import ENDS, is_next
@@ -52,6 +52,10 @@ class ReducedIteration:
         """Counters that the loop adds to."""
         self.counters: dict[str, ast.expr] = {}
         """Expressions of the names and attributes that count, by their text."""
+        self._begun = set[str]()
+        """Names that the iteration has set so far."""
+        self._stale = set[str]()
+        """Those of them that a loop within goes on to change, which nobody can count."""
 
     def body(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
         kept: list[ast.stmt] = []
@@ -75,7 +79,7 @@ class ReducedIteration:
                 case ast.Continue():
                     kept.append(NEXT)
                 case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name))], value=value) if name == WATCHED:
-                    if self._reader.knows(value):
+                    if self._reader.knows(value) and not self._is_stale(value):
                         kept.append(statement)
                 case ast.Expr(value=ast.Call(func=ast.Attribute(value=of, attr="append"), args=[_])):
                     kept += self._append(ast.unparse(of), of)
@@ -83,8 +87,7 @@ class ReducedIteration:
                     ast.AugAssign(target=ast.Name() | ast.Attribute() | ast.Subscript() as target, value=value)
                     | ast.Assign(targets=[ast.Name() | ast.Attribute() | ast.Subscript() as target], value=value)
                 ) if self._is_count(target, value, isinstance(statement, ast.AugAssign)):
-                    self._count(ast.unparse(target), value, is_added=isinstance(statement, ast.AugAssign))
-                    kept.append(statement)
+                    kept += self._count(statement, ast.unparse(target), value)
         self.set_anew -= self.added_to
         return kept
 
@@ -100,13 +103,23 @@ class ReducedIteration:
                 return [_call(TAKE, each) for each in taken if ast.unparse(each) in self._ending]
         return []
 
-    def _count(self, text: str, value: ast.expr, *, is_added: bool) -> None:
+    def _count(self, statement: ast.Assign | ast.AugAssign, text: str, value: ast.expr) -> list[ast.stmt]:
+        """Return the statement, unless it computes with what a loop that cannot be counted would have changed."""
+        if isinstance(statement, ast.Assign):
+            self._begun.add(text)
+            if self._is_stale(value):
+                self._stale.add(text)
+                return []
+            self._stale.discard(text)
         self.counters[text] = ast.parse(text, mode="eval").body
-        reads_itself = any(isinstance(each, ast.expr) and ast.unparse(each) == text for each in ast.walk(value))
-        if is_added or reads_itself:
+        if isinstance(statement, ast.AugAssign) or text in _parts(value):
             self.added_to.add(text)
         elif self._depth:
             self.set_anew.add(text)
+        return [statement]
+
+    def _is_stale(self, value: ast.expr) -> bool:
+        return not self._stale.isdisjoint(_parts(value))
 
     def _append(self, text: str, of: ast.expr) -> list[ast.stmt]:
         """Let a list grow by copies of its last entry if its length is read and the entry is no tensor."""
@@ -147,6 +160,7 @@ class ReducedIteration:
 
     def _leave_uncounted(self, loop: ast.For | ast.While) -> None:
         self.uncounted |= {line for line in self._missing if covers(loop, line)}
+        self._stale |= self._begun & stored_in(loop)
 
     def _branch(self, statement: ast.If) -> list[ast.stmt]:
         test = known_part(statement.test, self._reader.knows)
@@ -185,6 +199,11 @@ class ReducedIteration:
         parts = (value, target) if is_added else (value,)
         numbers = all(self._reader.knows(each) and isinstance(self._reader.value(each), NUMBERS) for each in parts)
         return numbers and self._reader.has(target)
+
+
+def _parts(value: ast.expr) -> set[str]:
+    """Return the expressions within one, and itself, by their text."""
+    return {ast.unparse(each) for each in ast.walk(value) if isinstance(each, ast.expr)}
 
 
 def _call(name: str, *arguments: ast.expr) -> ast.stmt:
