@@ -139,7 +139,7 @@ def _other_device(case: Case) -> Iterator[Remedy]:
 
 
 def _of_shared_memory(case: Case) -> Iterator[Remedy]:
-    """Yield the fixes of a GPU that shares the machine's memory, where much of it is not PyTorch's."""
+    """Yield the fixes for a GPU that shares the machine's memory, where PyTorch has only a part."""
     if any(each.code == "host_shares_memory" for each in causes_of_figures(case.facts)):
         yield _likely("host_looked_at")
         yield _likely("no_second_copy")
@@ -177,7 +177,7 @@ def _are_few(others: Remedy, facts: Facts) -> bool:
 
 
 def _have_card(others: Remedy, facts: Facts) -> bool:
-    """Return True if other programs hold most of the card, and this one hardly any of it.
+    """Return True if other programs hold most of the card, and this one hardly anything.
 
     A request that is made unnecessary is then not the last one. Ranks that load onto one card hold more each.
     """

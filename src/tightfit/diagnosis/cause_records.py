@@ -35,7 +35,7 @@ class LineRequest(Cause, frozen=True, kw_only=True):
 
 
 class FixedPart(Cause, frozen=True, kw_only=True):
-    """What fills the card whatever the inputs are, as a quantity without effect shows."""
+    """A quantity has no effect: weights and optimizer state fill the card."""
 
     quantity: str
     """The code of its remedy."""

@@ -156,7 +156,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_on_windows(self) -> bool:
-        """True if the report shows Windows, or a Linux on top of it."""
+        """True if the report shows Windows, or WSL."""
         return not self.run.signs.isdisjoint({"windows", "wsl"})
 
     @property

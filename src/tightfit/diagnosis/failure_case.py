@@ -28,7 +28,7 @@ _ROOM = 0.8
 
 
 _DATA_PARALLEL = re.compile(r"\bDataParallel\b|\bData Parallel\b")
-"""PyTorch's class for several cards in one process, whose name ends that of the other class, too."""
+"""PyTorch's class for several cards in one process. The name of the other class ends alike."""
 
 
 class Case(NamedTuple):
@@ -136,7 +136,7 @@ class Case(NamedTuple):
 
     @property
     def quantity_without_effect(self) -> str | None:
-        """The remedy by smaller inputs that changes nothing: what a training holds whatever they are fills the card."""
+        """The remedy by smaller inputs that changes nothing: the state of the training fills the card."""
         is_open = (self.program is None or self.is_of("libraries")) and not self.evidence.infers
         found = [each for each in _OF_INPUTS if each in self.without_effect]
         return found[0] if found and is_open else None

@@ -66,7 +66,7 @@ def causes_of_figures(facts: Facts) -> Iterator[Cause]:
 
 
 _MUCH_OF_CARD = 0.25
-"""Share of the card that others hold at least, if they matter beside a request that is larger than all of it."""
+"""Least share of the card that others hold, if they matter beside a request larger than the card."""
 
 
 def _of_many_others(facts: Facts) -> Iterator[Cause]:
@@ -145,7 +145,7 @@ _HARDLY = 1.5
 
 
 def _of_shared_memory(facts: Facts) -> Iterator[Cause]:
-    """Yield the machine's own use of a memory that GPU and host share, where it is much of it."""
+    """Yield the machine's own use of a memory that GPU and host share, where it is much."""
     outside, total = facts.figures.get("not_reserved_bytes"), facts.total_bytes or 0
     if outside is not None and outside.low >= _MUCH_OF_CARD * total:
         yield OutsidePyTorch(

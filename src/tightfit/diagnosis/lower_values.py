@@ -10,11 +10,11 @@ from tightfit.diagnosis.remedies import Remedy
 _LOWERS = re.compile(
     r"smaller_(?:cache|picture|inputs)|shorter|fewer_layers|less_at_once|_ubatch|_tokens|_chunk|_batches\b"
 )
-"""Codes of the fixes whose lines lower a number."""
+"""Codes of fixes that lower a number."""
 _OPTION = re.compile(r"(?<![\w-])(--?)?([A-Za-z][\w.-]*)([\"']?(?: ?[=:] ?| ))(\d{1,7})(?![\w.])")
 """An option with a whole number: its dashes, its name, the sign between them, and the number."""
 _COUNTS_UP = re.compile(r"accum|stride|workers|gpus\b|minibatches")
-"""Names in such lines whose numbers do not fall."""
+"""Names in such lines with numbers that do not fall."""
 _OF_CONTEXT = re.compile(
     r"(?:n_?|num_?)?ctx|ctx_?size|context_?(?:size|length|len)?|contextsize|c|l|max_(?:seq|model)_len(?:gth)?|max_length"
     r"|max_seq_length|session_len|truncation_length|max_total_tokens|max_num_tokens|max_num_batched_tokens"
@@ -49,7 +49,7 @@ def is_of_llama_cpp(fix: Remedy) -> bool:
 
 
 def below_stated(fix: Remedy, text: str) -> Remedy:
-    """Return a fix whose lines have no example value that is as large as the one that the report states."""
+    """Return a fix without lines that set a value at or above the one in the report."""
     if not _LOWERS.search(fix.code):
         return fix
     return replace(fix, paste=tuple(_lowered(line, text) for line in fix.paste))

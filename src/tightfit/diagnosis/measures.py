@@ -85,7 +85,7 @@ def _words(table: str, name: str) -> re.Pattern[str]:
 
 @functools.cache
 def _knobs() -> dict[str, tuple[re.Pattern[str], re.Pattern[str]]]:
-    """Return for each quantity the words that no value of it helps, and those for several values."""
+    """Return for each quantity the words for `no value helps`, and those for several values."""
     whatever, several, values = (_words("no_effect", name).pattern for name in ("any_value", "values", "several"))
     return {
         code: tuple(  # type: ignore[misc]

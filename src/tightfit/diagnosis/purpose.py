@@ -23,7 +23,7 @@ _signs = functools.partial(read_patterns, "tightfit.diagnosis", "purposes.toml",
 
 
 class Shown(NamedTuple):
-    """What a log shows of its run's purpose."""
+    """The purpose of a run, and the sign in its log."""
 
     purpose: str
     """TRAINING or INFERENCE."""

@@ -83,7 +83,7 @@ class Ownership(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shares_host(facts: Facts) -> bool:
-    """Return True for a GPU whose memory is the machine's own, so that files that are read count, too."""
+    """Return True for a GPU that uses the machine's own memory: files that are read count there, too."""
     return "shares_host" in facts.details
 
 
@@ -155,7 +155,7 @@ def room_beside_own(facts: Facts) -> int | None:
 def had_room(facts: Facts) -> bool:
     """Return True if the card had room for the request, so that neither others nor its size stopped it.
 
-    Free memory is not one piece, and requests are rounded up: what takes nearly all of it had no room.
+    Free memory is not one piece, and requests are rounded up: one for nearly all had no room.
     """
     free, total, requested = facts.figures.get("free_bytes"), facts.total_bytes or 0, facts.requested_bytes or 0
     if (room := room_beside_own(facts)) is not None:

@@ -1,4 +1,4 @@
-"""What Python does when a script is over, which belongs to its play: threads, `atexit` functions and processes."""
+"""The end of a script, which belongs to its play: threads, `atexit` functions and processes."""
 
 import atexit
 import contextlib

@@ -246,7 +246,7 @@ def _meanings(node: ast.FunctionDef) -> dict[str, ast.expr]:
 
 
 def _set_to_remainders(node: ast.AST) -> Iterator[str]:
-    """Yield what a function sets to a remainder, as in `self.at = (self.at + 1) % self.size`."""
+    """Yield the targets that a function sets to a remainder, as in `self.at = (self.at + 1) % self.size`."""
     for each in ast.walk(node):
         match each:
             case ast.Assign(targets=[target], value=ast.BinOp(op=ast.Mod())) | ast.AugAssign(target, ast.Mod()):

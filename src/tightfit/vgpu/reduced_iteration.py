@@ -104,7 +104,7 @@ class ReducedIteration:
         return []
 
     def _count(self, statement: ast.Assign | ast.AugAssign, text: str, value: ast.expr) -> list[ast.stmt]:
-        """Return the statement, unless it computes with what a loop that cannot be counted would have changed."""
+        """Return the statement, unless it reads a name that a loop without a known length would have changed."""
         if isinstance(statement, ast.Assign):
             self._begun.add(text)
             if self._is_stale(value):
