@@ -123,7 +123,7 @@ def killed_after(
 
 
 class TestEnd:
-    @pytest.mark.parametrize("delay_s", [0.5, 4.0, pytest.param(8.0, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("delay_s", [0.5, *(pytest.param(each, marks=pytest.mark.slow) for each in (4.0, 8.0))])
     def test_a_killed_plan_leaves_nothing_behind(self, delay_s: float, tmp_path: Path) -> None:
         killed_after(delay_s, signal.SIGKILL, tmp_path, f"{os.getpid()}-{delay_s}")
 
@@ -134,6 +134,7 @@ class TestEnd:
     def test_an_interrupted_demo_neither(self, group: bool, tmp_path: Path) -> None:
         killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-demo", ("benchmarks/demo.py",), group=group)
 
+    @pytest.mark.slow
     def test_an_interrupted_explanation_neither(self, tmp_path: Path) -> None:
         words = ("explain", "benchmarks/story.log", "--config=configs/train_openwebtext.py")
         killed_after(3.0, signal.SIGINT, tmp_path, f"{os.getpid()}-explain", (*TIGHTFIT, *words), group=True)

@@ -72,6 +72,7 @@ assert len(passes) == 24, len(passes)
 """
 
 
+@pytest.mark.slow
 def test_beams_stay_open(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(BEAMS)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])

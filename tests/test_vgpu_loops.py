@@ -531,6 +531,7 @@ assert finished
 """
 
 
+@pytest.mark.slow
 def test_a_loop_within_one_whose_iterations_are_passed_over_is_passed_over_too(tmp_path: Path) -> None:
     """The inner loop waits for a value of its last steps while the outer one waits for its next iteration."""
     assert_all_of_it_plays(tmp_path, BOTH_LOOPS, steps=60)
@@ -598,6 +599,7 @@ torch.zeros(1 << 20, device="cuda")
 """
 
 
+@pytest.mark.slow
 def test_a_rare_line_is_found_behind_sizes_that_change_often(tmp_path: Path) -> None:
     """A size changes every seventh step, a line comes in one step of all."""
     (tmp_path / "train.py").write_text(OTHER_SIZES)
