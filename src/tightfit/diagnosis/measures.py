@@ -61,8 +61,10 @@ def without_effect(text: str) -> frozenset[str]:
         if _words("no_effect", "works").search(sentence):
             continue
         of_all = is_list_of_tried or bool(_words("no_effect", "all_fail").search(f"{sentence} {next_one}"))
-        found.update(code for code, (whatever, several) in _knobs().items() if whatever.search(sentence))
-        found.update(code for code, (_, several) in _knobs().items() if of_all and _differ(several.search(sentence)))
+        for code in (code for code, words in _tables()["knobs"].items() if words.search(sentence)):
+            whatever, several = _knob(code)
+            if whatever.search(sentence) or (of_all and _differ(several.search(sentence))):
+                found.add(code)
     return frozenset(found)
 
 
@@ -84,16 +86,12 @@ def _words(table: str, name: str) -> re.Pattern[str]:
 
 
 @functools.cache
-def _knobs() -> dict[str, tuple[re.Pattern[str], re.Pattern[str]]]:
-    """Return for each quantity the words for `no value helps`, and those for several values."""
+def _knob(code: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return the words for `no value of this quantity helps`, and those for several values."""
     whatever, several, values = (_words("no_effect", name).pattern for name in ("any_value", "values", "several"))
-    return {
-        code: tuple(  # type: ignore[misc]
-            re.compile(each.replace("KNOB", f"(?:{words.pattern})").replace("VALUES", values), re.IGNORECASE)
-            for each in (whatever, several)
-        )
-        for code, words in _tables()["knobs"].items()
-    }
+    name = f"(?:{_tables()['knobs'][code].pattern})"
+    first, second = (each.replace("KNOB", name).replace("VALUES", values) for each in (whatever, several))
+    return re.compile(first, re.IGNORECASE), re.compile(second, re.IGNORECASE)
 
 
 class Excluded(NamedTuple):
