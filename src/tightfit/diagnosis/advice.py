@@ -101,7 +101,7 @@ def _cures(case: Case) -> list[Remedy]:
     """Return the fixes that lower the program's own need, in its user's words."""
     facts, evidence = case
     codes = list(codes_for(case))
-    if case.is_most_of_card:
+    if case.fills_card_at_once:
         codes.sort(key=lambda code: code in _OF_MANY_TENSORS)
     cures = in_own_words_first([fix(code, facts, evidence) for code in codes], evidence)
     return cures if evidence.framework is not None else [placed(each, facts.frames) for each in cures]

@@ -73,7 +73,7 @@ class Case(NamedTuple):
         return is_oversized(self.facts)
 
     @property
-    def is_most_of_card(self) -> bool:
+    def fills_card_at_once(self) -> bool:
         """True if one request of a training is most of the card, and no optimizer's or model's tensor."""
         total, requested = self.facts.figures.get("total_bytes"), self.facts.requested_bytes or 0
         if self.evidence.infers or self.evidence.grows in ("state", "model"):

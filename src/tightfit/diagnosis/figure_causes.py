@@ -89,7 +89,7 @@ def is_most_of_card(facts: Facts) -> bool:
 
 
 _MOST = 0.6
-"""Share of the card above which one request leaves hardly anything else room."""
+"""Share of the card above which one request is most of it, whatever it is for."""
 _LARGEST_CARD = 512 * GIB
 """Bytes that no card has: a larger request is larger than the user's card, too, where the message does not name it."""
 

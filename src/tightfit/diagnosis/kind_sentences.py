@@ -197,11 +197,7 @@ def label_of(facts: Facts) -> str:
     if "cause_unstated" in facts.notes:
         return LIKELY
     if "reported" in facts.details and facts.kind == "program_words":  # its sentence says what is not known
-        return (
-            LIKELY
-            if {"growing", "loading", "resuming", "pairs_shape", "share_asked"} & facts.details.keys()
-            else MEASURED
-        )
+        return LIKELY if _TOLD_CAUSES & facts.details.keys() else MEASURED
     causes, values = wording.words("en").table("cause"), values_of(facts)
     if (_key(causes, facts.kind, values) or "").partition("__")[2] in detail_names():  # words elsewhere in the log
         return LIKELY

@@ -1,6 +1,7 @@
 """Measures that a report writes about: those that were tried in vain, and the quantity that its title names."""
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,6 +25,12 @@ _ALIKE |= {"less_at_once": "split_general", "smaller_inputs": "smaller_picture"}
 _tables = functools.partial(read_patterns, "tightfit.diagnosis", "measures.toml", re.IGNORECASE)
 
 
+@functools.lru_cache(maxsize=4)
+def _sentences(text: str) -> tuple[str, ...]:
+    """Return a person's sentences, without PyTorch's message."""
+    return tuple(_SENTENCE.split(_ADVICE.sub("", text[:_LONG])))
+
+
 def tried_in(text: str) -> frozenset[str]:
     """Return the codes of the measures that the report says were tried in vain.
 
@@ -32,7 +39,7 @@ def tried_in(text: str) -> frozenset[str]:
     """
     found: set[str] = set()
     is_list_of_tried = False
-    for sentence in _SENTENCE.split(_ADVICE.sub("", text[:_LONG])):
+    for sentence in _sentences(text):
         is_item = bool(_ITEM.match(sentence))
         in_vain = bool(_tables()["vain"]["words"].search(sentence))
         if not is_item and sentence.strip():
@@ -53,8 +60,7 @@ def without_effect(text: str) -> frozenset[str]:
     """
     found: set[str] = set()
     is_list_of_tried = False
-    sentences = _SENTENCE.split(_ADVICE.sub("", text[:_LONG]))
-    for sentence, next_one in zip(sentences, [*sentences[1:], ""], strict=True):
+    for sentence, next_one in itertools.pairwise((*_sentences(text), "")):
         is_item = bool(_ITEM.match(sentence))
         if not is_item and sentence.strip():
             is_list_of_tried = bool(_words("no_effect", "all_fail").search(sentence))
@@ -120,7 +126,7 @@ def excluded_in(text: str) -> Excluded:
     ('PYTORCH_MPS_HIGH_WATERMARK_RATIO',)
     """
     tables, words, codes = _tables(), list[str](), set[str]()
-    for sentence in _SENTENCE.split(_ADVICE.sub("", text[:_LONG])):
+    for sentence in _sentences(text):
         if not tables["excluded"]["asks"].search(sentence):
             continue
         for found in tables["excluded"]["but"].finditer(sentence):

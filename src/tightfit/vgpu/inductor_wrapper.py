@@ -173,9 +173,9 @@ def _reinterpret(tensor: Tensor, size: Sequence[int], stride: Sequence[int], off
 
 def _layout_checks(device: VirtualDevice) -> Iterator[tuple[str, Callable[..., None]]]:
     """Yield what Inductor's code calls to compare tensors with the sizes and strides that it was written for."""
-    places = (guards, sys.modules.get("torch._inductor.runtime.runtime_utils"))  # loaded if code has been written
-    for name in ("assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata"):
-        check = next((vars(place)[name] for place in places if name in vars(place or object)), None)  # 2.15 has three
+    utilities = sys.modules.get("torch._inductor.runtime.runtime_utils")  # loaded if code has been written
+    for name in ("assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata"):  # 2.15 has all three
+        check = getattr(guards, name, None) or getattr(utilities, name, None)
         if check is not None:
             yield name, _noted(device, check)
 
