@@ -22,6 +22,9 @@ _NAMED = frozenset({"fewer_atoms", "shorter_protein"})
 _LARGE_INPUTS = frozenset({"smaller_volumes", "coarser_points", "fewer_frames"})
 """Inputs of which a program that uses a trained model mostly takes one at a time."""
 
+_OF_KEPT_RESULTS = frozenset({"no_gradients"})
+"""The cure of passes that went well until results filled the card: where it leads the list, it stays there."""
+
 
 def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remedy]:
     """Return the remedies that the report does not have already, those in the user's own or the program's words first.
@@ -35,6 +38,8 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
     found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
     first |= _NAMED | (_LARGE_INPUTS if evidence.infers or evidence.is_of_unknown_purpose else frozenset())
+    if evidence.infers and not evidence.run.signs.isdisjoint(("growing", "accumulates", "ran_first")):
+        first |= _OF_KEPT_RESULTS & {each.code for each in found[:1]}
     tried = tried_in(text)
 
     def place(each: Remedy) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
 
+import msgspec
+
 from tightfit.errors import CheckpointError, DataError
 from tightfit.storage import CONFIG, EXPLANATION, METRICS, PLAN
 from tightfit.wording import say
@@ -169,13 +171,21 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = msgspec.json.decode(line)
     except (ValueError, RecursionError):
-        return None
+        row = _row_with_nan(line)
     if not isinstance(row, dict) or not isinstance(row.get("event", ""), str):
         return None
     step = row.get("step")
     return row if type(step) is int and 0 <= step < 2**53 else None
+
+
+def _row_with_nan(line: bytes) -> Any:
+    """Read a line as the json module does: with NaN and Infinity, which a run that diverges writes. None if cut."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _object(path: Path) -> dict[str, Any]:
