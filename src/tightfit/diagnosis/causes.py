@@ -66,13 +66,7 @@ def causes_of(
         is_told = facts.kind == "program_words" or (facts.kind == "cuda_driver" and facts.phase == "save")
         told = [*causes_of_report(facts, evidence)] if evidence is not None and is_told else []
         return (*told, OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid))
-    found: list[Cause] = []
-    if base is not None and (culprit is None or culprit.label != SIMULATED):
-        found.append(play_fits(base))
-    elif base is not None and culprit is not None:
-        found += _of_tensor(culprit, run)
-        if run is not None:
-            found += _of_run(culprit, run, None if train is base else train)
+    found = list(_of_play(base, culprit, run, train))
     first: list[Cause] = []
     rest: list[Cause] = []
     if evidence is not None:
@@ -93,6 +87,18 @@ def causes_of(
     if evidence is not None and (is_bare or _is_of_server(facts, evidence, found)):
         return _with_purpose(shown, facts, evidence)
     return shown
+
+
+def _of_play(
+    base: Outcome | None, culprit: Culprit | None, run: Variant | None, train: Outcome | None
+) -> Iterator[Cause]:
+    """Yield the causes that a play of the run shows; none without a play."""
+    if base is not None and (culprit is None or culprit.label != SIMULATED):
+        yield play_fits(base)
+    elif base is not None and culprit is not None:
+        yield from _of_tensor(culprit, run)
+        if run is not None:
+            yield from _of_run(culprit, run, None if train is base else train)
 
 
 def _with_pieces(rest: list[Cause], others: list[Cause]) -> tuple[list[Cause], list[Cause]]:

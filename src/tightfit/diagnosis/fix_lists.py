@@ -54,8 +54,19 @@ def codes_for(case: Case) -> list[str]:
 
 def _fitting(case: Case) -> list[str]:
     """Return the codes of the lists that fit, in the order of this run's purpose."""
-    facts, evidence = case
     codes = [code for cause in _lists(case) for code in fix_tables()["fixes"][cause]]
+    codes = _in_order_of_program(codes, case)
+    codes = _with_state_of_run(codes, case)
+    if case.evidence.infers:
+        codes = _in_order_of_use(codes, case)
+    if case.takes_one_item and case.facts.phase != "eval":
+        codes.sort(key=lambda code: code not in ("smaller_inputs", "shorter_length"))
+    return _with_growth(codes, case)
+
+
+def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
+    """Return the codes in the order of the user's program: its own options, and what a pass of it can lessen."""
+    facts, evidence = case
     if facts.phase == "eval" and evidence.framework in frameworks():  # the program's own options come first
         codes.sort(key=lambda code: not case.has_own(code))
     if case.has_sign("not_python") and not any(each.file.endswith(".py") for each in facts.frames):
@@ -65,7 +76,12 @@ def _fitting(case: Case) -> list[str]:
     if evidence.infers and evidence.framework is None:  # a program of another's has one model, and keeps no gradients
         codes.sort(key=lambda code: code in _RARELY_ONES_OWN)
         codes = ["no_gradients", *codes] if "no_gradients" in codes and case.shows("subject.own_loop") else codes
-    if is_filled_by_library(facts):
+    return codes
+
+
+def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
+    """Return the codes with the cures of what fills the card whatever a pass takes before them."""
+    if is_filled_by_library(case.facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
     if loads_on_first_card(case):
@@ -75,18 +91,31 @@ def _fitting(case: Case) -> list[str]:
     if case.fits_smaller_model:
         codes = ["smaller_model", *codes]
     if case.quantity_without_effect is not None:
-        name = "fixed_part_of_unknown" if evidence.is_of_unknown_purpose else "fixed_part"
+        name = "fixed_part_of_unknown" if case.evidence.is_of_unknown_purpose else "fixed_part"
         fixed = fix_tables()["fixes"][name]
-        codes = [*fixed, *codes] if evidence.grows in _OF_INPUTS else [*codes, *fixed]
-    if case.has_sign("float32") and evidence.infers:
+        codes = [*fixed, *codes] if case.evidence.grows in _OF_INPUTS else [*codes, *fixed]
+    return codes
+
+
+def _in_order_of_use(codes: list[str], case: Case) -> list[str]:
+    """Return the codes in the order of a program that uses a trained model."""
+    if case.has_sign("float32"):
         codes = ["smaller_weights", *codes]
-    if evidence.infers and case.shows("subject.any_picture_size"):  # its pictures have any size
+    if case.shows("subject.any_picture_size"):  # its pictures have any size
         codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
-    if case.takes_one_item and facts.phase != "eval":
-        codes.sort(key=lambda code: code not in ("smaller_inputs", "shorter_length"))
-    is_open = case.program is None or case.is_of("libraries")
+    return codes
+
+
+_OF_GROWTH = ("growing", "accumulates", "ran_first")
+"""Signs of passes that went well before the one that failed."""
+
+
+def _with_growth(codes: list[str], case: Case) -> list[str]:
+    """Return the codes with those for what is kept from pass to pass, where the report tells of earlier passes."""
+    facts, evidence = case
     may_keep = not (case.is_oversized or is_most_of_card(facts) or had_room(facts))
-    if evidence.infers and is_open and may_keep and case.has_sign("growing", "accumulates", "ran_first"):
+    is_open = case.program is None or case.is_of("libraries")
+    if evidence.infers and is_open and may_keep and case.has_sign(*_OF_GROWTH):
         codes = _with_kept_results(codes, case)
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
     grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
