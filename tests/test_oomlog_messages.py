@@ -200,3 +200,44 @@ def test_the_mark_that_ends_a_quotation_is_no_code():
         '`  File "run.py", line 276, in main\n    model = model.cuda()`\nRuntimeError: CUDA error: out of memory'
     )
     assert found.frames[-1].source == "model = model.cuda()"
+
+
+SHORT = {
+    "ray.memory_monitor.RayOutOfMemoryError: More than 95% of the memory on node n1 is used (15.1 / 15.6 GB).": "ray_killed",
+    "ray.exceptions.PlasmaStoreFull: The object store is full": "ray_object_store",
+    "cv2.error: OpenCV(4.1.2) /io/alloc.cpp:55: error: (-215:Assertion failed) u != 0 in function 'create'": "host_memory_error",
+    "pyarrow.lib.ArrowMemoryError: realloc of size 4294967296 failed": "host_memory_error",
+    "polars.exceptions.ComputeError: out of memory": "host_memory_error",
+    "RuntimeError: unable to open shared memory object </torch_12_34> in read-write mode: Cannot allocate memory (12)": "shared_memory",
+    "slurmstepd: error: *** JOB 123 ON n1 CANCELLED AT 2024-01-01T00:00:00 DUE TO MEMORY LIMIT ***": "host_killed",
+    "[1]    12345 killed     python train.py": "host_killed",
+    "run.sh: line 7: 41234 Killed                  python train.py": "host_killed",
+    "c++: fatal error: Killed signal terminated program cc1plus": "host_killed",
+    "Worker (pid:33) was sent SIGKILL! Perhaps out of memory?": "host_killed",
+    "billiard.exceptions.WorkerLostError: Worker exited prematurely: signal 9 (SIGKILL) Job: 3.": "host_killed",
+    "Shard process was signaled to shutdown with signal 9": "host_killed",
+    "mmap failed: Cannot allocate memory": "host_memory_error",
+    "Process finished with exit code -1073741819 (0xC0000005)": "crashed",
+    "Bus error (core dumped)": "crashed",
+    "Aborted (core dumped)": "aborted",
+    "Canceled future for execute_request message before replies were done": "notebook_died",
+    "UnknownError: Failed to get convolution algorithm. This is probably because cuDNN failed to initialize": "cudnn",
+    "[TRT] [E] 10: Could not find any implementation for node {ForeignNode[a...b]} due to insufficient workspace.": "tensorrt_out_of_memory",
+    "RuntimeError: Triton Error [CUDA]: out of memory": "cuda_driver",
+    "dgl._ffi.base.DGLError: [10:00:00] /opt/dgl/src/a.cc:88: Check failed: e == cudaSuccess: CUDA: out of memory": "cuda_driver",
+    "RuntimeError: CUDA driver error: 2": "cuda_driver",
+    "Error: an error was encountered while running the model: CUDA error: out of memory": "cuda_driver",
+    "-[MTLDebugDevice newBufferWithLength:options:]:666: failed assertion `Cannot create buffer of size 5000000000'": "metal_limit",
+    "ggml_metal_graph_compute: command buffer 0 failed with status 5\nerror: Insufficient Memory": "metal_out_of_memory",
+    "ggml_vulkan: Device memory allocation of size 2147483648 failed.": "device_library",
+    "numba.cuda.cudadrv.driver.CudaAPIError: [2] Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY": "device_library",
+    "Error out of memory at line 380 in file /home/u/bitsandbytes/csrc/pythonInterface.c": "device_library",
+    "RuntimeError: Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)": "xpu_out_of_memory",
+    "RuntimeError: GET was unable to find an engine to execute this computation": "cudnn_no_plan",
+    "RuntimeError: Caught OutOfMemoryError in replica 1 on device 1.": "device_out_of_memory",
+}
+
+
+@pytest.mark.parametrize("line", SHORT)
+def test_message_of_one_line(line: str):
+    assert failure(line).kind == SHORT[line]
