@@ -394,8 +394,12 @@ _OF_CPU = re.compile(
     r"|\b(?:us|tak|eat|fill|consum|exhaust)\w* (?:up )?all (?:of )?(?:(?:my|the) )?"
     r"(?:(?:machine|system|host|computer)(?:'s)? )?(?:D?RAM|memory of the (?:machine|host|node|server))\b"
     r"|\bmemory \(not (?:the )?(?:GPU|VRAM)[^)\n]*\)[^.\n]{0,40}\b(?:full|out|exhausted)\b"
-    rf"|{_HOSTS}(?: \w+){{0,4}}? (?:costs? too much|(?:increas|grow|climb|leak|explod|overflow)\w*"
+    rf"|{_HOSTS}(?: \w+){{0,4}}? (?:costs? too much|(?:increas|grow|climb|leak|explod|overflow)\w*|bl(?:ows?|ew) up"
     r"|ris(?:es|ing)|(?:is |was |gets? )?(?:exhausted|full|too high)\b|r[au]ns? out\b)"
+    rf"|{_HOSTS}(?: \w+){{0,4}}? (?:reach|hit|fill|climb|exceed)\w*[^.\n]{{0,40}}\b(?:out of memory|OOM|crash|kill)"
+    r"|\b(?:OOM|out of memory)\W{1,3}(?:(?:is |was )?(?:on|in|of|for) (?:the )?)?"
+    r"(?:CPU|host|RAM)\b(?! ?(?:offload|and GPU|/ ?GPU|vs))"
+    r"|\binsufficient \W?(?:(?:CPU|host|system)\W{1,2})?RAM\b|\bexceed\w* (?:the |my |its |our )?(?:\w+ )?RAM\b"
     r"|\bmemory leak\w*[^.\n]{0,20} (?:on|in|of|for) (?:the )?(?:(?:CPU|host|system|main) (?:RAM|memory)|RAM)\b"
     rf"|\b(?:too much|high|huge|excessive|insane|crazy) {_HOSTS}"
     r"|\bnot? (?:apparently )?(?:have )?(?:apparently )?enough memory to store the complete replay buffer"
@@ -407,7 +411,7 @@ _OF_CPU = re.compile(
 _KILLED = re.compile(
     r"^#[^\n]{0,40}\bkilled (?:while|when|during|after|on|at)\b|[\"'“`]killed[\"'”`.]"
     r"|\b(?:was|gets?|got|is|being) killed\b|\b(?:data ?)?loader workers? (?:\w+ )?killed\b"
-    r"|\bkilled by (?:the )?(?:daemon|system|kernel|os)\b",
+    r"|\bkilled by (?:the )?(?:daemon|system|kernel|os|cluster|scheduler)\b|\b(?:killed|died|ended) with signal -?9\b",
     re.IGNORECASE | re.ASCII,
 )
 """A person's words for a process that the kernel ended."""
