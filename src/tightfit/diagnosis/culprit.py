@@ -163,10 +163,11 @@ def _kind_of(evidence: Evidence) -> str:
 def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:
     """Return the tensor that the log itself shows; None where only the request's size is known."""
     tensor, line, printed = evidence.tensor, evidence.line, evidence.shape
-    if tensor is None or (line is not None and printed is None and not line.is_named):
+    sized = evidence.sized
+    if tensor is None or (line is not None and printed is None and sized is None and not line.is_named):
         return None
     frame = line.frame if line is not None else users_frame(facts)
-    known = evidence.fit if evidence.model is not None else None
+    known = sized or (evidence.fit if evidence.model is not None else None)
     dtype = printed.dtype or "float32" if printed else known.dtype if known else None
     shape = printed.shape if printed else known.shape if known else ()
     if tensor == "weight" and facts.phase == "backward":

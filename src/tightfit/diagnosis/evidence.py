@@ -13,6 +13,8 @@ from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget, budget_of
 from tightfit.diagnosis.named_card import least_bytes_in_words
+from tightfit.diagnosis.printed_module import printed_module
+from tightfit.diagnosis.printed_sizes import sized_tensor
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.diagnosis.tensor_fits import (
     FOUR_BIT,
@@ -62,6 +64,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     line: LineKind | None = None
     shape: PrintedShape | None = None
     """A printed shape that has as many bytes as the request."""
+    sized: Fit | None = None
+    """The failing line's tensor with its sizes, where printed numbers make the request."""
     fits: tuple[Fit, ...] = ()
     """Tensors of the shown kind, or of the known model, that make the request."""
     is_complete: bool = False
@@ -202,7 +206,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     figure = facts.figures.get("requested_bytes")
     within = range_of(figure) if figure is not None and "request_beyond_1eb" not in facts.notes else None
     run = _without_servers(facts, run)
-    model = model_of(run) or (_by_flat_tensor(run, within) if within is not None else None)
+    model = model_of(run) or printed_module(run.text) or (_by_flat_tensor(run, within) if within else None)
     run = _with_adapters(run, model)
     line = _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
     shape, shown = _printed_shape(run, within) if within else None, purpose_of(facts, run)
@@ -223,6 +227,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     )
     if within is None or within.is_small or shape is not None:
         return found
+    found = _with_sizes(facts, found, within)
     fits, is_complete = _fits(found, within)
     if (
         not fits
@@ -316,6 +321,8 @@ def _is_one_message(text: str, message: str) -> bool:
 
 def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind | None:
     """Return the kind of a line; scores of pictures' classes in a loss are no logits over a vocabulary."""
+    if line is not None and line.tensor == "gathered_parameters" and facts.phase == "save":
+        return msgspec.structs.replace(line, tensor="state_dict", grows="saving")
     if line is not None and line.tensor == "attention_output" and _may_be_scores(facts, line):
         return msgspec.structs.replace(line, grows="attention", is_named=False)
     if line is not None and line.grows == "batch" and line.tensor in _OF_LAYERS and _is_in_autoencoder(facts):
@@ -353,6 +360,25 @@ def _line_alone(facts: Facts, run: RunFacts) -> LineKind | None:
     """Return the kind of a line of code that the report quotes without its traceback."""
     frame = line_before_message(run.text) if not facts.frames else None
     return line_kind([frame]) if frame else None
+
+
+def _with_sizes(facts: Facts, found: Evidence, within: Range) -> Evidence:
+    """Return the evidence with the sizes of the failing line's tensor, where the log's numbers make the request.
+
+    Logits that are printed with three axes show the batch, where nothing else does.
+    """
+    if found.line is None:
+        return found
+    inner = [found.line.frame, *(each for each in reversed(facts.frames[-_INNER:]) if each != found.line.frame)]
+    sources, run = [each.source or "" for each in inner], found.run
+    sized = sized_tensor(found.line.tensor, sources, run, found.model, within)
+    if sized is not None and found.tensor in _OF_LOGITS and len(sized.shape) > 2 and "batch_size" not in run.numbers:
+        run = msgspec.structs.replace(run, numbers={**run.numbers, "batch_size": sized.shape[0]})
+    return msgspec.structs.replace(found, sized=sized, run=run)
+
+
+_INNER = 4
+"""Innermost frames whose lines may hold the operator and the names of its tensors."""
 
 
 def _printed_shape(run: RunFacts, within: Range) -> PrintedShape | None:

@@ -301,7 +301,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
             of=_name(printed_name(model, run)),
             shares=shares,
         )
-    if tokens and evidence.vocabulary:
+    if tokens and evidence.vocabulary and evidence.sized is None:
         yield LogitTokens(
             code="tokens_of_size",
             label=COMPUTED,

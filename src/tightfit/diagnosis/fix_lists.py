@@ -61,13 +61,16 @@ def _fitting(case: Case) -> list[str]:
         codes = _in_order_of_use(codes, case)
     if case.takes_one_item and case.facts.phase != "eval":
         codes.sort(key=lambda code: code not in ("smaller_inputs", "shorter_length"))
+    if case.evidence.grows == "attention" and "fused_attention" in codes[2:]:  # without it, the scores stay
+        codes = [codes[0], "fused_attention", *codes[1:]]
     return _with_growth(codes, case)
 
 
 def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
     """Return the codes in the order of the user's program: its own options, and what a pass of it can lessen."""
     facts, evidence = case
-    if facts.phase == "eval" and evidence.framework in frameworks():  # the program's own options come first
+    is_known = evidence.framework in frameworks() and evidence.grows != "outputs"
+    if facts.phase == "eval" and is_known:  # the program's own options come first
         codes.sort(key=lambda code: not case.has_own(code))
     if case.has_sign("not_python") and not any(each.file.endswith(".py") for each in facts.frames):
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]

@@ -58,7 +58,7 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     remedy = Remedy(
         code=named,
         verdict=UNCHECKED,
-        reason=named if named in ("fewer_atoms", "shorter_protein") else code,
+        reason=_reason(code, named, evidence),
         label=COMPUTED,
         exact={"exact": True, "changes_result": False}.get(effect),
         applicability=effect,
@@ -66,6 +66,13 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         page=words.page if words else "",
     )
     return _divided_batch(remedy, evidence) if code == "split_general" else remedy
+
+
+def _reason(code: str, named: str, evidence: Evidence) -> str:
+    """Return the key of the sentence on a remedy; accumulation is of a training only."""
+    if code == "less_at_once" and evidence.infers:
+        return "less_at_once_in_use"
+    return named if named in ("fewer_atoms", "shorter_protein") else code
 
 
 def _makes_videos(evidence: Evidence) -> bool:

@@ -132,8 +132,19 @@ _WORDS_OF_HALF = ("bf16", "fp16", "float16", "16-")
 def _is_in_half(case: Case) -> bool:
     """Return True if the run works in half precision: by a sign, the failed tensor's dtype, or an option."""
     shape, dtype = case.evidence.shape, case.run.texts.get("dtype", "")
-    is_tensor_half = shape is not None and shape.dtype in _HALF
+    is_tensor_half = (shape is not None and shape.dtype in _HALF) or _is_weight_in_half(case)
     return case.has_sign("half") or is_tensor_half or any(word in dtype for word in _WORDS_OF_HALF)
+
+
+def _only_generates(case: Case) -> bool:
+    """Return True where a trained model failed in generation with a batch that the log prints."""
+    return case.facts.phase == "sample" and case.evidence.infers and "batch_size" in case.run.numbers
+
+
+def _is_weight_in_half(case: Case) -> bool:
+    """Return True if every weight that makes the request is one in 16 bits."""
+    fits = case.evidence.fits
+    return bool(fits) and all(each.tensor == "weight" and each.dtype == "bfloat16/float16" for each in fits)
 
 
 def _halves(case: Case) -> bool:
@@ -316,6 +327,7 @@ _OF_THE_PASS = (
     _Rule("fused_attention", "nothing shows attention", _is_oversized_without_attention),
     _Rule("eval_batch", "it is one", lambda case: case.is_of("evaluate_one")),
     _Rule("eval_batch", "the report says that it is one", _evaluates_one),
+    _Rule("eval_batch", "nothing is evaluated", _only_generates),
     _Rule("no_gradients", "they are off", lambda case: case.has_sign("no_grad")),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
@@ -376,6 +388,8 @@ _OF_THE_MODEL = (
         _serves_in_half,
     ),
     _Rule("smaller_weights", "they are small", _has_small_weights),
+    _Rule("smaller_weights", "they have 16 bits", _is_weight_in_half),
+    _Rule("smaller_weights", "the run works in 16 bits", _is_in_half),
     _Rule("smaller_weights", "the weights are not the user's", _may_have_no_weights),
     _Rule("smaller_model", "the program has one model", _has_one_model),
     _Rule("smaller_model", "the run starts from no weights", _starts_from_nothing),

@@ -40,6 +40,7 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     first |= _NAMED | (_LARGE_INPUTS if evidence.infers or evidence.is_of_unknown_purpose else frozenset())
     if evidence.infers and not evidence.run.signs.isdisjoint(("growing", "accumulates", "ran_first")):
         first |= _OF_KEPT_RESULTS & {each.code for each in found[:1]}
+    first |= frozenset({"outputs_to_host", "outputs_reduced"}) if evidence.grows == "outputs" else frozenset()
     tried = tried_in(text)
 
     def place(each: Remedy) -> int:

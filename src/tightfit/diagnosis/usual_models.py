@@ -98,10 +98,24 @@ def model_of(run: RunFacts) -> Model | None:
         in_text = {model.name: model for model in named_in(run.text)}
         named = next(iter(in_text.values())) if len(in_text) == 1 else None
     printed = _printed(run)
+    if (printed is None or printed.hidden is None) and (counted := _by_count(run, named)) is not None:
+        return counted
     if printed is not None and not (named and named.hidden == printed.hidden):
         return printed
     sized = _by_size_in_name(run)
     return sized if named is None or (sized is not None and _is_other_size(sized, named)) else named
+
+
+def _by_count(run: RunFacts, named: Model | None) -> Model | None:
+    """Return the usual model with exactly the parameters that a log counts, without those of adapters; None if none.
+
+    A named model of this count comes before others of its sizes.
+    """
+    numbers = run.numbers
+    parameters, trained = numbers.get("parameters", 0), numbers.get("trainable", 0)
+    counts = {parameters, parameters - trained if trained < parameters else trained}
+    alike = [each for each in all_models() if each.hidden and each.parameters in counts]
+    return named if named in alike else next(iter(alike), None)
 
 
 def _is_other_size(sized: Model, named: Model) -> bool:
