@@ -72,7 +72,7 @@ def _is_formed(table: str, name: str) -> bool:
     if table == "causes" and name.startswith("grows_"):
         return name.removeprefix("grows_") in {each["grows"] for each in LINES.values()}
     if table == "causes" and name.startswith("budget_"):
-        return name.removesuffix("_divided") in ("budget_weights", "budget_training")
+        return name.removesuffix("_in_4_bits").removesuffix("_divided") in ("budget_weights", "budget_training")
     if table == "effects":
         return name in ADVICE["applicability"].values() or name == "to_be_checked"
     if name.endswith(("_elsewhere", "_sized", "_unnamed")):

@@ -334,6 +334,7 @@ def _budget_as(budget: Budget, code: str) -> ModelBudget:
     )
 
 
+_IN_4_BITS = 0.5
 _PARTS_OF_16_BITS = 4
 """Weights, gradients and two moments: of equal size where all are in 16 bits."""
 
@@ -343,7 +344,9 @@ def _code_of(budget: Budget) -> str | None:
     if budget.what == "partial":
         return "budget_partial"
     if budget.exceeds:
-        return f"budget_{budget.what}_divided" if budget.is_divided else f"budget_{budget.what}"
+        may_be_divided = budget.is_divided or (budget.cards > 1 and budget.ranks == 1)
+        code = f"budget_{budget.what}_divided" if may_be_divided else f"budget_{budget.what}"
+        return f"{code}_in_4_bits" if budget.what == "weights" and budget.low_each == _IN_4_BITS else code
     if budget.total_bytes is None:
         return "budget_of_unknown_card"
     is_doubtful = budget.what == "training" and budget.may_exceed and not budget.is_divided

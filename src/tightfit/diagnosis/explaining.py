@@ -339,7 +339,8 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     of_runtime = facts.kind == "cuda_driver" and facts.phase not in _BEFORE_PASS and is_plain
     has_purpose = evidence.framework is not None or evidence.purpose is not None
     if of_runtime and (facts.phase in _PASSES or has_purpose):
-        return _of_runtime(found, advice(facts, evidence), is_in_pass=facts.phase in _PASSES)
+        is_in_pass = facts.phase in _PASSES or (evidence.line is not None and evidence.grows != "model")
+        return _of_runtime(found, advice(facts, evidence), is_in_pass=is_in_pass)
     if facts.kind == "cuda_driver" and facts.phase == "save":
         cures, others = advice(facts, evidence), tuple(each for each in found if each.code == _OTHERS)
         return (*cures[:1], *others, *cures[1:])

@@ -102,6 +102,8 @@ def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
         return None
     for frame in inner:
         kind = _kind_shown(frame)
+        if kind is not None and kind.tensor == "moved_batch" and frame is not frames[-1]:
+            kind = None  # the arguments of a call that went on were moved already
         if kind is not None and kind.grows == "batch" and frame is frames[-1] and (own := operators_alone(frames)):
             kind = _kind_shown(own) or _ACTIVATION
         if kind is not None:

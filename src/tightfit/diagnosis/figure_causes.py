@@ -136,7 +136,9 @@ def _of_card(facts: Facts) -> Iterator[Cause]:
         yield MoreFree(code="room_beside_own", free_bytes=room)
     elif "more_free_than_requested" in facts.notes and not ownership(facts).decides:
         hardly = (facts.free_bytes or 0) < _HARDLY * (facts.requested_bytes or 0)
-        code = "more_free_than_requested" if had_room(facts) else "hardly_more_free" if hardly else "little_free"
+        code = "hardly_more_free" if hardly else "little_free"
+        if had_room(facts):
+            code = "takes_most_of_free" if hardly else "more_free_than_requested"
         yield MoreFree(code=code, label=LIKELY if code == "little_free" else MEASURED, free_bytes=facts.free_bytes)
 
 

@@ -171,10 +171,12 @@ def _with_phase(facts: Facts, run: RunFacts) -> Facts:
     told = phase_told(run.text)
     if facts.frames or facts.phase is not None:  # a pass of an evaluation may look like any other
         shown = purpose_of_frames(facts.frames)
-        told = told if told == "eval" and (shown is None or shown.purpose != TRAINING) else None
+        told = told if told in _BESIDE_TRAINING and (shown is None or shown.purpose != TRAINING) else None
     return facts if told is None else _with(msgspec.structs.replace(facts, phase=told), "told_phase")
 
 
+_BESIDE_TRAINING = ("eval", "save")
+"""Phases whose traceback need not show them: they call what a training calls, or a library's own functions."""
 _OPEN_PHASES = (None, "forward")
 """Phases that leave open what a pass was for."""
 
@@ -343,7 +345,7 @@ def _of_jax(facts: Facts, run: RunFacts) -> Facts:
         return _with(facts, "weights")
     shown = purpose_of(facts, run)
     if shown is not None and shown.purpose == INFERENCE:
-        return _with(facts, "inference")
+        return _with(facts, "small_request" if 0 < (facts.requested_bytes or 0) < GIB else "inference")
     if found and "tpu" not in facts.details:
         return _with(facts, "large_program", f"{found[1]} {found[2]}iB")
     return _with(facts, "large_request") if (facts.requested_bytes or 0) >= _MOST_OF_A_CARD else facts

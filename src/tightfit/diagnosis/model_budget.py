@@ -48,6 +48,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """True if the log shows that ZeRO or FSDP divides it among cards, in a way that it does not print."""
     ranks: int = 1
     """Cards among which it is divided, as printed."""
+    cards: int = 1
+    """Cards of the run, as the report names them; the model may be divided among them."""
 
     @property
     def exceeds(self) -> bool:
@@ -183,4 +185,5 @@ def _budget(
         what=what,
         is_divided=divides and ranks == 1 and world != 1,
         ranks=ranks,
+        cards=world or 1,
     )

@@ -11,6 +11,7 @@ from tightfit.diagnosis.fix_words import words_of
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
+from tightfit.diagnosis.report_words import inputs_of
 from tightfit.units import GIB
 
 
@@ -134,6 +135,18 @@ def _is_in_half(case: Case) -> bool:
     shape, dtype = case.evidence.shape, case.run.texts.get("dtype", "")
     is_tensor_half = (shape is not None and shape.dtype in _HALF) or _is_weight_in_half(case)
     return case.has_sign("half") or is_tensor_half or any(word in dtype for word in _WORDS_OF_HALF)
+
+
+_SHORT_LENGTH = 256
+"""Tokens of a sequence below which a shorter one gives little."""
+
+
+def _has_short_length(case: Case) -> bool:
+    return 1 < case.run.numbers.get("length", 0) < _SHORT_LENGTH
+
+
+def _takes_sequences(case: Case) -> bool:
+    return inputs_of(case.evidence) == "shorter_length"
 
 
 def _only_generates(case: Case) -> bool:
@@ -290,7 +303,12 @@ _BROADCAST = re.compile(r"unsqueeze\(|\bNone\b")
 def _broadcasts(case: Case) -> bool:
     """Return True for a line that makes all pairs by a broadcast of vectors."""
     line = case.evidence.line
-    return line is not None and bool(_BROADCAST.search(line.frame.source or ""))
+    source = line.frame.source or "" if line is not None else ""
+    return bool(_BROADCAST.search(source)) and not _OF_BOXES.search(source)
+
+
+_OF_BOXES = re.compile(r"iou|overlap|area|box|\bmax\(|\bmin\(|clamp", re.IGNORECASE)
+"""Words of lines on the overlap of boxes, which no product of matrices gives."""
 
 
 def _fails_in_foreach(case: Case) -> bool:
@@ -332,6 +350,8 @@ _OF_THE_PASS = (
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
     _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),
+    _Rule("shorter_length", "it is short", _has_short_length),
+    _Rule("smaller_inputs", "they are short", lambda case: _has_short_length(case) and _takes_sequences(case)),
     _Rule("chunked_general", "the program's own loss is in chunks", lambda case: case.is_of("chunked_loss")),
     _Rule("half_precision", "it is on", _is_in_half),
     _Rule("half_precision", "the program does it by itself", _halves),

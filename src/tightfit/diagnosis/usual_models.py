@@ -155,7 +155,9 @@ def _by_size_in_name(run: RunFacts) -> Model | None:
     sizes = {size.lower() for _, size in found}
     if len(sizes) != 1 or "x" in (size := sizes.pop()):
         return None
-    return Model(name=found[0][0], parameters=round(float(size[:-1]) * _BILLION), is_by_name=True)
+    name = found[0][0]
+    name += ")" * (name.count("(") - name.count(")"))
+    return Model(name=name, parameters=round(float(size[:-1]) * _BILLION), is_by_name=True)
 
 
 def _named(text: str) -> Model | None:
