@@ -50,6 +50,7 @@ _OF_NOTHING = {
     "warning": "mention",
     "document": "mention",
     "code": "mention",
+    "notice": "mention",
     "harmless": "harmless",
     "other_error": "other_error",
 }

@@ -248,6 +248,28 @@ def told_in(line: str) -> str:
     return " ".join(said.split()).strip(" #*").removesuffix(".")
 
 
+def sentence_at(text: str, place: int) -> str:
+    """Return the sentence at a place of a report, or its clause if the sentence is long.
+
+    >>> sentence_at("It runs well. Memory grows with each step. Then it fails.", 20)
+    'Memory grows with each step'
+    """
+    start = text.rfind("\n", 0, place) + 1
+    line = text[start:].partition("\n")[0]
+    found = _piece_at(_SENTENCE_ENDS, line, place - start)
+    if len(found[0]) > _LONG_LINE:
+        found = _piece_at(_CLAUSES, found[0], place - start - found[1])
+    return shortened(" ".join(found[0].split()).strip(" #*>`").rstrip(".。"))
+
+
+def _piece_at(ends: re.Pattern[str], text: str, place: int) -> tuple[str, int]:
+    """Return the piece between two ends at a place, and where it begins."""
+    starts = [0, *(match.end() for match in ends.finditer(text) if match.end() <= place)]
+    begin = starts[-1]
+    end = next((match.start() for match in ends.finditer(text) if match.start() > place), len(text))
+    return text[begin:end], begin
+
+
 _CLAUSES = re.compile(r"[,;:)] (?:but |and |so )?")
 
 

@@ -44,9 +44,21 @@ from tightfit.oomlog.log_text import lines_of, part, pieces, without_rank, witho
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.number_ends import with_own_number
+from tightfit.oomlog.places import with_card, with_rank
 from tightfit.oomlog.printed import READ, Printed, printed_in
 from tightfit.oomlog.run_facts import RunFacts, run_facts_in
-from tightfit.oomlog.same_failure import complete_each_other, is_general_for, is_same, joined, later_format, stated_in
+from tightfit.oomlog.same_failure import (
+    behind_header,
+    complete_each_other,
+    is_general_for,
+    is_header_of,
+    is_same,
+    is_work_of,
+    joined,
+    later_format,
+    stated_in,
+    with_work,
+)
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
 from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_cut, is_warm_up
 from tightfit.oomlog.unnamed_failure import TOLD, Unnamed
@@ -62,7 +74,7 @@ _STACKS = 40
 _BUDGET = 25_000
 """Lines that are looked at closely, before the last piece; logs that consist of nothing else are sampled."""
 _PROGRESS = (
-    "it/s]",
+    "it/s",
     "s/it]",
     ": loss ",
     "loss=",
@@ -72,6 +84,19 @@ _PROGRESS = (
     "n_slots =",
     "server is listening",
 )
+_DONE = re.compile(
+    r"\bPrompt executed in \d|\b\d+ epochs? completed\b|\b[Rr]esults saved\b|\b[Tt]raining (?:is )?"
+    r"(?:complete[d]?|finished|done)\b|\b[Mm]odel (?:was )?saved (?:to|in)\b|\b[Ss]aved (?:to|in) \S"
+    r"|['\"]train_runtime['\"]|\b(?:finished|exited|ended) with (?:exit )?code 0\b|\bexit(?: code|ed)?:? 0\b"
+)
+"""Words by which a program tells that its work was done, some time after it handled a failure."""
+_RETRIED = re.compile(
+    r"(?:\bto|\bwith|\bat|\bnow|=|→|->) ?(?:a )?(?:micro[-_ ]?|mini[-_ ]?)?batch(?:[-_ ]size)?(?: of)?[ =:]{1,3}"
+    r"(\d{1,6})\b"
+    r"|\bbatch(?:[-_ ]size)? (?:was )?(?:reduced|lowered|decreased|halved)?(?: from \d{1,6})? ?to (\d{1,6})\b",
+    re.IGNORECASE,
+)
+"""The smaller batch with which a program tries again."""
 _RUN_START = ("number of parameters:", "tokens per iteration will be", "$ python", "$ torchrun", "# python", "> python")
 _WIDE_LINE = 120
 """Columns before a message, from which on a progress bar or another line stands before it."""
@@ -82,6 +107,8 @@ _TITLE = 3
 _REPORTS = re.compile(r"\bOOM: Ran out of memory with exception\b")
 """fairseq's line on any lack of memory, those that it does not survive, too."""
 _RECOVERS = re.compile(r"\brecover from OOM\b")
+_CRASHED = re.compile(_RECOVERS.pattern + r"|\bProcess \S{1,40} terminated with\b|\bChildFailedError\b")
+"""Words before the last traceback of a run that went on at first."""
 _TRACEBACK = "Traceback (most recent call last)"
 _CUT = "traceback_cut"
 """The note of a failure whose traceback stands behind its name, without the message that ends it."""
@@ -114,6 +141,8 @@ class LogReading(Struct, frozen=True, kw_only=True):
 
     went_on: bool = False
     """True if the log shows progress after an out of memory that was caught."""
+    retried_batch: int | None = None
+    """The last smaller batch with which the program tried again, where it prints one and then went on."""
 
     @property
     def status(self) -> str:
@@ -250,7 +279,7 @@ class _Scan:
         body = entry.line.body[max(column - 80, 0) :] if column > _WIDE_LINE else entry.line.body
         told = told_in(entry.line.body) if said and stand is Standing.REPORT else ""
         is_told = bool(told) and not quotes_error(told)
-        facts = facts_of(message, entry, words, frames, before, "" if is_told else said)
+        facts = with_card(facts_of(message, entry, words, frames, before, "" if is_told else said), entry.line)
         if is_told:
             facts = replace(facts, details={**facts.details, **as_reported(shortened(told))})
         if frames and not is_before and (is_cut(behind) or _TRACEBACK in entry.line.body[column:]):
@@ -268,6 +297,12 @@ class _Scan:
             if record.standing is stand and not over and is_same(record.facts, facts):
                 known = record.facts
                 record.closed = record.closed and titles
+                if is_header_of(known, facts):
+                    record.facts = behind_header(known, facts)
+                    return
+                if is_work_of(facts, known):
+                    record.facts = with_work(known, facts)
+                    return
                 better = facts if facts.frames and not known.frames else known
                 is_first_less = is_general_for(known, facts) or (not known.figures and bool(facts.figures))
                 if is_first_less:  # it says only that it failed
@@ -304,7 +339,7 @@ class _Scan:
         context = printed_in("\n".join(lines_of(self._head)))
         run = self._run() if failures or chosen else RunFacts()
         if chosen:
-            failure = self._as_printed(chosen.facts)
+            failure = with_rank(self._as_printed(chosen.facts), [part(each).body for each in lines_of(self._ending)])
             return LogReading(failure=failure, others=others, others_count=count, context=context, run=run)
         unnamed = Unnamed(_without_ranks(self._head), _without_ranks(self._ending), self._size, self.records)
         nothing, evidence = unnamed.kind()
@@ -322,8 +357,15 @@ class _Scan:
             kind_of_nothing=nothing,
             evidence=evidence,
             caught=caught[-1].facts if caught else None,
-            went_on=any(self._went_on(each) for each in caught),
+            went_on=any(map(self._went_on, caught)),
+            retried_batch=self._retried_batch(caught[-1]) if caught else None,
         )
+
+    def _retried_batch(self, record: Record) -> int | None:
+        """Return the last batch that the program names behind a failure that it handled."""
+        behind = self._ending[max(self._ending.rfind(record.body[:60]), 0) :]
+        sizes = [int(one or two) for one, two in _RETRIED.findall(behind)]
+        return sizes[-1] if sizes and self._went_on(record) else None
 
     def _run(self) -> RunFacts:
         """Return the program's own words on its run, on lines with a rank or an error's level before them, too."""
@@ -338,7 +380,8 @@ class _Scan:
         """Return True if progress follows a failure; behind a traceback, more than a progress bar's last lines."""
         behind = self._ending[self._ending.rfind(record.body[:60]) :]
         least = SURVIVED if _TRACEBACK in behind else 1
-        return record.progress >= least or record.advanced > 0 or goes_on_with_next(record)
+        is_done = record.standing is Standing.CAUGHT and _DONE.search(behind, len(record.body)) is not None
+        return is_done or record.progress >= least or record.advanced > 0 or goes_on_with_next(record)
 
     def _failed_afterwards(self) -> Record | None:
         """Return an out of memory that the program handled, if it shows no progress after it and ends with an error."""
@@ -351,7 +394,7 @@ class _Scan:
         if _REPORTS.search(record.body) and not _RECOVERS.search(behind):
             return with_facts(record, record.facts)
         is_cut_off = last is None or last[0] == "incomplete"
-        if is_cut_off and _RECOVERS.search(behind) and _TRACEBACK in behind:
+        if is_cut_off and _CRASHED.search(behind) and _TRACEBACK in behind:
             return with_facts(record, replace(record.facts, notes=(*record.facts.notes, "failed_afterwards_cut")))
         if last is None or last[1][:60] in record.body:
             return None

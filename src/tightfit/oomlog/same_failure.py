@@ -20,6 +20,8 @@ def is_same(one: Facts, two: Facts) -> bool:
     is_lack = memory_of(one.kind) == "device" or one.kind == "tensorflow_host_memory"
     if "explains" in two.details and is_lack:  # a program's own words about the message before
         return two.line - one.line <= _EXPLAINED
+    if is_header_of(one, two) or is_work_of(two, one):
+        return two.line - one.line <= _EXPLAINED
     only_class = "class_without_message" in one.notes and one.rank == two.rank
     if one.kind != two.kind and (is_general_for(one, two) or is_general_for(two, one)):
         reach = _NOTEBOOK_LINES if one.line == 1 else _EXPLAINED  # a report's title may stand far above
@@ -46,6 +48,35 @@ def is_general_for(one: Facts, two: Facts) -> bool:
     """Return True if a message holds only words of the CUDA runtime that another, more specific one holds, too."""
     is_general = one.kind == "cuda_driver" and not one.figures and not one.details and bool(one.message)
     return is_general and one.kind != two.kind and _squeezed(one.message) in _squeezed(two.message)
+
+
+def is_header_of(one: Facts, two: Facts) -> bool:
+    """Return True if a wrapper's line names an error whose own traceback and message stand behind it."""
+    is_header = "header" in one.details and not one.figures
+    return is_header and bool(two.figures) and memory_of(two.kind) == "device"
+
+
+_WORK = ("vllm_warm_up", "tgi_prefill")
+"""Kinds whose message names what a server was doing, and has no figures."""
+
+
+def is_work_of(outer: Facts, inner: Facts) -> bool:
+    """Return True if a server's message names what it was doing when the allocator's message before it came."""
+    return outer.kind in _WORK and not outer.figures and is_of_allocator(inner.kind)
+
+
+def with_work(inner: Facts, outer: Facts) -> Facts:
+    """Return a failure with the figures of its own message, and what was being done from the wrapper's."""
+    return replace(inner, kind=outer.kind, phase=inner.phase or outer.phase, details={**inner.details, **outer.details})
+
+
+def behind_header(header: Facts, inner: Facts) -> Facts:
+    """Return the failure whose message stands behind a wrapper's header, with the rank and the card of both."""
+    return replace(
+        inner,
+        rank=header.rank if inner.rank is None else inner.rank,
+        device_index=header.device_index if inner.device_index is None else inner.device_index,
+    )
 
 
 def _squeezed(text: str) -> str:

@@ -22,6 +22,8 @@ class Standing(Enum):
     """Python's warnings."""
     DOCUMENT = "document"
     """Advice, a title, an example."""
+    NOTICE = "notice"
+    """A sentence of a program or a document that names the class of such errors."""
     CODE = "code"
     """A line of a program that names the message."""
     HARMLESS = "harmless"
@@ -200,7 +202,9 @@ def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, m
         is_value = _has("labels", before) or (ends and _FIELD.fullmatch(before))
         if (leads and (ends or after.lstrip().startswith("Traceback"))) or is_value:
             return Standing.FAILURE
-        return Standing.REPORT if mine and not _has("conditional", before) else Standing.CODE
+        if mine and not _has("conditional", before):
+            return Standing.REPORT
+        return Standing.NOTICE if _WORDS.search(before) or _WORDS.search(after) else Standing.CODE
     errs = bool(message.exception) or bool(re.search(r"\b[Ee]rror:? *$|\bERROR:? *$", before))
     if errs and leads and (ends or after.startswith(".")):
         return Standing.FAILURE

@@ -40,6 +40,8 @@ _COMMAND = re.compile(r"/(?:bin|Scripts)/[\w-]{1,60}$")
 
 
 _HEAD = "most recent call last"
+_REMOTE = re.compile(r"\bRayTaskError\(\w+\): ?ray::")
+"""The line by which Ray names an error of another process, whose traceback follows without a head."""
 _NEAR = 8
 """Lines behind a message in which the head of its traceback stands."""
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
@@ -69,7 +71,7 @@ def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
     """
     start = len(lines)
     for start in range(len(lines) - 1, -1, -1):
-        if _HEAD in lines[start]:
+        if _HEAD in lines[start] or _REMOTE.search(lines[start]):
             break
     else:
         start = -1
