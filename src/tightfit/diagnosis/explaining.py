@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from tightfit.config import TrainConfig
 from tightfit.config.schema import from_dict
 from tightfit.diagnosis.advice import advice, closing_first
-from tightfit.diagnosis.cause_records import LIKELY, SIMULATED
+from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED, Cause, OtherKind
 from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
@@ -42,6 +42,7 @@ from tightfit.oomlog.kinds import is_of_allocator, memory_of
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
+from tightfit.units import format_bytes
 from tightfit.vgpu.card_arguments import check_name
 from tightfit.vgpu.records import Findings, Settings
 from tightfit.wording import chosen_language, say
@@ -142,6 +143,8 @@ def _for_machine(found: Explanation) -> Explanation:
         return found
     excluded = excluded_in(run.text)
     wanted = tuple(below_stated(each, run.text) for each in found.remedies if not excluded.has(each))
+    if "one_buffer" in facts.details:
+        wanted = tuple(each for each in wanted if each.code != "mps_watermark")
     if is_of_allocator(facts.kind):
         wanted = tuple(each for each in wanted if not is_of_llama_cpp(each))
     if shows(run.text, "subject.closing_helps") and memory_of(facts.kind) == "device":
@@ -149,7 +152,26 @@ def _for_machine(found: Explanation) -> Explanation:
     if shows(run.text, "subject.older_worked"):
         wanted = (*_OLDER_VERSION, *wanted)
     remedies = for_machine(wanted, facts, run.text, on_windows="windows" in run.signs)
-    return replace(found, remedies=remedies)
+    return replace(found, remedies=_with_processes(remedies, facts))
+
+
+_NAMED = 3
+"""Other processes of a message that are named, the largest first."""
+
+
+def _with_processes(remedies: tuple[Remedy, ...], facts: Facts) -> tuple[Remedy, ...]:
+    """Return the fixes with the numbers of the processes that hold the card, beside the tool that lists them."""
+    others = [each for each in facts.other_processes if each.pid != facts.own_pid and each.bytes < 2**63]
+    others = sorted(others, key=lambda each: -each.bytes)[:_NAMED]
+    named = ", ".join(f"PID {each.pid}: {format_bytes(each.bytes)}" for each in others)
+    if not named:
+        return remedies
+    return tuple(
+        replace(each, paste=(f"{each.paste[0]}  # {named}", *each.paste[1:]))
+        if each.code == "close_others" and each.paste
+        else each
+        for each in remedies
+    )
 
 
 def explain_dryrun(
@@ -271,16 +293,24 @@ def _of_model(plain: Explanation, facts: Facts, card: Card, evidence: Evidence, 
 def _unplayed(plain: Explanation, facts: Facts, card: Card | None, because: str, evidence: Evidence) -> Explanation:
     """Explain by the log alone."""
     culprit = culprit_of_evidence(facts, evidence)
+    causes = causes_of(facts, plain.reading.context, culprit=culprit, evidence=evidence, unplayed_because=because)
     return replace(
         _with_purpose(plain, evidence),
         card=card,
         culprit=culprit,
-        causes=causes_of(facts, plain.reading.context, culprit=culprit, evidence=evidence, unplayed_because=because),
+        causes=_with_buffer_limit(causes, facts),
         remedies=advice(facts, evidence),
         unplayed_because=because,
         framework=evidence.framework,
         is_bare=evidence.may_be_of_nanogpt and evidence.is_bare,
     )
+
+
+def _with_buffer_limit(causes: tuple[Cause, ...], facts: Facts) -> tuple[Cause, ...]:
+    """Return the causes with Metal's limit of one buffer first, where the message is about it."""
+    if "one_buffer" not in facts.details:
+        return causes
+    return (OtherKind(code=f"kind_{facts.kind}", label=MEASURED, pid=None), *causes)
 
 
 def _with_purpose(plain: Explanation, evidence: Evidence) -> Explanation:

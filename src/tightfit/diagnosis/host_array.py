@@ -96,3 +96,36 @@ def with_array(facts: Facts, text: str) -> Facts:
     return msgspec.structs.replace(
         facts, figures={**facts.figures, "requested_bytes": size}, details={**facts.details, **details}
     )
+
+
+_MULTIPLIES = re.compile(
+    r"(?P<one>[A-Za-z_][\w.]*)\)? ?@ ?\(?(?P<two>[A-Za-z_]\w*)(?P<turned>\.(?:T|mT|t\(\)|transpose\([^)\n]{1,20}\)))?"
+    r"|\b(?:torch|np|numpy)\.(?P<call>matmul|mm|inner|cdist)\((?P<first>[A-Za-z_]\w*), ?(?P<second>[A-Za-z_]\w*)"
+    r"(?P<flipped>\.(?:T|mT|t\(\)))?"
+)
+"""A product of two matrices, or the distances of all their rows, in a line of code."""
+_PRINTED_SIZES = r"\b(\w+)(?:\.shape|\.size\(\))?[ :=]{1,3}torch\.Size\(\[(\d{1,12}), ?(\d{1,12})\]\)"
+_OF_ROWS = ("inner", "cdist")
+_TYPES = ("float32", "float64", "float16")
+
+
+def with_product(facts: Facts, text: str) -> Facts:
+    """Return a lack of the host's memory with the product of its failing line, and its shape if that is known."""
+    source = facts.frames[-1].source if facts.frames else None
+    found = _MULTIPLIES.search(source) if source else None
+    if found is None:
+        return facts
+    details = {**facts.details, "product": "yes", **_result_of(found, facts.requested_bytes, text)}
+    return msgspec.structs.replace(facts, details=details)
+
+
+def _result_of(found: re.Match[str], requested: int | None, text: str) -> dict[str, str]:
+    """Return the shape and the type of a product that takes the bytes requested; nothing if none does."""
+    sizes = {name: (int(rows), int(columns)) for name, rows, columns in re.findall(_PRINTED_SIZES, text)}
+    one, two = sizes.get(found["one"] or found["first"]), sizes.get(found["two"] or found["second"])
+    if one is None or two is None:
+        return {}
+    of_rows = found["turned"] or found["flipped"] or found["call"] in _OF_ROWS
+    shape = (one[0], two[0] if of_rows else two[1])
+    fits = next((each for each in _TYPES if prod(shape) * ELEMENT_BYTES[each] == requested), None)
+    return {"product_shape": str(shape), "product_type": fits} if fits else {}

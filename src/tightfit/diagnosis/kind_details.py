@@ -5,13 +5,14 @@ import re
 
 import msgspec
 
-from tightfit.diagnosis.host_array import with_array
+from tightfit.diagnosis.host_array import with_array, with_product
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING, purpose_of, purpose_of_frames
 from tightfit.diagnosis.told_phase import phase_told
 from tightfit.diagnosis.told_shape import shape_of_pairs
 from tightfit.diagnosis.usual_models import model_of, printed_name
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
+from tightfit.oomlog.last_words import sentence_at
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.tables import read_table
 from tightfit.units import GIB, KIB, MIB
@@ -56,6 +57,10 @@ def detail_names() -> set[str]:
 
 
 _OF_THE_RUN = {
+    "growing_said",
+    "offloaded_count",
+    "product",
+    "product_shape",
     "small_pool",
     "small_array",
     "little",
@@ -92,8 +97,8 @@ _OF_THE_RUN = {
 """Details that the phase, the batch or the traceback shows."""
 
 
-def with_run(facts: Facts, run: RunFacts) -> Facts:
-    """Return a failure with those facts of its run that the log prints and its sentences need."""
+def _with_shown(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure with the details, or the other kind, that words of its log show."""
     for each in _details():
         if not each.is_shown(facts, run.text):
             continue
@@ -102,10 +107,20 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
             facts = msgspec.structs.replace(facts, kind=each.becomes, details={**told, **facts.details})
         if each.name:
             facts = _with(facts, each.name)
+        if each.name == "growing" and (grows := re.search(each.shown, run.text, re.ASCII)):
+            facts = _with(facts, "growing_said", sentence_at(run.text, grows.start()))
+    return facts
+
+
+def with_run(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure with those facts of its run that the log prints and its sentences need."""
+    facts = _with_shown(facts, run)
     if (context := _CONTEXT.findall(run.text)) and {"llama_kv", "llama_host_kv"} & facts.details.keys():
         facts = _with(facts, "printed_context", f"{int(context[-1]):,}")
     if facts.kind in _ON_SHARED_MEMORY and _shares_host(facts, run.text):
         facts = _with(facts, "shares_host")
+    if facts.kind == "vllm_warm_up":
+        return _with(facts, "fewer", str(max(int(facts.details.get("count", _USUAL_REQUESTS)) // 4, 1)))
     if facts.kind == "vllm_no_cache_blocks":
         return _of_vllm(facts, run)
     if facts.kind in _TOLD_BY_PEOPLE:
@@ -121,7 +136,7 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     if facts.kind == "cuda_driver":
         return _of_driver(facts, run)
     if facts.kind == "host_allocator":
-        return _of_host_allocator(facts)
+        return _of_host_allocator(facts, run)
     if facts.kind in ("host_memory_error", "host_numpy"):
         return with_array(_of_fork(facts), run.text)
     if facts.kind == "program_words" and (shape := shape_of_pairs(run.text)):
@@ -132,6 +147,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
 
 
+_USUAL_REQUESTS = 256
+"""vLLM's own max_num_seqs on most cards."""
 _GROWS = ("program_words", "memory_words", "cuda_driver")
 """Kinds of failures with a sentence on memory that grows."""
 _CONTEXT = re.compile(r"\bn_ctx(?:_per_seq)? *= *(\d{3,8})\b")
@@ -376,8 +393,18 @@ _ONE_ARRAY = 16 * GIB
 """Bytes of a request that is a large part of a data set, or all of it."""
 
 
-def _of_host_allocator(facts: Facts) -> Facts:
+_COUNTED = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3}){2,4}|\d{7,13})(?![\d.,]*\d)")
+"""A number of parameters."""
+_OF_FLOAT32 = 4
+
+
+def _of_host_allocator(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure on the host with the kind of its request: a layer's result, or a large array at once."""
+    if "zero_offload" in facts.details:
+        counts = (int(each.replace(",", "")) for each in _COUNTED.findall(run.text))
+        count = next((each for each in counts if _OF_FLOAT32 * each == facts.requested_bytes), None)
+        return _with(facts, "offloaded_count", f"{count:,}") if count else facts
+    facts = with_product(facts, run.text)
     if facts.frames and _LAYERS.search(facts.frames[-1].file):
         return _with(facts, "computing")
     return _with(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts

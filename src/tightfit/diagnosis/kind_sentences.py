@@ -20,7 +20,9 @@ from tightfit.diagnosis.remedies import UNCHECKED, Remedy
 from tightfit.oomlog.dtypes import ELEMENT_BYTES
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
+from tightfit.oomlog.last_words import shortened
 from tightfit.oomlog.log_reader import LogReading
+from tightfit.oomlog.log_record import Other
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.tables import read_table
 from tightfit.wording import kinds as wording
@@ -378,17 +380,20 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield the sentences on a log without a failure."""
     sentences, kind = wording.words(words.language), reading.kind_of_nothing or "nothing"
     kind = "caught_at_end" if kind == "caught" and not reading.went_on else kind
-    yield sentences("nothing", kind, evidence=" ".join(reading.evidence.split())[:200])
+    yield sentences("nothing", kind, evidence=shortened(" ".join(reading.evidence.split())))
     if reading.caught is not None:
         decisive = (cause for cause in causes_of_figures(reading.caught) if cause.code in DECISIVE)
         yield from (words("causes", cause.code, **msgspec.structs.asdict(cause)) for cause in decisive)
     hint = "skipped" if kind.startswith("caught") and _SKIPPED.search(reading.evidence) else f"{kind}_hint"
     if reading.caught is not None and "llama_cpp" in reading.caught.details and kind == "caught":
         hint = "retried_hint"
-    if sentences.has("nothing", hint):
+    if hint == "caught_hint" and reading.retried_batch is not None:
+        yield sentences("nothing", "caught_with_batch", batch=reading.retried_batch)
+    elif sentences.has("nothing", hint):
         yield sentences("nothing", hint)
     has_batch = not _WITHOUT_BATCH.search(reading.evidence)
-    if hint.startswith("caught") and has_batch and (reading.caught is None or _batch_avoids(reading.caught)):
+    is_open = hint.startswith("caught") and reading.retried_batch is None
+    if is_open and has_batch and (reading.caught is None or _batch_avoids(reading.caught)):
         yield sentences("nothing", "caught_batch")
 
 
@@ -399,9 +404,22 @@ def _batch_avoids(facts: Facts) -> bool:
     return "llama_cpp" not in facts.details and not too_large
 
 
+def before_of(reading: LogReading) -> Other | None:
+    """Return the lack of device memory that a program handled by going on, on the CPU, where it then failed."""
+    facts = reading.failure
+    if facts is None or facts.kind != "host_allocator":
+        return None
+    handled = (each for each in reading.others if each.standing == "caught" and each.line < facts.line)
+    return next((each for each in handled if memory_of(each.kind) == "device"), None)
+
+
 def follows_lines(reading: LogReading, words: "Words") -> Iterator[str]:
-    """Yield sentences on what else the log shows that only follows from the failure."""
+    """Yield sentences on what else the log shows: a lack of memory before the failure, and what follows from it."""
     sentences = wording.words(words.language)
+    if (before := before_of(reading)) is not None and before.requested_bytes is not None:
+        yield sentences("follows", "gpu_before_requested", requested=before.requested_bytes)
+    elif before is not None:
+        yield sentences("follows", "gpu_before")
     if reading.failure is not None and "failed_afterwards" in reading.failure.notes:
         yield sentences("follows", "failed_afterwards", afterwards=reading.failure.details["afterwards"])
     if reading.failure is not None and "failed_afterwards_cut" in reading.failure.notes:

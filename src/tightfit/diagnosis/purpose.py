@@ -87,4 +87,4 @@ def _word(match: re.Match[str]) -> str:
 
 _LONGEST = 24
 """Characters of a word before or behind a sign."""
-_WORD_START, _WORD_END = re.compile(r"[A-Za-z0-9_.\-]*$"), re.compile(r"[A-Za-z0-9_\-]*(?:\.[A-Za-z]+)?")
+_WORD_START, _WORD_END = re.compile(r"[A-Za-z0-9_.\-]*\Z"), re.compile(r"[A-Za-z0-9_\-]*(?:\.[A-Za-z]+)?")

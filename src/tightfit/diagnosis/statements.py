@@ -83,7 +83,8 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     elif culprit is not None and culprit.source:
         yield f"    {culprit.source}"
     yield from kind_sentences.follows_lines(explanation.reading, words)
-    if count := explanation.reading.others_count:
+    is_told = kind_sentences.before_of(explanation.reading) is not None
+    if (count := explanation.reading.others_count - is_told) > 0:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
 
 
