@@ -14,6 +14,7 @@ from tightfit.config.schema import from_dict
 from tightfit.diagnosis.advice import advice, closing_first
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED, Cause, OtherKind
 from tightfit.diagnosis.causes import causes_of, is_of_device
+from tightfit.diagnosis.contrast import switch_against
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.evidence_causes import with_closed
@@ -31,7 +32,7 @@ from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING
-from tightfit.diagnosis.remedies import UNCHECKED, Remedy, for_machine
+from tightfit.diagnosis.remedies import UNCHECKED, Remedy, Switch, for_machine
 from tightfit.diagnosis.report_words import shows
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
@@ -151,6 +152,9 @@ def _for_machine(found: Explanation) -> Explanation:
         found, wanted = replace(found, causes=with_closed(found.causes)), closing_first(wanted)
     if shows(run.text, "subject.older_worked"):
         wanted = (*_OLDER_VERSION, *wanted)
+    if (name := switch_against(run.text)) is not None:
+        off = replace(_OLDER_VERSION[0], code="switch_off", reason="switch_off", change=Switch(name=name))
+        wanted = (*wanted[:1], off, *wanted[1:])
     remedies = for_machine(wanted, facts, run.text, on_windows="windows" in run.signs)
     return replace(found, remedies=_with_processes(remedies, facts))
 

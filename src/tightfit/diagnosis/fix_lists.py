@@ -104,11 +104,16 @@ def _in_order_of_use(codes: list[str], case: Case) -> list[str]:
     """Return the codes in the order of a program that uses a trained model."""
     if case.has_sign("float32"):
         codes = ["smaller_weights", *codes]
+    if case.program in _WITH_PREFILL:
+        is_first = case.shows("subject.prefill")
+        codes.sort(key=lambda code: (code == "less_at_once") != is_first)
     if case.shows("subject.any_picture_size"):  # its pictures have any size
         codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
     return codes
 
 
+_WITH_PREFILL = ("vllm", "sglang")
+"""Servers with an option for the tokens of prompts in one pass."""
 _OF_GROWTH = ("growing", "accumulates", "ran_first")
 """Signs of passes that went well before the one that failed."""
 

@@ -54,7 +54,8 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     effect = applicability(code)
     if code == "split_general" and any(shows(evidence.run.text, f"subject.{each}") for each in _ACROSS_BATCH):
         effect = "changes_result"
-    named = inputs_of(evidence) if code == "smaller_inputs" and not words else code
+    inputs = inputs_of(evidence) if code == "smaller_inputs" else code
+    named = inputs if not words or inputs == "shorter_audio" else code
     remedy = Remedy(
         code=named,
         verdict=UNCHECKED,

@@ -208,6 +208,8 @@ def _changed(how: str, code: str, value: str) -> str | None:
         return f"{float(value) * 2:g}" if _NUMBER.fullmatch(value) and float(value) > 0 else None
     if code in ("smaller_picture", "smaller_inputs") and value in _NAMED:
         return _NAMED[value]
+    if code == "smaller_inputs" and "." in value and _NUMBER.fullmatch(value):  # seconds
+        return f"{float(value) / 2:g}" if float(value) >= _LEAST[code] else None
     sides = _SIDE.findall(value) if _SIDES_ONLY.fullmatch(value) else []
     if code == "smaller_picture" and len(sides) > 1:
         return _SIDE.sub(_half_of_side, value) if min(map(int, sides)) >= 2 * _LEAST[code] else None

@@ -62,6 +62,11 @@ class OtherDtype(Change, frozen=True, kw_only=True):
     other: str
 
 
+class Switch(Change, frozen=True, kw_only=True):
+    name: str
+    """As the report spells it."""
+
+
 class Option(Change, frozen=True, kw_only=True):
     name: str
     """The option as the script spells it."""
