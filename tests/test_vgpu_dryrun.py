@@ -90,6 +90,18 @@ def test_nanogpt_issue_88() -> None:
     assert round(found["failure"]["allocated_bytes"] / GIB, 2) == 10.16
 
 
+CHAINED = """
+import torch
+held = torch.zeros(3, device='cuda')
+try:
+    torch.empty(40 << 30, dtype=torch.uint8, device='cuda')
+except torch.OutOfMemoryError:
+    held = torch.zeros(3, device='cuda')
+    try:
+        import a_missing_library
+    except ImportError as error:
+        raise RuntimeError('install the extras') from error
+"""
 BROKEN_DATASET = """
 import torch
 
@@ -324,6 +336,23 @@ class TestMistakes:
         assert re.search(r"^  \[[23] calls in torch.nn.Module left out\]$", text, re.MULTILINE)
         assert text.endswith("OutOfMemoryError: no room\n\n")
         assert "torch/nn/modules/module.py" in fail(TypeError("anything else may lie there"))
+
+    def test_errors_behind_an_error_are_printed_and_its_cause_is_named(self, tmp_path: Path) -> None:
+        script = tmp_path / "chained.py"
+        script.write_text(CHAINED)
+        done = run("--gpu", "RTX 4090", "--no-explain", script)
+        order = [
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 40.00 GiB",
+            "During handling of the above exception, another exception occurred",
+            "No module named 'a_missing_library'",
+            "The above exception was the direct cause of the following exception",
+            "RuntimeError: install the extras\n\n",
+        ]
+        places = [done.stderr.index(text) for text in order]
+        assert places == sorted(places)
+        assert "tightfit/allocator" not in done.stderr
+        named = "RuntimeError: install the extras (caused by ModuleNotFoundError: No module named 'a_missing_library')"
+        assert named in " ".join(done.stdout.split())
 
     def test_an_error_of_the_script_is_its_own(self, tmp_path: Path) -> None:
         script = tmp_path / "broken.py"

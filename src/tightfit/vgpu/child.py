@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _LONGEST_ERROR = 2000
 """Characters of an error's text that are shown: torch lists all its backends when an operator is missing."""
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_IS_CAUSE = "\nThe above exception was the direct cause of the following exception:\n\n"
+_IS_CONTEXT = "\nDuring handling of the above exception, another exception occurred:\n\n"
 _CALLS = os.path.join("torch", "nn", "modules", "module.py")
 _EARLIER_S = 3.0
 """Seconds before the play's time limit at which a process of it ends: the one that started it may kill it then."""
@@ -189,24 +192,54 @@ def _run_played(run: Callable[[], None], part: Part) -> None:
 
 
 def print_traceback(error: BaseException) -> None:
-    """Print the traceback without our frames and torch's dispatch below, as it would look on a real card.
+    """Print the traceback and those of the errors behind it, as they would look on a real card.
 
-    Where memory ran out, calls in torch.nn.Module are only counted: they are most of a long traceback. Any other frame
-    stays, because `tightfit explain` reads the phase and the layer from it.
+    Our frames and torch's dispatch below are left out, and errors that our code handled. Where memory ran out, calls in
+    torch.nn.Module are only counted: they are most of a long traceback. Any other frame stays, because `tightfit
+    explain` reads the phase and the layer from it.
     """
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    parts = [_one_traceback(error)]
+    for behind, is_cause in _behind(error):
+        parts[:0] = [_one_traceback(behind), _IS_CAUSE if is_cause else _IS_CONTEXT]
+    print("".join(parts), file=sys.stderr)
+
+
+def _behind(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    """Yield the errors behind one as Python follows them, each with True if it is the cause of the one before it."""
+    seen = [error]
+    while True:
+        behind, is_cause = error.__cause__, error.__cause__ is not None
+        if behind is None and (_was_handled_here(error.__context__) or not error.__suppress_context__):
+            behind = error.__context__
+            while behind is not None and _was_handled_here(behind):
+                behind = behind.__context__
+        if behind is None or behind in seen:
+            return
+        yield behind, is_cause
+        seen.append(error := behind)
+
+
+def _was_handled_here(error: BaseException | None) -> bool:
+    """Return True for an error that our code caught or, if it has no traceback, made."""
+    if error is None:
+        return False
+    trace = error.__traceback__
+    return trace is None or trace.tb_frame.f_code.co_filename.startswith(_OURS)
+
+
+def _one_traceback(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((ours, "<frozen runpy>"))
+        if not frame.filename.startswith((_OURS, "<frozen runpy>"))
     ]
     is_short = type(error).__name__ == "OutOfMemoryError"
-    print("Traceback (most recent call last):", file=sys.stderr)
+    lines = ["Traceback (most recent call last):\n"] if frames else []
     for left_out, part in groupby(
         frames, key=lambda frame: is_short and frame is not frames[-1] and frame.filename.endswith(_CALLS)
     ):
         several = traceback.StackSummary.from_list(list(part))
         counted = f"  [{say('vgpu.child.left_out', count=len(several))}]\n"
-        print(counted if left_out else "".join(several.format()), end="", file=sys.stderr)
+        lines += [counted] if left_out else several.format()
     text = "".join(traceback.format_exception_only(error))
-    print(text if len(text) < _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ...", file=sys.stderr)
+    return "".join(lines) + (text if len(text) < _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ...\n")

@@ -110,18 +110,28 @@ def _why_it_ended(session: VirtualSession, error: BaseException | None, failure:
 
 
 def _in_short(error: BaseException) -> str:
-    """Name an error as the last line of its traceback does.
+    """Name an error as the last line of its traceback does, and the first one that it was raised from.
 
-    One that torch carries over from a worker of a DataLoader or a thread holds a whole traceback in its message, with
-    the error itself at the end (`torch._utils.ExceptionWrapper`).
+    An error that torch carries over from a worker of a DataLoader or a thread holds a whole traceback in its message,
+    with the error itself at the end (`torch._utils.ExceptionWrapper`).
     """
     where, carried, traceback = str(error).partition("\nOriginal Traceback (most recent call last):\n")
     if not carried:
-        return f"{type(error).__name__}: {error!s:.500}".rstrip().removesuffix(":")
+        causes = [each for each in _causes(error) if str(each) not in str(error)]
+        named = f"{type(error).__name__}: {error!s:.500}".rstrip().removesuffix(":")
+        return say("vgpu.findings.caused_by", error=named, cause=_in_short(causes[-1])) if causes else named
     lines = traceback.rstrip().splitlines()
     first = max((number for number, line in enumerate(lines) if line[:1].isspace()), default=-1) + 1
     text = "\n".join(lines[first:] or lines[-1:])
     return f"{text:.500} ({where.removeprefix(f'Caught {type(error).__name__} ').rstrip('.')})"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors that one was raised from, the nearest first."""
+    seen = [error]
+    while (cause := error.__cause__) is not None and cause not in seen:
+        yield cause
+        seen.append(error := cause)
 
 
 def _failure(session: VirtualSession) -> Failure | None:
