@@ -5,6 +5,7 @@ import gc
 import json
 import pickle
 import subprocess
+import sys
 import tempfile
 import traceback
 
@@ -325,6 +326,29 @@ def pinned_memory_is_known():
     assert "only dense CPU tensors" in error_of(RuntimeError, lambda: host.cuda().pin_memory())
 
 
+def host_mib():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+
+
+def copies_on_the_host_take_no_memory():
+    if sys.platform != "linux":
+        return
+    layer = nn.Linear(8192, 8192, device="cuda")
+    before = host_mib()
+    state = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
+    rows = [row.clone() for row in state["weight"].split(1000)]
+    wide = state["weight"].double()
+    again = nn.Parameter(state["weight"], requires_grad=False).clone()
+    layer.weight.data.copy_(again)
+    assert host_mib() - before < 64
+    state["weight"][5000] = 1
+    assert [state["weight"].clone()[5000, 7], again[5000, 7], wide[5000, 7], rows[5][0, 7]] == [1, 0, 0, 0]
+    assert state["weight"].clone(memory_format=torch.contiguous_format).sum() == 8192
+    del layer
+    torch.cuda.empty_cache()
+
+
 def counts_add_up():
     ids = torch.randint(0, 8, (100,), device="cuda")
     assert torch.bincount(ids, minlength=8).sum() == 100
@@ -382,6 +406,7 @@ FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
     *(captures_do_not_wait, counts_add_up, positions_that_differ, tokens_come_from_a_file),
     *(sparse_rows_multiply, views_change_in_place, arguments_by_name),
+    copies_on_the_host_take_no_memory,
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

@@ -151,6 +151,7 @@ class VirtualDevice:
             aten._to_copy.default: transfers.across,
             aten.to.device: self._in_parts,
             aten.copy_.default: transfers.into,
+            aten.clone.default: transfers.cloned,
             aten._pin_memory.default: lambda func, tensor, *rest: pin(tensor.clone()),
             aten.is_pinned.default: lambda func, tensor, *rest: is_pinned(tensor),
             aten.equal.default: self._equal,

@@ -12,7 +12,6 @@ value is not above the largest one, and a loss that never changes does not look 
 answer twice, and all results of made-up values are marked. Every made-up answer is counted by the line that asked.
 """
 
-import math
 import sys
 import threading
 from collections import Counter
@@ -30,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tightfit.kernels.temporaries import Argument, Arguments, Options, tensors_in
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.undecided_loops import UndecidedLoops
+from tightfit.vgpu.untouched import is_untouched, lazy_zeros
 from tightfit.vgpu.value_ranges import Picks, Ranges
 
 Scalar = bool | int | float
@@ -605,7 +605,7 @@ def _stored(data: Tensor, tensor: Tensor, made_up: bool) -> Fact | None:
 
 
 def _is_uniform(data: Tensor) -> bool:
-    if data.numel() == 1:
+    if data.numel() == 1 or is_untouched(data):
         return True
     corner = (0,) * data.dim()
     first = data[corner]
@@ -630,13 +630,3 @@ def _limit(tensor: Tensor) -> int:
 def _is_small(tensor: Tensor) -> bool:
     """Return True if a tensor's single values are worth following."""
     return tensor.numel() <= _limit(tensor)
-
-
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return zeros in pages that the system provides when they are touched: copies of large models cost nothing."""
-    import numpy as np
-
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < 1 << 16:
-        return torch.zeros(shape, dtype=dtype, device="cpu")
-    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)

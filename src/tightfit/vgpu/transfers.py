@@ -9,8 +9,9 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.cost import kernel_of
-from tightfit.kernels.temporaries import Argument
-from tightfit.vgpu.fakes import compressed_parts
+from tightfit.kernels.temporaries import Argument, Options
+from tightfit.vgpu.fakes import compressed_parts, has_fake
+from tightfit.vgpu.untouched import copied_lazily, is_untouched
 
 if TYPE_CHECKING:
     from tightfit.vgpu.device import VirtualDevice
@@ -50,7 +51,18 @@ class Transfers:
             if source.fake_device.type == "cpu":
                 return self._card.without_data(func, (source,), kwargs)
             return self._card.values.on_host(source, dtype or source.dtype)
+        if target == "cpu" and (lazy := copied_lazily(source, dtype, memory_format)) is not None:
+            return lazy
         out: Argument = func(source, **kwargs)
+        return out
+
+    def cloned(self, func: OpOverload, source: Tensor, *, memory_format: torch.memory_format | None = None) -> Argument:
+        """Run `clone`."""
+        options: Options = {} if memory_format is None else {"memory_format": memory_format}
+        if has_fake((source,)):
+            return self._card.execute(func, (source,), options)
+        lazy = copied_lazily(source, memory_format=memory_format)
+        out: Argument = func(source, **options) if lazy is None else lazy
         return out
 
     def _upload(
@@ -106,7 +118,8 @@ class Transfers:
             self._card.observer(copy)
         if not isinstance(target, FakeTensor):
             if not isinstance(source, FakeTensor):
-                func(*args)
+                if not (is_untouched(source) and is_untouched(target)):
+                    func(*args)
             elif source.fake_device.type == "cuda":
                 target.copy_(self._card.values.on_host(source, target.dtype))
             return target
