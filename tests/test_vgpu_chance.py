@@ -122,6 +122,8 @@ for function in (random.random, random.randint, np.random.rand, np.random.randin
 rng = np.random.default_rng(1)
 assert isinstance(pickle.loads(pickle.dumps(rng)), np.random.Generator), rng
 assert repr(rng).startswith("Generator(PCG64)") and np.random.default_rng(rng) is rng, rng
+for usual, mine in ((random.random, random._inst), (np.random.random, np.random.mtrand._rand)):
+    assert usual.__self__ is mine, usual
 train(4)
 """
 

@@ -40,8 +40,11 @@ def _watch_numpy(draws: Draws, module: ModuleType) -> None:
 
 def _watch_module(draws: Draws, module: ModuleType, ends: EndsByName) -> None:
     for name, of_name in ends.items():
-        made = _watched(getattr(module, name), draws, of_name, 0)
+        usual = getattr(module, name)
+        made = _watched(usual, draws, of_name, 0)
         assign(made, __module__=module.__name__, __qualname__=name)  # pickle finds it so
+        if hasattr(usual, "__self__"):
+            assign(made, __self__=usual.__self__)  # by which libraries reach the global generator
         assign(module, **{name: made})
 
 
