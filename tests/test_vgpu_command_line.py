@@ -185,3 +185,13 @@ def test_no_notebook_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "n.ipynb").write_text("[]")
     with pytest.raises(ConfigError, match="not a notebook that Jupyter could open"):
         notebook_script(tmp_path / "n.ipynb")
+
+
+def test_a_module_may_lie_in_a_folder_without_init(tmp_path: Path) -> None:
+    for file, text in {
+        "pkg/__init__.py": "",
+        "pkg/cli/main.py": "import torch\ntorch.ones(3, device='cuda')\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(text)
+    assert played(["--gpu", "A100", "-m", "pkg.cli.main"], folder=tmp_path).outcome == "fits"

@@ -231,9 +231,9 @@ def _is_there(name: str) -> bool:
     except (ImportError, ValueError):
         return False
     for part in rest:
-        first = f"{first}.{part}"
         folders = found.submodule_search_locations if found else None
-        found = PathFinder.find_spec(first, folders) if folders is not None else None
+        # A full name would be looked up in its imported package, if a folder has no __init__.py.
+        found = PathFinder.find_spec(part, folders) if folders is not None else None
     return found is not None
 
 
