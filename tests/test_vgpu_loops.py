@@ -1016,3 +1016,26 @@ def test_a_name_that_late_iterations_set_is_set(tmp_path: Path) -> None:
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["stopped_because"], found["not_played"]) == ("fits", "the script ended", [])
     assert found["steps"] < 200
+
+
+TENSOR_OF_SOME_EPOCHS = """
+import torch
+
+model = torch.nn.Linear(8, 4).cuda()
+optimizer = torch.optim.Adam(model.parameters())
+data = [torch.ones(4, 8) for _ in range(12)]
+for epoch in range(5):
+    for batch in torch.utils.data.DataLoader(data, batch_size=2):
+        model(batch.cuda()).sum().backward()
+        optimizer.step()
+    if (epoch + 1) % 2 == 0:
+        shown = None
+        for item in data:
+            shown = item.cuda()
+"""
+
+
+def test_a_name_may_hold_a_tensor_in_some_iterations(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TENSOR_OF_SOME_EPOCHS)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["steps"] < 30) == ("fits", True)
