@@ -20,7 +20,7 @@ FEATURES = (
     *("kernels_in_python", "caught_failures_keep_nothing", "types_are_refused", "sparse_elements_are_kept"),
     *("pinned_memory_is_known", "captures_do_not_wait", "counts_add_up", "positions_that_differ"),
     *("tokens_come_from_a_file", "sparse_rows_multiply", "views_change_in_place"),
-    *("arguments_by_name", "copies_on_the_host_take_no_memory"),
+    *("arguments_by_name", "copies_on_the_host_take_no_memory", "kinds_of_tensors_stay"),
 )
 
 

@@ -349,6 +349,29 @@ def copies_on_the_host_take_no_memory():
     torch.cuda.empty_cache()
 
 
+class Titled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, Titled) and isinstance(args[0], Titled):
+            result.__dict__ = copy.deepcopy(args[0].__dict__)
+        return result
+
+
+def kinds_of_tensors_stay():
+    picture = torch.ones(2, 8).as_subclass(Titled)
+    picture.title = ["a"]
+    moved, layer = picture.cuda(), nn.Linear(8, 4).cuda()
+    out = layer(moved * 2)
+    assert isinstance(out, Titled)
+    assert (out.is_cuda, out.title, moved.sum().item()) == (True, ["a"], 16)
+    out.sum().backward()
+    assert not isinstance(layer.weight.grad, Titled)
+    assert type(out.detach().cpu()) is type(picture)
+    assert not isinstance(torch.as_subclass(out, torch.Tensor), Titled)
+    assert isinstance(torch.as_subclass(layer.weight, Titled).clone(), Titled)
+
+
 def counts_add_up():
     ids = torch.randint(0, 8, (100,), device="cuda")
     assert torch.bincount(ids, minlength=8).sum() == 100
@@ -406,7 +429,7 @@ FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
     *(captures_do_not_wait, counts_add_up, positions_that_differ, tokens_come_from_a_file),
     *(sparse_rows_multiply, views_change_in_place, arguments_by_name),
-    copies_on_the_host_take_no_memory,
+    *(copies_on_the_host_take_no_memory, kinds_of_tensors_stay),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

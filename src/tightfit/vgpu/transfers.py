@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.temporaries import Argument, Options
 from tightfit.vgpu.fakes import compressed_parts, has_fake
+from tightfit.vgpu.patches.tensor_kinds import plain
 from tightfit.vgpu.untouched import copied_lazily, is_untouched
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Transfers:
             if isinstance(source, FakeTensor):
                 return self._card.execute(func, (source,), {**kwargs, "device": self._card.where})
             with self._card.fake.lock:
-                return self._upload(source, func, dtype or source.dtype, memory_format or torch.preserve_format)
+                return self._upload(plain(source), func, dtype or source.dtype, memory_format or torch.preserve_format)
         if device is not None:
             kwargs["device"] = device
         if isinstance(source, FakeTensor) and target == "cpu":

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tightfit.errors import DeviceError
 from tightfit.kernels.operators import WITH_OWN_KERNEL
 from tightfit.vgpu.assign import assign
+from tightfit.vgpu.patches import tensor_kinds
 from tightfit.vgpu.patches.autograd_threads import rest_before_exit
 from tightfit.wording import say
 
@@ -285,6 +286,7 @@ def exchange(one: Tensor, other: Tensor) -> None:
         mine, theirs = getattr(one, name, None), getattr(other, name, None)
         setattr(one, name, theirs)
         setattr(other, name, mine)
+    tensor_kinds.exchange(one, other)
     torch._C._swap_tensor_impl(one, other)
     for name, value in given.items():
         one.__dict__.setdefault(name, value)

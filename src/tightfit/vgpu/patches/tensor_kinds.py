@@ -1,14 +1,17 @@
-"""Libraries' own kinds of tensors and parameters, such as 4-bit weights, made of a fake tensor."""
+"""Libraries' own kinds of tensors and parameters, such as 4-bit weights or images with a header, of a fake tensor."""
 
 import types
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tightfit.vgpu.assign import assign
+from tightfit.vgpu.fakes import is_wrapper
 
 
 def install() -> None:
@@ -20,10 +23,37 @@ def install() -> None:
         if not isinstance(data, FakeTensor) or issubclass(cls, FakeTensor):
             return usual(cls, data, **{"require_grad": requires_grad, **kwargs})
         made = data.detach()
-        assign(made, __class__=_fake_kind(cls))
+        _become(made, _fake_kind(cls))
         return made.requires_grad_(bool(kwargs.get("require_grad", requires_grad)))
 
     assign(torch.Tensor, _make_subclass=staticmethod(make))
+    _let_kinds_be_taken()
+
+
+def _let_kinds_be_taken() -> None:
+    """Let `as_subclass` make a kind of a fake tensor, and the kind itself of a copy on the host."""
+    usual: Callable[[Tensor, type[Tensor]], Tensor] = torch.Tensor.as_subclass
+
+    @wraps(usual)
+    def as_subclass(self: Tensor, cls: type[Tensor]) -> Tensor:
+        if not isinstance(self, FakeTensor):
+            return usual(self, _kind_on_host(cls))
+        with torch._C.DisableTorchFunctionSubclass():
+            made: Tensor = torch.ops.aten.alias.default(self)
+        if cls is not torch.Tensor:
+            _become(made, cls if issubclass(cls, FakeTensor) else _fake_kind(cls))
+        return made
+
+    assign(torch.Tensor, as_subclass=as_subclass)
+    assign(torch, as_subclass=lambda input, cls: as_subclass(input, cls))  # with torch's names
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a host tensor as one of no library's kind."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) or is_wrapper(type(tensor)):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
 
 def is_own_kind(tensor: Tensor) -> bool:
@@ -34,20 +64,55 @@ def is_own_kind(tensor: Tensor) -> bool:
 def same_kind(tensor: Tensor, value: Tensor) -> Tensor:
     """Return `value` as a tensor of the kind of another one, with its attributes."""
     made = value.detach()
-    of_fake = dict(vars(made))
-    assign(made, __class__=type(tensor))
-    vars(made).update({**vars(tensor), **of_fake})
+    _become(made, type(tensor))
+    vars(made).update(vars(tensor))
     return made.requires_grad_(tensor.requires_grad)
 
 
+_of_fake = WeakIdKeyDictionary()
+"""Attributes by which tensors of fake kinds are fake: a library may copy or replace its tensor's `__dict__`."""
+
+
+def _become(made: Tensor, kind: type[Tensor]) -> None:
+    _of_fake[made] = dict(vars(made))
+    vars(made).clear()
+    assign(made, __class__=kind)
+
+
+def exchange(one: Tensor, other: Tensor) -> None:
+    """Swap by what two tensors are fake, as their contents are swapped."""
+    mine, theirs = _of_fake.pop(one, None), _of_fake.pop(other, None)
+    for tensor, kept in ((one, theirs), (other, mine)):
+        if kept is not None:
+            _of_fake[tensor] = kept
+
+
 class _Kept:
-    """Marks the fake kinds."""
+    """Marks the fake kinds, which name the kind that they stand for."""
+
+    kind_on_host: type[Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., object], types: Sequence[type], args: tuple[object, ...] = (), kwargs: Any = None
+    ) -> object:
+        """Return results of this kind, as tensors do. Torch takes this from a kind with operators of its own."""
+        return Tensor.__torch_function__.__func__(cls, func, types, args, kwargs)  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> object:
+        if name in (kept := _of_fake.get(self, {})):
+            return kept[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _kind_on_host(kind: type[Tensor]) -> type[Tensor]:
+    return kind.kind_on_host if issubclass(kind, _Kept) else kind
 
 
 @cache
 def _fake_kind(kind: type[Tensor]) -> type[Tensor]:
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "kind_on_host": kind}
     made: type[Tensor] = types.new_class(
-        kind.__name__, (kind, FakeTensor, _Kept), {}, lambda names: names.update(named)
+        kind.__name__, (kind, _Kept, FakeTensor), {}, lambda names: names.update(named)
     )
     return made
