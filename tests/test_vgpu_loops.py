@@ -1039,3 +1039,30 @@ def test_a_name_may_hold_a_tensor_in_some_iterations(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TENSOR_OF_SOME_EPOCHS)
     found = findings(["--gpu", "A100", tmp_path / "train.py"])
     assert (found["outcome"], found["steps"] < 30) == ("fits", True)
+
+
+LINE_BEHIND_AN_EVALUATION = """
+import numpy as np, torch
+from torch.utils.data import DataLoader
+
+model = torch.nn.Linear(8, 4).cuda()
+optimizer = torch.optim.SGD(model.parameters())
+loader = DataLoader([torch.ones(8) for _ in range(64)], batch_size=4)
+tests = DataLoader([torch.ones(8) for _ in range(50)], batch_size=4, num_workers=1)
+for epoch in range(15):
+    model.train()
+    for batch in loader:
+        model(batch.cuda()).sum().backward()
+        optimizer.step()
+    model.eval()
+    losses = []
+    for batch in tests:
+        losses.append(model(batch.cuda()).detach().cpu().numpy())
+    losses = np.concatenate(losses)
+"""
+
+
+def test_a_line_that_a_jump_leads_to_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(LINE_BEHIND_AN_EVALUATION)
+    found = findings(["--gpu", "A100", tmp_path / "train.py"])
+    assert (found["outcome"], found["steps"] < 40) == ("fits", True)

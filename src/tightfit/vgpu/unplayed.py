@@ -571,6 +571,7 @@ class LineWatch:
         loop = self.left.of(code, first)
         if loop is not None:
             self.left.leave_now(frame, loop)
+            self._ran.note(frame)  # after a jump Python does not call for the line that it led to
         elif (code, first) in self._skips and frame.f_lineno == self._skips[code, first][1].line:
             self._skip(frame, first)
         elif self.at_head is not None:
