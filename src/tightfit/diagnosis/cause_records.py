@@ -192,6 +192,14 @@ class PrintedBatch(Cause, frozen=True, kw_only=True):
     batch_size: int | None
 
 
+class ServerShare(Cause, frozen=True, kw_only=True):
+    """A server in the training's own process."""
+
+    share: float
+    """Part of the card that it takes."""
+    share_bytes: int
+
+
 class Limit(Cause, frozen=True, kw_only=True):
     allowed_bytes: int
     free_bytes: int | None = None

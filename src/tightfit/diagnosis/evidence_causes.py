@@ -16,6 +16,7 @@ from tightfit.diagnosis.cause_records import (
     OtherCard,
     PrintedBatch,
     Request,
+    ServerShare,
     Shard,
     ShardShare,
     SizedWeight,
@@ -45,7 +46,7 @@ def causes_of_evidence(
 
     That the model alone is too large comes before all others.
     """
-    other = [*_of_other_card(facts, evidence), *_of_loading(facts, evidence)]
+    other = [*_of_other_card(facts, evidence), *_of_loading(facts, evidence), *_of_server(facts, evidence)]
     tensor = [
         *_of_first_card(facts, evidence),
         *_of_kept(facts, evidence),
@@ -71,6 +72,19 @@ def _of_loading(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield that by the report's words the checkpoints of all processes are on the first card."""
     if loads_on_first_card(Case(facts, evidence)):
         yield Cause(code="all_on_first_card", label=LIKELY)
+
+
+_COLOCATED = re.compile(r"\b(?:vllm_|rollout\.)gpu_memory_utilization[\"' ]{0,3}[=:] ?(0?\.\d{1,3})\b")
+_MUCH = 0.4
+"""Share of the card from which on a server beside a training is named as a cause."""
+
+
+def _of_server(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield the share of the card that vLLM takes in the process of a training, by the printed setting."""
+    found, total = _COLOCATED.findall(evidence.run.text), facts.total_bytes
+    if found and total and float(found[-1]) >= _MUCH:
+        share = float(found[-1])
+        yield ServerShare(code="server_beside", label=COMPUTED, share=share, share_bytes=round(share * total))
 
 
 def _of_first_card(facts: Facts, evidence: Evidence) -> Iterator[Cause]:

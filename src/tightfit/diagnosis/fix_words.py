@@ -59,7 +59,7 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     remedy = Remedy(
         code=named,
         verdict=UNCHECKED,
-        reason=_reason(code, named, evidence),
+        reason=_reason(code, named, facts, evidence),
         label=COMPUTED,
         exact={"exact": True, "changes_result": False}.get(effect),
         applicability=effect,
@@ -69,9 +69,9 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
     return _divided_batch(remedy, evidence) if code == "split_general" else remedy
 
 
-def _reason(code: str, named: str, evidence: Evidence) -> str:
+def _reason(code: str, named: str, facts: Facts, evidence: Evidence) -> str:
     """Return the key of the sentence on a remedy; accumulation is of a training only."""
-    if code == "less_at_once" and evidence.infers:
+    if code == "less_at_once" and (evidence.infers or facts.phase in ("sample", "eval")):
         return "less_at_once_in_use"
     return named if named in ("fewer_atoms", "shorter_protein") else code
 

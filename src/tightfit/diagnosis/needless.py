@@ -347,6 +347,7 @@ _OF_THE_PASS = (
     _Rule("eval_batch", "the report says that it is one", _evaluates_one),
     _Rule("eval_batch", "nothing is evaluated", _only_generates),
     _Rule("smaller_cache", "the cache has room", lambda case: case.shows("subject.cache_has_room")),
+    _Rule("reference_first", "there is no reference model", lambda case: not case.shows("subject.reference_model")),
     _Rule("no_gradients", "they are off", lambda case: case.has_sign("no_grad")),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
