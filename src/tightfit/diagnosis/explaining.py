@@ -14,6 +14,7 @@ from tightfit.config.schema import from_dict
 from tightfit.diagnosis.advice import advice, closing_first
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED, Cause, OtherKind
 from tightfit.diagnosis.causes import causes_of, is_of_device
+from tightfit.diagnosis.config_rules import fitted
 from tightfit.diagnosis.contrast import switch_against
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
@@ -143,7 +144,8 @@ def _for_machine(found: Explanation) -> Explanation:
     if facts is None:
         return found
     excluded = excluded_in(run.text)
-    wanted = tuple(below_stated(each, run.text) for each in found.remedies if not excluded.has(each))
+    known = found.remedies if found.played == "model" else fitted(found.remedies, found.foreign)
+    wanted = tuple(below_stated(each, run.text) for each in known if not excluded.has(each))
     if "one_buffer" in facts.details:
         wanted = tuple(each for each in wanted if each.code != "mps_watermark")
     if is_of_allocator(facts.kind):

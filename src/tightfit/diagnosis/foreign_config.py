@@ -6,13 +6,16 @@ Their values count like those that a log prints. `model_play` plays the model th
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from tightfit.config import TrainConfig
 from tightfit.config.schema import defaults
+from tightfit.diagnosis.config_programs import Found, file_of_no_training, found_in, known, program_of
+from tightfit.diagnosis.config_values import Value, kind_of, values_in, without_comments
+from tightfit.diagnosis.framework_words import frameworks
 from tightfit.diagnosis.usual_models import all_models, named_in
 from tightfit.diagnosis.yaml_errors import first_error
 from tightfit.errors import ConfigError
@@ -21,16 +24,6 @@ from tightfit.wording import say, term
 
 _MOST = 1_000_000
 """Characters of a file that are read."""
-_PROGRAMS = {
-    "torchtune": ("_component_",),
-    "axolotl": ("sequence_len", "base_model", "micro_batch_size"),
-    "llama_factory": ("finetuning_type", "cutoff_len", "template"),
-    "deepspeed": ("zero_optimization", "train_micro_batch_size_per_gpu"),
-    "accelerate": ("compute_environment", "distributed_type"),
-    "transformers_trainer": ("per_device_train_batch_size", "per_device_eval_batch_size"),
-    "model_config": ("architectures", "model_type"),
-}
-"""Keys of which one shows the program that a file is for; the first program counts."""
 _NANOGPTS = frozenset({"n_layer", "n_head", "n_embd", "block_size", "init_from", "eval_iters"})
 _EXAMPLES = ("Llama 3.1 8B", "Qwen2.5 7B")
 _KEY = re.compile(r"^[\s{,]*[\"']?([A-Za-z_]\w{1,60})[\"']?\s*[:=]", re.MULTILINE)
@@ -43,29 +36,115 @@ class Foreign(msgspec.Struct, frozen=True, kw_only=True):
     program: str
     """A key of the words' table `programs`."""
     text: str
+    """Its text without comments."""
+    values: Mapping[str, Value] = msgspec.field(default_factory=dict)
+    """The values by their paths."""
+    found: Found | None = None
+    """What it has of the run; None for a program whose keys are not known."""
+
+    def has(self, part: str) -> bool:
+        return self.found is not None and part in self.found.parts
 
 
 def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
     """Return the configuration if a file or a key of the command line is another program's; None if all are ours.
 
-    A file that cannot be read is left to the reader of our own, which reports it. ConfigError for JSON that ends too
-    early, for JSON that no program is known by and that has an error, and for YAML with a certain mistake.
+    A file that cannot be read is left to the reader of our own, which reports it. ConfigError for a file that no
+    training reads, for JSON that ends too early, for JSON that no program is known by and that has an error, and for
+    YAML with a certain mistake.
     """
     read = [(path, text) for path in paths if (text := _read(path)) is not None]
-    text = "\n".join([*(text for _, text in read), *(key.removeprefix("--") for key in keys)])
-    program = _program(text)
+    each_values = [values_in(path, text) for path, text in read]
+    options = _of_options(keys)
+    values = {name: value for each in (*each_values, options) for name, value in each.items()}
+    text = "\n".join([*(without_comments(*each) for each in read), *(key.removeprefix("--") for key in keys)])
+    program = program_of(values) or _unnamed(values, text, [kind_of(*each) for each in read])
     for path, each in read:
         _check_json(path, each, is_known=program is not None)
         _check_yaml(path, each)
-    return Foreign(program=program, text=text) if program else None
+    for (path, each), inner in zip(read, each_values, strict=True):
+        _check_kind(path, each, inner, is_known=program is not None)
+    if program is None:
+        return None
+    return Foreign(program=program, text=text, values=values, found=_found(program, values, each_values))
+
+
+def _found(program: str, values: Mapping[str, Value], files: Sequence[Mapping[str, Value]]) -> Found | None:
+    """Return what the configurations have: those of the program itself before those of its launcher."""
+    if not known(program).numbers:
+        return None
+    found = found_in(program, values)
+    for each in files:
+        other = program_of(each)
+        if other not in (None, program):
+            found = found.over(found_in(other or "", each))
+    return found
+
+
+def _of_options(keys: Sequence[str]) -> dict[str, Value]:
+    """Return the values of keys of the command line: --key=value, or --key and its value behind it."""
+    found: dict[str, Value] = {}
+    name = ""
+    for word in keys:
+        if word.startswith("--"):
+            name, sign, value = word.removeprefix("--").partition("=")
+            found[name] = value if sign else True
+        elif name:
+            found[name] = word
+    return found
 
 
 def with_foreign(run: RunFacts, given: Foreign) -> RunFacts:
     """Return the facts of a log's run with those of the configuration that was given for it."""
     both = run_facts_in(run.text + "\n" + given.text)
-    program = () if given.program == "model_config" else (given.program,)
+    program = (given.program,) if given.program in frameworks() else ()
     others = tuple(name for name in both.frameworks if name not in program)
-    return msgspec.structs.replace(both, frameworks=(*program, *others))
+    both = msgspec.structs.replace(both, frameworks=(*program, *others))
+    if given.found is None:
+        return both
+    found = given.found.with_accumulation(given.found.numbers.get("world_size") or run.numbers.get("world_size"))
+    rest = {name: number for name, number in both.numbers.items() if name not in _OF_PROGRAMS}
+    if next(named_in(found.texts.get("model", "")), None) is not None:  # its sizes are known, without adapters
+        rest.pop("parameters", None)
+    of_log = {name: number for name, number in run.numbers.items() if name in _OF_PROGRAMS}
+    return msgspec.structs.replace(
+        both,
+        numbers=rest | of_log | dict(found.numbers),
+        names={**run.names, **{name: path.rpartition(".")[2] for name, path in found.names.items()}},
+        texts={**run.texts, **found.texts},
+        signs=(both.signs - _DECIDED) | run.signs | _signs_of(found),
+    )
+
+
+_OF_PROGRAMS = frozenset(
+    {"batch_size", "eval_batch_size", "accumulation", "length", "world_size", "zero_stage", "image"}
+)
+"""Quantities that stand where their program has them, and nowhere else in its configuration."""
+_SIGNS = {
+    "lora": ("lora",),
+    "qlora": ("lora", "qlora"),
+    "eight_bit": ("quantized_8",),
+    "checkpointing": ("checkpointing",),
+    "deepspeed": ("deepspeed",),
+    "fsdp": ("fsdp",),
+    "full_shard": ("full_shard",),
+    "flash": ("flash",),
+    "half": ("half",),
+    "in_backward": ("in_backward",),
+}
+"""Signs of a run that a part of a configuration is."""
+_DECIDED = frozenset({"four_bit", *(sign for signs in _SIGNS.values() for sign in signs)})
+_OF_PART = frozenset({"lora", "qlora", "frozen", "other_adapter", "gptq"})
+"""Parts beside which not all parameters are trained."""
+
+
+def _signs_of(found: Found) -> frozenset[str]:
+    signs = {sign for part in found.parts for sign in _SIGNS.get(part, ())}
+    if "16" in found.texts.get("dtype", ""):
+        signs.add("half")
+    if "model" in found.texts and not found.parts & _OF_PART:
+        signs.add("all_trained")
+    return frozenset(signs)
 
 
 def with_model(given: Foreign | None, model: str) -> Foreign:
@@ -76,15 +155,22 @@ def with_model(given: Foreign | None, model: str) -> Foreign:
     path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
     if path.is_file():
         text = _read(str(path)) or ""
-        if _program(text) != "model_config":
+        if program_of(values_in(str(path), text)) != "model_config":
             raise ConfigError(say("explain.foreign_config.no_model_in", path=path))
     elif next(named_in(model), None) is not None:
         text = f"model_name_or_path: {model}"
     else:
         near = difflib.get_close_matches(model, [each.name for each in all_models()], n=3, cutoff=0.3)
         raise ConfigError(say("explain.foreign_config.unknown_model", model=model, near=", ".join(near or _EXAMPLES)))
-    program = given.program if given else "model_config"
-    return Foreign(program=program, text=text + "\n" + given.text if given else text)
+    if given is not None:
+        found = given.found if path.is_file() else _with_name(given.found, model)
+        return msgspec.structs.replace(given, text=text + "\n" + given.text, found=found)
+    return Foreign(program="model_config" if path.is_file() else "named_model", text=text)
+
+
+def _with_name(found: Found | None, model: str) -> Found | None:
+    """Return what a configuration has, with the model that the user names instead of its own."""
+    return found and msgspec.structs.replace(found, texts={**found.texts, "model": model})
 
 
 def _read(path: str) -> str | None:
@@ -123,9 +209,24 @@ def _check_yaml(path: str, text: str) -> None:
         raise ConfigError(say("explain.foreign_config.yaml_error", path=path, line=error.line, reason=reason))
 
 
-def _program(text: str) -> str | None:
-    keys = {*_KEY.findall(text), *_INNER.findall(text)}
-    if keys & _NANOGPTS:
-        return None
-    found = next((program for program, signs in _PROGRAMS.items() if keys & set(signs)), None)
-    return found or ("other" if keys & (known_names() - defaults(TrainConfig).keys()) else None)
+def _unnamed(values: Mapping[str, Value], text: str, kinds: Sequence[str]) -> str | None:
+    """Return `other` for a configuration of no known program that has what decides a run's memory."""
+    if all(kind == "python" for kind in kinds):
+        keys = {*_KEY.findall(text), *_INNER.findall(text)}
+        return "other" if keys & (known_names() - defaults(TrainConfig).keys()) and not keys & _NANOGPTS else None
+    keys = {part.removesuffix("[]") for path in values for part in path.split(".")}
+    return "other" if keys & (known_names() | _NANOGPTS) else None
+
+
+def _check_kind(path: str, text: str, values: Mapping[str, Value], *, is_known: bool) -> None:
+    """Raise ConfigError for a file that no training reads, and for one of which no key is known."""
+    kind = file_of_no_training(values)
+    if kind is not None:
+        what = term("explain.files", kind)
+        raise ConfigError(say("explain.foreign_config.no_training", path=path, what=what))
+    language = kind_of(path, text)
+    if not is_known and language != "python":
+        raise ConfigError(say("explain.foreign_config.no_key", path=path, language=_LANGUAGES[language]))
+
+
+_LANGUAGES = {"json": "JSON", "yaml": "YAML", "toml": "TOML"}

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from tightfit.diagnosis.advice import advice
 from tightfit.diagnosis.cause_records import SIMULATED, Cause, Held, ModelStep
 from tightfit.diagnosis.causes import by_size, causes_of, play_fits
+from tightfit.diagnosis.config_rules import fitted
 from tightfit.diagnosis.culprit import Culprit, culprit_of_evidence, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.explanation import Explanation
@@ -66,7 +67,8 @@ class ModelPlay:
                 base = self._play(self._run)
                 if base is None:
                     return None
-                fixes = tuple(each for each in advice(facts, evidence) if not _is_done(self._run, each))
+                given = fitted(advice(facts, evidence), plain.foreign)
+                fixes = tuple(each for each in given if not _is_done(self._run, each))
                 remedies = fixes if base.fits else ranked(list(self._judged(fixes, evidence, base)))
         return replace(
             plain,

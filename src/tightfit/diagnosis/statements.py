@@ -10,7 +10,7 @@ from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
 from tightfit.diagnosis.foreign_config import Foreign
-from tightfit.diagnosis.model_run import ModelRun
+from tightfit.diagnosis.model_run import ModelRun, can_be_step, parts_not_in_step
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, SplitBatch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
 
 
-_GIVEN = ("batch_size", "accumulation", "length", "world_size", "zero_stage")
+_GIVEN = ("batch_size", "accumulation", "length", "image", "world_size", "zero_stage")
 """Quantities of another program's configuration that are repeated, in this order."""
 
 
@@ -196,18 +196,47 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
 
 
 def _foreign_lines(explanation: "Explanation", foreign: Foreign, words: Words) -> Iterator[str]:
-    """Yield the values read from another program's configuration, and the missing ones."""
+    """Yield what was read from another program's configuration, why it is not played, and what is missing."""
     run, model = explanation.reading.run, model_of(explanation.reading.run)
-    values = [words("given", name, value=run.numbers[name]) for name in _GIVEN if name in run.numbers]
-    values += [words("given", "model", value=model.name)] if model is not None and model.name else []
+    values, separator = list(_given_values(explanation, foreign, words)), words("units", "separator")
     program = words.name("programs", foreign.program)
-    if values:
+    parts = parts_not_in_step(foreign, run) if can_be_step(foreign) and explanation.played != "model" else ()
+    if values and parts:
+        told = separator.join(words("parts", part, value=run.texts.get("optimizer", "")) for part in parts)
+        yield words("assumed", "read_as_counted", program=program, values=separator.join(values), parts=told)
+    elif values:
         key = "read_as_played" if explanation.played == "model" else "read_as"
-        yield words("assumed", key, program=program, values=words("units", "separator").join(values))
+        yield words("assumed", key, program=program, values=separator.join(values))
     else:
         yield words("assumed", "nothing_read", program=program)
     if model is None:
         yield words("assumed", "model_unknown")
+
+
+def _given_values(explanation: "Explanation", foreign: Foreign, words: Words) -> Iterator[str]:
+    """Yield what was read of a configuration: its numbers, its model, and its parts."""
+    run, model = explanation.reading.run, model_of(explanation.reading.run)
+    for name in _GIVEN:
+        if name == "world_size" and run.numbers.get(name) == 1:
+            yield words("given", "one_card")
+        elif name in run.numbers:
+            yield words("given", name, value=run.numbers[name])
+    if model is not None and model.name:
+        yield words("given", "model", value=model.name)
+    if foreign.found is None:
+        return
+    texts = foreign.found.texts
+    yield from (words("given", name, value=texts[name]) for name in ("dtype", "optimizer") if name in texts)
+    said = {"deepspeed"} if "zero_stage" in run.numbers else set()
+    yield from (words("parts", part, value="") for part in _PARTS if part in foreign.found.parts - said)
+
+
+_PARTS = (
+    *("lora", "qlora", "eight_bit", "gptq", "float8", "frozen", "other_adapter", "saved_modules", "dora"),
+    *("several_models", "checkpointing", "selective", "activation_offload", "host_state", "host_weights"),
+    *("in_backward", "packed", "chunked_loss", "compiled", "deepspeed", "fsdp", "spread"),
+)
+"""Parts of a configuration that are repeated, in this order."""
 
 
 def _step_line(run: ModelRun, words: Words) -> str:

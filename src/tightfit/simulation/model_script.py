@@ -8,7 +8,7 @@ the optimizer's state from its beginning.
 import importlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,12 +35,12 @@ class Adapter(nn.Module):
         return found
 
 
-def with_adapters(model: nn.Module, rank: int, dtype: torch.dtype) -> None:
-    """Freeze a model, and put an adapter on each linear layer but the output's."""
+def with_adapters(model: nn.Module, rank: int, dtype: torch.dtype, targets: Sequence[str] = ()) -> None:
+    """Freeze a model, and put an adapter on each linear layer of these names, or on each but the output's."""
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and name not in _OUTPUT:
+            if isinstance(child, nn.Linear) and (name in targets if targets else name not in _OUTPUT):
                 setattr(parent, name, Adapter(child, rank, dtype))
 
 
@@ -64,7 +64,7 @@ def main(options: Mapping[str, Any], batch: int, passes: int) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(default)
     if options["rank"]:
-        with_adapters(model, options["rank"], torch.float32 if cast else dtype)
+        with_adapters(model, options["rank"], torch.float32 if cast else dtype, options["targets"])
         model.enable_input_require_grads()
     if options["checkpointing"]:
         model.config.use_cache = False
