@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,11 @@ import pytest
 
 from tightfit.cli.main import main
 from tightfit.diagnosis import model_play
+from tightfit.diagnosis.config_edits import edited
+from tightfit.diagnosis.config_fix import config_fix
+from tightfit.diagnosis.config_programs import known
+from tightfit.diagnosis.config_rules import refused
+from tightfit.diagnosis.config_values import Value
 from tightfit.diagnosis.explaining import explain as explained
 from tightfit.diagnosis.foreign_config import Foreign, foreign_in
 from tightfit.diagnosis.model_run import ModelRun
@@ -79,7 +85,7 @@ def test_line_ends_of_windows_stay():
 
 
 def test_a_key_that_stands_twice_is_left_alone(capsys: pytest.CaptureFixture[str]):
-    text = 'train:\n  "per_device_train_batch_size": 8\neval:\n  per_device_train_batch_size: 8\n'
+    text = 'one:\n  "per_device_train_batch_size": 8\ntwo:\n  per_device_train_batch_size: 8\n'
     Path("sft.yaml").write_text(text)
     assert explain("--config", "sft.yaml", "--fix", "--write") in (0, 1)
     assert Path("sft.yaml").read_text().startswith(text)
@@ -161,6 +167,109 @@ def test_a_key_that_is_not_there_is_added_to_json():
     assert explain("--config", "ds.json", "--fix", "--write") == 0
     after = json.loads(Path("ds.json").read_text())
     assert after == {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4}
+
+
+CONFIGS = tomllib.loads(Path(__file__).with_name("foreign_configs.toml").read_text())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_is_read_as_what_it_is(name: str):
+    """The program, the values that are told, the step that is played, the fixes offered and the diff of --fix."""
+    case = CONFIGS[name]
+    path = Path(case["file"])
+    path.write_text(case["text"])
+    foreign = foreign_in([case["file"]], [])
+    assert foreign is not None
+    assert foreign.program == case["program"]
+    found = explained(case.get("log", LOG), foreign=foreign)
+    told = " ".join(str(found).split())
+    for part in case.get("told", []):
+        assert part in told
+    pasted = "\n".join("\n".join(each.paste) for each in found.remedies)
+    for line in case.get("offers", []):
+        assert line in pasted
+    for line in case.get("never", []):
+        assert line not in told + pasted
+    if "first" in case:
+        assert found.remedies[0].code == case["first"]
+    if "after" in case:
+        fix = config_fix(found, [case["file"]])
+        assert (fix.after if fix else None) == case["after"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "english"),
+    [
+        ("compose.yml", "services:\n  trainer:\n    image: x:1\n    shm_size: 64m\n", "a file of Docker Compose"),
+        ("job.yaml", "apiVersion: batch/v1\nkind: Job\nspec:\n  template: x\n", "a manifest of Kubernetes"),
+        ("ci.yml", "on: [push]\njobs:\n  test:\n    runs-on: x\n", "a workflow of continuous integration"),
+        ("pyproject.toml", '[build-system]\nrequires = ["hatchling"]\n', "a Python project's file"),
+        ("package.json", '{"name": "a", "version": "1", "dependencies": {"b": "2"}}', "a package.json of Node.js"),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 8}', "a PEFT adapter's configuration"),
+        ("merge.yaml", "merge_method: slerp\nbase_model: a/b\n", "a recipe for merging models"),
+        ("odd.yaml", "lr: 0.1\nepochs: 3\n", "YAML without a key that tightfit knows"),
+    ],
+)
+def test_a_file_that_no_training_reads_is_told_so(
+    file: str, text: str, english: str, capsys: pytest.CaptureFixture[str]
+):
+    Path(file).write_text(text)
+    for language, word in (("en", english), ("ja", "学習の設定")):
+        assert explain("--config", file, "--lang", language) == 2
+        said = capsys.readouterr().err
+        assert word in said
+        assert "Python (" not in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "before", "settings"),
+    [
+        ("torchtune", {"optimizer_in_bwd": True}, {"gradient_accumulation_steps": 4}),
+        ("axolotl", {"fsdp_config.offload_params": True}, {"optimizer": "adamw_bnb_8bit"}),
+        ("axolotl", {"adapter": "lora", "load_in_8bit": True}, {"adapter": "qlora"}),
+        ("axolotl", {"fsdp": "full_shard"}, {"deepspeed": "zero3.json"}),
+        ("llama_factory", {"use_galore": True}, {"finetuning_type": "lora"}),
+        ("llama_factory", {"deepspeed": "ds_z2.json", "pissa_init": True}, {"deepspeed": "ds_z3.json"}),
+        ("transformers_trainer", {"fp16": True}, {"bf16": True}),
+        ("deepspeed", {"fp16.enabled": True}, {"bf16.enabled": True}),
+    ],
+)
+def test_settings_that_a_program_raises_for_together(
+    program: str, before: dict[str, Value], settings: dict[str, Value]
+):
+    assert refused(settings, before, known(program))
+    assert not refused(settings, {}, known(program))
+    assert not refused(before, before | settings, known(program))  # so it was before
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "settings", "after"),
+    [
+        (
+            "a.yaml",
+            "t:\n  b: 4  # c\n  d: e\nf: g\n",
+            {"t.b": 2, "t.h": True},
+            "t:\n  b: 2  # c\n  d: e\n  h: true\nf: g\n",
+        ),
+        ("a.yaml", "a: 1", {"p.q": "r"}, "a: 1\np:\n  q: r\n"),
+        ("a.yaml", "k:\n", {"k": 2}, "k: 2\n"),
+        ("a.yaml", "a: [1, 2]\n", {"a": 2}, None),
+        (
+            "a.toml",
+            "[t]\nb = 4 # c\n\n[u]\nb = 1\n",
+            {"t.b": 2, "u.d": True},
+            "[t]\nb = 2 # c\n\n[u]\nb = 1\nd = true\n",
+        ),
+        ("a.toml", "[t]\nb = 4\n", {"v.w": "x"}, '[t]\nb = 4\n\n[v]\nw = "x"\n'),
+        ("a.json", '{"z": {"stage": 2}, "b": {}}', {"z.stage": 3, "z.o": 1}, '{"z": {"o": 1, "stage": 3}, "b": {}}'),
+        ("a.json", '{\n  "a": 1\n}', {"p.q": True}, '{\n  "p": {"q": true},\n  "a": 1\n}'),
+        ("a.json", '{"a": {"x": 1}, "b": {"x": 1}}', {"b.x": 2}, '{"a": {"x": 1}, "b": {"x": 2}}'),
+        ("a.py", "a = 1  # b\n", {"a": 2}, "a = 2  # b\n"),
+    ],
+)
+def test_a_value_is_changed_in_its_own_place(file: str, before: str, settings: dict[str, Value], after: str | None):
+    assert edited(file, before, settings) == after
 
 
 QWEN = {

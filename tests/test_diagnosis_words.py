@@ -12,6 +12,7 @@ from tightfit.errors import ConfigError
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import memory_of
 from tightfit.vgpu.records import CATEGORIES
+from tightfit.wording import words_of
 from tightfit.wording.diagnosis import LANGUAGES, words
 from tightfit.wording.kinds import words as kind_words
 
@@ -19,9 +20,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "tightfit"
 ROOMS = ("oomlog", "diagnosis", "wording/diagnosis")
 CODE = "\n".join(file.read_text() for room in ROOMS for file in sorted((SOURCE / room).glob("*.py")))
 
-LINES, ADVICE, FRAMEWORKS = (
+LINES, ADVICE, FRAMEWORKS, PROGRAMS = (
     tomllib.loads((SOURCE / "diagnosis" / name).read_text())
-    for name in ("lines.toml", "advice.toml", "frameworks.toml")
+    for name in ("lines.toml", "advice.toml", "frameworks.toml", "config_programs.toml")
 )
 KINDS = tomllib.loads((SOURCE / "oomlog" / "codes.toml").read_text())["kinds"]
 TABLES = tomllib.loads((SOURCE / "diagnosis" / "kind_fixes.toml").read_text())
@@ -61,6 +62,8 @@ def test_every_sentence_is_used(key: str):
     if table == "categories":
         assert name in CATEGORIES or name in LINES or f'"{name}"' in CODE
         return
+    if table == "programs" and name in PROGRAMS:
+        return
     bare = {"shares_one": "shard", "weights_one": "weight", "held_one": "held"}.get(name, name)
     if table in ("remedies", "reasons") and bare in ADVICE["applicability"]:
         return
@@ -78,6 +81,14 @@ def _is_formed(table: str, name: str) -> bool:
     if name.endswith(("_elsewhere", "_sized", "_unnamed")):
         return f'"{re.sub("_(elsewhere|sized|unnamed)$", "", name)}"' in CODE
     return table == "causes" and name.startswith("hint_") and f'"{name.removeprefix("hint_")}"' in CODE
+
+
+def test_every_program_of_a_configuration_and_every_part_has_its_words():
+    said, files = words("en"), words_of("explain", "en")
+    assert PROGRAMS.keys() - {"no_training"} <= said.table("programs").keys()
+    assert PROGRAMS["no_training"].keys() <= files.table("files").keys()
+    parts = {part for name, entry in PROGRAMS.items() if name != "no_training" for part in entry.get("parts", {})}
+    assert parts - {"half", "full_shard", "flash", "all_linear", "mlp_adapters", "grpo"} <= said.table("parts").keys()
 
 
 def test_every_kind_is_said():

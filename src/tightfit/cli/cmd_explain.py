@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
         write(explanation_report(found), options.html)
     if options.fix:
-        return _fix(found, options.config[-1], write=options.write)
+        return _fix(found, options.config, write=options.write)
     if options.json:
         print(as_json(found.to_json()))
     else:
@@ -75,16 +75,18 @@ def _check_fix(options: argparse.Namespace) -> None:
         raise ConfigError(say("explain.cmd_explain.fix_or_json"))
 
 
-def _fix(found: "Explanation", path: str, *, write: bool) -> int:
-    """Print the first fix that is a change of the file alone as a diff, and make it if `write`."""
+def _fix(found: "Explanation", paths: Sequence[str], *, write: bool) -> int:
+    """Print the first fix that is a change of one file alone as a diff, and make it if `write`."""
     from tightfit.diagnosis.config_fix import config_fix
     from tightfit.storage import write_aside
 
+    path = paths[-1]
     try:
-        fix = config_fix(found, path)
+        fix = config_fix(found, paths)
         if fix is None:
             print(say("explain.cmd_explain.no_fix", path=path), file=sys.stderr)
             return FAILED
+        path = fix.path
         print(say("explain.cmd_explain.fixed_by", title=fix.title, effects=fix.effects), file=sys.stderr, flush=True)
         print(fix.diff, end="", flush=True)
         if write:

@@ -19,6 +19,14 @@ ALWAYS = "always"
 """The part that each configuration has, in the tables `gone` and `lines`."""
 
 
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a program's commands that depends on the model: a folder and a size."""
+
+    usual: str
+    of: str
+    most: int
+
+
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """What the table knows of one program; its head describes the fields."""
 
@@ -31,6 +39,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     needs: dict[str, dict[str, bool | int | float | str]] = msgspec.field(default_factory=dict)
     gone: dict[str, list[str]] = msgspec.field(default_factory=dict)
     lines: dict[str, dict[str, list[str]]] = msgspec.field(default_factory=dict)
+    recipe: Recipe | None = None
 
 
 _NO_TRAINING = "no_training"
@@ -71,7 +80,13 @@ def known(program: str) -> Program:
 
 
 def _any_of(alternatives: Iterable[Iterable[str]], values: Mapping[str, Value]) -> bool:
-    return any(all(holds(each, values) for each in conditions) for conditions in alternatives)
+    return any(all(_shows(each, values) for each in conditions) for conditions in alternatives)
+
+
+def _shows(condition: str, values: Mapping[str, Value]) -> bool:
+    """Return True if a sign is there: a key shows its program whatever its value."""
+    is_bare = condition[0] not in "!~" and not set("=>") & set(condition)
+    return holds(f"{condition}=*" if is_bare else condition, values)
 
 
 _CONDITION = re.compile(r"(?P<mark>[!~]?)(?P<key>[^=>]+)(?:(?P<sign>[=>])(?P<value>.*))?")
@@ -134,7 +149,12 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     def with_accumulation(self, cards: int | None) -> "Found":
         """Return it with the accumulation that follows from the batch of a step over this many cards."""
         batch = self.numbers.get("batch_size")
-        if not (self.total and batch and cards) or "accumulation" in self.numbers or self.total % (batch * cards):
+        if (
+            not (self.total and batch and cards)
+            or "spread" in self.parts
+            or "accumulation" in self.numbers
+            or self.total % (batch * cards)
+        ):
             return self
         numbers = {**self.numbers, "accumulation": self.total // (batch * cards)}
         return msgspec.structs.replace(self, numbers=numbers)
@@ -158,8 +178,9 @@ def _first_number(paths: Iterable[str], values: Mapping[str, Value]) -> tuple[in
         factors = [_number(each[1]) for each in terms if each is not None]
         if len(factors) > 1 and len(factors) == len(terms) and all(factors):
             return math.prod(each for each in factors if each), path
+        path, _, least = path.partition(">")
         found = _value(path, values)
-        if found is not None and (number := _number(found[1])) is not None:
+        if found is not None and (number := _number(found[1])) is not None and number > int(least or 0):
             return number, found[0]
     return None
 

@@ -11,16 +11,17 @@ from tightfit.diagnosis.config_programs import ALWAYS, Program, holds, known
 from tightfit.diagnosis.config_values import Value, flat, values_in
 from tightfit.diagnosis.fix_words import applicability
 from tightfit.diagnosis.foreign_config import Foreign
-from tightfit.diagnosis.remedies import Remedy
+from tightfit.diagnosis.remedies import Remedy, Resized
 
 _LINE = re.compile(
-    r"(?P<quote>[\"']?)(?:-{1,2})?(?P<key>[A-Za-z_][\w.-]*)(?P=quote)(?P<sign>\s*[:=](?!=)\s*|(?<=[\w])\s+)"
+    r"(?P<quote>[\"']?)(?:-{1,2})?(?P<key>[A-Za-z_](?:[\w.-]|\[\])*)(?P=quote)(?P<sign>\s*[:=](?!=)\s*|(?<=[\w])\s+)"
     r"(?P<value>[^#\s].*?)\s*(?:\s#.*)?"
 )
 """A line to paste that gives a key a value, in the language of any configuration or as an option."""
-_IN_WORDS = re.compile(r"[A-Z]{3,}|[/*(]")
+_IN_WORDS = re.compile(r"[A-Z]{3,}|[*(]")
 """Marks of a value that a person must fill in, or of a call."""
 _OPTIONS = re.compile(r"--[A-Za-z][\w.-]*(?:[= ][^\s-]\S*)?")
+_FLAG = re.compile(r"--([A-Za-z][\w.-]*)")
 _SPLIT = ("split_general", "split_logged", "split_in_parts")
 _HAD = {
     "optimizer_8bit": ("optimizer_8bit",),
@@ -52,6 +53,7 @@ def _fitted(remedy: Remedy, foreign: Foreign, entry: Program) -> Remedy | None:
     )
     if lines is not None:
         remedy = replace(remedy, paste=tuple(lines))
+    remedy = _in_own_names(_for_model(remedy, foreign, entry), foreign)
     if foreign.found.total and remedy.code in _SPLIT and "accumulation" not in foreign.found.names:
         remedy = replace(remedy, paste=tuple(each for each in remedy.paste if "accum" not in each))
     settings = settings_in(remedy.paste)
@@ -68,6 +70,58 @@ def _fitted(remedy: Remedy, foreign: Foreign, entry: Program) -> Remedy | None:
 
 
 _MISSING = object()
+
+
+def _in_own_names(remedy: Remedy, foreign: Foreign) -> Remedy:
+    """Return a smaller batch or a shorter length under the key that the configuration has for it.
+
+    Versions of a program have several names for one; other programs have none in the tables of words.
+    """
+    assert foreign.found is not None
+    numbers, names = foreign.found.numbers, foreign.found.names
+    quantity = "length" if remedy.code == "shorter_length" else "batch_size" if remedy.code in _SPLIT else None
+    path = names.get(quantity or "")
+    is_own = any(path_of(key, foreign.values) == path for key in settings_in(remedy.paste))
+    if path is None or (is_own and quantity == "batch_size") or foreign.kind == "python":
+        return replace(remedy, paste=tuple(_filled(line, foreign.values) for line in remedy.paste))
+    if quantity == "length":
+        return replace(remedy, paste=(foreign.line(path, max(numbers["length"] // 2, 1)),))
+    if not isinstance(remedy.change, Resized):
+        return remedy
+    lines = [foreign.line(path, remedy.change.size)]
+    if (other := names.get("accumulation")) is not None:
+        return replace(remedy, paste=(*lines, foreign.line(other, remedy.change.passes)))
+    rest = remedy.paste[1:] or tuple(_OPTIONS.findall(remedy.paste[0])[1:] if remedy.paste else ())
+    return replace(remedy, paste=(*lines, *rest))
+
+
+_HALF = "HALF"
+
+
+def _filled(line: str, values: Mapping[str, Value]) -> str:
+    """Return a line with half of the number that the configuration gives its key.
+
+    >>> _filled("data.max_response_length=HALF", {"data.max_response_length": 1024})
+    'data.max_response_length=512'
+    """
+    match = _LINE.fullmatch(line)
+    path = path_of(match["key"], values) if match is not None and match["value"] == _HALF else None
+    number = values[path] if path is not None else None
+    is_number = isinstance(number, int) and not isinstance(number, bool) and number > 1
+    return line.replace(_HALF, str(number // 2)) if is_number and isinstance(number, int) else line
+
+
+def _for_model(remedy: Remedy, foreign: Foreign, entry: Program) -> Remedy:
+    """Return a remedy with the recipe of the configuration's model in its commands; without them where it has none."""
+    assert foreign.found is not None
+    recipe = entry.recipe
+    if recipe is None or not any(recipe.usual in line for line in remedy.paste):
+        return remedy
+    named = re.fullmatch(recipe.of, foreign.found.texts.get("model", ""), re.IGNORECASE)
+    size = named[2].upper().replace("_", ".") if named is not None else ""
+    if named is None or float(size.removesuffix("B")) > recipe.most:
+        return replace(remedy, paste=())
+    return replace(remedy, paste=tuple(line.replace(recipe.usual, f"{named[1]}/{size}") for line in remedy.paste))
 
 
 def _is_had(remedy: Remedy, foreign: Foreign) -> bool:
@@ -111,10 +165,13 @@ def _needed(settings: Mapping[str, Value], values: Mapping[str, Value], entry: P
 def path_of(key: str, values: Iterable[str]) -> str | None:
     """Return the path of a key in a configuration: itself, or the only one that ends so; None for none or several."""
     paths = list(values)
-    if key in paths:
-        return key
-    found = [path for path in paths if path.endswith(f".{key}")]
-    return found[0] if len(found) == 1 else None
+    for name in dict.fromkeys((key, key.replace("-", "_"), key.replace("_", "-"))):
+        if name in paths:
+            return name
+        found = [path for path in paths if path.endswith(f".{name}")]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def settings_in(lines: Sequence[str]) -> dict[str, Value]:
@@ -146,8 +203,16 @@ def _in_json(line: str) -> Iterator[tuple[str, Value]]:
 
 
 def _in_line(line: str) -> Iterator[tuple[str, Value]]:
+    if (flag := _FLAG.fullmatch(line)) is not None:
+        yield flag[1], True
+        return
     match = _LINE.fullmatch(line)
-    if match is not None and not _IN_WORDS.search(match["value"]) and _is_setting(match, line):
+    if (
+        match is not None
+        and match["value"][0] not in "[{("
+        and not _IN_WORDS.search(match["value"])
+        and _is_setting(match, line)
+    ):
         yield match["key"], _value(match["value"])
 
 

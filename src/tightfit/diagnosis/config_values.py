@@ -273,7 +273,7 @@ def _places_in_toml(text: str) -> dict[str, list[Place]]:
     for number, whole in enumerate(text.splitlines()):
         line = bare_line(whole)
         if head := _SECTION.fullmatch(line):
-            section = f"{head[1]}."
+            section = f"{head[1]}[]." if line.lstrip().startswith("[[") else f"{head[1]}."
         elif match := _TOML_KEY.match(line):
             value = line[match.end() :]
             is_plain = bool(value) and value[0] not in "[{" and not value.startswith(('"""', "'''"))

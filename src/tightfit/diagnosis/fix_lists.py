@@ -22,6 +22,10 @@ _IN_ANY_LANGUAGE = frozenset({"less_at_once", "smaller_inputs", "smaller_model",
 """Remedies without a line of Python."""
 _GATHERED = "gathered_parameters"
 """Parameters of one layer, gathered from all cards."""
+_FLAT = ("shard", "zero_partition")
+"""Tensors of many parameters in one, which no pass makes larger."""
+_UNDIVIDED = (1, 2)
+"""Stages of ZeRO at which each card holds all parameters."""
 _OWN_LISTS = ("optimizer_temporary", _GATHERED)
 """Kinds of tensors with fixes of their own."""
 _RARELY_ONES_OWN = ("smaller_model", "no_gradients")
@@ -162,6 +166,8 @@ def _lists(case: Case) -> Iterator[str]:
     elif evidence.is_all_parameters and not case.trains_part:  # a smaller batch does not change it
         yield from _lists_of_budget(case)
         yield "training"
+    elif evidence.tensor in _FLAT and case.run.numbers.get("zero_stage") in _UNDIVIDED:  # whatever a pass holds
+        yield from _lists_of_tensor(case)
     elif evidence.tensor == _GATHERED and not case.is_oversized:  # what is gathered at once comes before the model
         yield from _lists_of_tensor(case)
         yield from _lists_of_budget(case)

@@ -19,7 +19,7 @@ from tightfit.diagnosis.framework_words import frameworks
 from tightfit.diagnosis.usual_models import all_models, named_in
 from tightfit.diagnosis.yaml_errors import first_error
 from tightfit.errors import ConfigError
-from tightfit.oomlog.run_facts import RunFacts, known_names, run_facts_in
+from tightfit.oomlog.run_facts import RunFacts, known_names, quantity_of, run_facts_in
 from tightfit.wording import say, term
 
 _MOST = 1_000_000
@@ -40,7 +40,14 @@ class Foreign(msgspec.Struct, frozen=True, kw_only=True):
     values: Mapping[str, Value] = msgspec.field(default_factory=dict)
     """The values by their paths."""
     found: Found | None = None
-    """What it has of the run; None for a program whose keys are not known."""
+    """What it has of the run; None for a model alone."""
+    kind: str = "yaml"
+    """The language of its files: json, toml, yaml or python."""
+
+    def line(self, path: str, value: int) -> str:
+        """Return a line that gives a key a number in the configuration's language."""
+        written = {"json": f'"{path}": {value}', "toml": f"{path} = {value}", "python": f"{path} = {value}"}
+        return written.get(self.kind, f"{path}: {value}")
 
     def has(self, part: str) -> bool:
         return self.found is not None and part in self.found.parts
@@ -66,19 +73,45 @@ def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
         _check_kind(path, each, inner, is_known=program is not None)
     if program is None:
         return None
-    return Foreign(program=program, text=text, values=values, found=_found(program, values, each_values))
+    kind = kind_of(*read[-1]) if read else "yaml"
+    return Foreign(program=program, text=text, values=values, found=_found(program, values, each_values), kind=kind)
 
 
 def _found(program: str, values: Mapping[str, Value], files: Sequence[Mapping[str, Value]]) -> Found | None:
     """Return what the configurations have: those of the program itself before those of its launcher."""
-    if not known(program).numbers:
+    if program == "model_config":
         return None
+    if not known(program).numbers:
+        return _by_usual_names(values)
     found = found_in(program, values)
     for each in files:
         other = program_of(each)
         if other not in (None, program):
             found = found.over(found_in(other or "", each))
     return found
+
+
+_PLACES = ("batch_size", "eval_batch_size", "accumulation", "length", "image")
+"""Quantities that are read under any of their usual names."""
+_EVALUATES = re.compile(r"(?:^|[._])(?:e?val|valid|validation|evaluation|test|infer|inference|predict)", re.IGNORECASE)
+
+
+def _by_usual_names(values: Mapping[str, Value]) -> Found:
+    """Return the numbers of a program whose keys are not known, under the names that many programs use.
+
+    A quantity that stands in two places is read, and left alone by a fix.
+    """
+    places: dict[str, list[str]] = {}
+    for path, value in values.items():
+        quantity = quantity_of(path.rpartition(".")[2])
+        if quantity in _PLACES and _is_positive(value) and not _EVALUATES.search(path):
+            places.setdefault(quantity, []).append(path)
+    numbers = {name: value for name, paths in places.items() if isinstance(value := values[paths[-1]], int)}
+    return Found(numbers=numbers, names={name: paths[0] for name, paths in places.items() if len(paths) == 1}, texts={})
+
+
+def _is_positive(value: Value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _of_options(keys: Sequence[str]) -> dict[str, Value]:
@@ -103,6 +136,7 @@ def with_foreign(run: RunFacts, given: Foreign) -> RunFacts:
     if given.found is None:
         return both
     found = given.found.with_accumulation(given.found.numbers.get("world_size") or run.numbers.get("world_size"))
+    is_known = bool(known(given.program).numbers)
     rest = {name: number for name, number in both.numbers.items() if name not in _OF_PROGRAMS}
     if next(named_in(found.texts.get("model", "")), None) is not None:  # its sizes are known, without adapters
         rest.pop("parameters", None)
@@ -111,8 +145,8 @@ def with_foreign(run: RunFacts, given: Foreign) -> RunFacts:
         both,
         numbers=rest | of_log | dict(found.numbers),
         names={**run.names, **{name: path.rpartition(".")[2] for name, path in found.names.items()}},
-        texts={**run.texts, **found.texts},
-        signs=(both.signs - _DECIDED) | run.signs | _signs_of(found),
+        texts={**run.texts, **found.texts} if is_known else both.texts,
+        signs=(both.signs - _DECIDED) | run.signs | _signs_of(found) if is_known else both.signs,
     )
 
 

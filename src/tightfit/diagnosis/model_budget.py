@@ -17,8 +17,20 @@ _WHOLE, _WEIGHT, _QUANTIZED = 4.0, 2.0, 0.5
 _LEAST_STATE, _MOST_STATE = 8, 16
 """Bytes of a parameter in training with AdamW: 2 (weight) + 2 (gradient) + 2 + 2 (moments), all in 16 bits, up to
 2 + 2 + 4 (float32 master) + 4 + 4, which is also 4 + 4 + 4 + 4 in float32."""
-_SMALL_STATE = {"8bit": 6, "adafactor": 4, "lomo": 2, "galore": 4, "sgd": 4, "muon": 6, "lion": 6, "adagrad": 6}
-"""At least as many bytes of a parameter with other optimizers."""
+_SMALL_STATE = {
+    "paged": 4,
+    "8bit": 6,
+    "adafactor": 4,
+    "lomo": 2,
+    "galore": 4,
+    "sgd": 4,
+    "muon": 6,
+    "lion": 6,
+    "adagrad": 6,
+}
+"""At least as many bytes of a parameter with other optimizers; the state of paged ones may lie in the host's memory."""
+_GRADIENT = 2
+"""Bytes of a parameter's gradient, which an optimizer's step in the backward pass frees at once."""
 _WITH_WEIGHTS = ("forward", "loss", "sample", "warmup", "eval")
 """Phases in which a model that is only used has its weights on the card: they fit."""
 _WITHOUT_TRAINING = ("sample", "compile")
@@ -114,6 +126,8 @@ def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     optimizer = run.texts.get("optimizer", "").lower()
     small = next((size for word, size in _SMALL_STATE.items() if word in optimizer), None)
     low, high = (small, small) if small else (_LEAST_STATE, _MOST_STATE)
+    if "in_backward" in run.signs:
+        low -= _GRADIENT
     return _budget(model, parameters, total, low, high, "training", run)
 
 
@@ -155,8 +169,8 @@ def _trains(facts: Facts, run: RunFacts, size: int) -> bool:
 
 
 def trains_all(run: RunFacts) -> bool:
-    """Return True if a report's words, or the name of its recipe, are of a training of all parameters."""
-    return bool(_TRAINS_ALL.search(run.text))
+    """Return True if a report's words, its configuration or its recipe's name are of a training of all parameters."""
+    return "all_trained" in run.signs or bool(_TRAINS_ALL.search(run.text))
 
 
 _TRAINS_ALL = re.compile(

@@ -111,6 +111,15 @@ def known_names() -> frozenset[str]:
     return frozenset(_keys("numbers")[1]) | frozenset(_keys("texts")[1])
 
 
+def quantity_of(name: str) -> str | None:
+    """Return the quantity that programs print as a number under a name; None for another name.
+
+    >>> quantity_of("per_device_train_batch_size"), quantity_of("colour")
+    ('batch_size', None)
+    """
+    return _keys("numbers")[1].get(_plain(name))
+
+
 def _plain(name: str) -> str:
     return name.replace("-", "_")
 
