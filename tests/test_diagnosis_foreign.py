@@ -158,6 +158,7 @@ def test_yaml_that_may_be_right_is_read():
     text = (
         "a: &x {b: [1, 2], c: 'it''s: so'}\nd: |\n  e: f: g\n text\nh:\n- i: 1\n  j: k\n- |\n  l: m\n"
         "n: two\n  lines\n# o\np: http://q:80/r  # s: t\n---\nu:\n  ? v\n  : w\n"
+        'w: "{# x #}\\n \\" # y" # z\nw2: it\'s # {\n'
     ).replace(" text", "  text")
     assert first_error(text) is None
 
@@ -232,6 +233,8 @@ def test_a_file_that_no_training_reads_is_told_so(
         ("llama_factory", {"use_galore": True}, {"finetuning_type": "lora"}),
         ("llama_factory", {"deepspeed": "ds_z2.json", "pissa_init": True}, {"deepspeed": "ds_z3.json"}),
         ("transformers_trainer", {"fp16": True}, {"bf16": True}),
+        ("litgpt", {"precision": "bf16-mixed"}, {"quantize": "bnb.nf4"}),
+        ("kohya", {"additional.color_aug": True}, {"cache_latents": True}),
         ("deepspeed", {"fp16.enabled": True}, {"bf16.enabled": True}),
     ],
 )
@@ -270,6 +273,33 @@ def test_settings_that_a_program_raises_for_together(
 )
 def test_a_value_is_changed_in_its_own_place(file: str, before: str, settings: dict[str, Value], after: str | None):
     assert edited(file, before, settings) == after
+
+
+@pytest.mark.parametrize("named", ["ds_z2_offload.json", "plain.json"])
+def test_the_stage_of_zero_stands_in_a_file_that_is_named(named: str):
+    Path("plain.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    Path("sft.yaml").write_text(LLAMA_FACTORY + f"deepspeed: {named}\n")
+    told = " ".join(str(explained(LOG, foreign=foreign_in(["sft.yaml"], []))).split())
+    assert "ZeRO stage 2" in told
+    assert "offloading to host memory" in told
+
+
+def test_keys_of_the_command_line_are_read_by_their_program():
+    found = foreign_in([], ["--per_device_train_batch_size=4", "--optim", "adamw_bnb_8bit", "--bf16"])
+    assert found is not None
+    assert found.program == "transformers_trainer"
+    assert found.found is not None
+    assert found.found.numbers == {"batch_size": 4}
+    assert found.found.texts["optimizer"] == "adamw_bnb_8bit"
+
+
+def test_a_fix_goes_into_the_file_whose_keys_it_changes():
+    Path("sft.yaml").write_text(LLAMA_FACTORY)
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    foreign = foreign_in(["sft.yaml", "ds.json"], [])
+    fix = config_fix(explained(LOG, foreign=foreign), ["sft.yaml", "ds.json"])
+    assert fix is not None
+    assert fix.path == "sft.yaml"
 
 
 QWEN = {

@@ -101,7 +101,7 @@ def holds(condition: str, values: Mapping[str, Value]) -> bool:
     match = _CONDITION.fullmatch(condition)
     assert match is not None, condition
     key, sign, value = match["key"], match["sign"], match["value"]
-    found = [each for path, each in values.items() if path == key or fnmatchcase(path, key)]
+    found = [each for path, each in values.items() if _is_at(path, key)]
     if match["mark"] == "~":
         return not found
     if match["mark"] == "!":
@@ -112,6 +112,18 @@ def holds(condition: str, values: Mapping[str, Value]) -> bool:
     if sign == ">":
         return any((number := _number(each)) is not None and number > int(value) for each in found)
     return any(map(_is_on, found))
+
+
+_ANY_PART = re.compile(r"\*[A-Za-z_][\w-]*")
+
+
+def _is_at(path: str, key: str) -> bool:
+    """Return True if a path is one of a condition's; * before a name stands for the parts above it."""
+    if path == key or not set("*?[") & set(key):
+        return path == key
+    if _ANY_PART.fullmatch(key):
+        return path.rpartition(".")[2] == key[1:]
+    return fnmatchcase(path, key)
 
 
 def _is_on(value: Value) -> bool:
@@ -167,9 +179,15 @@ def found_in(program: str, values: Mapping[str, Value]) -> Found:
     numbers = {name: number for name, (number, _) in given.items()}
     names = {name: path for name, (_, path) in given.items()}
     total = numbers.pop("total", None)
+    stage = _STAGE.search(str(values.get("deepspeed", "")))
+    if stage is not None:  # in the name of a file of DeepSpeed's
+        numbers.setdefault("zero_stage", int(stage[1]))
     texts = {name: text for name, paths in entry.texts.items() if (text := _first_text(paths, values))}
     parts = {name for name, conditions in entry.parts.items() if any(holds(each, values) for each in conditions)}
     return Found(numbers=numbers, names=names, texts=texts, parts=frozenset(parts), total=total)
+
+
+_STAGE = re.compile(r"z(?:ero)?[-_]?(?:stage)?[-_]?([1-3])(?!\d)", re.IGNORECASE)
 
 
 def _first_number(paths: Iterable[str], values: Mapping[str, Value]) -> tuple[int, str] | None:
@@ -191,7 +209,7 @@ _PRODUCT = re.compile(r"[\w.]+(?:\*[\w.]+)+")
 def _value(path: str, values: Mapping[str, Value]) -> tuple[str, Value] | None:
     if path in values:
         return path, values[path]
-    return next(((name, value) for name, value in values.items() if fnmatchcase(name, path)), None)
+    return next(((name, value) for name, value in values.items() if _is_at(name, path)), None)
 
 
 def _first_text(paths: Iterable[str], values: Mapping[str, Value]) -> str | None:

@@ -91,6 +91,8 @@ def _in_own_names(remedy: Remedy, foreign: Foreign) -> Remedy:
     lines = [foreign.line(path, remedy.change.size)]
     if (other := names.get("accumulation")) is not None:
         return replace(remedy, paste=(*lines, foreign.line(other, remedy.change.passes)))
+    if foreign.found.total:  # the program accumulates by itself
+        return replace(remedy, paste=tuple(lines))
     rest = remedy.paste[1:] or tuple(_OPTIONS.findall(remedy.paste[0])[1:] if remedy.paste else ())
     return replace(remedy, paste=(*lines, *rest))
 

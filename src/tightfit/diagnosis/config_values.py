@@ -75,12 +75,26 @@ def without_comments(path: str, text: str) -> str:
 
 
 def bare_line(line: str) -> str:
-    """Return a line without its comment; a sign in quotation marks begins none."""
-    for match in _COMMENT.finditer(line):
-        before = line[: match.start()]
-        if before.count('"') % 2 == 0 and before.count("'") % 2 == 0:
-            return before.rstrip()
+    """Return a line without its comment; a sign in quotation marks begins none.
+
+    >>> bare_line("a: 'b # c'  # d"), bare_line("a: don't # e"), bare_line("a: b#c")
+    ("a: 'b # c'", "a: don't", 'a: b#c')
+    """
+    quote, before = "", " "
+    for place, each in enumerate(line):
+        if quote:
+            is_escaped = quote == '"' and (place - len(line[:place].rstrip("\\"))) % 2 == 1
+            quote = "" if each == quote and not is_escaped else quote
+        elif each in "'\"" and before in _BEFORE_QUOTES:
+            quote = each
+        elif each == "#" and before in " \t":
+            return line[:place].rstrip()
+        before = each
     return line.rstrip()
+
+
+_BEFORE_QUOTES = " \t:,[{(=-'"
+"""Characters behind which a quotation mark opens a text; elsewhere it is an apostrophe."""
 
 
 def flat(value: object, path: str = "") -> Iterator[tuple[str, Value]]:
@@ -244,7 +258,12 @@ class _Yaml:
             while number < len(lines) and (not lines[number].strip() or _indent(lines[number]) > column):
                 number += 1
             return number
-        if value[:1] in ("[", "{"):
+        if value[:1] in ("'", '"') and not _is_closed(value):
+            self.values[path] = value[1:]
+            number += 1
+            while number < len(lines) and not _is_closed(value[0] + lines[number].strip()):
+                number += 1
+        elif value[:1] in ("[", "{"):
             while _depth(value) > 0 and number + 1 < len(lines):
                 number += 1
                 value += " " + bare_line(lines[number]).strip()
@@ -254,9 +273,15 @@ class _Yaml:
         return number + 1
 
 
+def _is_closed(text: str) -> bool:
+    """Return True if a text that a quotation mark opens ends on its line."""
+    rest = text[1:].replace("\\\\", "").replace("\\" + text[0], "").replace("''", "")
+    return text[0] in rest
+
+
 def _is_plain(value: str) -> bool:
     """Return True for a value that stands on one line alone."""
-    return bool(value) and value[0] not in "[{|>&*!"
+    return bool(value) and value[0] not in "[{|>&*!" and (value[0] not in "'\"" or _is_closed(value))
 
 
 def _indent(line: str) -> int:

@@ -73,8 +73,19 @@ def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
         _check_kind(path, each, inner, is_known=program is not None)
     if program is None:
         return None
+    each_values += _named_files(values, [path for path, _ in read])
     kind = kind_of(*read[-1]) if read else "yaml"
     return Foreign(program=program, text=text, values=values, found=_found(program, values, each_values), kind=kind)
+
+
+def _named_files(values: Mapping[str, Value], paths: Sequence[str]) -> list[dict[str, Value]]:
+    """Return the values of the file of DeepSpeed's that a configuration names, where it is there."""
+    named = values.get("deepspeed")
+    if not isinstance(named, str) or not named.endswith(".json"):
+        return []
+    folders = ["", *(str(Path(path).parent) for path in paths)]
+    text = next((text for folder in folders if (text := _read(str(Path(folder, named)))) is not None), None)
+    return [values_in(named, text)] if text is not None else []
 
 
 def _found(program: str, values: Mapping[str, Value], files: Sequence[Mapping[str, Value]]) -> Found | None:

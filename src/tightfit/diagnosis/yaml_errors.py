@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from msgspec import Struct, field
 
+from tightfit.diagnosis.config_values import bare_line
+
 
 class YamlError(NamedTuple):
     """A mistake, by its line and a key of the words' table `yaml`."""
@@ -21,7 +23,6 @@ _BLOCK_ITEM = re.compile(r"(?:- +)+[|>][+-]?\d?[+-]?$")
 _NO_VALUE = re.compile(r"(?:[&!]\S*\s*)*$")
 """Nothing, or an anchor or a tag, behind a key: its value stands on the lines below."""
 _MARK = re.compile(r"(?:---|\.\.\.|%)")
-_COMMENT = re.compile(r"(?:^|\s)#.*$")
 
 
 class _Reader(Struct):
@@ -50,7 +51,7 @@ class _Reader(Struct):
         if self.quote or self.depth:
             self._scan(body, number)
             return None
-        body = _COMMENT.sub("", body).strip()
+        body = bare_line(body).strip()
         if not body or _MARK.match(body):
             if body:
                 self.levels, self.has_value = [-1], False
