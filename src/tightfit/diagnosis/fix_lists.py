@@ -71,7 +71,7 @@ def _fitting(case: Case) -> list[str]:
 
 
 def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
-    """Return the codes in the order of the user's program: its own options, and what a pass of it can lessen."""
+    """Return the codes in the order of the user's program: its own options first, where it has some."""
     facts, evidence = case
     is_known = evidence.framework in frameworks() and evidence.grows != "outputs"
     if facts.phase == "eval" and is_known:  # the program's own options come first
@@ -87,7 +87,7 @@ def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
 
 
 def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
-    """Return the codes with the cures of what fills the card whatever a pass takes before them."""
+    """Return the codes behind the cures of a card that is full before any pass."""
     if is_filled_by_library(case.facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
@@ -123,7 +123,7 @@ _OF_GROWTH = ("growing", "accumulates", "ran_first")
 
 
 def _with_growth(codes: list[str], case: Case) -> list[str]:
-    """Return the codes with those for what is kept from pass to pass, where the report tells of earlier passes."""
+    """Return the codes with the fixes for kept results first, if earlier passes went well by the report."""
     facts, evidence = case
     may_keep = not (case.is_oversized or is_most_of_card(facts) or had_room(facts))
     is_open = case.program is None or case.is_of("libraries")

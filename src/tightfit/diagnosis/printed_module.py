@@ -20,7 +20,7 @@ _Part = tuple[int, str, int, int]
 
 
 def printed_module(text: str) -> Model | None:
-    """Return the model whose layers a log prints as PyTorch does, or None.
+    """Return the model that a log prints layer by layer, as PyTorch does; None without one.
 
     >>> text = "Net(\\n  (a): Embedding(1000, 64)\\n  (layers): ModuleList(\\n    (0-3): 4 x Block(\\n"
     >>> text += "      (up): Linear(in_features=64, out_features=256, bias=False)\\n    )\\n  )\\n)\\n"

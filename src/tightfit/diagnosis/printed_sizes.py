@@ -1,7 +1,7 @@
-"""The tensor of a failing line with its sizes, where the numbers that a log prints make the request to the byte.
+"""The sizes of the failing line's tensor, where numbers in the log explain the request to the byte.
 
-Shapes that are printed, alone or taken several times; the result of an operator on tensors whose shapes are printed;
-and the sizes of the known model with the run's batch and length.
+Three sources are tried: printed shapes, alone or several times; the result of an operator on printed shapes; and the
+known model with the run's batch and length.
 """
 
 import math
