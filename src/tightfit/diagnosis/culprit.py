@@ -172,8 +172,9 @@ def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:
     shape = printed.shape if printed else known.shape if known else ()
     if tensor == "weight" and facts.phase == "backward":
         tensor = "weight_gradient"
+    is_likely = evidence.is_complete or evidence.is_all_parameters or "log_ends_within" in facts.notes
     return Culprit(
-        label=LIKELY if evidence.is_complete or evidence.is_all_parameters else MEASURED,
+        label=LIKELY if is_likely else MEASURED,
         evidence=_kind_of(evidence),
         tensor=tensor,
         name=evidence.run.tensor_name if printed is None else None,

@@ -25,13 +25,14 @@ from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import with_run
 from tightfit.diagnosis.kind_sentences import fixes_of
 from tightfit.diagnosis.lower_values import below_stated, is_of_llama_cpp
-from tightfit.diagnosis.measures import excluded_in
+from tightfit.diagnosis.measures import excluded_in, is_among, tried_in
 from tightfit.diagnosis.model_run import model_run_of
 from tightfit.diagnosis.named_card import Card, card_of
 from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
+from tightfit.diagnosis.printed_version import with_printed_version
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy, Switch, for_machine
 from tightfit.diagnosis.report_words import shows
@@ -122,7 +123,8 @@ def _with_run(reading: LogReading, foreign: Foreign | None) -> LogReading:
         reading = replace(reading, run=with_foreign(reading.run, foreign))
     if reading.failure is None:
         return reading
-    return _of_torch(replace(reading, failure=with_run(reading.failure, reading.run)))
+    failure = with_printed_version(with_run(reading.failure, reading.run), reading.run)
+    return _of_torch(replace(reading, failure=failure))
 
 
 def _explained(plain: Explanation, config: TrainConfig | None, player: _Player) -> Explanation:
@@ -157,6 +159,8 @@ def _for_machine(found: Explanation) -> Explanation:
     if (name := switch_against(run.text)) is not None:
         off = replace(_OLDER_VERSION[0], code="switch_off", reason="switch_off", change=Switch(name=name))
         wanted = (*wanted[:1], off, *wanted[1:])
+    tried = tried_in(run.text)
+    wanted = tuple(sorted(wanted, key=lambda each: is_among(each, tried)))
     remedies = for_machine(wanted, facts, run.text, on_windows="windows" in run.signs)
     return replace(found, remedies=_with_processes(remedies, facts))
 

@@ -138,6 +138,8 @@ def _with_growth(codes: list[str], case: Case) -> list[str]:
 
 def _with_kept_results(codes: list[str], case: Case) -> list[str]:
     """Return the codes with those for kept results: first in the user's own code, else behind a smaller pass."""
+    if case.shows("subject.generates_text"):
+        return codes
     if not case.is_foreign:
         return [*_OF_KEPT_RESULTS, *codes]
     place = codes.index("less_at_once") + 1 if "less_at_once" in codes else 0

@@ -39,7 +39,8 @@ def applicability(code: str) -> str:
 def words_of(code: str, evidence: Evidence) -> Pasted | None:
     """Return a remedy's lines as the user's own option, or in the program's words; None where neither is known."""
     parts = divided(evidence)
-    return own_option(code, evidence, parts) or pasted(code, evidence.run.frameworks, values_to_fill(evidence, parts))
+    run = evidence.run
+    return own_option(code, evidence, parts) or pasted(code, run.frameworks, values_to_fill(evidence, parts), run.text)
 
 
 _ACROSS_BATCH = ("batch_norm", "pairs_in_batch")
@@ -99,7 +100,7 @@ def of_one_sequence(fix: Remedy, evidence: Evidence) -> Remedy:
     assert isinstance(fix.change, Resized)
     batch, parts = fix.change.batch, (fix.change.batch, 1, fix.change.batch * fix.change.accumulation)
     words = own_option("split_general", evidence, parts) or pasted(
-        "split_general", evidence.run.frameworks, values_to_fill(evidence, parts)
+        "split_general", evidence.run.frameworks, values_to_fill(evidence, parts), evidence.run.text
     )
     change = replace(fix.change, size=1, passes=batch * fix.change.accumulation, parts=batch)
     return replace(fix, change=change, paste=words.lines if words else ())

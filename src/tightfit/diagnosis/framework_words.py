@@ -1,6 +1,7 @@
 """The lines to paste for a remedy, in the words of the program that the user runs (frameworks.toml)."""
 
 import functools
+import re
 import string
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +20,10 @@ class Pasted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _Words = dict[str, dict[str, str | list[str]] | list[str]]
-"""Words of one program: of each remedy its `lines` and `page`, and `like`, the programs to look in next."""
+"""Words of one program: of each remedy its `lines` and `page`, and `like`, the programs to look in next.
+
+A remedy may have `unless`: a regular expression of reports in which the program is used in another way.
+"""
 
 
 @functools.cache
@@ -58,18 +62,25 @@ def has_fixed_lines(code: str, program: str) -> bool:
     return isinstance(entry, dict) and not any("{" in line for line in entry["lines"])
 
 
-def pasted(code: str, program: Sequence[str], values: Mapping[str, int | str]) -> Pasted | None:
+def pasted(code: str, program: Sequence[str], values: Mapping[str, int | str], text: str = "") -> Pasted | None:
     """Return a remedy's lines in the words of the first of the programs that has some, with `values` filled in.
+
+    `text` is the report; lines that do not hold for its way of using the program are left out.
 
     >>> pasted("split_general", ["transformers_trainer"], {"size": 1, "passes": 400}).lines
     ('per_device_train_batch_size=1', 'gradient_accumulation_steps=400')
     """
     for name in _chain(program):
         entry = _tables()[name].get(code)
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and not _is_used_otherwise(entry, text):
             lines = tuple(string.Formatter().vformat(line, (), values) for line in entry["lines"])
             return Pasted(lines=lines, page=str(entry["page"]))
     return None
+
+
+def _is_used_otherwise(entry: Mapping[str, str | list[str]], text: str) -> bool:
+    unless = entry.get("unless")
+    return isinstance(unless, str) and re.search(unless, text) is not None
 
 
 def _chain(program: Sequence[str]) -> list[str]:

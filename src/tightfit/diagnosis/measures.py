@@ -19,6 +19,8 @@ _LONG = 20_000
 """Characters of a report, up to which a person's words are looked for."""
 _ALIKE = {"smaller_batch": "split_general", "split_logged": "split_general", "split_in_parts": "split_general"}
 """Remedies under another code's words."""
+_ALIKE |= {"kind_vllm_shorter": "smaller_cache", "kind_vllm_shorter_fits": "smaller_cache"}
+_ALIKE |= dict.fromkeys(("kind_vllm_share_higher", "kind_vllm_share_lower_general"), "share_of_card")
 _ALIKE |= {"less_at_once": "split_general", "smaller_inputs": "smaller_picture"}
 
 

@@ -149,6 +149,11 @@ def _takes_sequences(case: Case) -> bool:
     return inputs_of(case.evidence) == "shorter_length"
 
 
+def _is_small(case: Case) -> bool:
+    """Return True for a family of Transformers' models that is small beside what one pass holds."""
+    return case.run.family in programs("small_families")
+
+
 def _only_generates(case: Case) -> bool:
     """Return True where a trained model failed in generation with a batch that the log prints."""
     return case.facts.phase == "sample" and case.evidence.infers and "batch_size" in case.run.numbers
@@ -410,6 +415,8 @@ _OF_THE_MODEL = (
         _serves_in_half,
     ),
     _Rule("smaller_weights", "they are small", _has_small_weights),
+    _Rule("quantized_weights", "the model is small", _is_small),
+    _Rule("spread_model", "the model is small", _is_small),
     _Rule("smaller_weights", "they have 16 bits", _is_weight_in_half),
     _Rule("smaller_weights", "the run works in 16 bits", _is_in_half),
     _Rule("smaller_weights", "the weights are not the user's", _may_have_no_weights),
