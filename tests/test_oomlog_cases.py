@@ -95,3 +95,78 @@ def test_a_logs_own_words_bring_no_control_codes_and_no_tags(log: str):
     text = render(found, words("en"), verbose=True)
     assert not any((ord(each) < 32 and each != "\n") or each in "\x7f\x9b\u202e" for each in text)
     assert "<b>" not in explanation_report(found)
+
+
+ONE_LINERS = {
+    "host_killed": [
+        "[rank: 2] Child process with PID 811 terminated with code -9. Forcefully terminating all other processes",
+        "Error: llama runner process has terminated: signal: killed",
+        "771.batch  OUT_OF_ME+  0:125",
+        "npm ERR! errno 137",
+        "Reason: Container from a bad node. Exit status: 137.",
+        "mpirun noticed that process rank 1 with PID 90 on node b exited on signal 9 (Killed).",
+        "=   KILLED BY SIGNAL: 9 (Killed)",
+        "nvcc error   : 'cicc' died due to signal 9 (Kill signal)",
+        "g++: internal compiler error: Killed (program cc1plus)",
+        'earlyoom: sending SIGTERM to process 61 uid 7 "python3": badness 820',
+    ],
+    "job_memory_limit": [
+        "The replica chief-0 ran out-of-memory and exited with a non-zero status of 137.",
+        "Job has gone over cgroup memory limit of 2048 megabytes. Last measured usage: 2047 megabytes.",
+        "Runner terminated: container exceeded memory limit of 512 MiB",
+        "0/4 nodes are available: 1 node had untolerated taint, 3 Insufficient memory.",
+    ],
+    "host_memory_error": [
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+        "MemoryError: could not allocate 4294967296 bytes",
+        "zarr: MemoryError",
+        "cc1plus: out of memory allocating 65536 bytes after a total of 99 bytes",
+        "OSError: [Errno 12] Memory mapping file failed: Cannot allocate memory",
+        "SafetensorError: IoError(Os { code: 12, kind: OutOfMemory })",
+        "ggml_aligned_malloc: insufficient memory (attempted to allocate 912.00 MB)",
+        "sqlite3.OperationalError: out of memory",
+        "Error while decoding stream #0:1: Cannot allocate memory",
+        "tcmalloc: large alloc 8589934592 bytes == (nil) @ 0x7f",
+        "RuntimeError: Native API returns: 38 (UR_RESULT_ERROR_OUT_OF_HOST_MEMORY)",
+        "RuntimeError: Memory isn't enough and alloc failed, kernel name: Add, alloc size: 512B.",
+    ],
+    "program_words": ["RuntimeError: Unsloth: No or negligible GPU memory available for fused cross entropy."],
+    "device_library": [
+        "RuntimeError: Device(id:3) memory isn't enough and alloc failed, kernel name: Mul-op7, alloc size: 4096B.",
+        "vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+        "[GPU] clFinish, error code: -5 CL_OUT_OF_RESOURCES",
+        "RuntimeError: MIOpen Error: miopenStatusAllocFailed",
+    ],
+    "cuda_driver": [
+        "hipErrorOutOfMemory: out of memory",
+        "TVMError: Check failed: (e == cudaSuccess) is false: CUDA: out of memory",
+        'CUDA error at scan.cu:12 code=2(cudaErrorMemoryAllocation) "cudaMalloc(&p, n)"',
+    ],
+    "onnx_out_of_memory": ["Failed to find a free memory block despite calling Extend. rounded_bytes=4194304"],
+    "jax_out_of_memory": ["XlaRuntimeError: INTERNAL: Failed to allocate 67108864 bytes for new constant"],
+    "paddle_out_of_memory": ["ExternalError: CUDA error(2), out of memory."],
+    "npu_out_of_memory": ["RuntimeError: NPU function error: aclrtMallocPhysical, error code is 207001"],
+    "xpu_block_limit": [
+        "[GPU] Exceeded max size of memory object allocation: requested 8589934592 bytes, "
+        "but max alloc size supported by device is 4294959104 bytes."
+    ],
+    "cuda_library": ["RuntimeError: CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling `cusparseSpMM`"],
+    "java_heap": ["org.apache.spark.memory.SparkOutOfMemoryError: Unable to acquire 4096 bytes of memory, got 0"],
+    "": [
+        "RuntimeError: out of bounds memory access",
+        "ValueError: not enough values to unpack from memory",
+        "INFO no GPU memory leak found",
+        "The container memory limit is 16 GiB",
+        "Total GPU memory available: 23.6 GB",
+        "tcmalloc: large alloc 1073741824 bytes == 0x55d0a4000 @",
+        "Child process with PID 11 terminated with code 1.",
+        "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "line"), [(kind, line) for kind, lines in ONE_LINERS.items() for line in lines])
+def test_one_line_alone(kind, line):
+    found = explain(f"{line}\n")
+    assert (found.facts.kind if found.facts else "") == kind
+    assert (found.to_json().status == "out_of_memory") is bool(kind)

@@ -20,9 +20,10 @@ _OF_CODE = re.compile(
 )
 """Mistakes in a program, which may name an attribute or an option that has memory in its name."""
 _MEMORY = re.compile(
-    r"\b(?:out of|insufficient|no enough|not enough|exceed\w*|lack of|low on|more|run\w* out of|too (?:much|little))"
-    r" [\w -]{0,25}memory\b|\bOOM\b(?![=:] ?[\d.])"
+    r"\b(?:out of|insufficient|no enough|not enough|negligible|exceed\w*|lack of|low on|more|run\w* out of"
+    r"|too (?:much|little)) (?!bounds\b|values\b|arguments\b|range\b)[\w -]{0,25}memory\b|\bOOM\b(?![=:] ?[\d.])"
     r"|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
+    r"|\bmemory (?:is not|isn.t|not) (?:enough|sufficient)|\balloc\w* (?:\w+ )?memory fail|\bexceed\w* \d+% memory"
     r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
     re.IGNORECASE | re.ASCII,
 )
@@ -30,7 +31,7 @@ _OF_MEMORY = re.compile(r"(?:\w+\.)*\w*(?:OutOf\w{0,12}Memory|MemoryError|Resour
 """Classes of errors whose name says that memory ran out, whatever their message."""
 
 _LACK = re.compile(
-    r"\b(?:insufficient|no enough|not enough|out of|low on) (?:\w+ )?memory\b|\bOOM\b(?![=:] ?[\d.])",
+    r"\b(?:insufficient|no enough|not enough|out of|low on) (?:(?!bounds\b)\w+ )?memory\b|\bOOM\b(?![=:] ?[\d.])",
     re.IGNORECASE | re.ASCII,
 )
 _LEFT_OUT = re.compile(r"\bran out of (?:\w+ )?memory\b[^\n]{0,40}\bskip", re.IGNORECASE | re.ASCII)
@@ -193,7 +194,8 @@ def _denies(line: str) -> bool:
 
 _DENIED = re.compile(
     r"\b(?:not|no|isn't|never|without)\b[^.\n]{0,12}\b(?:out[ -]of[ -](?:(?:\w+ )?memory|v?ram\b)|OOM\b)"
-    r"|enough (?:V?RAM|memory)\b"
+    r"|\b(?:no|without)\b[^.\n]{0,20}\bleak"
+    r"|(?<!\bnot )(?<!\bno )(?<!n't )enough (?:V?RAM|memory)\b"
     r"|(?:显存|显卡的?内存)(?:没问题|足够|充足|够用)",
     re.IGNORECASE | re.ASCII,
 )
@@ -334,7 +336,8 @@ def advises(lines: Sequence[str]) -> bool:
 _ANYHOW = re.compile(
     r"out[\s_-]{0,3}of[\s_-]{0,3}(?:(?:device|host|gpu|video|shared|cuda)[\s_-]{0,3})?mem|OutOf(?:Gpu|Device|Host)?Mem"
     r"|\bOOM\b(?![=:] ?[\d.])|bad[\s_]alloc|(?:can ?not|could not|unable to|fail(?:ed|ure)?(?: to)?|no more) ?alloc"
-    r"|alloc\w* (?:fail|error)|memory (?:exhausted|overflow|limit|allocation|is (?:full|not enough)|not enough)"
+    r"|alloc\w* (?:fail|error)|memory (?:exhausted|overflow|limit(?! ?(?:[=:]|(?:is|set|to|per)\b))|allocation"
+    r"|is (?:full|not enough)|not enough)"
     r"|(?:insufficient|not? enough) .{0,20}memory|显存|显卡的?内存|内存不[足够]|メモリ(?:ー)?(?:が)?(?:不足|足り)",
     re.IGNORECASE | re.ASCII,
 )

@@ -24,7 +24,7 @@ _WORDS = 2000
 _LINE_BOUND = re.compile(
     r"(?P<killed>(?:^|[\]\s*)>])Killed\**(?: *$| +(?:\S*/)?(?:python|torchrun|accelerate|deepspeed|CUDA_"
     r"|nohup))|^(?:已杀死|已终止|強制終了)\s*$)"
-    r"|(?P<memory>^[\s`*>]*MemoryError\s*:?\s*$)"
+    r"|(?P<memory>(?:^[\s`*>]*|[\w\])]: )MemoryError\s*:?\s*$)"
 )
 _OF_LIBRARY = re.compile(r"C\+\+ Traceback \(")
 """The head of a library's own report behind Python's MemoryError: its last lines name the memory that ran out."""

@@ -174,7 +174,7 @@ _LEVELS = {"warn": "warning", "critical": "error", "fatal": "error"}
 _RANK = re.compile(
     r"\[(?:rank|default) ?(?P<a>\d{1,6})\]:? ?|\(\w{0,20}[Ww]orker\w{0,20}?(?:_?TP|_DP\d{1,4}_TP"
     r"| rank=)(?P<b>\d{1,6})[^)\n]{0,60}\) ?"
-    r"|\[\d{1,4},(?P<c>\d{1,6})\]<std\w{2,4}>:? ?|\[?[Rr][Aa][Nn][Kk][ =:#-]?(?P<d>\d{1,6})\]?(?:[:|]|\]) ?"
+    r"|\[\d{1,4},(?P<c>\d{1,6})\]<std\w{2,4}>:? ?|\[?[Rr][Aa][Nn][Kk](?:[ =#-]|: ?)?(?P<d>\d{1,6})\]?(?:[:|]|\]) ?"
     r"|\(\w{1,30} pid=\d{1,9}\) ?"
     r"|(?P<e>\d{1,4}): (?=(?:Traceback|  ?File|    |torch|Runtime|\w{1,40}Error))"
 )

@@ -107,19 +107,14 @@ def standing(
     leads = not _DECORATION.sub("", bare, count=1).strip()
     if (message.kind == "program_words" and _SKIPS.match(line.body, column)) or OF_ITEM.match(line.body):
         return Standing.CAUGHT
-    if named.endswith("Warning") or (message.kind != "nccl" and _WARNS.search(before)):
-        return Standing.WARNING
-    if _is_code(message, line, before, after, is_title=is_title):
-        return Standing.CODE
-    if message.kind == "program_words" and _NEGATED.search(before):
-        return Standing.DOCUMENT
-    if memory_of(message.kind) == "harmless":
-        return Standing.HARMLESS
-    fails = "Traceback (most recent" in after or (leads and named) or _fails_at_any_level(message, bare)
+    if (aside := _aside(message, line, before, after, is_title=is_title)) is not None:
+        return aside
+    at_any_level = _fails_at_any_level(message, bare)
+    fails = "Traceback (most recent" in after or (leads and named) or at_any_level
     if line.level in ("debug", "info", "warning") and not fails:
         return Standing.CAUGHT
     mine = _has("first_person", bare) or (is_title and "class_without_message" in message.notes)
-    if (_has("caught", bare) and not mine) or _has("fallback", after[:80]):
+    if (_has("caught", bare) and not (mine or at_any_level)) or _has("fallback", after[:80]):
         return Standing.CAUGHT
     if message.states_figures or message.kind in ("cuda_async", "nvml_assert"):
         is_told = not leads and not _has("asking", bare) and _has("strict", bare)
@@ -128,15 +123,30 @@ def standing(
         return Standing.FAILURE
     if (is_of_allocator(message.kind) and not message.is_sure) or message.kind == "program_words":
         return _of_plain_words(message, before, after, leads=leads, mine=mine, short_log=short_log)
-    if leads and (named or _TAIL.match(after) or line.level == "error"):
+    is_class = line.body[:end].rstrip().endswith("Error:") and not _WHEN.search(after)
+    if leads and (named or _TAIL.match(after) or line.level == "error" or (is_class and not is_title)):
         return Standing.FAILURE
     is_plain = (message.is_sure or message.kind in _SPEAKS_FOR_ITSELF) and not _has("strict", bare)
     if is_plain or not _speaks_of_it(bare, after, named=bool(named), mine=mine):
         return Standing.FAILURE
-    is_class = after.startswith(":") if named else line.body[:end].rstrip().endswith("Error:")
+    is_class = after.startswith(":") if named else is_class
     return Standing.REPORT if is_title and is_class and not _has("conditional", bare) else Standing.DOCUMENT
 
 
+def _aside(message: Message, line: Line, before: str, after: str, *, is_title: bool) -> Standing | None:
+    """Return the standing of a message that tells of no failure, whatever its words are; None for any other."""
+    if (message.exception or "").endswith("Warning") or (message.kind != "nccl" and _WARNS.search(before)):
+        return Standing.WARNING
+    if _is_code(message, line, before, after, is_title=is_title):
+        return Standing.CODE
+    if message.kind == "program_words" and _NEGATED.search(before):
+        return Standing.DOCUMENT
+    return Standing.HARMLESS if memory_of(message.kind) == "harmless" else None
+
+
+_WHEN = re.compile(r"\b(?:when|if|whenever)\b", re.IGNORECASE)
+_ERROR_LINE = re.compile(r"\W{0,8}[A-Za-z_][\w.]{0,80}(?:Error|Exception): (?!.{0,200}\b(?:Error|Exception)\b)")
+"""The last line of a traceback, whose message goes on."""
 _NEGATED = re.compile(r"\b(?:without|never|not|no longer|no)\b[^.\n]{0,12}$", re.IGNORECASE)
 """Words right before a message, which say that it did not come."""
 
@@ -154,8 +164,8 @@ def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
 
 
 def _fails_at_any_level(message: Message, before: str) -> bool:
-    """Return True for a failure that programs log as less: NCCL's, a lost worker's or rank's, a failed job's."""
-    return message.kind in ("nccl", "worker_lost", "rank_failed") or (
+    """Return True for a failure that programs log as less: NCCL's, a lost worker's or rank's, a job's or pod's."""
+    return message.kind in ("nccl", "worker_lost", "rank_failed", "job_memory_limit") or (
         message.kind == "host_killed" and "ailed" in before
     )
 
@@ -206,6 +216,7 @@ def _of_plain_words(message: Message, before: str, after: str, *, leads: bool, m
             return Standing.REPORT
         return Standing.NOTICE if _WORDS.search(before) or _WORDS.search(after) else Standing.CODE
     errs = bool(message.exception) or bool(re.search(r"\b[Ee]rror:? *$|\bERROR:? *$", before))
+    errs = errs or bool(_ERROR_LINE.match(before))
     if errs and leads and (ends or after.startswith(".")):
         return Standing.FAILURE
     if errs and ends and not _has("conditional", before):
