@@ -352,6 +352,7 @@ _TOLD = ("program_words", "memory_words")
 _REST, _OTHERS, _KEPT = "kind_rest_of_log", "kind_other_programs", "kind_kept_tensors"
 _PINNING = "kind_no_pinning"
 _SHARE = "kind_memory_share"
+_OF_UNSLOTH = ("kind_unsloth_target", "kind_unsloth_empty")
 _OF_PAIRS = ("kind_pairs_as_product", "kind_pairs_in_rows")
 
 
@@ -393,7 +394,7 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     if not (is_known or in_phase):
         return in_own_options(found, evidence)
     asks_for_others = facts.phase in ("load", "setup") or shows(evidence.run.text, "subject.other_programs")
-    first = (_SHARE, *_OF_PAIRS, _REST, _KEPT, *((_OTHERS,) if asks_for_others else ()))
+    first = (*_OF_UNSLOTH, _SHARE, *_OF_PAIRS, _REST, _KEPT, *((_OTHERS,) if asks_for_others else ()))
     kept = tuple(each for each in found if each.code in first)
     return (*kept, *advice(facts, evidence)) or found
 

@@ -112,9 +112,29 @@ def _with_shown(facts: Facts, run: RunFacts) -> Facts:
     return facts
 
 
+_OF_JOB = r"\bcgroup|\bOCI runtime\b|\b(?:job|container|pod)\b[^\n]{0,60}\b(?:limit|exceed\w*|OOM)\b"
+_ON_HOST = (
+    r"Cannot allocate memory|virtual memory|\bHDF5\b|\bH5\w+\.c\b|\bpsycopg|\bsqlite3|\bredis\.|\bDB::Exception"
+    r"|\bLLVM ERROR|\bmalloc failed|\bRangeError\b|(?<!OutOf)\bMemoryError\b|\bRAM\b|\bhost memory\b|\bsystem memory\b"
+    r"|instance type"
+)
+"""Words of programs that lack the host's memory, in a message that no format knows."""
+
+
+def _of_place(facts: Facts) -> Facts:
+    """Return a failure in words that no format knows with the memory that they are about, where they tell."""
+    said = facts.details.get("said", "") if facts.kind == "memory_words" else ""
+    is_of_device = re.search(r"\b(?:GPU|CUDA|VRAM|[Dd]evice)\b", said)
+    if not said or is_of_device:
+        return facts
+    kinds = (("job_memory_limit", _OF_JOB), ("host_memory_error", _ON_HOST))
+    kind = next((kind for kind, words in kinds if re.search(words, said)), facts.kind)
+    return msgspec.structs.replace(facts, kind=kind)
+
+
 def with_run(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure with those facts of its run that the log prints and its sentences need."""
-    facts = _with_shown(facts, run)
+    facts = _with_shown(_of_place(facts), run)
     if (context := _CONTEXT.findall(run.text)) and {"llama_kv", "llama_host_kv"} & facts.details.keys():
         facts = _with(facts, "printed_context", f"{int(context[-1]):,}")
     if facts.kind in _ON_SHARED_MEMORY and _shares_host(facts, run.text):

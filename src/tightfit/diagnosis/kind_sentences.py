@@ -401,7 +401,7 @@ def _batch_avoids(facts: Facts) -> bool:
     """Return True for a lack of device memory that a smaller batch may avoid: one of PyTorch's, in a card's size."""
     total, requested = facts.figures.get("total_bytes"), facts.requested_bytes
     too_large = total is not None and requested is not None and requested > total.high
-    return "llama_cpp" not in facts.details and not too_large
+    return memory_of(facts.kind) == "device" and "llama_cpp" not in facts.details and not too_large
 
 
 def before_of(reading: LogReading) -> Other | None:
