@@ -149,6 +149,10 @@ def _takes_sequences(case: Case) -> bool:
     return inputs_of(case.evidence) == "shorter_length"
 
 
+def _evaluates_without_gradients(case: Case) -> bool:
+    return case.facts.phase in ("eval", "gather") and case.is_of("evaluates_without_gradients")
+
+
 def _is_small(case: Case) -> bool:
     """Return True for a family of Transformers' models that is small beside what one pass holds."""
     return case.run.family in programs("small_families")
@@ -353,6 +357,7 @@ _OF_THE_PASS = (
     _Rule("eval_batch", "nothing is evaluated", _only_generates),
     _Rule("smaller_cache", "the cache has room", lambda case: case.shows("subject.cache_has_room")),
     _Rule("reference_first", "there is no reference model", lambda case: not case.shows("subject.reference_model")),
+    _Rule("no_gradients", "the program turns them off", _evaluates_without_gradients),
     _Rule("no_gradients", "they are off", lambda case: case.has_sign("no_grad")),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
