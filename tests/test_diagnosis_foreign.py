@@ -208,6 +208,7 @@ def test_a_configuration_is_read_as_what_it_is(name: str):
         ("package.json", '{"name": "a", "version": "1", "dependencies": {"b": "2"}}', "a package.json of Node.js"),
         ("adapter_config.json", '{"peft_type": "LORA", "r": 8}', "a PEFT adapter's configuration"),
         ("merge.yaml", "merge_method: slerp\nbase_model: a/b\n", "a recipe for merging models"),
+        ("cut.toml", "[train]\nbatch_size = 4\nx\n", "this is TOML with an error"),
         ("odd.yaml", "lr: 0.1\nepochs: 3\n", "YAML without a key that tightfit knows"),
     ],
 )
@@ -215,7 +216,7 @@ def test_a_file_that_no_training_reads_is_told_so(
     file: str, text: str, english: str, capsys: pytest.CaptureFixture[str]
 ):
     Path(file).write_text(text)
-    for language, word in (("en", english), ("ja", "学習の設定")):
+    for language, word in (("en", english), ("ja", "TOML ですが" if "TOML" in english else "学習の設定")):
         assert explain("--config", file, "--lang", language) == 2
         said = capsys.readouterr().err
         assert word in said
@@ -267,6 +268,7 @@ def test_settings_that_a_program_raises_for_together(
         ("a.toml", "[t]\nb = 4\n", {"v.w": "x"}, '[t]\nb = 4\n\n[v]\nw = "x"\n'),
         ("a.json", '{"z": {"stage": 2}, "b": {}}', {"z.stage": 3, "z.o": 1}, '{"z": {"o": 1, "stage": 3}, "b": {}}'),
         ("a.json", '{\n  "a": 1\n}', {"p.q": True}, '{\n  "p": {"q": true},\n  "a": 1\n}'),
+        ("a.json", '{"z": {"s": 2}}', {"z.o.d": "cpu"}, '{"z": {"o": {"d": "cpu"}, "s": 2}}'),
         ("a.json", '{"a": {"x": 1}, "b": {"x": 1}}', {"b.x": 2}, '{"a": {"x": 1}, "b": {"x": 2}}'),
         ("a.py", "a = 1  # b\n", {"a": 2}, "a = 2  # b\n"),
     ],
@@ -300,6 +302,25 @@ def test_a_fix_goes_into_the_file_whose_keys_it_changes():
     fix = config_fix(explained(LOG, foreign=foreign), ["sft.yaml", "ds.json"])
     assert fix is not None
     assert fix.path == "sft.yaml"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rest", "said"),
+    [
+        ("torch.optim.AdamW", "", "optimizer state of Llama 3 8B take 8 to 16 bytes x 8.03B"),
+        ("bitsandbytes.optim.PagedAdamW8bit", "", "take 4 to 6 bytes x 8.03B"),
+        ("torch.optim.AdamW", "fsdp_cpu_offload: True\n", None),
+        ("bitsandbytes.optim.PagedAdamW8bit", "optimizer_in_bwd: True\n", "take 14.96 GiB"),
+    ],
+)
+def test_the_arithmetic_counts_the_optimizer_that_is_configured(optimizer: str, rest: str, said: str | None):
+    Path("tune.yaml").write_text(
+        "model:\n  _component_: torchtune.models.llama3_1.llama3_1_8b\n"
+        f"optimizer:\n  _component_: {optimizer}\nbatch_size: 1\n{rest}"
+    )
+    told = " ".join(str(explained(LOG, foreign=foreign_in(["tune.yaml"], []))).split())
+    assert ("(TF-201)" in told) == (said is not None)
+    assert said is None or said in told
 
 
 QWEN = {

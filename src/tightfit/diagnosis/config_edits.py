@@ -92,18 +92,24 @@ def _in_toml(text: str, path: str, value: Value) -> str | None:
 
 def _in_json(text: str, path: str, value: Value) -> str | None:
     """Replace the one value of a path, or add it to its part; the caller compares the values."""
-    parent, _, name = path.rpartition(".")
-    written = json.dumps(value)
+    name, written = path.rpartition(".")[2], json.dumps(value)
     pattern = rf'("{re.escape(name)}"\s*:\s*)("[^"\\\n]*"|[\w.+-]+)(?=\s*[,}}\]])'
     found = list(re.finditer(pattern, text))
     for match in found:
         changed = text[: match.start(2)] + written + text[match.end(2) :]
         if _has(changed, path, value) and (path in values_in("x.json", text)):
             return changed
-    if parent and not any(each.startswith(f"{parent}.") for each in values_in("x.json", text)):
-        return _first_in(text, r"^\s*\{", f'"{parent}": {{"{name}": {written}}}') if "." not in parent else None
-    opening = rf'"{re.escape(parent.rpartition(".")[2])}"\s*:\s*\{{' if parent else r"^\s*\{"
-    return _first_in(text, opening, f'"{name}": {written}')
+    parts, known = path.split("."), values_in("x.json", text)
+    depth = max(each for each in range(len(parts)) if not each or _is_part(".".join(parts[:each]), known))
+    entry = written
+    for each in reversed(parts[depth + 1 :]):
+        entry = f'{{"{each}": {entry}}}'
+    opening = rf'"{re.escape(parts[depth - 1])}"\s*:\s*\{{' if depth else r"^\s*\{"
+    return _first_in(text, opening, f'"{parts[depth]}": {entry}')
+
+
+def _is_part(path: str, values: Mapping[str, Value]) -> bool:
+    return any(each.startswith(f"{path}.") for each in values)
 
 
 def _has(text: str, path: str, value: Value) -> bool:

@@ -34,13 +34,15 @@ class ConfigFix(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def config_fix(found: Explanation, paths: Sequence[str]) -> ConfigFix | None:
-    """Return the first of the shown remedies that one of the files can carry, an exact one first; None without one.
+    """Return the first of the shown remedies that one of the files can carry; None without one.
+
+    Those that change the result come last.
 
     OSError or UnicodeDecodeError if a file cannot be read as text.
     """
     texts = {path: Path(path).read_bytes().decode() for path in paths}
     told = words(found.language)
-    for remedy in sorted(shown_remedies(found), key=lambda each: (VERDICTS.index(each.verdict), not each.exact)):
+    for remedy in sorted(shown_remedies(found), key=lambda each: (VERDICTS.index(each.verdict), each.exact is False)):
         settings = settings_in(remedy.paste)
         path = _file_of(settings, found, texts)
         if not settings or path is None or not _names_files(settings, path):

@@ -39,6 +39,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     needs: dict[str, dict[str, bool | int | float | str]] = msgspec.field(default_factory=dict)
     gone: dict[str, list[str]] = msgspec.field(default_factory=dict)
     lines: dict[str, dict[str, list[str]]] = msgspec.field(default_factory=dict)
+    trains_all: bool = False
     recipe: Recipe | None = None
 
 

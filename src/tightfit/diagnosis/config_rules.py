@@ -81,7 +81,11 @@ def _in_own_names(remedy: Remedy, foreign: Foreign) -> Remedy:
     numbers, names = foreign.found.numbers, foreign.found.names
     quantity = "length" if remedy.code == "shorter_length" else "batch_size" if remedy.code in _SPLIT else None
     path = names.get(quantity or "")
-    is_own = any(path_of(key, foreign.values) == path for key in settings_in(remedy.paste))
+    size = remedy.change.size if isinstance(remedy.change, Resized) else None
+    is_own = any(
+        path_of(key, foreign.values) == path and size in (None, value)
+        for key, value in settings_in(remedy.paste).items()
+    )
     if path is None or (is_own and quantity == "batch_size") or foreign.kind == "python":
         return replace(remedy, paste=tuple(_filled(line, foreign.values) for line in remedy.paste))
     if quantity == "length":

@@ -6,6 +6,7 @@ Their values count like those that a log prints. `model_play` plays the model th
 import difflib
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
     for path, each in read:
         _check_json(path, each, is_known=program is not None)
         _check_yaml(path, each)
+        _check_toml(path, each)
     for (path, each), inner in zip(read, each_values, strict=True):
         _check_kind(path, each, inner, is_known=program is not None)
     if program is None:
@@ -149,15 +151,17 @@ def with_foreign(run: RunFacts, given: Foreign) -> RunFacts:
     found = given.found.with_accumulation(given.found.numbers.get("world_size") or run.numbers.get("world_size"))
     is_known = bool(known(given.program).numbers)
     rest = {name: number for name, number in both.numbers.items() if name not in _OF_PROGRAMS}
-    if next(named_in(found.texts.get("model", "")), None) is not None:  # its sizes are known, without adapters
+    texts, model = dict(found.texts), next(named_in(found.texts.get("model", "")), None)
+    if model is not None:  # its sizes are known, without adapters
         rest.pop("parameters", None)
+        texts["model"] = model.name if "_" in texts["model"] else texts["model"]  # the name of a function
     of_log = {name: number for name, number in run.numbers.items() if name in _OF_PROGRAMS}
     return msgspec.structs.replace(
         both,
         numbers=rest | of_log | dict(found.numbers),
         names={**run.names, **{name: path.rpartition(".")[2] for name, path in found.names.items()}},
-        texts={**run.texts, **found.texts} if is_known else both.texts,
-        signs=(both.signs - _DECIDED) | run.signs | _signs_of(found) if is_known else both.signs,
+        texts={**run.texts, **texts} if is_known else both.texts,
+        signs=(both.signs - _DECIDED) | run.signs | _signs_of(given.program, found) if is_known else both.signs,
     )
 
 
@@ -176,6 +180,8 @@ _SIGNS = {
     "flash": ("flash",),
     "half": ("half",),
     "in_backward": ("in_backward",),
+    "host_state": ("host_state",),
+    "host_weights": ("host_weights",),
 }
 """Signs of a run that a part of a configuration is."""
 _DECIDED = frozenset({"four_bit", *(sign for signs in _SIGNS.values() for sign in signs)})
@@ -183,11 +189,11 @@ _OF_PART = frozenset({"lora", "qlora", "frozen", "other_adapter", "gptq"})
 """Parts beside which not all parameters are trained."""
 
 
-def _signs_of(found: Found) -> frozenset[str]:
+def _signs_of(program: str, found: Found) -> frozenset[str]:
     signs = {sign for part in found.parts for sign in _SIGNS.get(part, ())}
     if "16" in found.texts.get("dtype", ""):
         signs.add("half")
-    if "model" in found.texts and not found.parts & _OF_PART:
+    if "model" in found.texts and known(program).trains_all and not found.parts & _OF_PART:
         signs.add("all_trained")
     return frozenset(signs)
 
@@ -272,6 +278,18 @@ def _check_kind(path: str, text: str, values: Mapping[str, Value], *, is_known: 
     language = kind_of(path, text)
     if not is_known and language != "python":
         raise ConfigError(say("explain.foreign_config.no_key", path=path, language=_LANGUAGES[language]))
+
+
+def _check_toml(path: str, text: str) -> None:
+    """Raise ConfigError for an error in a TOML file."""
+    if Path(path).suffix.lower() != ".toml" or len(text) >= _MOST:
+        return
+    try:
+        tomllib.loads(text.removeprefix("\ufeff"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(say("explain.foreign_config.toml_error", path=path, reason=error)) from None
+    except RecursionError:
+        return
 
 
 _LANGUAGES = {"json": "JSON", "yaml": "YAML", "toml": "TOML"}

@@ -96,6 +96,10 @@ def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     total = facts.total_bytes or run.numbers.get("card_gb", 0) * GIB or bytes_in_words(run.text)
     if model is None or not parameters or had_room(facts) or facts.phase == "save":  # by then it had fit
         return None
+    if "host_weights" in run.signs:
+        return None
+    if "host_state" in run.signs and total is not None:
+        return _budget(model, parameters, total, _WEIGHT, _WEIGHT, "weights", run)
     stored, trained = _stored(run), run.numbers.get("trainable", 0)
     if _LEAST_PART * parameters < trained <= parameters // 2:
         return _of_part(model, parameters, total, trained, run)
@@ -126,6 +130,8 @@ def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     optimizer = run.texts.get("optimizer", "").lower()
     small = next((size for word, size in _SMALL_STATE.items() if word in optimizer), None)
     low, high = (small, small) if small else (_LEAST_STATE, _MOST_STATE)
+    if "paged" in optimizer:
+        high = _SMALL_STATE["8bit"] if "8bit" in optimizer else _MOST_STATE
     if "in_backward" in run.signs:
         low -= _GRADIENT
     return _budget(model, parameters, total, low, high, "training", run)
