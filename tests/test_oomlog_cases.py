@@ -100,6 +100,10 @@ def test_a_logs_own_words_bring_no_control_codes_and_no_tags(log: str):
 ONE_LINERS = {
     "host_killed": [
         "[rank: 2] Child process with PID 811 terminated with code -9. Forcefully terminating all other processes",
+        "INFO: [rank: 1] Child process with PID 812 terminated with code -9.",
+        "make: *** [Makefile:7: fit] Error 137",
+        "zsh: killed     python fit.py",
+        "fit.service: Main process exited, code=killed, status=9/KILL",
         "Error: llama runner process has terminated: signal: killed",
         "771.batch  OUT_OF_ME+  0:125",
         "npm ERR! errno 137",
@@ -120,6 +124,8 @@ ONE_LINERS = {
         "terminate called after throwing an instance of 'std::bad_alloc'",
         "MemoryError: could not allocate 4294967296 bytes",
         "zarr: MemoryError",
+        "Error: MemoryError()",
+        "Error: vector memory limit of 8.0 Gb reached, see mem.maxVSize()",
         "cc1plus: out of memory allocating 65536 bytes after a total of 99 bytes",
         "OSError: [Errno 12] Memory mapping file failed: Cannot allocate memory",
         "SafetensorError: IoError(Os { code: 12, kind: OutOfMemory })",
@@ -141,6 +147,11 @@ ONE_LINERS = {
         "hipErrorOutOfMemory: out of memory",
         "TVMError: Check failed: (e == cudaSuccess) is false: CUDA: out of memory",
         'CUDA error at scan.cu:12 code=2(cudaErrorMemoryAllocation) "cudaMalloc(&p, n)"',
+    ],
+    "cuda_async": ["!!! Exception during processing!!! Allocation on device"],
+    "memory_words": [
+        "ValueError: The weights cannot fit into GPU memory",
+        "ERROR: This model needs at least 10GB GPU memory",
     ],
     "onnx_out_of_memory": ["Failed to find a free memory block despite calling Extend. rounded_bytes=4194304"],
     "jax_out_of_memory": ["XlaRuntimeError: INTERNAL: Failed to allocate 67108864 bytes for new constant"],

@@ -116,7 +116,7 @@ _OF_JOB = r"\bcgroup|\bOCI runtime\b|\b(?:job|container|pod)\b[^\n]{0,60}\b(?:li
 _ON_HOST = (
     r"Cannot allocate memory|virtual memory|\bHDF5\b|\bH5\w+\.c\b|\bpsycopg|\bsqlite3|\bredis\.|\bDB::Exception"
     r"|\bLLVM ERROR|\bmalloc failed|\bRangeError\b|(?<!OutOf)\bMemoryError\b|\bRAM\b|\bhost memory\b|\bsystem memory\b"
-    r"|instance type"
+    r"|instance type|\bOpenBLAS\b|\bvector memory limit\b|ERROR: (?:LoadError: )?OutOfMemoryError\(\)|\bhelp memory\b"
 )
 """Words of programs that lack the host's memory, in a message that no format knows."""
 

@@ -404,10 +404,17 @@ def _batch_avoids(facts: Facts) -> bool:
     return memory_of(facts.kind) == "device" and "llama_cpp" not in facts.details and not too_large
 
 
+_TO_CPU = re.compile(r"\bfall(?:ing|s)? ?back (?:to|on) (?:the )?CPU\b|\busing (?:the )?CPU instead\b", re.IGNORECASE)
+"""A program's words for going on without the GPU."""
+
+
 def before_of(reading: LogReading) -> Other | None:
     """Return the lack of device memory that a program handled by going on, on the CPU, where it then failed."""
     facts = reading.failure
-    if facts is None or facts.kind != "host_allocator":
+    is_on_cpu = facts is not None and (
+        facts.kind == "host_allocator" or (memory_of(facts.kind) == "host" and _TO_CPU.search(reading.run.text))
+    )
+    if facts is None or not is_on_cpu:
         return None
     handled = (each for each in reading.others if each.standing == "caught" and each.line < facts.line)
     return next((each for each in handled if memory_of(each.kind) == "device"), None)

@@ -23,6 +23,9 @@ _MEMORY = re.compile(
     r"\b(?:out of|insufficient|no enough|not enough|negligible|exceed\w*|lack of|low on|more|run\w* out of"
     r"|too (?:much|little)) (?!bounds\b|values\b|arguments\b|range\b)[\w -]{0,25}memory\b|\bOOM\b(?![=:] ?[\d.])"
     r"|\bmemory (?:error|exhausted|exceeded|limit|allocation|is full|overflow|full)"
+    r"|(?:not|n't) fit (?:in|into|on|to)\b[^.\n]{0,20}\b(?:memory|GPU|V?RAM)\b"
+    r"|\bmemory\b[^.\n]{0,30}\bcannot be allocated"
+    r"|\b(?:needs?|requires?) (?:at least )?[\d.]+ ?[GM]i?B (?:of )?(?:\w+ )?(?:memory|V?RAM)\b"
     r"|\bmemory (?:is not|isn.t|not) (?:enough|sufficient)|\balloc\w* (?:\w+ )?memory fail|\bexceed\w* \d+% memory"
     r"|(?:can(?:not|'t)|could not|unable to|fail(?:ed|ure)? to) (?:re)?alloc|\bVRAM\b",
     re.IGNORECASE | re.ASCII,

@@ -317,7 +317,7 @@ class _Scan:
                     frames=better.frames,
                     phase=better.phase,
                     details={**known.details, **facts.details},
-                    notes=tuple(each for each in known.notes if each != _CUT or each in facts.notes),
+                    notes=_notes_of(known, facts, better),
                     exception=known.exception or facts.exception,
                     torch_format=later_format(known, facts),
                 )
@@ -412,6 +412,12 @@ class _Scan:
         printed = last_line(self._ending)
         message = facts.message if facts.message in printed else printed
         return replace(facts, message=message, notes=(*facts.notes, "log_ends_within"))
+
+
+def _notes_of(known: Facts, facts: Facts, framed: Facts) -> tuple[str, ...]:
+    """Return the notes of two messages of one failure; `framed` is the one with the traceback, which may be cut."""
+    notes = tuple(each for each in known.notes if each != _CUT or each in facts.notes)
+    return (*notes, _CUT) if framed is facts and _CUT in facts.notes and _CUT not in notes else notes
 
 
 def _without_ranks(text: str) -> str:

@@ -26,7 +26,8 @@ def is_same(one: Facts, two: Facts) -> bool:
     if one.kind != two.kind and (is_general_for(one, two) or is_general_for(two, one)):
         reach = _NOTEBOOK_LINES if one.line == 1 else _EXPLAINED  # a report's title may stand far above
         return two.line - one.line <= reach
-    if one.kind != two.kind and not (only_class and two.kind == _ASYNC):
+    is_async = two.kind == _ASYNC and (only_class or (is_of_allocator(one.kind) and not two.figures))
+    if one.kind != two.kind and not is_async:
         return False
     if only_class:  # a notebook's head, far above the message
         return two.line - one.line <= _NOTEBOOK_LINES

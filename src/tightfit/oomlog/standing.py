@@ -166,7 +166,7 @@ def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
 def _fails_at_any_level(message: Message, before: str) -> bool:
     """Return True for a failure that programs log as less: NCCL's, a lost worker's or rank's, a job's or pod's."""
     return message.kind in ("nccl", "worker_lost", "rank_failed", "job_memory_limit") or (
-        message.kind == "host_killed" and "ailed" in before
+        message.kind == "host_killed" and ("ailed" in before or "hild process" in before)
     )
 
 
@@ -174,7 +174,7 @@ _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memo
 """Kinds whose words have no other meaning in a sentence."""
 
 
-_SKIPS = re.compile(r"ran out of memory\b[^\n]{0,60}?\b(?:skipping|retrying)\b", re.IGNORECASE)
+_SKIPS = re.compile(r"(?:ran out of memory|OOM)\b[^\n]{0,60}?\b(?:skipp(?:ed|ing)|retrying)\b", re.IGNORECASE)
 """A program's warning that it leaves a batch out, or tries it again."""
 OF_ITEM = re.compile(r"\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
 """A program's line on one of its inputs, which it leaves out."""
