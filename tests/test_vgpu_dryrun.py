@@ -102,6 +102,14 @@ except torch.OutOfMemoryError:
     except ImportError as error:
         raise RuntimeError('install the extras') from error
 """
+FAILS_IN_BACKWARD = """
+import torch
+x = torch.ones(64, 1 << 20, device="cuda", requires_grad=True)
+y = x.sin().sin().sin().sin()
+(g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+held = torch.empty(2 << 30, device="cuda")
+(g.pow(2).sum() + y.sum()).backward()
+"""
 BROKEN_DATASET = """
 import torch
 
@@ -353,6 +361,13 @@ class TestMistakes:
         assert "tightfit/allocator" not in done.stderr
         named = "RuntimeError: install the extras (caused by ModuleNotFoundError: No module named 'a_missing_library')"
         assert named in " ".join(done.stdout.split())
+
+    def test_a_failure_names_what_was_there_before_it_let_anything_go(self, tmp_path: Path) -> None:
+        """A backward pass that fails frees what it held, before anybody sees its error."""
+        (tmp_path / "train.py").write_text(FAILS_IN_BACKWARD)
+        found = dryrun("--gpu", "RTX 3060 12GB", tmp_path / "train.py", code=1)
+        assert (found["outcome"], found["failure"]["phase"]) == ("out_of_memory", "backward")
+        assert sum(found["categories"].values()) == pytest.approx(found["failure"]["allocated_bytes"], abs=1 << 20)
 
     def test_an_error_of_the_script_is_its_own(self, tmp_path: Path) -> None:
         script = tmp_path / "broken.py"

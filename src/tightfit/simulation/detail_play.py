@@ -63,7 +63,7 @@ def play_detail(
 def _read(session: VirtualSession, found: Findings, cards: Sequence[CardSize]) -> Detail:
     """Read off a session what holds on this card and on others."""
     recorder, allocator = session.device.recorder, session.allocator
-    alive = recorder.alive_at(len(recorder.events) if found.failure else recorder.peak_event)
+    alive = recorder.alive_at(session.device.events_at_failure if found.failure else recorder.peak_event)
     decides = found.categories == by_category(alive)
     assert isinstance(allocator, TapedAllocator)
     follows = decides and allocator.is_replayable and not found.caught_failures

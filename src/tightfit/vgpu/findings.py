@@ -24,7 +24,7 @@ def findings_of(session: VirtualSession, error: BaseException | None = None, *, 
     device, recorder = session.device, session.device.recorder
     error = error or device.thread_error
     failure = _failure(session) if _ran_out(session, error) else None
-    alive = recorder.alive_at(len(recorder.events) if failure else recorder.peak_event)
+    alive = recorder.alive_at(device.events_at_failure if failure else recorder.peak_event)
     return Findings(
         outcome="out_of_memory" if failure else ("fits" if error is None else "error"),
         gpu=_card(session),
