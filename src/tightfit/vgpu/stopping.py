@@ -32,6 +32,9 @@ _PLAY_ON_S = 20.0
 """Seconds of the processor that repeating steps play on for lines of the loop, or after it, that did not run yet."""
 _WAIT_ON_S = 120.0
 """The same by the clock, for a script that waits, or a busy machine."""
+_IN_VAIN_S = 40.0
+"""Seconds of the processor that they do so altogether, however many iterations are passed over meanwhile, if no new
+line runs and no peak rises."""
 _KEPT_BYTES = 1 << 16
 """Bytes kept of a step for which it counts as unlike the one before."""
 _LISTED_UNPLAYED = 10
@@ -113,6 +116,8 @@ class Stopping:
         """Lines that may allocate, of loops that repeated for too long."""
         self._repeats_since: tuple[float, float] | None = None
         """Seconds of the processor and of the clock."""
+        self._progress: tuple[tuple[int, ...], float] = ((), 0.0)
+        """Peaks and the number of lines that ran, and the seconds of the processor when one of them last rose."""
         self._allocating: set[Frame] = set()
         self._read_allocations = 0
         self._unplayed: list[Frame] = []
@@ -222,7 +227,7 @@ class Stopping:
         self._unplayed += [each for each in self._hidden(frame, state) if each not in self._given_up]
         if self._lines.skip_ahead(frame, self._unplayed, state):
             self._after_skip(frame, first, state.patterns)
-        is_late = self._repeats_for_long() or self._waits_in_vain(loop)
+        is_late = self._repeats_for_long() or self._comes_no_further() or self._waits_in_vain(loop)
         differing = self._lines.differing(frame, state)
         more = bool(self._unplayed or self._given_up or differing)
         if more and (self._leaves_loops(frame, loop, state) or (is_late and self._gives_up(frame, loop))):
@@ -288,6 +293,16 @@ class Stopping:
         now = time.process_time(), time.monotonic()
         begun = self._repeats_since = self._repeats_since or now
         return now[0] - begun[0] >= _PLAY_ON_S or now[1] - begun[1] >= _WAIT_ON_S
+
+    def _comes_no_further(self) -> bool:
+        """Return True when steps repeat and nothing has been new for long, as in epochs that are all alike."""
+        if self._settings.until == "end":
+            return False
+        now, last = time.process_time(), self._last[0]
+        reached = (last.peak, last.reserved, self._lines.count_ran())
+        if reached != self._progress[0]:
+            self._progress = reached, now
+        return now - self._progress[1] >= _IN_VAIN_S
 
     def _waits_in_vain(self, loop: TrainingLoop | None) -> bool:
         """Return True if no iteration comes to the lines of a training loop that did not run."""

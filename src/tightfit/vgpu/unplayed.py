@@ -533,6 +533,10 @@ class LineWatch:
         """Lines of a followed function that ran."""
         return self._ran.of.get(code, set())
 
+    def count_ran(self) -> int:
+        """Return the number of lines that ran in all functions that are followed."""
+        return sum(map(len, self._ran.of.values()))
+
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:  # the type of sys.settrace's functions
         if not self._ran.follows(frame):
             return self._far.called(frame) if self._far.is_own(frame) else None
