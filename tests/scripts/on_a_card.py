@@ -370,6 +370,10 @@ def kinds_of_tensors_stay():
     assert type(out.detach().cpu()) is type(picture)
     assert not isinstance(torch.as_subclass(out, torch.Tensor), Titled)
     assert isinstance(torch.as_subclass(layer.weight, Titled).clone(), Titled)
+    untitled = out.as_subclass(torch.Tensor)
+    untitled.__dict__ = out.__dict__  # as fastai keeps its own
+    assert (untitled + 1).is_cuda
+    assert untitled.title == ["a"]
 
 
 def counts_add_up():

@@ -40,11 +40,14 @@ def _let_kinds_be_taken() -> None:
             return usual(self, _kind_on_host(cls))
         with torch._C.DisableTorchFunctionSubclass():
             made: Tensor = torch.ops.aten.alias.default(self)
-        if cls is not torch.Tensor:
+        if cls is torch.Tensor:
+            _of_fake[made] = dict(vars(made))
+        else:
             _become(made, cls if issubclass(cls, FakeTensor) else _fake_kind(cls))
         return made
 
     assign(torch.Tensor, as_subclass=as_subclass)
+    assign(FakeTensor, __getattr__=_found_nowhere)
     assign(torch, as_subclass=lambda input, cls: as_subclass(input, cls))  # with torch's names
 
 
@@ -73,6 +76,13 @@ _of_fake = WeakIdKeyDictionary()
 """Attributes by which tensors of fake kinds are fake: a library may copy or replace its tensor's `__dict__`."""
 
 
+def _found_nowhere(tensor: FakeTensor, name: str) -> object:
+    """Return an attribute that is not in a fake tensor's `__dict__`."""
+    if name in (kept := _of_fake.get(tensor, {})):
+        return kept[name]
+    raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
+
+
 def _become(made: Tensor, kind: type[Tensor]) -> None:
     _of_fake[made] = dict(vars(made))
     vars(made).clear()
@@ -98,11 +108,6 @@ class _Kept:
     ) -> object:
         """Return results of this kind, as tensors do. Torch takes this from a kind with operators of its own."""
         return Tensor.__torch_function__.__func__(cls, func, types, args, kwargs)  # type: ignore[attr-defined]
-
-    def __getattr__(self, name: str) -> object:
-        if name in (kept := _of_fake.get(self, {})):
-            return kept[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 def _kind_on_host(kind: type[Tensor]) -> type[Tensor]:
