@@ -98,3 +98,26 @@ def test_what_nobody_waits_for_is_played_to_its_end(started: str, tmp_path: Path
     work = "import time\ndef work():\n    import torch\n    time.sleep(0.2)\n    torch.ones(1 << 20, device='cuda')\n"
     found = play(tmp_path, f"import multiprocessing as mp, threading\n{work}{started}target=work).start()\n")
     assert found.peak.allocated_bytes == 4 * MIB
+
+
+@pytest.mark.slow  # a process that loads torch
+def test_a_model_that_processes_share_takes_its_memory_once(tmp_path: Path) -> None:
+    """As Hogwild's: `share_memory` is nothing on a card, and a process that is given tensors opens them."""
+    code = """
+import torch, torch.multiprocessing as mp
+def work(model):
+    (gradient,) = torch.autograd.grad(model(torch.ones(1, 1024, device="cuda")).sum(), [model.weight])
+    print(torch.cuda.memory_allocated())
+if __name__ == "__main__":
+    model = torch.nn.Linear(1024, 1024, bias=False).cuda().share_memory()
+    assert model.weight.is_shared()
+    started = mp.get_context("spawn").Process(target=work, args=(model,))
+    started.start()
+    started.join()
+    assert started.exitcode == 0
+"""
+    found = play(tmp_path, code)
+    assert found.outcome == "fits", found.stopped_because
+    assert found.gpu.used_by_others_bytes > 4 * MIB
+    assert found.categories["gradients"] == 4 * MIB
+    assert "parameters" not in found.categories

@@ -85,6 +85,7 @@ def pinned_and_pickled():
     assert again.shape == (3, 4)
     assert again.is_cuda
     assert copy.copy(weight).shape == (3, 4)
+    assert nn.Linear(2, 2).cuda().share_memory().weight.is_shared()
 
 
 def default_device():

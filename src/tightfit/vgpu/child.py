@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -97,6 +98,8 @@ class Part:
         """Put the virtual GPU into this process's torch until the process ends."""
         from tightfit.vgpu.session import VirtualSession
 
+        if self._session is not None:
+            return self._session
         self._mark("started", " ".join(sys.orig_argv))
         left = None if self._ends_at is None else max(1.0, round(self._ends_at - time.time() - _EARLIER_S))
         settings = msgspec.structs.replace(self.settings, timeout_s=left)
@@ -149,8 +152,20 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+_begin: list[Callable[[], object]] = []
+"""Starts the virtual GPU of a process of `multiprocessing`."""
+
+
+def begin_early() -> None:
+    """Start it in a process that is given tensors of the card before it runs anything."""
+    for begin in _begin:
+        begin()
+
+
 def follow_processes(part_of: Callable[[], Part]) -> None:
     """Play the processes of `multiprocessing`, except those that only prepare data."""
+    part_of = cache(part_of)
+    _begin[:] = [lambda: part_of().start()]
 
     def played(process: "BaseProcess") -> Callable[[], None]:
         run, target = process.run, getattr(process, "_target", None)

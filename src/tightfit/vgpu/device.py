@@ -9,7 +9,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.library import _impls
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tightfit.allocator.caching import CachingAllocator, OutOfMemory, PoolId
 from tightfit.kernels import operators as kernels
@@ -195,6 +195,15 @@ class VirtualDevice:
         with self.fake:
             out: Argument = func(*args, **kwargs)
         return out
+
+    def given(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the card that the process which started this one holds: it takes nothing here."""
+        func, args = aten.empty_strided.default, (list(shape), list(stride))
+        with _disable_current_modes():
+            made = self.without_data(func, args, {"dtype": dtype, "device": self.where})
+        assert isinstance(made, Tensor)
+        self.recorder.note_given(made, self._describe(made, func, args, self.phases.now()))
+        return made
 
     def execute(self, func: OpOverload, args: Arguments, kwargs: Options) -> Argument:
         """Run an operator on fake tensors and record the memory of its CUDA kernel."""

@@ -132,6 +132,11 @@ class Recorder:
         with self.exclusive():
             self._held[key] = (reference, allocation)
 
+    def note_given(self, tensor: Tensor, describe: Callable[[int], Allocation]) -> None:
+        """Know a tensor whose memory another process holds: it takes nothing here."""
+        storage = tensor.untyped_storage()
+        self._hold(storage, describe(storage.nbytes()))
+
     def track_accumulation(self, tensor: Tensor, first: Tensor, describe: Callable[[int], Allocation]) -> None:
         """Track `tensor`, the sum that autograd's engine made of a new gradient and `first`.
 

@@ -3,6 +3,7 @@
 import functools
 import gc
 import math
+import multiprocessing
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ def install(device: VirtualDevice, properties: SimpleNamespace) -> None:
     _install_fake_tensors(device)
     _install_parameters()
     tensor_kinds.install()
+    _install_sharing()
     _install_threads(device)
     _install_compile(device, properties)
     torchscript.install(device)
@@ -286,8 +288,33 @@ def _rebuild(
     requires_grad: bool,
     is_parameter: bool,
 ) -> Tensor:
-    made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    if torch.device(device).type == "cuda" and getattr(multiprocessing.current_process(), "_inheriting", False):
+        made = _given(shape, stride, dtype)
+    else:
+        made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
     return nn.Parameter(made, requires_grad) if is_parameter else made.requires_grad_(requires_grad)
+
+
+def _given(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the card that the process which starts this one holds: it takes nothing here."""
+    from tightfit.vgpu.child import begin_early
+    from tightfit.vgpu.session import VirtualSession
+
+    begin_early()
+    session = VirtualSession.running()
+    assert session is not None
+    return session.device.given(shape, stride, dtype)
+
+
+def _install_sharing() -> None:
+    """Let tensors of the card be shared between processes as they are."""
+    usual_share: Callable[[Tensor], Tensor] = torch.Tensor.share_memory_
+    usual_is_shared: Callable[[Tensor], bool] = torch.Tensor.is_shared
+
+    def share(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_cuda else usual_share(tensor)
+
+    assign(torch.Tensor, share_memory_=share, is_shared=lambda tensor: tensor.is_cuda or usual_is_shared(tensor))
 
 
 def _deep_copy(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
