@@ -67,6 +67,14 @@ def is_wrapper(kind: type) -> bool:
     )
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return a host tensor as one of no library's kind."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) or is_wrapper(type(tensor)):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
+
+
 @cache
 def is_composite(func: OpOverload, device: str) -> bool:
     """Return True if a device runs an operator as several others, and not as one kernel.

@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.cost import kernel_of
 from tightfit.kernels.temporaries import Argument, Options
-from tightfit.vgpu.fakes import compressed_parts, has_fake
-from tightfit.vgpu.patches.tensor_kinds import plain
+from tightfit.vgpu.fakes import compressed_parts, has_fake, plain
 from tightfit.vgpu.untouched import copied_lazily, is_untouched
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.fakes import is_wrapper
 
 
 def install() -> None:
@@ -49,14 +48,6 @@ def _let_kinds_be_taken() -> None:
     assign(torch.Tensor, as_subclass=as_subclass)
     assign(FakeTensor, __getattr__=_found_nowhere)
     assign(torch, as_subclass=lambda input, cls: as_subclass(input, cls))  # with torch's names
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Return a host tensor as one of no library's kind."""
-    if type(tensor) in (Tensor, torch.nn.Parameter) or is_wrapper(type(tensor)):
-        return tensor
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.as_subclass(Tensor)
 
 
 def is_own_kind(tensor: Tensor) -> bool:
