@@ -126,7 +126,7 @@ def _with_growth(codes: list[str], case: Case) -> list[str]:
     """Return the codes with the fixes for kept results first, if earlier passes went well by the report."""
     facts, evidence = case
     may_keep = not (case.is_oversized or is_most_of_card(facts) or had_room(facts))
-    is_open = case.program is None or case.is_of("libraries")
+    is_open = case.program is None or case.is_of("libraries") or case.has_own("outputs_to_host")
     if evidence.infers and is_open and may_keep and case.has_sign(*_OF_GROWTH):
         codes = _with_kept_results(codes, case)
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
