@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
+from tightfit.vgpu import play_folder
 from tightfit.vgpu.play_folder import ChildSettings, held_by_others, watch
 from tightfit.wording import say
 
@@ -152,20 +153,10 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-_begin: list[Callable[[], object]] = []
-"""Starts the virtual GPU of a process of `multiprocessing`."""
-
-
-def begin_early() -> None:
-    """Start it in a process that is given tensors of the card before it runs anything."""
-    for begin in _begin:
-        begin()
-
-
 def follow_processes(part_of: Callable[[], Part]) -> None:
     """Play the processes of `multiprocessing`, except those that only prepare data."""
     part_of = cache(part_of)
-    _begin[:] = [lambda: part_of().start()]
+    play_folder.card_of_this_process = lambda: part_of().start().device
 
     def played(process: "BaseProcess") -> Callable[[], None]:
         run, target = process.run, getattr(process, "_target", None)

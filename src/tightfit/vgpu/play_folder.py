@@ -1,9 +1,9 @@
 """The folder by which the processes of one play know of each other. No torch."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 VARIABLE = "TIGHTFIT_PLAY"
 """Environment variable with the folder's path."""
+
+
+card_of_this_process: Callable[[], Any] | None = None
+"""Starts the virtual device of a process of `multiprocessing` which is given tensors of the card before it runs."""
 
 
 class ChildSettings(msgspec.Struct, frozen=True, kw_only=True):

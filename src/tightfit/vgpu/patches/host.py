@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tightfit.kernels.fused_attention import attention
 from tightfit.kernels.temporaries import Argument
+from tightfit.vgpu import play_folder
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.autotuning import Trials
 from tightfit.vgpu.compiled import Compiler
@@ -288,22 +289,13 @@ def _rebuild(
     requires_grad: bool,
     is_parameter: bool,
 ) -> Tensor:
-    if torch.device(device).type == "cuda" and getattr(multiprocessing.current_process(), "_inheriting", False):
-        made = _given(shape, stride, dtype)
+    card_of_this_process = play_folder.card_of_this_process
+    is_given = torch.device(device).type == "cuda" and getattr(multiprocessing.current_process(), "_inheriting", False)
+    if is_given and card_of_this_process is not None:
+        made: Tensor = card_of_this_process().given(shape, stride, dtype)
     else:
         made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
     return nn.Parameter(made, requires_grad) if is_parameter else made.requires_grad_(requires_grad)
-
-
-def _given(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of the card that the process which starts this one holds: it takes nothing here."""
-    from tightfit.vgpu.child import begin_early
-    from tightfit.vgpu.session import VirtualSession
-
-    begin_early()
-    session = VirtualSession.running()
-    assert session is not None
-    return session.device.given(shape, stride, dtype)
 
 
 def _install_sharing() -> None:
