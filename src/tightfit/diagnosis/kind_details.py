@@ -59,6 +59,8 @@ def detail_names() -> set[str]:
 _OF_THE_RUN = {
     "growing_said",
     "offloaded_count",
+    "offloaded_of",
+    "offloaded_ranks",
     "product",
     "product_shape",
     "small_pool",
@@ -413,6 +415,24 @@ _ONE_ARRAY = 16 * GIB
 """Bytes of a request that is a large part of a data set, or all of it."""
 
 
+_PADDING_BYTES = 4096
+"""Bytes by which DeepSpeed may pad a rank's part."""
+
+
+def _of_offload(facts: Facts, run: RunFacts) -> Facts:
+    """Return what DeepSpeed offloads with the printed count of parameters whose copy it is, or a rank's part of it."""
+    counts = [int(each.replace(",", "")) for each in _COUNTED.findall(run.text)]
+    requested, ranks = facts.requested_bytes or 0, run.numbers.get("world_size", 1)
+    whole = next((each for each in counts if _OF_FLOAT32 * each == requested), None)
+    if whole is not None:
+        return _with(facts, "offloaded_count", f"{whole:,}")
+    parts = (each for each in counts if 0 <= requested - _OF_FLOAT32 * each / ranks <= _PADDING_BYTES)
+    part = next(parts, None) if ranks > 1 else None
+    if part is None:
+        return facts
+    return _with(_with(facts, "offloaded_of", f"{part:,}"), "offloaded_ranks", str(ranks))
+
+
 _COUNTED = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3}){2,4}|\d{7,13})(?![\d.,]*\d)")
 """A number of parameters."""
 _OF_FLOAT32 = 4
@@ -421,9 +441,7 @@ _OF_FLOAT32 = 4
 def _of_host_allocator(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure on the host with the kind of its request: a layer's result, or a large array at once."""
     if "zero_offload" in facts.details:
-        counts = (int(each.replace(",", "")) for each in _COUNTED.findall(run.text))
-        count = next((each for each in counts if _OF_FLOAT32 * each == facts.requested_bytes), None)
-        return _with(facts, "offloaded_count", f"{count:,}") if count else facts
+        return _of_offload(facts, run)
     facts = with_product(facts, run.text)
     if facts.frames and _LAYERS.search(facts.frames[-1].file):
         return _with(facts, "computing")

@@ -372,6 +372,7 @@ _SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b|^\W*(?:failed \()?CUDA out of mem
 """A program's word for a batch that it left out."""
 
 
+_IN_TILES = re.compile(r"\bretrying with tiled\b")
 _WITHOUT_BATCH = re.compile(r"regular VAE|\blora \S{1,80}\.weight\b")
 """Words for a part of a program for pictures that no batch makes smaller."""
 
@@ -387,6 +388,8 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     hint = "skipped" if kind.startswith("caught") and _SKIPPED.search(reading.evidence) else f"{kind}_hint"
     if reading.caught is not None and "llama_cpp" in reading.caught.details and kind == "caught":
         hint = "retried_hint"
+    if hint == "caught_hint" and _IN_TILES.search(reading.evidence):
+        hint = "caught_in_tiles"
     if hint == "caught_hint" and reading.retried_batch is not None:
         yield sentences("nothing", "caught_with_batch", batch=reading.retried_batch)
     elif sentences.has("nothing", hint):

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from tightfit.oomlog.counted_lines import Counts
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
 from tightfit.oomlog.kinds import consequences, memory_of
-from tightfit.oomlog.last_words import quotes_error, sentence_in
+from tightfit.oomlog.last_words import quotes_error, sentence_in, shortened
 from tightfit.oomlog.log_lines import Entry
 from tightfit.oomlog.log_text import clean
 from tightfit.oomlog.message import Message
@@ -197,7 +197,7 @@ def facts_of(
 
 def _said(words: str) -> dict[str, str]:
     """Return the text of a program, or of a report's title."""
-    plain = " ".join(clean(words).split())[:200]
+    plain = shortened(" ".join(clean(words).split()))
     return as_reported(plain.lstrip("# ")) if plain.startswith("#") else {"said": plain}
 
 

@@ -18,6 +18,7 @@ from tightfit.oomlog.last_words import (
     mentioned_in,
     met_in,
     reported_in,
+    shortened,
     tells_of_failure,
     titled_error,
 )
@@ -79,7 +80,7 @@ class Unnamed(Struct):
         elif kind == "begun":
             kind, details = "incomplete", {"said": evidence, "begun": "yes"}
         else:
-            details = {"said": evidence} if evidence else {}
+            details = {"said": shortened(evidence)} if evidence else {}
         return Facts(kind=kind, frames=frames, phase=phase_of(frames, lines), details=details, line=line)
 
     def _empty(self) -> _Found | None:
