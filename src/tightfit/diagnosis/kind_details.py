@@ -149,6 +149,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         facts = _with_phase(_in_prose(facts, run), run)
     if facts.kind in _GROWS and "accumulates" in run.signs and not facts.frames and facts.phase is None:
         facts = _with(facts, "growing")
+    if facts.kind == "tgi_prefill" and 0 < int(facts.details.get("count", "0")) <= _FEW_TOKENS:
+        return _with(facts, "few")
     if facts.kind in ("program_words", "memory_words") and (share := _share_asked(run)):
         facts = _with(facts, "share_asked", share)
     if facts.kind == "jax_out_of_memory":
@@ -171,6 +173,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
 
 _USUAL_REQUESTS = 256
 """vLLM's own max_num_seqs on most cards."""
+_FEW_TOKENS = 512
+"""Tokens of prompts in one pass up to which not they, but the weights fill the card."""
 _GROWS = ("program_words", "memory_words", "cuda_driver")
 """Kinds of failures with a sentence on memory that grows."""
 _CONTEXT = re.compile(r"\bn_ctx(?:_per_seq)? *= *(\d{3,8})\b")
