@@ -21,6 +21,7 @@ FEATURES = (
     *("pinned_memory_is_known", "captures_do_not_wait", "counts_add_up", "positions_that_differ"),
     *("tokens_come_from_a_file", "sparse_rows_multiply", "views_change_in_place"),
     *("arguments_by_name", "copies_on_the_host_take_no_memory", "kinds_of_tensors_stay"),
+    "marked_places_bound_a_mask",
 )
 
 

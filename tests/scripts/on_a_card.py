@@ -350,6 +350,17 @@ def copies_on_the_host_take_no_memory():
     torch.cuda.empty_cache()
 
 
+def marked_places_bound_a_mask():
+    matched = torch.randint(0, 2, (1000,), device="cuda")
+    chosen, others = (torch.zeros_like(matched, dtype=torch.uint8) for _ in range(2))
+    chosen[torch.where(matched >= 1)[0][:100]] = 1
+    others[torch.randperm(1000, device="cuda")[:300]] = 1
+    assert [len(each.nonzero()) for each in (chosen, chosen | others, chosen & others)] == [100, 400, 100]
+    assert len(torch.where(torch.cat([chosen, others]))[0]) == 400
+    chosen.copy_(matched)
+    assert len(chosen.nonzero()) == 1000
+
+
 class Titled(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -434,7 +445,7 @@ FEATURES = [
     *(caught_failures_keep_nothing, types_are_refused, sparse_elements_are_kept, pinned_memory_is_known),
     *(captures_do_not_wait, counts_add_up, positions_that_differ, tokens_come_from_a_file),
     *(sparse_rows_multiply, views_change_in_place, arguments_by_name),
-    *(copies_on_the_host_take_no_memory, kinds_of_tensors_stay),
+    *(copies_on_the_host_take_no_memory, kinds_of_tensors_stay, marked_places_bound_a_mask),
     *(data_of_anything, streams_and_events, old_names, pinned_and_pickled, default_device, second_card, graphs),
     *(one_card_of_many, smi, recurrent, losses_and_layouts, values_hold, unknown_operator, kernels_in_python),
 ]

@@ -51,7 +51,8 @@ Indices = Sequence[Tensor | None]
 def _nonzero(device: Device, func: OpOverload, source: Tensor) -> Tensor:
     true = device.values.exactly(source)
     places = None if true is None else true.nonzero()
-    count = device.length(source.numel(), source.numel()) if places is None else len(places)
+    most = device.values.most_true(source)
+    count = device.length(most, most) if places is None else len(places)
     by_dimension = device.make(func, (source,), (source.dim(), count), torch.int64)
     with device.fake:
         out = by_dimension.t()

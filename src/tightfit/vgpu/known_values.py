@@ -30,7 +30,7 @@ from tightfit.kernels.temporaries import Argument, Arguments, Options, tensors_i
 from tightfit.vgpu.frames import Frame, user_frames, users_line
 from tightfit.vgpu.undecided_loops import UndecidedLoops
 from tightfit.vgpu.untouched import is_untouched, lazy_zeros
-from tightfit.vgpu.value_ranges import Picks, Ranges
+from tightfit.vgpu.value_ranges import Picks, Ranges, TrueCounts
 
 Scalar = bool | int | float
 
@@ -176,6 +176,7 @@ class Values:
         self.undecided = UndecidedLoops(steps)
         self._known: WeakKeyDictionary[torch.UntypedStorage, Fact] = WeakKeyDictionary()
         self._ranges = Ranges()
+        self._counts = TrueCounts()
         self._picks = Picks()
         self.made_up: Counter[tuple[Frame | None, str]] = Counter()
 
@@ -188,6 +189,7 @@ class Values:
             return
         kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE_AND_HOW}
         self._ranges.follow(func, args, kwargs, out)
+        self._counts.follow(func, args, out)
         if traits.gathers:
             self._follow_gather(args[0], args[1])
         elif traits.writes:
@@ -259,6 +261,7 @@ class Values:
         for tensor in tensors_in(written):
             if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 self._ranges.forget(tensor.untyped_storage())
+                self._counts.written(func, args, tensor, was_zero=self._is_zero(tensor))
         results, made_up = self._of_writes(func, args, kwargs, traits, written) or (None, False)
         for place, target in enumerate(written):
             if isinstance(target, FakeTensor) and results and target.layout is torch.strided:
@@ -479,6 +482,15 @@ class Values:
         if fact is None or (fact.is_uniform and not fact.value):
             return lazy_zeros(tuple(tensor.shape), dtype)
         return fact.seen_by(tensor).to(dtype).clone(memory_format=torch.contiguous_format)
+
+    def most_true(self, mask: Tensor) -> int:
+        """Return a number that the true elements of a mask do not exceed."""
+        known = self._counts.most(mask)
+        return mask.numel() if known is None else min(known, mask.numel())
+
+    def _is_zero(self, tensor: Tensor) -> bool:
+        fact = self._known.get(tensor.untyped_storage())
+        return fact is not None and fact.is_uniform and not fact.made_up and not bool(fact.value)
 
     def count(self, what: str, frames: tuple[Frame, ...] | None = None) -> None:
         """Count a made-up answer for the line that is running, or the innermost of `frames`."""

@@ -4,6 +4,7 @@ A graph network allocates `int(edge_index.max()) + 1` rows; a made-up 0 would hi
 picks: they are distinct.
 """
 
+import math
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -100,6 +101,70 @@ def _extent(func: OpOverload, args: Arguments, kwargs: Options, source: Tensor) 
     place = next(place for place, each in enumerate(func._schema.arguments) if each.name == "dim")
     dim = args[place] if place < len(args) else kwargs.get("dim", func._schema.arguments[place].default_value)
     return source.shape[dim] if isinstance(dim, int) and source.dim() else source.numel()
+
+
+_PUTS = {aten.index_put_.default, aten._index_put_impl_.default}
+_SCATTERS = {aten.scatter_.value, aten.scatter_.src}
+_UNIONS = {aten.bitwise_or.Tensor, aten.__or__.Tensor, aten.logical_or.default}
+_BOTH = {aten.bitwise_and.Tensor, aten.__and__.Tensor, aten.logical_and.default}
+
+
+class TrueCounts:
+    """Bounds of the true elements of masks that places were written into, one by one, while they were zeros.
+
+    A detector marks the few hundred boxes that it samples so, and asks later where they are.
+    """
+
+    def __init__(self) -> None:
+        self._most: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+
+    def most(self, mask: Tensor) -> int | None:
+        """Return a number that the true elements of a mask do not exceed; None where none is known."""
+        if mask.layout is not torch.strided:
+            return None
+        storage = mask.untyped_storage()
+        return self._most.get(storage) if mask.numel() * mask.element_size() <= storage.nbytes() else None
+
+    def written(self, func: OpOverload, args: Arguments, target: Tensor, *, was_zero: bool) -> None:
+        """Note what an operator writes into `target`, which was nothing but zeros before if `was_zero`."""
+        storage = target.untyped_storage()
+        before = 0 if was_zero else self._most.pop(storage, None)
+        more = _places_written(func, args) if before is not None and args and args[0] is target else None
+        if before is not None and more is not None:
+            self._most[storage] = before + more
+
+    def follow(self, func: OpOverload, args: Arguments, out: Argument) -> None:
+        """Note a bound of what an operator makes of masks."""
+        if func not in _MADE_OF_MASKS or not isinstance(out, Tensor) or out.layout is not torch.strided:
+            return
+        parts = args[0] if func is aten.cat.default else args[: 1 if func in _COPIES else 2]
+        assert isinstance(parts, (list, tuple))
+        if not all(isinstance(each, Tensor) and each.numel() <= out.numel() for each in parts):
+            return
+        counts = [self.most(each) if each.shape == out.shape or func is aten.cat.default else None for each in parts]
+        known = [count for count in counts if count is not None]
+        if known and (func in _BOTH or len(known) == len(counts)):
+            self._most[out.untyped_storage()] = min(known) if func in _BOTH else sum(known)
+
+
+_MADE_OF_MASKS = _UNIONS | _BOTH | _COPIES | {aten.cat.default}
+
+
+def _places_written(func: OpOverload, args: Arguments) -> int | None:
+    """Return the number of elements that an operator writes by their places; None for any other operator."""
+    if func in _SCATTERS:
+        index = args[2]
+        return index.numel() if isinstance(index, Tensor) else None
+    if func not in _PUTS:
+        return None
+    target, places = args[:2]
+    if not isinstance(target, Tensor) or not isinstance(places, (list, tuple)):
+        return None
+    indices = [each for each in places if isinstance(each, Tensor)]
+    if len(indices) != len(places) or any(each.dtype in (torch.bool, torch.uint8) for each in indices):
+        return None
+    each_place = math.prod(target.shape[len(indices) :])
+    return int(torch.broadcast_shapes(*(each.shape for each in indices)).numel()) * each_place
 
 
 class _Picked(NamedTuple):
