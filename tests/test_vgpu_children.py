@@ -121,3 +121,28 @@ if __name__ == "__main__":
     assert found.gpu.used_by_others_bytes > 4 * MIB
     assert found.categories["gradients"] == 4 * MIB
     assert "parameters" not in found.categories
+
+
+ITEMS = """
+import torch, torchvision
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, place):
+        return torch.ones(3)
+"""
+
+
+@pytest.mark.slow  # a process that loads torch
+def test_torchvision_can_be_imported_in_a_spawned_worker(tmp_path: Path) -> None:
+    """Its library may be one for a card, which loads on no other machine; its Python code needs the names."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("from . import extension, ops\n")
+    (tmp_path / "torchvision/extension.py").write_text("")
+    (tmp_path / "torchvision/ops.py").write_text("import torch\ntorch.ops.torchvision.nms\n")
+    (tmp_path / "data.py").write_text(ITEMS)
+    code = "import torch, data\nif __name__ == '__main__':\n"
+    code += "    loader = torch.utils.data.DataLoader(data.Items(), num_workers=1, multiprocessing_context='spawn')\n"
+    code += "    assert len([each.cuda() for each in loader]) == 4\n"
+    found = play(tmp_path, code)
+    assert found.outcome == "fits", found.stopped_because

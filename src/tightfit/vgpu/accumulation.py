@@ -23,7 +23,7 @@ from tightfit.vgpu.frames import user_frames, users_line
 from tightfit.vgpu.longest_batch import are_of_one_size, stacks_samples
 from tightfit.vgpu.loop_items import iterator_of, left_of, within_enumerate
 from tightfit.vgpu.loop_source import calls_of_loop, loop_node, optimizer_calls, steps_after
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 from tightfit.vgpu.phases import Phases
 from tightfit.vgpu.recorder import Recorder
 from tightfit.vgpu.skipping import Aims, Skip, lines_in_reach

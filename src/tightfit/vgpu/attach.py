@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from tightfit.vgpu.child import AfterTorch, Part, end_process, follow_processes
+from tightfit.vgpu.on_import import after_import
 
 _OURS = ("tightfit.simulation.server", "tightfit/simulation/server.py")
 _COMPILE_WORKER = ("torch._inductor.compile_worker", "torch/_inductor/compile_worker")
@@ -17,11 +19,19 @@ def attach(folder: str) -> None:
         return
     if "--multiprocessing-fork" in words:
         follow_processes(lambda: Part(Path(folder)))
+        after_import("torchvision.extension", _declare_operators)
     elif _is_launcher(words):
         _play_launched(Path(folder), words)
     else:
         follow_processes(lambda: Part(Path(folder)))
         sys.meta_path.insert(0, AfterTorch(Part(Path(folder))))
+
+
+def _declare_operators(extension: ModuleType) -> None:
+    """Let torchvision be imported before the virtual GPU is there, or where none will be: in a loader's worker."""
+    from tightfit.vgpu.torchvision_names import declare
+
+    declare(extension)
 
 
 def _is_launcher(words: Sequence[str]) -> bool:

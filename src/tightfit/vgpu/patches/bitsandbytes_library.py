@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 
 
 def install() -> None:

@@ -15,7 +15,7 @@ from tightfit.allocator.caching import PoolId
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
 from tightfit.vgpu.frames import user_frames, users_line
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 from tightfit.wording import say
 
 _CUDA_FILES = (".cu", ".cuh")

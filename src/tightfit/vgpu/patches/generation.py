@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 from tightfit.vgpu.recorder import Recorder
 from tightfit.wording import say
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from tightfit.allocator.caching import CachingAllocator
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 from tightfit.vgpu.process_starts import before_start
 
 _DRIVER, _CUDA = "580.95.05", 13000

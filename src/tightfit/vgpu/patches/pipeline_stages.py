@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 from tightfit.wording import say
 
 

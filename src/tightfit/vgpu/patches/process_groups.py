@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tightfit.kernels.launch import Kernel
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 from tightfit.vgpu.phases import EnoughSeen
 
 if TYPE_CHECKING:

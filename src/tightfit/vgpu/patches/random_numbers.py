@@ -9,7 +9,7 @@ from typing import Any
 
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.chance import RARE, Draws, Ends, drawing_frame, fraction, uniform
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 
 _DEVIATIONS = 3.7
 """Standard deviations beyond which one draw in 10,000 lies."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.device import VirtualDevice
+from tightfit.vgpu.on_import import after_import
 from tightfit.vgpu.patches.checkpoints import File
-from tightfit.vgpu.patches.on_import import after_import
 from tightfit.wording import say
 
 _DERIVATIVES = "torch._decomp.decompositions_for_jvp"

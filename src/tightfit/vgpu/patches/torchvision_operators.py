@@ -8,38 +8,23 @@ from torch._ops import OpOverload
 
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.data_shapes import HANDLERS, Device, Handler
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
+from tightfit.vgpu.torchvision_names import declare
 
 aten = torch.ops.aten
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-_DECLARED = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
-"""Operators of torchvision's library to which its Python code gives a meaning as it is imported."""
 _THREADS = 64
 """Boxes of a block, for each of which `nms` has a word of bits."""
 
 
 def install() -> None:
     """Let the virtual card run them when the script imports torchvision."""
-    after_import("torchvision.extension", _declare)
+    after_import("torchvision.extension", declare)
     after_import("torchvision.ops.boxes", _take_over)
-
-
-def _declare(extension: ModuleType) -> None:
-    """Declare operators where torchvision's own library did not load, as one for a card on a host without CUDA.
-
-    `extension` tried to load it. The next module that torchvision imports fails without them.
-    """
-    for name, schema in _DECLARED.items():
-        if not hasattr(torch.ops.torchvision, name):
-            _LIBRARY.define(schema)
 
 
 def _take_over(boxes: ModuleType) -> None:
     """Let `nms` run, though torchvision may hold that its library is missing."""
-    _declare(boxes)
+    declare(boxes)
     if hasattr(boxes, "_assert_has_ops"):
         assign(boxes, _assert_has_ops=lambda: None)
     HANDLERS.update(_handlers())

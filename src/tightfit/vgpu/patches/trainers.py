@@ -6,7 +6,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from tightfit.vgpu.assign import assign
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 from tightfit.vgpu.phases import Phases
 
 _LIGHTNING = "loops/training_epoch_loop.py"

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tightfit.vgpu.assign import assign
 from tightfit.vgpu.autotuning import TRITON_CACHE_BYTES, run_as_timed
 from tightfit.vgpu.device import VirtualDevice
-from tightfit.vgpu.patches.on_import import after_import
+from tightfit.vgpu.on_import import after_import
 
 _NO_TIME_MS = 1e-3
 """As between two events of the virtual card: nothing was computed."""
