@@ -14,7 +14,7 @@ from tightfit.diagnosis.config_edits import edited
 from tightfit.diagnosis.config_fix import config_fix
 from tightfit.diagnosis.config_programs import known
 from tightfit.diagnosis.config_rules import refused
-from tightfit.diagnosis.config_values import Value
+from tightfit.diagnosis.config_values import Value, values_in
 from tightfit.diagnosis.explaining import explain as explained
 from tightfit.diagnosis.foreign_config import Foreign, foreign_in
 from tightfit.diagnosis.model_run import ModelRun
@@ -139,6 +139,15 @@ def test_json_that_is_cut_or_broken_is_called_json(
         ("a: [1,\n  2\nb: 3\n", 1, "is not closed", "閉じていません"),
         ("a: b: c\n", 1, "put the value in quotation marks", "引用符で囲んで"),
         ("a: 1\nbatch 4\n", 2, "no colon behind its key", "コロンがありません"),
+        ("a: 1\nb:2\n", 2, "a space is missing behind its colon", "コロンの後に空白"),
+        ('a: [\n  "b"\n  "c"\n]\n', 3, "a comma or a closing bracket is missing", "コンマまたは閉じ括弧"),
+        ("---\na: [1,\n\n", 2, "is not closed", "閉じていません"),
+        ("a: {b: 1,\n\tc: 2}\n", 2, "a tab indents it", "タブ"),
+        ("a: @b\n", 1, "a character that YAML reserves", "予約文字"),
+        ("a: 'it's'\n", 1, "YAML does not allow this here", "ここにこの書き方はできません"),
+        ("a:\n  - b\n - c\n", 3, "its indentation fits no line above", "上のどの行とも"),
+        ("a: \x1b\n", 1, "YAML does not allow this here", "ここにこの書き方はできません"),
+        ("a:\r\n  - b: 1\r\n     c: 2\r\n", 3, "indented below a line that has a value", "値のある行の下"),
     ],
 )
 def test_yaml_that_is_broken_is_called_yaml(
@@ -161,6 +170,29 @@ def test_yaml_that_may_be_right_is_read():
         'w: "{# x #}\\n \\" # y" # z\nw2: it\'s # {\n'
     ).replace(" text", "  text")
     assert first_error(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a: &x {b: 1, c: 2}\nd:\n  <<: *x\n  c: 3\n", {"a.b": 1, "a.c": 2, "d.b": 1, "d.c": 3}),
+        ("a: !!python/object/apply:os.mkdir [made]\nb: !ref <c>\n", {"a[]": "made", "b": "<c>"}),
+        ("a: {b: [1, 'x, y'], \"c\": {d: e}}\n", {"a.b[]": "1, x, y", "a.c.d": "e"}),
+        ("a: >-\n  b\n  c: d\ne: |\n  f: 1\n\n  g\n", {"a": "b c: d", "e": "f: 1\n\ng"}),
+        ('a: two\n  lines\nb: "c: #\n  d"\n', {"a": "two lines", "b": "c: # d"}),
+        ("a:\n- b: 1\n  c: x\n-\n  b: 2\n- d\n", {"a[]": "d", "a[].b": 2, "a[].c": "x"}),
+        ("a: 1\na: {b: 2}\n", {"a.b": 2}),
+        ("\ufeffa:\r\n  b: 1 # c\r\n", {"a.b": 1}),
+        ("a: 1\n---\nb: 2\n...\n", {"a": 1, "b": 2}),
+        ("a: 2e-5\nb: .5\nc: 1_000\nd: '1e5'\n", {"a": 2e-5, "b": 0.5, "c": 1000, "d": "1e5"}),
+        ("on: on\nb: No\nc: ~\nd: !x\ne: .inf\n", {"on": True, "b": False, "c": None, "d": None, "e": ".inf"}),
+        ("a: &a\n  b: *a\n", {}),
+        ("a0: &a0 {b: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{b: *a{n}, c: *a{n}}}\n" for n in range(40)), {}),
+    ],
+)
+def test_yaml_is_read_and_not_executed(text: str, values: dict[str, Value]):
+    assert values_in("a.yaml", text) == values
+    assert not Path("made").exists()
 
 
 def test_a_key_that_is_not_there_is_added_to_json():
@@ -259,6 +291,26 @@ def test_settings_that_a_program_raises_for_together(
         ("a.yaml", "a: 1", {"p.q": "r"}, "a: 1\np:\n  q: r\n"),
         ("a.yaml", "k:\n", {"k": 2}, "k: 2\n"),
         ("a.yaml", "a: [1, 2]\n", {"a": 2}, None),
+        ("a.yaml", "a: {b: 4, c: 'x, y'} # d\n", {"a.b": 2, "a.e": True}, "a: {b: 2, c: 'x, y', e: true} # d\n"),
+        ("a.yaml", "a: &x {b: 4}\nc: *x\n", {"a.b": 2}, None),
+        ("a.yaml", "a: &x {b: 4}\nc: *x\n", {"c.b": 2}, None),
+        (
+            "a.yaml",
+            "a: &x {b: 4}\nc:\n  <<: *x # d\n\n# e\n",
+            {"c.b": 2},
+            "a: &x {b: 4}\nc:\n  <<: *x # d\n  b: 2\n\n# e\n",
+        ),
+        ("a.yaml", "a: !ref <b> # c\n", {"a": 2}, "a: 2 # c\n"),
+        ("a.yaml", "t:\n  a: |\n    b: 1\n\n  b: 4\nu: 1", {"t.b": 2, "u": 3}, "t:\n  a: |\n    b: 1\n\n  b: 2\nu: 3"),
+        ("a.yaml", "t:\n  a: |\n    b: 1\nu: 1\n", {"t.c": 2}, "t:\n  a: |\n    b: 1\n  c: 2\nu: 1\n"),
+        ("a.yaml", "t:\n  - a: 4\n    b: 1\n", {"t[].a": 2}, "t:\n  - a: 2\n    b: 1\n"),
+        ("a.yaml", "a: 4\na: 5\n", {"a": 2}, None),
+        (
+            "a.yaml",
+            "\ufefft:\r\n  b: 4 # c\r\nu: 1\r\n",
+            {"t.b": 2, "t.d": 3},
+            "\ufefft:\r\n  b: 2 # c\r\n  d: 3\r\nu: 1\r\n",
+        ),
         (
             "a.toml",
             "[t]\nb = 4 # c\n\n[u]\nb = 1\n",

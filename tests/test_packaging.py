@@ -18,8 +18,8 @@ from runs import environment
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-LIGHT = ("msgspec", "rich", "psutil", "pynvml")
-"""Imported names of the packages that the light installation has, beside what they bring themselves."""
+LIGHT = ("msgspec", "rich", "psutil", "nvidia-ml-py", "pyyaml")
+"""Packages that the light installation has, beside what they bring themselves."""
 WITHOUT = """
 import sys
 for name in {absent!r}:
@@ -97,7 +97,12 @@ def distribution(requirement: str) -> str:
 def test_each_dependency_is_imported_and_each_import_is_a_dependency() -> None:
     imported = {name for file in (ROOT / "src").rglob("*.py") for name in top_level_imports(file)}
     imported -= {*sys.stdlib_module_names, "tightfit"}
-    names = {"nvidia-ml-py": "pynvml", "liger-kernel": "liger_kernel", "huggingface-hub": "huggingface_hub"}
+    names = {
+        "nvidia-ml-py": "pynvml",
+        "pyyaml": "yaml",
+        "liger-kernel": "liger_kernel",
+        "huggingface-hub": "huggingface_hub",
+    }
     extras = {extra: each for extra, each in PROJECT["optional-dependencies"].items() if extra not in ("dev", "docs")}
     base = {names.get(name, name) for name in map(distribution, PROJECT["dependencies"])}
     optional = {names.get(name, name) for each in extras.values() for name in map(distribution, each)}
@@ -119,11 +124,11 @@ def top_level_imports(file: Path) -> set[str]:
 def imported_names() -> list[str]:
     """Names under which the packages are imported that the whole installation has and the light one lacks."""
     names = map(distribution, PROJECT["dependencies"])
-    return [name for name in names if name not in (*LIGHT, "nvidia-ml-py")]
+    return [name for name in names if name not in LIGHT]
 
 
 def run_without(absent: list[str], *words: str) -> "subprocess.CompletedProcess[str]":
-    code = WITHOUT.format(absent=absent, heavy=["torch", "numpy", "tokenizers"])
+    code = WITHOUT.format(absent=absent, heavy=["torch", "numpy", "tokenizers", "yaml"])
     return subprocess.run(
         [sys.executable, "-c", code, *words], env=environment(), capture_output=True, text=True, check=False
     )
@@ -234,7 +239,7 @@ def test_the_wheel_alone_runs_every_command(built: Path, tmp_path: Path, log: st
 def test_the_light_installation_explains_a_log(built: Path, tmp_path: Path, log: str) -> None:
     clean = Environment(tmp_path)
     clean.install("--no-deps", *built.glob("*.whl"))
-    clean.install(*("nvidia-ml-py" if name == "pynvml" else name for name in LIGHT))
+    clean.install(*LIGHT)
     explained = clean.tightfit("explain", log)
     assert (explained.returncode, explained.stderr) == (0, "")
     assert clean.tightfit("doctor", "--json").returncode == 1
@@ -243,4 +248,4 @@ def test_the_light_installation_explains_a_log(built: Path, tmp_path: Path, log:
     assert "plan needs the Python package" in refused.stderr
     _, _, command = refused.stderr.strip().partition("pip install ")
     missing = {distribution(each) for each in shlex.split(command)}
-    assert missing == set(map(distribution, PROJECT["dependencies"])) - {*LIGHT, "nvidia-ml-py"}
+    assert missing == set(map(distribution, PROJECT["dependencies"])) - {*LIGHT}

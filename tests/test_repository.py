@@ -25,7 +25,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 SETTINGS = [*FORMS, *WORKFLOWS, ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml", ROOT / ".pre-commit-config.yaml"]
 DOCUMENTS = [ROOT / "AGENTS.md", ROOT / "SECURITY.md", ROOT / ".github" / "pull_request_template.md"]
 AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
-LIGHT = ["msgspec", "rich", "psutil", "nvidia-ml-py"]
+LIGHT = ["msgspec", "rich", "psutil", "nvidia-ml-py", "pyyaml"]
 """What the light installation has: tests/test_packaging.py runs it without the others."""
 
 

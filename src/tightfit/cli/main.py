@@ -94,7 +94,7 @@ def _run(words: list[str]) -> int:
     return code
 
 
-_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
+_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
 """Distributions of packages that are imported under another name."""
 
 

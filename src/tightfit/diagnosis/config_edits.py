@@ -65,15 +65,19 @@ def _in_yaml(text: str, path: str, value: Value) -> str | None:
     if path in places:
         return _replaced(text, places[path], written)
     parent, _, name = path.rpartition(".")
+    line = f"{name}: {written}"
     if not parent:
-        return _with_line(text, f"{name}: {written}")
+        return _with_line(text, line)
     if parent not in places:
-        return None if "." in parent else _with_line(text, f"{parent}:", f"  {name}: {written}")
+        return None if "." in parent else _with_line(text, f"{parent}:", f"  {line}")
+    part = places[parent][-1]
     inner = [each[0] for child, each in places.items() if child.rpartition(".")[0] == parent]
-    below = [each[-1].line for child, each in places.items() if child.startswith(f"{parent}.")]
     if not inner:
         return None
-    return _inserted(text, max(below), " " * inner[0].indent + f"{name}: {written}")
+    if part.kind == "flow":
+        end = len(text[: part.end - 1].rstrip())
+        return f"{text[:end]}, {line}{text[end:]}"
+    return _inserted(text, _last(text, part.end), " " * inner[0].column + line)
 
 
 def _in_toml(text: str, path: str, value: Value) -> str | None:
@@ -85,8 +89,8 @@ def _in_toml(text: str, path: str, value: Value) -> str | None:
     section, _, name = path.rpartition(".")
     inner = [each[-1] for child, each in places.items() if child.rpartition(".")[0] == section]
     if inner:
-        last = max(inner, key=lambda place: place.line)
-        return _inserted(text, last.line, " " * last.indent + f"{name} = {written}") if last.end else None
+        last = max(inner, key=lambda place: place.start)
+        return _inserted(text, last.end, " " * last.column + f"{name} = {written}") if last.kind else None
     return _with_line(text, "", f"[{section}]", f"{name} = {written}") if section else None
 
 
@@ -128,26 +132,26 @@ def _first_in(text: str, opening: str, entry: str) -> str | None:
 
 
 def _replaced(text: str, places: list[Place], written: str) -> str | None:
-    """Replace a value that stands in one place, on one line; a key without one gets it."""
-    if len(places) != 1:
+    """Replace a plain value that stands in one place; a key without one gets it."""
+    if len(places) != 1 or places[0].kind != "plain":
         return None
-    number, _, start, end = places[0]
-    lines = text.splitlines(keepends=True)
-    line = lines[number]
-    bare = bare_line(line.rstrip("\r\n"))
-    if not end and bare[start:].strip():
-        return None
-    gap = "" if bare[:start].endswith(" ") or not bare[:start].endswith(":") else " "
-    lines[number] = bare[:start] + gap + written + line[len(bare) :]
-    return "".join(lines)
+    _, start, end, _ = places[0]
+    return text[:start] + " " * (start == end) + written + text[end:]
 
 
-def _inserted(text: str, after: int, line: str) -> str:
-    lines = text.splitlines(keepends=True)
+def _last(text: str, end: int) -> int:
+    """Return the end of the last line before a character that is more than a comment."""
+    lines = text[:end].splitlines(keepends=True)
+    while lines and not bare_line(lines[-1]):
+        lines.pop()
+    return len("".join(lines).rstrip())
+
+
+def _inserted(text: str, behind: int, line: str) -> str:
+    """Insert a line below the one that has a character."""
     newline = _newline(text)
-    if not lines[after].endswith(newline):
-        lines[after] += newline
-    return "".join([*lines[: after + 1], line + newline, *lines[after + 1 :]])
+    head, end, rest = text[behind:].partition("\n")
+    return text[:behind] + head + (end or newline) + line + newline + rest
 
 
 def _newline(text: str) -> str:

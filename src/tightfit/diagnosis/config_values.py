@@ -1,48 +1,33 @@
-"""Values of a configuration file by their dotted paths, with the places where they stand: JSON, TOML, YAML, Python.
-
-The YAML that programs of this field use is read: keys, lists, brackets and texts; anchors and tags are left out.
-"""
+"""Values of a configuration file by their dotted paths, with the places where they stand: JSON, TOML, YAML, Python."""
 
 import ast
 import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Value = bool | int | float | str | None
 
 
 class Place(NamedTuple):
-    """The line of a key, and its value between two columns; `end` is 0 where the value is not on this line."""
+    """The column of a key, and its value between two characters of the text."""
 
-    line: int
-    indent: int
+    column: int
     start: int
     end: int
+    kind: str
+    """plain, block or flow; empty for a value that is left alone: an alias, a text behind | or >."""
 
 
-_YAML_KEY = re.compile(
-    r"(?P<key>\"[^\"\n]*\"|'[^'\n]*'|[^\s#&*!|>'\"%@`{\[\]},:?-][^#:\n]*?|-[\w-]+)\s*:(?=\s|$)[ \t]*"
-)
+_YAML_KEY = re.compile(r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s#&*!|>'\"%@`{\[\]},:?-][^#:\n]*?|-[\w-]+)\s*:(?=\s|$)")
 _TOML_KEY = re.compile(r"[ \t]*(?P<key>[\w.\"'-]+)[ \t]*=[ \t]*")
 _SECTION = re.compile(r"[ \t]*\[{1,2}[ \t]*([\w.\"' -]+?)[ \t]*\]{1,2}")
-_TAG = re.compile(r"(?:[&!]\S*[ \t]+)+")
-_BLOCK = re.compile(r"[|>][+-]?\d?[+-]?$")
 _COMMENT = re.compile(r"(?:^|(?<=\s))#[^\n]*")
-_WORDS: Mapping[str, Value] = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "null": None,
-    "~": None,
-    "": None,
-}
-_NUMBER = re.compile(r"[+-]?(?:\d[\d_]*)?\.?\d+(?:[eE][+-]?\d+)?")
+_EXPONENT = re.compile(r"[+-]?(?:\d[\d_]*)?\.?\d+[eE][+-]?\d+")
+_MOST_NODES = 200_000
 
 
 def kind_of(path: str, text: str) -> str:
@@ -155,165 +140,112 @@ def _of_node(node: ast.expr, path: str) -> Iterator[tuple[str, Value]]:
         yield path, node.value
 
 
-def _scalar(text: str) -> Value:
-    """Read a plain value as YAML writes it.
-
-    >>> [_scalar(each) for each in ("4", "2e-5", "True", "'no'", "", "bf16-true", "1_000")]
-    [4, 2e-05, True, 'no', None, 'bf16-true', 1000]
-    """
-    text = _TAG.sub("", text.strip())
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
-        return text[1:-1]
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    if _NUMBER.fullmatch(text):
-        number = text.replace("_", "")
-        return int(number) if number.lstrip("+-").isdigit() else float(number)
-    return text
-
-
-def _of_brackets(text: str, path: str) -> Iterator[tuple[str, Value]]:
-    """Yield the values of a list or a mapping in brackets."""
-    inner, parts, depth, start = text[1:-1], [], 0, 0
-    for place, each in enumerate(inner):
-        depth += (each in "[{") - (each in "]}")
-        if each == "," and not depth:
-            parts.append(inner[start:place])
-            start = place + 1
-    parts = [each.strip() for each in [*parts, inner[start:]] if each.strip()]
-    if text.startswith("["):
-        plain = [str(_scalar(each)) for each in parts if each[0] not in "[{"]
-        if plain:
-            yield f"{path}[]", ", ".join(plain)
-        return
-    for each in parts:
-        key, _, value = each.partition(":")
-        name, value = f"{path}.{key.strip().strip(chr(34) + chr(39))}", value.strip()
-        yield from _of_brackets(value, name) if value[:1] in ("[", "{") else [(name, _scalar(value))]
-
-
-class _Yaml:
-    """A YAML file, read line by line."""
+class Yaml:
+    """A YAML file as PyYAML's nodes have it; a tag makes no object."""
 
     def __init__(self, text: str) -> None:
+        import yaml  # most runs of `tightfit explain` read none
+
         self.values: dict[str, Value] = {}
         self.places: dict[str, list[Place]] = {}
-        self._open: list[tuple[int, str, bool]] = []
-        """Columns of the keys and of the items around a line, with their paths; True for an item."""
-        lines = text.splitlines()
-        number = 0
-        while number < len(lines):
-            number = self._read(lines, number)
+        self.loader: Any = None
+        self.error: yaml.YAMLError | None = None
+        self._seen: set[int] = set()
+        self._left = _MOST_NODES
+        try:
+            self.loader = yaml.SafeLoader(text)
+            while self.loader.check_node():
+                document = self.loader.get_node()
+                self._place(document, "")
+                self.values |= flat(self._plain(document)) if document.id != "scalar" else {}
+        except yaml.YAMLError as error:
+            self.values, self.error = {}, error
+        except RecursionError:
+            self.values = {}
 
-    def _read(self, lines: list[str], number: int) -> int:
-        """Take in a line, and those that its value goes on to; return the next."""
-        line = bare_line(lines[number])
-        body = line.lstrip(" ")
-        column = len(line) - len(body)
-        if not body or body.startswith(("---", "...", "%")):
-            return number + 1
-        while body.startswith("- ") or body == "-":
-            while self._open and (self._open[-1][0] > column or (self._open[-1][0] == column and self._open[-1][2])):
-                self._open.pop()
-            self._open.append((column, self._below("[]"), True))
-            rest = body[1:].lstrip(" ")
-            column, body = column + len(body) - len(rest), rest
-        match = _YAML_KEY.match(body)
-        if match is None:
-            self._item(body)
-            return number + 1
-        while self._open and self._open[-1][0] >= column:
-            self._open.pop()
-        parent = self._open[-1][1] if self._open else ""
-        name = match["key"].strip("\"'")
-        path = self._below(f".{name}") if parent else name
-        self._open.append((column, path, False))
-        self._forget(parent)
-        value = _TAG.sub("", body[match.end() :].strip() + " ").strip()
-        place = Place(number, column, column + match.end(), len(line) if _is_plain(value) else 0)
-        self.places.setdefault(path, []).append(place)
-        return self._value(lines, number, column, path, value)
+    def _place(self, node: Any, path: str) -> None:
+        """Take in the places of the keys below a node; what an alias repeats has the place of its anchor alone."""
+        self._seen.add(id(node))
+        if node.id == "sequence":
+            for each in node.value:
+                if id(each) not in self._seen:
+                    self._place(each, f"{path}[]")
+        for key, value in node.value if node.id == "mapping" else ():
+            if key.id == "scalar":
+                name = f"{path}.{key.value}" if path else key.value
+                is_alias = id(value) in self._seen
+                kind = "" if is_alias else self._kind(value)
+                place = Place(key.start_mark.column, value.start_mark.index, value.end_mark.index, kind)
+                self.places.setdefault(name, []).append(place)
+                if not is_alias:
+                    self._place(value, name)
 
-    def _forget(self, path: str) -> None:
-        """Leave out the missing value of a key that has keys or items below it."""
-        for each in (path, path.removesuffix("[]")):
-            if self.values.get(each, "") is None:
-                del self.values[each]
+    @staticmethod
+    def _kind(node: Any) -> str:
+        if node.id != "scalar":
+            return "flow" if node.flow_style else "block"
+        return "" if node.style in ("|", ">") else "plain"
 
-    def _below(self, name: str) -> str:
-        return (self._open[-1][1] if self._open else "") + name
+    def _plain(self, node: Any) -> object:
+        """Return a node as mappings, lists and values; RecursionError where aliases of aliases have no end."""
+        self._left -= 1
+        if self._left < 0:
+            raise RecursionError
+        if node.id == "scalar":
+            return self._scalar(node)
+        if node.id == "sequence":
+            return [self._plain(each) for each in node.value]
+        self.loader.flatten_mapping(node)
+        return {key.value: self._plain(value) for key, value in node.value if key.id == "scalar"}
 
-    def _item(self, body: str) -> None:
-        """Take in a plain item of a list; the rest of a text is left out."""
-        if body and self._open and self._open[-1][2]:
-            path = self._open[-1][1]
-            self._forget(path)
-            known = self.values.get(path)
-            self.values[path] = str(_scalar(body)) if known is None else f"{known}, {_scalar(body)}"
-
-    def _value(self, lines: list[str], number: int, column: int, path: str, value: str) -> int:
-        """Take in the value behind a key; return the next line."""
-        if _BLOCK.fullmatch(value):
-            number += 1
-            while number < len(lines) and (not lines[number].strip() or _indent(lines[number]) > column):
-                number += 1
-            return number
-        if value[:1] in ("'", '"') and not _is_closed(value):
-            self.values[path] = value[1:]
-            number += 1
-            while number < len(lines) and not _is_closed(value[0] + lines[number].strip()):
-                number += 1
-        elif value[:1] in ("[", "{"):
-            while _depth(value) > 0 and number + 1 < len(lines):
-                number += 1
-                value += " " + bare_line(lines[number]).strip()
-            self.values |= dict(_of_brackets(value, path))
-        else:
-            self.values[path] = _scalar(value)
-        return number + 1
+    def _scalar(self, node: Any) -> Value:
+        """Return a value as PyYAML reads it, and 2e-5 as the number that it is in JSON and YAML 1.2."""
+        kind = node.tag.rpartition(":")[2]
+        try:
+            if kind in ("null", "bool", "int"):
+                return self.loader.construct_object(node)  # type: ignore[no-any-return]
+            if kind == "float" or (node.style is None and _EXPONENT.fullmatch(node.value)):
+                return float(node.value.replace("_", ""))
+        except (ValueError, LookupError):  # .inf, or a tag for another kind of value
+            pass
+        text: str = node.value.rstrip("\n") if node.style in ("|", ">") else node.value
+        return text if text or node.style else None
 
 
-def _is_closed(text: str) -> bool:
-    """Return True if a text that a quotation mark opens ends on its line."""
-    rest = text[1:].replace("\\\\", "").replace("\\" + text[0], "").replace("''", "")
-    return text[0] in rest
+@lru_cache(maxsize=8)
+def yaml_in(text: str) -> Yaml:
+    """Return what a YAML file has.
 
-
-def _is_plain(value: str) -> bool:
-    """Return True for a value that stands on one line alone."""
-    return bool(value) and value[0] not in "[{|>&*!" and (value[0] not in "'\"" or _is_closed(value))
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip(" "))
-
-
-def _depth(text: str) -> int:
-    return sum((each in "[{") - (each in "]}") for each in text)
+    >>> yaml_in("a: &x {b: 2e-5}\\nc: {<<: *x, d: [!t e, yes]}\\n").values
+    {'a.b': 2e-05, 'c.b': 2e-05, 'c.d[]': 'e, True'}
+    """
+    return Yaml(text)
 
 
 def _places_in_toml(text: str) -> dict[str, list[Place]]:
     places: dict[str, list[Place]] = {}
-    section = ""
-    for number, whole in enumerate(text.splitlines()):
+    section, offset = "", 0
+    for whole in text.splitlines(keepends=True):
         line = bare_line(whole)
         if head := _SECTION.fullmatch(line):
             section = f"{head[1]}[]." if line.lstrip().startswith("[[") else f"{head[1]}."
         elif match := _TOML_KEY.match(line):
             value = line[match.end() :]
             is_plain = bool(value) and value[0] not in "[{" and not value.startswith(('"""', "'''"))
-            place = Place(number, _indent(line), match.end(), len(line) if is_plain else 0)
+            start, end = offset + match.end(), offset + len(line)
+            place = Place(match.start("key"), start, end, "plain" if is_plain else "")
             places.setdefault(section + match["key"].strip("\"'"), []).append(place)
+        offset += len(whole)
     return places
 
 
 def places_in(kind: str, text: str) -> dict[str, list[Place]]:
     """Return where the keys of a YAML or a TOML file stand, by their paths."""
-    return _places_in_toml(text) if kind == "toml" else _Yaml(text).places
+    return _places_in_toml(text) if kind == "toml" else yaml_in(text).places
 
 
 def _yaml(text: str) -> dict[str, Value]:
-    return _Yaml(text).values
+    return dict(yaml_in(text).values)
 
 
 _READERS: Mapping[str, Callable[[str], dict[str, Value]]] = {

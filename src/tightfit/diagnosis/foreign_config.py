@@ -59,7 +59,7 @@ def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
 
     A file that cannot be read is left to the reader of our own, which reports it. ConfigError for a file that no
     training reads, for JSON that ends too early, for JSON that no program is known by and that has an error, and for
-    YAML with a certain mistake.
+    YAML with a mistake.
     """
     read = [(path, text) for path in paths if (text := _read(path)) is not None]
     each_values = [values_in(path, text) for path, text in read]
@@ -252,7 +252,7 @@ def _check_json(path: str, text: str, *, is_known: bool) -> None:
 
 
 def _check_yaml(path: str, text: str) -> None:
-    """Raise ConfigError for the first certain mistake of a YAML file."""
+    """Raise ConfigError for the first mistake of a YAML file."""
     if Path(path).suffix.lower() not in (".yaml", ".yml") or len(text) >= _MOST:
         return
     if (error := first_error(text)) is not None:

@@ -1,11 +1,9 @@
-"""The first certain mistake in a YAML file: no parser, and silent where a line may be right."""
+"""PyYAML's error in a YAML file, in words that say what to correct."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from msgspec import Struct, field
-
-from tightfit.diagnosis.config_values import bare_line
+from tightfit.diagnosis.config_values import Yaml, bare_line, yaml_in
 
 
 class YamlError(NamedTuple):
@@ -15,115 +13,69 @@ class YamlError(NamedTuple):
     reason: str
 
 
-_KEY = re.compile(
-    r"(?P<dashes>(?:- +)*)(?P<key>\"[^\"]*\"|'[^']*'|[^\s#&*!|>'\"%@`{\[\]},:?-][^#]*?)\s*:(?:\s+(?P<value>.*))?$"
-)
-_BLOCK = re.compile(r"(?:[&!]\S+ +)*[|>][+-]?\d?[+-]?$")
-_BLOCK_ITEM = re.compile(r"(?:- +)+[|>][+-]?\d?[+-]?$")
-_NO_VALUE = re.compile(r"(?:[&!]\S*\s*)*$")
-"""Nothing, or an anchor or a tag, behind a key: its value stands on the lines below."""
-_MARK = re.compile(r"(?:---|\.\.\.|%)")
-
-
-class _Reader(Struct):
-    """Keys, lists and quotes that are open at a line of a file."""
-
-    levels: list[int] = field(default_factory=lambda: [-1])
-    """Columns of the keys around it, the outermost first."""
-    has_value: bool = False
-    """True if the last key has a plain value on its own line."""
-    block: int | None = None
-    """Column of a key with its text on the lines below, behind | or >."""
-    opened: int = 0
-    """The line of a bracket or a quotation mark that is not closed yet."""
-    depth: int = 0
-    quote: str = ""
-    gives_up: bool = False
-    """True behind a key that is more than words."""
-
-    def read(self, number: int, line: str) -> str | None:
-        """Take a line in; return the reason why it is wrong."""
-        body = line.strip()
-        indent = len(line) - len(line.lstrip(" "))
-        if self.gives_up or (self.block is not None and (not body or indent > self.block)):
-            return None
-        self.block = None
-        if self.quote or self.depth:
-            self._scan(body, number)
-            return None
-        body = bare_line(body).strip()
-        if not body or _MARK.match(body):
-            if body:
-                self.levels, self.has_value = [-1], False
-            return None
-        if line[indent : indent + 1] == "\t":
-            return "tab"
-        match = _KEY.match(body)
-        if match is None:
-            return self._plain(number, body, indent)
-        return self._key(number, match, indent + len(match["dashes"]))
-
-    def _plain(self, number: int, body: str, indent: int) -> str | None:
-        """Take in a line without a key: an item of a list, or the rest of a value."""
-        if body.startswith(("? ", ": ")):
-            self.gives_up = True
-            return None
-        if _BLOCK_ITEM.match(body):
-            self.block, self.has_value = indent, False
-            return None
-        if body.startswith(("- ", "[", "{", "'", '"')) or body == "-":
-            self.has_value = False
-            self._scan(body.lstrip("- "), number)
-            return None
-        is_rest = indent > self.levels[-1] or self.levels == [-1]
-        return None if is_rest or body[0] in "?&*!|>:" else "no_colon"
-
-    def _key(self, number: int, match: re.Match[str], column: int) -> str | None:
-        value = (match["value"] or "").strip()
-        if column > self.levels[-1]:
-            if self.has_value and not match["dashes"]:
-                return "deeper"
-            self.levels.append(column)
-        else:
-            while self.levels[-1] > column:
-                self.levels.pop()
-            if self.levels[-1] < column:
-                if not match["dashes"]:
-                    return "between"
-                self.levels.append(column)
-        self.has_value = not (_NO_VALUE.match(value) or _BLOCK.match(value))
-        if _BLOCK.match(value):
-            self.block = column
-        elif value[:1] in ("[", "{", "'", '"'):
-            self._scan(value, number)
-        elif self.has_value and re.search(r"[^\s]: ", value) and value[:1] not in "&*!":
-            return "two_values"
-        return None
-
-    def _scan(self, text: str, number: int) -> None:
-        """Count the brackets and quotation marks that a value opens and closes."""
-        at_start = not (self.depth or self.quote)
-        for place, each in enumerate(text):
-            if self.quote:
-                self.quote = "" if each == self.quote and text[place - 1 : place] != "\\" else self.quote
-            elif each in "'\"" and (self.depth or (at_start and place == 0)):
-                self.quote = each
-            elif each in "[{" and (self.depth or (at_start and place == 0)):
-                self.depth += 1
-            elif each in "]}" and self.depth:
-                self.depth -= 1
-        if at_start and (self.depth or self.quote):
-            self.opened = number
+_OPEN = ("found unexpected end of stream", "found unexpected document separator")
+_RESERVED = ("that cannot start any token", "found undefined alias")
+_KEY_END = re.compile(r":(?:\s|$)")
+_NO_SPACE = re.compile(r"\s*(?:- +)*[\w.-]+:\S")
 
 
 def first_error(text: str) -> YamlError | None:
-    """Return the first certain mistake of a YAML file.
+    """Return the first mistake of a YAML file.
 
     >>> first_error("model: x\\n  batch: 4\\n"), first_error("a:\\n  - b: 1\\n    c: 2\\n")
     (YamlError(line=2, reason='deeper'), None)
     """
-    reader = _Reader()
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
-        if (reason := reader.read(number, line)) is not None:
-            return YamlError(number, reason)
-    return YamlError(reader.opened, "open") if reader.depth or reader.quote else None
+    text = text.removeprefix("\ufeff")
+    found = yaml_in(text)
+    if found.error is None:
+        return None
+    if not hasattr(found.error, "problem_mark"):  # a character that YAML does not allow
+        return YamlError(text.count("\n", 0, found.error.position) + 1, "other")
+    lines = text.splitlines()
+    number, reason = _mistake(found, text, [*lines, ""])
+    return YamlError(min(number + 1, len(lines)), reason)
+
+
+def _mistake(found: Yaml, text: str, lines: list[str]) -> tuple[int, str]:
+    """Return the line of a mistake, from 0, and its reason."""
+    error: Any = found.error
+    problem, mark, opened = error.problem, error.problem_mark, error.context_mark
+    before = lines[mark.line][: mark.column]
+    if "'\\t'" in problem:
+        return mark.line, "other" if before.strip() else "tab"
+    if any(each in problem for each in _RESERVED):
+        return mark.line, "reserved"
+    if problem in _OPEN:
+        return opened.line, "open"
+    if problem.startswith("expected the node content, but found '<") and found.loader.flow_level:
+        return found.loader.marks[-1].line, "open"
+    if (bracket := re.match(r"expected ',' or '(.)'", problem)) is not None:
+        return (mark.line, "comma") if bracket[1] in text[mark.index :] else (opened.line, "open")
+    if problem == "could not find expected ':'":
+        return opened.line, _without_colon(lines[opened.line])
+    if problem == "mapping values are not allowed here" and _KEY_END.search(before):
+        return mark.line, "two_values"
+    is_pair = problem == "mapping values are not allowed here"
+    if not is_pair and (before.strip() or "but found" not in problem):
+        return mark.line, "other"
+    return _indented(lines, mark.line, is_pair=is_pair)
+
+
+def _indented(lines: list[str], number: int, *, is_pair: bool) -> tuple[int, str]:
+    """Return what is wrong with a line below others, or with the one above it, which has to be a key."""
+    above = [each for each in range(number) if bare_line(lines[each])]
+    indents = [_indent(lines[each]) for each in above]
+    indent = _indent(lines[number])
+    if indents and indent > indents[-1]:
+        return number, "deeper"
+    if is_pair and above and not _KEY_END.search(lines[above[-1]]):
+        return above[-1], _without_colon(lines[above[-1]])
+    return number, "other" if indent in indents else "between"
+
+
+def _without_colon(line: str) -> str:
+    return "no_space" if _NO_SPACE.match(line) else "no_colon"
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
