@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind
+from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_kind, outer_kinds
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget, budget_of
 from tightfit.diagnosis.named_card import least_bytes_in_words
@@ -321,8 +321,10 @@ def _is_one_message(text: str, message: str) -> bool:
 
 def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind | None:
     """Return the kind of a line; scores of pictures' classes in a loss are no logits over a vocabulary."""
-    if line is not None and line.tensor == "gathered_parameters" and facts.phase == "save":
-        return msgspec.structs.replace(line, tensor="state_dict", grows="saving")
+    if line is not None and line.tensor in ("gathered_parameters", "state_dict") and facts.phase == "save":
+        is_of_optimizer = any("_optim_utils" in each.file for each in facts.frames)
+        tensor = "optimizer_state_dict" if is_of_optimizer else "state_dict"
+        return msgspec.structs.replace(line, tensor=tensor, grows="saving")
     if line is not None and line.tensor == "attention_output" and _may_be_scores(facts, line):
         return msgspec.structs.replace(line, grows="attention", is_named=False)
     if line is not None and line.grows == "batch" and line.tensor in _OF_LAYERS and _is_in_autoencoder(facts):
@@ -370,11 +372,15 @@ def _with_sizes(facts: Facts, found: Evidence, within: Range) -> Evidence:
     if found.line is None:
         return found
     inner = [found.line.frame, *(each for each in reversed(facts.frames[-_INNER:]) if each != found.line.frame)]
-    sources, run = [each.source or "" for each in inner], found.run
-    sized = sized_tensor(found.line.tensor, sources, run, found.model, within)
+    sources, run, line = [each.source or "" for each in inner], found.run, found.line
+    sized = sized_tensor(line.tensor, sources, run, found.model, within)
+    if line.tensor == "activation" and sized is None:
+        for each in outer_kinds(facts.frames):
+            sized = sized or sized_tensor(each.tensor, [each.frame.source or ""], run, found.model, within)
+            line = each if sized is not None and sized.tensor == each.tensor else line
     if sized is not None and found.tensor in _OF_LOGITS and len(sized.shape) > 2 and "batch_size" not in run.numbers:
         run = msgspec.structs.replace(run, numbers={**run.numbers, "batch_size": sized.shape[0]})
-    return msgspec.structs.replace(found, sized=sized, run=run)
+    return msgspec.structs.replace(found, sized=sized, run=run, line=line)
 
 
 _INNER = 4

@@ -315,13 +315,14 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
             of=_name(printed_name(model, run)),
             shares=shares,
         )
-    if tokens and evidence.vocabulary and evidence.sized is None:
+    of = _name(printed_name(model, run) if model else run.framework or "")
+    if tokens and evidence.vocabulary and evidence.sized is None and of:
         yield LogitTokens(
             code="tokens_of_size",
             label=COMPUTED,
             requested_bytes=requested,
             vocab_size=evidence.vocabulary,
-            of=_name(printed_name(model, run) if model else run.framework or ""),
+            of=of,
             float_tokens=tokens[0],
             half_tokens=tokens[1],
         )

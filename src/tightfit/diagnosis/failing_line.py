@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -95,11 +95,49 @@ def kinds_of_lines() -> tuple[_Kind, ...]:
 def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
     """Return the kind of tensor that the innermost telling frame shows; None if no frame does.
 
-    A backward pass runs inside autograd's engine: the frames do not show the operator.
+    A backward pass runs inside autograd's engine: the frames do not show the operator. A layer's own file shows what
+    it computes, such as a product, and the line that calls the layer shows for what, such as the logits.
     """
     inner = list(reversed(frames[-_DEPTH:]))
     if inner and _is_engine(inner):
         return None
+    found = _first_kind(inner, frames)
+    if found is None or found.tensor != _ACTIVATION.tensor or not _is_layer(found.frame):
+        return found
+    caller = next((each for each in inner[inner.index(found.frame) :] if not _is_layer(each)), None)
+    kind = _kind_shown(caller) if caller is not None else None
+    if caller is None or kind is None or not kind.is_named or kind.grows not in _OF_CALLERS:
+        return found
+    return LineKind(tensor=kind.tensor, grows=kind.grows, frame=caller, is_named=True)
+
+
+_MOST_CALLERS = 3
+
+
+def outer_kinds(frames: Sequence[TraceFrame]) -> Iterator[LineKind]:
+    """Yield the kinds that the lines around a layer's call show, which only a size can tell: a head has two layers."""
+    outer = [each for each in reversed(frames[-2 * _DEPTH :]) if not _is_layer(each)]
+    for frame in outer[1 : 1 + _MOST_CALLERS]:
+        kind = _kind_shown(frame)
+        if kind is not None and kind.grows == "logits":
+            yield LineKind(tensor=kind.tensor, grows=kind.grows, frame=frame, is_named=True)
+
+
+_LAYERS = re.compile(
+    r"torch/nn/(?:modules/(?!transformer|rnn)\w+|functional)\.py|torch/(?:utils/(?:checkpoint|_contextlib)|_jit_internal)\.py"
+    r"|torch/(?:autograd/function|amp/\w+|_dynamo/\w+)\.py|accelerate/hooks\.py|peft/tuners/.*layer\.py|bitsandbytes/"
+)
+"""Files of layers, and of what is put around their calls."""
+_OF_CALLERS = ("logits", "attention", "batch")
+"""Quantities of a layer's result that the line which calls it shows."""
+
+
+def _is_layer(frame: TraceFrame) -> bool:
+    return bool(_LAYERS.search(frame.file.replace("\\", "/")))
+
+
+def _first_kind(inner: Sequence[TraceFrame], frames: Sequence[TraceFrame]) -> LineKind | None:
+    """Return the kind of the innermost frame that shows one."""
     for frame in inner:
         kind = _kind_shown(frame)
         if kind is not None and kind.tensor == "moved_batch" and frame is not frames[-1]:

@@ -275,6 +275,10 @@ def is_filled_by_library(facts: Facts) -> bool:
     return outside.low > max(_OF_LIBRARY * total, 2 * GIB)
 
 
+_LARGE_POOLS = 0.1
+"""Share of the card from which on the pools of CUDA graphs come before other causes."""
+
+
 def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
     """Yield fixes of the decisive causes that are neither about other programs nor about the cache."""
     codes = {cause.code for cause in causes_of_figures(facts)}
@@ -287,6 +291,9 @@ def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
             paste=to_paste("raise_fraction"),
             figures=Figures(free_bytes=facts.free_bytes, requested_bytes=facts.requested_bytes),
         )
+    if "private_pools" in codes and (facts.private_pool_bytes or 0) > _LARGE_POOLS * (facts.total_bytes or 0):
+        for code in ("fewer_graphs", "no_cuda_graphs"):
+            yield Remedy(code=code, verdict=UNCHECKED, reason=code, label=LIKELY, paste=to_paste(code))
     if codes & {"own_ranks", "own_ranks_decide", "ranks_in_row"}:
         yield Remedy(
             code="set_device", verdict=UNCHECKED, reason="ranks_share_card", label=LIKELY, paste=to_paste("set_device")

@@ -110,6 +110,10 @@ def _reworded(code: str, words: Pasted | None, facts: Facts, evidence: Evidence)
     """Return a remedy's lines as this run's device, version and way of configuring take them."""
     if code == "half_precision" and facts.kind in NOT_CUDA:
         words = _autocast(facts.kind.partition("_")[0])
+    if code == "outputs_to_host" and any("torchmetrics" in each.file for each in facts.frames):
+        words = _OF_METRICS
+    if code == "save_from_host" and any("_optim_utils" in each.file for each in facts.frames):
+        words = _OF_OPTIMIZER_STATE
     if words is None:
         return None
     words = _for_version(words, facts)
@@ -117,6 +121,20 @@ def _reworded(code: str, words: Pasted | None, facts: Facts, evidence: Evidence)
         if (not change.codes or code in change.codes) and change.applies(evidence):
             words = replace(words, lines=tuple(change.line(each, facts, evidence) for each in words.lines))
     return words
+
+
+_OF_METRICS = Pasted(
+    lines=("metric = BinaryAUROC(thresholds=200)  # bins instead of all predictions, or compute_on_cpu=True",),
+    page="https://lightning.ai/docs/torchmetrics/stable/pages/overview.html",
+)
+_OF_OPTIMIZER_STATE = Pasted(
+    lines=(
+        "FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT,",
+        "    FullStateDictConfig(offload_to_cpu=True, rank0_only=True),",
+        "    FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=True))",
+    ),
+    page="https://docs.pytorch.org/docs/stable/fsdp.html",
+)
 
 
 def _autocast(device: str) -> Pasted:

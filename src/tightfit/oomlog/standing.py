@@ -174,7 +174,11 @@ _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memo
 """Kinds whose words have no other meaning in a sentence."""
 
 
-_SKIPS = re.compile(r"(?:ran out of memory|OOM)\b[^\n]{0,60}?\b(?:skipp(?:ed|ing)|retrying)\b", re.IGNORECASE)
+_SKIPS = re.compile(
+    r"(?:ran out of memory|OOM)\b[^\n]{0,60}?\b(?:skipp(?:ed|ing)|retrying)\b"
+    r"|Prediction on device was unsuccessful[^\n]{0,60}?\bMoving results",
+    re.IGNORECASE,
+)
 """A program's warning that it leaves a batch out, or tries it again."""
 OF_ITEM = re.compile(r"\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
 """A program's line on one of its inputs, which it leaves out."""
