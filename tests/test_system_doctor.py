@@ -670,7 +670,8 @@ def every_finding(base: Machine, monkeypatch: pytest.MonkeyPatch, tiny: dict[str
             host(available_bytes=64 * GIB),
         ):
             yield from diagnose(machine, replace(run, **changes), prepares_itself=("stdlib",))
-    for free in (1, 250_000, 10 * GIB):
+    checkpoint = 12 * (known_parameters(run, 64) or 0)
+    for free in (1, 2 * checkpoint, 10 * GIB):
         there = Space(total_bytes=GIB, free_bytes=free)
         monkeypatch.setattr("tightfit.system.checks_run.space", lambda _folder, there=there: there)
         yield from diagnose(base, run)

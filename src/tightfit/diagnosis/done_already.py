@@ -17,7 +17,7 @@ def is_done(remedy: Remedy, text: str) -> bool:
 
 def _stands(remedy: Remedy, text: str) -> bool:
     """Return True if all lines of a remedy stand in the report."""
-    text = sign("switches.eager_hint").sub("", text)
+    text = sign("switches.printed_hint").sub("", text)
     if remedy.code == "offload" and shows(text, "switches.pipeline_on_card"):
         return False
     lines = [line.partition("  #")[0].strip() for line in remedy.paste if not line.endswith(SMALLER)]

@@ -113,7 +113,13 @@ def _trains(case: Case) -> bool:
 
 def _is_without_fused_attention(case: Case) -> bool:
     """Return True for a family of Transformers' models without a fused attention kernel."""
-    return case.run.family in programs("without_fused_attention")
+    return case.run.family in programs("without_fused_attention") or case.is_of("without_fused_attention")
+
+
+def _has_pairs(case: Case) -> bool:
+    """Return True for a matrix of pairs, or scores that the program has an option to compute in parts."""
+    grows = case.evidence.grows
+    return grows == "pairs" or (grows == "attention" and case.has_own("pairs_in_parts"))
 
 
 def _needs_gradients(case: Case) -> bool:
@@ -369,7 +375,7 @@ _OF_THE_PASS = (
     _Rule("half_precision", "the program does it by itself", _halves),
     _Rule("half_precision", "PyTorch is too old", lambda case: case.is_before("half_precision")),
     _Rule("half_precision", "its words are for a training", _would_embed_in_half),
-    _Rule("pairs_in_parts", "there are no pairs", lambda case: case.evidence.grows != "pairs"),
+    _Rule("pairs_in_parts", "there are no pairs", lambda case: not _has_pairs(case)),
     _Rule("pairs_in_parts", "the program has a place for pairs", lambda case: case.has_own("pairs_on_host")),
     _Rule("pairs_as_product", "no broadcast makes them", lambda case: not _broadcasts(case)),
     _Rule("release_logits", "no loss is estimated", lambda case: not case.calls("estimate_loss")),

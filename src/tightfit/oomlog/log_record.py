@@ -147,7 +147,8 @@ def chosen_of(failures: list[Record]) -> Record | None:
     def place(record: Record) -> int:
         if "not_oom" in record.facts.details:  # it denies what an exit code alone suggests
             return 1
-        return 1 + order.index(record.facts.kind) if record.facts.kind in order else 0
+        kind = "worker_lost" if "left" in record.facts.details else record.facts.kind  # its reason is not in its words
+        return 1 + order.index(kind) if kind in order else 0
 
     return min(fatal, key=place, default=None)
 
