@@ -220,7 +220,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         line=line,
         shape=shape,
         vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or ""),
-        budget=budget_of(facts, run, model, purpose),
+        budget=None if line is not None and line.grows == "hessian" else budget_of(facts, run, model, purpose),
         purpose=purpose,
         purpose_sign=shown.sign if shown and shown.purpose == purpose else "",
         is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text, facts.message),

@@ -140,13 +140,23 @@ def _first_kind(inner: Sequence[TraceFrame], frames: Sequence[TraceFrame]) -> Li
     """Return the kind of the innermost frame that shows one."""
     for frame in inner:
         kind = _kind_shown(frame)
-        if kind is not None and kind.tensor == "moved_batch" and frame is not frames[-1]:
-            kind = None  # the arguments of a call that went on were moved already
+        if kind is not None and frame is not frames[-1] and _is_argument(kind, frame):
+            kind = None  # the arguments of a call that went on were made already
         if kind is not None and kind.grows == "batch" and frame is frames[-1] and (own := operators_alone(frames)):
             kind = _kind_shown(own) or _ACTIVATION
         if kind is not None:
             return LineKind(tensor=kind.tensor, grows=kind.grows, frame=frame, is_named=kind.is_named)
     return None
+
+
+def _is_argument(kind: _Kind, frame: TraceFrame) -> bool:
+    """Return True if a line that calls a function of another frame makes the tensor for that call's arguments."""
+    joins = kind.grows == "outputs" and _JOINS.search(frame.source or "") is not None
+    return kind.tensor == "moved_batch" or joins
+
+
+_JOINS = re.compile(r"\btorch\.(?:cat|concat|stack)\(")
+"""Operators that leave no frame in a traceback."""
 
 
 def _kind_shown(frame: TraceFrame) -> _Kind | None:

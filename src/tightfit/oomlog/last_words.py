@@ -158,7 +158,7 @@ _REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", r
 _OF_DEVICE = re.compile(
     r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|(?:\dx ?)?[ahv]\d00|graphics card|nvidia|nppexception|managedcuda"
     r"|opencl)\b|\bPYTORCH_(?:CUDA_|HIP_)?ALLOC|CUDA_VISIBLE|\bnproc[-_]per[-_]node|\baccelerate launch\b|\bdeepspeed\b"
-    r"|\bdevice: ?cuda",
+    r"|\bdevice: ?cuda|\bdispatch_model\(|\bmodel\.to\((?:self\.)?(?:args\.)?device\b",
     re.IGNORECASE | re.ASCII,
 )
 """Signs of a card in a report, with which memory that ran out is mostly the card's."""

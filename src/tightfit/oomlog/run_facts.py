@@ -152,6 +152,7 @@ def _plain_words(table: str) -> dict[str, tuple[str, ...]]:
 
 def run_facts_in(text: str) -> RunFacts:
     """Read clean text: the beginning of a log, and its end."""
+    text = _QUESTION.sub("", text)
     numbers = dict(_sentences(text))
     names: dict[str, str] = {}
     for match in _keys("numbers")[0].finditer(text):
@@ -189,6 +190,13 @@ def run_facts_in(text: str) -> RunFacts:
         family=family[-1] if family else None,
         text=text,
     )
+
+
+_QUESTION = re.compile(
+    r"(?m)^ ?\d{1,2}\. (?:Which|What|Did|Do|Is|Are)\b[^?\n]{1,120}\?"
+    r"(?: ?(?:`\w+`, ?`\w+` etc\.?|`pip install [^`\n]{1,60}`))?"
+)
+"""A numbered question of an issue's form, and the examples in it: the words are not the reporter's."""
 
 
 def _raised(text: str) -> dict[str, int]:
