@@ -88,6 +88,8 @@ def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
 
 def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
     """Return the codes behind the cures of a card that is full before any pass."""
+    if case.facts.other_processes and case.shows("subject.test_run"):
+        codes = ["fewer_test_workers", *codes]
     if is_filled_by_library(case.facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]

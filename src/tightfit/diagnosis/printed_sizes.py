@@ -114,7 +114,8 @@ def _of_model(tensor: str, run: RunFacts, model: Model | None) -> list[tuple[Sha
     vocabulary = (model.vocabulary if model else None) or numbers.get("vocabulary")
     shapes: list[Shape] = []
     if tensor in _OF_VOCABULARY and vocabulary:
-        shapes = [(batch, length, vocabulary), (batch, length - 1, vocabulary)]
+        several = (1, 2) if "preference_pairs" in run.signs else (1,)  # chosen and rejected answers
+        shapes = [(times * batch, tokens, vocabulary) for times in several for tokens in (length, length - 1)]
     elif model is None:
         return []
     elif tensor == "attention_scores" and model.heads:

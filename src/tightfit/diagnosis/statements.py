@@ -77,7 +77,10 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield from _culprit(culprit, words)
     frame = users_frame(facts)
     if frame is not None and frame.line is not None:
-        yield words("problem", "at", file=frame.file, line=frame.line, function=frame.function)
+        if frame.file:
+            yield words("problem", "at", file=frame.file, line=frame.line, function=frame.function)
+        else:  # the text begins behind it
+            yield words("problem", "at_line", line=frame.line, function=frame.function)
         if frame.source:
             yield f"    {frame.source}"
     elif culprit is not None and culprit.source:

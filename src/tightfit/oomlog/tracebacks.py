@@ -51,6 +51,8 @@ _FRAME = re.compile(
     r"(?:line|linha|línea|ligne|Zeile|строка) (\d{1,9})(?:, \w{1,4} ([^\n]{1,300}))?"
 )
 """A frame's head; browsers that translate a page translate its words, too."""
+_REST = re.compile(r"line (\d{1,9}), in ([\w.<>]{1,200})")
+"""A frame's head in text that begins behind its file's name."""
 _NOTEBOOK = re.compile(
     r"(?:File )?(?P<file>(?:[A-Za-z]:)?[~/.\w<\\:][^\n,:()]{0,400}?)(?:\.py:(?P<line>\d{1,8}))?,? in "
     r"(?P<function>[\w.<>]{1,200})\("
@@ -146,6 +148,9 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
             function = (match[3] or "<module>").strip()
             waiting, numbered = TraceFrame(file=match[1], line=int(match[2]), function=function), False
             column = match.start() if not line[: match.start()].strip() else 0
+            continue
+        if waiting is None and (rest := _REST.fullmatch(line.strip())):
+            waiting, numbered, column = TraceFrame(file="", line=int(rest[1]), function=rest[2]), False, 0
             continue
         if rich := _RICH.match(line.strip()):
             if waiting and waiting.line is not None:
