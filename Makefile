@@ -6,9 +6,13 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check slow docs chaos clean
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/package: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed: .venv/package
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -18,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 		transformers==4.51.3 tokenizers==0.21.4 huggingface-hub==0.36.0
 	rm -rf $@ && mv $@.part $@ && touch $@
 
-demo: .venv/installed
+demo: .venv/package
 	$(BIN)/python benchmarks/demo.py
 
 check: .venv/installed
