@@ -1,4 +1,4 @@
-"""The program that a configuration is for, and what it has of a run: the table config_programs.toml, applied."""
+"""The program and the run that a configuration describes, by the table config_programs.toml."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """What the table knows of one program; its head describes the fields."""
+    """One program of the table, whose head describes the fields."""
 
     signs: list[list[str]] = msgspec.field(default_factory=list)
     unless: list[list[str]] = msgspec.field(default_factory=list)
@@ -76,7 +76,7 @@ def file_of_no_training(values: Mapping[str, Value]) -> str | None:
 
 
 def known(program: str) -> Program:
-    """Return what the table knows of a program; nothing for one that it does not have."""
+    """Return a program's entry of the table; an empty one if it has none."""
     return _tables().get(program, Program())
 
 
@@ -139,7 +139,7 @@ def _number(value: Value) -> int | None:
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """What a configuration has of a run."""
+    """A run, as far as a configuration describes it."""
 
     numbers: Mapping[str, int]
     names: Mapping[str, str]

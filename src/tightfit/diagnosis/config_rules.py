@@ -1,4 +1,4 @@
-"""Remedies beside another program's configuration: without what it has already, and without what it refuses."""
+"""Remedies for another program's configuration: those that it has already, or refuses, are left out."""
 
 import ast
 import json

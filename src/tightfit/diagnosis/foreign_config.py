@@ -41,7 +41,7 @@ class Foreign(msgspec.Struct, frozen=True, kw_only=True):
     values: Mapping[str, Value] = msgspec.field(default_factory=dict)
     """The values by their paths."""
     found: Found | None = None
-    """What it has of the run; None for a model alone."""
+    """The run that it describes; None for a model alone."""
     kind: str = "yaml"
     """The language of its files: json, toml, yaml or python."""
 
