@@ -13,7 +13,7 @@ from oom_messages import FORMS, SURROUNDINGS, write
 
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.log_reader import read_log
-from tightfit.oomlog.message import SIZE
+from tightfit.oomlog.message import filled
 from tightfit.oomlog.messages import messages_in
 
 CODES = tomllib.loads(files("tightfit.oomlog").joinpath("codes.toml").read_text())
@@ -136,7 +136,7 @@ def examples() -> dict[str, tuple[str, str]]:
     squeezed = [("".join(text.split()), "".join(text.split()).lower()) for text in texts]
     found = {}
     for each in tomllib.loads(files("tightfit.oomlog").joinpath("formats.toml").read_text())["format"]:
-        pattern, anchor = re.compile(each["pattern"].replace("{SIZE}", SIZE), re.IGNORECASE), each["anchor"].lower()
+        pattern, anchor = re.compile(filled(each["pattern"]), re.IGNORECASE), each["anchor"].lower()
         matches = [match for text, low in squeezed if anchor in low for match in pattern.finditer(text)]
         if matches and pattern.groups:
             longest = max(matches, key=lambda match: (len([one for one in match.groups() if one]), len(match[0])))

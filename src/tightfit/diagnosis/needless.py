@@ -116,6 +116,10 @@ def _is_without_fused_attention(case: Case) -> bool:
     return case.run.family in programs("without_fused_attention") or case.is_of("without_fused_attention")
 
 
+def _has_reference(case: Case) -> bool:
+    return case.has_sign("preference_pairs") or case.shows("subject.reference_model")
+
+
 def _has_pairs(case: Case) -> bool:
     """Return True for a matrix of pairs, or scores that the program has an option to compute in parts."""
     grows = case.evidence.grows
@@ -376,7 +380,7 @@ _OF_THE_PASS = (
     _Rule("eval_batch", "the report says that it is one", _evaluates_one),
     _Rule("eval_batch", "nothing is evaluated", _only_generates),
     _Rule("smaller_cache", "the cache has room", lambda case: case.shows("subject.cache_has_room")),
-    _Rule("reference_first", "there is no reference model", lambda case: not case.shows("subject.reference_model")),
+    _Rule("reference_first", "there is no reference model", lambda case: not _has_reference(case)),
     _Rule("no_gradients", "the program turns them off", _evaluates_without_gradients),
     _Rule("no_gradients", "they are off", lambda case: case.has_sign("no_grad")),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),

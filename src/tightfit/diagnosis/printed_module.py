@@ -1,5 +1,6 @@
 """A model as `print(model)` shows it: its parameters counted, and the sizes of its layers."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -77,10 +78,7 @@ def _own(kind: str, args: str) -> int:
     if kind.startswith("Conv") and "kernel_size=" in args and len(numbers) > 1:
         kernel = [int(each) for each in _COUNT.findall(args.partition("kernel_size=")[2].partition(")")[0])]
         groups = int(found[1]) if (found := re.search(r"groups=(\d+)", args)) else 1
-        of_window = 1
-        for side in kernel:
-            of_window *= side
-        return numbers[0] * numbers[1] * of_window // groups + numbers[1] * has_bias
+        return numbers[0] * numbers[1] * math.prod(kernel) // groups + numbers[1] * has_bias
     if _NORMS.fullmatch(kind) and numbers and "affine=False" not in args:
         return numbers[0] * (1 if "RMS" in kind else 2)
     return 0

@@ -51,8 +51,8 @@ def sized_tensor(tensor: str, sources: Sequence[str], run: RunFacts, model: Mode
     source = sources[0] if sources else ""
     results = [each for line in sources for each in _results(line, shapes)]
     candidates = [*results, *_alone(tensor, run, shapes), *_of_model(tensor, run, model)]
-    fits = sorted(_fitting(tensor, candidates, source, within), key=lambda fit: fit.dtype == "float64")  # the rarest
-    return fits[0] if fits else None
+    fits = _fitting(tensor, candidates, source, within)
+    return min(fits, key=lambda fit: fit.dtype == "float64", default=None)  # the rarest type counts last
 
 
 def _fitting(tensor: str, shapes: list[tuple[Shape, str | None]], source: str, within: Range) -> Iterator[Fit]:

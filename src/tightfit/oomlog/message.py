@@ -6,6 +6,13 @@ from tightfit.oomlog.facts import Figure, OtherProcess
 
 SIZE = r"\d{1,20}(?:\.\d{0,6})?(?:bytes?|[KMGTPE]i?(?:B(?!y)|Bytes?|(?=\.\.|…|$)))"
 """Pattern of a printed size, without white space; a cut text may end within its unit."""
+SHELL = r"(?:Zeile|línea|ligne|строка|行|줄|line)\d{1,5}:\d{2,8}"
+"""Pattern of a shell's words before the end of a process: the line of its script, and the process."""
+
+
+def filled(pattern: str) -> str:
+    """Return a pattern of formats.toml with the patterns that {SIZE} and {SHELL} stand for."""
+    return pattern.replace("{SIZE}", SIZE).replace("{SHELL}", SHELL)
 
 
 class Message(Struct):

@@ -17,7 +17,7 @@ from tightfit.oomlog.allocator_messages import HEAD, HEAD_WORDS, allocator_messa
 from tightfit.oomlog.dtypes import ELEMENT_BYTES
 from tightfit.oomlog.facts import FIGURES, Figure
 from tightfit.oomlog.log_text import lower
-from tightfit.oomlog.message import SIZE, Message
+from tightfit.oomlog.message import Message, filled
 from tightfit.tables import read_table
 
 _CLASS = re.compile(r"([A-Za-z_][\w.]{0,80}(?:Error|Exception|Warning|OutOfResources)):(?:[\w ]{0,40}:)?$")
@@ -52,7 +52,7 @@ def _formats() -> tuple[tuple[str, _Format], ...]:
 @functools.cache
 def _pattern(pattern: str) -> re.Pattern[str]:
     """Compile a pattern when a text first has its anchor."""
-    return re.compile(pattern.replace("{SIZE}", SIZE), re.IGNORECASE)
+    return re.compile(filled(pattern), re.IGNORECASE)
 
 
 _LONGEST_RUN = 100
