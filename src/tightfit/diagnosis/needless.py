@@ -330,7 +330,7 @@ def _broadcasts(case: Case) -> bool:
     return bool(_BROADCAST.search(_source(case))) and not _OF_BOXES.search(_source(case))
 
 
-def _pairs_no_places(case: Case) -> bool:
+def _pairs_items(case: Case) -> bool:
     """Return True for pairs of items, such as nodes or embeddings, rather than of boxes or places of a picture."""
     is_of_places = _OF_BOXES.search(_source(case)) or _CORRELATES.search(_source(case))
     return case.evidence.grows == "pairs" and not is_of_places
@@ -387,7 +387,7 @@ _OF_THE_PASS = (
     _Rule("no_gradients", "a training needs them", _needs_gradients),
     _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),
     _Rule("shorter_length", "it is short", _has_short_length),
-    _Rule("smaller_inputs", "the pairs are not of places", _pairs_no_places),
+    _Rule("smaller_inputs", "the pairs are not of places", _pairs_items),
     _Rule("smaller_inputs", "they are short", lambda case: _has_short_length(case) and _takes_sequences(case)),
     _Rule("chunked_general", "the program's own loss is in chunks", lambda case: case.is_of("chunked_loss")),
     _Rule("half_precision", "it is on", _is_in_half),
@@ -458,7 +458,7 @@ _OF_THE_MODEL = (
     _Rule("smaller_model", "the run starts from no weights", _starts_from_nothing),
     _Rule("smaller_model", "one request for its inputs is most of the card", _fills_it_at_once),
     _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", _has_other_size),
-    _Rule("smaller_picture", "the pairs are not of places", _pairs_no_places),
+    _Rule("smaller_picture", "the pairs are not of places", _pairs_items),
     _Rule(
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
     ),
