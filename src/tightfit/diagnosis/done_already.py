@@ -3,7 +3,7 @@
 import re
 
 from tightfit.diagnosis.own_options import SMALLER, is_on
-from tightfit.diagnosis.remedies import Remedy
+from tightfit.diagnosis.remedies import Remedy, Resized
 from tightfit.diagnosis.report_words import shows, sign
 
 _SHORT_LINE = 12
@@ -18,6 +18,8 @@ def is_done(remedy: Remedy, text: str) -> bool:
 def _stands(remedy: Remedy, text: str) -> bool:
     """Return True if all lines of a remedy stand in the report."""
     text = sign("switches.printed_hint").sub("", text)
+    if isinstance(remedy.change, Resized):  # it is smaller than the batch that failed
+        return False
     if remedy.code == "offload" and shows(text, "switches.pipeline_on_card"):
         return False
     lines = [line.partition("  #")[0].strip() for line in remedy.paste if not line.endswith(SMALLER)]

@@ -78,6 +78,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """training, inference, or None where the log does not show it."""
     purpose_sign: str = ""
     """The words of the log that show it; empty where its phase or its program does."""
+    passes: int = 4
+    """Passes into which the usual advice divides a batch: 2 where half of the request has room, else 4."""
     is_bare: bool = False
     """True if the log is hardly more than the message: anybody's run, perhaps one of nanoGPT."""
 
@@ -134,7 +136,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         if self.tensor not in _OF_LOGITS or not self.vocabulary or self.within is None or self.within.is_small:
             return None
         middle = (self.within.low + self.within.high) // 2
-        return middle // (self.vocabulary * 4), middle // (self.vocabulary * 2)
+        bytes_of_token = 2 * self.vocabulary // self.run.numbers.get("tensor_parallel", 1)
+        return middle // (2 * bytes_of_token), middle // bytes_of_token
 
     def gathers_on_first_card(self, facts: Facts) -> bool:
         """Return True if DataParallel gathers the outputs of all cards on the card that failed."""
@@ -223,6 +226,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         budget=None if line is not None and line.grows == "hessian" else budget_of(facts, run, model, purpose),
         purpose=purpose,
         purpose_sign=shown.sign if shown and shown.purpose == purpose else "",
+        passes=2 if _half_has_room(facts, line) else 4,
         is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text, facts.message),
     )
     if within is None or within.is_small or shape is not None:
@@ -238,6 +242,22 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         fits = tuple(_whole(model, run, within))
         return _of_all(msgspec.structs.replace(found, fits=fits, is_all_parameters=bool(fits)))
     return _of_all(msgspec.structs.replace(found, fits=fits, is_complete=is_complete))
+
+
+_TELLING = 0.02
+"""Share of the card from which on a request shows how much a pass takes: a small one fails on any full card."""
+
+
+def _half_has_room(facts: Facts, line: LineKind | None) -> bool:
+    """Return True if half of the failing request has room: all that a pass holds shrinks with its batch.
+
+    Logits are the last and mostly the largest tensors of a pass, so they show it however small they are.
+    """
+    requested, free, total = facts.requested_bytes, facts.free_bytes, facts.total_bytes
+    if requested is None or free is None or total is None:
+        return False
+    is_telling = requested > _TELLING * total or (line is not None and line.grows == "logits")
+    return is_telling and requested <= 2 * free
 
 
 def _of_all(found: Evidence) -> Evidence:
@@ -333,6 +353,8 @@ def _in_words_of(facts: Facts, run: RunFacts, line: LineKind | None) -> LineKind
         return None
     if line is None or line.tensor != "loss_of_logits":
         return line
+    if facts.phase == "sample":  # scores of the next token, and no loss
+        return msgspec.structs.replace(line, tensor="logits")
     of_pictures = run.framework in programs("pictures") or _OF_PICTURES.search(run.text)
     if of_pictures and not _OF_LANGUAGE.search(run.text):
         return msgspec.structs.replace(line, tensor="activation", grows="batch", is_named=False)

@@ -300,7 +300,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
         if fit.tensor == "weight" and (not classes or any(map(_squeezed(" ".join(fit.models)).startswith, classes)))
     )
     is_other = _OF_PICTURES.search(run.tensor_name or "") or (evidence.model is None and _OF_OTHERS.search(run.text))
-    if weights and not evidence.is_complete and not is_other:
+    if weights and evidence.sized is None and not evidence.is_complete and not is_other:
         yield SizedWeights(code="weights_of_size", label=COMPUTED, requested_bytes=requested, weights=weights)
     shares = tuple(
         ShardShare(ranks=fit.ranks or 1, dtype=fit.dtype, bytes=fit.bytes) for fit in fits if fit.tensor == "shard"

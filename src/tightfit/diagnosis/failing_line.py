@@ -98,6 +98,7 @@ def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
     A backward pass runs inside autograd's engine: the frames do not show the operator. A layer's own file shows what
     it computes, such as a product, and the line that calls the layer shows for what, such as the logits.
     """
+    frames = [each for each in frames if not _COPIES.search(each.file.replace("\\", "/"))] or frames
     inner = list(reversed(frames[-_DEPTH:]))
     if inner and _is_engine(inner):
         return None
@@ -111,6 +112,8 @@ def line_kind(frames: Sequence[TraceFrame]) -> LineKind | None:
     return LineKind(tensor=kind.tensor, grows=kind.grows, frame=caller, is_named=True)
 
 
+_COPIES = re.compile(r"/lib/python[\d.]{1,6}/copy\.py$|/[Ll]ib/copy\.py$")
+"""Python's own file of deepcopy(), which calls itself for each part of a model."""
 _MOST_CALLERS = 3
 
 

@@ -7,9 +7,6 @@ from tightfit.diagnosis.framework_words import Pasted, has_fixed_lines, has_own,
 from tightfit.diagnosis.own_options import attributes_of, options_of, search_of
 from tightfit.oomlog.run_facts import RunFacts
 
-_PARTS = 4
-"""Passes into which a printed batch is divided: 64 x 1 becomes 16 x 4."""
-
 
 def accumulation(evidence: Evidence) -> int | None:
     """Return the printed accumulation, or the usual 1 of a program that is known to have it; None if unknown."""
@@ -17,16 +14,20 @@ def accumulation(evidence: Evidence) -> int | None:
     return evidence.run.numbers.get("accumulation", usual)
 
 
+_FEW = 4
+"""Sequences from which one at a time is the next step: the least of all passes, for little more time."""
+
 Divided = tuple[int | None, int | None, int | None]
 """A printed batch, the sequences of one pass and the passes of a step."""
 
 
 def divided(evidence: Evidence) -> Divided:
-    """Return the printed batch, a quarter of that, and the accumulation that keeps the sequences of a step."""
+    """Return the printed batch, a half or a quarter of it, and the accumulation that keeps the sequences of a step."""
     batch = evidence.run.numbers.get("batch_size")
     if not batch or batch < 2 or "data_parallel" in evidence.run.signs:
         return None, None, None
-    size = max(each for each in range(1, max(batch // _PARTS, 1) + 1) if batch % each == 0)
+    most = batch // evidence.passes if batch > _FEW else 1
+    size = max(each for each in range(1, max(most, 1) + 1) if batch % each == 0)
     return batch, size, batch // size * (accumulation(evidence) or 1)
 
 
@@ -35,10 +36,10 @@ def values_to_fill(evidence: Evidence, parts: Divided) -> dict[str, int | str]:
     batch, size, passes = parts
     length = evidence.run.numbers.get("length")
     return {
-        "size": size or "BATCH/4",
+        "size": size or f"BATCH/{evidence.passes}",
         "passes": passes
         if passes and accumulation(evidence)
-        else f"{batch // size if batch and size else 4}*ACCUMULATION",
+        else f"{batch // size if batch and size else evidence.passes}*ACCUMULATION",
         "share": _lower_share(evidence.run.text),
         "half": length // 2 if length else "HALF",
         "model_class": _model_class(evidence.run),

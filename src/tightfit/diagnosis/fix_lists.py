@@ -34,7 +34,7 @@ _OF_KEPT_RESULTS = ("no_gradients", "outputs_to_host")
 """Remedies for what a program that uses a trained model keeps from one pass to the next."""
 _OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
 """Remedies that ComfyUI has for models of pictures."""
-_OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "windows", "data"})
+_OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "windows", "data", "edges"})
 """Quantities that a tensor larger than the card may well grow with."""
 _OF_SEQUENCES_AT_ONCE = frozenset({"logits", "batch", "attention", "mask"})
 """Quantities that a server holds for as many sequences as it takes at once, beside its cache."""
@@ -163,6 +163,8 @@ def _fits_unquantized(case: Case) -> bool:
 def _lists(case: Case) -> Iterator[str]:
     """Yield the lists of advice.toml that fit this failure, the most fitting first."""
     facts, evidence = case
+    if case.calls("prepare_model_for_kbit_training", "prepare_model_for_int8_training"):
+        yield "conversion"
     if fills_by_metal(facts):
         yield "metal"
     elif case.has_sign("loads_model") and evidence.infers and evidence.grows is None:
@@ -222,7 +224,7 @@ def _lists_of_tensor(case: Case) -> Iterator[str]:
     if evidence.infers and grows in _OF_SEQUENCES_AT_ONCE and case.has_own("share_of_card"):
         yield "warmup"
     yield _of_weights(case) if grows == "model" else _of_growing(grows, case)
-    yield from ["eval"] if case.facts.phase == "eval" else []
+    yield from ["eval"] if case.facts.phase == "eval" and grows != "windows" else []
 
 
 _OF_ONE_WEIGHT = ("moved_model", "converted_weight", "created_weight")

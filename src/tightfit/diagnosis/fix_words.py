@@ -57,6 +57,7 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         effect = "changes_result"
     inputs = inputs_of(evidence) if code == "smaller_inputs" else code
     named = inputs if not words or inputs == "shorter_audio" else code
+    named = "windows_to_host" if code == "outputs_to_host" and evidence.grows == "windows" else named
     remedy = Remedy(
         code=named,
         verdict=UNCHECKED,
@@ -74,7 +75,7 @@ def _reason(code: str, named: str, facts: Facts, evidence: Evidence) -> str:
     """Return the key of the sentence on a remedy; accumulation is of a training only."""
     if code == "less_at_once" and (evidence.infers or facts.phase in ("sample", "eval")):
         return "less_at_once_in_use"
-    return named if named in ("fewer_atoms", "shorter_protein") else code
+    return named if named in ("fewer_atoms", "shorter_protein", "windows_to_host") else code
 
 
 def _makes_videos(evidence: Evidence) -> bool:
@@ -267,7 +268,7 @@ _CHANGES = (
     _Change(
         ("split_general",),
         lambda evidence: shows(evidence.run.text, "switches.batch_measured"),
-        lambda line, facts, evidence: line.replace("BATCH/4", _BATCH_BY_NUMBER),
+        lambda line, facts, evidence: line.replace(f"BATCH/{evidence.passes}", _BATCH_BY_NUMBER),
     ),
     _Change((), lambda evidence: True, _with_its_version),
     _Change(("offload",), lambda evidence: True, _for_small_card),

@@ -42,6 +42,11 @@ def _evaluates_in_training(case: Case) -> bool:
     return case.facts.phase == "eval" and not shares_batch
 
 
+def _is_of_pairs_of_one(case: Case) -> bool:
+    """Return True for pairs that a program makes picture by picture, with an option to move them to the host."""
+    return case.evidence.grows == "pairs" and case.has_own("pairs_on_host")
+
+
 def _has_pairs_of_all(case: Case) -> bool:
     return case.evidence.grows == "pairs" and not _is_known(case) and not case.run.numbers.get("batch_size")
 
@@ -153,6 +158,16 @@ _SHORT_LENGTH = 256
 
 def _has_short_length(case: Case) -> bool:
     return 1 < case.run.numbers.get("length", 0) < _SHORT_LENGTH
+
+
+def _is_of_beams(case: Case) -> bool:
+    """Return True for the scores of the next token alone, by their known sizes."""
+    sized = case.evidence.sized
+    return sized is not None and case.evidence.grows == "logits" and len(sized.shape) == _AXES_OF_BEAMS
+
+
+_AXES_OF_BEAMS = 2
+"""Axes of scores of a beam search: beams, and the vocabulary."""
 
 
 def _takes_sequences(case: Case) -> bool:
@@ -351,6 +366,7 @@ def _fails_in_foreach(case: Case) -> bool:
 _OF_THE_PASS = (
     _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
     _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),
+    _Rule("split_general", "the pairs are of one picture", _is_of_pairs_of_one),
     _Rule("split_general", "one item is taken at a time", lambda case: case.takes_one_item),
     _Rule("eval_batch", "one item is taken at a time", lambda case: case.takes_one_item),
     _Rule("split_general", "the program has no batch", lambda case: case.is_of("without_batch")),
@@ -386,7 +402,10 @@ _OF_THE_PASS = (
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
     _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),
+    _Rule("shapes_first", "the sizes are known", lambda case: case.evidence.sized is not None),
     _Rule("shorter_length", "it is short", _has_short_length),
+    _Rule("shorter_length", "the tensor holds one token of each beam", _is_of_beams),
+    _Rule("smaller_inputs", "the tensor holds one token of each beam", _is_of_beams),
     _Rule("smaller_inputs", "the pairs are not of places", _pairs_items),
     _Rule("smaller_inputs", "they are short", lambda case: _has_short_length(case) and _takes_sequences(case)),
     _Rule("chunked_general", "the program's own loss is in chunks", lambda case: case.is_of("chunked_loss")),

@@ -50,7 +50,8 @@ def sized_tensor(tensor: str, sources: Sequence[str], run: RunFacts, model: Mode
     shapes = list(_printed(run.text))
     source = sources[0] if sources else ""
     results = [each for line in sources for each in _results(line, shapes)]
-    candidates = [*results, *_alone(tensor, run, shapes), *_of_model(tensor, run, model)]
+    candidates = [*results, *_alone(tensor, run, shapes), *_of_model(tensor, run, model), *_of_layers(tensor, run.text)]
+    candidates += _COMBINED[tensor](run.text, [shape for _, _, shape, _ in shapes]) if tensor in _COMBINED else []
     fits = _fitting(tensor, candidates, source, within)
     return min(fits, key=lambda fit: fit.dtype == "float64", default=None)  # the rarest type counts last
 
@@ -103,29 +104,103 @@ def _results(source: str, shapes: list[tuple[str, int, Shape, str | None]]) -> I
                 yield (*first[:-1], second[-2 if swapped or pattern is _DISTANCES else -1]), dtype
 
 
+_CLASSES = re.compile(r"\b(\d{1,4}) classes\b|\b(?:num_classes|n_classes|out_channels)[\"']?\s?[:=]\s?(\d{1,4})\b")
+_GRAPH = re.compile(r"\b(edge_index|adj_t|x)=\[(\d{1,10}), (\d{1,10})\]")
+_COORDINATES = (2, 3)
+"""Numbers of a place in a picture, or in a room."""
+
+
+def _of_pairs(text: str, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, str | None]]:
+    """Yield all pairs of the rows of two printed tensors, and the same with the coordinates of each.
+
+    >>> next(_of_pairs("", [(1200, 4), (261888, 4)]))
+    ((1200, 261888), None)
+    """
+    counts = [shape[0] for shape in dict.fromkeys(shapes) if len(shape) == len(_COORDINATES)]
+    for at, one in enumerate(counts):
+        for other in counts[at + 1 :] or counts:
+            yield (one, other), None
+            yield from (((one, other, each), None) for each in _COORDINATES)
+
+
+def _of_windows(text: str, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, str | None]]:
+    """Yield the scores of all printed classes for each place of a printed picture or volume.
+
+    >>> list(_of_windows("14 classes", [(1, 1, 512, 512, 512)]))
+    [((1, 14, 512, 512, 512), None)]
+    """
+    classes = dict.fromkeys(int(match[1] or match[2]) for match in _CLASSES.finditer(text))
+    for shape in dict.fromkeys(shapes):
+        if len(shape) > _AXES_OF_PICTURE:
+            yield from (((shape[0], each, *shape[2:]), None) for each in classes)
+
+
+_AXES_OF_PICTURE = 3
+"""Axes of a picture without its batch."""
+
+
+def _of_edges(text: str, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, str | None]]:
+    """Yield the features of a printed graph's nodes, picked for each of its edges.
+
+    >>> list(_of_edges("Data(edge_index=[2, 5000], x=[300, 16])", []))
+    [((5000, 16), None)]
+    """
+    sizes = {match[1]: (int(match[2]), int(match[3])) for match in _GRAPH.finditer(text)}
+    if "edge_index" in sizes and "x" in sizes:
+        yield (sizes["edge_index"][1], sizes["x"][1]), None
+
+
+_COMBINED = {"pairs": _of_pairs, "window_results": _of_windows, "edge_features": _of_edges}
+"""What makes the sizes of a kind of tensor from several printed ones."""
+
+_LAYER = re.compile(r"\b(?:Embedding\(|Linear\(in_features=)(\d{2,7}), (?:out_features=)?(\d{2,7})")
+_OF_WEIGHTS = ("converted_weight", "created_weight", "moved_model")
+
+
+def _of_layers(tensor: str, text: str) -> Iterator[tuple[Shape, str | None]]:
+    """Yield the weights of the layers that a log prints with the module, for a tensor that is a weight.
+
+    >>> list(_of_layers("moved_model", "(wte): Embedding(50257, 768)"))
+    [((50257, 768), None)]
+    """
+    if tensor in _OF_WEIGHTS:
+        for match in dict.fromkeys(each.groups() for each in _LAYER.finditer(text)):
+            yield (int(match[0]), int(match[1])), None
+
+
 _OF_VOCABULARY = ("logits", "float_logits", "loss_of_logits", "float_outputs")
 
 
 def _of_model(tensor: str, run: RunFacts, model: Model | None) -> list[tuple[Shape, str | None]]:
-    """Return the shapes that a tensor of this kind has in one pass of the known model."""
+    """Return the shapes that a tensor of this kind has in one pass of the known model, on one of its cards."""
     numbers = run.numbers
-    batch, length = numbers.get("batch_size"), numbers.get("length")
-    if not batch or not length:
-        return []
+    batch, length = numbers.get("batch_size"), numbers.get("length", 0)
+    parts = numbers.get("tensor_parallel", 1)
     vocabulary = (model.vocabulary if model else None) or numbers.get("vocabulary")
     shapes: list[Shape] = []
+    if not batch:
+        return []
     if tensor in _OF_VOCABULARY and vocabulary:
-        several = (1, 2) if "preference_pairs" in run.signs else (1,)  # chosen and rejected answers
-        shapes = [(times * batch, tokens, vocabulary) for times in several for tokens in (length, length - 1)]
-    elif model is None:
+        shapes = [(*rows, vocabulary // parts) for rows in _rows_of_logits(run, batch, length)]
+    elif model is None or not length:
         return []
     elif tensor == "attention_scores" and model.heads:
-        shapes = [(batch, model.heads, length, length)]
+        shapes = [(batch, model.heads // parts, length, length)]
     elif tensor == "mlp_activation" and model.inner:
-        shapes = [(batch, length, model.inner), (batch, length, 2 * model.inner)]
+        shapes = [(batch, length, times * model.inner // parts) for times in (1, 2)]
     elif tensor == "kv_cache" and model.head_dim and (heads := model.kv_heads or model.heads):
         most = length + numbers.get("new_tokens", 1)
         shapes = [(batch, heads, tokens, model.head_dim) for tokens in range(length, min(most, length + 8192) + 1)]
     elif tensor == "activation" and model.hidden:
         shapes = [(batch, length, model.hidden)]
     return [(shape, None) for shape in shapes]
+
+
+def _rows_of_logits(run: RunFacts, batch: int, length: int) -> Iterator[Shape]:
+    """Yield the axes of logits before the vocabulary: sequences and tokens, or one token of each beam."""
+    several = (1, 2) if "preference_pairs" in run.signs else (1,)  # chosen and rejected answers
+    for tokens in {length, length - 1, run.numbers.get("completion", 0)}:
+        if tokens > 0:
+            yield from ((times * batch, tokens) for times in several)
+    if "beams" in run.numbers:
+        yield (batch * run.numbers["beams"],)

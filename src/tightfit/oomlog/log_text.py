@@ -176,7 +176,7 @@ _RANK = re.compile(
     r"| rank=)(?P<b>\d{1,6})[^)\n]{0,60}\) ?"
     r"|\[\d{1,4},(?P<c>\d{1,6})\]<std\w{2,4}>:? ?|\[?[Rr][Aa][Nn][Kk](?:[ =#-]|: ?)?(?P<d>\d{1,6})\]?(?:[:|]|\]) ?"
     r"|\(\w{1,30} pid=\d{1,9}\) ?"
-    r"|(?P<e>\d{1,4}): (?=(?:Traceback|  ?File|    |torch|Runtime|\w{1,40}Error))"
+    r"| {0,3}(?P<e>\d{1,4}): (?=(?:Traceback|  ?File|    |torch|Runtime|\w{1,40}Error|\[rank\d))"
 )
 _TIME = re.compile(
     r"\[?(?:(?:\d{2}(?:\d{2})?[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4})[T _|]{0,2})?"

@@ -30,6 +30,8 @@ _MODEL_CLASS = re.compile(r"transformers/models/(\w{2,30})/modeling_")
 
 _IN_GROUPS = frozenset({"batch_size", "eval_batch_size", "accumulation", "length", "image"})
 """Quantities that count behind the groups of Hydra and YACS, too, data.batch_size=4: others may be a part's own."""
+_OF_MODEL = ("", "config.", "model.config.")
+"""What stands before the name of any quantity: nothing, or the object that holds a model's sizes."""
 _SHORT_OPTION = re.compile(r"\b(?:train\w*\.py\b|\w+\.py\b[^\n]{0,80} --do_train\b)[^\n]{0,300}? (-b|-bs) (\d{1,6})\b")
 """The batch in a command that starts a training, as an option of one letter or two."""
 
@@ -98,7 +100,7 @@ def _keys(table: str) -> tuple[re.Pattern[str], dict[str, str]]:
     quantity_of = constants | quantity_of
     names = "|".join(sorted((re.escape(name).replace("_", "[_-]") for name in quantity_of), key=len, reverse=True))
     value = r"(\d{1,12})(?![\w/%]|\.\w)" if table == "numbers" else r"([\w./:~@-]{2,200})"
-    sign = r"[ \t]?[=:][ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
+    sign = r"[ \t]?(?:[=:]|->)[ \t]?|(?<=\w)[ \t]|(?<=[\"']),[ \t]?(?=[\"'])"  # the last, in a printed list of options
     sign += r"|[ \t]\.{4,60}[ \t]"  # in a table of arguments
     return re.compile(
         rf"(?<![\w.-])(--?)?((?:[A-Za-z]\w*\.){{0,4}})[\"']?({names})[\"']?({sign})[\"']?{value}",
@@ -160,7 +162,7 @@ def run_facts_in(text: str) -> RunFacts:
         if not (dashes or sign.strip() or "_" in name):  # `batch 12` counts batches
             continue
         quantity = _keys("numbers")[1][_plain(name)]
-        if group and quantity not in _IN_GROUPS:
+        if group not in _OF_MODEL and quantity not in _IN_GROUPS:
             continue
         known = names.get(quantity, "")
         if quantity == "batch_size" and _OF_ONE_CARD.search(known) and not _OF_ONE_CARD.search(name):
