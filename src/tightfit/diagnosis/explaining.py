@@ -385,6 +385,8 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     if facts.kind == "cuda_driver" and facts.phase == "save":
         cures, others = advice(facts, evidence), tuple(each for each in found if each.code == _OTHERS)
         return (*cures[:1], *others, *cures[1:])
+    if facts.kind == "no_batch_fits" and _purpose(evidence) == TRAINING:
+        return (*advice(facts, evidence), *(each for each in found if each.code == _OTHERS))
     known = programs("trainers") | programs("applications")
     is_of_known = facts.kind == "memory_words" and evidence.framework in known
     in_phase = facts.kind in ("program_words", "memory_words") and facts.phase in ("save", "eval")

@@ -62,6 +62,7 @@ _OF_KINDS = {
     "kind_smaller_batch": ("less_at_once",),
     "kind_less_in_pass": ("less_at_once", "shorter_length", "smaller_picture", "smaller_inputs"),
     "kind_smaller_inputs_only": ("shorter_length", "smaller_picture", "smaller_inputs"),
+    "kind_physx_envs": ("fewer_environments",),
     "kind_jax_environments": ("fewer_environments", "smaller_buffer"),
     "kind_replay_smaller": ("fewer_environments", "smaller_buffer"),
 }
