@@ -252,9 +252,11 @@ def _of_weights(case: Case) -> str:
     phase, evidence = case.facts.phase, case.evidence
     if phase == "save":
         return "save"
-    if _trains(case) or (evidence.framework is None and evidence.purpose == TRAINING):
-        return "weights_to_train" if phase in ("load", "setup") else "training"
-    return "model"
+    is_before_pass = phase in ("load", "setup")
+    trains = _trains(case) or (evidence.framework is None and evidence.purpose == TRAINING)
+    if is_before_pass and (trains or (evidence.purpose == TRAINING and not evidence.infers)):
+        return "weights_to_train"
+    return "training" if trains else "model"
 
 
 def _lists_of_phase(case: Case) -> Iterator[str]:

@@ -192,7 +192,15 @@ def _beside_others(line: str, facts: Facts, evidence: Evidence) -> str:
 _OLD_TORCH = ("T0", "T1", "T2", "T3")
 """Messages of PyTorch up to 2.0, which has no 8-bit floating point numbers."""
 _TRANSFORMERS = re.compile(r"(?i:\btransformers\W{0,4}(?:version)?\W{0,4})v?(\d)\.(\d{1,2})\.\d")
-_FIRST_WITH = {"attn_implementation": (4, 36)}
+_FIRST_WITH = {
+    "attn_implementation": (4, 36),
+    "eval_accumulation_steps": (3, 4),
+    "preprocess_logits_for_metrics": (4, 17),
+    "predict_with_generate": (3, 4),
+    "adamw_bnb_8bit": (4, 20),
+    "load_in_4bit": (4, 30),
+    "use_liger_kernel": (4, 45),
+}
 """Arguments of Transformers, and the first version that takes them."""
 _OLD_PYTHON = re.compile(r"[/\\]lib[/\\]python3\.[5-7][/\\]")
 """A Python whose last Transformers is 4.30."""

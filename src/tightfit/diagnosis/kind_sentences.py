@@ -361,9 +361,12 @@ def _lines(code: str, run: RunFacts) -> list[str]:
     """Return the lines to paste for a fix, in the words of the outermost program that has some."""
     own = _table().programs.get(code, {})
     lines = next((own[each] for each in run.frameworks if each in own), _table().paste.get(code, []))
+    lines = [line for line in lines if (of := _COMMAND.search(line)) and (of[1] or of[2]) in run.text] or lines
     return ["rocm-smi"] if lines == ["nvidia-smi"] and _OF_AMD.search(run.text) else lines
 
 
+_COMMAND = re.compile(r"^(\w{4,40}) \.\.\. |  # before (\w{4,40})$")
+"""The program that a line is an option of, or is set before."""
 _OF_AMD = re.compile(r"\bHIP_ERROR|\bhipError|\bHIP (?:out of memory|error)|\brocm[_/]\w|\bROCm\d?\b|\bgfx\d{3,4}\b")
 """Words of a log for a card of AMD's."""
 

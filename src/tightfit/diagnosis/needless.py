@@ -264,6 +264,11 @@ def _freezes_encoders(case: Case) -> bool:
     return case.shows("switches.encoders_frozen") or not _has_encoders_to_train(case)
 
 
+def _loads_for_other_trainers(case: Case) -> bool:
+    """Return True while weights are loaded, unless the program's training of adapters holds them in 16 bits."""
+    return case.facts.phase in ("load", "setup") and case.evidence.grows == "model" and not case.is_of("half_frozen")
+
+
 def _trains_without_quantizer(case: Case) -> bool:
     return case.evidence.trains and not case.has_own("quantized_weights")
 
@@ -440,6 +445,7 @@ _OF_THE_MODEL = (
     _Rule("no_reserve", "nothing is reserved", lambda case: not case.shows("switches.reserves")),
     _Rule("share_of_card", "no server runs beside the training", _has_no_server),
     _Rule("fewer_pixels", "the model takes no pictures of any size", _has_no_pixels),
+    _Rule("lora", "the weights stay as they are", _loads_for_other_trainers),
     _Rule("lora", "adapters are trained already", lambda case: case.adapts or case.trains_part),
     _Rule("lora", "PyTorch is older than PEFT", lambda case: case.is_before("lora")),
     _Rule("text_encoder_first", "the text encoders stay", _has_encoders_to_train),
