@@ -42,7 +42,7 @@ def test_the_large_matrices_of_a_decoder_are_nearly_all_of_its_parameters(model)
         ("flan-t5-base", None),
         ("distilgpt2", None),
         ("xlm-roberta-large", None),
-        ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL 7B"),
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral 8x7B"),
     ],
 )
@@ -478,8 +478,8 @@ LOADED = """Traceback (most recent call last):
 @pytest.mark.parametrize(
     ("line", "en", "ja"),
     [
-        ("self.optimizer.load_state_dict(best)", "In loading a checkpoint,", "チェックポイントの読み込み"),
-        ("self.resume(torch.load(path))", "In resuming,", "再開"),
+        ("self.optimizer.load_state_dict(best)", "While loading a checkpoint,", "チェックポイントの読み込み"),
+        ("self.resume(torch.load(path))", "While resuming,", "再開"),
     ],
 )
 def test_a_checkpoint_may_be_loaded_for_another_end_than_to_resume(line: str, en: str, ja: str):

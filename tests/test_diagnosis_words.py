@@ -44,7 +44,7 @@ def test_japanese_is_japanese():
         sentences = ("problem", "causes", "reasons", "nothing", "unplayed", "kinds", "kind_causes", "expected")
         if table in sentences and not name.endswith("_one"):
             assert re.search("[ぁ-んァ-ヶ一-龠]", said), key
-            assert re.search(r"。$|\(\)$|(ます|ません|です)。", said), key
+            assert re.search(r"。$|：$|\(\)$|(ます|ません|です)。", said), key
 
 
 @pytest.mark.parametrize("key", [key for key, _ in words("en").sentences()])
@@ -133,7 +133,7 @@ def test_sentences_on_kinds_are_there_in_both_languages_with_the_same_fields():
         for key, sentence in kind_words("ja").table(table).items():
             said = re.sub(r"\{[^}]*\}", "", sentence)
             assert re.search("[ぁ-んァ-ヶ一-龠]", said), key
-            assert table == "fix" or re.search("。$|。[^。]*$|：$", said), key
+            assert table == "fix" or re.search("。$|。[^。]*$|：$|」$", said), key
 
 
 def test_every_kind_has_its_fixes_and_every_fix_its_words():

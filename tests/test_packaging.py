@@ -144,7 +144,7 @@ def log(tmp_path: Path) -> str:
 def test_the_light_installation_reads_logs_and_checks_the_machine(log: str) -> None:
     explained = run_without(imported_names(), "explain", log)
     assert (explained.returncode, explained.stderr) == (0, "loaded []\n")
-    assert "6.14 GiB were asked for and 2.68 GiB of 11.69 GiB were free" in explained.stdout
+    assert "6.14 GiB were asked for and 2.68 GiB of 11.69 GiB" in explained.stdout
     doctor = run_without(imported_names(), "doctor", "--json")
     assert (doctor.returncode, doctor.stderr) == (1, "loaded []\n")
     assert '"torch is not installed"' in doctor.stdout

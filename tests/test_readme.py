@@ -189,7 +189,7 @@ SHORTENED = {
     f"{EXPLAIN} --script examples/gpt2.py -- --batch_size=12": Run(
         instead=f"{EXPLAIN} --lang en",
         reason="plays the script for each fix; tests/test_diagnosis.py does",
-        says="6.14 GiB were asked for and 2.68 GiB of 11.69 GiB were free",
+        says="6.14 GiB were asked for and 2.68 GiB of 11.69 GiB",
     ),
     f"{DRYRUN} --largest batch_size examples/gpt2.py": Run(
         instead='tightfit dryrun --gpu "RTX 3060 12GB" --memory 1GiB --largest width tests/scripts/accelerate_loop.py',

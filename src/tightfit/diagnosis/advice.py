@@ -11,6 +11,7 @@ from tightfit.diagnosis.failure_case import Case
 from tightfit.diagnosis.figure_causes import (
     cache_holds_request,
     cache_is_large,
+    cache_is_small,
     causes_of_figures,
     fixes_of_figures,
     is_of_one_block,
@@ -200,9 +201,9 @@ def _with_allocator_setting(case: Case, order: _Order) -> _Order:
         return order
     if segments.reason in ("cache_might_do", "cache_needs_newer"):
         is_cause = cache_is_large(case.facts) and grows not in _OWN_CAUSES
-        is_too_large = grows == "model" and not is_cause  # the next weights of the model need more still
-        usual = 1 if cache_holds_request(case.facts) else _SHOWN_CURES
-        place = 0 if is_cause else len(cures) if is_too_large else min(len(cures), usual)
+        if not is_cause and (grows == "model" or cache_is_small(case.facts)):  # the next request fails as this one did
+            return order
+        place = 0 if is_cause or cache_holds_request(case.facts) else min(len(cures), _SHOWN_CURES)
         return _Order(first, [*cures[:place], segments, *cures[place:]], last)
     return _Order(first, cures, [segments, *last]) if segments.verdict == DOES_NOT_FIT else order
 

@@ -36,6 +36,8 @@ from tightfit.units import GIB
 _LARGE = 2 * GIB
 _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "named_parameter", "dequantized_weight")
 """Tensors of one parameter's shape."""
+_GATHERED = ("gathered_parameters", "state_dict")
+"""Parameters of one module, mostly, put together from the shares of all ranks."""
 _OF_LOGITS = ("logits", "float_outputs", "float_logits", "loss_of_logits")
 _VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
@@ -395,11 +397,14 @@ def _with_sizes(facts: Facts, found: Evidence, within: Range) -> Evidence:
         return found
     inner = [found.line.frame, *(each for each in reversed(facts.frames[-_INNER:]) if each != found.line.frame)]
     sources, run, line = [each.source or "" for each in inner], found.run, found.line
+    if facts.phase == "eval" and "eval_batch_size" in run.numbers:
+        run = msgspec.structs.replace(run, numbers={**run.numbers, "batch_size": run.numbers["eval_batch_size"]})
     sized = sized_tensor(line.tensor, sources, run, found.model, within)
     if line.tensor == "activation" and sized is None:
         for each in outer_kinds(facts.frames):
             sized = sized or sized_tensor(each.tensor, [each.frame.source or ""], run, found.model, within)
             line = each if sized is not None and sized.tensor == each.tensor else line
+    run = found.run
     if sized is not None and found.tensor in _OF_LOGITS and len(sized.shape) > 2 and "batch_size" not in run.numbers:
         run = msgspec.structs.replace(run, numbers={**run.numbers, "batch_size": sized.shape[0]})
     return msgspec.structs.replace(found, sized=sized, run=run, line=line)
@@ -435,6 +440,8 @@ def _fits(found: Evidence, within: Range) -> tuple[tuple[Fit, ...], bool]:
         if model and model.hidden:
             return weights([model], within), False
         return usual_weights(within, draws=found.framework in programs("pictures")), False
+    if tensor in _GATHERED and model and model.hidden:
+        return weights([model], within), False
     if tensor is not None or model is None:
         return (), False
     is_complete = bool(model.hidden and model.parameters and {"batch_size", "length"} <= run.numbers.keys())

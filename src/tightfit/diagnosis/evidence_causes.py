@@ -378,7 +378,7 @@ def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if evidence.gathers_on_first_card(facts) and not Case(facts, evidence).first_card_works_alone:
         batch_size = evidence.run.numbers.get("batch_size")
         yield PrintedBatch(code="data_parallel" if batch_size else "data_parallel_gathers", batch_size=batch_size)
-    if evidence.batch_is_one:
+    if evidence.batch_is_one and (facts.phase != "eval" or evidence.run.numbers.get("eval_batch_size", 1) == 1):
         yield Cause(code="batch_at_floor")
     yield from _of_fixed_part(facts, evidence)
 

@@ -216,12 +216,20 @@ def cache_is_large(facts: Facts) -> bool:
 
 
 def cache_holds_request(facts: Facts) -> bool:
-    """Return True if the cache alone, and not a small one, holds clearly more than the request, in pieces."""
+    """Return True if the cache alone holds clearly more than the request, in pieces, and neither is small."""
+    cache_bytes, total, requested = facts.cache_bytes or 0, facts.total_bytes or 0, facts.requested_bytes or 0
+    is_large = cache_bytes > _MUCH_CACHED * total or (cache_bytes > GIB and requested > _TELLING * total)
+    return is_large and cache_bytes > _CLEARLY * requested and facts.cache_would_do is True
+
+
+def cache_is_small(facts: Facts) -> bool:
+    """Return True if the cache is what any run has, and less than the request: its pieces are not the cause."""
     cache_bytes, total = facts.cache_bytes or 0, facts.total_bytes or 0
-    is_large = cache_bytes > _MUCH_CACHED * total and cache_bytes > _CLEARLY * (facts.requested_bytes or 0)
-    return is_large and facts.cache_would_do is True
+    return cache_bytes < _SMALL_CACHE * total and not cache_holds_request(facts)
 
 
+_SMALL_CACHE, _TELLING = 0.05, 0.01
+"""Shares of the card: a small cache, and a request from which on the pieces of a cache are telling."""
 _MUCH_CACHED, _CLEARLY = 0.1, 1.5
 """Share of the card, and times the request."""
 

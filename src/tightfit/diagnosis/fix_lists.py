@@ -34,6 +34,8 @@ _OF_KEPT_RESULTS = ("no_gradients", "outputs_to_host")
 """Remedies for what a program that uses a trained model keeps from one pass to the next."""
 _OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
 """Remedies that ComfyUI has for models of pictures."""
+_OF_ALL_OUTPUTS = ("chunked_general", "outputs_to_host", "outputs_reduced", "outputs_dropped", "eval_batch")
+"""Remedies for the outputs that an evaluation keeps, for the loss of a training, and for one batch."""
 _OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "windows", "data", "edges"})
 """Quantities that a tensor larger than the card may well grow with."""
 _OF_SEQUENCES_AT_ONCE = frozenset({"logits", "batch", "attention", "mask"})
@@ -76,6 +78,8 @@ def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
     is_known = evidence.framework in frameworks() and evidence.grows != "outputs"
     if facts.phase == "eval" and is_known:  # the program's own options come first
         codes.sort(key=lambda code: not case.has_own(code))
+    if facts.phase == "eval" and evidence.grows == "logits" and "eval_batch" in codes:  # those of one batch
+        codes = ["eval_batch", *(code for code in codes if code not in _OF_ALL_OUTPUTS)]
     if case.has_sign("not_python") and not any(each.file.endswith(".py") for each in facts.frames):
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
     if _prints_divisible_batch(case) and "less_at_once" in codes:

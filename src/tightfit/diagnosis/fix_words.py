@@ -113,6 +113,8 @@ def _reworded(code: str, words: Pasted | None, facts: Facts, evidence: Evidence)
         words = _autocast(facts.kind.partition("_")[0])
     if code == "outputs_to_host" and any("torchmetrics" in each.file for each in facts.frames):
         words = _OF_METRICS
+    if code == "save_sharded" and any("deepspeed/runtime/zero" in each.file for each in facts.frames):
+        words = _OF_ZERO_3
     if code == "save_from_host" and any("_optim_utils" in each.file for each in facts.frames):
         words = _OF_OPTIMIZER_STATE
     if words is None:
@@ -127,6 +129,13 @@ def _reworded(code: str, words: Pasted | None, facts: Facts, evidence: Evidence)
 _OF_METRICS = Pasted(
     lines=("metric = BinaryAUROC(thresholds=200)  # bins instead of all predictions, or compute_on_cpu=True",),
     page="https://lightning.ai/docs/torchmetrics/stable/pages/overview.html",
+)
+_OF_ZERO_3 = Pasted(
+    lines=(
+        '"stage3_gather_16bit_weights_on_model_save": false',
+        "python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR  # afterwards, on the host",
+    ),
+    page="https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training",
 )
 _OF_OPTIMIZER_STATE = Pasted(
     lines=(

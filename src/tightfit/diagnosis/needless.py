@@ -269,6 +269,14 @@ def _loads_for_other_trainers(case: Case) -> bool:
     return case.facts.phase in ("load", "setup") and case.evidence.grows == "model" and not case.is_of("half_frozen")
 
 
+_OF_LANGUAGE = re.compile(r"\blm_head\b|CausalLM|\bembed_tokens\b")
+
+
+def _has_no_quantizer(case: Case) -> bool:
+    """Return True for a program that no table knows, unless its model is one of Transformers' language models."""
+    return case.program is None and not _OF_LANGUAGE.search(case.run.text)
+
+
 def _trains_without_quantizer(case: Case) -> bool:
     return case.evidence.trains and not case.has_own("quantized_weights")
 
@@ -295,11 +303,16 @@ def _may_have_no_weights(case: Case) -> bool:
     return is_unclear and not case.is_full_of_its_own
 
 
+def _is_weight_of_unknown(case: Case) -> bool:
+    """Return True for a weight that is moved to the card in a program that no table knows."""
+    return case.program is None and case.evidence.grows == "model" and case.facts.phase in (None, "load", "setup")
+
+
 def _has_one_model(case: Case) -> bool:
     """Return True unless the program has words for another model, or uses one that the user chose."""
     uses_own = case.evidence.infers and (case.is_too_large or case.program is None)
     sized = case.quantity_without_effect is not None or case.fits_smaller_model
-    return not (uses_own or sized or case.has_own("smaller_model"))
+    return not (uses_own or sized or case.has_own("smaller_model") or _is_weight_of_unknown(case))
 
 
 def _fills_it_at_once(case: Case) -> bool:
@@ -470,6 +483,8 @@ _OF_THE_MODEL = (
         _serves_in_half,
     ),
     _Rule("smaller_weights", "they are small", _has_small_weights),
+    _Rule("quantized_weights", "no library of language models is shown", _has_no_quantizer),
+    _Rule("spread_model", "no library of language models is shown", _has_no_quantizer),
     _Rule("quantized_weights", "the model is small", _is_small),
     _Rule("spread_model", "the model is small", _is_small),
     _Rule("smaller_weights", "they have 4 bits", lambda case: case.adapts_quantized),
@@ -493,6 +508,7 @@ _OF_THE_MODEL = (
     _Rule("shard", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized),
     _Rule("shard", "Unsloth is for one card", lambda case: case.program == "unsloth"),
     _Rule("shard", "there is one card", _has_one_card),
+    _Rule("save_from_host", "it is FSDP's", lambda case: case.passes_file("deepspeed/")),
     _Rule("shard", "the shards are gathered", lambda case: case.evidence.tensor == "gathered_parameters"),
     _Rule("shard", "nothing is trained", _may_train_nothing),
     _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),

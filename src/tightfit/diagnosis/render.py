@@ -18,6 +18,8 @@ _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 _MARKS = {FITS: "✓", FITS_SLOWLY: "✓", UNCHECKED: "?", DOES_NOT_FIT: "✗", NO_EFFECT: "✗", NOT_MEMORY: "-"}
 _SHOWN = 5
 """Fixes that are shown unless all are asked for."""
+_PLACEHOLDER = re.compile(r"(?<![\w\"'.])(?:BATCH|ACCUMULATION|HALF|MODEL|MODEL_CLASS|GPUS)(?![\w.(])")
+"""A word in a line to paste that stands for a value of the user's."""
 _NO_CHANGE = 0.005
 """A slowdown that rounds to 0%."""
 
@@ -79,6 +81,8 @@ def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: b
     shown = explanation.remedies if verbose else shown_remedies(explanation)
     for remedy in shown:
         yield from _fix(remedy, said, words, verbose=verbose)
+    if any(_PLACEHOLDER.search(line) for remedy in shown for line in remedy.paste):
+        yield words("assumed", "placeholders")
     if left := len(explanation.remedies) - len(shown):
         yield words("assumed", "more_fixes", count=left)
     if verbose:
@@ -98,7 +102,7 @@ def _fix(remedy: Remedy, said: Sentences, words: Words, *, verbose: bool) -> Ite
     if remedy.reason not in ("no_configuration", "general"):
         text += words("units", "clause") + said.reason(remedy)
     if in_full:
-        notes = [*effects(remedy, words), *([] if remedy.label == COMPUTED else [words("labels", remedy.label)])]
+        notes = list(effects(remedy, words)) or ([] if remedy.label == COMPUTED else [words("labels", remedy.label)])
         text += f" [{words('units', 'separator').join(notes)}]" if notes else ""
     yield text
     if in_full:

@@ -78,7 +78,8 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     frame = users_frame(facts)
     if frame is not None and frame.line is not None:
         if frame.file:
-            yield words("problem", "at", file=frame.file, line=frame.line, function=frame.function)
+            yield words("problem", "at_module" if frame.function == "<module>" else "at", function=frame.function)
+            yield f"    {frame.file}:{frame.line}"
         else:  # the text begins behind it
             yield words("problem", "at_line", line=frame.line, function=frame.function)
         if frame.source:

@@ -23,7 +23,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     family: str = ""
     kind: str = ""
-    """causal, encoder, seq2seq, vision, convolutional or diffusion."""
+    """causal, vision_language, encoder, seq2seq, vision, convolutional or diffusion."""
     parameters: int | None = None
     hidden: int | None = None
     inner: int | None = None

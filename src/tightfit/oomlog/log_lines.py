@@ -185,7 +185,23 @@ def entries_of(area: str, first: int) -> list[Entry]:
         elif line.prefix and not line.quoted and line.level:
             rank = None
         entries.append(Entry(number, piece, line, rank))
-    return _without_wrappers_level(entries)
+    return _with_traceback_above(_without_wrappers_level(entries))
+
+
+_OF_TRACEBACK = re.compile(r"\s{2,}\S|Traceback \(")
+
+
+def _with_traceback_above(entries: list[Entry]) -> list[Entry]:
+    """Give a traceback without a rank to the ranked message right below it: only that line was copied with its rank."""
+    of_rank = {each.rank for each in entries if _FRAME.match(each.line.body)}
+    for index, entry in enumerate(entries):
+        if entry.rank is None or entry.rank in of_rank:
+            continue
+        for above in reversed(entries[:index]):
+            if above.rank is not None or not _OF_TRACEBACK.match(above.line.body):
+                break
+            above.rank = entry.rank
+    return entries
 
 
 _FRAME = re.compile(r'\s*File "[^"\n]{1,400}", line \d')

@@ -127,6 +127,30 @@ _LINK = re.compile(r"\[([^\]\n]{1,400})\]\(https?://[^)\s]{1,400}\)")
 """A link of Markdown; Colab makes one of each file's name in a traceback."""
 
 
+_MISREAD = (
+    (re.compile(r"\b0ut(?=Of| of)"), "Out"),
+    (re.compile(r"\brnemory\b"), "memory"),
+    (re.compile(r"\b(?:al1|a1l|a11)ocat(?=e|ion)"), "allocat"),
+    (re.compile(r"\b(?:a1|al1|a11)ready\b"), "already"),
+    (re.compile(r"\bGPU [Oo](?=;| has)"), "GPU 0"),
+    (re.compile(r"\bGPU [lI](?=;| has)"), "GPU 1"),
+)
+"""Words of PyTorch's message as programs read them from a picture, which take O for 0, l for 1, and rn for m."""
+_MISREAD_SIZE = re.compile(r"(?<![\w.])[\dOolI]{1,4}\.[\dOolI]{1,2}(?= ?[KMG]iB)")
+_AS_DIGITS = str.maketrans("OolI", "0011")
+
+
+def well_read(line: str) -> str:
+    """Return a line of PyTorch's message without the mistakes of a program that read it from a picture.
+
+    >>> well_read("CUDA out of rnemory. Tried to al1ocate l.50 GiB (GPU O; 1.Ol GiB free)")
+    'CUDA out of memory. Tried to allocate 1.50 GiB (GPU 0; 1.01 GiB free)'
+    """
+    for pattern, word in _MISREAD:
+        line = pattern.sub(word, line)
+    return _MISREAD_SIZE.sub(lambda size: size[0].translate(_AS_DIGITS), line)
+
+
 def lines_of(text: str) -> list[str]:
     """Return the clean lines of a piece of log; a line that holds escaped ones, like in JSON, is taken apart."""
     lines: list[str] = []
@@ -145,6 +169,8 @@ def lines_of(text: str) -> list[str]:
                 continue
             if "**" in line:
                 line = _BOLD.sub("", line)
+            if "iB" in line or "rnemory" in line:
+                line = well_read(line)
             if "\\n" in line and _ESCAPED.search(line[:200_000]):
                 inner = line.replace("\\\\n", "\\n").replace('\\"', '"').replace("\\t", "\t")
                 inner = clean(_UNICODE.sub(lambda match: chr(int(match[1], 16)), inner)).replace("\\n", "\n")

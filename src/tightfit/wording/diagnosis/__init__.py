@@ -13,8 +13,8 @@ _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
 
 class Words(wording.Words):
     """More formats: `duration` (26 days), `shape` ((65536, 50304)), `product` (4096 x 11008), `change` (+5%), and
-    `named-TABLE`, the word for a value in that table. An unknown value is a question mark. Only a list with a sentence
-    for its entries is joined.
+    `named-TABLE`, the word for a value in that table; `Named-TABLE` begins a sentence with it. An unknown value is a
+    question mark. Only a list with a sentence for its entries is joined.
     """
 
     separator = ("units", "separator")
@@ -33,6 +33,9 @@ class Words(wording.Words):
             return "?"
         if format_spec.startswith("named-"):
             return self.name(format_spec.removeprefix("named-"), str(value))
+        if format_spec.startswith("Named-"):
+            named = self.name(format_spec.removeprefix("Named-"), str(value))
+            return named[:1].upper() + named[1:]
         return super().format_field(value, format_spec)
 
     def _duration(self, seconds: float) -> str:
