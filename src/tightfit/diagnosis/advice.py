@@ -167,7 +167,7 @@ def _with_others(case: Case, order: _Order) -> _Order:
     decides = others.label == MEASURED or ownership(case.facts).decides
     is_own = case.evidence.grows in _OWN_CAUSES and not _have_card(others, case.facts)
     if decides and not is_own and not _are_few(others, case.facts):
-        return _Order([*first, others], cures, last)
+        return _Order([*first, others], [] if _are_most(others, case.facts) else cures, last)
     return _Order(first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]], last)
 
 
@@ -175,6 +175,17 @@ def _are_few(others: Remedy, facts: Facts) -> bool:
     """Return True if other programs hold so little that a run that needs it has hardly a chance without them."""
     held = others.figures.others_bytes or 0
     return 0 < held < _FEW * (facts.total_bytes or 0)
+
+
+_TIMES = 2
+"""Times this process's memory from which on that of others is the whole cause."""
+
+
+def _are_most(others: Remedy, facts: Facts) -> bool:
+    """Return True if other programs hold so much more than this one that no fix of its own need is called for."""
+    own = facts.process_bytes or facts.reserved_bytes
+    is_measured = others.label == MEASURED and own is not None
+    return is_measured and (others.figures.others_bytes or 0) > _TIMES * (own or 0)
 
 
 def _have_card(others: Remedy, facts: Facts) -> bool:

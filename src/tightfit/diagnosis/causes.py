@@ -144,7 +144,9 @@ def _of_little(facts: Facts) -> Cause:
     held, total = facts.process_bytes or facts.allocated_bytes, facts.total_bytes
     if held and total and held > total // 2:
         return FillsCard(code=_code_of_full(facts), held_bytes=held, total_bytes=total)
-    return Cause(code="unstated" if facts.requested_bytes is None else "request_alone")
+    if facts.requested_bytes is None:
+        return Cause(code="unstated")
+    return Cause(code="request_alone" if facts.total_bytes is None else "held_unstated")
 
 
 def play_fits(played: Outcome) -> Cause:

@@ -8,6 +8,7 @@ from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.run_facts import RunFacts, made_in
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
 from tightfit.vgpu.records import Failure
@@ -158,6 +159,30 @@ def _kind_of(evidence: Evidence) -> str:
     if evidence.line is not None:
         return "line"
     return "parameters" if evidence.is_all_parameters else "model"
+
+
+_LEAST_MADE = 256 * MIB
+
+
+def culprit_of_line(facts: Facts, run: RunFacts) -> Culprit | None:
+    """Return a large tensor that the failing line makes, where the message has no figures; None without one."""
+    frame = users_frame(facts)
+    made = made_in(frame.source, run.text) if frame is not None and frame.source else None
+    if frame is None or made is None or made.bytes < _LEAST_MADE:
+        return None
+    return Culprit(
+        label=MEASURED,
+        evidence="made",
+        tensor="printed_tensor",
+        shape=made.shape,
+        dtype=made.dtype or "float32",
+        bytes=made.bytes,
+        phase=facts.phase,
+        file=frame.file,
+        line=frame.line,
+        function=frame.function,
+        source=frame.source,
+    )
 
 
 def culprit_of_evidence(facts: Facts, evidence: Evidence) -> Culprit | None:

@@ -38,6 +38,7 @@ _OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "nam
 """Tensors of one parameter's shape."""
 _GATHERED = ("gathered_parameters", "state_dict")
 """Parameters of one module, mostly, put together from the shares of all ranks."""
+_LEAST_WORDS = 30_000
 _OF_LOGITS = ("logits", "float_outputs", "float_logits", "loss_of_logits")
 _VOCABULARIES = {"nanochat": 65536, "nanogpt": PADDED_VOCAB}
 """Vocabularies of programs that train one model: nanochat's tokenizer and nanoGPT's padded one."""
@@ -93,7 +94,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     def tensor(self) -> str | None:
         """The kind of tensor that the log shows, or None."""
         if self.shape is not None:
-            return self.line.tensor if self.line else "printed_tensor"
+            unnamed = "logits" if self._is_over_vocabulary else "printed_tensor"
+            return self.line.tensor if self.line else unnamed
         if self.run.tensor_name:
             return "named_parameter"
         if self.line is not None:
@@ -102,6 +104,12 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return "shard"
         kinds = {fit.tensor for fit in self.fits} if self.is_complete else set()
         return kinds.pop() if len(kinds) == 1 and all(map(self._is_telling, self.fits)) else None
+
+    @property
+    def _is_over_vocabulary(self) -> bool:
+        """True if the printed shape ends with the number of words of a usual model."""
+        last = self.shape.shape[-1] if self.shape is not None else 0
+        return last > _LEAST_WORDS and any(each.vocabulary == last for each in all_models())
 
     def _is_telling(self, fit: Fit) -> bool:
         """Return True if a size alone points to a tensor: not if some number of tokens always makes that size.
@@ -123,6 +131,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return self.line.grows
         if "optimizer_init" in self.run.signs:
             return "state"
+        if self._is_over_vocabulary:
+            return "logits"
         if self.shape is not None:
             return "batch" if len(self.shape.shape) > 2 else None
         return _GROWS.get(self.tensor or "")

@@ -16,7 +16,7 @@ from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED, Cause,
 from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.config_rules import fitted
 from tightfit.diagnosis.contrast import switch_against
-from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_play
+from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_line, culprit_of_play
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.evidence_causes import with_closed
 from tightfit.diagnosis.explanation import Explanation
@@ -341,6 +341,8 @@ def _of_kind(plain: Explanation, facts: Facts) -> Explanation:
     """Explain a failure that no tensor of PyTorch's own message shows."""
     evidence = evidence_of(facts, plain.reading.run)
     culprit = culprit_of_evidence(facts, evidence) if facts.kind in _TOLD and evidence.line else None
+    if culprit is None and facts.kind in _WITHOUT_FIGURES:
+        culprit = culprit_of_line(facts, plain.reading.run)
     causes = causes_of(facts, plain.reading.context, evidence=evidence, culprit=culprit)
     found = replace(plain, causes=causes, remedies=_fixes_of_kind(plain, facts), culprit=culprit)
     is_plain = facts.kind == "cuda_driver" and facts.details.keys() <= _PLAIN
@@ -349,6 +351,8 @@ def _of_kind(plain: Explanation, facts: Facts) -> Explanation:
 
 _TOLD = ("program_words", "memory_words")
 """Kinds of failures of which a person's or a program's words tell, and perhaps a traceback."""
+_WITHOUT_FIGURES = ("cuda_driver", "nvml_assert")
+"""Kinds of failures whose message hides the figures of a tensor that did not fit."""
 _REST, _OTHERS, _KEPT = "kind_rest_of_log", "kind_other_programs", "kind_kept_tensors"
 _PINNING = "kind_no_pinning"
 _SHARE = "kind_memory_share"

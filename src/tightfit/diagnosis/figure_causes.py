@@ -306,3 +306,15 @@ def fixes_of_figures(facts: Facts) -> Iterator[Remedy]:
         yield Remedy(
             code="set_device", verdict=UNCHECKED, reason="ranks_share_card", label=LIKELY, paste=to_paste("set_device")
         )
+        if (ranks := ownership(facts).ranks) and ranks[0].bytes > _MORE_THAN_CONTEXT:
+            yield Remedy(
+                code="load_on_host",
+                verdict=UNCHECKED,
+                reason="load_on_host",
+                label=LIKELY,
+                paste=('torch.load(path, map_location="cpu")',),
+            )
+
+
+_MORE_THAN_CONTEXT = GIB
+"""Bytes of a rank on another one's card from which on it holds tensors there, such as a checkpoint."""

@@ -1,5 +1,6 @@
 """The lists of advice.toml that fit a failure, and the codes of those fixes that its run can take."""
 
+import math
 from collections.abc import Iterator
 
 from tightfit.diagnosis.failing_line import feeds_back
@@ -248,6 +249,10 @@ def _trains(case: Case) -> bool:
 
 def _of_growing(grows: str, case: Case) -> str:
     """Return the list for what grows, for optimizer state that is divided among cards one of its own."""
+    sized, model = case.evidence.sized, case.evidence.model
+    if sized is not None and model is not None and sized.tensor == "zero_partition":
+        is_part = math.prod(sized.shape) < (model.parameters or 0)
+        return "state_partition" if is_part else "state_divided"
     return "state_divided" if grows == "state" and case.has_sign("deepspeed", "fsdp") else grows
 
 

@@ -6,6 +6,7 @@ import re
 import msgspec
 
 from tightfit.diagnosis.host_array import with_array, with_product
+from tightfit.diagnosis.printed_tables import holders, largest_allocation
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING, purpose_of, purpose_of_frames
 from tightfit.diagnosis.told_phase import phase_told
 from tightfit.diagnosis.told_shape import shape_of_pairs
@@ -95,6 +96,12 @@ _OF_THE_RUN = {
     "flat_input",
     "share_asked",
     "fork_workers",
+    "ray_alone",
+    "ray_count",
+    "ray_fits",
+    "xla_shape",
+    "xla_operator",
+    "whole_data",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -153,8 +160,14 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
         return _with(facts, "few")
     if facts.kind in ("program_words", "memory_words") and (share := _share_asked(run)):
         facts = _with(facts, "share_asked", share)
+    if facts.kind == "ray_killed":
+        printed = (facts.details.get(name, "") for name in ("used", "of", "threshold"))
+        return msgspec.structs.replace(facts, details={**facts.details, **holders(run.text, *printed)})
     if facts.kind == "jax_out_of_memory":
+        facts = msgspec.structs.replace(facts, details={**facts.details, **largest_allocation(run.text)})
         return _of_jax(facts, run)
+    if facts.kind == "tensorflow_host_memory" and _first_axis(facts) >= _OF_DATA_SET:
+        return _with(facts, "whole_data")
     if facts.kind == "tensorflow_out_of_memory":
         return _of_pool(facts, run)
     if facts.kind == "cuda_driver":
@@ -318,6 +331,15 @@ _LARGE_AXIS = 512
 def _is_first_value(facts: Facts, run: RunFacts) -> bool:
     sizes = [int(each) for each in facts.details.get("shape", "").split(",") if each.strip().isdigit()]
     return len(sizes) == 2 and min(sizes) >= _LARGE_AXIS and bool(_RANDOM.search(run.text))
+
+
+_OF_DATA_SET = 4096
+"""Examples from which on a tensor is a data set's, and no batch's."""
+
+
+def _first_axis(facts: Facts) -> int:
+    first = facts.details.get("shape", "").partition(",")[0].strip()
+    return int(first) if first.isdigit() else 0
 
 
 _COUNT = 8192

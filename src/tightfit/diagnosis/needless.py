@@ -336,6 +336,11 @@ def _has_other_size(case: Case) -> bool:
     return not is_last or smaller_size(case.run.text) is None
 
 
+def _loads_for_use(case: Case) -> bool:
+    """Return True while a model is loaded, where the log shows no training."""
+    return case.facts.phase == "load" and case.evidence.purpose != TRAINING and not case.evidence.trains
+
+
 def _may_train_nothing(case: Case) -> bool:
     """Return True if a program uses a trained model, or an unknown one loads weights and shows no training."""
     evidence = case.evidence
@@ -511,6 +516,7 @@ _OF_THE_MODEL = (
     _Rule("save_from_host", "it is FSDP's", lambda case: case.passes_file("deepspeed/")),
     _Rule("shard", "the shards are gathered", lambda case: case.evidence.tensor == "gathered_parameters"),
     _Rule("shard", "nothing is trained", _may_train_nothing),
+    _Rule("shard", "a model is loaded, and no training is shown", _loads_for_use),
     _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
     _Rule("optimizer_8bit", "it is on", lambda case: "8bit" in case.run.texts.get("optimizer", "").lower()),
     _Rule("optimizer_8bit", "it is on", lambda case: case.shows("switches.adam_8bit")),

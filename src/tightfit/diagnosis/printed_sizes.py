@@ -51,6 +51,7 @@ def sized_tensor(tensor: str, sources: Sequence[str], run: RunFacts, model: Mode
     source = sources[0] if sources else ""
     results = [each for line in sources for each in _results(line, shapes)]
     candidates = [*results, *_alone(tensor, run, shapes), *_of_model(tensor, run, model), *_of_layers(tensor, run.text)]
+    candidates += _of_partition(run, model) if tensor == "zero_partition" and model else []
     candidates += _COMBINED[tensor](run.text, [shape for _, _, shape, _ in shapes]) if tensor in _COMBINED else []
     fits = _fitting(tensor, candidates, source, within)
     return min(fits, key=lambda fit: fit.dtype == "float64", default=None)  # the rarest type counts last
@@ -152,6 +153,13 @@ def _of_edges(text: str, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, str |
 
 _COMBINED = {"pairs": _of_pairs, "window_results": _of_windows, "edge_features": _of_edges}
 """What makes the sizes of a kind of tensor from several printed ones."""
+
+
+def _of_partition(run: RunFacts, model: Model) -> list[tuple[Shape, str | None]]:
+    """Return all parameters of the model in one tensor, and each rank's part of them."""
+    ranks = run.numbers.get("world_size", 1)
+    return [((math.ceil(model.parameters / each),), None) for each in {1, ranks}] if model.parameters else []
+
 
 _LAYER = re.compile(r"\b(?:Embedding\(|Linear\(in_features=)(\d{2,7}), (?:out_features=)?(\d{2,7})")
 _OF_WEIGHTS = ("converted_weight", "created_weight", "moved_model")

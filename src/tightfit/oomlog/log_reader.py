@@ -31,6 +31,7 @@ from tightfit.oomlog.log_record import (
     as_reported,
     chosen_of,
     facts_of,
+    follows_from,
     goes_on_with_next,
     in_brief,
     is_failure_beside,
@@ -333,7 +334,8 @@ class _Scan:
         apart = [
             record
             for record in rest
-            if chosen is None or not (is_title(record) or record.facts.line == chosen.facts.line)
+            if chosen is None
+            or not (is_title(record) or record.facts.line == chosen.facts.line or follows_from(record, chosen))
         ]
         count = self.uncounted + sum(map(is_failure_beside, apart))
         context = printed_in("\n".join(lines_of(self._head)))

@@ -86,6 +86,16 @@ def is_failure_beside(record: Record) -> bool:
     return is_failure and memory_of(record.facts.kind) != "unshown"
 
 
+_ENDS_CONTEXT = ("device_assert", "illegal_access", "launch_failed")
+"""Failures after which every later call on the card fails, too."""
+
+
+def follows_from(record: Record, chosen: Record) -> bool:
+    """Return True for a program's own words on memory behind a failure that ended its use of the card."""
+    is_behind = record.facts.line > chosen.facts.line
+    return chosen.facts.kind in _ENDS_CONTEXT and is_behind and record.facts.kind in consequences()
+
+
 def in_brief(record: Record) -> Other:
     facts = record.facts
     return Other(

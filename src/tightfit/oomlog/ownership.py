@@ -11,9 +11,9 @@ from tightfit.units import GIB, MIB
 LEAST_CONTEXT, MOST_CONTEXT = 100 * MIB, GIB // 2
 """Bytes of a process outside of PyTorch's allocator, its CUDA context: 0.3 to 0.5 GiB on the cards measured, and less
 on old ones. Libraries with buffers of their own (NCCL, TensorRT) add to it."""
-_SURELY_OTHERS = GIB
+_SURELY_OTHERS, _SURE_SHARE = GIB, 0.08
 """Bytes that are neither free nor PyTorch's from which on not all of them can be this process's context; with fewer,
-libraries of this process explain them as well as other programs do."""
+libraries of this process explain them as well as other programs do. On large cards, that share of them, up to twice."""
 _DECIDES, _SHARE = GIB, 12
 """Bytes of an estimate from which on others may be the cause, and the part of the card: NCCL's buffers and graphs of
 a job on several cards take up to a sixteenth."""
@@ -129,8 +129,10 @@ def others_might_do(facts: Facts) -> bool:
 
 def _least_of_others(facts: Facts) -> int:
     """Return the bytes from which on not all of them are this process's: on small cards, a third of the card."""
-    third = (facts.total_bytes or 0) // 3
-    return min(_SURELY_OTHERS, max(third, _SMALLEST_OTHERS))
+    total = facts.total_bytes or 0
+    if total < 3 * _SURELY_OTHERS:
+        return max(total // 3, _SMALLEST_OTHERS)
+    return max(_SURELY_OTHERS, min(int(_SURE_SHARE * total), 2 * _SURELY_OTHERS))
 
 
 _SMALLEST_OTHERS = 560 * MIB

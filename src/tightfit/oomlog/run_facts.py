@@ -329,6 +329,29 @@ def _sentences(text: str) -> Iterator[tuple[str, int]]:
                 yield quantity, value
 
 
+_MADE = re.compile(
+    r"torch\.(?:empty|zeros|ones|rand|randn|full)\(\(?\[?((?:\w{1,30}, ?){0,6}\w{1,30})\]?\)?(?=[,)])([^\n]{0,120})"
+)
+_ASSIGNED = re.compile(r"(?m)^[^\w\n]{0,12}(?:\d{1,4}[ \t]{1,8})?(\w{1,30}) ?= ?(\d{1,9})\s*(?:#[^\n]*)?$")
+
+
+def made_in(line: str, text: str) -> PrintedShape | None:
+    """Return the tensor that a line of code makes, its sizes as numbers or as names that the text gives a number.
+
+    >>> made_in("x = torch.zeros(n, n, dtype=torch.float64)", "n = 40000").shape
+    (40000, 40000)
+    """
+    found = _MADE.search(line)
+    if found is None:
+        return None
+    known = dict(_ASSIGNED.findall(text))
+    sizes = [known.get(each, each) for each in found[1].replace(" ", "").split(",")]
+    if not all(each.isdigit() for each in sizes):
+        return None
+    dtype = re.search(r"dtype ?= ?torch\.(\w{4,12})", found[2])
+    return PrintedShape(shape=tuple(map(int, sizes)), dtype=dtype[1] if dtype else None)
+
+
 def _shapes(text: str) -> Iterator[PrintedShape]:
     for match in reversed(list(_SHAPE.finditer(text))[-50:]):
         sizes = tuple(int(each) for each in (match[1] or match[3]).split(",") if each.strip())

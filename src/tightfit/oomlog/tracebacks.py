@@ -283,7 +283,9 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
         "compile": lambda: stack.entered("compile") and stack.in_files("compile"),
         "loss": lambda: (stack.called("loss") and not stack.computes_outputs()) or stack.named("loss"),
         "forward": lambda: stack.entered("forward"),
-        "setup": lambda: (stack.called("setup") or stack.entered("setup")) and not stack.quantises(),
+        "setup": lambda: (
+            stack.in_files("setup") or ((stack.called("setup") or stack.entered("setup")) and not stack.quantises())
+        ),
     }
     found = next((phase for phase, shows in of_stack.items() if shows()), None) if frames else None
     if found in ("forward", "loss", "setup") and _ends_in_engine(lines):

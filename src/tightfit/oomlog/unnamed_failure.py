@@ -77,6 +77,8 @@ class Unnamed(Struct):
             kind, details = "program_words", as_reported(evidence)
         elif kind in ("host_memory_error", "host_killed"):
             details = {"reported": evidence} | ({"job": "yes"} if is_of_job(evidence) else {})
+        elif kind == "incomplete" and evidence == "MemoryError":  # Python's own, so of the host
+            kind, details = "host_memory_error", {"header_alone": "yes"}
         elif kind == "begun":
             kind, details = "incomplete", {"said": evidence, "begun": "yes"}
         else:
