@@ -27,7 +27,7 @@ from tightfit.diagnosis.tensor_fits import (
     usual_weights,
     weights,
 )
-from tightfit.diagnosis.usual_models import Model, all_models, model_of
+from tightfit.diagnosis.usual_models import Model, all_models, model_of, vocabulary_of
 from tightfit.models.shape import PADDED_VOCAB
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
@@ -234,7 +234,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         within=within,
         line=line,
         shape=shape,
-        vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or ""),
+        vocabulary=model.vocabulary if model else _VOCABULARIES.get(run.framework or "") or vocabulary_of(run.family),
         budget=None if line is not None and line.grows == "hessian" else budget_of(facts, run, model, purpose),
         purpose=purpose,
         purpose_sign=shown.sign if shown and shown.purpose == purpose else "",

@@ -315,7 +315,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
             of=_name(printed_name(model, run)),
             shares=shares,
         )
-    of = _name(printed_name(model, run) if model else run.framework or "")
+    of = _name(printed_name(model, run) if model else run.family or run.framework or "")
     if tokens and evidence.vocabulary and evidence.sized is None and of:
         yield LogitTokens(
             code="tokens_of_size",

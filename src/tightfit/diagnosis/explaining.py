@@ -28,7 +28,7 @@ from tightfit.diagnosis.lower_values import below_stated, is_of_llama_cpp
 from tightfit.diagnosis.measures import excluded_in, is_among, tried_in
 from tightfit.diagnosis.model_run import model_run_of
 from tightfit.diagnosis.named_card import Card, card_of
-from tightfit.diagnosis.outcome import card_of_findings, outcome_of_findings
+from tightfit.diagnosis.outcome import Outcome, card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
@@ -281,10 +281,19 @@ def _of_plays(
         card=card,
         culprit=culprit,
         causes=causes,
-        remedies=verdicts(plays, max_iters=config.max_iters, eval_iters=config.eval_iters) or advice(facts, evidence),
+        remedies=verdicts(plays, max_iters=config.max_iters, eval_iters=config.eval_iters)
+        or _of_figures_alone(advice(facts, evidence), plays.base),
         not_modelled=plays.base.not_modelled,
         max_iters=config.max_iters,
     )
+
+
+_BY_FIGURES = ("close_others", "expandable_segments", "max_split_size", "set_device", "raise_fraction")
+
+
+def _of_figures_alone(remedies: tuple[Remedy, ...], base: Outcome) -> tuple[Remedy, ...]:
+    """Return the fixes; only those by the log's figures if the given configuration fits, for it is another run's."""
+    return tuple(each for each in remedies if each.code in _BY_FIGURES) if base.fits else remedies
 
 
 def _of_model(plain: Explanation, facts: Facts, card: Card, evidence: Evidence, player: _Player) -> Explanation | None:

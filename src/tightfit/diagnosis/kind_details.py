@@ -102,6 +102,7 @@ _OF_THE_RUN = {
     "xla_shape",
     "xla_operator",
     "whole_data",
+    "llama_kv_bytes",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -171,6 +172,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     if facts.kind == "tensorflow_out_of_memory":
         return _of_pool(facts, run)
     if facts.kind == "cuda_driver":
+        if "llama_kv" in facts.details and facts.requested_bytes:
+            facts = _with(facts, "llama_kv_bytes")
         return _of_driver(facts, run)
     if facts.kind == "host_allocator":
         return _of_host_allocator(facts, run)

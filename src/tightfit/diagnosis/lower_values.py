@@ -26,7 +26,7 @@ _STATED = re.compile(
     r"(?:(?<![\w-])(?<!GPU )(?<!CUDA )context(?:[ _-]?(?:size|length|len|window))?|\bn_ctx(?:_per_seq)?"
     r"|--?ctx[-_]size|\bnum_ctx|--contextsize|\bmax[-_ ](?:seq|model)[-_ ]len(?:gth)?|\bsession[-_]len"
     r"|\btruncation_length)[`\"'*]{0,3}"
-    r"(?: ?[=:(>]{1,2}| (?:is|of|to|was|with|at|above|over|beyond|about|set))* ?[`\"'*]{0,3}"
+    r"(?: {0,8}[=:(>]{1,2}| (?:is|of|to|was|with|at|above|over|beyond|about|set))* ?[`\"'*]{0,3}"
     r"(\d{3,7})(?![\w.]| ?[KMG]i?B)"
     r"|(?<![\w.])(\d{3,7})(?=[ -]tokens? (?:of )?(?:context|prompt|sequence)| (?:context|ctx) (?:size|length|window))"
     r"|(?<![\w.])(?P<thousands>\d{1,4})[kK](?=[ -](?:context|ctx|tokens?)\b)"
@@ -52,11 +52,16 @@ def below_stated(fix: Remedy, text: str) -> Remedy:
     """Return a fix without lines that set a value at or above the one in the report."""
     if not _LOWERS.search(fix.code):
         return fix
-    return replace(fix, paste=tuple(_lowered(line, text) for line in fix.paste))
+    unstated = "HALF" if fix.code in _OF_UNKNOWN_VALUE else None
+    return replace(fix, paste=tuple(_lowered(line, text, unstated) for line in fix.paste))
 
 
-def _lowered(line: str, text: str) -> str:
-    """Return a line with lower numbers where the report has the same or lower ones.
+_OF_UNKNOWN_VALUE = ("kind_llama_shorter", "kind_llama_fewer_layers")
+"""Fixes whose number means nothing where the report does not state the present one."""
+
+
+def _lowered(line: str, text: str, unstated: str | None = None) -> str:
+    """Return a line with lower numbers where the report has the same or lower ones; `unstated` where it has none.
 
     >>> _lowered("--ctx-size 4096", "it sends a context size of 2096"), _lowered("--ctx-size 4096", "n_ctx = 131072")
     ('--ctx-size 1024', '--ctx-size 4096')
@@ -68,6 +73,8 @@ def _lowered(line: str, text: str) -> str:
         dashes, name, sign, value = found[1] or "", _name(found[2]), found[3], int(found[4])
         is_of_context = bool(_OF_CONTEXT.fullmatch(name))
         known = (_value_in(text, name), _context_in(text) if is_of_context else None)
+        if unstated is not None and not any(known):
+            return f"{dashes}{found[2]}{sign}{unstated}"
         stated = min((each for each in known if each is not None), default=value + 1)
         if value < stated or _COUNTS_UP.search(name):
             return found[0]

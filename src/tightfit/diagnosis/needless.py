@@ -147,8 +147,9 @@ _WORDS_OF_HALF = ("bf16", "fp16", "float16", "16-")
 
 def _is_in_half(case: Case) -> bool:
     """Return True if the run works in half precision: by a sign, the failed tensor's dtype, or an option."""
-    shape, dtype = case.evidence.shape, case.run.texts.get("dtype", "")
+    shape, sized, dtype = case.evidence.shape, case.evidence.sized, case.run.texts.get("dtype", "")
     is_tensor_half = (shape is not None and shape.dtype in _HALF) or _is_weight_in_half(case)
+    is_tensor_half = is_tensor_half or (sized is not None and sized.dtype == "bfloat16/float16")
     return case.has_sign("half") or is_tensor_half or any(word in dtype for word in _WORDS_OF_HALF)
 
 
@@ -389,6 +390,8 @@ def _fails_in_foreach(case: Case) -> bool:
 _OF_THE_PASS = (
     _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
     _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),
+    _Rule("loss_inside", "no outputs are gathered", lambda case: case.evidence.tensor != "gathered_outputs"),
+    _Rule("half_precision", "outputs are gathered", lambda case: case.evidence.tensor == "gathered_outputs"),
     _Rule("split_general", "the pairs are of one picture", _is_of_pairs_of_one),
     _Rule("split_general", "one item is taken at a time", lambda case: case.takes_one_item),
     _Rule("eval_batch", "one item is taken at a time", lambda case: case.takes_one_item),
@@ -418,6 +421,7 @@ _OF_THE_PASS = (
     _Rule("eval_batch", "it is one", lambda case: case.is_of("evaluate_one")),
     _Rule("eval_batch", "the report says that it is one", _evaluates_one),
     _Rule("eval_batch", "nothing is evaluated", _only_generates),
+    _Rule("eval_batch", "a trained model is used", lambda case: case.evidence.infers and case.facts.phase != "eval"),
     _Rule("smaller_cache", "the cache has room", lambda case: case.shows("subject.cache_has_room")),
     _Rule("reference_first", "there is no reference model", lambda case: not _has_reference(case)),
     _Rule("no_gradients", "the program turns them off", _evaluates_without_gradients),

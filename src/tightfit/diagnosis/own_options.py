@@ -114,7 +114,7 @@ _FOLDER = re.compile(
 SEARCHES = ("grep ", "findstr ")
 """Beginnings of a command that looks for options: it is none itself."""
 _INSTALLED = re.compile(
-    r"[\\/](?:site-packages|dist-packages|[Ll]ib[\\/]python[\d.]{1,6}|envs|bin|ipykernel_\d+|\w*compiled_cache)[\\/]"
+    r"[\\/](?:site-packages|dist-packages|torch[\\/](?:nn|optim|utils|_\w+)|transformers|accelerate|deepspeed|diffusers|peft|[Ll]ib[\\/]python[\d.]{1,6}|envs|bin|ipykernel_\d+|\w*compiled_cache)[\\/]"
 )
 
 
@@ -131,6 +131,11 @@ def search_of(text: str) -> tuple[str, ...]:
     if first["windows"]:
         return (f'findstr /s /n /i "batch_size chunk tile max_" {first["windows"]}*.py',)
     return (f'grep -rnE "batch_?size|chunk|tile|max_" --include=*.py --include=*.yaml {first["posix"]}',)
+
+
+def is_installed(file: str) -> bool:
+    """Return True for the file of an installed package, or of Python itself."""
+    return bool(_INSTALLED.search(file))
 
 
 _ARGUMENTS = re.compile(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from tightfit.diagnosis.own_options import is_installed
 from tightfit.diagnosis.remedies import Remedy
 from tightfit.oomlog.tracebacks import TraceFrame
 
@@ -34,7 +35,11 @@ _LAYERS = re.compile(r"layer|block|blk|stage|module|encoder|decoder|unet|net|mlp
 
 def own_frames(frames: Sequence[TraceFrame]) -> list[TraceFrame]:
     """Return the frames with code of the user's own files, outermost first."""
-    return [each for each in frames if each.source and not each.is_library and (each.line or each.is_cell)]
+    return [
+        each
+        for each in frames
+        if each.source and not (each.is_library or is_installed(each.file)) and (each.line or each.is_cell)
+    ]
 
 
 def placed(remedy: Remedy, frames: Sequence[TraceFrame]) -> Remedy:

@@ -18,7 +18,7 @@ _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 _MARKS = {FITS: "✓", FITS_SLOWLY: "✓", UNCHECKED: "?", DOES_NOT_FIT: "✗", NO_EFFECT: "✗", NOT_MEMORY: "-"}
 _SHOWN = 5
 """Fixes that are shown unless all are asked for."""
-_PLACEHOLDER = re.compile(r"(?<![\w\"'.])(?:BATCH|ACCUMULATION|HALF|MODEL|MODEL_CLASS|GPUS)(?![\w.(])")
+_PLACEHOLDER = re.compile(r"(?<![\w\"'.])(?:BATCH|ACCUMULATION|HALF|MEMORY|MODEL|MODEL_CLASS|GPUS)(?![\w.(])")
 """A word in a line to paste that stands for a value of the user's."""
 _NO_CHANGE = 0.005
 """A slowdown that rounds to 0%."""

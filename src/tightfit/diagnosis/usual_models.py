@@ -91,6 +91,20 @@ def all_models() -> Iterator[Model]:
     return (model for _, model in usual_models())
 
 
+_ALIKE = 0.01
+"""Share by which the vocabularies of one family differ where its sizes round it up differently."""
+
+
+def vocabulary_of(family: str | None) -> int | None:
+    """Return the words of a family of models, by its file's name, if all its models have about as many.
+
+    >>> vocabulary_of("qwen2"), vocabulary_of("llama")
+    (151936, None)
+    """
+    known = sorted(each.vocabulary for each in all_models() if each.family == family and each.vocabulary)
+    return known[0] if known and known[-1] <= (1 + _ALIKE) * known[0] else None
+
+
 def model_of(run: RunFacts) -> Model | None:
     """Return the model of a run: by its printed sizes, the key that names it, or the only name in the text."""
     named = _named(run.texts.get("model", ""))

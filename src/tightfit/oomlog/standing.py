@@ -176,6 +176,7 @@ _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memo
 
 _SKIPS = re.compile(
     r"(?:ran out of memory|OOM)\b[^\n]{0,60}?\b(?:skipp(?:ed|ing)|retrying)\b"
+    r"|Attempting to copy inputs of[^\n]{0,160}? to CPU due to CUDA OOM"
     r"|Prediction on device was unsuccessful[^\n]{0,60}?\bMoving results",
     re.IGNORECASE,
 )
