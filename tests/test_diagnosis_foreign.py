@@ -501,3 +501,15 @@ def test_a_model_is_really_played(capsys: pytest.CaptureFixture[str], monkeypatc
     shown = " ".join(capsys.readouterr().out.split())
     assert "fails on this card, too, in the backward pass" in shown
     assert "batch 4 x accumulation 64 instead of 16 x 16: FITS" in shown
+
+
+def test_a_configuration_without_a_log_is_read_and_counted():
+    Path("sft.yaml").write_text(
+        "model_name_or_path: Qwen/Qwen2.5-7B-Instruct\nstage: sft\nfinetuning_type: full\n"
+        "cutoff_len: 4096\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 8\nbf16: true\n"
+    )
+    for lang in ("en", "ja"):
+        found = explained("", foreign=foreign_in(["sft.yaml"], []), lang=lang)
+        told = "".join(str(found).split())
+        for part in ("LLaMA-Factory", "4096", "14.19GiB", "56.74GiB", "113.48GiB"):
+            assert part in told, (lang, part)

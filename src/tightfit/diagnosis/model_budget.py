@@ -127,14 +127,18 @@ def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
         ):  # on several cards, or in a smaller format than 16 bits
             return None
         return _budget(model, parameters, total, stored, stored, "weights", run)
+    low, high = bytes_of_trained(run)
+    return _budget(model, parameters, total, low, high, "training", run)
+
+
+def bytes_of_trained(run: RunFacts) -> tuple[int, int]:
+    """Return the bytes of a trained parameter, at least and at most: weight, gradient and the optimizer's state."""
     optimizer = run.texts.get("optimizer", "").lower()
     small = next((size for word, size in _SMALL_STATE.items() if word in optimizer), None)
     low, high = (small, small) if small else (_LEAST_STATE, _MOST_STATE)
     if "paged" in optimizer:
         high = _SMALL_STATE["8bit"] if "8bit" in optimizer else _MOST_STATE
-    if "in_backward" in run.signs:
-        low -= _GRADIENT
-    return _budget(model, parameters, total, low, high, "training", run)
+    return low - _GRADIENT if "in_backward" in run.signs else low, high
 
 
 _LEAST_PART = 0.05

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from tightfit.diagnosis.cause_records import COMPUTED
 from tightfit.diagnosis.kind_sentences import nothing_lines
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, FITS_SLOWLY, NO_EFFECT, NOT_MEMORY, UNCHECKED, Remedy
-from tightfit.diagnosis.statements import Sentences, arithmetic_lines, assumption_lines, expected_lines, problem_lines
+from tightfit.diagnosis.statements import (
+    Sentences,
+    arithmetic_lines,
+    assumption_lines,
+    configuration_lines,
+    expected_lines,
+    problem_lines,
+)
 from tightfit.system.wrapping import wrap
 from tightfit.wording.diagnosis import Words
 
@@ -29,7 +36,10 @@ def render(explanation: "Explanation", words: Words, verbose: bool = False, widt
     if explanation.facts is None:
         if explanation.played == "script":
             return _plain(words("problem", "not_failed"))
-        return _plain("\n".join("\n".join(wrap(line, width)) for line in nothing_lines(explanation.reading, words)))
+        lines = list(nothing_lines(explanation.reading, words))
+        if explanation.foreign is not None and explanation.reading.kind_of_nothing == "empty":
+            lines = list(configuration_lines(explanation, explanation.foreign, words))
+        return _plain("\n".join("\n".join(wrap(line, width)) for line in lines))
     said = Sentences(explanation, words)
     sections = [
         ("problem", list(problem_lines(explanation, words))),

@@ -10,12 +10,13 @@ from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
 from tightfit.diagnosis.foreign_config import Foreign
+from tightfit.diagnosis.model_budget import bytes_of_trained, trains_all
 from tightfit.diagnosis.model_run import ModelRun, can_be_step, parts_not_in_step
 from tightfit.diagnosis.named_card import Card
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, SplitBatch
 from tightfit.diagnosis.stable_codes import stable_code
-from tightfit.diagnosis.usual_models import model_of
+from tightfit.diagnosis.usual_models import model_of, printed_name
 from tightfit.oomlog.facts import Facts
 from tightfit.units import format_bytes
 from tightfit.wording.diagnosis import Words
@@ -197,6 +198,24 @@ def assumption_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield _step_line(explanation.model_run, words)
     if explanation.played == "log":
         yield words("assumed", "log")
+
+
+def configuration_lines(explanation: "Explanation", foreign: Foreign, words: Words) -> Iterator[str]:
+    """Yield what a configuration alone tells, where there is no log: its values, and the memory of its model."""
+    run = explanation.reading.run
+    model = model_of(run)
+    yield from _foreign_lines(explanation, foreign, words)
+    if model is not None and model.parameters:
+        name, weights = printed_name(model, run), _BYTES_OF_WEIGHT * model.parameters
+        yield words("assumed", "weights_alone", of=name, parameters=model.parameters, bytes=weights)
+        if trains_all(run):
+            low, high = (each * model.parameters for each in bytes_of_trained(run))
+            yield words("assumed", "training_alone", low=low, high=high)
+    yield words("assumed", "no_log")
+
+
+_BYTES_OF_WEIGHT = 2
+"""Bytes of a parameter in 16 bits."""
 
 
 def _foreign_lines(explanation: "Explanation", foreign: Foreign, words: Words) -> Iterator[str]:
