@@ -20,6 +20,8 @@ def _stands(remedy: Remedy, text: str) -> bool:
     text = sign("switches.printed_hint").sub("", text)
     if isinstance(remedy.change, Resized):  # it is smaller than the batch that failed
         return False
+    if remedy.code == "no_gradients" and shows(text, "subject.lacks_no_grad"):  # it is what the report proposes
+        return False
     if remedy.code == "offload" and shows(text, "switches.pipeline_on_card"):
         return False
     lines = [line.partition("  #")[0].strip() for line in remedy.paste if not line.endswith(SMALLER)]

@@ -48,6 +48,7 @@ def causes_of_evidence(
     """
     other = [*_of_other_card(facts, evidence), *_of_loading(facts, evidence), *_of_server(facts, evidence)]
     tensor = [
+        *_of_gradients(facts, evidence),
         *_of_first_card(facts, evidence),
         *_of_kept(facts, evidence),
         *_of_tensor(facts, culprit, evidence, unplayed_because),
@@ -85,6 +86,13 @@ def _of_server(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if found and total and float(found[-1]) >= _MUCH:
         share = float(found[-1])
         yield ServerShare(code="server_beside", label=COMPUTED, share=share, share_bytes=round(share * total))
+
+
+def _of_gradients(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield that an evaluation or the use of a model lacks no_grad(), by the report or by PyTorch's own warning."""
+    case = Case(facts, evidence)
+    if case.keeps_nothing and case.shows("subject.lacks_no_grad"):
+        yield Cause(code="gradients_kept", label=LIKELY)
 
 
 def _of_first_card(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
@@ -140,6 +148,7 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if evidence.line is not None and evidence.line.is_named:
         yield Request(code=f"grows_{evidence.line.grows}", requested_bytes=facts.requested_bytes)
     yield from _of_loading(facts, evidence)
+    yield from _of_gradients(facts, evidence)
     yield from _of_first_card(facts, evidence)
     yield from _of_budget(evidence.budget) if evidence.budget else ()
     yield from _of_earlier_steps(facts, evidence)

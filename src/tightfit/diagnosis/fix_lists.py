@@ -98,8 +98,10 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
     if is_filled_by_library(case.facts):
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
+    if case.shows("subject.lacks_no_grad") and case.keeps_nothing:
+        codes = ["no_gradients", *codes]
     if loads_on_first_card(case):
-        codes = ["load_on_host", *codes]
+        codes = ["load_on_host"]  # without the checkpoint there, it fits
     if case.is_of("sized_models"):
         codes.sort(key=lambda code: code == "smaller_model")
     if case.fits_smaller_model:

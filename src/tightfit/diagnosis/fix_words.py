@@ -113,6 +113,8 @@ def _reworded(code: str, words: Pasted | None, facts: Facts, evidence: Evidence)
         words = _autocast(facts.kind.partition("_")[0])
     if code == "outputs_to_host" and any("torchmetrics" in each.file for each in facts.frames):
         words = _OF_METRICS
+    if code == "no_gradients" and words is not None and shows(evidence.run.text, "subject.lacks_no_grad"):
+        words = replace(words, lines=tuple(line.replace("inference_mode", "no_grad") for line in words.lines))
     if code == "save_sharded" and any("deepspeed/runtime/zero" in each.file for each in facts.frames):
         words = _OF_ZERO_3
     if code == "save_from_host" and any("_optim_utils" in each.file for each in facts.frames):

@@ -194,6 +194,10 @@ _TOLD_CAUSES = frozenset({"growing", "loading", "resuming", "pairs_shape", "shar
 """Details of a person's report by which its sentence names a likely cause."""
 
 
+_SUPPOSES = re.compile(r"\b[Uu]sually\b")
+"""A word by which a sentence tells what is usual, and measures nothing."""
+
+
 def label_of(facts: Facts) -> str:
     """Return the evidence of a kind's cause: measured where the message itself names it."""
     if "cause_unstated" in facts.notes:
@@ -201,6 +205,8 @@ def label_of(facts: Facts) -> str:
     if "reported" in facts.details and facts.kind == "program_words":  # its sentence says what is not known
         return LIKELY if _TOLD_CAUSES & facts.details.keys() else MEASURED
     causes, values = wording.words("en").table("cause"), values_of(facts)
+    if _SUPPOSES.search(str(causes.get(_key(causes, facts.kind, values) or "", ""))):
+        return LIKELY
     if (_key(causes, facts.kind, values) or "").partition("__")[2] in detail_names():  # words elsewhere in the log
         return LIKELY
     known = (key.partition("__") for key in causes if key.startswith(f"{facts.kind}__"))

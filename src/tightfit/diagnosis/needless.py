@@ -175,6 +175,11 @@ def _takes_sequences(case: Case) -> bool:
     return inputs_of(case.evidence) == "shorter_length"
 
 
+def _is_without_gradients(case: Case) -> bool:
+    """Return True if the program turns gradients off, unless the report says that it should."""
+    return case.has_sign("no_grad") and not case.shows("subject.lacks_no_grad")
+
+
 def _evaluates_without_gradients(case: Case) -> bool:
     return case.facts.phase in ("eval", "gather") and case.is_of("evaluates_without_gradients")
 
@@ -425,7 +430,7 @@ _OF_THE_PASS = (
     _Rule("smaller_cache", "the cache has room", lambda case: case.shows("subject.cache_has_room")),
     _Rule("reference_first", "there is no reference model", lambda case: not _has_reference(case)),
     _Rule("no_gradients", "the program turns them off", _evaluates_without_gradients),
-    _Rule("no_gradients", "they are off", lambda case: case.has_sign("no_grad")),
+    _Rule("no_gradients", "they are off", _is_without_gradients),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
     _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),

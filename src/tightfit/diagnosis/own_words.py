@@ -14,6 +14,7 @@ from tightfit.diagnosis.measures import in_order_of_report, is_among, tried_in
 from tightfit.diagnosis.own_options import SEARCHES, options_of
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, Resized
+from tightfit.diagnosis.report_words import shows
 
 _BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
 """Cures of a known cause, which come before the user's own options."""
@@ -38,6 +39,8 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
     found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
     first |= _NAMED | (_LARGE_INPUTS if evidence.infers or evidence.is_of_unknown_purpose else frozenset())
+    if shows(text, "subject.lacks_no_grad"):
+        first |= _OF_KEPT_RESULTS
     if evidence.infers and not evidence.run.signs.isdisjoint(("growing", "accumulates", "ran_first")):
         first |= _OF_KEPT_RESULTS & {each.code for each in found[:1]}
     first |= frozenset({"outputs_to_host", "outputs_reduced"}) if evidence.grows == "outputs" else frozenset()

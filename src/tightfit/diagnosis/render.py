@@ -108,10 +108,12 @@ def shown_remedies(explanation: "Explanation") -> tuple[Remedy, ...]:
 
 def _fix(remedy: Remedy, said: Sentences, words: Words, *, verbose: bool) -> Iterator[str]:
     in_full = verbose or remedy.verdict in (FITS, UNCHECKED)
-    text = f"{_MARKS[remedy.verdict]} {said.title(remedy)}: {words('verdicts', remedy.verdict)}"
-    if remedy.reason not in ("no_configuration", "general"):
+    is_general = remedy.reason == "general"  # advice that no play can check
+    verdict = "" if is_general else f": {words('verdicts', remedy.verdict)}"
+    text = f"{_MARKS[remedy.verdict]} {said.title(remedy)}{verdict}"
+    if remedy.reason != "no_configuration" and not is_general:
         text += words("units", "clause") + said.reason(remedy)
-    if in_full:
+    if in_full and not is_general:
         notes = list(effects(remedy, words)) or ([] if remedy.label == COMPUTED else [words("labels", remedy.label)])
         text += f" [{words('units', 'separator').join(notes)}]" if notes else ""
     yield text

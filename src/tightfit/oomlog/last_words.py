@@ -148,6 +148,9 @@ _REPORTED = re.compile(
     r"(?:out[ -]{1,3}of[ -]{1,3}(?:v?ram|mem)|oom\b(?![=:] ?[\d.]))"
     r"|\bOutOfMemoryError\b|\bout[ -]of[ -](?:cuda|gpu|video|device|graphics)[ -](?:memory|mem|ram)"
     r"|\b(?:gpus?|cuda|vram) ?(?:memory|mem)?\b[^.\n]{0,20}\b(?:memory )?leak"
+    r"|^# [^\n]{0,80}\b(?:absurd|insane|huge|excessive|crazy|abnormal|enormous|too (?:high|much|large)) (?:\w+ )?"
+    r"(?:memory|vram) (?:usage|use|consumption|requirements?)\b"
+    r"|^# [^\n]{0,60}\b(?:cuda|gpu) memory (?:issues?|problems?|errors?)\b"
     r"|\bout of vram\b|\bvram (?:oom|is full)|\b(?:cuda|gpu) memory (?:usage )?(?:explod|blow)\w*"
     r"|\bOOM\b(?! ?kill|[=:] ?[\d.])|(?:显存|显卡的?内存)(?:不足|不够|溢出|爆)|爆(?:显存|显卡内存)"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",

@@ -41,7 +41,7 @@ from tightfit.oomlog.log_record import (
     ran_out,
     with_facts,
 )
-from tightfit.oomlog.log_text import lines_of, part, pieces, without_rank, without_shared_prefix
+from tightfit.oomlog.log_text import lines_of, part, pieces, titled, without_rank, without_shared_prefix
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.number_ends import with_own_number
@@ -61,7 +61,7 @@ from tightfit.oomlog.same_failure import (
     with_work,
 )
 from tightfit.oomlog.standing import PATIENCE, Standing, goes_on, standing
-from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_cut, is_warm_up
+from tightfit.oomlog.tracebacks import TraceFrame, frames_behind, frames_of, is_cut, is_warm_up, phase_of
 from tightfit.oomlog.unnamed_failure import TOLD, Unnamed
 
 _AFTER = 2 * REACH
@@ -157,7 +157,8 @@ def read_log(source: str | bytes | IO[bytes] | IO[str]) -> LogReading:
     """Read a log, or a pasted message with anything around it; never raises, whatever the text is."""
     scan = _Scan()
     before, current = "", ""
-    for piece in without_shared_prefix(pieces(source)):
+    for number, piece in enumerate(without_shared_prefix(pieces(source))):
+        piece = piece if number else titled(piece)
         if current:
             scan.look_at(before, current, piece[:_AFTER])
             before = (before + current)[-BEFORE:]
@@ -341,6 +342,7 @@ class _Scan:
         context = printed_in("\n".join(lines_of(self._head)))
         run = self._run() if failures or chosen else RunFacts()
         if chosen:
+            chosen = self._with_cut_traceback(chosen)
             failure = with_rank(self._as_printed(chosen.facts), [part(each).body for each in lines_of(self._ending)])
             return LogReading(failure=failure, others=others, others_count=count, context=context, run=run)
         unnamed = Unnamed(_without_ranks(self._head), _without_ranks(self._ending), self._size, self.records)
@@ -362,6 +364,16 @@ class _Scan:
             went_on=any(map(self._went_on, caught)),
             retried_batch=self._retried_batch(caught[-1]) if caught else None,
         )
+
+    def _with_cut_traceback(self, chosen: Record) -> Record:
+        """Return a sentence on a failure with the traceback that the report ends with, whose end is cut off."""
+        if chosen.standing is not Standing.REPORT or chosen.facts.frames:
+            return chosen
+        lines = [part(each).body for each in lines_of(self._ending)]
+        frames = frames_of(lines)
+        if not frames:
+            return chosen
+        return replace(chosen, facts=replace(chosen.facts, frames=frames, phase=phase_of(frames, lines)))
 
     def _retried_batch(self, record: Record) -> int | None:
         """Return the last batch that the program names behind a failure that it handled."""

@@ -54,6 +54,25 @@ def pieces(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
         yield waiting + rest
 
 
+_TITLE = re.compile(
+    r"(?![#>|\[{(<*$%\d-]|Traceback|File |\S*\w=\S)(?=[^\n]{8,160}\n[ \t]*\n)(?![^\n]*(?:ried to alloc|Error: |\b(?:INFO|WARNING"
+    r"|DEBUG|ERROR)\b|[{(,;:=]\s*\n))(?:[^\n]*?[A-Za-z]{2,}){3}"
+)
+"""A first line of words, with nothing in the next one."""
+_OF_REPORT = re.compile(r"(?m)^#{2,4} |^```|^!\[|^\*\*\w|\b(?:I|I'm|I've|my|we)\b")
+_OPENING = 3000
+
+
+def titled(text: str) -> str:
+    """Return a person's report with its title marked as such; any other text as it is.
+
+    >>> titled("OOM in the third epoch\n\nI train on a card of 8 GB.\n").partition("\n")[0]
+    '# OOM in the third epoch'
+    """
+    is_report = _TITLE.match(text) and _OF_REPORT.search(text, text.find("\n"), _OPENING)
+    return f"# {text}" if is_report else text
+
+
 def _decoded(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
     if isinstance(source, str):
         for start in range(0, len(source), PIECE):

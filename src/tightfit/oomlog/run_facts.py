@@ -24,7 +24,11 @@ _SHAPE = re.compile(
     r"|torch\.(?:empty|zeros|ones|rand|randn|full)\(\(?\[?(\d{1,12}(?:, ?\d{1,12}){0,6})\]?\)?[^\n]{0,80}?"
     r"(?:dtype=torch\.(\w{4,12}))?\)"
 )
-_TENSOR_NAME = re.compile(r"tensor with name ([\w.]{1,200})|([\w.]{3,200}\.(?:weight|bias)):? CUDA out of memory")
+_TENSOR_NAME = re.compile(
+    r"clone implementation of (?:_fsdp_wrapped_module\.)?([\w.]{1,200}?)\.? Error: \w{2,4} out of memory"
+    r"|tensor with name ([\w.]{1,200})(?=(?s:.){0,700}?out of memory)"
+    r"|([\w.]{3,200}\.(?:weight|bias)):? CUDA out of memory"
+)
 _MODEL_CLASS = re.compile(r"transformers/models/(\w{2,30})/modeling_")
 
 
@@ -188,7 +192,7 @@ def run_facts_in(text: str) -> RunFacts:
         signs=signs,
         frameworks=_frameworks(paths),
         shapes=tuple(_shapes(text)),
-        tensor_name=(named[1] or named[2]).rstrip(".") if named else None,
+        tensor_name=(named[1] or named[2] or named[3]).rstrip(".") if named else None,
         family=family[-1] if family else None,
         text=text,
     )
