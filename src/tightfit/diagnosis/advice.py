@@ -1,5 +1,6 @@
 """The remedies for a failure that was not played: those that cure this case first, in the user's own words."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -67,6 +68,8 @@ class _Order(NamedTuple):
 def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     """Return the remedies, those that cure this case first; a measured verdict that one does not help is kept."""
     case = Case(facts, evidence)
+    if case.has_sign("self_test"):
+        return (_likely("self_test"),)
     cures = _cures(case)
     if case.is_of("without_torch"):
         return ranked(cures)
@@ -166,9 +169,22 @@ def _with_others(case: Case, order: _Order) -> _Order:
     # A small estimate may be all this process's own libraries.
     decides = others.label == MEASURED or ownership(case.facts).decides
     is_own = case.evidence.grows in _OWN_CAUSES and not _have_card(others, case.facts)
+    others = _with_other_card(others, case) if decides else others
     if decides and not is_own and not _are_few(others, case.facts):
         return _Order([*first, others], [] if _are_most(others, case.facts) else cures, last)
     return _Order(first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]], last)
+
+
+_CARD = re.compile(r"(?:\b(?:GPU|gpu|card|device|cuda)|显卡|カード)[ #:_]{0,2}([0-7])(?![\d.])")
+
+
+def _with_other_card(others: Remedy, case: Case) -> Remedy:
+    """Return the fix of a card that others use, with the other card that the report names."""
+    here = case.facts.device_index or 0
+    named = [each for each in _CARD.findall(case.run.text.replace(case.facts.message, "")) if int(each) != here]
+    if not named:
+        return others
+    return replace(others, paste=(*others.paste, f"export CUDA_VISIBLE_DEVICES={named[0]}  # the other card"))
 
 
 def _are_few(others: Remedy, facts: Facts) -> bool:

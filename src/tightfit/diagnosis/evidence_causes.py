@@ -46,7 +46,8 @@ def causes_of_evidence(
 
     That the model alone is too large comes before all others.
     """
-    other = [*_of_other_card(facts, evidence), *_of_loading(facts, evidence), *_of_server(facts, evidence)]
+    other = [Cause(code="self_test", label=LIKELY)] if "self_test" in evidence.run.signs else []
+    other += [*_of_other_card(facts, evidence), *_of_loading(facts, evidence), *_of_server(facts, evidence)]
     tensor = [
         *_of_gradients(facts, evidence),
         *_of_first_card(facts, evidence),

@@ -363,6 +363,7 @@ _TOLD = ("program_words", "memory_words")
 _WITHOUT_FIGURES = ("cuda_driver", "nvml_assert")
 """Kinds of failures whose message hides the figures of a tensor that did not fit."""
 _REST, _OTHERS, _KEPT = "kind_rest_of_log", "kind_other_programs", "kind_kept_tensors"
+_IN_TURN = "kind_in_turn"
 _BEFORE_REST = 3
 """Fixes that come before the wish for the rest of a log."""
 _PINNING = "kind_no_pinning"
@@ -411,7 +412,7 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     if not (is_known or in_phase):
         return in_own_options(found, evidence)
     asks_for_others = facts.phase in ("load", "setup") or shows(evidence.run.text, "subject.other_programs")
-    first = (*_OF_UNSLOTH, _SHARE, *_OF_PAIRS, _KEPT, *((_OTHERS,) if asks_for_others else ()))
+    first = (*_OF_UNSLOTH, _SHARE, *_OF_PAIRS, _IN_TURN, _KEPT, *((_OTHERS,) if asks_for_others else ()))
     cures = (*(each for each in found if each.code in first), *advice(facts, evidence))
     rest = tuple(each for each in found if each.code == _REST)
     return (*cures[:_BEFORE_REST], *rest, *cures[_BEFORE_REST:]) or found

@@ -258,6 +258,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     has_workers = _LOADS.search(run.text) and _TRAINS.search(run.text)
     if facts.kind != "dataloader_killed" and not has_workers:
         codes = [code for code in codes if code != "fewer_workers"]
+    if memory_of(facts.kind) == "host" and not _LOADS_MODEL.search(run.text):
+        codes = [code for code in codes if code != "quantised_load"]
     if "one_worker" in known:
         codes = [code for code in codes if code != "fewer_workers"]
     if facts.kind == "jax_out_of_memory" and _is_beyond_named_card(facts, run):
@@ -310,6 +312,12 @@ def _is_given(lines: Sequence[str], text: str) -> bool:
     )
 
 
+_LOADS_MODEL = re.compile(
+    r"from_pretrained|load_model|load_checkpoint|[Ss]afetensors|checkpoint shards|\bLLMs?\b|[Ll][Ll]a[Mm][Aa]|GGUF|ggml"
+    r"|[Oo]llama|\b\d{1,3}(?:\.\d)?[Bb]\b|\b(?:load\w*|run\w*) (?:the |a |my )?(?:\w+ )?(?:model|weights)\b|[Qq]wen|[Mm]istral|[Gg]emma|\bphi-"
+    r"|diffus|[Ff]lux|模型|モデル|모델"
+)
+"""Words of a program that loads a trained model."""
 _SMALL_ELEMENT = 2
 """Bytes of a number that hardly has a smaller type."""
 _MEASURES = {"smaller_batch": "split_general", "less_in_pass": "split_general", "mixed_precision": "half_precision"}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tightfit.diagnosis.own_options import lowered_by
 from tightfit.diagnosis.remedies import Remedy
 from tightfit.tables import read_patterns
 
@@ -15,6 +16,7 @@ _ADVICE = re.compile(
     r"ried to allocate(?s:.){0,700}?(?:max_split_size_mb|expandable_segments:True)\s+to\s+avoid\s+fragmentation"
 )
 """PyTorch's message, whose words would read as a person's: tried, already, try setting."""
+_OPTION = re.compile(r"\b[a-z]{2,20}(?:_[a-z]{2,20}){1,4}\b")
 _LONG = 20_000
 """Characters of a report, up to which a person's words are looked for."""
 _ALIKE = {"smaller_batch": "split_general", "split_logged": "split_general", "split_in_parts": "split_general"}
@@ -48,6 +50,7 @@ def tried_in(text: str) -> frozenset[str]:
             is_list_of_tried = in_vain
         if in_vain or (is_item and is_list_of_tried):
             found.update(code for code, words in _tables()["measures"].items() if words.search(sentence))
+            found.update(each for name in _OPTION.findall(sentence) if (each := lowered_by(name)) is not None)
     return frozenset(found)
 
 

@@ -35,6 +35,15 @@ def _names() -> dict[str, dict[str, list[str]]]:
     return read_table("tightfit.diagnosis", _TABLE, dict[str, dict[str, list[str]]])
 
 
+def lowered_by(name: str) -> str | None:
+    """Return the remedy that lowers an option's number; None for another name.
+
+    >>> lowered_by("points_per_batch"), lowered_by("learning_rate")
+    ('less_at_once', None)
+    """
+    return next((code for code, names in _names()["half"].items() if name in names), None)
+
+
 _VALUE = r"[\[(]?\d{2,5}(?:(?: ?[x*×,] ?| )\d{2,5}){1,2}[\])]?|[\w.]{1,12}"
 """A value: the sides of a picture in one of the usual forms, or a number or a word."""
 

@@ -159,7 +159,7 @@ _REPORTED = re.compile(
 """A person's words for device memory that ran out."""
 _REPORTED_ANYHOW = re.compile(_REPORTED.pattern + r"|\bout[ -]of[ -]memory\b", re.IGNORECASE | re.ASCII)
 _OF_DEVICE = re.compile(
-    r"\b(?:gpus?|cuda|vram|rtx ?\d|gtx ?\d|(?:\dx ?)?[ahv]\d00|graphics card|nvidia|nppexception|managedcuda"
+    r"\b(?:gpus?|cuda|vram|[rg]tx ?\d\w*|(?:\dx ?)?[ahv]\d00|graphics card|nvidia|nppexception|managedcuda"
     r"|opencl)\b|\bPYTORCH_(?:CUDA_|HIP_)?ALLOC|CUDA_VISIBLE|\bnproc[-_]per[-_]node|\baccelerate launch\b|\bdeepspeed\b"
     r"|\bdevice: ?cuda|\bdispatch_model\(|\bmodel\.to\((?:self\.)?(?:args\.)?device\b",
     re.IGNORECASE | re.ASCII,

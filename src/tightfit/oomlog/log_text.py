@@ -55,8 +55,9 @@ def pieces(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
 
 
 _TITLE = re.compile(
-    r"(?![#>|\[{(<*$%\d-]|Traceback|File |\S*\w=\S)(?=[^\n]{8,160}\n[ \t]*\n)(?![^\n]*(?:ried to alloc|Error: |\b(?:INFO|WARNING"
-    r"|DEBUG|ERROR)\b|[{(,;:=]\s*\n))(?:[^\n]*?[A-Za-z]{2,}){3}"
+    r"(?![#>|\[{(<*$%\d-]|Traceback|File |\S*\w=\S)(?=[^\n]{8,160}\n[ \t]*\n)"
+    r"(?![^\n]*(?:ried to alloc|Error: |\b(?:INFO|WARNING|DEBUG|ERROR)\b|[{(,;:=]\s*\n))"
+    r"(?:[^\n]*?[A-Za-z]{2,}){3}"
 )
 """A first line of words, with nothing in the next one."""
 _OF_REPORT = re.compile(r"(?m)^#{2,4} |^```|^!\[|^\*\*\w|\b(?:I|I'm|I've|my|we)\b")

@@ -100,7 +100,7 @@ class Unnamed(Struct):
         last = self._last()
         if last == _CUT_OFF and (told := host_words_in(lines_of(self.head[:_TITLES])[:1])) is not None:
             return told
-        title = reported_in(lines_of(self.head[:_TITLES])) if last is None or last == _CUT_OFF else None
+        title = reported_in(lines_of(self.head[:_TITLES])) if last is None or last[0] == "incomplete" else None
         if title is not None and (self._has_frames() or self._is_short_report()):
             return cpu_words_in(lines_of(self.head)) or ("reported", title)
         return last
