@@ -314,7 +314,8 @@ def _is_given(lines: Sequence[str], text: str) -> bool:
 
 _LOADS_MODEL = re.compile(
     r"from_pretrained|load_model|load_checkpoint|[Ss]afetensors|checkpoint shards|\bLLMs?\b|[Ll][Ll]a[Mm][Aa]|GGUF|ggml"
-    r"|[Oo]llama|\b\d{1,3}(?:\.\d)?[Bb]\b|\b(?:load\w*|run\w*) (?:the |a |my )?(?:\w+ )?(?:model|weights)\b|[Qq]wen|[Mm]istral|[Gg]emma|\bphi-"
+    r"|[Oo]llama|\b\d{1,3}(?:\.\d)?[Bb]\b|\b(?:load\w*|run\w*) (?:the |a |my )?(?:\w+ )?(?:model|weights)\b"
+    r"|[Qq]wen|[Mm]istral|[Gg]emma|\bphi-"
     r"|diffus|[Ff]lux|模型|モデル|모델"
 )
 """Words of a program that loads a trained model."""

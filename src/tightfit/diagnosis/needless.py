@@ -8,7 +8,7 @@ from tightfit.diagnosis.failure_case import Case
 from tightfit.diagnosis.figure_causes import is_most_of_card
 from tightfit.diagnosis.filled_lines import smaller_size
 from tightfit.diagnosis.fix_words import words_of
-from tightfit.diagnosis.framework_words import programs
+from tightfit.diagnosis.framework_words import has_words, programs
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.report_words import inputs_of
@@ -342,6 +342,12 @@ def _has_other_size(case: Case) -> bool:
     return not is_last or smaller_size(case.run.text) is None
 
 
+def _has_no_words(code: str, case: Case) -> bool:
+    """Return True for a program of the tables that PyTorch's own lines for a remedy are foreign to."""
+    is_known = case.program is not None and not case.is_of("libraries") and not case.is_too_large
+    return is_known and not has_words(code, case.program or "")
+
+
 def _loads_for_use(case: Case) -> bool:
     """Return True while a model is loaded, where the log shows no training."""
     return case.facts.phase == "load" and case.evidence.purpose != TRAINING and not case.evidence.trains
@@ -524,6 +530,8 @@ _OF_THE_MODEL = (
     _Rule("shard", "there is one card", _has_one_card),
     _Rule("save_from_host", "it is FSDP's", lambda case: case.passes_file("deepspeed/")),
     _Rule("shard", "the shards are gathered", lambda case: case.evidence.tensor == "gathered_parameters"),
+    _Rule("shard", "the program has no words for it", lambda case: _has_no_words("shard", case)),
+    _Rule("offload", "the program has no words for it", lambda case: _has_no_words("offload", case)),
     _Rule("shard", "nothing is trained", _may_train_nothing),
     _Rule("shard", "a model is loaded, and no training is shown", _loads_for_use),
     _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
