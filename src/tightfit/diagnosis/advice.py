@@ -42,6 +42,8 @@ from tightfit.oomlog.ownership import had_room, ownership
 _SHOWN_CURES = 4
 _OWN_CAUSES = frozenset({"loading", "resuming", "saving", "outputs"})
 """Quantities whose own cure comes before any other program's memory: it makes the request unnecessary."""
+_QUADRATIC = frozenset({"attention", "pairs", "logits"})
+"""Quantities of a tensor that comes first where other programs' memory is only estimated."""
 _LESS_OF_ALL = frozenset({"less_at_once", "split_in_parts", "split_logged", "smaller_batch", "smaller_model"})
 """Remedies that lessen what the program needs of the card and of what backs it, whatever refused the request."""
 _OF_MANY_TENSORS = frozenset({"checkpointing_general", "half_precision", "optimizer_8bit", "offload", "shard"})
@@ -169,6 +171,7 @@ def _with_others(case: Case, order: _Order) -> _Order:
     # A small estimate may be all this process's own libraries.
     decides = others.label == MEASURED or ownership(case.facts).decides
     is_own = case.evidence.grows in _OWN_CAUSES and not _have_card(others, case.facts)
+    is_own = is_own or (others.label == LIKELY and case.evidence.grows in _QUADRATIC)
     others = _with_other_card(others, case) if decides else others
     if decides and not is_own and not _are_few(others, case.facts):
         return _Order([*first, others], [] if _are_most(others, case.facts) else cures, last)
@@ -230,7 +233,9 @@ def _with_allocator_setting(case: Case, order: _Order) -> _Order:
         is_cause = cache_is_large(case.facts) and grows not in _OWN_CAUSES
         if not is_cause and (grows == "model" or cache_is_small(case.facts)):  # the next request fails as this one did
             return order
-        place = 0 if is_cause or cache_holds_request(case.facts) else min(len(cures), _SHOWN_CURES)
+        holds, needs_newer = cache_holds_request(case.facts), segments.reason == "cache_needs_newer"
+        place = int(holds and needs_newer and not is_cause) if is_cause or holds else _SHOWN_CURES
+        place = min(len(cures), place)
         return _Order(first, [*cures[:place], segments, *cures[place:]], last)
     return _Order(first, cures, [segments, *last]) if segments.verdict == DOES_NOT_FIT else order
 

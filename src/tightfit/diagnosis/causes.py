@@ -79,6 +79,9 @@ def causes_of(
     full = [*_of_full_card(facts)] if evidence is not None and not (first or decisive or found) else []
     if any(each.code.startswith("grows_") for each in rest):
         full = []
+        if evidence is not None and evidence.grows in _QUADRATIC:  # an estimate of other programs comes behind it
+            others = [*(each for each in decisive if each.code in _ESTIMATED), *others]
+            decisive = [each for each in decisive if each.code not in _ESTIMATED]
     if cache_holds_request(facts):
         rest, others = _with_pieces(rest, others)
     found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
@@ -123,6 +126,8 @@ def _is_of_server(facts: Facts, evidence: Evidence, found: Sequence[Cause]) -> b
     return evidence.framework in _SERVERS and facts.phase in (None, "warmup") and not decides
 
 
+_QUADRATIC = ("attention", "pairs", "logits")
+_ESTIMATED = ("others_estimated_decide",)
 _FULL = 0.8
 """Share of the card that one process holds at least, if the card is called full with it."""
 

@@ -170,12 +170,17 @@ def causes_of_purpose(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield Cause(code=code, label=LIKELY)
 
 
+_OWN_CARDS = re.compile(r"--vllm_num_engines\b")
+_COLOCATES = re.compile(r"colocate_all_models|colocate_actor_vllm|hybrid_engine")
+"""Options of a training whose server has cards of its own, and of one whose server does not."""
 _SERVES = re.compile(r"vllm|sglang", re.IGNORECASE)
 
 
 def _code_of_purpose(facts: Facts, evidence: Evidence, *, trains: bool) -> str | None:
     program = evidence.framework
-    if program in programs("with_servers") and _SERVES.search(evidence.run.text) and facts.phase in (None, "warmup"):
+    apart = _OWN_CARDS.search(evidence.run.text) and not _COLOCATES.search(evidence.run.text)
+    serves = program in programs("with_servers") and _SERVES.search(evidence.run.text)
+    if serves and not apart and facts.phase in (None, "warmup"):
         return "share_of_server"
     if program in ("vllm", "sglang", "tgi", "lmdeploy", "tensorrt_llm") and facts.phase in (None, "warmup"):
         return "held_by_server"

@@ -200,7 +200,13 @@ def _of_cache(facts: Facts) -> Iterator[Cause]:
         return
     large = "cache_decides" if cache_is_large(facts) else "cache_fragmented"
     yield Cache(
-        code=large if would_do else "cache_little" if would_do is False else "cache_open",
+        code="cache_small"
+        if would_do and cache_is_small(facts)
+        else large
+        if would_do
+        else "cache_little"
+        if would_do is False
+        else "cache_open",
         cache_bytes=cache_bytes,
         short_by_bytes=facts.short_by_bytes,
         requested_bytes=facts.requested_bytes,

@@ -136,6 +136,12 @@ def _needs_gradients(case: Case) -> bool:
     return not (evidence.infers or evidence.is_of_unknown_purpose or case.facts.phase in ("eval", "sample"))
 
 
+def _may_train(case: Case) -> bool:
+    """Return True where nothing shows whether the run trains, and nobody says that gradients are kept in vain."""
+    is_open = case.evidence.is_of_unknown_purpose and case.facts.phase not in ("eval", "sample")
+    return is_open and not case.shows("subject.lacks_no_grad")
+
+
 def _takes_length_in_parts(case: Case) -> bool:
     """Return True if a program uses a trained model, and has words for smaller parts: its option for a long input."""
     return case.evidence.infers and case.facts.phase in (None, "forward", "sample") and case.has_own("less_at_once")
@@ -275,7 +281,7 @@ def _loads_for_other_trainers(case: Case) -> bool:
     return case.facts.phase in ("load", "setup") and case.evidence.grows == "model" and not case.is_of("half_frozen")
 
 
-_OF_LANGUAGE = re.compile(r"\blm_head\b|CausalLM|\bembed_tokens\b")
+_OF_LANGUAGE = re.compile(r"\blm_head\b|CausalLM|\bembed_tokens\b|\bget_peft_model\b|chatglm", re.IGNORECASE)
 
 
 def _has_no_quantizer(case: Case) -> bool:
@@ -346,6 +352,12 @@ def _has_no_words(code: str, case: Case) -> bool:
     """Return True for a program of the tables that PyTorch's own lines for a remedy are foreign to."""
     is_known = case.program is not None and not case.is_of("libraries") and not case.is_too_large
     return is_known and not has_words(code, case.program or "")
+
+
+def _loads_for_adapters(case: Case) -> bool:
+    """Return True while one process of a program of one's own loads a model for a training of adapters."""
+    is_one = case.program is None and case.evidence.is_of_one_process
+    return is_one and case.facts.phase in ("load", "setup") and "get_peft_model" in case.run.text
 
 
 def _loads_for_use(case: Case) -> bool:
@@ -439,6 +451,7 @@ _OF_THE_PASS = (
     _Rule("no_gradients", "they are off", _is_without_gradients),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
+    _Rule("no_gradients", "it may be a training", _may_train),
     _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),
     _Rule("shapes_first", "the sizes are known", lambda case: case.evidence.sized is not None),
     _Rule("shorter_length", "it is short", _has_short_length),
@@ -505,6 +518,7 @@ _OF_THE_MODEL = (
     _Rule("smaller_weights", "they are small", _has_small_weights),
     _Rule("quantized_weights", "no library of language models is shown", _has_no_quantizer),
     _Rule("spread_model", "no library of language models is shown", _has_no_quantizer),
+    _Rule("spread_model", "a trainer divides it by itself", lambda case: case.evidence.trains),
     _Rule("quantized_weights", "the model is small", _is_small),
     _Rule("spread_model", "the model is small", _is_small),
     _Rule("smaller_weights", "they have 4 bits", lambda case: case.adapts_quantized),
@@ -534,6 +548,7 @@ _OF_THE_MODEL = (
     _Rule("offload", "the program has no words for it", lambda case: _has_no_words("offload", case)),
     _Rule("shard", "nothing is trained", _may_train_nothing),
     _Rule("shard", "a model is loaded, and no training is shown", _loads_for_use),
+    _Rule("shard", "one process loads a model for its adapters", _loads_for_adapters),
     _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
     _Rule("optimizer_8bit", "it is on", lambda case: "8bit" in case.run.texts.get("optimizer", "").lower()),
     _Rule("optimizer_8bit", "it is on", lambda case: case.shows("switches.adam_8bit")),

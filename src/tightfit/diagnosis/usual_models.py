@@ -17,6 +17,10 @@ _ALONE = "(?<!"
 _LEAST_PARAMETERS = 1_000_000
 
 
+_MERGED = ("phi3", "chatglm")
+"""Families whose weights that read the same input are one matrix."""
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of one model; a size that is unknown is None."""
 
@@ -51,11 +55,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
             yield self.vocabulary, hidden
         if hidden and inner:
             yield from ((inner, hidden), (hidden, inner))
-            if self.gated and (merged or self.family == "phi3"):  # gate_up_proj
+            if self.gated and (merged or self.family in _MERGED):  # gate_up_proj
                 yield 2 * inner, hidden
         if hidden and self.heads and self.head_dim:
             rows = self.heads * self.head_dim
-            if merged:  # qkv_proj
+            if merged or self.family == "chatglm":  # qkv_proj
                 yield rows + 2 * (self.kv_heads or self.heads) * self.head_dim, hidden
             yield rows, hidden
             if rows != hidden:
