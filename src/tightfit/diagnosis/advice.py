@@ -174,7 +174,8 @@ def _with_others(case: Case, order: _Order) -> _Order:
     is_own = is_own or (others.label == LIKELY and case.evidence.grows in _QUADRATIC)
     others = _with_other_card(others, case) if decides else others
     if decides and not is_own and not _are_few(others, case.facts):
-        return _Order([*first, others], [] if _are_most(others, case.facts) else cures, last)
+        keep = case.evidence.grows in _OWN_CAUSES or not _are_most(others, case.facts)
+        return _Order([*first, others], cures if keep else [], last)
     return _Order(first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]], last)
 
 
@@ -202,9 +203,9 @@ _TIMES = 2
 
 def _are_most(others: Remedy, facts: Facts) -> bool:
     """Return True if other programs hold so much more than this one that no fix of its own need is called for."""
-    own = facts.process_bytes or facts.reserved_bytes
-    is_measured = others.label == MEASURED and own is not None
-    return is_measured and (others.figures.others_bytes or 0) > _TIMES * (own or 0)
+    own, held = facts.process_bytes or facts.reserved_bytes, others.figures.others_bytes or 0
+    is_sure = others.label == MEASURED or held > (facts.total_bytes or 0) / 2
+    return is_sure and own is not None and held > _TIMES * own
 
 
 def _have_card(others: Remedy, facts: Facts) -> bool:

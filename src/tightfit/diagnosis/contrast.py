@@ -37,3 +37,22 @@ def switch_against(text: str) -> str | None:
     found = found or _WITHOUT.search(text)
     name = next(filter(None, found.groups()), None) if found else None
     return name if name and not _SAVES.search(name) else None
+
+
+_HELPED = re.compile(
+    r"(?<!not )(?<!n't )\b(?:[Ss]etting|[Cc]hanging|[Uu]sing|[Aa]dding|[Pp]assing|[Ee]nabling) (?:the )?"
+    r"(?:parameter |option |flag )?[`'\"]?(?P<setting>(?:--)?[A-Za-z]\w*_\w+ ?(?:=|to|:) ?[\w\"'.]{1,40}"
+    r"|--[a-z][\w-]{3,40}(?:[= ][\w.]{1,20})?)[`'\"]?"
+    r" (?:has |have )?(?:fix(?:es|ed)|solv(?:es|ed)|resolv(?:es|ed)|help(?:s|ed)|works?|worked|did the trick)\b"
+)
+
+
+def setting_that_helped(text: str) -> str | None:
+    """Return the setting by which the failure went away, by the report's words; None if it names none.
+
+    >>> setting_that_helped('Setting embeddings_storage_mode="none" fixed the issue for me.')
+    'embeddings_storage_mode="none"'
+    >>> setting_that_helped("Setting batch_size=1 did not help.")
+    """
+    found = _HELPED.search(text)
+    return found["setting"].strip("`") if found else None

@@ -1,5 +1,6 @@
 """The tensor of the failing request: from a play that fails like the log, or from the log itself."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -115,8 +116,15 @@ def _failing_line(facts: Facts, failure: Failure, *, of_script: bool) -> TraceFr
 
 def users_frame(facts: Facts) -> TraceFrame | None:
     """Return the innermost frame of the log's traceback outside of libraries, or else outside of PyTorch and Python."""
-    own = next((each for each in reversed(facts.frames) if not each.is_library), None)
-    return own or next((each for each in reversed(facts.frames) if _is_of_program(each)), None)
+    frames = [each for each in facts.frames if not _DISPATCHES.search(each.file.replace("\\", "/"))]
+    own = next((each for each in reversed(frames) if not each.is_library), None)
+    return own or next((each for each in reversed(frames) if _is_of_program(each)), None)
+
+
+_DISPATCHES = re.compile(
+    r"(?:^|/)(?:runpy|threading)\.py$|/(?:click|typer|fire|ipykernel|IPython)/|tensorflow/python/(?:client|framework)/"
+)
+"""Files that only call what a program does: Python's start, command lines, TensorFlow's sessions."""
 
 
 def _is_of_program(frame: TraceFrame) -> bool:

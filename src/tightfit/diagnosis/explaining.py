@@ -15,8 +15,9 @@ from tightfit.diagnosis.advice import advice, closing_first
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED, Cause, OtherKind
 from tightfit.diagnosis.causes import causes_of, is_of_device
 from tightfit.diagnosis.config_rules import fitted
-from tightfit.diagnosis.contrast import switch_against
+from tightfit.diagnosis.contrast import setting_that_helped, switch_against
 from tightfit.diagnosis.culprit import culprit_of_evidence, culprit_of_line, culprit_of_play
+from tightfit.diagnosis.done_already import is_done
 from tightfit.diagnosis.evidence import Evidence, evidence_of
 from tightfit.diagnosis.evidence_causes import with_closed
 from tightfit.diagnosis.explanation import Explanation
@@ -159,6 +160,9 @@ def _for_machine(found: Explanation) -> Explanation:
     if (name := switch_against(run.text)) is not None:
         off = replace(_OLDER_VERSION[0], code="switch_off", reason="switch_off", change=Switch(name=name))
         wanted = (*wanted[:1], off, *wanted[1:])
+    if (setting := setting_that_helped(run.text)) is not None:
+        told = replace(_OLDER_VERSION[0], code="told_setting", reason="told_setting", paste=(setting,))
+        wanted = (told, *(each for each in wanted if not is_done(each, setting)))
     tried = tried_in(run.text)
     wanted = tuple(sorted(wanted, key=lambda each: is_among(each, tried)))
     remedies = for_machine(wanted, facts, run.text, on_windows="windows" in run.signs)

@@ -8,6 +8,7 @@ import msgspec
 from tightfit.diagnosis.host_array import with_array, with_product
 from tightfit.diagnosis.printed_tables import holders, largest_allocation
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING, purpose_of, purpose_of_frames
+from tightfit.diagnosis.report_words import shows
 from tightfit.diagnosis.told_phase import phase_told
 from tightfit.diagnosis.told_shape import shape_of_pairs
 from tightfit.diagnosis.usual_models import model_of, printed_name
@@ -103,6 +104,7 @@ _OF_THE_RUN = {
     "xla_operator",
     "whole_data",
     "llama_kv_bytes",
+    "pictures",
 }
 """Details that the phase, the batch or the traceback shows."""
 
@@ -178,7 +180,7 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     if facts.kind == "host_allocator":
         return _of_host_allocator(facts, run)
     if facts.kind in ("host_memory_error", "host_numpy"):
-        return with_array(_of_fork(facts), run.text)
+        return _with_pictures(with_array(_of_fork(facts), run.text))
     if facts.kind == "program_words" and (shape := shape_of_pairs(run.text)):
         return _with(facts, "pairs_shape", shape)
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
@@ -314,7 +316,7 @@ def _in_prose(facts: Facts, run: RunFacts) -> Facts:
 
 def _of_driver(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of the CUDA runtime in a validation, or with a batch that cannot be smaller."""
-    if facts.phase == "eval":
+    if facts.phase == "eval" or shows(run.text, "subject.lacks_no_grad"):
         return _with(facts, "eval")
     if any(_ONTO_CARD.search(each.source or "") for each in facts.frames):
         return _with(facts, "map_location")
@@ -475,6 +477,17 @@ def _of_host_allocator(facts: Facts, run: RunFacts) -> Facts:
     if facts.frames and _LAYERS.search(facts.frames[-1].file):
         return _with(facts, "computing")
     return _with(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts
+
+
+_CHANNELS = (1, 3, 4)
+
+
+def _with_pictures(facts: Facts) -> Facts:
+    """Return a lack of the host's memory with the number of pictures in its array, by its four axes."""
+    sizes = [int(each) for each in facts.details.get("shape", "").split(",") if each.strip().isdigit()]
+    if len(sizes) != 4 or not {sizes[1], sizes[3]}.intersection(_CHANNELS) or sizes[0] < 2:
+        return facts
+    return _with(facts, "pictures", str(sizes[0]))
 
 
 _FORKS = r"\bos\.(?:popen|fork|system|spawn\w+|posix_spawn)\(|\bfork_exec\(|\bPopen\(|\bsubprocess\.\w+\("

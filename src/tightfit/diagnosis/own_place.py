@@ -54,7 +54,7 @@ def placed(remedy: Remedy, frames: Sequence[TraceFrame]) -> Remedy:
     if remedy.code in _AROUND and remedy.paste and remedy.paste[-1].endswith(":"):
         return replace(remedy, paste=(*remedy.paste, f"    {call.source}  # {_where(call)}"))
     if remedy.code in _OF_PASS and not remedy.paste:
-        return replace(remedy, paste=(f"{call.source}  # {_where(call)}: give it less at once",))
+        return replace(remedy, paste=(f"{call.source}  # {_where(call)}: fewer or smaller inputs in this call",))
     return remedy
 
 

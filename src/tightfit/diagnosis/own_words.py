@@ -109,11 +109,10 @@ def _of_program(code: str, evidence: Evidence) -> tuple[str, ...]:
     if evidence.infers or not (trains or has_own("split_general", program)):
         known = [each for each in known if each != "split_general"]
     words = words_of(known[0], evidence) if known else None
-    if program == "tensorflow" and re.search(_GRAPH, evidence.run.text) and not re.search(_KERAS, evidence.run.text):
+    if program == "tensorflow" and not re.search(_KERAS, evidence.run.text):
         return ()  # its words are Keras's
     return words.lines if words else ()
 
 
-_GRAPH = r"\[\[Node: |client[\\/]session\.py|tf\.Session|tensorflow[\\/]contrib"
 _KERAS = r"[Kk]eras|\bfit\(|\bfit_generator\b"
-"""Signs of TensorFlow's graphs, and of Keras, whose models have `fit`."""
+"""Signs of Keras, whose models have `fit`."""

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -136,11 +136,28 @@ _LAUNCHER = re.compile(
 """Files of programs that start others: their tracebacks tell only that one of these failed."""
 
 
+_BROKEN = re.compile(r"\S.{0,400}\.py:[ │|]*$")
+
+
+def _unbroken(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines, with the head of a frame of Rich's that its box broke behind the file as one."""
+    held = ""
+    for line in lines:
+        if held:
+            line, held = held + line.strip(" │|"), ""
+        elif _BROKEN.search(line):
+            held = line.rstrip(" │|")
+            continue
+        yield line
+    if held:
+        yield held
+
+
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
     waiting: TraceFrame | None = None
     boxed = numbered = False
     column = 0
-    for line in lines:
+    for line in _unbroken(lines):
         match = _FRAME.search(line)
         if match:
             if waiting:
