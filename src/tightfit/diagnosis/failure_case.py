@@ -148,6 +148,14 @@ class Case(NamedTuple):
         return is_open and self.shows("subject.model_size")
 
     @property
+    def may_be_of_language(self) -> bool:
+        """True if the model may be a language model, which the libraries of adapters and quantised weights know."""
+        if self.is_of("trainers") or self.is_of("language_models") or self.has_sign("deepspeed", "fsdp", "full_shard"):
+            return True
+        is_named = self.shows("subject.language_model") or self.shows("named_inputs.shorter_length")
+        return is_named or self.evidence.model is not None
+
+    @property
     def adapts(self) -> bool:
         """True if adapters are trained."""
         return self.has_sign("lora", "qlora")

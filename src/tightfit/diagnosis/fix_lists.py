@@ -204,7 +204,9 @@ def _lists_of_budget(case: Case) -> Iterator[str]:
         nearly = "if_all" if budget.exceeds_if_all else "nearly_full"
         nearly = "training" if case.facts.phase in ("load", "setup") else nearly  # no pass has begun
         yield from [nearly] if budget.may_exceed or budget.total_bytes is None else []
-    elif budget.total_bytes is None and evidence.framework is None:
+    elif (budget.total_bytes is None and evidence.framework is None) or (
+        budget.exceeds_if_all and evidence.grows in ("batch", "attention", "logits")
+    ):
         yield "if_all"
 
 

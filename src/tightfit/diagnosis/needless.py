@@ -289,6 +289,21 @@ def _has_no_quantizer(case: Case) -> bool:
     return case.program is None and not _OF_LANGUAGE.search(case.run.text)
 
 
+def _has_other_models(case: Case) -> bool:
+    """Return True for models that PEFT and bitsandbytes do not know, in a program without words of its own."""
+    return not case.may_be_of_language and not case.is_too_large
+
+
+def _knows(code: str, case: Case) -> bool:
+    return has_words(code, case.program or "")
+
+
+def _has_loop_of_its_own(code: str, case: Case) -> bool:
+    """Return True for a program of the tables whose evaluation its users do not write."""
+    is_theirs = case.program is None or case.is_of("libraries") or case.is_of("own_evaluation")
+    return case.facts.phase == "eval" and not is_theirs and not has_words(code, case.program or "")
+
+
 def _trains_without_quantizer(case: Case) -> bool:
     return case.evidence.trains and not case.has_own("quantized_weights")
 
@@ -494,6 +509,10 @@ _OF_THE_MODEL = (
     _Rule("lora", "the weights stay as they are", _loads_for_other_trainers),
     _Rule("lora", "adapters are trained already", lambda case: case.adapts or case.trains_part),
     _Rule("lora", "PyTorch is older than PEFT", lambda case: case.is_before("lora")),
+    _Rule("lora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("lora", case)),
+    _Rule("qlora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("qlora", case)),
+    _Rule("quantized_weights", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("quantized_weights", case)),
+    _Rule("spread_model", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("spread_model", case)),
     _Rule("text_encoder_first", "the text encoders stay", _has_encoders_to_train),
     _Rule("encoders_frozen", "they are, or can be cached", _freezes_encoders),
     _Rule("shard_quantized", "the weights are not in 4 bits", lambda case: not case.adapts_quantized),
@@ -523,6 +542,8 @@ _OF_THE_MODEL = (
     _Rule("spread_model", "the model is small", _is_small),
     _Rule("smaller_weights", "they have 4 bits", lambda case: case.adapts_quantized),
     _Rule("less_at_once", "the results are of the whole input", lambda case: case.evidence.grows == "windows"),
+    _Rule("eval_batch", "the program evaluates", lambda case: _has_loop_of_its_own("eval_batch", case)),
+    _Rule("outputs_to_host", "the program evaluates", lambda case: _has_loop_of_its_own("outputs_to_host", case)),
     _Rule("eval_batch", "the outputs of all batches are joined", lambda case: case.evidence.grows == "outputs"),
     _Rule("eval_batch", "the results are of the whole input", lambda case: case.evidence.grows == "windows"),
     _Rule("smaller_weights", "they have 16 bits", _is_weight_in_half),
