@@ -509,10 +509,22 @@ _OF_THE_MODEL = (
     _Rule("lora", "the weights stay as they are", _loads_for_other_trainers),
     _Rule("lora", "adapters are trained already", lambda case: case.adapts or case.trains_part),
     _Rule("lora", "PyTorch is older than PEFT", lambda case: case.is_before("lora")),
-    _Rule("lora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("lora", case)),
-    _Rule("qlora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("qlora", case)),
-    _Rule("quantized_weights", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("quantized_weights", case)),
-    _Rule("spread_model", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("spread_model", case)),
+    _Rule(
+        "lora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("lora", case)
+    ),
+    _Rule(
+        "qlora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("qlora", case)
+    ),
+    _Rule(
+        "quantized_weights",
+        "the model is not one of language",
+        lambda case: _has_other_models(case) and not _knows("quantized_weights", case),
+    ),
+    _Rule(
+        "spread_model",
+        "the model is not one of language",
+        lambda case: _has_other_models(case) and not _knows("spread_model", case),
+    ),
     _Rule("text_encoder_first", "the text encoders stay", _has_encoders_to_train),
     _Rule("encoders_frozen", "they are, or can be cached", _freezes_encoders),
     _Rule("shard_quantized", "the weights are not in 4 bits", lambda case: not case.adapts_quantized),
