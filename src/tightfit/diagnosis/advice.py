@@ -75,7 +75,7 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     cures = _cures(case)
     if case.is_of("without_torch"):
         return ranked(cures)
-    order = _with_others(case, _of_figures(case, cures))
+    order = _with_others(case, _of_figures(case, cures or list(_of_last_resort(case))))
     order = _with_allocator_setting(case, order)
     first, cures, last = order
     if facts.kind == "mps_out_of_memory":
@@ -111,6 +111,15 @@ def _cures(case: Case) -> list[Remedy]:
         codes.sort(key=lambda code: code in _OF_MANY_TENSORS)
     cures = in_own_words_first([fix(code, facts, evidence) for code in codes], evidence)
     return cures if evidence.framework is not None else [placed(each, facts.frames) for each in cures]
+
+
+def _of_last_resort(case: Case) -> Iterator[Remedy]:
+    """Yield what is left where no fix of the tables is about the program and its phase."""
+    facts, evidence = case
+    if facts.phase == "load" and case.shows("subject.reads_checkpoint") and not case.is_of("servers"):
+        yield fix("load_on_host", facts, evidence)
+    if not facts.frames:
+        yield Remedy(code="kind_whole_log", verdict=UNCHECKED, reason="general", label=LIKELY, exact=None)
 
 
 def _likely(code: str, pasted: str | None = None) -> Remedy:

@@ -27,6 +27,8 @@ _ROOM = 0.8
 """Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
 
 
+_OF_LANGUAGE = ("causal", "seq2seq", "encoder", "vision_language")
+"""Kinds of usual models that Transformers loads as language models."""
 _DATA_PARALLEL = re.compile(r"\bDataParallel\b|\bData Parallel\b")
 """PyTorch's class for several cards in one process. The name of the other class ends alike."""
 
@@ -153,7 +155,8 @@ class Case(NamedTuple):
         if self.is_of("trainers") or self.is_of("language_models") or self.has_sign("deepspeed", "fsdp", "full_shard"):
             return True
         is_named = self.shows("subject.language_model") or self.shows("named_inputs.shorter_length")
-        return is_named or self.evidence.model is not None
+        model = self.evidence.model
+        return is_named or (model is not None and model.kind in _OF_LANGUAGE)
 
     @property
     def adapts(self) -> bool:

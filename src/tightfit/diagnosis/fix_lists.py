@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from tightfit.diagnosis.failing_line import feeds_back
 from tightfit.diagnosis.failure_case import Case, loads_on_first_card
 from tightfit.diagnosis.figure_causes import fills_by_metal, is_filled_by_library, is_most_of_card
-from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, words_of
-from tightfit.diagnosis.framework_words import frameworks
+from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, is_own_option, words_of
+from tightfit.diagnosis.framework_words import frameworks, has_words
 from tightfit.diagnosis.model_budget import trains_all
 from tightfit.diagnosis.needless import needless
 from tightfit.diagnosis.own_options import options_of
@@ -331,9 +331,9 @@ def _names_smaller_inputs(case: Case, left_out: frozenset[str]) -> bool:
 
 def _has_words(code: str, case: Case) -> bool:
     """Return True unless a remedy needs words of the program, and it has none."""
-    needs_words = (
-        code in fix_tables()["needs_words"]["codes"]
-        or case.is_of("applications")
-        or (case.is_of("without_torch") and code not in _IN_ANY_LANGUAGE)
-    )
+    if case.is_of("applications"):
+        has_some = has_words(code, case.program or "") or is_own_option(code, case.evidence)
+        return has_some and words_of(code, case.evidence) is not None
+    is_open = case.is_of("without_torch") and code not in _IN_ANY_LANGUAGE
+    needs_words = is_open or code in fix_tables()["needs_words"]["codes"]
     return not needs_words or words_of(code, case.evidence) is not None

@@ -43,6 +43,11 @@ def words_of(code: str, evidence: Evidence) -> Pasted | None:
     return own_option(code, evidence, parts) or pasted(code, run.frameworks, values_to_fill(evidence, parts), run.text)
 
 
+def is_own_option(code: str, evidence: Evidence) -> bool:
+    """Return True if the report prints an option that a remedy is about."""
+    return own_option(code, evidence, divided(evidence)) is not None
+
+
 _ACROSS_BATCH = ("batch_norm", "pairs_in_batch")
 """Subjects of reports of models whose samples of a batch depend on each other."""
 

@@ -290,12 +290,22 @@ def _has_no_quantizer(case: Case) -> bool:
 
 
 def _has_other_models(case: Case) -> bool:
-    """Return True for models that PEFT and bitsandbytes do not know, in a program without words of its own."""
+    """Return True for models that PEFT and bitsandbytes do not know, or a program that does not take them."""
+    if case.program is not None and not case.is_of("libraries"):
+        return not case.is_too_large
     return not case.may_be_of_language and not case.is_too_large
 
 
+def _loads_other_models(case: Case) -> bool:
+    """Return True while one process loads a model that is small beside a card, as most but those of language are."""
+    is_theirs = case.program is None or case.is_of("libraries")
+    is_one = case.run.numbers.get("world_size", 1) == 1
+    return case.facts.phase in ("load", "setup") and is_theirs and is_one and _has_other_models(case)
+
+
 def _knows(code: str, case: Case) -> bool:
-    return has_words(code, case.program or "")
+    """Return True for a program with words for a remedy of language models: its own, or those of Transformers."""
+    return case.has_own(code) or (has_words(code, case.program or "") and not case.is_of("pictures"))
 
 
 def _has_loop_of_its_own(code: str, case: Case) -> bool:
@@ -569,6 +579,9 @@ _OF_THE_MODEL = (
     _Rule(
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
     ),
+    _Rule("outputs_reduced", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
+    _Rule("outputs_dropped", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
+    _Rule("outputs_to_host", "the program does not pass it on", lambda case: case.program == "axolotl"),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
     _Rule("spread_model", "it is on, over all cards", _spreads_over_all),
     _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),
@@ -580,6 +593,7 @@ _OF_THE_MODEL = (
     _Rule("shard", "the program has no words for it", lambda case: _has_no_words("shard", case)),
     _Rule("offload", "the program has no words for it", lambda case: _has_no_words("offload", case)),
     _Rule("shard", "nothing is trained", _may_train_nothing),
+    _Rule("shard", "the model is not one of language", _loads_other_models),
     _Rule("shard", "a model is loaded, and no training is shown", _loads_for_use),
     _Rule("shard", "one process loads a model for its adapters", _loads_for_adapters),
     _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
