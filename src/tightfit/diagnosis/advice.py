@@ -116,7 +116,8 @@ def _cures(case: Case) -> list[Remedy]:
 def _of_last_resort(case: Case) -> Iterator[Remedy]:
     """Yield what is left where no fix of the tables is about the program and its phase."""
     facts, evidence = case
-    if facts.phase == "load" and case.shows("subject.reads_checkpoint") and not case.is_of("servers"):
+    uses = case.is_of("servers") or case.is_of("trainers")
+    if facts.phase == "load" and case.shows("subject.reads_checkpoint") and not uses:
         yield fix("load_on_host", facts, evidence)
     if not facts.frames:
         yield Remedy(code="kind_whole_log", verdict=UNCHECKED, reason="general", label=LIKELY, exact=None)
@@ -245,6 +246,7 @@ def _with_allocator_setting(case: Case, order: _Order) -> _Order:
             return order
         holds, needs_newer = cache_holds_request(case.facts), segments.reason == "cache_needs_newer"
         place = int(holds and needs_newer and not is_cause) if is_cause or holds else _SHOWN_CURES
+        place = 1 if grows in _OWN_CAUSES and place == 0 else place
         place = min(len(cures), place)
         return _Order(first, [*cures[:place], segments, *cures[place:]], last)
     return _Order(first, cures, [segments, *last]) if segments.verdict == DOES_NOT_FIT else order

@@ -160,6 +160,8 @@ def _compared(facts: Facts, failure: Failure) -> Iterator[Compared]:
 
 def _kind_of(evidence: Evidence) -> str:
     """Return shape, name, line, model or parameters: a key of the words' table `culprit`."""
+    if evidence.line is None and evidence.sized is not None:
+        return "picture"
     if evidence.shape is not None:
         return "shape"
     if evidence.run.tensor_name:

@@ -13,6 +13,7 @@ from tightfit.diagnosis.failing_line import LineKind, line_before_message, line_
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget, budget_of
 from tightfit.diagnosis.named_card import least_bytes_in_words
+from tightfit.diagnosis.picture_scores import picture_scores
 from tightfit.diagnosis.printed_module import printed_module
 from tightfit.diagnosis.printed_sizes import sized_tensor
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
@@ -100,6 +101,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return "named_parameter"
         if self.line is not None:
             return self.line.tensor
+        if self.sized is not None:
+            return self.sized.tensor
         if self.is_all_parameters:
             return "shard"
         kinds = {fit.tensor for fit in self.fits} if self.is_complete else set()
@@ -404,7 +407,7 @@ def _with_sizes(facts: Facts, found: Evidence, within: Range) -> Evidence:
     Logits that are printed with three axes show the batch, where nothing else does.
     """
     if found.line is None:
-        return found
+        return msgspec.structs.replace(found, sized=picture_scores(found.run, within))
     inner = [found.line.frame, *(each for each in reversed(facts.frames[-_INNER:]) if each != found.line.frame)]
     sources, run, line = [each.source or "" for each in inner], found.run, found.line
     if facts.phase == "eval" and "eval_batch_size" in run.numbers:

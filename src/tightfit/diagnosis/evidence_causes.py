@@ -305,6 +305,10 @@ def _squeezed(text: str) -> str:
     return "".join(filter(str.isalnum, text.lower()))
 
 
+_OF_VOCABULARY = re.compile(r"lm_head|embed|\bwte\b")
+"""Parameters with a row a token, of which tables of models may be longer than usual."""
+
+
 def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
     """Yield tensors that have the request's size, where the log shows their kind."""
     run, fits, tokens = evidence.run, evidence.fits, evidence.tokens
@@ -315,6 +319,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
         if fit.tensor == "weight" and (not classes or any(map(_squeezed(" ".join(fit.models)).startswith, classes)))
     )
     is_other = _OF_PICTURES.search(run.tensor_name or "") or (evidence.model is None and _OF_OTHERS.search(run.text))
+    is_other = is_other or (evidence.model is None and _OF_VOCABULARY.search(run.tensor_name or ""))
     if weights and evidence.sized is None and not evidence.is_complete and not is_other:
         yield SizedWeights(code="weights_of_size", label=COMPUTED, requested_bytes=requested, weights=weights)
     shares = tuple(

@@ -100,6 +100,8 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
     if case.shows("subject.lacks_no_grad") and case.keeps_nothing:
         codes = ["no_gradients", *codes]
+    if case.is_of("with_servers") and case.shows("switches.share_of_server"):
+        codes = ["share_of_card", "smaller_cache", *codes]
     if loads_on_first_card(case):
         codes = ["load_on_host"]  # without the checkpoint there, it fits
     if case.is_of("sized_models"):
@@ -278,6 +280,8 @@ def _lists_of_phase(case: Case) -> Iterator[str]:
     if phase is None and case.has_sign("training_ended"):
         yield "after_training"
         return
+    if phase == "eval" and case.shows("subject.metrics_alone"):
+        yield "outputs"
     if phase == "eval" and case.is_of("share_batch"):
         yield "shared_batch"
     if phase in fix_tables()["fixes"]:

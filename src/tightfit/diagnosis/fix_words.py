@@ -58,6 +58,8 @@ def fix(code: str, facts: Facts, evidence: Evidence) -> Remedy:
         code = "fewer_frames"
     words = _reworded(code, words_of(code, evidence), facts, evidence)
     effect = applicability(code)
+    if effect == "needs_hardware" and (evidence.run.numbers.get("world_size", 1) > 1 or facts.device_index):
+        effect = "exact"  # the run has several cards
     if code == "split_general" and any(shows(evidence.run.text, f"subject.{each}") for each in _ACROSS_BATCH):
         effect = "changes_result"
     inputs = inputs_of(evidence) if code == "smaller_inputs" else code
@@ -127,10 +129,26 @@ def _reworded(code: str, words: Pasted | None, facts: Facts, evidence: Evidence)
     if words is None:
         return None
     words = _for_version(words, facts)
+    if code == "split_general" and _OF_BATCH_FILE.search(evidence.run.text) and words.lines:
+        words = replace(words, lines=(*words.lines, *_of_batch_file(words, evidence)))
     for change in _CHANGES:
         if (not change.codes or code in change.codes) and change.applies(evidence):
             words = replace(words, lines=tuple(change.line(each, facts, evidence) for each in words.lines))
     return words
+
+
+_OF_BATCH_FILE = re.compile(r'"train_micro_batch_size_per_gpu" ?: ?[1-9]')
+"""DeepSpeed's configuration with a number for the batch, which has to be that of the trainer."""
+
+
+def _of_batch_file(words: Pasted, evidence: Evidence) -> tuple[str, ...]:
+    """Return the lines for DeepSpeed's own file; none if the words are about it already."""
+    _, size, passes = divided(evidence)
+    if not (size and passes) or any("train_micro_batch" in line for line in words.lines):
+        return ()
+    before = accumulation(evidence) or 1
+    numbers = f'"train_micro_batch_size_per_gpu": {size}, "gradient_accumulation_steps": {passes}'
+    return (f"{numbers}  # in DeepSpeed's file",) if before else ()
 
 
 _OF_METRICS = Pasted(
@@ -295,6 +313,18 @@ _CHANGES = (
         lambda line, facts, evidence: line.replace(f"BATCH/{evidence.passes}", _BATCH_BY_NUMBER),
     ),
     _Change((), lambda evidence: True, _with_its_version),
+    _Change(
+        ("spread_model",),
+        lambda evidence: shows(evidence.run.text, "subject.device_map_auto"),
+        lambda line, facts, evidence: line.replace(
+            '"auto"', '"balanced_low_0"  # or max_memory={0: "20GiB", 1: "30GiB"}'
+        ),
+    ),
+    _Change(
+        ("outputs_reduced",),
+        lambda evidence: shows(evidence.run.text, "subject.tuple_outputs"),
+        lambda line, facts, evidence: line.replace("logits.argmax", "logits[0].argmax"),
+    ),
     _Change(("offload",), lambda evidence: True, _for_small_card),
     _Change(
         ("half_precision", "smaller_weights", "qlora", "quantized_weights"),

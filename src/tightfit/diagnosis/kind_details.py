@@ -169,6 +169,12 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     if facts.kind == "jax_out_of_memory":
         facts = msgspec.structs.replace(facts, details={**facts.details, **largest_allocation(run.text)})
         return _of_jax(facts, run)
+    if (
+        facts.kind == "onnx_out_of_memory"
+        and (facts.requested_bytes or 0) >= GIB
+        and not facts.details.keys() & _OF_ARENA
+    ):
+        return _with(facts, "one_tensor")
     if facts.kind == "tensorflow_host_memory" and _first_axis(facts) >= _OF_DATA_SET:
         return _with(facts, "whole_data")
     if facts.kind == "tensorflow_out_of_memory":
@@ -189,6 +195,8 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
 
 
+_OF_ARENA = {"cap", "full", "loading", "either"}
+"""Details of ONNX Runtime's arena that show more than the size of the request."""
 _USUAL_REQUESTS = 256
 """vLLM's own max_num_seqs on most cards."""
 _FEW_TOKENS = 512

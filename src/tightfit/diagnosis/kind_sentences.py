@@ -260,6 +260,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
         codes = [code for code in codes if code != "fewer_workers"]
     if memory_of(facts.kind) == "host" and not _LOADS_MODEL.search(run.text):
         codes = [code for code in codes if code != "quantised_load"]
+    if "wsl" not in run.signs:
+        codes = [code for code in codes if code != "wsl_memory"]
     if "one_worker" in known:
         codes = [code for code in codes if code != "fewer_workers"]
     if facts.kind == "jax_out_of_memory" and _is_beyond_named_card(facts, run):

@@ -580,6 +580,7 @@ _OF_THE_MODEL = (
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
     ),
     _Rule("outputs_reduced", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
+    _Rule("outputs_dropped", "metrics are wanted", lambda case: "compute_metrics" in case.run.text),
     _Rule("outputs_dropped", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
     _Rule("outputs_to_host", "the program does not pass it on", lambda case: case.program == "axolotl"),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
@@ -601,6 +602,9 @@ _OF_THE_MODEL = (
     _Rule("optimizer_8bit", "it is on", lambda case: case.shows("switches.adam_8bit")),
     _Rule("optimizer_8bit", "PyTorch is older than 8-bit optimizers", lambda case: case.is_before("optimizer_8bit")),
     _Rule("optimizer_8bit", "its state is not Adam's", _has_other_state),
+    _Rule("optimizer_8bit", "its state is on the host", lambda case: case.shows("switches.optimizer_on_host")),
+    _Rule("optimizer_8bit", "adapters have hardly any", lambda case: case.adapts),
+    _Rule("offload", "it is on", lambda case: case.shows("switches.all_on_host")),
     _Rule("optimizer_8bit", "the state is small", lambda case: not case.has_large_state),
 )
 """Remedies of weights and optimizer state."""

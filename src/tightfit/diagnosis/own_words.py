@@ -16,7 +16,7 @@ from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, Resized
 from tightfit.diagnosis.report_words import shows
 
-_BEFORE_OWN = frozenset({"other_library", "fused_kernel", "shapes_first"})
+_BEFORE_OWN = frozenset({"load_on_host", "other_library", "fused_kernel", "shapes_first"})
 """Cures of a known cause, which come before the user's own options."""
 _NAMED = frozenset({"fewer_atoms", "shorter_protein"})
 """Inputs that have no batch: one system or one structure is what a pass holds."""
@@ -33,7 +33,9 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
     A trainer of language models has words for nearly all of them: its order is the tables'.
     """
     text = evidence.run.text
-    found = in_order_of_report([each for each in remedies if not is_done(each, text)], text)
+    found = in_order_of_report(_distinct([each for each in remedies if not is_done(each, text)]), text)
+    if evidence.grows == "attention" and evidence.line is None:  # told by the size of a picture
+        found.sort(key=lambda each: each.code != "fused_attention")
     if evidence.framework in programs("trainers"):
         return found
     first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
@@ -50,6 +52,12 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
         return 2 if is_among(each, tried) else int(each.code not in first and not _is_own(each, evidence))
 
     return sorted(found, key=place)
+
+
+def _distinct(remedies: Sequence[Remedy]) -> list[Remedy]:
+    """Return the remedies without those whose lines an earlier one has."""
+    firsts = {each.paste: each for each in reversed(remedies) if each.paste}
+    return [each for each in remedies if not each.paste or firsts[each.paste] is each]
 
 
 def _is_own(remedy: Remedy, evidence: Evidence) -> bool:

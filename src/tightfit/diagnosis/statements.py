@@ -136,7 +136,7 @@ def _told_purpose(explanation: "Explanation", words: Words) -> Iterator[str]:
 
 _TRAINS, _INFERS = ("told_training", "told_training_by"), ("told_inference", "told_inference_by")
 """Sentences on a purpose that is supposed, and on one that words of the log show."""
-_OF_PURPOSE = ("self_test", "pass_of_", "held_by_server", "share_of_server")
+_OF_PURPOSE = ("grows_saving", "self_test", "pass_of_", "held_by_server", "share_of_server")
 """Causes that name a training, or the use of a trained model."""
 
 

@@ -355,6 +355,10 @@ _MEETS = re.compile(
     r"[^.\n]{0,40}\b(?:out[ -]of[ -]memory|OOM)\b"
     r"|\buntil (?:it |I |we |the \w+ )?(?:gets? |goes |hits? |is |runs? )?(?:OOM|out[ -]of[ -]memory)\b"
     r"|\b(?:CUDA|GPU) out of memory\b[^.\n]{0,20}\b(?:even|although|despite)\b"
+    r"|\b(?:this|that|which|it|code|script|command|call)\b[^.\n]{0,20}\b(?:throws?|threw|gives?|gave|raises?|raised|causes?"
+    r"|caused|leads? to|results? in|ends? (?:up )?in|crash\w* with|fails? with|dies with)\b"
+    r"[^.\n]{0,25}\b(?:out[ -]of[ -]memory|OOM)\b"
+    r"|\bfills? (?:up )?(?:the |my |all )?(?:whole |entire )?(?:GPU|VRAM|graphics card)\b"
     r"|\b(?:CUDA|GPU)(?: memory)? (?:will be|is|was|gets?|got|goes|went|runs?|ran) out of memory\b",
     re.IGNORECASE | re.ASCII,
 )
@@ -373,7 +377,11 @@ def met_in(lines: Sequence[str]) -> str | None:
     if not any(map(_OF_DEVICE.search, lines)):
         return None
     sentences = (each for line in lines if _MEETS.search(line) for each in _SENTENCES.split(line))
-    told = (each for each in sentences if _MEETS.search(each) and not re.search(r"\bif\b(?! [Ii]\b)", each))
+    told = (
+        each
+        for each in sentences
+        if _MEETS.search(each) and not re.search(r"(?<!even )(?<!as )\bif\b(?! [Ii]\b)", each)
+    )
     found = next((line for line in told if not _denies(line)), None)
     return " ".join(found.split()).strip(" #*`")[:300] if found else None
 
