@@ -73,7 +73,8 @@ def test_every_sentence_is_used(key: str):
 def _is_formed(table: str, name: str) -> bool:
     """Codes that are put together: a hint's name behind `hint_`, what a tensor grows with, the model's memory."""
     if table == "causes" and name.startswith("grows_"):
-        return name.removeprefix("grows_") in {each["grows"] for each in LINES.values()}
+        grows = name.removeprefix("grows_")
+        return grows in {each["grows"] for each in LINES.values()} or f'return "{grows}"' in CODE
     if table == "causes" and name.startswith("budget_"):
         return name.removesuffix("_in_4_bits").removesuffix("_divided") in ("budget_weights", "budget_training")
     if table == "effects":

@@ -159,6 +159,13 @@ class FirstAxis(Cause, frozen=True, kw_only=True):
     one_bytes: int
 
 
+class ToldShape(Cause, frozen=True, kw_only=True):
+    """The largest shape that a report names, as a tensor of float32."""
+
+    shape: tuple[int, ...]
+    bytes: int
+
+
 class ShardShare(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     dtype: str

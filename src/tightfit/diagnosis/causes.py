@@ -1,9 +1,11 @@
 """Causes of a failure, the most important first, each with its figures and its evidence."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from tightfit.diagnosis import kind_sentences
 from tightfit.diagnosis.cause_records import (
+    COMPUTED,
     SIMULATED,
     CategoryBytes,
     Cause,
@@ -15,6 +17,7 @@ from tightfit.diagnosis.cause_records import (
     OtherKind,
     PlayFits,
     StateToCome,
+    ToldShape,
     TrainingToo,
 )
 from tightfit.diagnosis.culprit import Culprit
@@ -22,6 +25,7 @@ from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.evidence_causes import causes_of_evidence, causes_of_purpose, causes_of_report
 from tightfit.diagnosis.figure_causes import DECISIVE, cache_holds_request, causes_of_figures
 from tightfit.diagnosis.outcome import Outcome
+from tightfit.diagnosis.told_shape import largest_shape
 from tightfit.diagnosis.variants import Variant
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, others_might_do
@@ -85,7 +89,7 @@ def causes_of(
     if cache_holds_request(facts):
         rest, others = _with_pieces(rest, others)
     found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
-    shown = tuple(found) or (_of_little(facts),)
+    shown = tuple(found) or (_of_little(facts, evidence.run.text if evidence is not None else ""),)
     is_bare = facts.requested_bytes is None and not (culprit or first)
     if evidence is not None and (is_bare or _is_of_server(facts, evidence, found)):
         return _with_purpose(shown, facts, evidence)
@@ -144,12 +148,15 @@ def _code_of_full(facts: Facts) -> str:
     return "fills_card_alone" if facts.cache_would_do is False and not others_might_do(facts) else "fills_card"
 
 
-def _of_little(facts: Facts) -> Cause:
+def _of_little(facts: Facts, text: str) -> Cause:
     """Return the one cause of a message that shows no other."""
     held, total = facts.process_bytes or facts.allocated_bytes, facts.total_bytes
     if held and total and held > total // 2:
         return FillsCard(code=_code_of_full(facts), held_bytes=held, total_bytes=total)
     if facts.requested_bytes is None:
+        shape = largest_shape(text)
+        if shape:
+            return ToldShape(code="told_shape", label=COMPUTED, shape=shape, bytes=4 * math.prod(shape))
         return Cause(code="unstated")
     return Cause(code="request_alone" if facts.total_bytes is None else "held_unstated")
 

@@ -134,6 +134,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return self.line.grows
         if "optimizer_init" in self.run.signs:
             return "state"
+        if "large_dictionary" in self.run.signs:
+            return "dictionary"
         if self._is_over_vocabulary:
             return "logits"
         if self.shape is not None:

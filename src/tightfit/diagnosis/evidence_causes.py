@@ -165,6 +165,8 @@ def causes_of_purpose(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     has_no_effect = Case(facts, evidence).quantity_without_effect is not None
     if has_no_effect or (budget is not None and (budget.exceeds or budget.what == "partial")):
         return
+    if evidence.grows == "dictionary":
+        return
     code = _code_of_purpose(facts, evidence, trains=trains)
     if code is not None and "growing" not in facts.details:
         yield Cause(code=code, label=LIKELY)

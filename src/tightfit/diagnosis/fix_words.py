@@ -293,6 +293,7 @@ class _Change(NamedTuple):
     """Returns a line, changed."""
 
 
+_OF_CARDS = '  # or with max_memory={0: "20GiB", 1: "30GiB"}'
 _BATCH_BY_NUMBER = "4  # a number instead of -1, which a short test chooses"
 _CHANGES = (
     _Change(
@@ -316,9 +317,7 @@ _CHANGES = (
     _Change(
         ("spread_model",),
         lambda evidence: shows(evidence.run.text, "subject.device_map_auto"),
-        lambda line, facts, evidence: line.replace(
-            '"auto"', '"balanced_low_0"  # or max_memory={0: "20GiB", 1: "30GiB"}'
-        ),
+        lambda line, facts, evidence: line.replace('"auto"', '"balanced_low_0"') + _OF_CARDS,
     ),
     _Change(
         ("outputs_reduced",),

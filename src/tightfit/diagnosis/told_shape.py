@@ -1,5 +1,6 @@
 """The shape of a tensor of all pairs that a report tells in a sentence."""
 
+import math
 import re
 
 _SHAPE = (
@@ -42,3 +43,21 @@ def _is_pair(one: str, other: str) -> bool:
     stems = re.fullmatch(_STEM, one), re.fullmatch(_STEM, other)
     is_alike = stems[0] is not None and stems[1] is not None and stems[0]["stem"] == stems[1]["stem"]
     return is_alike or {one.lower(), other.lower()} in _ALIKE
+
+
+_NAMED_SHAPE = re.compile(r"[\[(](\d{1,10}(?:, ?\d{1,10}){1,4})[\])]")
+_LEAST, _MOST = 2**30, 2**50
+"""Bytes of a tensor that a card hardly holds many of, and of one that nobody has."""
+
+
+def largest_shape(text: str) -> tuple[int, ...]:
+    """Return the largest shape of a text whose tensor of float32 is large, or none.
+
+    >>> largest_shape("the return of message is [9075063, 1] * [9075063, 200]")
+    (9075063, 200)
+    >>> largest_shape("kernel (3, 3) of [64, 64]")
+    ()
+    """
+    shapes = [tuple(int(each) for each in found.split(",")) for found in _NAMED_SHAPE.findall(text)]
+    large = [each for each in shapes if _LEAST <= 4 * math.prod(each) < _MOST]
+    return max(large, key=math.prod, default=())
