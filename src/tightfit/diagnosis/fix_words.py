@@ -293,7 +293,7 @@ class _Change(NamedTuple):
     """Returns a line, changed."""
 
 
-_OF_CARDS = '  # or with max_memory={0: "20GiB", 1: "30GiB"}'
+_OF_CARDS = "  # or max_memory, with less for card 0"
 _BATCH_BY_NUMBER = "4  # a number instead of -1, which a short test chooses"
 _CHANGES = (
     _Change(
