@@ -1,6 +1,7 @@
 """The lists of advice.toml that fit a failure, and the codes of those fixes that its run can take."""
 
 import math
+import re
 from collections.abc import Iterator
 
 from tightfit.diagnosis.failing_line import feeds_back
@@ -138,6 +139,8 @@ _OF_GROWTH = ("growing", "accumulates", "ran_first")
 def _with_growth(codes: list[str], case: Case) -> list[str]:
     """Return the codes with the fixes for kept results first, if earlier passes went well by the report."""
     facts, evidence = case
+    if evidence.infers and any(_KEEPS.search(each.source or "") for each in facts.frames if not each.is_library):
+        return [*_OF_KEPT_RESULTS, *codes]
     may_keep = not (case.is_oversized or is_most_of_card(facts) or had_room(facts))
     is_open = case.program is None or case.is_of("libraries") or case.has_own("outputs_to_host")
     if evidence.infers and is_open and may_keep and case.has_sign(*_OF_GROWTH):
@@ -147,6 +150,10 @@ def _with_growth(codes: list[str], case: Case) -> list[str]:
     if (grows and facts.phase != "save") or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes
+
+
+_KEEPS = re.compile(r"\.(?:append|extend)\((?!.*\b(?:cpu|item|numpy|tolist)\(\))\w+\(")
+"""A line that appends what a call returns to a list, as it is."""
 
 
 def _with_kept_results(codes: list[str], case: Case) -> list[str]:

@@ -186,6 +186,14 @@ def _is_without_gradients(case: Case) -> bool:
     return case.has_sign("no_grad") and not case.shows("subject.lacks_no_grad")
 
 
+_TURN_OFF = ("transformers/generation/", "transformers/pipelines/", "diffusers/pipelines/", "SentenceTransformer.py")
+"""Files with functions that users call, and that turn gradients off themselves."""
+
+
+def _calls_without_gradients(case: Case) -> bool:
+    return any(case.passes_file(each) for each in _TURN_OFF)
+
+
 def _evaluates_without_gradients(case: Case) -> bool:
     return case.facts.phase in ("eval", "gather") and case.is_of("evaluates_without_gradients")
 
@@ -299,8 +307,12 @@ def _has_other_models(case: Case) -> bool:
 def _loads_other_models(case: Case) -> bool:
     """Return True while one process loads a model that is small beside a card, as most but those of language are."""
     is_theirs = case.program is None or case.is_of("libraries")
-    is_one = case.run.numbers.get("world_size", 1) == 1
+    is_one = case.evidence.is_of_one_process and not case.passes_file("parallel/distributed.py")
     return case.facts.phase in ("load", "setup") and is_theirs and is_one and _has_other_models(case)
+
+
+def _encodes_sentences(case: Case) -> bool:
+    return case.program == "sentence_transformers" and "Trainer" not in case.run.text
 
 
 def _knows(code: str, case: Case) -> bool:
@@ -460,6 +472,7 @@ _OF_THE_PASS = (
     _Rule("checkpointing_general", "the frozen encoder keeps nothing", _encodes_pictures),
     _Rule("checkpointing_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
     _Rule("fused_kernel", "the line is of something else", lambda case: not case.is_attentions_output),
+    _Rule("fused_attention", "the picture is being decoded", lambda case: case.passes_file("autoencoder")),
     _Rule("fused_attention", "it is on", lambda case: case.has_sign("flash") or case.is_attentions_output),
     _Rule("fused_attention", "the model has none", _is_without_fused_attention),
     _Rule("fused_attention", "it is on by itself", _is_fused_by_itself),
@@ -474,6 +487,7 @@ _OF_THE_PASS = (
     _Rule("reference_first", "there is no reference model", lambda case: not _has_reference(case)),
     _Rule("no_gradients", "the program turns them off", _evaluates_without_gradients),
     _Rule("no_gradients", "they are off", _is_without_gradients),
+    _Rule("no_gradients", "the library's function turns them off", _calls_without_gradients),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
     _Rule("no_gradients", "a training needs them", _needs_gradients),
     _Rule("no_gradients", "it may be a training", _may_train),
@@ -579,12 +593,18 @@ _OF_THE_MODEL = (
     _Rule(
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
     ),
+    _Rule("outputs_reduced", "no trainer evaluates", _encodes_sentences),
+    _Rule("outputs_dropped", "no trainer evaluates", _encodes_sentences),
+    _Rule("outputs_generated", "no trainer evaluates", _encodes_sentences),
     _Rule("outputs_reduced", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
     _Rule("outputs_dropped", "metrics are wanted", lambda case: "compute_metrics" in case.run.text),
     _Rule("outputs_dropped", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
     _Rule("outputs_to_host", "the program does not pass it on", lambda case: case.program == "axolotl"),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
     _Rule("spread_model", "it is on, over all cards", _spreads_over_all),
+    _Rule(
+        "shard", "it is on", lambda case: case.passes_file("zero/stage3") or case.passes_file("partition_parameters")
+    ),
     _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),
     _Rule("shard", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized),
     _Rule("shard", "Unsloth is for one card", lambda case: case.program == "unsloth"),
