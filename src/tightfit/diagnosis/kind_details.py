@@ -192,9 +192,13 @@ def with_run(facts: Facts, run: RunFacts) -> Facts:
     if facts.kind == "program_words" and facts.phase in ("load", "resume", "setup"):
         is_told = facts.phase == "resume" and "told_phase" in facts.details
         return _with(facts, "resuming" if is_told else "loading")
+    if facts.kind == "host_killed" and _LOADS_ON.search(run.text):
+        return _with(facts, "loading_ranks" if len(_KILLED_RANKS.findall(run.text)) > 1 else "loading")
     return _of_job(facts, run) if facts.kind in ("host_killed", "job_memory_limit") else facts
 
 
+_KILLED_RANKS = re.compile(r"Killing subprocess \d")
+"""A line of DeepSpeed's launcher for each of its processes."""
 _OF_ARENA = {"cap", "full", "loading", "either"}
 """Details of ONNX Runtime's arena that show more than the size of the request."""
 _USUAL_REQUESTS = 256

@@ -351,13 +351,14 @@ _ANYHOW = re.compile(
 
 
 _MEETS = re.compile(
-    r"\b(?:I|we|it|and)\b[^.\n]{0,40}\b(?:get|gets|getting|got|hit|hits|facing|keeps?|ran|runs?|met|receive\w*)\b"
+    r"\b(?:I|we|it|and)\b[^.\n]{0,40}\b(?:get|gets|getting|got|hit|hits|facing|faced|encounter\w*|experienc\w*|see|saw|keeps?|ran|runs?|met|receive\w*)\b"
     r"[^.\n]{0,40}\b(?:out[ -]of[ -]memory|OOM)\b"
     r"|\buntil (?:it |I |we |the \w+ )?(?:gets? |goes |hits? |is |runs? )?(?:OOM|out[ -]of[ -]memory)\b"
     r"|\b(?:CUDA|GPU) out of memory\b[^.\n]{0,20}\b(?:even|although|despite)\b"
     r"|\b(?:this|that|which|it|code|script|command|call)\b[^.\n]{0,20}\b(?:throws?|threw|gives?|gave|raises?|raised|causes?"
     r"|caused|leads? to|results? in|ends? (?:up )?in|crash\w* with|fails? with|dies with)\b"
     r"[^.\n]{0,25}\b(?:out[ -]of[ -]memory|OOM)\b"
+    r"|(?:张量|模型).{0,40}内存分配|(?:内存|显存)分配(?:错误|失败)"
     r"|\bfills? (?:up )?(?:the |my |all )?(?:whole |entire )?(?:GPU|VRAM|graphics card)\b"
     r"|\b(?:CUDA|GPU)(?: memory)? (?:will be|is|was|gets?|got|goes|went|runs?|ran) out of memory\b",
     re.IGNORECASE | re.ASCII,
