@@ -110,7 +110,27 @@ def _cures(case: Case) -> list[Remedy]:
     if case.fills_card_at_once:
         codes.sort(key=lambda code: code in _OF_MANY_TENSORS)
     cures = in_own_words_first([fix(code, facts, evidence) for code in codes], evidence)
+    if case.shows_no_code:
+        whole = Remedy(code="kind_whole_log", verdict=UNCHECKED, reason="general", label=LIKELY, exact=None)
+        cures = [_without_code(each) for each in cures]
+        return cures if any(each.paste for each in cures) else [*cures[:_BEFORE_LOG], whole, *cures[_BEFORE_LOG:]]
     return cures if evidence.framework is not None else [placed(each, facts.frames) for each in cures]
+
+
+_BEFORE_LOG = 3
+"""Fixes that are shown before the one that asks for the whole log."""
+
+
+def _without_code(remedy: Remedy) -> Remedy:
+    """Return a remedy without lines of PyTorch for a loop that somebody else may have written."""
+    is_code = remedy.paste == to_paste(remedy.code) or any(_OF_LOOP.search(line) for line in remedy.paste)
+    return replace(remedy, paste=(), page="") if is_code else remedy
+
+
+_OF_LOOP = re.compile(
+    r"^(?:x = torch\.utils|with torch\.|optimizer\.step\(\)|outputs\.append|optimizer = |[a-z_]*batch_size = )"
+)
+"""Lines of a training or an evaluation in PyTorch."""
 
 
 def _of_last_resort(case: Case) -> Iterator[Remedy]:

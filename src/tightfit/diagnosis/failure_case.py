@@ -179,6 +179,13 @@ class Case(NamedTuple):
         return self.evidence.line is None and not self.is_of("applications") and self.shows("subject.sequences")
 
     @property
+    def shows_no_code(self) -> bool:
+        """True for a person's report of an unknown program without a line of code: it may be anybody's."""
+        is_report = self.run.text.lstrip().startswith("# ")
+        is_open = self.program is None and not self.facts.frames
+        return is_report and is_open and not self.shows("subject.own_code") and self.evidence.line is None
+
+    @property
     def is_foreign(self) -> bool:
         """True for an unknown program that uses a trained model, in a report without any line of its code."""
         uses = self.evidence.infers or self.evidence.is_of_unknown_purpose

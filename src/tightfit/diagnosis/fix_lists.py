@@ -125,6 +125,8 @@ def _in_order_of_use(codes: list[str], case: Case) -> list[str]:
     if case.program in _WITH_PREFILL:
         is_first = case.shows("subject.prefill")
         codes.sort(key=lambda code: (code == "less_at_once") != is_first)
+    if case.shows("subject.decodes_titled"):
+        codes = ["vae_in_tiles", *codes]
     if case.shows("subject.any_picture_size"):  # its pictures have any size
         codes.sort(key=lambda code: code not in ("fewer_pixels", "smaller_inputs"))
     return codes
