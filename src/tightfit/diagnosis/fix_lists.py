@@ -103,6 +103,8 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
         codes = ["no_gradients", *codes]
     if case.is_of("with_servers") and case.shows("switches.share_of_server"):
         codes = ["share_of_card", "smaller_cache", *codes]
+    if case.shows("subject.second_model"):
+        codes = ["free_training", *codes]
     if case.shows("subject.spread_unevenly"):
         codes = ["spread_model", *codes]
     if loads_on_first_card(case):

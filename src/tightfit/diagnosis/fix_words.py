@@ -283,6 +283,17 @@ def _for_small_card(line: str, facts: Facts, evidence: Evidence) -> str:
     return line.replace("--medvram", "--lowvram") if is_small or "--medvram" in evidence.run.text else line
 
 
+_ARGUMENT = re.compile(r"^([a-z]\w*)=(\"?[\w./-]+\"?)(?=\s|$)")
+"""An argument in Python with a plain value."""
+
+
+def _as_option(line: str, facts: Facts, evidence: Evidence) -> str:
+    """Return a trainer's argument as an option of the command that the report shows, under the name that it has."""
+    line = _ARGUMENT.sub(lambda found: f"--{found[1]} {found[2].strip(chr(34))}", line)
+    is_old = "per_device_train_batch_size" not in evidence.run.text and "--train_batch_size" in evidence.run.text
+    return line.replace("--per_device_train_batch_size", "--train_batch_size") if is_old else line
+
+
 class _Change(NamedTuple):
     """A change of a remedy's lines that some runs need."""
 
@@ -313,6 +324,7 @@ _CHANGES = (
         lambda evidence: shows(evidence.run.text, "switches.batch_measured"),
         lambda line, facts, evidence: line.replace(f"BATCH/{evidence.passes}", _BATCH_BY_NUMBER),
     ),
+    _Change((), lambda evidence: shows(evidence.run.text, "switches.trainer_by_options"), _as_option),
     _Change((), lambda evidence: True, _with_its_version),
     _Change(
         ("spread_model",),
