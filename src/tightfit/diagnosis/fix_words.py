@@ -290,6 +290,7 @@ _ARGUMENT = re.compile(r"^([a-z]\w*)=(\"?[\w./-]+\"?)(?=\s|$)")
 def _as_option(line: str, facts: Facts, evidence: Evidence) -> str:
     """Return a trainer's argument as an option of the command that the report shows, under the name that it has."""
     line = _ARGUMENT.sub(lambda found: f"--{found[1]} {found[2].strip(chr(34))}", line)
+    line = line.replace("# fp16=True", "# --fp16 True")
     is_old = "per_device_train_batch_size" not in evidence.run.text and "--train_batch_size" in evidence.run.text
     return line.replace("--per_device_train_batch_size", "--train_batch_size") if is_old else line
 

@@ -191,7 +191,7 @@ _TURN_OFF = ("transformers/generation/", "transformers/pipelines/", "diffusers/p
 
 
 def _calls_without_gradients(case: Case) -> bool:
-    return any(case.passes_file(each) for each in _TURN_OFF)
+    return any(case.passes_file(each) for each in _TURN_OFF) or case.is_of("without_gradients")
 
 
 def _evaluates_without_gradients(case: Case) -> bool:
