@@ -93,8 +93,9 @@ def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: b
         yield from _fix(remedy, said, words, verbose=verbose)
     if any(_PLACEHOLDER.search(line) for remedy in shown for line in remedy.paste):
         yield words("assumed", "placeholders")
-    if left := len(explanation.remedies) - len(shown):
-        yield words("assumed", "more_fixes", count=left)
+    left = [each for each in explanation.remedies if each not in shown]
+    if any(each.code != "empty_cache" for each in left):  # of which every log would say the same
+        yield words("assumed", "more_fixes", count=len(left))
     if verbose:
         for what in explanation.not_modelled:
             yield words("assumed", "not_modelled", what=what)
