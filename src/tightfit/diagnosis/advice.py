@@ -38,6 +38,7 @@ from tightfit.diagnosis.remedies import (
 )
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room, ownership
+from tightfit.units import GIB
 
 _SHOWN_CURES = 4
 _OWN_CAUSES = frozenset({"loading", "resuming", "saving", "outputs"})
@@ -182,11 +183,25 @@ def _of_shared_memory(case: Case) -> Iterator[Remedy]:
         yield from [_likely("gtt_limit")] if case.facts.kind == "hip_out_of_memory" else []
 
 
+_DESKTOP = 16.5 * GIB
+"""Memory of the largest card that is usual in a machine of one's own."""
+
+
+def _may_be_windows(case: Case) -> bool:
+    """Return True for a person's report of one process on a small card, in which nothing shows the system."""
+    is_report = case.run.text.lstrip().startswith("# ") and case.run.numbers.get("world_size", 1) == 1
+    is_small = (case.facts.total_bytes or 0) < _DESKTOP
+    return is_report and is_small and not (case.evidence.is_on_windows or case.shows("subject.linux"))
+
+
 def _of_room(case: Case, first: list[Remedy]) -> list[Remedy]:
     """Return the first fixes of a card that had room: on Windows, its paging file may have been full."""
     first = [] if case.is_of("applications") else first
     of_host = case.shows("subject.host_memory")
-    paging = case.facts.kind in _WITH_PAGING and case.evidence.is_on_windows
+    known = case.facts.kind in _WITH_PAGING
+    if known and _may_be_windows(case):
+        return [*([] if of_host else first), fix("windows_paging_if", *case)]
+    paging = known and case.evidence.is_on_windows
     return [*([fix("windows_paging", *case)] if paging else []), *([] if of_host else first)]
 
 
@@ -256,10 +271,10 @@ def _with_allocator_setting(case: Case, order: _Order) -> _Order:
     first, cures, last = order
     segments, grows = _segments(case), case.evidence.grows
     may_be_pieces = not {"more_free_than_requested", "spills_to_host"} & set(case.facts.notes)
-    if segments.code in tried_in(case.run.text):
-        return _Order(first, [*cures, segments], last)
     if not may_be_pieces:
         return order
+    if segments.code in tried_in(case.run.text):
+        return _Order(first, [*cures, segments], last)
     if segments.reason in ("cache_might_do", "cache_needs_newer"):
         is_cause = cache_is_large(case.facts) and grows not in _OWN_CAUSES
         if not is_cause and (grows == "model" or cache_is_small(case.facts)):  # the next request fails as this one did

@@ -27,7 +27,7 @@ from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
 from tightfit.diagnosis.failure_case import Case, loads_on_first_card
-from tightfit.diagnosis.figure_causes import is_most_of_card, is_oversized
+from tightfit.diagnosis.figure_causes import holds_little, is_most_of_card, is_oversized
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.diagnosis.purpose import TRAINING
@@ -119,7 +119,7 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
 def _grows(facts: Facts, evidence: Evidence) -> bool:
     """Return True if the report says that memory grows, and the request is no single large one."""
     says_so = "growing" in evidence.run.signs or ("accumulates" in evidence.run.signs and not had_room(facts))
-    return says_so and not is_oversized(facts)
+    return says_so and not is_oversized(facts) and not holds_little(facts)
 
 
 _OF_PASSES = frozenset({"growing", "accumulates", "ran_first"})
@@ -257,6 +257,10 @@ _OF_MORE = (
 """Calls of a compiled model, or of a whole pass whose own lines were cut: it may be any of their tensors."""
 
 
+_ENDS_IN_FRAME = re.compile(r"File \"[^\"\n]{0,300}\s*\Z|File \"[^\"\n]{1,300}\"(?:, line(?: \d*)?)?[^\n]{0,40}\s*\Z")
+"""The head of a frame at the end of a text: the traceback went on."""
+
+
 def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     """Return the innermost line of the traceback, or the one that the report quotes; None where it may be cut."""
     frame = facts.frames[-1] if facts.frames else line_before_message(evidence.run.text)
@@ -266,6 +270,8 @@ def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
     if is_outer or any(each.search(frame.source) for each in _OF_MORE):
         return None
     if "traceback_cut" in facts.notes:
+        return None
+    if facts.frames and _ENDS_IN_FRAME.search(evidence.run.text):
         return None
     if facts.frames and evidence.run.text.rstrip(" `\n").endswith(frame.source):  # the paste ends within a traceback
         return None

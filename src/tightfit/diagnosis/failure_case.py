@@ -23,6 +23,10 @@ _OWN_SHARE, _SMALL_SHARE = 0.85, 0.02
 """Shares of a card: what a process holds if it nearly fills it, and a request that is small beside that."""
 _OF_INPUTS = ("split_general", "smaller_picture", "shorter_length")
 """Remedies by less in one pass."""
+_CARDS = 8
+"""Times the card from which on a request is no matter of a batch or a length."""
+_OF_NOBODY = 2**40
+"""Bytes that no card has."""
 _ROOM = 0.8
 """Share of the card that one sequence of a batch may take, for a smaller batch to be a fix of an oversized request."""
 
@@ -73,6 +77,15 @@ class Case(NamedTuple):
     def is_oversized(self) -> bool:
         """True if the request alone is larger than the card."""
         return is_oversized(self.facts)
+
+    @property
+    def is_absurd(self) -> bool:
+        """True for a request of so many cards that a count, an index or a shape must be wrong."""
+        requested, total = self.facts.requested_bytes or 0, self.facts.total_bytes
+        is_many = total is not None and requested > _CARDS * total
+        is_open = self.evidence.grows in (None, "batch") and self.evidence.sized is None
+        is_open = is_open and (self.program is None or self.is_of("libraries"))
+        return (is_many or requested >= _OF_NOBODY) and is_open
 
     @property
     def fills_card_at_once(self) -> bool:

@@ -82,6 +82,12 @@ def is_oversized(facts: Facts) -> bool:
     return requested is not None and requested.low > (_LARGEST_CARD if total is None else total.high)
 
 
+def holds_little(facts: Facts) -> bool:
+    """Return True if PyTorch's cache is most of what the process holds: what grows from outside is the cache."""
+    held, reserved = facts.allocated_bytes, facts.reserved_bytes
+    return held is not None and reserved is not None and held < reserved / 2
+
+
 def is_most_of_card(facts: Facts) -> bool:
     """Return True if the request alone is most of the card."""
     requested, total = facts.figures.get("requested_bytes"), facts.total_bytes

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tightfit.diagnosis.failing_line import feeds_back
 from tightfit.diagnosis.failure_case import Case, loads_on_first_card
-from tightfit.diagnosis.figure_causes import fills_by_metal, is_filled_by_library, is_most_of_card
+from tightfit.diagnosis.figure_causes import fills_by_metal, holds_little, is_filled_by_library, is_most_of_card
 from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, is_own_option, words_of
 from tightfit.diagnosis.framework_words import frameworks, has_words
 from tightfit.diagnosis.model_budget import trains_all
@@ -28,6 +28,8 @@ _FLAT = ("shard", "zero_partition")
 """Tensors of many parameters in one, which no pass makes larger."""
 _UNDIVIDED = (1, 2)
 """Stages of ZeRO at which each card holds all parameters."""
+_OF_SAVING = ("save_adapters", "save_on_host")
+"""Remedies that need no option: what is written, and where it is put together."""
 _OWN_LISTS = ("optimizer_temporary", _GATHERED)
 """Kinds of tensors with fixes of their own."""
 _RARELY_ONES_OWN = ("smaller_model", "no_gradients")
@@ -52,6 +54,8 @@ _MOST_OF_WEIGHTS = 0.4
 
 def codes_for(case: Case) -> list[str]:
     """Return the codes of remedies that this run can take, the surest first."""
+    if case.is_absurd:
+        return ["shapes_first"]
     left_out = needless(case)
     applied = [code for code in dict.fromkeys(_fitting(case)) if _applies(code, case, left_out)]
     adapters = [each for each in applied if each in ("lora", "qlora")]
@@ -151,6 +155,7 @@ def _with_growth(codes: list[str], case: Case) -> list[str]:
         codes = _with_kept_results(codes, case)
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
     grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
+    grows = grows and not holds_little(facts)
     if (grows and facts.phase != "save") or feeds_back(facts.frames):
         codes = ["kept_graph", *codes]
     return codes
@@ -348,6 +353,8 @@ def _names_smaller_inputs(case: Case, left_out: frozenset[str]) -> bool:
 
 def _has_words(code: str, case: Case) -> bool:
     """Return True unless a remedy needs words of the program, and it has none."""
+    if code in _OF_SAVING and case.facts.phase == "save" and not case.is_of("servers"):
+        return True
     if case.is_of("applications"):
         has_some = has_words(code, case.program or "") or is_own_option(code, case.evidence)
         return has_some and words_of(code, case.evidence) is not None

@@ -248,7 +248,7 @@ def _with_phase(facts: Facts, run: RunFacts) -> Facts:
     return facts if told is None else _with(msgspec.structs.replace(facts, phase=told), "told_phase")
 
 
-_BESIDE_TRAINING = ("eval", "save")
+_BESIDE_TRAINING = ("eval", "save", "resume")
 """Phases whose traceback need not show them: they call what a training calls, or a library's own functions."""
 _OPEN_PHASES = (None, "forward")
 """Phases that leave open what a pass was for."""

@@ -6,6 +6,7 @@ lines are cleaned, parted by rank, and joined without white space for `messages`
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import IO
 
 from msgspec import Struct
@@ -23,7 +24,7 @@ from tightfit.oomlog.last_words import (
     shortened,
     told_in,
 )
-from tightfit.oomlog.log_lines import BEFORE, Stream, entries_of, regions_of, streams_of
+from tightfit.oomlog.log_lines import BEFORE, Entry, Stream, entries_of, regions_of, streams_of
 from tightfit.oomlog.log_record import (
     SURVIVED,
     Other,
@@ -259,10 +260,10 @@ class _Scan:
         """Keep a message that starts on the line `index` of its stream."""
         entry, (column, finish) = stream.entries[index], stream.span(message, index)
         message.exception = own_class(entry.line.body[:column], message.exception)
-        titles = entry.number == 1 and entry.line.body.startswith("# ")
+        titles = entry.number == 1 and (entry.line.body.startswith("# ") or _is_set_off(stream.entries[index + 1 :]))
         stand = standing(message, entry.line, column, finish, short_log=self._size < PATIENCE, is_title=titles)
         following = stream.entries[index + 1 : index + 13]
-        if stand is Standing.FAILURE and any(goes_on(later.line.body) for later in following):
+        if stand is Standing.FAILURE and not titles and any(goes_on(later.line.body) for later in following):
             stand = Standing.CAUGHT
         frames: tuple[TraceFrame, ...] = ()
         before: list[str] = []
@@ -426,6 +427,11 @@ class _Scan:
         printed = last_line(self._ending)
         message = facts.message if facts.message in printed else printed
         return replace(facts, message=message, notes=(*facts.notes, "log_ends_within"))
+
+
+def _is_set_off(following: Sequence[Entry]) -> bool:
+    """Return True if an empty line stands below a log's first line: it is a report's title, and no part of the log."""
+    return bool(following) and not following[0].line.body.strip()
 
 
 def _notes_of(known: Facts, facts: Facts, framed: Facts) -> tuple[str, ...]:
