@@ -107,8 +107,6 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
         codes = ["no_gradients", *codes]
     if case.is_of("with_servers") and case.shows("switches.share_of_server"):
         codes = ["share_of_card", "smaller_cache", *codes]
-    if case.is_of("merge_weights") and case.shows("subject.profile_run"):  # before the cache has its share
-        codes = ["smaller_cache", "less_at_once", *(code for code in codes if code != "share_of_card")]
     if case.shows("subject.second_model"):
         codes = ["free_training", *codes]
     if case.shows("subject.spread_unevenly"):
@@ -133,6 +131,8 @@ def _in_order_of_use(codes: list[str], case: Case) -> list[str]:
     if case.program in _WITH_PREFILL:
         is_first = case.shows("subject.prefill")
         codes.sort(key=lambda code: (code == "less_at_once") != is_first)
+    if case.is_of("merge_weights") and case.shows("subject.profile_run"):  # before the cache has its share
+        codes = ["smaller_cache", "less_at_once", *(code for code in codes if code != "share_of_card")]
     if case.shows("subject.decodes_titled"):
         codes = ["vae_in_tiles", *codes]
     if case.shows("subject.any_picture_size"):  # its pictures have any size
