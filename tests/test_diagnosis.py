@@ -296,9 +296,7 @@ def test_a_small_request_tells_nothing():
     assert found.culprit is None
     assert "small_request" in [each.code for each in found.causes]
     assert "cannot be told" in render(found, words("en"))
-    assert "over 1 MiB and under 10 MiB, or over 18 and up to 20.00 MiB" in " ".join(
-        render(found, words("en")).split()
-    )
+    assert "over 1 MiB and under 10 MiB, or over 18 and up to 20.00 MiB" in " ".join(render(found, words("en")).split())
     smallest = explain(STORY.replace("6.14 GiB", "2.00 MiB").replace("2.68 GiB", "1.00 MiB"))
     assert "any tensor of up to 1.00 MiB" in " ".join(render(smallest, words("en")).split())
 

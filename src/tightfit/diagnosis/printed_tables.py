@@ -20,7 +20,7 @@ def holders(text: str, used: str, of: str, threshold: str) -> dict[str, str]:
 
     >>> table = "Top 10 memory users:\\nPID MEM(GB) COMMAND\\n1 11.0 ray::work\\n2 11.0 ray::work\\n3 1.0 ray::other\\n"
     >>> holders(table, "24.00GB", "25.00GB", "0.95")["ray_fits"]
-    '2'
+    '1'
     """
     rows = list(_rows(text))
     total = sum(size for size, _ in rows)

@@ -67,7 +67,7 @@ _OPENING = 3000
 def titled(text: str) -> str:
     """Return a person's report with its title marked as such; any other text as it is.
 
-    >>> titled("OOM in the third epoch\n\nI train on a card of 8 GB.\n").partition("\n")[0]
+    >>> titled("OOM in the third epoch\\n\\nI train on a card of 8 GB.\\n").partition("\\n")[0]
     '# OOM in the third epoch'
     """
     is_report = _TITLE.match(text) and _OF_REPORT.search(text, text.find("\n"), _OPENING)
