@@ -1,15 +1,16 @@
 """Print bytes, counts and durations."""
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+_PIB, _EIB = 2**50, 2**60
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes as PyTorch's messages print them: two decimals, or whole bytes below 1 KiB; from 1 TiB on in TiB.
+    """Bytes as PyTorch's messages print them: two decimals, or whole bytes below 1 KiB; larger ones in TiB to EiB.
 
     >>> format_bytes(6_592_774_799), format_bytes(512), format_bytes(3 * 2**40)
     ('6.14 GiB', '512 bytes', '3.00 TiB')
     """
-    for factor, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for factor, name in ((_EIB, "EiB"), (_PIB, "PiB"), (TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(count) >= factor:
             return f"{count / factor:.2f} {name}"
     return f"{int(count)} bytes"

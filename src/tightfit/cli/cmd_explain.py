@@ -124,7 +124,7 @@ def _explained(options: argparse.Namespace, words: Sequence[str]) -> "Explanatio
     with shown(say("cli.progress.explaining"), bar=not options.script) as progress:
         from tightfit.diagnosis.explaining import explain
 
-        return explain(
+        found = explain(
             source,
             config=config,
             lang=options.lang,
@@ -136,6 +136,22 @@ def _explained(options: argparse.Namespace, words: Sequence[str]) -> "Explanatio
             log=progress.stage,
             progress=progress.count,
         )
+    if found.reading.kind_of_nothing == "nothing" and isinstance(source, Path) and _is_configuration(source):
+        raise ConfigError(say("explain.cmd_explain.configuration", path=source))
+    return found
+
+
+_OF_CONFIGURATIONS = (".yaml", ".yml", ".json", ".toml", ".py")
+
+
+def _is_configuration(path: Path) -> bool:
+    """Return True if a file without a failure is a configuration that some program's keys tell."""
+    from tightfit.diagnosis.foreign_config import foreign_in
+
+    try:
+        return path.suffix.lower() in _OF_CONFIGURATIONS and foreign_in([str(path)], []) is not None
+    except ConfigError:
+        return False
 
 
 def _source(logs: list[str], *, optional: bool) -> Path | IO[bytes] | None:

@@ -4,7 +4,7 @@ import re
 
 import msgspec
 
-from tightfit.diagnosis.printed_tables import largest_allocation
+from tightfit.diagnosis.printed_tables import largest_allocation, peak_buffer
 from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.oomlog.facts import Facts, with_detail
 from tightfit.oomlog.run_facts import RunFacts
@@ -37,6 +37,7 @@ def of_jax(facts: Facts, run: RunFacts) -> Facts:
     if shown is not None and shown.purpose == INFERENCE:
         return with_detail(facts, "small_request" if 0 < (facts.requested_bytes or 0) < GIB else "inference")
     if found and "tpu" not in facts.details:
+        facts = msgspec.structs.replace(facts, details={**facts.details, **peak_buffer(run.text)})
         return with_detail(facts, "large_program", f"{found[1]} {found[2]}iB")
     return with_detail(facts, "large_request") if (facts.requested_bytes or 0) >= _MOST_OF_A_CARD else facts
 
@@ -71,6 +72,8 @@ def _of_tpu(facts: Facts, run: RunFacts) -> Facts:
 
 _OF_ARENA = {"cap", "full", "loading", "either"}
 """Details of ONNX Runtime's arena that show more than the size of the request."""
+_NODE = re.compile(r"returned while running \w{1,60} node\.\s*Name:\s*'([^'\n]{1,160})'")
+"""The operator of a model that ONNX Runtime was running."""
 _RANDOM = re.compile(r"\[Op:(?:RandomStandardNormal|RandomUniform|(?:Parameterized)?TruncatedNormal)\]")
 """TensorFlow's operators that make a weight's first values, and noise."""
 _LARGE_AXIS = 512
@@ -107,6 +110,8 @@ def of_pool(facts: Facts, run: RunFacts) -> Facts:
         facts = with_detail(facts, "created")
     if _has_two_counts(facts) and (shown := purpose_of(facts, run)) is not None and shown.purpose == INFERENCE:
         facts = with_detail(facts, "flat_input")
+    if facts.details.get("dtype") in ("half", "bfloat16", "float16"):
+        facts = with_detail(facts, "half")
     limit = _LIMIT.search(run.text)
     if limit is not None and int(limit[1]) < _SMALL_POOL:
         return with_detail(facts, "small_pool", f"{int(limit[1]) / MIB:.1f} MiB")
@@ -123,7 +128,9 @@ _LIMIT = re.compile(r"\bLimit: {1,40}(\d{6,15})\b")
 
 
 def of_arena(facts: Facts, run: RunFacts) -> Facts:
-    """Return a failure of ONNX Runtime's arena that is about one large tensor."""
+    """Return a failure of ONNX Runtime's arena with the node that ran, or about one large tensor."""
+    node = _NODE.search(run.text)
+    facts = with_detail(facts, "node", node[1]) if node else facts
     is_large = (facts.requested_bytes or 0) >= GIB
     return with_detail(facts, "one_tensor") if is_large and not facts.details.keys() & _OF_ARENA else facts
 

@@ -20,6 +20,7 @@ from tightfit.diagnosis.purpose import INFERENCE, purpose_of
 from tightfit.diagnosis.tensor_fits import (
     FOUR_BIT,
     HALF,
+    ONE_BYTE,
     Fit,
     Range,
     all_fits,
@@ -229,7 +230,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     model = model_of(run) or printed_module(run.text) or (_by_flat_tensor(run, within) if within else None)
     run = _with_adapters(run, model)
     line = _in_words_of(facts, run, line_kind(facts.frames) or _line_alone(facts, run))
-    shape, shown = _printed_shape(run, within) if within else None, purpose_of(facts, run)
+    shape, shown = _printed_shape(run, within, line) if within else None, purpose_of(facts, run)
     purpose = shown.purpose if shown else None
     if run.framework in programs("quantizers"):
         purpose = INFERENCE
@@ -429,11 +430,19 @@ _INNER = 4
 """Innermost frames whose lines may hold the operator and the names of its tensors."""
 
 
-def _printed_shape(run: RunFacts, within: Range) -> PrintedShape | None:
+def _printed_shape(run: RunFacts, within: Range, line: LineKind | None) -> PrintedShape | None:
     for printed in run.shapes:
         if within.holds(printed.bytes):
             return printed
+        state = PrintedShape(shape=printed.shape, dtype="uint8")
+        if line is not None and _has_8_bit_state(line) and within.holds(state.bytes):
+            return state
     return None
+
+
+def _has_8_bit_state(line: LineKind) -> bool:
+    """Return True for a line of bitsandbytes that makes an optimizer's state of one byte a number."""
+    return line.tensor == "optimizer_moment" and "uint8" in (line.frame.source or "")
 
 
 def _whole(model: Model, run: RunFacts, within: Range) -> Iterator[Fit]:
@@ -449,6 +458,8 @@ def _fits(found: Evidence, within: Range) -> tuple[tuple[Fit, ...], bool]:
     if tensor in _OF_PARAMETERS:
         if "four_bit" in run.signs:
             return weights([model] if model and model.hidden else all_models(), within, FOUR_BIT), False
+        if found.line is not None and _has_8_bit_state(found.line):
+            return weights([model] if model and model.hidden else all_models(), within, ONE_BYTE), False
         if run.framework in programs("merge_weights"):
             known = [model] if model and model.hidden else all_models()
             return weights(known, within, HALF, merged=True), False

@@ -237,7 +237,17 @@ def cache_holds_request(facts: Facts) -> bool:
 def cache_is_small(facts: Facts) -> bool:
     """Return True if the cache is what any run has, and less than the request: its pieces are not the cause."""
     cache_bytes, total = facts.cache_bytes or 0, facts.total_bytes or 0
-    return cache_bytes < _SMALL_CACHE * total and not cache_holds_request(facts)
+    return cache_bytes < _SMALL_CACHE * total and not (cache_holds_request(facts) or _is_many_requests(facts))
+
+
+def _is_many_requests(facts: Facts) -> bool:
+    """Return True if the cache holds many times a request that has a segment of its own."""
+    cache_bytes, requested = facts.cache_bytes or 0, facts.requested_bytes or 0
+    return cache_bytes > GIB and requested > _OWN_SEGMENT and cache_bytes > _MANY * requested
+
+
+_MANY, _OWN_SEGMENT = 8, 20 * 2**20
+"""Times the request, and bytes above which a request has a segment of its own."""
 
 
 _SMALL_CACHE, _TELLING = 0.05, 0.01

@@ -8,10 +8,10 @@ import msgspec
 
 from tightfit.diagnosis.compiled_details import of_arena, of_host_tensor, of_jax, of_pool
 from tightfit.diagnosis.host_details import of_host_allocator, of_host_memory, of_killed
-from tightfit.diagnosis.printed_tables import holders
+from tightfit.diagnosis.printed_tables import holders, ray_nodes
 from tightfit.diagnosis.purpose import TRAINING, purpose_of_frames
 from tightfit.diagnosis.report_words import shows
-from tightfit.diagnosis.server_details import of_cache, of_prefill, of_warm_up, share_asked
+from tightfit.diagnosis.server_details import of_cache, of_prefill, of_sglang, of_warm_up, share_asked
 from tightfit.diagnosis.told_phase import phase_told
 from tightfit.diagnosis.told_shape import shape_of_pairs
 from tightfit.oomlog.facts import Facts, Figure, with_detail
@@ -19,7 +19,7 @@ from tightfit.oomlog.kinds import memory_of
 from tightfit.oomlog.last_words import sentence_at
 from tightfit.oomlog.run_facts import RunFacts
 from tightfit.tables import read_table
-from tightfit.units import GIB
+from tightfit.units import GIB, format_bytes
 
 
 class _Detail(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +92,16 @@ _OF_THE_RUN = {
     "ray_alone",
     "ray_count",
     "ray_fits",
+    "ray_nodes",
+    "ray_crashed",
+    "ray_actor",
+    "peak_shape",
+    "peak_scores",
+    "cupy_limit",
+    "half",
+    "sglang_bound",
+    "pairs_of",
+    "node",
     "xla_shape",
     "xla_operator",
     "whole_data",
@@ -163,10 +173,25 @@ def _of_words(facts: Facts, run: RunFacts) -> Facts:
     return facts
 
 
+def _of_cupy(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure of CuPy with the limit of its pool as people print it."""
+    limit = facts.details.get("cupy_limit", "").replace(",", "")
+    return with_detail(facts, "cupy_limit", format_bytes(int(limit))) if limit else facts
+
+
+def _of_square(facts: Facts, run: RunFacts) -> Facts:
+    """Return an impossible size with the count of which an array of all pairs was made."""
+    sizes = re.findall(r"\d+", facts.details.get("shape", ""))
+    is_square = len(sizes) == 2 and sizes[0] == sizes[1]
+    return with_detail(facts, "pairs_of", f"{int(sizes[0]):,}") if is_square else facts
+
+
 def _of_ray(facts: Facts, run: RunFacts) -> Facts:
     """Return a task that Ray ended with what its table says of the processes that hold the most."""
     printed = (facts.details.get(name, "") for name in ("used", "of", "threshold"))
-    return msgspec.structs.replace(facts, details={**facts.details, **holders(run.text, *printed)})
+    return msgspec.structs.replace(
+        facts, details={**facts.details, **holders(run.text, *printed), **ray_nodes(run.text)}
+    )
 
 
 _IN_WORDS = ("program_words", "memory_words")
@@ -217,10 +242,18 @@ _OPEN_PHASES = (None, "forward")
 _LOADS_ON = re.compile(r"Loading (?:safetensors )?(?:checkpoint|pipeline) (?:shards|components): +(?!100%)\d{1,2}%")
 
 
-_TOLD_BY_PEOPLE = ("cuda_out_of_memory", "hip_out_of_memory", "cuda_driver", "program_words", "memory_words")
+_TOLD_BY_PEOPLE = (
+    "cuda_out_of_memory",
+    "hip_out_of_memory",
+    "cuda_driver",
+    "program_words",
+    "memory_words",
+    "host_allocator",
+)
 _TOLD_SIZE = re.compile(
     r"\b(?:tried|tries|trying|try|attempt\w*|wants?|wanted|asks?|asked) to (?:re)?alloc\w* "
-    r"(?:about |around |over |more than )?(\d{1,9}(?:\.\d{1,3})?) ?(KiB|MiB|GiB|TiB|PiB|EiB|KB|MB|GB|TB|PB|EB)\b",
+    r"(?:about |around |over |more than |> ?|~ ?)?"
+    r"(\d{1,9}(?:\.\d{1,3})?) ?(KiB|MiB|GiB|TiB|PiB|EiB|KB|MB|GB|TB|PB|EB)\b",
     re.IGNORECASE,
 )
 _MOST_REAL = 2**44
@@ -256,6 +289,7 @@ _ONTO_CARD = re.compile(r"\bload\w*\(.*\bmap_location ?= ?(?!.{0,20}[\"']cpu)")
 
 _OF_KINDS: Mapping[str, Callable[[Facts, RunFacts], Facts]] = {
     "cuda_driver": _of_driver,
+    "cupy_out_of_memory": _of_cupy,
     "host_allocator": of_host_allocator,
     "host_killed": of_killed,
     "host_memory_error": of_host_memory,
@@ -264,7 +298,9 @@ _OF_KINDS: Mapping[str, Callable[[Facts, RunFacts], Facts]] = {
     "job_memory_limit": of_killed,
     "onnx_out_of_memory": of_arena,
     "program_words": _of_words,
+    "impossible_size": _of_square,
     "ray_killed": _of_ray,
+    "sglang_cache": of_sglang,
     "tensorflow_host_memory": of_host_tensor,
     "tensorflow_out_of_memory": of_pool,
     "tgi_prefill": of_prefill,

@@ -123,7 +123,7 @@ _FOLDER = re.compile(
 SEARCHES = ("grep ", "findstr ")
 """Beginnings of a command that looks for options: it is none itself."""
 _INSTALLED = re.compile(
-    r"[\\/](?:site-packages|dist-packages|torch[\\/](?:nn|optim|utils|_\w+)|transformers|accelerate|deepspeed|diffusers|peft|[Ll]ib[\\/]python[\d.]{1,6}|envs|bin|ipykernel_\d+|\w*compiled_cache)[\\/]"
+    r"[\\/](?:site-packages|dist-packages|torch[\\/](?:nn|optim|utils|_\w+)|transformers|accelerate|deepspeed|diffusers|peft|[Ll]ib[\\/]python[\d.]{1,6}|envs|bin|ipykernel_\d+|\w*compiled_cache|torchinductor_\w+)[\\/]"
 )
 
 

@@ -78,3 +78,53 @@ def largest_allocation(text: str) -> dict[str, str]:
         | ({"xla_shape": shape[1]} if shape else {})
         | ({"xla_operator": name[1]} if name else {})
     )
+
+
+_PEAK = re.compile(r"Peak buffers:\s+Buffer 1:\s+Size: ([\d.]{1,9}) ?([KMG]iB)(?s:(.{0,600}))")
+_ATTENTION = re.compile(r"attention|attn|bhqk|bqhd", re.IGNORECASE)
+
+
+def peak_buffer(text: str) -> dict[str, str]:
+    """Return the largest array of a program on a GPU, as XLA prints it, as details; empty without one.
+
+    >>> peak_buffer('Peak buffers:\\n Buffer 1:\\n Size: 9.00GiB\\n Operator: op_name="f"\\n Shape: f32[2,3]')
+    {'peak_size': '9.00 GiB', 'peak_shape': 'f32[2,3]', 'peak_operator': 'f'}
+    """
+    found = _PEAK.search(text)
+    first = found[3].partition("Buffer 2:")[0] if found else ""
+    shape, name = _SHAPED.search(first), _NAMED.search(first)
+    if found is None or shape is None or name is None:
+        return {}
+    details = {"peak_size": f"{found[1]} {found[2]}", "peak_shape": shape[1], "peak_operator": name[1]}
+    sizes = re.findall(r"\d+", shape[1].partition("[")[2])
+    is_square = len(sizes) >= 3 and sizes[-1] == sizes[-2]
+    return details | ({"peak_scores": "yes"} if is_square and _ATTENTION.search(name[1]) else {})
+
+
+_PRESSED = re.compile(
+    r"(\d{1,6}) Workers? \(tasks / actors\) killed due to memory pressure \(OOM\), (\d{1,6}) Workers? crashed"
+    r"[^\n]{0,60}? at node \(ID: \w{1,64}, IP: ([\w.:-]{1,64})\)"
+)
+_ACTOR = re.compile(r"class_name: (\w{1,80})(?s:.{0,200}?)\bip: ([\w.:-]{1,64})")
+
+
+def ray_nodes(text: str) -> dict[str, str]:
+    """Return the nodes on which Ray ended workers or an actor, with their numbers, as details.
+
+    >>> line = "2 Workers (tasks / actors) killed due to memory pressure (OOM), 0 Workers crashed at "
+    >>> ray_nodes(line + "node (ID: a, IP: b)")
+    {'ray_nodes': 'b (2)'}
+    """
+    killed: dict[str, int] = {}
+    crashed: dict[str, int] = {}
+    for ended, failed, node in _PRESSED.findall(text):
+        killed[node] = killed.get(node, 0) + int(ended)
+        crashed[node] = crashed.get(node, 0) + int(failed)
+    found = {"ray_nodes": _counted(killed)} if any(killed.values()) else {}
+    found |= {"ray_crashed": _counted(crashed)} if any(crashed.values()) else {}
+    actor = _ACTOR.search(text)
+    return found or ({"ray_actor": actor[1], "ray_node": actor[2]} if actor else {})
+
+
+def _counted(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{node} ({number})" for node, number in numbers.items() if number)

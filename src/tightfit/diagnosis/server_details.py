@@ -2,6 +2,8 @@
 
 import re
 
+import msgspec
+
 from tightfit.diagnosis.usual_models import model_of, printed_name
 from tightfit.oomlog.facts import Facts, with_detail
 from tightfit.oomlog.run_facts import RunFacts
@@ -74,3 +76,21 @@ def of_prefill(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of TGI's first pass over few tokens, which are not what fills the card."""
     is_few = 0 < int(facts.details.get("count", "0")) <= _FEW_TOKENS
     return with_detail(facts, "few") if is_few else facts
+
+
+_SGLANG_LEFT = re.compile(r"\bavail mem=([\d.]{1,8}) ?GB, mem usage=([\d.]{1,8}) ?GB")
+_TOO_HIGH = 0.88
+"""Share for weights and cache beside which few models have room for their activations."""
+
+
+def of_sglang(facts: Facts, run: RunFacts) -> Facts:
+    """Return a cache of SGLang's without memory with the share that its weights alone need, where it is too high."""
+    found = _SGLANG_LEFT.search(run.text)
+    if found is None:
+        return facts
+    left, used = float(found[1]), float(found[2])
+    bound = used / (left + used) if used else 0
+    if bound < _TOO_HIGH:
+        return facts
+    details = {"sglang_bound": f"{bound:.3f}", "sglang_left": found[1], "sglang_used": found[2]}
+    return msgspec.structs.replace(facts, details={**facts.details, **details})

@@ -68,6 +68,10 @@ HALF = {"bfloat16/float16": 2.0}
 """Bytes of a number in a server's weights, unless they are quantised."""
 
 
+ONE_BYTE = {"uint8": 1.0}
+"""Bytes of a number in an optimizer's state of 8 bits."""
+
+
 def weights(
     models: Iterable[Model], within: Range, elements: Mapping[str, float] = ELEMENTS, *, merged: bool = False
 ) -> tuple[Fit, ...]:

@@ -2,6 +2,7 @@
 
 import codecs
 import html
+import itertools
 import re
 from collections.abc import Iterator
 from typing import IO
@@ -150,8 +151,11 @@ _LINK = re.compile(r"\[([^\]\n]{1,400})\]\(https?://[^)\s]{1,400}\)")
 _MISREAD = (
     (re.compile(r"\b0ut(?=Of| of)"), "Out"),
     (re.compile(r"\brnemory\b"), "memory"),
-    (re.compile(r"\b(?:al1|a1l|a11)ocat(?=e|ion)"), "allocat"),
-    (re.compile(r"\b(?:a1|al1|a11)ready\b"), "already"),
+    (re.compile(r"\b0f memory\b"), "of memory"),
+    (re.compile(r"\ba(?!ll)[lI1]{2}ocat(?=e|ion)"), "allocat"),
+    (re.compile(r"\ba(?:[I1]|l1|11)ready\b"), "already"),
+    (re.compile(r"\btota[1I] by\b"), "total by"),
+    (re.compile(r"\b[l1]f reserved\b"), "If reserved"),
     (re.compile(r"\bGPU [Oo](?=;| has)"), "GPU 0"),
     (re.compile(r"\bGPU [lI](?=;| has)"), "GPU 1"),
 )
@@ -312,9 +316,24 @@ def without_shared_prefix(parts: Iterator[str]) -> Iterator[str]:
     """
     pattern: re.Pattern[str] | None = None
     for number, text in enumerate(parts):
-        if not number and (prefix := _shared_prefix(text)):
+        if not number and _is_numbered(text):
+            pattern = _NUMBER
+        elif not number and (prefix := _shared_prefix(text)):
             pattern = _pattern_of(prefix)
         yield pattern.sub("", text) if pattern else text
+
+
+_NUMBER = re.compile(r"(?m)^\d{1,7}[:-]")
+"""The number of a line, as grep -n prints it; a line of its context has a hyphen."""
+_FEWEST_NUMBERED = 3
+
+
+def _is_numbered(text: str) -> bool:
+    """Return True if all lines of a piece begin with numbers that rise: those of the lines, and of no ranks."""
+    lines = [line for line in text.split("\n", _SAMPLE)[:_SAMPLE] if line.strip()]
+    numbers = [int(match[0][:-1]) for match in map(_NUMBER.match, lines) if match]
+    rises = all(one < two for one, two in itertools.pairwise(numbers))
+    return len(numbers) == len(lines) >= _FEWEST_NUMBERED and rises
 
 
 def _masked(text: str) -> str:

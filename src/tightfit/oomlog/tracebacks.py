@@ -55,7 +55,7 @@ _REST = re.compile(r"line (\d{1,9}), in ([\w.<>]{1,200})")
 """A frame's head in text that begins behind its file's name."""
 _NOTEBOOK = re.compile(
     r"(?:File )?(?P<file>(?:[A-Za-z]:)?[~/.\w<\\:][^\n,:()]{0,400}?)(?:\.py:(?P<line>\d{1,8}))?,? in "
-    r"(?P<function>[\w.<>]{1,200})\("
+    r"(?P<function>[\w.<>]{1,200}|<cell line: \d{1,6}>)\("
 )
 _CELL = re.compile(r"(?:Input In|Cell In) ?\[(\d{1,6})\],? (?:line (\d{1,8})|in )")
 _ARROW = re.compile(r"-+> *(\d{1,8})[ |]?(.*)")
