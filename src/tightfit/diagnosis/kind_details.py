@@ -101,6 +101,7 @@ _OF_THE_RUN = {
     "half",
     "sglang_bound",
     "pairs_of",
+    "far_more_free",
     "node",
     "xla_shape",
     "xla_operator",
@@ -179,6 +180,16 @@ def _of_cupy(facts: Facts, run: RunFacts) -> Facts:
     return with_detail(facts, "cupy_limit", format_bytes(int(limit))) if limit else facts
 
 
+_HARDLY = 100
+"""Times a request that were free, from which on its size cannot be why it failed."""
+
+
+def _of_library(facts: Facts, run: RunFacts) -> Facts:
+    """Return a failure of another library with the remark that far more was free than it asked for."""
+    asked, free = facts.requested_bytes, facts.free_bytes
+    return with_detail(facts, "far_more_free") if asked and free and free > _HARDLY * asked else facts
+
+
 def _of_square(facts: Facts, run: RunFacts) -> Facts:
     """Return an impossible size with the count of which an array of all pairs was made."""
     sizes = re.findall(r"\d+", facts.details.get("shape", ""))
@@ -226,6 +237,8 @@ def _with_phase(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure with the phase that the report tells, where neither a traceback nor a line shows one."""
     if memory_of(facts.kind) == "host" or facts.phase not in _OPEN_PHASES:
         return facts
+    if facts.phase is None and _TEST_PICTURES.search(run.text):
+        return msgspec.structs.replace(facts, phase="eval")
     if facts.phase is None and not facts.frames and _LOADS_ON.search(run.text):
         return msgspec.structs.replace(facts, phase="load")
     told = phase_told(run.text)
@@ -239,6 +252,10 @@ _BESIDE_TRAINING = ("eval", "save", "resume")
 """Phases whose traceback need not show them: they call what a training calls, or a library's own functions."""
 _OPEN_PHASES = (None, "forward")
 """Phases that leave open what a pass was for."""
+_TEST_PICTURES = re.compile(
+    r"Loading pipeline components\.{3}: +100%(?s:(?!.*\bSteps: ).*)\btrain_\w{1,60}\.py\", line"
+)
+"""A pipeline that a training script of diffusers loads to make pictures, with no step of the training after it."""
 _LOADS_ON = re.compile(r"Loading (?:safetensors )?(?:checkpoint|pipeline) (?:shards|components): +(?!100%)\d{1,2}%")
 
 
@@ -290,6 +307,7 @@ _ONTO_CARD = re.compile(r"\bload\w*\(.*\bmap_location ?= ?(?!.{0,20}[\"']cpu)")
 _OF_KINDS: Mapping[str, Callable[[Facts, RunFacts], Facts]] = {
     "cuda_driver": _of_driver,
     "cupy_out_of_memory": _of_cupy,
+    "device_library": _of_library,
     "host_allocator": of_host_allocator,
     "host_killed": of_killed,
     "host_memory_error": of_host_memory,

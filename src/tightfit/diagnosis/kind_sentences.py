@@ -17,6 +17,7 @@ from tightfit.diagnosis.measures import tried_in, without_effect
 from tightfit.diagnosis.named_card import bytes_in_words
 from tightfit.diagnosis.one_item import takes_one_item
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy
+from tightfit.diagnosis.report_words import shows
 from tightfit.oomlog.dtypes import ELEMENT_BYTES
 from tightfit.oomlog.facts import Facts, Figure
 from tightfit.oomlog.kinds import memory_of
@@ -182,11 +183,15 @@ _TWO_ENDS = re.compile(r"([?!…])\.(?=\s|$)")
 """A quoted question, and the end of the sentence that quotes it."""
 
 
+_NO_SPACE = re.compile(r"(\d)([KMGT]i?B)\b")
+"""A size as a message prints it, without a space before its unit."""
+
+
 def said(table: str, facts: Facts, words: "Words") -> str:
     """Return the sentence of a failure in the table `problem` or `cause`."""
     sentences, known = wording.words(words.language), values_of(facts)
     if (key := _key(sentences.table(table), facts.kind, known)) is not None:
-        return _TWO_ENDS.sub(r"\1", sentences(table, key, **known))
+        return _NO_SPACE.sub(r"\1 \2", _TWO_ENDS.sub(r"\1", sentences(table, key, **known)))
     return words({"problem": "kinds", "cause": "kind_causes"}[table], facts.kind)
 
 
@@ -230,7 +235,9 @@ def fix_said(code: str, facts: Facts, words: "Words") -> str:
 
 def expected_said(facts: Facts, words: "Words") -> str:
     """Return the sentence on the expected result of a kind's fixes."""
-    return wording.words(words.language)("expected", memory_of(facts.kind))
+    sentences = wording.words(words.language)
+    is_own = sentences.has("expected", facts.kind) and "tried_zero" not in facts.details
+    return sentences("expected", facts.kind if is_own else memory_of(facts.kind))
 
 
 def fixes_of(facts: Facts, run: RunFacts) -> tuple[Remedy, ...]:
@@ -255,9 +262,11 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     """Return the fixes of a failure's kind without those that its run has no use for."""
     key = _key(_table().fixes, facts.kind, known)
     codes = _table().fixes[key] if key else [facts.kind]
-    has_workers = _LOADS.search(run.text) and _TRAINS.search(run.text)
+    has_workers = _LOADS.search(run.text) and _TRAINS.search(run.text) and not _LOADS_OTHERWISE.search(run.text)
     if facts.kind != "dataloader_killed" and not has_workers:
         codes = [code for code in codes if code != "fewer_workers"]
+    if len(run.text) > _REPORT and not shows(run.text, "subject.reads_data"):
+        codes = [code for code in codes if code != "data_in_parts"]
     if memory_of(facts.kind) == "host" and not _LOADS_MODEL.search(run.text):
         codes = [code for code in codes if code != "quantised_load"]
     if "wsl" not in run.signs:
@@ -287,6 +296,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     return [code for code in codes if not _is_given(_lines(code, run), run.text)]
 
 
+_REPORT = 600
+"""Characters of a log from which on a program that reads data says so."""
 _OF_PYTHON = ("data_in_parts", "fewer_workers")
 """Fixes that stand on libraries of Python."""
 _RESIDENT = re.compile(
@@ -346,6 +357,8 @@ _LOADS = re.compile(
 """Words of a program that may load data in worker processes."""
 
 
+_LOADS_OTHERWISE = re.compile(r"\A(?!(?s:.)*(?:\b(?:py)?torch|[Dd]ata_?[Ll]oader|num_workers))(?s:.)*[Tt]ensor[Ff]low")
+"""A report of TensorFlow alone, which has no DataLoader."""
 _TRAINS = re.compile(
     r"[Dd]ata_?[Ll]oader|[Ww]orkers|\b[Tt]rain(?!ed\b)|\b[Ee]poch|\b[Dd]ata[_ ]?[Ss]et|[Tt]ensor[Ff]low|[Kk]eras"
     r"|\bjax\b|[Nn]extflow|\bstep \d{1,6}\b(?!\.\d)|训练|学習|학습"

@@ -340,6 +340,16 @@ def _serves_in_half(case: Case) -> bool:
     return case.program == "vllm" and not case.has_sign("float32")
 
 
+def _is_model_of_user(case: Case) -> bool:
+    """Return True for fairseq with a folder of the user's own models, which need not have its switches."""
+    return bool(re.search(r"\bcommon\.user_dir=|--user-dir\b", case.run.text))
+
+
+def _draws_for_a_test(case: Case) -> bool:
+    """Return True for pictures that a training script of diffusers makes as a test."""
+    return case.program == "diffusers" and case.facts.phase == "eval"
+
+
 def _has_other_state(case: Case) -> bool:
     """Return True for an optimizer with less state than Adam's, or one that a switch for it leaves in place."""
     words = words_of("optimizer_8bit", case.evidence)
@@ -469,6 +479,7 @@ _OF_THE_PASS = (
     _Rule("checkpointing_general", "grad() refuses it", _is_refused_by_grad),
     _Rule("checkpointing_general", "it is on", lambda case: case.has_sign("checkpointing")),
     _Rule("checkpointing_general", "the program does it by itself", _recomputes),
+    _Rule("checkpointing_general", "a model of the user's own may lack it", _is_model_of_user),
     _Rule("checkpointing_general", "the frozen encoder keeps nothing", _encodes_pictures),
     _Rule("checkpointing_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
     _Rule("fused_kernel", "the line is of something else", lambda case: not case.is_attentions_output),
@@ -590,6 +601,7 @@ _OF_THE_MODEL = (
     _Rule("smaller_model", "one request for its inputs is most of the card", _fills_it_at_once),
     _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", _has_other_size),
     _Rule("smaller_picture", "the pairs are not of places", _pairs_items),
+    _Rule("smaller_picture", "the option is of the training", _draws_for_a_test),
     _Rule(
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
     ),

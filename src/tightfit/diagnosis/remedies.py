@@ -328,8 +328,10 @@ _SET = re.compile(r"^set (?=[A-Z_]{3,40}=)")
 def _exported(line: str) -> str:
     """Return a setting of Windows' shell as another shell takes it."""
     found = _SET.sub("export ", line)
-    name, equals, value = found.partition("=")
-    return f'{name}{equals}"{value}"' if found != line and " " in value else found
+    setting, space, remark = found.partition("  #")
+    name, equals, value = setting.partition("=")
+    quoted = f'{name}{equals}"{value}"' if found != line and " " in value else setting
+    return quoted + space + remark
 
 
 def for_machine(remedies: Sequence[Remedy], facts: Facts, text: str, *, on_windows: bool) -> tuple[Remedy, ...]:

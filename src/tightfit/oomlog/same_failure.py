@@ -20,7 +20,8 @@ def is_same(one: Facts, two: Facts) -> bool:
     is_lack = memory_of(one.kind) == "device" or one.kind == "tensorflow_host_memory"
     if "explains" in two.details and is_lack:  # a program's own words about the message before
         return two.line - one.line <= _EXPLAINED
-    if is_header_of(one, two) or is_work_of(two, one):
+    is_cut = one.kind == "tensorflow_host_memory" and two.kind == "tensorflow_out_of_memory" and not two.figures
+    if is_cut or is_header_of(one, two) or is_work_of(two, one):  # TensorFlow's exception behind its warning
         return two.line - one.line <= _EXPLAINED
     only_class = "class_without_message" in one.notes and one.rank == two.rank
     if one.kind != two.kind and (is_general_for(one, two) or is_general_for(two, one)):
