@@ -117,8 +117,15 @@ def _failing_line(facts: Facts, failure: Failure, *, of_script: bool) -> TraceFr
 def users_frame(facts: Facts) -> TraceFrame | None:
     """Return the innermost frame of the log's traceback outside of libraries, or else outside of PyTorch and Python."""
     frames = [each for each in facts.frames if not _DISPATCHES.search(each.file.replace("\\", "/"))]
-    own = next((each for each in reversed(frames) if not each.is_library), None)
-    return own or next((each for each in reversed(frames) if _is_of_program(each)), None)
+    own = [each for each in frames if not each.is_library] or [each for each in frames if _is_of_program(each)]
+    telling = (each for each in reversed(own) if each.source and not _TELLS_NOTHING.fullmatch(each.source.strip()))
+    return next(telling, own[-1] if own else None)
+
+
+_TELLS_NOTHING = re.compile(
+    r"raise\b.*|(?:return |\w+ ?= ?)(?:f|fn|func|function|method|wrapped|executor)\(\*.*|(\w+)=\1,?|[\])},]+|@.*"
+)
+"""Lines of wrappers and of arguments: another frame tells more of what failed."""
 
 
 _DISPATCHES = re.compile(

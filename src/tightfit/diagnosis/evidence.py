@@ -245,7 +245,7 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
         purpose=purpose,
         purpose_sign=shown.sign if shown and shown.purpose == purpose else "",
         passes=2 if _half_has_room(facts, line) else 4,
-        is_bare=not (run.frameworks or facts.frames or facts.phase) and _is_one_message(run.text, facts.message),
+        is_bare=_is_bare(facts, run),
     )
     if within is None or within.is_small or shape is not None:
         return found
@@ -349,6 +349,12 @@ def _with_adapters(run: RunFacts, model: Model | None) -> RunFacts:
         return run
     added = {"lora", "qlora"} if "quantized_4" in run.signs else {"lora"}
     return msgspec.structs.replace(run, signs=run.signs | added)
+
+
+def _is_bare(facts: Facts, run: RunFacts) -> bool:
+    """Return True for a message alone, of a run that may be anybody's."""
+    shown = run.frameworks or facts.frames or facts.phase or facts.rank
+    return not shown and _is_one_message(run.text, facts.message)
 
 
 def _is_one_message(text: str, message: str) -> bool:

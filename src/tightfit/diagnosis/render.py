@@ -95,15 +95,19 @@ def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: b
         yield words("assumed", "placeholders")
     left = [each for each in explanation.remedies if each not in shown]
     if any(each.code != "empty_cache" for each in left):  # of which every log would say the same
-        yield words("assumed", "more_fixes", count=len(left))
+        may_help = any(each.verdict in _MAY_HELP for each in left)
+        yield words("assumed", "more_fixes" if may_help else "left_out", count=len(left))
     if verbose:
         for what in explanation.not_modelled:
             yield words("assumed", "not_modelled", what=what)
 
 
+_MAY_HELP = (FITS, FITS_SLOWLY, UNCHECKED)
+
+
 def shown_remedies(explanation: "Explanation") -> tuple[Remedy, ...]:
     """Return the remedies that are shown by default: at most five, without those that do not help if others may."""
-    may_help = tuple(each for each in explanation.remedies if each.verdict in (FITS, FITS_SLOWLY, UNCHECKED))
+    may_help = tuple(each for each in explanation.remedies if each.verdict in _MAY_HELP)
     return (may_help or explanation.remedies)[:_SHOWN]
 
 

@@ -69,9 +69,12 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield words("problem", "ends_within")
     yield from _told_phase(facts, words)
     yield from _told_purpose(explanation, words)
-    if facts.device_index and "tpu" not in facts.details:
+    on_device = facts.device_index and "tpu" not in facts.details
+    if on_device and facts.rank is not None:
+        yield words("problem", "on_device_of_rank", index=facts.device_index, rank=facts.rank)
+    elif on_device:
         yield words("problem", "on_device", index=facts.device_index)
-    if facts.rank is not None:
+    elif facts.rank is not None:
         yield words("problem", "on_rank", rank=facts.rank)
     yield from _card_lines(explanation, words)
     if culprit is not None:

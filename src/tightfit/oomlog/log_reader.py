@@ -109,6 +109,10 @@ _TITLE = 3
 _REPORTS = re.compile(r"\bOOM: Ran out of memory with exception\b")
 """fairseq's line on any lack of memory, those that it does not survive, too."""
 _RECOVERS = re.compile(r"\brecover from OOM\b")
+_FAILED_LATER = re.compile(
+    r"\b(?:the |my )?training (?:\w+ ){0,2}(?:fail(?:s|ed)|crash(?:es|ed)|stop(?:s|ped)|die[sd])\b", re.IGNORECASE
+)
+"""A person's words for the end of a run that handled a lack of memory at first."""
 _CRASHED = re.compile(_RECOVERS.pattern + r"|\bProcess \S{1,40} terminated with\b|\bChildFailedError\b")
 """Words before the last traceback of a run that went on at first."""
 _TRACEBACK = "Traceback (most recent call last)"
@@ -406,7 +410,8 @@ class _Scan:
         if record is None or record.progress or record.advanced:
             return None
         behind = self._ending[self._ending.rfind(record.body[:60]) :]
-        if _REPORTS.search(record.body) and not _RECOVERS.search(behind):
+        is_told = _REPORTS.search(record.body) or _FAILED_LATER.search(behind)
+        if is_told and not _RECOVERS.search(behind):
             return with_facts(record, record.facts)
         is_cut_off = last is None or last[0] == "incomplete"
         if is_cut_off and _CRASHED.search(behind) and _TRACEBACK in behind:
