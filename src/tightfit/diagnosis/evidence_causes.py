@@ -372,7 +372,7 @@ def _budget_as(budget: Budget, code: str) -> ModelBudget:
         low_each=budget.low_each,
         high_each=budget.high_each,
         total_bytes=budget.total_bytes,
-        ranks=budget.ranks,
+        ranks=max(budget.ranks, budget.parts),
         trained=budget.trained,
     )
 
@@ -387,6 +387,8 @@ def _code_of(budget: Budget) -> str | None:
     if budget.what == "partial":
         return "budget_partial"
     if budget.exceeds:
+        if budget.parts > 1:
+            return "budget_weights_in_parts"
         may_be_divided = budget.is_divided or (budget.cards > 1 and budget.ranks == 1)
         code = f"budget_{budget.what}_divided" if may_be_divided else f"budget_{budget.what}"
         return f"{code}_in_4_bits" if budget.what == "weights" and budget.low_each == _IN_4_BITS else code

@@ -139,6 +139,11 @@ class Case(NamedTuple):
         return self.evidence.budget is not None and self.evidence.budget.exceeds
 
     @property
+    def exceeds_in_parts(self) -> bool:
+        """True if a server's weights do not even fit divided among its cards."""
+        return self.evidence.budget is not None and self.evidence.budget.exceeds and self.evidence.budget.parts > 1
+
+    @property
     def trains_part(self) -> bool:
         """True if a part of the parameters is trained, and a large one."""
         return self.evidence.budget is not None and self.evidence.budget.what == "partial"

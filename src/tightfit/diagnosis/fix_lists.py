@@ -196,6 +196,8 @@ def _lists(case: Case) -> Iterator[str]:
         yield "conversion"
     if fills_by_metal(facts):
         yield "metal"
+    elif case.exceeds_in_parts:
+        yield "parts"
     elif case.has_sign("loads_model") and evidence.infers and evidence.grows is None:
         yield "model"
     elif evidence.is_all_parameters and not case.trains_part:  # a smaller batch does not change it

@@ -101,6 +101,7 @@ _OF_THE_RUN = {
     "half",
     "sglang_bound",
     "pairs_of",
+    "llama_sized",
     "far_more_free",
     "node",
     "xla_shape",
@@ -289,6 +290,8 @@ def _in_prose(facts: Facts, run: RunFacts) -> Facts:
 
 def _of_driver(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of the CUDA runtime in a validation, or with a batch that cannot be smaller."""
+    if "llama_cpp" in facts.details and facts.requested_bytes:
+        facts = with_detail(facts, "llama_sized")
     if "llama_kv" in facts.details and facts.requested_bytes:
         facts = with_detail(facts, "llama_kv_bytes")
     if facts.phase == "eval" or shows(run.text, "subject.lacks_no_grad"):

@@ -65,12 +65,18 @@ _MOVES = re.compile(r"\.to\(|\.cuda\(|\bcuda\.set_device\(|_lazy_init\(")
 """Lines of code that open a card, or move a model there."""
 
 
+_OPERATOR = re.compile(r"(&&|\|\||[<>=!]=|(?<![-<>])[<>](?![=<>]))")
+"""An operator of C's, around which a message has spaces."""
+
+
 def values_of(facts: Facts) -> dict[str, object]:
     """Return the values that sentences on a failure may name: its figures, what follows from them, its details."""
     found: dict[str, object] = {
         name.removesuffix("_bytes"): figure.bytes for name, figure in facts.figures.items() if figure.bytes < 2**63
     }
     found |= {name: text for name, text in facts.details.items() if name not in found}
+    if condition := facts.details.get("assertion"):
+        found["assertion"] = _OPERATOR.sub(r" \1 ", condition)
     if facts.short_by_bytes is not None:
         found["short"] = facts.short_by_bytes
     if shape := facts.details.get("shape"):
@@ -278,7 +284,7 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
             *(code for code in codes if code not in _OF_SHARE),
             *(["jax_unified"] if "jax_unified" not in codes else []),
         ]
-    if facts.kind == "host_memory_error" and not _HAS_LIMIT.search(run.text):
+    if facts.kind in ("host_memory_error", "dataloader_killed") and not _HAS_LIMIT.search(run.text):
         codes = [code for code in codes if code != "raise_limit"]
     converts = _CONVERTS.search(run.text) and not has_workers
     if facts.kind == "host_killed" and (converts or not _IN_PYTHON.search(run.text)):

@@ -60,6 +60,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """True if the log shows that ZeRO or FSDP divides it among cards, in a way that it does not print."""
     ranks: int = 1
     """Cards among which it is divided, as printed."""
+    parts: int = 1
+    """Cards of a server among which each matrix is divided, as printed."""
     cards: int = 1
     """Cards of the run, as the report names them; the model may be divided among them."""
 
@@ -111,7 +113,9 @@ def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
     if total is None:
         return _budget(model, parameters, None, _LEAST_STATE, _MOST_STATE, "training", run)
     if run.framework == "vllm" and "spread" in run.signs:  # each card holds a part
-        return None
+        parts = run.numbers.get("tensor_parallel", 1)
+        found = _budget(model, parameters, total, stored / parts, stored / parts, "weights", run)
+        return msgspec.structs.replace(found, low_each=stored, parts=parts) if parts > 1 else None
     if run.signs & {"lora", "qlora"} or facts.phase in _WITHOUT_TRAINING or run.framework in ("vllm", "comfyui"):
         each = _QUANTIZED if "qlora" in run.signs else stored
         if facts.phase in _WITH_WEIGHTS and each * parameters > total:

@@ -270,8 +270,13 @@ def _has_one_card(case: Case) -> bool:
 
 def _spreads_over_all(case: Case) -> bool:
     """Return True if the report prints that the model is spread over as many cards as it names."""
-    cards = case.run.numbers.get("world_size", 1)
-    return cards > 1 and bool(re.search(rf"tensor[-_]parallel(?:[-_]size)?\W{{1,4}}{cards}\b", case.run.text))
+    cards = case.run.numbers.get("world_size", case.run.numbers.get("tensor_parallel", 1))
+    is_short = case.exceeds_in_parts
+    return (
+        cards > 1
+        and not is_short
+        and bool(re.search(rf"tensor[-_]parallel(?:[-_]size)?\W{{1,4}}{cards}\b", case.run.text))
+    )
 
 
 def _has_encoders_to_train(case: Case) -> bool:
