@@ -18,6 +18,11 @@ from tightfit.wording.diagnosis import words
 
 FOLDER = Path(__file__).parent / "explain_cases"
 CASES = [case for file in sorted(FOLDER.glob("*.toml")) for case in tomllib.loads(file.read_text())["case"]]
+KEYS = {
+    *("name", "log", "file", "kind", "status", "phase", "culprit", "first", "fixes", "never_fixes"),
+    *("says", "says_ja", "says_in_both", "never", "never_ja", "never_in_both"),
+    *("figures", "first_cause", "never_causes", "first_fix"),  # of test_oomlog_cases.py
+}
 FIXES = 5
 """Fixes that are shown at most."""
 
@@ -38,6 +43,7 @@ def text_of(case: dict) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_what_is_said_and_concluded(case: dict):
+    assert case.keys() <= KEYS, case.keys() - KEYS
     found = explain(text_of(case))
     check_what_is_said(case, found, "en")
     check_what_is_said(case, found, "ja")
@@ -67,6 +73,8 @@ def check_what_is_concluded(case: dict, found: Explanation) -> None:
         assert (found.culprit.tensor if found.culprit else "") == case["culprit"]
     if "kind" in case:
         assert (found.facts.kind if found.facts else "") == case["kind"]
+    if "phase" in case:
+        assert (found.facts.phase if found.facts else "") == case["phase"]
     if "status" in case:
         assert found.to_json().status == case["status"]
     if "first" in case:

@@ -20,6 +20,7 @@ from tightfit.diagnosis.figure_causes import (
 from tightfit.diagnosis.fix_lists import codes_for
 from tightfit.diagnosis.fix_words import NOT_CUDA, fix
 from tightfit.diagnosis.measures import tried_in
+from tightfit.diagnosis.needless import needless
 from tightfit.diagnosis.own_place import placed
 from tightfit.diagnosis.own_words import in_own_words_first
 from tightfit.diagnosis.remedies import (
@@ -134,12 +135,18 @@ _OF_LOOP = re.compile(
 """Lines of a training or an evaluation in PyTorch."""
 
 
+_OF_USE = ("less_at_once", "smaller_picture", "offload", "smaller_weights", "quantized_weights", "smaller_model")
+"""What the user of a trained model may change in its program, whatever tensor failed."""
+
+
 def _of_last_resort(case: Case) -> Iterator[Remedy]:
     """Yield what is left where no fix of the tables is about the program and its phase."""
     facts, evidence = case
     uses = case.is_of("servers") or case.is_of("trainers")
     if facts.phase == "load" and case.shows("subject.reads_checkpoint") and not uses:
         yield fix("load_on_host", facts, evidence)
+    of_use = [code for code in _OF_USE if evidence.infers and case.has_own(code)]
+    yield from (fix(code, facts, evidence) for code in of_use if code not in needless(case))
     if not facts.frames:
         yield Remedy(code="kind_whole_log", verdict=UNCHECKED, reason="general", label=LIKELY, exact=None)
 

@@ -272,7 +272,8 @@ def _of_own(facts: Facts) -> Iterator[Cause]:
         yield PrivatePools(code="private_pools", pool_bytes=facts.private_pool_bytes)
     outside = facts.figures.get("outside_pytorch_bytes")
     is_mps = facts.kind == "mps_out_of_memory"
-    if outside is not None and outside.high > 0 and facts.own_pid is None:
+    is_usual = outside is not None and outside.high < _USUAL_CONTEXT and facts.kind == "cuda_out_of_memory"
+    if outside is not None and outside.high > 0 and facts.own_pid is None and not is_usual:
         yield OutsidePyTorch(
             code="metal_decides"
             if fills_by_metal(facts)
@@ -285,6 +286,10 @@ def _of_own(facts: Facts) -> Iterator[Cause]:
             low_bytes=outside.low,
             high_bytes=outside.high,
         )
+
+
+_USUAL_CONTEXT = 600 * 2**20
+"""Bytes of a CUDA context and its libraries in a usual run, which are worth no word."""
 
 
 def fills_by_metal(facts: Facts) -> bool:

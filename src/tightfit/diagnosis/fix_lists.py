@@ -311,7 +311,7 @@ def _lists_of_phase(case: Case) -> Iterator[str]:
     if phase == "setup" and case.has_sign("fsdp", "deepspeed") and not evidence.infers:
         yield "training"
         return  # before any pass
-    if phase == "save":  # what one pass holds is gone by then
+    if phase in ("save", "merge"):  # what one pass holds is gone by then
         return
     if phase == "load":
         yield "weights_to_train" if _trains(case) or evidence.purpose == TRAINING else "model"

@@ -26,7 +26,7 @@ _CALL = re.compile(
 """A line that is one call of a part of a model, with names alone as arguments."""
 _STEP = re.compile(r"(?:^|[^\w.])[\w.]*\([^\n]*")
 _NO_MODEL = re.compile(
-    r"\.(?:backward|step|to|cuda|load_state_dict|train|fit|run|main|load|save)\(|^(?:main|run|train|fit|app|cli)\(|from_pretrained"
+    r"\.(?:backward|step|clip_grad_\w+|to|cuda|load_state_dict|train|fit|run|main|load|save)\(|^(?:main|run|train|fit|app|cli)\(|from_pretrained"
     r"|^(?:for|if|elif|while|with|assert|async|await|yield|def|class|raise)\b"
 )
 """Lines that call no model on data: what they start does."""

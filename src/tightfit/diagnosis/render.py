@@ -94,7 +94,7 @@ def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: b
     if any(_PLACEHOLDER.search(line) for remedy in shown for line in remedy.paste):
         yield words("assumed", "placeholders")
     left = [each for each in explanation.remedies if each not in shown]
-    if any(each.code != "empty_cache" for each in left):  # of which every log would say the same
+    if any(each.code not in _IN_EVERY_LOG for each in left):
         may_help = any(each.verdict in _MAY_HELP for each in left)
         yield words("assumed", "more_fixes" if may_help else "left_out", count=len(left))
     if verbose:
@@ -102,6 +102,8 @@ def _fixes(explanation: "Explanation", said: Sentences, words: Words, verbose: b
             yield words("assumed", "not_modelled", what=what)
 
 
+_IN_EVERY_LOG = ("empty_cache", "close_others")
+"""Measures of which nearly every log says the same."""
 _MAY_HELP = (FITS, FITS_SLOWLY, UNCHECKED)
 
 

@@ -289,6 +289,7 @@ def phase_of(frames: Sequence[TraceFrame], lines: Sequence[str] = ()) -> str | N
     of_stack: dict[str, Callable[[], bool]] = {
         "autotune": lambda: stack.in_files("autotune"),
         "warmup": lambda: stack.called("warmup") or stack.entered("warmup") or stack.in_files("warmup"),
+        "merge": lambda: stack.called("merge"),
         "save": lambda: stack.called("save") or stack.named("save") or stack.in_files("save"),
         "resume": lambda: (stack.called("resume") or stack.named("resume")) and not stack.entered("load"),
         "load": lambda: stack.called("load") or stack.entered("load") or stack.in_files("load"),
