@@ -41,6 +41,13 @@ class FixedPart(Cause, frozen=True, kw_only=True):
     """The code of its remedy."""
 
 
+class MigSlice(Cause, frozen=True, kw_only=True):
+    """The card is a slice of a larger one."""
+
+    profile: str
+    """Its name, 2g.10gb."""
+
+
 class FillsCard(Cause, frozen=True, kw_only=True):
     held_bytes: int
     total_bytes: int

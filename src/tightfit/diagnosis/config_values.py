@@ -127,11 +127,19 @@ def _python(text: str) -> dict[str, Value]:
     return found
 
 
+_OF_SETTINGS = re.compile(r"(?:Arguments|Config|Args)$")
+"""Ends of names of classes that hold a run's settings, such as TrainingArguments."""
+
+
 def _of_node(node: ast.expr, path: str) -> Iterator[tuple[str, Value]]:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         for keyword in node.keywords:
             if keyword.arg:
                 yield from _of_node(keyword.value, f"{path}.{keyword.arg}")
+    elif isinstance(node, ast.Call) and _OF_SETTINGS.search(ast.unparse(node.func)):
+        for keyword in node.keywords:
+            if keyword.arg:
+                yield from _of_node(keyword.value, keyword.arg)
     elif isinstance(node, ast.Dict):
         for key, value in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant) and isinstance(key.value, str):

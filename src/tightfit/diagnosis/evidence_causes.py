@@ -12,6 +12,7 @@ from tightfit.diagnosis.cause_records import (
     LargeRequest,
     LineRequest,
     LogitTokens,
+    MigSlice,
     ModelBudget,
     OtherCard,
     PrintedBatch,
@@ -30,6 +31,7 @@ from tightfit.diagnosis.failure_case import Case, loads_on_first_card
 from tightfit.diagnosis.figure_causes import holds_little, is_most_of_card, is_oversized
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
+from tightfit.diagnosis.named_card import mig_profile
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.usual_models import printed_name
 from tightfit.oomlog.facts import Facts
@@ -403,6 +405,8 @@ def _code_of(budget: Budget) -> str | None:
 
 def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield what else the log prints of the run: a batch that cannot shrink, DataParallel."""
+    if profile := mig_profile(evidence.run.text):
+        yield MigSlice(code="mig_slice", profile=profile)
     if "training_ended" in evidence.run.signs and evidence.grows in (None, "saving"):
         yield Cause(code="training_ended")
     if evidence.gathers_on_first_card(facts) and not Case(facts, evidence).first_card_works_alone:

@@ -44,6 +44,7 @@ from tightfit.links import split_count
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import is_of_allocator, memory_of
 from tightfit.oomlog.log_reader import LogReading, read_log
+from tightfit.oomlog.ownership import ownership
 from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
 from tightfit.units import format_bytes
@@ -176,7 +177,8 @@ _NAMED = 3
 def _with_processes(remedies: tuple[Remedy, ...], facts: Facts) -> tuple[Remedy, ...]:
     """Return the fixes with the numbers of the processes that hold the card, beside the tool that lists them."""
     others = [each for each in facts.other_processes if each.pid != facts.own_pid and each.bytes < 2**63]
-    others = sorted(others, key=lambda each: -each.bytes)[:_NAMED]
+    ranks = {each.pid for each in ownership(facts).ranks}  # of this process's own job
+    others = sorted((each for each in others if each.pid not in ranks), key=lambda each: -each.bytes)[:_NAMED]
     named = ", ".join(f"PID {each.pid}: {format_bytes(each.bytes)}" for each in others)
     if not named:
         return remedies

@@ -10,6 +10,7 @@ from tightfit.diagnosis.figure_causes import fills_by_metal, holds_little, is_fi
 from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, is_own_option, words_of
 from tightfit.diagnosis.framework_words import frameworks, has_words
 from tightfit.diagnosis.model_budget import trains_all
+from tightfit.diagnosis.named_card import mig_profile
 from tightfit.diagnosis.needless import needless
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
@@ -30,7 +31,7 @@ _UNDIVIDED = (1, 2)
 """Stages of ZeRO at which each card holds all parameters."""
 _OF_SAVING = ("save_adapters", "save_on_host")
 """Remedies that need no option: what is written, and where it is put together."""
-_OWN_LISTS = ("optimizer_temporary", _GATHERED)
+_OWN_LISTS = ("optimizer_temporary", "optimizer_state_dict", _GATHERED)
 """Kinds of tensors with fixes of their own."""
 _RARELY_ONES_OWN = ("smaller_model", "no_gradients")
 """Remedies that a program for the use of a trained model mostly has no room for."""
@@ -84,7 +85,8 @@ def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
     is_known = evidence.framework in frameworks() and evidence.grows != "outputs"
     if facts.phase == "eval" and is_known:  # the program's own options come first
         codes.sort(key=lambda code: not case.has_own(code))
-    if facts.phase == "eval" and evidence.grows == "logits" and "eval_batch" in codes:  # those of one batch
+    has_batch = "eval_batch" in codes and not case.is_of("share_batch")
+    if facts.phase == "eval" and evidence.grows == "logits" and has_batch:  # those of one batch
         codes = ["eval_batch", *(code for code in codes if code not in _OF_ALL_OUTPUTS)]
     if case.has_sign("not_python") and not any(each.file.endswith(".py") for each in facts.frames):
         codes = [code for code in codes if code in _IN_ANY_LANGUAGE]
@@ -93,7 +95,14 @@ def _in_order_of_program(codes: list[str], case: Case) -> list[str]:
     if evidence.infers and evidence.framework is None:  # a program of another's has one model, and keeps no gradients
         codes.sort(key=lambda code: code in _RARELY_ONES_OWN)
         codes = ["no_gradients", *codes] if "no_gradients" in codes and case.shows("subject.own_loop") else codes
-    return codes
+    codes = [*codes[:_BEFORE_SLICE], "larger_slice", *codes[_BEFORE_SLICE:]] if mig_profile(case.run.text) else codes
+    return ["weaker_card_out", *codes] if _UNLIKE_CARDS in case.run.text else codes
+
+
+_BEFORE_SLICE = 2
+"""Fixes of the program's own need that come before a larger slice of the card."""
+_UNLIKE_CARDS = "imbalance between your GPUs"
+"""DataParallel's warning of a card with less memory than the first."""
 
 
 def _with_state_of_run(codes: list[str], case: Case) -> list[str]:

@@ -75,6 +75,9 @@ def foreign_in(paths: Sequence[str], keys: Sequence[str]) -> Foreign | None:
         _check_kind(path, each, inner, is_known=program is not None)
     if program is None:
         return None
+    if program == "deepspeed":  # which leaves what is "auto" to the Trainer's arguments
+        each_values = [{name: each for name, each in known.items() if each != "auto"} for known in each_values]
+        values = {name: each for name, each in values.items() if each != "auto"}
     each_values += _named_files(values, [path for path, _ in read])
     kind = kind_of(*read[-1]) if read else "yaml"
     return Foreign(program=program, text=text, values=values, found=_found(program, values, each_values), kind=kind)

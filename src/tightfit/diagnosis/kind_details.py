@@ -8,10 +8,10 @@ import msgspec
 
 from tightfit.diagnosis.compiled_details import of_arena, of_host_tensor, of_jax, of_pool
 from tightfit.diagnosis.host_details import of_host_allocator, of_host_memory, of_killed
-from tightfit.diagnosis.printed_tables import holders, ray_nodes
+from tightfit.diagnosis.printed_tables import holders, named_holder, ray_nodes
 from tightfit.diagnosis.purpose import TRAINING, purpose_of_frames
 from tightfit.diagnosis.report_words import shows
-from tightfit.diagnosis.server_details import of_cache, of_prefill, of_sglang, of_warm_up, share_asked
+from tightfit.diagnosis.server_details import of_cache, of_prefill, of_sglang, of_share, of_warm_up, share_asked
 from tightfit.diagnosis.told_phase import phase_told
 from tightfit.diagnosis.told_shape import shape_of_pairs
 from tightfit.oomlog.facts import Facts, Figure, with_detail
@@ -101,6 +101,9 @@ _OF_THE_RUN = {
     "half",
     "sglang_bound",
     "pairs_of",
+    "far_less_free",
+    "overflowed",
+    "unsigned",
     "llama_sized",
     "far_more_free",
     "node",
@@ -194,16 +197,29 @@ def _of_library(facts: Facts, run: RunFacts) -> Facts:
 def _of_square(facts: Facts, run: RunFacts) -> Facts:
     """Return an impossible size with the count of which an array of all pairs was made."""
     sizes = re.findall(r"\d+", facts.details.get("shape", ""))
+    if facts.requested_bytes is None and sizes:
+        facts = with_detail(facts, "overflowed")
+    if str(2**32 - 1) in sizes:
+        facts = with_detail(facts, "unsigned", str(2**32 - 1))
     is_square = len(sizes) == 2 and sizes[0] == sizes[1]
-    return with_detail(facts, "pairs_of", f"{int(sizes[0]):,}") if is_square else facts
+    count = sizes[0] if is_square else _count_of_pairs(facts, run.text)
+    return with_detail(facts, "pairs_of", f"{int(count):,}") if count else facts
+
+
+def _count_of_pairs(facts: Facts, text: str) -> str | None:
+    """Return the number in a log of which an array of all pairs has the size that was asked for."""
+    asked = facts.figures.get("requested_bytes")
+    numbers = dict.fromkeys(re.findall(r"(?<![\d.,])\d{5,10}(?![\d.,]*\d)", text))
+    squares = ((each, int(each) ** 2 * size) for each in numbers for size in (4, 8, 2))
+    return next((each for each, square in squares if asked and asked.low <= square <= asked.high), None)
 
 
 def _of_ray(facts: Facts, run: RunFacts) -> Facts:
     """Return a task that Ray ended with what its table says of the processes that hold the most."""
     printed = (facts.details.get(name, "") for name in ("used", "of", "threshold"))
-    return msgspec.structs.replace(
-        facts, details={**facts.details, **holders(run.text, *printed), **ray_nodes(run.text)}
-    )
+    nodes = {} if "used" in facts.details else ray_nodes(run.text)
+    named = named_holder(run.text, facts.details.get("used", ""))
+    return msgspec.structs.replace(facts, details={**facts.details, **holders(run.text, *printed), **named, **nodes})
 
 
 _IN_WORDS = ("program_words", "memory_words")
@@ -326,6 +342,7 @@ _OF_KINDS: Mapping[str, Callable[[Facts, RunFacts], Facts]] = {
     "tensorflow_out_of_memory": of_pool,
     "tgi_prefill": of_prefill,
     "vllm_no_cache_blocks": of_cache,
+    "vllm_share_of_card": of_share,
     "vllm_warm_up": of_warm_up,
 }
 """What a kind of failures adds from the rest of its log."""

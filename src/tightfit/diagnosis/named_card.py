@@ -147,3 +147,16 @@ def _rank(card: GPU, total: Figure) -> tuple[bool, bool, int]:
     """Put cards that report this total first; among them the one with the fewest SMs, which is sold most."""
     reports_it = card.memory_bytes_min <= total.high + 1 and total.low <= card.memory_bytes
     return not reports_it, card.memory_is_estimate, card.sm_count
+
+
+_MIG = re.compile(r"\bMIG[ -](\d{1,2}[gc]\.\d{1,3}gb)\b", re.IGNORECASE)
+
+
+def mig_profile(text: str) -> str | None:
+    """Return the profile of the slice of a card that a log names.
+
+    >>> mig_profile("NVIDIA A100-SXM4-40GB MIG 2g.10gb"), mig_profile("NVIDIA A100")
+    ('2g.10gb', None)
+    """
+    found = _MIG.search(text)
+    return found[1] if found else None

@@ -355,6 +355,38 @@ def _draws_for_a_test(case: Case) -> bool:
     return case.program == "diffusers" and case.facts.phase == "eval"
 
 
+def _shares_its_batch(case: Case) -> bool:
+    """Return True for a program whose evaluation has no batch of its own."""
+    return case.is_of("share_batch") and not case.has_own("eval_batch")
+
+
+def _fails_in_amsgrad(case: Case) -> bool:
+    return any("max_exp_avg_sq" in (each.source or "") for each in case.facts.frames)
+
+
+_WITHOUT_LIGER = re.compile(
+    r"models[\\/](?:gpt2|gptj|gpt_neo\w*|opt|bloom|falcon|mpt|t5|mt5|bart|mbart|bert|roberta|codegen)[\\/]"
+)
+"""Files of models that Liger's kernels leave as they are."""
+
+
+def _has_no_liger(case: Case) -> bool:
+    """Return True for a loss by Liger's kernels, which change nothing for this model."""
+    words = words_of("chunked_general", case.evidence)
+    is_liger = words is not None and any("liger" in line for line in words.lines)
+    return is_liger and any(_WITHOUT_LIGER.search(each.file) for each in case.facts.frames)
+
+
+def _asks_for_one(case: Case) -> bool:
+    """Return True where the program's only words for less in one pass are a batch of one, which the run has."""
+    words = words_of("less_at_once", case.evidence)
+    return (
+        case.evidence.batch_is_one
+        and words is not None
+        and all(re.search(r"batch[_-]?size[ =]1\b", line) for line in words.lines)
+    )
+
+
 def _has_other_state(case: Case) -> bool:
     """Return True for an optimizer with less state than Adam's, or one that a switch for it leaves in place."""
     words = words_of("optimizer_8bit", case.evidence)
@@ -479,10 +511,12 @@ _OF_THE_PASS = (
     _Rule("split_general", "pairs are of all items, without a batch", _has_pairs_of_all),
     _Rule("less_at_once", "the words are for the use of a model", _is_of_use_only),
     _Rule("less_at_once", "one pass cannot be smaller", _has_one_pass),
+    _Rule("less_at_once", "the batch is one already", _asks_for_one),
     _Rule("less_at_once", "a picture is taken in parts already", _slides),
     _Rule("checkpointing_general", "nothing is kept for a backward pass", lambda case: case.keeps_nothing),
     _Rule("checkpointing_general", "grad() refuses it", _is_refused_by_grad),
     _Rule("checkpointing_general", "it is on", lambda case: case.has_sign("checkpointing")),
+    _Rule("checkpointing_general", "it is on", lambda case: case.passes_file("torch/utils/checkpoint")),
     _Rule("checkpointing_general", "the program does it by itself", _recomputes),
     _Rule("checkpointing_general", "a model of the user's own may lack it", _is_model_of_user),
     _Rule("checkpointing_general", "the frozen encoder keeps nothing", _encodes_pictures),
@@ -514,6 +548,7 @@ _OF_THE_PASS = (
     _Rule("smaller_inputs", "the tensor holds one token of each beam", _is_of_beams),
     _Rule("smaller_inputs", "the pairs are not of places", _pairs_items),
     _Rule("smaller_inputs", "they are short", lambda case: _has_short_length(case) and _takes_sequences(case)),
+    _Rule("chunked_general", "the kernels do not know this model", _has_no_liger),
     _Rule("chunked_general", "the program's own loss is in chunks", lambda case: case.is_of("chunked_loss")),
     _Rule("half_precision", "it is on", _is_in_half),
     _Rule("half_precision", "the program does it by itself", _halves),
@@ -596,6 +631,11 @@ _OF_THE_MODEL = (
     _Rule("less_at_once", "the results are of the whole input", lambda case: case.evidence.grows == "windows"),
     _Rule("eval_batch", "the program evaluates", lambda case: _has_loop_of_its_own("eval_batch", case)),
     _Rule("outputs_to_host", "the program evaluates", lambda case: _has_loop_of_its_own("outputs_to_host", case)),
+    _Rule(
+        "eval_batch",
+        "it is that of the training",
+        lambda case: case.is_of("share_batch") and not case.has_own("eval_batch"),
+    ),
     _Rule("eval_batch", "the outputs of all batches are joined", lambda case: case.evidence.grows == "outputs"),
     _Rule("eval_batch", "the results are of the whole input", lambda case: case.evidence.grows == "windows"),
     _Rule("smaller_weights", "they have 16 bits", _is_weight_in_half),
@@ -638,6 +678,7 @@ _OF_THE_MODEL = (
     _Rule("optimizer_8bit", "it is on", lambda case: case.passes_file("bitsandbytes/optim")),
     _Rule("optimizer_8bit", "SGD has no such form that users know", lambda case: case.passes_file("torch/optim/sgd")),
     _Rule("optimizer_paged", "it is none of bitsandbytes", lambda case: not case.passes_file("bitsandbytes/optim")),
+    _Rule("no_amsgrad", "it is off", lambda case: not _fails_in_amsgrad(case)),
     _Rule("no_momentum", "another optimizer failed", lambda case: not case.passes_file("torch/optim/sgd")),
     _Rule("optimizer_8bit", "it is on", lambda case: "8bit" in case.run.texts.get("optimizer", "").lower()),
     _Rule("optimizer_8bit", "it is on", lambda case: case.shows("switches.adam_8bit")),

@@ -128,3 +128,18 @@ def ray_nodes(text: str) -> dict[str, str]:
 
 def _counted(numbers: dict[str, int]) -> str:
     return ", ".join(f"{node} ({number})" for node, number in numbers.items() if number)
+
+
+_NAMED_HOLDER = re.compile(r"name=([\w.:]{1,80}),? pid=\d{1,9}, memory used=([\d.]{1,9}) ?GB")
+
+
+def named_holder(text: str, used: str) -> dict[str, str]:
+    """Return the task or actor that Ray's message names, if it holds most of what is used, as details.
+
+    >>> named_holder("(actor ID: a, name=Buffer.__init__, pid=7, memory used=90.0GB) was running", "100.0GB")
+    {'ray_alone': 'Buffer', 'ray_each': '90.0 GB'}
+    """
+    found, whole = _NAMED_HOLDER.search(text), _gigabytes(used) if used else None
+    if found is None or whole is None or float(found[2]) <= _SHARE * whole:
+        return {}
+    return {"ray_alone": found[1].split(".")[0], "ray_each": f"{found[2]} GB"}

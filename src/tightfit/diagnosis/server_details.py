@@ -83,6 +83,16 @@ _TOO_HIGH = 0.88
 """Share for weights and cache beside which few models have room for their activations."""
 
 
+_LITTLE = 0.5
+"""Part of the share that a server asks for below which what is free can hardly hold its model."""
+
+
+def of_share(facts: Facts, run: RunFacts) -> Facts:
+    """Return a share of the card that is not free, with the remark that far less is."""
+    free, asked = facts.free_bytes, facts.requested_bytes
+    return with_detail(facts, "far_less_free") if free and asked and free < _LITTLE * asked else facts
+
+
 def of_sglang(facts: Facts, run: RunFacts) -> Facts:
     """Return a cache of SGLang's without memory with the share that its weights alone need, where it is too high."""
     found = _SGLANG_LEFT.search(run.text)

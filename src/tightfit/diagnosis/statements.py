@@ -150,6 +150,9 @@ def _problem(facts: Facts, words: Words) -> str:
     if requested is None:
         cut = "class_without_message" in facts.notes
         return words("problem", "message_missing" if cut else "figures_missing")
+    allowed, allocated = facts.allowed_bytes, facts.allocated_bytes
+    if facts.kind == "mps_out_of_memory" and allowed and allocated and allocated <= allowed:
+        return words("problem", "of_allowed", requested=requested, allocated=allocated, allowed=allowed)
     if free is None or total is None:
         return words("problem", "request_only", requested=requested)
     short, phase = facts.short_by_bytes, _phase_named(facts)

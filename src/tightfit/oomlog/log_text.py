@@ -150,7 +150,10 @@ _LINK = re.compile(r"\[([^\]\n]{1,400})\]\(https?://[^)\s]{1,400}\)")
 
 _MISREAD = (
     (re.compile(r"\b0ut(?=Of| of)"), "Out"),
-    (re.compile(r"\brnemory\b"), "memory"),
+    (re.compile(r"\b(?:rn|m)em[o0]ry\b"), "memory"),
+    (re.compile(r"\bMem0ry"), "Memory"),
+    (re.compile(r"\bPyT0rch\b"), "PyTorch"),
+    (re.compile(r"MemoryErr0r\b"), "MemoryError"),
     (re.compile(r"\b0f memory\b"), "of memory"),
     (re.compile(r"\ba(?!ll)[lI1]{2}ocat(?=e|ion)"), "allocat"),
     (re.compile(r"\ba(?:[I1]|l1|11)ready\b"), "already"),
@@ -160,8 +163,10 @@ _MISREAD = (
     (re.compile(r"\bGPU [lI](?=;| has)"), "GPU 1"),
 )
 """Words of PyTorch's message as programs read them from a picture, which take O for 0, l for 1, and rn for m."""
-_MISREAD_SIZE = re.compile(r"(?<![\w.])[\dOolI]{1,4}\.[\dOolI]{1,2}(?= ?[KMG]iB)")
-_AS_DIGITS = str.maketrans("OolI", "0011")
+_MISREAD_SIZE = re.compile(
+    r"(?<![\w.])[\dOolI]{1,4}[.,][\dOolI]{1,2}(?= ?[KMG]iB)|(?<=\bProcess )[\dOolI]{2,9}(?= has)"
+)
+_AS_DIGITS = str.maketrans("OolI,", "0011.")
 
 
 def well_read(line: str) -> str:
@@ -276,7 +281,8 @@ def part(line: str) -> Line:
             found = match.groupdict()
             if pattern is _RANK:
                 number = next((value for value in found.values() if value), None)
-                rank = int(number) if number and rank is None else rank
+                is_named = match[0].startswith("[rank")  # behind [default3], a number on one machine
+                rank = int(number) if number and (rank is None or is_named) else rank
             elif pattern is _LEVEL:
                 word = found["level"].lower()
                 level = level or _LEVELS.get(word, word)

@@ -167,9 +167,22 @@ def had_room(facts: Facts) -> bool:
     return free.low > _FULL * total and requested < _NEARLY_ALL * free.low
 
 
+def _near(own_pid: int, strangers: Sequence[OtherProcess]) -> list[OtherProcess]:
+    """Return the processes whose numbers follow each other around this process's number; other ones are no ranks."""
+    near: list[OtherProcess] = []
+    numbers = {own_pid}
+    for each in sorted(strangers, key=lambda one: abs(one.pid - own_pid)):
+        if min(abs(each.pid - number) for number in numbers) <= _NEIGHBOURS:
+            near.append(each)
+            numbers.add(each.pid)
+    return near
+
+
 def _ranks(facts: Facts) -> tuple[OtherProcess, ...]:
     """Return the other processes that look like ranks of this process's job."""
     strangers = [each for each in facts.other_processes if each.pid != facts.own_pid and each.bytes < 2**63]
+    if facts.own_pid is not None and (near := _near(facts.own_pid, strangers)):
+        strangers = near
     numbers = sorted([*(each.pid for each in strangers), *([facts.own_pid] if facts.own_pid else [])])
     if len(numbers) < 3 or any(two - one > _NEIGHBOURS for one, two in pairwise(numbers)):
         return ()

@@ -20,7 +20,8 @@ _OPEN, _ESCAPES, _LETTERS = (
 _OF_ONE_CARD = re.compile(r"micro|per_device|per_gpu|device_batch|local_batch", re.IGNORECASE)
 """Names of the batch of one pass on one card; `train_batch_size` may be that of a step over all cards."""
 _SHAPE = re.compile(
-    r"empty_strided_(?:cuda|xpu|cpu)?\w{0,8}\(\((\d[\d, ]{0,80}?),?\), \([^)\n]{0,120}\),? ?(?:torch\.(\w{4,12}))?"
+    r"empty_strided(?:_(?:cuda|xpu|cpu)?\w{0,8})?\(\((\d[\d, ]{0,80}?),?\), \([^)\n]{0,120}\),? ?"
+    r"(?:device=[^,\n]{1,20}, )?(?:dtype=)?(?:torch\.(\w{4,12}))?"
     r"|torch\.(?:empty|zeros|ones|rand|randn|full)\(\(?\[?(\d{1,12}(?:, ?\d{1,12}){0,6})\]?\)?[^\n]{0,80}?"
     r"(?:dtype=torch\.(\w{4,12}))?\)"
 )
