@@ -656,6 +656,7 @@ _OF_THE_MODEL = (
     _Rule("outputs_reduced", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
     _Rule("outputs_dropped", "metrics are wanted", lambda case: "compute_metrics" in case.run.text),
     _Rule("outputs_dropped", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
+    _Rule("outputs_to_host", "the loop keeps losses only", lambda case: case.calls("estimate_loss")),
     _Rule("outputs_to_host", "the program does not pass it on", lambda case: case.program == "axolotl"),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
     _Rule("spread_model", "it is on, over all cards", _spreads_over_all),
