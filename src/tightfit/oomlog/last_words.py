@@ -1,7 +1,7 @@
 """The last words of a log in which no format of a failure was found: an error, or a traceback that was cut off."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tightfit.oomlog.log_text import part
 
@@ -503,6 +503,19 @@ def _cut_traceback(bodies: Sequence[str]) -> str | None:
     begun = bodies[-1] if bodies and _BEGUN.fullmatch(bodies[-1]) else None
     if start is None:
         return "" if len(after) >= 2 and _FRAME.match(after[-2]) and after[-1].startswith("    ") else None
-    if any(_LAST_LINE.match(body) and not _FRAME.match(body) for body in after if body != begun):
+    if any(_LAST_LINE.match(body) and not _FRAME.match(body) for body in _endings(bodies[start:]) if body != begun):
         return None
     return named
+
+
+def _endings(behind: Sequence[str]) -> Iterator[str]:
+    """Yield the lines behind a traceback's head that may end it: any up to an empty line behind Python's frames.
+
+    What a person writes below the traceback, with an empty line before it, ends none; an error's name does.
+    """
+    has_frames = is_below = False
+    for body in behind:
+        has_frames = has_frames or body.lstrip().startswith('File "')
+        is_below = is_below or (has_frames and not body.strip())
+        if body.strip() and (not is_below or _ENDED.match(body)):
+            yield body

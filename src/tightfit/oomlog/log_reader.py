@@ -42,7 +42,8 @@ from tightfit.oomlog.log_record import (
     ran_out,
     with_facts,
 )
-from tightfit.oomlog.log_text import lines_of, part, pieces, titled, without_rank, without_shared_prefix
+from tightfit.oomlog.log_text import lines_of, part, pieces, titled, without_rank
+from tightfit.oomlog.log_wrapping import without_shared_prefix
 from tightfit.oomlog.message import Message
 from tightfit.oomlog.messages import messages_in
 from tightfit.oomlog.number_ends import with_own_number

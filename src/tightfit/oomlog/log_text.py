@@ -2,7 +2,6 @@
 
 import codecs
 import html
-import itertools
 import re
 from collections.abc import Iterator
 from typing import IO
@@ -26,8 +25,8 @@ _RAW_INDEX = re.compile(r"GPU ([\x01-\x08\x0b\x0c\x0e-\x1f]) has a total")
 _UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _BOLD = re.compile(r"(?:(?<=\s)|^)\*\*(?=[\dA-Z])|(?<=[\dB.r])\*\*(?=[\s:,.;)]|$)|(?<=[A-Z]{3})\*\*(?=[A-Z]{3})")
 """Markdown's, around figures and words; not Python's powers and keywords."""
-_WIDE = str.maketrans("（）；：，．＝\xa0\u3000│┃║", "();:,.=     ")
-"""Translators' punctuation, spaces, and the frames that rich draws around tracebacks."""
+_WIDE = str.maketrans("（）；：，．＝\xa0\u3000│┃║“”„’‘", '();:,.=     """\'\'')
+"""Translators' and word processors' punctuation, spaces, and the frames that rich draws around tracebacks."""
 _ESCAPED = re.compile(r"\\n(?:  |Traceback|[A-Za-z_.]{1,60}Error|\\n|\[rank)|Error: .{0,400}?\\n")
 
 
@@ -40,7 +39,9 @@ def pieces(source: str | bytes | IO[bytes] | IO[str]) -> Iterator[str]:
     for text in _decoded(source):
         if "\x00" in text:  # UTF-16 read as something else, or a cut file
             text = text.replace("\x00", "")
-        rest += text
+        rest += text if rest or waiting else text.removeprefix("\ufeff")
+        if "\r\n" in rest:
+            rest = rest.replace("\r\n", "\n")
         if "\x1b" in rest:  # a colour in the middle of the words that are looked for
             rest = _ANSI.sub("", rest)
         cut = rest.rfind("\n") + 1
@@ -180,6 +181,30 @@ def well_read(line: str) -> str:
     return _MISREAD_SIZE.sub(lambda size: size[0].translate(_AS_DIGITS), line)
 
 
+_FRAME = re.compile(r'(File "[^"\n]{1,400}", line \d{1,7}, in [^\s"]{1,200})[ \t]+(?=\S)')
+"""A frame of a traceback with text behind it on its line, where Python ends the line."""
+_NEXT_FRAME = re.compile(r'\s+(?=File "[^"\n]{1,400}", line \d{1,7}, in )')
+_NEXT_ERROR = re.compile(
+    r"(?<=\S)(?<!except)(?<!raise)\s+(?=(?:[A-Za-z_]\w{0,60}\.){0,5}[A-Z]\w{1,60}(?:Error|Exception)\b: ?\S)"
+)
+
+
+def _apart(line: str) -> list[str]:
+    """Return the lines of a traceback that a paste joined; any other line as it is.
+
+    >>> _apart('Traceback (most recent call last): File "a.py", line 3, in f y = g(x) RuntimeError: CUDA')
+    ['Traceback (most recent call last):', '  File "a.py", line 3, in f', '    y = g(x)', 'RuntimeError: CUDA']
+    """
+    if not _FRAME.search(line):
+        return [line]
+    found: list[str] = []
+    for joined in _NEXT_FRAME.split(line):
+        frame, _, behind = _FRAME.sub(r"\1\n", joined, count=1).partition("\n")
+        code, *error = _NEXT_ERROR.split(behind, maxsplit=1)
+        found += [f"  {frame}" if frame.startswith("File") else frame, *([f"    {code}"] if code else []), *error]
+    return found
+
+
 def lines_of(text: str) -> list[str]:
     """Return the clean lines of a piece of log; a line that holds escaped ones, like in JSON, is taken apart."""
     lines: list[str] = []
@@ -195,6 +220,9 @@ def lines_of(text: str) -> list[str]:
                 line = _LINK.sub(r"\1", line)
             if line.count("[rank") > 1:
                 lines += _RANKS.split(line[:200_000])
+                continue
+            if '", line ' in line and "\\n" not in line and len(frames := _apart(line[:200_000])) > 1:
+                lines += frames
                 continue
             if "**" in line:
                 line = _BOLD.sub("", line)
@@ -302,90 +330,3 @@ def without_rank(line: str) -> str:
     while match := _RANK.match(line):
         line = line[match.end() :]
     return line
-
-
-_SAMPLE = 400
-"""Lines from a log's beginning of which all must have a prefix."""
-_MARK = re.compile(r"[|*;](?: |$)")
-"""A mark that stands before each line of a quotation."""
-
-
-def without_shared_prefix(parts: Iterator[str]) -> Iterator[str]:
-    """Yield the pieces of a log without the prefix that all its lines have: a wrapper's, which tells of none.
-
-    Ranks stay. A level that all lines have tells no error from the rest.
-
-    >>> list(without_shared_prefix(iter(["12:00:01 - INFO - step 1\\n12:00:09 - INFO - step 2\\n"])))
-    ['step 1\\nstep 2\\n']
-    >>> list(without_shared_prefix(iter(["12:00:01 ERROR [a.py:3] step 1\\n12:00:09 ERROR [a.py:4] step 2\\n"])))
-    ['step 1\\nstep 2\\n']
-    """
-    pattern: re.Pattern[str] | None = None
-    for number, text in enumerate(parts):
-        if not number and _is_numbered(text):
-            pattern = _NUMBER
-        elif not number and (prefix := _shared_prefix(text)):
-            pattern = _pattern_of(prefix)
-        yield pattern.sub("", text) if pattern else text
-
-
-_NUMBER = re.compile(r"(?m)^\d{1,7}[:-]")
-"""The number of a line, as grep -n prints it; a line of its context has a hyphen."""
-_FEWEST_NUMBERED = 3
-
-
-def _is_numbered(text: str) -> bool:
-    """Return True if all lines of a piece begin with numbers that rise: those of the lines, and of no ranks."""
-    lines = [line for line in text.split("\n", _SAMPLE)[:_SAMPLE] if line.strip()]
-    numbers = [int(match[0][:-1]) for match in map(_NUMBER.match, lines) if match]
-    rises = all(one < two for one, two in itertools.pairwise(numbers))
-    return len(numbers) == len(lines) >= _FEWEST_NUMBERED and rises
-
-
-def _masked(text: str) -> str:
-    return re.sub(r"\d+", "0", text)
-
-
-def _shared_prefix(text: str) -> str:
-    """Return the prefix of all lines of a piece, with each number as 0; empty if they have none."""
-    lines = [line for line in text.split("\n", _SAMPLE)[:_SAMPLE] if line.strip()]
-    parted = [_wrapped(line) for line in lines]
-    first = parted[0].prefix if len(lines) > 1 else ""
-    if not first.strip() or parted[0].rank is not None:
-        return ""
-    masks = [_masked(each.prefix) for each in parted if each.body.strip()]
-    shared = _beginning_of(masks)
-    shared = shared if shared in masks else shared[: shared.rfind(" ") + 1]
-    while shared and not _OF_WRAPPER.fullmatch(shared):
-        shared = shared[: shared.rstrip().rfind(" ") + 1]
-    if not shared.strip() or not all(_masked(line).startswith(shared.rstrip()) for line in lines):
-        return ""
-    pattern = _pattern_of(shared)
-    left = (part(pattern.sub("", line)).body for line in lines)
-    cut = (one.removesuffix(two.body.lstrip()) for one, two in zip(left, parted, strict=True))
-    return shared if _MARK.match(first) or not any(re.search(r"\w", each) for each in cut) else ""
-
-
-def _beginning_of(texts: list[str]) -> str:
-    """Return the characters with which all texts begin."""
-    first, last = min(texts, default=""), max(texts, default="")
-    length = next((at for at, both in enumerate(zip(first, last, strict=False)) if both[0] != both[1]), len(first))
-    return first[:length]
-
-
-_OF_WRAPPER = re.compile(
-    r"(?:[\W\d_]|(?<=\d)[TZ]|\b(?:INFO|DEBUG|WARN(?:ING)?|ERROR)\b|\b[A-Za-z]\w* pid=\d+|\b[a-z]\w*\.py:\d+)+"
-)
-"""Times, levels, processes and lines of code: any other name in a prefix is evidence."""
-
-
-def _pattern_of(prefix: str) -> re.Pattern[str]:
-    """Return the pattern of a prefix at the beginning of a line; lines without text lack its last spaces."""
-    plain = re.sub(r"0", lambda _: r"\d+", re.escape(prefix.rstrip()))
-    return re.compile(rf"(?m)^{plain}(?:{' ' * (len(prefix) - len(prefix.rstrip()))}| *$)")
-
-
-def _wrapped(line: str) -> Line:
-    """Return a line without a mark of quotation, or without the prefix of a logger."""
-    mark = _MARK.match(line)
-    return Line(line[mark.end() :], prefix=mark[0]) if mark else part(line)
