@@ -16,7 +16,10 @@ FRAMES = """Traceback (most recent call last):
     main()
   File "/srv/app/finetune.py", line 61, in main
     scores = torch.matmul(queries, keys.transpose(-2, -1)) / math.sqrt(keys.size(-1))
-torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.02 GiB is free. Including non-PyTorch memory, this process has 22.60 GiB memory in use. Of the allocated memory 21.90 GiB is allocated by PyTorch, and 212.04 MiB is reserved by PyTorch but unallocated."""
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB. \
+GPU 0 has a total capacity of 23.64 GiB of which 1.02 GiB is free. \
+Including non-PyTorch memory, this process has 22.60 GiB memory in use. \
+Of the allocated memory 21.90 GiB is allocated by PyTorch, and 212.04 MiB is reserved by PyTorch but unallocated."""
 """Frames, code, and a message with all figures."""
 KILLED = """Loading the table
 Reading rows 0 to 4000000
@@ -24,7 +27,8 @@ Reading rows 0 to 4000000
 REPORTED = """Fine-tuning stops in the second epoch
 I use a batch of 8 on a card of 12 GB.
 RuntimeError: CUDA out of memory. Tried to allocate 48.00 MiB \
-(GPU 0; 11.91 GiB total capacity; 11.02 GiB already allocated; 21.81 MiB free; 11.20 GiB reserved in total by PyTorch)"""
+(GPU 0; 11.91 GiB total capacity; \
+11.02 GiB already allocated; 21.81 MiB free; 11.20 GiB reserved in total by PyTorch)"""
 LOGS = {"frames": FRAMES, "killed": KILLED, "reported": REPORTED}
 
 
