@@ -104,6 +104,22 @@ def test_a_traceback_on_one_line_is_read_frame_by_frame() -> None:
     assert explained(" ".join(line.strip() for line in FRAMES.split("\n"))) == explained(FRAMES)
 
 
+@pytest.mark.parametrize("change", [str.lower, str.upper])
+def test_a_message_in_letters_of_one_case_is_read(change: Callable[[str], str]) -> None:
+    found, plain = read_log(change(FRAMES)).failure, read_log(FRAMES).failure
+    assert found is not None
+    assert plain is not None
+    assert (found.kind, found.figures) == (plain.kind, plain.figures)
+
+
+@pytest.mark.parametrize(
+    "below", ["wandb: Synced 5 files", "Process finished with exit code 1", "(base) me@host:~/a$ "]
+)
+def test_what_is_printed_below_any_failure_changes_nothing(below: str) -> None:
+    message = FRAMES.rpartition("\n")[2]
+    assert explained(f"{message}\n\n{below}\n") == explained(message)
+
+
 def test_words_below_a_cut_traceback_do_not_end_it() -> None:
     cut = FRAMES.rpartition("\n")[0]
     for below in ("", "\n\nVersions: torch 2.6.0, Python 3.11\nAny help is appreciated.", "\n\nThanks!"):

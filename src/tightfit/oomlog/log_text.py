@@ -8,6 +8,8 @@ from typing import IO
 
 import msgspec
 
+from tightfit.oomlog.log_repair import apart, recased, well_read
+
 PIECE = 2**18
 """Characters read at a time."""
 LONGEST_LINE = 8_000
@@ -149,62 +151,6 @@ _LINK = re.compile(r"\[([^\]\n]{1,400})\]\(https?://[^)\s]{1,400}\)")
 """A link of Markdown; Colab makes one of each file's name in a traceback."""
 
 
-_MISREAD = (
-    (re.compile(r"\b0ut(?=Of| of)"), "Out"),
-    (re.compile(r"\b(?:rn|m)em[o0]ry\b"), "memory"),
-    (re.compile(r"\bMem0ry"), "Memory"),
-    (re.compile(r"\bPyT0rch\b"), "PyTorch"),
-    (re.compile(r"MemoryErr0r\b"), "MemoryError"),
-    (re.compile(r"\b0f memory\b"), "of memory"),
-    (re.compile(r"\ba(?!ll)[lI1]{2}ocat(?=e|ion)"), "allocat"),
-    (re.compile(r"\ba(?:[I1]|l1|11)ready\b"), "already"),
-    (re.compile(r"\btota[1I] by\b"), "total by"),
-    (re.compile(r"\b[l1]f reserved\b"), "If reserved"),
-    (re.compile(r"\bGPU [Oo](?=;| has)"), "GPU 0"),
-    (re.compile(r"\bGPU [lI](?=;| has)"), "GPU 1"),
-)
-"""Words of PyTorch's message as programs read them from a picture, which take O for 0, l for 1, and rn for m."""
-_MISREAD_SIZE = re.compile(
-    r"(?<![\w.])[\dOolI]{1,4}[.,][\dOolI]{1,2}(?= ?[KMG]iB)|(?<=\bProcess )[\dOolI]{2,9}(?= has)"
-)
-_AS_DIGITS = str.maketrans("OolI,", "0011.")
-
-
-def well_read(line: str) -> str:
-    """Return a line of PyTorch's message without the mistakes of a program that read it from a picture.
-
-    >>> well_read("CUDA out of rnemory. Tried to al1ocate l.50 GiB (GPU O; 1.Ol GiB free)")
-    'CUDA out of memory. Tried to allocate 1.50 GiB (GPU 0; 1.01 GiB free)'
-    """
-    for pattern, word in _MISREAD:
-        line = pattern.sub(word, line)
-    return _MISREAD_SIZE.sub(lambda size: size[0].translate(_AS_DIGITS), line)
-
-
-_FRAME = re.compile(r'(File "[^"\n]{1,400}", line \d{1,7}, in [^\s"]{1,200})[ \t]+(?=\S)')
-"""A frame of a traceback with text behind it on its line, where Python ends the line."""
-_NEXT_FRAME = re.compile(r'\s+(?=File "[^"\n]{1,400}", line \d{1,7}, in )')
-_NEXT_ERROR = re.compile(
-    r"(?<=\S)(?<!except)(?<!raise)\s+(?=(?:[A-Za-z_]\w{0,60}\.){0,5}[A-Z]\w{1,60}(?:Error|Exception)\b: ?\S)"
-)
-
-
-def _apart(line: str) -> list[str]:
-    """Return the lines of a traceback that a paste joined; any other line as it is.
-
-    >>> _apart('Traceback (most recent call last): File "a.py", line 3, in f y = g(x) RuntimeError: CUDA')
-    ['Traceback (most recent call last):', '  File "a.py", line 3, in f', '    y = g(x)', 'RuntimeError: CUDA']
-    """
-    if not _FRAME.search(line):
-        return [line]
-    found: list[str] = []
-    for joined in _NEXT_FRAME.split(line):
-        frame, _, behind = _FRAME.sub(r"\1\n", joined, count=1).partition("\n")
-        code, *error = _NEXT_ERROR.split(behind, maxsplit=1)
-        found += [f"  {frame}" if frame.startswith("File") else frame, *([f"    {code}"] if code else []), *error]
-    return found
-
-
 def lines_of(text: str) -> list[str]:
     """Return the clean lines of a piece of log; a line that holds escaped ones, like in JSON, is taken apart."""
     lines: list[str] = []
@@ -221,11 +167,13 @@ def lines_of(text: str) -> list[str]:
             if line.count("[rank") > 1:
                 lines += _RANKS.split(line[:200_000])
                 continue
-            if '", line ' in line and "\\n" not in line and len(frames := _apart(line[:200_000])) > 1:
+            if '", line ' in line and "\\n" not in line and len(frames := apart(line[:200_000])) > 1:
                 lines += frames
                 continue
             if "**" in line:
                 line = _BOLD.sub("", line)
+            if line.islower() or line.isupper():
+                line = recased(line)
             if "iB" in line or "rnemory" in line:
                 line = well_read(line)
             if "\\n" in line and _ESCAPED.search(line[:200_000]):
