@@ -34,7 +34,18 @@ def without_shared_prefix(parts: Iterator[str]) -> Iterator[str]:
                 text = unwrap(text)
         else:
             text, unwraps = _unwrapped(text)
-        yield text
+        yield _IGNORED.sub(_if_of_memory, text) if "Exception ignored" in text else text
+
+
+_IGNORED = re.compile(
+    r"(?m)^Exception ignored (?:in|while|on)\b[^\n]*\n"
+    r"(?:Traceback \(most recent[^\n]*\n(?:[ \t][^\n]*\n)*(?:[^ \t\n][^\n]*(?:\n|\Z))?)?"
+)
+"""A traceback of an exception that Python ignored: of an object that was deleted at the end, mostly."""
+
+
+def _if_of_memory(ignored: re.Match[str]) -> str:
+    return ignored[0] if "emory" in ignored[0] else ""
 
 
 _Unwrap = Callable[[str], str]
@@ -142,9 +153,10 @@ def _broken_at(lines: list[str]) -> re.Pattern[str] | None:
     """
     width = max(map(len, lines), default=0)
     full = {line for line in lines if len(line) == width}
+    kinds = set(map(_masked, full))  # lines of one form are as long as one another anyhow
     if any(map(_NOT_BROKEN.search, full)) or not _NARROWEST <= width <= _WIDEST:
         return None
-    if len(full) >= _FEWEST_FULL:
+    if len(kinds) >= _FEWEST_FULL:
         return re.compile(rf"(?m)^(.{{{width}}})\n(?=[^\n\[])")
     one = re.compile(rf"(?m)^(.{{{width}}})\n(?={_GOES_ON})")
     return one if width in _USUAL_WIDTHS and one.search("\n".join(lines)) else None
