@@ -100,6 +100,11 @@ def test_a_program_that_only_the_prefix_names_is_known() -> None:
     assert "num_gpu" not in explained(before("Mar 03 10:00:12 node-1 python[77]: ")(log))
 
 
+def test_labels_above_a_title_change_nothing() -> None:
+    log = "# CUDA out of memory when transcribing long audio\n\nA file of two hours fails on a card of 12 GB.\n"
+    assert explained(f"bug, help wanted\nOpened 2 days ago\n\n{log}") == explained(log)
+
+
 def test_a_traceback_on_one_line_is_read_frame_by_frame() -> None:
     assert explained(" ".join(line.strip() for line in FRAMES.split("\n"))) == explained(FRAMES)
 

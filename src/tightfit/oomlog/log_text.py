@@ -64,6 +64,12 @@ _TITLE = re.compile(
     r"(?:[^\n]*?[A-Za-z]{2,}){3}"
 )
 """A first line of words, with nothing in the next one."""
+_ABOVE_TITLE = re.compile(
+    r"(?:(?!# |```|Traceback|\s*File |[ \t]|(?:import|from|def|class|if|for) |[^\n]*(?:Error|emory|[=(]))"
+    r"[^\n]{0,100}\n){1,8}"
+    r"(?=# (?=[^\n]{8,160}\n)(?:[^\n]*?[A-Za-z]{2,}){3})"
+)
+"""Lines of words above a report's title: neither code nor a log."""
 _OF_REPORT = re.compile(r"(?m)^#{2,4} |^```|^!\[|^\*\*\w|\b(?:I|I'm|I've|my|we)\b")
 _OPENING = 3000
 
@@ -74,6 +80,9 @@ def titled(text: str) -> str:
     >>> titled("OOM in the third epoch\\n\\nI train on a card of 8 GB.\\n").partition("\\n")[0]
     '# OOM in the third epoch'
     """
+    if above := _ABOVE_TITLE.match(text):  # a page's labels and dates
+        title, end, rest = text[above.end() :].partition("\n")
+        return f"{title}{end}{above[0]}{rest}"
     is_report = _TITLE.match(text) and _OF_REPORT.search(text, text.find("\n"), _OPENING)
     return f"# {text}" if is_report else text
 
