@@ -16,7 +16,7 @@ from tightfit.diagnosis.named_card import least_bytes_in_words
 from tightfit.diagnosis.picture_scores import picture_scores
 from tightfit.diagnosis.printed_module import printed_module
 from tightfit.diagnosis.printed_sizes import sized_tensor
-from tightfit.diagnosis.purpose import INFERENCE, purpose_of
+from tightfit.diagnosis.purpose import INFERENCE, TRAINING, purpose_of, purpose_of_words
 from tightfit.diagnosis.tensor_fits import (
     FOUR_BIT,
     HALF,
@@ -314,11 +314,24 @@ def weights_leave_room(facts: Facts, evidence: Evidence) -> bool:
 
 
 def _without_servers(facts: Facts, run: RunFacts) -> RunFacts:
-    """Return the facts without programs that only use trained models, where the traceback is of a training's step."""
-    if facts.phase not in _TRAINS or not facts.frames:
+    """Return the facts without programs that only use trained models, where the report shows a training.
+
+    A traceback shows it by the phase, and a report without one by its title.
+    """
+    shows = facts.phase in _TRAINS if facts.frames else _trains_by_title(run.text)
+    if not shows:
         return run
     kept = tuple(each for each in run.frameworks if each not in programs("servers"))
     return msgspec.structs.replace(run, frameworks=kept)
+
+
+_TO_TRAIN = re.compile(r"\b(?:fine[- ]?tun(?:e|ing)|(?:pre-?)?train(?:ing)?)\b(?![- ]?(?:data|set|images|free))", re.I)
+
+
+def _trains_by_title(text: str) -> bool:
+    """Return True if the title of a report is about a training, and not about the use of what was trained."""
+    title = text.lstrip().partition("\n")[0]
+    return title.startswith("# ") and bool(_TO_TRAIN.search(title)) and purpose_of_words(title) == TRAINING
 
 
 def _by_flat_tensor(run: RunFacts, within: Range) -> Model | None:

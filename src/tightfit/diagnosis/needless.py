@@ -498,6 +498,7 @@ _OF_THE_PASS = (
     _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
     _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),
     _Rule("loss_inside", "no outputs are gathered", lambda case: case.evidence.tensor != "gathered_outputs"),
+    _Rule("half_precision", "Unsloth does it by itself", lambda case: case.program == "unsloth"),
     _Rule("half_precision", "outputs are gathered", lambda case: case.evidence.tensor == "gathered_outputs"),
     _Rule("split_general", "the pairs are of one picture", _is_of_pairs_of_one),
     _Rule("split_general", "one item is taken at a time", lambda case: case.takes_one_item),

@@ -76,6 +76,12 @@ def _only(kind: str, text: str) -> Shown | None:
     return matches[0] if len(matches) == 1 else None
 
 
+def purpose_of_words(text: str) -> str | None:
+    """Return the purpose that the words of a text have signs of, if they have none of the other."""
+    shown = _only("words", text)
+    return shown.purpose if shown else None
+
+
 def _word(match: re.Match[str]) -> str:
     """Return the whole word, or the few words, that a sign stands in."""
     text = match.string

@@ -248,7 +248,8 @@ def _beginning_of(texts: list[str]) -> str:
 
 
 _OF_WRAPPER = re.compile(
-    r"(?:[\W\d_]|(?<=\d)[TZ]|\b(?:INFO|DEBUG|WARN(?:ING)?|ERROR)\b|\b[A-Za-z]\w* pid=\d+|\b[a-z]\w*\.py:\d+)+"
+    r"(?:[\W\d_]|(?<=\d)[TZ]|\b(?:INFO|DEBUG|WARN(?:ING)?|ERROR|Error|Process)\b|\b[A-Za-z]\w* pid=\d+"
+    r"|\b[a-z]\w*\.py:\d+)+"
 )
 """Times, levels, processes and lines of code: any other name in a prefix is evidence."""
 

@@ -157,9 +157,13 @@ def _plain_words(table: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
+_TYPED = re.compile(r"\b([a-z]\w{2,60}): ?(?:str|bool|int|float)(?: \| None)? = (?=[\"'\dTF])")
+"""A parameter of a Python function with its type, before its default."""
+
+
 def run_facts_in(text: str) -> RunFacts:
     """Read clean text: the beginning of a log, and its end."""
-    text = _QUESTION.sub("", text)
+    text = _TYPED.sub(r"\1=", _QUESTION.sub("", text))
     numbers = dict(_sentences(text))
     names: dict[str, str] = {}
     for match in _keys("numbers")[0].finditer(text):

@@ -62,7 +62,7 @@ _ARROW = re.compile(r"-+> *(\d{1,8})[ |]?(.*)")
 _RICH = re.compile(r"(?P<file>\S.{0,400}?\.py):(?P<line>\d{1,8}) in (?P<function>[\w.<>]{1,200})$")
 _RICH_CODE = re.compile(r"❱ *(?P<line>\d{1,8}) +(?P<source>.*)")
 """Rich's tracebacks, whose box was cleaned away: a frame's head, and its line of code."""
-_NUMBERED = re.compile(r" *\d{1,6}(?: |$)")
+_NUMBERED = re.compile(r" *(?:\d{1,6}(?: |$)|\(\.\.\.\)$)")
 _CARETS = re.compile(r"[\s^~\"'`]+")
 
 
