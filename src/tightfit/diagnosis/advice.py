@@ -15,6 +15,7 @@ from tightfit.diagnosis.figure_causes import (
     cache_is_small,
     causes_of_figures,
     fixes_of_figures,
+    has_no_gpu,
     is_of_one_block,
 )
 from tightfit.diagnosis.fix_lists import codes_for
@@ -74,6 +75,8 @@ def advice(facts: Facts, evidence: Evidence) -> tuple[Remedy, ...]:
     case = Case(facts, evidence)
     if case.has_sign("self_test"):
         return (_likely("self_test"),)
+    if has_no_gpu(facts):
+        return (_likely("run_on_cpu"),)
     cures = _cures(case)
     if case.is_of("without_torch"):
         return ranked(cures)

@@ -48,6 +48,13 @@ class MigSlice(Cause, frozen=True, kw_only=True):
     """Its name, 2g.10gb."""
 
 
+class WorksWith(Cause, frozen=True, kw_only=True):
+    """The report says that it works with a setting."""
+
+    setting: str
+    """`name=value`, as the report has it."""
+
+
 class FillsCard(Cause, frozen=True, kw_only=True):
     held_bytes: int
     total_bytes: int

@@ -23,7 +23,7 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.evidence_causes import causes_of_evidence, causes_of_purpose, causes_of_report
-from tightfit.diagnosis.figure_causes import DECISIVE, cache_holds_request, causes_of_figures
+from tightfit.diagnosis.figure_causes import DECISIVE, cache_holds_request, causes_of_figures, has_no_gpu
 from tightfit.diagnosis.outcome import Outcome
 from tightfit.diagnosis.told_shape import largest_shape
 from tightfit.diagnosis.variants import Variant
@@ -70,6 +70,8 @@ def causes_of(
         is_told = facts.kind == "program_words" or (facts.kind == "cuda_driver" and facts.phase == "save")
         told = [*causes_of_report(facts, evidence)] if evidence is not None and is_told else []
         return (*told, OtherKind(code=f"kind_{facts.kind}", label=kind_sentences.label_of(facts), pid=facts.pid))
+    if has_no_gpu(facts):
+        return (Cause(code="mps_unusable", label="likely"),)
     found = list(_of_play(base, culprit, run, train))
     first: list[Cause] = []
     rest: list[Cause] = []
@@ -90,7 +92,7 @@ def causes_of(
         rest, others = _with_pieces(rest, others)
     found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
     shown = tuple(found) or (_of_little(facts, evidence.run.text if evidence is not None else ""),)
-    is_bare = facts.requested_bytes is None and not (culprit or first)
+    is_bare = facts.requested_bytes is None and not (culprit or [each for each in first if each.code != "works_with"])
     if evidence is not None and (is_bare or _is_of_server(facts, evidence, found)):
         return _with_purpose(shown, facts, evidence)
     return shown

@@ -23,6 +23,7 @@ from tightfit.diagnosis.cause_records import (
     SizedWeight,
     SizedWeights,
     SmallRequest,
+    WorksWith,
 )
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
@@ -49,6 +50,7 @@ def causes_of_evidence(
     That the model alone is too large comes before all others.
     """
     other = [Cause(code="self_test", label=LIKELY)] if "self_test" in evidence.run.signs else []
+    other += _of_setting(evidence)
     other += [*_of_other_card(facts, evidence), *_of_loading(facts, evidence), *_of_server(facts, evidence)]
     tensor = [
         *_of_gradients(facts, evidence),
@@ -144,6 +146,7 @@ _OF_A_STEP = (None, "forward", "loss", "backward", "optimizer")
 
 def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield the causes of a failure of which only a person's words are known."""
+    yield from _of_setting(evidence)
     if facts.phase == "save":
         code = "grows_saving_alone" if evidence.is_of_one_process else "grows_saving"
         yield Request(code=code, label=LIKELY, requested_bytes=facts.requested_bytes)
@@ -159,6 +162,22 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     yield from causes_of_purpose(facts, evidence)
     if evidence.batch_is_one:
         yield Cause(code="batch_at_floor")
+
+
+_WORKS_WITH = re.compile(
+    r"\b(?:[Ww]hen|[Ii]f|[Aa]fter|[Oo]nce|[Ww]ith|[Bb]y)\b (?:(?:I|we|you) )?(?:only )?"
+    r"(?:(?:set|us|pass|add)(?:e|t?ing)? )?"
+    r"[`'\"]?(?P<name>[A-Za-z_][\w.-]{1,60}) ?= ?(?P<value>['\"]?[\w.+-]{1,30}['\"]?)[`'\"]?,? (?:then )?"
+    r"(?:(?:it|this|that|everything|training|the (?:code|script|training)) )?(?:all )?"
+    r"(?:works?|worked|runs?(?! (?:out|into))|ran(?! (?:out|into))|is (?:fine|ok))\b"
+)
+"""A person's words for a setting with which memory does not run out."""
+
+
+def _of_setting(evidence: Evidence) -> Iterator[Cause]:
+    """Yield that the report says with which setting it works."""
+    if (told := _WORKS_WITH.search(evidence.run.text)) is not None:
+        yield WorksWith(code="works_with", setting=f"{told['name']}={told['value'].rstrip('.')}")
 
 
 def causes_of_purpose(facts: Facts, evidence: Evidence) -> Iterator[Cause]:

@@ -292,6 +292,13 @@ _USUAL_CONTEXT = 600 * 2**20
 """Bytes of a CUDA context and its libraries in a usual run, which are worth no word."""
 
 
+def has_no_gpu(facts: Facts) -> bool:
+    """Return True on a Mac where nothing is held, and yet a request fails: its GPU cannot be used."""
+    outside = facts.figures.get("outside_pytorch_bytes")
+    is_empty = outside is not None and outside.high == 0 and facts.allocated_bytes == 0
+    return facts.kind == "mps_out_of_memory" and is_empty
+
+
 def fills_by_metal(facts: Facts) -> bool:
     """Return True on a Mac where more memory is outside of PyTorch's heaps than in them."""
     outside, own = facts.figures.get("outside_pytorch_bytes"), facts.allocated_bytes

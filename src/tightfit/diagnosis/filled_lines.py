@@ -27,6 +27,8 @@ def divided(evidence: Evidence) -> Divided:
     if not batch or batch < 2 or "data_parallel" in evidence.run.signs:
         return None, None, None
     most = batch // evidence.passes if batch > _FEW else 1
+    if evidence.framework in programs("without_accumulation"):  # no need to keep the number of samples
+        return batch, max(most, 1), batch // max(most, 1)
     size = max(each for each in range(1, max(most, 1) + 1) if batch % each == 0)
     return batch, size, batch // size * (accumulation(evidence) or 1)
 

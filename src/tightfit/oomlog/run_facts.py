@@ -157,13 +157,18 @@ def _plain_words(table: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
+_UNWANTED = re.compile(
+    r"\bwithout (?:having to )?(?:reduc|lower|decreas|chang|set|us)\w{1,4} (?:(?:the|my) )?batch[^\n.?]{0,30}",
+    re.IGNORECASE,
+)
+"""Words for what a person did not do, or does not want to."""
 _TYPED = re.compile(r"\b([a-z]\w{2,60}): ?(?:str|bool|int|float)(?: \| None)? = (?=[\"'\dTF])")
 """A parameter of a Python function with its type, before its default."""
 
 
 def run_facts_in(text: str) -> RunFacts:
     """Read clean text: the beginning of a log, and its end."""
-    text = _TYPED.sub(r"\1=", _QUESTION.sub("", text))
+    text = _UNWANTED.sub("", _TYPED.sub(r"\1=", _QUESTION.sub("", text)))
     numbers = dict(_sentences(text))
     names: dict[str, str] = {}
     for match in _keys("numbers")[0].finditer(text):
