@@ -286,7 +286,7 @@ def _with_allocator_setting(case: Case, order: _Order) -> _Order:
     if segments.code in tried_in(case.run.text):
         return _Order(first, [*cures, segments], last)
     if segments.reason in ("cache_might_do", "cache_needs_newer"):
-        is_cause = cache_is_large(case.facts) and grows not in _OWN_CAUSES
+        is_cause = cache_is_large(case.facts) and not cache_is_small(case.facts) and grows not in _OWN_CAUSES
         if not is_cause and (grows == "model" or cache_is_small(case.facts)):  # the next request fails as this one did
             return order
         holds, needs_newer = cache_holds_request(case.facts), segments.reason == "cache_needs_newer"

@@ -237,7 +237,8 @@ def cache_holds_request(facts: Facts) -> bool:
 def cache_is_small(facts: Facts) -> bool:
     """Return True if the cache is what any run has, and less than the request: its pieces are not the cause."""
     cache_bytes, total = facts.cache_bytes or 0, facts.total_bytes or 0
-    return cache_bytes < _SMALL_CACHE * total and not (cache_holds_request(facts) or _is_many_requests(facts))
+    small = _USUAL_CACHE if (facts.requested_bytes or 0) <= _OWN_SEGMENT else _SMALL_CACHE
+    return cache_bytes < small * total and not (cache_holds_request(facts) or _is_many_requests(facts))
 
 
 def _is_many_requests(facts: Facts) -> bool:
@@ -250,8 +251,8 @@ _MANY, _OWN_SEGMENT = 8, 20 * 2**20
 """Times the request, and bytes above which a request has a segment of its own."""
 
 
-_SMALL_CACHE, _TELLING = 0.05, 0.01
-"""Shares of the card: a small cache, and a request from which on the pieces of a cache are telling."""
+_SMALL_CACHE, _USUAL_CACHE, _TELLING = 0.05, 0.08, 0.01
+"""Shares of the card: a small cache, one beside a small request, and a request with which a cache's pieces tell."""
 _MUCH_CACHED, _CLEARLY = 0.1, 1.5
 """Share of the card, and times the request."""
 

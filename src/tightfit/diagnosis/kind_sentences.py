@@ -277,6 +277,8 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
         codes = [code for code in codes if code != "quantised_load"]
     if "raised" in facts.details:  # by an older Ray, whose limit has another name
         codes = [code for code in codes if code not in ("ray_threshold", "ray_threshold_fraction")]
+    if _ON_DISK.search(run.text):
+        codes = ["adapters_trained" if code == "less_offloaded" else code for code in codes]
     if _HOSTED.search(run.text):
         codes = [code for code in codes if code not in ("kernel_log", "watch_host")]
     if "wsl" not in run.signs:
@@ -306,8 +308,10 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     return [code for code in codes if not _is_given(_lines(code, run), run.text)]
 
 
-_HOSTED = re.compile(r"\b[Kk]aggle\b|\b[Cc]olab\b|__notebook__")
+_HOSTED = re.compile(r"\b[Kk]aggle\b|\b[Cc]olab\b|__notebook__|(?<![\w.])/content/\w")
 """Names of hosted notebooks, beside which there is no shell of the machine."""
+_ON_DISK = re.compile(r'"device" ?: ?"nvme"')
+"""DeepSpeed's word for an offload to a disk."""
 _REPORT = 600
 """Characters of a log from which on a program that reads data says so."""
 _OF_PYTHON = ("data_in_parts", "fewer_workers")
