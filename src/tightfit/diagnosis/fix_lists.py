@@ -135,6 +135,8 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
 
 def _in_order_of_use(codes: list[str], case: Case) -> list[str]:
     """Return the codes in the order of a program that uses a trained model."""
+    if not case.has_sign("spread") and case.facts.rank is None:  # more cards come last
+        codes.sort(key=lambda code: code == "spread_model")
     if case.has_sign("float32"):
         codes = ["smaller_weights", *codes]
     if case.program in _WITH_PREFILL:
