@@ -32,6 +32,7 @@ from tightfit.diagnosis.tensor_fits import (
 from tightfit.diagnosis.usual_models import Model, all_models, model_of, vocabulary_of
 from tightfit.models.shape import PADDED_VOCAB
 from tightfit.oomlog.facts import Facts
+from tightfit.oomlog.last_words import BELOW
 from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.units import GIB
 
@@ -370,15 +371,9 @@ def _is_bare(facts: Facts, run: RunFacts) -> bool:
     return not shown and _is_one_message(run.text, facts.message)
 
 
-_BELOW = re.compile(
-    r"(?m)^(?:wandb: .*|srun: error: .*|.*\bexit(?:ed with)? (?:exit )?code -?\d+\b.*|\S{0,60} ?\S{0,60}[$#>%] ?)$"
-)
-"""What a tracker, a launcher or a shell prints below any failure."""
-
-
 def _is_one_message(text: str, message: str) -> bool:
     """Return True if a log has hardly anything besides the message and PyTorch's advice behind it."""
-    rest = _CLASS.sub("", _ADVICE.sub("", _BELOW.sub("", text)))
+    rest = _CLASS.sub("", _ADVICE.sub("", BELOW.sub("", text)))
     return len("".join(rest.split())) - len("".join(_CLASS.sub("", message).split())) < _BARE
 
 

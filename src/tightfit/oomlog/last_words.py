@@ -117,6 +117,10 @@ _FAILED = re.compile(
 )
 
 
+BELOW = re.compile(
+    r"(?m)^(?:wandb: .*|srun: error: .*|.*\bexit(?:ed with)? (?:exit )?code -?\d+\b.*|\S{0,60} ?\S{0,60}[$#>%] ?)$"
+)
+"""What a tracker, a launcher or a shell prints below any failure."""
 _ERRS = re.compile(
     r"\b[A-Z]\w*(?:Error|Exception):|\b(?:CUDA|HIP) [Ee]rror\b|\b[Ee]rror: |\bERROR\b|\bFATAL\b"
     r"|\b[Rr]esource exhausted:|\b[Ee]xecution failed:|\buncaught exception\b"
@@ -129,7 +133,7 @@ def error_at_end(text: str) -> str | None:
     >>> error_at_end("step 1\\n`(EngineCore) ValueError: To serve at least one"), error_at_end("0 errors\\n")
     ('`(EngineCore) ValueError: To serve at least one', None)
     """
-    last = text.rstrip().rpartition("\n")[2].strip()
+    last = BELOW.sub("", text).rstrip().rpartition("\n")[2].strip()
     return last if _ERRS.search(last) else None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import msgspec
 from msgspec.structs import replace
 
+from tightfit.oomlog.last_words import BELOW
 from tightfit.tables import read_patterns
 
 
@@ -192,6 +193,7 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
             continue  # IPython prints the lines around the failing one, which has an arrow
         elif waiting and waiting.line is not None and line.strip() and not _CARETS.fullmatch(line):
             ends = len(line) - len(line.lstrip()) < column  # a line of code is indented at least as far as its file
+            ends = ends or BELOW.fullmatch(line) is not None
             yield waiting if ends else replace(waiting, source=_code(line))
             waiting = None
     if waiting and waiting.line is not None:
