@@ -155,6 +155,7 @@ _REPORTED = re.compile(
     r"|^# [^\n]{0,80}\b(?:absurd|insane|huge|excessive|crazy|abnormal|enormous|too (?:high|much|large)) (?:\w+ )?"
     r"(?:memory|vram) (?:usage|use|consumption|requirements?)\b"
     r"|^# [^\n]{0,60}\b(?:cuda|gpu) memory (?:issues?|problems?|errors?)\b"
+    r"|\b(?:found|got|gets?|have|had|faced?|encounter\w*|hit) (?:a |an |the |this )?(?:cuda|gpu) memory errors?\b"
     r"|\bout of vram\b|\bvram (?:oom|is full)|\b(?:cuda|gpu) memory (?:usage )?(?:explod|blow)\w*"
     r"|\bOOM\b(?! ?kill|[=:] ?[\d.])|(?:显存|显卡的?内存)(?:不足|不够|溢出|爆)|爆(?:显存|显卡内存)"
     r"|GPU ?\d?.{0,6}(?:内存|显存)(?:不足|不够)|(?:VRAM|GPU ?メモリー?) ?(?:が)?(?:不足|足り)",

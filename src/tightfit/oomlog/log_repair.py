@@ -17,6 +17,10 @@ _MISREAD = (
     (re.compile(r"\bGPU [lI](?=;| has)"), "GPU 1"),
 )
 """Words of PyTorch's message as programs read them from a picture, which take O for 0, l for 1, and rn for m."""
+_TYPOS = re.compile(
+    r"\b(?:(?:ot|ouf|oit|our|out off|out fo) (?:of )?memory|out of (?:memeory|memroy|meory|memoy|momory|memery))\b"
+)
+"""The words as people mistype them."""
 _MISREAD_SIZE = re.compile(
     r"(?<![\w.])[\dOolI]{1,4}[.,][\dOolI]{1,2}(?= ?[KMG]iB)|(?<=\bProcess )[\dOolI]{2,9}(?= has)"
 )
@@ -24,13 +28,14 @@ _AS_DIGITS = str.maketrans("OolI,", "0011.")
 
 
 def well_read(line: str) -> str:
-    """Return a line of PyTorch's message without the mistakes of a program that read it from a picture.
+    """Return a line on memory without the mistakes of a program that read it from a picture, or of a person's typing.
 
     >>> well_read("CUDA out of rnemory. Tried to al1ocate l.50 GiB (GPU O; 1.Ol GiB free)")
     'CUDA out of memory. Tried to allocate 1.50 GiB (GPU 0; 1.01 GiB free)'
     """
     for pattern, word in _MISREAD:
         line = pattern.sub(word, line)
+    line = _TYPOS.sub("out of memory", line)
     return _MISREAD_SIZE.sub(lambda size: size[0].translate(_AS_DIGITS), line)
 
 

@@ -183,7 +183,7 @@ def lines_of(text: str) -> list[str]:
                 line = _BOLD.sub("", line)
             if line.islower() or line.isupper():
                 line = recased(line)
-            if "iB" in line or "rnemory" in line:
+            if "iB" in line or "rnemory" in line or " of me" in line or "off memory" in line:
                 line = well_read(line)
             if "\\n" in line and _ESCAPED.search(line[:200_000]):
                 inner = line.replace("\\\\n", "\\n").replace('\\"', '"').replace("\\t", "\t")
