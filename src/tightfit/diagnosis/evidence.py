@@ -235,6 +235,8 @@ def evidence_of(facts: Facts, run: RunFacts) -> Evidence:
     purpose = shown.purpose if shown else None
     if run.framework in programs("quantizers"):
         purpose = INFERENCE
+    elif run.framework in programs("trains_only"):
+        purpose = TRAINING
     found = Evidence(
         run=run,
         model=model,
