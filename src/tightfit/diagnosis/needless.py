@@ -1,18 +1,11 @@
 """Fixes that are needless here: the run has them already, or they cannot help. A new rule is an entry of a table."""
 
-import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+from tightfit.diagnosis import needless_when as when
 from tightfit.diagnosis.failure_case import Case
-from tightfit.diagnosis.figure_causes import is_most_of_card
-from tightfit.diagnosis.filled_lines import smaller_size
-from tightfit.diagnosis.fix_words import words_of
-from tightfit.diagnosis.framework_words import has_words, programs
-from tightfit.diagnosis.own_options import options_of
-from tightfit.diagnosis.purpose import TRAINING
-from tightfit.diagnosis.report_words import inputs_of
-from tightfit.units import GIB
 
 
 class _Rule(NamedTuple):
@@ -23,552 +16,81 @@ class _Rule(NamedTuple):
     holds: Callable[[Case], bool]
 
 
-def _has_eval_batch(case: Case) -> bool:
-    return case.facts.phase == "eval" and case.shows("switches.eval_batch")
-
-
-def _is_known(case: Case) -> bool:
-    return case.program not in (None, "nanogpt")
-
-
-def _has_batch_of_training(case: Case) -> bool:
-    """Return True if the program's words for a batch are those of its training, and it keeps nothing for one."""
-    return case.keeps_nothing and (_is_known(case) or case.evidence.infers) and not case.is_of("share_batch")
-
-
-def _evaluates_in_training(case: Case) -> bool:
-    """Return True for an evaluation of an unknown program: its traceback or its user shows that no step failed."""
-    shares_batch = case.is_of("share_batch") or case.program == "nanogpt"
-    return case.facts.phase == "eval" and not shares_batch
-
-
-def _is_of_pairs_of_one(case: Case) -> bool:
-    """Return True for pairs that a program makes picture by picture, with an option to move them to the host."""
-    return case.evidence.grows == "pairs" and case.has_own("pairs_on_host")
-
-
-def _has_pairs_of_all(case: Case) -> bool:
-    return case.evidence.grows == "pairs" and not _is_known(case) and not case.run.numbers.get("batch_size")
-
-
-def _is_of_use_only(case: Case) -> bool:
-    """Return True in a training, where a program's words for smaller parts are those of using a trained model."""
-    if case.facts.phase in ("eval", "sample") or case.is_of("parts_of_training"):
-        return False
-    is_training = case.evidence.purpose == TRAINING and not case.evidence.infers
-    return is_training and case.has_own("less_at_once") and not options_of("less_at_once", case.run.text)
-
-
-def _has_one_pass(case: Case) -> bool:
-    """Return True where one pass cannot be made smaller, as far as its program and its batch tell."""
-    evidence, has_parts = case.evidence, case.has_parts
-    return (
-        not (evidence.infers or evidence.is_of_unknown_purpose or has_parts)
-        or (evidence.has_no_smaller_batch and not has_parts)
-        or (case.program == "webui" and case.run.numbers.get("batch_size", 1) == 1)
-    )
-
-
-def _slides(case: Case) -> bool:
-    """Return True if the traceback shows that a picture is looked at in parts, as the program's words would have it."""
-    words = words_of("less_at_once", case.evidence)
-    return case.calls("slide_inference") and words is not None and any("'slide'" in line for line in words.lines)
-
-
-_TAKES_GRADIENTS = re.compile(r"(?<![\w.])(?:torch\.)?(?:autograd\.)?grad\((?!\))")
-_IN_TEXT = re.compile(r"\bcreate_graph ?= ?True\b|\bautograd\.grad\(")
-"""Gradients that a program takes itself, in a failing line and anywhere in a log."""
-
-
-def _is_refused_by_grad(case: Case) -> bool:
-    """Return True where gradients are taken by grad(): checkpoint() raises there without use_reentrant=False.
-
-    The lines of most programs do not have it, and PyTorch up to 1.10 does not take it.
-    """
-    words = words_of("checkpointing_general", case.evidence)
-    keeps = words is not None and any("use_reentrant=False" in line for line in words.lines)
-    if words is None or (keeps and not case.is_before_reentrant):
-        return False
-    in_lines = any(_TAKES_GRADIENTS.search(each.source or "") for each in case.facts.frames)
-    return in_lines or bool(_IN_TEXT.search(case.run.text))
-
-
-def _recomputes(case: Case) -> bool:
-    return case.is_of("checkpoint_always") and not case.shows("switches.recomputes_not")
-
-
-def _encodes_pictures(case: Case) -> bool:
-    """Return True where a training of diffusers failed in its autoencoder, which keeps nothing for a backward pass."""
-    return case.program == "diffusers" and case.passes_file("autoencoder")
-
-
-def _is_oversized_without_attention(case: Case) -> bool:
-    return case.is_oversized and case.evidence.grows != "attention" and not case.may_attend
-
-
-def _is_fused_by_itself(case: Case) -> bool:
-    """Return True for a training of one sequence where no line shows attention; an option may turn it on."""
-    grows = case.evidence.grows
-    return case.evidence.batch_is_one and grows is None and _trains(case) and not case.is_of("fused_by_option")
-
-
-def _trains(case: Case) -> bool:
-    return case.evidence.trains or case.evidence.purpose == TRAINING
-
-
-def _is_without_fused_attention(case: Case) -> bool:
-    """Return True for a family of Transformers' models without a fused attention kernel."""
-    return case.run.family in programs("without_fused_attention") or case.is_of("without_fused_attention")
-
-
-def _has_reference(case: Case) -> bool:
-    return case.has_sign("preference_pairs") or case.shows("subject.reference_model")
-
-
-def _has_pairs(case: Case) -> bool:
-    """Return True for a matrix of pairs, or scores that the program has an option to compute in parts."""
-    grows = case.evidence.grows
-    return grows == "pairs" or (grows == "attention" and case.has_own("pairs_in_parts"))
-
-
-def _needs_gradients(case: Case) -> bool:
-    evidence = case.evidence
-    return not (evidence.infers or evidence.is_of_unknown_purpose or case.facts.phase in ("eval", "sample"))
-
-
-def _may_train(case: Case) -> bool:
-    """Return True where nothing shows whether the run trains, and nobody says that gradients are kept in vain."""
-    is_open = case.evidence.is_of_unknown_purpose and case.facts.phase not in ("eval", "sample")
-    return is_open and not case.shows("subject.lacks_no_grad")
-
-
-def _takes_length_in_parts(case: Case) -> bool:
-    """Return True if a program uses a trained model, and has words for smaller parts: its option for a long input."""
-    return case.evidence.infers and case.facts.phase in (None, "forward", "sample") and case.has_own("less_at_once")
-
-
-_HALF = ("bfloat16", "float16", "half")
-_WORDS_OF_HALF = ("bf16", "fp16", "float16", "16-")
-
-
-def _is_in_half(case: Case) -> bool:
-    """Return True if the run works in half precision: by a sign, the failed tensor's dtype, or an option."""
-    shape, sized, dtype = case.evidence.shape, case.evidence.sized, case.run.texts.get("dtype", "")
-    is_tensor_half = (shape is not None and shape.dtype in _HALF) or _is_weight_in_half(case)
-    is_tensor_half = is_tensor_half or (sized is not None and sized.dtype == "bfloat16/float16")
-    return case.has_sign("half") or is_tensor_half or any(word in dtype for word in _WORDS_OF_HALF)
-
-
-_SHORT_LENGTH = 256
-"""Tokens of a sequence below which a shorter one gives little."""
-
-
-def _has_short_length(case: Case) -> bool:
-    return 1 < case.run.numbers.get("length", 0) < _SHORT_LENGTH
-
-
-def _is_of_beams(case: Case) -> bool:
-    """Return True for the scores of the next token alone, by their known sizes."""
-    sized = case.evidence.sized
-    return sized is not None and case.evidence.grows == "logits" and len(sized.shape) == _AXES_OF_BEAMS
-
-
-_AXES_OF_BEAMS = 2
-"""Axes of scores of a beam search: beams, and the vocabulary."""
-
-
-def _takes_sequences(case: Case) -> bool:
-    return inputs_of(case.evidence) == "shorter_length"
-
-
-def _is_without_gradients(case: Case) -> bool:
-    """Return True if the program turns gradients off, unless the report says that it should."""
-    return case.has_sign("no_grad") and not case.shows("subject.lacks_no_grad")
-
-
-_TURN_OFF = ("transformers/generation/", "transformers/pipelines/", "diffusers/pipelines/", "SentenceTransformer.py")
-"""Files with functions that users call, and that turn gradients off themselves."""
-
-
-def _calls_without_gradients(case: Case) -> bool:
-    return any(case.passes_file(each) for each in _TURN_OFF) or case.is_of("without_gradients")
-
-
-def _evaluates_without_gradients(case: Case) -> bool:
-    return case.facts.phase in ("eval", "gather") and case.is_of("evaluates_without_gradients")
-
-
-def _is_small(case: Case) -> bool:
-    """Return True for a family of Transformers' models that is small beside what one pass holds."""
-    return case.run.family in programs("small_families")
-
-
-def _only_generates(case: Case) -> bool:
-    """Return True where a trained model failed in generation with a batch that the log prints."""
-    return case.facts.phase == "sample" and case.evidence.infers and "batch_size" in case.run.numbers
-
-
-def _is_weight_in_half(case: Case) -> bool:
-    """Return True if every weight that makes the request is one in 16 bits."""
-    fits = case.evidence.fits
-    return bool(fits) and all(each.tensor == "weight" and each.dtype == "bfloat16/float16" for each in fits)
-
-
-def _halves(case: Case) -> bool:
-    return case.is_of("half_always") and not case.shows("switches.half_off")
-
-
-def _would_embed_in_half(case: Case) -> bool:
-    return case.evidence.is_of_unknown_purpose and case.program == "sentence_transformers"
-
-
-def _has_no_offload(case: Case) -> bool:
-    """Return True where a program's words for offloading are about another part of its work."""
-    evidence, phase = case.evidence, case.facts.phase
-    loads = phase in ("load", "setup") and not evidence.trains
-    if not ((case.keeps_nothing and (phase != "eval" or evidence.infers)) or loads):
-        return case.program == "diffusers"
-    words = words_of("offload", evidence)
-    of_training = words is not None and any(_moves_state(line) for line in words.lines)
-    has_words = case.has_own("offload") or options_of("offload", case.run.text)
-    return of_training or not has_words or case.shows("versions.before_offload")
-
-
-_OF_STATE = ("zero_stage", "zerostage", "zero_3", "zero3", "offload_optimizer", "deepspeed", "full_shard")
-"""Words of lines that move a training's optimizer state, of which loading a model for its use has none."""
-
-
-def _moves_state(line: str) -> bool:
-    return any(word in line.lower() for word in _OF_STATE)
-
-
-def _has_little_to_move(case: Case) -> bool:
-    return not (case.has_large_state or case.evidence.infers or case.has_own("offload"))
-
-
-def _swaps_no_blocks(case: Case) -> bool:
-    return case.is_of("trainers_of_one") and not case.shows("subject.swapped_blocks")
-
-
-def _keeps_its_precision(case: Case) -> bool:
-    """Return True for a training, unless its program stores weights that it does not train in the batch's precision."""
-    trains = case.evidence.trains or case.evidence.purpose == TRAINING
-    return trains and (not case.is_of("half_frozen") or _is_in_half(case))
-
-
-def _has_no_server(case: Case) -> bool:
-    return case.is_of("with_servers") and not case.shows("subject.vllm_or_sglang")
-
-
-def _has_no_pixels(case: Case) -> bool:
-    return not (case.shows("subject.any_picture_size") or options_of("fewer_pixels", case.run.text))
-
-
-def _has_one_card(case: Case) -> bool:
-    return case.run.numbers.get("world_size") == 1
-
-
-def _spreads_over_all(case: Case) -> bool:
-    """Return True if the report prints that the model is spread over as many cards as it names."""
-    cards = case.run.numbers.get("world_size", case.run.numbers.get("tensor_parallel", 1))
-    is_short = case.exceeds_in_parts
-    return (
-        cards > 1
-        and not is_short
-        and bool(re.search(rf"tensor[-_]parallel(?:[-_]size)?\W{{1,4}}{cards}\b", case.run.text))
-    )
-
-
-def _has_encoders_to_train(case: Case) -> bool:
-    """Return True unless adapters are trained for a model with text encoders that can be cached."""
-    return not (case.shows("subject.adapters") and case.shows("subject.cached_encoders"))
-
-
-def _freezes_encoders(case: Case) -> bool:
-    """Return True where text encoders are not trained, or better leave the card."""
-    return case.shows("switches.encoders_frozen") or not _has_encoders_to_train(case)
-
-
-def _loads_for_other_trainers(case: Case) -> bool:
-    """Return True while weights are loaded, unless the program's training of adapters holds them in 16 bits."""
-    return case.facts.phase in ("load", "setup") and case.evidence.grows == "model" and not case.is_of("half_frozen")
-
-
-_OF_LANGUAGE = re.compile(r"\blm_head\b|CausalLM|\bembed_tokens\b|\bget_peft_model\b|chatglm", re.IGNORECASE)
-
-
-def _has_no_quantizer(case: Case) -> bool:
-    """Return True for a program that no table knows, unless its model is one of Transformers' language models."""
-    return case.program is None and not _OF_LANGUAGE.search(case.run.text)
-
-
-def _has_other_models(case: Case) -> bool:
-    """Return True for models that PEFT and bitsandbytes do not know, or a program that does not take them."""
-    if case.program is not None and not case.is_of("libraries"):
-        return not case.is_too_large
-    return not case.may_be_of_language and not case.is_too_large
-
-
-def _loads_other_models(case: Case) -> bool:
-    """Return True while one process loads a model that is small beside a card, as most but those of language are."""
-    is_theirs = case.program is None or case.is_of("libraries")
-    is_one = case.evidence.is_of_one_process and not case.passes_file("parallel/distributed.py")
-    return case.facts.phase in ("load", "setup") and is_theirs and is_one and _has_other_models(case)
-
-
-def _encodes_sentences(case: Case) -> bool:
-    return case.program == "sentence_transformers" and "Trainer" not in case.run.text
-
-
-def _knows(code: str, case: Case) -> bool:
-    """Return True for a program with words for a remedy of language models: its own, or those of Transformers."""
-    return case.has_own(code) or (has_words(code, case.program or "") and not case.is_of("pictures"))
-
-
-def _has_loop_of_its_own(code: str, case: Case) -> bool:
-    """Return True for a program of the tables whose evaluation its users do not write."""
-    is_theirs = case.program is None or case.is_of("libraries") or case.is_of("own_evaluation")
-    return case.facts.phase == "eval" and not is_theirs and not has_words(code, case.program or "")
-
-
-def _trains_without_quantizer(case: Case) -> bool:
-    return case.evidence.trains and not case.has_own("quantized_weights")
-
-
-def _has_small_weights(case: Case) -> bool:
-    """Return True for quantised weights, and for a program that uses a model in half precision."""
-    is_quantized = case.has_sign("qlora", "four_bit", "quantized_4", "quantized_8")
-    return is_quantized or (case.has_sign("half") and case.evidence.infers)
-
-
-def _serves_in_half(case: Case) -> bool:
-    return case.program == "vllm" and not case.has_sign("float32")
-
-
-def _is_model_of_user(case: Case) -> bool:
-    """Return True for fairseq with a folder of the user's own models, which need not have its switches."""
-    return bool(re.search(r"\bcommon\.user_dir=|--user-dir\b", case.run.text))
-
-
-def _draws_for_a_test(case: Case) -> bool:
-    """Return True for pictures that a training script of diffusers makes as a test."""
-    return case.program == "diffusers" and case.facts.phase == "eval"
-
-
-def _shares_its_batch(case: Case) -> bool:
-    """Return True for a program whose evaluation has no batch of its own."""
-    return case.is_of("share_batch") and not case.has_own("eval_batch")
-
-
-def _fails_in_amsgrad(case: Case) -> bool:
-    return any("max_exp_avg_sq" in (each.source or "") for each in case.facts.frames)
-
-
-_WITHOUT_LIGER = re.compile(
-    r"models[\\/](?:gpt2|gptj|gpt_neo\w*|opt|bloom|falcon|mpt|t5|mt5|bart|mbart|bert|roberta|codegen)[\\/]"
-)
-"""Files of models that Liger's kernels leave as they are."""
-
-
-def _has_no_liger(case: Case) -> bool:
-    """Return True for a loss by Liger's kernels, which change nothing for this model."""
-    words = words_of("chunked_general", case.evidence)
-    is_liger = words is not None and any("liger" in line for line in words.lines)
-    return is_liger and any(_WITHOUT_LIGER.search(each.file) for each in case.facts.frames)
-
-
-def _asks_for_one(case: Case) -> bool:
-    """Return True where the program's only words for less in one pass are a batch of one, which the run has."""
-    words = words_of("less_at_once", case.evidence)
-    return (
-        case.evidence.batch_is_one
-        and words is not None
-        and all(re.search(r"batch[_-]?size[ =]1\b", line) for line in words.lines)
-    )
-
-
-def _has_other_state(case: Case) -> bool:
-    """Return True for an optimizer with less state than Adam's, or one that a switch for it leaves in place."""
-    words = words_of("optimizer_8bit", case.evidence)
-    is_switch = words is not None and "--use_8bit_adam" in words.lines
-    return case.shows("subject.other_optimizer") or (is_switch and case.shows("subject.own_optimizer"))
-
-
-def _may_have_no_weights(case: Case) -> bool:
-    is_unclear = case.is_foreign or case.evidence.is_of_unknown_purpose
-    return is_unclear and not case.is_full_of_its_own
-
-
-def _is_weight_of_unknown(case: Case) -> bool:
-    """Return True for a weight that is moved to the card in a program that no table knows."""
-    return case.program is None and case.evidence.grows == "model" and case.facts.phase in (None, "load", "setup")
-
-
-def _has_one_model(case: Case) -> bool:
-    """Return True unless the program has words for another model, or uses one that the user chose."""
-    uses_own = case.evidence.infers and (case.is_too_large or case.program is None)
-    sized = case.quantity_without_effect is not None or case.fits_smaller_model
-    return not (uses_own or sized or case.has_own("smaller_model") or _is_weight_of_unknown(case))
-
-
-def _fills_it_at_once(case: Case) -> bool:
-    """Return True for a tensor of an unknown kind that is most of the card, and no weight of the model."""
-    is_input = case.evidence.grows is None and case.facts.phase not in ("load", "setup")
-    return is_most_of_card(case.facts) and is_input and not case.has_own("smaller_model")
-
-
-_SMALL_CARD = 6.5 * GIB
-
-
-def _starts_from_nothing(case: Case) -> bool:
-    return case.program == "nanogpt" and not case.shows("subject.starts_from_gpt2")
-
-
-def _has_other_size(case: Case) -> bool:
-    """Return True for models of several sizes, unless neither the batch nor the card leaves much else."""
-    if not case.is_of("sized_models"):
-        return False
-    is_last = case.evidence.batch_is_one or 0 < (case.facts.total_bytes or 0) < _SMALL_CARD
-    return not is_last or smaller_size(case.run.text) is None
-
-
-def _has_no_words(code: str, case: Case) -> bool:
-    """Return True for a program of the tables that PyTorch's own lines for a remedy are foreign to."""
-    is_known = case.program is not None and not case.is_of("libraries") and not case.is_too_large
-    return is_known and not has_words(code, case.program or "")
-
-
-def _loads_for_adapters(case: Case) -> bool:
-    """Return True while one process of a program of one's own loads a model for a training of adapters."""
-    is_one = case.program is None and case.evidence.is_of_one_process
-    return is_one and case.facts.phase in ("load", "setup") and "get_peft_model" in case.run.text
-
-
-def _loads_for_use(case: Case) -> bool:
-    """Return True while a model is loaded, where the log shows no training."""
-    return case.facts.phase == "load" and case.evidence.purpose != TRAINING and not case.evidence.trains
-
-
-def _may_train_nothing(case: Case) -> bool:
-    """Return True if a program uses a trained model, or an unknown one loads weights and shows no training."""
-    evidence = case.evidence
-    is_shown = case.program is not None or evidence.trains or evidence.purpose == TRAINING
-    return evidence.infers or (evidence.grows == "model" and not is_shown)
-
-
-def _evaluates_one(case: Case) -> bool:
-    """Return True for a report of an unknown program's evaluation that says that the batch is one."""
-    is_one = case.evidence.batch_is_one or case.has_sign("eval_batch_at_floor")
-    return case.facts.phase == "eval" and case.program is None and is_one
-
-
-_BROADCAST = re.compile(r"unsqueeze\(|\bNone\b")
-
-
-def _source(case: Case) -> str:
-    """Return the line of code that shows the tensor; empty if none does."""
-    line = case.evidence.line
-    return line.frame.source or "" if line is not None else ""
-
-
-def _broadcasts(case: Case) -> bool:
-    """Return True for a line that makes all pairs by a broadcast of vectors."""
-    return bool(_BROADCAST.search(_source(case))) and not _OF_BOXES.search(_source(case))
-
-
-def _pairs_items(case: Case) -> bool:
-    """Return True for pairs of items, such as nodes or embeddings, rather than of boxes or places of a picture."""
-    is_of_places = _OF_BOXES.search(_source(case)) or _CORRELATES.search(_source(case))
-    return case.evidence.grows == "pairs" and not is_of_places
-
-
-_CORRELATES = re.compile(r"\bcorr|anchor|assign|gt_|pixel|points?\b|xyz", re.IGNORECASE)
-"""Words of lines that compare places of a picture or a scene."""
-
-
-_OF_BOXES = re.compile(r"iou|overlap|area|box|\bmax\(|\bmin\(|clamp", re.IGNORECASE)
-"""Words of lines on the overlap of boxes, which no product of matrices gives."""
-
-
-def _fails_in_foreach(case: Case) -> bool:
-    return any("foreach" in f"{each.source} {each.function}" for each in case.facts.frames[-2:])
-
-
 _OF_THE_PASS = (
     _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
     _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),
     _Rule("loss_inside", "no outputs are gathered", lambda case: case.evidence.tensor != "gathered_outputs"),
     _Rule("half_precision", "Unsloth does it by itself", lambda case: case.program == "unsloth"),
     _Rule("half_precision", "outputs are gathered", lambda case: case.evidence.tensor == "gathered_outputs"),
-    _Rule("split_general", "the pairs are of one picture", _is_of_pairs_of_one),
+    _Rule("split_general", "the pairs are of one picture", when.is_of_pairs_of_one),
     _Rule("split_general", "one item is taken at a time", lambda case: case.takes_one_item),
     _Rule("eval_batch", "one item is taken at a time", lambda case: case.takes_one_item),
     _Rule("split_general", "the program has no batch", lambda case: case.is_of("without_batch")),
-    _Rule("split_general", "an evaluation has a batch of its own", _has_eval_batch),
-    _Rule("split_general", "the program trains with another batch", _has_batch_of_training),
-    _Rule("split_general", "no step of the training failed", _evaluates_in_training),
+    _Rule("split_general", "an evaluation has a batch of its own", when.has_eval_batch),
+    _Rule("split_general", "the program trains with another batch", when.has_batch_of_training),
+    _Rule("split_general", "no step of the training failed", when.evaluates_in_training),
     _Rule("split_general", "one sequence is too large", lambda case: case.is_oversized and not case.batch_would_do),
     _Rule("split_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
-    _Rule("split_general", "pairs are of all items, without a batch", _has_pairs_of_all),
-    _Rule("less_at_once", "the words are for the use of a model", _is_of_use_only),
-    _Rule("less_at_once", "one pass cannot be smaller", _has_one_pass),
-    _Rule("less_at_once", "the batch is one already", _asks_for_one),
-    _Rule("less_at_once", "a picture is taken in parts already", _slides),
+    _Rule("split_general", "pairs are of all items, without a batch", when.has_pairs_of_all),
+    _Rule("less_at_once", "the words are for the use of a model", when.is_of_use_only),
+    _Rule("less_at_once", "one pass cannot be smaller", when.has_one_pass),
+    _Rule("less_at_once", "the batch is one already", when.asks_for_one),
+    _Rule("less_at_once", "a picture is taken in parts already", when.slides),
     _Rule("checkpointing_general", "nothing is kept for a backward pass", lambda case: case.keeps_nothing),
-    _Rule("checkpointing_general", "grad() refuses it", _is_refused_by_grad),
+    _Rule("checkpointing_general", "grad() refuses it", when.is_refused_by_grad),
     _Rule("checkpointing_general", "it is on", lambda case: case.has_sign("checkpointing")),
     _Rule("checkpointing_general", "it is on", lambda case: case.passes_file("torch/utils/checkpoint")),
-    _Rule("checkpointing_general", "the program does it by itself", _recomputes),
-    _Rule("checkpointing_general", "a model of the user's own may lack it", _is_model_of_user),
-    _Rule("checkpointing_general", "the frozen encoder keeps nothing", _encodes_pictures),
+    _Rule("checkpointing_general", "the program does it by itself", when.recomputes),
+    _Rule("checkpointing_general", "a model of the user's own may lack it", when.is_model_of_user),
+    _Rule("checkpointing_general", "the frozen encoder keeps nothing", when.encodes_pictures),
     _Rule("checkpointing_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
     _Rule("fused_kernel", "the line is of something else", lambda case: not case.is_attentions_output),
     _Rule("fused_attention", "the picture is being decoded", lambda case: case.passes_file("autoencoder")),
     _Rule("fused_attention", "it is on", lambda case: case.has_sign("flash") or case.is_attentions_output),
-    _Rule("fused_attention", "the model has none", _is_without_fused_attention),
-    _Rule("fused_attention", "it is on by itself", _is_fused_by_itself),
+    _Rule("fused_attention", "the model has none", when.is_without_fused_attention),
+    _Rule("fused_attention", "it is on by itself", when.is_fused_by_itself),
     _Rule("fused_attention", "scores are small", lambda case: case.has_small_scores and not case.is_oversized),
     _Rule("fused_attention", "the pairs are not of attention", lambda case: case.evidence.grows == "pairs"),
-    _Rule("fused_attention", "nothing shows attention", _is_oversized_without_attention),
+    _Rule("fused_attention", "nothing shows attention", when.is_oversized_without_attention),
     _Rule("eval_batch", "it is one", lambda case: case.is_of("evaluate_one")),
-    _Rule("eval_batch", "the report says that it is one", _evaluates_one),
-    _Rule("eval_batch", "nothing is evaluated", _only_generates),
+    _Rule("eval_batch", "the report says that it is one", when.evaluates_one),
+    _Rule("eval_batch", "nothing is evaluated", when.only_generates),
     _Rule("eval_batch", "a trained model is used", lambda case: case.evidence.infers and case.facts.phase != "eval"),
     _Rule("smaller_cache", "the cache has room", lambda case: case.shows("subject.cache_has_room")),
-    _Rule("reference_first", "there is no reference model", lambda case: not _has_reference(case)),
-    _Rule("no_gradients", "the program turns them off", _evaluates_without_gradients),
-    _Rule("no_gradients", "they are off", _is_without_gradients),
-    _Rule("no_gradients", "the library's function turns them off", _calls_without_gradients),
+    _Rule("reference_first", "there is no reference model", lambda case: not when.has_reference(case)),
+    _Rule("no_gradients", "the program turns them off", when.evaluates_without_gradients),
+    _Rule("no_gradients", "they are off", when.is_without_gradients),
+    _Rule("no_gradients", "the library's function turns them off", when.calls_without_gradients),
     _Rule("no_gradients", "the code is not the user's", lambda case: case.is_foreign),
-    _Rule("no_gradients", "a training needs them", _needs_gradients),
-    _Rule("no_gradients", "it may be a training", _may_train),
-    _Rule("shorter_length", "a length is worked on in parts", _takes_length_in_parts),
+    _Rule("no_gradients", "a training needs them", when.needs_gradients),
+    _Rule("no_gradients", "it may be a training", when.may_train),
+    _Rule("shorter_length", "a length is worked on in parts", when.takes_length_in_parts),
     _Rule("shapes_first", "the sizes are known", lambda case: case.evidence.sized is not None),
-    _Rule("shorter_length", "it is short", _has_short_length),
-    _Rule("shorter_length", "the tensor holds one token of each beam", _is_of_beams),
-    _Rule("smaller_inputs", "the tensor holds one token of each beam", _is_of_beams),
-    _Rule("smaller_inputs", "the pairs are not of places", _pairs_items),
-    _Rule("smaller_inputs", "they are short", lambda case: _has_short_length(case) and _takes_sequences(case)),
-    _Rule("chunked_general", "the kernels do not know this model", _has_no_liger),
+    _Rule("shorter_length", "it is short", when.has_short_length),
+    _Rule("shorter_length", "the tensor holds one token of each beam", when.is_of_beams),
+    _Rule("smaller_inputs", "the tensor holds one token of each beam", when.is_of_beams),
+    _Rule("smaller_inputs", "the pairs are not of places", when.pairs_items),
+    _Rule("smaller_inputs", "they are short", lambda case: when.has_short_length(case) and when.takes_sequences(case)),
+    _Rule("chunked_general", "the kernels do not know this model", when.has_no_liger),
     _Rule("chunked_general", "the program's own loss is in chunks", lambda case: case.is_of("chunked_loss")),
-    _Rule("half_precision", "it is on", _is_in_half),
-    _Rule("half_precision", "the program does it by itself", _halves),
+    _Rule("half_precision", "it is on", when.is_in_half),
+    _Rule("half_precision", "the program does it by itself", when.halves),
     _Rule("half_precision", "PyTorch is too old", lambda case: case.is_before("half_precision")),
-    _Rule("half_precision", "its words are for a training", _would_embed_in_half),
-    _Rule("pairs_in_parts", "there are no pairs", lambda case: not _has_pairs(case)),
+    _Rule("half_precision", "its words are for a training", when.would_embed_in_half),
+    _Rule("pairs_in_parts", "there are no pairs", lambda case: not when.has_pairs(case)),
     _Rule("pairs_in_parts", "the program has a place for pairs", lambda case: case.has_own("pairs_on_host")),
-    _Rule("pairs_as_product", "no broadcast makes them", lambda case: not _broadcasts(case)),
+    _Rule("pairs_as_product", "no broadcast makes them", lambda case: not when.broadcasts(case)),
     _Rule("release_logits", "no loss is estimated", lambda case: not case.calls("estimate_loss")),
 )
 """Remedies of memory that one pass holds."""
 
 _OF_THE_MODEL = (
-    _Rule("offload", "nothing can be moved", _has_no_offload),
+    _Rule("offload", "nothing can be moved", when.has_no_offload),
     _Rule("offload", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized and not case.evidence.infers),
     _Rule("offload", "Unsloth does it by itself", lambda case: case.evidence.trains and case.program == "unsloth"),
     _Rule("offload", "PyTorch is too old", lambda case: case.is_before("offload")),
-    _Rule("offload", "the model's blocks cannot be swapped", _swaps_no_blocks),
-    _Rule("offload", "the state is small", _has_little_to_move),
+    _Rule("offload", "the model's blocks cannot be swapped", when.swaps_no_blocks),
+    _Rule("offload", "the state is small", when.has_little_to_move),
     _Rule("save_from_host", "one process saves", lambda case: case.evidence.is_of_one_process),
     _Rule("save_sharded", "one process saves", lambda case: case.evidence.is_of_one_process),
     _Rule("save_on_host", "several processes save", lambda case: not case.evidence.is_of_one_process),
@@ -580,32 +102,20 @@ _OF_THE_MODEL = (
     _Rule("built_divided", "Lightning builds none", lambda case: not case.calls("_configure_distributed_model")),
     _Rule("built_divided", "ZeRO's stage is not 3", lambda case: case.run.numbers.get("zero_stage") != 3),
     _Rule("no_reserve", "nothing is reserved", lambda case: not case.shows("switches.reserves")),
-    _Rule("share_of_card", "no server runs beside the training", _has_no_server),
-    _Rule("fewer_pixels", "the model takes no pictures of any size", _has_no_pixels),
-    _Rule("lora", "the weights stay as they are", _loads_for_other_trainers),
+    _Rule("share_of_card", "no server runs beside the training", when.has_no_server),
+    _Rule("fewer_pixels", "the model takes no pictures of any size", when.has_no_pixels),
+    _Rule("lora", "the weights stay as they are", when.loads_for_other_trainers),
     _Rule("lora", "adapters are trained already", lambda case: case.adapts or case.trains_part),
     _Rule("lora", "PyTorch is older than PEFT", lambda case: case.is_before("lora")),
-    _Rule(
-        "lora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("lora", case)
+    *(
+        _Rule(code, "the model is not one of language", partial(when.is_other_without_words, code))
+        for code in ("lora", "qlora", "quantized_weights", "spread_model")
     ),
-    _Rule(
-        "qlora", "the model is not one of language", lambda case: _has_other_models(case) and not _knows("qlora", case)
-    ),
-    _Rule(
-        "quantized_weights",
-        "the model is not one of language",
-        lambda case: _has_other_models(case) and not _knows("quantized_weights", case),
-    ),
-    _Rule(
-        "spread_model",
-        "the model is not one of language",
-        lambda case: _has_other_models(case) and not _knows("spread_model", case),
-    ),
-    _Rule("text_encoder_first", "the text encoders stay", _has_encoders_to_train),
-    _Rule("encoders_frozen", "they are, or can be cached", _freezes_encoders),
+    _Rule("text_encoder_first", "the text encoders stay", when.has_encoders_to_train),
+    _Rule("encoders_frozen", "they are, or can be cached", when.freezes_encoders),
     _Rule("shard_quantized", "the weights are not in 4 bits", lambda case: not case.adapts_quantized),
     _Rule("shard_quantized", "nothing is trained", lambda case: case.evidence.infers),
-    _Rule("shard_quantized", "there is one card", _has_one_card),
+    _Rule("shard_quantized", "there is one card", when.has_one_card),
     _Rule("fewer_trained", "all or hardly any are trained", lambda case: not case.trains_part),
     _Rule("qlora", "it is on", lambda case: case.adapts_quantized),
     _Rule("qlora", "PyTorch is older than PEFT", lambda case: case.is_before("qlora")),
@@ -615,26 +125,26 @@ _OF_THE_MODEL = (
         "they are, in the precision that the program has words for",
         lambda case: case.is_of("quantize_to_8") and case.has_sign("quantized_8"),
     ),
-    _Rule("quantized_weights", "a training needs words for it", _trains_without_quantizer),
-    _Rule("smaller_weights", "a training needs its precision", _keeps_its_precision),
+    _Rule("quantized_weights", "a training needs words for it", when.trains_without_quantizer),
+    _Rule("smaller_weights", "a training needs its precision", when.keeps_its_precision),
     _Rule(
         "smaller_weights",
         "a server keeps 16 bits by itself",
-        _serves_in_half,
+        when.serves_in_half,
     ),
-    _Rule("smaller_weights", "they are small", _has_small_weights),
+    _Rule("smaller_weights", "they are small", when.has_small_weights),
     _Rule("smaller_weights", "they are small, by the report", lambda case: case.has_sign("small_weights")),
     _Rule("quantized_weights", "they are small, by the report", lambda case: case.has_sign("small_weights")),
     _Rule("spread_model", "they are small, by the report", lambda case: case.has_sign("small_weights")),
-    _Rule("quantized_weights", "no library of language models is shown", _has_no_quantizer),
-    _Rule("spread_model", "no library of language models is shown", _has_no_quantizer),
+    _Rule("quantized_weights", "no library of language models is shown", when.has_no_quantizer),
+    _Rule("spread_model", "no library of language models is shown", when.has_no_quantizer),
     _Rule("spread_model", "a trainer divides it by itself", lambda case: case.evidence.trains),
-    _Rule("quantized_weights", "the model is small", _is_small),
-    _Rule("spread_model", "the model is small", _is_small),
+    _Rule("quantized_weights", "the model is small", when.is_small),
+    _Rule("spread_model", "the model is small", when.is_small),
     _Rule("smaller_weights", "they have 4 bits", lambda case: case.adapts_quantized),
     _Rule("less_at_once", "the results are of the whole input", lambda case: case.evidence.grows == "windows"),
-    _Rule("eval_batch", "the program evaluates", lambda case: _has_loop_of_its_own("eval_batch", case)),
-    _Rule("outputs_to_host", "the program evaluates", lambda case: _has_loop_of_its_own("outputs_to_host", case)),
+    _Rule("eval_batch", "the program evaluates", lambda case: when.has_loop_of_its_own("eval_batch", case)),
+    _Rule("outputs_to_host", "the program evaluates", lambda case: when.has_loop_of_its_own("outputs_to_host", case)),
     _Rule(
         "eval_batch",
         "it is that of the training",
@@ -642,53 +152,53 @@ _OF_THE_MODEL = (
     ),
     _Rule("eval_batch", "the outputs of all batches are joined", lambda case: case.evidence.grows == "outputs"),
     _Rule("eval_batch", "the results are of the whole input", lambda case: case.evidence.grows == "windows"),
-    _Rule("smaller_weights", "they have 16 bits", _is_weight_in_half),
-    _Rule("smaller_weights", "the run works in 16 bits", _is_in_half),
-    _Rule("smaller_weights", "the weights are not the user's", _may_have_no_weights),
-    _Rule("smaller_model", "the program has one model", _has_one_model),
-    _Rule("smaller_model", "the run starts from no weights", _starts_from_nothing),
-    _Rule("smaller_model", "one request for its inputs is most of the card", _fills_it_at_once),
-    _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", _has_other_size),
-    _Rule("smaller_picture", "the pairs are not of places", _pairs_items),
-    _Rule("smaller_picture", "the option is of the training", _draws_for_a_test),
+    _Rule("smaller_weights", "they have 16 bits", when.is_weight_in_half),
+    _Rule("smaller_weights", "the run works in 16 bits", when.is_in_half),
+    _Rule("smaller_weights", "the weights are not the user's", when.may_have_no_weights),
+    _Rule("smaller_model", "the program has one model", when.has_one_model),
+    _Rule("smaller_model", "the run starts from no weights", when.starts_from_nothing),
+    _Rule("smaller_model", "one request for its inputs is most of the card", when.fills_it_at_once),
+    _Rule("smaller_model", "a smaller batch comes first, or it is the smallest", when.has_other_size),
+    _Rule("smaller_picture", "the pairs are not of places", when.pairs_items),
+    _Rule("smaller_picture", "the option is of the training", when.draws_for_a_test),
     _Rule(
         "smaller_picture", "a window's size is not that of the results", lambda case: case.evidence.grows == "windows"
     ),
-    _Rule("outputs_reduced", "no trainer evaluates", _encodes_sentences),
-    _Rule("outputs_dropped", "no trainer evaluates", _encodes_sentences),
-    _Rule("outputs_generated", "no trainer evaluates", _encodes_sentences),
+    _Rule("outputs_reduced", "no trainer evaluates", when.encodes_sentences),
+    _Rule("outputs_dropped", "no trainer evaluates", when.encodes_sentences),
+    _Rule("outputs_generated", "no trainer evaluates", when.encodes_sentences),
     _Rule("outputs_reduced", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
     _Rule("outputs_dropped", "metrics are wanted", lambda case: "compute_metrics" in case.run.text),
     _Rule("outputs_dropped", "the program has metrics of its own", lambda case: case.is_of("own_metrics")),
     _Rule("outputs_to_host", "the loop keeps losses only", lambda case: case.calls("estimate_loss")),
     _Rule("outputs_to_host", "the program does not pass it on", lambda case: case.program == "axolotl"),
     _Rule("outputs_generated", "the trainer has no generation", lambda case: case.shows("subject.causal_trainer")),
-    _Rule("spread_model", "it is on, over all cards", _spreads_over_all),
+    _Rule("spread_model", "it is on, over all cards", when.spreads_over_all),
     _Rule(
         "shard", "it is on", lambda case: case.passes_file("zero/stage3") or case.passes_file("partition_parameters")
     ),
     _Rule("shard", "it is on", lambda case: case.run.numbers.get("zero_stage") == 3 or case.has_sign("full_shard")),
     _Rule("shard", "ZeRO takes no 4-bit weights", lambda case: case.adapts_quantized),
     _Rule("shard", "Unsloth is for one card", lambda case: case.program == "unsloth"),
-    _Rule("shard", "there is one card", _has_one_card),
+    _Rule("shard", "there is one card", when.has_one_card),
     _Rule("save_from_host", "it is FSDP's", lambda case: case.passes_file("deepspeed/")),
     _Rule("shard", "the shards are gathered", lambda case: case.evidence.tensor == "gathered_parameters"),
-    _Rule("shard", "the program has no words for it", lambda case: _has_no_words("shard", case)),
-    _Rule("offload", "the program has no words for it", lambda case: _has_no_words("offload", case)),
-    _Rule("shard", "nothing is trained", _may_train_nothing),
-    _Rule("shard", "the model is not one of language", _loads_other_models),
-    _Rule("shard", "a model is loaded, and no training is shown", _loads_for_use),
-    _Rule("shard", "one process loads a model for its adapters", _loads_for_adapters),
-    _Rule("optimizer_foreach", "another line failed", lambda case: not _fails_in_foreach(case)),
+    _Rule("shard", "the program has no words for it", lambda case: when.has_no_words("shard", case)),
+    _Rule("offload", "the program has no words for it", lambda case: when.has_no_words("offload", case)),
+    _Rule("shard", "nothing is trained", when.may_train_nothing),
+    _Rule("shard", "the model is not one of language", when.loads_other_models),
+    _Rule("shard", "a model is loaded, and no training is shown", when.loads_for_use),
+    _Rule("shard", "one process loads a model for its adapters", when.loads_for_adapters),
+    _Rule("optimizer_foreach", "another line failed", lambda case: not when.fails_in_foreach(case)),
     _Rule("optimizer_8bit", "it is on", lambda case: case.passes_file("bitsandbytes/optim")),
     _Rule("optimizer_8bit", "SGD has no such form that users know", lambda case: case.passes_file("torch/optim/sgd")),
     _Rule("optimizer_paged", "it is none of bitsandbytes", lambda case: not case.passes_file("bitsandbytes/optim")),
-    _Rule("no_amsgrad", "it is off", lambda case: not _fails_in_amsgrad(case)),
+    _Rule("no_amsgrad", "it is off", lambda case: not when.fails_in_amsgrad(case)),
     _Rule("no_momentum", "another optimizer failed", lambda case: not case.passes_file("torch/optim/sgd")),
     _Rule("optimizer_8bit", "it is on", lambda case: "8bit" in case.run.texts.get("optimizer", "").lower()),
     _Rule("optimizer_8bit", "it is on", lambda case: case.shows("switches.adam_8bit")),
     _Rule("optimizer_8bit", "PyTorch is older than 8-bit optimizers", lambda case: case.is_before("optimizer_8bit")),
-    _Rule("optimizer_8bit", "its state is not Adam's", _has_other_state),
+    _Rule("optimizer_8bit", "its state is not Adam's", when.has_other_state),
     _Rule("optimizer_8bit", "its state is on the host", lambda case: case.shows("switches.optimizer_on_host")),
     _Rule("optimizer_8bit", "adapters have hardly any", lambda case: case.adapts),
     _Rule("offload", "it is on", lambda case: case.shows("switches.all_on_host")),
