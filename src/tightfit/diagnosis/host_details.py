@@ -65,10 +65,30 @@ def of_host_allocator(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure on the host with the kind of its request: a layer's result, or a large array at once."""
     if "zero_offload" in facts.details:
         return _of_offload(facts, run)
+    if _builds(facts):
+        return with_detail(facts, "loading")
     facts = with_product(facts, run.text)
     if facts.frames and _LAYERS.search(facts.frames[-1].file):
         return with_detail(facts, "computing")
     return with_detail(facts, "at_once") if (facts.requested_bytes or 0) >= _ONE_ARRAY else facts
+
+
+_LOADERS = (
+    "from_pretrained",
+    "load_state_dict",
+    "_load_pretrained_model",
+    "load_checkpoint",
+    "_load_state_dict_into_model",
+)
+
+
+def _builds(facts: Facts) -> bool:
+    """Return True for a model that is being made or loaded: a layer's constructor, or a loader on the way."""
+    innermost = facts.frames[-1] if facts.frames else None
+    if innermost is None:
+        return False
+    makes_layer = innermost.function in ("__init__", "reset_parameters") and _LAYERS.search(innermost.file)
+    return bool(makes_layer) or any(each.function in _LOADERS for each in facts.frames)
 
 
 _CHANNELS = (1, 3, 4)

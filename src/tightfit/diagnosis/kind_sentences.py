@@ -268,13 +268,16 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
     """Return the fixes of a failure's kind without those that its run has no use for."""
     key = _key(_table().fixes, facts.kind, known)
     codes = _table().fixes[key] if key else [facts.kind]
-    has_workers = _LOADS.search(run.text) and _TRAINS.search(run.text) and not _LOADS_OTHERWISE.search(run.text)
+    shown = {"workers", "fork_workers"} & known.keys()
+    has_workers = shown or (
+        _LOADS.search(run.text) and _TRAINS.search(run.text) and not _LOADS_OTHERWISE.search(run.text)
+    )
     if facts.kind != "dataloader_killed" and not has_workers:
         codes = [code for code in codes if code != "fewer_workers"]
     if len(run.text) > _REPORT and not shows(run.text, "subject.reads_data"):
         codes = [code for code in codes if code != "data_in_parts"]
     if memory_of(facts.kind) == "host" and not _LOADS_MODEL.search(run.text):
-        codes = [code for code in codes if code != "quantised_load"]
+        codes = [code for code in codes if code not in ("quantised_load", "weights_once")]
     if "raised" in facts.details:  # by an older Ray, whose limit has another name
         codes = [code for code in codes if code not in ("ray_threshold", "ray_threshold_fraction")]
     if _ON_DISK.search(run.text):

@@ -40,6 +40,11 @@ def consequences() -> tuple[str, ...]:
     return tuple(_codes().order["consequences"])
 
 
+def goes_on_after(kind: str) -> bool:
+    """Return True for a kind after which a program goes on as it was, only slower."""
+    return kind in _codes().order["notices"]
+
+
 _OF_MEMORY = {"none": "other_error", "unshown": "cause_not_shown", "harmless": "harmless"}
 _OF_NOTHING = {
     "empty": "empty",
@@ -64,7 +69,7 @@ def status_of(kind: str | None, nothing: str | None) -> str:
     """
     if kind is None:
         return _OF_NOTHING.get(nothing or "", "no_failure")
-    if kind == "tensorrt_tactic":  # the build goes on with the tactics that are left
+    if goes_on_after(kind):
         return "survived"
     if kind == "memory_words":  # the log says that it was memory, and not whose
         return "out_of_memory"

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from tightfit.oomlog.counted_lines import Counts
 from tightfit.oomlog.facts import Facts, Figure, with_arithmetic
-from tightfit.oomlog.kinds import consequences, memory_of
+from tightfit.oomlog.kinds import consequences, goes_on_after, memory_of
 from tightfit.oomlog.last_words import quotes_error, sentence_in, shortened
 from tightfit.oomlog.log_lines import Entry
 from tightfit.oomlog.log_text import clean
@@ -82,7 +82,7 @@ def is_of(record: Record, chosen: Record | None) -> bool:
 
 def is_failure_beside(record: Record) -> bool:
     """Return True for another failure, False for a launcher's report of the chosen one."""
-    is_failure = record.standing in (Standing.FAILURE, Standing.CAUGHT) and record.facts.kind != "tensorrt_tactic"
+    is_failure = record.standing in (Standing.FAILURE, Standing.CAUGHT) and not goes_on_after(record.facts.kind)
     return is_failure and memory_of(record.facts.kind) != "unshown"
 
 

@@ -164,8 +164,8 @@ def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
 
 
 def _fails_at_any_level(message: Message, before: str) -> bool:
-    """Return True for a failure that programs log as less: NCCL's, a lost worker's or rank's, a job's or pod's."""
-    return message.kind in ("nccl", "worker_lost", "rank_failed", "job_memory_limit") or (
+    """Return True for a failure that programs log as less: NCCL's, a lost worker's or rank's, a job's, a full cache."""
+    return message.kind in ("nccl", "worker_lost", "rank_failed", "job_memory_limit", "cache_preemption") or (
         message.kind == "host_killed" and ("ailed" in before or "hild process" in before)
     )
 
