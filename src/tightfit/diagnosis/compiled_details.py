@@ -16,6 +16,7 @@ _ONLY_COPIES = re.compile(r"preallocated temp allocation: +0B")
 """XLA's line for a program without a result in between: it copies, converts or joins arrays."""
 _UNITS = {"K": KIB, "M": MIB, "G": GIB}
 _SMALL_PROGRAM = GIB
+_LITTLE = 256 * MIB
 """Bytes that any card has free for a program, unless something else fills it."""
 _MOST_OF_A_CARD = 30 * GIB
 """Bytes of one request that few cards have, beside anything else."""
@@ -27,6 +28,8 @@ def of_jax(facts: Facts, run: RunFacts) -> Facts:
     facts = _of_tpu(facts, run)
     found = _PROGRAM.search(run.text)
     if found and _ONLY_COPIES.search(run.text):
+        is_little = float(found[1]) * _UNITS[found[2]] < _LITTLE
+        facts = with_detail(facts, "copied_little") if is_little else facts
         return with_detail(facts, "copied", f"{found[1]} {found[2]}iB")
     if found and float(found[1]) * _UNITS[found[2]] < _SMALL_PROGRAM:
         return with_detail(facts, "program", f"{found[1]} {found[2]}iB")
@@ -131,8 +134,14 @@ def of_arena(facts: Facts, run: RunFacts) -> Facts:
     """Return a failure of ONNX Runtime's arena with the node that ran, or about one large tensor."""
     node = _NODE.search(run.text)
     facts = with_detail(facts, "node", node[1]) if node else facts
-    is_large = (facts.requested_bytes or 0) >= GIB
-    return with_detail(facts, "one_tensor") if is_large and not facts.details.keys() & _OF_ARENA else facts
+    requested = facts.requested_bytes or 0
+    if 0 < requested < _SMALL_REQUEST and facts.details.keys() & _OF_ARENA <= {"either"}:
+        return with_detail(facts, "small_request")
+    return with_detail(facts, "one_tensor") if requested >= GIB and not facts.details.keys() & _OF_ARENA else facts
+
+
+_SMALL_REQUEST = 16 * MIB
+"""Bytes that any card has room for, unless it is full."""
 
 
 def of_host_tensor(facts: Facts, run: RunFacts) -> Facts:

@@ -110,6 +110,8 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield tensors that are kept from step to step, by a line that feeds a state back, or by the report's words."""
     if feeds_back(facts.frames):
         yield Cause(code="fed_back", label=LIKELY)
+    elif "retains_graph" in evidence.run.signs:
+        yield Cause(code="retained_graph", label=LIKELY)
     elif evidence.infers and evidence.run.signs & _OF_PASSES and not (is_oversized(facts) or had_room(facts)):
         yield Cause(code="larger_input" if is_most_of_card(facts) else "kept_between_passes", label=LIKELY)
     elif _grows(facts, evidence):

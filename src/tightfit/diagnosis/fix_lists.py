@@ -169,7 +169,7 @@ def _with_growth(codes: list[str], case: Case) -> list[str]:
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
     grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
     grows = grows and not holds_little(facts)
-    if (grows and facts.phase != "save") or feeds_back(facts.frames):
+    if (grows and facts.phase != "save") or feeds_back(facts.frames) or case.has_sign("retains_graph"):
         codes = ["kept_graph", *codes]
     return codes
 

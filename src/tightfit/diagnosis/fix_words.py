@@ -124,6 +124,8 @@ def _reworded(code: str, words: Pasted | None, facts: Facts, evidence: Evidence)
         words = replace(words, lines=tuple(line.replace("inference_mode", "no_grad") for line in words.lines))
     if code == "save_sharded" and any("deepspeed/runtime/zero" in each.file for each in facts.frames):
         words = _OF_ZERO_3
+    if code in _OF_FSDP_2 and _FSDP_2.search(evidence.run.text):
+        words = _OF_FSDP_2[code]
     if code == "save_from_host" and any("_optim_utils" in each.file for each in facts.frames):
         words = _OF_OPTIMIZER_STATE
     if words is None:
@@ -162,6 +164,23 @@ _OF_ZERO_3 = Pasted(
     ),
     page="https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training",
 )
+_FSDP_2 = re.compile(r"\bfsdp_version\W{1,4}2\b")
+"""Accelerate's key for the newer FSDP, which has no `set_state_dict_type`."""
+_OF_FSDP_2 = {
+    "save_from_host": Pasted(
+        lines=(
+            "state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))",
+        ),
+        page="https://docs.pytorch.org/docs/stable/distributed.checkpoint.html",
+    ),
+    "save_sharded": Pasted(
+        lines=(
+            "accelerator.save_state(CHECKPOINT_DIR)  # with fsdp_state_dict_type: SHARDED_STATE_DICT",
+            "accelerate merge-weights CHECKPOINT_DIR/pytorch_model_fsdp_0 OUTPUT_DIR  # afterwards, on the host",
+        ),
+        page="https://huggingface.co/docs/accelerate/usage_guides/fsdp",
+    ),
+}
 _OF_OPTIMIZER_STATE = Pasted(
     lines=(
         "FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT,",

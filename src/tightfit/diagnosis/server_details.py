@@ -73,9 +73,19 @@ def of_warm_up(facts: Facts, run: RunFacts) -> Facts:
 
 
 def of_prefill(facts: Facts, run: RunFacts) -> Facts:
-    """Return a failure of TGI's first pass over few tokens, which are not what fills the card."""
-    is_few = 0 < int(facts.details.get("count", "0")) <= _FEW_TOKENS
-    return with_detail(facts, "few") if is_few else facts
+    """Return a failure of TGI's first pass over few tokens, which are not what fills the card, or with its bound."""
+    count = int(facts.details.get("count", "0"))
+    if 0 < count <= _FEW_TOKENS:
+        return with_detail(facts, "few")
+    longest = _LONGEST_INPUT.search(run.text)
+    if not count or longest is None:
+        return facts
+    facts = with_detail(facts, "longest_input", f"{longest[1]} {min(int(longest[2]), count // 2)}")
+    return with_detail(facts, "prefill_half", str(count // 2))
+
+
+_LONGEST_INPUT = re.compile(r"(--max-input-(?:length|tokens))[ =](\d{2,7})")
+"""TGI's option for the longest prompt, which a prefill has to hold."""
 
 
 _SGLANG_LEFT = re.compile(r"\bavail mem=([\d.]{1,8}) ?GB, mem usage=([\d.]{1,8}) ?GB")

@@ -204,7 +204,7 @@ def _denies(line: str) -> bool:
 
 
 _DENIED = re.compile(
-    r"\b(?:not|no|isn't|never|without)\b[^.\n]{0,12}\b(?:out[ -]of[ -](?:(?:\w+ )?memory|v?ram\b)|OOM\b)"
+    r"\b(?:not|no|isn't|never|without)\b[^.:;,\n]{0,12}\b(?:out[ -]of[ -](?:(?:\w+ )?memory|v?ram\b)|OOM\b)"
     r"|\b(?:no|without)\b[^.\n]{0,20}\bleak"
     r"|(?<!\bnot )(?<!\bno )(?<!n't )enough (?:V?RAM|memory)\b"
     r"|(?:显存|显卡的?内存)(?:没问题|足够|充足|够用)",

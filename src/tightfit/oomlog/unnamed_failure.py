@@ -112,9 +112,15 @@ class Unnamed(Struct):
             return "begun", begun
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
             last = ("memory_words", last[1])
+        if last is not None and any(record.body == last[1] for record in self._harmless()):
+            return None
         if last is not None and last[0] == "memory_words" and (is_told(last[1]) or self._titles_a_card(last[1])):
             return "reported", last[1].strip(" #")
         return last
+
+    def _harmless(self) -> list[Record]:
+        """Return the messages that tell of no failure, whatever their words are."""
+        return [record for record in self.records if record.standing is Standing.HARMLESS]
 
     def _titles_a_card(self, words: str) -> bool:
         """Return True for the title of a person's report of a card's memory, in words of no library."""
