@@ -252,6 +252,8 @@ def _are_few(others: Remedy, facts: Facts) -> bool:
     return 0 < held < _FEW * (facts.total_bytes or 0)
 
 
+_LARGE_PART = 8
+"""Part of the card from which on a request is worth a fix of its own, beside others whose memory is estimated."""
 _TIMES = 2
 """Times this process's memory from which on that of others is the whole cause."""
 
@@ -259,7 +261,8 @@ _TIMES = 2
 def _are_most(others: Remedy, facts: Facts) -> bool:
     """Return True if other programs hold so much more than this one that no fix of its own need is called for."""
     own, held = facts.process_bytes or facts.reserved_bytes, others.figures.others_bytes or 0
-    is_sure = others.label == MEASURED or held > (facts.total_bytes or 0) / 2
+    is_large = (facts.requested_bytes or 0) > (facts.total_bytes or 0) / _LARGE_PART
+    is_sure = others.label == MEASURED or (held > (facts.total_bytes or 0) / 2 and not is_large)
     return is_sure and own is not None and held > _TIMES * own
 
 

@@ -56,6 +56,7 @@ def causes_of_evidence(
         *_of_gradients(facts, evidence),
         *_of_first_card(facts, evidence),
         *_of_kept(facts, evidence),
+        *_of_first_optimizer_step(facts, evidence),
         *_of_tensor(facts, culprit, evidence, unplayed_because),
     ]
     if evidence.budget is not None and weights_leave_room(facts, evidence):
@@ -120,6 +121,12 @@ def _of_kept(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
         yield Cause(code="stepped", label=LIKELY)
     else:
         yield from _of_earlier_steps(facts, evidence)
+
+
+def _of_first_optimizer_step(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield that the optimizer makes its state in its first step, where the message has no figures."""
+    if Case(facts, evidence).makes_optimizer_state:
+        yield Cause(code="optimizer_makes_state", label=LIKELY)
 
 
 def _grows(facts: Facts, evidence: Evidence) -> bool:

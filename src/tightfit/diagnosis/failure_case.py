@@ -227,6 +227,12 @@ class Case(NamedTuple):
             return self.shows("subject.vae")
         return shows(shown, "subject.vae") or self.shows("subject.vae_node")
 
+    @property
+    def makes_optimizer_state(self) -> bool:
+        """True for the first step of an optimizer in a message without figures: it makes its state there."""
+        is_unstated = self.facts.phase == "optimizer" and self.facts.requested_bytes is None
+        return is_unstated and bool(_FIRST_STEP.search(self.run.text))
+
     def calls(self, *functions: str) -> bool:
         """Return True if one of the functions is in the traceback."""
         return any(each.function.rpartition(".")[2] in functions for each in self.facts.frames)
@@ -250,6 +256,8 @@ class Case(NamedTuple):
         return self.facts.torch_format in _BEFORE_AUTOCAST and not self.has_own(code)
 
 
+_FIRST_STEP = re.compile(r"(?<![\d/])0/\d{1,9} \[0?0:00<\?")
+"""A bar before its first step is done."""
 _BEFORE_A_STEP = (None, "load", "resume", "setup")
 """Phases in which a checkpoint may be read; None is unknown."""
 

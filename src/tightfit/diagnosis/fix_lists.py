@@ -322,6 +322,9 @@ def _lists_of_phase(case: Case) -> Iterator[str]:
     if phase == "setup" and case.has_sign("fsdp", "deepspeed") and not evidence.infers:
         yield "training"
         return  # before any pass
+    if phase == "setup" and _trains(case) and case.facts.frames and case.facts.frames[-1].function == "__init__":
+        yield "weights_to_train"
+        return
     if phase in ("save", "merge"):  # what one pass holds is gone by then
         return
     if phase == "load":
@@ -366,9 +369,21 @@ def _names_smaller_inputs(case: Case, left_out: frozenset[str]) -> bool:
     return not any(_applies(each, case, left_out) for each in ("shorter_length", "smaller_picture"))
 
 
+_ABSURD = 20
+"""Times the card from which on a request is hardly one of too large inputs."""
+
+
+def _is_absurd(case: Case) -> bool:
+    """Return True for a request of many times the card."""
+    total, requested = case.facts.total_bytes, case.facts.requested_bytes
+    return total is not None and requested is not None and requested > _ABSURD * total
+
+
 def _has_words(code: str, case: Case) -> bool:
     """Return True unless a remedy needs words of the program, and it has none."""
     if code in _OF_SAVING and case.facts.phase == "save" and not case.is_of("servers"):
+        return True
+    if code == "shapes_first" and _is_absurd(case):
         return True
     if case.is_of("applications"):
         has_some = has_words(code, case.program or "") or is_own_option(code, case.evidence)

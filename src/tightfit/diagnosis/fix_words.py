@@ -302,7 +302,7 @@ def _for_small_card(line: str, facts: Facts, evidence: Evidence) -> str:
     return line.replace("--medvram", "--lowvram") if is_small or "--medvram" in evidence.run.text else line
 
 
-_ARGUMENT = re.compile(r"^([a-z]\w*)=(\"?[\w./-]+\"?)(?=\s|$)")
+_ARGUMENT = re.compile(r"^([a-z]\w*)=(\"?[\w./*-]+\"?)(?=\s|$)")
 """An argument in Python with a plain value."""
 
 

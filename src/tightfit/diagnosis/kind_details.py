@@ -70,6 +70,8 @@ _OF_THE_RUN = {
     "in_share",
     "copied",
     "copied_little",
+    "to_host",
+    "cgroup_limit",
     "longest_input",
     "prefill_half",
     "printed_weights",
@@ -313,6 +315,8 @@ def _of_driver(facts: Facts, run: RunFacts) -> Facts:
         facts = with_detail(facts, "llama_sized")
     if "llama_kv" in facts.details and facts.requested_bytes:
         facts = with_detail(facts, "llama_kv_bytes")
+    if any(_TO_HOST.search(each.source or "") for each in facts.frames):
+        return with_detail(facts, "to_host")
     if facts.phase == "eval" or shows(run.text, "subject.lacks_no_grad"):
         return with_detail(facts, "eval")
     if any(_ONTO_CARD.search(each.source or "") for each in facts.frames):
@@ -322,6 +326,8 @@ def _of_driver(facts: Facts, run: RunFacts) -> Facts:
     return with_detail(facts, "one") if run.numbers.get("batch_size") == 1 else facts
 
 
+_TO_HOST = re.compile(r"\.(?:to|copy_)\(.*[\"\']cpu[\"\'].*non_blocking ?= ?True|\.pin_memory\(")
+"""A line that copies to the host without waiting, for which PyTorch pins memory of the host."""
 _ONTO_CARD = re.compile(r"\bload\w*\(.*\bmap_location ?= ?(?!.{0,20}[\"']cpu)")
 """A line that loads a file straight onto the card."""
 

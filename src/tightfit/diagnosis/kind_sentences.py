@@ -424,6 +424,10 @@ _SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b|^\W*(?:failed \()?CUDA out of mem
 """A program's word for a batch that it left out."""
 
 
+_GRANTED = re.compile(r"\bexceeds \d{1,3}% of\b")
+"""TensorFlow's words for a large allocation that it made."""
+_ON_HOST = re.compile(r"\bto CPU due to CUDA OOM\b")
+"""Detectron2's words for work that it does on the CPU instead."""
 _IN_TILES = re.compile(r"\bretrying with tiled\b")
 _WITHOUT_BATCH = re.compile(r"regular VAE|\blora \S{1,80}\.weight\b")
 """Words for a part of a program for pictures that no batch makes smaller."""
@@ -433,13 +437,18 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield the sentences on a log without a failure."""
     sentences, kind = wording.words(words.language), reading.kind_of_nothing or "nothing"
     kind = "caught_at_end" if kind == "caught" and not reading.went_on else kind
-    yield sentences("nothing", kind, evidence=shortened(" ".join(reading.evidence.split())))
+    yield sentences("nothing", kind, evidence=shortened(" ".join(reading.evidence.split()).lstrip(": ")))
     if reading.caught is not None:
         decisive = (cause for cause in causes_of_figures(reading.caught) if cause.code in DECISIVE)
         yield from (words("causes", cause.code, **msgspec.structs.asdict(cause)) for cause in decisive)
     hint = "skipped" if kind.startswith("caught") and _SKIPPED.search(reading.evidence) else f"{kind}_hint"
     if reading.caught is not None and "llama_cpp" in reading.caught.details and kind == "caught":
         hint = "retried_hint"
+    if hint == "harmless_hint" and _GRANTED.search(reading.evidence):
+        hint = "harmless_granted"
+    if hint.startswith("caught") and _ON_HOST.search(reading.evidence):
+        yield sentences("nothing", "caught_on_host")
+        return
     if hint == "caught_hint" and _IN_TILES.search(reading.evidence):
         hint = "caught_in_tiles"
     if hint == "caught_hint" and reading.retried_batch is not None:

@@ -17,6 +17,9 @@ class _Rule(NamedTuple):
 
 
 _OF_THE_PASS = (
+    _Rule("vae_in_tiles", "it decodes in tiles already", when.decodes_in_tiles),
+    _Rule("vae_on_host", "it may decode in tiles", lambda case: not when.decodes_in_tiles(case)),
+    _Rule("quantized_weights", "the picture is being decoded", when.decodes_in_tiles),
     _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
     _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),
     _Rule("loss_inside", "no outputs are gathered", lambda case: case.evidence.tensor != "gathered_outputs"),
@@ -36,6 +39,8 @@ _OF_THE_PASS = (
     _Rule("less_at_once", "one pass cannot be smaller", when.has_one_pass),
     _Rule("less_at_once", "the batch is one already", when.asks_for_one),
     _Rule("less_at_once", "a picture is taken in parts already", when.slides),
+    _Rule("split_general", "the optimizer makes its state", lambda case: case.makes_optimizer_state),
+    _Rule("checkpointing_general", "the optimizer makes its state", lambda case: case.makes_optimizer_state),
     _Rule("checkpointing_general", "nothing is kept for a backward pass", lambda case: case.keeps_nothing),
     _Rule("checkpointing_general", "grad() refuses it", when.is_refused_by_grad),
     _Rule("checkpointing_general", "it is on", lambda case: case.has_sign("checkpointing")),

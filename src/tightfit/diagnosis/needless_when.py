@@ -106,6 +106,11 @@ def trains(case: Case) -> bool:
     return case.evidence.trains or case.evidence.purpose == TRAINING
 
 
+def decodes_in_tiles(case: Case) -> bool:
+    """Return True if an autoencoder failed although it decoded in tiles."""
+    return any(re.search(r"(?:de|en)code_tiled|tiled_(?:scale|decode)", each.function) for each in case.facts.frames)
+
+
 def is_without_fused_attention(case: Case) -> bool:
     """Return True for a family of Transformers' models without a fused attention kernel."""
     return case.run.family in programs("without_fused_attention") or case.is_of("without_fused_attention")

@@ -166,9 +166,14 @@ _TYPED = re.compile(r"\b([a-z]\w{2,60}): ?(?:str|bool|int|float)(?: \| None)? = 
 """A parameter of a Python function with its type, before its default."""
 
 
+_QUOTED_VALUE = re.compile(r"(?<!\S)(--[\w.-]{2,60}[= ])([\"'])([\w./:+-]{1,80})\2(?!\S)")
+"""An option of a command, and its value in quotes."""
+
+
 def run_facts_in(text: str) -> RunFacts:
     """Read clean text: the beginning of a log, and its end."""
     text = _UNWANTED.sub("", _TYPED.sub(r"\1=", _QUESTION.sub("", text)))
+    text = _QUOTED_VALUE.sub(r"\1\3", text)
     numbers = dict(_sentences(text))
     names: dict[str, str] = {}
     for match in _keys("numbers")[0].finditer(text):

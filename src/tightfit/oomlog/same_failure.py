@@ -34,6 +34,8 @@ def is_same(one: Facts, two: Facts) -> bool:
         return two.line - one.line <= _NOTEBOOK_LINES
     if "pool" in one.details and "pool" in two.details:  # it asks for less and less
         return two.line - one.line <= _EXPLAINED
+    if one.details.get("shape") and one.details.get("shape") == two.details.get("shape"):
+        return True  # TensorFlow's coordinator, or a logger, repeats it
     if not is_of_allocator(one.kind) and _overlap(one.figures.get(_REQUEST), two.figures.get(_REQUEST)):
         return True  # one line prints the size, and another the shape
     stated = {name: figure for name, figure in two.figures.items() if figure.stated}
