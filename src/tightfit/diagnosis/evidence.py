@@ -195,7 +195,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def may_be_of_nanogpt(self) -> bool:
         """True for nanoGPT's own log, and for a message alone; a report's title is a person's, about some program."""
-        return self.framework == "nanogpt" or (self.is_bare and not self.run.text.lstrip().startswith("# "))
+        text = self.run.text
+        is_open = self.is_bare and not text.lstrip().startswith("# ") and not OF_OTHERS.search(text)
+        return self.framework == "nanogpt" or is_open
 
     @property
     def batch_is_one(self) -> bool:
@@ -207,6 +209,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return self.batch_is_one or "no_batch" in self.run.signs
 
 
+OF_OTHERS = re.compile(
+    r"diffusion|audio|whisper|\bunet\b|\bvae\b|\b(?:images?|pictures?|photos?|videos?)\b|speech|voice", re.IGNORECASE
+)
+"""Words of programs whose models are no language models."""
 _ALSO_SERVE = frozenset({"deepspeed", "fsdp"})
 """Libraries of trainings that also use trained models."""
 _DIVIDES = re.compile(

@@ -26,7 +26,7 @@ from tightfit.diagnosis.cause_records import (
     WorksWith,
 )
 from tightfit.diagnosis.culprit import Culprit
-from tightfit.diagnosis.evidence import Evidence, named_bytes, weights_leave_room
+from tightfit.diagnosis.evidence import OF_OTHERS, Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
 from tightfit.diagnosis.failure_case import Case, loads_on_first_card
 from tightfit.diagnosis.figure_causes import holds_little, is_most_of_card, is_oversized
@@ -34,6 +34,7 @@ from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
 from tightfit.diagnosis.named_card import mig_profile
 from tightfit.diagnosis.purpose import TRAINING
+from tightfit.diagnosis.report_words import shows
 from tightfit.diagnosis.usual_models import printed_name
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room
@@ -185,6 +186,8 @@ _WORKS_WITH = re.compile(
 
 def _of_setting(evidence: Evidence) -> Iterator[Cause]:
     """Yield that the report says with which setting it works."""
+    if shows(evidence.run.text, "subject.smaller_fits") and evidence.grows not in _OF_NO_INPUT:
+        yield Cause(code="smaller_input_fits", label=LIKELY)
     if (told := _WORKS_WITH.search(evidence.run.text)) is not None:
         yield WorksWith(code="works_with", setting=f"{told['name']}={told['value'].rstrip('.')}")
 
@@ -260,12 +263,10 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
             yield Request(code=untold, requested_bytes=requested)
 
 
-_OF_NO_INPUT = ("state", "model", "saving", "loading", "bucket", "table", "cards")
+_OF_NO_INPUT = ("state", "model", "saving", "reordered", "loading", "bucket", "table", "cards")
 """Quantities of tensors that a smaller input leaves as they are."""
 _OF_PICTURES = re.compile(r"diffusion|unet|transformer_blocks|first_stage|decoder\.up")
 """Names of parameters of models of pictures, which the table of language models does not hold."""
-_OF_OTHERS = re.compile(r"diffusion|audio|\bunet\b|\bvae\b|\bimages?\b|\bvideos?\b|speech|voice", re.IGNORECASE)
-"""Words of programs whose models the table of language models does not hold."""
 _CALLS = (
     "from_pretrained(",
     "forward_call(",
@@ -356,7 +357,7 @@ def _of_sizes(requested: int | None, evidence: Evidence) -> Iterator[Cause]:
         for fit in fits
         if fit.tensor == "weight" and (not classes or any(map(_squeezed(" ".join(fit.models)).startswith, classes)))
     )
-    is_other = _OF_PICTURES.search(run.tensor_name or "") or (evidence.model is None and _OF_OTHERS.search(run.text))
+    is_other = _OF_PICTURES.search(run.tensor_name or "") or (evidence.model is None and OF_OTHERS.search(run.text))
     is_other = is_other or (evidence.model is None and _OF_VOCABULARY.search(run.tensor_name or ""))
     if weights and evidence.sized is None and not evidence.is_complete and not is_other:
         yield SizedWeights(code="weights_of_size", label=COMPUTED, requested_bytes=requested, weights=weights)

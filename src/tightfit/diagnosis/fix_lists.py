@@ -41,6 +41,15 @@ _OF_PICTURES = ("smaller_picture", "vae_in_tiles", "quantized_weights")
 """Remedies that ComfyUI has for models of pictures."""
 _OF_ALL_OUTPUTS = ("chunked_general", "outputs_to_host", "outputs_reduced", "outputs_dropped", "eval_batch")
 """Remedies for the outputs that an evaluation keeps, for the loss of a training, and for one batch."""
+_OF_SMALLER_INPUTS = (
+    "less_at_once",
+    "fewer_pixels",
+    "fewer_points",
+    "shorter_length",
+    "smaller_picture",
+    "smaller_inputs",
+)
+"""Remedies that make the inputs of a pass smaller."""
 _OVERSIZED = frozenset({"logits", "attention", "mask", "pairs", "outputs", "windows", "data", "edges"})
 """Quantities that a tensor larger than the card may well grow with."""
 _OF_SEQUENCES_AT_ONCE = frozenset({"logits", "batch", "attention", "mask"})
@@ -118,6 +127,8 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
         codes = ["share_of_card", "smaller_cache", *codes]
     if case.shows("subject.second_model"):
         codes = ["free_training", *codes]
+    if case.shows("subject.smaller_fits"):
+        codes.sort(key=lambda code: code not in _OF_SMALLER_INPUTS)
     if case.shows("subject.spread_unevenly"):
         codes = ["spread_model", *codes]
     if loads_on_first_card(case):
@@ -364,8 +375,10 @@ def _names_smaller_inputs(case: Case, left_out: frozenset[str]) -> bool:
     """Return True if no remedy says more exactly which inputs are to be smaller."""
     if case.is_of("texts"):
         return case.has_own("smaller_inputs")
+    if options_of("smaller_inputs", case.run.text):
+        return True
     if names_inputs(case.evidence):
-        return bool(options_of("smaller_inputs", case.run.text))
+        return False
     return not any(_applies(each, case, left_out) for each in ("shorter_length", "smaller_picture"))
 
 

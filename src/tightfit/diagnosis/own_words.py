@@ -38,8 +38,9 @@ def in_own_words_first(remedies: list[Remedy], evidence: Evidence) -> list[Remed
         found.sort(key=lambda each: each.code != "fused_attention")
     if evidence.framework in programs("trainers"):
         return found
-    first = _BEFORE_OWN - {"shapes_first"} if evidence.infers else _BEFORE_OWN  # many items in one pass, not a mistake
-    found = sorted(found, key=lambda each: each.code == "shapes_first" and evidence.infers)
+    is_no_mistake = evidence.infers or shows(text, "subject.smaller_fits")  # many items, or large ones
+    first = _BEFORE_OWN - {"shapes_first"} if is_no_mistake else _BEFORE_OWN
+    found = sorted(found, key=lambda each: each.code == "shapes_first" and is_no_mistake)
     first |= _NAMED | (_LARGE_INPUTS if evidence.infers or evidence.is_of_unknown_purpose else frozenset())
     if shows(text, "subject.lacks_no_grad"):
         first |= _OF_KEPT_RESULTS
