@@ -24,7 +24,7 @@ from tightfit.diagnosis.explanation import Explanation
 from tightfit.diagnosis.foreign_config import Foreign, with_foreign
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.kind_details import with_run
-from tightfit.diagnosis.kind_sentences import fixes_of
+from tightfit.diagnosis.kind_fixes import fixes_of
 from tightfit.diagnosis.lower_values import below_stated, is_of_llama_cpp
 from tightfit.diagnosis.measures import excluded_in, is_among, tried_in
 from tightfit.diagnosis.model_run import model_run_of

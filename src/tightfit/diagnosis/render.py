@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tightfit.diagnosis.cause_records import COMPUTED
-from tightfit.diagnosis.kind_sentences import nothing_lines
+from tightfit.diagnosis.log_sentences import nothing_lines
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, FITS_SLOWLY, NO_EFFECT, NOT_MEMORY, UNCHECKED, Remedy
 from tightfit.diagnosis.statements import (
     Sentences,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict, replace
 
-from tightfit.diagnosis import kind_sentences
+from tightfit.diagnosis import kind_sentences, log_sentences
 from tightfit.diagnosis.cause_records import SIMULATED, Cause
 from tightfit.diagnosis.causes import by_size, is_of_device
 from tightfit.diagnosis.culprit import Compared, Culprit, users_frame
@@ -90,8 +90,8 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
             yield f"    {frame.source}"
     elif culprit is not None and culprit.source:
         yield f"    {culprit.source}"
-    yield from kind_sentences.follows_lines(explanation.reading, words)
-    is_told = kind_sentences.before_of(explanation.reading) is not None
+    yield from log_sentences.follows_lines(explanation.reading, words)
+    is_told = log_sentences.before_of(explanation.reading) is not None
     if (count := explanation.reading.others_count - is_told) > 0:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
 

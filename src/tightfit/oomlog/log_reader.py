@@ -59,6 +59,7 @@ from tightfit.oomlog.same_failure import (
     is_work_of,
     joined,
     later_format,
+    names_shape_of,
     stated_in,
     with_work,
 )
@@ -302,6 +303,8 @@ class _Scan:
         facts, stand = found.facts, found.standing
         for record in reversed(self.records[-60:]):
             over = record.survived and stand is not Standing.CAUGHT
+            if stand is Standing.CAUGHT and not record.survived and names_shape_of(facts, record.facts):
+                return
             if record.standing is stand and not over and is_same(record.facts, facts):
                 known = record.facts
                 record.closed = record.closed and titles

@@ -34,8 +34,8 @@ def is_same(one: Facts, two: Facts) -> bool:
         return two.line - one.line <= _NOTEBOOK_LINES
     if "pool" in one.details and "pool" in two.details:  # it asks for less and less
         return two.line - one.line <= _EXPLAINED
-    if one.details.get("shape") and one.details.get("shape") == two.details.get("shape"):
-        return True  # TensorFlow's coordinator, or a logger, repeats it
+    if names_shape_of(two, one):
+        return True
     if not is_of_allocator(one.kind) and _overlap(one.figures.get(_REQUEST), two.figures.get(_REQUEST)):
         return True  # one line prints the size, and another the shape
     stated = {name: figure for name, figure in two.figures.items() if figure.stated}
@@ -46,6 +46,12 @@ def is_same(one: Facts, two: Facts) -> bool:
     if stated and any(figure.stated for figure in one.figures.values()):
         return complete_each_other(one, two)
     return two.line - one.line <= 60 or two.kind in consequences()
+
+
+def names_shape_of(later: Facts, earlier: Facts) -> bool:
+    """Return True if a line names the shape of a failure before it, as that of TensorFlow's coordinator does."""
+    shape = later.details.get("shape")
+    return bool(shape) and later.kind == earlier.kind and shape == earlier.details.get("shape")
 
 
 def is_general_for(one: Facts, two: Facts) -> bool:

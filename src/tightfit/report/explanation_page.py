@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tightfit.diagnosis.cause_records import MEASURED, SIMULATED
 from tightfit.diagnosis.explanation import Explanation
-from tightfit.diagnosis.kind_sentences import nothing_lines
+from tightfit.diagnosis.log_sentences import nothing_lines
 from tightfit.diagnosis.remedies import DOES_NOT_FIT, FITS, NO_EFFECT, Remedy
 from tightfit.diagnosis.statements import (
     Sentences,
