@@ -37,7 +37,14 @@ from tightfit.oomlog.run_facts import PrintedShape, RunFacts
 from tightfit.units import GIB
 
 _LARGE = 2 * GIB
-_OF_PARAMETERS = ("converted_weight", "created_weight", "optimizer_moment", "named_parameter", "dequantized_weight")
+_OF_PARAMETERS = (
+    "moved_model",
+    "converted_weight",
+    "created_weight",
+    "optimizer_moment",
+    "named_parameter",
+    "dequantized_weight",
+)
 """Tensors of one parameter's shape."""
 _GATHERED = ("gathered_parameters", "state_dict")
 """Parameters of one module, mostly, put together from the shares of all ranks."""

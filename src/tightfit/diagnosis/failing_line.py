@@ -215,9 +215,12 @@ def operators_alone(frames: Sequence[TraceFrame]) -> TraceFrame | None:
 def line_before_message(text: str) -> TraceFrame | None:
     """Return the line of code right before the message of a report without a traceback, or the one it says failed.
 
-    Code that a report quotes further up is the program's, not the line that failed.
+    Code that a report quotes further up is the program's, not the line that failed, unless it is all that it quotes.
     """
     lines = text[: text.find("ried to allocate")].splitlines()[:-1] if "ried to allocate" in text else []
+    if sum(_CODE.search(each) is not None for each in lines) == 1:
+        while not lines[-1].strip():
+            lines.pop()
     last = [each.strip(" `>|\t") for each in lines[-_LINES:]]
     has_carets = False
     while last and _ONLY_CARETS.fullmatch(last[-1]):

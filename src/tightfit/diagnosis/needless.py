@@ -19,6 +19,7 @@ class _Rule(NamedTuple):
 _OF_THE_PASS = (
     _Rule("vae_in_tiles", "it decodes in tiles already", when.decodes_in_tiles),
     _Rule("vae_on_host", "it may decode in tiles", lambda case: not when.decodes_in_tiles(case)),
+    _Rule("quantized_weights", "quantising is what it does", lambda case: case.is_of("quantizers")),
     _Rule("quantized_weights", "the picture is being decoded", when.decodes_in_tiles),
     _Rule("vae_in_tiles", "another part failed", lambda case: case.is_of("with_vae") and not case.shows_vae),
     _Rule("split_general", "the batch is one already", lambda case: case.evidence.has_no_smaller_batch),

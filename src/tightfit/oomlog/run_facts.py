@@ -174,6 +174,28 @@ def run_facts_in(text: str) -> RunFacts:
     """Read clean text: the beginning of a log, and its end."""
     text = _UNWANTED.sub("", _TYPED.sub(r"\1=", _QUESTION.sub("", text)))
     text = _QUOTED_VALUE.sub(r"\1\3", text)
+    numbers, names = _numbers_in(text)
+    texts = _texts_in(text)
+    signs = frozenset(_found("signs", text))
+    numbers |= {"world_size": 1} if "single_card" in signs and "world_size" not in numbers else {}
+    named = _TENSOR_NAME.search(text)
+    paths = text.replace("\\", "/") if "\\" in text else text
+    family = _MODEL_CLASS.findall(paths)
+    return RunFacts(
+        numbers=numbers,
+        names=names,
+        texts=texts,
+        signs=signs,
+        frameworks=_frameworks(paths),
+        shapes=tuple(_shapes(text)),
+        tensor_name=(named[1] or named[2] or named[3]).rstrip(".") if named else None,
+        family=family[-1] if family else None,
+        text=text,
+    )
+
+
+def _numbers_in(text: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the quantities that a text prints, and the names that their options have there."""
     numbers = dict(_sentences(text))
     names: dict[str, str] = {}
     for match in _keys("numbers")[0].finditer(text):
@@ -194,23 +216,7 @@ def run_facts_in(text: str) -> RunFacts:
     numbers |= _raised(text)
     if "batch_size" not in numbers and (short := _SHORT_OPTION.search(text)):
         numbers["batch_size"], names["batch_size"] = int(short[2]), short[1]
-    texts = _texts_in(text)
-    signs = frozenset(_found("signs", text))
-    numbers |= {"world_size": 1} if "single_card" in signs and "world_size" not in numbers else {}
-    named = _TENSOR_NAME.search(text)
-    paths = text.replace("\\", "/") if "\\" in text else text
-    family = _MODEL_CLASS.findall(paths)
-    return RunFacts(
-        numbers=numbers,
-        names=names,
-        texts=texts,
-        signs=signs,
-        frameworks=_frameworks(paths),
-        shapes=tuple(_shapes(text)),
-        tensor_name=(named[1] or named[2] or named[3]).rstrip(".") if named else None,
-        family=family[-1] if family else None,
-        text=text,
-    )
+    return numbers, names
 
 
 _QUESTION = re.compile(
