@@ -315,7 +315,7 @@ def _line_of(facts: Facts, evidence: Evidence) -> LineRequest | None:
 
 def _not_told(facts: Facts, evidence: Evidence, unplayed_because: str) -> str | None:
     """Return the code of the sentence that the size does not tell the tensor, and what would."""
-    if unplayed_because == "card":
+    if unplayed_because in ("card", "maker"):
         return "tensor_not_told_without_gpu"
     if had_room(facts):  # the tensor is not the matter
         return None

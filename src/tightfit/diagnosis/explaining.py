@@ -10,7 +10,6 @@ from typing import IO, TYPE_CHECKING, NamedTuple, TypeGuard
 from msgspec.structs import replace
 
 from tightfit.config import TrainConfig
-from tightfit.config.schema import from_dict
 from tightfit.diagnosis.advice import advice, closing_first
 from tightfit.diagnosis.cause_records import LIKELY, MEASURED, SIMULATED, Cause, OtherKind
 from tightfit.diagnosis.causes import causes_of, is_of_device
@@ -28,24 +27,24 @@ from tightfit.diagnosis.kind_fixes import fixes_of
 from tightfit.diagnosis.lower_values import below_stated, is_of_llama_cpp
 from tightfit.diagnosis.measures import excluded_in, is_among, tried_in
 from tightfit.diagnosis.model_run import model_run_of
-from tightfit.diagnosis.named_card import Card, card_of
+from tightfit.diagnosis.named_card import OF_OTHER_MAKERS, Card, card_of
 from tightfit.diagnosis.outcome import Outcome, card_of_findings, outcome_of_findings
 from tightfit.diagnosis.own_script import OwnScript, read_failure
 from tightfit.diagnosis.own_words import in_own_options
 from tightfit.diagnosis.plays import Plays
+from tightfit.diagnosis.printed_config import printed_config
 from tightfit.diagnosis.printed_version import with_printed_version
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy, Switch, for_machine
 from tightfit.diagnosis.report_words import shows
 from tightfit.diagnosis.variants import Stage, variant_of
 from tightfit.diagnosis.verdicts import verdicts
-from tightfit.errors import ConfigError, TightfitError
+from tightfit.errors import ConfigError
 from tightfit.links import split_count
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.kinds import is_of_allocator, memory_of
 from tightfit.oomlog.log_reader import LogReading, read_log
 from tightfit.oomlog.ownership import ownership
-from tightfit.oomlog.printed import Printed
 from tightfit.oomlog.snapshot_facts import read_snapshot_failure
 from tightfit.units import format_bytes
 from tightfit.vgpu.card_arguments import check_name
@@ -56,11 +55,6 @@ _MAY_BE_PATH = re.compile(r"[^\n\0]{1,1024}")
 _LOG_NAME = re.compile(r"\S+\.(log|txt|out|err|pickle)")
 if TYPE_CHECKING:
     from tightfit.simulation.client import Progress
-
-_SHAPING = frozenset({"batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "init_from", "compile"})
-"""Keys of which a log of nanoGPT must print at least one for its run to be played."""
-_NANOGPTS_OWN = _SHAPING - {"batch_size", "vocab_size", "compile"}
-"""Keys of which another log must print at least two: the rest are everybody's."""
 
 
 def explain(
@@ -253,13 +247,14 @@ def _of_device(plain: Explanation, facts: Facts, config: TrainConfig | None, pla
     printed, evidence = plain.reading.context, evidence_of(facts, plain.reading.run)
     played = "config" if config is not None else "log"
     if config is None and plain.foreign is None:
-        config = _printed_config(printed, evidence)
+        config = printed_config(printed, evidence)
     card = card_of(facts, printed, player.gpu)
     of_model = _of_model(plain, facts, card, evidence, player) if card is not None else None
     if of_model is not None:
         return of_model
     if config is None or card is None:
-        return _unplayed(plain, facts, card, "config" if config is None else "card", evidence)
+        because = "config" if config is None else "maker" if facts.kind in OF_OTHER_MAKERS else "card"
+        return _unplayed(plain, facts, card, because, evidence)
     return replace(_of_plays(plain, facts, card, evidence, config, player), played=played)
 
 
@@ -422,20 +417,6 @@ def _fixes_of_kind(plain: Explanation, facts: Facts) -> tuple[Remedy, ...]:
     cures = (*(each for each in found if each.code in first), *advice(facts, evidence))
     rest = tuple(each for each in found if each.code == _REST)
     return (*cures[:_BEFORE_REST], *rest, *cures[_BEFORE_REST:]) or found
-
-
-def _printed_config(printed: Printed, evidence: Evidence) -> TrainConfig | None:
-    """Return nanoGPT's configuration that a log prints; None if it prints too little, or is of another program."""
-    keys = dict(printed.keys)
-    enough = bool(_SHAPING & set(keys)) if evidence.framework == "nanogpt" else len(_NANOGPTS_OWN & set(keys)) > 1
-    if evidence.framework not in (None, "nanogpt") or not enough:
-        return None
-    if printed.vocab_size:
-        keys.setdefault("vocab_size", printed.vocab_size)
-    try:
-        return from_dict(TrainConfig, keys)[0]
-    except TightfitError:
-        return None
 
 
 def _with_script(plain: Explanation, script: str, arguments: Sequence[str], player: _Player) -> Explanation:

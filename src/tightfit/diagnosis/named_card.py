@@ -93,11 +93,15 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         return self.total_bytes - self.used_bytes
 
 
+OF_OTHER_MAKERS = ("hip_out_of_memory", "mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
+"""Kinds of failures on devices that are not NVIDIA's: the virtual GPU plays none of them."""
+
+
 def card_of(facts: Facts, printed: Printed, gpu: str | None) -> Card | None:
     """Return the card, or None if neither the log nor the caller names it. DeviceError for an unknown given name."""
     total = facts.figures.get("total_bytes")
     found, how = _named(gpu, printed, total)
-    if found is None:
+    if found is None or (how != "given" and facts.kind in OF_OTHER_MAKERS):
         return None
     size = total.bytes if total else found.planning_bytes
     context = facts.outside_pytorch_bytes

@@ -310,6 +310,8 @@ def _without_fix(explanation: "Explanation") -> str:
         return "configuration_fits"
     keys = {"config": "nothing_fits", "log": "nothing_fits", "script": "script_unchecked", "model": "model_unchecked"}
     is_nanogpt = explanation.framework == "nanogpt" and not explanation.is_elsewhere
+    if explanation.unplayed_because == "maker":
+        return "unchecked_elsewhere"
     has_no_card = explanation.unplayed_because == "card"
     return keys.get(explanation.played, "unchecked" if is_nanogpt or has_no_card else "unchecked_elsewhere")
 

@@ -115,6 +115,9 @@ def model_of(run: RunFacts) -> Model | None:
     if named is None:
         in_text = {model.name: model for model in named_in(run.text)}
         named = next(iter(in_text.values())) if len(in_text) == 1 else None
+    named = _of_printed_count(named, run)
+    if named is not None and (vocabulary := run.numbers.get("vocabulary")) is not None:
+        named = _with_vocabulary(named, vocabulary)
     printed = _printed(run)
     if (printed is None or printed.hidden is None) and (counted := _by_count(run, named)) is not None:
         return counted
@@ -122,6 +125,28 @@ def model_of(run: RunFacts) -> Model | None:
         return printed
     sized = _by_size_in_name(run)
     return sized if named is None or (sized is not None and _is_other_size(sized, named)) else named
+
+
+def _with_vocabulary(model: Model, printed: int) -> Model:
+    """Return the model with the printed vocabulary, if that is its own, rounded up."""
+    is_own = model.vocabulary is not None and model.vocabulary <= printed <= (1 + _ALIKE) * model.vocabulary
+    return msgspec.structs.replace(model, vocabulary=printed) if is_own else model
+
+
+_COUNT = re.compile(r"\bnumber of parameters: ?(\d{1,6}(?:\.\d{1,3})?)M\b")
+"""nanoGPT's line on its model, without the embedding of positions."""
+_ROUNDED = 0.02
+"""Share by which such a number differs from the whole one."""
+
+
+def _of_printed_count(named: Model | None, run: RunFacts) -> Model | None:
+    """Return the model of the named one's family that has the printed number of parameters; None if none has it."""
+    printed = _COUNT.search(run.text)
+    if named is None or named.parameters is None or printed is None:
+        return named
+    count = float(printed[1]) * 10**6
+    family = (each for each in (named, *all_models()) if each.family == named.family)
+    return next((each for each in family if abs((each.parameters or 0) - count) <= _ROUNDED * count), None)
 
 
 def _by_count(run: RunFacts, named: Model | None) -> Model | None:

@@ -216,7 +216,24 @@ def _numbers_in(text: str) -> tuple[dict[str, int], dict[str, str]]:
     numbers |= _raised(text)
     if "batch_size" not in numbers and (short := _SHORT_OPTION.search(text)):
         numbers["batch_size"], names["batch_size"] = int(short[2]), short[1]
+    if "accumulation" not in numbers and (printed := _TOKENS.search(text)):
+        passes = _passes(int(printed[1].replace(",", "")), numbers)
+        numbers |= {"accumulation": passes} if passes else {}
     return numbers, names
+
+
+_TOKENS = re.compile(r"tokens per iteration will be: ?(\d[\d,]{0,19})")
+"""nanoGPT's line on the tokens of a step, on all cards."""
+
+
+def _passes(tokens: int, numbers: Mapping[str, int]) -> int | None:
+    """Return the passes of a step with these tokens; None where the printed batch and length do not divide it.
+
+    >>> _passes(491_520, {"batch_size": 16, "length": 1024})
+    30
+    """
+    of_pass = numbers.get("batch_size", 0) * numbers.get("length", 0)
+    return tokens // of_pass if of_pass and tokens % of_pass == 0 else None
 
 
 _QUESTION = re.compile(
