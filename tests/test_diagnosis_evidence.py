@@ -8,13 +8,16 @@ import pytest
 
 from tightfit.cli.main import main
 from tightfit.diagnosis import model_play
+from tightfit.diagnosis.evidence import evidence_of
 from tightfit.diagnosis.explaining import explain
 from tightfit.diagnosis.failing_line import line_kind
 from tightfit.diagnosis.framework_words import frameworks, pasted, programs
 from tightfit.diagnosis.own_options import options_of
+from tightfit.diagnosis.printed_config import printed_config
 from tightfit.diagnosis.tensor_fits import range_of, usual_weights
 from tightfit.diagnosis.usual_models import model_of, usual_models
-from tightfit.oomlog.facts import Figure
+from tightfit.oomlog.facts import Facts, Figure
+from tightfit.oomlog.printed import printed_in
 from tightfit.oomlog.run_facts import run_facts_in
 from tightfit.oomlog.tracebacks import TraceFrame
 from tightfit.units import MIB
@@ -633,3 +636,20 @@ def test_the_first_fix_of_what_people_tell_of_memory(words: str, first: str):
         found = explain(words, lang=language)
         assert found.remedies[0].code == first
         assert "{" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [("123.59M", (12, 12, 768)), ("353.77M", (24, 16, 1024)), ("1555.97M", (48, 25, 1600)), ("90.00M", None)],
+)
+def test_the_printed_number_of_parameters_tells_which_gpt2_a_log_of_nanogpt_is_about(count, sizes):
+    """nanoGPT's sizes are in its model.py; its log prints only their product."""
+    log = f"""Overriding: batch_size = 16
+tokens per iteration will be: 491,520
+defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)
+number of parameters: {count}
+"""
+    config = printed_config(printed_in(log), evidence_of(Facts(kind="cuda_out_of_memory"), run_facts_in(log)))
+
+    assert (config and (config.n_layer, config.n_head, config.n_embd)) == sizes
+    assert config is None or config.gradient_accumulation_steps == 30

@@ -26,6 +26,7 @@ def printed_config(printed: Printed, evidence: Evidence) -> TrainConfig | None:
         config = from_dict(TrainConfig, keys)[0]
     except TightfitError:
         return None
+    config = config if "gradient_accumulation_steps" in keys else _with_printed_passes(config, printed)
     return config if _SIZES & set(keys) else _with_printed_size(config, printed)
 
 
@@ -33,6 +34,12 @@ _SIZES = frozenset({"n_layer", "n_head", "n_embd", "init_from"})
 """Keys that set the size of the model."""
 _ROUNDED = 0.005
 """Share by which a printed number of parameters may differ: it is rounded, and biases are counted or not."""
+
+
+def _with_printed_passes(config: TrainConfig, printed: Printed) -> TrainConfig:
+    """Return the configuration with the accumulation that makes the printed tokens of a step."""
+    passes, rest = divmod(printed.tokens_per_iteration or 0, config.batch_size * config.block_size)
+    return replace(config, gradient_accumulation_steps=passes) if passes and not rest else config
 
 
 def _with_printed_size(config: TrainConfig, printed: Printed) -> TrainConfig | None:
