@@ -121,7 +121,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     def _is_over_vocabulary(self) -> bool:
         """True if the printed shape ends with the number of words of a usual model."""
         last = self.shape.shape[-1] if self.shape is not None else 0
-        return last > _LEAST_WORDS and any(each.vocabulary == last for each in all_models())
+        return last > _LEAST_WORDS and (last == PADDED_VOCAB or any(each.vocabulary == last for each in all_models()))
 
     def _is_telling(self, fit: Fit) -> bool:
         """Return True if a size alone points to a tensor: not if some number of tokens always makes that size.

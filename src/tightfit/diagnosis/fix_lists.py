@@ -375,10 +375,11 @@ def _names_smaller_inputs(case: Case, left_out: frozenset[str]) -> bool:
     """Return True if no remedy says more exactly which inputs are to be smaller."""
     if case.is_of("texts"):
         return case.has_own("smaller_inputs")
-    if options_of("smaller_inputs", case.run.text):
+    own = set(options_of("smaller_inputs", case.run.text))
+    if own.difference(*(options_of(code, case.run.text) for code in ("shorter_length", "smaller_picture"))):
         return True
     if names_inputs(case.evidence):
-        return False
+        return bool(own)
     return not any(_applies(each, case, left_out) for each in ("shorter_length", "smaller_picture"))
 
 

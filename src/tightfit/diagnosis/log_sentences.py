@@ -81,6 +81,21 @@ def before_of(reading: LogReading) -> Other | None:
     return next((each for each in handled if memory_of(each.kind) == "device"), None)
 
 
+def ranks_of(reading: LogReading) -> tuple[int, ...]:
+    """Return the other ranks on which the same request failed."""
+    facts = reading.failure
+    if facts is None or facts.rank is None or facts.requested_bytes is None:
+        return ()
+    same = (each for each in reading.others if each.standing == "failure" and each.kind == facts.kind)
+    return tuple(
+        sorted(
+            each.rank
+            for each in same
+            if each.requested_bytes == facts.requested_bytes and each.rank not in (None, facts.rank)
+        )
+    )
+
+
 def follows_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield sentences on what else the log shows: a lack of memory before the failure, and what follows from it."""
     sentences = wording.words(words.language)

@@ -52,7 +52,7 @@ _OF_THE_PASS = (
     _Rule("checkpointing_general", "nothing shows a training", lambda case: case.evidence.is_of_unknown_purpose),
     _Rule("fused_kernel", "the line is of something else", lambda case: not case.is_attentions_output),
     _Rule("fused_attention", "the picture is being decoded", lambda case: case.passes_file("autoencoder")),
-    _Rule("fused_attention", "it is on", lambda case: case.has_sign("flash") or case.is_attentions_output),
+    _Rule("fused_attention", "it is on", when.is_fused),
     _Rule("fused_attention", "the model has none", when.is_without_fused_attention),
     _Rule("fused_attention", "it is on by itself", when.is_fused_by_itself),
     _Rule("fused_attention", "scores are small", lambda case: case.has_small_scores and not case.is_oversized),

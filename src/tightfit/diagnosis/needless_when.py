@@ -106,6 +106,13 @@ def trains(case: Case) -> bool:
     return case.evidence.trains or case.evidence.purpose == TRAINING
 
 
+def is_fused(case: Case) -> bool:
+    """Return True if attention has a fused kernel: the report names one, and the failing line makes no scores."""
+    line = case.evidence.line
+    makes_scores = line is not None and line.tensor == "attention_scores"
+    return (case.has_sign("flash") and not makes_scores) or case.is_attentions_output
+
+
 def decodes_in_tiles(case: Case) -> bool:
     """Return True if an autoencoder failed although it decoded in tiles."""
     return any(re.search(r"(?:de|en)code_tiled|tiled_(?:scale|decode)", each.function) for each in case.facts.frames)

@@ -103,14 +103,20 @@ def of_share(facts: Facts, run: RunFacts) -> Facts:
     return with_detail(facts, "far_less_free") if free and asked and free < _LITTLE * asked else facts
 
 
+_OF_CACHE = 0.08
+"""Share of the card for a cache of some use, beside that of the weights."""
+
+
 def of_sglang(facts: Facts, run: RunFacts) -> Facts:
-    """Return a cache of SGLang's without memory with the share that its weights alone need, where it is too high."""
+    """Return a cache of SGLang's without memory with the share that its weights alone need."""
     found = _SGLANG_LEFT.search(run.text)
     if found is None:
         return facts
     left, used = float(found[1]), float(found[2])
     bound = used / (left + used) if used else 0
+    details = {"sglang_left": found[1], "sglang_used": found[2]}
     if bound < _TOO_HIGH:
-        return facts
-    details = {"sglang_bound": f"{bound:.3f}", "sglang_left": found[1], "sglang_used": found[2]}
+        details |= {"sglang_above": f"{bound:.2f}", "sglang_share": f"{min(bound + _OF_CACHE, _TOO_HIGH):.2f}"}
+    else:
+        details |= {"sglang_bound": f"{bound:.3f}"}
     return msgspec.structs.replace(facts, details={**facts.details, **details})

@@ -92,7 +92,10 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
         yield f"    {culprit.source}"
     yield from log_sentences.follows_lines(explanation.reading, words)
     is_told = log_sentences.before_of(explanation.reading) is not None
-    if (count := explanation.reading.others_count - is_told) > 0:
+    same = log_sentences.ranks_of(explanation.reading)
+    if same:
+        yield words("problem", "other_ranks", ranks=", ".join(map(str, same)))
+    if (count := explanation.reading.others_count - is_told - len(same)) > 0:
         yield words("problem", "one_other") if count == 1 else words("problem", "others", count=count)
 
 

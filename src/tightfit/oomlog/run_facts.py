@@ -254,7 +254,8 @@ def _raised(text: str) -> dict[str, int]:
 
 
 _ENVIRONMENT = re.compile(
-    r"\b(?:envs|virtualenvs)/[\w.-]{1,80}/|\b[\w.-]{1,80}/\.?venv/|(?m:^ ?\([\w.-]{1,40}\) (?=\S*[@:$#>~]|[A-Z]:/))"
+    r"\b(?:envs|virtualenvs)/[\w.-]{1,80}/|\b(?!kohya_ss/|ComfyUI/|OneTrainer/)[\w.-]{1,80}/\.?venv/"
+    r"|(?m:^ ?\([\w.-]{1,40}\) (?=\S*[@:$#>~]|[A-Z]:/))"
 )
 """The folder or the prompt of an environment, whose name may be that of another program."""
 _ADDRESS = re.compile(r"(?<!clone )(?<!git\+)\bhttps?://(?![^\s)]{1,200}/blob/[^\s)]{1,200}\.py#L\d)[^\s)\]>\"']+")

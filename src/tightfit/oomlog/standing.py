@@ -165,11 +165,12 @@ def _speaks_of_it(bare: str, after: str, *, named: bool, mine: bool) -> bool:
 
 def _fails_at_any_level(message: Message, before: str) -> bool:
     """Return True for a failure that programs log as less: NCCL's, a lost worker's or rank's, a job's, a full cache."""
-    return message.kind in ("nccl", "worker_lost", "rank_failed", "job_memory_limit", "cache_preemption") or (
+    return message.kind in _AT_ANY_LEVEL or (
         message.kind == "host_killed" and ("ailed" in before or "hild process" in before)
     )
 
 
+_AT_ANY_LEVEL = ("nccl", "worker_lost", "rank_failed", "job_memory_limit", "cache_preemption", "cache_flushes")
 _SPEAKS_FOR_ITSELF = frozenset({"host_killed", "dataloader_killed", "shared_memory", "windows_commit_limit", "nccl"})
 """Kinds whose words have no other meaning in a sentence."""
 
