@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tightfit.diagnosis.explanation import Explanation
 
 
+_DEVICES = {"npu_out_of_memory": "NPU", "xpu_out_of_memory": "XPU"}
+"""Names of devices that their users do not call GPUs, by the kind of the failure."""
 _GIVEN = ("batch_size", "accumulation", "length", "image", "world_size", "zero_stage")
 """Quantities of another program's configuration that are repeated, in this order."""
 
@@ -70,10 +72,11 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     yield from _told_phase(facts, words)
     yield from _told_purpose(explanation, words)
     on_device = facts.device_index and "tpu" not in facts.details
+    device = _DEVICES.get(facts.kind, "GPU")
     if on_device and facts.rank is not None:
-        yield words("problem", "on_device_of_rank", index=facts.device_index, rank=facts.rank)
+        yield words("problem", "on_device_of_rank", device=device, index=facts.device_index, rank=facts.rank)
     elif on_device:
-        yield words("problem", "on_device", index=facts.device_index)
+        yield words("problem", "on_device", device=device, index=facts.device_index)
     elif facts.rank is not None:
         yield words("problem", "on_rank", rank=facts.rank)
     yield from _card_lines(explanation, words)

@@ -134,8 +134,8 @@ def _of_tokens(model: Model, batch: int, length: int, within: Range) -> Iterator
         ):
             if not channels:
                 continue
-            tokens = within.high // (channels * size)
-            if tokens * channels * size >= within.low and tokens <= batch * length:
+            tokens = min(within.high // (channels * size), batch * length)
+            if tokens * channels * size >= within.low:
                 shape = (tokens, channels)
                 yield Fit(tensor=tensor, shape=shape, dtype=dtype, bytes=prod(shape) * size)
         if model.heads:
