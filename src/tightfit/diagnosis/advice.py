@@ -228,12 +228,17 @@ def _with_others(case: Case, order: _Order) -> _Order:
     is_own = case.evidence.grows in _OWN_CAUSES and not _have_card(others, case.facts)
     is_own = is_own or (others.label == LIKELY and case.evidence.grows in _QUADRATIC)
     others = _with_other_card(others, case) if decides else others
+    if decides and case.library_beside is not None:
+        beside = [each for each in cures if each.code in _OF_LIBRARIES]
+        return _Order([*first, *beside, others], [], last)
     if decides and not is_own and not _are_few(others, case.facts):
         keep = case.evidence.grows in _OWN_CAUSES or not _are_most(others, case.facts)
         return _Order([*first, others], cures if keep else [], last)
     return _Order(first, [*cures[:_SHOWN_CURES], others, *cures[_SHOWN_CURES:]], last)
 
 
+_OF_LIBRARIES = ("tensorflow_off_card", "fewer_environments", "other_library")
+"""Fixes of another library's memory in this process."""
 _CARD = re.compile(r"(?:\b(?:GPU|gpu|card|device|cuda)|显卡|カード)[ #:_]{0,2}([0-7])(?![\d.])")
 
 

@@ -123,6 +123,12 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         last = self.shape.shape[-1] if self.shape is not None else 0
         return last > _LEAST_WORDS and (last == PADDED_VOCAB or any(each.vocabulary == last for each in all_models()))
 
+    @property
+    def _is_written(self) -> bool:
+        """True if the sizes of the printed shape stand as numbers in a call that makes the tensor."""
+        sizes = r", ?".join(map(str, self.shape.shape)) if self.shape is not None else "$"
+        return bool(re.search(rf"\btorch\.(?:empty|zeros|ones|rand|randn|full)\(\(?\[?{sizes}\b", self.run.text))
+
     def _is_telling(self, fit: Fit) -> bool:
         """Return True if a size alone points to a tensor: not if some number of tokens always makes that size.
 
@@ -148,7 +154,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         if self._is_over_vocabulary:
             return "logits"
         if self.shape is not None:
-            return "batch" if len(self.shape.shape) > 2 else None
+            return "batch" if len(self.shape.shape) > 2 and not self._is_written else None
         return _GROWS.get(self.tensor or "")
 
     @property

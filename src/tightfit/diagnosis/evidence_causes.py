@@ -53,6 +53,7 @@ def causes_of_evidence(
     other = [Cause(code="self_test", label=LIKELY)] if "self_test" in evidence.run.signs else []
     other += _of_setting(evidence)
     other += [*_of_other_card(facts, evidence), *_of_loading(facts, evidence), *_of_server(facts, evidence)]
+    other += _of_beside(facts, evidence)
     tensor = [
         *_of_gradients(facts, evidence),
         *_of_first_card(facts, evidence),
@@ -93,6 +94,14 @@ def _of_server(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if found and total and float(found[-1]) >= _MUCH:
         share = float(found[-1])
         yield ServerShare(code="server_beside", label=COMPUTED, share=share, share_bytes=round(share * total))
+
+
+def _of_beside(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
+    """Yield another library in this process that holds most of the card, outside of PyTorch."""
+    if Case(facts, evidence).library_beside == "tensorflow":
+        yield Cause(code="tensorflow_beside", label=LIKELY)
+    elif Case(facts, evidence).library_beside == "simulator":
+        yield Cause(code="simulator_beside", label=LIKELY)
 
 
 def _of_gradients(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
@@ -263,7 +272,7 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
             yield Request(code=untold, requested_bytes=requested)
 
 
-_OF_NO_INPUT = ("state", "model", "saving", "reordered", "loading", "bucket", "table", "cards")
+_OF_NO_INPUT = ("state", "model", "saving", "reordered", "pool", "loading", "bucket", "table", "cards")
 """Quantities of tensors that a smaller input leaves as they are."""
 _OF_PICTURES = re.compile(r"diffusion|unet|transformer_blocks|first_stage|decoder\.up")
 """Names of parameters of models of pictures, which the table of language models does not hold."""

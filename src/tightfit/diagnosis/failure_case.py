@@ -228,6 +228,16 @@ class Case(NamedTuple):
         return shows(shown, "subject.vae") or self.shows("subject.vae_node")
 
     @property
+    def library_beside(self) -> str | None:
+        """What holds much of the card beside PyTorch, in the same process: tensorflow, simulator or None."""
+        outside = self.facts.not_reserved_bytes or self.facts.outside_pytorch_bytes or 0
+        if outside < _MUCH_OUTSIDE * (self.facts.total_bytes or 0) or not self.facts.total_bytes:
+            return None
+        if self.has_sign("tensorflow_beside"):
+            return "tensorflow"
+        return "simulator" if self.program == "isaac" else None
+
+    @property
     def makes_optimizer_state(self) -> bool:
         """True for the first step of an optimizer in a message without figures: it makes its state there."""
         is_unstated = self.facts.phase == "optimizer" and self.facts.requested_bytes is None
@@ -256,6 +266,8 @@ class Case(NamedTuple):
         return self.facts.torch_format in _BEFORE_AUTOCAST and not self.has_own(code)
 
 
+_MUCH_OUTSIDE = 0.3
+"""Share of the card from which on memory outside of PyTorch is more than contexts and a desktop."""
 _FIRST_STEP = re.compile(r"(?<![\d/])0/\d{1,9} \[0?0:00<\?")
 """A bar before its first step is done."""
 _BEFORE_A_STEP = (None, "load", "resume", "setup")

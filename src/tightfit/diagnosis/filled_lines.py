@@ -36,7 +36,8 @@ def divided(evidence: Evidence) -> Divided:
 def values_to_fill(evidence: Evidence, parts: Divided) -> dict[str, int | str]:
     """Return the values to fill into the lines of frameworks.toml."""
     batch, size, passes = parts
-    length, printed = (evidence.run.numbers.get(name) for name in ("length", "accumulation"))
+    numbers = evidence.run.numbers
+    length, printed = numbers.get("length") or numbers.get("completion"), numbers.get("accumulation")
     if batch is None and printed:  # the batch is unknown, the number of its parts is not
         passes = printed * evidence.passes
     return {

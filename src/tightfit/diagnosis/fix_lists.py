@@ -118,7 +118,9 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
     """Return the codes behind the cures of a card that is full before any pass."""
     if case.facts.other_processes and case.shows("subject.test_run"):
         codes = ["fewer_test_workers", *codes]
-    if is_filled_by_library(case.facts):
+    if case.library_beside == "tensorflow":
+        codes = ["tensorflow_off_card", *codes]
+    elif is_filled_by_library(case.facts) or case.library_beside == "simulator":
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
     if case.shows("subject.lacks_no_grad") and case.keeps_nothing:

@@ -113,6 +113,11 @@ def is_fused(case: Case) -> bool:
     return (case.has_sign("flash") and not makes_scores) or case.is_attentions_output
 
 
+def takes_rows(case: Case) -> bool:
+    """Return True if the failing line works on one row of the logits, as older versions of TRL do."""
+    return any("logits_row" in (each.source or "") for each in case.facts.frames)
+
+
 def decodes_in_tiles(case: Case) -> bool:
     """Return True if an autoencoder failed although it decoded in tiles."""
     return any(re.search(r"(?:de|en)code_tiled|tiled_(?:scale|decode)", each.function) for each in case.facts.frames)

@@ -16,7 +16,7 @@ from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.remedies import Remedy, Resized
 from tightfit.diagnosis.report_words import shows
 
-_BEFORE_OWN = frozenset({"load_on_host", "other_library", "fused_kernel", "shapes_first"})
+_BEFORE_OWN = frozenset({"load_on_host", "other_library", "tensorflow_off_card", "fused_kernel", "shapes_first"})
 """Cures of a known cause, which come before the user's own options."""
 _NAMED = frozenset({"fewer_atoms", "shorter_protein"})
 """Inputs that have no batch: one system or one structure is what a pass holds."""

@@ -86,7 +86,7 @@ def problem_lines(explanation: "Explanation", words: Words) -> Iterator[str]:
     if frame is not None and frame.line is not None:
         if frame.file:
             yield words("problem", "at_module" if frame.function == "<module>" else "at", function=frame.function)
-            yield f"    {frame.file}:{frame.line}"
+            yield f"    {frame.file}:{frame.line}" if frame.line is not None else f"    {frame.file}"
         else:  # the text begins behind it
             yield words("problem", "at_line", line=frame.line, function=frame.function)
         if frame.source:

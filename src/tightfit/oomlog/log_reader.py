@@ -55,6 +55,7 @@ from tightfit.oomlog.same_failure import (
     complete_each_other,
     is_general_for,
     is_header_of,
+    is_of_xla,
     is_same,
     is_work_of,
     joined,
@@ -315,7 +316,8 @@ class _Scan:
                     record.facts = with_work(known, facts)
                     return
                 better = facts if facts.frames and not known.frames else known
-                is_first_less = is_general_for(known, facts) or (not known.figures and bool(facts.figures))
+                is_first_less = is_general_for(known, facts) or is_of_xla(known, facts)
+                is_first_less = is_first_less or (not known.figures and bool(facts.figures))
                 if is_first_less:  # it says only that it failed
                     known = replace(facts, line=known.line, rank=known.rank if facts.rank is None else facts.rank)
                 elif complete_each_other(known, facts):

@@ -27,6 +27,8 @@ def is_same(one: Facts, two: Facts) -> bool:
     if one.kind != two.kind and (is_general_for(one, two) or is_general_for(two, one)):
         reach = _NOTEBOOK_LINES if one.line == 1 else _EXPLAINED  # a report's title may stand far above
         return two.line - one.line <= reach
+    if is_of_xla(one, two):
+        return True
     is_async = two.kind == _ASYNC and (only_class or (is_of_allocator(one.kind) and not two.figures))
     if one.kind != two.kind and not is_async:
         return False
@@ -52,6 +54,12 @@ def names_shape_of(later: Facts, earlier: Facts) -> bool:
     """Return True if a line names the shape of a failure before it, as that of TensorFlow's coordinator does."""
     shape = later.details.get("shape")
     return bool(shape) and later.kind == earlier.kind and shape == earlier.details.get("shape")
+
+
+def is_of_xla(allocator: Facts, failure: Facts) -> bool:
+    """Return True if the allocator of TensorFlow's that JAX uses names a request, and then JAX does."""
+    is_both = allocator.kind == "tensorflow_out_of_memory" and failure.kind == "jax_out_of_memory"
+    return is_both and _overlap(allocator.figures.get(_REQUEST), failure.figures.get(_REQUEST))
 
 
 def is_general_for(one: Facts, two: Facts) -> bool:

@@ -49,7 +49,7 @@ _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrup
 """The last line of a traceback."""
 _FRAME = re.compile(
     r'(?:File|Arquivo|Archivo|Fichier|Datei|Файл) ["“”]([^"“”\n]{1,1000})["“”], '
-    r"(?:line|linha|línea|ligne|Zeile|строка) (\d{1,9})(?:, \w{1,4} ([^\n]{1,300}))?"
+    r"(?:(?:line|linha|línea|ligne|Zeile|строка) (\d{1,9})(?:, \w{1,4} ([^\n]{1,300}))?|in ([\w.<>]{1,200})\s*$)"
 )
 """A frame's head; browsers that translate a page translate its words, too."""
 _REST = re.compile(r"line (\d{1,9}), in ([\w.<>]{1,200})")
@@ -78,7 +78,7 @@ def frames_of(lines: Sequence[str]) -> tuple[TraceFrame, ...]:
             break
     else:
         start = -1
-    found = list(_frames(lines[start + 1 :]))
+    found = list(_read_frames(lines[start + 1 :]))
     if found and start > 0 and found[0].file == "<stdin>" and found[0].source is None:
         found[0] = replace(found[0], source=_statement(lines[start - 1]))
     if start < 0 and found:  # the head was cut off, or is far away: only what stands close together
@@ -154,6 +154,15 @@ def _unbroken(lines: Iterable[str]) -> Iterator[str]:
         yield held
 
 
+_UNNUMBERED = 0
+"""Stands for the line's number in a frame that a person wrote without it."""
+
+
+def _read_frames(lines: Iterable[str]) -> Iterator[TraceFrame]:
+    """Yield the frames in lines of a log; one that a person wrote without its line's number has none."""
+    return (replace(each, line=None) if each.line == _UNNUMBERED else each for each in _frames(lines))
+
+
 def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
     waiting: TraceFrame | None = None
     boxed = numbered = False
@@ -163,8 +172,9 @@ def _frames(lines: Iterable[str]) -> Iterable[TraceFrame]:
         if match:
             if waiting:
                 yield waiting
-            function = (match[3] or "<module>").strip()
-            waiting, numbered = TraceFrame(file=match[1], line=int(match[2]), function=function), False
+            function = (match[3] or match[4] or "<module>").strip()
+            number = int(match[2] or _UNNUMBERED)
+            waiting, numbered = TraceFrame(file=match[1], line=number, function=function), False
             column = match.start() if not line[: match.start()].strip() else 0
             continue
         if waiting is None and (rest := _REST.fullmatch(line.strip())):
