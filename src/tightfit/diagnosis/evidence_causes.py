@@ -28,7 +28,7 @@ from tightfit.diagnosis.cause_records import (
 from tightfit.diagnosis.culprit import Culprit
 from tightfit.diagnosis.evidence import OF_OTHERS, Evidence, named_bytes, weights_leave_room
 from tightfit.diagnosis.failing_line import feeds_back, line_before_message
-from tightfit.diagnosis.failure_case import Case, loads_on_first_card
+from tightfit.diagnosis.failure_case import Case, loads_on_first_card, reads_onto_first_card
 from tightfit.diagnosis.figure_causes import holds_little, is_most_of_card, is_oversized
 from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget
@@ -79,7 +79,9 @@ def _of_other_card(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
 
 def _of_loading(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield that by the report's words the checkpoints of all processes are on the first card."""
-    if loads_on_first_card(Case(facts, evidence)):
+    if reads_onto_first_card(facts):
+        yield Cause(code="read_onto_first_card", label=LIKELY)
+    elif loads_on_first_card(Case(facts, evidence)):
         yield Cause(code="all_on_first_card", label=LIKELY)
 
 

@@ -270,11 +270,20 @@ _MUCH_OUTSIDE = 0.3
 """Share of the card from which on memory outside of PyTorch is more than contexts and a desktop."""
 _FIRST_STEP = re.compile(r"(?<![\d/])0/\d{1,9} \[0?0:00<\?")
 """A bar before its first step is done."""
+_READS = re.compile(r"\btorch\.load\((?!.*\bmap_location)")
+"""A line that loads a checkpoint to where it was saved from."""
 _BEFORE_A_STEP = (None, "load", "resume", "setup")
 """Phases in which a checkpoint may be read; None is unknown."""
 
 
 def loads_on_first_card(case: Case) -> bool:
-    """Return True if the report says that every process loads its checkpoint onto the first card."""
+    """Return True if every process loads its checkpoint onto the first card: by the report, or by a rank's line."""
     may_be = case.facts.phase in _BEFORE_A_STEP or "told_phase" in case.facts.details
-    return may_be and case.shows("subject.reads_checkpoint") and case.shows("subject.all_on_first_card")
+    is_told = may_be and case.shows("subject.reads_checkpoint") and case.shows("subject.all_on_first_card")
+    return is_told or reads_onto_first_card(case.facts)
+
+
+def reads_onto_first_card(facts: Facts) -> bool:
+    """Return True if a rank other than the first failed on the first card, in a line that loads a checkpoint."""
+    is_of_other = facts.phase in ("load", "resume") and bool(facts.rank) and facts.device_index == 0
+    return is_of_other and any(_READS.search(each.source or "") for each in facts.frames)

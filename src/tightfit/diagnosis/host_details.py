@@ -48,7 +48,8 @@ def _of_offload(facts: Facts, run: RunFacts) -> Facts:
     requested, ranks = facts.requested_bytes or 0, run.numbers.get("world_size", 1)
     whole = next((each for each in counts if _OF_FLOAT32 * each == requested), None)
     if whole is not None:
-        return with_detail(facts, "offloaded_count", f"{whole:,}")
+        is_moment = any("exp_avg" in (each.source or "") for each in facts.frames)
+        return with_detail(facts, "offloaded_moment" if is_moment else "offloaded_count", f"{whole:,}")
     parts = (each for each in counts if 0 <= requested - _OF_FLOAT32 * each / ranks <= _PADDING_BYTES)
     part = next(parts, None) if ranks > 1 else None
     if part is None:

@@ -53,6 +53,7 @@ def detail_names() -> set[str]:
 _OF_THE_RUN = {
     "growing_said",
     "offloaded_count",
+    "offloaded_moment",
     "offloaded_of",
     "offloaded_ranks",
     "product",

@@ -198,6 +198,11 @@ _NEEDLESS = (
         lambda fix: "raised" in fix.facts.details,
     ),
     _Rule(("kernel_log", "watch_host"), "a hosted notebook has no shell", lambda fix: fix.shows(_HOSTED)),
+    _Rule(
+        ("kernel_log",),
+        "the report has it",
+        lambda fix: not {"kernel_says", "cgroup_says", "memcg"}.isdisjoint(fix.known),
+    ),
     _Rule(("wsl_memory",), "it is not in WSL", lambda fix: "wsl" not in fix.run.signs),
     _Rule(
         ("windows_paging",),

@@ -26,7 +26,7 @@ _STATED = re.compile(
     r"(?:(?<![\w-])(?<!GPU )(?<!CUDA )context(?:[ _-]?(?:size|length|len|window))?|\bn_ctx(?:_per_seq)?"
     r"|--?ctx[-_]size|\bnum_ctx|--contextsize|\bmax[-_ ](?:seq|model)[-_ ]len(?:gth)?|\bsession[-_]len"
     r"|\btruncation_length)[`\"'*]{0,3}"
-    r"(?: {0,8}[=:(>]{1,2}| (?:is|of|to|was|with|at|above|over|beyond|about|set))* ?[`\"'*]{0,3}"
+    r"(?: {0,12}[=:(>]{1,2}| (?:is|of|to|was|with|at|above|over|beyond|about|set))* ?[`\"'*]{0,3}"
     r"(\d{3,7})(?![\w.]| ?[KMG]i?B)"
     r"|(?<![\w.])(\d{3,7})(?=[ -]tokens? (?:of )?(?:context|prompt|sequence)| (?:context|ctx) (?:size|length|window))"
     r"|(?<![\w.])(?P<thousands>\d{1,4})[kK](?=[ -](?:context|ctx|tokens?)\b)"

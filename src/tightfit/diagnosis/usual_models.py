@@ -276,7 +276,7 @@ def _printed(run: RunFacts) -> Model | None:
     alike = [
         usual
         for _, usual in usual_models()
-        if (usual.hidden, usual.inner, usual.vocabulary) == (model.hidden, model.inner, model.vocabulary)
+        if (usual.hidden, usual.inner) == (model.hidden, model.inner) and model.vocabulary in (None, usual.vocabulary)
     ]
     if len(alike) == 1 and model.layers in (None, alike[0].layers):
         return msgspec.structs.replace(alike[0], printed=True)
