@@ -1,6 +1,7 @@
 """Causes of a failure, the most important first, each with its figures and its evidence."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from tightfit.diagnosis import kind_sentences
@@ -150,6 +151,12 @@ def _code_of_full(facts: Facts) -> str:
     return "fills_card_alone" if facts.cache_would_do is False and not others_might_do(facts) else "fills_card"
 
 
+_TELLS_SIZE = re.compile(
+    r"\b(?:wants?|needs?|asks? for|tr(?:y|ies|ied) to (?:allocate|get)) (?:\w+ ){0,2}?[\d.]+ ?[GM]i?B\b", re.IGNORECASE
+)
+"""A person's words for the size of the request, without the message."""
+
+
 def _of_little(facts: Facts, text: str) -> Cause:
     """Return the one cause of a message that shows no other."""
     held, total = facts.process_bytes or facts.allocated_bytes, facts.total_bytes
@@ -159,7 +166,7 @@ def _of_little(facts: Facts, text: str) -> Cause:
         shape = largest_shape(text)
         if shape:
             return ToldShape(code="told_shape", label=COMPUTED, shape=shape, bytes=4 * math.prod(shape))
-        return Cause(code="unstated")
+        return Cause(code="unquoted" if _TELLS_SIZE.search(text) else "unstated")
     return Cause(code="request_alone" if facts.total_bytes is None else "held_unstated")
 
 

@@ -12,8 +12,11 @@ from tightfit.tables import read_table
 
 _CODE = re.compile(r"[\w\]] ?[+*-]?= ?[\w(.]{1,80}[\[(.]|^return \w")
 _WORD = re.compile(r"[A-Za-z_]\w*")
-_LOGGED = re.compile(r"^\[?\d{2,4}[-/:]\d\d[-/:]\d\d|\b(?:INFO|DEBUG|WARNING)\b|\b(?:Namespace|Config\w*|Arguments)\(")
-"""Lines of a logger, and printed options, which look like code."""
+_LOGGED = re.compile(
+    r"\d%\||\d(?:it/s|s/it)\b|^\[?\d{2,4}[-/:]\d\d[-/:]\d\d|\b(?:INFO|DEBUG|WARNING)\b"
+    r"|\b(?:Namespace|Config\w*|Arguments)\("
+)
+"""Lines of a logger or a progress bar, and printed options, which look like code."""
 _TOLD = re.compile(
     r"\b(?:[Ee]rror|OOM|[Ee]xception|[Cc]rash(?:es|ed)?|[Ff]ail(?:s|ed|ure)?)\b[^\n\"'`]{0,40}?"
     r"\b(?:in|at|on|from) (?:the |this )?(?:line )?[\"`“]([\w.]{1,60}(?: ?= ?[\w.]+)?\([^\"`”\n]{0,200}\))[\"`”]"

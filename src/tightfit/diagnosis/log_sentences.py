@@ -34,7 +34,7 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     """Yield the sentences on a log without a failure."""
     sentences, kind = wording.words(words.language), reading.kind_of_nothing or "nothing"
     kind = "caught_at_end" if kind == "caught" and not reading.went_on else kind
-    yield sentences("nothing", kind, evidence=shortened(" ".join(reading.evidence.split()).lstrip(": ")))
+    yield sentences("nothing", kind, evidence=shortened(_whole(reading.evidence)))
     if reading.caught is not None:
         decisive = (cause for cause in causes_of_figures(reading.caught) if cause.code in DECISIVE)
         yield from (words("causes", cause.code, **msgspec.structs.asdict(cause)) for cause in decisive)
@@ -56,6 +56,16 @@ def nothing_lines(reading: LogReading, words: "Words") -> Iterator[str]:
     is_open = hint.startswith("caught") and reading.retried_batch is None
     if is_open and has_batch and (reading.caught is None or _batch_avoids(reading.caught)):
         yield sentences("nothing", "caught_batch")
+
+
+def _whole(evidence: str) -> str:
+    """Return the quoted words without a mark before them, and with the bracket that they end.
+
+    >>> _whole(": CUDA out of memory) on sequence b")
+    '(CUDA out of memory) on sequence b'
+    """
+    text = " ".join(evidence.split()).lstrip(": ")
+    return f"({text}" if ")" in text and "(" not in text.partition(")")[0] else text
 
 
 def _batch_avoids(facts: Facts) -> bool:
