@@ -180,6 +180,12 @@ class ToldShape(Cause, frozen=True, kw_only=True):
     bytes: int
 
 
+class ToldInput(Cause, frozen=True, kw_only=True):
+    """The input that a report tells of, in its words."""
+
+    told: str
+
+
 class ShardShare(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     dtype: str

@@ -23,6 +23,7 @@ from tightfit.diagnosis.cause_records import (
     SizedWeight,
     SizedWeights,
     SmallRequest,
+    ToldInput,
     WorksWith,
 )
 from tightfit.diagnosis.culprit import Culprit
@@ -35,6 +36,7 @@ from tightfit.diagnosis.model_budget import Budget
 from tightfit.diagnosis.named_card import mig_profile
 from tightfit.diagnosis.purpose import TRAINING
 from tightfit.diagnosis.report_words import shows
+from tightfit.diagnosis.told_shape import told_input
 from tightfit.diagnosis.usual_models import printed_name
 from tightfit.oomlog.facts import Facts
 from tightfit.oomlog.ownership import had_room
@@ -199,6 +201,8 @@ def _of_setting(evidence: Evidence) -> Iterator[Cause]:
     """Yield that the report says with which setting it works."""
     if shows(evidence.run.text, "subject.smaller_fits") and evidence.grows not in _OF_NO_INPUT:
         yield Cause(code="smaller_input_fits", label=LIKELY)
+    elif (told_of := told_input(evidence.run.text)) is not None and evidence.grows is None and not evidence.trains:
+        yield ToldInput(code="told_input", label=LIKELY, told=told_of)
     if (told := _WORKS_WITH.search(evidence.run.text)) is not None:
         yield WorksWith(code="works_with", setting=f"{told['name']}={told['value'].rstrip('.')}")
 

@@ -61,3 +61,42 @@ def largest_shape(text: str) -> tuple[int, ...]:
     shapes = [tuple(int(each) for each in found.split(",")) for found in _NAMED_SHAPE.findall(text)]
     large = [each for each in shapes if _LEAST <= 4 * math.prod(each) < _MOST]
     return max(large, key=math.prod, default=())
+
+
+_PICTURE = re.compile(r"(?<![\w.,x×*])(\d{4,5}) ?[x×*] ?(\d{4,5})(?! ?[x×*\d]|\w*\.)(?: ?(?:px|pixels?))?")
+_OF_PICTURES = re.compile(
+    r"\b(?:images?|pictures?|photos?|slides?|scans?|videos?|pixels?|px|resolution|frames?)\b", re.I
+)
+_LEAST_SIDE = 1400
+"""Pixels of a side from which on one picture is a large input."""
+_RECORDING = (
+    r"(?:audio|recording|video|meeting|podcast|clip|episode|track|song|film|movie|interview|lecture|wav|mp[34])s?"
+)
+_DURATION = r"\d{1,3}(?:\.\d)?[- ]?(?:seconds?|secs?|minutes?|mins?|hours?|hrs?)"
+_LASTING = re.compile(
+    rf"(?<!after )(?<!took )(?<!takes )(?<!for )(?<!within )\b{_DURATION}\b(?: long)?(?: \w+){{0,2}}? {_RECORDING}\b"
+    rf"|\b{_RECORDING} (?:\w+ ){{0,2}}?(?:of|is|with|has|about) (?:about |around |nearly )?{_DURATION}\b",
+    re.I,
+)
+_COUNTED = re.compile(
+    r"(?<![\w.,/])(\d[\d,]{2,9}) (atoms|residues|amino acids|aa|nodes|tokens|vertices|triangles)\b", re.I
+)
+_LEAST_COUNT = {"atoms": 500, "residues": 400, "amino acids": 400, "aa": 400, "nodes": 2000, "tokens": 4000}
+_LEAST_OF_OTHERS = 100_000
+
+
+def told_input(text: str) -> str | None:
+    """Return the largest input that a report tells of; None for none of any size.
+
+    >>> told_input("one slide of 11000 x 14000 pixels"), told_input("a 71 minute meeting"), told_input("300 nodes")
+    ('11000 x 14000 pixels', '71 minutes', None)
+    """
+    pictures = [each for each in _PICTURE.finditer(text) if min(int(each[1]), int(each[2])) >= _LEAST_SIDE]
+    if pictures and _OF_PICTURES.search(text):
+        return max(pictures, key=lambda each: int(each[1]) * int(each[2]))[0]
+    if lasting := _LASTING.search(text):
+        number, unit = (each for each in lasting.groups() if each)
+        return f"{number} {_UNITS.get(unit.lower(), unit.lower())}s"
+    counts = ((int(each[1].replace(",", "")), each) for each in _COUNTED.finditer(text))
+    large = [(count, each[0]) for count, each in counts if count >= _LEAST_COUNT.get(each[2].lower(), _LEAST_OF_OTHERS)]
+    return max(large)[1] if large else None
