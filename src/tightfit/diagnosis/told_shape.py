@@ -76,10 +76,11 @@ _DURATION = r"\d{1,3}(?:\.\d)?[- ]?(?:seconds?|secs?|minutes?|mins?|hours?|hrs?)
 _LASTING = re.compile(
     rf"(?<!after )(?<!took )(?<!takes )(?<!for )(?<!within )\b{_DURATION}\b(?: long)?(?: \w+){{0,2}}? {_RECORDING}\b"
     rf"|\b{_RECORDING} (?:\w+ ){{0,2}}?(?:of|is|with|has|about) (?:about |around |nearly )?{_DURATION}\b",
-    re.I,
+    re.IGNORECASE,
 )
+_UNITS = {"sec": "second", "min": "minute", "hr": "hour"}
 _COUNTED = re.compile(
-    r"(?<![\w.,/])(\d[\d,]{2,9}) (atoms|residues|amino acids|aa|nodes|tokens|vertices|triangles)\b", re.I
+    r"(?<![\w.,/])(\d[\d,]{2,9}) (atoms|residues|amino acids|aa|nodes|tokens|vertices|triangles)\b", re.IGNORECASE
 )
 _LEAST_COUNT = {"atoms": 500, "residues": 400, "amino acids": 400, "aa": 400, "nodes": 2000, "tokens": 4000}
 _LEAST_OF_OTHERS = 100_000
