@@ -72,7 +72,7 @@ _LEAST_SIDE = 1400
 _RECORDING = (
     r"(?:audio|recording|video|meeting|podcast|clip|episode|track|song|film|movie|interview|lecture|wav|mp[34])s?"
 )
-_DURATION = r"\d{1,3}(?:\.\d)?[- ]?(?:seconds?|secs?|minutes?|mins?|hours?|hrs?)"
+_DURATION = r"(\d{1,3}(?:\.\d)?)[- ]?(second|sec|minute|min|hour|hr)s?"
 _LASTING = re.compile(
     rf"(?<!after )(?<!took )(?<!takes )(?<!for )(?<!within )\b{_DURATION}\b(?: long)?(?: \w+){{0,2}}? {_RECORDING}\b"
     rf"|\b{_RECORDING} (?:\w+ ){{0,2}}?(?:of|is|with|has|about) (?:about |around |nearly )?{_DURATION}\b",
