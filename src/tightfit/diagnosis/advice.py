@@ -19,7 +19,7 @@ from tightfit.diagnosis.figure_causes import (
     is_of_one_block,
 )
 from tightfit.diagnosis.fix_lists import codes_for
-from tightfit.diagnosis.fix_words import NOT_CUDA, fix
+from tightfit.diagnosis.fix_words import NOT_CUDA, fix, words_of
 from tightfit.diagnosis.measures import tried_in
 from tightfit.diagnosis.needless import needless
 from tightfit.diagnosis.own_place import placed
@@ -165,7 +165,7 @@ def _of_figures(case: Case, cures: list[Remedy]) -> _Order:
     first = [
         *_other_device(case),
         *_of_shared_memory(case),
-        *fixes_of_figures(facts),
+        *(_in_words_of_program(each, case) for each in fixes_of_figures(facts)),
         *(each for each in cures if each.code == "kept_graph"),
     ]
     cures = [each for each in cures if each.code != "kept_graph"]
@@ -175,6 +175,12 @@ def _of_figures(case: Case, cures: list[Remedy]) -> _Order:
         less = [each for each in cures if each.code in _LESS_OF_ALL and each.paste]
         return _Order(_of_room(case, first), [fix("watched_card", facts, evidence), *less[:2]], [])
     return _Order(first, cures, [])
+
+
+def _in_words_of_program(remedy: Remedy, case: Case) -> Remedy:
+    """Return a fix of the figures with the program's own option, where it has one."""
+    words = words_of(remedy.code, case.evidence) if case.has_own(remedy.code) else None
+    return remedy if words is None else replace(remedy, paste=words.lines, page=words.page)
 
 
 def _other_device(case: Case) -> Iterator[Remedy]:

@@ -170,7 +170,7 @@ def _kind_of(evidence: Evidence) -> str:
     if evidence.line is None and evidence.sized is not None:
         return "picture"
     if evidence.shape is not None:
-        return "shape"
+        return "shape_solved" if evidence.shape.is_solved else "shape"
     if evidence.run.tensor_name:
         return "name"
     if evidence.line is not None:

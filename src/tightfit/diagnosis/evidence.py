@@ -14,6 +14,7 @@ from tightfit.diagnosis.framework_words import programs
 from tightfit.diagnosis.model_budget import Budget, budget_of
 from tightfit.diagnosis.named_card import least_bytes_in_words
 from tightfit.diagnosis.picture_scores import picture_scores
+from tightfit.diagnosis.printed_buffer import buffer_of_size
 from tightfit.diagnosis.printed_module import printed_module
 from tightfit.diagnosis.printed_sizes import sized_tensor
 from tightfit.diagnosis.purpose import INFERENCE, TRAINING, purpose_of, purpose_of_words
@@ -104,8 +105,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     def tensor(self) -> str | None:
         """The kind of tensor that the log shows, or None."""
         if self.shape is not None:
-            unnamed = "logits" if self._is_over_vocabulary else "printed_tensor"
-            return self.line.tensor if self.line else unnamed
+            if self._is_over_vocabulary and (self.line is None or not self.line.is_named):
+                return "logits"
+            return self.line.tensor if self.line else "printed_tensor"
         if self.run.tensor_name:
             return "named_parameter"
         if self.line is not None:
@@ -121,7 +123,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     def _is_over_vocabulary(self) -> bool:
         """True if the printed shape ends with the number of words of a usual model."""
         last = self.shape.shape[-1] if self.shape is not None else 0
-        return last > _LEAST_WORDS and (last == PADDED_VOCAB or any(each.vocabulary == last for each in all_models()))
+        if self.shape is not None and self.shape.shape[:-1] == (last,):  # a square may be one of pairs
+            return last == self.vocabulary
+        known = {PADDED_VOCAB, *(each.vocabulary for each in all_models())}
+        return last > _LEAST_WORDS and any(last * cards in known for cards in _TENSOR_PARALLEL)
 
     @property
     def _is_written(self) -> bool:
@@ -145,7 +150,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         """Quantity that the failed tensor grows with, or None."""
         if self.run.tensor_name and self.shape is None:
             return "saving" if "training_ended" in self.run.signs or "fsdp" in self.run.signs else "model"
-        if self.line is not None:
+        if self.line is not None and (self.line.is_named or not self._is_over_vocabulary):
             return self.line.grows
         if "optimizer_init" in self.run.signs:
             return "state"
@@ -226,6 +231,8 @@ OF_OTHERS = re.compile(
     r"diffusion|audio|whisper|\bunet\b|\bvae\b|\b(?:images?|pictures?|photos?|videos?)\b|speech|voice", re.IGNORECASE
 )
 """Words of programs whose models are no language models."""
+_TENSOR_PARALLEL = (1, 2, 4)
+"""Cards among which tensor parallelism divides a vocabulary."""
 _ALSO_SERVE = frozenset({"deepspeed", "fsdp"})
 """Libraries of trainings that also use trained models."""
 _DIVIDES = re.compile(
@@ -478,7 +485,7 @@ def _printed_shape(run: RunFacts, within: Range, line: LineKind | None) -> Print
         state = PrintedShape(shape=printed.shape, dtype="uint8")
         if line is not None and _has_8_bit_state(line) and within.holds(state.bytes):
             return state
-    return None
+    return buffer_of_size(run.text, within)
 
 
 def _has_8_bit_state(line: LineKind) -> bool:

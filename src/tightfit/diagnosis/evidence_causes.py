@@ -146,7 +146,7 @@ def _of_first_optimizer_step(facts: Facts, evidence: Evidence) -> Iterator[Cause
 def _grows(facts: Facts, evidence: Evidence) -> bool:
     """Return True if the report says that memory grows, and the request is no single large one."""
     says_so = "growing" in evidence.run.signs or ("accumulates" in evidence.run.signs and not had_room(facts))
-    return says_so and not is_oversized(facts) and not holds_little(facts)
+    return says_so and not holds_little(facts) and not Case(facts, evidence).asks_for_much
 
 
 _OF_PASSES = frozenset({"growing", "accumulates", "ran_first"})
@@ -158,7 +158,10 @@ def _of_earlier_steps(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if evidence.infers and evidence.run.signs & _OF_PASSES and "growing" not in facts.details:
         yield Cause(code="kept_between_passes", label=LIKELY)
         return
-    may_be = "ran_first" in evidence.run.signs and facts.phase in _OF_A_STEP and not is_oversized(facts)
+    has_run = "ran_first" in evidence.run.signs or (
+        "growing" in evidence.run.signs and Case(facts, evidence).asks_for_much
+    )
+    may_be = has_run and facts.phase in _OF_A_STEP and not is_oversized(facts)
     if may_be and evidence.purpose == TRAINING and "growing" not in facts.details:
         yield Cause(code="ran_first", label=LIKELY)
 

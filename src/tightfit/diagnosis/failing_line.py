@@ -134,7 +134,7 @@ _LAYERS = re.compile(
     r"|torch/(?:autograd/function|amp/\w+|_dynamo/\w+)\.py|accelerate/hooks\.py|peft/tuners/.*layer\.py|bitsandbytes/"
 )
 """Files of layers, and of what is put around their calls."""
-_OF_CALLERS = ("logits", "attention", "batch")
+_OF_CALLERS = ("logits", "attention", "batch", "joint")
 """Quantities of a layer's result that the line which calls it shows."""
 
 

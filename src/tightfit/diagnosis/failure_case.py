@@ -238,6 +238,12 @@ class Case(NamedTuple):
         return "simulator" if self.program == "isaac" else None
 
     @property
+    def asks_for_much(self) -> bool:
+        """True for a request of a large part of the card: a larger input rather than what is kept."""
+        requested, total = self.facts.requested_bytes, self.facts.total_bytes
+        return requested is not None and total is not None and requested > _MUCH_OF_CARD * total
+
+    @property
     def makes_optimizer_state(self) -> bool:
         """True for the first step of an optimizer in a message without figures: it makes its state there."""
         is_unstated = self.facts.phase == "optimizer" and self.facts.requested_bytes is None
@@ -266,6 +272,7 @@ class Case(NamedTuple):
         return self.facts.torch_format in _BEFORE_AUTOCAST and not self.has_own(code)
 
 
+_MUCH_OF_CARD = 0.3
 _MUCH_OUTSIDE = 0.3
 """Share of the card from which on memory outside of PyTorch is more than contexts and a desktop."""
 _FIRST_STEP = re.compile(r"(?<![\d/])0/\d{1,9} \[0?0:00<\?")

@@ -79,6 +79,8 @@ def _fitting(case: Case) -> list[str]:
     codes = [code for cause in _lists(case) for code in fix_tables()["fixes"][cause]]
     codes = _in_order_of_program(codes, case)
     codes = _with_state_of_run(codes, case)
+    if case.shows("subject.any_picture_size") and case.evidence.batch_is_one:
+        codes.sort(key=lambda code: code != "fewer_pixels")
     if case.evidence.infers:
         codes = _in_order_of_use(codes, case)
     if case.takes_one_item and case.facts.phase != "eval":
@@ -181,7 +183,7 @@ def _with_growth(codes: list[str], case: Case) -> list[str]:
         codes = _with_kept_results(codes, case)
     grows = case.has_sign("growing") and not evidence.infers and not case.is_oversized
     grows = grows or (case.has_sign("accumulates") and not evidence.infers and may_keep)
-    grows = grows and not holds_little(facts)
+    grows = grows and not holds_little(facts) and not case.asks_for_much
     if (grows and facts.phase != "save") or feeds_back(facts.frames) or case.has_sign("retains_graph"):
         codes = ["kept_graph", *codes]
     return codes

@@ -54,6 +54,8 @@ class PrintedShape(msgspec.Struct, frozen=True, kw_only=True):
 
     shape: tuple[int, ...]
     dtype: str | None = None
+    is_solved: bool = False
+    """True if one of the sizes is printed as a symbol, and the request tells it."""
 
     @property
     def bytes(self) -> int:

@@ -13,6 +13,13 @@ _EXPLAINED = 60
 """Lines between a message and the words by which a program explains it."""
 
 
+_REPORTED_AS = {
+    "shared_memory": ("dataloader_killed",),
+    "device_assert": ("cublas", "cudnn", "cuda_library"),
+}
+"""Kinds of failures, and those by which the part of the program that meets them reports them again."""
+
+
 def is_same(one: Facts, two: Facts) -> bool:
     """Return True if two messages report one failure: loggers print it, and so does Python at the end."""
     if one.rank != two.rank and None not in (one.rank, two.rank):
@@ -29,6 +36,8 @@ def is_same(one: Facts, two: Facts) -> bool:
         return two.line - one.line <= reach
     if is_of_xla(one, two):
         return True
+    if two.kind in _REPORTED_AS.get(one.kind, ()):
+        return two.line - one.line <= _EXPLAINED
     is_async = two.kind == _ASYNC and (only_class or (is_of_allocator(one.kind) and not two.figures))
     if one.kind != two.kind and not is_async:
         return False

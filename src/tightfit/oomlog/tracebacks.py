@@ -45,7 +45,9 @@ _REMOTE = re.compile(r"\bRayTaskError\(\w+\): ?ray::")
 """The line by which Ray names an error of another process, whose traceback follows without a head."""
 _NEAR = 8
 """Lines behind a message in which the head of its traceback stands."""
-_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b")
+_EXCEPTION = re.compile(
+    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b|(?:[a-z_]\w*\.)+[A-Z]\w+(?=: \S)"
+)
 """The last line of a traceback."""
 _FRAME = re.compile(
     r'(?:File|Arquivo|Archivo|Fichier|Datei|Файл) ["“”]([^"“”\n]{1,1000})["“”], '
