@@ -154,7 +154,7 @@ def test_every_remedy_of_the_tables_is_worded_and_has_an_effect():
     assert set(ADVICE["needs_words"]["codes"]) <= known
     for codes in ADVICE["fixes"].values():
         assert set(codes) <= known & reasons.keys()
-    assert known - {"close_others", "expandable_segments", "max_split_size"} <= reasons.keys()
+    assert known - {"close_others", "expandable_segments", "max_split_size", "raise_fraction"} <= reasons.keys()
     for program, table in FRAMEWORKS.items():
         assert table.keys() - {"like"} <= known, program
         assert set(table.get("like", [])) <= FRAMEWORKS.keys()

@@ -238,6 +238,14 @@ class Case(NamedTuple):
         return "simulator" if self.program == "isaac" else None
 
     @property
+    def is_below_limit(self) -> bool:
+        """True for a request that the card had room for, and the program's own limit did not."""
+        requested, free = self.facts.requested_bytes, self.facts.free_bytes
+        return (
+            self.facts.allowed_bytes is not None and None not in (requested, free) and (free or 0) >= (requested or 0)
+        )
+
+    @property
     def asks_for_much(self) -> bool:
         """True for a request of a large part of the card: a larger input rather than what is kept."""
         requested, total = self.facts.requested_bytes, self.facts.total_bytes
