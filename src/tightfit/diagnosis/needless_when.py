@@ -377,7 +377,7 @@ def fails_in_amsgrad(case: Case) -> bool:
 
 
 _WITHOUT_LIGER = re.compile(
-    r"models[\\/](?:gpt2|gptj|gpt_neo\w*|opt|bloom|falcon|mpt|t5|mt5|bart|mbart|bert|roberta|codegen)[\\/]"
+    r"models[\\/](?:gpt2|gptj|gpt_neo\w*|opt|bloom|falcon|mpt|m?t5|umt5|m?bart|(?:distil|al|camem|de)?bert\w*|(?:xlm_)?roberta|electra|marian|pegasus|codegen)[\\/]"
 )
 """Files of models that Liger's kernels leave as they are."""
 

@@ -62,6 +62,7 @@ def _unwrapped(text: str) -> tuple[str, list[_Unwrap]]:
     The name of a program or a container stays on the first line: it may be all that tells which program it was.
     """
     found: list[_Unwrap] = []
+    text = _without_fence(text)
     while len(found) < _LAYERS and (unwrap := _wrapping(text)):
         found.append(unwrap)
         text = unwrap(text)
@@ -71,6 +72,22 @@ def _unwrapped(text: str) -> tuple[str, list[_Unwrap]]:
         first, end, others = text.partition("\n")
         text = f"{first}{end}{found[-1](others)}"
     return text, found
+
+
+def _without_fence(text: str) -> str:
+    """Return a text without the marks of code that stand around all of it.
+
+    >>> _without_fence("```text\nstep 1\nstep 2\n```\n")
+    'step 1\nstep 2\n'
+    """
+    opened = _FENCE.match(text)
+    if opened is None or text.count("```") > 2:
+        return text
+    inside, closed, behind = text[opened.end() :].rpartition("```")
+    return inside if closed and not behind.strip() else text
+
+
+_FENCE = re.compile(r"\A\s*```[\w+-]*[ \t]*\n")
 
 
 def _wrapping(text: str) -> _Unwrap | None:
