@@ -77,8 +77,8 @@ def _unwrapped(text: str) -> tuple[str, list[_Unwrap]]:
 def _without_fence(text: str) -> str:
     """Return a text without the marks of code that stand around all of it.
 
-    >>> _without_fence("```text\nstep 1\nstep 2\n```\n")
-    'step 1\nstep 2\n'
+    >>> _without_fence("```text\\nstep 1\\nstep 2\\n```\\n")
+    'step 1\\nstep 2\\n'
     """
     opened = _FENCE.match(text)
     if opened is None or text.count("```") > 2:
