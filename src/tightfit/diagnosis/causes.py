@@ -16,6 +16,7 @@ from tightfit.diagnosis.cause_records import (
     LogitsBound,
     LogitsCopies,
     OtherKind,
+    OtherProcesses,
     PlayFits,
     StateToCome,
     ToldShape,
@@ -83,7 +84,8 @@ def causes_of(
     others = figures[len(decisive) :]
     if facts.kind == "mps_out_of_memory":  # PyTorch's own limit is what every such message is about
         rest, others = [*others, *rest], []
-    full = [*_of_full_card(facts)] if evidence is not None and not (first or decisive or found) else []
+    small = [each for each in decisive if _is_small(each)]
+    full = [*_of_full_card(facts)] if evidence is not None and not (first or decisive != small or found) else []
     if any(each.code.startswith("grows_") for each in rest):
         full = []
         if evidence is not None and evidence.grows in _QUADRATIC:  # an estimate of other programs comes behind it
@@ -91,12 +93,22 @@ def causes_of(
             decisive = [each for each in decisive if each.code not in _ESTIMATED]
     if cache_holds_request(facts):
         rest, others = _with_pieces(rest, others)
-    found = [*first, *decisive, *found, *full, *rest, *others, *_of_hints(printed)]
+    decisive = [*full, *decisive, *found] if small else [*decisive, *found, *full]
+    found = [*first, *decisive, *rest, *others, *_of_hints(printed)]
     shown = tuple(found) or (_of_little(facts, evidence.run.text if evidence is not None else ""),)
     is_bare = facts.requested_bytes is None and not (culprit or [each for each in first if each.code != "works_with"])
     if evidence is not None and (is_bare or _is_of_server(facts, evidence, found)):
         return _with_purpose(shown, facts, evidence)
     return shown
+
+
+_SMALL = 0.05
+"""Share of the card below which other programs only take what a full one lacks."""
+
+
+def _is_small(cause: Cause) -> bool:
+    """Return True for other programs that hold a small part of the card."""
+    return isinstance(cause, OtherProcesses) and cause.others_bytes < _SMALL * cause.total_bytes
 
 
 def _of_play(

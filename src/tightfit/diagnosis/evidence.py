@@ -129,6 +129,15 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return last > _LEAST_WORDS and any(last * cards in known for cards in _TENSOR_PARALLEL)
 
     @property
+    def _is_of_tokens(self) -> bool:
+        """True for a buffer of compiled code with rows of a usual model's width that no weight of it has."""
+        sizes = self.shape.shape if self.shape is not None else ()
+        if len(sizes) != 2 or "empty_strided" not in self.run.text:
+            return False
+        of_width = [each for each in all_models() if each.hidden == sizes[1]]
+        return bool(of_width) and all(sizes not in each.matrices(merged=True) for each in of_width)
+
+    @property
     def _is_written(self) -> bool:
         """True if the sizes of the printed shape stand as numbers in a call that makes the tensor."""
         sizes = r", ?".join(map(str, self.shape.shape)) if self.shape is not None else "$"
@@ -159,7 +168,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         if self._is_over_vocabulary:
             return "logits"
         if self.shape is not None:
-            return "batch" if len(self.shape.shape) > 2 and not self._is_written else None
+            is_of_inputs = len(self.shape.shape) > 2 or self._is_of_tokens
+            return "batch" if is_of_inputs and not self._is_written else None
         return _GROWS.get(self.tensor or "")
 
     @property

@@ -186,8 +186,7 @@ def causes_of_report(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     yield from _of_earlier_steps(facts, evidence)
     yield from _of_fixed_part(facts, evidence)
     yield from causes_of_purpose(facts, evidence)
-    if evidence.batch_is_one:
-        yield Cause(code="batch_at_floor")
+    yield from _of_batch(evidence)
 
 
 _WORKS_WITH = re.compile(
@@ -256,9 +255,16 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
     if is_most_of_card(facts) and evidence.grows not in _OF_NO_INPUT and facts.phase != "load":
         yield LargeRequest(code="most_of_card", requested_bytes=requested, total_bytes=facts.total_bytes)
     yield from _of_sizes(requested, evidence)
-    if culprit is not None and evidence.shape is not None and culprit.shape[0] > 1 and evidence.grows == "batch":
+    is_of_items = evidence.shape is not None and len(evidence.shape.shape) > 2 and evidence.grows == "batch"
+    if culprit is not None and is_of_items and culprit.shape[0] > 1:
         first, whole = culprit.shape[0], culprit.bytes
         yield FirstAxis(code="first_axis", label=COMPUTED, axis=first, one_bytes=whole // first)
+    yield from _of_request(facts, culprit, evidence, unplayed_because)
+
+
+def _of_request(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
+    """Yield what the size of the request tells, or the line that made it; or that neither tells the tensor."""
+    requested = facts.requested_bytes
     if evidence.within is not None and evidence.within.is_small:
         high = evidence.within.high
         codes = (
@@ -275,7 +281,9 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
     elif culprit is None and evidence.within is not None:
         made_by = None if evidence.is_complete else _line_of(facts, evidence)
         untold = _not_told(facts, evidence, unplayed_because)
-        if made_by is not None:
+        if Case(facts, evidence).computes_scores_whole:
+            yield Cause(code="scores_without_kernel", label=LIKELY)
+        elif made_by is not None:
             yield made_by
         elif untold:
             yield Request(code=untold, requested_bytes=requested)
@@ -459,8 +467,8 @@ def _of_run(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     if evidence.gathers_on_first_card(facts) and not Case(facts, evidence).first_card_works_alone:
         batch_size = evidence.run.numbers.get("batch_size")
         yield PrintedBatch(code="data_parallel" if batch_size else "data_parallel_gathers", batch_size=batch_size)
-    if evidence.batch_is_one and (facts.phase != "eval" or evidence.run.numbers.get("eval_batch_size", 1) == 1):
-        yield Cause(code="batch_at_floor")
+    if facts.phase != "eval" or evidence.run.numbers.get("eval_batch_size", 1) == 1:
+        yield from _of_batch(evidence)
     yield from _of_fixed_part(facts, evidence)
 
 
@@ -479,6 +487,12 @@ def _of_fixed_part(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     quantity = Case(facts, evidence).quantity_without_effect
     if quantity is not None:
         yield FixedPart(code="fixed_part", label=LIKELY, quantity=quantity)
+
+
+def _of_batch(evidence: Evidence) -> Iterator[Cause]:
+    """Yield that the batch is as small as it can be, unless a server in the program has one of its own."""
+    if evidence.batch_is_one and evidence.framework not in programs("own_batch"):
+        yield Cause(code="batch_at_floor")
 
 
 def _name(model: str) -> str:

@@ -192,6 +192,11 @@ class Case(NamedTuple):
         return self.evidence.line is not None and self.evidence.line.tensor == "attention_output"
 
     @property
+    def computes_scores_whole(self) -> bool:
+        """True for a call of PyTorch's attention that asks for far more than its output: no kernel was fused."""
+        return self.is_attentions_output and self.asks_for_much
+
+    @property
     def may_attend(self) -> bool:
         """True if the user's own program works on sequences, and the failing line shows no other tensor."""
         return self.evidence.line is None and not self.is_of("applications") and self.shows("subject.sequences")
