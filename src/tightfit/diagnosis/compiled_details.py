@@ -41,8 +41,27 @@ def of_jax(facts: Facts, run: RunFacts) -> Facts:
         return with_detail(facts, "small_request" if 0 < (facts.requested_bytes or 0) < GIB else "inference")
     if found and "tpu" not in facts.details:
         facts = msgspec.structs.replace(facts, details={**facts.details, **peak_buffer(run.text)})
+        facts = _with_parts(facts, run.text)
         return with_detail(facts, "large_program", f"{found[1]} {found[2]}iB")
     return with_detail(facts, "large_request") if (facts.requested_bytes or 0) >= _MOST_OF_A_CARD else facts
+
+
+_PART = r"\b{}: *([\d.]{{1,9}}) ?([KMG])iB"
+_PARTS = {
+    "xla_arguments": re.compile(_PART.format("parameter allocation")),
+    "xla_results": re.compile(_PART.format("maybe_live_out allocation")),
+    "xla_between": re.compile(_PART.format("preallocated temp allocation")),
+}
+"""Parts of a compiled program's memory in XLA's report."""
+
+
+def _with_parts(facts: Facts, text: str) -> Facts:
+    """Return the failure with XLA's figures for arguments, results and what is in between, if it prints them."""
+    found = {name: pattern.search(text) for name, pattern in _PARTS.items()}
+    if not all(found.values()):
+        return facts
+    parts = {name: f"{match[1]} {match[2]}iB" for name, match in found.items() if match}
+    return msgspec.structs.replace(facts, details={**facts.details, **parts})
 
 
 def _creates(source: str | None) -> bool:

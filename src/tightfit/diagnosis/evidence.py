@@ -163,6 +163,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             return self.line.grows
         if "optimizer_init" in self.run.signs:
             return "state"
+        if "copies_modules" in self.run.signs:
+            return "module_copy"
         if "large_dictionary" in self.run.signs:
             return "dictionary"
         if self._is_over_vocabulary:

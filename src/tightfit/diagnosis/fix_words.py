@@ -302,6 +302,11 @@ def _for_small_card(line: str, facts: Facts, evidence: Evidence) -> str:
     return line.replace("--medvram", "--lowvram") if is_small or "--medvram" in evidence.run.text else line
 
 
+def _of_sdxl(line: str, facts: Facts, evidence: Evidence) -> str:
+    """Return a line with sd-scripts' script for SDXL, where the report shows that model."""
+    return line.replace(" train_network.py", " sdxl_train_network.py") if "sdxl" in evidence.run.text.lower() else line
+
+
 _ARGUMENT = re.compile(r"^([a-z]\w*)=(\"?[\w./*-]+\"?)(?=\s|$)")
 """An argument in Python with a plain value."""
 
@@ -357,6 +362,7 @@ _CHANGES = (
         lambda line, facts, evidence: line.replace("logits.argmax", "logits[0].argmax"),
     ),
     _Change(("offload",), lambda evidence: True, _for_small_card),
+    _Change(("lora",), lambda evidence: evidence.framework == "kohya", _of_sdxl),
     _Change(
         ("half_precision", "smaller_weights", "qlora", "quantized_weights"),
         lambda evidence: is_before_ampere(evidence.run.text),

@@ -72,6 +72,8 @@ _OF_THE_RUN = {
     "copied",
     "copied_little",
     "to_host",
+    "pin_thread",
+    "xla_between",
     "cgroup_limit",
     "longest_input",
     "prefill_half",
@@ -316,6 +318,8 @@ def _of_driver(facts: Facts, run: RunFacts) -> Facts:
         facts = with_detail(facts, "llama_sized")
     if "llama_kv" in facts.details and facts.requested_bytes:
         facts = with_detail(facts, "llama_kv_bytes")
+    if any(each.file.replace("\\", "/").endswith("_utils/pin_memory.py") for each in facts.frames):
+        return with_detail(facts, "pin_thread")
     if any(_TO_HOST.search(each.source or "") for each in facts.frames):
         return with_detail(facts, "to_host")
     if facts.phase == "eval" or shows(run.text, "subject.lacks_no_grad"):

@@ -329,7 +329,7 @@ class _Scan:
                     repeats=record.facts.repeats + 1,
                     frames=better.frames,
                     phase=better.phase,
-                    details={**known.details, **facts.details},
+                    details={**_limits_of(record.facts), **known.details, **facts.details},
                     notes=_notes_of(known, facts, better),
                     exception=known.exception or facts.exception,
                     torch_format=later_format(known, facts),
@@ -449,6 +449,11 @@ def _notes_of(known: Facts, facts: Facts, framed: Facts) -> tuple[str, ...]:
     """Return the notes of two messages of one failure; `framed` is the one with the traceback, which may be cut."""
     notes = tuple(each for each in known.notes if each != _CUT or each in facts.notes)
     return (*notes, _CUT) if framed is facts and _CUT in facts.notes and _CUT not in notes else notes
+
+
+def _limits_of(facts: Facts) -> dict[str, str]:
+    """Return the limit of a container that the kernel's first line on a killed process prints."""
+    return {name: value for name, value in facts.details.items() if name == "memcg"}
 
 
 def _without_ranks(text: str) -> str:

@@ -27,7 +27,16 @@ from tightfit.oomlog.log_text import is_text, lines_of, part
 from tightfit.oomlog.standing import Standing
 from tightfit.oomlog.tracebacks import frames_of, phase_of
 
-TOLD = ("incomplete", "begun", "memory_words", "reported", "mentioned", "host_memory_error", "host_killed")
+TOLD = (
+    "incomplete",
+    "begun",
+    "memory_words",
+    "reported",
+    "mentioned",
+    "host_memory_error",
+    "host_killed",
+    "rank_failed",
+)
 """Kinds of failures that no format names."""
 _REPORT = 2_000
 """Characters of a text that is a person's report if its title names the failure and nothing in it advises."""
@@ -37,6 +46,8 @@ _OF_RUN = re.compile(r"\d%\|[█▏▎▍▌▋▊▉# ]|\d(?:it/s|s/it)\b|(?m:^
 """A progress bar, or a command at a shell's prompt: a report with one is of a run, and no document."""
 _TITLES = 4_000
 """Characters in which a report's title is looked for."""
+_OF_LAUNCHER = re.compile(r"subprocess\.CalledProcessError: Command .*\.py\b.* returned non-zero exit status 1\.?$")
+"""A launcher's report of the program that it started: that program's own error is not in it."""
 _LAST_LINES = 400
 _CUT_OFF = ("incomplete", "")
 """Last words of a log that ends in the middle of its work."""
@@ -110,6 +121,8 @@ class Unnamed(Struct):
         last = last_words(lines_of(self.ending)[-_LAST_LINES:])
         if last is not None and last[0] in ("other_error", "incomplete") and (begun := begun_message(self.ending)):
             return "begun", begun
+        if last is not None and last[0] == "other_error" and _OF_LAUNCHER.match(last[1]):
+            return "rank_failed", last[1]
         if last is not None and last[0] == "other_error" and not self.records and mentioned_in([last[1]]):
             last = ("memory_words", last[1])
         if last is not None and any(record.body == last[1] for record in self._harmless()):
