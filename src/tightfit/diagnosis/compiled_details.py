@@ -56,7 +56,7 @@ _PARTS = {
 
 
 def _with_parts(facts: Facts, text: str) -> Facts:
-    """Return the failure with XLA's figures for arguments, results and what is in between, if it prints them."""
+    """Return the failure with XLA's figures for arguments, results and temporary buffers, if it prints them."""
     found = {name: pattern.search(text) for name, pattern in _PARTS.items()}
     if not all(found.values()):
         return facts

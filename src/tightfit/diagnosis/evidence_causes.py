@@ -263,7 +263,7 @@ def _of_tensor(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplay
 
 
 def _of_request(facts: Facts, culprit: Culprit | None, evidence: Evidence, unplayed_because: str) -> Iterator[Cause]:
-    """Yield what the size of the request tells, or the line that made it; or that neither tells the tensor."""
+    """Yield the cause by the request's size or its line, or that neither tells the tensor."""
     requested = facts.requested_bytes
     if evidence.within is not None and evidence.within.is_small:
         high = evidence.within.high

@@ -234,7 +234,7 @@ class Case(NamedTuple):
 
     @property
     def library_beside(self) -> str | None:
-        """What holds much of the card beside PyTorch, in the same process: tensorflow, simulator or None."""
+        """The library that holds much of the card beside PyTorch: tensorflow, simulator or None."""
         outside = self.facts.not_reserved_bytes or self.facts.outside_pytorch_bytes or 0
         if outside < _MUCH_OUTSIDE * (self.facts.total_bytes or 0) or not self.facts.total_bytes:
             return None
