@@ -263,6 +263,9 @@ def _lists_of_budget(case: Case) -> Iterator[str]:
 def _lists_of_tensor(case: Case) -> Iterator[str]:
     """Yield the lists for the failed tensor; where the log does not show it, those for the phase."""
     evidence, grows = case.evidence, case.evidence.grows
+    if case.is_oversized and grows == "largest_index":
+        yield grows
+        return
     if case.is_oversized:
         yield from [grows] if grows in _OVERSIZED else []
         of_weight = "oversized_table" if _is_of_own_layer(case) else "oversized_weight"
