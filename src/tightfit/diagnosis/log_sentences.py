@@ -17,7 +17,10 @@ from tightfit.wording import kinds as wording
 if TYPE_CHECKING:
     from tightfit.wording.diagnosis import Words
 
-_SKIPPED = re.compile(r"\bskip(?:s|ped|ping)\b|^\W*(?:failed \()?CUDA out of memory\) on \w", re.IGNORECASE)
+_SKIPPED = re.compile(
+    r"\bskip(?:s|ped|ping)\b|\bOOM: Ran out of memory with exception|^\W*(?:failed \()?CUDA out of memory\) on \w",
+    re.IGNORECASE,
+)
 """A program's word for a batch that it left out."""
 
 
