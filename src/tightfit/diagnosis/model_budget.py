@@ -88,8 +88,8 @@ def budget_of(facts: Facts, run: RunFacts, model: Model | None, purpose: str | N
 
 def _is_refuted(found: Budget, run: RunFacts) -> bool:
     """Return True if steps were made: by then weights, gradients and optimizer state had fitted together."""
-    is_beyond = found.total_bytes is not None and found.low_bytes > found.total_bytes
-    return found.what == "training" and is_beyond and "stepped" in run.signs
+    is_beyond = found.total_bytes is not None and found.high_bytes > found.total_bytes
+    return found.what == "training" and is_beyond and not run.signs.isdisjoint(("stepped", "ran_first"))
 
 
 def _estimate(facts: Facts, run: RunFacts, model: Model | None, purpose: str | None) -> Budget | None:

@@ -79,6 +79,7 @@ _OF_THE_PASS = (
     _Rule("smaller_inputs", "they are short", lambda case: when.has_short_length(case) and when.takes_sequences(case)),
     _Rule("chunked_general", "the kernels do not know this model", when.has_no_liger),
     _Rule("less_at_once", "it is of the whole graph", lambda case: case.evidence.tensor == "dense_adjacency"),
+    _Rule("offload", "it is of activations", when.offloads_activations),
     _Rule("share_of_card", "its limit is too low as it is", lambda case: case.is_below_limit),
     _Rule("smaller_inputs", "recordings are padded to 30 seconds", lambda case: case.passes_file("models/whisper/")),
     _Rule("no_gradients", "forces are gradients of the energy", lambda case: case.program == "mace"),

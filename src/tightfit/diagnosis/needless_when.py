@@ -118,6 +118,13 @@ def takes_rows(case: Case) -> bool:
     return any("logits_row" in (each.source or "") for each in case.facts.frames)
 
 
+def offloads_activations(case: Case) -> bool:
+    """Return True for the optimizer's state in a program whose words for offloading are about activations."""
+    words = words_of("offload", case.evidence)
+    is_of_activations = words is not None and any("activation_offloading" in line for line in words.lines)
+    return is_of_activations and case.evidence.grows == "state"
+
+
 def decodes_in_tiles(case: Case) -> bool:
     """Return True if an autoencoder failed although it decoded in tiles."""
     return any(re.search(r"(?:de|en)code_tiled|tiled_(?:scale|decode)", each.function) for each in case.facts.frames)
