@@ -19,8 +19,9 @@ from tightfit.diagnosis.figure_causes import (
     is_of_one_block,
 )
 from tightfit.diagnosis.fix_lists import codes_for
-from tightfit.diagnosis.fix_words import NOT_CUDA, fix, words_of
+from tightfit.diagnosis.fix_words import fix, words_of
 from tightfit.diagnosis.measures import tried_in
+from tightfit.diagnosis.named_card import NOT_CUDA
 from tightfit.diagnosis.needless import needless
 from tightfit.diagnosis.own_place import placed
 from tightfit.diagnosis.own_words import in_own_words_first
@@ -234,7 +235,7 @@ def _with_others(case: Case, order: _Order) -> _Order:
     is_own = case.evidence.grows in _OWN_CAUSES and not _have_card(others, case.facts)
     is_own = is_own or (others.label == LIKELY and case.evidence.grows in _QUADRATIC)
     others = _with_other_card(others, case) if decides else others
-    if decides and case.library_beside is not None:
+    if decides and case.held_beside is not None:
         beside = [each for each in cures if each.code in _OF_LIBRARIES]
         return _Order([*first, *beside, others], [], last)
     if decides and not is_own and not _are_few(others, case.facts):

@@ -16,8 +16,9 @@ _ONLY_COPIES = re.compile(r"preallocated temp allocation: +0B")
 """XLA's line for a program without a result in between: it copies, converts or joins arrays."""
 _UNITS = {"K": KIB, "M": MIB, "G": GIB}
 _SMALL_PROGRAM = GIB
-_LITTLE = 256 * MIB
 """Bytes that any card has free for a program, unless something else fills it."""
+_LITTLE = 256 * MIB
+"""Bytes of arrays that are copied or converted, which any card has room for beside a model."""
 _MOST_OF_A_CARD = 30 * GIB
 """Bytes of one request that few cards have, beside anything else."""
 
@@ -27,11 +28,11 @@ def of_jax(facts: Facts, run: RunFacts) -> Facts:
     facts = msgspec.structs.replace(facts, details={**facts.details, **largest_allocation(run.text)})
     facts = _of_tpu(facts, run)
     found = _PROGRAM.search(run.text)
+    program_bytes = float(found[1]) * _UNITS[found[2]] if found else 0.0
     if found and _ONLY_COPIES.search(run.text):
-        is_little = float(found[1]) * _UNITS[found[2]] < _LITTLE
-        facts = with_detail(facts, "copied_little") if is_little else facts
+        facts = with_detail(facts, "copied_little") if program_bytes < _LITTLE else facts
         return with_detail(facts, "copied", f"{found[1]} {found[2]}iB")
-    if found and float(found[1]) * _UNITS[found[2]] < _SMALL_PROGRAM:
+    if found and program_bytes < _SMALL_PROGRAM:
         return with_detail(facts, "program", f"{found[1]} {found[2]}iB")
     own = [each for each in facts.frames if not each.is_library]
     if any(each.function.rsplit(".", 1)[-1] in _CREATES for each in own) or (own and _creates(own[-1].source)):

@@ -102,9 +102,10 @@ def _of_server(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
 
 def _of_beside(facts: Facts, evidence: Evidence) -> Iterator[Cause]:
     """Yield another library in this process that holds most of the card, outside of PyTorch."""
-    if Case(facts, evidence).library_beside == "tensorflow":
+    beside = Case(facts, evidence).held_beside
+    if beside == "tensorflow":
         yield Cause(code="tensorflow_beside", label=LIKELY)
-    elif Case(facts, evidence).library_beside == "simulator":
+    elif beside == "simulator":
         yield Cause(code="simulator_beside", label=LIKELY)
 
 

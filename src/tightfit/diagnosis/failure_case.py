@@ -233,7 +233,7 @@ class Case(NamedTuple):
         return shows(shown, "subject.vae") or self.shows("subject.vae_node")
 
     @property
-    def library_beside(self) -> str | None:
+    def held_beside(self) -> str | None:
         """The library that holds much of the card beside PyTorch: tensorflow, simulator or None."""
         outside = self.facts.not_reserved_bytes or self.facts.outside_pytorch_bytes or 0
         if outside < _MUCH_OUTSIDE * (self.facts.total_bytes or 0) or not self.facts.total_bytes:
@@ -246,9 +246,8 @@ class Case(NamedTuple):
     def is_below_limit(self) -> bool:
         """True for a request that the card had room for, and the program's own limit did not."""
         requested, free = self.facts.requested_bytes, self.facts.free_bytes
-        return (
-            self.facts.allowed_bytes is not None and None not in (requested, free) and (free or 0) >= (requested or 0)
-        )
+        is_limited = self.facts.allowed_bytes is not None
+        return is_limited and requested is not None and free is not None and free >= requested
 
     @property
     def asks_for_much(self) -> bool:
@@ -286,6 +285,7 @@ class Case(NamedTuple):
 
 
 _MUCH_OF_CARD = 0.3
+"""Share of the card from which on one request shows a larger input."""
 _MUCH_OUTSIDE = 0.3
 """Share of the card from which on memory outside of PyTorch is more than contexts and a desktop."""
 _FIRST_STEP = re.compile(r"(?<![\d/])0/\d{1,9} \[0?0:00<\?")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from tightfit.diagnosis.failing_line import feeds_back
 from tightfit.diagnosis.failure_case import Case, loads_on_first_card
 from tightfit.diagnosis.figure_causes import fills_by_metal, holds_little, is_filled_by_library, is_most_of_card
-from tightfit.diagnosis.fix_words import NOT_CUDA, fix_tables, is_own_option, words_of
+from tightfit.diagnosis.fix_words import fix_tables, is_own_option, words_of
 from tightfit.diagnosis.framework_words import frameworks, has_words
 from tightfit.diagnosis.model_budget import trains_all
-from tightfit.diagnosis.named_card import mig_profile
+from tightfit.diagnosis.named_card import NOT_CUDA, mig_profile
 from tightfit.diagnosis.needless import needless
 from tightfit.diagnosis.own_options import options_of
 from tightfit.diagnosis.purpose import TRAINING
@@ -120,9 +120,9 @@ def _with_state_of_run(codes: list[str], case: Case) -> list[str]:
     """Return the codes behind the cures of a card that is full before any pass."""
     if case.facts.other_processes and case.shows("subject.test_run"):
         codes = ["fewer_test_workers", *codes]
-    if case.library_beside == "tensorflow":
+    if case.held_beside == "tensorflow":
         codes = ["tensorflow_off_card", *codes]
-    elif is_filled_by_library(case.facts) or case.library_beside == "simulator":
+    elif is_filled_by_library(case.facts) or case.held_beside == "simulator":
         codes = ["fewer_environments", *codes]
         codes = codes if _applies(codes[0], case, frozenset()) else ["other_library", *codes]
     if case.shows("subject.lacks_no_grad") and case.keeps_nothing:

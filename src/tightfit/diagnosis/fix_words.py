@@ -12,15 +12,13 @@ from tightfit.diagnosis.cause_records import COMPUTED
 from tightfit.diagnosis.evidence import Evidence
 from tightfit.diagnosis.filled_lines import accumulation, divided, own_option, values_to_fill
 from tightfit.diagnosis.framework_words import Pasted, has_own, pasted, programs
-from tightfit.diagnosis.named_card import is_before_ampere
+from tightfit.diagnosis.named_card import NOT_CUDA, is_before_ampere
 from tightfit.diagnosis.remedies import UNCHECKED, Remedy, Resized
 from tightfit.diagnosis.report_words import inputs_of, shows
 from tightfit.oomlog.facts import Facts
 from tightfit.tables import read_table
 from tightfit.units import GIB
 
-NOT_CUDA = ("mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
-"""Kinds of failures on devices other than CUDA's and ROCm's."""
 _BEFORE_INFERENCE_MODE = ("T0", "T1", "T2")
 """Messages of PyTorch up to 1.10, the older of which have no_grad alone; or of a later one, cut at its end."""
 

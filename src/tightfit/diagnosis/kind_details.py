@@ -74,7 +74,6 @@ _OF_THE_RUN = {
     "to_host",
     "pin_thread",
     "xla_between",
-    "cgroup_limit",
     "longest_input",
     "prefill_half",
     "printed_weights",

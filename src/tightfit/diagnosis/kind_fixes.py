@@ -247,9 +247,10 @@ def _codes_of(facts: Facts, run: RunFacts, known: Mapping[str, object]) -> list[
 def _instead(fix: _Fix) -> dict[str, str]:
     """Return the fixes that suit this run in the place of others of its kind."""
     found = {"less_offloaded": "adapters_trained"} if fix.shows(_ON_DISK) else {}
-    if takes_one_item(fix.facts, fix.run):
+    is_of_one_item = takes_one_item(fix.facts, fix.run)
+    if is_of_one_item:
         found |= {"eval_batch_smaller": "smaller_inputs_only"}
-    if takes_one_item(fix.facts, fix.run) or fix.has_batch_of_one:
+    if is_of_one_item or fix.has_batch_of_one:
         found |= _OF_ONE
     return found
 

@@ -93,7 +93,9 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         return self.total_bytes - self.used_bytes
 
 
-OF_OTHER_MAKERS = ("hip_out_of_memory", "mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
+NOT_CUDA = ("mps_out_of_memory", "xpu_out_of_memory", "npu_out_of_memory")
+"""Kinds of failures on devices other than CUDA's and ROCm's."""
+OF_OTHER_MAKERS = ("hip_out_of_memory", *NOT_CUDA)
 """Kinds of failures on devices that are not NVIDIA's: the virtual GPU plays none of them."""
 
 
